@@ -1,0 +1,48 @@
+# Targets for people; `make help` lists them. Everything lives in one virtual environment.
+
+# Any Python from 3.11 on: make demo PYTHON=python3.13
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where to get torch from, if not from where pip gets all else: see README, "Without a GPU".
+TORCH_INDEX ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab lab-gpu notebooks lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, side by side
+	$(BIN)/lora-lab demo $(ARGS)
+
+test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every notebook
+	$(BIN)/lora-lab fetch
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.ready-test ## check style, notebooks too
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+lab: $(VENV)/.ready ## open the lessons in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+lab-gpu: $(VENV)/.ready-test ## run every lesson at full effort on a GPU; assertions only, nothing compared
+	LORA_LAB_DEVICE=cuda LORA_LAB_EFFORT=full $(BIN)/python -m pytest -q --override-ini="addopts=-ra" --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks
+
+notebooks: $(VENV)/.ready-test ## run the lessons again and store their outputs in place
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
+clean: ## remove the virtual environment (the model stays in its cache)
+	rm -rf $(VENV)
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lora_lab needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; say which one to use: make demo PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@

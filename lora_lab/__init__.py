@@ -1,0 +1,77 @@
+"""lora_lab: low-rank adaptation, put to the test on your own machine.
+
+The modules in reading order; each imports only from those above it:
+
+    device      which device and dtype to use, and why
+    lora        the heart: LoRALinear, inject, merge
+    adapters    save and load adapters in PEFT's file format
+    models      a Llama written from scratch, two small nets, real weights
+    tasks       data with train, validation, test and off-domain parts
+    methods     how a model is made ready: full fine-tuning, LoRA
+    train       fit: one loop for every method
+    memory      what a training step keeps in memory, by cause
+    plots       pictures of results
+    cli         the command ``lora-lab``
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Loaded at first use, so that `import lora_lab`
+# costs nothing beyond Python itself.
+_WHERE = {
+    "pick_device": "device",
+    "seed_everything": "device",
+    "LoRAConfig": "lora",
+    "LoRALinear": "lora",
+    "inject": "lora",
+    "merge": "lora",
+    "adapter_state": "lora",
+    "lora_layers": "lora",
+    "save_adapter": "adapters",
+    "load_adapter": "adapters",
+    "Llama": "models.llama",
+    "LlamaConfig": "models.llama",
+    "load_pretrained": "models.pretrained",
+    "save_model": "models.pretrained",
+    "Task": "tasks",
+    "FullFineTuning": "methods",
+    "PartialFineTuning": "methods",
+    "LoRA": "methods",
+    "History": "train",
+    "evaluate": "train",
+    "fit": "train",
+}
+_MODULES = ("adapters", "cli", "device", "lora", "memory", "methods", "models", "plots", "tasks", "train")
+
+__all__ = ["__version__", *_WHERE, *_MODULES]
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from lora_lab import adapters, cli, device, lora, memory, methods, models, plots, tasks, train
+    from lora_lab.adapters import load_adapter, save_adapter
+    from lora_lab.device import pick_device, seed_everything
+    from lora_lab.lora import LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
+    from lora_lab.methods import FullFineTuning, LoRA, PartialFineTuning
+    from lora_lab.models.llama import Llama, LlamaConfig
+    from lora_lab.models.pretrained import load_pretrained, save_model
+    from lora_lab.tasks import Task
+    from lora_lab.train import History, evaluate, fit
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module 'lora_lab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

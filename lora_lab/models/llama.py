@@ -1,0 +1,330 @@
+r"""A Llama written for reading: tokens -> embedding -> blocks -> head.
+
+Each block adds attention, then a gated MLP, to a residual stream:
+
+    x = x + Attention(RMSNorm(x))
+    x = x + MLP(RMSNorm(x))
+
+Module names are those of Hugging Face's ``LlamaForCausalLM``, so weights and adapters are
+interchangeable with it. Logits in float32 are bit-identical to it on the same machine.
+
+Shapes in the comments follow SmolLM2-135M with a batch of 4 sequences of 128 tokens: width 576,
+9 query heads that share 3 key-value heads, 64 numbers a head, inner width 1536, 49152 tokens known.
+
+References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm: Zhang and Sennrich
+2019, 1910.07467; rotary positions: Su et al. 2021, 2104.09864; grouped queries: Ainslie et al. 2023,
+2305.13245; SwiGLU: Shazeer 2020, 2002.05202.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary positions beyond the context it was pre-trained on.
+
+    Frequencies with a wavelength above ``original_context / low_freq_factor`` are divided by ``factor``,
+    those below ``original_context / high_freq_factor`` are kept, those between are blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama, with Hugging Face's names.
+
+    Raises:
+        ValueError: the heads do not divide evenly, or a size is not positive.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads evenly."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs, so it must be even.")
+
+
+def rotary_frequencies(config: LlamaConfig) -> Tensor:
+    """How far each pair of a head turns per position, in radians: (head_dim / 2,), always float32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim  # (32,)
+    frequencies = 1.0 / config.rope_theta**exponent  # (32,)
+    if (scaling := config.rope_scaling) is None:
+        return frequencies  # (32,)
+    wavelength = 2 * math.pi / frequencies  # (32,) positions for one full turn
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (scaling.original_context / wavelength - low) / (high - low)  # (32,)
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies  # (32,)
+    stretched = torch.where(wavelength > scaling.original_context / low, frequencies / scaling.factor, blended)  # (32,)
+    return torch.where(wavelength < scaling.original_context / high, frequencies, stretched)  # (32,)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle."""
+    first, second = x.chunk(2, dim=-1)  # (4, 9, 128, 64) -> 2 x (4, 9, 128, 32)
+    turned = torch.cat((-second, first), dim=-1)  # (4, 9, 128, 64)
+    return x * cos + turned * sin  # (4, 9, 128, 64)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # (576,)
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (4, 128, 576)
+
+
+class KeyValueCache:
+    """Keys and values of the positions already read, so that generation reads each token once."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv heads, new, head_dim) to a layer and return all of it."""
+        if layer in self.layers:
+            old_key, old_value = self.layers[layer]  # (4, 3, past, 64)
+            key = torch.cat((old_key, key), dim=2)  # (4, 3, past + new, 64)
+            value = torch.cat((old_value, value), dim=2)  # (4, 3, past + new, 64)
+        self.layers[layer] = (key, value)
+        return key, value
+
+
+class Attention(nn.Module):
+    """Causal self-attention; several query heads share one key-value head."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(width, heads * config.head_dim, bias=config.attention_bias)  # 576 -> 576
+        self.k_proj = nn.Linear(width, kv_heads * config.head_dim, bias=config.attention_bias)  # 576 -> 192
+        self.v_proj = nn.Linear(width, kv_heads * config.head_dim, bias=config.attention_bias)  # 576 -> 192
+        self.o_proj = nn.Linear(heads * config.head_dim, width, bias=config.attention_bias)  # 576 -> 576
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        batch, length, _ = x.shape
+        by_head = (batch, length, -1, self.head_dim)
+        query = self.q_proj(x).view(by_head).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
+        key = self.k_proj(x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
+        value = self.v_proj(x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
+        causal = mask is None and length > 1
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
+        )  # (4, 9, 128, 64)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))  # (4, 128, 576)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)  # 576 -> 1536
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)  # 576 -> 1536
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)  # 1536 -> 576
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (4, 128, 1536)
+        return self.down_proj(gated)  # (4, 128, 576)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (4, 128, 576)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (4, 128, 576)
+
+
+class Trunk(nn.Module):
+    """Everything but the head: token ids in, the last hidden state out."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        # From an empty matrix, because nn.Embedding's own draw takes most of a second on the meta device.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        past = cache.length if cache is not None else 0
+        new = ids.shape[1]
+        x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
+        positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
+        angles = torch.outer(positions, rotary_frequencies(self.config).to(ids.device))  # (128, 32)
+        angles = torch.cat((angles, angles), dim=-1)  # (128, 64)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (128, 64)
+        mask = _mask(past, new, attention_mask, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)  # (4, 128, 576)
+        return self.norm(x)  # (4, 128, 576)
+
+
+class Llama(nn.Module):
+    """A causal language model: logits of the next token at every position.
+
+    Its weights are random, drawn as in Hugging Face; :func:`lora_lab.load_pretrained` fills one from a file.
+
+    Args:
+        config: the shape.
+        seed: seeds a generator of its own for the weights.
+    """
+
+    def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+        if not self.lm_head.weight.is_meta:
+            self._initialise(seed)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (batch, length, vocabulary).
+
+        Args:
+            ids: token ids (batch, length), integers.
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding, on either side.
+            cache: what earlier calls have read; ``ids`` then continue it, and it is extended.
+        """
+        return self.lm_head(self.model(ids, attention_mask, cache))  # (4, 128, 49152)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, which "all-linear" leaves alone."""
+        return self.lm_head
+
+    def tie(self) -> None:
+        """Let head and embedding be one matrix, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        # Matrices normal with deviation 0.02, biases 0, norms 1.
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        stop: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue one prompt, and return the new tokens only.
+
+        Args:
+            ids: the prompt, (length,), at least one token.
+            max_new_tokens: how many tokens to add at most.
+            stop: a token that ends the text (it is not returned).
+            temperature: 0 takes the likeliest token each time; above 0 it is drawn from
+                softmax(logits / temperature).
+            seed: seeds the draws.
+
+        Returns:
+            Token ids (new,), new <= max_new_tokens.
+
+        Raises:
+            ValueError: the prompt is empty or not one-dimensional, or the temperature is negative.
+        """
+        if ids.ndim != 1 or len(ids) == 0:
+            raise ValueError(
+                f"The prompt has shape {tuple(ids.shape)}, but one non-empty row of token ids is expected."
+            )
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}, but it must be 0 (greedy) or above.")
+        training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)
+        cache, fresh, written = KeyValueCache(), ids[None], []  # fresh: (1, length), then (1, 1)
+        for _ in range(max_new_tokens):
+            hidden = self.model(fresh, cache=cache)[:, -1]  # (1, 576)
+            logits = self.lm_head(hidden)[0]  # (49152,)
+            if temperature == 0:
+                token = logits.argmax()  # ()
+            else:
+                chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # (49152,)
+                token = torch.multinomial(chances, 1, generator=generator)[0]  # ()
+            if int(token) == stop:
+                break
+            written.append(int(token))
+            fresh = token.to(ids.device).view(1, 1)  # (1, 1)
+        self.train(training)
+        return torch.tensor(written, dtype=torch.long)  # (new,)
+
+
+def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """True where a query may look: None when plain causal attention (or one last token) says it all."""
+    if attention_mask is None and (past == 0 or new == 1):
+        return None
+    queries = torch.arange(past, past + new, device=device)[:, None]  # (new, 1)
+    keys = torch.arange(past + new, device=device)[None]  # (1, past + new)
+    allowed = (keys <= queries)[None, None]  # (1, 1, new, past + new)
+    if attention_mask is not None:
+        real = attention_mask.bool()[:, None, None, :]  # (4, 1, 1, past + new)
+        # A padded query looks at itself, for a row with nothing to look at would be NaN, and spread.
+        allowed = (allowed & real) | (keys == queries)  # (4, 1, new, past + new)
+    return allowed

@@ -1,0 +1,236 @@
+"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder, into our Llama; and back to a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lab.device import pick_device
+from lora_lab.files import atomic_file, atomic_folder, read_json, write_json
+from lora_lab.lora import lora_layers
+from lora_lab.models.fetch import cache_folder, cache_lock, fetch_smollm2
+from lora_lab.models.gguf_import import GGUFModel, read_gguf
+from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
+from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.quantize import dequantize
+
+SMOLLM2 = "smollm2-135m"
+# Raise the number when what is written to the cache changes, so that old entries are left alone.
+_CACHE_ENTRY = f"{SMOLLM2}-v1"
+_KINDS = "lora_lab.block_kinds"  # the safetensors header's note of which tensors are blocks
+
+
+def load_pretrained(
+    source: str | Path = SMOLLM2,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> tuple[Llama, Tokenizer]:
+    """A pre-trained Llama and its tokenizer, ready to use or to train.
+
+    Args:
+        source: "smollm2-135m" (SmolLM2-135M-Instruct; downloaded once, 98 MB, then kept in the cache
+            in its 4-bit blocks); or the path of a ``.gguf`` file; or of a Hugging Face folder
+            (config.json, \\*.safetensors, tokenizer.json). All must be of the Llama family.
+        dtype: a floating-point dtype for the weights.
+        device: as in :func:`lora_lab.pick_device`.
+
+    Raises:
+        FileNotFoundError: the path, or a file of the folder, is not there.
+        ValueError: the source is unknown, damaged, or of another architecture; or dtype is no float.
+        RuntimeError: the model must be downloaded and cannot be.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
+    device = pick_device(device)[0]
+    if str(source) == SMOLLM2:
+        return _load_folder(_smollm2_folder(), dtype, device)
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path, dtype, device)
+    if path.suffix == ".gguf":
+        found = read_gguf(path)
+        return _build(found.config, found.tensors, found.kinds, dtype, device, path), found.tokenizer
+    if path.exists():
+        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
+    raise FileNotFoundError(
+        f"There is no model {str(source)!r}: expected {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
+    )
+
+
+def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if given).
+
+    ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
+    :func:`load_pretrained` once a tokenizer is in it.
+
+    Raises:
+        ValueError: the model carries adapters that are not merged.
+    """
+    if lora_layers(model):
+        raise ValueError(
+            "The model carries adapters; merge(model) first, or keep them alone with save_adapter(model, folder)."
+        )
+    folder = Path(folder)
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight")  # the same matrix as the embedding's
+    config = _config_to_hf(model.config, next(iter(state.values())).dtype)
+    if tokenizer is not None:
+        config |= {
+            f"{name}_token_id": getattr(tokenizer, f"{name}_id")
+            for name in ("bos", "eos", "pad")
+            if getattr(tokenizer, f"{name}_id") is not None
+        }
+        tokenizer.save(folder)
+    write_json(folder / "config.json", config)
+    with atomic_file(folder / "model.safetensors") as temporary:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    return folder
+
+
+def _smollm2_folder() -> Path:
+    """The cache's folder of SmolLM2, made at first use: raw blocks, config and tokenizer."""
+    folder = cache_folder() / _CACHE_ENTRY
+    if folder.is_dir():
+        return folder
+    with cache_lock(_CACHE_ENTRY):
+        if not folder.is_dir():
+            found = read_gguf(fetch_smollm2())
+            with atomic_folder(folder) as temporary:
+                _write_blocks(found, temporary)
+    return folder
+
+
+def _write_blocks(found: GGUFModel, folder: Path) -> None:
+    found.tokenizer.save(folder)
+    write_json(folder / "config.json", _config_to_hf(found.config, torch.float32))
+    with atomic_file(folder / "model.safetensors") as temporary:
+        save_file(found.tensors, temporary, metadata={_KINDS: json.dumps(found.kinds)})
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Llama, Tokenizer]:
+    config = _config_from_hf(read_json(folder / "config.json"), folder)
+    tokenizer = Tokenizer.load(folder)
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
+    for path in _weight_files(folder):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} lacks the file {path.name}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                kinds |= json.loads((file.metadata() or {}).get(_KINDS, "{}"))
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
+    return _build(config, tensors, kinds, dtype, device, folder), tokenizer
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [folder / "model.safetensors"]
+
+
+def _build(
+    config: LlamaConfig,
+    tensors: dict[str, Tensor],
+    kinds: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    origin: Path,
+) -> Llama:
+    """A model around the given tensors; none is allocated twice."""
+    with torch.device("meta"):
+        model = Llama(config)
+    state = {}
+    while tensors:  # each one is let go as soon as it is dequantised
+        name, value = tensors.popitem()
+        if not name.endswith("rotary_emb.inv_freq"):  # old folders store what the config says already
+            value = dequantize(value, kinds[name]) if name in kinds else value
+            state[name] = nn.Parameter(value.to(device, dtype))
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    for name in wanted.keys() | state.keys():
+        if name not in state:
+            raise ValueError(f"{origin} lacks the tensor {name}, so it is incomplete; copy or make it anew.")
+        if name not in wanted:
+            raise ValueError(f"{origin} holds a tensor {name} that its config has no place for.")
+        if state[name].shape != wanted[name]:
+            raise ValueError(
+                f"{origin}: tensor {name} has shape {tuple(state[name].shape)}, "
+                f"but its config asks for {tuple(wanted[name])}."
+            )
+    model.load_state_dict(state, assign=True)
+    model.tie()
+    return model.eval()
+
+
+def _config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    values = {name: value for name, value in vars(config).items() if name != "rope_scaling"}
+    scaling = config.rope_scaling
+    return values | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "rope_scaling": None
+        if scaling is None
+        else {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        },
+    }
+
+
+def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
+    if hf.get("model_type") != "llama":
+        raise ValueError(
+            f"{folder} holds a model of type {hf.get('model_type')!r}, but only 'llama' can be built here."
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{folder} uses the activation {hf['hidden_act']!r}, but only 'silu' is built here.")
+    # transformers 5 keeps all about positions in one entry, older ones in two.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{folder} stretches positions by {kind!r}, but only 'default' and 'llama3' are built here.")
+    try:
+        scaling = None
+        if kind == "llama3":
+            scaling = RopeScaling(
+                factor=rope["factor"],
+                low_freq_factor=rope["low_freq_factor"],
+                high_freq_factor=rope["high_freq_factor"],
+                original_context=rope["original_max_position_embeddings"],
+            )
+        heads = hf["num_attention_heads"]
+        return LlamaConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            rope_scaling=scaling,
+            attention_bias=hf.get("attention_bias", False),
+            mlp_bias=hf.get("mlp_bias", False),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None

@@ -1,0 +1,176 @@
+"""Text to token ids and back, and conversations to text, by the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from lora_lab.files import atomic_file, read_json, write_json
+
+# How text is cut before byte pairs are merged, by the name a GGUF file gives it (as llama.cpp defines them).
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+PRE_TOKENIZERS = {
+    "gpt-2": _GPT2,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+class Tokenizer:
+    """A byte-level tokenizer with the few special tokens that training and chatting need.
+
+    Args:
+        backend: the ``tokenizers`` object that does the work.
+        eos_id, bos_id, pad_id: ids that end a text, begin one, and fill up a batch (None: there is none).
+        chat_template: the model's own Jinja template for conversations (None: it has none).
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        eos_id: int | None = None,
+        bos_id: int | None = None,
+        pad_id: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.backend = backend
+        self.eos_id, self.bos_id = eos_id, bos_id
+        self.pad_id = pad_id if pad_id is not None else eos_id
+        self.chat_template = chat_template
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of ``text``; with ``add_special_tokens`` also what the model wants before it (often nothing)."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text that the model was trained to see for a conversation.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}, ...]``.
+            add_generation_prompt: end where the assistant's turn begins.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("This tokenizer has no chat template; pass plain text to the model instead.")
+
+        def refuse(why: str) -> None:
+            raise jinja2.TemplateError(why)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = refuse
+        tokens = {
+            name: self.backend.id_to_token(token) if token is not None else ""
+            for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))
+        }
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The chat template refuses these messages: {error}.") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
+        folder = Path(folder)
+        with atomic_file(folder / "tokenizer.json") as temporary:
+            self.backend.save(str(temporary), pretty=False)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for name in ("eos", "bos", "pad"):
+            token = getattr(self, f"{name}_id")
+            if token is not None:
+                config[f"{name}_token"] = self.backend.id_to_token(token)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        write_json(folder / "tokenizer_config.json", config)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read a folder's tokenizer.json (and tokenizer_config.json, chat_template.jinja if there).
+
+        Raises:
+            FileNotFoundError: tokenizer.json is missing.
+            ValueError: it cannot be read.
+        """
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{folder} lacks the file tokenizer.json.")
+        try:
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({error}).") from None
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        ids = {}
+        for name in ("eos", "bos", "pad"):
+            token = config.get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            ids[f"{name}_id"] = backend.token_to_id(token) if token else None
+        template = config.get("chat_template")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several named templates
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        return cls(backend, chat_template=template, **ids)
+
+    @classmethod
+    def from_gguf(cls, fields: dict) -> Tokenizer:
+        """Build it from the tokens and merges in a GGUF file's header.
+
+        Args:
+            fields: the header, key -> value.
+
+        Raises:
+            ValueError: the file's tokenizer is of a kind that is not built here.
+        """
+        kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise ValueError(
+                f"The GGUF file's tokenizer ({kind!r}, {pre!r}) is not built here, only 'gpt2' with one of "
+                f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
+            )
+        tokens = fields["tokenizer.ggml.tokens"]
+        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+        backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        backend.pre_tokenizer = PRE_TOKENIZERS[pre]
+        backend.decoder = decoders.ByteLevel()
+        control, user_defined = 3, 4  # llama.cpp's token types
+        types = fields["tokenizer.ggml.token_type"]
+        backend.add_special_tokens(
+            [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == control]
+        )
+        backend.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == user_defined])
+        ids = {
+            short: fields.get(f"tokenizer.ggml.{long}_token_id")
+            for short, long in (("eos_id", "eos"), ("bos_id", "bos"), ("pad_id", "padding"))
+        }
+        # llama.cpp puts the begin token before a Llama 3 text unless the file says no.
+        if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and ids["bos_id"] is not None:
+            bos = tokens[ids["bos_id"]]
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
+            )
+        return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
