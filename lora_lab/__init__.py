@@ -11,6 +11,7 @@ The modules in reading order; each imports only from those above it:
     train       fit: one loop for every method
     memory      what a training step keeps in memory, by cause
     plots       pictures of results
+    demo        the main job: LoRA beside full fine-tuning
     cli         the command ``lora-lab``
 """
 

