@@ -120,15 +120,22 @@ class Task:
             lines.append(f"  {part:<11}{len(examples):>6} examples of {shape}, {self.counted(examples):,} {self.unit}")
         return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
 
-    def limited(self, n_train: int) -> Task:
-        """The same task with only the first ``n_train`` training examples (they are in random order).
+    def limited(self, n_train: int, seed: int | None = None) -> Task:
+        """The same task with only ``n_train`` training examples.
+
+        Args:
+            n_train: how many.
+            seed: draws them; None takes the first ones (a part is in random order already).
 
         Raises:
             ValueError: there are not so many.
         """
         if not 1 <= n_train <= len(self.train):
             raise ValueError(f"n_train is {n_train}, but task {self.name!r} has 1 to {len(self.train)} examples.")
-        return replace(self, train=self.train[:n_train])
+        if seed is None:
+            return replace(self, train=self.train[:n_train])
+        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
+        return replace(self, train=self.train[drawn])
 
 
 def docs(tokenizer: Encoder, seq_len: int = 128) -> Task:
