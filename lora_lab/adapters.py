@@ -146,7 +146,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _check_fit(model: nn.Module, tensors: dict[str, Tensor], rank: int, folder: Path) -> list[str]:
     modules = dict(model.named_modules())
-    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    adapted = {name.rpartition(".")[0] for name in tensors}
+    names = [name for name in modules if name in adapted] + sorted(adapted - modules.keys())  # in the model's order
     for name in names:
         if type(modules.get(name)) is not nn.Linear:
             found = "has no such layer" if name not in modules else f"has a {type(modules[name]).__name__} there"
@@ -161,8 +162,7 @@ def _check_fit(model: nn.Module, tensors: dict[str, Tensor], rank: int, folder: 
                     f"{folder}: {part} of {name!r} has shape {tuple(value.shape)}, but this model and rank {rank} "
                     f"ask for {shape}; is it the adapter's own base model?"
                 )
-    order = [name for name in modules if name in names]
-    matched = [name for name in modules if any(name.endswith("." + ending) for ending in names)]
-    if extra := set(matched) - set(names):
-        raise ValueError(f"{folder} names {sorted(names)[0]!r}, which would also adapt {sorted(extra)[0]!r}.")
-    return order
+    for other in modules.keys() - adapted:
+        if ending := next((name for name in names if other.endswith("." + name)), None):
+            raise ValueError(f"{folder} adapts {ending!r}, but a target of that name would also adapt {other!r}.")
+    return names

@@ -113,13 +113,13 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A new plain ``nn.Linear`` that computes the same function; this layer stays as it is."""
+        """A new plain ``nn.Linear``, frozen, that computes the same function; this layer stays as it is."""
         weight = self.base.weight  # (48, 64)
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
         plain.weight = nn.Parameter((weight + self.delta()).to(weight.dtype))  # (48, 64)
         if self.base.bias is not None:
             plain.bias = nn.Parameter(self.base.bias.clone())  # (48,)
-        return plain.train(self.training)
+        return plain.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}"
