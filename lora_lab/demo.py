@@ -127,8 +127,8 @@ def run(
         f"""
 One seed is an illustration, not a comparison: which method is better takes several seeds, and rates
 tuned for each. Peak memory is that of the whole process{" (torch's allocator)" if chosen.type == "cuda" else ""}; \
-"the rest" in the picture is torch itself,
-the logits and other temporaries.
+in the picture "the rest" is what its parts
+do not explain: torch itself, the logits and other temporaries, less what is never held at one moment.
 
   picture      {picture}
   adapter      {lora[3]}   (all that LoRA needs to keep)

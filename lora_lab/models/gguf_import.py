@@ -68,7 +68,7 @@ def read_gguf(path: str | Path) -> GGUFModel:
             f"{path.name} holds a model of architecture {architecture!r}, but only 'llama' can be built here."
         )
     raw = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(fields, raw)
+    tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, raw)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     for name, tensor in raw.items():
@@ -79,14 +79,20 @@ def read_gguf(path: str | Path) -> GGUFModel:
             value = torch.from_numpy(tensor.data.copy())  # (rows, bytes), uint8
             kinds[new_name] = kind
         else:
-            dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            try:
+                dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                raise ValueError(
+                    f"The tensor {name} is of kind {kind}, which the gguf library cannot dequantise; "
+                    "use a file with another quantisation, such as Q8_0."
+                ) from None
             value = torch.from_numpy(dense.astype("float32", copy=True))  # (rows, columns), or (n,)
         if ".attn_q." in name:
             value = _half_split(value, config.num_attention_heads)
         elif ".attn_k." in name:
             value = _half_split(value, config.num_key_value_heads)
         tensors[new_name] = value.contiguous()
-    return GGUFModel(config, tensors, kinds, Tokenizer.from_gguf(fields))
+    return GGUFModel(config, tensors, kinds, tokenizer)
 
 
 def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:

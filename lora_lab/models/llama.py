@@ -226,8 +226,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights too, which are replaced below
+            self.model = Trunk(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
         if not self.lm_head.weight.is_meta:
             self._initialise(seed)
@@ -298,19 +299,21 @@ class Llama(nn.Module):
         self.eval()
         generator = torch.Generator().manual_seed(seed)
         cache, fresh, written = KeyValueCache(), ids[None], []  # fresh: (1, length), then (1, 1)
-        for _ in range(max_new_tokens):
-            hidden = self.model(fresh, cache=cache)[:, -1]  # (1, 576)
-            logits = self.lm_head(hidden)[0]  # (49152,)
-            if temperature == 0:
-                token = logits.argmax()  # ()
-            else:
-                chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # (49152,)
-                token = torch.multinomial(chances, 1, generator=generator)[0]  # ()
-            if int(token) == stop:
-                break
-            written.append(int(token))
-            fresh = token.to(ids.device).view(1, 1)  # (1, 1)
-        self.train(training)
+        try:
+            for _ in range(max_new_tokens):
+                hidden = self.model(fresh, cache=cache)[:, -1]  # (1, 576)
+                logits = self.lm_head(hidden)[0]  # (49152,)
+                if temperature == 0:
+                    token = logits.argmax()  # ()
+                else:
+                    chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # (49152,)
+                    token = torch.multinomial(chances, 1, generator=generator)[0]  # ()
+                if int(token) == stop:
+                    break
+                written.append(int(token))
+                fresh = token.to(ids.device).view(1, 1)  # (1, 1)
+        finally:
+            self.train(training)
         return torch.tensor(written, dtype=torch.long)  # (new,)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def _smollm2_folder() -> Path:
         return folder
     with cache_lock(_CACHE_ENTRY):
         if not folder.is_dir():
+            for half in folder.parent.glob(f".{folder.name}-*"):  # nobody is writing it now, so its maker was killed
+                shutil.rmtree(half, ignore_errors=True)
             found = read_gguf(fetch_smollm2())
             with atomic_folder(folder) as temporary:
                 _write_blocks(found, temporary)
@@ -139,7 +142,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # as in transformers, the one file comes first
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [folder / "model.safetensors"]
 
@@ -160,7 +163,9 @@ def _build(
         name, value = tensors.popitem()
         if not name.endswith("rotary_emb.inv_freq"):  # old folders store what the config says already
             value = dequantize(value, kinds[name]) if name in kinds else value
-            state[name] = nn.Parameter(value.to(device, dtype))
+            # A tensor of a file is a view of the mapped file: it would change with it, and lies unaligned in
+            # memory, by which the product of a matrix with one row rounds. So it is copied.
+            state[name] = nn.Parameter(value.to(device, dtype, copy=name not in kinds))
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     wanted = {name: value.shape for name, value in model.state_dict().items()}

@@ -60,7 +60,11 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``."""
+        """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``.
+
+        A byte that the vocabulary lacks is lost. SmolLM2 lacks six control characters (04, 06, 13, 14, 16 and
+        1D in hexadecimal) and all of Unicode's planes 4 to 11, where nothing is assigned.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -107,6 +111,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         write_json(folder / "tokenizer_config.json", config)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # another model's, which would be read first
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -123,6 +128,8 @@ class Tokenizer:
             backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({error}).") from None
+        backend.no_truncation()  # some folders carry the limits of their last training run
+        backend.no_padding()
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         ids = {}
         for name in ("eos", "bos", "pad"):
@@ -152,9 +159,16 @@ class Tokenizer:
                 f"The GGUF file's tokenizer ({kind!r}, {pre!r}) is not built here, only 'gpt2' with one of "
                 f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
             )
+        for key in ("tokens", "merges", "token_type"):
+            if f"tokenizer.ggml.{key}" not in fields:
+                raise ValueError(
+                    f"The GGUF header lacks tokenizer.ggml.{key}; load the model's Hugging Face folder instead."
+                )
         tokens = fields["tokenizer.ggml.tokens"]
         merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        # Llama 3 takes a word that is a token whole, whatever the merges would make of it.
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]
         backend.decoder = decoders.ByteLevel()
         control, user_defined = 3, 4  # llama.cpp's token types

@@ -1,0 +1,468 @@
+"""The tokenizer against transformers' import of the same file, its digit rule, exact round trips, and chats."""
+
+import json
+import random
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
+
+PIECES = [
+    "for (auto& x : xs) { total += x->value; }",
+    "def f(self, *args):\n\treturn {'a': None}",
+    '<div class="x">&amp;</div>',
+    "SELECT name FROM users WHERE id != NULL;",
+    "https://example.org/a_b?c=d&e=%F",
+    "the quick brown fox",
+    "It's they've we'll I'd DON'T o'clock",
+    "camelCaseAndSnake_case_WITH_CAPS",
+    "Grüße, façade, naïve, Øresund, żółw, Šárka",
+    "e\u0301 a\u0308 o\u0302\u0323 Z\u0351\u0352\u0353",  # letters with combining marks
+    "Ελληνικά русский עברית العربية हिन्दी ไทย",
+    "日本語のテキスト、中文文本。한국어 텍스트",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽",
+    "→ ∑ ∫ ≠ ∞ € £ © ™ … — “quotes” «guillemets»",
+    "\u00a0\u2003\u200b\u200d\ufeff\u2028",  # spaces and invisible marks of many kinds
+    "\x00\x01\x07\x1b\x7f",
+    "<|im_start|>user\n",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|im_start|",
+    "  <|endoftext|>  ",
+    "<repo_name><file_sep><issue_start>",
+]
+GAPS = ["", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\t\t", " \n ", "\n    ", " " * 17]
+RANGES = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x400, 0x500), (0x4E00, 0x5000), (0x1F300, 0x1F650)]
+
+
+def varied_texts(count, seed=0):
+    """Texts of many kinds without a character that Unicode calls a number."""
+    draw = random.Random(seed)
+
+    def noise():
+        low, high = draw.choice(RANGES)
+        return "".join(chr(draw.randrange(low, high)) for _ in range(draw.randrange(1, 9)))
+
+    texts = ["", " ", "\n", *PIECES]
+    while len(texts) < count:
+        parts = []
+        for _ in range(draw.randrange(1, 9)):
+            parts += [draw.choice(PIECES) if draw.random() < 0.6 else noise(), draw.choice(GAPS)]
+        text = "".join(parts)
+        if draw.random() < 0.3:
+            text = text[draw.randrange(len(text)) :]
+        texts.append("".join(c for c in text if not unicodedata.category(c).startswith("N")))
+    return texts
+
+
+TEXTS = varied_texts(1000)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(gguf_reader):
+    """SmolLM2's, made from the file's header, and not from what an earlier version may have left in the cache."""
+    return Tokenizer.from_gguf({key: field.contents() for key, field in gguf_reader.fields.items()})
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(from_gguf):
+    from transformers import AutoTokenizer
+
+    return from_gguf(AutoTokenizer)
+
+
+def test_the_cache_holds_the_tokenizer_that_the_file_makes(smollm2, tokenizer):
+    cached = smollm2[1]
+    assert json.loads(cached.backend.to_str()) == json.loads(tokenizer.backend.to_str())
+    for name in ("eos_id", "bos_id", "pad_id", "chat_template"):
+        assert getattr(cached, name) == getattr(tokenizer, name)
+
+
+# Ids
+
+
+def test_ids_of_1000_varied_texts_equal_those_of_transformers(tokenizer, hf_tokenizer):
+    assert len(set(TEXTS)) > 900
+    assert not any(c.isdigit() for text in TEXTS for c in text)
+    differing = [text for text in TEXTS if tokenizer.encode(text) != hf_tokenizer(text)["input_ids"]]
+    assert differing == []
+    # transformers leaves out the file's digit rule, and spaces before a digit show it.
+    assert tokenizer.encode("in  2024") != hf_tokenizer("in  2024")["input_ids"]
+
+
+def test_different_texts_have_different_ids(tokenizer):
+    distinct = set(TEXTS)
+    assert len({tuple(tokenizer.encode(text)) for text in distinct}) == len(distinct)
+
+
+def test_known_tokens_and_their_number_equal_those_of_transformers(tokenizer, hf_tokenizer):
+    assert len(tokenizer) == len(hf_tokenizer) == 49152
+    assert tokenizer.backend.get_vocab() == hf_tokenizer.get_vocab()
+    ours = tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id
+    assert ours == (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id) == (2, 1, 2)
+
+
+def test_a_special_token_in_a_text_is_one_id(tokenizer):
+    assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_id]
+    assert tokenizer.encode("a<|im_start|>b").count(tokenizer.bos_id) == 1
+    assert len(tokenizer.encode("<|im_end|")) > 1
+    assert tokenizer.encode("hi", add_special_tokens=True) == tokenizer.encode("hi")  # this model wants none
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2024", ["2", "0", "2", "4"]),
+        (" 2024", [" ", "2", "0", "2", "4"]),
+        ("  2024", ["  ", "2", "0", "2", "4"]),
+        ("in 2024,", ["in", " ", "2", "0", "2", "4", ","]),
+        ("3.14", ["3", ".", "1", "4"]),
+        ("x1y", ["x", "1", "y"]),
+        ("\u0661\u0662", ["\u0661", "\u0662"]),  # Arabic digits
+    ],
+)
+def test_each_digit_is_cut_off_before_all_else(tokenizer, text, expected):
+    cut = [piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert [bytes_of(piece).decode() for piece in cut] == expected
+    if text.isascii():  # each of these pieces is known as a token of its own
+        assert pieces(tokenizer, text) == expected
+
+
+def bytes_of(piece):
+    """Undo GPT-2's spelling of bytes as printable characters."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    spelling = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return bytes(spelling[c] for c in piece)
+
+
+def test_digits_split_first_then_the_byte_level_rule(tokenizer):
+    expected = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in ("a 1", "a  12 b", "v2.0-rc1\n\n10 000", "½ Ⅷ ² ७"):
+        ours = tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)
+        assert ours == expected.pre_tokenize_str(text)
+        assert ours != PRE_TOKENIZERS["gpt-2"].pre_tokenize_str(text)
+
+
+def test_gpt2_texts_are_cut_by_the_byte_level_rule_alone():
+    cut = [piece for piece, _ in PRE_TOKENIZERS["gpt-2"].pre_tokenize_str("in 2024 it's")]
+    assert cut == ["in", "Ġ2024", "Ġit", "'s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1234567", ["123", "456", "7"]),
+        (" 1234", ["Ġ", "123", "4"]),
+        ("a 12b", ["a", "Ġ", "12", "b"]),
+        ("I'LL don't", ["I", "'LL", "Ġdon", "'t"]),
+        ("x\r\n\n  y", ["x", "čĊĊ", "Ġ", "Ġy"]),
+        ("(hello)", ["(hello", ")"]),
+    ],
+)
+def test_llama3_texts_are_cut_with_numbers_in_groups_of_three(text, expected):
+    assert [piece for piece, _ in PRE_TOKENIZERS["llama-bpe"].pre_tokenize_str(text)] == expected
+
+
+# Round trips
+
+
+def test_varied_texts_come_back_exactly(tokenizer):
+    draw = random.Random(1)
+    for text in TEXTS:
+        mixed = "".join(c + (str(draw.randrange(1000)) if draw.random() < 0.1 else "") for c in text)
+        for each in (text, mixed):
+            assert tokenizer.decode(tokenizer.encode(each)) == each
+
+
+# Characters with a byte that the model's vocabulary lacks: six control characters, and those of Unicode's
+# planes 4 to 11, where nothing is assigned.
+UNKNOWN = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, *range(0x40000, 0xC0000)}
+KNOWN_CHARACTERS = st.one_of(
+    st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters="\x04\x06\x13\x14\x16\x1d"),
+    st.characters(min_codepoint=0xC0000),
+)  # a lone surrogate (category Cs) is no text that UTF-8 can hold
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(KNOWN_CHARACTERS))
+def test_any_text_comes_back_exactly(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_character_of_unicode_comes_back_exactly_but_those_the_vocabulary_lacks(tokenizer):
+    known = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code not in UNKNOWN]
+    for start in range(0, len(known), 1000):
+        text = "".join(map(chr, known[start : start + 1000]))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for code in (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0x40000, 0xBFFFF):
+        assert tokenizer.decode(tokenizer.encode(f"a{chr(code)}b")) != f"a{chr(code)}b"
+
+
+def test_decode_takes_tensors_and_keeps_special_tokens(tokenizer):
+    ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>")
+    assert tokenizer.decode(torch.tensor(ids)) == "<|im_start|>user\nHi<|im_end|>"
+    assert tokenizer.decode([]) == ""
+
+
+# Chats
+
+CHATS = [
+    [{"role": "user", "content": "What is 2 + 2?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
+    [
+        {"role": "user", "content": "<b>Hi</b> & 'bye' {{ x }}"},
+        {"role": "assistant", "content": "Grüße 😀"},
+        {"role": "user", "content": ""},
+    ],
+]
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+@pytest.mark.parametrize("messages", CHATS)
+def test_chats_read_as_in_transformers(tokenizer, hf_tokenizer, messages, prompted):
+    theirs = hf_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
+    assert tokenizer.chat(messages, add_generation_prompt=prompted) == theirs
+    assert tokenizer.chat(messages, add_generation_prompt=not prompted) != theirs
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n",
+        "{% for m in messages %}\n{{ m.role }}\n{% if loop.index == 2 %}\n  {% break %}\n{% endif %}\n{% endfor %}",
+        "{%- set n = namespace(x=0) -%}\n{%- for m in messages -%} {% set n.x = n.x + 1 %} {{ n.x }} {%- endfor -%}",
+        "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}\n",
+        "{% if tools is defined and tools %}tools{% endif %}{{ messages[-1].content }}",
+    ],
+    ids=["white space", "break", "namespace", "special tokens", "undefined names"],
+)
+def test_templates_of_other_models_read_as_in_transformers(tokenizer, hf_tokenizer, template):
+    other = Tokenizer(tokenizer.backend, tokenizer.eos_id, tokenizer.bos_id, chat_template=template)
+    for messages in CHATS:
+        theirs = hf_tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert other.chat(messages, add_generation_prompt=False) == theirs
+
+
+def test_a_chat_asks_for_the_assistants_turn_unless_told_otherwise(tokenizer):
+    assert tokenizer.chat(CHATS[0]).endswith("What is 2 + 2?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_chatting_without_a_template_says_what_to_do(tiny_tokenizer):
+    with pytest.raises(ValueError, match="no chat template; pass plain text"):
+        tiny_tokenizer.chat(CHATS[0])
+
+
+def test_messages_that_the_template_refuses_are_an_error(tokenizer, tiny_tokenizer):
+    with pytest.raises(ValueError, match="chat template refuses these messages"):
+        tokenizer.chat([{"role": "user"}])
+    strict = Tokenizer(tiny_tokenizer.backend, chat_template="{{ raise_exception('users only') }}")
+    with pytest.raises(ValueError, match="refuses these messages: users only"):
+        strict.chat(CHATS[0])
+
+
+def test_a_template_sees_the_special_tokens_and_cannot_reach_out(tiny_tokenizer):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    with_tokens = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=template)
+    assert with_tokens.chat([{"role": "user", "content": "x"}]) == "<s>x</s>"
+    hostile = Tokenizer(tiny_tokenizer.backend, chat_template="{{ ''.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="refuses"):
+        hostile.chat(CHATS[0])
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["real", "tiny"])
+def test_saved_and_loaded_it_is_the_same(tokenizer, tiny_tokenizer, tmp_path, kind):
+    saved = tokenizer if kind == "real" else tiny_tokenizer
+    saved.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    for name in ("eos_id", "bos_id", "pad_id", "chat_template"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    assert len(loaded) == len(saved)
+    for text in (*TEXTS[:200], "in 2024, 3.14"):
+        assert loaded.encode(text) == saved.encode(text)
+        assert loaded.decode(saved.encode(text)) == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_the_padding_token_is_the_end_token_only_if_there_is_no_other(tiny_tokenizer, tmp_path):
+    assert Tokenizer(tiny_tokenizer.backend, eos_id=259).pad_id == 259
+    own = Tokenizer(tiny_tokenizer.backend, eos_id=259, pad_id=0)
+    own.save(tmp_path)
+    assert Tokenizer.load(tmp_path).pad_id == own.pad_id == 0
+    assert Tokenizer(tiny_tokenizer.backend).pad_id is None
+
+
+def test_saving_over_another_tokenizer_leaves_none_of_its_template(tiny_tokenizer, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("the old one")
+    for template in ("the new one", None):
+        Tokenizer(tiny_tokenizer.backend, chat_template=template).save(tmp_path)
+        assert Tokenizer.load(tmp_path).chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({"tokenizer_config.json": {"chat_template": "plain"}}, "plain"),
+        ({"tokenizer_config.json": {"chat_template": "plain"}, "chat_template.jinja": "a file's"}, "a file's"),
+        (
+            {
+                "tokenizer_config.json": {
+                    "chat_template": [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]
+                }
+            },
+            "b",
+        ),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "tool", "template": "a"}]}}, None),
+        ({}, None),
+    ],
+    ids=["in the config", "in a file", "several", "several without a default", "none"],
+)
+def test_folders_keep_their_template_in_several_ways(tiny_tokenizer, tmp_path, files, template):
+    tiny_tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert Tokenizer.load(tmp_path).chat_template == template
+
+
+def test_special_tokens_are_read_as_words_or_as_objects(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    config = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>", "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id, loaded.pad_id) == (259, 258, 259)
+
+
+def test_long_texts_are_never_cut_nor_short_ones_filled_up(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "abcdefghijklmnop"
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode(text) == tiny_tokenizer.encode(text)
+    assert loaded.encode("a") == tiny_tokenizer.encode("a")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [(None, FileNotFoundError, "lacks the file tokenizer.json"), ("{}", ValueError, "is not a tokenizer file")],
+    ids=["missing", "damaged"],
+)
+def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path, content, error, says):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(error, match=says):
+        Tokenizer.load(tmp_path)
+
+
+# GGUF headers
+
+
+def header(**changes):
+    """A GGUF header with 256 bytes, two longer tokens, one special and one user-defined token."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "that", "<s>", "</s>", "<note>"]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 259 + [3, 3, 4],
+        "tokenizer.ggml.merges": ["t h", "th e"],
+        "tokenizer.ggml.bos_token_id": 259,
+        "tokenizer.ggml.eos_token_id": 260,
+    }
+    return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+
+
+def test_a_header_makes_a_tokenizer_with_its_merges_and_special_tokens():
+    made = Tokenizer.from_gguf(header())
+    assert pieces(made, "the th<s><note>t") == ["the", " ", "th", "<s>", "<note>", "t"]
+    assert (made.eos_id, made.bos_id, made.pad_id) == (260, 259, 260)
+    assert made.backend.decode([0, 259, 261], skip_special_tokens=True) == made.backend.decode([0, 261])
+    assert Tokenizer.from_gguf(header(padding_token_id=7)).pad_id == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({"pre": "gpt-2"}, False),
+        ({"pre": "smollm", "add_bos_token": False}, False),
+        ({"pre": "smollm", "add_bos_token": True}, True),
+        ({"pre": "llama-bpe"}, True),
+        ({"pre": "llama-bpe", "add_bos_token": False}, False),
+        ({"pre": "llama-bpe", "bos_token_id": None}, False),
+    ],
+    ids=str,
+)
+def test_the_begin_token_comes_first_when_the_header_or_llama3_wants_it(changes, begins):
+    made = Tokenizer.from_gguf(header(**changes))
+    assert made.encode("the", add_special_tokens=True) == [259] * begins + made.encode("the")
+    assert made.encode("the")[:1] != [259]
+
+
+def test_llama3_takes_a_word_that_is_a_token_whole_whatever_its_merges_say():
+    # So llama.cpp does for this pre-tokeniser only, and Hugging Face by "ignore_merges".
+    assert pieces(Tokenizer.from_gguf(header(pre="llama-bpe")), "that") == ["that"]
+    assert pieces(Tokenizer.from_gguf(header(pre="gpt-2")), "that") == ["th", "a", "t"]
+
+
+@pytest.mark.parametrize("changes", [{"model": "llama"}, {"pre": "qwen2"}, {"model": None}], ids=str)
+def test_a_header_with_another_tokenizer_is_refused(changes):
+    with pytest.raises(ValueError, match=r"is not built here.*'gpt2'.*'smollm'.*load the model's Hugging Face folder"):
+        Tokenizer.from_gguf(header(**changes))
+
+
+@pytest.mark.parametrize("lacking", ["tokens", "merges", "token_type"])
+def test_a_header_that_lacks_a_list_is_refused(lacking):
+    fields = header()
+    del fields[f"tokenizer.ggml.{lacking}"]
+    with pytest.raises(ValueError, match=f"tokenizer.ggml.{lacking}"):
+        Tokenizer.from_gguf(fields)
+
+
+def test_a_llama3_header_encodes_as_the_same_tokenizer_built_by_hand():
+    fields = header(pre="llama-bpe")
+    tokens = fields["tokenizer.ggml.tokens"]
+    words = (  # as published with Llama 3
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    by_hand = Backend(
+        models.BPE({token: i for i, token in enumerate(tokens)}, [("t", "h"), ("th", "e")], ignore_merges=True)
+    )
+    by_hand.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    by_hand.decoder = decoders.ByteLevel()
+    by_hand.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "</s>")])
+    by_hand.add_tokens([AddedToken("<note>", normalized=False)])
+    made = Tokenizer.from_gguf(fields)
+    for text in (*TEXTS, "the 12345 that's"):
+        assert made.encode(text) == by_hand.encode(text, add_special_tokens=False).ids
+        assert made.decode(made.encode(text)) == text
