@@ -16,24 +16,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.files import atomic_file, read_json, write_json
-from lora_lab.lora import LoRAConfig, adapter_state, inject, lora_layers
+from lora_lab.lora import LoRAConfig, adapter_state, check_unadapted, inject, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_NOTE = "lora_lab.config"  # in the weights' header: the numbers of the config they were saved with
+_NOTE = "lora_lab.config"  # in the weights' header: rank, alpha and targets of the config they were saved with
 
-# Settings of PEFT that change what an adapter computes and are not built here, with their neutral values.
+# Entries of PEFT's config that change nothing in what a saved adapter computes, or are read here.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+# Ways of starting A and B that leave the base as it was. Others (pissa, olora, ...) subtract from it.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# Settings that this package writes for PEFT's sake, all of them neutral.
 _NEUTRAL = {
     "alpha_pattern": {},
     "bias": "none",
     "fan_in_fan_out": False,
-    "layer_replication": None,
-    "lora_bias": False,
     "modules_to_save": None,
     "rank_pattern": {},
-    "trainable_token_indices": None,
     "use_dora": False,
-    "use_qalora": False,
     "use_rslora": False,
 }
 
@@ -70,7 +74,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     tensors = {f"{_PREFIX}{name}.weight": value.cpu().contiguous() for name, value in state.items()}
     write_json(folder / CONFIG, config)
     with atomic_file(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _NOTE: json.dumps([rank, alpha])})
+        save_file(tensors, temporary, metadata={"format": "pt", _NOTE: _note(config)})
     return folder
 
 
@@ -83,17 +87,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             fit this model; or the model has adapters already. The model is then left as it was.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    _refuse_unknown(config, folder)
+    check_unadapted(model)
+    config = read_config(folder)
     tensors, note = _read_weights(folder / WEIGHTS)
-    rank, alpha = config["r"], config["lora_alpha"]
-    if note is not None and json.loads(note) != [rank, alpha]:
+    if note is not None and note != _note(config):
         raise ValueError(
-            f"{folder}: weights and config are of two different saves (rank and alpha {note} against {[rank, alpha]}); "
-            "save the adapter anew."
+            f"{folder}: weights and config are of two different saves (rank, alpha and targets {note} against "
+            f"{_note(config)}); save the adapter anew."
         )
-    names = _check_fit(model, tensors, rank, folder)
-    inject(model, LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0), targets=names))
+    names = _check_fit(model, tensors, config["r"], folder)
+    inject(model, LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names))
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             layer.lora_A.copy_(tensors[f"{name}.lora_A"])  # (rank, in)
@@ -101,15 +104,17 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     return names
 
 
-def _endings(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest list that names exactly these layers: last parts of names if they do, else whole names."""
-    endings = {name.rpartition(".")[2] for name in names}
-    plain = {name.removesuffix(".base") for name, module in model.named_modules() if type(module) is nn.Linear}
-    named = {name for name in plain if name.rpartition(".")[2] in endings}
-    return sorted(endings) if named == set(names) else names
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The settings of a saved adapter, with PEFT's names.
 
-
-def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged, or uses a setting of PEFT that is not built here.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it anew.")
     if config.get("peft_type") != "LORA":
         raise ValueError(
             f"{folder} holds an adapter of type {config.get('peft_type')!r}, but only 'LORA' is read here."
@@ -117,11 +122,26 @@ def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     for name in ("r", "lora_alpha"):
         if name not in config:
             raise ValueError(f"{folder / CONFIG} lacks the entry {name!r}.")
-    for name, neutral in _NEUTRAL.items():
-        if config.get(name, neutral) not in (neutral, None):
-            raise ValueError(
-                f"{folder} sets {name} to {config[name]!r}, which changes the result and is not built here."
-            )
+    for name, value in config.items():
+        neutral = not value or value == _NEUTRAL.get(name)
+        if name == "init_lora_weights":
+            neutral = value in _PLAIN_STARTS
+        if not neutral and name not in _HARMLESS:
+            raise ValueError(f"{folder} sets {name} to {value!r}, which changes the result and is not built here.")
+    return config
+
+
+def _note(config: dict[str, Any]) -> str:
+    return json.dumps([config["r"], config["lora_alpha"], config.get("target_modules")])
+
+
+def _endings(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest list that names exactly these layers: last parts of names if they do, else whole names."""
+    endings = {name.rpartition(".")[2] for name in names}
+    inner = tuple(f"{name}." for name in names)  # what LoRALinear itself holds
+    modules = [name for name, _ in model.named_modules() if not name.startswith(inner)]
+    named = {name for name in modules if name.rpartition(".")[2] in endings}
+    return sorted(endings) if named == set(names) else names
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:

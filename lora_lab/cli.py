@@ -68,15 +68,14 @@ def _demo(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from lora_lab.adapters import CONFIG, load_adapter
-    from lora_lab.files import read_json
+    from lora_lab.adapters import load_adapter, read_config
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 
     if options.tokens < 1:
         raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
     base = options.model or SMOLLM2
     if options.adapter:
-        base = read_json(f"{options.adapter}/{CONFIG}").get("base_model_name_or_path") or SMOLLM2
+        base = read_config(options.adapter).get("base_model_name_or_path") or SMOLLM2
     model, tokenizer = load_pretrained(base, device=options.device)
     if options.adapter:
         load_adapter(model, options.adapter)

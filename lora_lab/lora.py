@@ -147,11 +147,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
             something that is no ``nn.Linear``, or a matched weight belongs to two modules. The
             model is then left as it was.
     """
-    if present := lora_layers(model):
-        raise ValueError(
-            f"The model already has adapters on {len(present)} layers; merge them with merge(model) "
-            "or start from a freshly loaded model."
-        )
+    check_unadapted(model)
     names = _find(model, config)
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
@@ -161,6 +157,15 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
             model, name, LoRALinear(base, config.rank, config.alpha, config.dropout, generator).train(base.training)
         )
     return names
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Raise ValueError if the model has adapters, because a second set would train on top of the first."""
+    if present := lora_layers(model):
+        raise ValueError(
+            f"The model already has adapters on {len(present)} layers; merge them with merge(model) "
+            "or start from a freshly loaded model."
+        )
 
 
 def merge(model: nn.Module) -> list[str]:

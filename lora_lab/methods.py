@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_lab.lora import LoRAConfig, inject, lora_layers
+from lora_lab.lora import LoRAConfig, check_unadapted, inject
 
 _MARK = "_lora_lab_method"
 
@@ -35,10 +35,7 @@ class Method:
             raise ValueError(
                 f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
             )
-        if layers := lora_layers(model):
-            raise ValueError(
-                f"The model already carries adapters on {len(layers)} layers; merge(model) them, or load it anew."
-            )
+        check_unadapted(model)
         self._prepare(model, seed)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")

@@ -32,6 +32,7 @@ from lora_lab.tasks import Examples, Loss, Task
 
 COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
 _CHECKPOINT = "checkpoint.safetensors"
+_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class DivergedError(RuntimeError):
@@ -220,6 +221,8 @@ def fit(
         eval_every=max(1, steps // 10) if eval_every is None else eval_every,
         eval_examples=eval_examples,
     )
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}, but it must be at least 1, or None.")
     method.prepare(model, seed)
     parameters = list(model.parameters())
     history = History(
@@ -232,25 +235,27 @@ def fit(
     optimizer = _adamw(model, method, settings)
     run = _Run(model, task, optimizer, history)
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
-    every = checkpoint_every or settings["eval_every"]
+    every = settings["eval_every"] if checkpoint_every is None else checkpoint_every
     training = model.training
     model.train()
-    with _own_randomness(run.device, seed):
-        done = _resume(run, folder)
-        with _bar(steps, done, method.name, progress) as bar:
-            if done == 0 and not history.rows:
-                bar.set_postfix_str("evaluating")
-                history.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
-                run.evaluate()
-            for step in range(done + 1, steps + 1):
-                run.step(step)
-                bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
-                if step % settings["eval_every"] == 0 or step == steps:
+    try:
+        with _own_randomness(run.device, seed):
+            done = _resume(run, folder)
+            with _bar(steps, done, method.name, progress) as bar:
+                if not history.rows:
+                    bar.set_postfix_str("evaluating")
+                    history.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
                     run.evaluate()
-                if folder is not None and (step % every == 0 or step == steps):
-                    _save_checkpoint(run, folder)
-                bar.update()
-    model.train(training)
+                for step in range(done + 1, steps + 1):
+                    run.step(step)
+                    bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
+                    if step % settings["eval_every"] == 0 or step == steps:
+                        run.evaluate()
+                    if folder is not None and (step % every == 0 or step == steps):
+                        _save_checkpoint(run, folder)
+                    bar.update()
+    finally:
+        model.train(training)
     return history
 
 
@@ -270,6 +275,7 @@ class _Run:
         batch = task.train[self.order.rows((step - 1) * settings["batch_size"], settings["batch_size"])]
         size = math.ceil(len(batch) / settings["accumulate"])
         parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
+        parts = [part for part in parts if task.counted(part)] or parts[:1]  # a mean over no target would be NaN
         counts = [task.counted(part) for part in parts]
         factor = learning_rate(step, settings["steps"], 1.0, settings["warmup"], settings["schedule"])
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
@@ -285,25 +291,29 @@ class _Run:
         row = {**dict.fromkeys(COLUMNS), "step": step, "lr": settings["lr"] * factor, "tokens": sum(counts)}
         row["train_loss"], row["grad_norm"] = float(loss), float(norm)  # waits for the device
         row["seconds"] = time.perf_counter() - started
-        if not math.isfinite(row["train_loss"]):
-            raise DivergedError(
-                f"The loss is {row['train_loss']} at step {step} (learning rate {row['lr']:.2g}), so training stops; "
-                "lower the learning rate, and load the model anew, because its weights are spoilt."
-            )
+        _stop_if_diverged("loss", row["train_loss"], row)
         self.history.rows.append(row)
 
     def evaluate(self) -> None:
         """Fill in the last row's validation and off-domain loss."""
-        settings = self.history.settings
+        settings, row = self.history.settings, self.history.rows[-1]
         for part in ("validation", "off_domain"):
-            self.history.rows[-1][f"{part}_loss"] = evaluate(
-                self.model, self.task, part, settings["batch_size"], settings["eval_examples"]
-            )
+            loss = evaluate(self.model, self.task, part, settings["batch_size"], settings["eval_examples"])
+            _stop_if_diverged(f"{part} loss", loss, row)
+            row[f"{part}_loss"] = loss
         self.history.optimizer_bytes = sum(
             value.numel() * value.element_size()
             for state in self.optimizer.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
+        )
+
+
+def _stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "
+            "lower the learning rate, and load the model anew, because its weights are spoilt."
         )
 
 
@@ -343,9 +353,9 @@ def _check(**settings: Any) -> dict[str, Any]:
         fail("schedule", "'cosine' or 'constant'")
     if not 0 <= settings["warmup"] <= settings["steps"]:
         fail("warmup", f"between 0 and steps, {settings['steps']}")
-    if settings["weight_decay"] < 0:
+    if not settings["weight_decay"] >= 0:  # written so that NaN fails too
         fail("weight_decay", "0 or more")
-    if settings["clip"] is not None and settings["clip"] <= 0:
+    if settings["clip"] is not None and not settings["clip"] > 0:
         fail("clip", "positive, or None for no clipping")
     if settings["accumulate"] > settings["batch_size"]:
         fail("accumulate", f"at most batch_size, {settings['batch_size']}")
@@ -389,8 +399,9 @@ def _bar(steps: int, done: int, label: str, progress: bool | None) -> tqdm:
 
 def _save_checkpoint(run: _Run, folder: Path) -> None:
     """One file, so that weights and history can never be of two moments."""
-    tensors = {f"parameter.{name}": p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
-    tensors |= {f"buffer.{name}": buffer for name, buffer in run.model.named_buffers()}
+    tensors = _trained(run.model)
+    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        _stop_if_diverged("weight", math.nan, run.history.rows[-1])
     for name, parameter in run.model.named_parameters():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -412,31 +423,46 @@ def _resume(run: _Run, folder: Path | None) -> int:
         with safe_open(path, framework="pt") as file:
             note = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        stored = json.loads(note["history"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        stored, frozen = json.loads(note["history"]), note["frozen"]
+        _same_run(path, asdict(run.history), stored)
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to start the run anew.") from None
-    _same_run(path, asdict(run.history), stored)
-    if note["frozen"] != _frozen_hash(run.model):
+    if frozen != _frozen_hash(run.model):
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
+    _check_tensors(path, run, tensors)
     with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            parameter.copy_(tensors[f"parameter.{name}"])
-            prefix = f"optimizer.{name}."
+        for name, value in _trained(run.model).items():
+            value.copy_(tensors[name])
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
             run.optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
+                key: tensors[f"optimizer.{name}.{key}"].to(parameter.device) for key in _ADAMW_STATE
             }
-        for name, buffer in run.model.named_buffers():
-            buffer.copy_(tensors[f"buffer.{name}"])
     torch.set_rng_state(tensors["random.cpu"])
     if run.device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
     run.history.rows = stored["rows"]
     run.history.optimizer_bytes = stored["optimizer_bytes"]
     return run.history.rows[-1]["step"]
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors that training changes, by the names they have in a checkpoint."""
+    changing = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return changing | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
+
+
+def _check_tensors(path: Path, run: _Run, tensors: dict[str, Tensor]) -> None:
+    """Everything must be there and fit before anything is changed."""
+    wanted = {name: value.shape for name, value in _trained(run.model).items()}
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            wanted |= {f"optimizer.{name}.{key}": None if key == "step" else parameter.shape for key in _ADAMW_STATE}
+    wanted["random.cpu"] = None
+    for name, shape in wanted.items():
+        if name not in tensors or (shape is not None and tensors[name].shape != shape):
+            found = f"has shape {tuple(tensors[name].shape)}, not {tuple(shape)}" if name in tensors else "is missing"
+            raise ValueError(f"{path} does not fit this model: {name} {found}; use another folder, or delete it.")
 
 
 def _same_run(path: Path, ours: dict[str, Any], stored: dict[str, Any]) -> None:

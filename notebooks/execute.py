@@ -42,6 +42,7 @@ def execute(path: Path) -> None:
     NotebookClient(
         notebook,
         timeout=600,
+        coalesce_streams=True,  # or a slow cell's output is stored in pieces that depend on the clock
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # or each kernel warns about plain TCP

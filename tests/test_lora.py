@@ -1,0 +1,584 @@
+"""LoRALinear, inject and merge against a case computed by hand, loralib's formula and the peft library."""
+
+import ast
+import copy
+import io
+import math
+import random
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lora_lab.lora
+from lora_lab import Llama, LlamaConfig, LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+
+PIXELS = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def linear(width_in, width_out, bias=True, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(width_in, width_out, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(width_in))
+    return layer
+
+
+@torch.no_grad()
+def randomise(model, seed=1, size=0.3):
+    """Give every B random numbers, so that the adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_B.copy_(torch.randn(module.lora_B.shape, generator=generator) * size)
+    return model
+
+
+def snapshot(model):
+    """Everything that a refused call must leave alone: modules, trainability, values."""
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    parameters = [
+        (name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    return modules, parameters
+
+
+def relative_error(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# The layer
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "scaling", "expected", "delta"),
+    [
+        ([[1, 2, -1]], [[2], [-3]], 3.0, [11.5, -9.0], [[6, 12, -6], [-9, -18, 9]]),
+        ([[1, 2, -1], [0, 1, 1]], [[2, 1], [-3, 0]], 1.5, [13.0, -4.5], [[3, 7.5, -1.5], [-4.5, -9, 4.5]]),
+    ],
+    ids=["rank 1", "rank 2"],
+)
+def test_two_by_three_layer_equals_what_was_computed_by_hand(A, B, scaling, expected, delta):
+    base = nn.Linear(3, 2)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, -1.0]]))
+        base.bias.copy_(torch.tensor([0.5, -1.0]))
+    layer = LoRALinear(base, rank=len(A), alpha=3.0)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.tensor(A, dtype=torch.float32))
+        layer.lora_B.copy_(torch.tensor(B, dtype=torch.float32))
+    x = torch.tensor([1.0, 1.0, 2.0])
+    assert layer.scaling == scaling
+    assert base(x).tolist() == [5.5, 0.0]
+    assert layer(x).tolist() == expected
+    assert layer.delta().tolist() == delta
+    assert layer.merged()(x).tolist() == expected
+
+
+def test_scaling_is_alpha_over_rank():
+    assert LoRALinear(linear(4, 3), rank=8, alpha=16).scaling == 2.0
+    assert LoRALinear(linear(4, 3), rank=8, alpha=2).scaling == 0.25
+
+
+def test_a_new_layer_computes_bitwise_what_its_base_does():
+    base = linear(64, 48)
+    x = torch.randn(32, 64)
+    before = base(x)
+    layer = LoRALinear(base, rank=4, alpha=16)
+    assert torch.equal(layer(x), before)
+    assert not torch.equal(randomise(layer)(x), before)
+
+
+def test_shapes_are_rank_by_in_and_out_by_rank_and_b_is_zero():
+    layer = LoRALinear(linear(64, 48), rank=4, alpha=8)
+    assert layer.lora_A.shape == (4, 64)
+    assert layer.lora_B.shape == (48, 4)
+    assert torch.equal(layer.lora_B, torch.zeros(48, 4))
+    assert "rank=4, alpha=8, scaling=2" in repr(layer)
+
+
+def test_a_is_uniform_between_plus_and_minus_one_over_the_root_of_in():
+    A = LoRALinear(linear(400, 5), rank=50, alpha=1, generator=torch.Generator().manual_seed(0)).lora_A
+    bound = 1 / math.sqrt(400)
+    assert 0.999 * bound < A.abs().max() <= bound
+    assert float(A.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    assert abs(float(A.detach().mean())) < 0.02 * bound
+
+
+def test_only_b_has_a_gradient_at_the_start_and_both_have_one_after_it_moved():
+    layer = LoRALinear(linear(64, 48), rank=4, alpha=8)
+    x = torch.randn(32, 64)
+    layer(x).square().mean().backward()
+    assert torch.equal(layer.lora_A.grad, torch.zeros(4, 64))
+    assert layer.lora_B.grad.abs().min() > 0
+    assert layer.base.weight.grad is None
+    assert layer.base.bias.grad is None
+    layer.zero_grad()
+    randomise(layer)(x).square().mean().backward()
+    assert layer.lora_A.grad.abs().min() > 0
+    assert layer.lora_B.grad.abs().min() > 0
+    assert layer.base.weight.grad is None
+
+
+def test_base_keeps_its_bits_while_the_adapters_learn():
+    model = DigitsMLP(width=16)
+    names = inject(model, LoRAConfig(rank=3, alpha=6))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(PIXELS).square().mean().backward()
+        optimizer.step()
+    after = model.state_dict()
+    for name in names:
+        assert torch.equal(after[f"{name}.base.weight"], before[f"{name}.base.weight"])
+        assert torch.equal(after[f"{name}.base.bias"], before[f"{name}.base.bias"])
+        assert not torch.equal(after[f"{name}.lora_A"], before[f"{name}.lora_A"])
+        assert not torch.equal(after[f"{name}.lora_B"], before[f"{name}.lora_B"])
+
+
+def test_delta_is_scaling_times_b_a_and_carries_no_graph():
+    layer = randomise(LoRALinear(linear(64, 48, dtype=torch.float64), rank=4, alpha=10))
+    expected = 2.5 * torch.einsum("or,ri->oi", layer.lora_B, layer.lora_A)
+    torch.testing.assert_close(layer.delta(), expected, rtol=0, atol=1e-14)
+    assert layer.delta().abs().max() > 0.1
+    assert not layer.delta().requires_grad
+    assert torch.linalg.matrix_rank(layer.delta()) == 4
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 5e-7), (torch.float64, 1e-15), (torch.bfloat16, 4e-3)],
+    ids=["float32", "float64", "bfloat16"],
+)
+def test_merged_layer_computes_the_same_and_not_what_the_base_does(dtype, tolerance, bias):
+    base = linear(64, 48, bias=bias, dtype=dtype)
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    layer = randomise(LoRALinear(base, rank=4, alpha=6))
+    before = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        plain, unmerged = layer.merged(), layer(x)
+        assert type(plain) is nn.Linear
+        assert plain.weight.dtype == dtype
+        assert (plain.bias is not None) is bias
+        assert relative_error(plain(x), unmerged) < tolerance
+        assert relative_error(plain(x), base(x)) > 0.1
+        assert torch.equal(layer(x), unmerged)
+        plain.weight.zero_()
+        if bias:
+            plain.bias.zero_()
+    assert layer.base is base
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_merged_layer_of_a_half_precision_base_is_rounded_once():
+    layer = randomise(LoRALinear(linear(64, 48, dtype=torch.bfloat16), rank=4, alpha=6))
+    exact = layer.base.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    assert relative_error(layer.merged().weight, exact) <= relative_error(exact.bfloat16(), exact) * 1.001
+
+
+def test_merged_layer_is_frozen_as_its_base_is_and_keeps_the_mode():
+    layer = LoRALinear(linear(4, 3), rank=2, alpha=2)
+    assert layer.eval().merged().training is False
+    assert layer.train().merged().training is True
+    assert not any(parameter.requires_grad for parameter in layer.merged().parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_stay_float32_under_a_half_precision_base_whose_dtype_comes_out(dtype):
+    base = linear(64, 48, dtype=dtype)
+    layer = randomise(LoRALinear(base, rank=4, alpha=6))
+    x = torch.randn(32, 64).to(dtype)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    out = layer(x)
+    assert out.dtype == dtype
+    exact = F.linear(x.double(), base.weight.double() + layer.delta().double(), base.bias.double())
+    assert relative_error(out, exact) < 4e-3
+    out.float().square().mean().backward()
+    assert layer.lora_A.grad.dtype == torch.float32
+
+
+def test_adapters_of_a_float64_base_are_float64():
+    layer = LoRALinear(linear(6, 5, dtype=torch.float64), rank=2, alpha=2)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float64
+
+
+def test_dropout_acts_in_train_mode_only_and_on_the_adapter_only():
+    base = linear(64, 48)
+    x = torch.randn(32, 64)
+    layer = randomise(LoRALinear(base, rank=4, alpha=6, dropout=0.5))
+    without = F.linear(x, base.weight + layer.delta(), base.bias)
+    layer.eval()
+    torch.testing.assert_close(layer(x), without)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    with torch.no_grad():
+        layer.lora_B.zero_()
+    assert torch.equal(layer(x), base(x))  # the base's path sees all of x
+
+
+# Against other implementations
+
+
+class LoralibLinear(nn.Linear):
+    """The formula of microsoft/LoRA's loralib.Linear, unmerged."""
+
+    def __init__(self, width_in, width_out, r, lora_alpha, lora_dropout, dtype):
+        super().__init__(width_in, width_out, dtype=dtype)
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_A = nn.Parameter(torch.zeros(r, width_in, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(width_out, r, dtype=dtype))
+        self.scaling = lora_alpha / r
+
+    def forward(self, x):
+        result = F.linear(x, self.weight, bias=self.bias)
+        return result + (self.lora_dropout(x) @ self.lora_A.T @ self.lora_B.T) * self.scaling
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_output_and_gradients_equal_loralibs_formula(dropout):
+    layer = randomise(LoRALinear(linear(64, 48, dtype=torch.float64), rank=4, alpha=7, dropout=dropout))
+    reference = LoralibLinear(64, 48, 4, 7, dropout, torch.float64)
+    reference.load_state_dict({name.removeprefix("base."): value for name, value in layer.state_dict().items()})
+    x = torch.randn(32, 64, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (layer, reference):
+        torch.manual_seed(5)  # the same entries are dropped
+        out = module(x)
+        (gradient,) = torch.autograd.grad(out.sin().sum(), x, retain_graph=True)
+        out.sin().sum().backward()
+        results.append((out, gradient, module.lora_A.grad, module.lora_B.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert theirs.abs().max() > 0.1
+    assert relative_error(results[0][0], layer.base(x)) > 0.1
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_output_and_gradients_of_a_net_equal_those_under_peft(targets):
+    import peft
+
+    ours, theirs = DigitsTransformer(seed=1), DigitsTransformer(seed=1)
+    names = inject(ours, LoRAConfig(rank=3, alpha=5, targets=targets))
+    randomise(ours)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names)
+    theirs = peft.get_peft_model(theirs, config)
+    adapted = {
+        name.removeprefix("base_model.model."): module
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert set(adapted) == set(names)
+    layers = lora_layers(ours)
+    with torch.no_grad():
+        for name, module in adapted.items():
+            module.lora_A["default"].weight.copy_(layers[name].lora_A)
+            module.lora_B["default"].weight.copy_(layers[name].lora_B)
+    out, expected = ours(PIXELS), theirs(PIXELS)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert relative_error(out, DigitsTransformer(seed=1)(PIXELS)) > 0.1
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    for name, module in adapted.items():
+        torch.testing.assert_close(layers[name].lora_A.grad, module.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layers[name].lora_B.grad, module.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-5)
+    trainable = sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    assert trainable == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+# inject
+
+
+def test_injected_llama_computes_bitwise_what_it_did(tiny_config):
+    model = Llama(tiny_config, seed=2).eval()
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids)
+    inject(model, LoRAConfig(rank=4, alpha=8, dropout=0.1))
+    assert torch.equal(model(ids), before)
+    assert not torch.equal(model.train()(ids), randomise(model)(ids))
+    assert not torch.equal(model.eval()(ids), before)
+
+
+def test_inject_returns_names_in_the_models_order_and_freezes_the_rest():
+    model = DigitsTransformer()
+    names = inject(model, LoRAConfig(rank=2, targets=["v_proj", "layers.1.up_proj", "q_proj"]))
+    assert names == ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj", "layers.1.up_proj"]
+    assert list(lora_layers(model)) == names
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{part}" for name in names for part in ("lora_A", "lora_B")}
+
+
+@pytest.mark.parametrize(("rank", "dropout", "alpha"), [(1, 0.0, 3.0), (5, 0.25, 8)])
+def test_every_layer_gets_the_configs_numbers(rank, dropout, alpha):
+    model = DigitsTransformer()
+    inject(model, LoRAConfig(rank=rank, alpha=alpha, dropout=dropout))
+    layers = lora_layers(model)
+    assert len(layers) == 14
+    for layer in layers.values():
+        assert (layer.rank, layer.alpha, layer.scaling) == (rank, alpha, alpha / rank)
+        assert getattr(layer.dropout, "p", 0.0) == dropout
+        assert layer.lora_A.shape[0] == layer.lora_B.shape[1] == rank
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(("targets", "per_rank"), [("all-linear", 305_280), (["q_proj", "v_proj"], 57_600)])
+def test_trainable_count_of_the_135m_model_is_rank_times_in_plus_out(targets, per_rank, rank):
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True))
+    sizes = {n: m.in_features + m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = inject(model, LoRAConfig(rank=rank, targets=targets))
+    assert len(names) == (210 if targets == "all-linear" else 60)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == rank * sum(sizes[name] for name in names) == rank * per_rank
+    assert all(layer.lora_A.is_meta and layer.lora_B.is_meta for layer in lora_layers(model).values())
+
+
+def test_all_linear_leaves_out_the_output_head_and_what_is_excluded(tiny_config):
+    tied = tiny_config.tie_word_embeddings
+    assert tied  # so adapting the head would raise
+    model = Llama(tiny_config)
+    every = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    without = copy.deepcopy(model)
+    assert set(inject(model, LoRAConfig())) == every - {"lm_head"}
+    names = inject(without, LoRAConfig(exclude=["down_proj", "model.layers.0.self_attn.q_proj"]))
+    expected = {name for name in every if not name.endswith("down_proj")}
+    assert set(names) == expected - {"lm_head", "model.layers.0.self_attn.q_proj"}
+
+
+def test_all_linear_takes_the_head_of_a_model_that_names_no_output_embeddings():
+    assert inject(DigitsMLP(), LoRAConfig()) == ["hidden1", "hidden2", "head"]
+    assert inject(DigitsMLP(), LoRAConfig(exclude=["head"])) == ["hidden1", "hidden2"]
+
+
+def test_a_target_matches_whole_parts_of_a_name_only():
+    model = nn.ModuleDict({"proj": nn.Linear(2, 2), "my_proj": nn.Linear(2, 2), "in": nn.ModuleDict()})
+    model["in"]["proj"] = nn.Linear(2, 2)
+    assert inject(model, LoRAConfig(targets=["proj"])) == ["proj", "in.proj"]
+
+
+def tied():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    return model
+
+
+def used_twice():
+    layer = nn.Linear(3, 3)
+    return nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(3, 3)})
+
+
+def embedded():
+    return nn.ModuleDict({"words": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+
+
+def adapted():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(targets=["hidden1"]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "says"),
+    [
+        (DigitsMLP, {"targets": ["q_proj"]}, r"'q_proj' matches no module; .*\['head', 'hidden1', 'hidden2'\]"),
+        (DigitsMLP, {"targets": ["hidden1", "hidden"]}, "'hidden' matches no module"),
+        (embedded, {"targets": ["head", "words"]}, "'words' matches 'words', a Embedding, but only nn.Linear"),
+        (DigitsTransformer, {"targets": ["layers.0"]}, "'layers.0' matches 'layers.0', a _Block"),
+        (DigitsMLP, {"exclude": ["hidden1", "hidden2", "head"]}, "DigitsMLP has no nn.Linear inside it"),
+        (lambda: nn.Sequential(nn.ReLU()), {}, "Sequential has no nn.Linear inside it"),
+        (lambda: nn.Linear(2, 2), {}, "Linear has no nn.Linear inside it"),
+        (adapted, {"targets": ["hidden2"]}, r"already has adapters on 1 layers; .*merge\(model\)"),
+        (tied, {"targets": ["b"]}, "weight of 'b' is shared"),
+        (tied, {}, "weight of 'a' is shared"),
+        (used_twice, {"targets": ["a"]}, "weight of 'a' is shared"),
+    ],
+)
+def test_inject_says_what_is_wrong_and_leaves_the_model_as_it_was(make, config, says):
+    model = make()
+    parameters = list(model.parameters())
+    if parameters:
+        parameters[-1].requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=says):
+        inject(model, LoRAConfig(**config))
+    assert snapshot(model) == before
+
+
+def test_inject_accepts_the_untied_layer_beside_tied_ones():
+    assert inject(tied(), LoRAConfig(targets=["c"])) == ["c"]
+    assert inject(used_twice(), LoRAConfig(targets=["c"])) == ["c"]
+
+
+def test_tied_head_of_a_llama_is_refused_as_a_target(tiny_config):
+    model = Llama(tiny_config)
+    with pytest.raises(ValueError, match="'lm_head' is shared"):
+        inject(model, LoRAConfig(targets=["lm_head"]))
+
+
+def test_subclasses_of_linear_are_left_alone():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 4)})
+    assert inject(model, LoRAConfig()) == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank": 0}, "rank is 0, .*at least 1"),
+        ({"rank": -2}, "rank is -2"),
+        ({"rank": 2.0}, r"rank is 2\.0, .*whole number"),
+        ({"rank": True}, "rank is True"),
+        ({"rank": "8"}, "rank is '8'"),
+        ({"alpha": 0}, "alpha is 0, .*positive"),
+        ({"alpha": -1.0}, r"alpha is -1\.0"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"alpha": math.inf}, "alpha is inf"),
+        ({"dropout": -0.1}, r"dropout is -0\.1, .*\[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout is 1\.0"),
+        ({"dropout": math.nan}, "dropout is nan"),
+        ({"targets": "q_proj"}, r"write \['q_proj'\]"),
+        ({"targets": []}, "targets is empty"),
+        ({"targets": ()}, "targets is empty"),
+        ({"exclude": "head"}, r"write \['head'\]"),
+    ],
+)
+def test_config_says_which_value_is_out_of_range(values, says):
+    with pytest.raises(ValueError, match=says):
+        LoRAConfig(**values)
+    if "targets" not in values and "exclude" not in values:
+        with pytest.raises(ValueError, match=says):
+            LoRALinear(nn.Linear(3, 2), **({"rank": 1, "alpha": 1.0} | values))
+
+
+def test_a_repeats_by_seed_and_differs_between_layers():
+    def drawn(seed):
+        model = DigitsTransformer()
+        inject(model, LoRAConfig(rank=2), seed=seed)
+        return adapter_state(model)
+
+    first, again, other = drawn(3), drawn(3), drawn(4)
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value, other[name]) is name.endswith("lora_B")
+    assert not torch.equal(first["layers.0.q_proj.lora_A"], first["layers.0.k_proj.lora_A"])
+
+
+def test_inject_leaves_all_global_generators_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    inject(DigitsMLP(), LoRAConfig(dropout=0.5), seed=9)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+
+
+def test_inject_and_merge_keep_each_layers_mode():
+    model = DigitsMLP().train()
+    model.hidden2.eval()
+    inject(model, LoRAConfig(dropout=0.5))
+    assert [layer.training for layer in lora_layers(model).values()] == [True, False, True]
+    assert model.hidden1.dropout.training is True
+    assert model.hidden2.dropout.training is False
+    merge(model)
+    assert [model.hidden1.training, model.hidden2.training, model.head.training] == [True, False, True]
+
+
+def test_adapters_are_where_the_wrapped_layer_is():
+    model = DigitsMLP()
+    model.hidden2.to("meta")
+    inject(model, LoRAConfig())
+    assert model.hidden2.lora_A.is_meta
+    assert model.hidden2.lora_B.is_meta
+    assert model.hidden1.lora_A.device.type == model.head.lora_B.device.type == "cpu"
+
+
+# merge, adapter_state, copies
+
+
+def test_merged_model_computes_the_same_and_not_what_it_did_before_training():
+    model = DigitsTransformer(seed=4).double()
+    base = copy.deepcopy(model)
+    pixels = PIXELS.double()
+    names = inject(model, LoRAConfig(rank=3, alpha=5))
+    randomise(model)
+    unmerged = model(pixels)
+    assert merge(model) == names
+    assert relative_error(model(pixels), unmerged) < 1e-14
+    assert relative_error(model(pixels), base(pixels)) > 0.1
+    assert lora_layers(model) == {}
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in base.state_dict().items()
+    }
+    assert inject(model, LoRAConfig(rank=3)) == names  # a merged model can be adapted again
+
+
+def test_merge_and_adapter_state_of_a_model_without_adapters_say_so():
+    for function in (merge, adapter_state):
+        with pytest.raises(ValueError, match="no adapters; call inject"):
+            function(DigitsMLP())
+
+
+def test_adapter_state_holds_copies_of_every_a_and_b():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(rank=2, targets=["head", "hidden1"]))
+    randomise(model)
+    state = adapter_state(model)
+    assert list(state) == ["hidden1.lora_A", "hidden1.lora_B", "head.lora_A", "head.lora_B"]
+    for name, value in state.items():
+        assert torch.equal(value, model.get_parameter(name))
+        assert not value.requires_grad
+        value.zero_()
+        assert model.get_parameter(name).abs().max() > 0
+
+
+def test_state_dict_names_base_a_and_b():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(rank=2, dropout=0.1, targets=["hidden1"]))
+    assert list(model.state_dict()) == [
+        *(f"hidden1.{name}" for name in ("lora_A", "lora_B", "base.weight", "base.bias")),
+        *(f"{layer}.{name}" for layer in ("hidden2", "head") for name in ("weight", "bias")),
+    ]
+
+
+def test_deep_copy_is_equal_and_independent():
+    model = DigitsMLP(seed=2)
+    inject(model, LoRAConfig(rank=2, alpha=3))
+    randomise(model)
+    twin = copy.deepcopy(model)
+    before = model(PIXELS)
+    assert torch.equal(twin(PIXELS), before)
+    with torch.no_grad():
+        twin.hidden1.lora_B.add_(1.0)
+        twin.hidden2.base.weight.add_(1.0)
+    assert not torch.equal(twin(PIXELS), before)
+    assert torch.equal(model(PIXELS), before)
+
+
+# One sitting
+
+
+def test_lora_py_is_under_150_lines_of_code():
+    source = Path(lora_lab.lora.__file__).read_text(encoding="utf-8")
+    prose = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            prose.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            code.update(range(token.start[0], token.end[0] + 1))
+    assert 50 < len(code - prose) < 150

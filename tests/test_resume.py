@@ -1,0 +1,417 @@
+"""A run that is stopped at any moment and started again ends, bit for bit, where one that was not stopped ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import FullFineTuning, LoRA, PartialFineTuning, fit
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.tasks import Examples, Task
+from lora_lab.train import DivergedError
+
+CHECKPOINT = "checkpoint.safetensors"
+STEPS, EVERY = 9, 2  # batches of 4 from 10 examples: nine steps cross three ends of an epoch
+
+
+class Normed(nn.Module):
+    """A net with buffers that change in training, and with dropout."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.hidden, self.norm = nn.Linear(64, width), nn.BatchNorm1d(width)
+            self.dropout, self.head = nn.Dropout(0.2), nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.dropout(F.relu(self.norm(self.hidden(x)))))
+
+
+KINDS = {
+    "lora": (lambda: DigitsTransformer(width=16, layers=1, heads=2), LoRA(rank=2, alpha=6, dropout=0.2)),
+    "full": (Normed, FullFineTuning()),
+    "lora on batch norm": (Normed, LoRA(rank=2, dropout=0.2)),
+    "partial": (Normed, PartialFineTuning(("head",))),
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a run."""
+
+
+def task(loss=None, shift=0.0):
+    def part(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(n, 64, generator=generator) + shift
+        return Examples(inputs, torch.randint(0, 10, (n,), generator=generator))
+
+    return Task("small", part(10, 0), part(5, 1), part(5, 2), part(5, 3), **({"loss": loss} if loss else {}))
+
+
+def stopping(step=None, calls=None):
+    """A loss that ends the run in the forward pass of one training step, and notes each training step."""
+    calls = calls if calls is not None else []
+
+    def loss(model, inputs, targets):
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if len(calls) == step:
+                raise Stopped
+        return F.cross_entropy(model(inputs), targets)
+
+    return loss
+
+
+def run(kind, folder=None, loss=None, model=None, method=None, **options):
+    make, usual = KINDS[kind]
+    model = model if model is not None else make()
+    options = {"steps": STEPS, "lr": 0.01, "batch_size": 4, "eval_every": 3, "checkpoint_every": EVERY} | options
+    data = options.pop("task", None) or task(loss or stopping())
+    return model, fit(model, data, method or usual, checkpoint_dir=folder, **options)
+
+
+def interrupt(kind, folder, step, **options):
+    with pytest.raises(Stopped):
+        run(kind, folder, stopping(step), **options)
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_end(one, other):
+    (model, history), (twin, again) = one, other
+    assert without_seconds(history.rows) == without_seconds(again.rows)
+    assert (history.method, history.settings, history.task) == (again.method, again.settings, again.task)
+    assert history.optimizer_bytes == again.optimizer_bytes > 0
+    state, twins = model.state_dict(), twin.state_dict()
+    assert state.keys() == twins.keys()
+    assert [name for name in state if not torch.equal(state[name], twins[name])] == []
+
+
+# Stopped by an exception, at every step
+
+
+@ALL
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_within_any_step_ends_bit_identical(tmp_path, kind, step):
+    interrupt(kind, tmp_path, step)
+    calls = []
+    torch.manual_seed(step)  # what happened outside must not matter
+    resumed = run(kind, tmp_path, stopping(calls=calls))
+    assert len(calls) == STEPS - (step - 1) // EVERY * EVERY  # it went on, and did not begin anew
+    assert_same_end(resumed, run(kind))
+
+
+@ALL
+def test_a_run_stopped_again_and_again_ends_bit_identical(tmp_path, kind):
+    for step in (3, 3, 1, 4):  # counted from each start
+        interrupt(kind, tmp_path, step)
+    assert_same_end(run(kind, tmp_path), run(kind))
+
+
+@ALL
+def test_checkpoints_change_nothing_in_an_uninterrupted_run(tmp_path, kind):
+    assert_same_end(run(kind, tmp_path, checkpoint_every=1), run(kind))
+
+
+def test_ends_of_runs_differ_where_their_seeds_do():
+    with pytest.raises(AssertionError):
+        assert_same_end(run("lora"), run("lora", seed=1))
+
+
+def test_dropout_and_batch_statistics_take_part():
+    model, _ = run("full")
+    assert model.norm.num_batches_tracked == STEPS
+    assert (model.norm.running_mean - Normed().norm.running_mean).abs().min() > 1e-4
+    plain = LoRA(rank=2, alpha=6)
+    assert run("lora")[1].rows[2]["train_loss"] != run("lora", method=plain)[1].rows[2]["train_loss"]
+
+
+def test_buffers_come_back_from_the_checkpoint(tmp_path):
+    whole = load_after(tmp_path / "whole", "full")
+    interrupt("full", tmp_path / "cut", 6)
+    cut = load_file(tmp_path / "cut" / CHECKPOINT)
+    assert cut["buffer.norm.num_batches_tracked"] == 4
+    assert whole["buffer.norm.num_batches_tracked"] == STEPS
+    assert not torch.equal(cut["buffer.norm.running_var"], whole["buffer.norm.running_var"])
+
+
+def load_after(folder, kind):
+    run(kind, folder)
+    return load_file(folder / CHECKPOINT)
+
+
+@ALL
+def test_a_finished_run_returns_at_once_with_the_same_history(tmp_path, kind):
+    model, history = run(kind, tmp_path)
+    calls = []
+    again, same = run(kind, tmp_path, stopping(1, calls))  # one training step would raise
+    assert calls == []
+    assert same == history  # seconds too
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    assert again.training is model.training is True
+
+
+def test_how_often_checkpoints_are_written_may_change(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    assert_same_end(run("lora", tmp_path, checkpoint_every=5), run("lora"))
+
+
+# Killed
+
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # the first step of an optimiser imports it, which takes a second
+
+sys.path.insert(0, sys.argv[1])
+import test_resume as here
+from lora_lab import train
+
+kind = sys.argv[2]
+
+
+def child(folder, point, at):
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def loss(model, inputs, targets):
+        value = here.F.cross_entropy(model(inputs), targets)
+        within = "within the step" if torch.is_grad_enabled() else "within the evaluation"
+        if point == within and steps[-1] == at:
+            die()
+        return value
+
+    def step(run, number):
+        steps.append(number)
+        original_step(run, number)
+        if point == "after the step" and number == at:
+            die()
+
+    def save_file(tensors, path, metadata):
+        original_save(tensors, path, metadata=metadata)
+        if point == "within the writing" and steps[-1] == at:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) * 2 // 3])
+            die()
+
+    def save_checkpoint(run, target):
+        original_checkpoint(run, target)
+        if point == "after the writing" and steps[-1] == at:
+            die()
+
+    steps = [0]
+    original_step, original_save, original_checkpoint = train._Run.step, train.save_file, train._save_checkpoint
+    train._Run.step, train.save_file, train._save_checkpoint = step, save_file, save_checkpoint
+    model, history = here.run(kind, folder, loss)
+    history.save(folder / "history.json")
+    original_save(model.state_dict(), folder / "model.safetensors")
+    (folder / "steps.json").write_text(json.dumps(steps[1:]))
+
+
+for line in sys.stdin:  # each line starts one process, which needs no imports of its own
+    process = os.fork()
+    if process == 0:
+        folder, point, at = json.loads(line)
+        child(Path(folder), point, at)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def start():
+    """Runs the training in a process of its own, ended at the point that is asked for; returns the exit status."""
+    servers = {}
+
+    def server(kind):
+        if kind not in servers:
+            command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), kind]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            servers[kind] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+        return servers[kind]
+
+    def run_apart(kind, folder, point="never", at=0):
+        folder.mkdir(exist_ok=True)
+        process = server(kind)
+        print(json.dumps([str(folder), point, at]), file=process.stdin, flush=True)
+        return int(process.stdout.readline())
+
+    yield run_apart
+    for process in servers.values():
+        process.stdin.close()
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+def rows_in(folder):
+    """The rows of the folder's checkpoint, after reading all of it."""
+    if not (folder / CHECKPOINT).exists():
+        return []
+    assert load_file(folder / CHECKPOINT)
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        return json.loads(file.metadata()["history"])["rows"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_killed_at_one_point_after_another_ends_bit_identical(start, tmp_path, kind):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(kind, whole) == 0
+    expected = without_seconds(rows_in(whole))
+    assert [row["step"] for row in expected] == list(range(STEPS + 1))
+    kills = [
+        ("within the step", 2, 0),
+        ("within the writing", 2, 0),
+        ("after the step", 3, 2),
+        ("within the evaluation", 6, 4),
+        ("within the writing", 6, 4),
+        ("after the writing", 6, 6),
+        ("within the step", 9, 8),
+    ]
+    for point, at, stored in kills:
+        assert start(kind, cut, point, at) == -signal.SIGKILL
+        found = without_seconds(rows_in(cut))
+        assert found == (expected[: stored + 1] if stored else []), f"killed {point} {at}"
+    assert start(kind, cut) == 0
+    assert json.loads((whole / "steps.json").read_text()) == list(range(1, STEPS + 1))
+    assert json.loads((cut / "steps.json").read_text()) == [STEPS]
+    assert without_seconds(rows_in(cut)) == expected
+    ends = [load_file(folder / "model.safetensors") for folder in (whole, cut)]
+    checkpoints = [load_file(folder / CHECKPOINT) for folder in (whole, cut)]  # optimiser and random state too
+    for one, other in (ends, checkpoints):
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (whole, cut)]
+    assert [without_seconds(history.pop("rows")) for history in histories] == [expected, expected]
+    assert histories[0] == histories[1]
+
+
+# What a checkpoint holds, and which ones are refused
+
+
+def test_a_checkpoint_is_one_safetensors_file_with_json_and_no_pickle(tmp_path):
+    run("lora", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    content = (tmp_path / CHECKPOINT).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    note = header.pop("__metadata__")
+    assert json.loads(note["history"])["rows"][-1]["step"] == STEPS
+    assert {name.split(".")[0] for name in header} == {"parameter", "optimizer", "random"}
+    assert all(entry["dtype"] in ("F32", "U8") for entry in header.values())
+    trained = {name for name in header if name.startswith("parameter.")}
+    assert len(trained) == 2 * 8
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)  # the frozen base is not stored
+
+
+def test_the_folder_is_made(tmp_path):
+    run("lora", tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder" / CHECKPOINT).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lr": 0.02}, "settings's lr is 0.01, not 0.02"),
+        ({"seed": 1}, "settings's seed is 0, not 1"),
+        ({"steps": 12}, "settings's steps is 9, not 12"),
+        ({"batch_size": 5}, "settings's batch_size is 4, not 5"),
+        ({"accumulate": 2}, "settings's accumulate is 1, not 2"),
+        ({"clip": None}, "settings's clip is 1.0, not None"),
+        ({"schedule": "constant"}, "settings's schedule is 'cosine', not 'constant'"),
+        ({"weight_decay": 0.1}, r"settings's weight_decay is 0\.0, not 0\.1"),
+        ({"method": LoRA(rank=3, alpha=6, dropout=0.2)}, "method's rank is 2, not 3"),
+        ({"method": LoRA(rank=2, alpha=6, dropout=0.3)}, r"method's dropout is 0\.2, not 0\.3"),
+        ({"method": LoRA(rank=2, alpha=6, dropout=0.2, targets=["q_proj"])}, "method's targets is 'all-linear', not"),
+        ({"method": FullFineTuning()}, "method's name is 'lora', not 'full'"),
+        ({"task": task(stopping(), shift=0.5)}, "task's fingerprint is"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_told_apart(tmp_path, options, says):
+    interrupt("lora", tmp_path, 6)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match=rf"of another run: its {says}"):
+        run("lora", tmp_path, **options)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_targets_given_as_a_tuple_are_the_same_run(tmp_path):
+    method = LoRA(rank=2, targets=("q_proj", "v_proj"))
+    interrupt("lora", tmp_path, 6, method=method)
+    assert_same_end(run("lora", tmp_path, method=method), run("lora", method=method))
+
+
+def test_an_adapters_checkpoint_is_refused_on_other_frozen_weights(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    with pytest.raises(ValueError, match="other frozen weights"):
+        run("lora", tmp_path, model=DigitsTransformer(width=16, layers=1, heads=2, seed=1))
+    changed = DigitsTransformer(width=16, layers=1, heads=2)
+    with torch.no_grad():
+        changed.norm.bias[3] += 1e-6
+    with pytest.raises(ValueError, match="other frozen weights"):
+        run("lora", tmp_path, model=changed)
+
+
+@pytest.mark.parametrize(("stored", "width"), [(16, 24), (16, 1), (1, 16)])
+def test_a_checkpoint_of_a_model_of_another_shape_is_refused(tmp_path, stored, width):
+    interrupt("full", tmp_path, 6, model=Normed(width=stored))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        run("full", tmp_path, model=Normed(width=width))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        run("full", tmp_path, model=DigitsMLP())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
+    interrupt("lora", tmp_path, 6)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to start the run anew"):
+        run("lora", tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    run("lora", tmp_path)
+
+
+@pytest.mark.parametrize("note", [None, {}, {"history": "{"}, {"history": "[1]"}, {"frozen": ""}])
+def test_another_file_in_the_checkpoints_place_is_refused(tmp_path, note):
+    save_file({"parameter.x": torch.zeros(2)}, tmp_path / CHECKPOINT, metadata=note)
+    with pytest.raises(ValueError, match=r"damaged|another run"):
+        run("lora", tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["parameter.head.lora_B", "random.cpu", "optimizer.head.lora_A.exp_avg"])
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path, lost):
+    interrupt("lora", tmp_path, 6)
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        note = file.metadata()
+    tensors = load_file(tmp_path / CHECKPOINT)
+    del tensors[lost]
+    save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
+    with pytest.raises(ValueError, match=rf"checkpoint\.safetensors.*{lost}"):
+        run("lora", tmp_path)
+
+
+def test_a_diverged_run_leaves_the_last_good_checkpoint(tmp_path):
+    interrupt("lora", tmp_path, 4)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def loss(model, inputs, targets):
+        return model(inputs).sum() * float("nan")
+
+    with pytest.raises(DivergedError, match="at step 3 "):
+        run("lora", tmp_path, loss)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before

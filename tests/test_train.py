@@ -1,0 +1,642 @@
+"""fit: against an AdamW written out by hand, and what it promises on seeds, modes, schedules and errors."""
+
+import copy
+import io
+import itertools
+import json
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import FullFineTuning, History, Llama, LoRA, PartialFineTuning, evaluate, fit
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import IGNORE, Examples, Task, digits, mean_squared_error, planted
+from lora_lab.train import COLUMNS, DivergedError, learning_rate, training_step
+
+
+def examples(n, features, classes, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, features, generator=generator, dtype=dtype)
+    return Examples(inputs, torch.randint(0, classes, (n,), generator=generator))
+
+
+def small_task(n_train=12, dtype=torch.float32, loss=None):
+    """Random numbers in the shape of the digits."""
+    parts = {"train": (n_train, 0), "validation": (7, 1), "test": (4, 2), "off_domain": (5, 3)}
+    parts = {part: examples(n, 64, 10, seed, dtype) for part, (n, seed) in parts.items()}
+    return Task("small", **parts, **({"loss": loss} if loss else {}))
+
+
+def double_cross_entropy(model, inputs, targets):
+    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), ignore_index=IGNORE)
+
+
+def losses(history):
+    return [(row["train_loss"], row["validation_loss"], row["off_domain_loss"]) for row in history.rows]
+
+
+def run(method=None, model=None, task=None, **options):
+    model = model or DigitsMLP(width=16)
+    options = {"steps": 6, "lr": 0.01, "batch_size": 4} | options
+    return model, fit(model, task or small_task(), method or FullFineTuning(), **options)
+
+
+# Repeatability
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2, dropout=0.3)], ids=["full", "lora"])
+def test_same_seed_same_losses_bit_for_bit_and_another_seed_others(method):
+    (first, history), (again, twin), (_, other) = (run(method, seed=seed) for seed in (5, 5, 6))
+    assert losses(history) == losses(twin)
+    assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+    assert losses(history)[1:] != losses(other)[1:]
+    assert losses(history)[0] == losses(other)[0]  # the same model before training
+
+
+def test_result_does_not_depend_on_the_global_generators():
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        results.append(losses(run(LoRA(rank=2, dropout=0.3))[1]))
+    assert results[0] == results[1]
+
+
+def test_fit_leaves_all_global_generators_as_they_were():
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    run(LoRA(rank=2, dropout=0.3))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+
+
+def test_generators_are_put_back_after_an_error_too():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with pytest.raises(DivergedError):
+        run(lr=1e30, warmup=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_is_really_drawn():
+    plain, dropped = (losses(run(LoRA(rank=2, dropout=p))[1]) for p in (0.0, 0.5))
+    assert plain[0] == dropped[0]
+    assert plain[2:] != dropped[2:]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_trains_in_train_mode_is_evaluated_in_eval_mode_and_ends_as_it_came(training):
+    seen = []
+
+    def loss(model, inputs, targets):
+        seen.append((model.training, model.hidden1.training, torch.is_grad_enabled()))
+        return F.cross_entropy(model(inputs), targets)
+
+    model = DigitsMLP(width=16).train(training)
+    fit(model, small_task(loss=loss), FullFineTuning(), steps=1, lr=0.01, batch_size=8)
+    evaluation, step = (False, False, False), (True, True, True)
+    assert seen == [evaluation, evaluation, step, evaluation, evaluation]
+    assert model.training is model.hidden1.training is training
+
+
+def test_model_ends_as_it_came_after_an_error_too():
+    model = DigitsMLP(width=16).eval()
+    with pytest.raises(DivergedError):
+        run(model=model, lr=1e30, warmup=0)
+    assert model.training is False
+
+
+def test_every_epoch_sees_each_example_once_in_an_order_of_its_own():
+    def orders(seed):
+        seen = []
+
+        def loss(model, inputs, targets):
+            if torch.is_grad_enabled():
+                seen.extend(inputs[:, 0].tolist())
+            return F.cross_entropy(model(inputs), targets)
+
+        run(task=small_task(n_train=10, loss=loss), steps=8, batch_size=4, seed=seed)  # 32 examples: 3 epochs and 2
+        return [seen[i : i + 10] for i in range(0, 30, 10)]
+
+    first = orders(0)
+    everything = sorted(small_task(n_train=10).train.inputs[:, 0].tolist())
+    assert all(sorted(epoch) == everything for epoch in first)
+    assert len({tuple(epoch) for epoch in (*first, *orders(1))}) == 6
+    assert orders(0) == first
+
+
+# The numbers
+
+
+def adamw_by_hand(model, task, steps, peak, warmup, schedule, decay, clip):
+    """AdamW over the whole training part at once, as Loshchilov and Hutter write it, in plain tensors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+    rows = []
+    for t in range(1, steps + 1):
+        if t <= warmup:
+            lr = peak * t / warmup
+        else:
+            done = (t - 1 - warmup) / (steps - warmup)
+            lr = peak * (1 if schedule == "constant" else (1 + math.cos(math.pi * done)) / 2)
+        loss = task.loss(model, task.train.inputs, task.train.targets)
+        gradients = torch.autograd.grad(loss, trained)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        with torch.no_grad():
+            for p, g, m, v in zip(trained, gradients, first, second, strict=True):
+                g = g * factor
+                m.copy_(0.9 * m + 0.1 * g)
+                v.copy_(0.999 * v + 0.001 * g * g)
+                p -= lr * decay * p
+                p -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        rows.append((loss.item(), norm, lr))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (FullFineTuning(), {"schedule": "cosine", "warmup": 3, "weight_decay": 0.0, "clip": 1.0}),
+        (FullFineTuning(), {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1, "clip": 0.2}),
+        (LoRA(rank=2, alpha=6), {"schedule": "cosine", "warmup": 0, "weight_decay": 0.1, "clip": 0.05}),
+        (LoRA(rank=2, alpha=6), {"schedule": "constant", "warmup": 4, "weight_decay": 0.0, "clip": None}),
+        (PartialFineTuning(("head",)), {"schedule": "cosine", "warmup": 10, "weight_decay": 0.5, "clip": None}),
+    ],
+    ids=["full", "full, clipped and decayed", "lora, clipped and decayed", "lora, constant", "partial, warm-up only"],
+)
+def test_trajectory_equals_adamw_written_by_hand(method, options):
+    task = small_task(dtype=torch.float64, loss=double_cross_entropy)
+    ours, reference = DigitsMLP(width=16).double(), DigitsMLP(width=16).double()
+    start = copy.deepcopy(ours.state_dict())
+    history = fit(ours, task, method, steps=10, lr=0.02, batch_size=12, seed=4, **options)
+    method.prepare(reference, seed=4)
+    expected = adamw_by_hand(
+        reference,
+        task,
+        10,
+        0.02,
+        options["warmup"],
+        options["schedule"],
+        options["weight_decay"],
+        options["clip"],
+    )
+    found = [(row["train_loss"], row["grad_norm"], row["lr"]) for row in history.rows[1:]]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=0, atol=1e-12)
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert all((ours.get_parameter(name) - start[name]).abs().max() > 1e-3 for name in trained & start.keys())
+    if options["clip"]:
+        assert (max(norm for _, norm, _ in expected) > options["clip"]) is (options["clip"] < 1)
+
+
+def test_weight_decay_pulls_an_adapter_towards_the_pre_trained_weights():
+    def update(decay):
+        model, _ = run(LoRA(rank=2), steps=40, weight_decay=decay, schedule="constant")
+        return float(model.hidden1.delta().norm())
+
+    assert 0 < update(5.0) < 0.9 * update(0.0)
+
+
+def linear_step(clip, weights=(1.0,), batches=None):
+    """One step of plain gradient descent at rate 1, so that the weights move by the gradient."""
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        model.bias.fill_(0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    inputs = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    targets = torch.zeros(2, 2, dtype=torch.float64)
+    batches = batches or [(inputs, targets)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss, norm = training_step(model, mean_squared_error, batches, weights, optimizer, clip)
+    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    return loss.item(), norm.item(), float(moved.norm())
+
+
+def test_a_step_clips_the_gradient_to_the_norm_and_none_leaves_it():
+    # h = (3.1, 3.1) and (1.1, 1.1); the loss is the mean of their squares; dW = mean over 4 of 2 h x.
+    expected_loss = (3.1**2 + 1.1**2) / 2
+    row = [(3.1 * a + 1.1 * b) / 2 for a, b in [(1, 0), (2, 1), (3, 1), (1, 1)]]
+    expected_norm = math.sqrt(2 * sum(value**2 for value in row))
+    for clip, moves in ((None, expected_norm), (100.0, expected_norm), (0.5, 0.5), (0.01, 0.01)):
+        loss, norm, moved = linear_step(clip)
+        assert loss == pytest.approx(expected_loss, rel=1e-12)
+        assert norm == pytest.approx(expected_norm, rel=1e-12)  # as it was before clipping
+        assert moved == pytest.approx(moves, rel=1e-4 if clip == 0.01 else 1e-5)
+
+
+def test_a_step_sums_the_gradients_of_its_micro_batches_by_weight():
+    batches = [
+        (torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)),
+        (torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)),
+    ]
+    assert linear_step(None, (0.5, 0.5), batches) == pytest.approx(linear_step(None), rel=1e-12)
+    assert linear_step(None, (0.9, 0.1), batches) != pytest.approx(linear_step(None), rel=1e-2)
+
+
+class Tokens(nn.Module):
+    """Predicts the next token from the present one, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+        generator = torch.Generator().manual_seed(0)
+        self.double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, ids):
+        return self.head(self.words(ids))
+
+
+def token_task(empty_row=False, loss=double_cross_entropy):
+    """Six rows of seven tokens, of which 1 to 6 count (in ``empty_row``, the first counts none)."""
+    ids = torch.randint(0, 11, (6, 7), generator=torch.Generator().manual_seed(2))
+    targets = ids.roll(-1, dims=1)
+    for row in range(6):
+        targets[row, row + 1 :] = IGNORE
+    if empty_row:
+        targets[0] = IGNORE
+    part = Examples(ids, targets)
+    return Task("tokens", part, part, part, part, loss, unit="tokens")
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2, alpha=3)], ids=["full", "lora"])
+@pytest.mark.parametrize("accumulate", [2, 3, 5, 6])
+def test_accumulation_changes_no_result_although_micro_batches_count_unequally(method, accumulate):
+    results = []
+    for k in (1, accumulate):
+        model = Tokens()
+        history = fit(model, token_task(), method, steps=6, lr=0.05, batch_size=6, accumulate=k, clip=0.5)
+        results.append((model.state_dict(), [(row["train_loss"] or 0, row["tokens"]) for row in history.rows]))
+    (state, rows), (accumulated, rows_accumulated) = results
+    np.testing.assert_allclose(rows, rows_accumulated, rtol=0, atol=1e-10)
+    assert rows[1][1] == 1 + 2 + 3 + 4 + 5 + 6
+    for name, value in state.items():
+        torch.testing.assert_close(value, accumulated[name], rtol=0, atol=1e-10)
+    trained = "head.weight" if method.name == "full" else "head.lora_B"
+    assert (state[trained] - Tokens().state_dict().get(trained, torch.zeros(()))).abs().max() > 1e-2
+
+
+def test_accumulation_really_computes_in_micro_batches():
+    sizes = []
+
+    def loss(model, inputs, targets):
+        if torch.is_grad_enabled():
+            sizes.append(len(inputs))
+        return double_cross_entropy(model, inputs, targets)
+
+    fit(Tokens(), token_task(loss=loss), FullFineTuning(), steps=1, lr=0.05, batch_size=5, accumulate=2)
+    assert sizes == [3, 2]
+
+
+@pytest.mark.parametrize("accumulate", [2, 6])
+def test_a_micro_batch_without_a_counted_target_changes_no_result(accumulate):
+    results = []
+    for k in (1, accumulate):
+        model = Tokens()
+        fit(model, token_task(empty_row=True), FullFineTuning(), steps=3, lr=0.05, batch_size=6, accumulate=k)
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_learning_rate_rises_in_a_line_and_then_falls_or_stays(schedule):
+    rates = [learning_rate(step, 20, 0.5, 4, schedule) for step in range(1, 21)]
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert rates[4] == 0.5
+    if schedule == "constant":
+        assert rates[4:] == [0.5] * 16
+    else:
+        assert rates[12] == pytest.approx(0.25)  # half of the way down
+        assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+        assert 0 < rates[-1] == pytest.approx(0.25 * (1 + math.cos(math.pi * 15 / 16)))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (5, 0), (5, 5)])
+def test_learning_rate_is_positive_and_at_most_the_peak_at_the_ends(schedule, steps, warmup):
+    rates = [learning_rate(step, steps, 1.0, warmup, schedule) for step in range(1, steps + 1)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert max(rates) == 1.0
+    if warmup == 0:
+        assert rates[0] == 1.0
+
+
+def test_warm_up_is_a_tenth_of_the_steps_unless_told():
+    _, history = run(steps=20, lr=0.01)
+    assert [row["lr"] for row in history.rows[1:4]] == pytest.approx([0.005, 0.01, 0.01])
+    assert history.settings["warmup"] == 2
+
+
+# evaluate
+
+
+@torch.no_grad()
+def test_evaluation_weighs_batches_by_the_targets_that_count():
+    model, task = Tokens(), token_task()
+    logits = model(task.validation.inputs)
+    flat = F.cross_entropy(logits.flatten(0, 1), task.validation.targets.flatten(), reduction="none")
+    counted = task.validation.targets.flatten() != IGNORE
+    expected = float(flat[counted].mean())
+    for batch_size in (1, 2, 4, 6, 100):
+        assert evaluate(model, task, "validation", batch_size) == pytest.approx(expected, rel=1e-12)
+    rows = [float(flat.view(6, 7)[i][counted.view(6, 7)[i]].mean()) for i in range(6)]
+    assert sum(rows) / 6 != pytest.approx(expected, rel=1e-3)
+
+
+def test_evaluation_of_a_batch_without_counted_targets_does_not_spoil_the_mean():
+    model, task = Tokens(), token_task(empty_row=True)
+    assert evaluate(model, task, "train", 1) == pytest.approx(evaluate(model, task, "train", 6), rel=1e-12)
+    assert math.isnan(evaluate(model, task, "train", 1, limit=1))
+
+
+def test_evaluation_takes_only_as_many_examples_as_asked():
+    model, task = DigitsMLP(width=16), small_task()
+    first = Examples(task.test.inputs[:3], task.test.targets[:3])
+    expected = float(task.loss(model, first.inputs, first.targets))
+    assert evaluate(model, task, "test", batch_size=2, limit=3) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(model, task, "test", batch_size=2) != pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_ignores_dropout_and_keeps_mode_and_gradients(training):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10)).train(training)
+    results = {evaluate(model, small_task(), "validation") for _ in range(3)}
+    assert len(results) == 1
+    assert model.training is model[1].training is training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluation_names_the_parts_there_are():
+    with pytest.raises(ValueError, match=r"part is 'valid'.*\['train', 'validation', 'test', 'off_domain'\]"):
+        evaluate(DigitsMLP(), small_task(), "valid")
+
+
+# History
+
+
+def test_history_has_a_row_for_the_model_before_training_and_one_for_each_step():
+    model = DigitsMLP(width=16)
+    task = small_task()
+    before = {part: evaluate(model, task, part) for part in ("validation", "off_domain")}
+    _, history = run(model=model, task=task, steps=7, eval_every=3, batch_size=8)
+    assert [row["step"] for row in history.rows] == list(range(8))
+    assert all(set(row) == set(COLUMNS) for row in history.rows)
+    first = history.rows[0]
+    assert (first["validation_loss"], first["off_domain_loss"]) == (before["validation"], before["off_domain"])
+    assert (first["train_loss"], first["lr"], first["grad_norm"], first["tokens"]) == (None, None, None, 0)
+    evaluated = [row["step"] for row in history.rows if row["validation_loss"] is not None]
+    assert evaluated == [row["step"] for row in history.rows if row["off_domain_loss"] is not None] == [0, 3, 6, 7]
+    assert history.rows[-1]["validation_loss"] == evaluate(model, task, "validation")
+    assert all(row["seconds"] > 0 and row["tokens"] == 8 for row in history.rows[1:])
+
+
+def test_history_counts_tokens_that_count():
+    history = fit(Tokens(), token_task(), FullFineTuning(), steps=2, lr=0.01, batch_size=6)
+    assert [row["tokens"] for row in history.rows] == [0, 21, 21]
+    assert history.task["unit"] == "tokens"
+
+
+def test_evaluations_are_a_tenth_of_the_steps_apart_unless_told_and_take_as_many_examples_as_asked():
+    model, task = DigitsMLP(width=16), small_task()
+    _, history = run(model=model, task=task, steps=20, eval_examples=3, batch_size=8)
+    assert [row["step"] for row in history.rows if row["validation_loss"] is not None] == list(range(0, 21, 2))
+    assert history.rows[-1]["validation_loss"] == evaluate(model, task, "validation", limit=3)
+    assert history.rows[-1]["validation_loss"] != evaluate(model, task, "validation")
+
+
+@pytest.mark.parametrize(("method", "trainable"), [(FullFineTuning(), 1482), (LoRA(rank=2), 2 * (80 + 32 + 26))])
+def test_history_counts_parameters_and_the_optimisers_bytes(method, trainable):
+    model, history = run(method)
+    tensors = len([p for p in model.parameters() if p.requires_grad])
+    assert history.trainable_parameters == trainable
+    assert history.total_parameters == 1482 + (0 if trainable == 1482 else trainable)
+    assert history.optimizer_bytes == 2 * 4 * trainable + 4 * tensors
+
+
+def test_history_names_task_method_and_settings():
+    task = small_task()
+    _, history = run(LoRA(rank=2, targets=["head"]), task=task, seed=9, schedule="constant", clip=None)
+    assert history.task == {"name": "small", "fingerprint": task.fingerprint, "unit": "examples"}
+    assert history.method["rank"] == 2
+    assert history.method["targets"] == ["head"]
+    expected = {"steps": 6, "lr": 0.01, "seed": 9, "schedule": "constant", "clip": None, "accumulate": 1}
+    assert {name: history.settings[name] for name in expected} == expected
+
+
+def test_frame_has_one_row_a_step_and_numbers_in_every_column():
+    _, history = run(steps=4, eval_every=2)
+    frame = history.frame()
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame["step"].tolist() == [0, 1, 2, 3, 4]
+    kinds = {name: dtype.kind for name, dtype in frame.dtypes.items()}
+    assert kinds == dict.fromkeys(COLUMNS, "f") | {"step": "i", "tokens": "i"}
+    assert frame["validation_loss"].notna().tolist() == [True, False, True, False, True]
+    assert frame["train_loss"].tolist()[1:] == [row["train_loss"] for row in history.rows[1:]]
+
+
+def handmade(validation):
+    rows = [
+        {**dict.fromkeys(COLUMNS), "step": i, "validation_loss": v, "seconds": s, "tokens": 10 * i}
+        for i, (v, s) in enumerate(zip(validation, (0.0, 4.0, 1.0, 2.0, 1.0), strict=False))
+    ]
+    return History({"name": "t"}, {"name": "full"}, {"steps": len(rows) - 1}, 1, 2, 3, rows)
+
+
+def test_best_step_is_that_of_the_lowest_validation_loss():
+    assert handmade([3.0, 2.0, None, 1.5, 1.8]).best_step == 3
+    assert handmade([1.0, 2.0, None, 1.5, 1.8]).best_step == 0
+
+
+def test_curve_skips_steps_without_a_value():
+    assert handmade([3.0, 2.0, None, 1.5]).curve("validation_loss") == ([0, 1, 3], [3.0, 2.0, 1.5])
+    assert handmade([3.0]).curve("train_loss") == ([], [])
+
+
+def test_speeds_are_medians_over_the_steps_without_row_zero():
+    history = handmade([1.0, None, None, None])
+    assert history.step_seconds == 2.0  # of 4, 1, 2
+    assert history.tokens_per_second == 15.0  # of 10/4, 20/1, 30/2
+
+
+def test_history_comes_back_from_its_file(tmp_path):
+    _, history = run(LoRA(rank=2, targets=["head"], exclude=[]))
+    history.save(tmp_path / "new" / "history.json")
+    assert History.load(tmp_path / "new" / "history.json") == history
+    assert json.loads((tmp_path / "new" / "history.json").read_text())["rows"] == history.rows
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "steps is 0, .*at least 1"),
+        ({"steps": 2.0}, r"steps is 2\.0, .*whole number"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"accumulate": 5}, "accumulate is 5, .*at most batch_size, 4"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"eval_every": -1}, "eval_every is -1"),
+        ({"eval_examples": 0}, "eval_examples is 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"lr": 0.0}, r"lr is 0\.0, .*positive"),
+        ({"lr": -1e-3}, r"lr is -0\.001"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"schedule": "linear"}, "schedule is 'linear', .*'cosine' or 'constant'"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"warmup": 7}, "warmup is 7, .*between 0 and steps, 6"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"clip": 0.0}, r"clip is 0\.0, .*None"),
+        ({"clip": -1.0}, r"clip is -1\.0"),
+        ({"clip": math.nan}, "clip is nan"),
+    ],
+)
+def test_fit_says_which_number_is_out_of_range_and_leaves_the_model_alone(options, says, tmp_path):
+    model = DigitsMLP(width=16)
+    model.head.requires_grad_(False)
+    with pytest.raises(ValueError, match=says):
+        run(LoRA(), model, checkpoint_dir=tmp_path / "new", **options)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
+    run(LoRA(), model)  # it is not marked either
+
+
+def test_fit_refuses_a_model_that_was_trained_before():
+    model, _ = run()
+    with pytest.raises(ValueError, match="already been made ready for 'full'"):
+        run(model=model)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2)], ids=["full", "lora"])
+def test_a_diverging_run_stops_and_names_the_step(method):
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step [123] \(learning rate 1e\+30\).*lower the"):
+        run(method, lr=1e30, warmup=0, schedule="constant")
+
+
+@pytest.mark.parametrize("bad_step", [1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_run_at_its_step(bad_step, value):
+    calls = []
+
+    def loss(model, inputs, targets):
+        if torch.is_grad_enabled():
+            calls.append(None)
+        return F.cross_entropy(model(inputs), targets) * (value if len(calls) == bad_step else 1.0)
+
+    with pytest.raises(DivergedError, match=f"loss is {value} at step {bad_step} "):
+        run(task=small_task(loss=loss), eval_every=100)
+    assert len(calls) == bad_step
+
+
+def test_a_last_step_that_spoils_the_weights_is_not_reported_as_a_result():
+    with pytest.raises(DivergedError, match="at step 1 "):
+        run(steps=1, lr=1e38, warmup=0)
+
+
+def test_a_run_stores_no_checkpoint_of_weights_that_its_evaluation_found_spoilt(tmp_path):
+    with pytest.raises(DivergedError):
+        run(lr=1e38, warmup=0, eval_every=1, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+# A step reads no tensor's value
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=3, dropout=0.1)], ids=["full", "lora"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_training_step_runs_on_tensors_that_have_no_values(tiny_config, method, fused):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        model = Llama(tiny_config)
+        method.prepare(model, seed=0)
+        optimizer = torch.optim.AdamW(method.groups(model), lr=1e-3, fused=fused)
+        ids = torch.zeros(2, 5, dtype=torch.long)
+        task_loss = token_task().loss
+        loss, norm = training_step(model, task_loss, [(ids, ids), (ids, ids)], [0.5, 0.5], optimizer, 1.0)
+    assert isinstance(loss, FakeTensor)
+    assert isinstance(norm, FakeTensor)
+    assert loss.shape == norm.shape == ()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(trainable) == (len(list(model.parameters())) if method.name == "full" else 2 * 14)
+    for parameter in trainable:
+        state = optimizer.state[parameter]
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+        assert isinstance(parameter.grad, FakeTensor)
+
+
+# Learning
+
+
+def test_lora_finds_a_planted_update_if_its_rank_is_high_enough():
+    model = DigitsMLP(width=32)
+    task = planted(model, rank=4, noise=0.05)
+    final = {}
+    for rank in (1, 4):
+        student = copy.deepcopy(model)
+        history = fit(student, task, LoRA(rank=rank, alpha=2 * rank), steps=200, lr=0.01, batch_size=32, eval_every=200)
+        final[rank] = history.rows[-1]["validation_loss"]
+        assert final[rank] < history.rows[0]["validation_loss"]
+    assert final[4] < 0.3 * final[1]
+
+
+def test_full_fine_tuning_learns_the_digits():
+    model, task = DigitsMLP(width=64), digits("pretrain")
+    before = float((model(task.test.inputs).argmax(dim=1) == task.test.targets).float().mean())
+    history = fit(model, task, FullFineTuning(), steps=250, lr=3e-3, batch_size=32, eval_every=250)
+    accuracy = float((model(task.test.inputs).argmax(dim=1) == task.test.targets).float().mean())
+    assert before < 0.4
+    assert accuracy > 0.9
+    assert history.best_step == 250
+
+
+# The progress bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("progress", "watched", "variable", "shown"),
+    [
+        (True, False, "0", True),
+        (True, True, "0", True),
+        (False, True, None, False),
+        (None, True, None, True),
+        (None, True, "0", False),
+        (None, False, None, False),
+    ],
+)
+def test_a_bar_is_shown_on_request_or_to_somebody_who_looks(monkeypatch, progress, watched, variable, shown):
+    stream = Terminal() if watched else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.delenv("LORA_LAB_PROGRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("LORA_LAB_PROGRESS", variable)
+    run(LoRA(rank=1), steps=2, progress=progress)
+    if shown:
+        assert "lora" in stream.getvalue()
+        assert "/2" in stream.getvalue()
+        assert "loss " in stream.getvalue()
+    else:
+        assert stream.getvalue() == ""
