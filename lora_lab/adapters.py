@@ -72,9 +72,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
     }
     tensors = {f"{_PREFIX}{name}.weight": value.cpu().contiguous() for name, value in state.items()}
-    write_json(folder / CONFIG, config)
     with atomic_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", _NOTE: _note(config)})
+        (folder / CONFIG).unlink(missing_ok=True)  # so that new weights never stand beside an old config
+    write_json(folder / CONFIG, config)
     return folder
 
 

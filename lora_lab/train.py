@@ -275,7 +275,11 @@ class _Run:
         batch = task.train[self.order.rows((step - 1) * settings["batch_size"], settings["batch_size"])]
         size = math.ceil(len(batch) / settings["accumulate"])
         parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
-        parts = [part for part in parts if task.counted(part)] or parts[:1]  # a mean over no target would be NaN
+        parts = [part for part in parts if task.counted(part)]  # a mean over no target would be NaN
+        if not parts:
+            raise ValueError(
+                f"No target of the batch at step {step} counts, so it teaches nothing; use larger batches."
+            )
         counts = [task.counted(part) for part in parts]
         factor = learning_rate(step, settings["steps"], 1.0, settings["warmup"], settings["schedule"])
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):

@@ -490,9 +490,10 @@ from lora_lab.models.digits import DigitsMLP
 
 folder, point = Path(sys.argv[1]), sys.argv[2]
 model = DigitsMLP(width=16)
-inject(model, LoRAConfig(rank=3, alpha=5.0, targets=["hidden1"]))
+inject(model, LoRAConfig(rank=3, alpha=5.0, targets=sys.argv[3:]))
 with torch.no_grad():
-    model.hidden1.lora_B.fill_(0.5)
+    for layer in lora_layers(model).values():
+        layer.lora_B.fill_(0.5)
 
 
 def die(*arguments, **options):
@@ -526,24 +527,32 @@ die()
 
 
 @pytest.mark.parametrize(
-    "point", ["before the config", "after the config", "before the weights", "within the weights", "after"]
+    ("point", "targets"),
+    [
+        ("before the config", ["hidden1"]),
+        ("after the config", ["hidden1"]),
+        ("after the config", ["hidden1", "hidden2", "head"]),
+        ("before the weights", ["hidden1"]),
+        ("within the weights", ["hidden1"]),
+        ("after", ["hidden1"]),
+    ],
 )
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one_or_an_error(tmp_path, point):
-    old = adapted()  # of the same rank and alpha as the new one, so only base, targets and weights tell them apart
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one_or_an_error(tmp_path, point, targets):
+    old = adapted()  # of the same rank and alpha as the new one; base, weights and perhaps targets tell them apart
     save_adapter(old, tmp_path, base="old")
-    command = [sys.executable, "-c", KILLED, str(tmp_path), point]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), point, *targets]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    base = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
     model = DigitsMLP(width=16)
     try:
         names = load_adapter(model, tmp_path)
     except (ValueError, FileNotFoundError):
         assert point != "after"
         return
+    base = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
     if base == "old":
         assert point != "after"
         assert torch.equal(logits(model, PIXELS), logits(old, PIXELS))
     else:
-        assert names == ["hidden1"]
+        assert names == targets
         assert torch.equal(model.hidden1.lora_B, torch.full((16, 3), 0.5))

@@ -1,6 +1,7 @@
 """fit: against an AdamW written out by hand, and what it promises on seeds, modes, schedules and errors."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -312,6 +313,16 @@ def test_a_micro_batch_without_a_counted_target_changes_no_result(accumulate):
         torch.testing.assert_close(value, results[1][name], rtol=0, atol=1e-10)
 
 
+def test_a_batch_without_any_counted_target_stops_the_run_at_its_step():
+    task = token_task()
+    for part in task.parts.values():
+        part.targets[:] = IGNORE
+        part.targets[0, 0] = 1
+    one = Examples(task.train.inputs[1:], task.train.targets[1:])
+    with pytest.raises((ValueError, DivergedError), match="step 1"):
+        fit(Tokens(), dataclasses.replace(task, train=one), FullFineTuning(), steps=2, lr=0.05, batch_size=2)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_learning_rate_rises_in_a_line_and_then_falls_or_stays(schedule):
     rates = [learning_rate(step, 20, 0.5, 4, schedule) for step in range(1, 21)]
@@ -553,6 +564,15 @@ def test_a_last_step_that_spoils_the_weights_is_not_reported_as_a_result():
 def test_a_run_stores_no_checkpoint_of_weights_that_its_evaluation_found_spoilt(tmp_path):
     with pytest.raises(DivergedError):
         run(lr=1e38, warmup=0, eval_every=1, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
+    def loss(model, inputs, targets):  # finite itself, but its gradient is not
+        return F.cross_entropy(model(inputs), targets) + (model.head.bias * 0).sqrt().sum()
+
+    with pytest.raises(DivergedError, match="at step 1 "):
+        run(task=small_task(loss=loss), eval_every=100, checkpoint_dir=tmp_path, checkpoint_every=1)
     assert not list(tmp_path.glob("checkpoint*"))
 
 
