@@ -150,13 +150,14 @@ def evaluate(
     training = model.training
     model.eval()
     total = count = 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = examples[slice(start, start + batch_size)]
-        counted = task.counted(batch)
-        if counted:
-            total += float(task.loss(model, *_to_device(batch, model))) * counted
-            count += counted
-    model.train(training)
+    try:
+        for start in range(0, len(examples), batch_size):
+            batch = examples[slice(start, start + batch_size)]
+            if counted := task.counted(batch):
+                total += float(task.loss(model, *_to_device(batch, model))) * counted
+                count += counted
+    finally:
+        model.train(training)
     return total / count if count else math.nan
 
 

@@ -55,7 +55,8 @@ def snapshot(model):
 
 
 def relative_error(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 # The layer
