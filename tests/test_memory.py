@@ -134,8 +134,8 @@ print(before, grown, peak_bytes(device))
 
 
 def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
-    # 400 MiB beside what pytest and torch take; a started process must not report them as its own.
-    ballast = torch.ones(400 * MIB, dtype=torch.uint8)
+    # More than any build of torch takes (the CUDA one 0.7 GiB); a started process must not report it as its own.
+    ballast = torch.ones(1200 * MIB, dtype=torch.uint8)
     done = subprocess.run([sys.executable, "-c", GROW], capture_output=True, text=True, check=True)
     before, grown, after = map(int, done.stdout.split())
     assert grown - before >= 90 * MIB  # resident pages; a few may have been there before
@@ -144,4 +144,4 @@ def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
     assert before > 50 * MIB
     assert peak_bytes(torch.device("cpu")) > ballast.numel()
     if Path("/proc/self/status").is_file():
-        assert before < 400 * MIB
+        assert before < ballast.numel()
