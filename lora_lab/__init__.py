@@ -3,8 +3,12 @@
 The modules in reading order; each imports only from those above it:
 
     device      which device and dtype to use, and why
+    targets     which layers a list of names means
     lora        the heart: LoRALinear, inject, merge
-    adapters    save and load adapters in PEFT's file format
+    layers      LoRA for embeddings, convolutions, GPT-2's Conv1D
+    variants    rsLoRA, LoRA-FA, PiSSA, DoRA: what each changes
+    quantize    a frozen base in 4 bits: GGUF's blocks, NF4
+    adapters    switch, off, diagnose; save and load in PEFT's file format
     models      a Llama written from scratch, two small nets, real weights
     tasks       data with train, validation, test and off-domain parts
     methods     how a model is made ready: full fine-tuning, LoRA
@@ -28,6 +32,7 @@ _WHERE = {
     "pick_device": "device",
     "seed_everything": "device",
     "LoRAConfig": "lora",
+    "LoRALayer": "lora",
     "LoRALinear": "lora",
     "inject": "lora",
     "merge": "lora",
@@ -43,20 +48,53 @@ _WHERE = {
     "FullFineTuning": "methods",
     "PartialFineTuning": "methods",
     "LoRA": "methods",
+    "LoRAFA": "methods",
+    "LoRAPlus": "methods",
+    "RsLoRA": "methods",
+    "PiSSA": "methods",
+    "DoRA": "methods",
     "History": "train",
     "evaluate": "train",
     "fit": "train",
 }
-_MODULES = ("adapters", "cli", "device", "lora", "memory", "methods", "models", "plots", "tasks", "train")
+_MODULES = (
+    "adapters",
+    "cli",
+    "device",
+    "layers",
+    "lora",
+    "memory",
+    "methods",
+    "models",
+    "plots",
+    "quantize",
+    "tasks",
+    "train",
+    "variants",
+)
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
-    from lora_lab import adapters, cli, device, lora, memory, methods, models, plots, tasks, train
+    from lora_lab import (
+        adapters,
+        cli,
+        device,
+        layers,
+        lora,
+        memory,
+        methods,
+        models,
+        plots,
+        quantize,
+        tasks,
+        train,
+        variants,
+    )
     from lora_lab.adapters import load_adapter, save_adapter
     from lora_lab.device import pick_device, seed_everything
-    from lora_lab.lora import LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
-    from lora_lab.methods import FullFineTuning, LoRA, PartialFineTuning
+    from lora_lab.lora import LoRAConfig, LoRALayer, LoRALinear, adapter_state, inject, lora_layers, merge
+    from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA
     from lora_lab.models.llama import Llama, LlamaConfig
     from lora_lab.models.pretrained import load_pretrained, save_model
     from lora_lab.tasks import Task
@@ -64,6 +102,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
 
 
 def __getattr__(name: str):
+    if _WHERE.get(name, name) == "lora":
+        importlib.import_module(f"{__name__}.layers")  # so that inject knows every kind of layer from the start
     if name in _WHERE:
         value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
     elif name in _MODULES:

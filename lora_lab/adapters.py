@@ -1,12 +1,17 @@
-"""Adapters as files, in the format of the ``peft`` library: it reads ours, and we read its.
+"""Adapters as states and as files: switch, off, save, load.
 
-A folder holds ``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B
-of each layer, named ``base_model.model.<layer>.lora_A.weight``).
+Files are in the format of the ``peft`` library: it reads ours, and we read its. A folder holds
+``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B of each
+layer, named ``base_model.model.<layer>.lora_A.weight``).
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.files import atomic_file, read_json, write_json
-from lora_lab.lora import LoRAConfig, adapter_state, check_unadapted, inject, lora_layers
+from lora_lab.layers import LoRAConv1D, LoRAEmbedding
+from lora_lab.lora import LoRAConfig, LoRALayer, adapted_layers, check_unadapted, inject, lora_layers, replace
+from lora_lab.targets import lora_class, matches
+from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -24,13 +32,14 @@ _NOTE = "lora_lab.config"  # in the weights' header: rank, alpha and targets of 
 
 # Entries of PEFT's config that change nothing in what a saved adapter computes, or are read here.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 # Ways of starting A and B that leave the base as it was. Others (pissa, olora, ...) subtract from it.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Settings that this package writes for PEFT's sake, all of them neutral.
+# Settings that this package writes for PEFT's sake, with the value by which they change nothing.
 _NEUTRAL = {
     "alpha_pattern": {},
     "bias": "none",
@@ -40,38 +49,112 @@ _NEUTRAL = {
     "use_dora": False,
     "use_rslora": False,
 }
+# The variants that PEFT has a name for, and the layers whose tensors have other names there.
+_VARIANTS: dict[str, type[LoRALayer]] = {"use_dora": DoRALinear, "use_rslora": RsLoRALinear}
+_KEYS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+_EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+_BASE = "base"  # what stands for an adapted layer's own weight among the parts of a file
+
+
+def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put another adapter, as :func:`lora_lab.adapter_state` returned it, into the model's adapted layers.
+
+    A, B and scaling become the state's; the base is not touched. The rank may be another one: then the
+    parameters are new ones, which an optimiser made before does not know.
+
+    Raises:
+        ValueError: the model has no adapters, or the state is of other layers or shapes. The model is then
+            left as it was.
+    """
+    layers = adapted_layers(model)
+    wanted = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha")}
+    if wrong := sorted(wanted ^ state.keys()):
+        raise ValueError(
+            f"The state and the model's adapters differ in {wrong[0]!r}"
+            + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
+        )
+    for name, layer in layers.items():
+        for part in layer.parts:
+            expected = _shape(layer, part, rank=len(state[f"{name}.lora_A"]))
+            if (found := tuple(state[f"{name}.{part}"].shape)) != expected:
+                raise ValueError(f"The state's {name}.{part} has shape {found}, but the model asks for {expected}.")
+    for name, layer in layers.items():
+        _put(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, float(state[f"{name}.alpha"]))
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, the model is the base: ``with off(model): model(x)``.
+
+    The adapted layers are taken out and put back, so nothing of them acts, whoever reads what. Do not
+    move, save or inject within the block.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    layers = adapted_layers(model)
+    try:
+        for name, layer in layers.items():
+            replace(model, name, layer.base)
+        yield model
+    finally:
+        for name, layer in layers.items():
+            replace(model, name, layer.train(layer.base.training))  # the mode may have been changed meanwhile
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
     """Write the model's adapters to ``folder``, and return it.
 
+    Plain LoRA, rsLoRA and DoRA are saved as what they are, LoRA-FA as LoRA. PiSSA is saved as plain LoRA of
+    twice the rank, the difference to the pre-trained weights, so that it needs no changed base; training
+    cannot go on from it as PiSSA.
+
     Args:
         base: name or path of the model they belong to, kept in the config as a note.
 
     Raises:
-        ValueError: the model has no adapters, or they differ in rank, alpha or dropout.
+        ValueError: the model has no adapters, or they are of several variants or differ in dropout.
     """
     folder = Path(folder)
-    state = adapter_state(model)
-    layers = lora_layers(model)
-    settings = {(layer.rank, layer.alpha, getattr(layer.dropout, "p", 0.0)) for layer in layers.values()}
+    layers = {
+        name: layer.difference() if isinstance(layer, PiSSALinear) else layer
+        for name, layer in adapted_layers(model).items()
+    }
+    settings = {(_variant(layer), getattr(layer.dropout, "p", 0.0)) for layer in layers.values()}
     if len(settings) > 1:
         raise ValueError(
-            f"The adapters differ in (rank, alpha, dropout): {sorted(settings)}; one of each can be saved."
+            f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
         )
-    rank, alpha, dropout = settings.pop()
+    variant, dropout = settings.pop()
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = _NEUTRAL | {
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
         "base_model_name_or_path": base,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "peft_type": "LORA",
         "r": rank,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
         "target_modules": _endings(model, list(layers)),
         "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
     }
-    tensors = {f"{_PREFIX}{name}.weight": value.cpu().contiguous() for name, value in state.items()}
+    if variant:
+        config[variant] = True
+    tensors = {
+        f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().clone().cpu()
+        for name, layer in layers.items()
+        for part in layer.parts
+    }
     with atomic_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", _NOTE: _note(config)})
         (folder / CONFIG).unlink(missing_ok=True)  # so that new weights never stand beside an old config
@@ -96,12 +179,22 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             f"{folder}: weights and config are of two different saves (rank, alpha and targets {note} against "
             f"{_note(config)}); save the adapter anew."
         )
-    names = _check_fit(model, tensors, config["r"], folder)
-    inject(model, LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names))
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            layer.lora_A.copy_(tensors[f"{name}.lora_A"])  # (rank, in)
-            layer.lora_B.copy_(tensors[f"{name}.lora_B"])  # (out, rank)
+    variant = next((layer for name, layer in _VARIANTS.items() if config.get(name)), None)
+    names = _check_names(model, tensors, variant, folder)
+    rank, alpha = config["r"], config["lora_alpha"]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inject(model, LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0), targets=names), layer=variant)
+    layers = lora_layers(model)
+    try:
+        _check_fit(layers, tensors, config, folder)
+    except ValueError:
+        for name, layer in layers.items():
+            replace(model, name, layer.base)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    for name, layer in layers.items():
+        _put(layer, tensors[name], _by_pattern(config.get("alpha_pattern"), name, alpha))
     return names
 
 
@@ -127,13 +220,51 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         neutral = not value or value == _NEUTRAL.get(name)
         if name == "init_lora_weights":
             neutral = value in _PLAIN_STARTS
+        if name in _VARIANTS:
+            neutral = isinstance(value, bool)
         if not neutral and name not in _HARMLESS:
             raise ValueError(f"{folder} sets {name} to {value!r}, which changes the result and is not built here.")
+    if len(both := [name for name in _VARIANTS if config.get(name)]) > 1:
+        raise ValueError(f"{folder} sets {' and '.join(both)}, which are not built here together.")
     return config
 
 
 def _note(config: dict[str, Any]) -> str:
     return json.dumps([config["r"], config["lora_alpha"], config.get("target_modules")])
+
+
+def _variant(layer: LoRALayer) -> str:
+    """PEFT's setting for the layer's variant, "" for plain LoRA."""
+    return next((name for name, kind in _VARIANTS.items() if isinstance(layer, kind)), "")
+
+
+def _keys(layer: LoRALayer) -> dict[str, str]:
+    return _EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else _KEYS
+
+
+def _by_pattern(pattern: dict[str, float] | None, name: str, default: float) -> float:
+    """PEFT's rule: the first key that the name ends in, as a regular expression, gives the layer's own value."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+@torch.no_grad()
+def _put(layer: LoRALayer, tensors: dict[str, Tensor], alpha: float) -> None:
+    for part, value in tensors.items():
+        current = getattr(layer, part)
+        if current.shape == value.shape:
+            current.copy_(value)
+        else:
+            fresh = value.to(current.device, current.dtype, copy=True)
+            setattr(layer, part, nn.Parameter(fresh, requires_grad=current.requires_grad))
+    layer.alpha = alpha
+
+
+def _shape(layer: LoRALayer, part: str, rank: int) -> tuple[int, ...]:
+    """The shape that a part of this layer has at another rank."""
+    shape = list(getattr(layer, part).shape)
+    if part in ("lora_A", "lora_B"):
+        shape[0 if part == "lora_A" else 1] = rank
+    return tuple(shape)
 
 
 def _endings(model: nn.Module, names: list[str]) -> list[str]:
@@ -145,7 +276,7 @@ def _endings(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(endings) if named == set(names) else names
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
     try:
@@ -154,36 +285,60 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in stored.items():
-        name = key.removeprefix(_PREFIX).removesuffix(".weight")
-        if not name.endswith((".lora_A", ".lora_B")):
-            raise ValueError(f"{path} holds a tensor {key!r} that is no lora_A or lora_B of a linear layer.")
-        tensors[name] = value
+        name, part = _parse(key)
+        if part is None:
+            raise ValueError(f"{path} holds a tensor {key!r} that belongs to no adapter known here.")
+        tensors.setdefault(name, {})[part] = value
     if not tensors:
         raise ValueError(f"{path} holds no tensors, so it would adapt nothing.")
     return tensors, note
 
 
-def _check_fit(model: nn.Module, tensors: dict[str, Tensor], rank: int, folder: Path) -> list[str]:
+def _parse(key: str) -> tuple[str, str | None]:
+    """The layer's name and the part that a key of the file stands for; None for a part that is not known."""
+    name = key.removeprefix(_PREFIX)
+    for part, ending in [*_KEYS.items(), *_EMBEDDING_KEYS.items(), (_BASE, "base_layer.weight")]:
+        if name.endswith(f".{ending}"):
+            return name.removesuffix(f".{ending}"), part
+    return name, None
+
+
+def _check_names(
+    model: nn.Module, tensors: dict[str, dict[str, Tensor]], variant: type[LoRALayer] | None, folder: Path
+) -> list[str]:
+    """The names of the layers that the file adapts, in the model's order, if the model has them all."""
     modules = dict(model.named_modules())
-    adapted = {name.rpartition(".")[0] for name in tensors}
-    names = [name for name in modules if name in adapted] + sorted(adapted - modules.keys())  # in the model's order
+    names = [name for name in modules if name in tensors] + sorted(tensors.keys() - modules.keys())
     for name in names:
-        if type(modules.get(name)) is not nn.Linear:
+        if name not in modules or lora_class(modules[name], variant) is None:
             found = "has no such layer" if name not in modules else f"has a {type(modules[name]).__name__} there"
             raise ValueError(f"{folder} adapts {name!r}, but the model {found}; is it the adapter's own base model?")
-        wanted = {"lora_A": (rank, modules[name].in_features), "lora_B": (modules[name].out_features, rank)}
-        for part, shape in wanted.items():
-            value = tensors.get(f"{name}.{part}")
-            if value is None:
-                raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save it anew.")
-            if tuple(value.shape) != shape:
-                raise ValueError(
-                    f"{folder}: {part} of {name!r} has shape {tuple(value.shape)}, but this model and rank {rank} "
-                    f"ask for {shape}; is it the adapter's own base model?"
-                )
-    for other in modules.keys() - adapted:
-        if ending := next((name for name in names if other.endswith("." + name)), None):
+        # PEFT saves an adapted embedding's frozen table too; it may be that of a model with more tokens.
+        table = tensors[name].pop(_BASE, None)
+        if table is not None and not torch.equal(table, modules[name].weight.detach().cpu().to(table.dtype)):
+            raise ValueError(f"{folder} brings its own weight of {name!r}, which is not the model's; load that first.")
+    for other in modules.keys() - tensors.keys():
+        if ending := next((name for name in names if matches(other, name)), None):
             raise ValueError(f"{folder} adapts {ending!r}, but a target of that name would also adapt {other!r}.")
     return names
+
+
+def _check_fit(
+    layers: dict[str, LoRALayer], tensors: dict[str, dict[str, Tensor]], config: dict[str, Any], folder: Path
+) -> None:
+    for name, layer in layers.items():
+        if extra := tensors[name].keys() - set(layer.parts):
+            raise ValueError(f"{folder} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
+        rank = int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
+        for part in layer.parts:
+            value = tensors[name].get(part)
+            if value is None:
+                raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save it anew.")
+            expected = _shape(layer, part, rank)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"{folder}: {part} of {name!r} has shape {tuple(value.shape)}, but this model and rank {rank} "
+                    f"ask for {expected}; is it the adapter's own base model?"
+                )

@@ -15,13 +15,15 @@ arXiv 2106.09685, section 4.1.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lora_lab.targets import find, register
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,60 @@ class LoRAConfig:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
 
 
-class LoRALinear(nn.Module):
+class LoRALayer(nn.Module):
+    """What adapted layers of every kind share: a frozen base, the factors A and B, and their scaling.
+
+    :class:`LoRALinear` below is the one to read; ``lora_lab.layers`` has embeddings and convolutions.
+
+    Args:
+        base: the layer to adapt. It is kept as ``base`` and frozen.
+        A, B: the factors; the rank is the first dimension of A and the second of B.
+        alpha, dropout: as in :class:`LoRAConfig`.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # the tensors that make up an adapter
+
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.alpha = alpha
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.lora_A = nn.Parameter(A.to(base.weight.device))  # (4, 64)
+        self.lora_B = nn.Parameter(B.to(base.weight.device))  # (48, 4)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """The update of the weight, ``scaling * B @ A``, in the weight's shape: (out, in)."""
+        return self._delta()
+
+    def _delta(self) -> Tensor:
+        return self.scaling * (self.lora_B @ self.lora_A)  # (48, 4) @ (4, 64) -> (48, 64)
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight, with its graph: some parents read it and never call the layer.
+
+        ``nn.MultiheadAttention`` and the fast path of ``nn.TransformerEncoderLayer`` do.
+        """
+        return (self.base.weight + self._delta()).to(self.base.weight.dtype)  # (48, 64)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # (48,)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}"
+
+
+class LoRALinear(LoRALayer):
     """A frozen ``nn.Linear`` with a trainable update ``scaling * B @ A`` beside it.
 
     A is drawn as ``nn.Linear`` draws its weight (kaiming-uniform with a = sqrt(5), which is uniform
@@ -87,18 +142,10 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         LoRAConfig(rank, alpha, dropout)  # checks the numbers
-        self.base = base.requires_grad_(False)
-        self.rank, self.alpha = rank, alpha
-        self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        A = torch.empty(rank, base.in_features, dtype=dtype)  # (4, 64)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        B = torch.zeros(base.out_features, rank, dtype=dtype)  # (48, 4)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))  # (4, 64)
-        self.lora_B = nn.Parameter(B.to(base.weight.device))  # (48, 4)
+        A = draw_A(rank, base.in_features, base.weight.dtype, generator)  # (4, 64)
+        B = torch.zeros(base.out_features, rank, dtype=A.dtype)  # (48, 4)
+        super().__init__(base, A, B, alpha, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.base(x)  # (32, 64) -> (32, 48)
@@ -107,56 +154,66 @@ class LoRALinear(nn.Module):
         return frozen + update.to(frozen.dtype)  # (32, 48)
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
-        """The update of the weight, ``scaling * B @ A``, of shape (out, in)."""
-        return self.scaling * (self.lora_B @ self.lora_A)  # (48, 4) @ (4, 64) -> (48, 64)
-
-    @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A new plain ``nn.Linear``, frozen, that computes the same function; this layer stays as it is."""
-        weight = self.base.weight  # (48, 64)
-        plain = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
-        plain.weight = nn.Parameter((weight + self.delta()).to(weight.dtype))  # (48, 64)
-        if self.base.bias is not None:
-            plain.bias = nn.Parameter(self.base.bias.clone())  # (48,)
+        plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self.weight)  # (48, 64)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.clone())  # (48,)
         return plain.requires_grad_(False).train(self.training)
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}"
+
+def draw_A(rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """A fresh A (rank, width), uniform in +-1/sqrt(width), in float32 or what is finer of ``dtype``."""
+    A = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))  # (4, 64)
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+register(nn.Linear, LoRALinear, linear=True)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers of ``model`` by name, in the model's own order (empty if there are none)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
-def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
+def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRALayer] | None = None) -> list[str]:
     """Freeze ``model`` and put an adapter on each layer that ``config`` names, in place.
 
-    "all-linear" means every ``nn.Linear`` but the output head (what ``model.get_output_embeddings()``
+    "all-linear" means every linear layer but the output head (what ``model.get_output_embeddings()``
     returns, if the model has that method) and the names in ``config.exclude``.
 
     Args:
         seed: seeds a generator of its own, from which every A is drawn in the model's order.
+        layer: the class of the adapters, such as a variant of ``lora_lab.variants``; None takes the
+            one registered for each kind of layer.
 
     Returns:
         The names of the layers now adapted.
 
     Raises:
         ValueError: the model has adapters already, nothing matches, a target matches nothing or
-            something that is no ``nn.Linear``, or a matched weight belongs to two modules. The
+            something that cannot be adapted, or a matched weight belongs to two modules. The
             model is then left as it was.
     """
     check_unadapted(model)
-    names = _find(model, config)
+    classes = find(model, config.targets, config.exclude, layer)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(seed)
+    adapted = {}
+    try:
+        for name, made in classes.items():
+            base = model.get_submodule(name)
+            adapter = made(base, config.rank, config.alpha, config.dropout, generator)
+            adapted[name] = adapter.train(base.training)
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
     model.requires_grad_(False)
-    for name in names:
-        base = model.get_submodule(name)
-        _replace(
-            model, name, LoRALinear(base, config.rank, config.alpha, config.dropout, generator).train(base.training)
-        )
-    return names
+    for name, adapter in adapted.items():
+        replace(model, name, adapter)
+    return list(adapted)
 
 
 def check_unadapted(model: nn.Module) -> None:
@@ -174,72 +231,34 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no adapters.
     """
-    layers = _layers_or_raise(model)
+    layers = adapted_layers(model)
     for name, layer in layers.items():
-        _replace(model, name, layer.merged())
+        replace(model, name, layer.merged())
     return list(layers)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all adapter tensors: ``<layer>.lora_A`` (rank, in) and ``<layer>.lora_B`` (out, rank).
+    """Copies of all that makes up the adapters: ``<layer>.lora_A`` (rank, in), ``.lora_B`` (out, rank), ``.alpha`` ().
 
     Raises:
         ValueError: the model has no adapters.
     """
-    return {
-        f"{name}.{part}": getattr(layer, part).detach().clone()
-        for name, layer in _layers_or_raise(model).items()
-        for part in ("lora_A", "lora_B")
-    }
+    state = {}
+    for name, layer in adapted_layers(model).items():
+        state |= {f"{name}.{part}": getattr(layer, part).detach().clone() for part in layer.parts}
+        state[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float64)  # ()
+    return state
 
 
-def _layers_or_raise(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """As :func:`lora_layers`, for callers that need some: raises ValueError if there are none."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("The model has no adapters; call inject(model, LoRAConfig(...)) first.")
     return layers
 
 
-def _find(model: nn.Module, config: LoRAConfig) -> list[str]:
-    def matches(name: str, ending: str) -> bool:
-        return name == ending or name.endswith("." + ending)
-
-    modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if type(module) is nn.Linear]
-    if config.targets == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        names = [
-            name
-            for name in linear
-            if modules[name] is not head and not any(matches(name, ending) for ending in config.exclude)
-        ]
-        if not names:
-            raise ValueError(
-                f"{type(model).__name__} has no nn.Linear inside it to adapt, "
-                f"besides its output head and what exclude={list(config.exclude)} leaves out."
-            )
-    else:
-        for target in config.targets:
-            hits = [name for name in modules if matches(name, target)]
-            if not hits:
-                endings = sorted({name.rpartition(".")[2] for name in linear})
-                raise ValueError(f"Target {target!r} matches no module; the linear layers here end in {endings}.")
-            if other := [name for name in hits if name not in linear]:
-                kind = type(modules[other[0]]).__name__
-                raise ValueError(
-                    f"Target {target!r} matches {other[0]!r}, a {kind}, but only nn.Linear can be adapted."
-                )
-        names = [name for name in linear if any(matches(name, target) for target in config.targets)]
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name in names:
-        if owners[id(modules[name].weight)] > 1:
-            raise ValueError(
-                f"The weight of {name!r} is shared with another module, so an adapter on one side would "
-                "silently leave the other as it was; leave it out of targets."
-            )
-    return names
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where the model has the one of that name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

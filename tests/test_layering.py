@@ -19,7 +19,10 @@ ROOT = Path(lora_lab.__file__).parent
 ORDER = [
     "files",
     "device",
+    "targets",
     "lora",
+    "layers",
+    "variants",
     "quantize",
     "adapters",
     "models.llama",

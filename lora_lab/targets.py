@@ -1,0 +1,138 @@
+"""Which layers of a model a list of names means, which class adapts each, and which must be refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class _Entry:
+    lora_class: type[nn.Module]
+    linear: bool
+
+
+_REGISTERED: dict[str, _Entry] = {}
+
+
+def register(base_class: type[nn.Module] | str, lora_class: type[nn.Module], linear: bool = False) -> None:
+    """Let ``inject`` put ``lora_class`` on layers whose class is exactly ``base_class``.
+
+    Args:
+        base_class: a class, or its full name ("transformers.pytorch_utils.Conv1D"), so that its library
+            need not be imported.
+        lora_class: called with (base, rank, alpha, dropout, generator).
+        linear: whether "all-linear" means such layers.
+    """
+    name = base_class if isinstance(base_class, str) else _full_name(base_class)
+    _REGISTERED[name] = _Entry(lora_class, linear)
+
+
+def lora_class(base: nn.Module, layer: type[nn.Module] | None = None) -> type[nn.Module] | None:
+    """The class that adapts ``base``, or None.
+
+    Args:
+        layer: a variant, used where it derives from the class registered for the base; other bases then
+            have none.
+    """
+    entry = _REGISTERED.get(_full_name(type(base)))
+    if entry is None:
+        return None
+    if layer is None:
+        return entry.lora_class
+    return layer if issubclass(layer, entry.lora_class) else None
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find(
+    model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str], layer: type[nn.Module] | None = None
+) -> dict[str, type[nn.Module]]:
+    """Names of the layers to adapt and the class that adapts each, in the model's own order.
+
+    Args:
+        targets: "all-linear" (all layers registered as linear but the output head, which
+            ``model.get_output_embeddings()`` returns), or names and endings of names.
+        exclude: names or endings of names that "all-linear" leaves alone.
+        layer: as in :func:`lora_class`.
+
+    Raises:
+        ValueError: nothing matches, a target matches nothing or something that cannot be adapted, or a
+            matched weight belongs to two modules.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    classes = {name: made for name, module in modules.items() if (made := lora_class(module, layer)) is not None}
+    if targets == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        names = [
+            name
+            for name in classes
+            if _REGISTERED[_full_name(type(modules[name]))].linear
+            and modules[name] is not head
+            and not any(matches(name, ending) for ending in exclude)
+        ]
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer inside it to adapt, "
+                f"besides its output head and what exclude={list(exclude)} leaves out."
+            )
+        _warn_of_the_unreached(modules)
+    else:
+        for target in targets:
+            _check_target(target, modules, classes)
+        names = [name for name in classes if any(matches(name, target) for target in targets)]
+    _check_unshared(model, modules, names)
+    return {name: classes[name] for name in names}
+
+
+def matches(name: str, ending: str) -> bool:
+    """Whether a module's full name is ``ending``, or ends in it after a dot."""
+    return name == ending or name.endswith("." + ending)
+
+
+def _check_target(target: str, modules: dict[str, nn.Module], classes: dict[str, type[nn.Module]]) -> None:
+    hits = [name for name in modules if matches(name, target)]
+    if not hits:
+        endings = sorted({name.rpartition(".")[2] for name in classes})
+        raise ValueError(f"Target {target!r} matches no module; the layers that can be adapted here end in {endings}.")
+    if other := [name for name in hits if name not in classes]:
+        kinds = sorted({type(modules[name]).__name__ for name in classes})
+        raise ValueError(
+            f"Target {target!r} matches {other[0]!r}, a {type(modules[other[0]]).__name__}, which cannot be "
+            f"adapted here; the kinds of layer of this model that can be are {kinds}."
+        )
+
+
+def _check_unshared(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    owners = Counter(id(tensor) for _, tensor in tensors)
+    for name in names:
+        own = [*modules[name].parameters(recurse=False), *modules[name].buffers(recurse=False)]
+        if any(owners[id(tensor)] > 1 for tensor in own):
+            raise ValueError(
+                f"The weight of {name!r} is shared with another module, so an adapter on one side would "
+                "silently leave the other as it was; leave it out of targets."
+            )
+
+
+def _warn_of_the_unreached(modules: dict[str, nn.Module]) -> None:
+    """Matrices that a module holds itself, in no linear layer: experts' (3-D), and attention's joint projection."""
+    found = [
+        f"{name}.{own}"
+        for name, module in modules.items()
+        for own, parameter in module.named_parameters(recurse=False)
+        if (parameter.ndim == 3 and min(parameter.shape) > 1)
+        or (isinstance(module, nn.MultiheadAttention) and parameter.ndim == 2)
+    ]
+    if found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        warnings.warn(
+            f"'all-linear' does not reach weights that stand in no linear layer: {shown} stay as they are.",
+            stacklevel=4,
+        )
