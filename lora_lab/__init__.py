@@ -8,9 +8,11 @@ The modules in reading order; each imports only from those above it:
     layers      LoRA for embeddings, convolutions, GPT-2's Conv1D
     variants    rsLoRA, LoRA-FA, PiSSA, DoRA: what each changes
     quantize    a frozen base in 4 bits: GGUF's blocks, NF4
-    adapters    switch, off, diagnose; save and load in PEFT's file format
+    adapters    switch, off; save and load in PEFT's file format
+    diagnosis   diagnose: why does my adapter do nothing?
     models      a Llama written from scratch, two small nets, real weights
     tasks       data with train, validation, test and off-domain parts
+    lean        the same training step in less time and memory
     methods     how a model is made ready: full fine-tuning, LoRA
     train       fit: one loop for every method
     memory      what a training step keeps in memory, by cause
@@ -53,6 +55,8 @@ _WHERE = {
     "RsLoRA": "methods",
     "PiSSA": "methods",
     "DoRA": "methods",
+    "Lean": "lean",
+    "diagnose": "diagnosis",
     "History": "train",
     "evaluate": "train",
     "fit": "train",
@@ -61,7 +65,9 @@ _MODULES = (
     "adapters",
     "cli",
     "device",
+    "diagnosis",
     "layers",
+    "lean",
     "lora",
     "memory",
     "methods",
@@ -80,7 +86,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
         adapters,
         cli,
         device,
+        diagnosis,
         layers,
+        lean,
         lora,
         memory,
         methods,
@@ -93,6 +101,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     )
     from lora_lab.adapters import load_adapter, save_adapter
     from lora_lab.device import pick_device, seed_everything
+    from lora_lab.diagnosis import diagnose
+    from lora_lab.lean import Lean
     from lora_lab.lora import LoRAConfig, LoRALayer, LoRALinear, adapter_state, inject, lora_layers, merge
     from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA
     from lora_lab.models.llama import Llama, LlamaConfig

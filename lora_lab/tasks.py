@@ -14,7 +14,8 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -56,7 +57,8 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean loss in nats over the targets that count, for classes and for next tokens alike."""
     logits = model(inputs)  # (batch, classes), or (batch, length, vocabulary)
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE)  # ()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in half precision the sum would be rounded
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
 
 def mean_squared_error(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -280,7 +282,8 @@ def _related(pages: Sequence[str]) -> list[list[str]]:
 
 
 def _descriptions() -> list[str]:
-    folder = resources.files("sklearn.datasets.descr")
+    # Found without importing scikit-learn, which takes most of a second and 100 MB.
+    folder = Path(find_spec("sklearn").origin).parent / "datasets" / "descr"
     pages = sorted(
         (page.name, page.read_text(encoding="utf-8")) for page in folder.iterdir() if page.name.endswith(".rst")
     )

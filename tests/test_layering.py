@@ -25,6 +25,7 @@ ORDER = [
     "variants",
     "quantize",
     "adapters",
+    "diagnosis",
     "models.llama",
     "models.digits",
     "models.tokenizer",
@@ -32,6 +33,7 @@ ORDER = [
     "models.fetch",
     "models.pretrained",
     "tasks",
+    "lean",
     "methods",
     "train",
     "memory",
@@ -81,15 +83,16 @@ def test_a_module_imports_only_those_above_it(module):
 
 
 def test_the_imports_are_really_read():
-    assert own("adapters") == {"files", "lora"}
+    assert own("adapters") == {"files", "targets", "lora", "layers", "variants"}
     assert {"tasks", "methods", "files"} <= own("train")
     assert "plots" in own("demo")  # imported inside a function
     assert {"device", "adapters", "demo", "models.pretrained"} <= own("cli")
 
 
-def test_lora_py_imports_torch_only_beside_the_standard_library():
-    roots = {name.split(".")[0] for name in imports(tree_of("lora"))}
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
+@pytest.mark.parametrize("module", ["targets", "lora", "layers", "variants", "quantize", "diagnosis"])
+def test_the_heart_imports_torch_only_beside_the_standard_library(module):
+    roots = {name.split(".")[0] for name in imports(tree_of(module))}
+    assert roots - set(sys.stdlib_module_names) - {"lora_lab"} == {"torch"}
 
 
 @pytest.mark.parametrize("module", [*ORDER, *PACKAGES])
@@ -146,7 +149,7 @@ lora_lab.LoRAConfig(rank=4)
 print(*sorted(name for name in sys.modules if name.startswith("lora_lab")))
 print(*({"pandas", "matplotlib", "sklearn", "safetensors", "tokenizers", "gguf"} & set(sys.modules)))
 """
-    assert in_a_fresh_process(script) == ["lora_lab", "lora_lab.lora"]
+    assert in_a_fresh_process(script) == ["lora_lab", "lora_lab.layers", "lora_lab.lora", "lora_lab.targets"]
 
 
 def test_no_import_draws_a_random_number_prints_or_loads_a_plotting_library():

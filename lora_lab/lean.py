@@ -1,0 +1,543 @@
+r"""The same training step, with the same numbers, in less time and memory. Understanding LoRA does not need it.
+
+    fit(model, task, LoRA(rank=8), ..., lean=Lean(checkpoint=True))
+
+What it does to a LoRA step of our Llama, and what each is for:
+
+    the loss in slices       logits (4 x 128 tokens x 49152, 100 MB) never exist whole, and only for targets that count
+    backward by hand         dB as (h^T g)^T, and W + s B A as one matrix where that takes fewer products
+    SwiGLU recomputed        silu(gate) * up is made again in the backward pass, not kept
+    flat AdamW               one tensor in place of 420
+    base in bfloat16         half the bytes, and twice the speed where the processor multiplies bfloat16
+    checkpoint               of each block only the input is kept, and the block computed again
+    threads=2                two halves of the batch on one core each, with no barrier at every product
+
+Adapters, norms and all sums stay in float32. Where the base is in 4-bit blocks (``lora_lab.quantize``),
+each matrix is dequantised where it is used, and the head's a slice at a time.
+
+Shapes in the comments: SmolLM2-135M, 4 sequences of 128 tokens, so 512 rows; rank 8.
+
+References: Hu et al. 2021, arXiv 2106.09685, equation 3; the orders of products: Cherniuk et al. 2023
+(RunLoRA), arXiv 2312.03415; checkpointing: Chen et al. 2016, arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.adamw import adamw
+from torch.utils.checkpoint import checkpoint
+
+from lora_lab.lora import LoRALayer, LoRALinear, lora_layers, replace
+from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, Llama, rotate
+from lora_lab.quantize import BlockLinear
+from lora_lab.tasks import IGNORE, Loss
+
+_M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
+
+
+@dataclass(frozen=True)
+class Lean:
+    """How to make a step lean.
+
+    Args:
+        base_dtype: keep the frozen matrices in this dtype (``torch.bfloat16``); None leaves them as they are.
+        checkpoint: keep of each block only its input, and compute the block again in the backward pass:
+            about a third more time, a fraction of the activations. For the whole process, memory that
+            is freed goes back to the system at once from then on (on Linux).
+        threads: 2 computes each half of a batch in a Python thread of its own, on one core. For a CPU
+            with two cores; without dropout.
+        loss_rows: tokens whose logits exist at one moment.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    base_dtype: torch.dtype | None = None
+    checkpoint: bool = False
+    threads: int = 1
+    loss_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.base_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"base_dtype is {self.base_dtype!r}, but it must be torch.bfloat16 or None.")
+        for name in ("threads", "loss_rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1.")
+
+    def settings(self) -> dict[str, Any]:
+        """The options as plain data, for a History."""
+        return asdict(self) | {"base_dtype": None if self.base_dtype is None else str(self.base_dtype)}
+
+
+def rewire(model: nn.Module, lean: Lean) -> None:
+    """Give an adapted Llama lean blocks, in place; names, parameters and what it computes stay.
+
+    Raises:
+        ValueError: the model is no Llama of ours, has no adapters or some of a variant with a forward of
+            its own (PiSSA, DoRA), trains more than adapters, or ``threads`` meets dropout or a GPU. The
+            model is then left as it was.
+    """
+    _check(model, lean)
+    if lean.checkpoint:
+        _return_memory_at_once()
+    if lean.base_dtype is not None:
+        _cast_base(model, lean.base_dtype)
+    trunk = model.model
+    for index, block in enumerate(trunk.layers):
+        replace(trunk, f"layers.{index}", _LeanBlock(block, lean.checkpoint))
+    if isinstance(trunk.embed_tokens, nn.Embedding):
+        trunk.embed_tokens = _LeanEmbedding(trunk.embed_tokens)
+    if isinstance(model.lm_head, nn.Linear):
+        model.lm_head = _LeanHead(model.lm_head)
+
+
+def _check(model: nn.Module, lean: Lean) -> None:
+    if not isinstance(model, Llama):
+        raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
+    if isinstance(model.model.layers[0], _LeanBlock):
+        raise ValueError("The model's blocks are lean already; start each run from a freshly loaded model.")
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("The lean step is one of LoRA, but the model has no adapters; use a LoRA method.")
+    for name, layer in layers.items():
+        if type(layer).forward is not LoRALinear.forward:
+            raise ValueError(f"{name!r} is a {type(layer).__name__}, whose forward pass has no lean form.")
+    own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise ValueError(f"{name!r} is trained, but the lean step is for a frozen base; freeze it.")
+    if lean.threads > 1:
+        if any(isinstance(layer.dropout, nn.Dropout) for layer in layers.values()):
+            raise ValueError(
+                f"threads is {lean.threads}, but the adapters have dropout, whose draws would depend on the threads' "
+                "timing; use dropout=0 or threads=1."
+            )
+        if next(model.parameters()).device.type != "cpu":
+            raise ValueError(f"threads is {lean.threads}, but it is for the CPU; use threads=1 on a GPU.")
+
+
+def _cast_base(model: Llama, dtype: torch.dtype) -> None:
+    adapters = {id(parameter) for layer in lora_layers(model).values() for parameter in _own(layer)}
+    seen = set()
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in adapters | seen:
+            parameter.data = parameter.data.to(dtype)
+            seen.add(id(parameter))
+
+
+def _return_memory_at_once() -> None:
+    """Let Linux's C library give tensors of a MiB and more back to the system when they are freed.
+
+    By itself it keeps them in a heap, where the inputs kept of each block stand between the holes that the
+    block's own tensors leave: for SmolLM2 at 4 x 128 tokens more than all that is in use.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _own(layer: LoRALayer) -> list[Tensor]:
+    return [getattr(layer, part) for part in layer.parts]
+
+
+# One linear layer
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """What ``layer(x)`` is, for a frozen linear layer with or without an adapter, whatever keeps its weight."""
+    if not isinstance(layer, LoRALayer):
+        return _frozen(layer, x)  # (4, 128, 1536)
+    if layer.training and isinstance(layer.dropout, nn.Dropout):  # the adapter has an input of its own
+        narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8)
+        return _frozen(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
+    return _LoRALinear.apply(x, layer.lora_A, layer.lora_B, layer.base, layer.scaling)  # (4, 128, 1536)
+
+
+def _frozen(base: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(base, nn.Linear) and base.weight.dtype != x.dtype:
+        return F.linear(x.to(base.weight.dtype), base.weight, base.bias).to(x.dtype)  # (4, 128, 1536)
+    return base(x)  # (4, 128, 1536)
+
+
+def _adds_up(rows: int, weight: Tensor) -> bool:
+    """Whether x (W + s B A)^T takes fewer products than x W^T + s (x A^T) B^T.
+
+    The first forms B A, rank * in * out products; the second narrows and widens each row, rank * (in + out)
+    for each of them. A weight in half precision stays out of it: the sum would round the update away.
+    """
+    out, width = weight.shape
+    return weight.dtype in (torch.float32, torch.float64) and rows * (out + width) > out * width
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight in the weight's dtype, as x's."""
+    if weight.dtype == x.dtype:
+        return x @ weight
+    return (x.to(weight.dtype) @ weight).to(x.dtype)
+
+
+def _forward(x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
+    weight = base.weight  # (1536, 576)
+    if _adds_up(len(x), weight):
+        y = x @ torch.addmm(weight, B, A, alpha=scaling).T  # (512, 1536)
+    else:
+        y = _times(x, weight.T).addmm_(x @ A.T, B.T, alpha=scaling)  # (512, 1536)
+    return y if base.bias is None else y.add_(base.bias)  # (512, 1536)
+
+
+def _backward(
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B, each where it is needed."""
+    narrow = g @ B  # (512, 1536) @ (1536, 8) -> (512, 8)
+    dx = dA = dB = None
+    if needed[0]:
+        weight = base.weight  # (1536, 576)
+        if _adds_up(len(x), weight):
+            dx = g @ torch.addmm(weight, B, A, alpha=scaling)  # (512, 576)
+        else:
+            dx = _times(g, weight).addmm_(narrow, A, alpha=scaling)  # (512, 576)
+    if needed[1]:
+        dA = (narrow.T @ x).mul_(scaling)  # (8, 512) @ (512, 576) -> (8, 576)
+    if needed[2]:
+        # The product with the short side first is two to four times as fast at small ranks.
+        dB = ((x @ A.T).T @ g).mul_(scaling).T  # (8, 512) @ (512, 1536) -> (1536, 8)
+    return dx, dA, dB
+
+
+class _LoRALinear(torch.autograd.Function):
+    """h = W x + s B A x; of all its inputs it keeps x alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
+        ctx.save_for_backward(rows, A, B)
+        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
+        return _forward(rows, A, B, base, scaling).view(*x.shape[:-1], -1)  # (4, 128, 1536)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        rows, A, B = ctx.saved_tensors
+        dx, dA, dB = _backward(g.reshape(-1, g.shape[-1]), rows, A, B, ctx.base, ctx.scaling, ctx.needs_input_grad)
+        return None if dx is None else dx.view(ctx.shape), dA, dB, None, None
+
+
+class _GatedLoRALinear(torch.autograd.Function):
+    """h = (W + s B A) (silu(gate) * up); it keeps gate and up, and makes their product again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
+        ctx.save_for_backward(gate, up, A, B)
+        ctx.base, ctx.scaling = base, scaling
+        inner = F.silu(gate).mul_(up).view(-1, gate.shape[-1])  # (4, 128, 1536) -> (512, 1536)
+        return _forward(inner, A, B, base, scaling).view(*gate.shape[:-1], -1)  # (4, 128, 576)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        gate, up, A, B = ctx.saved_tensors
+        shape = gate.shape
+        gate, up = gate.view(-1, shape[-1]), up.view(-1, shape[-1])  # (512, 1536)
+        opened = F.silu(gate)  # (512, 1536)
+        inner = opened * up  # (512, 1536)
+        needed = (True, *ctx.needs_input_grad[2:4])
+        d_inner, dA, dB = _backward(g.reshape(-1, g.shape[-1]), inner, A, B, ctx.base, ctx.scaling, needed)
+        d_up = opened.mul_(d_inner)  # (512, 1536)
+        d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)  # (512, 1536)
+        return d_gate.view(shape), d_up.view(shape), dA, dB, None, None
+
+
+# The blocks
+
+
+class _LeanBlock(Block):
+    """A block whose parts are lean; its children are those of the block it stands for."""
+
+    def __init__(self, block: Block, checkpoint: bool) -> None:
+        nn.Module.__init__(self)
+        self.self_attn = _LeanAttention(block.self_attn)
+        self.mlp = _LeanMLP(block.mlp)
+        self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
+        self.checkpoint = checkpoint
+        self.train(block.training)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
+            return super().forward(x, cos, sin, mask, cache)  # (4, 128, 576)
+        dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
+        return checkpoint(
+            super().forward, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=dropout
+        )  # (4, 128, 576)
+
+
+class _LeanAttention(Attention):
+    """Attention with lean projections."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.head_dim = attention.layer, attention.head_dim
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        batch, length, _ = x.shape
+        by_head = (batch, length, -1, self.head_dim)
+        query = linear(self.q_proj, x).view(by_head).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
+        key = linear(self.k_proj, x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
+        value = linear(self.v_proj, x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=True
+        )  # (4, 9, 128, 64)
+        return linear(self.o_proj, mixed.transpose(1, 2).reshape(batch, length, -1))  # (4, 128, 576)
+
+
+class _LeanMLP(MLP):
+    """SwiGLU that keeps gate and up alone."""
+
+    def __init__(self, mlp: MLP) -> None:
+        nn.Module.__init__(self)
+        for name, child in mlp.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = linear(self.gate_proj, x), linear(self.up_proj, x)  # 2 x (4, 128, 1536)
+        down = self.down_proj
+        if not isinstance(down, LoRALayer) or (down.training and isinstance(down.dropout, nn.Dropout)):
+            return linear(down, F.silu(gate) * up)  # (4, 128, 576)
+        return _GatedLoRALinear.apply(gate, up, down.lora_A, down.lora_B, down.base, down.scaling)  # (4, 128, 576)
+
+
+class _LeanEmbedding(nn.Module):
+    """An embedding whose rows come out in float32, in whatever they are kept."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight  # (49152, 576)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)  # (4, 128, 576)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))  # (4, 128, 576)
+
+
+class _LeanHead(nn.Module):
+    """A head that multiplies in its own dtype."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias  # (49152, 576)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)  # (4, 128, 49152)
+
+
+# The loss
+
+
+def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
+    """As ``lora_lab.tasks.cross_entropy``, without ever holding all logits: the mean in nats over targets that count.
+
+    The gradient of a slice's logits is multiplied into the hidden state's as soon as it is there, so nothing
+    of (tokens, vocabulary) is kept.
+
+    Args:
+        inputs, targets: token ids (batch, length); a target of -100 does not count.
+        rows: tokens whose logits exist at one moment.
+    """
+    hidden = model.model(inputs).flatten(0, 1)  # (512, 576)
+    targets = targets.flatten()  # (512,)
+    counts = targets != IGNORE  # (512,)
+    if not bool(counts.all()):
+        hidden, targets = hidden[counts], targets[counts]  # (n, 576), (n,)
+    head = model.lm_head
+    if isinstance(head, LoRALayer):
+        return F.cross_entropy(linear(head, hidden), targets)  # ()
+    return _HeadLoss.apply(hidden, targets, head, rows)  # ()
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of softmax(hidden W^T); keeps the gradient of hidden, made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Module, rows: int) -> Tensor:
+        if isinstance(head, BlockLinear):
+            loss, gradient = _by_vocabulary(hidden, targets, head, ctx.needs_input_grad[0])
+        else:
+            loss, gradient = _by_rows(hidden, targets, head, rows, ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        (gradient,) = ctx.saved_tensors  # (512, 576)
+        return gradient * g, None, None, None
+
+
+def _by_rows(
+    hidden: Tensor, targets: Tensor, head: nn.Module, rows: int, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Slices of tokens, all of the vocabulary at once."""
+    weight = head.weight  # (49152, 576)
+    loss = hidden.new_zeros(())
+    gradient = torch.empty_like(hidden) if with_gradient else None  # (512, 576)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        target = targets[part, None]  # (256, 1)
+        logits = _times(hidden[part], weight.T)  # (256, 576) @ (576, 49152) -> (256, 49152)
+        own = logits.gather(1, target)  # (256, 1)
+        top = logits.amax(1, keepdim=True)  # (256, 1)
+        total = logits.sub_(top).exp_().sum(1, keepdim=True)  # (256, 1); logits hold exp(logit - top) now
+        loss += (total.log() + top - own).sum()  # ()
+        if gradient is not None:
+            logits.div_(total)  # the probabilities
+            logits.scatter_add_(1, target, torch.full_like(own, -1.0))  # minus 1 at the target
+            gradient[part] = _times(logits, weight)  # (256, 49152) @ (49152, 576) -> (256, 576)
+        del logits  # before the next slice's are made
+    return loss / len(hidden), None if gradient is None else gradient.div_(len(hidden))
+
+
+def _by_vocabulary(
+    hidden: Tensor, targets: Tensor, head: BlockLinear, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Slices of the vocabulary, all tokens at once, so that no more than a slice of the weight is dequantised.
+
+    Twice over the vocabulary: first for the sum of exponentials of each token, then for the gradient.
+    """
+    everyone = torch.arange(len(hidden), device=hidden.device)  # (512,)
+    top = hidden.new_full((len(hidden), 1), -math.inf)  # (512, 1)
+    total, own = torch.zeros_like(top), torch.zeros_like(top)  # (512, 1)
+    for start, stop in head.slices():
+        logits = hidden @ head.rows(start, stop).T  # (512, 576) @ (576, 3072) -> (512, 3072)
+        here = everyone[(targets >= start) & (targets < stop)]  # tokens whose target is in this slice
+        own[here, 0] = logits[here, targets[here] - start]
+        higher = torch.maximum(top, logits.amax(1, keepdim=True))  # (512, 1)
+        total.mul_((top - higher).exp()).add_(logits.sub_(higher).exp_().sum(1, keepdim=True))  # (512, 1)
+        top = higher  # (512, 1)
+    level = top + total.log()  # (512, 1)
+    loss = (level - own).mean()  # ()
+    if not with_gradient:
+        return loss, None
+    gradient = torch.zeros_like(hidden)  # (512, 576)
+    for start, stop in head.slices():
+        weight = head.rows(start, stop)  # (3072, 576)
+        chances = (hidden @ weight.T).sub_(level).exp_()  # (512, 3072)
+        here = everyone[(targets >= start) & (targets < stop)]
+        chances[here, targets[here] - start] -= 1.0
+        gradient.addmm_(chances, weight)  # (512, 576)
+    return loss, gradient.div_(len(hidden))
+
+
+# The optimiser, and threads
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW over one tensor for each group: 420 adapter matrices cost one pass, not 420.
+
+    Parameters become views of the flat tensor, and keep names, shapes and values. ``state`` holds each
+    parameter's views, as ``torch.optim.AdamW`` would hold its tensors.
+
+    Args: as for ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._flat = [self._flatten(group["params"]) for group in self.param_groups]
+
+    def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
+            raise ValueError("The parameters of a group are of several dtypes or devices, so they fit no one tensor.")
+        values = torch.cat([parameter.detach().flatten() for parameter in parameters])  # (2442240,)
+        flat = {"values": values} | {
+            name: torch.zeros_like(values) for name in ("gradients", "exp_avg", "exp_avg_sq")
+        }  # (2442240,) each
+        flat["step"] = torch.zeros((), device=values.device)
+        start = 0
+        for parameter in parameters:
+            part, start = slice(start, start + parameter.numel()), start + parameter.numel()
+            parameter.data = values[part].view(parameter.shape)
+            self.state[parameter] = {"step": flat["step"]} | {
+                name: flat[name][part].view(parameter.shape) for name in ("exp_avg", "exp_avg_sq")
+            }
+            parameter.grad = flat["gradients"][part].view(parameter.shape)
+        return flat
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to zero; they stay views, whatever ``set_to_none`` says."""
+        for flat in self._flat:
+            flat["gradients"].zero_()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+        for group, flat in zip(self.param_groups, self._flat, strict=True):
+            beta1, beta2 = group["betas"]
+            adamw(
+                [flat["values"]],
+                [flat["gradients"]],
+                [flat["exp_avg"]],
+                [flat["exp_avg_sq"]],
+                [],
+                [flat["step"]],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+class InThreads:
+    """Backward passes side by side: each micro-batch in a Python thread of its own, which computes on one core.
+
+    With one product after another on all cores, each waits for the slowest core; here they meet once a step.
+    Gradients are those of the micro-batches one after another, up to the order of the sum.
+
+    Args:
+        threads: how many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(
+        self, model: nn.Module, loss: Loss, batches: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+    ) -> list[Tensor]:
+        """Add the weighted losses' gradients to the parameters' ``grad``, and return the losses."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def one(batch: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Sequence[Tensor]]:
+            part = loss(model, *batch) * weight  # ()
+            return part.detach(), torch.autograd.grad(part, parameters, allow_unused=True)
+
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            parts = list(self.pool.map(one, batches, weights))
+        finally:
+            torch.set_num_threads(before)
+        for _, gradients in parts:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return [part for part, _ in parts]

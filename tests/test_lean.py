@@ -1,0 +1,654 @@
+"""The lean step against the plain one: losses, gradients, what it keeps, and what it refuses."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import (
+    DoRA,
+    FullFineTuning,
+    Lean,
+    LoRA,
+    LoRAConfig,
+    LoRAFA,
+    LoRALinear,
+    LoRAPlus,
+    PiSSA,
+    RsLoRA,
+    adapter_state,
+    evaluate,
+    fit,
+    inject,
+    load_adapter,
+    load_pretrained,
+    lora_layers,
+    merge,
+    save_adapter,
+)
+from lora_lab.lean import FlatAdamW, InThreads, _adds_up, cross_entropy, linear, rewire
+from lora_lab.memory import saved_bytes
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.quantize import BlockLinear, quantize_nf4
+from lora_lab.tasks import IGNORE, Examples, Task
+from lora_lab.tasks import cross_entropy as plain_cross_entropy
+from lora_lab.train import in_turn, training_step
+from lora_lab.variants import LoRAFALinear, RsLoRALinear
+
+SHAPE = LlamaConfig(
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+BIASED = LlamaConfig(**{**vars(SHAPE), "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False})
+OPTIONS = pytest.mark.parametrize(
+    "lean", [Lean(), Lean(checkpoint=True), Lean(loss_rows=7)], ids=["plain", "checkpoint", "small slices"]
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def adapted(config=SHAPE, dtype=torch.float64, layer=None, seed=0, **settings):
+    """A Llama with adapters that do something, in training mode."""
+    model = Llama(config, seed=seed).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    inject(model, LoRAConfig(**({"rank": 4, "alpha": 6} | settings)), layer=layer)
+    with torch.no_grad():
+        for adapter in lora_layers(model).values():
+            adapter.lora_B.copy_(torch.randn_like(adapter.lora_B) * 0.2)
+    return model.train()
+
+
+def text(sequences=3, length=20, ignored=True, seed=1):
+    """Token ids and targets, some of which do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 260, (sequences, length), generator=generator)
+    targets = torch.randint(0, 260, (sequences, length), generator=generator)
+    if ignored:
+        targets[0, :5], targets[-1, 3] = IGNORE, IGNORE
+    return ids, targets
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def far_apart(found, expected):
+    """The largest relative distance between tensors of equal names."""
+    assert found.keys() == expected.keys()
+    assert len(found) > 1
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+def compare(model, lean, batch):
+    """Relative distances of loss and gradients between a plain step and its lean twin."""
+    twin = copy.deepcopy(model)
+    rewire(twin, lean)
+    plain = plain_cross_entropy(model, *batch)
+    plain.backward()
+    leaner = cross_entropy(twin, *batch, rows=lean.loss_rows)
+    leaner.backward()
+    assert all(float(gradient.norm()) > 0 for gradient in gradients(model).values())
+    return abs(float(leaner.detach() / plain.detach()) - 1), far_apart(gradients(twin), gradients(model))
+
+
+# The same numbers
+
+
+@OPTIONS
+@pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
+def test_in_float64_loss_and_every_gradient_equal_the_plain_steps(lean, config):
+    assert max(compare(adapted(config), lean, text())) < 1e-10
+
+
+@OPTIONS
+def test_in_float32_they_are_within_one_in_ten_thousand(lean):
+    assert max(compare(adapted(dtype=torch.float32), lean, text())) < 1e-4
+
+
+@pytest.mark.parametrize("length", [2, 100], ids=["products apart", "products added up"])
+def test_both_orders_of_products_give_the_same(length):
+    weight = torch.empty(48, 32)
+    assert _adds_up(3 * length, weight) is (length == 100)
+    assert max(compare(adapted(), Lean(), text(length=length, ignored=False))) < 1e-10
+
+
+def test_the_order_of_products_is_the_one_with_fewer_of_them():
+    def apart(rows, out, width, rank):
+        return rows * out * width + rows * rank * (out + width)
+
+    def added_up(rows, out, width, rank):
+        return rows * out * width + rank * out * width
+
+    for rows, out, width in [(100, 576, 576), (287, 576, 576), (289, 576, 576), (512, 192, 576), (512, 1536, 576)]:
+        fewer = added_up(rows, out, width, 8) < apart(rows, out, width, 8)
+        assert _adds_up(rows, torch.empty(out, width)) is fewer
+    assert not _adds_up(10_000, torch.empty(576, 576, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj"], ["o_proj", "up_proj"]], ids=lambda names: names[0]
+)
+def test_layers_without_an_adapter_stay_frozen_and_right(targets):
+    model = adapted(targets=targets)
+    assert max(compare(model, Lean(), text())) < 1e-10
+    assert len(gradients(model)) == 2 * 3 * len(targets)
+
+
+@pytest.mark.parametrize("layer", [RsLoRALinear, LoRAFALinear])
+def test_variants_that_share_the_forward_pass_are_lean_too(layer):
+    model = adapted(layer=layer)
+    assert max(compare(model, Lean(checkpoint=True), text())) < 1e-10
+    assert ("model.layers.0.self_attn.q_proj.lora_A" in gradients(model)) is (layer is RsLoRALinear)
+
+
+def test_the_scaling_and_the_adapters_matter_to_the_lean_step():
+    model = adapted()
+    rewire(model, Lean())
+    batch = text()
+    before = float(cross_entropy(model, *batch).detach())
+    for layer in lora_layers(model).values():
+        layer.alpha *= 3
+    louder = float(cross_entropy(model, *batch).detach())
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.zero_()
+    assert len({round(value, 6) for value in (before, louder, float(cross_entropy(model, *batch).detach()))}) == 3
+
+
+@OPTIONS
+def test_dropout_draws_what_the_plain_step_draws(lean):
+    model = adapted(dropout=0.3)
+    twin = copy.deepcopy(model)
+    rewire(twin, lean)
+    found = []
+    for one, loss in ((model, plain_cross_entropy), (twin, cross_entropy)):
+        torch.manual_seed(5)
+        loss(one, *text()).backward()
+        found.append(gradients(one))
+    assert far_apart(found[1], found[0]) < 1e-10
+    torch.manual_seed(6)
+    other = copy.deepcopy(model)
+    other.zero_grad()
+    plain_cross_entropy(other, *text()).backward()
+    assert far_apart(gradients(other), found[0]) > 1e-3
+
+
+def test_a_rewired_model_computes_generates_and_is_named_as_before():
+    model = adapted(dtype=torch.float32).eval()
+    twin = copy.deepcopy(model)
+    rewire(twin, Lean(checkpoint=True))
+    ids = text()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(twin(ids), model(ids), rtol=1e-5, atol=1e-5)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert torch.equal(twin.generate(ids[0], 8), model.generate(ids[0], 8))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    torch.testing.assert_close(twin(ids, mask), model(ids, mask), rtol=1e-5, atol=1e-5)
+    assert twin.get_output_embeddings() is twin.lm_head
+
+
+def test_adapters_of_a_rewired_model_are_saved_loaded_and_merged(tmp_path):
+    model = adapted(dtype=torch.float32).eval()
+    plain = Llama(SHAPE).eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "norm" in name:
+                parameter.copy_(model.get_parameter(name))
+    ids = text()[0]
+    expected = model(ids).detach()
+    assert not torch.allclose(plain(ids), expected, atol=1e-3)
+    rewire(model, Lean())
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(plain(ids), expected, rtol=1e-5, atol=1e-5)
+    assert len(merge(model)) == 21
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_that_do_not_count_have_no_part_in_the_loss():
+    model = adapted()
+    rewire(model, Lean())
+    ids, targets = text(ignored=False)
+    first = targets.clone()
+    first[:, 1:] = IGNORE
+    expected = F.cross_entropy(model(ids)[:, 0], targets[:, 0])
+    torch.testing.assert_close(cross_entropy(model, ids, first), expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(cross_entropy(model, ids, targets), expected, rtol=1e-3)
+
+
+def test_an_adapted_head_learns_too():
+    model = adapted(BIASED, targets=["lm_head", "q_proj"])
+    assert max(compare(model, Lean(), text())) < 1e-10
+    assert "lm_head.lora_A" in gradients(model)
+
+
+def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
+    model = adapted()
+    rewire(model, Lean())
+    with torch.no_grad():
+        loss = cross_entropy(model, *text())
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, cross_entropy(model, *text()).detach(), rtol=0, atol=0)
+
+
+# A base in half precision
+
+
+def test_a_bfloat16_base_computes_what_its_rounded_weights_do():
+    model = adapted(dtype=torch.float32)
+    twin = copy.deepcopy(model)
+    rewire(twin, Lean(base_dtype=torch.bfloat16))
+    for name, parameter in twin.named_parameters():
+        half = parameter.dtype == torch.bfloat16
+        assert half is (parameter.ndim == 2 and "lora_" not in name)
+        assert parameter.requires_grad is ("lora_" in name)
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.ndim == 2 and "lora_" not in name:
+                parameter.copy_(parameter.bfloat16())
+    ids, targets = text()
+    with torch.no_grad():
+        exact, found = rounded(ids), twin(ids)
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+    cross_entropy(twin, ids, targets).backward()
+    plain_cross_entropy(rounded, ids, targets).backward()
+    assert far_apart(gradients(twin), gradients(rounded)) < 0.1
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(twin).values())
+
+
+# A base in blocks
+
+
+@pytest.fixture
+def in_blocks():
+    """A model whose linear layers are in NF4, and the same with those weights dense."""
+    config = LlamaConfig(**{**vars(SHAPE), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    model = Llama(config)
+    quantize_nf4(model)
+    dense = copy.deepcopy(model)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, BlockLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight = nn.Parameter(module.weight.clone())
+            parent, _, child = name.rpartition(".")
+            setattr(dense.get_submodule(parent), child, linear)
+    for one in (model, dense):
+        inject(one, LoRAConfig(rank=4, alpha=6))
+        for index, layer in enumerate(lora_layers(one).values()):
+            generator = torch.Generator().manual_seed(index)
+            with torch.no_grad():
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
+        one.train()
+    return model, dense
+
+
+@pytest.mark.parametrize("length", [4, 60], ids=["products apart", "products added up"])
+def test_a_base_in_blocks_gives_the_gradients_of_its_dense_twin(in_blocks, length):
+    model, dense = in_blocks
+    rewire(model, Lean(checkpoint=True))
+    packed = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    batch = text(length=length, ignored=length == 60)
+    found = cross_entropy(model, *batch)
+    found.backward()
+    expected = plain_cross_entropy(dense, *batch)
+    expected.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert far_apart(gradients(model), gradients(dense)) < 1e-4
+    assert packed
+    for name, value in packed.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+def test_the_real_model_in_its_blocks_gives_the_gradients_of_the_float32_one(smollm2):
+    ids = torch.tensor(
+        [smollm2[1].encode("Low-rank adaptation changes a model by a product of two thin matrices. " * 3)]
+    )
+    batch = ids[:, :-1], ids[:, 1:]
+    blocks = load_pretrained(keep_blocks=True, device="cpu")[0]
+    dense = copy.deepcopy(smollm2[0])
+    for model in (dense, blocks):
+        inject(model, LoRAConfig(rank=8))
+        for index, layer in enumerate(lora_layers(model).values()):
+            generator = torch.Generator().manual_seed(index)
+            with torch.no_grad():
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.01)
+    rewire(blocks, Lean(checkpoint=True))
+    losses = cross_entropy(blocks, *batch), plain_cross_entropy(dense, *batch)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    together = [torch.cat([g.flatten() for g in gradients(model).values()]) for model in (blocks, dense)]
+    assert float((together[0] - together[1]).norm() / together[1].norm()) < 1e-4
+
+
+# What it keeps
+
+
+def kept(model, loss, batch):
+    return saved_bytes(lambda: loss(model, *batch), model)
+
+
+def test_activations_kept_are_those_the_backward_pass_needs():
+    batch = text(sequences=4, length=32, ignored=False)
+    tokens = 4 * 32
+    plain, leaner, checkpointed = (adapted(dtype=torch.float32) for _ in range(3))
+    rewire(leaner, Lean())
+    rewire(checkpointed, Lean(checkpoint=True))
+    by_plain = kept(plain, plain_cross_entropy, batch)
+    by_lean = kept(leaner, cross_entropy, batch)
+    by_checkpoint = kept(checkpointed, cross_entropy, batch)
+    # Of logits (tokens x 260) and of silu(gate), silu(gate) * up in three blocks nothing is kept any more.
+    assert by_plain - by_lean >= 4 * tokens * (260 + 3 * 2 * 48)
+    # A checkpointed block keeps its input (32 numbers); beside them stand the last norm and the loss's gradient.
+    assert by_checkpoint <= 4 * tokens * (3 * 32 + 3 * 32 + 64)
+    assert by_checkpoint < by_lean / 3
+
+
+def test_inputs_of_query_key_value_and_of_gate_up_are_kept_once():
+    model = adapted(dtype=torch.float32, targets=["q_proj"])
+    three = adapted(dtype=torch.float32, targets=["q_proj", "k_proj", "v_proj"])
+    for one in (model, three):
+        rewire(one, Lean())
+    batch = text(sequences=4, length=32, ignored=False)
+    assert kept(three, cross_entropy, batch) == kept(model, cross_entropy, batch)
+
+
+def test_below_the_lowest_adapter_nothing_is_kept_and_no_gradient_computed():
+    batch = text(sequences=4, length=32, ignored=False)
+    all_layers = adapted(dtype=torch.float32)
+    top = adapted(dtype=torch.float32, targets=["layers.2.mlp.down_proj"])
+    for model in (all_layers, top):
+        rewire(model, Lean())
+    needed = []
+    for block in top.model.layers:
+        block.register_forward_hook(lambda module, inputs, output: needed.append(output.requires_grad))
+    cross_entropy(top, *batch).backward()
+    assert needed == [False, False, True]
+    assert set(gradients(top)) == {"model.layers.2.mlp.down_proj.lora_A", "model.layers.2.mlp.down_proj.lora_B"}
+    assert kept(top, cross_entropy, batch) < kept(all_layers, cross_entropy, batch) / 2
+
+
+# Optimiser
+
+
+def test_flat_adamw_takes_the_steps_of_torchs_adamw():
+    model = adapted(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    groups = [
+        [[getattr(layer, part) for layer in lora_layers(one).values()] for part in ("lora_A", "lora_B")]
+        for one in (model, twin)
+    ]
+    settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    reference = torch.optim.AdamW([{"params": groups[0][0]}, {"params": groups[0][1], "lr": 0.05}], **settings)
+    flat = FlatAdamW([{"params": groups[1][0]}, {"params": groups[1][1], "lr": 0.05}], **settings)
+    before = adapter_state(model)
+    assert far_apart(adapter_state(twin), before) == 0
+    for step in range(4):
+        for one, optimizer in ((model, reference), (twin, flat)):
+            optimizer.zero_grad()
+            plain_cross_entropy(one, *text(seed=step)).backward()
+            optimizer.step()
+    assert far_apart(adapter_state(twin), adapter_state(model)) < 1e-12
+    assert far_apart(adapter_state(twin), before | {k: v + 1e-9 for k, v in before.items()}) > 1e-3
+    for one, other in zip(*([*A, *B] for A, B in groups), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(flat.state[other][key].double(), reference.state[one][key].double())
+
+
+def test_parameters_and_gradients_stay_views_of_one_tensor():
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = FlatAdamW([{"params": trained}])
+    plain_cross_entropy(model, *text()).backward()
+    optimizer.zero_grad(set_to_none=True)
+    assert len({p.untyped_storage().data_ptr() for p in trained}) == 1
+    assert len({p.grad.untyped_storage().data_ptr() for p in trained}) == 1
+    assert all(float(p.grad.abs().max()) == 0 for p in trained)
+
+
+def test_parameters_of_two_dtypes_fit_no_flat_group():
+    pair = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    with pytest.raises(ValueError, match="several dtypes"):
+        FlatAdamW([{"params": pair}])
+
+
+# Threads
+
+
+def test_two_threads_give_the_gradients_of_one_weighted_by_targets():
+    model = adapted()
+    rewire(model, Lean())
+    ids, targets = text(sequences=4)
+    targets[1] = IGNORE
+    targets[2, 6:] = IGNORE  # the halves differ in targets
+    cross_entropy(model, ids, targets).backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    halves = [(ids[:2], targets[:2]), (ids[2:], targets[2:])]
+    counts = [int((half != IGNORE).sum()) for _, half in halves]
+    assert counts[0] != counts[1]
+    model.zero_grad()
+    losses = InThreads(2)(model, cross_entropy, halves, [count / sum(counts) for count in counts])
+    assert far_apart(gradients(model), expected) < 1e-12
+    torch.testing.assert_close(sum(losses), cross_entropy(model, ids, targets).detach(), rtol=1e-12, atol=0)
+    model.zero_grad()
+    InThreads(2)(model, cross_entropy, halves, [0.5, 0.5])
+    assert far_apart(gradients(model), expected) > 1e-3
+
+
+def test_threads_work_side_by_side_on_one_core_each_and_leave_the_count_as_it_was():
+    model = adapted()
+    meeting = threading.Barrier(2, timeout=20)
+    seen = []
+
+    def loss(model, inputs, targets):
+        meeting.wait()  # passes only if both are here at once
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return plain_cross_entropy(model, inputs, targets)
+
+    before = torch.get_num_threads()
+    ids, targets = text(sequences=4)
+    InThreads(2)(model, loss, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], [0.5, 0.5])
+    assert torch.get_num_threads() == before
+    assert len({thread for thread, _ in seen}) == 2
+    assert {count for _, count in seen} == {1}
+
+
+def test_an_error_in_a_thread_is_raised_and_the_count_put_back():
+    def loss(model, inputs, targets):
+        raise RuntimeError("planted")
+
+    before = torch.get_num_threads()
+    ids, targets = text(sequences=2)
+    with pytest.raises(RuntimeError, match="planted"):
+        InThreads(2)(adapted(), loss, [(ids[:1], targets[:1]), (ids[1:], targets[1:])], [0.5, 0.5])
+    assert torch.get_num_threads() == before
+
+
+# In fit
+
+
+def toy_task(loss=plain_cross_entropy, n=24):
+    """Eight tokens, each followed by one and the same other."""
+    ids = torch.randint(0, 8, (n, 12), generator=torch.Generator().manual_seed(1))
+    rows = Examples(ids, (ids * 3 + 1) % 8)
+    parts = {"train": rows, "validation": rows[:6], "test": rows[6:9], "off_domain": rows[9:12]}
+    return Task(name="toy", **parts, loss=loss, unit="tokens", about="made up")
+
+
+def train(lean=None, method=None, steps=6, **settings):
+    model = Llama(SHAPE)
+    history = fit(
+        model,
+        toy_task(),
+        method or LoRA(rank=4),
+        steps=steps,
+        lr=0.01,
+        batch_size=4,
+        eval_every=3,
+        lean=lean,
+        **settings,
+    )
+    return model, history
+
+
+@pytest.mark.parametrize(
+    "lean",
+    [Lean(), Lean(checkpoint=True), Lean(threads=2), Lean(base_dtype=torch.bfloat16)],
+    ids=["lean", "checkpoint", "threads", "bfloat16"],
+)
+def test_fit_learns_the_same_with_a_lean_step(lean):
+    _, plain = train()
+    model, history = train(lean)
+    for column in ("train_loss", "validation_loss", "grad_norm"):
+        tolerance = 1e-3 if lean.base_dtype is None else 0.2 if column == "grad_norm" else 0.02
+        assert history.curve(column)[1] == pytest.approx(plain.curve(column)[1], rel=tolerance)
+    assert history.curve("train_loss")[1][-1] < history.curve("train_loss")[1][0]
+    assert history.settings["lean"] == lean.settings()
+    assert "lean" not in plain.settings
+    assert history.optimizer_bytes == plain.optimizer_bytes
+    assert evaluate(model, toy_task()) == pytest.approx(history.curve("validation_loss")[1][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [LoRAPlus(rank=4, ratio=4.0), RsLoRA(rank=4), LoRAFA(rank=4)], ids=lambda m: m.name)
+def test_fit_takes_a_lean_step_for_variants(method):
+    _, plain = train(method=method)
+    _, history = train(Lean(), method)
+    assert history.curve("validation_loss")[1] == pytest.approx(plain.curve("validation_loss")[1], rel=1e-3)
+
+
+def test_accumulation_and_threads_together_change_no_result():
+    _, plain = train()
+    _, history = train(Lean(threads=2), accumulate=2)
+    assert history.curve("train_loss")[1] == pytest.approx(plain.curve("train_loss")[1], rel=1e-3)
+
+
+def test_a_lean_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole, first = train(Lean(checkpoint=True))
+    settings = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3, "lean": Lean(checkpoint=True)}
+    calls = []
+
+    def stops_after_five(model, inputs, targets, rows):
+        calls.append(1)
+        if len(calls) > 9:  # two evaluations of two parts, five steps
+            raise KeyboardInterrupt
+        return cross_entropy(model, inputs, targets, rows)
+
+    task = toy_task()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lora_lab.lean.cross_entropy", stops_after_five)
+        fit(Llama(SHAPE), task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
+    resumed = Llama(SHAPE)
+    history = fit(resumed, task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
+    assert history.curve("train_loss") == first.curve("train_loss")
+    for name, value in adapter_state(whole).items():
+        assert torch.equal(adapter_state(resumed)[name], value)
+
+
+def test_a_loss_of_the_tasks_own_is_left_to_it():
+    called = []
+
+    def loss(model, inputs, targets):
+        called.append(1)
+        return plain_cross_entropy(model, inputs, targets)
+
+    fit(Llama(SHAPE), toy_task(loss), LoRA(rank=2), steps=1, lr=0.01, batch_size=2, lean=Lean())
+    assert called
+
+
+# What it refuses
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"base_dtype is torch\.float16"):
+        Lean(base_dtype=torch.float16)
+    for name in ("threads", "loss_rows"):
+        for wrong in (0, 1.5, True):
+            with pytest.raises(ValueError, match=f"{name} is {wrong}"):
+                Lean(**{name: wrong})
+
+
+def unlocked():
+    model = adapted()
+    model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+def already_lean():
+    model = adapted()
+    rewire(model, Lean())
+    return model
+
+
+def with_class(layer):
+    class Other(LoRALinear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    return adapted(layer=layer or Other)
+
+
+@pytest.mark.parametrize(
+    ("make", "lean", "says"),
+    [
+        (lambda: DigitsMLP(width=8), Lean(), "built for lora_lab's Llama, but the model is a DigitsMLP"),
+        (lambda: Llama(SHAPE), Lean(), "the model has no adapters"),
+        (lambda: with_class(None), Lean(), "is a Other, whose forward pass has no lean form"),
+        (unlocked, Lean(), "'model.norm.weight' is trained"),
+        (already_lean, Lean(), "lean already"),
+        (lambda: adapted(dropout=0.1), Lean(torch.bfloat16, threads=2), "threads is 2, but the adapters have dropout"),
+    ],
+    ids=["no Llama", "no adapters", "own forward", "trained base", "twice", "threads and dropout"],
+)  # fmt: skip
+def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
+    model = make()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    dtypes = [p.dtype for p in model.parameters()]
+    with pytest.raises(ValueError, match=says):
+        rewire(model, lean)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    assert [p.dtype for p in model.parameters()] == dtypes
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), PiSSA(rank=2), DoRA(rank=2)], ids=lambda method: method.name)
+def test_fit_refuses_a_lean_step_for_methods_without_one(method):
+    with pytest.raises(ValueError, match=r"no adapters|has no lean form"):
+        train(Lean(), method)
+
+
+def test_one_adapted_layer_equals_its_own_forward_pass():
+    layer = LoRALinear(nn.Linear(6, 5, dtype=torch.float64), rank=2, alpha=3)
+    nn.init.normal_(layer.lora_B)
+    for rows in (1, 50):
+        x = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+        torch.testing.assert_close(linear(layer, x), layer(x), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(lambda x: linear(layer, x), (x,))
+
+
+def test_the_step_is_the_plain_one_but_for_its_parts():
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    loss, norm = training_step(model, plain_cross_entropy, [text()], [1.0], optimizer, 1.0, in_turn)
+    assert float(norm) > 0
+    assert float(loss) > 0
