@@ -57,6 +57,7 @@ _KEYS = {
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
 _EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # settings that may differ by layer, and where
 _BASE = "base"  # what stands for an adapted layer's own weight among the parts of a file
 
 
@@ -67,8 +68,8 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     parameters are new ones, which an optimiser made before does not know.
 
     Raises:
-        ValueError: the model has no adapters, or the state is of other layers or shapes. The model is then
-            left as it was.
+        ValueError: the model has no adapters; or the state is of other layers or shapes (for PiSSA also of
+            another rank, because of its start). The model is then left as it was.
     """
     layers = adapted_layers(model)
     wanted = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha")}
@@ -78,13 +79,18 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
             + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
         )
+    alphas = {}
     for name, layer in layers.items():
+        A = state[f"{name}.lora_A"]
+        rank = A.shape[0] if A.ndim else 0
         for part in layer.parts:
-            expected = _shape(layer, part, rank=len(state[f"{name}.lora_A"]))
+            expected = _shape(layer, part, rank)
             if (found := tuple(state[f"{name}.{part}"].shape)) != expected:
                 raise ValueError(f"The state's {name}.{part} has shape {found}, but the model asks for {expected}.")
+        alphas[name] = float(state[f"{name}.alpha"])
+        LoRAConfig(rank, alphas[name])  # checks the numbers
     for name, layer in layers.items():
-        _put(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, float(state[f"{name}.alpha"]))
+        _put(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
 
 
 @contextmanager
@@ -95,9 +101,11 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
     move, save or inject within the block.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or they are off already.
     """
-    layers = adapted_layers(model)
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("The model has no adapters to take off; call inject first, and do not put off within off.")
     try:
         for name, layer in layers.items():
             replace(model, name, layer.base)
@@ -135,7 +143,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = _NEUTRAL | {
-        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+        "alpha_pattern": _pattern(alphas, alpha),
         "base_model_name_or_path": base,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "inference_mode": True,
@@ -144,9 +152,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         "lora_dropout": dropout,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "rank_pattern": _pattern(ranks, rank),
         "target_modules": _endings(model, list(layers)),
-        "task_type": "CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
+        "task_type": "CAUSAL_LM" if _is_causal(model) else None,
     }
     if variant:
         config[variant] = True
@@ -181,12 +189,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         )
     variant = next((layer for name, layer in _VARIANTS.items() if config.get(name)), None)
     names = _check_names(model, tensors, variant, folder)
-    rank, alpha = config["r"], config["lora_alpha"]
+    numbers = {name: (_by_pattern(config, "r", name), _by_pattern(config, "lora_alpha", name)) for name in names}
+    for rank, alpha in numbers.values():
+        LoRAConfig(rank, alpha)  # checks them
+    start = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inject(model, LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0), targets=names), layer=variant)
+    inject(model, start, layer=variant)
     layers = lora_layers(model)
     try:
-        _check_fit(layers, tensors, config, folder)
+        for name, layer in layers.items():
+            _check_fit(name, layer, tensors[name], numbers[name][0], folder)
     except ValueError:
         for name, layer in layers.items():
             replace(model, name, layer.base)
@@ -194,7 +206,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             parameter.requires_grad_(True)
         raise
     for name, layer in layers.items():
-        _put(layer, tensors[name], _by_pattern(config.get("alpha_pattern"), name, alpha))
+        _put(layer, tensors[name], numbers[name][1])
     return names
 
 
@@ -224,13 +236,24 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             neutral = isinstance(value, bool)
         if not neutral and name not in _HARMLESS:
             raise ValueError(f"{folder} sets {name} to {value!r}, which changes the result and is not built here.")
+    for name in _PATTERNS.values():
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{folder} sets {name} to {config[name]!r}, but it must map names to numbers.")
     if len(both := [name for name in _VARIANTS if config.get(name)]) > 1:
         raise ValueError(f"{folder} sets {' and '.join(both)}, which are not built here together.")
     return config
 
 
 def _note(config: dict[str, Any]) -> str:
-    return json.dumps([config["r"], config["lora_alpha"], config.get("target_modules")])
+    more = {name: config[name] for name in (*_PATTERNS.values(), *_VARIANTS) if config.get(name)}
+    numbers = [config["r"], config["lora_alpha"], config.get("target_modules")]
+    return json.dumps([*numbers, more] if more else numbers, sort_keys=True)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether it is a language model of the kind for which PEFT has a class that generates."""
+    config = getattr(model, "config", None)
+    return hasattr(model, "generate") and not getattr(config, "is_encoder_decoder", False)
 
 
 def _variant(layer: LoRALayer) -> str:
@@ -242,9 +265,15 @@ def _keys(layer: LoRALayer) -> dict[str, str]:
     return _EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else _KEYS
 
 
-def _by_pattern(pattern: dict[str, float] | None, name: str, default: float) -> float:
+def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+    """The layers of another value than the default, by regular expressions that match each one's whole name."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def _by_pattern(config: dict[str, Any], setting: str, name: str) -> float:
     """PEFT's rule: the first key that the name ends in, as a regular expression, gives the layer's own value."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    pattern = config.get(_PATTERNS[setting]) or {}
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), config[setting])
 
 
 @torch.no_grad()
@@ -313,7 +342,10 @@ def _check_names(
     names = [name for name in modules if name in tensors] + sorted(tensors.keys() - modules.keys())
     for name in names:
         if name not in modules or lora_class(modules[name], variant) is None:
-            found = "has no such layer" if name not in modules else f"has a {type(modules[name]).__name__} there"
+            found = "has no such layer"
+            if name in modules:
+                kind = (variant or LoRALayer).__name__
+                found = f"has a {type(modules[name]).__name__} there, which {kind} does not adapt"
             raise ValueError(f"{folder} adapts {name!r}, but the model {found}; is it the adapter's own base model?")
         # PEFT saves an adapted embedding's frozen table too; it may be that of a model with more tokens.
         table = tensors[name].pop(_BASE, None)
@@ -325,20 +357,15 @@ def _check_names(
     return names
 
 
-def _check_fit(
-    layers: dict[str, LoRALayer], tensors: dict[str, dict[str, Tensor]], config: dict[str, Any], folder: Path
-) -> None:
-    for name, layer in layers.items():
-        if extra := tensors[name].keys() - set(layer.parts):
-            raise ValueError(f"{folder} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
-        rank = int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
-        for part in layer.parts:
-            value = tensors[name].get(part)
-            if value is None:
-                raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save it anew.")
-            expected = _shape(layer, part, rank)
-            if tuple(value.shape) != expected:
-                raise ValueError(
-                    f"{folder}: {part} of {name!r} has shape {tuple(value.shape)}, but this model and rank {rank} "
-                    f"ask for {expected}; is it the adapter's own base model?"
-                )
+def _check_fit(name: str, layer: LoRALayer, tensors: dict[str, Tensor], rank: int, folder: Path) -> None:
+    if extra := tensors.keys() - set(layer.parts):
+        raise ValueError(f"{folder} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
+    for part in layer.parts:
+        if part not in tensors:
+            raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save it anew.")
+        expected = _shape(layer, part, rank)
+        if (found := tuple(tensors[part].shape)) != expected:
+            raise ValueError(
+                f"{folder}: {part} of {name!r} has shape {found}, but this model and rank {rank} "
+                f"ask for {expected}; is it the adapter's own base model?"
+            )

@@ -172,6 +172,10 @@ class LoRAOutProjection(LoRALinear):
             )
         super().__init__(base, rank, alpha, dropout, generator)
 
+    def merged(self) -> nn.Linear:
+        """A new plain output projection, frozen, that computes the same function."""
+        return _like_base(self)  # of the base's own class, so that it can be adapted again
+
 
 @torch.no_grad()
 def _like_base(layer: LoRALayer) -> nn.Module:

@@ -88,10 +88,12 @@ class LoRALayer(nn.Module):
 
     @property
     def rank(self) -> int:
+        """The inner dimension r of the update."""
         return self.lora_A.shape[0]
 
     @property
     def scaling(self) -> float:
+        """What the update B A is multiplied by."""
         return self.alpha / self.rank
 
     @torch.no_grad()
@@ -112,6 +114,7 @@ class LoRALayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The base's bias, which no adapter changes."""
         return self.base.bias  # (48,)
 
     def extra_repr(self) -> str:
@@ -206,7 +209,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
             base = model.get_submodule(name)
             adapter = made(base, config.rank, config.alpha, config.dropout, generator)
             adapted[name] = adapter.train(base.training)
-    except Exception:
+    except BaseException:  # an interrupt by the keyboard too
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
@@ -260,5 +263,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` where the model has the one of that name."""
+    if not name:
+        raise ValueError(f"The model is itself a {type(model).__name__}; only layers inside a model can be replaced.")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

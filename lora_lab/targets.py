@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def find(
         ValueError: nothing matches, a target matches nothing or something that cannot be adapted, or a
             matched weight belongs to two modules.
     """
+    importlib.import_module("lora_lab.layers")  # it registers its kinds of layer, and may not have been needed yet
     modules = {name: module for name, module in model.named_modules() if name}
     classes = {name: made for name, module in modules.items() if (made := lora_class(module, layer)) is not None}
     if targets == "all-linear":
@@ -73,7 +75,7 @@ def find(
         names = [
             name
             for name in classes
-            if _REGISTERED[_full_name(type(modules[name]))].linear
+            if _is_linear(modules[name])
             and modules[name] is not head
             and not any(matches(name, ending) for ending in exclude)
         ]
@@ -82,7 +84,13 @@ def find(
                 f"{type(model).__name__} has no linear layer inside it to adapt, "
                 f"besides its output head and what exclude={list(exclude)} leaves out."
             )
-        _warn_of_the_unreached(modules)
+        _warn_of_the_unreached(
+            {
+                name: module
+                for name, module in modules.items()
+                if name not in classes and not any(matches(name, ending) for ending in exclude)
+            }
+        )
     else:
         for target in targets:
             _check_target(target, modules, classes)
@@ -121,18 +129,23 @@ def _check_unshared(model: nn.Module, modules: dict[str, nn.Module], names: list
             )
 
 
+def _is_linear(module: nn.Module) -> bool:
+    entry = _REGISTERED.get(_full_name(type(module)))
+    return isinstance(module, nn.Linear) if entry is None else entry.linear
+
+
 def _warn_of_the_unreached(modules: dict[str, nn.Module]) -> None:
-    """Matrices that a module holds itself, in no linear layer: experts' (3-D), and attention's joint projection."""
+    """Matrices in modules that get no adapter: experts' (3-D), attention's joint projection, unknown linear layers."""
     found = [
         f"{name}.{own}"
         for name, module in modules.items()
         for own, parameter in module.named_parameters(recurse=False)
-        if (parameter.ndim == 3 and min(parameter.shape) > 1)
-        or (isinstance(module, nn.MultiheadAttention) and parameter.ndim == 2)
+        if (parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d))
+        or (parameter.ndim == 2 and (isinstance(module, nn.MultiheadAttention) or _is_linear(module)))
     ]
     if found:
         shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         warnings.warn(
-            f"'all-linear' does not reach weights that stand in no linear layer: {shown} stay as they are.",
+            f"'all-linear' does not reach weights that stand in no layer it can adapt: {shown} stay as they are.",
             stacklevel=4,
         )

@@ -555,9 +555,10 @@ def test_a_lean_run_resumes_bit_for_bit(tmp_path, monkeypatch):
         return cross_entropy(model, inputs, targets, rows)
 
     task = toy_task()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lora_lab.lean.cross_entropy", stops_after_five)
+    monkeypatch.setattr("lora_lab.lean.cross_entropy", stops_after_five)
+    with pytest.raises(KeyboardInterrupt):
         fit(Llama(SHAPE), task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
+    monkeypatch.undo()
     resumed = Llama(SHAPE)
     history = fit(resumed, task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
     assert history.curve("train_loss") == first.curve("train_loss")

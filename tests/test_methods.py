@@ -1,14 +1,37 @@
-"""Methods: what each makes trainable, the mark it leaves, and what it refuses."""
+"""Methods: what each makes trainable, the mark it leaves, what it refuses, and how each trains."""
 
 import copy
+import math
+import re
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from lora_lab import FullFineTuning, Llama, LoRA, LoRAConfig, PartialFineTuning, inject, lora_layers, merge
+from lora_lab import (
+    DoRA,
+    FullFineTuning,
+    Llama,
+    LoRA,
+    LoRAConfig,
+    LoRAFA,
+    LoRALinear,
+    LoRAPlus,
+    PartialFineTuning,
+    PiSSA,
+    RsLoRA,
+    adapter_state,
+    fit,
+    inject,
+    lora_layers,
+    merge,
+)
 from lora_lab.methods import Method
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.tasks import Examples, Task, mean_squared_error, planted
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
 
 def trainable(model):
@@ -88,15 +111,29 @@ def test_lora_checks_its_numbers_when_it_is_made():
         LoRA(targets="q_proj")
 
 
-METHODS = pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(("head",)), LoRA(rank=2)])
+LAYERS = {
+    LoRA: LoRALinear,
+    RsLoRA: RsLoRALinear,
+    LoRAFA: LoRAFALinear,
+    PiSSA: PiSSALinear,
+    DoRA: DoRALinear,
+    LoRAPlus: LoRALinear,
+}
+KINDS = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.name)
+METHODS = pytest.mark.parametrize(
+    "method",
+    [FullFineTuning(), PartialFineTuning(("head",)), *(kind(rank=2) for kind in LAYERS)],
+    ids=lambda method: method.name,
+)
 
 
 @METHODS
 def test_groups_hold_all_that_is_trainable_and_nothing_else(method):
     model = DigitsMLP()
     method.prepare(model, seed=0)
-    grouped = [parameter for group in method.groups(model) for parameter in group["params"]]
-    assert [id(p) for p in grouped] == [id(p) for p in model.parameters() if p.requires_grad]
+    grouped = [id(parameter) for group in method.groups(model) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert len(grouped) == len(set(grouped)) > 0
 
 
 @METHODS
@@ -105,7 +142,7 @@ def test_a_model_can_be_made_ready_once_only(method, second):
     model = DigitsMLP()
     method.prepare(model, seed=0)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"already been made ready for '{method.name}'.*freshly loaded"):
+    with pytest.raises(ValueError, match=rf"already been made ready for '{re.escape(method.name)}'.*freshly loaded"):
         second.prepare(model, seed=0)
     assert snapshot(model) == before
     with pytest.raises(ValueError, match="already been made ready"):
@@ -157,7 +194,213 @@ def test_a_method_that_does_not_say_how_is_a_programming_error():
             LoRA(rank=4, alpha=2, targets=["head"]),
             {"name": "lora", "rank": 4, "alpha": 2, "dropout": 0.0, "targets": ["head"], "exclude": ()},
         ),
+        *(
+            (
+                kind(rank=4, dropout=0.1),
+                {"name": name, "rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "all-linear", "exclude": ()},
+            )
+            for kind, name in {RsLoRA: "rslora", LoRAFA: "lora-fa", PiSSA: "pissa", DoRA: "dora"}.items()
+        ),
+        (
+            LoRAPlus(rank=4, exclude=["head"]),
+            {
+                "name": "lora+",
+                "rank": 4,
+                "alpha": 16.0,
+                "dropout": 0.0,
+                "targets": "all-linear",
+                "exclude": ["head"],
+                "ratio": 16.0,
+            },
+        ),
     ],
 )
 def test_settings_are_the_method_as_plain_data(method, expected):
     assert method.settings() == expected
+
+
+# The variants of LoRA
+
+
+@KINDS
+def test_a_variant_equals_inject_with_its_layer_and_the_same_numbers_and_seed(kind):
+    ours, reference = DigitsMLP(), DigitsMLP()
+    kind(rank=2, alpha=3, dropout=0.25, exclude=["head"]).prepare(ours, seed=7)
+    inject(reference, LoRAConfig(2, 3, 0.25, exclude=["head"]), seed=7, layer=LAYERS[kind])
+    assert {name: type(layer) for name, layer in lora_layers(ours).items()} == dict.fromkeys(
+        ("hidden1", "hidden2"), LAYERS[kind]
+    )
+    assert trainable(ours) == trainable(reference)
+    assert ours.state_dict().keys() == reference.state_dict().keys()
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in ours.state_dict().items())
+    assert all((layer.rank, layer.alpha, layer.dropout.p) == (2, 3, 0.25) for layer in lora_layers(ours).values())
+
+
+def pretrained():
+    return DigitsMLP(width=16, seed=3)
+
+
+TASK = planted(pretrained(), rank=2, noise=0.0, n_train=64)
+RATES = {LoRAPlus: 2e-3}  # the others' is 2e-2
+
+
+def train(kind, folder=None, loss=None, **options):
+    model, task = pretrained(), TASK
+    if loss is not None:
+        task = Task(**(vars(TASK) | {"loss": loss}))
+    options = {"steps": 30, "lr": RATES.get(kind, 2e-2), "batch_size": 16, "eval_every": 10} | options
+    return model, fit(model, task, kind(rank=2, alpha=4), checkpoint_dir=folder, **options)
+
+
+@KINDS
+def test_a_variant_learns_and_the_base_keeps_its_bits(kind):
+    model, history = train(kind)
+    assert history.rows[-1]["validation_loss"] < 0.7 * history.rows[0]["validation_loss"]
+    before, (start, untrained) = pretrained(), (pretrained(), kind(rank=2, alpha=4))
+    untrained.prepare(start, seed=0)
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.base.weight, before.get_submodule(name).weight)
+        assert torch.equal(layer.base.bias, before.get_submodule(name).bias)
+        for part, value in layer.named_parameters(recurse=False):
+            kept = torch.equal(value, getattr(start.get_submodule(name), part))
+            assert kept is (kind is LoRAFA and part == "lora_A")
+        if kind is PiSSA:
+            assert torch.equal(layer.start_A, start.get_submodule(name).start_A)
+    assert history.method["name"] == kind.name
+    assert history.trainable_parameters == sum(p.numel() for p in start.parameters() if p.requires_grad)
+    untrained_loss = mean_squared_error(before, TASK.validation.inputs, TASK.validation.targets)
+    assert history.rows[0]["validation_loss"] == pytest.approx(untrained_loss.item(), rel=1e-6)
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a run."""
+
+
+@KINDS
+def test_a_stopped_run_of_a_variant_goes_on_from_its_checkpoint_bit_for_bit(kind, tmp_path):
+    calls = []
+
+    def stopping(model, inputs, targets):
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if len(calls) == 6:
+                raise Stopped
+        return mean_squared_error(model, inputs, targets)
+
+    stopping.__name__ = mean_squared_error.__name__  # the task's fingerprint holds it
+    options = {"steps": 8, "checkpoint_every": 2}
+    with pytest.raises(Stopped):
+        train(kind, tmp_path, stopping, **options)
+    (resumed, history), (whole, expected) = train(kind, tmp_path, stopping, **options), train(kind, **options)
+    assert len(calls) == 6 + 4  # four steps were not made again
+    assert [row["train_loss"] for row in history.rows] == [row["train_loss"] for row in expected.rows]
+    for name, value in adapter_state(whole).items():
+        assert torch.equal(adapter_state(resumed)[name], value)
+
+
+def test_the_methods_train_differently():
+    losses = {kind: train(kind, steps=3, lr=2e-3)[1].rows[-1]["train_loss"] for kind in LAYERS}
+    assert len(set(losses.values())) == len(losses)
+
+
+# LoRA+
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf])
+def test_a_ratio_that_is_no_positive_number_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"ratio is .*, but it must be a positive number, such as 16\."):
+        LoRAPlus(ratio=ratio)
+
+
+def test_lora_plus_checks_loras_numbers_too():
+    with pytest.raises(ValueError, match="rank is 0"):
+        LoRAPlus(rank=0)
+
+
+def test_learning_rates_of_lora_plus_are_those_of_pefts_optimizer():
+    ours, names = DigitsMLP(), ["hidden1", "hidden2", "head"]
+    method = LoRAPlus(rank=2, ratio=4.0)
+    method.prepare(ours, seed=0)
+    found = {id(p): 0.01 * group.get("lr_factor", 1.0) for group in method.groups(ours) for p in group["params"]}
+    theirs = peft.get_peft_model(DigitsMLP(), peft.LoraConfig(r=2, target_modules=names))
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=4.0)
+    expected = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name in names:
+        layer, twin = ours.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        assert found[id(layer.lora_A)] == expected[id(twin.lora_A["default"].weight)] == 0.01
+        assert found[id(layer.lora_B)] == expected[id(twin.lora_B["default"].weight)] == 0.04
+    assert len(found) == len(expected) == 6
+
+
+def test_an_embeddings_b_takes_the_ratio_too():
+    model = nn.ModuleDict({"words": nn.Embedding(5, 4), "head": nn.Linear(4, 3)})
+    method = LoRAPlus(rank=2, ratio=4.0, targets=["words", "head"])
+    method.prepare(model, seed=0)
+    slow, fast = method.groups(model)
+    assert [id(p) for p in slow["params"]] == [id(model[name].lora_A) for name in ("words", "head")]
+    assert [id(p) for p in fast["params"]] == [id(model[name].lora_B) for name in ("words", "head")]
+    assert (slow.get("lr_factor", 1.0), fast["lr_factor"]) == (1.0, 4.0)
+
+
+def by_hand(steps, rates, betas=(0.9, 0.999), eps=1e-8):
+    """Adam's equations on a frozen weight and scaling * B A, in float64; the rates are those of A and B."""
+    model = small()
+    inject(model, LoRAConfig(2, 4.0))
+    layer, scaling = model.layer, 2.0
+    state = {part: [getattr(layer, part).detach().clone(), 0.0, 0.0] for part in ("lora_A", "lora_B")}
+    x, y = DATA.train.inputs, DATA.train.targets
+    for step in range(1, steps + 1):
+        A, B = state["lora_A"][0], state["lora_B"][0]
+        error = x @ (layer.base.weight.detach() + scaling * B @ A).T + layer.base.bias.detach() - y
+        G = 2 * error.T @ x / error.numel()
+        for part, gradient in (("lora_A", scaling * B.T @ G), ("lora_B", scaling * G @ A.T)):
+            value, mean, square = state[part]
+            mean = betas[0] * mean + (1 - betas[0]) * gradient
+            square = betas[1] * square + (1 - betas[1]) * gradient**2
+            move = mean / (1 - betas[0] ** step) / ((square / (1 - betas[1] ** step)).sqrt() + eps)
+            state[part] = [value - rates[part] * move, mean, square]
+    return {part: value for part, (value, _, _) in state.items()}
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layer": nn.Linear(5, 4, dtype=torch.float64)})
+
+
+def through_layer(model, inputs, targets):
+    return nn.functional.mse_loss(model["layer"](inputs), targets)
+
+
+GENERATOR = torch.Generator().manual_seed(1)
+PART = Examples(
+    torch.randn(6, 5, dtype=torch.float64, generator=GENERATOR),
+    torch.randn(6, 4, dtype=torch.float64, generator=GENERATOR),
+)
+DATA = Task("hand", PART, PART, PART, PART, loss=through_layer)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_lora_plus_in_fit_equals_adam_by_hand_with_two_rates(steps):
+    model = small()
+    options = {"lr": 0.01, "batch_size": 6, "schedule": "constant", "warmup": 0, "clip": None}
+    fit(model, DATA, LoRAPlus(rank=2, alpha=4.0, ratio=8.0), steps=steps, **options)
+    expected = by_hand(steps, {"lora_A": 0.01, "lora_B": 0.08})
+    with_one_rate = by_hand(steps, {"lora_A": 0.01, "lora_B": 0.01})
+    for part, value in expected.items():
+        torch.testing.assert_close(getattr(model["layer"], part).detach(), value, rtol=0, atol=1e-12)
+    assert not torch.allclose(expected["lora_B"], with_one_rate["lora_B"], rtol=0, atol=1e-3)
+    if steps == 1:
+        # Adam's first step is the rate itself, and A, whose gradient is zero while B is, stays where it was.
+        assert model["layer"].lora_B.detach().abs().min() == pytest.approx(0.08, rel=1e-4)
+        fresh = small()
+        inject(fresh, LoRAConfig(2, 4.0))
+        assert torch.equal(model["layer"].lora_A, fresh["layer"].lora_A)
+
+
+def test_lora_plus_of_ratio_one_is_lora():
+    one = LoRAPlus(rank=2, alpha=4, ratio=1.0)
+    plus, lora = pretrained(), pretrained()
+    for model, method in ((plus, one), (lora, LoRA(rank=2, alpha=4))):
+        fit(model, TASK, method, steps=3, lr=0.01, batch_size=16)
+    for name, value in adapter_state(lora).items():
+        torch.testing.assert_close(adapter_state(plus)[name], value)

@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_model
 from lora_lab.models import fetch, pretrained
 from lora_lab.models.llama import RopeScaling
+from lora_lab.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
+from lora_lab.tasks import cross_entropy
 
 ENTRY = "smollm2-135m-v1"
 TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
@@ -926,3 +928,194 @@ def test_an_error_while_saving_leaves_the_old_model(tiny, tiny_tokenizer, tmp_pa
         save_model(changed, tmp_path, tiny_tokenizer)
     assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert same_weights(load_pretrained(tmp_path, device="cpu")[0], old)
+
+
+# Matrices that stay in their blocks
+
+
+@pytest.fixture(scope="module")
+def in_blocks(smollm2):
+    """SmolLM2 in its blocks; for reading."""
+    return load_pretrained(device="cpu", keep_blocks=True)[0]
+
+
+def test_kept_blocks_stand_for_the_same_weights(in_blocks, smollm2):
+    dense, _ = smollm2
+    kept = {name: module for name, module in in_blocks.named_modules() if isinstance(module, BlockWeight)}
+    assert len(kept) == 212
+    for name, parameter in dense.named_parameters(remove_duplicate=False):
+        layer = name.removesuffix(".weight")
+        found = kept[layer].weight if layer in kept else in_blocks.get_parameter(name)
+        assert torch.equal(found, parameter), name
+        assert found.requires_grad == (layer not in kept)
+    assert {type(module) for module in kept.values()} == {BlockLinear, BlockEmbedding}
+    assert {module.kind for name, module in kept.items() if "layers" in name} == {"Q4_1"}
+    assert {module.kind for name, module in kept.items() if "layers" not in name} == {"Q8_0"}
+    assert not in_blocks.training
+
+
+def test_no_matrix_of_numbers_is_in_a_model_in_blocks(in_blocks):
+    assert all(parameter.dtype == torch.uint8 for parameter in in_blocks.parameters() if parameter.ndim > 1)
+    assert list(in_blocks.buffers()) == []
+    size = sum(parameter.untyped_storage().nbytes() for parameter in in_blocks.parameters())
+    assert size == 106_168_320 * 5 // 8 + 28_311_552 * 17 // 16 + 61 * 576 * 4  # 5 and 8.5 bits, and the norms
+    assert in_blocks.lm_head.packed is in_blocks.model.embed_tokens.packed
+
+
+@pytest.mark.parametrize(("keep", "least", "most"), [(True, 90, 320), (False, 500, 1100)])
+def test_the_peak_of_loading_shows_whether_the_dense_model_was_ever_built(smollm2_gguf, keep, least, most):
+    code = f"""
+import torch
+from lora_lab.memory import peak_bytes
+before = peak_bytes(torch.device("cpu"))
+model, _ = pretrained.load_pretrained(device="cpu", keep_blocks={keep})
+print(peak_bytes(torch.device("cpu")) - before)
+"""
+    process = child(code, smollm2_gguf.parent)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert least < int(output) / 1e6 < most
+
+
+def test_in_blocks_the_real_model_computes_writes_and_learns_the_same(in_blocks, smollm2):
+    (dense, tokenizer), ids = smollm2, random_ids(2, 16, 49152)
+    expected = logits(dense, ids)
+    assert (logits(in_blocks, ids) - expected).norm() / expected.norm() < 1e-5
+    prompt = torch.tensor(tokenizer.encode(TEXTS[0]))
+    written = in_blocks.generate(prompt, 6)
+    assert torch.equal(written, dense.generate(prompt, 6))
+    assert len(written) == 6
+    gradients = []
+    for model in (copy.deepcopy(in_blocks), copy.deepcopy(dense)):
+        assert len(inject(model, LoRAConfig(rank=2))) == 210
+        with torch.no_grad():
+            for index, layer in enumerate(lora_layers(model).values()):
+                draw = torch.Generator().manual_seed(index)
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=draw) * 0.01)
+        loss = cross_entropy(model, ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    (loss, found), (wanted_loss, wanted) = gradients
+    assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert gradient.norm() > 0
+        assert (gradient - wanted[name]).norm() < 1e-3 * wanted[name].norm(), name
+
+
+NARROW = {"hidden_size": 64, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 24, "num_key_value_heads": 1},
+    ],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
+def test_gguf_files_are_kept_in_blocks_in_every_shape(tiny_hf, write_gguf, kind, changes):
+    theirs = tiny_hf(**NARROW, **changes)
+    ours, _ = load_pretrained(write_gguf(theirs, kind), device="cpu", keep_blocks=True)
+    tied = changes.get("tie_word_embeddings", True)
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, BlockWeight)}
+    assert len(layers) == 16
+    for name, layer in layers.items():
+        twin = theirs.get_submodule(name)
+        assert torch.equal(layer.weight, twin.weight)
+        assert layer.kind == kind
+        bias = getattr(twin, "bias", None)
+        assert (bias is None) == (getattr(layer, "bias", None) is None)
+        assert bias is None or (torch.equal(layer.bias, bias) and not layer.bias.requires_grad)
+    assert (ours.lm_head.packed is ours.model.embed_tokens.packed) == tied
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=1e-5, atol=1e-4)
+    assert not logits(ours, ids).allclose(logits(tiny_hf(seed=1, **NARROW, **changes), ids), atol=0.1)
+
+
+def test_a_matrix_outside_of_blocks_is_loaded_as_usual(tiny_hf, write_gguf):
+    theirs = tiny_hf(**NARROW)
+    dense = np.random.default_rng(0).normal(size=(96, 64)).astype(np.float32)
+    path = write_gguf(theirs, "Q4_1", extra={"blk.1.ffn_up.weight": (dense, gguf.GGMLQuantizationType.F32)})
+    ours, _ = load_pretrained(path, device="cpu", keep_blocks=True)
+    found = [name for name, module in ours.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert found == ["model.layers.1.mlp.up_proj"]
+    assert np.array_equal(ours.get_submodule(found[0]).weight.detach().numpy(), dense)
+    assert len(inject(ours, LoRAConfig(rank=2))) == 14
+
+
+def test_blocks_dequantise_to_the_dtype_that_was_asked_for(tiny_hf, write_gguf):
+    path = write_gguf(tiny_hf(**NARROW), "Q8_0")
+    half, _ = load_pretrained(path, dtype=torch.bfloat16, device="cpu", keep_blocks=True)
+    dense, _ = load_pretrained(path, dtype=torch.bfloat16, device="cpu")
+    assert half.lm_head.weight.dtype == half.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert half.model.norm.weight.dtype == torch.bfloat16
+    assert same_logits(half, dense)
+    assert logits(half, random_ids(1, 6)).dtype == torch.bfloat16
+
+
+def test_a_source_without_blocks_has_none_to_keep(tiny_hf, write_gguf, hf_folder):
+    theirs = tiny_hf(**NARROW)
+    says = r"no matrix in blocks of Q4_1 or Q8_0, so there are none to keep; .*quantize_nf4\(model\)"
+    for source in (write_gguf(theirs, "F32"), write_gguf(theirs, "Q4_0"), hf_folder(theirs)):
+        with pytest.raises(ValueError, match=says):
+            load_pretrained(source, device="cpu", keep_blocks=True)
+        load_pretrained(source, device="cpu")
+
+
+def test_errors_in_a_file_are_found_in_blocks_too(tiny_hf, write_gguf):
+    theirs = tiny_hf(**NARROW)
+    for options, says in (
+        ({"extra": {"blk.1.ffn_up.weight": None}}, r"lacks the tensor model.layers.1.mlp.up_proj.weight"),
+        ({"header": {"llama.feed_forward_length": 128}}, r"mlp.\w+_proj.weight has shape .*96.*asks for .*128"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_pretrained(write_gguf(theirs, "Q8_0", **options), device="cpu", keep_blocks=True)
+
+
+def test_kept_blocks_do_not_change_when_their_file_is_written_over(empty_cache, smollm2_gguf, in_blocks):
+    shutil.copytree(smollm2_gguf.parent / ENTRY, empty_cache / ENTRY)
+    path = empty_cache / ENTRY / "model.safetensors"
+    ours, _ = load_pretrained(device="cpu", keep_blocks=True)
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 4)
+        file.write(bytes(path.stat().st_size // 2))
+    assert same_weights(ours, in_blocks)
+    assert not same_weights(load_pretrained(device="cpu", keep_blocks=True)[0], in_blocks)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_in_blocks_is_saved_as_the_dense_one_it_stands_for(tiny_hf, write_gguf, tmp_path, tied):
+    theirs = tiny_hf(**NARROW, tie_word_embeddings=tied, attention_bias=True)
+    ours, tokenizer = load_pretrained(write_gguf(theirs, "Q4_1"), device="cpu", keep_blocks=True)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    folder = save_model(ours, tmp_path / "m", tokenizer)
+    assert same_logits(hf_load(folder), theirs)
+    assert same_weights(load_pretrained(folder, device="cpu")[0], theirs)
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_model_in_nf4_is_saved_dense_with_what_its_adapters_learned(tiny, tiny_tokenizer, tmp_path, double):
+    model = tiny()
+    before = logits(model, random_ids(2, 20))
+    quantize_nf4(model, double=double)
+    quantised = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
+    inject(model, LoRAConfig(rank=2, targets=["q_proj"]))
+    for layer in lora_layers(model).values():
+        torch.nn.init.constant_(layer.lora_B, 0.3)
+    merge(model)
+    theirs = hf_load(save_model(model, tmp_path, tiny_tokenizer))
+    for name, weight in quantised.items():
+        assert torch.equal(theirs.get_submodule(name).weight, weight) == ("q_proj" not in name)
+    torch.testing.assert_close(
+        logits(theirs, random_ids(2, 20)), logits(model, random_ids(2, 20)), rtol=1e-5, atol=1e-4
+    )
+    assert (logits(theirs, random_ids(2, 20)) - before).abs().max() > 0.1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip

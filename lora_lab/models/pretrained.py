@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lora_lab.device import pick_device
 from lora_lab.files import atomic_file, atomic_folder, read_json, write_json
-from lora_lab.lora import lora_layers
+from lora_lab.lora import lora_layers, replace
 from lora_lab.models.fetch import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_import import GGUFModel, read_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.quantize import dequantize
+from lora_lab.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are left alone.
@@ -31,6 +31,7 @@ def load_pretrained(
     source: str | Path = SMOLLM2,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    keep_blocks: bool = False,
 ) -> tuple[Llama, Tokenizer]:
     """A pre-trained Llama and its tokenizer, ready to use or to train.
 
@@ -40,23 +41,27 @@ def load_pretrained(
             (config.json, \\*.safetensors, tokenizer.json). All must be of the Llama family.
         dtype: a floating-point dtype for the weights.
         device: as in :func:`lora_lab.pick_device`.
+        keep_blocks: leave matrices in the blocks in which the source ships them (SmolLM2: 98 MB in place of
+            538), frozen; they are dequantised to ``dtype`` where they are used, see ``lora_lab.quantize``.
+            Matrices that the source has in another form are loaded as usual.
 
     Raises:
         FileNotFoundError: the path, or a file of the folder, is not there.
-        ValueError: the source is unknown, damaged, or of another architecture; or dtype is no float.
+        ValueError: the source is unknown, damaged, of another architecture, or has no blocks to keep; or
+            dtype is no float.
         RuntimeError: the model must be downloaded and cannot be.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
     device = pick_device(device)[0]
     if str(source) == SMOLLM2:
-        return _load_folder(_smollm2_folder(), dtype, device)
+        return _load_folder(_smollm2_folder(), dtype, device, keep_blocks)
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, dtype, device)
+        return _load_folder(path, dtype, device, keep_blocks)
     if path.suffix == ".gguf":
         found = read_gguf(path)
-        return _build(found.config, found.tensors, found.kinds, dtype, device, path), found.tokenizer
+        return _build(found.config, found.tensors, found.kinds, dtype, device, keep_blocks, path), found.tokenizer
     if path.exists():
         raise ValueError(f"{path} is neither a folder nor a .gguf file.")
     raise FileNotFoundError(
@@ -68,7 +73,8 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
     """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if given).
 
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
-    :func:`load_pretrained` once a tokenizer is in it.
+    :func:`load_pretrained` once a tokenizer is in it. Matrices in blocks are written as the dense ones they
+    stand for.
 
     Raises:
         ValueError: the model carries adapters that are not merged.
@@ -78,9 +84,7 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
             "The model carries adapters; merge(model) first, or keep them alone with save_adapter(model, folder)."
         )
     folder = Path(folder)
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight")  # the same matrix as the embedding's
+    state = _dense_state(model)
     config = _config_to_hf(model.config, next(iter(state.values())).dtype)
     if tokenizer is not None:
         config |= {
@@ -94,6 +98,18 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
     return folder
+
+
+def _dense_state(model: Llama) -> dict[str, Tensor]:
+    """The model's tensors by Hugging Face's names; what is in blocks is dequantised."""
+    tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is kept once
+    state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
+    for name, module in model.named_modules():
+        if isinstance(module, BlockWeight) and f"{name}.packed" in state:
+            del state[f"{name}.packed"]
+            state.pop(f"{name}.steps", None)
+            state[f"{name}.weight"] = module.weight
+    return state
 
 
 def is_cached() -> bool:
@@ -123,7 +139,7 @@ def _write_blocks(found: GGUFModel, folder: Path) -> None:
         save_file(found.tensors, temporary, metadata={_KINDS: json.dumps(found.kinds)})
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Llama, Tokenizer]:
+def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> tuple[Llama, Tokenizer]:
     config = _config_from_hf(read_json(folder / "config.json"), folder)
     tokenizer = Tokenizer.load(folder)
     tensors: dict[str, Tensor] = {}
@@ -137,7 +153,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
-    return _build(config, tensors, kinds, dtype, device, folder), tokenizer
+    return _build(config, tensors, kinds, dtype, device, keep_blocks, folder), tokenizer
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -153,35 +169,67 @@ def _build(
     kinds: dict[str, str],
     dtype: torch.dtype,
     device: torch.device,
+    keep_blocks: bool,
     origin: Path,
 ) -> Llama:
     """A model around the given tensors; none is allocated twice."""
+    if keep_blocks and not kinds:
+        raise ValueError(
+            f"{origin} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
+            "load it without keep_blocks and then call lora_lab.quantize.quantize_nf4(model)."
+        )
     with torch.device("meta"):
         model = Llama(config)
-    state = {}
+    state: dict[str, nn.Parameter] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     while tensors:  # each one is let go as soon as it is dequantised
         name, value = tensors.popitem()
-        if not name.endswith("rotary_emb.inv_freq"):  # old folders store what the config says already
+        if name.endswith("rotary_emb.inv_freq"):  # old folders store what the config says already
+            continue
+        # A tensor of a file is a view of the mapped file: it would change with it, and lies unaligned in
+        # memory, by which the product of a matrix with one row rounds. So it is copied.
+        if keep_blocks and name in kinds:
+            shapes[name] = shape_of(value, kinds[name])
+            packed = value.to(device, copy=True).view(-1, BYTES_PER_BLOCK[kinds[name]])
+            state[name] = nn.Parameter(packed, requires_grad=False)
+        else:
             value = dequantize(value, kinds[name]) if name in kinds else value
-            # A tensor of a file is a view of the mapped file: it would change with it, and lies unaligned in
-            # memory, by which the product of a matrix with one row rounds. So it is copied.
+            shapes[name] = tuple(value.shape)
             state[name] = nn.Parameter(value.to(device, dtype, copy=name not in kinds))
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    for name in wanted.keys() | state.keys():
-        if name not in state:
+    if config.tie_word_embeddings:
+        for known in (state, shapes, kinds):
+            if "model.embed_tokens.weight" in known:
+                known["lm_head.weight"] = known["model.embed_tokens.weight"]
+    _check_shapes(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, origin)
+    if keep_blocks:
+        for name, kind in kinds.items():
+            _put_blocks(model, name.removesuffix(".weight"), state.pop(name), kind, dtype)
+    model.load_state_dict(state, assign=True, strict=False)  # all but what the blocks have put there already
+    if not isinstance(model.lm_head, BlockLinear):
+        model.tie()
+    return model.eval()
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], origin: Path) -> None:
+    for name in wanted.keys() | found.keys():
+        if name not in found:
             raise ValueError(f"{origin} lacks the tensor {name}, so it is incomplete; copy or make it anew.")
         if name not in wanted:
             raise ValueError(f"{origin} holds a tensor {name} that its config has no place for.")
-        if state[name].shape != wanted[name]:
+        if found[name] != wanted[name]:
             raise ValueError(
-                f"{origin}: tensor {name} has shape {tuple(state[name].shape)}, "
-                f"but its config asks for {tuple(wanted[name])}."
+                f"{origin}: tensor {name} has shape {found[name]}, but its config asks for {wanted[name]}."
             )
-    model.load_state_dict(state, assign=True)
-    model.tie()
-    return model.eval()
+
+
+def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype: torch.dtype) -> None:
+    """Replace the layer of that name by one in blocks; its bias, if it has one, is still to be loaded."""
+    dense = model.get_submodule(name)
+    if isinstance(dense, nn.Embedding):
+        layer = BlockEmbedding(packed, kind, dense.weight.shape, dtype=dtype)
+    else:
+        layer = BlockLinear(packed, kind, dense.weight.shape, dense.bias, dtype=dtype)
+    replace(model, name, layer)
 
 
 def _config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,649 @@
+"""LoRA on embeddings, convolutions, GPT-2's Conv1D and attention, against torch's own functions and cases by hand."""
+
+import copy
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
+from lora_lab.adapters import off, switch
+from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection
+
+HALF = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def randomise(model, seed=1, size=0.5):
+    """Give every A and B random numbers, so that the adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    return model
+
+
+def relative_error(found, expected):
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def copies(layer):
+    """Leaves with the values of A and B, for a formula written out here."""
+    return layer.lora_A.detach().clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_()
+
+
+def same_gradients(layer, out, expected, A, B, tolerance=1e-12):
+    """Output and gradients of a layer are those of a formula in A and B."""
+    assert relative_error(out, expected) < tolerance
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
+    (out * probe).sum().backward()
+    (expected * probe).sum().backward()
+    assert relative_error(layer.lora_A.grad, A.grad) < tolerance
+    assert relative_error(layer.lora_B.grad, B.grad) < tolerance
+    assert A.grad.abs().max() > 1e-3
+    assert B.grad.abs().max() > 1e-3
+
+
+# Conv2d
+
+
+def test_a_convolution_of_two_by_two_equals_what_was_computed_by_hand():
+    base = nn.Conv2d(1, 2, 2)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]], [[[0.0, 2.0], [0.0, 0.0]]]]))
+        base.bias.copy_(torch.tensor([0.5, -1.0]))
+    layer = LoRAConv2d(base, rank=1, alpha=3.0)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.tensor([[[[1.0, 2.0], [0.0, -1.0]]]]))
+        layer.lora_B.copy_(torch.tensor([2.0, -1.0]).view(2, 1, 1, 1))
+    x = torch.tensor([[[[1.0, 2.0, 0.0], [3.0, 1.0, 4.0]]]])
+    # Windows (1 2 / 3 1) and (2 0 / 1 4): the base gives 2.5, 6.5 and 3, -1; A gives 4 and -2; scaling is 3.
+    assert base(x).flatten().tolist() == [2.5, 6.5, 3.0, -1.0]
+    assert layer(x).flatten().tolist() == [26.5, -5.5, -9.0, 5.0]
+    assert layer.delta().flatten(1).tolist() == [[6.0, 12.0, 0.0, -6.0], [-3.0, -6.0, 0.0, 3.0]]
+    assert layer.merged()(x).flatten().tolist() == [26.5, -5.5, -9.0, 5.0]
+
+
+def padded(x, height, width, mode):
+    """What padding of a mode of nn.Conv2d means, by torch's function for the mode."""
+    if mode == "zeros":
+        return F.pad(x, (width, width, height, height))
+    return F.pad(x, (width, width, height, height), mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("options", "pads"),
+    [
+        ({}, (0, 0)),
+        ({"bias": False}, (0, 0)),
+        ({"stride": (2, 3)}, (0, 0)),
+        ({"padding": (1, 2)}, (1, 2)),
+        ({"padding": "same", "dilation": (1, 2)}, (1, 4)),
+        ({"padding": 2, "dilation": (2, 1), "stride": 2}, (2, 2)),
+        ({"padding": (2, 1), "padding_mode": "reflect"}, (2, 1)),
+        ({"padding": (1, 2), "padding_mode": "circular", "stride": (1, 2)}, (1, 2)),
+        ({"padding": 1, "padding_mode": "replicate", "dilation": 2}, (1, 1)),
+    ],
+    ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "one"])
+def test_a_convolution_is_torchs_with_the_merged_weight(options, pads, batched):
+    layer = randomise(LoRAConv2d(nn.Conv2d(3, 6, (3, 5), **options, dtype=torch.float64), rank=2, alpha=5))
+    base = layer.base
+    x = torch.randn(2, 3, 11, 13, dtype=torch.float64)
+    x = x if batched else x[0]
+    A, B = copies(layer)
+    weight = base.weight + 2.5 * torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A)
+    wide = padded(x if batched else x[None], *pads, options.get("padding_mode", "zeros"))
+    expected = F.conv2d(wide, weight, base.bias, base.stride, 0, base.dilation)
+    expected = expected if batched else expected[0]
+    out = layer(x)
+    assert out.shape == base(x).shape
+    assert relative_error(out, base(x)) > 0.1
+    torch.testing.assert_close(layer.delta(), (weight - base.weight).detach(), rtol=0, atol=1e-14)
+    assert relative_error(layer.merged()(x), out) < 1e-14
+    same_gradients(layer, out, expected, A, B)
+    assert base.weight.grad is None
+
+
+def test_a_convolutions_a_is_uniform_by_the_size_of_its_window_and_b_is_zero():
+    layer = LoRAConv2d(nn.Conv2d(20, 3, 5), rank=40, alpha=1)
+    assert layer.lora_A.shape == (40, 20, 5, 5)
+    assert layer.lora_B.shape == (3, 40, 1, 1)
+    assert not layer.lora_B.any()
+    bound = 1 / math.sqrt(20 * 5 * 5)
+    assert 0.999 * bound < layer.lora_A.abs().max() <= bound
+    assert float(layer.lora_A.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_a_convolution_in_groups_is_refused():
+    base = nn.Conv2d(4, 6, 3, groups=2)
+    with pytest.raises(ValueError, match="groups=2 is 2 separate ones, and only groups=1 can be adapted"):
+        LoRAConv2d(base, rank=2, alpha=2)
+    assert base.weight.requires_grad
+    with pytest.raises(ValueError, match="groups=4"):
+        LoRAConv2d(nn.Conv2d(4, 4, 3, groups=4), rank=2, alpha=2)
+
+
+# Embedding
+
+
+def test_a_row_of_an_embedding_equals_what_was_computed_by_hand():
+    base = nn.Embedding(3, 2)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, -1.0], [4.0, 0.5]]))
+    layer = LoRAEmbedding(base, rank=2, alpha=1.0)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]]))
+        layer.lora_B.copy_(torch.tensor([[2.0, 1.0], [0.0, -2.0]]))
+    # Token 2: A's column (2, 1), B times it is (5, -2), half of that is (2.5, -1).
+    assert layer(torch.tensor([2, 0])).tolist() == [[6.5, -0.5], [2.0, 2.0]]
+    assert layer.delta().tolist() == [[1.0, 0.0], [1.5, -3.0], [2.5, -1.0]]
+    assert layer.merged()(torch.tensor([2, 0])).tolist() == [[6.5, -0.5], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_an_embedding_is_torchs_with_the_merged_table(shape):
+    layer = randomise(LoRAEmbedding(nn.Embedding(9, 6, dtype=torch.float64), rank=3, alpha=6))
+    ids = torch.randint(0, 9, shape)
+    A, B = copies(layer)
+    table = layer.base.weight + 2 * torch.einsum("wr,rt->tw", B, A)
+    out = layer(ids)
+    assert out.shape == (*shape, 6)
+    assert relative_error(out, layer.base(ids)) > 0.1
+    torch.testing.assert_close(layer.delta(), (table - layer.base.weight).detach(), rtol=0, atol=1e-14)
+    same_gradients(layer, out, F.embedding(ids, table), A, B)
+    assert layer.base.weight.grad is None
+
+
+def test_an_embedding_starts_with_a_at_zero_and_b_normal_so_that_a_learns_first():
+    layer = LoRAEmbedding(nn.Embedding(50, 400), rank=20, alpha=8)
+    assert layer.lora_A.shape == (20, 50)
+    assert layer.lora_B.shape == (400, 20)
+    assert not layer.lora_A.any()
+    assert float(layer.lora_B.detach().std()) == pytest.approx(1, rel=0.03)
+    assert abs(float(layer.lora_B.detach().mean())) < 0.03
+    ids = torch.arange(7)
+    assert torch.equal(layer(ids), layer.base(ids))
+    layer(ids).square().sum().backward()
+    assert layer.lora_A.grad[:, :7].abs().min() > 0
+    assert not layer.lora_A.grad[:, 7:].any()
+    assert not layer.lora_B.grad.any()
+
+
+def test_the_padding_token_learns_nothing():
+    layer = LoRAEmbedding(nn.Embedding(6, 4, padding_idx=2), rank=3, alpha=3)
+    ids = torch.tensor([2, 1, 2, 0])
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(ids).sub(1).square().sum().backward()
+        assert not layer.lora_A.grad[:, 2].any()
+        assert layer.lora_A.grad[:, [0, 1]].abs().min() > 0
+        optimizer.step()
+    assert not layer(torch.tensor(2)).any()
+    assert layer.merged().padding_idx == 2
+    assert not layer.merged().weight[2].any()
+    assert layer.merged().weight[1].sub(layer.base.weight[1]).abs().min() > 0
+
+
+def test_gradients_by_frequency_are_torchs():
+    base = nn.Embedding(6, 4, scale_grad_by_freq=True, dtype=torch.float64)
+    layer = randomise(LoRAEmbedding(base, rank=3, alpha=3))
+    ids = torch.tensor([1, 1, 1, 4])
+    layer(ids).sum().backward()
+    A, B = copies(layer)
+    (F.embedding(ids, A.T, scale_grad_by_freq=True) @ B.T).sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, A.grad, rtol=1e-13, atol=0)
+    torch.testing.assert_close(layer.lora_A.grad[:, 1], layer.lora_A.grad[:, 4], rtol=1e-13, atol=0)  # 3 of 3, 1 of 1
+
+
+def test_an_embedding_that_rescales_its_rows_is_refused():
+    base = nn.Embedding(6, 4, max_norm=0.5)
+    before = base.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"max_norm=0\.5 rescales its frozen rows"):
+        LoRAEmbedding(base, rank=2, alpha=2)
+    assert base.weight.requires_grad
+    base(torch.arange(6))
+    assert not torch.equal(base.weight, before)  # what the refusal is about
+
+
+# GPT-2's Conv1D
+
+
+def test_gpt2s_layer_is_a_linear_one_with_the_weight_turned():
+    turned = hf.pytorch_utils.Conv1D(5, 7).double()
+    nn.init.normal_(turned.bias)
+    layer = randomise(LoRAConv1D(turned, rank=3, alpha=6))
+    assert turned.weight.shape == layer.delta().shape == (7, 5)
+    assert layer.lora_A.shape == (3, 7)
+    assert layer.lora_B.shape == (5, 3)
+    x = torch.randn(2, 4, 7, dtype=torch.float64)
+    A, B = copies(layer)
+    expected = F.linear(x, turned.weight.T + 2 * B @ A, turned.bias)
+    out = layer(x)
+    assert relative_error(out, turned(x)) > 0.1
+    merged = layer.merged()
+    assert (type(merged), merged.nf, merged.weight.shape) == (type(turned), 5, (7, 5))
+    assert relative_error(merged(x), out) < 1e-14
+    same_gradients(layer, out, expected, A, B)
+
+
+def test_gpt2s_a_is_uniform_by_its_input_and_b_is_zero():
+    layer = LoRAConv1D(hf.pytorch_utils.Conv1D(5, 400), rank=50, alpha=1)
+    bound = 1 / math.sqrt(400)
+    assert 0.999 * bound < layer.lora_A.abs().max() <= bound
+    assert not layer.lora_B.any()
+    x = torch.randn(2, 400)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+# Attention, whose parent reads the weight
+
+
+def attention(dtype=torch.float64, **options):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, dtype=dtype, batch_first=True, **options)})
+    base = copy.deepcopy(model["attention"])
+    inject(model, LoRAConfig(rank=3, alpha=6, targets=["out_proj"]))
+    return model["attention"], base
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_attentions_output_projection_acts_and_learns_though_it_is_only_read(need_weights, training, bias):
+    model, base = attention(bias=bias)
+    model.train(training)
+    base.train(training)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    call = {"need_weights": need_weights}
+    assert relative_error(model(x, x, x, **call)[0], base(x, x, x, **call)[0]) < 1e-14
+    layer = randomise(model).out_proj
+    assert type(layer) is LoRAOutProjection
+    A, B = copies(layer)
+    expected = functional_call(base, {"out_proj.weight": base.out_proj.weight + 2 * B @ A}, (x, x, x), call)[0]
+    out = model(x, x, x, **call)[0]
+    assert relative_error(out, base(x, x, x, **call)[0]) > 0.1
+    with torch.no_grad():  # torch's native path
+        assert relative_error(model(x, x, x, **call)[0], expected) < 1e-14
+    same_gradients(layer, out, expected, A, B)
+
+
+def test_attentions_output_projection_refuses_a_dropout_that_would_never_act():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
+    with (
+        pytest.warns(UserWarning, match="in_proj_weight"),
+        pytest.raises(ValueError, match=r"dropout is 0\.1, but nn\."),
+    ):
+        inject(model, LoRAConfig(rank=2, dropout=0.1))
+    assert not lora_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.warns(UserWarning, match="in_proj_weight"):
+        assert inject(model, LoRAConfig(rank=2, dropout=0.1, exclude=["out_proj"])) == ["head"]
+
+
+def test_merged_attention_is_of_the_kind_it_was_so_that_the_refusal_holds_again():
+    model, base = attention()
+    parent = nn.ModuleDict({"attention": model})
+    merge(parent)
+    assert type(model.out_proj) is type(base.out_proj) is not nn.Linear
+    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
+        inject(parent, LoRAConfig(rank=2, dropout=0.1, targets=["out_proj"]))
+    assert inject(parent, LoRAConfig(rank=2, targets=["out_proj"])) == ["attention.out_proj"]
+
+
+# What holds for every kind
+
+IDS = torch.tensor([[3, 1, 4], [1, 5, 0]])
+KINDS = {
+    "linear": (LoRALinear, lambda: nn.Linear(7, 5), torch.randn(4, 7, generator=torch.Generator().manual_seed(5))),
+    "embedding": (LoRAEmbedding, lambda: nn.Embedding(6, 5), IDS),
+    "convolution": (
+        LoRAConv2d,
+        lambda: nn.Conv2d(3, 5, 3, padding=1),
+        torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(6)),
+    ),
+    "gpt2": (LoRAConv1D, lambda: hf.pytorch_utils.Conv1D(5, 7), torch.randn(4, 7)),
+    "out_proj": (LoRAOutProjection, lambda: nn.MultiheadAttention(6, 2).out_proj, torch.randn(4, 6)),
+}
+EVERY = pytest.mark.parametrize(("kind", "make", "x"), list(KINDS.values()), ids=list(KINDS))
+
+
+def as_input(x, dtype):
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+@torch.no_grad()
+def layer_of(kind, make, dtype=torch.float32, **options):
+    base = make().to(dtype)
+    for parameter in base.parameters():
+        parameter.normal_(std=0.5)
+    return kind(base, rank=3, alpha=4.5, **options)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_new_layer_is_its_base_bit_for_bit_and_keeps_its_dtype_and_merges(kind, make, x, dtype):
+    layer, x = layer_of(kind, make, dtype), as_input(x, dtype)
+    assert {layer.lora_A.dtype, layer.lora_B.dtype} == {dtype if dtype == torch.float64 else torch.float32}
+    assert torch.equal(layer(x), layer.base(x))
+    state = {name: value.clone() for name, value in randomise(layer).state_dict().items()}
+    out, merged = layer(x), layer.merged()
+    assert out.dtype == merged.weight.dtype == layer.weight.dtype == dtype
+    assert type(merged) is type(layer.base)
+    assert relative_error(out, layer.base(x)) > 0.1
+    assert relative_error(merged(x), out) < HALF.get(dtype, 1e-6 if dtype == torch.float32 else 1e-15)
+    exact = layer.base.weight.double() + layer.delta().double()
+    assert relative_error(merged.weight, exact) <= 1.001 * relative_error(exact.to(dtype), exact) + 1e-7
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+@EVERY
+def test_the_weight_that_a_parent_reads_is_the_adapted_one_with_its_graph(kind, make, x):
+    layer = randomise(layer_of(kind, make, torch.float64))
+    assert torch.equal(layer.weight, layer.base.weight + layer.delta())
+    assert not layer.delta().requires_grad
+    assert kind is LoRAEmbedding or layer.bias is layer.base.bias
+    A, B = copies(layer)
+    product = torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1)) * 1.5
+    product = product.T if kind in (LoRAEmbedding, LoRAConv1D) else product
+    same_gradients(layer, layer.weight, layer.base.weight + product.reshape(layer.base.weight.shape), A, B)
+
+
+@EVERY
+def test_mode_freezing_and_generator_of_every_kind(kind, make, x):
+    base = make().eval()
+    before = torch.get_rng_state()
+    first, again, other = (
+        kind(copy.deepcopy(base), 3, 4.5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    drawn = "lora_B" if kind is LoRAEmbedding else "lora_A"
+    assert torch.equal(getattr(first, drawn), getattr(again, drawn))
+    assert not torch.equal(getattr(first, drawn), getattr(other, drawn))
+    assert [name for name, p in first.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    assert "rank=3, alpha=4.5, scaling=1.5" in repr(first)
+    for training in (True, False):
+        assert first.train(training).merged().training is training
+
+
+@EVERY
+@pytest.mark.parametrize(("values", "says"), [({"rank": 0}, "rank is 0"), ({"alpha": -1}, "alpha is -1")])
+def test_numbers_out_of_range_are_refused_by_every_kind(kind, make, x, values, says):
+    base = make()
+    with pytest.raises(ValueError, match=says):
+        kind(base, **({"rank": 2, "alpha": 2} | values))
+    assert base.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution", "gpt2"])
+def test_dropout_acts_on_the_adapter_in_train_mode_only(name):
+    kind, make, x = KINDS[name]
+    layer = randomise(layer_of(kind, make, dropout=0.5))
+    assert relative_error(layer.eval()(x), layer.merged()(x)) < 1e-6
+    layer.train()
+    assert relative_error(layer(x), layer(x)) > 0.01
+    torch.manual_seed(2)
+    out = layer(x)
+    torch.manual_seed(2)
+    dropped = F.dropout(x, 0.5)
+    assert relative_error(out, layer.base(x) + layer.merged()(dropped) - layer.base(dropped)) < 1e-6
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_dropout_has_nothing_to_act_on_in_an_embedding():
+    kind, make, x = KINDS["embedding"]
+    layer = randomise(layer_of(kind, make, dropout=0.5)).train()
+    assert torch.equal(layer(x), layer.eval()(x))
+    with pytest.raises(ValueError, match=r"dropout is 1\.0"):
+        layer_of(kind, make, dropout=1.0)
+
+
+@EVERY
+def test_autocast_gives_the_dtype_that_the_base_gives_and_the_adapter_acts(kind, make, x):
+    layer = randomise(layer_of(kind, make))
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, base = layer(x), layer.base(x)
+    assert out.dtype == base.dtype
+    assert relative_error(out, exact) < 0.02
+    out.float().sum().backward()
+    assert layer.lora_A.grad.dtype == torch.float32
+    assert layer.lora_A.grad.abs().max() > 0
+
+
+# Whole models: copies, other processes, compilers
+
+
+class Mixed(nn.Module):
+    """A model with a layer of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.image = nn.Conv2d(1, 8, 2, stride=2)
+        self.words = nn.Embedding(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.gpt = hf.pytorch_utils.Conv1D(12, 8)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        seen = self.image(x).flatten(2).mT.contiguous() + self.words(torch.arange(4, device=x.device))
+        seen = seen + self.attention(seen, seen, seen, need_weights=False)[0]
+        return self.head(torch.tanh(self.gpt(seen))).mean(1)
+
+
+NAMES = ["image", "words", "attention.out_proj", "gpt", "head"]
+IMAGES = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(8))
+
+
+def mixed(seed=1, rank=2, alpha=3.0):
+    model = Mixed()
+    assert inject(model, LoRAConfig(rank, alpha, targets=NAMES)) == NAMES
+    return randomise(model, seed)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_state_dict_comes_back_into_a_model_of_the_same_config():
+    model, other = mixed(1), mixed(2)
+    assert not torch.equal(other(IMAGES), model(IMAGES))
+    assert other.load_state_dict(model.state_dict(), strict=True).missing_keys == []
+    assert torch.equal(other(IMAGES), model(IMAGES))
+    parts = {key.removeprefix("image.") for key in model.state_dict() if key.startswith("image.")}
+    assert parts == {"lora_A", "lora_B", "base.weight", "base.bias"}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        mixed(rank=3).load_state_dict(model.state_dict())
+
+
+def test_a_deep_copy_is_equal_and_independent():
+    model = mixed()
+    twin, before = copy.deepcopy(model), model(IMAGES)
+    assert torch.equal(twin(IMAGES), before)
+    randomise(twin, 5)
+    switch(twin, adapter_state(mixed(3, rank=4)))
+    merge(twin)
+    assert not torch.equal(twin(IMAGES), before)
+    assert torch.equal(model(IMAGES), before)
+
+
+def one_step(model, x):
+    """What a worker does: the output before a step of training, and the adapter after it."""
+    out = model(x)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    out.sin().sum().backward()
+    optimizer.step()
+    return out.detach(), adapter_state(model)
+
+
+def test_a_model_goes_to_another_process_learns_there_and_its_adapter_comes_back():
+    model = mixed(alpha=0.7)
+    before, expected = one_step(copy.deepcopy(model), IMAGES)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # A copy, for torch gives its tensors to the other process in shared memory.
+        out, state = pool.submit(one_step, copy.deepcopy(model), IMAGES).result(timeout=120)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out, before, **close)
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, **close)
+    assert all(state[f"{name}.alpha"] == 0.7 for name in NAMES)
+    assert torch.equal(model(IMAGES), before)
+    switch(model, state)
+    assert (model(IMAGES) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_computes_and_learns_the_same_and_follows_switch_and_off(backend):
+    torch._dynamo.reset()
+    model = mixed()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(compiled(IMAGES), plain(IMAGES), **close)
+    compiled(IMAGES).sin().sum().backward()
+    plain(IMAGES).sin().sum().backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, **close)
+        assert gradient.abs().max() > 0
+    for other in (mixed(2), mixed(3, alpha=0.5), mixed(4, rank=5)):
+        before = compiled(IMAGES)
+        switch(model, adapter_state(other))
+        torch.testing.assert_close(compiled(IMAGES), other(IMAGES), **close)
+        assert (compiled(IMAGES) - before).abs().max() > 0.01
+    with off(model):
+        torch.testing.assert_close(compiled(IMAGES), Mixed()(IMAGES), **close)
+    torch.testing.assert_close(compiled(IMAGES), model(IMAGES), **close)
+
+
+# Gradient checkpointing
+
+
+class Stack(nn.Module):
+    """Two blocks and a head; the blocks are recomputed in the backward pass where ``options`` are given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.blocks = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x, **options):
+        seen = checkpoint(self.blocks, x, **options) if options else self.blocks(x)
+        return self.head(seen)
+
+
+def learn(x, dropout=0.0, targets=("0", "2", "head"), **options):
+    """The adapters' gradients after one backward pass."""
+    model = Stack()
+    inject(model, LoRAConfig(rank=2, alpha=3, dropout=dropout, targets=list(targets)))
+    randomise(model)
+    torch.manual_seed(9)  # for the dropout
+    model(x, **options).square().sum().backward()
+    return gradients(model)
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
+BLOCKS = [f"blocks.{i}.lora_{part}" for i in (0, 2) for part in "AB"]
+HEAD = ["head.lora_A", "head.lora_B"]
+
+
+def test_reentrant_checkpoints_of_a_frozen_input_lose_the_gradients_silently():
+    whole = learn(X)
+    assert sorted(whole) == sorted(BLOCKS + HEAD)
+    assert all(gradient.abs().max() > 0.01 for gradient in whole.values())
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        lost = learn(X, use_reentrant=True)
+    assert [name for name, gradient in lost.items() if gradient is None] == BLOCKS
+    for name in HEAD:
+        torch.testing.assert_close(lost[name], whole[name])
+    # Without an adapter behind the checkpoint it is an error.
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
+        pytest.raises(RuntimeError, match="does not require grad"),
+    ):
+        learn(X, targets=["0", "2"], use_reentrant=True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("requires_grad", "reentrant"), [(False, False), (True, True)], ids=["not reentrant", "input requires grad"]
+)
+def test_checkpoints_that_are_not_reentrant_or_an_input_with_gradients_keep_them(requires_grad, reentrant, dropout):
+    whole = learn(X, dropout)
+    found = learn(X.clone().requires_grad_(requires_grad), dropout, use_reentrant=reentrant)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[name], gradient)
+    assert dropout == 0 or any(not torch.allclose(gradient, whole[name]) for name, gradient in learn(X).items())
+
+
+def test_checkpointed_dropout_without_the_generators_state_gives_other_gradients():
+    whole = learn(X, 0.5)
+    found = learn(X, 0.5, use_reentrant=False, preserve_rng_state=False)
+    assert any(not torch.allclose(found[name], whole[name], rtol=0.01) for name in BLOCKS)
+
+
+def llama(targets):
+    config = hf.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(6)
+    model = hf.LlamaForCausalLM(config).train()
+    inject(model, LoRAConfig(rank=2, targets=targets))
+    return randomise(model)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpoints_of_transformers_keep_or_lose_gradients_by_the_same_rule():
+    ids = torch.arange(10).view(2, 5)
+    inner = ["q_proj", "down_proj"]
+
+    def learnt(more, reentrant=None, inputs=False):
+        model = llama([*inner, more])
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if inputs:
+                model.enable_input_require_grads()
+            elif hasattr(model, "_require_grads_hook"):  # this version has done so itself
+                model.disable_input_require_grads()
+        model(ids, use_cache=False).logits.sin().sum().backward()
+        return gradients(model)
+
+    whole = learnt("lm_head")
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        lost = learnt("lm_head", reentrant=True)
+    assert {name.split(".")[-2] for name, gradient in lost.items() if gradient is None} == set(inner)
+    assert lost["lm_head.lora_A"].abs().max() > 0
+    for found in (learnt("lm_head", reentrant=False), learnt("lm_head", reentrant=True, inputs=True)):
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+            assert gradient.abs().max() > 1e-3
+    # An adapted embedding gives a gradient to what the checkpoints are given.
+    whole, found = learnt("embed_tokens"), learnt("embed_tokens", reentrant=True)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)

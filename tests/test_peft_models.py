@@ -1,0 +1,538 @@
+"""The same adapters here and in the real peft, on small random models of transformers and torch.
+
+Each model is one that a library wrapper has got wrong somewhere: tied and untied embeddings, weights stored the
+other way round (GPT-2), convolutions with strides (ResNet), a parent that reads the weight's dtype (T5) or the
+weight itself (torch's own encoder).
+"""
+
+import copy
+import functools
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, merge, save_adapter
+from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection
+from lora_lab.variants import RsLoRALinear
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`:UserWarning",
+    "ignore:fan_in_fan_out is set to:UserWarning",
+    "ignore:Could not identify embedding layer:UserWarning",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning",
+)
+GENERATOR = torch.Generator().manual_seed(11)
+IDS = torch.randint(3, 40, (3, 7), generator=GENERATOR)
+IDS[1, 5:] = 0  # padding
+MASK = (IDS != 0).long()
+IMAGES = torch.randn(2, 3, 16, 16, generator=GENERATOR)
+SOUND = torch.randn(2, 8, 20, generator=GENERATOR)
+FRAMES = torch.randn(3, 5, 16, generator=GENERATOR)
+
+
+def llama() -> nn.Module:
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+        )
+    )
+
+
+def gpt2(tied: bool = False) -> nn.Module:
+    shape = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "tie_word_embeddings": tied}
+    without = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **without, bos_token_id=1, eos_token_id=2))
+
+
+def bert() -> nn.Module:
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = hf.BertConfig(**shape, **without, num_attention_heads=2, max_position_embeddings=16, num_labels=3)
+    return hf.BertForSequenceClassification(config)
+
+
+def t5() -> nn.Module:
+    shape = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def vit() -> nn.Module:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf.ViTForImageClassification(hf.ViTConfig(**shape, **without, image_size=16, patch_size=4, num_labels=3))
+
+
+def whisper() -> nn.Module:
+    sides = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in [("layers", 1), ("attention_heads", 2), ("ffn_dim", 24)]
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = hf.WhisperConfig(
+        **sides,
+        **tokens,
+        vocab_size=40,
+        num_mel_bins=8,
+        d_model=16,
+        max_source_positions=10,
+        max_target_positions=16,
+        dropout=0.0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return hf.WhisperForConditionalGeneration(config)
+
+
+def resnet() -> nn.Module:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+    return hf.ResNetForImageClassification(config)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True), 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what it is given, and endings of layers of every kind that can be adapted in it."""
+
+    make: Callable[[], nn.Module]
+    inputs: dict[str, Any] = field(repr=False)
+    targets: tuple[str, ...]
+    kinds: frozenset[type]
+
+
+LINEAR = frozenset({LoRALinear})
+TEXT = {"input_ids": IDS, "attention_mask": MASK}
+CASES = {
+    "Llama": Case(llama, TEXT, ("q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"), LINEAR | {LoRAEmbedding}),
+    "GPT-2": Case(gpt2, TEXT, ("c_attn", "c_proj", "c_fc", "wte", "wpe"), frozenset({LoRAConv1D, LoRAEmbedding})),
+    "BERT": Case(bert, TEXT, ("query", "dense", "word_embeddings", "classifier"), LINEAR | {LoRAEmbedding}),
+    "T5": Case(
+        t5,
+        TEXT | {"decoder_input_ids": IDS[:, :4]},
+        ("q", "v", "wi", "wo", "relative_attention_bias"),
+        LINEAR | {LoRAEmbedding},
+    ),
+    "ViT": Case(vit, {"pixel_values": IMAGES}, ("q_proj", "fc1", "fc2", "projection"), LINEAR | {LoRAConv2d}),
+    "Whisper": Case(
+        whisper, {"input_features": SOUND, "decoder_input_ids": IDS[:2, :4]}, ("q_proj", "out_proj", "fc2"), LINEAR
+    ),
+    "ResNet": Case(resnet, {"pixel_values": IMAGES}, ("convolution", "classifier.1"), LINEAR | {LoRAConv2d}),
+    "nn.TransformerEncoder": Case(encoder, {"src": FRAMES}, ("linear1", "linear2"), LINEAR),
+}
+EVERY = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+
+
+@functools.cache
+def original(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model with random numbers everywhere, biases and norms too."""
+    model = make().eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+            parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.25)
+    return model
+
+
+def fresh(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return copy.deepcopy(original(case.make)).to(dtype)
+
+
+def run(model: nn.Module, case: Case) -> torch.Tensor:
+    """The model's logits for the case's inputs, in the dtype of its frozen weights."""
+    dtype = next(p.dtype for name, p in model.named_parameters() if "lora_" not in name)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.inputs.items()}
+    out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else out
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to ``tolerance`` times the largest number, which must not be zero."""
+    found, expected = found.detach().double(), expected.detach().double()
+    largest = float(expected.abs().max())
+    assert largest > 1e-6
+    assert float((found - expected).abs().max()) <= tolerance * largest
+
+
+def apart(found: torch.Tensor, other: torch.Tensor, at_least: float = 0.01) -> None:
+    assert float((found - other).detach().abs().max()) > at_least * float(other.detach().abs().max())
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Random numbers for every A and B of ours."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        for part in (layer.lora_A, layer.lora_B):
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def adapted(case: Case, dtype: torch.dtype = torch.float32, rank: int = 3, alpha: float = 4.0, targets=None):
+    model = fresh(case, dtype)
+    inject(model, LoRAConfig(rank, alpha, targets=list(targets or case.targets)))
+    return randomise(model)
+
+
+def in_peft(model: nn.Module, config: peft.LoraConfig) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config)
+
+
+def peft_layers(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A and B of each layer that peft has adapted, by the layer's name in the base model."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            embedding = "default" in module.lora_embedding_A
+            A = module.lora_embedding_A["default"] if embedding else module.lora_A["default"].weight
+            B = module.lora_embedding_B["default"] if embedding else module.lora_B["default"].weight
+            layers[name.removeprefix("base_model.model.")] = A, B
+    return layers
+
+
+def twins(case: Case, rank: int = 3, alpha: float = 4.0, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    """The model with the same adapters, once ours and once peft's."""
+    ours = fresh(case)
+    inject(ours, LoRAConfig(rank, alpha, dropout, targets=list(case.targets)))
+    randomise(ours)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(case.targets))
+    theirs = in_peft(fresh(case), config)
+    layers = lora_layers(ours)
+    assert peft_layers(theirs).keys() == layers.keys()
+    with torch.no_grad():
+        for name, (A, B) in peft_layers(theirs).items():
+            A.copy_(layers[name].lora_A)
+            B.copy_(layers[name].lora_B)
+    return ours, theirs
+
+
+def random_in_peft(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Random numbers for every A and B of peft's."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in (part for pair in peft_layers(model).values() for part in pair):
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+@contextmanager
+def no_fast_path():
+    """Without the fast path of ``nn.TransformerEncoderLayer``, in which peft's adapters do nothing."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_the_cases_cover_every_kind_of_layer_strides_and_padding():
+    for case in CASES.values():
+        assert {type(layer) for layer in lora_layers(adapted(case)).values()} == case.kinds
+    assert {layer.base.stride for layer in lora_layers(adapted(CASES["ResNet"], targets=["convolution"])).values()} == {
+        (1, 1),
+        (2, 2),
+    }
+    assert lora_layers(adapted(CASES["BERT"]))["bert.embeddings.word_embeddings"].base.padding_idx == 0
+    assert (IDS == 0).any()
+
+
+# The same function
+
+
+@EVERY
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_adapters_start_as_the_base_and_each_kind_acts_in_every_mode(case, training, grad):
+    base = fresh(case).train(training).requires_grad_(False)
+    model = fresh(case).train(training)
+    inject(model, LoRAConfig(rank=3, alpha=4, targets=list(case.targets)))
+    with torch.set_grad_enabled(grad):
+        before = run(base, case)
+        if grad and case.make in (encoder, t5):  # where torch's attention takes another path for what has gradients
+            close(run(model, case), before)
+        else:
+            assert torch.equal(run(model, case), before)
+        for kind in case.kinds:  # one after the other, so that none hides behind another
+            alone = copy.deepcopy(model)
+            for layer in lora_layers(randomise(alone)).values():
+                if not isinstance(layer, kind):
+                    nn.init.zeros_(layer.lora_B)
+            apart(run(alone, case), before)
+
+
+@EVERY
+@pytest.mark.parametrize(("training", "dropout"), [(True, 0.0), (True, 0.3), (False, 0.3)])
+def test_logits_and_gradients_are_pefts(case, training, dropout):
+    ours, theirs = (model.train(training) for model in twins(case, dropout=dropout))
+    without = twins(case)[0].train(training)
+    results = []
+    with no_fast_path():
+        for model in (ours, theirs, without):
+            torch.manual_seed(4)  # the same entries are dropped
+            out = run(model, case)
+            out.sin().mean().backward()
+            results.append(out)
+    close(results[0], results[1])
+    apart(results[0], run(fresh(case).train(training), case))
+    layers, undropped = lora_layers(ours), lora_layers(without)
+    for name, (A, B) in peft_layers(theirs).items():
+        close(layers[name].lora_A.grad, A.grad, 2e-5)
+        close(layers[name].lora_B.grad, B.grad, 2e-5)
+        assert layers[name].base.weight.grad is None
+        assert (undropped[name].lora_A.grad - A.grad).abs().max() > 1e-6 or dropout == 0 or not training
+    trainable = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    assert {id(p) for p in ours.parameters() if p.requires_grad} == trainable
+    assert all((p.grad is not None) is p.requires_grad for p in ours.parameters())
+
+
+@EVERY
+def test_merged_equals_unmerged_and_pefts_merge_and_differs_from_the_base(case):
+    ours, theirs = twins(case)
+    before = fresh(case).state_dict()
+    with torch.no_grad():
+        unmerged, base = run(ours, case), run(fresh(case), case)
+        names = merge(ours)
+        assert not lora_layers(ours)
+        close(run(ours, case), unmerged)
+        close(run(ours, case), run(theirs.merge_and_unload(), case))
+        apart(run(ours, case), base)
+    after = ours.state_dict()
+    assert after.keys() == before.keys()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        f"{name}.weight" for name in names
+    }
+    assert [type(module) for module in ours.modules()] == [type(module) for module in fresh(case).modules()]
+
+
+# Files, both ways
+
+
+@EVERY
+def test_peft_reads_what_is_saved_here(case, tmp_path):
+    ours = adapted(case)
+    save_adapter(ours, tmp_path)
+    with torch.no_grad(), no_fast_path():
+        expected = run(ours, case)
+        read = peft.PeftModel.from_pretrained(fresh(case), tmp_path)
+        assert peft_layers(read).keys() == lora_layers(ours).keys()
+        close(run(read, case), expected)
+        # Once more, beside another adapter.
+        other = random_in_peft(in_peft(fresh(case), peft.LoraConfig(r=2, target_modules=list(case.targets)))).eval()
+        apart(run(other, case), expected)
+        other.load_adapter(tmp_path, "second")
+        other.set_adapter("second")
+        close(run(other, case), expected)
+        apart(expected, run(fresh(case), case))
+
+
+@EVERY
+def test_what_peft_saves_is_read_here(case, tmp_path):
+    ours, theirs = twins(case)
+    theirs.save_pretrained(tmp_path)
+    back = fresh(case)
+    assert load_adapter(back, tmp_path) == list(lora_layers(ours))
+    state = adapter_state(back)
+    for name, value in adapter_state(ours).items():
+        assert torch.equal(value, state[name])
+    with torch.no_grad():
+        assert torch.equal(run(back, case), run(ours, case))
+        apart(run(back, case), run(fresh(case), case))
+        with no_fast_path():
+            close(run(back, case), run(theirs.eval(), case))
+
+
+def test_only_decoders_are_noted_as_causal_language_models(tmp_path):
+    expected = {"Llama": "CAUSAL_LM", "GPT-2": "CAUSAL_LM"}  # peft's class for these cannot hold any other
+    for name, case in CASES.items():
+        save_adapter(adapted(case), tmp_path / name)
+        noted = json.loads((tmp_path / name / "adapter_config.json").read_text())["task_type"]
+        assert noted == expected.get(name)
+    read = peft.PeftModel.from_pretrained(fresh(CASES["Llama"]), tmp_path / "Llama")
+    assert isinstance(read, peft.PeftModelForCausalLM)
+    tokens = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = adapted(CASES["Llama"]).generate(IDS[:1], **tokens)
+    assert expected.shape == (1, 11)
+    assert torch.equal(read.generate(input_ids=IDS[:1], **tokens), expected)
+
+
+# Numbers drawn at random
+
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}
+
+
+@st.composite
+def settings_of_peft(draw):
+    """A case, a dtype, and a config of peft for it, with ranks and alphas by layer.
+
+    Patterns are sorted, for the first that matches counts, and peft writes them to its file sorted.
+    """
+    case = CASES[draw(st.sampled_from(sorted(CASES)))]
+    targets = draw(st.lists(st.sampled_from(case.targets), min_size=1, unique=True))
+    ranks, alphas = st.integers(1, 6), st.one_of(st.integers(1, 8), st.floats(0.25, 8.0))
+    names = sorted(lora_layers(adapted(case, targets=targets)))
+    by_layer = st.one_of(st.sampled_from(targets), st.sampled_from(names), st.sampled_from(names).map("^{}".format))
+    rslora = set(lora_types(case, targets)) == {LoRALinear} and draw(st.booleans())
+    config = {
+        "r": draw(ranks),
+        "lora_alpha": draw(alphas),
+        "target_modules": targets,
+        "rank_pattern": dict(sorted(draw(st.dictionaries(by_layer, ranks, max_size=3)).items())),
+        "alpha_pattern": dict(sorted(draw(st.dictionaries(by_layer, alphas, max_size=3)).items())),
+        "use_rslora": rslora,
+    }
+    return case, draw(st.sampled_from(list(TOLERANCE))), config, draw(st.integers(0, 99))
+
+
+def lora_types(case, targets):
+    return [type(layer) for layer in lora_layers(adapted(case, targets=targets)).values()]
+
+
+@settings(max_examples=30, deadline=None)
+@given(settings_of_peft())
+def test_any_adapter_of_peft_is_read_here_saved_again_and_read_by_peft(drawn):
+    case, dtype, config, seed = drawn
+    theirs = random_in_peft(in_peft(fresh(case, dtype), peft.LoraConfig(**config)), seed).eval()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), no_fast_path():
+        theirs.save_pretrained(f"{folder}/theirs")
+        ours = fresh(case, dtype)
+        names = load_adapter(ours, f"{folder}/theirs")
+        layers = lora_layers(ours)
+        assert names == list(layers) == list(peft_layers(theirs))
+        for name, (A, B) in peft_layers(theirs).items():
+            assert torch.equal(layers[name].lora_A, A)
+            assert torch.equal(layers[name].lora_B, B)
+            assert layers[name].scaling == theirs.get_submodule(f"base_model.model.{name}").scaling["default"]
+            assert isinstance(layers[name], RsLoRALinear) is config["use_rslora"]
+        expected, base = run(theirs, case), run(fresh(case, dtype), case)
+        found = run(ours, case)
+        assert found.dtype == dtype
+        close(found, expected, TOLERANCE[dtype])
+        assert not torch.equal(found, base)
+
+        save_adapter(ours, f"{folder}/ours")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = peft.PeftModel.from_pretrained(fresh(case, dtype), f"{folder}/ours")
+        for name, pair in peft_layers(theirs).items():
+            module = again.get_submodule(f"base_model.model.{name}")
+            assert module.scaling == theirs.get_submodule(f"base_model.model.{name}").scaling
+            assert all(torch.equal(*parts) for parts in zip(pair, peft_layers(again)[name], strict=True))
+        close(run(again, case), expected, TOLERANCE[dtype])
+        back = fresh(case, dtype)
+        load_adapter(back, f"{folder}/ours")
+        assert torch.equal(run(back, case), found)
+
+        assert merge(ours) == names
+        close(run(ours, case), found, TOLERANCE[dtype])
+        if dtype != torch.bfloat16:  # whose rounding of the weights may swallow a small update
+            assert not torch.equal(run(ours, case), base)
+
+
+# torch's own encoder, whose fast path reads weights and calls nothing
+
+ENCODER = CASES["nn.TransformerEncoder"]
+ALL = ("linear1", "linear2", "self_attn.out_proj")
+PADDED = {"src": FRAMES, "src_key_padding_mask": torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]}
+
+
+def in_its_fast_path(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether this call takes the fast path, as a profiler sees it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**inputs)
+    return "aten::_transformer_encoder_layer_fwd" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("inputs", [ENCODER.inputs, PADDED], ids=["whole", "padded"])
+def test_pefts_plain_wrapper_does_nothing_in_the_fast_path_of_torchs_encoder_and_ours_acts(inputs):
+    ours, theirs = (model.eval() for model in twins(ENCODER))
+    base = fresh(ENCODER).requires_grad_(False)
+    with torch.no_grad():
+        assert in_its_fast_path(ours, inputs)
+        assert in_its_fast_path(theirs, inputs)
+        expected = copy.deepcopy(theirs).merge_and_unload()(**inputs)
+        assert torch.equal(theirs(**inputs), base(**inputs))
+        close(ours(**inputs), expected)
+        apart(expected, base(**inputs))
+    # With gradients, peft's adapter gets none, for torch sees frozen weights only.
+    assert torch.equal(theirs(**inputs), base(**inputs))
+    assert not theirs(**inputs).requires_grad
+    ours(**inputs).sin().mean().backward()
+    slow, _ = (model.train() for model in twins(ENCODER))
+    slow(**inputs).sin().mean().backward()
+    for name, layer in lora_layers(ours).items():
+        close(layer.lora_A.grad, lora_layers(slow)[name].lora_A.grad)
+        close(layer.lora_B.grad, lora_layers(slow)[name].lora_B.grad)
+
+
+@pytest.mark.parametrize("inputs", [ENCODER.inputs, PADDED], ids=["whole", "padded"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_every_layer_of_torchs_encoder_acts_in_every_path(inputs, training, grad):
+    base = fresh(ENCODER).train(training)
+    model = adapted(ENCODER, targets=ALL).train(training)
+    merged = copy.deepcopy(model)
+    assert len(merge(merged)) == 6
+    kept = ~inputs.get("src_key_padding_mask", torch.zeros(3, 5, dtype=torch.bool))
+    with torch.set_grad_enabled(grad):
+        close(model(**inputs)[kept], merged(**inputs)[kept])
+        for name in lora_layers(model):
+            alone = copy.deepcopy(model)
+            for other, layer in lora_layers(alone).items():
+                if other != name:
+                    nn.init.zeros_(layer.lora_B)
+            apart(alone(**inputs)[kept], base(**inputs)[kept])
+    if grad:
+        model(**inputs)[kept].sin().mean().backward()
+        for layer in lora_layers(model).values():
+            assert layer.lora_A.grad.abs().max() > 1e-6
+            assert layer.lora_B.grad.abs().max() > 1e-6
+
+
+def test_pefts_plain_wrapper_on_out_proj_does_nothing_in_any_mode_until_it_is_merged(tmp_path):
+    ours = adapted(ENCODER, targets=["self_attn.out_proj"])
+    assert {type(layer) for layer in lora_layers(ours).values()} == {LoRAOutProjection}
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(fresh(ENCODER), tmp_path)
+    assert peft_layers(theirs).keys() == lora_layers(ours).keys()
+    base = fresh(ENCODER).requires_grad_(False)
+    for training in (True, False):
+        close(run(theirs.train(training), ENCODER), run(base.train(training), ENCODER), 1e-6)
+        apart(run(ours.train(training), ENCODER), run(base, ENCODER))
+    close(run(ours.eval(), ENCODER), run(theirs.merge_and_unload().eval(), ENCODER))
+
+
+def test_pefts_adapter_of_a_whole_multihead_attention_is_refused(tmp_path):
+    theirs = in_peft(fresh(ENCODER), peft.LoraConfig(r=2, target_modules=["self_attn"]))
+    random_in_peft(theirs).save_pretrained(tmp_path)
+    model = fresh(ENCODER)
+    with pytest.raises(ValueError, match="has a MultiheadAttention there, which LoRALayer does not adapt"):
+        load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

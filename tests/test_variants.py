@@ -1,0 +1,614 @@
+"""rsLoRA, LoRA-FA, PiSSA, DoRA: against formulas written out by hand in float64, and against the peft library."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_state,
+    inject,
+    load_adapter,
+    lora_layers,
+    merge,
+    save_adapter,
+)
+from lora_lab.adapters import CONFIG, WEIGHTS, switch
+from lora_lab.memory import saved_bytes
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+
+RANK, ALPHA = 3, 5.0
+KINDS = {"rslora": RsLoRALinear, "lora-fa": LoRAFALinear, "pissa": PiSSALinear, "dora": DoRALinear}
+PEFT = {
+    "rslora": {"use_rslora": True},
+    "lora-fa": {},
+    "pissa": {"init_lora_weights": "pissa"},
+    "dora": {"use_dora": True},
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+
+
+class Net(nn.Module):
+    """Two linear layers of four sizes."""
+
+    def __init__(self, bias=True, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.first, self.second = nn.Linear(12, 9, bias=bias), nn.Linear(9, 7, bias=bias)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def inputs(dtype=torch.float32, seed=7):
+    return torch.randn(20, 12, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def net(kind=None, bias=True, dtype=torch.float32, rank=RANK, alpha=ALPHA, dropout=0.0, seed=0):
+    """The small net, with adapters of a kind."""
+    model = Net(bias, seed).to(dtype)
+    if kind is not None:
+        inject(model, LoRAConfig(rank, alpha, dropout), layer=KINDS.get(kind))
+    return model
+
+
+@torch.no_grad()
+def randomise(model, seed=1):
+    """Change all that makes up the adapters: A and B by random numbers, lengths by a factor from 0.5 to 1.5."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
+        elif "lora_" in name:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def in_peft(kind, base, rank=RANK, alpha=ALPHA):
+    """peft's model over a copy of ``base``, and its adapter's parameters under our names."""
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["first", "second"], **PEFT[kind])
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    parameters = {
+        name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default"): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    if kind == "lora-fa":
+        for name, parameter in parameters.items():
+            parameter.requires_grad_("lora_B" in name)
+    return model, parameters
+
+
+@torch.no_grad()
+def copy_parameters(model, parameters):
+    ours = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    assert ours.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(ours[name])
+
+
+def relative_error(found, expected):
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def update(model, x):
+    """What the adapters add to the outputs of the pre-trained net."""
+    return model(x) - Net(model.first.bias is not None).to(x.dtype)(x)
+
+
+# Against peft
+
+
+@ALL
+@BIAS
+def test_outputs_and_gradients_equal_those_under_peft(kind, bias):
+    dtype = torch.float32 if kind == "pissa" else torch.float64  # peft's PiSSA has no float64
+    exact = {"rtol": 1e-4, "atol": 1e-6} if kind == "pissa" else {"rtol": 1e-12, "atol": 1e-12}
+    x, base = inputs(dtype), net(bias=bias, dtype=dtype)
+    ours = randomise(net(kind, bias, dtype))
+    theirs, parameters = in_peft(kind, base)
+    copy_parameters(ours, parameters)
+    out, expected = ours(x), theirs(x)
+    torch.testing.assert_close(out, expected, **exact)
+    assert relative_error(out, base(x)) > 0.1
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+    trained = 0
+    for name, parameter in parameters.items():
+        mine = ours.get_parameter(name)
+        assert mine.requires_grad is parameter.requires_grad is (kind != "lora-fa" or "lora_B" in name)
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, parameter.grad, **exact)
+            assert mine.grad.abs().max() > 0.05
+            trained += mine.numel()
+        else:
+            assert mine.grad is None
+    assert trained == sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    if kind != "lora-fa":  # which computes what LoRA does; the others with the same A and B do not
+        plain = net("lora", bias, dtype)
+        with torch.no_grad():
+            for name in ("first.lora_A", "first.lora_B", "second.lora_A", "second.lora_B"):
+                plain.get_parameter(name).copy_(ours.get_parameter(name))
+        assert relative_error(plain(x), out) > 0.02
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 3.0), (3, 12.0), (7, 1.0)])
+def test_pissa_starts_where_pefts_does_whatever_alpha_is(rank, alpha):
+    ours = net("pissa", rank=rank, alpha=alpha)
+    theirs, parameters = in_peft("pissa", net(), rank, alpha)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
+        assert parameter.abs().max() > 0.05
+    x = inputs()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+    ours(x).sin().sum().backward()
+    theirs(x).sin().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-5)
+    other = net("pissa", rank=rank, alpha=2 * alpha)
+    assert relative_error(other.first.lora_A, ours.first.lora_A) > 0.1
+
+
+@ALL
+def test_peft_reads_what_is_saved_here_and_gives_the_same_outputs(kind, tmp_path):
+    x, ours = inputs(), randomise(net(kind))
+    save_adapter(ours, tmp_path)
+    read = peft.PeftModel.from_pretrained(net(), tmp_path)
+    config = read.peft_config["default"]
+    assert (config.use_rslora, config.use_dora) == (kind == "rslora", kind == "dora")
+    with torch.no_grad():
+        torch.testing.assert_close(read(x), ours(x), rtol=0, atol=1e-5)
+        assert relative_error(read(x), net()(x)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_what_peft_saved_is_read_here_as_the_same_variant(kind, tmp_path):
+    x = inputs()
+    theirs, _ = in_peft(kind, net())
+    randomise(theirs).save_pretrained(tmp_path)
+    ours = net()
+    assert load_adapter(ours, tmp_path) == ["first", "second"]
+    assert {type(layer) for layer in lora_layers(ours).values()} == {KINDS[kind]}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=0, atol=1e-5)
+        assert relative_error(ours(x), net()(x)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lora-fa"])
+def test_a_saved_adapter_comes_back_bit_for_bit(kind, tmp_path):
+    x, saved = inputs(), randomise(net(kind))
+    save_adapter(saved, tmp_path)
+    back = net()
+    load_adapter(back, tmp_path)
+    assert torch.equal(back(x), saved(x))
+    assert not torch.equal(back(x), net()(x))
+    kind_back = LoRALinear if kind == "lora-fa" else KINDS[kind]  # PEFT has no name for LoRA-FA
+    assert {type(layer) for layer in lora_layers(back).values()} == {kind_back}
+
+
+# By hand
+
+
+def random_layer(kind, bias, rank=3, alpha=7.0):
+    """A layer (in = 6, out = 5) in float64 with random numbers, and what it is made of."""
+    base = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    layer = randomise(KINDS[kind](base, rank, alpha))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    return layer, base.weight.detach(), base.bias.detach() if bias else torch.zeros(5, dtype=torch.float64), x
+
+
+@BIAS
+def test_dora_and_its_gradients_equal_the_papers_equations_written_out(bias):
+    layer, W, b, x = random_layer("dora", bias)
+    A, B, m = (getattr(layer, part).detach() for part in layer.parts)
+    s = 7.0 / 3
+    V = W + s * B @ A
+    C = V.square().sum(dim=1).sqrt()
+    out = x @ (m[:, None] * V / C[:, None]).T + b  # equation 5
+    torch.testing.assert_close(layer(x), out, rtol=1e-13, atol=1e-13)
+    assert relative_error(out, x @ V.T + b) > 0.1
+    layer(x).sin().sum().backward()
+    G = out.cos().T @ x  # the gradient of the whole weight, for a loss of sum(sin(out))
+    dV = (m / C)[:, None] * G  # equation 11
+    torch.testing.assert_close(layer.lora_B.grad, s * dV @ A.T, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lora_A.grad, s * B.T @ dV, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lora_magnitude_vector.grad, (G * V).sum(1) / C, rtol=1e-12, atol=1e-13)
+    moving = dV - ((G * V).sum(1) * m / C**3)[:, None] * V  # equation 6: the norm not held constant
+    assert relative_error(s * moving @ A.T, layer.lora_B.grad) > 0.05
+    assert layer.base.weight.grad is None
+
+
+@BIAS
+@pytest.mark.parametrize("alpha", [3.0, 7.0], ids=["alpha = rank", "alpha != rank"])
+def test_pissa_and_its_gradients_equal_the_papers_equations_written_out(bias, alpha):
+    torch.manual_seed(3)
+    base = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    W, b = base.weight.detach(), base.bias.detach() if bias else torch.zeros(5, dtype=torch.float64)
+    layer, x, s = PiSSALinear(base, 3, alpha), torch.randn(4, 6, dtype=torch.float64), alpha / 3
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    residual = U[:, 3:] @ torch.diag(S[3:]) @ Vh[3:]  # equation 4
+    principal = layer.scaling * layer.lora_B @ layer.lora_A  # of equations 2 and 3
+    torch.testing.assert_close(principal, W - residual, rtol=0, atol=1e-14)
+    torch.testing.assert_close(layer.lora_A.square().sum(1) * s, S[:3], rtol=1e-12, atol=0)  # sqrt(S) on each side
+    torch.testing.assert_close(layer.lora_B.square().sum(0) * s, S[:3], rtol=1e-12, atol=0)
+    randomise(layer)
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    out = x @ (residual + s * B @ A).T + b  # equation 5
+    torch.testing.assert_close(layer(x), out, rtol=0, atol=1e-13)
+    assert relative_error(out, x @ (W + s * B @ A).T + b) > 0.1
+    layer(x).sin().sum().backward()
+    G = out.cos().T @ x
+    torch.testing.assert_close(layer.lora_B.grad, s * G @ A.T, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lora_A.grad, s * B.T @ G, rtol=1e-12, atol=1e-13)
+
+
+def test_rslora_is_scaled_by_alpha_over_the_root_of_the_rank():
+    for rank, scaling in ((1, 6.0), (4, 3.0), (9, 2.0)):
+        layer = RsLoRALinear(nn.Linear(20, 10), rank, alpha=6.0)
+        assert layer.scaling == scaling
+        assert f"scaling={scaling:g}" in repr(layer)
+        with torch.no_grad():
+            layer.lora_B.normal_()
+        torch.testing.assert_close(layer.delta(), scaling * layer.lora_B @ layer.lora_A)
+
+
+def test_rsloras_update_keeps_its_size_as_the_rank_grows_and_loras_shrinks():
+    """Kalajdzievski 2023, theorem 3.2, for B with entries of one size."""
+
+    def size(layer, rank):
+        layer = layer(nn.Linear(64, 64), rank, alpha=8.0)
+        with torch.no_grad():
+            layer.lora_B.normal_()
+        return float(layer.delta().norm())
+
+    assert size(RsLoRALinear, 64) == pytest.approx(size(RsLoRALinear, 4), rel=0.1)
+    assert size(LoRALinear, 64) == pytest.approx(size(LoRALinear, 4) / 4, rel=0.1)
+
+
+# The start
+
+
+@ALL
+@BIAS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_new_adapter_computes_bitwise_what_the_pre_trained_net_does(kind, bias, dtype):
+    x, expected = inputs(dtype), net(bias=bias, dtype=dtype)(inputs(dtype))
+    model = net(kind, bias, dtype, dropout=0.5)
+    assert model.training
+    assert torch.equal(model(x), expected)
+    assert not torch.equal(randomise(model)(x), expected)
+
+
+def test_doras_lengths_start_as_those_of_the_weights_rows():
+    base = nn.Linear(6, 5)
+    layer = DoRALinear(base, 2, 4.0)
+    torch.testing.assert_close(layer.lora_magnitude_vector, base.weight.square().sum(dim=1).sqrt())
+    assert layer.lora_magnitude_vector.requires_grad
+    assert torch.equal(layer.lora_B, torch.zeros(5, 2))
+
+
+def test_a_row_of_zeros_stays_zero_under_dora_and_gives_no_nan():
+    base = nn.Linear(6, 5)
+    with torch.no_grad():
+        base.weight[2] = 0
+    layer, x, others = DoRALinear(base, 2, 4.0), torch.randn(3, 6), [0, 1, 3, 4]
+    layer(x).sin().sum().backward()
+    for trained in (layer.lora_B, layer.lora_magnitude_vector):
+        assert trained.grad[2].abs().max() == 0
+        assert trained.grad[others].abs().min() > 0
+    out = randomise(layer)(x)
+    torch.testing.assert_close(out[:, 2], base.bias[2].expand(3))
+    assert (out - base(x))[:, others].abs().min() > 1e-3
+    torch.testing.assert_close(layer.merged()(x), out, rtol=0, atol=1e-5)
+
+
+def test_pissa_draws_nothing_and_lora_fas_a_is_the_one_of_lora():
+    assert torch.equal(net("lora-fa").first.lora_A, net("lora").first.lora_A)
+    one, other = (Net() for _ in range(2))
+    for model, seed in ((one, 1), (other, 2)):
+        inject(model, LoRAConfig(2), seed=seed, layer=PiSSALinear)
+    assert torch.equal(one.first.lora_A, other.first.lora_A)
+
+
+@pytest.mark.parametrize("numbers", [{"rank": 10}, {"rank": 8, "targets": ["second"]}])
+def test_pissa_refuses_a_rank_above_the_weights_smaller_side_and_leaves_the_net_as_it_was(numbers):
+    model = Net()
+    model.first.bias.requires_grad_(False)
+    before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"rank is (10|8), but a layer from (12 to 9|9 to 7) has only (9|7) singular"):
+        inject(model, LoRAConfig(**numbers), layer=PiSSALinear)
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
+    assert inject(model, LoRAConfig(rank=7), layer=PiSSALinear) == ["first", "second"]
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        (("3", 4.0), "rank is '3'"),
+        ((0, 4.0), "rank is 0"),
+        ((3, -1.0), r"alpha is -1\.0"),
+        ((3, 4.0, 1.0), "dropout is"),
+    ],
+)
+def test_every_variant_checks_its_numbers_before_it_touches_the_base(kind, numbers, says):
+    base = nn.Linear(6, 5)
+    with pytest.raises(ValueError, match=says):
+        KINDS[kind](base, *numbers)
+    assert base.weight.requires_grad
+    KINDS[kind](base, 3, 4.0)
+    assert not base.weight.requires_grad
+
+
+def test_no_variant_draws_from_the_global_generator(tmp_path):
+    before = torch.get_rng_state()
+    for kind in KINDS:
+        save_adapter(net(kind), tmp_path / kind)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Dropout and dtypes
+
+
+def test_dropout_acts_on_the_input_of_as_part_alone_under_dora():
+    layer = randomise(DoRALinear(nn.Linear(6, 5, dtype=torch.float64), 2, 4.0, dropout=0.5))
+    x, W, b = torch.randn(3, 6, dtype=torch.float64), layer.base.weight, layer.base.bias
+    V = W + layer.scaling * layer.lora_B @ layer.lora_A
+    stretch = layer.lora_magnitude_vector / V.norm(dim=1)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(5)
+    expected = stretch * (x @ W.T + layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T) + b
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-13)
+    assert not torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer.eval()(x), x @ (stretch[:, None] * V).T + b, rtol=0, atol=1e-13)
+
+
+def test_dropout_acts_on_the_whole_update_under_pissa_and_in_its_difference():
+    layer = randomise(PiSSALinear(nn.Linear(6, 5, dtype=torch.float64), 2, 4.0, dropout=0.5))
+    x, results = torch.randn(3, 6, dtype=torch.float64), []
+    for module in (layer, layer.difference()):
+        torch.manual_seed(5)
+        results.append(module(x))
+    torch.manual_seed(5)
+    expected = layer.base(x) + F.dropout(x, 0.5) @ layer.delta().T
+    for found in results:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    assert not torch.equal(layer(x), layer(x))
+    assert layer.difference().training
+    assert not layer.eval().difference().training
+    assert torch.equal(layer(x), layer(x))
+
+
+@ALL
+def test_adapters_of_a_half_precision_net_are_float32_and_its_dtype_comes_out(kind):
+    x, model = inputs(torch.bfloat16), randomise(net(kind, dtype=torch.bfloat16))
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    out = model(x)
+    assert out.dtype == torch.bfloat16
+    exact = copy.deepcopy(model)
+    merge(exact)
+    assert relative_error(out, exact.double()(x.double())) < 0.02
+    assert relative_error(out, net(dtype=torch.bfloat16)(x)) > 0.1
+    out.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+# Merging
+
+
+@ALL
+@BIAS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_merged_net_computes_the_same_and_not_what_it_did_before(kind, bias, dtype):
+    x, model = inputs(dtype), randomise(net(kind, bias, dtype))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        unmerged = model(x)
+        plain = model.first.merged()
+        assert type(plain) is nn.Linear
+        torch.testing.assert_close(plain.weight, model.first.base.weight + model.first.delta())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert merge(model) == ["first", "second"]
+        assert relative_error(model(x), unmerged) < (1e-6 if dtype == torch.float32 else 1e-14)
+        assert relative_error(model(x), net(bias=bias, dtype=dtype)(x)) > 0.1
+    assert lora_layers(model) == {}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_doras_lengths_are_merged_where_b_is_zero_too():
+    x, model = inputs(), net("dora")
+    with torch.no_grad():
+        model.second.lora_magnitude_vector.mul_(2)
+        expected = 2 * (net()(x) - model.second.bias) + model.second.bias
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+        merge(model)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
+# PiSSA as a difference
+
+
+def test_pissa_is_saved_as_a_difference_of_twice_the_rank_to_the_untouched_base(tmp_path):
+    model = randomise(net("pissa"))
+    save_adapter(model, tmp_path)
+    config, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (2 * RANK, 2 * ALPHA, True)
+    assert len(tensors) == 4
+    for name in ("first", "second"):
+        A, B = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert A.shape == (2 * RANK, model.get_submodule(name).lora_A.shape[1])
+        assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == 2 * RANK
+        assert torch.linalg.matrix_rank(B @ A) == 2 * RANK
+        whole = Net().get_submodule(name).weight + ALPHA / RANK * B @ A
+        torch.testing.assert_close(whole, model.get_submodule(name).weight)
+        assert relative_error(whole, Net().get_submodule(name).weight) > 0.1
+
+
+def test_a_saved_pissa_comes_back_as_plain_lora_with_the_same_outputs(tmp_path):
+    x, model = inputs(), randomise(net("pissa"))
+    save_adapter(model, tmp_path)
+    back = net()
+    load_adapter(back, tmp_path)
+    assert [(type(layer), layer.rank) for layer in lora_layers(back).values()] == [(LoRALinear, 2 * RANK)] * 2
+    torch.testing.assert_close(back(x), model(x), rtol=0, atol=1e-5)
+    assert relative_error(back(x), net()(x)) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_the_difference_is_the_one_that_peft_converts_its_own_pissa_into(tmp_path):
+    theirs, parameters = in_peft("pissa", net())
+    theirs.peft_config["default"].init_lora_weights = True  # as peft's guide has it: the start is saved as it is
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    ours = randomise(net("pissa"))
+    copy_parameters(ours, parameters)
+    theirs.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=tmp_path / "start")
+    save_adapter(ours, tmp_path / "ours")
+    mine, yours = (load_file(tmp_path / whose / WEIGHTS) for whose in ("ours", "theirs"))
+    for name in ("first", "second"):
+        A, B = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
+        assert mine[A].shape == yours[A].shape == (2 * RANK, ours.get_submodule(name).lora_A.shape[1])
+        torch.testing.assert_close(mine[B] @ mine[A], yours[B] @ yours[A], rtol=0, atol=1e-5)
+    back = net()
+    load_adapter(back, tmp_path / "theirs")
+    torch.testing.assert_close(back(inputs()), ours(inputs()), rtol=0, atol=1e-5)
+
+
+def test_an_untrained_pissas_difference_is_zero():
+    layer = net("pissa").first
+    assert torch.equal(layer.delta(), torch.zeros(9, 12))
+    assert layer.difference().delta().abs().max() < 1e-6
+    assert randomise(net("pissa")).first.difference().delta().abs().max() > 0.1
+
+
+# LoRA-FA's memory
+
+
+def test_lora_fa_keeps_a_x_and_not_x():
+    batch, width, rank = 32, 64, 4
+    x = torch.randn(batch, width, requires_grad=True)
+    kept = {}
+    for kind in (LoRALinear, LoRAFALinear):
+        layer = kind(nn.Linear(width, 48), rank, 8.0)
+        kept[kind] = saved_bytes(lambda layer=layer: layer(x), layer)
+    assert kept[LoRALinear] == 4 * batch * (width + rank)
+    assert kept[LoRAFALinear] == 4 * batch * rank
+
+
+def test_lora_fa_keeps_the_mask_of_a_dropout_too():
+    x, bytes_kept = torch.randn(32, 64, requires_grad=True), {}
+    for p in (0.0, 0.5):
+        layer = LoRAFALinear(nn.Linear(64, 48), 4, 8.0, dropout=p)
+        bytes_kept[p] = saved_bytes(lambda layer=layer: layer(x), layer)
+    assert bytes_kept[0.5] - bytes_kept[0.0] >= x.numel()
+
+
+# Switching
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lora-fa", "pissa"])
+def test_a_switched_state_computes_what_the_net_that_it_is_of_did(kind):
+    x, model = inputs(), net(kind)
+    states, outputs = [], []
+    for seed in (1, 2):
+        randomise(model, seed)
+        states.append(adapter_state(model))
+        outputs.append(model(x))
+    for state, expected in zip(states, outputs, strict=True):
+        switch(model, state)
+        assert torch.equal(model(x), expected)
+    assert relative_error(*outputs) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_a_state_of_another_rank_brings_its_own_scaling(kind):
+    x, other = inputs(), randomise(net(kind, rank=5, alpha=2.0))
+    model = randomise(net(kind), seed=9)
+    switch(model, adapter_state(other))
+    assert model.first.scaling == other.first.scaling != net(kind).first.scaling
+    assert torch.equal(model(x), other(x))
+
+
+def test_a_state_of_pissa_holds_its_start_so_that_it_means_the_same_update_on_another_base():
+    other = randomise(net("pissa", seed=4))
+    state = adapter_state(other)
+    assert {name.rpartition(".")[2] for name in state} == {"lora_A", "lora_B", "start_A", "start_B", "alpha"}
+    model = net("pissa")
+    assert not torch.equal(model.first.start_A, other.first.start_A)
+    switch(model, state)
+    for name in ("first", "second"):
+        assert torch.equal(model.get_submodule(name).delta(), other.get_submodule(name).delta())
+    x = inputs()
+    assert relative_error(model(x), other(x)) > 0.1  # the base is this model's own
+
+
+def test_a_pissa_state_of_another_rank_is_refused_and_changes_nothing():
+    x, model = inputs(), randomise(net("pissa"))
+    before = model(x)
+    with pytest.raises(ValueError, match="first"):
+        switch(model, adapter_state(net("pissa", rank=2)))
+    assert torch.equal(model(x), before)
+
+
+def test_a_state_of_another_variant_is_refused():
+    for kind, other in (("dora", "lora"), ("lora", "dora"), ("pissa", "lora"), ("rslora", "pissa")):
+        with pytest.raises(ValueError, match="the same kind of adapter"):
+            switch(net(kind), adapter_state(net(other)))
+
+
+# What is adapted
+
+
+class Words(nn.Module):
+    """A net with an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+
+@ALL
+def test_a_variant_is_for_linear_layers_and_says_so_where_a_target_is_none(kind):
+    model = Words()
+    with pytest.raises(ValueError, match=r"^Target 'words' matches 'words', a Embedding, which .*\['Linear'\]\.$"):
+        inject(model, LoRAConfig(rank=2, targets=["words"]), layer=KINDS[kind])
+    assert lora_layers(model) == {}
+    assert all(p.requires_grad for p in model.parameters())
+    assert inject(model, LoRAConfig(rank=2, targets=["words", "head"])) == ["words", "head"]  # plain LoRA can
+
+
+@ALL
+def test_all_linear_layers_get_the_variant_and_all_of_it_is_trained_but_lora_fas_a(kind):
+    model = net(kind)
+    assert [type(layer) for layer in lora_layers(model).values()] == [KINDS[kind]] * 2
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    parts = {"rslora": "AB", "pissa": "AB", "lora-fa": "B", "dora": "AB"}[kind]
+    expected = {f"{layer}.lora_{part}" for layer in ("first", "second") for part in parts}
+    if kind == "dora":
+        expected |= {"first.lora_magnitude_vector", "second.lora_magnitude_vector"}
+    assert trained == expected
+
+
+@ALL
+def test_a_state_dict_restores_the_variant(kind):
+    x, model = inputs(), randomise(net(kind))
+    other = randomise(net(kind, seed=4), seed=2)
+    assert not torch.equal(other(x), model(x))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
