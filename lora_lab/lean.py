@@ -5,7 +5,8 @@ r"""The same training step, with the same numbers, in less time and memory. Unde
 What it does to a LoRA step of our Llama, and what each is for:
 
     the loss in slices       logits (4 x 128 tokens x 49152, 100 MB) never exist whole, and only for targets that count
-    backward by hand         dB as (h^T g)^T, and W + s B A as one matrix where that takes fewer products
+    backward by hand         the narrow products short side first, and once for all layers of one input; W + s B A
+                             as one matrix where that is cheaper
     SwiGLU recomputed        silu(gate) * up is made again in the backward pass, not kept
     flat AdamW               one tensor in place of 420
     base in bfloat16         half the bytes, and twice the speed where the processor multiplies bfloat16
@@ -26,7 +27,7 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,7 +39,7 @@ from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.lora import LoRALayer, LoRALinear, lora_layers, replace
-from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, Llama, rotate
+from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, Llama, RMSNorm
 from lora_lab.quantize import BlockLinear
 from lora_lab.tasks import IGNORE, Loss
 
@@ -150,17 +151,33 @@ def _own(layer: LoRALayer) -> list[Tensor]:
     return [getattr(layer, part) for part in layer.parts]
 
 
-# One linear layer
+# Linear layers
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """What ``layer(x)`` is, for a frozen linear layer with or without an adapter, whatever keeps its weight."""
+    return project([layer], x)[0]  # (4, 128, 1536)
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The outputs of several linear layers of one input, which is kept and narrowed once for all of them."""
+    together = [layer for layer in layers if isinstance(layer, LoRALayer) and not _drops(layer)]
+    outputs: Iterator[Tensor] = iter(())
+    if together:
+        factors = [factor for layer in together for factor in (layer.lora_A, layer.lora_B)]
+        outputs = iter(_LoRALinears.apply(x, [(layer.base, layer.scaling) for layer in together], *factors))
+    return [next(outputs) if layer in together else _apart(layer, x) for layer in layers]
+
+
+def _drops(layer: LoRALayer) -> bool:
+    return layer.training and isinstance(layer.dropout, nn.Dropout)
+
+
+def _apart(layer: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(layer, LoRALayer):
         return _frozen(layer, x)  # (4, 128, 1536)
-    if layer.training and isinstance(layer.dropout, nn.Dropout):  # the adapter has an input of its own
-        narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8)
-        return _frozen(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
-    return _LoRALinear.apply(x, layer.lora_A, layer.lora_B, layer.base, layer.scaling)  # (4, 128, 1536)
+    narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8); dropout gives the adapter an input of its own
+    return _frozen(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
 
 
 def _frozen(base: nn.Module, x: Tensor) -> Tensor:
@@ -169,67 +186,103 @@ def _frozen(base: nn.Module, x: Tensor) -> Tensor:
     return base(x)  # (4, 128, 1536)
 
 
-def _adds_up(rows: int, weight: Tensor) -> bool:
-    """Whether x (W + s B A)^T takes fewer products than x W^T + s (x A^T) B^T.
+def _adds_up(rows: int, width: int, weight: Tensor) -> bool:
+    """Whether to multiply ``rows`` vectors of ``width`` by W + s B A, or by W and by B A apart.
 
-    The first forms B A, rank * in * out products; the second narrows and widens each row, rank * (in + out)
-    for each of them. A weight in half precision stays out of it: the sum would round the update away.
+    B A x and B^T g are needed for the gradients in any case. What is left is one more pass: over the weight,
+    to form the sum, or over the result, to add to it. Measured on a CPU they break even near rows = 2 width. A
+    weight in half precision stays apart: the sum would round the update away.
     """
-    out, width = weight.shape
-    return weight.dtype in (torch.float32, torch.float64) and rows * (out + width) > out * width
+    return rows > 2 * width and weight.dtype in (torch.float32, torch.float64)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight in the weight's dtype, as x's."""
+    """x @ weight, in the weight's dtype, as x's."""
     if weight.dtype == x.dtype:
         return x @ weight
     return (x.to(weight.dtype) @ weight).to(x.dtype)
 
 
-def _forward(x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
-    weight = base.weight  # (1536, 576)
-    if _adds_up(len(x), weight):
-        y = x @ torch.addmm(weight, B, A, alpha=scaling).T  # (512, 1536)
-    else:
-        y = _times(x, weight.T).addmm_(x @ A.T, B.T, alpha=scaling)  # (512, 1536)
-    return y if base.bias is None else y.add_(base.bias)  # (512, 1536)
+# A base layer, its scaling, A and B.
+_Adapted = tuple[nn.Module, float, Tensor, Tensor]
+
+
+def _forward(x: Tensor, group: Sequence[_Adapted]) -> tuple[list[Tensor], Tensor]:
+    """Outputs (rows, out) of adapted layers, and A x of all of them: (8 for each layer, rows)."""
+    narrow = _stack([A for _, _, A, _ in group]) @ x.T  # (24, 576) @ (576, 512) -> (24, 512)
+    outputs, rounded = [], x
+    for (base, scaling, A, B), own in zip(group, narrow.split([A.shape[0] for _, _, A, _ in group]), strict=True):
+        weight = base.weight  # (1536, 576)
+        if _adds_up(len(x), x.shape[1], weight):
+            y = x @ torch.addmm(weight, B, A, alpha=scaling).T  # (512, 1536)
+        else:
+            if rounded.dtype != weight.dtype:
+                rounded = x.to(weight.dtype)  # (512, 576), once for the whole group
+            y = (rounded @ weight.T).to(x.dtype).addmm_(own.T, B.T, alpha=scaling)  # (512, 1536)
+        outputs.append(y if base.bias is None else y.add_(base.bias))  # (512, 1536)
+    return outputs, narrow
 
 
 def _backward(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A and B, each where it is needed."""
-    narrow = g @ B  # (512, 1536) @ (1536, 8) -> (512, 8)
-    dx = dA = dB = None
-    if needed[0]:
+    gs: Sequence[Tensor], x: Tensor | None, narrow: Tensor, group: Sequence[_Adapted], needs_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of the input (rows, in), and those of A and B of each layer in turn.
+
+    Args:
+        x: the input, or None if no A is trained.
+    """
+    ranks = [A.shape[0] for _, _, A, _ in group]
+    dx, dBs, narrowed, apart = None, [], [], []
+    for g, own, (base, scaling, A, B) in zip(gs, narrow.split(ranks), group, strict=True):
+        # With the short side first, these products take half the time they take the other way round.
+        narrowed.append((B.T @ g.T).mul_(scaling))  # (8, 1536) @ (1536, 512) -> (8, 512)
+        dBs.append((own @ g).mul_(scaling).T if B.requires_grad else None)  # (8, 512) @ (512, 1536) -> (1536, 8)
+        if not needs_x:
+            continue
         weight = base.weight  # (1536, 576)
-        if _adds_up(len(x), weight):
-            dx = g @ torch.addmm(weight, B, A, alpha=scaling)  # (512, 576)
+        if _adds_up(len(g), weight.shape[0], weight):
+            weight = torch.addmm(weight, B, A, alpha=scaling)  # (1536, 576)
         else:
-            dx = _times(g, weight).addmm_(narrow, A, alpha=scaling)  # (512, 576)
-    if needed[1]:
-        dA = (narrow.T @ x).mul_(scaling)  # (8, 512) @ (512, 576) -> (8, 576)
-    if needed[2]:
-        # The product with the short side first is two to four times as fast at small ranks.
-        dB = ((x @ A.T).T @ g).mul_(scaling).T  # (8, 512) @ (512, 1536) -> (1536, 8)
-    return dx, dA, dB
+            apart.append((narrowed[-1], A))
+        dx = _times(g, weight) if dx is None else _add_product(dx, g, weight)  # (512, 576)
+    if apart:
+        dx.addmm_(_stack([n for n, _ in apart]).T, _stack([A for _, A in apart]))  # (512, 24) @ (24, 576)
+    if x is None:
+        return dx, [gradient for dB in dBs for gradient in (None, dB)]
+    dAs = (_stack(narrowed) @ x).split(ranks)  # (24, 512) @ (512, 576) -> 3 x (8, 576)
+    return dx, [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
 
 
-class _LoRALinear(torch.autograd.Function):
-    """h = W x + s B A x; of all its inputs it keeps x alone."""
+def _add_product(total: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+    return total.addmm_(g, weight) if weight.dtype == g.dtype else total.add_(g.to(weight.dtype) @ weight)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class _LoRALinears(torch.autograd.Function):
+    """h = W x + s B A x for several layers of one x; it keeps x, and A x of each."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
+    def forward(ctx, x: Tensor, bases: Sequence[tuple[nn.Module, float]], *factors: Tensor):
         rows = x.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
-        ctx.save_for_backward(rows, A, B)
-        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
-        return _forward(rows, A, B, base, scaling).view(*x.shape[:-1], -1)  # (4, 128, 1536)
+        outputs, narrow = _forward(rows, _group(bases, factors))
+        kept = rows if any(ctx.needs_input_grad[2::2]) else None
+        ctx.save_for_backward(kept, narrow, *factors)
+        ctx.bases, ctx.shape = bases, x.shape
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)  # 3 x (4, 128, 1536)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        rows, A, B = ctx.saved_tensors
-        dx, dA, dB = _backward(g.reshape(-1, g.shape[-1]), rows, A, B, ctx.base, ctx.scaling, ctx.needs_input_grad)
-        return None if dx is None else dx.view(ctx.shape), dA, dB, None, None
+    def backward(ctx, *gs: Tensor):
+        rows, narrow, *factors = ctx.saved_tensors
+        gs = [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
+        dx, rest = _backward(gs, rows, narrow, _group(ctx.bases, factors), ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, *rest
+
+
+def _group(bases: Sequence[tuple[nn.Module, float]], factors: Sequence[Tensor]) -> list[_Adapted]:
+    return [(*base, A, B) for base, A, B in zip(bases, factors[::2], factors[1::2], strict=True)]
 
 
 class _GatedLoRALinear(torch.autograd.Function):
@@ -237,23 +290,71 @@ class _GatedLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
-        ctx.save_for_backward(gate, up, A, B)
-        ctx.base, ctx.scaling = base, scaling
         inner = F.silu(gate).mul_(up).view(-1, gate.shape[-1])  # (4, 128, 1536) -> (512, 1536)
-        return _forward(inner, A, B, base, scaling).view(*gate.shape[:-1], -1)  # (4, 128, 576)
+        (y,), narrow = _forward(inner, [(base, scaling, A, B)])
+        ctx.save_for_backward(gate, up, narrow, A, B)
+        ctx.base, ctx.scaling = base, scaling
+        return y.view(*gate.shape[:-1], -1)  # (4, 128, 576)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        gate, up, A, B = ctx.saved_tensors
-        shape = gate.shape
-        gate, up = gate.view(-1, shape[-1]), up.view(-1, shape[-1])  # (512, 1536)
-        opened = F.silu(gate)  # (512, 1536)
-        inner = opened * up  # (512, 1536)
-        needed = (True, *ctx.needs_input_grad[2:4])
-        d_inner, dA, dB = _backward(g.reshape(-1, g.shape[-1]), inner, A, B, ctx.base, ctx.scaling, needed)
-        d_up = opened.mul_(d_inner)  # (512, 1536)
-        d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)  # (512, 1536)
-        return d_gate.view(shape), d_up.view(shape), dA, dB, None, None
+        gate, up, narrow, A, B = ctx.saved_tensors
+        opened = F.silu(gate)  # (4, 128, 1536)
+        inner = opened * up if ctx.needs_input_grad[2] else None  # (4, 128, 1536)
+        d_inner, (dA, dB) = _backward(
+            [g.reshape(-1, g.shape[-1])],
+            None if inner is None else inner.view(-1, inner.shape[-1]),
+            narrow,
+            [(ctx.base, ctx.scaling, A, B)],
+            needs_x=any(ctx.needs_input_grad[:2]),
+        )
+        if d_inner is None:
+            return None, None, dA, dB, None, None
+        d_inner = d_inner.view(gate.shape)  # (4, 128, 1536)
+        d_up = opened.mul_(d_inner)  # (4, 128, 1536)
+        d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)  # (4, 128, 1536)
+        return d_gate, d_up, dA, dB, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight with a frozen weight; it keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (4, 128, 1)
+        root = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # (4, 128, 1)
+        ctx.save_for_backward(x, weight, root)
+        return (x * root).mul_(weight)  # (4, 128, 576)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, weight, root = ctx.saved_tensors
+        g = g * weight  # (4, 128, 576)
+        along = (g * x).sum(dim=-1, keepdim=True).mul_(root.pow(3)).div_(x.shape[-1])  # (4, 128, 1)
+        return g.mul_(root).addcmul_(x, along, value=-1), None, None  # (4, 128, 576)
+
+
+class _Rotate(torch.autograd.Function):
+    """``lora_lab.models.llama.rotate`` in four passes over half the numbers; it keeps the angles alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)  # (4, 9, 128, 64)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn(g, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]  # (128, 32): both halves of a head turn alike
+    (first, second), turned = x.split(half, dim=-1), torch.empty_like(x)  # 2 x (4, 9, 128, 32)
+    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)  # (4, 9, 128, 32)
+    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin)  # (4, 9, 128, 32)
+    return turned  # (4, 9, 128, 64)
 
 
 # The blocks
@@ -272,11 +373,19 @@ class _LeanBlock(Block):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
-            return super().forward(x, cos, sin, mask, cache)  # (4, 128, 576)
+            return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
         dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
         return checkpoint(
-            super().forward, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=dropout
+            self._compute, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=dropout
         )  # (4, 128, 576)
+
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.self_attn(_norm(self.input_layernorm, x), cos, sin, mask, cache)  # (4, 128, 576)
+        return x + self.mlp(_norm(self.post_attention_layernorm, x))  # (4, 128, 576)
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return _RMSNorm.apply(x, norm.weight, norm.eps)  # (4, 128, 576)
 
 
 class _LeanAttention(Attention):
@@ -291,10 +400,11 @@ class _LeanAttention(Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         batch, length, _ = x.shape
         by_head = (batch, length, -1, self.head_dim)
-        query = linear(self.q_proj, x).view(by_head).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
-        key = linear(self.k_proj, x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
-        value = linear(self.v_proj, x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
+        query, key, value = (
+            projected.view(by_head).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 3, 128, 64)
+            for projected in project([self.q_proj, self.k_proj, self.v_proj], x)
+        )
+        query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
         mixed = F.scaled_dot_product_attention(
@@ -312,9 +422,9 @@ class _LeanMLP(MLP):
             self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(self.gate_proj, x), linear(self.up_proj, x)  # 2 x (4, 128, 1536)
+        gate, up = project([self.gate_proj, self.up_proj], x)  # 2 x (4, 128, 1536)
         down = self.down_proj
-        if not isinstance(down, LoRALayer) or (down.training and isinstance(down.dropout, nn.Dropout)):
+        if not isinstance(down, LoRALayer) or _drops(down):
             return linear(down, F.silu(gate) * up)  # (4, 128, 576)
         return _GatedLoRALinear.apply(gate, up, down.lora_A, down.lora_B, down.base, down.scaling)  # (4, 128, 576)
 
