@@ -40,6 +40,7 @@ _WHERE = {
     "merge": "lora",
     "adapter_state": "lora",
     "lora_layers": "lora",
+    "quantize_nf4": "quantize",
     "save_adapter": "adapters",
     "load_adapter": "adapters",
     "Llama": "models.llama",
@@ -107,13 +108,12 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA
     from lora_lab.models.llama import Llama, LlamaConfig
     from lora_lab.models.pretrained import load_pretrained, save_model
+    from lora_lab.quantize import quantize_nf4
     from lora_lab.tasks import Task
     from lora_lab.train import History, evaluate, fit
 
 
 def __getattr__(name: str):
-    if _WHERE.get(name, name) == "lora":
-        importlib.import_module(f"{__name__}.layers")  # so that inject knows every kind of layer from the start
     if name in _WHERE:
         value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
     elif name in _MODULES:

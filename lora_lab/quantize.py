@@ -165,7 +165,8 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
 
     Reference: Dettmers et al. 2023, section 3, "4-bit NormalFloat Quantization" and "Double Quantization".
     """
-    _check_block(block)
+    if not isinstance(block, int) or block < 2 or block % 2:
+        raise ValueError(f"block is {block!r}, but it must be an even whole number of at least 2, such as 64.")
     numbers = weight.detach().float().flatten()  # (884736,)
     numbers = F.pad(numbers, (0, -len(numbers) % block)).view(-1, block)  # (13824, 64)
     scale = numbers.abs().amax(dim=1, keepdim=True)  # (13824, 1)
@@ -181,11 +182,6 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
     short = (centred / _not_zero(step)).to(torch.float8_e4m3fn).view(torch.uint8)  # (54, 256)
     packed = torch.cat((short.view(-1, 1)[: len(scale)], packed), dim=1)  # (13824, 33)
     return packed, torch.cat((mean.view(1, 1), step)).view(torch.uint8)  # (55, 4)
-
-
-def _check_block(block: int) -> None:
-    if isinstance(block, bool) or not isinstance(block, int) or block < 2 or block % 2:
-        raise ValueError(f"block is {block!r}, but it must be an even whole number of at least 2, such as 64.")
 
 
 def _not_zero(scale: Tensor) -> Tensor:
@@ -243,7 +239,6 @@ class BlockWeight(nn.Module):
         """The matrix, dequantised anew: (1536, 576). It is the caller's own, to write into as well."""
         return self.rows(0, self.shape[0])
 
-    @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the matrix, counted as slices count: (stop - start, 576)."""
         start, stop, _ = slice(start, stop).indices(self.shape[0])
@@ -258,7 +253,7 @@ class BlockWeight(nn.Module):
         if self.steps is None:
             return _NUMBERS[self.kind](block)  # (27648, 32)
         mean, step = self.steps.view(torch.float32).split((1, len(self.steps) - 1))  # (1, 1), (54, 1)
-        step = step[torch.arange(first, last, device=step.device) // _GROUP]  # (13824, 1)
+        step = step.repeat_interleave(_GROUP, dim=0)[first:last]  # (13824, 1)
         return _NUMBERS[self.kind](block, step, mean)  # (13824, 64)
 
     @property
@@ -394,7 +389,6 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
     """
     if isinstance(exclude, str):
         raise ValueError(f"exclude is {exclude!r}, but it must be a list of names; write [{exclude!r}].")
-    _check_block(block)
     check_unadapted(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {
@@ -416,7 +410,6 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
     kind = "NF4-double" if double else "NF4"
     for name, layer in layers.items():
         packed, steps = nf4(layer.weight, block, double)
-        bias = None if layer.bias is None else layer.bias.detach()
-        quantized = BlockLinear(packed, kind, layer.weight.shape, bias, steps, layer.weight.dtype)
+        quantized = BlockLinear(packed, kind, layer.weight.shape, layer.bias, steps, layer.weight.dtype)
         replace(model, name, quantized.train(layer.training))
     return list(layers)

@@ -67,7 +67,9 @@ def find(
         ValueError: nothing matches, a target matches nothing or something that cannot be adapted, or a
             matched weight belongs to two modules.
     """
-    importlib.import_module("lora_lab.layers")  # it registers its kinds of layer, and may not have been needed yet
+    # The one look at a module below: it registers its kinds of layer, whoever calls this, and whatever was
+    # imported before. Else what "all-linear" means would depend on the caller's imports.
+    importlib.import_module("lora_lab.layers")
     modules = {name: module for name, module in model.named_modules() if name}
     classes = {name: made for name, module in modules.items() if (made := lora_class(module, layer)) is not None}
     if targets == "all-linear":

@@ -31,6 +31,7 @@ from lora_lab import lean as leanness
 from lora_lab.files import atomic_file, read_json, write_json
 from lora_lab.lean import FlatAdamW, InThreads, Lean
 from lora_lab.methods import Method
+from lora_lab.quantize import BlockWeight
 from lora_lab.tasks import Examples, Loss, Task, cross_entropy
 
 COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
@@ -252,13 +253,12 @@ def fit(
     method.prepare(model, seed)
     if lean is not None:
         leanness.rewire(model, lean)
-    parameters = list(model.parameters())
     history = History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
         method=method.settings(),
         settings=settings,
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        total_parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=_count(model),
     )
     optimizer = _adamw(model, method, settings)
     run = _Run(model, task, optimizer, history, lean)
@@ -402,6 +402,16 @@ def _check(**settings: Any) -> dict[str, Any]:
     if settings["eval_examples"] is not None and settings["eval_examples"] < 1:
         fail("eval_examples", "at least 1, or None for all")
     return settings
+
+
+def _count(model: nn.Module) -> int:
+    """The model's numbers; a weight in blocks counts as what it stands for."""
+    in_blocks = {}
+    for module in model.modules():
+        if isinstance(module, BlockWeight):
+            in_blocks |= {id(parameter): 0 for parameter in (module.packed, module.steps)}
+            in_blocks[id(module.packed)] = math.prod(module.shape)
+    return sum(in_blocks.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def _adamw(model: nn.Module, method: Method, settings: dict[str, Any]) -> torch.optim.Optimizer:

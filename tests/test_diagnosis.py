@@ -405,6 +405,8 @@ def test_before_the_first_step_an_update_of_zero_is_as_it_should_be_and_without_
     assert fresh.ok
     assert statuses(fresh)["update"] == "not checked"
     assert "no step on record" in text(fresh, "update")
+    assert not any(optimizer.state[p] for p in model.parameters())  # looking makes empty entries
+    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
     for p in model.parameters():  # as an optimiser has it that makes its state at once
         if p.requires_grad:
             optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
@@ -450,14 +452,28 @@ def test_whether_pefts_adapters_learned_cannot_be_told_where_they_did_not_start_
 
 
 @WHOSE
-def test_adapters_on_the_meta_device_have_no_values(whose):
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_adapters_on_the_meta_device_have_no_values(whose, part):
     model = trained(whose)
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if whose == "ours" and isinstance(module, LoRALinear):
-            module.lora_B = nn.Parameter(module.lora_B.to("meta"))
-        elif name.endswith("lora_B.default"):
-            module.to("meta")
+            setattr(module, part, nn.Parameter(getattr(module, part).to("meta")))
+        elif isinstance(module, peft.tuners.lora.Linear):
+            getattr(module, part).to("meta")
     assert "zero in 2 of 2 layers (in 'first' A or B is on the meta device" in text(diagnose(model), "update")
+
+
+@WHOSE
+def test_single_zeros_in_a_and_b_are_no_update_of_zero(whose):
+    model = trained(whose)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter[0, :] = 0
+    assert diagnose(model).ok
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "second.lora_A" in name).zero_()
+    assert "zero in 1 of 2 layers (in 'second' A is all zeros)" in text(diagnose(model), "update")
 
 
 def test_each_of_pefts_adapters_on_a_layer_is_looked_at_by_its_name():
@@ -544,6 +560,9 @@ def test_a_base_of_other_names_is_not_compared_and_one_that_lacks_a_name_is_not_
     assert "1 of 9 frozen tensors has no counterpart in base, such as 'second.bias'" in text(lacking, "base")
     empty = {name: value.to("meta") for name, value in values.items()}
     assert "9 of 9 frozen tensors have no counterpart" in text(diagnose(model, base=empty), "base")
+    model.get_submodule("first" if whose == "ours" else "base_model.model.first").to("meta")
+    assert "2 of 9 frozen tensors have no counterpart" in text(diagnose(model, base=values), "base")
+    model = trained(whose)
     other_shape = values | {"second.weight": torch.zeros(4, 6)}
     assert problems(diagnose(model, base=other_shape)) == ["base"]
 
@@ -576,6 +595,13 @@ def test_a_head_that_peft_trains_beside_the_adapters_is_no_change_of_the_base():
     with torch.no_grad():
         model.base_model.model.second.original_module.weight.add_(1.0)
     assert "such as 'second.weight'" in text(diagnose(model, base=Net()), "base")
+
+
+def test_an_empty_tensor_is_not_taken_for_shared_memory():
+    model, base = Net(), Net()
+    for net in (model, base):
+        net.register_buffer("nothing", torch.empty(0))
+    assert text(diagnose(trained("ours", model), base=base), "base") == "10 frozen tensors have base's values."
 
 
 def test_without_a_frozen_tensor_there_is_nothing_to_compare():

@@ -149,7 +149,7 @@ lora_lab.LoRAConfig(rank=4)
 print(*sorted(name for name in sys.modules if name.startswith("lora_lab")))
 print(*({"pandas", "matplotlib", "sklearn", "safetensors", "tokenizers", "gguf"} & set(sys.modules)))
 """
-    assert in_a_fresh_process(script) == ["lora_lab", "lora_lab.layers", "lora_lab.lora", "lora_lab.targets"]
+    assert in_a_fresh_process(script) == ["lora_lab", "lora_lab.lora", "lora_lab.targets"]
 
 
 def test_no_import_draws_a_random_number_prints_or_loads_a_plotting_library():

@@ -105,6 +105,13 @@ def test_one_block_of_each_kind_by_hand():
     assert dequantize(block, "Q8_0").tolist() == [[0.25 * n for n in numbers]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_block_may_lie_anywhere_in_memory(kind):
+    raw = np.random.default_rng(3).integers(0, 256, 1 + BYTES_PER_BLOCK[kind], dtype=np.uint8)
+    ours = dequantize(torch.from_numpy(raw.copy())[1:].view(1, -1), kind)
+    assert_same_bits(ours, by_library(raw[1:][None].copy(), kind))
+
+
 def test_the_blocks_are_left_as_they_were():
     blocks = torch.randint(0, 256, (4, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = blocks.clone()
@@ -186,6 +193,7 @@ def test_a_block_of_nf4_by_hand():
 @pytest.mark.parametrize("block", [64, 32, 2])
 def test_nf4_is_what_its_definition_says_in_every_shape(shape, block):
     weight = normal(*shape, seed=len(shape) + block)
+    weight.flatten()[64:128] = 0.0  # a block of zeros, where there are so many numbers
     levels = np.array(LEVELS, dtype=np.float32)
     codes, scales, expected = by_definition(weight.numpy(), block, levels)
     packed, _ = nf4(weight, block, double=False)
@@ -204,8 +212,9 @@ def test_nf4_is_what_its_definition_says_in_every_shape(shape, block):
 @pytest.mark.parametrize("double", [False, True])
 def test_nf4_errs_by_half_a_gap_at_most_and_zeros_stay_zeros(double):
     weight = normal(64, 96, size=0.02)
-    weight[5] = 0.0  # whole blocks of zeros
+    weight[5:7] = 0.0  # whole blocks of zeros
     weight[:, 3] = 0.0
+    weight[40, 40] = 0.5  # so that with double quantisation the scale of zeros is not exact
     kind = "NF4-double" if double else "NF4"
     packed, steps = nf4(weight, double=double)
     found = BlockLinear(packed, kind, weight.shape, steps=steps).weight
@@ -296,6 +305,20 @@ def test_weights_that_are_no_numbers_are_no_numbers_afterwards():
 def test_weights_of_any_precision_are_quantised(dtype):
     weight = normal(4, 64).to(dtype)
     assert torch.equal(nf4(weight)[0], nf4(weight.float())[0])
+
+
+def test_a_default_of_double_precision_changes_nothing():
+    weight = normal(4, 64)
+    expected = BlockLinear(nf4(weight, double=False)[0], "NF4", (4, 64)).weight
+    torch.set_default_dtype(torch.float64)
+    try:
+        packed, steps = nf4(weight)
+        found = BlockLinear(nf4(weight, double=False)[0], "NF4", (4, 64)).weight
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(packed, nf4(weight)[0])
+    assert torch.equal(steps, nf4(weight)[1])
 
 
 @pytest.mark.parametrize("block", [0, -64, 63, 1, 64.0, True, "64"])
@@ -413,6 +436,15 @@ def test_rows_are_those_of_the_weight_where_blocks_end_within_them_too(kind, wid
         assert torch.equal(layer.rows(start, stop), weight[start:stop])
 
 
+def test_a_few_rows_are_read_from_a_few_blocks(monkeypatch):
+    layer = in_blocks(WEIGHT, "NF4")
+    read = []
+    numbers = BlockLinear._numbers
+    monkeypatch.setattr(BlockLinear, "_numbers", lambda layer, *which: read.append(which) or numbers(layer, *which))
+    layer.rows(40, 42)
+    assert read == [(60, 63)]  # weights 3840 to 4032, of 64 a block
+
+
 def test_rows_of_many_blocks_have_the_steps_of_their_own_groups():
     layer = in_blocks(normal(300, 256) * torch.linspace(0.1, 5, 300)[:, None], "NF4-double")
     assert len(layer.steps) == 1 + 5
@@ -440,6 +472,15 @@ def test_a_large_matrix_is_dequantised_in_slices(kind, at_once, monkeypatch):
     torch.testing.assert_close(found, torch.autograd.grad(twin(x), x, g)[0], rtol=0, atol=5e-6)
     assert sum(len(part) for part in made) == 96
     assert max(part.numel() for part in made) <= max(at_once, 96)
+
+
+def test_slices_cover_the_rows_in_pieces_of_a_few_megabytes():
+    head = BlockLinear(torch.empty(49152 * 18, 34, dtype=torch.uint8, device="meta"), "Q8_0", (49152, 576))
+    starts, stops = zip(*head.slices(), strict=True)
+    assert (starts[0], stops[-1]) == (0, 49152)
+    assert starts[1:] == stops[:-1]
+    assert max(stop - start for start, stop in head.slices()) * 576 * 4 <= 2**23
+    assert in_blocks(WEIGHT, "Q8_0").slices() == [(0, 48)]
 
 
 CASTS = {
@@ -579,9 +620,9 @@ def test_an_embedding_looks_up_the_rows_of_its_table(kind):
 def test_an_embedding_whose_blocks_lie_in_two_rows_is_refused():
     with pytest.raises(ValueError, match=r"\(4, 16\) in Q8_0 has blocks that lie in two rows; .*multiple of 32"):
         BlockEmbedding(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", (4, 16))
-    packed, _ = nf4(WEIGHT, double=False)
-    with pytest.raises(ValueError, match=r"\(48, 96\) in NF4 .*use one of \['Q4_1', 'Q8_0'\]"):
-        BlockEmbedding(packed, "NF4", (48, 96))
+    packed, _ = nf4(normal(48, 128), double=False)
+    with pytest.raises(ValueError, match=r"\(48, 128\) in NF4 .*use one of \['Q4_1', 'Q8_0'\]"):
+        BlockEmbedding(packed, "NF4", (48, 128))
 
 
 # Whole models

@@ -205,8 +205,6 @@ def _build(
         for name, kind in kinds.items():
             _put_blocks(model, name.removesuffix(".weight"), state.pop(name), kind, dtype)
     model.load_state_dict(state, assign=True, strict=False)  # all but what the blocks have put there already
-    if not isinstance(model.lm_head, BlockLinear):
-        model.tie()
     return model.eval()
 
 
