@@ -182,7 +182,7 @@ def _like_base(layer: LoRALayer) -> nn.Module:
     """A frozen copy of the base with the adapted weight."""
     plain = copy.deepcopy(layer.base)
     plain.weight = nn.Parameter(layer.weight, requires_grad=False)
-    return plain.train(layer.training)
+    return plain
 
 
 register(nn.Embedding, LoRAEmbedding)

@@ -138,13 +138,13 @@ def _cast_base(model: Llama, dtype: torch.dtype) -> None:
 
 
 def _return_memory_at_once() -> None:
-    """Let Linux's C library give tensors of a MiB and more back to the system when they are freed.
+    """Let Linux's C library give tensors of 256 KiB and more back to the system when they are freed.
 
     By itself it keeps them in a heap, where the inputs kept of each block stand between the holes that the
     block's own tensors leave: for SmolLM2 at 4 x 128 tokens more than all that is in use.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
 def _own(layer: LoRALayer) -> list[Tensor]:

@@ -107,15 +107,15 @@ def _nf4_double(block: Tensor, step: Tensor, mean: Tensor) -> Tensor:
 
 
 def _levels(packed: Tensor) -> Tensor:
-    level = _level(packed.device)  # (16,)
+    level = _level(packed)  # (16,)
     # The two numbers of each of the 256 bytes; seen as one number of 8 bytes, a look-up brings both at once.
     pairs = torch.cartesian_prod(level, level).view(torch.int64).flatten()  # (256, 2) -> (256,)
     found = pairs.index_select(0, packed.int().flatten())  # (13824, 32) -> (442368,)
     return found.view(torch.float32).view(len(packed), 2 * packed.shape[1])  # (884736,) -> (13824, 64)
 
 
-def _level(device: torch.device) -> Tensor:
-    return torch.tensor(LEVELS, dtype=torch.float32, device=device)  # (16,)
+def _level(like: Tensor) -> Tensor:
+    return like.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device
 
 
 _NUMBERS: dict[str, Callable[..., Tensor]] = {"Q4_1": _q4_1, "Q8_0": _q8_0, "NF4": _nf4, "NF4-double": _nf4_double}
@@ -170,7 +170,7 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
     numbers = weight.detach().float().flatten()  # (884736,)
     numbers = F.pad(numbers, (0, -len(numbers) % block)).view(-1, block)  # (13824, 64)
     scale = numbers.abs().amax(dim=1, keepdim=True)  # (13824, 1)
-    level = _level(weight.device)  # (16,)
+    level = _level(weight)  # (16,)
     middle = (level[1:] + level[:-1]) / 2  # (15,)
     code = torch.bucketize(numbers / _not_zero(scale), middle, out_int32=True).byte()  # (13824, 64)
     packed = code[:, 0::2] << 4 | code[:, 1::2]  # (13824, 32)

@@ -307,6 +307,12 @@ def test_weights_of_any_precision_are_quantised(dtype):
     assert torch.equal(nf4(weight)[0], nf4(weight.float())[0])
 
 
+def test_quantising_a_trainable_weight_builds_no_graph():
+    weight = nn.Parameter(normal(4, 64))
+    assert memory.saved_bytes(lambda: nf4(weight), nn.Module()) == 0
+    assert memory.saved_bytes(lambda: weight.abs(), nn.Module()) == 4 * 4 * 64  # so it would be seen
+
+
 def test_a_default_of_double_precision_changes_nothing():
     weight = normal(4, 64)
     expected = BlockLinear(nf4(weight, double=False)[0], "NF4", (4, 64)).weight
