@@ -6,7 +6,7 @@ The threads are those of the public issue trackers: peft#137 is issue 137 of hug
 import copy
 import dataclasses
 import warnings
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import peft
 import pytest
@@ -592,6 +592,8 @@ def test_a_head_that_peft_trains_beside_the_adapters_is_no_change_of_the_base():
     diagnosis = diagnose(model, base=Net())
     assert diagnosis.ok
     assert text(diagnosis, "base") == "9 frozen tensors have base's values."
+    model.requires_grad_(False)  # as it is loaded for use
+    assert text(diagnose(model, base=Net()), "base") == "9 frozen tensors have base's values."
     with torch.no_grad():
         model.base_model.model.second.original_module.weight.add_(1.0)
     assert "such as 'second.weight'" in text(diagnose(model, base=Net()), "base")
@@ -602,6 +604,22 @@ def test_an_empty_tensor_is_not_taken_for_shared_memory():
     for net in (model, base):
         net.register_buffer("nothing", torch.empty(0))
     assert text(diagnose(trained("ours", model), base=base), "base") == "10 frozen tensors have base's values."
+
+
+@WHOSE
+def test_a_layer_whose_name_begins_with_that_of_an_adapted_one_is_compared_too(whose):
+    def net():
+        torch.manual_seed(0)
+        layers = {name: nn.Linear(6, 6) for name in ("proj", "proj2")}
+        return nn.Sequential(OrderedDict(layers))
+
+    model, base = trained(whose, net(), targets=["proj"]), net()
+    assert text(diagnose(model, base=base), "base") == "4 frozen tensors have base's values."
+    with torch.no_grad():
+        base.proj2.weight.add_(1.0)
+    assert "1 of 4 frozen tensors differs from base's, such as 'proj2.weight'" in text(
+        diagnose(model, base=base), "base"
+    )
 
 
 def test_without_a_frozen_tensor_there_is_nothing_to_compare():
