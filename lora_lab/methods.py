@@ -165,13 +165,13 @@ class LoRAPlus(LoRA):
             where B does, as here, and 2 to 4 for Llama: a number to tune.
     """
 
-    ratio: float = 16.0
+    ratio: float = 4.0
     name: ClassVar[str] = "lora+"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise ValueError(f"ratio is {self.ratio!r}, but it must be a positive number, such as 16.")
+            raise ValueError(f"ratio is {self.ratio!r}, but it must be a positive number, such as 4.")
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Two groups: every A, and every B with the ratio as its ``lr_factor``."""

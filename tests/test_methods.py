@@ -210,7 +210,7 @@ def test_a_method_that_does_not_say_how_is_a_programming_error():
                 "dropout": 0.0,
                 "targets": "all-linear",
                 "exclude": ["head"],
-                "ratio": 16.0,
+                "ratio": 4.0,
             },
         ),
     ],
@@ -308,7 +308,7 @@ def test_the_methods_train_differently():
 
 @pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf])
 def test_a_ratio_that_is_no_positive_number_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"ratio is .*, but it must be a positive number, such as 16\."):
+    with pytest.raises(ValueError, match=r"ratio is .*, but it must be a positive number, such as 4\."):
         LoRAPlus(ratio=ratio)
 
 
