@@ -1110,6 +1110,8 @@ def test_a_model_in_nf4_is_saved_dense_with_what_its_adapters_learned(tiny, tiny
         torch.nn.init.constant_(layer.lora_B, 0.3)
     merge(model)
     theirs = hf_load(save_model(model, tmp_path, tiny_tokenizer))
+    assert load_file(tmp_path / "model.safetensors").keys() == tiny().state_dict().keys() - {"lm_head.weight"}
+    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], theirs)
     for name, weight in quantised.items():
         assert torch.equal(theirs.get_submodule(name).weight, weight) == ("q_proj" not in name)
     torch.testing.assert_close(
