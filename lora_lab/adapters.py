@@ -65,21 +65,22 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put another adapter, as :func:`lora_lab.adapter_state` returned it, into the model's adapted layers.
 
     A, B and scaling become the state's; the base is not touched. The rank may be another one: then the
-    parameters are new ones, which an optimiser made before does not know.
+    parameters are new ones, which an optimiser made before does not know. Where the state's layers make
+    another scaling of an alpha than the model's (rsLoRA does), alpha is set so that the scaling is the state's.
 
     Raises:
         ValueError: the model has no adapters; or the state is of other layers or shapes (for PiSSA also of
             another rank, because of its start). The model is then left as it was.
     """
     layers = adapted_layers(model)
-    wanted = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha")}
+    wanted = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
     if wrong := sorted(wanted ^ state.keys()):
         raise ValueError(
             f"The state and the model's adapters differ in {wrong[0]!r}"
             + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
         )
-    alphas = {}
+    numbers = {}
     for name, layer in layers.items():
         A = state[f"{name}.lora_A"]
         rank = A.shape[0] if A.ndim else 0
@@ -87,10 +88,14 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
             expected = _shape(layer, part, rank)
             if (found := tuple(state[f"{name}.{part}"].shape)) != expected:
                 raise ValueError(f"The state's {name}.{part} has shape {found}, but the model asks for {expected}.")
-        alphas[name] = float(state[f"{name}.alpha"])
-        LoRAConfig(rank, alphas[name])  # checks the numbers
+        numbers[name] = [float(state[f"{name}.{number}"]) for number in ("alpha", "scaling")]
+        for number in numbers[name]:
+            LoRAConfig(rank, number)  # checks that both are positive
     for name, layer in layers.items():
-        _put(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
+        alpha, scaling = numbers[name]
+        _put(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alpha)
+        if layer.scaling != scaling:
+            layer.alpha *= scaling / layer.scaling
 
 
 @contextmanager

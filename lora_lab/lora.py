@@ -241,7 +241,8 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that makes up the adapters: ``<layer>.lora_A`` (rank, in), ``.lora_B`` (out, rank), ``.alpha`` ().
+    """Copies of all that makes up the adapters: ``<layer>.lora_A`` (rank, in), ``.lora_B`` (out, rank), and
+    ``.alpha`` and ``.scaling`` ().
 
     Raises:
         ValueError: the model has no adapters.
@@ -249,7 +250,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, layer in adapted_layers(model).items():
         state |= {f"{name}.{part}": getattr(layer, part).detach().clone() for part in layer.parts}
-        state[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float64)  # ()
+        for number in ("alpha", "scaling"):  # a variant may make another scaling of the same alpha
+            state[f"{name}.{number}"] = torch.tensor(getattr(layer, number), dtype=torch.float64)  # ()
     return state
 
 

@@ -65,6 +65,7 @@ class FullFineTuning(Method):
     name: ClassVar[str] = "full"
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
+        _check_trainable([model])
         model.requires_grad_(True)
 
 
@@ -84,9 +85,18 @@ class PartialFineTuning(Method):
         for name in self.modules:
             if name not in known or not name:
                 raise ValueError(f"There is no module {name!r} in this model; the top ones are {[*model._modules]}.")
+        _check_trainable([known[name] for name in self.modules])
         model.requires_grad_(False)
         for name in self.modules:
             known[name].requires_grad_(True)
+
+
+def _check_trainable(modules: Sequence[nn.Module]) -> None:
+    if any(not parameter.is_floating_point() for module in modules for parameter in module.parameters()):
+        raise ValueError(
+            "The weights to train are in blocks of bytes, which have no gradient; "
+            "use a LoRA method, or load the model without keep_blocks."
+        )
 
 
 @dataclass(frozen=True)

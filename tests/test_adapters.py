@@ -247,10 +247,10 @@ def without(state, *names):
     [
         (lambda: without(adapter_state(pictures()), "head.lora_B"), r"differ in 'head\.lora_B'; switch takes"),
         (lambda: without(adapter_state(pictures()), "head.alpha"), r"differ in 'head\.alpha'"),
-        (lambda: adapter_state(pictures(targets=["head"])), r"differ in 'hidden\.alpha' and 8 more"),
+        (lambda: adapter_state(pictures(targets=["head"])), r"differ in 'hidden\.alpha' and 11 more"),
         (lambda: changed(adapter_state(pictures()), tail__lora_A=torch.ones(2, 8)), r"differ in 'tail\.lora_A'"),
         (lambda: adapter_state(pictures(targets=["head"], layer=DoRALinear)), "differ in 'head.lora_magnitude_vector'"),
-        (lambda: {}, "differ in .* and 11 more"),
+        (lambda: {}, "differ in .* and 15 more"),
         (
             lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(2, 7)),
             r"head\.lora_A has shape \(2, 7\), but the model asks for \(2, 8\)",
@@ -280,6 +280,18 @@ def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays(make, says):
         switch(model, make())
     assert snapshot(model) == before
     assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("rank", [2, 3], ids=["same rank", "other rank"])
+@pytest.mark.parametrize("kinds", [(RsLoRALinear, LoRALinear), (LoRALinear, RsLoRALinear)], ids=["from rs", "to rs"])
+def test_a_state_keeps_its_scaling_in_layers_that_make_another_of_the_same_alpha(kinds, rank):
+    targets = ["hidden", "head"]
+    other = pictures(2, rank, 3.0, targets=targets, layer=kinds[0])
+    model = pictures(1, 2, 3.0, targets=targets, layer=kinds[1])
+    switch(model, adapter_state(other))
+    assert model.head.scaling == pytest.approx(other.head.scaling, rel=1e-15)
+    assert model.head.alpha != pytest.approx(other.head.alpha)  # with the same alpha it would be another function
+    torch.testing.assert_close(logits(model, PIXELS), logits(other, PIXELS), rtol=1e-6, atol=1e-6)
 
 
 def test_pissa_is_switched_with_its_start():
@@ -738,6 +750,8 @@ def test_variants_of_peft_are_read(tmp_path, setting, kind):
     torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
     plain = pictures(targets=["hidden", "head"], rank=3, alpha=2.0)
     switch(plain, {name: value for name, value in adapter_state(ours).items() if "magnitude" not in name})
+    for layer in lora_layers(plain).values():
+        layer.alpha = 2.0  # as the file says, and plain LoRA makes another scaling of it
     assert (logits(plain, PIXELS) - logits(ours, PIXELS)).abs().max() > 0.01
 
 

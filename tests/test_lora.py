@@ -526,17 +526,20 @@ def test_merge_and_adapter_state_of_a_model_without_adapters_say_so():
             function(DigitsMLP())
 
 
-def test_adapter_state_holds_copies_of_every_a_and_b_and_alpha():
+def test_adapter_state_holds_copies_of_every_a_and_b_and_alpha_and_scaling():
     model = DigitsMLP()
     inject(model, LoRAConfig(rank=2, alpha=0.1, targets=["head", "hidden1"]))
     randomise(model)
     state = adapter_state(model)
-    assert list(state) == [f"{layer}.{part}" for layer in ("hidden1", "head") for part in ("lora_A", "lora_B", "alpha")]
+    assert list(state) == [
+        f"{layer}.{part}" for layer in ("hidden1", "head") for part in ("lora_A", "lora_B", "alpha", "scaling")
+    ]
     for name in ("hidden1", "head"):
         alpha = state.pop(f"{name}.alpha")
         assert alpha.dtype == torch.float64
         assert alpha.shape == ()
         assert alpha.item() == 0.1  # float32 would have changed it
+        assert state.pop(f"{name}.scaling").item() == 0.05
     for name, value in state.items():
         assert torch.equal(value, model.get_parameter(name))
         assert not value.requires_grad

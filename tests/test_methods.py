@@ -30,6 +30,7 @@ from lora_lab import (
 )
 from lora_lab.methods import Method
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.quantize import quantize_nf4
 from lora_lab.tasks import Examples, Task, mean_squared_error, planted
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
@@ -404,3 +405,15 @@ def test_lora_plus_of_ratio_one_is_lora():
         fit(model, TASK, method, steps=3, lr=0.01, batch_size=16)
     for name, value in adapter_state(lora).items():
         torch.testing.assert_close(adapter_state(plus)[name], value)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["head"])], ids=lambda method: method.name)
+def test_weights_in_blocks_cannot_be_trained_but_adapted(method):
+    model = DigitsMLP(width=64)
+    quantize_nf4(model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="in blocks of bytes, which have no gradient; use a LoRA method"):
+        method.prepare(model, seed=0)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    LoRA(rank=2).prepare(model, seed=0)
+    assert any(parameter.requires_grad for parameter in model.parameters())

@@ -548,7 +548,7 @@ def test_a_state_of_another_rank_brings_its_own_scaling(kind):
 def test_a_state_of_pissa_holds_its_start_so_that_it_means_the_same_update_on_another_base():
     other = randomise(net("pissa", seed=4))
     state = adapter_state(other)
-    assert {name.rpartition(".")[2] for name in state} == {"lora_A", "lora_B", "start_A", "start_B", "alpha"}
+    assert {name.rpartition(".")[2] for name in state} == {"lora_A", "lora_B", "start_A", "start_B", "alpha", "scaling"}
     model = net("pissa")
     assert not torch.equal(model.first.start_A, other.first.start_A)
     switch(model, state)
