@@ -10,13 +10,18 @@ The modules in reading order; each imports only from those above it:
     quantize    a frozen base in 4 bits: GGUF's blocks, NF4
     adapters    switch, off; save and load in PEFT's file format
     diagnosis   diagnose: why does my adapter do nothing?
-    models      a Llama written from scratch, two small nets, real weights
+    models      a Llama written from scratch, shapes of known ones, two small nets, real weights
     tasks       data with train, validation, test and off-domain parts
     lean        the same training step in less time and memory
     methods     how a model is made ready: full fine-tuning, LoRA
     train       fit: one loop for every method
-    memory      what a training step keeps in memory, by cause
+    rehearse    a step watched on a copy, or on tensors without numbers
+    memory      the memory bill: predicted without allocating, measured
+    speed       FLOPs, step times, and a cost model that predicts them
+    records     measured runs with their provenance: write, load
     plots       pictures of results
+    processes   a process of its own for each thing measured
+    recording   what ``lora-lab record`` runs
     demo        the main job: LoRA beside full fine-tuning
     cli         the command ``lora-lab``
 """
@@ -75,6 +80,9 @@ _MODULES = (
     "models",
     "plots",
     "quantize",
+    "records",
+    "rehearse",
+    "speed",
     "tasks",
     "train",
     "variants",
@@ -96,6 +104,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
         models,
         plots,
         quantize,
+        records,
+        rehearse,
+        speed,
         tasks,
         train,
         variants,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # A waiting thread gives its core back; set before torch starts its threads. With another busy process on
 # the machine, spinning threads make small matrix products several times slower.
@@ -51,6 +52,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     generate.set_defaults(run=_generate)
 
+    memory = commands.add_parser("memory", help="which ways to train a model fit into a card's memory")
+    memory.add_argument(
+        "--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)"
+    )
+    memory.add_argument("--budget", help="the card's memory, such as 24GiB or 80GB")
+    memory.add_argument("--batch", type=int, default=1, help="sequences a step (default 1)")
+    memory.add_argument("--seq", type=int, default=512, help="tokens a sequence (default 512)")
+    memory.add_argument("--rank", type=int, default=8, help="LoRA's rank (default 8)")
+    memory.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
+    memory.add_argument("--device", default="cuda", help="cuda (default; estimated where there is none) or cpu")
+    memory.add_argument(
+        "--largest", choices=["batch", "seq"], help="also look for the largest batch or context that fits (minutes)"
+    )
+    memory.add_argument("--bills", action="store_true", help="also print each bill, part by part")
+    memory.set_defaults(run=_memory)
+
+    record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
+    record.add_argument("what", choices=["memory", "speed"], help="which comparison to run")
+    record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    record.add_argument("--models", nargs="+", help="only these models (default: all that the device is for)")
+    record.add_argument("--out", help="folder for the record (default: records/)")
+    record.set_defaults(run=_record)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and what the lab will use, and why")
     doctor.set_defaults(run=_doctor)
 
@@ -84,6 +108,53 @@ def _generate(options: argparse.Namespace) -> None:
     ids = ids.to(next(model.parameters()).device)
     written = model.generate(ids, options.tokens, tokenizer.eos_id, options.temperature, options.seed)
     print(("" if options.chat else options.prompt) + tokenizer.decode(written.tolist()))
+
+
+def _memory(options: argparse.Namespace) -> None:
+    from lora_lab import memory
+    from lora_lab.models import shapes
+    from lora_lab.models.llama import Llama
+    from lora_lab.models.pretrained import read_config
+
+    dtypes = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+    if options.dtype not in dtypes:
+        raise ValueError(f"--dtype is {options.dtype!r}, but it must be bfloat16 or float32.")
+    if options.largest and not options.budget:
+        raise ValueError("--largest needs --budget, such as --budget 24GiB, to look for what fits into it.")
+    budget = memory.parse_bytes(options.budget) if options.budget else None
+    config = read_config(options.model) if Path(options.model).is_dir() else shapes.shape(options.model)
+    memory.report(
+        lambda: Llama(config),
+        options.model,
+        memory.ways(options.rank, _dtype(dtypes[options.dtype])),
+        options.batch,
+        options.seq,
+        options.device,
+        budget,
+        options.largest,
+        options.bills,
+    )
+
+
+def _record(options: argparse.Namespace) -> None:
+    from lora_lab import recording, records
+    from lora_lab.device import pick_device
+
+    device, why = pick_device(options.device)
+    print(f"Device: {why}")
+    rows = []
+    for row in getattr(recording, options.what)(device, options.models):
+        rows.append(row)
+        print(recording.line(row), flush=True)
+    command = "lora-lab record " + options.what + (f" --models {' '.join(options.models)}" if options.models else "")
+    record = records.new(options.what, rows, recording.settings(options.what), command, device)
+    print(f"Written: {records.write(record, options.out)}")
+
+
+def _dtype(name: str):
+    import torch
+
+    return getattr(torch, name)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -5,9 +5,6 @@ Each method runs in a process of its own, so that one's memory is not counted wi
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,10 @@ from lora_lab.adapters import save_adapter
 from lora_lab.device import facts, pick_device
 from lora_lab.files import write_json
 from lora_lab.lora import lora_layers
-from lora_lab.memory import parts, peak_bytes, saved_bytes
-from lora_lab.methods import FullFineTuning, LoRA, Method
+from lora_lab.memory import peak_bytes, predict
+from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
+from lora_lab.processes import apart
 from lora_lab.tasks import docs
 from lora_lab.train import History, evaluate, fit
 
@@ -69,11 +67,8 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
         eval_examples=EVAL_EXAMPLES,
     )
     peak = peak_bytes(device)  # now, because what follows is not part of training
-    batch = task.train[:BATCH_SIZE]
-    inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-    activations = saved_bytes(lambda: task.loss(model, inputs, targets), model)
-    memory = parts(model, history.optimizer_bytes, activations)
-    memory["the rest: temporaries, torch, Python"] = max(0, peak - sum(memory.values()))
+    bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # the model has been made ready by fit
+    memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
     after = train_loss()
     if lora_layers(model):
         kept = save_adapter(model, out, base=SMOLLM2) / "adapter_model.safetensors"
@@ -113,12 +108,12 @@ def run(
     ]
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training, continues:")
-    before = _apart(sample, device)
+    before = apart(sample, device)
     print(_quote(before))
     results = []
     for number, (label, method, lr, folder) in enumerate(contenders, start=2):
         print(f"\n[{number}/4] {label}: {steps} steps of {BATCH_SIZE} x {SEQ_LEN} tokens at learning rate {lr:g}")
-        results.append(_apart(train, label, method, lr, steps, seed, device, folder))
+        results.append(apart(train, label, method, lr, steps, seed, device, folder))
         print(_quote(results[-1].sample))
     print("\n[4/4] Side by side\n")
     print(table(results))
@@ -176,22 +171,10 @@ def draw(results: list[Result], path: Path) -> Path:
     left.set_title("Both learn: loss on unseen pages (one seed)")
     bars = {r.label: {part: size / MIB for part, size in r.memory.items()} for r in results}
     plots.stacked_bars(bars, "memory at the peak (MiB)", ax=right)
-    right.set_title("What LoRA saves: gradients and optimiser state")
+    right.set_title("What the memory is for, at the peak of a step")
     plots.save(figure, path)
     plots.plt.close(figure)
     return path
-
-
-def _apart(function: Any, *arguments: Any) -> Any:
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(function, *arguments).result()
-    except BrokenProcessPool:
-        raise MemoryError(
-            "The process that trains was ended by the system, most likely for lack of memory: "
-            "full fine-tuning of this model needs about 4 GiB free."
-        ) from None
 
 
 def _write(model: Any, tokenizer: Any) -> str:

@@ -455,7 +455,7 @@ class _LeanHead(nn.Module):
 # The loss
 
 
-def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
+def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256, every_target: bool = False) -> Tensor:
     """As ``lora_lab.tasks.cross_entropy``, without ever holding all logits: the mean in nats over targets that count.
 
     The gradient of a slice's logits is multiplied into the hidden state's as soon as it is there, so nothing
@@ -464,11 +464,12 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     Args:
         inputs, targets: token ids (batch, length); a target of -100 does not count.
         rows: tokens whose logits exist at one moment.
+        every_target: say so if every target counts, and no number is looked at to find out.
     """
     hidden = model.model(inputs).flatten(0, 1)  # (512, 576)
     targets = targets.flatten()  # (512,)
     counts = targets != IGNORE  # (512,)
-    if not bool(counts.all()):
+    if not every_target and not bool(counts.all()):
         hidden, targets = hidden[counts], targets[counts]  # (n, 576), (n,)
     head = model.lm_head
     if isinstance(head, LoRALayer):
@@ -524,13 +525,12 @@ def _by_vocabulary(
 
     Twice over the vocabulary: first for the sum of exponentials of each token, then for the gradient.
     """
-    everyone = torch.arange(len(hidden), device=hidden.device)  # (512,)
     top = hidden.new_full((len(hidden), 1), -math.inf)  # (512, 1)
     total, own = torch.zeros_like(top), torch.zeros_like(top)  # (512, 1)
     for start, stop in head.slices():
         logits = hidden @ head.rows(start, stop).T  # (512, 576) @ (576, 3072) -> (512, 3072)
-        here = everyone[(targets >= start) & (targets < stop)]  # tokens whose target is in this slice
-        own[here, 0] = logits[here, targets[here] - start]
+        here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
+        own = torch.where(here, logits.gather(1, place), own)  # (512, 1)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))  # (512, 1)
         total.mul_((top - higher).exp()).add_(logits.sub_(higher).exp_().sum(1, keepdim=True))  # (512, 1)
         top = higher  # (512, 1)
@@ -542,10 +542,19 @@ def _by_vocabulary(
     for start, stop in head.slices():
         weight = head.rows(start, stop)  # (3072, 576)
         chances = (hidden @ weight.T).sub_(level).exp_()  # (512, 3072)
-        here = everyone[(targets >= start) & (targets < stop)]
-        chances[here, targets[here] - start] -= 1.0
+        here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
+        chances.scatter_add_(1, place, -here.to(chances.dtype))  # minus 1 at the target
         gradient.addmm_(chances, weight)  # (512, 576)
     return loss, gradient.div_(len(hidden))
+
+
+def _within(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a slice of the vocabulary, and where in it (anywhere, if they do not): (512, 1) each.
+
+    Without picking those tokens out: how many there are nobody knows before the numbers are there.
+    """
+    here = (targets >= start) & (targets < stop)  # (512,)
+    return here[:, None], (targets - start).clamp(0, stop - start - 1)[:, None]  # (512, 1), (512, 1)
 
 
 # The optimiser, and threads

@@ -91,6 +91,22 @@ class PartialFineTuning(Method):
             known[name].requires_grad_(True)
 
 
+@dataclass(frozen=True)
+class AsItIs(Method):
+    """Train what already requires gradients: for measuring models that another library has made ready."""
+
+    name: ClassVar[str] = "as it is"
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """Change nothing, and check that there is something to train.
+
+        Raises:
+            ValueError: no parameter requires a gradient.
+        """
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("No parameter of the model requires a gradient, so nothing would be trained.")
+
+
 def _check_trainable(modules: Sequence[nn.Module]) -> None:
     if any(not parameter.is_floating_point() for module in modules for parameter in module.parameters()):
         raise ValueError(

@@ -6,7 +6,7 @@ hatching) goes with each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,12 +15,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lab.files import atomic_file
+from lora_lab.memory import MIB, PARTS, SAVED, Bill
 from lora_lab.train import History
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
+PART_COLOURS = {
+    "frozen weights": "#999999",
+    "trained weights": COLOURS[0],
+    "gradients": COLOURS[1],
+    "optimiser state": COLOURS[4],
+    "logits and loss": COLOURS[3],
+    "recomputed activations": COLOURS[5],
+    "temporaries": COLOURS[7],
+    "cuBLAS workspace": COLOURS[6],
+    "the rest, unexplained": "#dddddd",
+}
 NAMES = {
     "train_loss": "training loss",
     "validation_loss": "validation loss",
@@ -95,6 +107,65 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], ylabel: str, ax: Axes 
     ax.set_xticks(places, list(bars))
     ax.set_ylabel(ylabel)
     ax.grid(axis="x", visible=False)
+    return _legend_beside(ax)
+
+
+def bills(found: Mapping[str, Bill], ax: Axes | None = None) -> Axes:
+    """Memory bills side by side: one bar each, its parts in the order of the step, the peak above."""
+    ax = ax or plt.subplots()[1]
+    bottom = dict.fromkeys(found, 0.0)
+    for part in _parts(bill.parts for bill in found.values()):
+        heights = [bill.parts.get(part, 0) / MIB for bill in found.values()]
+        ax.bar(list(found), heights, bottom=list(bottom.values()), width=0.6, label=part, **_part_style(part))
+        bottom = {label: low + height for (label, low), height in zip(bottom.items(), heights, strict=True)}
+    for label, total in bottom.items():
+        ax.text(label, total, f"{total:,.0f}", ha="center", va="bottom")
+    ax.set_ylabel("memory at the peak of a step (MiB)")
+    ax.grid(axis="x", visible=False)
+    return _legend_beside(ax)
+
+
+def memory_of_a_step(bill: Bill, ax: Axes | None = None) -> Axes:
+    """What is in memory from the first operation of a step to the last, with its phases and its peak."""
+    ax = ax or plt.subplots()[1]
+    moments = bill.timeline
+    places = np.linspace(0, 100, len(moments))
+    parts = _parts(moment.parts for moment in moments)
+    heights = np.array([[moment.parts.get(part, 0) / MIB for moment in moments] for part in parts])
+    for low, high, part in zip(np.vstack([0 * heights[:1], heights.cumsum(0)]), heights.cumsum(0), parts, strict=False):
+        ax.fill_between(places, low, high, label=part, linewidth=0, **_part_style(part))
+    totals = heights.sum(0)
+    peak = int(totals.argmax())
+    ax.annotate(
+        f"peak {totals[peak]:,.0f}", (places[peak], totals[peak]), (0, 12), textcoords="offset points", ha="center"
+    )
+    ax.plot(places[peak], totals[peak], "v", color="#000000")
+    ax.set_ylim(0, 1.18 * totals.max())
+    phases = [moment.phase for moment in moments]
+    for phase in dict.fromkeys(phases):
+        first = phases.index(phase)
+        if first:
+            ax.axvline(places[first], color="#000000", linewidth=0.8, linestyle=":")
+        if phases.count(phase) > len(phases) / 12:  # the others are too narrow for their names
+            ax.text(places[first] + 0.6, 1.16 * totals.max(), phase, va="top", fontsize="small")
+    ax.set_xlabel("operations done (% of the step)")
+    ax.set_ylabel("memory (MiB)")
+    return _legend_beside(ax)
+
+
+def _parts(bars: Iterable[Mapping[str, int]]) -> list[str]:
+    present = {part for parts in bars for part, size in parts.items() if size}
+    return [part for part in PARTS if part in present]
+
+
+def _part_style(part: str) -> dict[str, str]:
+    """A colour for each cause; the saved activations share one, with a hatch for each kind of module."""
+    hatch = HATCHES[1 + SAVED.index(part)] if part in SAVED else ""
+    colour = COLOURS[2] if part in SAVED else PART_COLOURS[part]
+    return {"color": colour, "hatch": hatch, "edgecolor": "white"}
+
+
+def _legend_beside(ax: Axes) -> Axes:
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0))  # in the order of the stack
     return ax

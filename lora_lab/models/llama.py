@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class Trunk(nn.Module):
         )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
+        self.gradient_checkpointing = False
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         past = cache.length if cache is not None else 0
@@ -208,8 +210,12 @@ class Trunk(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)  # (128, 64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (128, 64)
         mask = _mask(past, new, attention_mask, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)  # (4, 128, 576)
+            if again:  # only x is kept of the block, which is computed again in the backward pass
+                x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)  # (4, 128, 576)
+            else:
+                x = layer(x, cos, sin, mask, cache)  # (4, 128, 576)
         return self.norm(x)  # (4, 128, 576)
 
 
@@ -246,6 +252,13 @@ class Llama(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         """The head, which "all-linear" leaves alone."""
         return self.lm_head
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training keep of each block only its input, and compute the block again in the backward pass.
+
+        Reference: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+        """
+        self.model.gradient_checkpointing = True
 
     def tie(self) -> None:
         """Let head and embedding be one matrix, if the config says so."""

@@ -69,6 +69,20 @@ def load_pretrained(
     )
 
 
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The shape of the model in a Hugging Face folder, from its config.json alone: no weights are needed.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: the file is damaged, lacks a size, or describes a model that cannot be built here.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, but the entries of a model's config are expected.")
+    return _config_from_hf(config, path.parent)
+
+
 def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if given).
 
@@ -140,7 +154,7 @@ def _write_blocks(found: GGUFModel, folder: Path) -> None:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> tuple[Llama, Tokenizer]:
-    config = _config_from_hf(read_json(folder / "config.json"), folder)
+    config = read_config(folder)
     tokenizer = Tokenizer.load(folder)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
@@ -290,3 +304,5 @@ def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
         )
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} has an entry that is no number ({error}); copy it anew.") from None

@@ -1,0 +1,196 @@
+"""What ``lora-lab record`` runs: the full comparisons, on whatever device there is.
+
+    rows = memory(device)        predicted and measured bills of many ways to train, each in a process of its own
+
+Weights are random: how much memory and time a step takes does not depend on what the weights say.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lora_lab.lean import Lean
+from lora_lab.memory import MIB, REST, measure, peak_bytes, predict
+from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, PiSSA
+from lora_lab.models import shapes
+from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.processes import apart
+from lora_lab.rehearse import Setup, token_batch
+
+# The heap gives back what is freed: else its holes count as the process's memory, and differ from run to run.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "passive"}
+SMALL = "small"  # a Llama for seconds
+_SMALL = LlamaConfig(16384, 384, 1024, 8, 6, 2, 64, tie_word_embeddings=True)
+# The lessons compare these over growing contexts.
+MAIN = ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, attention only", "LoRA r=8, checkpointing")
+CONTEXTS = (64, 128, 256, 512, 1024)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+BF16 = torch.bfloat16
+
+
+def random_model(name: str) -> Llama:
+    """A Llama of a known shape, or "small", with random weights."""
+    return Llama(_SMALL if name == SMALL else shapes.shape(name))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to be measured: a model's name, a batch, a label, and how it is trained."""
+
+    model: str
+    batch_size: int
+    seq_len: int
+    label: str
+    setup: Setup
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What names the case in a record's row."""
+        return {"model": self.model, "batch": self.batch_size, "length": self.seq_len, "setup": self.label}
+
+
+def memory_setups() -> dict[str, Setup]:
+    """Every way to train that the memory bill is checked on."""
+    lora = Setup(LoRA(8, 16))
+    plain = {
+        "full": Setup(FullFineTuning()),
+        "LoRA r=1": Setup(LoRA(1, 2)),
+        "LoRA r=8": lora,
+        "LoRA r=64": Setup(LoRA(64, 128)),
+        "LoRA r=8, attention only": Setup(LoRA(8, 16, targets=ATTENTION)),
+        "LoRA-FA r=8": Setup(LoRAFA(8, 16)),
+        "PiSSA r=8": Setup(PiSSA(8, 8)),
+        "DoRA r=8": Setup(DoRA(8, 16)),
+        "LoRA r=8, NF4 base": replace(lora, nf4=True),
+    }
+    found = dict(plain)
+    for label in ("full", "LoRA r=8", "LoRA r=64", "LoRA-FA r=8", "LoRA r=8, attention only"):
+        found[f"{label}, bf16"] = replace(plain[label], dtype=BF16)
+    for label in ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, NF4 base", "full, bf16", "LoRA r=8, bf16"):
+        found[f"{label}, checkpointing"] = replace(found[label], gradient_checkpointing=True)
+    found["full, SGD"] = Setup(FullFineTuning(), optimizer="sgd")
+    found["LoRA r=8, 2 micro-batches"] = replace(lora, accumulate=2)
+    found["LoRA r=8, lean"] = replace(lora, lean=Lean())
+    found["LoRA r=8, lean, bf16 base"] = replace(lora, lean=Lean(base_dtype=BF16))
+    found["LoRA r=8, lean, checkpointing"] = replace(lora, lean=Lean(checkpoint=True, loss_rows=64))
+    return found
+
+
+def memory_cases(device: torch.device, models: list[str] | None = None) -> list[Case]:
+    """Every setup on two sizes of model, the main ones over growing contexts; larger models where there is a GPU."""
+    setups = memory_setups()
+    sizes = {SMALL: (4, 128), "smollm2-135m": (4, 128)}
+    cases = [Case(model, *size, label, setup) for model, size in sizes.items() for label, setup in setups.items()]
+    for length in CONTEXTS:
+        cases += [Case("smollm2-135m", 1, length, label, setups[label]) for label in MAIN]
+    if device.type == "cuda":
+        large = [label for label in setups if "bf16" in label and "lean" not in label] + ["LoRA r=8, lean, bf16 base"]
+        for model in ("llama-3.2-1b", "llama-3-8b"):
+            cases += [Case(model, 1, 1024, label, setups[label]) for label in large]
+            cases.append(Case(model, 1, 1024, "QLoRA r=8, bf16", replace(setups["LoRA r=8, NF4 base"], dtype=BF16)))
+    return [case for case in cases if models is None or case.model in models]
+
+
+def memory_row(case: Case, device: str) -> dict[str, Any]:
+    """Predict, then measure, then take three steps unobserved to see what the whole process needs for them."""
+    place = torch.device(device)
+    factory = partial(random_model, case.model)
+    predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=place)
+    gc.collect()
+    process = process_bytes(factory, case, place) if place.type == "cpu" else None
+    gc.collect()
+    batch = token_batch(nn.Linear(1, 1, device=place), case.batch_size, case.seq_len)
+    measured = measure(factory, case.setup, batch, device=place)
+    return {
+        **case.key,
+        "predicted_bytes": predicted.peak_bytes,
+        "measured_bytes": measured.peak_bytes,
+        "unexplained_bytes": measured.parts.get(REST, 0),
+        "saved_bytes": measured.saved_bytes,
+        "static_bytes": measured.static_bytes,
+        "reserved_bytes": measured.reserved_bytes,
+        "process_bytes": process,
+        "moment": measured.moment,
+        **{part: size for part, size in measured.parts.items() if part != REST},
+    }
+
+
+def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
+    """How much the process grows for the model and three steps, at its highest, or None where nobody tells.
+
+    It grows by more than tensors: the heap's holes, and what libraries allocate for themselves.
+    """
+    if platform.system() != "Linux":
+        return None
+    _load_code()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    model = factory()
+    step = case.setup.step(model if case.setup.dtype is None else model.to(case.setup.dtype))
+    parts, weights = case.setup.batches(token_batch(model, case.batch_size, case.seq_len))
+    for _ in range(3):
+        step(parts, weights)
+    return peak_bytes(device) - before
+
+
+def _load_code() -> None:
+    """Take a step of AdamW on one number: the code that torch loads for its first one is 60 MB, and no step's."""
+    number = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([number], fused=True)
+    number.square().sum().backward()
+    optimizer.step()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def memory(device: torch.device, models: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a memory record, as they are measured, each case in a fresh process.
+
+    Args:
+        models: only cases of these.
+    """
+    for case in with_bar(memory_cases(device, models)):
+        yield apart(memory_row, case, str(device), environment=HEAP)
+
+
+def settings(what: str) -> dict[str, Any]:
+    """What a record says of how its rows were measured."""
+    if what == "memory":
+        return {"environment": HEAP, "optimizer": "AdamW, fused, gradients clipped to norm 1", "weights": "random"}
+    raise ValueError(f"what is {what!r}, but it must be 'memory' or 'speed'.")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for a person to read."""
+    case = f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
+    off = row["predicted_bytes"] / row["measured_bytes"] - 1
+    process = "" if row["process_bytes"] is None else f"  process {row['process_bytes'] / MIB:9,.1f}"
+    predicted, measured = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
+    return f"{case}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({off:+.2%}){process}"
+
+
+def with_bar(cases: list[Case]) -> Iterator[Case]:
+    """The cases in turn, behind a progress bar where a person is looking."""
+    watched = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("LORA_LAB_PROGRESS") != "0"
+    with tqdm(cases, unit="case", disable=not watched, leave=False) as bar:
+        for case in bar:
+            bar.set_postfix_str(f"{case.model}, {case.label}")
+            yield case

@@ -1,0 +1,286 @@
+"""Measured runs with their provenance, so that a number seen on another machine can be traced and repeated.
+
+A record is a JSON file, ``records/<device>-<what>.json``, that says what was run, on which machine, with
+which code, and what was measured. Commands write it; nobody edits it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import reprlib
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lab.device import facts
+from lora_lab.files import read_json, write_json
+
+SCHEMA = 1
+_TEXTS = {  # field -> (pattern, what it stands for)
+    "what": (r"[a-z][a-z0-9_]*", "one lower-case word without a hyphen, such as 'memory'"),
+    "device": (r".*[A-Za-z0-9].*", "the device's name, such as 'NVIDIA H100 80GB HBM3'"),
+    "commit": (r"unknown|[0-9a-f]{40,64}(\+changes)?", "a full git commit, perhaps with '+changes', or 'unknown'"),
+    "date": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day, such as '2026-11-24'"),
+    "command": (r".*\S.*", "the one line that was run"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured run.
+
+    Args:
+        what: what was measured, one word: "memory", "speed".
+        device: the device's name, as people say it.
+        facts: machine and software, as :func:`lora_lab.device.facts` tells them; on CUDA the driver too.
+        commit: git commit of the code that ran; "+changes" is appended if tracked files differed from it, and
+            it is "unknown" outside a checkout.
+        date: the day in UTC, such as "2026-11-24".
+        command: what was typed.
+        settings: what the run was asked to do: any values of JSON.
+        rows: what was measured, one flat dict a case: texts, numbers, booleans, None.
+        schema: the number of this format.
+
+    Raises:
+        ValueError: as :meth:`validate`.
+    """
+
+    what: str
+    device: str
+    facts: dict[str, str]
+    commit: str
+    date: str
+    command: str
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending: device and what was measured."""
+        return f"{slug(self.device)}-{self.what}"
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: a field is not what the format asks for, or a number is not finite.
+        """
+        if type(self.schema) is not int or self.schema != SCHEMA:
+            raise ValueError(f"schema is {self.schema!r}, but it must be {SCHEMA}.")
+        for name, (pattern, expected) in _TEXTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or not re.fullmatch(pattern, value):
+                raise ValueError(f"{name} is {reprlib.repr(value)}, but it must be {expected}.")
+        try:
+            date.fromisoformat(self.date)
+        except ValueError:
+            raise ValueError(f"date is {self.date!r}, but there is no such day.") from None
+        if not _is_dict(self.facts) or not all(isinstance(value, str) and value for value in self.facts.values()):
+            raise ValueError(f"facts are {reprlib.repr(self.facts)}, but they must be a dict of texts, none empty.")
+        if not _is_dict(self.settings) or not _is_json(self.settings):
+            raise ValueError(
+                f"settings are {reprlib.repr(self.settings)}, but they must be a dict of JSON's values, numbers finite."
+            )
+        _check_rows(self.rows)
+
+    def frame(self):
+        """The rows as a pandas DataFrame, its columns in alphabetical order, as in the file."""
+        import pandas
+
+        return pandas.DataFrame(self.rows).sort_index(axis="columns")
+
+
+def new(what: str, rows: list[dict[str, Any]], settings: dict[str, Any], command: str, device: torch.device) -> Record:
+    """A record of a run that has just ended on this machine, with this code.
+
+    Args:
+        what, rows, settings, command: as in :class:`Record`.
+        device: where it ran.
+
+    Raises:
+        ValueError: as :meth:`Record.validate`.
+    """
+    described = facts(device)
+    if device.type == "cuda":
+        described["driver"] = _driver()
+    return Record(
+        what=what,
+        device=device_name(device),
+        facts=described,
+        commit=commit_of(_root()),
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
+        settings=settings,
+        rows=rows,
+    )
+
+
+def write(record: Record, folder: str | Path | None = None) -> Path:
+    """Write a record, whole or not at all, in the place of an older one of the same name, and return its path.
+
+    Args:
+        folder: None takes the checkout's ``records``; where lora_lab is installed without a checkout, it takes
+            ``records`` in the working directory, for an installed package is not ours to write into.
+
+    Raises:
+        ValueError: the record was changed since it was made, and no longer holds to the format.
+    """
+    record.validate()  # once more, for its fields are frozen, but not what is in its dicts and lists
+    if folder is None:
+        folder = Path("records") if _packaged().is_dir() else _root() / "records"
+    path = Path(folder) / f"{record.name}.json"
+    write_json(path, asdict(record))
+    return path
+
+
+def load(path: str | Path) -> Record:
+    """Read one record.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged, of another schema, or lacks or has entries that it should not.
+    """
+    stored = read_json(path)
+    try:
+        return _from_json(stored)
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{path} is not a record of this version of lora_lab ({reason}); measure it anew.") from None
+
+
+def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[str, Record]:
+    """Records by name, in alphabetical order; none if the folder has none.
+
+    Args:
+        what: only those of one kind, such as "memory".
+        folder: None takes :func:`shipped`.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    folder = shipped() if folder is None else Path(folder)
+    # A killed write leaves a hidden file.
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    found = {path.stem: load(path) for path in paths}
+    return {name: record for name, record in found.items() if what in (None, record.what)}
+
+
+def shipped() -> Path:
+    """The folder of the records that came with this lora_lab: the checkout's, or the installed package's own."""
+    return _packaged() if _packaged().is_dir() else _root() / "records"
+
+
+def device_name(device: torch.device) -> str:
+    """What people call a device of this machine: the GPU's name, or the CPU's and how many cores it has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = facts(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the threads of this moment
+    return cpu if device.type == "cpu" else f"{cpu}, {device.type}"
+
+
+def name_of(device: torch.device) -> str:
+    """A device of this machine as its records' names begin: ``nvidia-h100-80gb-hbm3``."""
+    return slug(device_name(device))
+
+
+def slug(name: str) -> str:
+    """A name for files: lower-case letters and digits, hyphens between; trade marks are left out."""
+    bare = re.sub(r"\((r|tm|c)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", bare).strip("-")
+
+
+def commit_of(folder: str | Path) -> str:
+    """The git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from it.
+
+    Records themselves do not count as changes: measuring again does not change the code.
+
+    Returns:
+        The full commit, or "unknown": no checkout, no commit yet, or no git.
+    """
+    if not (Path(folder) / ".git").exists():  # a parent folder's repository says nothing of this code
+        return "unknown"
+    # Set inside git's hooks, these would lead to another repository.
+    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {name: value for name, value in os.environ.items() if name not in misleading}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--verify", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)records")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}+changes" if changes else commit
+
+
+def _from_json(stored: Any) -> Record:
+    if not isinstance(stored, dict):
+        raise ValueError(f"it holds a {type(stored).__name__}, not an object")
+    if stored.get("schema", SCHEMA) != SCHEMA:  # asked first, because another schema may have other entries
+        raise ValueError(f"schema is {stored['schema']!r}, not {SCHEMA}")
+    expected = {field.name for field in fields(Record)}
+    if missing := expected - stored.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    if unknown := stored.keys() - expected:
+        raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))}")
+    return Record(**stored)
+
+
+def _check_rows(rows: Any) -> None:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"rows are {reprlib.repr(rows)}, but they must be a list of at least one dict.")
+    for i, row in enumerate(rows):
+        if not _is_dict(row) or not row:
+            raise ValueError(f"row {i} is {reprlib.repr(row)}, but it must be a dict of at least one value by name.")
+        for name, value in row.items():
+            if not _is_scalar(value):
+                raise ValueError(
+                    f"row {i} has {reprlib.repr(value)} as {name!r}, but it must be a text, a finite number, "
+                    "True, False or None."
+                )
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return _is_scalar(value) or (_is_dict(value) and all(map(_is_json, value.values())))
+
+
+def _root() -> Path:
+    """The checkout, if there is one."""
+    return Path(__file__).parent.parent
+
+
+def _packaged() -> Path:
+    """Where a wheel keeps the checkout's ``records``; pyproject.toml puts it there."""
+    return Path(__file__).parent / "recorded"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, which torch does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        said = []
+    return said[0] if said else "unknown"
