@@ -162,7 +162,7 @@ def _part_style(part: str) -> dict[str, str]:
     """A colour for each cause; the saved activations share one, with a hatch for each kind of module."""
     hatch = HATCHES[1 + SAVED.index(part)] if part in SAVED else ""
     colour = COLOURS[2] if part in SAVED else PART_COLOURS[part]
-    return {"color": colour, "hatch": hatch, "edgecolor": "white"}
+    return {"facecolor": colour, "hatch": hatch, "edgecolor": "white"}
 
 
 def _legend_beside(ax: Axes) -> Axes:

@@ -178,6 +178,11 @@ def settings(what: str) -> dict[str, Any]:
     raise ValueError(f"what is {what!r}, but it must be 'memory' or 'speed'.")
 
 
+def name(row: dict[str, Any]) -> str:
+    """What a row is about, in a few words."""
+    return f"{row['setup']} on {row['model']}, {row['batch']} x {row['length']}"
+
+
 def line(row: dict[str, Any]) -> str:
     """A row for a person to read."""
     case = f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"

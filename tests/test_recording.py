@@ -1,0 +1,192 @@
+"""What `lora-lab record` and `lora-lab memory` run, on small models, and what they print, write and refuse."""
+
+import json
+
+import pytest
+import torch
+
+from lora_lab import cli, memory, recording, records
+from lora_lab.models import shapes
+from lora_lab.models.llama import Llama, LlamaConfig
+
+CPU = torch.device("cpu")
+
+
+def command(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def tiny(monkeypatch, tiny_config):
+    """ "small" is a tiny model, and cases run in this process."""
+    monkeypatch.setattr(recording, "_SMALL", tiny_config)
+    monkeypatch.setattr(recording, "apart", lambda function, *arguments, environment: function(*arguments))
+
+
+def test_the_cases_cover_what_the_bill_is_checked_on():
+    cases = recording.memory_cases(CPU)
+    assert len(cases) >= 48
+    for model in ("small", "smollm2-135m"):
+        labels = {case.label for case in cases if case.model == model}
+        assert labels == set(recording.memory_setups())
+        assert len(labels) >= 24
+        for words in (
+            "r=1",
+            "r=8",
+            "r=64",
+            "attention only",
+            "LoRA-FA",
+            "NF4",
+            "bf16",
+            "checkpointing",
+            "lean",
+            "full",
+        ):
+            assert any(words in label for label in labels), words
+    lengths = {case.seq_len for case in cases if case.label == "LoRA r=8" and case.batch_size == 1}
+    assert lengths == set(recording.CONTEXTS)
+    assert {case.model for case in recording.memory_cases(CPU, ["small"])} == {"small"}
+
+
+def test_a_gpu_is_given_larger_models_in_bfloat16():
+    cases = recording.memory_cases(torch.device("cuda"))
+    large = [case for case in cases if case.model in ("llama-3.2-1b", "llama-3-8b")]
+    assert {case.model for case in large} == {"llama-3.2-1b", "llama-3-8b"}
+    assert all(case.setup.dtype == torch.bfloat16 or case.setup.lean is not None for case in large)
+    assert not any(case.model.startswith("llama") for case in recording.memory_cases(CPU))
+
+
+def test_labels_say_what_the_setups_do():
+    for label, setup in recording.memory_setups().items():
+        assert ("bf16" in label) == (
+            setup.dtype == torch.bfloat16 or getattr(setup.lean, "base_dtype", None) is not None
+        )
+        checkpoints = setup.gradient_checkpointing or (setup.lean is not None and setup.lean.checkpoint)
+        assert ("checkpointing" in label) == checkpoints
+        assert ("lean" in label) == (setup.lean is not None)
+        assert ("NF4" in label) == setup.nf4
+        assert ("SGD" in label) == (setup.optimizer == "sgd")
+        if "r=" in label:
+            assert f"r={setup.method.rank}" in label
+
+
+def test_a_row_holds_parts_that_add_up_to_a_peak_that_was_predicted(tiny):
+    (case,) = (case for case in recording.memory_cases(CPU, ["small"]) if case.label == "LoRA r=8")
+    row = recording.memory_row(case, "cpu")
+    assert (row["model"], row["batch"], row["length"], row["setup"]) == ("small", 4, 128, "LoRA r=8")
+    parts = sum(row.get(part, 0) for part in memory.PARTS) + row["unexplained_bytes"]
+    assert parts == row["measured_bytes"]
+    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.03)
+    model = recording.random_model("small")
+    assert row["frozen weights"] == 4 * sum(p.numel() for p in model.parameters())
+    if row["process_bytes"] is not None:
+        assert row["process_bytes"] > 0.5 * row["measured_bytes"]
+
+
+def test_a_record_is_written_with_its_command_and_can_be_read(tiny, tmp_path, capsys, monkeypatch):
+    some = [case for case in recording.memory_cases(CPU, ["small"]) if case.label in ("full", "LoRA r=8")]
+    monkeypatch.setattr(recording, "memory_cases", lambda device, models: some)
+    assert command("record", "memory", "--device", "cpu", "--models", "small", "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    (record,) = records.load_all("memory", tmp_path).values()
+    assert [row["setup"] for row in record.rows] == ["full", "LoRA r=8"]
+    assert record.command == "lora-lab record memory --models small"
+    assert record.settings["environment"] == recording.HEAP
+    assert f"{record.rows[0]['measured_bytes'] / 2**20:,.1f} MiB" in printed
+    assert str(tmp_path) in printed
+    assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
+
+
+def test_the_bar_says_which_case_runs_only_where_a_person_looks(monkeypatch, capsys):
+    cases = recording.memory_cases(CPU, ["small"])[:2]
+    assert list(recording.with_bar(cases)) == cases
+    assert capsys.readouterr().err == ""
+
+
+# lora-lab memory
+
+
+def folder_of(tmp_path, config):
+    heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    stored = {name: value for name, value in vars(config).items() if value is not None} | heads
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"model_type": "llama"}))
+    return tmp_path
+
+
+def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, tiny_config):
+    folder = folder_of(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
+    bills = {
+        label: memory.predict(lambda: Llama(tiny_config), setup, 2, 16, device="cpu")
+        for label, setup in memory.ways(4, torch.float32).items()
+    }
+    peaks = sorted(bill.peak_bytes for bill in bills.values())
+    budget = (peaks[2] + peaks[3]) // 2
+    assert command("memory", *arguments, "--budget", f"{budget / 2**10}KiB", "--bills") == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert "2 x 16 tokens" in lines[0]
+    assert "predicted" in lines[0]
+    for label, bill in bills.items():
+        (line,) = (line for line in lines if line.startswith(f"{label}  "))
+        assert ("yes" in line) == (bill.peak_bytes <= budget), label
+        assert str(bill) in printed
+    assert "CUDA" not in printed
+
+
+def test_memory_looks_for_the_largest_batch(tmp_path, capsys, tiny_config):
+    folder = folder_of(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--seq", 16, "--dtype", "float32", "--device", "cpu"]
+    assert command("memory", *arguments, "--budget", "1MiB", "--largest", "batch") == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 6
+    label = "LoRA r=8"
+    (row,) = (row for row in rows if row.startswith(f"{label}  "))
+    found = int(row.split()[-1])
+    setup = memory.ways(8, torch.float32)[label]
+
+    def peak(batch):
+        return memory.predict(lambda: Llama(tiny_config), setup, batch, 16, device="cpu").peak_bytes
+
+    assert peak(found) <= 2**20 < peak(found + 1)
+
+
+def test_without_a_gpu_a_card_is_estimated_and_said_to_be(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command("memory", "--seq", 8) == 0
+    printed = capsys.readouterr().out
+    assert "estimated for CUDA, not measured" in printed
+    assert "CUDA's own context" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "gpt-5"], "No shape is known by the name 'gpt-5'; use one of: smollm2-135m"),
+        (["--budget", "24"], "'24' is no size; write a number with its unit"),
+        (["--batch", 0], "batch_size is 0"),
+        (["--seq", 0], "seq_len is 0"),
+        (["--rank", 0], "rank is 0"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--largest", "batch"], "--largest needs --budget"),
+        (["--device", "banana"], "banana"),
+    ],
+)
+def test_memory_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
+    assert command("memory", *arguments) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
+    assert command("memory", "--model", tmp_path) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_every_known_shape_makes_a_model():
+    for name in shapes.names():
+        with torch.device("meta"):
+            assert isinstance(recording.random_model(name).config, LlamaConfig)
