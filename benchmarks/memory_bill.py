@@ -2,7 +2,7 @@
 
     python benchmarks/memory_bill.py [--models small smollm2-135m] [--device cpu]
 
-Each case runs in a fresh process: ``predict`` on fake tensors, three steps unobserved for the size of the whole
+Each case runs in a fresh process: ``predict`` on fake tensors, two steps unobserved for the size of the whole
 process, then ``measure``, whose peak is the allocator's own (the profiler's allocation events on a CPU,
 ``max_memory_allocated`` on CUDA). The cases are those of `lora-lab record memory`. The process grows by more than
 tensors: libraries' own buffers and the heap's holes are what is left over.

@@ -36,7 +36,13 @@ SMALL = "small"  # a Llama for seconds
 _SMALL = LlamaConfig(16384, 384, 1024, 8, 6, 2, 64, tie_word_embeddings=True)
 # The lessons compare these over growing contexts.
 MAIN = ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, attention only", "LoRA r=8, checkpointing")
-CONTEXTS = (64, 128, 256, 512, 1024)
+CONTEXTS = (64, 256, 1024)
+_ON_SMOLLM2 = (
+    *("full", "full, SGD", "full, bf16", "full, checkpointing"),
+    *("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=8, attention only", "LoRA-FA r=8", "LoRA r=8, NF4 base"),
+    *("LoRA r=8, bf16", "LoRA r=8, checkpointing", "LoRA r=8, bf16, checkpointing"),
+    *("LoRA r=8, lean", "LoRA r=8, lean, bf16 base", "LoRA r=8, lean, checkpointing"),
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BF16 = torch.bfloat16
 
@@ -90,10 +96,10 @@ def memory_setups() -> dict[str, Setup]:
 
 
 def memory_cases(device: torch.device, models: list[str] | None = None) -> list[Case]:
-    """Every setup on two sizes of model, the main ones over growing contexts; larger models where there is a GPU."""
+    """Every setup on a small model, many on SmolLM2, the main ones over growing contexts; larger models on a GPU."""
     setups = memory_setups()
-    sizes = {SMALL: (4, 128), "smollm2-135m": (4, 128)}
-    cases = [Case(model, *size, label, setup) for model, size in sizes.items() for label, setup in setups.items()]
+    cases = [Case(SMALL, 4, 128, label, setup) for label, setup in setups.items()]
+    cases += [Case("smollm2-135m", 2, 128, label, setups[label]) for label in _ON_SMOLLM2]
     for length in CONTEXTS:
         cases += [Case("smollm2-135m", 1, length, label, setups[label]) for label in MAIN]
     if device.type == "cuda":
@@ -105,7 +111,7 @@ def memory_cases(device: torch.device, models: list[str] | None = None) -> list[
 
 
 def memory_row(case: Case, device: str) -> dict[str, Any]:
-    """Predict, then measure, then take three steps unobserved to see what the whole process needs for them."""
+    """Predict, then measure, then take two steps unobserved to see what the whole process needs for them."""
     place = torch.device(device)
     factory = partial(random_model, case.model)
     predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=place)
@@ -129,7 +135,7 @@ def memory_row(case: Case, device: str) -> dict[str, Any]:
 
 
 def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
-    """How much the process grows for the model and three steps, at its highest, or None where nobody tells.
+    """How much the process grows for the model and two steps, at its highest, or None where nobody tells.
 
     It grows by more than tensors: the heap's holes, and what libraries allocate for themselves.
     """
@@ -141,7 +147,7 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     model = factory()
     step = case.setup.step(model if case.setup.dtype is None else model.to(case.setup.dtype))
     parts, weights = case.setup.batches(token_batch(model, case.batch_size, case.seq_len))
-    for _ in range(3):
+    for _ in range(2):
         step(parts, weights)
     return peak_bytes(device) - before
 

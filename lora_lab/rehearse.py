@@ -116,7 +116,8 @@ class Setup:
         settings = self.method.settings()
         words = [self.method.name + (f" r={settings['rank']}" if "rank" in settings else "")]
         if settings.get("targets", "all-linear") != "all-linear":
-            words.append("+".join(settings["targets"]))
+            names = settings["targets"]
+            words.append("+".join(names) if len(names) <= 4 else f"{len(names)} targets")
         if self.nf4:
             words.append("NF4 base")
         if self.optimizer != "adamw":

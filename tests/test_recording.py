@@ -26,10 +26,10 @@ def tiny(monkeypatch, tiny_config):
 def test_the_cases_cover_what_the_bill_is_checked_on():
     cases = recording.memory_cases(CPU)
     assert len(cases) >= 48
+    assert [case.label for case in cases if case.model == "small"] == list(recording.memory_setups())
     for model in ("small", "smollm2-135m"):
         labels = {case.label for case in cases if case.model == model}
-        assert labels == set(recording.memory_setups())
-        assert len(labels) >= 24
+        assert len(labels) >= 16
         for words in (
             "r=1",
             "r=8",
