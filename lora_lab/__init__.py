@@ -17,7 +17,9 @@ The modules in reading order; each imports only from those above it:
     train       fit: one loop for every method
     rehearse    a step watched on a copy, or on tensors without numbers
     memory      the memory bill: predicted without allocating, measured
-    speed       FLOPs, step times, and a cost model that predicts them
+    flops       what a step multiplies, by layer and pass
+    replay      operations timed one by one
+    speed       step times, and a cost model that predicts them
     records     measured runs with their provenance: write, load
     plots       pictures of results
     processes   a process of its own for each thing measured

@@ -68,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--bills", action="store_true", help="also print each bill, part by part")
     memory.set_defaults(run=_memory)
 
+    speed = commands.add_parser("speed", help="will LoRA be faster than full fine-tuning here, and why")
+    speed.add_argument("--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)")
+    speed.add_argument("--batch", type=int, default=1, help="sequences a step (default 1)")
+    speed.add_argument("--seq", type=int, default=128, help="tokens a sequence (default 128)")
+    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks (default 8)")
+    speed.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also take real steps, so many rounds of each")
+    speed.set_defaults(run=_speed)
+
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
     record.add_argument("what", choices=["memory", "speed"], help="which comparison to run")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
@@ -110,11 +119,36 @@ def _generate(options: argparse.Namespace) -> None:
     print(("" if options.chat else options.prompt) + tokenizer.decode(written.tolist()))
 
 
+def _config_of(model: str):
+    """The shape of a folder's model, or the known one of that name."""
+    from lora_lab.models import shapes
+    from lora_lab.models.pretrained import read_config
+
+    return read_config(model) if Path(model).is_dir() else shapes.shape(model)
+
+
+def _speed(options: argparse.Namespace) -> None:
+    from functools import partial
+
+    from lora_lab import FullFineTuning, Llama, LoRA, speed
+    from lora_lab.device import pick_device
+
+    device, why = pick_device(options.device)
+    factory = partial(Llama, _config_of(options.model))
+    variants = {"full": FullFineTuning()} | {f"LoRA r={rank}": LoRA(rank, 2 * rank) for rank in options.rank}
+    for method in variants.values():
+        print(speed.flops(factory, method, options.batch, options.seq), end="\n\n")
+    print(f"Device: {why}")
+    costs = speed.cost_model(device)
+    print(costs.predict(factory, variants, options.batch, options.seq))
+    if options.measure is not None:
+        print()
+        print(speed.step_time(factory, variants, options.batch, options.seq, rounds=options.measure, device=device))
+
+
 def _memory(options: argparse.Namespace) -> None:
     from lora_lab import memory
-    from lora_lab.models import shapes
     from lora_lab.models.llama import Llama
-    from lora_lab.models.pretrained import read_config
 
     dtypes = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
     if options.dtype not in dtypes:
@@ -122,7 +156,7 @@ def _memory(options: argparse.Namespace) -> None:
     if options.largest and not options.budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to look for what fits into it.")
     budget = memory.parse_bytes(options.budget) if options.budget else None
-    config = read_config(options.model) if Path(options.model).is_dir() else shapes.shape(options.model)
+    config = _config_of(options.model)
     memory.report(
         lambda: Llama(config),
         options.model,

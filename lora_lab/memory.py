@@ -361,7 +361,8 @@ def predict(
     place, estimated = _place(model, device)
     on_cuda = estimated or place.type == "cuda"
     with pretend(model, place, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
-        given = token_batch(twin, batch_size, seq_len) if batch is None else like(batch, place)
+        own = next(twin.parameters()).device
+        given = token_batch(twin, batch_size, seq_len) if batch is None else like(batch, own)
         parts, weights = setup.batches(given)
         step = setup.step(twin)
         if estimated:

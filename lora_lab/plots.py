@@ -120,6 +120,7 @@ def bills(found: Mapping[str, Bill], ax: Axes | None = None) -> Axes:
         bottom = {label: low + height for (label, low), height in zip(bottom.items(), heights, strict=True)}
     for label, total in bottom.items():
         ax.text(label, total, f"{total:,.0f}", ha="center", va="bottom")
+    ax.set_ylim(0, 1.08 * max(bottom.values(), default=1))  # or the total above the highest bar is outside the axes
     ax.set_ylabel("memory at the peak of a step (MiB)")
     ax.grid(axis="x", visible=False)
     return _legend_beside(ax)
@@ -140,14 +141,15 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None) -> Axes:
         f"peak {totals[peak]:,.0f}", (places[peak], totals[peak]), (0, 12), textcoords="offset points", ha="center"
     )
     ax.plot(places[peak], totals[peak], "v", color="#000000")
-    ax.set_ylim(0, 1.18 * totals.max())
+    ax.set_ylim(0, 1.25 * totals.max())
     phases = [moment.phase for moment in moments]
     for phase in dict.fromkeys(phases):
         first = phases.index(phase)
         if first:
             ax.axvline(places[first], color="#000000", linewidth=0.8, linestyle=":")
         if phases.count(phase) > len(phases) / 12:  # the others are too narrow for their names
-            ax.text(places[first] + 0.6, 1.16 * totals.max(), phase, va="top", fontsize="small")
+            at_the_top = ax.get_xaxis_transform()  # whatever limits a caller sets
+            ax.text(places[first] + 0.6, 0.99, phase, va="top", fontsize="small", transform=at_the_top)
     ax.set_xlabel("operations done (% of the step)")
     ax.set_ylabel("memory (MiB)")
     return _legend_beside(ax)

@@ -1,6 +1,7 @@
 """What ``lora-lab record`` runs: the full comparisons, on whatever device there is.
 
     rows = memory(device)        predicted and measured bills of many ways to train, each in a process of its own
+    rows = speed(device)         predicted and measured step times, full fine-tuning beside LoRA, in turn
 
 Weights are random: how much memory and time a step takes does not depend on what the weights say.
 """
@@ -12,7 +13,7 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.processes import apart
 from lora_lab.rehearse import Setup, token_batch
+from lora_lab.speed import cost_model, flops, step_time
+from lora_lab.targets import last_blocks
 
 # The heap gives back what is freed: else its holes count as the process's memory, and differ from run to run.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "passive"}
@@ -177,10 +180,85 @@ def memory(device: torch.device, models: list[str] | None = None) -> Iterator[di
         yield apart(memory_row, case, str(device), environment=HEAP)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Ways to train that are timed in turn on one batch; the first is what the others are compared with."""
+
+    model: str
+    batch_size: int
+    seq_len: int
+    setups: Mapping[str, Setup]
+    rounds: int
+
+
+def speed_cases(device: torch.device, models: list[str] | None = None) -> list[Comparison]:
+    """Tokens a step from 32 to 4,096, ranks from 1 to 256, all blocks and the last ones, two sizes; more on a GPU."""
+
+    def setups(name: str, ranks: tuple[int, ...], blocks: tuple[int, ...], **options: Any) -> dict[str, Setup]:
+        with torch.device("meta"):
+            model = random_model(name)
+        found = {"full": Setup(FullFineTuning(), **options)}
+        found |= {f"LoRA r={rank}": Setup(LoRA(rank, 2 * rank), **options) for rank in ranks}
+        lasts = {n: LoRA(8, 16, targets=last_blocks(model, n)) for n in blocks}
+        return found | {f"LoRA r=8, last {n} block{'s' * (n > 1)}": Setup(m, **options) for n, m in lasts.items()}
+
+    sizes = ((1, 32), (1, 128), (4, 128), (8, 256), (8, 512))
+    cases = []
+    for batch_size, seq_len in sizes:
+        rounds = 9 if batch_size * seq_len <= 512 else 6
+        cases.append(Comparison(SMALL, batch_size, seq_len, setups(SMALL, (1, 8, 64, 256), (1, 4)), rounds))
+    for batch_size, seq_len in sizes:
+        tokens = batch_size * seq_len
+        rounds = 9 if tokens <= 128 else 6 if tokens <= 512 else 3
+        ranks, blocks = ((1, 8, 64, 256), (1, 10)) if tokens <= 512 else ((8, 256), (1,))
+        cases.append(Comparison("smollm2-135m", batch_size, seq_len, setups("smollm2-135m", ranks, blocks), rounds))
+    if device.type == "cuda":
+        for name in ("smollm2-135m", "llama-3.2-1b", "llama-3-8b"):
+            for batch_size, seq_len in ((1, 128), (4, 512), (8, 1024)):
+                ways = setups(name, (8, 64), (1,), dtype=BF16)
+                cases.append(Comparison(name, batch_size, seq_len, {f"{k}, bf16": v for k, v in ways.items()}, 9))
+    return [case for case in cases if models is None or case.model in models]
+
+
+def speed(device: torch.device, models: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a speed record, as they are measured: each comparison is predicted, then timed in turn.
+
+    Args:
+        models: only cases of these.
+    """
+    costs = cost_model(device)
+    for case in with_bar(speed_cases(device, models)):
+        factory = partial(random_model, case.model)
+        predicted = costs.predict(factory, case.setups, case.batch_size, case.seq_len)
+        times = step_time(
+            factory, case.setups, case.batch_size, case.seq_len, rounds=case.rounds, device=device, progress=False
+        )
+        for label, setup in case.setups.items():
+            low, high = times.quartiles_s(label)
+            yield {
+                "model": case.model,
+                "batch": case.batch_size,
+                "length": case.seq_len,
+                "setup": label,
+                "tokens": case.batch_size * case.seq_len,
+                "seconds": times.median_s(label),
+                "lower_quartile_s": low,
+                "upper_quartile_s": high,
+                "ratio": times.ratio(label),
+                "verdict": "" if label == "full" else times.verdict(label),
+                "predicted_seconds": predicted.total_s(label),
+                "predicted_ratio": predicted.ratio(label),
+                "flops": flops(factory, setup, case.batch_size, case.seq_len).total,
+            }
+        gc.collect()
+
+
 def settings(what: str) -> dict[str, Any]:
     """What a record says of how its rows were measured."""
     if what == "memory":
         return {"environment": HEAP, "optimizer": "AdamW, fused, gradients clipped to norm 1", "weights": "random"}
+    if what == "speed":
+        return {"environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")}, "weights": "random"}
     raise ValueError(f"what is {what!r}, but it must be 'memory' or 'speed'.")
 
 
@@ -192,16 +270,21 @@ def name(row: dict[str, Any]) -> str:
 def line(row: dict[str, Any]) -> str:
     """A row for a person to read."""
     case = f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
+    if "seconds" in row:
+        off = row["predicted_ratio"] / row["ratio"] - 1
+        spread = f"[{row['lower_quartile_s'] * 1e3:,.1f}-{row['upper_quartile_s'] * 1e3:,.1f}]"
+        times = f"{row['seconds'] * 1e3:10,.1f} ms {spread:<22}ratio {row['ratio']:.3f}"
+        return f"{case}{times}  predicted {row['predicted_ratio']:.3f} ({off:+.0%})"
     off = row["predicted_bytes"] / row["measured_bytes"] - 1
     process = "" if row["process_bytes"] is None else f"  process {row['process_bytes'] / MIB:9,.1f}"
     predicted, measured = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
     return f"{case}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({off:+.2%}){process}"
 
 
-def with_bar(cases: list[Case]) -> Iterator[Case]:
+def with_bar(cases: Sequence[Any]) -> Iterator[Any]:
     """The cases in turn, behind a progress bar where a person is looking."""
     watched = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("LORA_LAB_PROGRESS") != "0"
     with tqdm(cases, unit="case", disable=not watched, leave=False) as bar:
         for case in bar:
-            bar.set_postfix_str(f"{case.model}, {case.label}")
+            bar.set_postfix_str(f"{case.model}, {getattr(case, 'label', f'{case.batch_size} x {case.seq_len}')}")
             yield case

@@ -101,14 +101,18 @@ class Setup:
         return step
 
     def batches(self, batch: Batch) -> tuple[list[Batch], list[float]]:
-        """The batch as micro-batches, and their weights.
+        """The batch as micro-batches, as many as ``accumulate`` says for each thread, and their weights.
 
         Raises:
             ValueError: there are fewer examples than micro-batches.
         """
-        if self.accumulate > len(batch[0]):
-            raise ValueError(f"accumulate is {self.accumulate}, but the batch has only {len(batch[0])} examples.")
-        parts = list(zip(*(tensor.tensor_split(self.accumulate) for tensor in batch), strict=True))
+        count = self.accumulate * (1 if self.lean is None else self.lean.threads)
+        if count > len(batch[0]):
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but the batch has only {len(batch[0])} examples"
+                + (f" for {self.lean.threads} threads." if count > self.accumulate else ".")
+            )
+        parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
         return parts, [len(inputs) / len(batch[0]) for inputs, _ in parts]
 
     def describe(self) -> str:

@@ -106,6 +106,31 @@ def matches(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that a model is a stack of, lowest first: the entries of its longest ``nn.ModuleList``, by name."""
+    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
+    return {name: m for name, m in model.named_modules() if longest and name.rpartition(".")[0] == longest}
+
+
+def last_blocks(model: nn.Module, count: int) -> list[str]:
+    """The linear layers of the last ``count`` blocks, as ``targets``: below them no gradient is computed.
+
+    Raises:
+        ValueError: the model is no stack of blocks, or has fewer.
+    """
+    names = list(blocks(model))
+    if not 1 <= count <= len(names):
+        raise ValueError(
+            f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks; use 1 to that."
+        )
+    return [
+        layer
+        for layer in find(model, "all-linear", ())
+        if any(layer.startswith(f"{name}.") for name in names[len(names) - count :])
+    ]
+
+
 def _check_target(target: str, modules: dict[str, nn.Module], classes: dict[str, type[nn.Module]]) -> None:
     hits = [name for name in modules if matches(name, target)]
     if not hits:

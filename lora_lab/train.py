@@ -332,7 +332,7 @@ def fit(
     try:
         with own_randomness(run.device, seed):
             done = _resume(run, folder)
-            with _bar(steps, done, method.name, progress) as bar:
+            with progress_bar(steps, method.name, progress, done=done) as bar:
                 if not history.rows:
                     bar.set_postfix_str("evaluating")
                     history.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
@@ -489,11 +489,12 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _bar(steps: int, done: int, label: str, progress: bool | None) -> tqdm:
+def progress_bar(total: int, label: str, progress: bool | None, unit: str = "step", done: int = 0) -> tqdm:
+    """A bar; with ``progress`` None only where a person is looking and LORA_LAB_PROGRESS is not 0."""
     if progress is None:
         watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
         progress = watched and os.environ.get("LORA_LAB_PROGRESS") != "0"
-    return tqdm(total=steps, initial=done, desc=label, unit="step", disable=not progress, leave=False)
+    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=not progress, leave=False)
 
 
 def _save_checkpoint(run: _Run, folder: Path) -> None:

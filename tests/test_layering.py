@@ -39,6 +39,8 @@ ORDER = [
     "train",
     "rehearse",
     "memory",
+    "flops",
+    "replay",
     "speed",
     "records",
     "plots",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lora_lab import cli, memory, recording, records
+from lora_lab import cli, memory, recording, records, speed
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 
@@ -97,6 +97,79 @@ def test_a_record_is_written_with_its_command_and_can_be_read(tiny, tmp_path, ca
     assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
 
 
+def test_the_speed_cases_cover_tokens_ranks_and_blocks():
+    cases = recording.speed_cases(CPU)
+    for model in ("small", "smollm2-135m"):
+        own = [case for case in cases if case.model == model]
+        assert {case.batch_size * case.seq_len for case in own} == {32, 128, 512, 2048, 4096}
+        labels = {label for case in own for label in case.setups}
+        assert {"full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256"} <= labels
+        assert any("last 1 block" in label for label in labels)
+        assert all(next(iter(case.setups)) == "full" for case in own)
+    last = next(setup for label, setup in cases[0].setups.items() if label.endswith("last 1 block"))
+    assert len(last.method.targets) == 7
+    assert all(name.startswith("model.layers.7.") for name in last.method.targets)
+    on_gpu = recording.speed_cases(torch.device("cuda"))
+    assert {"llama-3.2-1b", "llama-3-8b"} <= {case.model for case in on_gpu}
+
+
+@pytest.fixture
+def priced(monkeypatch):
+    """A cost model by hand, for calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
+    costs = speed.CostModel(
+        lambda operation: 1e-9 * operation.moved_bytes, dict.fromkeys(("forward", "backward"), (0.0, 1e-8))
+    )
+    for module in (recording, speed):
+        monkeypatch.setattr(module, "cost_model", lambda device: costs)
+
+
+def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(tiny, priced, monkeypatch, tmp_path, capsys):
+    setups = {"full": recording.Setup(recording.FullFineTuning()), "LoRA r=2": recording.Setup(recording.LoRA(2, 4))}
+    monkeypatch.setattr(
+        recording, "speed_cases", lambda device, models: [recording.Comparison("small", 2, 8, setups, 2)]
+    )
+    assert command("record", "speed", "--device", "cpu", "--out", tmp_path) == 0
+    (record,) = records.load_all("speed", tmp_path).values()
+    full, lora = record.rows
+    assert (full["setup"], full["ratio"], full["predicted_ratio"], full["verdict"]) == ("full", 1.0, 1.0, "")
+    assert lora["verdict"] == "2 rounds are too few to tell; take 6 or more"
+    assert lora["tokens"] == 16
+    assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
+    assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
+    assert lora["flops"] == speed.flops(lambda: Llama(recording._SMALL), recording.LoRA(2, 4), 2, 8).total
+    printed = capsys.readouterr().out
+    assert f"ratio {lora['ratio']:.3f}" in printed
+    assert f"predicted {lora['predicted_ratio']:.3f}" in printed
+
+
+def test_only_memory_and_speed_can_be_recorded():
+    with pytest.raises(ValueError, match="what is 'taste', but it must be 'memory' or 'speed'"):
+        recording.settings("taste")
+
+
+def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_asked(
+    priced, tmp_path, capsys, tiny_config
+):
+    folder = folder_of(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--batch", 2, "--seq", 8, "--rank", 2, 4, "--device", "cpu", "--measure", 2]
+    assert command("speed", *arguments) == 0
+    printed = capsys.readouterr().out
+    for words in ("closed form", "Device: cpu", "LoRA r=2 takes", "LoRA r=4 takes", "small products with the adapters"):
+        assert words in printed, words
+    assert "of 2 rounds" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--model", "gpt-5"], "No shape is known"), (["--seq", 0], "seq_len is 0"), (["--rank", 0], "rank is 0")],
+)
+def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
+    assert command("speed", *arguments) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+
+
 def test_the_bar_says_which_case_runs_only_where_a_person_looks(monkeypatch, capsys):
     cases = recording.memory_cases(CPU, ["small"])[:2]
     assert list(recording.with_bar(cases)) == cases
@@ -134,16 +207,21 @@ def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, t
     assert "CUDA" not in printed
 
 
-def test_memory_looks_for_the_largest_batch(tmp_path, capsys, tiny_config):
+@pytest.fixture
+def one_way(monkeypatch):
+    """Only one of the six ways, for time's sake."""
+    every = memory.ways
+    monkeypatch.setattr(memory, "ways", lambda rank, dtype: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]})
+
+
+def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_config):
     folder = folder_of(tmp_path, tiny_config)
     arguments = ["--model", folder, "--seq", 16, "--dtype", "float32", "--device", "cpu"]
     assert command("memory", *arguments, "--budget", "1MiB", "--largest", "batch") == 0
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 6
-    label = "LoRA r=8"
-    (row,) = (row for row in rows if row.startswith(f"{label}  "))
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.startswith("LoRA r=8  ")
     found = int(row.split()[-1])
-    setup = memory.ways(8, torch.float32)[label]
+    setup = memory.ways(8, torch.float32)["LoRA r=8"]
 
     def peak(batch):
         return memory.predict(lambda: Llama(tiny_config), setup, batch, 16, device="cpu").peak_bytes
@@ -151,10 +229,10 @@ def test_memory_looks_for_the_largest_batch(tmp_path, capsys, tiny_config):
     assert peak(found) <= 2**20 < peak(found + 1)
 
 
-def test_without_a_gpu_a_card_is_estimated_and_said_to_be(capsys):
+def test_without_a_gpu_a_card_is_estimated_and_said_to_be(one_way, tmp_path, capsys, tiny_config):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert command("memory", "--seq", 8) == 0
+    assert command("memory", "--model", folder_of(tmp_path, tiny_config), "--seq", 8) == 0
     printed = capsys.readouterr().out
     assert "estimated for CUDA, not measured" in printed
     assert "CUDA's own context" in printed

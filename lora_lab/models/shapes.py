@@ -2,8 +2,8 @@
 
 A :class:`lora_lab.Llama` of any of them is built in no memory on torch's device "meta".
 
-References: SmolLM2: Ben Allal et al. 2025, arXiv 2502.02737; Llama 3: Grattafiori et al. 2024, 2407.21783,
-table 3; Qwen2.5: Yang et al. 2024, 2412.15115, table 1.
+References: SmolLM2: Ben Allal et al. 2025, arXiv 2502.02737; Llama 3: Grattafiori et al. 2024, 2407.21783;
+Qwen2.5: Yang et al. 2024, 2412.15115.
 """
 
 from __future__ import annotations

@@ -1,0 +1,283 @@
+"""Does the cost model predict whether LoRA is faster, before any training? Predicted beside measured ratios.
+
+    python benchmarks/cost_model.py [--models digits small smollm2-135m] [--tokens 32 128 512 2048 4096]
+                                    [--ranks 1 8 64 256] [--only grid rank tokens blocks] [--quick]
+
+The grid: the time of a LoRA step over that of full fine-tuning, by `lora_lab.speed.cost_model().predict` (no step is
+taken) and by `lora_lab.speed.step_time` (variants in turn in one process, medians of ratios round by round). Then
+three break-even points, found by counting or by prediction and confirmed by another count or by measuring:
+
+    rank      the highest at which LoRA has no more FLOPs than full fine-tuning; confirmed by torch's FlopCounterMode
+    tokens    how many a step has when the faster becomes the slower; confirmed at a quarter and at four times as many
+    blocks    what it saves to adapt the top blocks only
+
+A step is forward, backward, clipping to norm 1 and fused AdamW, in float32, with random weights and tokens. Waiting
+threads sleep (OMP_WAIT_POLICY=passive) and the heap keeps what it has, as in `benchmarks/lora_step.py`. A whole run
+takes about 40 minutes on two cores, 20 GB of memory, and a quiet machine: where others worked meanwhile, it says so.
+On a CUDA GPU it runs in the same way, which nobody has tried yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+BATCHES = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (4, 512), 4096: (8, 512)}  # tokens -> sequences, length
+SMALL = dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+             num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)  # fmt: skip
+ACCURACY = 0.15
+ALIKE = 0.03  # ratios so near to 1 have no sign
+
+
+def factory(name: str) -> Callable:
+    """What makes the model."""
+    from lora_lab.models.digits import DigitsMLP
+    from lora_lab.models.llama import Llama, LlamaConfig
+    from lora_lab.models.shapes import shape
+
+    if name == "digits":
+        return DigitsMLP
+    return partial(Llama, LlamaConfig(**SMALL) if name == "small" else shape(name))
+
+
+def batch(name: str, tokens: int) -> dict:
+    """How to say which batch is meant."""
+    import torch
+
+    if name == "digits":
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.rand(tokens, 64, generator=generator)
+        return {"batch": (pixels, torch.randint(10, (tokens,), generator=generator))}
+    sequences, length = BATCHES[tokens]
+    return {"batch_size": sequences, "seq_len": length}
+
+
+def variants(name: str, tokens: int, ranks: list[int]) -> dict:
+    """Full fine-tuning first, then LoRA by rank, then on the last block alone."""
+    from lora_lab import FullFineTuning, LoRA
+
+    large = name == "smollm2-135m" and tokens > 512
+    chosen = [rank for rank in ranks if rank in (8, 256)] if large else ranks
+    found = {"full": FullFineTuning(), **{f"r={rank}": LoRA(rank, 2.0 * rank) for rank in chosen}}
+    if name != "digits":
+        found["r=8, last block"] = LoRA(8, targets=top(name, 1))
+    return found
+
+
+def top(name: str, blocks: int) -> list[str]:
+    """The linear layers of the last blocks."""
+    import torch
+
+    from lora_lab.targets import last_blocks
+
+    with torch.device("meta"):
+        return last_blocks(factory(name)(), blocks)
+
+
+def rounds(name: str, tokens: int, quick: bool) -> int:
+    """How often each variant is timed."""
+    if name != "smollm2-135m":
+        return 6 if quick else 15
+    return 3 if tokens > 512 else 6 if quick else 9
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant on one model and batch: the ratios to full fine-tuning."""
+
+    case: str
+    predicted: float
+    measured: float
+    interval: tuple[float, float]
+    disturbed: bool
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a part of what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def signed(self) -> bool:
+        """Whether the measurement says which of the two is faster."""
+        low, high = self.interval
+        return (low > 1 or high < 1) and abs(self.measured - 1) > ALIKE
+
+    @property
+    def right(self) -> bool:
+        """Whether the prediction says the same."""
+        return (self.predicted > 1) == (self.measured > 1)
+
+
+def grid(costs, models: list[str], tokens: list[int], ranks: list[int], quick: bool) -> Iterator[Result]:
+    """Predict and measure case by case, and print each."""
+    from lora_lab import speed
+
+    for name in models:
+        for size in tokens:
+            chosen = variants(name, size, ranks)
+            before = costs.seconds_spent
+            predicted = costs.predict(factory(name), chosen, **batch(name, size))
+            times = speed.step_time(factory(name), chosen, **batch(name, size), rounds=rounds(name, size, quick))
+            print(
+                f"\n{name}, {size} tokens: full {times.median_s('full') * 1e3:,.2f} ms, predicted "
+                f"{predicted.total_s('full') * 1e3:,.2f}, in {costs.seconds_spent - before:.1f} s. {times.disturbance}"
+            )
+            for doubt in predicted.doubts:
+                print(f"  {doubt}")
+            for variant in list(chosen)[1:]:
+                ratios = sorted(times.ratios(variant))
+                interval = times.interval(variant) or (ratios[0], ratios[-1])
+                found = Result(
+                    f"{name}, {size} tokens, {variant}",
+                    predicted.ratio(variant),
+                    times.ratio(variant),
+                    interval,
+                    bool(times.disturbance),
+                )
+                print(
+                    f"  {variant:<18}predicted {found.predicted:6.3f}   measured {found.measured:6.3f} "
+                    f"[{interval[0]:.3f}-{interval[1]:.3f}]   {found.error:+6.1%}"
+                    + ("" if found.right or not found.signed else "   WRONG SIGN"),
+                    flush=True,
+                )
+                yield found
+
+
+def summary(results: list[Result]) -> None:
+    """How good the predictions were."""
+    worst = max(results, key=lambda result: abs(result.error))
+    within = sum(abs(result.error) <= ACCURACY for result in results)
+    signed = [result for result in results if result.signed]
+    right = sum(result.right for result in signed)
+    print(
+        f"\n{len(results)} ratios: {within} within {ACCURACY:.0%} ({within / len(results):.0%}), mean error "
+        f"{sum(abs(result.error) for result in results) / len(results):.1%}, worst {worst.error:+.1%} ({worst.case})"
+    )
+    if signed:
+        print(f"sign: {right} of {len(signed)} right, where the measurement tells ({right / len(signed):.0%})")
+    if disturbed := sum(result.disturbed for result in results):
+        print(f"{disturbed} of them were measured while other processes kept the machine busy")
+
+
+def rank_point() -> None:
+    """The rank above which LoRA has more FLOPs, by our count and by torch's own."""
+    from lora_lab import FullFineTuning, LoRA, speed
+
+    make = factory("smollm2-135m")
+    rank = speed.break_even_rank(make, 1, 128)
+    full = torch_count(make, FullFineTuning())
+    beside = {r: torch_count(make, LoRA(r, 2.0 * r)) / full for r in (rank, rank + 1)}
+    confirmed = beside[rank] <= 1 < beside[rank + 1]
+    print(
+        f"\nrank: LoRA on all linear layers of smollm2-135m has no more FLOPs up to r = {rank}; torch counts", end=" "
+    )
+    print(", ".join(f"{ratio:.4f} of full at {r}" for r, ratio in beside.items()), f"(confirmed: {confirmed})")
+
+
+def torch_count(make: Callable, method) -> int:
+    """FLOPs of a step by FlopCounterMode."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lora_lab.rehearse import Setup, pretend, token_batch
+
+    setup = Setup(method)
+    with pretend(make) as twin, sdpa_kernel(SDPBackend.MATH):
+        parts, weights = setup.batches(token_batch(twin, 1, 128))
+        step = setup.step(twin)
+        with FlopCounterMode(display=False) as counter:
+            step(parts, weights)
+    return counter.get_total_flops()
+
+
+def token_point(costs, name: str, rank: int, quick: bool) -> None:
+    """The tokens a step at which the faster becomes the slower, and the ratio measured on either side."""
+    from lora_lab import FullFineTuning, LoRA, speed
+
+    make, full, lora = factory(name), FullFineTuning(), LoRA(rank, 2.0 * rank)
+    found = costs.break_even_tokens(make, full, lora, seq_len=32)
+    print(f"\ntokens: {name}, r={rank}, sequences of 32: predicted to change sign at {found} tokens a step", end="")
+    sides = [32, 4096] if found is None else [max(32, found // 4 // 32 * 32), max(64, min(4096, found * 4 // 32 * 32))]
+    ratios = {}
+    for tokens in sides:
+        times = speed.step_time(
+            make, {"full": full, "LoRA": lora}, tokens // 32, 32, rounds=rounds(name, tokens, quick)
+        )
+        ratios[tokens] = times.ratio("LoRA")
+    changes = (ratios[sides[0]] - 1) * (ratios[sides[1]] - 1) < 0
+    print("; measured " + ", ".join(f"{ratio:.3f} at {tokens}" for tokens, ratio in ratios.items()), end=" ")
+    print(f"(confirmed: {changes == (found is not None)})", flush=True)
+
+
+def block_point(costs, name: str, tokens: int, quick: bool) -> None:
+    """What adapting the top blocks saves, by FLOPs, by prediction and by the clock."""
+    from lora_lab import LoRA, speed
+
+    make, whole = factory(name), make_depth(name)
+    depths = [whole, whole // 2, max(1, whole // 10), 1]
+    chosen = {f"top {depth}": LoRA(8, targets=top(name, depth)) for depth in depths}
+    predicted = costs.predict(make, chosen, **batch(name, tokens))
+    times = speed.step_time(make, chosen, **batch(name, tokens), rounds=rounds(name, tokens, quick))
+    counts = {label: speed.flops(make, method, **batch(name, tokens)).total for label, method in chosen.items()}
+    print(f"\nblocks: {name}, {tokens} tokens, r=8 on the top n of {whole} blocks over all of them")
+    for label in list(chosen)[1:]:
+        print(
+            f"  {label:<8} FLOPs {counts[label] / next(iter(counts.values())):.3f}   predicted "
+            f"{predicted.ratio(label):.3f}   measured {times.ratio(label):.3f}   "
+            f"{predicted.ratio(label) / times.ratio(label) - 1:+.1%}",
+            flush=True,
+        )
+
+
+def make_depth(name: str) -> int:
+    """How many blocks a model has."""
+    import torch
+
+    from lora_lab.targets import blocks
+
+    with torch.device("meta"):
+        return len(blocks(factory(name)()))
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["digits", "small", "smollm2-135m"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(BATCHES), choices=list(BATCHES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--only", nargs="+", choices=["grid", "rank", "tokens", "blocks"],
+                        default=["grid", "rank", "tokens", "blocks"])  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the environment is set
+    options = parser.parse_args()
+    if not options.here:
+        command = [sys.executable, __file__, "--here", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env=os.environ | ENVIRONMENT | KEEP_HEAP, check=False).returncode)
+    import lora_lab as ll
+    from lora_lab import speed
+
+    for key, value in ll.device.facts(ll.pick_device()[0]).items():
+        print(f"{key}: {value}")
+    costs = speed.cost_model()
+    print(f"\n{costs}", flush=True)
+    if "grid" in options.only:
+        summary(list(grid(costs, options.models, options.tokens, options.ranks, options.quick)))
+    if "rank" in options.only:
+        rank_point()
+    if "tokens" in options.only:
+        token_point(costs, "small", 8, options.quick)
+        token_point(costs, "smollm2-135m", 128, options.quick)
+    if "blocks" in options.only:
+        block_point(costs, "smollm2-135m", 512, options.quick)
+    print(f"\ncalibration and all predictions took {costs.seconds_spent:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

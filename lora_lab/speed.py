@@ -1,0 +1,739 @@
+"""How much a training step computes, how long it takes, and why, before and after it is done.
+
+    flops(model, LoRA(rank=8), 4, 128)                                     # counted, by layer and pass
+    step_time(model, {"full": FullFineTuning(), "LoRA": LoRA(8)}, 4, 128)  # measured, in turn
+    cost_model().predict(model, {...}, 4, 128)                             # predicted, with reasons
+
+LoRA spares the weight gradients, so it multiplies less than full fine-tuning: never under two thirds of it, unless
+its adapters stand in the last blocks only. It adds small products and passes over results, which cost time that no
+count of FLOPs shows. Which of the two weighs more depends on the machine and on how many tokens a step has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.device import pick_device
+from lora_lab.flops import (  # noqa: F401 - what is counted is found here too, beside what is timed
+    ADAPTERS,
+    AGAIN,
+    ATTENTION,
+    FORWARD,
+    GIGA,
+    HEAD,
+    INPUT,
+    LAYERS,
+    PARTS,
+    PASSES,
+    WEIGHT,
+    FlopCounter,
+    Flops,
+    break_even_rank,
+    closed_form,
+    flops,
+    shape_of,
+    size_of,
+)
+from lora_lab.methods import FullFineTuning, LoRA, Method
+from lora_lab.models.digits import PIXELS, DigitsMLP
+from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.rehearse import (
+    Batch,
+    Factory,
+    Setup,
+    as_setup,
+    keep_originals,
+    like,
+    made,
+    output_width,
+    pretend,
+    token_batch,
+)
+from lora_lab.replay import DISTANCES, ROUNDS, VIEW, Crowd, Operand, Operation, Stopwatch, Traffic
+from lora_lab.train import Step, own_randomness, progress_bar
+
+MEMORY, UPDATE, PYTHON = "passes over memory", "clipping and optimiser", "Python and autograd"
+CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE, PYTHON)
+PHASES = ("forward", "backward", "clipping", "optimiser step")
+_TIMING_S = 0.05  # a timing lasts no less
+_TOO_WIDE = 0.2  # an interval of ratios that says nothing
+_NOISY = 1.2  # median over least of the timings of one operation
+_ALIKE = 0.03  # times that differ by less are called alike
+_ATEN = torch.ops.aten
+
+
+# Step time
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long the steps of several variants took, in seconds, measured in turn; variants are compared in pairs.
+
+    ``seconds`` has for each variant one value a round: the mean of the round's steps. ``tokens`` is the batch's size,
+    in tokens or examples. Each variant's ratio to the first is taken round by round, so that a slow moment of the
+    machine meets both. ``disturbance`` says, if others used this machine meanwhile, how much.
+    """
+
+    seconds: Mapping[str, Sequence[float]]
+    tokens: int
+    setting: str = ""
+    disturbance: str = ""
+
+    def median_s(self, name: str) -> float:
+        """Median time of a step."""
+        return statistics.median(self.seconds[name])
+
+    def quartiles_s(self, name: str) -> tuple[float, float]:
+        """Between these lie the middle half of the rounds."""
+        return _quantile(self.seconds[name], 0.25), _quantile(self.seconds[name], 0.75)
+
+    def tokens_per_second(self, name: str) -> float:
+        """Median speed, in tokens (or examples)."""
+        return self.tokens / self.median_s(name)
+
+    def ratios(self, name: str) -> list[float]:
+        """The variant's time over the first variant's, round by round."""
+        first = next(iter(self.seconds.values()))
+        return [own / other for own, other in zip(self.seconds[name], first, strict=True)]
+
+    def ratio(self, name: str) -> float:
+        """The median of :meth:`ratios`."""
+        return statistics.median(self.ratios(name))
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Where the true median of the ratios lies with a probability of 95 % or more; None for under 6 rounds.
+
+        From the k-th lowest ratio to the k-th highest, with k as large as the binomial distribution allows: it
+        assumes nothing of how the machine's disturbances are distributed.
+        """
+        ordered, rounds = sorted(self.ratios(name)), len(self.ratios(name))
+        outside, k = 0.0, 0
+        while (outside := outside + 2 * math.comb(rounds, k) / 2**rounds) <= 0.05:
+            k += 1
+        return (ordered[k - 1], ordered[-k]) if k else None
+
+    def verdict(self, name: str) -> str:
+        """Whether a variant is faster or slower than the first, or what keeps this run from telling."""
+        first, interval = next(iter(self.seconds)), self.interval(name)
+        if interval is None:
+            return f"{len(self.ratios(name))} rounds are too few to tell; take 6 or more"
+        low, high = interval
+        between = f"{low:.2f} to {high:.2f} of {first}'s time"
+        if self.disturbance:
+            return f"cannot be told on a busy machine: {between}"
+        if high < 1:
+            return f"faster: {between}"
+        if low > 1:
+            return f"slower: {between}"
+        if high - low > _TOO_WIDE:
+            return f"cannot be told, because the times jump: {between}"
+        return f"no difference that this run can show: {between}"
+
+    def frame(self):
+        """A pandas DataFrame, one row a variant."""
+        import pandas
+
+        rows = []
+        for name in self.seconds:
+            low, high = self.quartiles_s(name)
+            rows.append(
+                {
+                    "variant": name,
+                    "seconds": self.median_s(name),
+                    "lower_quartile": low,
+                    "upper_quartile": high,
+                    "tokens_per_second": self.tokens_per_second(name),
+                    "ratio": self.ratio(name),
+                    "verdict": "" if name == next(iter(self.seconds)) else self.verdict(name),
+                }
+            )
+        return pandas.DataFrame(rows)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.seconds) + 2
+        rounds = len(next(iter(self.seconds.values())))
+        title = f"{self.setting}: ms a step, median [quartiles] of {rounds} rounds"
+        lines = [title, f"  {'':<{width}}{'ms':>11}{'':>24}{'tokens/s':>11}{'ratio':>8}"]
+        for place, name in enumerate(self.seconds):
+            low, high = self.quartiles_s(name)
+            spread = f"[{low * 1e3:,.2f}-{high * 1e3:,.2f}]"
+            numbers = f"{self.median_s(name) * 1e3:>11,.2f} {spread:<23}{self.tokens_per_second(name):>11,.0f}"
+            verdict = f"  {self.verdict(name)}" if place else ""
+            lines.append(f"  {name:<{width}}{numbers}{self.ratio(name):>8.3f}{verdict}")
+        return "\n".join([*lines, f"  {self.disturbance}"] if self.disturbance else lines)
+
+
+def _quantile(values: Sequence[float], part: float) -> float:
+    """The value below which that part of them lies, in a line between neighbours."""
+    ordered = sorted(values)
+    place = part * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def step_time(
+    model: nn.Module | Factory,
+    variants: Mapping[str, Method | Setup],
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    *,
+    batch: Batch | None = None,
+    rounds: int = 9,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Times:
+    """Measure how long a training step takes, for several ways to train, in turn.
+
+    Each variant has a model of its own and takes a step to warm up. Then, round after round, each is timed, beginning
+    with another one every time; quick steps are repeated until a timing lasts 50 ms. The model given is left as it
+    is, bit for bit, and so are the random generators.
+
+    Two things decide more than the code: threads that spin while another process works (set OMP_WAIT_POLICY=passive
+    before torch is imported), and two threads for small matrices (``torch.set_num_threads(1)``).
+
+    Args:
+        model: a freshly loaded model, whose weights all variants share unless they train them; or a function that
+            makes one, for each variant anew.
+        variants: name -> how it is trained. The first is what the others are compared with.
+        batch_size, seq_len: the batch, of random tokens, for models that read token ids.
+        batch: inputs and targets, for others, or real ones.
+        rounds: how often each is timed. With 9, one outlier on either side does no harm to a verdict.
+        device: for a factory; default the best there is.
+        progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+        **options: as in :class:`lora_lab.rehearse.Setup`, for all variants.
+
+    Raises:
+        ValueError: there is no variant, rounds is below 1, the batch is not described, or a step cannot be made ready.
+    """
+    if not variants:
+        raise ValueError("variants is empty, so there is nothing to time; give at least one, as {'LoRA': LoRA(8)}.")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, but it must be at least 1.")
+    place = _device_of(model, device)
+    with own_randomness(place, 0), Crowd() as crowd:
+        runs = {name: _Run(model, as_setup(method, options), place) for name, method in variants.items()}
+        twin = next(iter(runs.values())).step.model
+        given = _random_batch(twin, batch_size, seq_len) if batch is None else batch
+        given = tuple(tensor.to(place) for tensor in given)
+        names, seconds = list(runs), {name: [] for name in runs}
+        with progress_bar(len(names) * (rounds + 1), "timing", progress) as bar:
+            for run in runs.values():
+                run.warm_up(given)
+                bar.update()
+            for first in range(rounds):
+                for place_in_round in range(len(names)):
+                    name = names[(first + place_in_round) % len(names)]
+                    seconds[name].append(runs[name].seconds())
+                    bar.update()
+    setting = f"{type(twin).__name__}, batch {shape_of(given)}, {place}"
+    return Times(seconds, size_of(given)[0], setting, _disturbance(crowd))
+
+
+def _disturbance(crowd: Crowd) -> str:
+    if not crowd.disturbs:
+        return ""
+    threads = torch.get_num_threads()
+    return (
+        f"Other processes kept {crowd.cores:.1f} cores busy meanwhile, so torch's {threads} threads had to wait; "
+        "measure again when this machine is quiet."
+    )
+
+
+class _Run:
+    """A variant made ready, and its batch."""
+
+    def __init__(self, model: nn.Module | Factory, setup: Setup, device: torch.device) -> None:
+        self.device, self.setup = device, setup
+        twin = made(model, device, setup.dtype)
+        held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
+        shared = {tensor.untyped_storage()._cdata for tensor in held}
+        self.step = setup.step(twin)
+        if isinstance(model, nn.Module):
+            keep_originals(twin, shared)
+
+    def warm_up(self, batch: Batch) -> None:
+        """Take a first step, in which memory is found and code is loaded; a quick one again, to see how quick."""
+        self.parts, self.weights = self.setup.batches(batch)
+        self.count = 1
+        if self.seconds() < _TIMING_S:
+            self.count = math.ceil(_TIMING_S / self.seconds())
+
+    def seconds(self) -> float:
+        """The mean of some steps, by a clock that waits for the device before it starts and before it stops."""
+        _wait(self.device)
+        started = time.perf_counter()
+        for _ in range(self.count):
+            self.step(self.parts, self.weights)
+        _wait(self.device)
+        return (time.perf_counter() - started) / self.count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_of(model: nn.Module | Factory, device: torch.device | str | None) -> torch.device:
+    found = next(model.parameters()).device if isinstance(model, nn.Module) else pick_device(device)[0]
+    if found.type == "meta":
+        raise ValueError("The model is on the meta device, where nothing is ever computed; use flops, or a factory.")
+    return found
+
+
+def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
+    """Random tokens: with one and the same everywhere, the embedding's gradient would be summed in one row."""
+    inputs, targets = token_batch(model, batch_size, seq_len)
+    width = output_width(model) or 1
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(width, t.shape, generator=generator) for t in (inputs, targets))
+
+
+# The cost model
+
+
+class StepTrace(FlopCounter):
+    """Lists the operations of a step as a :class:`lora_lab.replay.Stopwatch` times them, with the cause of each."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        self._traffic = Traffic()
+
+    def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
+        """Take one step and list it, anew."""
+        self._entries: list[tuple[str, int | None, Operation]] = []
+        super().run(batches, weights)
+
+    def saw(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Enter the operation."""
+        before = len(self.products)
+        super().saw(function, args, kwargs, out)
+        if function.namespace == "aten":
+            product = before if len(self.products) > before else None
+            self._entries += [
+                (self.phase, product, operation) for operation in self._traffic.operations(function, args, kwargs, out)
+            ]
+
+    def work(self) -> Work:
+        """What the last step did."""
+        operations: dict[tuple[str, str], Counter[Operation]] = {}
+        for phase, product, operation in self._entries:
+            cause = self._cause(phase, product, operation)
+            operations.setdefault((phase, cause), Counter())[operation] += 1
+        trained = sum(parameter.numel() for parameter in self.step.model.parameters() if parameter.requires_grad)
+        return Work(operations, trained)
+
+    def _cause(self, phase: str, product: int | None, operation: Operation) -> str:
+        if product is not None:
+            part, pass_, _ = self.products[product]
+            if part in (ATTENTION, ADAPTERS) or (part == HEAD and pass_ != WEIGHT):
+                return part
+            return pass_
+        if "attention" in operation.name:
+            return ATTENTION
+        if phase not in ("forward", "backward"):
+            return UPDATE
+        return PYTHON if operation is VIEW else MEMORY
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does: how often it does which operation, by phase and cause, and how many numbers it trains."""
+
+    operations: Mapping[tuple[str, str], Mapping[Operation, int]]
+    trained: int = 0
+
+    def count(self, *, cause: str | None = None, phase: str | None = None) -> int:
+        """How many operations it has, of a cause or in a phase."""
+        return sum(
+            sum(operations.values())
+            for (in_phase, of_cause), operations in self.operations.items()
+            if cause in (None, of_cause) and phase in (None, in_phase)
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long a step will take, for several ways to train, and why.
+
+    ``seconds`` has each variant's time by cause; ``works`` what it does. On a GPU Python runs ahead of the device, so
+    that (``overlaps``) the longer of the two counts, and not their sum. ``doubts`` says what may be wrong with it.
+    """
+
+    seconds: Mapping[str, Mapping[str, float]]
+    works: Mapping[str, Work]
+    tokens: int
+    setting: str = ""
+    overlaps: bool = False
+    doubts: Sequence[str] = ()
+
+    def total_s(self, name: str) -> float:
+        """Time of a step."""
+        parts = self.seconds[name]
+        python = parts.get(PYTHON, 0.0)
+        computed = sum(parts.values()) - python
+        return max(computed, python) if self.overlaps else computed + python
+
+    def ratio(self, name: str) -> float:
+        """The variant's time over the first variant's."""
+        return self.total_s(name) / self.total_s(next(iter(self.seconds)))
+
+    def tokens_per_second(self, name: str) -> float:
+        """Speed, in tokens (or examples)."""
+        return self.tokens / self.total_s(name)
+
+    def changes(self, name: str) -> dict[str, float]:
+        """Seconds by cause that a variant takes more than the first one; negative where it takes less."""
+        own, first = self.seconds[name], self.seconds[next(iter(self.seconds))]
+        return {cause: own.get(cause, 0.0) - first.get(cause, 0.0) for cause in CAUSES if cause in {*own, *first}}
+
+    def why(self, name: str) -> str:
+        """The reason in words: what the variant spares, what it adds, with its own counts, and which is more."""
+        first, changes, ratio = next(iter(self.seconds)), self.changes(name), self.ratio(name)
+        spared = {cause: -change for cause, change in changes.items() if change < 0}
+        added = {cause: change for cause, change in changes.items() if change > 0}
+        lines = [
+            f"{name} takes {ratio:.2f} of the time of {first}: {_ms(self.total_s(name))} a step, "
+            f"not {_ms(self.total_s(first))}."
+        ]
+        for verb, part in (("spares", spared), ("adds", added)):
+            largest = sorted(part, key=part.__getitem__, reverse=True)[:4]
+            reasons = "; ".join(f"{self._words(cause, name)}, {_ms(part[cause])}" for cause in largest)
+            lines.append(f"It {verb} {_ms(sum(part.values()))}" + (f": {reasons}." if reasons else "."))
+        more, less = self._main(added, name), self._main(spared, name)
+        if abs(ratio - 1) < _ALIKE or not (more and less):
+            lines.append(f"So the two take about as long: what {name} adds costs as much as what it spares.")
+        elif ratio > 1:
+            lines.append(f"So {name} is slower here: {more} cost more than {less} that they replace.")
+        else:
+            lines.append(f"So {name} is faster here: {less} that it spares cost more than {more}.")
+        return "\n".join(lines)
+
+    def _main(self, part: Mapping[str, float], name: str) -> str:
+        """The causes that make up most of a sum, joined by "and"."""
+        chosen, covered = [], 0.0
+        for cause in sorted(part, key=part.__getitem__, reverse=True):
+            if chosen and covered > 0.8 * sum(part.values()):
+                break
+            chosen.append(self._words(cause, name))
+            covered += part[cause]
+        return " and ".join(chosen)
+
+    def _words(self, cause: str, name: str) -> str:
+        own, first = self.works[name], self.works[next(iter(self.works))]
+        difference = abs(own.count(cause=cause) - first.count(cause=cause))
+        if cause == ADAPTERS:
+            return f"{difference:,} small products with the adapters"
+        if cause == UPDATE:
+            return f"clipping and updating {own.trained:,} numbers and not {first.trained:,}"
+        if cause == MEMORY:
+            return f"{difference:,} passes over memory"
+        if cause == PYTHON:
+            calls = [work.count(phase="forward") + work.count(phase="backward") for work in (own, first)]
+            return f"{abs(calls[0] - calls[1]):,} operations to be called by Python and autograd"
+        whole = {FORWARD: "products of the layers", INPUT: "gradients of the layers' inputs", WEIGHT: WEIGHT}
+        return f"{difference:,} {whole.get(cause, f'products of the {cause}')}"
+
+    def frame(self):
+        """A pandas DataFrame: seconds, one row a variant, one column a cause, then all of them and the ratio."""
+        import pandas
+
+        rows = [
+            {
+                "variant": name,
+                **{cause: parts.get(cause, 0.0) for cause in CAUSES},
+                "all": self.total_s(name),
+                "ratio": self.ratio(name),
+            }
+            for name, parts in self.seconds.items()
+        ]
+        return pandas.DataFrame(rows)
+
+    def __str__(self) -> str:
+        width = max(12, *(len(name) + 2 for name in self.seconds))
+        lines = [
+            f"{self.setting}: ms a step, predicted",
+            f"  {'':<26}" + "".join(f"{n:>{width}}" for n in self.seconds),
+        ]
+        for cause in CAUSES:
+            if any(parts.get(cause) for parts in self.seconds.values()):
+                numbers = (f"{parts.get(cause, 0.0) * 1e3:>{width},.2f}" for parts in self.seconds.values())
+                lines.append(f"  {cause:<26}" + "".join(numbers))
+        lines.append(f"  {'all':<26}" + "".join(f"{self.total_s(name) * 1e3:>{width},.2f}" for name in self.seconds))
+        lines.append(f"  {'ratio':<26}" + "".join(f"{self.ratio(name):>{width}.3f}" for name in self.seconds))
+        return "\n".join([*lines, *(self.why(name) for name in list(self.seconds)[1:]), *self.doubts])
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms"
+
+
+@dataclass
+class CostModel:
+    """What operations cost on one machine, and hence how long a step of any model will take.
+
+        seconds(step) = sum over operations of seconds(operation) + for each phase (fixed + calls * each)
+
+    The first sum is what is computed; the second is what Python, modules and autograd take to call it.
+
+    Args:
+        seconds: of an operation. A :class:`lora_lab.replay.Stopwatch` times what it has not met before.
+        overhead: (fixed, each) in seconds for each phase.
+        device: where steps are to run.
+        overlaps: the device computes while Python goes on, as CUDA does, and the longer of the two sums counts.
+        rates: what was measured, for a person to read.
+        seconds_spent: how long calibration took; :meth:`predict` adds what it needs.
+    """
+
+    seconds: Callable[[Operation], float]
+    overhead: Mapping[str, tuple[float, float]]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    overlaps: bool = False
+    rates: Mapping[str, str] = field(default_factory=dict)
+    seconds_spent: float = 0.0
+
+    def predict(
+        self,
+        model: nn.Module | Factory,
+        variants: Mapping[str, Method | Setup],
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        *,
+        batch: Batch | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Prediction:
+        """How long a step will take, before any is taken: it is rehearsed on fake tensors, and its operations priced.
+
+        Kinds of operation that are new to the model are timed one by one, which takes some seconds.
+
+        Args:
+            variants: name -> how it is trained. The first is what the others are compared with.
+            model, batch_size, seq_len, batch, **options: as for :func:`flops`.
+            progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+
+        Raises:
+            ValueError: there is no variant, or as for :func:`flops`.
+        """
+        if not variants:
+            raise ValueError("variants is empty, so there is nothing to predict; give one, as {'LoRA': LoRA(8)}.")
+        started = time.perf_counter()
+        works = {}
+        for name, method in variants.items():
+            setup = as_setup(method, options)
+            setup.check_watchable()
+            with pretend(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
+                given = self._batch(twin, batch_size, seq_len, batch)
+                parts, weights = setup.batches(given)
+                trace = StepTrace(setup.step(twin))
+                trace.run(parts, weights)  # the first step lacks the optimiser's state
+                trace.run(parts, weights)
+                works[name] = trace.work()
+                tokens, setting = size_of(given)[0], f"{type(twin).__name__}, batch {shape_of(given)}, {self.device}"
+                del trace, parts, given
+        found = self._priced(works, progress)
+        self.seconds_spent += time.perf_counter() - started
+        return Prediction(found, works, tokens, setting, self.overlaps, self._doubts())
+
+    def _priced(self, works: Mapping[str, Work], progress: bool | None) -> dict[str, dict[str, float]]:
+        """Seconds by cause of each variant's work."""
+        kinds = {operation for work in works.values() for counted in work.operations.values() for operation in counted}
+        if isinstance(self.seconds, Stopwatch):
+            with progress_bar(ROUNDS * len(kinds), "timing operations", progress, "operation") as bar:
+                self.seconds.learn(kinds, bar.update)
+        price = {kind: self.seconds(kind) for kind in kinds}
+        found = {}
+        for name, work in works.items():
+            seconds: Counter[str] = Counter()
+            for (_, cause), operations in work.operations.items():
+                seconds[cause] += sum(count * price[operation] for operation, count in operations.items())
+            for phase, (fixed, each) in self.overhead.items():
+                cause = PYTHON if phase in ("forward", "backward") else UPDATE
+                seconds[cause] += fixed + each * work.count(phase=phase)
+            found[name] = dict(seconds)
+        return found
+
+    def _doubts(self) -> list[str]:
+        watch = self.seconds
+        if not isinstance(watch, Stopwatch):
+            return []
+        doubts = []
+        if watch.noise > _NOISY:
+            doubts.append(
+                f"Timings of one and the same operation spread by a factor of {watch.noise:.1f}, so something else is "
+                "using this machine; make a new cost model when it is quiet."
+            )
+        if watch.failed:
+            doubts.append(f"Taken for copies, because they cannot be done alone: {', '.join(sorted(watch.failed))}.")
+        return doubts
+
+    def break_even_tokens(
+        self,
+        model: nn.Module | Factory,
+        first: Method | Setup,
+        second: Method | Setup,
+        *,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        between: tuple[int, int] = (32, 4096),
+        **options: Any,
+    ) -> int | None:
+        """The tokens a step at which ``second`` stops being slower than ``first``, or starts to be.
+
+        Args:
+            batch_size, seq_len: one of them stays, and the other grows.
+            between: tokens to look at, from the least to the most.
+            model, first, second, **options: as for :meth:`predict`.
+
+        Returns:
+            The first such number of tokens, between sizes that were predicted in a line; None if there is none.
+
+        Raises:
+            ValueError: both sizes or neither are given, or as for :meth:`predict`.
+        """
+        if (batch_size is None) == (seq_len is None):
+            raise ValueError(
+                f"batch_size is {batch_size} and seq_len {seq_len}; give one of them, and the other grows."
+            )
+        fixed = batch_size or seq_len
+
+        def logarithm(tokens: int) -> float:
+            sizes = (batch_size or max(1, tokens // fixed), seq_len or max(1, tokens // fixed))
+            return math.log(self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second"))
+
+        low, most = between
+        before = logarithm(low)
+        while low < most:
+            high = min(4 * low, most)
+            after = logarithm(high)
+            if before * after < 0:
+                middle = round(math.sqrt(low * high) / fixed) * fixed
+                if low < middle < high:
+                    value = logarithm(middle)
+                    low, before, high, after = (
+                        (middle, value, high, after) if before * value > 0 else (low, before, middle, value)
+                    )
+                return round(low * (high / low) ** (before / (before - after)))
+            low, before = high, after
+        return None
+
+    def __str__(self) -> str:
+        lines = [f"Costs on {self.device}, measured in {self.seconds_spent:.1f} s"]
+        lines += [f"  {name:<44}{value}" for name, value in self.rates.items()]
+        for phase, (fixed, each) in self.overhead.items():
+            lines.append(f"  {f'Python, {phase}':<44}{fixed * 1e6:,.0f} us, and {each * 1e6:,.2f} us an operation")
+        return "\n".join(lines)
+
+
+def cost_model(device: torch.device | str | None = None) -> CostModel:
+    """Measure what this machine needs for the parts that steps are made of; takes some seconds.
+
+    It measures the rate of matrix products by dtype, memory's bandwidth, the cost of a small operation, and, from
+    tiny steps whose phases are timed, what Python and autograd take for each operation. What a model needs beyond
+    that, such as products of its shapes, is measured when it is asked about.
+
+    On CUDA the same is done with a clock that waits for the device; this path has never been run.
+
+    Args:
+        device: where steps are to run; default the best there is.
+    """
+    started = time.perf_counter()
+    place = pick_device(device)[0]
+    watch = Stopwatch(place)
+    overlaps = place.type == "cuda"
+    rates, overhead = _rates(watch), _overhead(watch, overlaps)
+    return CostModel(watch, overhead, place, overlaps, rates, time.perf_counter() - started)
+
+
+def _rates(watch: Stopwatch) -> dict[str, str]:
+    """Some costs that a reader may know from elsewhere."""
+    found = {}
+    for rows, dtype in ((512, torch.float32), (512, torch.bfloat16), (32, torch.float32)):
+        left = Operand((rows, 576), (576, 1), dtype)
+        right = Operand((576, 1536), (1, 576), dtype, DISTANCES[-1])
+        product = Operation(_ATEN.mm.default, (left, right), (), rows * 1536 * dtype.itemsize, DISTANCES[1])
+        label = f"{rows} x 576 times 576 x 1536, {str(dtype).removeprefix('torch.')}"
+        found[label] = f"{product.flops / watch(product) / GIGA:,.0f} GFLOP/s"
+    for label, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
+        whole = Operand((2**18,), (1,), torch.float32, distance)
+        copy = Operation(_ATEN.clone.default, (whole,), (), 2**20, distance)
+        found[f"copy of 1 MiB in {label}"] = f"{copy.moved_bytes / watch(copy) / GIGA:,.1f} GB/s"
+    small = Operand((64,), (1,), torch.float32)
+    found["operation on 64 numbers"] = f"{watch(Operation(_ATEN.mul.Tensor, (small, small), (), 256)) * 1e6:,.1f} us"
+    return found
+
+
+def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]]:
+    """For each phase seconds once and for each operation, by least squares over tiny steps.
+
+    What the operations themselves take is subtracted, but for a device that computes while Python goes on.
+    """
+    shape = LlamaConfig(64, 16, 32, 2, 2, 1, 8)
+    pixels = (torch.zeros(4, PIXELS), torch.zeros(4, dtype=torch.long))
+    points: dict[str, list[tuple[int, float]]] = {phase: [] for phase in PHASES}
+    for factory, given in ((partial(DigitsMLP, 16), pixels), (partial(Llama, shape), None)):
+        for method in (FullFineTuning(), LoRA(rank=2)):
+            with pretend(factory, watch.device) as twin:
+                fake = token_batch(twin, 1, 4) if given is None else like(given, watch.device)
+                trace = StepTrace(Setup(method).step(twin))
+                trace.run([fake], [1.0])
+                trace.run([fake], [1.0])
+                work = trace.work()
+            model = made(factory, watch.device)
+            real = token_batch(model, 1, 4) if given is None else like(given, watch.device)
+            with own_randomness(watch.device, 0):
+                seconds = _phase_seconds(Setup(method).step(model), real)
+            for phase in PHASES:
+                operations = Counter()
+                for (of_phase, _), counted in work.operations.items():
+                    operations.update(counted if of_phase == phase else {})
+                alone = 0.0 if overlaps else sum(count * watch(operation) for operation, count in operations.items())
+                points[phase].append((work.count(phase=phase), seconds[phase] - alone))
+    return {phase: _line(pairs) for phase, pairs in points.items()}
+
+
+def _phase_seconds(step: Step, batch: Batch, steps: int = 60) -> dict[str, float]:
+    """How long each phase of a step takes: the median of many steps, on CUDA of Python's time alone."""
+    marks: list[float] = []
+
+    def loss(*args: Any) -> Tensor:
+        result = step.loss(*args)
+        marks.append(time.perf_counter())
+        return result
+
+    def backward(*args: Any) -> list[Tensor]:
+        result = step.backward(*args)
+        marks.append(time.perf_counter())
+        return result
+
+    hook = step.optimizer.register_step_pre_hook(lambda *_: marks.append(time.perf_counter()))
+    timed, rows = replace(step, loss=loss, backward=backward), []
+    for _ in range(steps):
+        marks[:] = [time.perf_counter()]
+        timed([batch], [1.0])
+        marks.append(time.perf_counter())
+        rows.append([stop - start for start, stop in itertools.pairwise(marks)])
+        _wait(batch[0].device)
+    hook.remove()
+    return {phase: statistics.median(column) for phase, column in zip(PHASES, zip(*rows, strict=True), strict=True)}
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Intercept and slope of the line through (count, seconds) by least squares."""
+    counts, seconds = zip(*points, strict=True)
+    mean, centre = statistics.fmean(seconds), statistics.fmean(counts)
+    spread = sum((count - centre) ** 2 for count in counts)
+    slope = sum((count - centre) * (second - mean) for count, second in points) / spread if spread else 0.0
+    return mean - slope * centre, slope
