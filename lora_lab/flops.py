@@ -261,13 +261,20 @@ def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> di
     for depth, part, size, own in matrices:
         upward = depth >= lowest or part == ADAPTERS
         found[part] += 2 * tokens * size * (1 + upward + own)
-    if seq_len is not None and (config := getattr(model, "config", None)) is not None:
-        width = config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        passed = sum(1 + 2 * (block >= lowest) for block in range(config.num_hidden_layers))
+    if seq_len is not None and (sizes := _attention(model)) is not None:
+        width, layers = sizes
+        passed = sum(1 + 2 * (block >= lowest) for block in range(layers))
         found[ATTENTION] = 2 * tokens * 2 * seq_len * width * passed
     return dict(found)
+
+
+def _attention(model: nn.Module) -> tuple[int, int] | None:
+    """Width of all heads together, and number of layers, if the model has a config that says so."""
+    config = getattr(model, "config", None)
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if heads is None or layers is None:
+        return None
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads), layers
 
 
 def _matrices(module: nn.Module, head: nn.Module | None) -> list[tuple[Tensor, int]]:
@@ -311,12 +318,12 @@ def flops(
     setup.check_watchable()
     cpu = torch.device("cpu")
     with pretend(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
-        given = token_batch(twin, batch_size, seq_len) if batch is None else like(batch, cpu)
+        given = batch_for(twin, batch_size, seq_len, batch)
         parts, weights = setup.batches(given)
         counter = FlopCounter(setup.step(twin))
         counter.run(parts, weights)
         counts, (tokens, length) = counter.counts(), size_of(given)
-        known = not counts[ATTENTION, FORWARD] or (length is not None and hasattr(twin, "config"))
+        known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(twin) is not None)
         plain = not any(name == AGAIN for _, name in counts) and not _convolutions(twin)
         closed = closed_form(twin, tokens, length) if known and plain else None
         return Flops(counts, tokens, _setting(setup, twin, given), length, closed)
@@ -354,6 +361,13 @@ def break_even_rank(
     while count(LoRA(rank + 1, targets=targets)) <= full:
         rank += 1
     return rank
+
+
+def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
+    """Zeros of the batch's shapes and dtypes, or token ids if there is none, on the model's device."""
+    if batch is None:
+        return token_batch(model, batch_size, seq_len)
+    return like(batch, next(model.parameters()).device)
 
 
 def size_of(batch: Batch) -> tuple[int, int | None]:

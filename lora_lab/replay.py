@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from lora_lab.train import own_randomness
 
 MIB = 2**20
+_ATEN = torch.ops.aten
 # Distances are rounded, so that alike operations are timed once: beside each other, in a core's cache, in the
 # processor's, in memory.
 DISTANCES = (0, MIB, 8 * MIB, 64 * MIB, 256 * MIB)
@@ -117,24 +118,20 @@ class Operation:
         left, right = self.operands[-2:]
         return 2 * math.prod(left.shape) * right.shape[-1]
 
-    def part(self) -> tuple[Operation, float]:
-        """A smaller operation of the same kind, and how many times its work this is.
+    def part(self) -> Operation:
+        """A smaller operation of the same kind, in place of a large one.
 
         The largest size of all, such as the tokens or the vocabulary, is cut wherever it stands. Attention is cut by
         sequences alone, for its work does not grow in a line with their length.
         """
-        sizes = [size for operand in self.operands for size in operand.shape]
+        size = max((size for operand in self.operands for size in operand.shape), default=0)
         if "attention" in self.name:
-            size = self.operands[0].shape[0]
-            return (self, 1.0) if size <= 2 else (self._cut(size, 2, True), size / 2)
-        size, pieces = max(sizes, default=0), 1
-        work = max(self.moved_bytes / _PART_BYTES, self.flops / _PART_FLOPS)
+            sequences = self.operands[0].shape[0]
+            return self._cut(sequences, 2, True) if sequences > 2 else self
+        pieces, work = 1, max(self.moved_bytes / _PART_BYTES, self.flops / _PART_FLOPS)
         while work > pieces and size // (2 * pieces) >= _SHORTEST:
             pieces *= 2
-        if pieces == 1 or "conv" in self.name:
-            return self, 1.0
-        part = self._cut(size, size // pieces)
-        return part, self.flops / part.flops if self.flops else self.moved_bytes / part.moved_bytes
+        return self if pieces == 1 or "conv" in self.name else self._cut(size, size // pieces)
 
     def _cut(self, size: int, to: int, first_only: bool = False) -> Operation:
         def cut(value: Any) -> Any:
@@ -144,12 +141,11 @@ class Operation:
                 return tuple(cut(entry) for entry in value)
             return to if type(value) is int and value == size and not first_only else value
 
-        made = self.made_bytes * to // size
-        return replace(self, args=cut(self.args), kwargs=cut(self.kwargs), made_bytes=made)
+        return replace(self, args=cut(self.args), kwargs=cut(self.kwargs))
 
 
 # Stands for all that move nothing, and only see a tensor in another shape, or set memory aside.
-VIEW = Operation(torch.ops.aten.t.default, (Operand((8, 8), (8, 1), torch.float32),))
+VIEW = Operation(_ATEN.t.default, (Operand((8, 8), (8, 1), torch.float32),))
 
 
 class Traffic:
@@ -312,16 +308,23 @@ class Stopwatch:
 
     def _doable(self, operation: Operation) -> tuple[Operation, float]:
         """What to time in place of an operation, and what to multiply its time by."""
-        for candidate, factor in (operation.part(), (operation, 1.0)):
+        for candidate in (operation.part(), operation):
             try:
                 args, kwargs = self._calls(candidate)[0]
-                candidate.function(*args, **kwargs)
+                out = candidate.function(*args, **kwargs)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 continue
-            return candidate, factor
+            if candidate is operation:
+                return operation, 1.0
+            # What it makes may have shrunk with the size that was cut, or not.
+            given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _key(leaf) not in given]
+            part = replace(candidate, made_bytes=sum(tensor.untyped_storage().nbytes() for tensor in made))
+            work = (operation.flops, part.flops) if part.flops else (operation.moved_bytes, part.moved_bytes)
+            return part, work[0] / work[1]
         self.failed.add(operation.name)
         half = Operand((max(1, operation.moved_bytes // 8),), (1,), torch.float32, DISTANCES[-1])
-        return Operation(torch.ops.aten.clone.default, (half,), (), half.size_bytes, half.distance).part()
+        return self._doable(Operation(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
 
     def _samples(self, operation: Operation) -> list[float]:
         """Seconds of one call, twice, each as the mean over about a millisecond of calls."""

@@ -39,6 +39,7 @@ from lora_lab.flops import (  # noqa: F401 - what is counted is found here too, 
     WEIGHT,
     FlopCounter,
     Flops,
+    batch_for,
     break_even_rank,
     closed_form,
     flops,
@@ -54,7 +55,6 @@ from lora_lab.rehearse import (
     Setup,
     as_setup,
     keep_originals,
-    like,
     made,
     output_width,
     pretend,
@@ -535,7 +535,7 @@ class CostModel:
             setup = as_setup(method, options)
             setup.check_watchable()
             with pretend(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
-                given = self._batch(twin, batch_size, seq_len, batch)
+                given = batch_for(twin, batch_size, seq_len, batch)
                 parts, weights = setup.batches(given)
                 trace = StepTrace(setup.step(twin))
                 trace.run(parts, weights)  # the first step lacks the optimiser's state
@@ -681,20 +681,19 @@ def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]
     What the operations themselves take is subtracted, but for a device that computes while Python goes on.
     """
     shape = LlamaConfig(64, 16, 32, 2, 2, 1, 8)
-    pixels = (torch.zeros(4, PIXELS), torch.zeros(4, dtype=torch.long))
+    digits = (torch.zeros(4, PIXELS), torch.zeros(4, dtype=torch.long))
     points: dict[str, list[tuple[int, float]]] = {phase: [] for phase in PHASES}
-    for factory, given in ((partial(DigitsMLP, 16), pixels), (partial(Llama, shape), None)):
+    for factory, given in ((partial(DigitsMLP, 16), digits), (partial(Llama, shape), None)):
         for method in (FullFineTuning(), LoRA(rank=2)):
             with pretend(factory, watch.device) as twin:
-                fake = token_batch(twin, 1, 4) if given is None else like(given, watch.device)
+                fake = batch_for(twin, 1, 4, given)
                 trace = StepTrace(Setup(method).step(twin))
                 trace.run([fake], [1.0])
                 trace.run([fake], [1.0])
                 work = trace.work()
             model = made(factory, watch.device)
-            real = token_batch(model, 1, 4) if given is None else like(given, watch.device)
             with own_randomness(watch.device, 0):
-                seconds = _phase_seconds(Setup(method).step(model), real)
+                seconds = _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, given))
             for phase in PHASES:
                 operations = Counter()
                 for (of_phase, _), counted in work.operations.items():

@@ -27,9 +27,10 @@ from lora_lab import (
     load_pretrained,
     lora_layers,
     merge,
+    quantize,
     save_adapter,
 )
-from lora_lab.lean import FlatAdamW, InThreads, _adds_up, cross_entropy, linear, rewire
+from lora_lab.lean import FlatAdamW, InThreads, _adds_up, _HeadLoss, cross_entropy, linear, rewire
 from lora_lab.memory import saved_bytes
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
@@ -228,6 +229,85 @@ def test_targets_that_do_not_count_have_no_part_in_the_loss():
     expected = F.cross_entropy(model(ids)[:, 0], targets[:, 0])
     torch.testing.assert_close(cross_entropy(model, ids, first), expected, rtol=1e-12, atol=0)
     assert not torch.allclose(cross_entropy(model, ids, targets), expected, rtol=1e-3)
+
+
+def test_where_every_target_counts_it_may_be_said_and_changes_nothing():
+    batch, start = text(ignored=False), adapted()
+    found = []
+    for said in (False, True):
+        model = copy.deepcopy(start)
+        rewire(model, Lean())
+        loss = cross_entropy(model, *batch, rows=7, every_target=said)
+        loss.backward()
+        found.append((loss, gradients(model)))
+    (loss, ours), (said, theirs) = found
+    assert torch.equal(loss, said)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert float(loss) == pytest.approx(float(plain_cross_entropy(start, *batch)), rel=1e-10)
+    with pytest.raises((RuntimeError, IndexError)):  # where it is not true, the target -100 is looked up
+        cross_entropy(model, *text(ignored=True), every_target=True)
+
+
+def test_said_so_no_number_is_looked_at():
+    from torch._subclasses.fake_tensor import DataDependentOutputException as LookedAt
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    for in_blocks in (False, True):
+        with FakeTensorMode():
+            model = Llama(SHAPE)
+            inject(model, LoRAConfig(rank=4))
+            rewire(model, Lean())
+            if in_blocks:
+                quantize_head(model)
+            ids = torch.zeros(2, 9, dtype=torch.long)
+            loss = cross_entropy(model, ids, ids, every_target=True)
+            loss.backward()
+            assert loss.shape == ()
+            with pytest.raises((LookedAt, DynamicOutputShapeException)):
+                cross_entropy(model, ids, ids)
+
+
+def quantize_head(model):
+    """Put the head into blocks, as a GGUF file's is."""
+    weight = model.lm_head.weight
+    packed, _ = quantize.nf4(weight, 64, double=False)
+    model.lm_head = BlockLinear(packed, "NF4", weight.shape, dtype=weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [100, 130, 260, 1], ids=["uneven", "two", "one", "a row each"])
+def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_targets_lie(size, dtype, monkeypatch):
+    width, vocabulary = 32, 260
+    monkeypatch.setattr(quantize, "_AT_ONCE", size * width)
+    packed, _ = quantize.nf4(torch.randn(vocabulary, width), 64, double=False)
+    head = BlockLinear(packed, "NF4", (vocabulary, width), dtype=dtype)
+    starts = [start for start, _ in head.slices()]
+    assert starts == list(range(0, vocabulary, size))
+    assert head.slices()[-1][1] == vocabulary
+    edges = sorted({at for start in [*starts, vocabulary] for at in (start - 1, start) if 0 <= at < vocabulary})
+    targets = torch.tensor([*edges, 0, 0, 259, 259, 131])  # first and last of each slice, and some twice
+    hidden = torch.randn(len(targets), width, dtype=dtype, requires_grad=True)
+    loss = _HeadLoss.apply(hidden, targets, head, 256)
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ head.weight.double().T, targets)
+    expected.backward()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert float(loss) == pytest.approx(float(expected), rel=tolerance)
+    assert float((hidden.grad - exact.grad).norm() / exact.grad.norm()) < tolerance
+    elsewhere = _HeadLoss.apply(hidden, (targets + 1) % vocabulary, head, 256)
+    assert abs(float(elsewhere) / float(expected) - 1) > 1e-4
+
+
+def test_the_loss_over_slices_takes_logits_of_any_size(monkeypatch):
+    monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 32)
+    packed, _ = quantize.nf4(torch.randn(260, 32), 64, double=False)
+    head = BlockLinear(packed, "NF4", (260, 32), dtype=torch.float64)
+    hidden = 100 * torch.randn(5, 32, dtype=torch.float64)  # exponentials of these are infinite
+    targets = torch.tensor([3, 103, 203, 259, 0])
+    loss = _HeadLoss.apply(hidden, targets, head, 256)
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ head.weight.T, targets), rtol=1e-12, atol=0)
 
 
 def test_an_adapted_head_learns_too():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_lab import Llama, load_pretrained
+from lora_lab.models import llama
 from lora_lab.models.llama import KeyValueCache, LlamaConfig, RopeScaling, rotary_frequencies
 
 PROMPTS = ["Once upon a time", "def fibonacci(n):\n", "The capital of France is"]
@@ -391,3 +392,83 @@ def test_config_is_read_only(tiny_config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny_config.hidden_size = 1
     assert isinstance(tiny_config, LlamaConfig)
+
+
+# Checkpointing
+
+
+def passes(model):
+    """How often each block computes, as a list that grows while the model is used."""
+    counts = [0] * len(model.model.layers)
+
+    def counted(index):
+        def add(module, args):
+            counts[index] += 1
+
+        return add
+
+    for index, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(counted(index))
+    return counts
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "padded"])
+def test_checkpointing_gives_the_same_logits_and_gradients_bit_for_bit(tiny, masked):
+    ids, mask = random_ids(2, 9, 260), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    found = []
+    for again in (False, True):
+        model = copy.deepcopy(tiny).train()
+        if again:
+            model.gradient_checkpointing_enable()
+        counts = passes(model)
+        out = model(ids, mask if masked else None)
+        out.square().mean().backward()
+        assert counts == ([2, 2] if again else [1, 1])  # once more in the backward pass
+        found.append((out, [parameter.grad for parameter in model.parameters()]))
+    (plain, gradients), (checkpointed, twins) = found
+    assert torch.equal(plain, checkpointed)
+    assert all(map(torch.equal, gradients, twins))
+    assert all(float(gradient.norm()) > 0 for gradient in gradients)
+
+
+def test_blocks_are_computed_again_in_training_only(tiny, monkeypatch):
+    ids = random_ids(1, 5, 260)
+    model = copy.deepcopy(tiny)
+    model.gradient_checkpointing_enable()
+    for mode in (True, False):
+        model.train(mode)
+        counts = passes(copied := copy.deepcopy(model))
+        copied(ids).sum().backward()
+        assert counts == ([2, 2] if mode else [1, 1])
+    model.train()
+    counts = passes(model)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(llama, "checkpoint", None)  # nor is it called
+        model(ids)
+    assert counts == [1, 1]
+    model(ids, cache=KeyValueCache()).sum().backward()
+    assert counts == [2, 2]
+    written = model.generate(ids[0], 3)
+    assert counts == [5, 5]
+    assert torch.equal(written, tiny.generate(ids[0], 3))
+
+
+def test_checkpointing_is_one_models_and_keeps_less(tiny):
+    plain, model = copy.deepcopy(tiny).train(), copy.deepcopy(tiny).train()
+    model.gradient_checkpointing_enable()
+    assert (plain.model.gradient_checkpointing, model.model.gradient_checkpointing) == (False, True)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    kept = []
+    for each in (plain, model):
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = each(random_ids(2, 30, 260))
+        kept.append(sum(sizes.values()))
+        del result
+    assert kept[1] < kept[0] / 2

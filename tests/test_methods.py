@@ -28,7 +28,7 @@ from lora_lab import (
     lora_layers,
     merge,
 )
-from lora_lab.methods import Method
+from lora_lab.methods import AsItIs, Method
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.quantize import quantize_nf4
 from lora_lab.tasks import Examples, Task, mean_squared_error, planted
@@ -171,6 +171,37 @@ def test_a_method_that_would_train_nothing_says_so():
         PartialFineTuning(()).prepare(model, seed=0)
 
 
+def test_as_it_is_trains_what_requires_gradients_already_and_changes_nothing(frozen):
+    before = copy.deepcopy(frozen.state_dict())
+    for _ in range(2):  # it leaves no mark
+        AsItIs().prepare(frozen, seed=0)
+    assert trainable(frozen) == {"head.bias"}
+    assert [id(p) for p in AsItIs().groups(frozen)[0]["params"]] == [id(frozen.head.bias)]
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    FullFineTuning().prepare(frozen, seed=0)  # nor does anything keep another method from it
+    AsItIs().prepare(frozen, seed=0)
+    assert len(trainable(frozen)) == len(list(frozen.parameters()))
+
+
+def test_as_it_is_takes_a_model_with_adapters_and_fits_it():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(rank=2))
+    before = copy.deepcopy(model.state_dict())
+    part = Examples(torch.randn(8, 64), torch.zeros(8, dtype=torch.long))
+    history = fit(model, Task("t", part, part, part, part), AsItIs(), steps=2, lr=0.01)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == trainable(model)
+    assert all("lora_" in name for name in changed)
+    assert history.method == {"name": "as it is"}
+
+
+def test_as_it_is_refuses_a_model_that_nothing_would_be_trained_of():
+    model = DigitsMLP().requires_grad_(False)
+    with pytest.raises(ValueError, match="No parameter of the model requires a gradient, so nothing would be trained"):
+        AsItIs().prepare(model, seed=0)
+    assert not trainable(model)
+
+
 def test_a_failed_injection_leaves_no_mark():
     model = DigitsMLP()
     with pytest.raises(ValueError, match="matches no module"):
@@ -191,6 +222,7 @@ def test_a_method_that_does_not_say_how_is_a_programming_error():
     [
         (FullFineTuning(), {"name": "full"}),
         (PartialFineTuning(["head"]), {"name": "partial", "modules": ["head"]}),
+        (AsItIs(), {"name": "as it is"}),
         (
             LoRA(rank=4, alpha=2, targets=["head"]),
             {"name": "lora", "rank": 4, "alpha": 2, "dropout": 0.0, "targets": ["head"], "exclude": ()},

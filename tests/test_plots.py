@@ -7,7 +7,9 @@ from matplotlib.axes import Axes
 
 mpl.use("Agg")
 
-from lora_lab import History, plots
+from lora_lab import FullFineTuning, History, LoRA, plots
+from lora_lab.memory import MIB, PARTS, SAVED, Bill, Moment, predict
+from lora_lab.models.digits import DigitsMLP
 from lora_lab.train import COLUMNS
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -102,6 +104,110 @@ def test_spectrum_is_divided_by_the_largest_value_on_a_logarithmic_scale():
     assert second.get_ydata().tolist() == [1.0, 0.5]
     assert first.get_linestyle() != second.get_linestyle()
     assert first.get_marker() != second.get_marker()
+
+
+def bill(timeline=(), **parts):
+    names = {"frozen": "frozen weights", "state": "optimiser state", "mlp": "saved: MLP", "norms": "saved: norms"}
+    return Bill(
+        {names.get(part, part): size * MIB for part, size in parts.items()}, "backward", "predicted", "a", {}, timeline
+    )
+
+
+def test_bills_are_stacked_in_mebibytes_in_the_order_of_the_parts_with_the_peak_above():
+    found = {"LoRA": bill(frozen=512, mlp=64, norms=16), "full": bill(state=2048, mlp=64.5)}
+    ax = plots.bills(found)
+    assert isinstance(ax, Axes)
+    assert ax.get_ylabel() == "memory at the peak of a step (MiB)"
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["LoRA", "full"]
+    assert legend(ax) == ["saved: norms", "saved: MLP", "optimiser state", "frozen weights"]  # from the top
+    drawn = {c.get_label(): [(bar.get_y(), bar.get_height()) for bar in c] for c in ax.containers}
+    assert drawn == {
+        "frozen weights": [(0.0, 512.0), (0.0, 0.0)],
+        "optimiser state": [(512.0, 0.0), (0.0, 2048.0)],
+        "saved: MLP": [(512.0, 64.0), (2048.0, 64.5)],
+        "saved: norms": [(576.0, 16.0), (2112.5, 0.0)],
+    }
+    texts = [(text.get_text(), text.get_position()) for text in ax.texts]
+    assert texts == [("592", ("LoRA", 592.0)), ("2,112", ("full", 2112.5))]
+
+
+def test_every_part_of_a_bill_has_a_look_of_its_own():
+    ax = plots.bills({"all": Bill(dict.fromkeys(PARTS, MIB), "backward", "predicted", "a")})
+    assert legend(ax) == list(reversed(PARTS))
+    looks = {c.get_label(): (c[0].get_facecolor(), c[0].get_hatch()) for c in ax.containers}
+    assert len(set(looks.values())) == len(PARTS) == len(looks)
+    assert len({looks[part][0] for part in SAVED}) == 1  # one colour, five hatches
+    assert len({looks[part][1] for part in SAVED}) == len(SAVED)
+
+
+def test_bills_of_real_steps_are_drawn_as_high_as_they_are(tmp_path):
+    import torch
+
+    batch = torch.zeros(32, 64), torch.zeros(32, dtype=torch.long)
+    found = {method.name: predict(DigitsMLP(), method, batch=batch) for method in (LoRA(rank=4), FullFineTuning())}
+    ax = plots.bills(found)
+    for i, each in enumerate(found.values()):
+        heights = {c.get_label(): c[i].get_height() for c in ax.containers if c[i].get_height()}
+        assert heights == {part: size / 2**20 for part, size in each.parts.items()}
+        assert ax.texts[i].get_position()[1] == pytest.approx(each.peak_bytes / 2**20)
+    plots.save(ax.figure, tmp_path / "bills.png")
+    assert (tmp_path / "bills.png").read_bytes().startswith(PNG)
+    plots.save(plots.memory_of_a_step(found["lora"]).figure, tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes().startswith(PNG)
+
+
+def moments(*rows):
+    names = {"frozen": "frozen weights", "mlp": "saved: MLP", "loss": "logits and loss"}
+    return [Moment(phase, {names[part]: size * MIB for part, size in parts.items()}) for phase, parts in rows]
+
+
+STEP = moments(
+    ("before", {"frozen": 10}),
+    ("forward", {"frozen": 10, "mlp": 2}),
+    ("forward", {"frozen": 10, "mlp": 4, "loss": 1}),
+    ("backward", {"frozen": 10, "mlp": 4, "loss": 3}),
+    ("backward", {"frozen": 10, "mlp": 1}),
+    ("optimiser step", {"frozen": 10}),
+)
+
+
+def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_peak():
+    ax = plots.memory_of_a_step(bill(STEP, frozen=10, mlp=4))
+    assert ax.get_xlabel() == "operations done (% of the step)"
+    assert ax.get_ylabel() == "memory (MiB)"
+    assert legend(ax) == ["logits and loss", "saved: MLP", "frozen weights"]
+    places = [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
+    edges = {
+        "frozen weights": ([0] * 6, [10] * 6),
+        "saved: MLP": ([10] * 6, [10, 12, 14, 14, 11, 10]),
+        "logits and loss": ([10, 12, 14, 14, 11, 10], [10, 12, 15, 17, 11, 10]),
+    }
+    assert [area.get_label() for area in ax.collections] == list(edges)
+    for area in ax.collections:
+        low, high = edges[area.get_label()]
+        corners = {(x, y) for x, y in area.get_paths()[0].vertices.round(6).tolist()}
+        assert corners >= {*zip(places, low, strict=True), *zip(places, high, strict=True)}
+    (mark,) = [line for line in ax.get_lines() if line.get_marker() == "v"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([60.0], [17.0])
+    assert [text.get_text() for text in ax.texts] == ["peak 17", "before", "forward", "backward", "optimiser step"]
+    assert [text.get_position()[0] for text in ax.texts[1:]] == pytest.approx([0.6, 20.6, 60.6, 100.6])
+    borders = [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert borders == [20.0, 60.0, 100.0]
+    assert ax.get_ylim()[0] == 0
+    assert ax.get_ylim()[1] > 1.1 * 17  # room for the names of the phases
+
+
+def test_phases_too_narrow_for_their_names_have_a_line_alone():
+    rows = [("forward", {"frozen": 1})] * 20 + [("clipping", {"frozen": 1})] + [("optimiser step", {"frozen": 1})] * 20
+    ax = plots.memory_of_a_step(bill(moments(*rows), frozen=1))
+    assert [text.get_text() for text in ax.texts] == ["peak 1", "forward", "optimiser step"]
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"] == [50.0, 52.5]
+
+
+def test_pictures_of_bills_are_drawn_on_the_axes_they_are_given():
+    _, axes = plots.plt.subplots(1, 2)
+    assert plots.bills({"a": bill(frozen=1)}, ax=axes[0]) is axes[0]
+    assert plots.memory_of_a_step(bill(STEP, frozen=10), ax=axes[1]) is axes[1]
 
 
 def test_colours_markers_and_hatches_stay_apart():

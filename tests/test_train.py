@@ -12,13 +12,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, History, Llama, LoRA, PartialFineTuning, evaluate, fit
+from lora_lab import FullFineTuning, History, Lean, Llama, LoRA, LoRAPlus, PartialFineTuning, evaluate, fit
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.tasks import IGNORE, Examples, Task, digits, mean_squared_error, planted
-from lora_lab.train import COLUMNS, DivergedError, learning_rate, training_step
+from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
+from lora_lab.train import COLUMNS, DivergedError, Step, learning_rate, make_step, training_step
 
 
 def examples(n, features, classes, seed, dtype=torch.float32):
@@ -660,3 +661,154 @@ def test_a_bar_is_shown_on_request_or_to_somebody_who_looks(monkeypatch, progres
         assert "loss " in stream.getvalue()
     else:
         assert stream.getvalue() == ""
+
+
+# The step by itself
+
+
+def test_fit_repeats_the_step_that_make_step_makes():
+    task = small_task(n_train=4)
+    fitted, history = run(LoRA(2, dropout=0.2), task=task, steps=3, schedule="constant", warmup=0, clip=0.1)
+    model = DigitsMLP(width=16)
+    step = make_step(model.train(), task.loss, LoRA(2, dropout=0.2), lr=0.01, clip=0.1)
+    assert isinstance(step, Step)
+    rows = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for at in range(3):
+            order = torch.randperm(4, generator=torch.Generator().manual_seed(1_000_003 * at))
+            rows.append(
+                [float(number) for number in step([(task.train.inputs[order], task.train.targets[order])], [1.0])]
+            )
+    assert rows == [[row["train_loss"], row["grad_norm"]] for row in history.rows[1:]]
+    assert all(map(torch.equal, model.parameters(), fitted.parameters()))
+
+
+def test_make_step_hands_rates_and_decay_to_the_optimiser():
+    step = make_step(DigitsMLP(), cross_entropy, LoRAPlus(2, ratio=4.0), lr=0.5, weight_decay=0.25, clip=None)
+    assert [(group["lr"], group["weight_decay"]) for group in step.optimizer.param_groups] == [(0.5, 0.25), (2.0, 0.25)]
+    assert (step.clip, step.threads, step.loss) == (None, 1, cross_entropy)
+    seeds = [make_step(DigitsMLP(), cross_entropy, LoRA(2), lr=0.5, seed=seed).model for seed in (0, 0, 1)]
+    assert torch.equal(seeds[0].head.lora_A, seeds[1].head.lora_A)
+    assert not torch.equal(seeds[0].head.lora_A, seeds[2].head.lora_A)
+
+
+def test_make_step_makes_a_lean_step(tiny_config):
+    ids = torch.randint(0, 260, (2, 8), generator=torch.Generator().manual_seed(1))
+    steps = [
+        make_step(Llama(tiny_config), cross_entropy, LoRA(2), lr=0.1, lean=lean)
+        for lean in (None, Lean(loss_rows=3), Lean(threads=2))
+    ]
+    assert [step.threads for step in steps] == [1, 1, 2]
+    assert [step.loss.keywords for step in steps[1:]] == [{"rows": 3}, {"rows": 256}]
+    halves = [(ids[:1], ids[:1]), (ids[1:], ids[1:])], [0.5, 0.5]
+    found = [float(step(*halves)[0]) for step in steps]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+# Checkpointing
+
+
+def llama_task(loss=cross_entropy):
+    ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
+    rows = Examples(ids[:, :-1], ids[:, 1:])
+    return Task("text", rows[:6], rows[6:7], rows[7:8], rows[8:], loss=loss, unit="tokens")
+
+
+def fit_llama(config, method, folder=None, dtype=torch.float32, **options):
+    model = Llama(config).to(dtype)
+    options = {"steps": 4, "lr": 0.01, "batch_size": 3, "eval_every": 2} | options
+    loss = cross_entropy if dtype == torch.float32 else double_cross_entropy
+    return model, fit(model, llama_task(loss), method, checkpoint_dir=folder, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", [LoRA(2, dropout=0.3), FullFineTuning()], ids=["lora with dropout", "full"])
+def test_checkpointing_changes_no_result(tiny_config, method, dtype):
+    (plain, history), (model, again) = (
+        fit_llama(tiny_config, method, dtype=dtype, accumulate=2, gradient_checkpointing=on) for on in (False, True)
+    )
+    assert losses(history) == losses(again)
+    assert [row["grad_norm"] for row in history.rows] == [row["grad_norm"] for row in again.rows]
+    assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))
+    assert losses(history)[1] != losses(history)[2]
+    assert history.optimizer_bytes == again.optimizer_bytes
+
+
+def test_checkpointing_is_recorded_where_it_is_on_only(tiny_config):
+    (_, plain), (_, again) = (
+        fit_llama(tiny_config, LoRA(2), steps=1, gradient_checkpointing=on) for on in (False, True)
+    )
+    assert again.settings == {**plain.settings, "gradient_checkpointing": True}
+    assert "gradient_checkpointing" not in plain.settings
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_before_there_was_checkpointing(tiny_config, tmp_path, monkeypatch):
+    whole = fit_llama(tiny_config, LoRA(2))
+    calls = []
+
+    def stops(model, inputs, targets):
+        calls.append(torch.is_grad_enabled())
+        if calls.count(True) == 3:
+            raise KeyboardInterrupt
+        return cross_entropy(model, inputs, targets)
+
+    stops.__name__ = cross_entropy.__name__  # a task's fingerprint has the name in it
+    model = Llama(tiny_config)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, llama_task(stops), LoRA(2), steps=4, lr=0.01, batch_size=3, eval_every=2, checkpoint_dir=tmp_path)
+    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+        stored = json.loads(file.metadata()["history"])["settings"]
+    assert "gradient_checkpointing" not in stored
+    with pytest.raises(ValueError, match="its settings's gradient_checkpointing is None, not True; use another folder"):
+        fit_llama(tiny_config, LoRA(2), tmp_path, gradient_checkpointing=True)
+    model, history = fit_llama(tiny_config, LoRA(2), tmp_path)
+    assert losses(history) == losses(whole[1])
+    assert all(map(torch.equal, model.state_dict().values(), whole[0].state_dict().values()))
+
+
+@pytest.mark.parametrize("method", [LoRA(2), FullFineTuning()], ids=["lora", "full"])
+def test_blocks_are_computed_again_in_steps_and_not_in_evaluation(tiny_config, method, monkeypatch):
+    from lora_lab.models import llama
+
+    calls, plain = [], llama.checkpoint
+    monkeypatch.setattr(llama, "checkpoint", lambda *args, **more: calls.append(args[0]) or plain(*args, **more))
+    model, _ = fit_llama(tiny_config, method, steps=3, eval_every=1, gradient_checkpointing=True)
+    assert calls == list(model.model.layers) * 3  # one micro-batch a step; four evaluations of two parts
+    evaluate(model.train(), llama_task())
+    model.generate(torch.tensor([1, 2, 3]), 2)
+    assert len(calls) == 2 * 3
+    fit_llama(tiny_config, method, steps=3)
+    assert len(calls) == 2 * 3
+
+
+def test_checkpointing_asks_transformers_models_in_their_own_way(tiny_hf):
+    def loss(model, inputs, targets):
+        return model(input_ids=inputs, labels=targets).loss
+
+    histories = []
+    for on in (False, True):
+        model = tiny_hf()
+        histories.append(
+            fit(model, llama_task(loss), LoRA(2), steps=2, lr=0.01, batch_size=3, gradient_checkpointing=on)
+        )
+        assert model.is_gradient_checkpointing is on
+    found = [[loss for row in losses(history) for loss in row if loss is not None] for history in histories]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_checkpointing_is_refused_where_it_cannot_be_and_the_model_is_left_alone(tiny_config):
+    model = DigitsMLP(width=16)
+    with pytest.raises(
+        ValueError, match=r"^A DigitsMLP has no method gradient_checkpointing_enable, as lora_lab's"
+    ) as e:
+        run(model=model, method=LoRA(2), gradient_checkpointing=True)
+    assert str(e.value).endswith("; use gradient_checkpointing=False.")
+    run(model=model, method=LoRA(2))  # it carries no mark and no adapters
+    model = Llama(tiny_config)
+    with pytest.raises(
+        ValueError, match=r"^gradient_checkpointing is the plain step's; .*use Lean\(checkpoint=True\)\.$"
+    ):
+        fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, gradient_checkpointing=True, lean=Lean())
+    assert not model.model.gradient_checkpointing
+    fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, lean=Lean(checkpoint=True))
