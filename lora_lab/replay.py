@@ -269,13 +269,7 @@ class Stopwatch:
         self.device = device
         self.failed: set[str] = set()
         self._known: dict[Operation, float] = {}
-        self._spreads: list[float] = []
         self._pool = torch.empty(0)
-
-    @property
-    def noise(self) -> float:
-        """How far samples of one and the same lie apart: the median over operations of median / least."""
-        return statistics.median(self._spreads) if self._spreads else 1.0
 
     def __call__(self, operation: Operation) -> float:
         """Seconds of one operation.
@@ -304,7 +298,6 @@ class Stopwatch:
         self._pool = torch.empty(0)
         for kind, found in samples.items():
             self._known[kind] = statistics.median(found)
-            self._spreads.append(statistics.median(found) / min(found))
 
     def _doable(self, operation: Operation) -> tuple[Operation, float]:
         """What to time in place of an operation, and what to multiply its time by."""

@@ -68,7 +68,6 @@ CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDA
 PHASES = ("forward", "backward", "clipping", "optimiser step")
 _TIMING_S = 0.05  # a timing lasts no less
 _TOO_WIDE = 0.2  # an interval of ratios that says nothing
-_NOISY = 1.2  # median over least of the timings of one operation
 _ALIKE = 0.03  # times that differ by less are called alike
 _ATEN = torch.ops.aten
 
@@ -355,6 +354,10 @@ class Work:
     operations: Mapping[tuple[str, str], Mapping[Operation, int]]
     trained: int = 0
 
+    def kinds(self) -> set[Operation]:
+        """The different operations that there are."""
+        return {operation for counted in self.operations.values() for operation in counted}
+
     def count(self, *, cause: str | None = None, phase: str | None = None) -> int:
         """How many operations it has, of a cause or in a phase."""
         return sum(
@@ -416,35 +419,45 @@ class Prediction:
         if abs(ratio - 1) < _ALIKE or not (more and less):
             lines.append(f"So the two take about as long: what {name} adds costs as much as what it spares.")
         elif ratio > 1:
-            lines.append(f"So {name} is slower here: {more} cost more than {less} that they replace.")
+            lines.append(f"So {name} is slower here: {more} cost more than what they replace, {less}.")
         else:
-            lines.append(f"So {name} is faster here: {less} that it spares cost more than {more}.")
+            lines.append(f"So {name} is faster here: what it spares, {less}, costs more than {more}.")
         return "\n".join(lines)
 
     def _main(self, part: Mapping[str, float], name: str) -> str:
         """The causes that make up most of a sum, joined by "and"."""
+        told = {cause: seconds for cause, seconds in part.items() if self._difference(cause, name)} or part
         chosen, covered = [], 0.0
-        for cause in sorted(part, key=part.__getitem__, reverse=True):
-            if chosen and covered > 0.8 * sum(part.values()):
+        for cause in sorted(told, key=told.__getitem__, reverse=True):
+            if chosen and covered > 0.8 * sum(told.values()):
                 break
             chosen.append(self._words(cause, name))
-            covered += part[cause]
+            covered += told[cause]
         return " and ".join(chosen)
 
-    def _words(self, cause: str, name: str) -> str:
-        own, first = self.works[name], self.works[next(iter(self.works))]
-        difference = abs(own.count(cause=cause) - first.count(cause=cause))
-        if cause == ADAPTERS:
-            return f"{difference:,} small products with the adapters"
-        if cause == UPDATE:
-            return f"clipping and updating {own.trained:,} numbers and not {first.trained:,}"
-        if cause == MEMORY:
-            return f"{difference:,} passes over memory"
+    def _difference(self, cause: str, name: str) -> int:
+        """How many operations more or fewer than the first variant's; of all causes where each is called by Python."""
+        works = self.works[name], self.works[next(iter(self.works))]
         if cause == PYTHON:
-            calls = [work.count(phase="forward") + work.count(phase="backward") for work in (own, first)]
-            return f"{abs(calls[0] - calls[1]):,} operations to be called by Python and autograd"
-        whole = {FORWARD: "products of the layers", INPUT: "gradients of the layers' inputs", WEIGHT: WEIGHT}
-        return f"{difference:,} {whole.get(cause, f'products of the {cause}')}"
+            own, first = (work.count(phase="forward") + work.count(phase="backward") for work in works)
+        else:
+            own, first = (work.count(cause=cause) for work in works)
+        return abs(own - first)
+
+    def _words(self, cause: str, name: str) -> str:
+        if cause == UPDATE:
+            own, first = self.works[name].trained, self.works[next(iter(self.works))].trained
+            return f"clipping and updating {own:,} numbers and not {first:,}"
+        words = {
+            ADAPTERS: "small products with the adapters",
+            PYTHON: "operations to be called by Python and autograd",
+            FORWARD: "products of the layers",
+            INPUT: "gradients of the layers' inputs",
+            HEAD: "products of the head",
+            ATTENTION: "operations of attention",
+        }.get(cause, cause)
+        difference = self._difference(cause, name)
+        return f"{difference:,} {words}" if difference else f"the same {words}"
 
     def frame(self):
         """A pandas DataFrame: seconds, one row a variant, one column a cause, then all of them and the ratio."""
@@ -495,6 +508,7 @@ class CostModel:
         overlaps: the device computes while Python goes on, as CUDA does, and the longer of the two sums counts.
         rates: what was measured, for a person to read.
         seconds_spent: how long calibration took; :meth:`predict` adds what it needs.
+        disturbance: what others did meanwhile, if they disturbed.
     """
 
     seconds: Callable[[Operation], float]
@@ -503,6 +517,7 @@ class CostModel:
     overlaps: bool = False
     rates: Mapping[str, str] = field(default_factory=dict)
     seconds_spent: float = 0.0
+    disturbance: str = ""
 
     def predict(
         self,
@@ -543,13 +558,15 @@ class CostModel:
                 works[name] = trace.work()
                 tokens, setting = size_of(given)[0], f"{type(twin).__name__}, batch {shape_of(given)}, {self.device}"
                 del trace, parts, given
-        found = self._priced(works, progress)
+        with Crowd() as crowd:
+            found = self._priced(works, progress)
+        self.disturbance = self.disturbance or _disturbance(crowd)
         self.seconds_spent += time.perf_counter() - started
         return Prediction(found, works, tokens, setting, self.overlaps, self._doubts())
 
     def _priced(self, works: Mapping[str, Work], progress: bool | None) -> dict[str, dict[str, float]]:
         """Seconds by cause of each variant's work."""
-        kinds = {operation for work in works.values() for counted in work.operations.values() for operation in counted}
+        kinds = {kind for work in works.values() for kind in work.kinds()}
         if isinstance(self.seconds, Stopwatch):
             with progress_bar(ROUNDS * len(kinds), "timing operations", progress, "operation") as bar:
                 self.seconds.learn(kinds, bar.update)
@@ -560,24 +577,15 @@ class CostModel:
             for (_, cause), operations in work.operations.items():
                 seconds[cause] += sum(count * price[operation] for operation, count in operations.items())
             for phase, (fixed, each) in self.overhead.items():
-                cause = PYTHON if phase in ("forward", "backward") else UPDATE
-                seconds[cause] += fixed + each * work.count(phase=phase)
+                beside = self.overlaps or phase in ("forward", "backward")
+                seconds[PYTHON if beside else UPDATE] += fixed + each * work.count(phase=phase)
             found[name] = dict(seconds)
         return found
 
     def _doubts(self) -> list[str]:
-        watch = self.seconds
-        if not isinstance(watch, Stopwatch):
-            return []
-        doubts = []
-        if watch.noise > _NOISY:
-            doubts.append(
-                f"Timings of one and the same operation spread by a factor of {watch.noise:.1f}, so something else is "
-                "using this machine; make a new cost model when it is quiet."
-            )
-        if watch.failed:
-            doubts.append(f"Taken for copies, because they cannot be done alone: {', '.join(sorted(watch.failed))}.")
-        return doubts
+        doubts = [f"While costs were measured: {self.disturbance}"] if self.disturbance else []
+        failed = sorted(getattr(self.seconds, "failed", ()))
+        return doubts + [f"Taken for copies, because they cannot be done alone: {', '.join(failed)}."] * bool(failed)
 
     def break_even_tokens(
         self,
@@ -609,24 +617,21 @@ class CostModel:
             )
         fixed = batch_size or seq_len
 
-        def logarithm(tokens: int) -> float:
-            sizes = (batch_size or max(1, tokens // fixed), seq_len or max(1, tokens // fixed))
-            return math.log(self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second"))
+        def look(tokens: float) -> tuple[int, float]:
+            """The nearest size that can be, and the logarithm of the ratio there."""
+            count = max(1, round(tokens / fixed))
+            sizes = (batch_size or count, seq_len or count)
+            ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
+            return count * fixed, math.log(ratio)
 
-        low, most = between
-        before = logarithm(low)
-        while low < most:
-            high = min(4 * low, most)
-            after = logarithm(high)
-            if before * after < 0:
-                middle = round(math.sqrt(low * high) / fixed) * fixed
-                if low < middle < high:
-                    value = logarithm(middle)
-                    low, before, high, after = (
-                        (middle, value, high, after) if before * value > 0 else (low, before, middle, value)
-                    )
-                return round(low * (high / low) ** (before / (before - after)))
-            low, before = high, after
+        low, most = look(between[0]), between[1]
+        while low[0] < most:
+            high = look(min(4 * low[0], most))
+            if low[1] * high[1] < 0:
+                middle = look(math.sqrt(low[0] * high[0]))
+                low, high = (middle, high) if low[1] * middle[1] > 0 else (low, middle)
+                return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
+            low = high
         return None
 
     def __str__(self) -> str:
@@ -653,26 +658,35 @@ def cost_model(device: torch.device | str | None = None) -> CostModel:
     place = pick_device(device)[0]
     watch = Stopwatch(place)
     overlaps = place.type == "cuda"
-    rates, overhead = _rates(watch), _overhead(watch, overlaps)
-    return CostModel(watch, overhead, place, overlaps, rates, time.perf_counter() - started)
+    with Crowd() as crowd:
+        rates, overhead = _rates(watch), _overhead(watch, overlaps)
+    return CostModel(watch, overhead, place, overlaps, rates, time.perf_counter() - started, _disturbance(crowd))
 
 
 def _rates(watch: Stopwatch) -> dict[str, str]:
     """Some costs that a reader may know from elsewhere."""
-    found = {}
+    operations = {}
     for rows, dtype in ((512, torch.float32), (512, torch.bfloat16), (32, torch.float32)):
         left = Operand((rows, 576), (576, 1), dtype)
         right = Operand((576, 1536), (1, 576), dtype, DISTANCES[-1])
-        product = Operation(_ATEN.mm.default, (left, right), (), rows * 1536 * dtype.itemsize, DISTANCES[1])
         label = f"{rows} x 576 times 576 x 1536, {str(dtype).removeprefix('torch.')}"
-        found[label] = f"{product.flops / watch(product) / GIGA:,.0f} GFLOP/s"
-    for label, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
+        made_bytes = rows * 1536 * dtype.itemsize
+        operations[label] = Operation(_ATEN.mm.default, (left, right), (), made_bytes, DISTANCES[1])
+    for place, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
         whole = Operand((2**18,), (1,), torch.float32, distance)
-        copy = Operation(_ATEN.clone.default, (whole,), (), 2**20, distance)
-        found[f"copy of 1 MiB in {label}"] = f"{copy.moved_bytes / watch(copy) / GIGA:,.1f} GB/s"
+        operations[f"copy of 1 MiB in {place}"] = Operation(_ATEN.clone.default, (whole,), (), 2**20, distance)
     small = Operand((64,), (1,), torch.float32)
-    found["operation on 64 numbers"] = f"{watch(Operation(_ATEN.mul.Tensor, (small, small), (), 256)) * 1e6:,.1f} us"
-    return found
+    operations["operation on 64 numbers"] = Operation(_ATEN.mul.Tensor, (small, small), (), 256)
+    watch.learn(operations.values())
+    return {label: _rate(operation, watch(operation)) for label, operation in operations.items()}
+
+
+def _rate(operation: Operation, seconds: float) -> str:
+    if operation.flops:
+        return f"{operation.flops / seconds / GIGA:,.0f} GFLOP/s"
+    if operation.moved_bytes > 2**20:
+        return f"{operation.moved_bytes / seconds / GIGA:,.1f} GB/s"
+    return f"{seconds * 1e6:,.1f} us"
 
 
 def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]]:
@@ -682,25 +696,28 @@ def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]
     """
     shape = LlamaConfig(64, 16, 32, 2, 2, 1, 8)
     digits = (torch.zeros(4, PIXELS), torch.zeros(4, dtype=torch.long))
-    points: dict[str, list[tuple[int, float]]] = {phase: [] for phase in PHASES}
+    runs = []
     for factory, given in ((partial(DigitsMLP, 16), digits), (partial(Llama, shape), None)):
         for method in (FullFineTuning(), LoRA(rank=2)):
             with pretend(factory, watch.device) as twin:
-                fake = batch_for(twin, 1, 4, given)
                 trace = StepTrace(Setup(method).step(twin))
-                trace.run([fake], [1.0])
-                trace.run([fake], [1.0])
+                for _ in range(2):
+                    trace.run([batch_for(twin, 1, 4, given)], [1.0])
                 work = trace.work()
             model = made(factory, watch.device)
             with own_randomness(watch.device, 0):
-                seconds = _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, given))
-            for phase in PHASES:
-                operations = Counter()
-                for (of_phase, _), counted in work.operations.items():
-                    operations.update(counted if of_phase == phase else {})
-                alone = 0.0 if overlaps else sum(count * watch(operation) for operation, count in operations.items())
-                points[phase].append((work.count(phase=phase), seconds[phase] - alone))
-    return {phase: _line(pairs) for phase, pairs in points.items()}
+                runs.append((work, _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, given))))
+    if not overlaps:
+        watch.learn({kind for work, _ in runs for kind in work.kinds()})
+    found = {}
+    for phase in PHASES:
+        points = []
+        for work, seconds in runs:
+            counted = [counts for (of_phase, _), counts in work.operations.items() if of_phase == phase]
+            alone = 0.0 if overlaps else sum(n * watch(kind) for counts in counted for kind, n in counts.items())
+            points.append((work.count(phase=phase), seconds[phase] - alone))
+        found[phase] = _line(points)
+    return found
 
 
 def _phase_seconds(step: Step, batch: Batch, steps: int = 60) -> dict[str, float]:

@@ -252,6 +252,30 @@ def test_attention_without_a_config_has_no_closed_form():
     assert found.closed is None
 
 
+class Biased(nn.Module):
+    """Attention with a learnt number for each pair of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8, bias=False)
+        self.places = nn.Parameter(torch.zeros(5, 5))
+
+    def forward(self, x):
+        x = self.project(x)
+        return (x @ x.transpose(1, 2) + self.places).softmax(-1) @ x
+
+
+def test_a_product_that_is_summed_into_a_gradient_is_no_weight_gradient():
+    batch = (torch.zeros(3, 5, 8), torch.zeros(3, 5, 8))
+    found = flops(Biased, FullFineTuning(), batch=batch, loss=mean_square)
+    assert found.counts == {
+        ("layers", FORWARD): 2 * 15 * 64,
+        ("layers", WEIGHT): 2 * 15 * 64,
+        ("attention", FORWARD): 2 * 2 * 15 * 5 * 8,
+        ("attention", INPUT): 2 * 4 * 15 * 5 * 8,
+    }
+
+
 # FLOPs, the real shape
 
 
