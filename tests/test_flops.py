@@ -1,6 +1,7 @@
 """FLOPs of a step against torch's own counter and against cases by hand."""
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -22,7 +23,7 @@ from lora_lab import (
     PiSSA,
     quantize_nf4,
 )
-from lora_lab.flops import PARTS, PASSES, break_even_rank, flops
+from lora_lab.flops import PARTS, PASSES, Flops, break_even_rank, flops
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.shapes import shape
@@ -314,6 +315,17 @@ def test_no_rank_breaks_even_where_an_adapter_is_more_than_its_layer():
 
     batch = (torch.zeros(4, 64), torch.zeros(4, 64))
     assert break_even_rank(net, batch=batch, loss=mean_square) == 0
+
+
+@pytest.mark.parametrize(("bend", "expected"), [(5, 73), (-1, 112)])
+def test_the_rank_is_counted_again_where_the_line_missed_it(monkeypatch, bend, expected):
+    def count(model, method, *sizes, **options):  # from ranks 1 and 2 one would expect 100
+        if method.name == "full":
+            return Flops({("layers", FORWARD): 100_000}, 1, "")
+        return Flops({("layers", FORWARD): 1000 * method.rank + bend * (method.rank - 1) * (method.rank - 2)}, 1, "")
+
+    monkeypatch.setattr(sys.modules["lora_lab.flops"], "flops", count)
+    assert break_even_rank(None) == expected
 
 
 DEEP = LlamaConfig(64, 32, 64, 10, 4, 4, 8)

@@ -236,6 +236,20 @@ def test_every_byte_of_a_small_nets_step_is_accounted_for(ask):
 
 
 @BOTH
+def test_what_is_thrown_away_when_the_loss_is_found_is_not_kept(ask):
+    def loss(model, inputs, targets):
+        aside = model(inputs).exp()  # autograd keeps what it would need for this until the function returns
+        result = F.cross_entropy(model(inputs), targets)
+        assert aside.requires_grad
+        return result
+
+    plain, twice = ask(DigitsMLP(), FullFineTuning(), DIGITS), ask(DigitsMLP(), FullFineTuning(), DIGITS, loss=loss)
+    assert twice.saved == plain.saved
+    kept = [max(moment.parts.get("saved: MLP", 0) for moment in bill.timeline) for bill in (plain, twice)]
+    assert kept[1] > 2 * kept[0]
+
+
+@BOTH
 def test_plain_gradient_descent_has_no_state(ask):
     adamw, sgd = (ask(DigitsMLP(), FullFineTuning(), DIGITS, optimizer=name) for name in ("adamw", "sgd"))
     assert "optimiser state" not in sgd.parts
