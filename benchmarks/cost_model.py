@@ -272,8 +272,8 @@ def main() -> None:
     if "rank" in options.only:
         rank_point()
     if "tokens" in options.only:
-        token_point(costs, "small", 8, options.quick)
-        token_point(costs, "smollm2-135m", 128, options.quick)
+        token_point(costs, "small", 32, options.quick)
+        token_point(costs, "smollm2-135m", 200, options.quick)
     if "blocks" in options.only:
         block_point(costs, "smollm2-135m", 512, options.quick)
     print(f"\ncalibration and all predictions took {costs.seconds_spent:.0f} s")

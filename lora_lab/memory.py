@@ -312,7 +312,7 @@ class StorageLog(Watch):
     def _keep(self, tensor: Tensor) -> Tensor:
         if (known := self._alive.get(_key(tensor))) is not None:
             known[0].keepers.add(self.kind)
-        return tensor
+        return tensor.detach()  # an output itself would hold its own node, and a graph never run would never be freed
 
 
 def _key(tensor: Tensor) -> int:
@@ -633,7 +633,7 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     def pack(tensor: Tensor) -> Tensor:
         if _key(tensor) not in own:
             kept[_key(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output itself would hold its own node, so that neither would ever be freed
 
     with ExitStack() as stack:
         enter = register_module_forward_pre_hook(lambda module, args: threads.add(threading.get_ident()))
