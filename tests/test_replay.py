@@ -78,6 +78,13 @@ def test_sizes_among_the_arguments_are_cut_too():
     assert whole.part().args == (row_major(1, 65536 // 16), (512, 65536 // 16))
 
 
+def test_a_convolution_stays_whole():
+    picture, patch = row_major(64, 3, 512, 512), row_major(8, 3, 3, 3)
+    whole = Operation(ATEN.convolution.default, (picture, patch, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1))
+    assert whole.moved_bytes > 100 * MIB
+    assert whole.part() is whole
+
+
 def test_attention_is_cut_by_sequences_alone():
     query = row_major(8, 9, 8, 64)
     name = ATEN._scaled_dot_product_flash_attention_for_cpu.default
@@ -140,10 +147,24 @@ def test_a_new_tensor_takes_the_place_of_the_last_dead_one_of_its_size():
     assert [operation.made_bytes for operation in watched.found] == [4 * MIB] * 3
 
 
-def test_small_tensors_have_no_distance():
+def test_of_several_places_the_one_left_last_is_taken():
+    x, y = torch.ones(MIB // 4), torch.ones(4 * MIB)
     with Watched() as watched:
-        torch.ones(100).mul_(2.0)
-    assert watched.found[-1].operands[0].distance == 0
+        first = x * 2.0
+        y.mul_(2.0)  # 16 MiB between the two
+        second = x * 2.0
+        del first
+        del second
+        x * 2.0
+    assert watched.found[-1].distance == 0
+
+
+def test_small_tensors_have_no_distance():
+    small, large = torch.ones(100), torch.ones(1100)
+    with Watched() as watched:
+        small.mul_(2.0)
+        large.mul_(2.0)
+    assert [operation.operands[0].distance for operation in watched.found] == [0, FAR]
 
 
 def test_an_operation_on_lists_is_one_for_each_entry():
