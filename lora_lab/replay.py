@@ -320,7 +320,7 @@ class Stopwatch:
         return self._doable(Operation(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
 
     def _samples(self, operation: Operation) -> list[float]:
-        """Seconds of one call, twice, each as the mean over about a millisecond of calls."""
+        """Seconds of one call, twice; of quick ones as the mean over about a millisecond of calls."""
         function, calls = operation.function, itertools.cycle(self._calls(operation))
         # New tensors are kept until as many bytes have been made as lie between two uses of a place in memory.
         kept: deque = deque(maxlen=1 + min(_MOST_SETS, operation.distance // max(1, operation.moved_bytes)))
@@ -338,9 +338,9 @@ class Stopwatch:
         if once < _SAMPLE_S:
             once = sample(8)
         count = max(1, min(1000, int(_SAMPLE_S / max(once, 1e-6))))
-        if count > 1:
-            sample(count)
-        return [sample(count) / (_LIST if operation.of_list else 1) for _ in range(2)]
+        once = sample(count) if count > 1 else once
+        entries = _LIST if operation.of_list else 1
+        return [once / entries, sample(count) / entries]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

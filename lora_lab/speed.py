@@ -411,11 +411,11 @@ class Prediction:
             f"{name} takes {ratio:.2f} of the time of {first}: {_ms(self.total_s(name))} a step, "
             f"not {_ms(self.total_s(first))}."
         ]
-        for verb, part in (("spares", spared), ("adds", added)):
+        for verb, part, sign in (("spares", spared, -1), ("adds", added, 1)):
             largest = sorted(part, key=part.__getitem__, reverse=True)[:4]
-            reasons = "; ".join(f"{self._words(cause, name)}, {_ms(part[cause])}" for cause in largest)
+            reasons = "; ".join(f"{self._words(cause, name, sign)}, {_ms(part[cause])}" for cause in largest)
             lines.append(f"It {verb} {_ms(sum(part.values()))}" + (f": {reasons}." if reasons else "."))
-        more, less = self._main(added, name), self._main(spared, name)
+        more, less = self._main(added, name, 1), self._main(spared, name, -1)
         if abs(ratio - 1) < _ALIKE or not (more and less):
             lines.append(f"So the two take about as long: what {name} adds costs as much as what it spares.")
         elif ratio > 1:
@@ -424,30 +424,30 @@ class Prediction:
             lines.append(f"So {name} is faster here: what it spares, {less}, costs more than {more}.")
         return "\n".join(lines)
 
-    def _main(self, part: Mapping[str, float], name: str) -> str:
-        """The causes that make up most of a sum, joined by "and"."""
-        told = {cause: seconds for cause, seconds in part.items() if self._difference(cause, name)} or part
+    def _main(self, part: Mapping[str, float], name: str, sign: int) -> str:
+        """The causes that make up most of a sum, joined by "and"; what is only elsewhere in the caches is none."""
+        told = {cause: seconds for cause, seconds in part.items() if sign * self._difference(cause, name) > 0} or part
         chosen, covered = [], 0.0
         for cause in sorted(told, key=told.__getitem__, reverse=True):
             if chosen and covered > 0.8 * sum(told.values()):
                 break
-            chosen.append(self._words(cause, name))
+            chosen.append(self._words(cause, name, sign))
             covered += told[cause]
         return " and ".join(chosen)
 
     def _difference(self, cause: str, name: str) -> int:
-        """How many operations more or fewer than the first variant's; of all causes where each is called by Python."""
-        works = self.works[name], self.works[next(iter(self.works))]
-        if cause == PYTHON:
-            own, first = (work.count(phase="forward") + work.count(phase="backward") for work in works)
-        else:
-            own, first = (work.count(cause=cause) for work in works)
-        return abs(own - first)
+        """How many operations more than the first variant's; of all causes where each is called by Python.
 
-    def _words(self, cause: str, name: str) -> str:
+        Of the optimiser it is the numbers that count.
+        """
+        own, first = self.works[name], self.works[next(iter(self.works))]
         if cause == UPDATE:
-            own, first = self.works[name].trained, self.works[next(iter(self.works))].trained
-            return f"clipping and updating {own:,} numbers and not {first:,}"
+            return own.trained - first.trained
+        if cause == PYTHON:
+            return sum(own.count(phase=phase) - first.count(phase=phase) for phase in ("forward", "backward"))
+        return own.count(cause=cause) - first.count(cause=cause)
+
+    def _words(self, cause: str, name: str, sign: int) -> str:
         words = {
             ADAPTERS: "small products with the adapters",
             PYTHON: "operations to be called by Python and autograd",
@@ -456,8 +456,12 @@ class Prediction:
             HEAD: "products of the head",
             ATTENTION: "operations of attention",
         }.get(cause, cause)
-        difference = self._difference(cause, name)
-        return f"{difference:,} {words}" if difference else f"the same {words}"
+        if (difference := sign * self._difference(cause, name)) <= 0:
+            return f"the same {words}"
+        if cause == UPDATE:
+            own, first = self.works[name].trained, self.works[next(iter(self.works))].trained
+            return f"clipping and updating {own:,} numbers and not {first:,}"
+        return f"{difference:,} {words}"
 
     def frame(self):
         """A pandas DataFrame: seconds, one row a variant, one column a cause, then all of them and the ratio."""

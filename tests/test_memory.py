@@ -658,6 +658,8 @@ def test_the_predicted_peak_is_within_three_percent_of_the_measured_one(case):
     assert parts == rehearsed.parts
     assert real.saved == rehearsed.saved
     assert real.setting == rehearsed.setting
+    assert max(moment.total_bytes for moment in rehearsed.timeline) == rehearsed.peak_bytes
+    assert max(moment.total_bytes for moment in real.timeline) == rehearsed.peak_bytes
 
 
 @pytest.mark.parametrize("case", ["full", "r=8", "r=64", "DoRA", "r=8, ckpt", "lean, ckpt"])
