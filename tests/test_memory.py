@@ -592,6 +592,23 @@ def test_what_is_allocated_outside_the_step_does_not_count():
     assert bill.peak_bytes == usual
 
 
+def test_garbage_of_before_that_is_freed_during_the_step_does_not_make_it_smaller():
+    def collecting(model, inputs, targets):
+        gc.collect()
+        return F.cross_entropy(model(inputs), targets)
+
+    usual = measure(DigitsMLP(), FullFineTuning(), DIGITS, loss=collecting).peak_bytes
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+            circle = [torch.ones(2**20)]  # the profiler knows it, and will notice its end
+            circle.append(circle)
+        del circle
+        assert measure(DigitsMLP(), FullFineTuning(), DIGITS, loss=collecting).peak_bytes == usual
+    finally:
+        gc.enable()
+
+
 ROWS = Lean(loss_rows=64)  # with more, products in bfloat16 are the peak, where oneDNN packs a weight anew
 CASES = {
     "full": (FullFineTuning(), {}),
@@ -1198,6 +1215,14 @@ def test_on_a_gpu_the_peak_is_the_allocators_mark_less_what_was_there_before(mon
         with meter.second_step():
             assert calls == [device]
     assert (meter.peak_bytes, meter.reserved_bytes) == (700, 4096)
+
+
+def test_what_the_allocator_reserved_is_in_the_bill(monkeypatch):
+    assert measure(DigitsMLP(), FullFineTuning(), DIGITS).reserved_bytes is None
+    monkeypatch.setattr(memory._ProfilerMeter, "reserved_bytes", 123 * MIB)
+    found = measure(DigitsMLP(), FullFineTuning(), DIGITS)
+    assert found.reserved_bytes == 123 * MIB
+    assert "reserved by the allocator" in str(found)
 
 
 @pytest.mark.parametrize(
