@@ -13,7 +13,7 @@ three break-even points, found by counting or by prediction and confirmed by ano
 
 A step is forward, backward, clipping to norm 1 and fused AdamW, in float32, with random weights and tokens. Waiting
 threads sleep (OMP_WAIT_POLICY=passive) and the heap keeps what it has, as in `benchmarks/lora_step.py`. A whole run
-takes about 40 minutes on two cores, 20 GB of memory, and a quiet machine: where others worked meanwhile, it says so.
+takes about 20 minutes on two cores, 20 GB of memory, and a quiet machine: where others worked meanwhile, it says so.
 On a CUDA GPU it runs in the same way, which nobody has tried yet.
 """
 
@@ -272,8 +272,8 @@ def main() -> None:
     if "rank" in options.only:
         rank_point()
     if "tokens" in options.only:
-        token_point(costs, "small", 32, options.quick)
-        token_point(costs, "smollm2-135m", 200, options.quick)
+        token_point(costs, "small", 8, options.quick)
+        token_point(costs, "small", 1, options.quick)
     if "blocks" in options.only:
         block_point(costs, "smollm2-135m", 512, options.quick)
     print(f"\ncalibration and all predictions took {costs.seconds_spent:.0f} s")

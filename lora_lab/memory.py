@@ -593,7 +593,7 @@ def report(
         if look_for:
             fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
             row += f"{largest(model, setup, budget_bytes, device=device, **fixed)[0]:>13,}"
-        print(row, flush=True)
+        print(row.rstrip(), flush=True)
     if "CUDA" in kind or _place(model, device)[0].type == "cuda":
         print("Beside it a process keeps CUDA's own context on the card, some hundred MiB, and the allocator's gaps.")
     for bill in bills.values() if with_bills else ():

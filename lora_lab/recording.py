@@ -138,7 +138,7 @@ def memory_row(case: Case, device: str) -> dict[str, Any]:
 
 
 def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
-    """How much the process grows for the model and two steps, at its highest, or None where nobody tells.
+    """How much larger the process is in two steps, at its highest, than without the model; None where nobody tells.
 
     It grows by more than tensors: the heap's holes, and what libraries allocate for themselves.
     """
@@ -146,10 +146,12 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
         return None
     _load_code()
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
     model = factory()
     step = case.setup.step(model if case.setup.dtype is None else model.to(case.setup.dtype))
     parts, weights = case.setup.batches(token_batch(model, case.batch_size, case.seq_len))
+    gc.collect()
+    _trim_heap()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew: casting is no step
     for _ in range(2):
         step(parts, weights)
     return peak_bytes(device) - before
@@ -161,6 +163,11 @@ def _load_code() -> None:
     optimizer = torch.optim.AdamW([number], fused=True)
     number.square().sum().backward()
     optimizer.step()
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Give what the heap holds of freed memory back to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

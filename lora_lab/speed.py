@@ -126,7 +126,7 @@ class Times:
         """Whether a variant is faster or slower than the first, or what keeps this run from telling."""
         first, interval = next(iter(self.seconds)), self.interval(name)
         if interval is None:
-            return f"{len(self.ratios(name))} rounds are too few to tell; take 6 or more"
+            return f"{_counted(len(self.ratios(name)), 'round')} will not tell; take 6 or more"
         low, high = interval
         between = f"{low:.2f} to {high:.2f} of {first}'s time"
         if self.disturbance:
@@ -162,7 +162,7 @@ class Times:
     def __str__(self) -> str:
         width = max(len(name) for name in self.seconds) + 2
         rounds = len(next(iter(self.seconds.values())))
-        title = f"{self.setting}: ms a step, median [quartiles] of {rounds} rounds"
+        title = f"{self.setting}: ms a step, median [quartiles] of {_counted(rounds, 'round')}"
         lines = [title, f"  {'':<{width}}{'ms':>11}{'':>24}{'tokens/s':>11}{'ratio':>8}"]
         for place, name in enumerate(self.seconds):
             low, high = self.quartiles_s(name)
@@ -171,6 +171,10 @@ class Times:
             verdict = f"  {self.verdict(name)}" if place else ""
             lines.append(f"  {name:<{width}}{numbers}{self.ratio(name):>8.3f}{verdict}")
         return "\n".join([*lines, f"  {self.disturbance}"] if self.disturbance else lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _quantile(values: Sequence[float], part: float) -> float:
@@ -244,9 +248,9 @@ def step_time(
 def _disturbance(crowd: Crowd) -> str:
     if not crowd.disturbs:
         return ""
-    threads = torch.get_num_threads()
+    threads = _counted(torch.get_num_threads(), "thread")
     return (
-        f"Other processes kept {crowd.cores:.1f} cores busy meanwhile, so torch's {threads} threads had to wait; "
+        f"Other processes kept {crowd.cores:.1f} cores busy meanwhile, so torch's {threads} had to wait; "
         "measure again when this machine is quiet."
     )
 
@@ -603,6 +607,8 @@ class CostModel:
         **options: Any,
     ) -> int | None:
         """The tokens a step at which ``second`` stops being slower than ``first``, or starts to be.
+
+        For models that read token ids, whose batches can grow by themselves.
 
         Args:
             batch_size, seq_len: one of them stays, and the other grows.

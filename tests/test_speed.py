@@ -103,7 +103,7 @@ def test_the_interval_is_the_narrowest_that_holds_the_median_19_times_in_20(roun
         ([0.5, *[1.2] * 7, 0.5], "cannot be told, because the times jump: 0.50 to 1.20"),
         ([0.5, *[1.2] * 8], "slower: 1.20 to 1.20"),  # one outlier does no harm
         ([0.97, 1.01] * 4 + [1.0], "no difference that this run can show: 0.97 to 1.01"),
-        ([0.8] * 5, "5 rounds are too few to tell; take 6 or more"),
+        ([0.8] * 5, "5 rounds will not tell; take 6 or more"),
     ],
 )
 def test_verdicts(ratios, verdict):
