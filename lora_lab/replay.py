@@ -258,8 +258,8 @@ def _cpu_seconds() -> tuple[float, float]:
 class Stopwatch:
     """Times operations by doing them again on tensors of its own, each kind once.
 
-    What disturbs a timing only adds to it, so the least of several samples counts. They are taken in rounds over all
-    kinds, so that a disturbance meets no kind in all of its samples.
+    The median of several samples counts. They are taken in rounds over all kinds, so that a disturbance meets no kind
+    in all of its samples.
 
     Args:
         device: where to do them.
