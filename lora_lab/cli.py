@@ -174,14 +174,21 @@ def _record(options: argparse.Namespace) -> None:
     from lora_lab import recording, records
     from lora_lab.device import pick_device
 
+    if options.models and not options.out:
+        raise ValueError(
+            "A record of some models would take the place of the whole one; name another folder with --out."
+        )
     device, why = pick_device(options.device)
     print(f"Device: {why}")
+    command = "lora-lab record " + options.what
+    command += f" --device {options.device}" if options.device else ""
+    command += f" --models {' '.join(options.models)}" if options.models else ""
+    commit = records.commit()  # of the code that runs, whatever is committed meanwhile
     rows = []
     for row in getattr(recording, options.what)(device, options.models):
         rows.append(row)
         print(recording.line(row), flush=True)
-    command = "lora-lab record " + options.what + (f" --models {' '.join(options.models)}" if options.models else "")
-    record = records.new(options.what, rows, recording.settings(options.what), command, device)
+    record = records.new(options.what, rows, recording.settings(options.what), command, device, commit)
     print(f"Written: {records.write(record, options.out)}")
 
 

@@ -21,12 +21,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.lora import LoRALayer
+from lora_lab.lora import LoRALayer, LoRALinear, lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.quantize import BlockLinear
-from lora_lab.rehearse import Batch, Factory, Setup, Watch, as_setup, like, pretend, token_batch
+from lora_lab.rehearse import (
+    Batch,
+    Factory,
+    Setup,
+    Watch,
+    as_setup,
+    batch_for,
+    pretend,
+    setting_of,
+    storage_of,
+)
 from lora_lab.targets import blocks
 from lora_lab.train import Step, own_randomness
+from lora_lab.variants import LoRAFALinear, RsLoRALinear
 
 LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER = "layers", "head", "attention", "adapters", "other"
 PARTS = (LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER)
@@ -133,12 +144,12 @@ class FlopCounter(Watch):
         self.products: list[tuple[str, str, int]] = []  # part, pass, FLOPs
         self._of_data: set[int] = set()  # which of them multiply data with data in the backward pass
         tensors = [*self.step.model.parameters(), *self.step.model.buffers()]
-        self._made = {_key(tensor): _Made(frozenset({self._owners[id(tensor)]})) for tensor in tensors}
-        self._made |= {_key(tensor): _Made(data=True) for batch in batches for tensor in batch}
+        self._made = {storage_of(tensor): _Made(frozenset({self._owners[id(tensor)]})) for tensor in tensors}
+        self._made |= {storage_of(tensor): _Made(data=True) for batch in batches for tensor in batch}
         super().run(batches, weights)
         for parameter in self.step.model.parameters():
             if parameter.grad is not None and parameter.ndim > 1:
-                for index in self._made[_key(parameter.grad)].products & self._of_data:
+                for index in self._made[storage_of(parameter.grad)].products & self._of_data:
                     self.products[index] = (self._owners[id(parameter)], WEIGHT, self.products[index][2])
 
     def counts(self) -> Counter[tuple[str, str]]:
@@ -161,7 +172,7 @@ class FlopCounter(Watch):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._made[_key(tensor)] = self._combined(inputs, tensor, product)
+                self._made[storage_of(tensor)] = self._combined(inputs, tensor, product)
 
     def _count(self, packet: Any, args: tuple, count: int) -> int:
         """Enter a product, and return its number."""
@@ -185,7 +196,7 @@ class FlopCounter(Watch):
         return FORWARD if self.phase == "forward" else AGAIN if self.again else backward
 
     def _source(self, tensor: Tensor) -> _Made:
-        return self._made.get(_key(tensor), _Made())
+        return self._made.get(storage_of(tensor), _Made())
 
     def _combined(self, inputs: Sequence[Tensor], out: Tensor, product: int | None) -> _Made:
         sources = [self._source(tensor) for tensor in inputs]
@@ -195,7 +206,7 @@ class FlopCounter(Watch):
             kept = [
                 made.products
                 for tensor, made in zip(inputs, sources, strict=True)
-                if out.numel() >= tensor.numel() or _key(out) == _key(tensor)
+                if out.numel() >= tensor.numel() or storage_of(out) == storage_of(tensor)
             ]
             products = frozenset().union(*kept)
         weights = frozenset().union(*(made.weights for made in sources))
@@ -206,10 +217,6 @@ def _part(sources: Iterable[_Made]) -> str:
     """Whose a product is: the adapters' if their weights alone are in it."""
     weights = frozenset().union(*(made.weights for made in sources))
     return next((part for part in (HEAD, LAYERS, ADAPTERS) if part in weights), OTHER)
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def weight_owners(model: nn.Module) -> dict[int, str]:
@@ -247,7 +254,12 @@ def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> di
             transformers have it; without one T is 0.
         tokens: the batch's size.
         seq_len: s; None for a model without attention.
+
+    Raises:
+        ValueError: nothing in the model is trained.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("No parameter of the model requires a gradient, so it is not made ready to train.")
     owners, names = weight_owners(model), list(blocks(model))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     matrices, trained, depth = [], [], -1  # the depth is a block's number, -1 below the blocks, their count above
@@ -324,9 +336,9 @@ def flops(
         counter.run(parts, weights)
         counts, (tokens, length) = counter.counts(), size_of(given)
         known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(twin) is not None)
-        plain = not any(name == AGAIN for _, name in counts) and not _convolutions(twin)
+        plain = not any(name == AGAIN for _, name in counts) and _of_plain_blocks(twin)
         closed = closed_form(twin, tokens, length) if known and plain else None
-        return Flops(counts, tokens, _setting(setup, twin, given), length, closed)
+        return Flops(counts, tokens, setting_of(setup, twin, given), length, closed)
 
 
 def break_even_rank(
@@ -363,13 +375,6 @@ def break_even_rank(
     return rank
 
 
-def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
-    """Zeros of the batch's shapes and dtypes, or token ids if there is none, on the model's device."""
-    if batch is None:
-        return token_batch(model, batch_size, seq_len)
-    return like(batch, next(model.parameters()).device)
-
-
 def size_of(batch: Batch) -> tuple[int, int | None]:
     """Tokens of a batch and their number in a sequence; or examples, and None."""
     inputs = batch[0]
@@ -377,14 +382,8 @@ def size_of(batch: Batch) -> tuple[int, int | None]:
     return (inputs.numel(), inputs.shape[1]) if whole else (len(inputs), None)
 
 
-def _convolutions(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
-
-
-def _setting(setup: Setup, model: nn.Module, batch: Batch) -> str:
-    return f"{type(model).__name__}, {setup.describe()}, batch {shape_of(batch)}"
-
-
-def shape_of(batch: Batch) -> str:
-    """Such as "4 x 128"."""
-    return " x ".join(str(size) for size in batch[0].shape)
+def _of_plain_blocks(model: nn.Module) -> bool:
+    """Whether it is a stack of blocks without convolutions, and its adapters, if any, are two plain factors each."""
+    convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
+    plain = all(type(layer) in (LoRALinear, RsLoRALinear, LoRAFALinear) for layer in lora_layers(model).values())
+    return bool(blocks(model)) and plain and not convolutions

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +91,7 @@ def rewire(model: nn.Module, lean: Lean) -> None:
             model is then left as it was.
     """
     _check(model, lean)
-    if lean.checkpoint:
+    if lean.checkpoint and not isinstance(next(model.parameters()), FakeTensor):  # a rehearsal frees nothing
         _return_memory_at_once()
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)

@@ -47,12 +47,14 @@ from lora_lab.rehearse import (
     Setup,
     Watch,
     as_setup,
+    batch_for,
+    device_of,
     keep_originals,
-    like,
     made,
     output_width,
     pretend,
-    token_batch,
+    setting_of,
+    storage_of,
 )
 from lora_lab.train import Step, own_randomness
 
@@ -120,7 +122,7 @@ class Bill:
 
     @property
     def static_bytes(self) -> int:
-        """Weights, gradients and the optimiser's state: what does not depend on the batch."""
+        """Weights, gradients and optimiser's state at the peak; if it comes early, gradients are not there yet."""
         return sum(self.parts.get(part, 0) for part in PARTS[:4])
 
     def plus(self, part: str, size: int) -> Bill:
@@ -231,7 +233,7 @@ class StorageLog(Watch):
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and follow it; what a step before it left is part of it."""
         self._start = len(self.phases)
-        self._given = {_key(tensor) for batch in batches for tensor in batch}
+        self._given = {storage_of(tensor) for batch in batches for tensor in batch}
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             super().run(batches, weights)
         self._name()
@@ -290,10 +292,10 @@ class StorageLog(Watch):
         for part, tensors in named.items():
             for tensor in tensors:
                 self._enter(tensor)  # nobody saw those born that were there before the first step
-                self._alive[_key(tensor)][0].named = part
+                self._alive[storage_of(tensor)][0].named = part
 
     def _enter(self, tensor: Tensor) -> None:
-        key = _key(tensor)
+        key = storage_of(tensor)
         if key in self._alive or key in self._given:
             return
         storage = tensor.untyped_storage()
@@ -310,13 +312,9 @@ class StorageLog(Watch):
         self._alive[key] = (life, weakref.ref(storage, dead))
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        if (known := self._alive.get(_key(tensor))) is not None:
+        if (known := self._alive.get(storage_of(tensor))) is not None:
             known[0].keepers.add(self.kind)
         return tensor.detach()  # an output itself would hold its own node, and a graph never run would never be freed
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
@@ -361,8 +359,7 @@ def predict(
     place, estimated = _place(model, device)
     on_cuda = estimated or place.type == "cuda"
     with pretend(model, place, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
-        own = next(twin.parameters()).device
-        given = token_batch(twin, batch_size, seq_len) if batch is None else like(batch, own)
+        given = batch_for(twin, batch_size, seq_len, batch)
         parts, weights = setup.batches(given)
         step = setup.step(twin)
         if estimated:
@@ -370,7 +367,9 @@ def predict(
         log = StorageLog(step, _BLOCK if on_cuda else 1)
         log.run(parts, weights)
         log.run(parts, weights)
-        bill = log.bill("estimated for CUDA, not measured" if estimated else "predicted", _setting(setup, twin, given))
+        bill = log.bill(
+            "estimated for CUDA, not measured" if estimated else "predicted", setting_of(setup, twin, given)
+        )
     return bill.plus(WORKSPACE, _workspace_bytes()) if on_cuda else bill
 
 
@@ -402,14 +401,14 @@ def measure(
     """
     setup = as_setup(method, options)
     setup.check_watchable()
-    device = next(model.parameters()).device if isinstance(model, nn.Module) else pick_device(device)[0]
+    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
     if device.type == "meta":
         raise ValueError("The model is on the meta device, where nothing is ever allocated; use predict.")
     with own_randomness(device, 0):
         twin = made(model, device, setup.dtype)
         # Held until the meter is off: a freed address could be given to a tensor of the step's own.
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
-        there = {_key(tensor) for tensor in held}
+        there = {storage_of(tensor) for tensor in held}
         given = tuple(tensor.to(device) for tensor in batch)
         parts, weights = setup.batches(given)
         gc.collect()  # or garbage that is freed below would be taken for the step's
@@ -420,12 +419,12 @@ def measure(
             step(parts, weights)
             with meter.second_step():
                 step(parts, weights)
-        stayed = {_key(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
+        stayed = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
         del held
         peak = meter.peak_bytes + sum(size for key, size in stayed.items() if key in there)
         log = StorageLog(step, _BLOCK if device.type == "cuda" else 1)
         log.run(parts, weights)
-        bill = log.bill("measured", _setting(setup, twin, given))
+        bill = log.bill("measured", setting_of(setup, twin, given))
         del log, step
     gc.collect()
     bill = bill.plus(REST, peak - bill.peak_bytes)
@@ -576,14 +575,18 @@ def report(
         with_bills: print each bill, part by part, after the table.
 
     Raises:
-        ValueError: as for :func:`predict`.
+        ValueError: there is no setup, a size is looked for in no budget, or as for :func:`predict`.
     """
+    if not setups:
+        raise ValueError("setups is empty, so there is nothing to report; give some, such as memory.ways(8).")
+    if look_for and budget_bytes is None:
+        raise ValueError(f"look_for is {look_for!r}, but there is no budget_bytes to look for what fits into.")
     bills: dict[str, Bill] = {}
     for label, setup in setups.items():
         bills[label] = predict(model, setup, batch_size, seq_len, device=device)
         if len(bills) == 1:  # now that everything was found to be in order
             kind = bills[label].source
-            print(f"{name}, batch {batch_size} x {seq_len} tokens, AdamW: peak of one step, {kind}")
+            print(f"{name}, batch {batch_size} x {seq_len} tokens: peak of one step, {kind}")
             fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
             print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
         row = f"{label:<32}{bills[label].peak_bytes / GIB:>6.2f} GiB"
@@ -626,13 +629,13 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     Raises:
         ValueError: a module of the model ran in another thread, where nobody sees what is kept.
     """
-    own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    own = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     threads: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in own:
-            kept[_key(tensor)] = tensor.untyped_storage().nbytes()
+        if storage_of(tensor) not in own:
+            kept[storage_of(tensor)] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # an output itself would hold its own node, so that neither would ever be freed
 
     with ExitStack() as stack:
@@ -694,7 +697,7 @@ def _cuda_attention(step: Step, batch: Batch) -> AbstractContextManager:
 def _place(model: nn.Module | Factory, device: torch.device | str | None) -> tuple[torch.device, bool]:
     """Where to pretend, and whether that only stands for CUDA."""
     if device is None:
-        own = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("meta")
+        own = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")
         device = pick_device()[0] if own.type == "meta" else own
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -706,8 +709,3 @@ def _workspace_bytes() -> int:
     """What cuBLAS keeps for itself: 32 MiB on Hopper and later, 8.1 MiB before (torch's CUDABlas.cpp)."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return 32 * MIB if hopper else 8_519_680
-
-
-def _setting(setup: Setup, model: nn.Module, batch: Batch) -> str:
-    shape = " x ".join(str(size) for size in batch[0].shape)
-    return f"{type(model).__name__}, {setup.describe()}, batch {shape}"

@@ -48,6 +48,7 @@ _ON_SMOLLM2 = (
 )
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BF16 = torch.bfloat16
+_REFERENCES = Path("/proc/self/clear_refs")
 
 
 def random_model(name: str) -> Llama:
@@ -110,6 +111,18 @@ def memory_cases(device: torch.device, models: list[str] | None = None) -> list[
         for model in ("llama-3.2-1b", "llama-3-8b"):
             cases += [Case(model, 1, 1024, label, setups[label]) for label in large]
             cases.append(Case(model, 1, 1024, "QLoRA r=8, bf16", replace(setups["LoRA r=8, NF4 base"], dtype=BF16)))
+    return _chosen(cases, models)
+
+
+def _chosen(cases: list[Any], models: list[str] | None) -> list[Any]:
+    """Those of these models.
+
+    Raises:
+        ValueError: there are none of one.
+    """
+    known = list(dict.fromkeys(case.model for case in cases))
+    if unknown := [name for name in models or () if name not in known]:
+        raise ValueError(f"There are no cases of {unknown[0]!r} on this device; there are of {', '.join(known)}.")
     return [case for case in cases if models is None or case.model in models]
 
 
@@ -142,7 +155,7 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
 
     It grows by more than tensors: the heap's holes, and what libraries allocate for themselves.
     """
-    if platform.system() != "Linux":
+    if platform.system() != "Linux" or not os.access(_REFERENCES, os.W_OK):
         return None
     _load_code()
     before = _resident("VmRSS")
@@ -151,7 +164,7 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     parts, weights = case.setup.batches(token_batch(model, case.batch_size, case.seq_len))
     gc.collect()
     _trim_heap()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew: casting is no step
+    _REFERENCES.write_text("5")  # the kernel's high-water mark starts anew: casting is no step
     for _ in range(2):
         step(parts, weights)
     return peak_bytes(device) - before
@@ -180,11 +193,23 @@ def _resident(field: str) -> int:
 def memory(device: torch.device, models: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a memory record, as they are measured, each case in a fresh process.
 
+    A case that does not fit into memory is left out, and said to be on stderr.
+
     Args:
         models: only cases of these.
+
+    Raises:
+        ValueError: there are no cases of one.
     """
     for case in with_bar(memory_cases(device, models)):
-        yield apart(memory_row, case, str(device), environment=HEAP)
+        try:
+            yield apart(memory_row, case, str(device), environment=HEAP)
+        except (MemoryError, torch.OutOfMemoryError):
+            _leave_out(f"{case.label} on {case.model}, {case.batch_size} x {case.seq_len}")
+
+
+def _leave_out(what: str) -> None:
+    tqdm.write(f"left out, for it does not fit into memory: {what}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -223,23 +248,35 @@ def speed_cases(device: torch.device, models: list[str] | None = None) -> list[C
         for name in ("smollm2-135m", "llama-3.2-1b", "llama-3-8b"):
             for batch_size, seq_len in ((1, 128), (4, 512), (8, 1024)):
                 ways = setups(name, (8, 64), (1,), dtype=BF16)
+                if name == "llama-3-8b":  # all ways are in memory at once, and AdamW's state for 8B fills a card alone
+                    del ways["full"]
                 cases.append(Comparison(name, batch_size, seq_len, {f"{k}, bf16": v for k, v in ways.items()}, 9))
-    return [case for case in cases if models is None or case.model in models]
+    return _chosen(cases, models)
 
 
 def speed(device: torch.device, models: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a speed record, as they are measured: each comparison is predicted, then timed in turn.
 
+    One that does not fit into memory is left out, and said to be on stderr.
+
     Args:
         models: only cases of these.
+
+    Raises:
+        ValueError: there are no cases of one.
     """
+    cases = speed_cases(device, models)
     costs = cost_model(device)
-    for case in with_bar(speed_cases(device, models)):
+    for case in with_bar(cases):
         factory = partial(random_model, case.model)
         predicted = costs.predict(factory, case.setups, case.batch_size, case.seq_len)
-        times = step_time(
-            factory, case.setups, case.batch_size, case.seq_len, rounds=case.rounds, device=device, progress=False
-        )
+        try:
+            times = step_time(
+                factory, case.setups, case.batch_size, case.seq_len, rounds=case.rounds, device=device, progress=False
+            )
+        except torch.OutOfMemoryError:
+            _leave_out(f"{case.model}, {case.batch_size} x {case.seq_len}")
+            continue
         for label, setup in case.setups.items():
             low, high = times.quartiles_s(label)
             yield {
@@ -252,9 +289,10 @@ def speed(device: torch.device, models: list[str] | None = None) -> Iterator[dic
                 "lower_quartile_s": low,
                 "upper_quartile_s": high,
                 "ratio": times.ratio(label),
-                "verdict": "" if label == "full" else times.verdict(label),
+                "verdict": "" if label == next(iter(case.setups)) else times.verdict(label),
                 "predicted_seconds": predicted.total_s(label),
                 "predicted_ratio": predicted.ratio(label),
+                "doubts": " ".join(predicted.doubts),
                 "flops": flops(factory, setup, case.batch_size, case.seq_len).total,
             }
         gc.collect()

@@ -100,11 +100,23 @@ class Record:
         return pandas.DataFrame(self.rows).sort_index(axis="columns")
 
 
-def new(what: str, rows: list[dict[str, Any]], settings: dict[str, Any], command: str, device: torch.device) -> Record:
-    """A record of a run that has just ended on this machine, with this code.
+def commit() -> str:
+    """The commit of this lora_lab, to be asked for when a run begins."""
+    return commit_of(_root())
+
+
+def new(
+    what: str,
+    rows: list[dict[str, Any]],
+    settings: dict[str, Any],
+    command: str,
+    device: torch.device,
+    commit: str,
+) -> Record:
+    """A record of a run that has just ended on this machine.
 
     Args:
-        what, rows, settings, command: as in :class:`Record`.
+        what, rows, settings, command, commit: as in :class:`Record`.
         device: where it ran.
 
     Raises:
@@ -117,7 +129,7 @@ def new(what: str, rows: list[dict[str, Any]], settings: dict[str, Any], command
         what=what,
         device=device_name(device),
         facts=described,
-        commit=commit_of(_root()),
+        commit=commit,
         date=datetime.now(UTC).date().isoformat(),
         command=command,
         settings=settings,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,8 +51,7 @@ class Setup:
         loss: (model, inputs, targets) -> mean loss.
 
     Raises:
-        ValueError: ``lean`` has several threads, whose work the instruments cannot see, or accumulate is
-            below 1.
+        ValueError: a value is none of those that it can be, or plain gradient descent is asked of the lean step.
     """
 
     method: Method = field(default_factory=FullFineTuning)
@@ -76,7 +75,7 @@ class Setup:
             raise ValueError(f"accumulate is {self.accumulate}, but it must be at least 1.")
 
     def step(self, model: nn.Module) -> Step:
-        """Make ``model`` ready, in place, with the loss for batches in which every target counts.
+        """Make ``model`` ready, in place; a fake one for batches in which every target counts.
 
         Args:
             model: from :func:`pretend` or :func:`made`, which have cast it to ``dtype``.
@@ -96,7 +95,8 @@ class Setup:
         if self.optimizer == "sgd":
             trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
             step.optimizer = torch.optim.SGD(trained, lr=1e-6)
-        if self.lean is not None and loss is cross_entropy:  # fake targets cannot be asked whether they count
+        if self.lean is not None and loss is cross_entropy and isinstance(next(model.parameters()), FakeTensor):
+            # Fake targets cannot be asked whether they count.
             step.loss = partial(leanness.cross_entropy, rows=self.lean.loss_rows, every_target=True)
         return step
 
@@ -132,6 +132,10 @@ class Setup:
             words.append("lean" + (" bf16 base" if self.lean.base_dtype else ""))
         if self.gradient_checkpointing or (self.lean is not None and self.lean.checkpoint):
             words.append("checkpointing")
+        if self.accumulate > 1:
+            words.append(f"{self.accumulate} micro-batches")
+        if self.clip is None:
+            words.append("no clipping")
         return ", ".join(words)
 
     def check_watchable(self) -> None:
@@ -160,13 +164,41 @@ def token_batch(model: nn.Module, batch_size: int, seq_len: int) -> Batch:
     for name, size in {"batch_size": batch_size, "seq_len": seq_len}.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} is {size!r}, but it must be a whole number of at least 1.")
-    device = next(model.parameters()).device
-    return tuple(torch.zeros(batch_size, seq_len, dtype=torch.long, device=device) for _ in range(2))
+    return tuple(torch.zeros(batch_size, seq_len, dtype=torch.long, device=device_of(model)) for _ in range(2))
 
 
-def like(batch: Batch, device: torch.device) -> Batch:
-    """Tensors of the batch's shapes and dtypes on ``device``; inside :func:`pretend` they are fake."""
-    return tuple(torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) for tensor in batch)
+def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
+    """Zeros of the batch's shapes and dtypes, or token ids if there is none, on the model's device.
+
+    Inside :func:`pretend` they are fake.
+
+    Raises:
+        ValueError: as for :func:`token_batch`.
+    """
+    if batch is None:
+        return token_batch(model, batch_size, seq_len)
+    return tuple(torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)) for tensor in batch)
+
+
+def shape_of(batch: Batch) -> str:
+    """Such as "4 x 128"."""
+    return " x ".join(str(size) for size in batch[0].shape)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for parameter in model.parameters():
+        return parameter.device
+    raise ValueError(f"The {type(model).__name__} has no parameters, so there is nothing to train.")
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells a tensor's memory from any other's, as long as it lives."""
+    return tensor.untyped_storage()._cdata
 
 
 @contextmanager
@@ -246,10 +278,10 @@ def keep_originals(model: nn.Module, shared: set[int]) -> None:
     """Give a :func:`copied` model, made ready to train, tensors of its own where training would write.
 
     Args:
-        shared: the storages (``_cdata``) that it shares.
+        shared: the storages (:func:`storage_of`) that it shares.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.untyped_storage()._cdata in shared:
+        if parameter.requires_grad and storage_of(parameter) in shared:
             parameter.data = parameter.data.clone()
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -275,6 +307,11 @@ def module_kinds(model: nn.Module) -> dict[int, str]:
         yield id(module), ADAPTERS if isinstance(module, LoRALayer) or "lora" in words else kind
 
     return dict(walk(model, "", "other layers"))
+
+
+def setting_of(setup: Setup, model: nn.Module, batch: Batch) -> str:
+    """Such as "Llama, lora r=8, batch 4 x 128"."""
+    return f"{type(model).__name__}, {setup.describe()}, batch {shape_of(batch)}"
 
 
 def output_width(model: nn.Module) -> int | None:

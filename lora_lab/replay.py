@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lora_lab.rehearse import storage_of
 from lora_lab.train import own_randomness
 
 MIB = 2**20
@@ -39,6 +40,7 @@ _SHORTEST = 64  # no size is cut below this
 _LIST = 8  # entries of a list that is worked through at once
 _MOST_SETS = 256  # of operands
 _SPARE_CORES = 0.25  # that others may use before they disturb
+_SHORTEST_CROWD_S = 0.5  # the system counts cores in hundredths of a second: of shorter times it tells nothing
 _LINE = 64  # bytes of a cache line
 _SAMPLE_S, ROUNDS = 1e-3, 3
 _TINY_BYTES = 4096
@@ -163,8 +165,8 @@ class Traffic:
 
     def operations(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> list[Operation]:
         """The operation just done; one for each entry if it works through a list."""
-        given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _key(leaf) not in given]
+        given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in given]
         distances = [self._distance(self._born(tensor), tensor) for tensor in made]
         changes = function._schema.is_mutable
         if not changes and (not made or function._opname.startswith(("empty", "new_empty"))):
@@ -172,7 +174,7 @@ class Traffic:
 
         def describe(value: Any) -> Any:
             if isinstance(value, Tensor):
-                distance = self._distance(self._touched.get(_key(value)), value)
+                distance = self._distance(self._touched.get(storage_of(value)), value)
                 return Operand(tuple(value.shape), value.stride(), value.dtype, distance)
             return tuple(describe(entry) for entry in value) if isinstance(value, list | tuple) else value
 
@@ -184,20 +186,22 @@ class Traffic:
             max(distances, default=0),
         )
         self.moved_bytes += found.moved_bytes
-        self._touched |= dict.fromkeys([*given, *(_key(tensor) for tensor in made)], self.moved_bytes)
+        self._touched |= dict.fromkeys([*given, *(storage_of(tensor) for tensor in made)], self.moved_bytes)
         first = found.args[0] if found.args else None
-        return _entries(found, len(first)) if changes and isinstance(first, tuple) else [found]
+        on_lists = changes or function._opname.startswith("_foreach_")
+        return _entries(found, len(first)) if on_lists and isinstance(first, tuple) else [found]
 
     def _distance(self, touched: int | None, tensor: Tensor) -> int:
         if tensor.untyped_storage().nbytes() < _TINY_BYTES:
             return 0  # it takes no time to fetch, and so makes no other kind of operation
         if touched is None:
             return DISTANCES[-1]
+        # The nearest, in ratios, or lower.
         return max(distance for distance in DISTANCES if distance <= 2 * (self.moved_bytes - touched))
 
     def _born(self, tensor: Tensor) -> int | None:
         """Enter a new storage, and say when its place was last touched."""
-        key, size = _key(tensor), tensor.untyped_storage().nbytes()
+        key, size = storage_of(tensor), tensor.untyped_storage().nbytes()
 
         def dead(_: weakref.ref) -> None:
             del self._alive[key]
@@ -206,10 +210,6 @@ class Traffic:
 
         self._alive[key] = weakref.ref(tensor.untyped_storage(), dead)
         return self._left[size].pop() if self._left.get(size) else None
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _entries(operation: Operation, count: int) -> list[Operation]:
@@ -223,6 +223,7 @@ def _entries(operation: Operation, count: int) -> list[Operation]:
             operation,
             args=tuple(share(value, index) for value in operation.args),
             kwargs=tuple((name, share(value, index)) for name, value in operation.kwargs),
+            made_bytes=operation.made_bytes // count,
             of_list=True,
         )
         for index in range(count)
@@ -230,9 +231,16 @@ def _entries(operation: Operation, count: int) -> list[Operation]:
 
 
 class Crowd:
-    """Whether other processes worked while a block ran, and on how many cores: ``with Crowd() as crowd: ...``."""
+    """Whether other processes worked while a block ran, and on how many cores: ``with Crowd(2) as crowd: ...``.
+
+    Args:
+        threads: how many cores this process needs meanwhile.
+    """
 
     cores = 0.0
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
 
     def __enter__(self) -> Crowd:
         self._started, self._busy, self._own = time.perf_counter(), *_cpu_seconds()
@@ -240,13 +248,14 @@ class Crowd:
 
     def __exit__(self, *_: Any) -> None:
         busy, own = _cpu_seconds()
-        wall = max(time.perf_counter() - self._started, 1e-3)
-        self.cores = max(0.0, (busy - self._busy - (own - self._own)) / wall)
+        wall = time.perf_counter() - self._started
+        if wall >= _SHORTEST_CROWD_S:
+            self.cores = max(0.0, (busy - self._busy - (own - self._own)) / wall)
 
     @property
     def disturbs(self) -> bool:
-        """Whether they and torch's threads together had too few cores."""
-        return self.cores + torch.get_num_threads() > (psutil.cpu_count() or 1) + _SPARE_CORES
+        """Whether they and this process together had too few cores."""
+        return self.cores + self.threads > (psutil.cpu_count() or 1) + _SPARE_CORES
 
 
 def _cpu_seconds() -> tuple[float, float]:
@@ -280,13 +289,17 @@ class Stopwatch:
         self.learn([operation])
         return self._known[operation]
 
+    def unknown(self, operations: Iterable[Operation]) -> list[Operation]:
+        """Those that are not known yet, each once."""
+        return list(dict.fromkeys(kind for kind in operations if kind not in self._known))
+
     def learn(self, operations: Iterable[Operation], done: Callable[[], Any] = lambda: None) -> None:
         """Time those that are not known yet.
 
         Args:
-            done: called ``ROUNDS`` times for each.
+            done: called ``ROUNDS`` times for each of them.
         """
-        samples: dict[Operation, list[float]] = {kind: [] for kind in operations if kind not in self._known}
+        samples: dict[Operation, list[float]] = {kind: [] for kind in self.unknown(operations)}
         # Ones, so that no number grows small enough to be slow; freed when all are timed.
         self._pool = torch.ones((DISTANCES[-1] + 4 * _PART_BYTES) // 4 if samples else 0, device=self.device)
         with own_randomness(self.device, 0), torch.no_grad():
@@ -310,8 +323,8 @@ class Stopwatch:
             if candidate is operation:
                 return operation, 1.0
             # What it makes may have shrunk with the size that was cut, or not.
-            given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _key(leaf) not in given]
+            given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in given]
             part = replace(candidate, made_bytes=sum(tensor.untyped_storage().nbytes() for tensor in made))
             work = (operation.flops, part.flops) if part.flops else (operation.moved_bytes, part.moved_bytes)
             return part, work[0] / work[1]

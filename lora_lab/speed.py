@@ -39,11 +39,9 @@ from lora_lab.flops import (  # noqa: F401 - what is counted is found here too, 
     WEIGHT,
     FlopCounter,
     Flops,
-    batch_for,
     break_even_rank,
     closed_form,
     flops,
-    shape_of,
     size_of,
 )
 from lora_lab.methods import FullFineTuning, LoRA, Method
@@ -54,10 +52,14 @@ from lora_lab.rehearse import (
     Factory,
     Setup,
     as_setup,
+    batch_for,
+    device_of,
     keep_originals,
     made,
     output_width,
     pretend,
+    shape_of,
+    storage_of,
     token_batch,
 )
 from lora_lab.replay import DISTANCES, ROUNDS, VIEW, Crowd, Operand, Operation, Stopwatch, Traffic
@@ -226,7 +228,7 @@ def step_time(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, but it must be at least 1.")
     place = _device_of(model, device)
-    with own_randomness(place, 0), Crowd() as crowd:
+    with own_randomness(place, 0), Crowd(_threads(place)) as crowd:
         runs = {name: _Run(model, as_setup(method, options), place) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
         given = _random_batch(twin, batch_size, seq_len) if batch is None else batch
@@ -248,11 +250,16 @@ def step_time(
 def _disturbance(crowd: Crowd) -> str:
     if not crowd.disturbs:
         return ""
-    threads = _counted(torch.get_num_threads(), "thread")
+    threads = _counted(crowd.threads, "thread")
     return (
-        f"Other processes kept {crowd.cores:.1f} cores busy meanwhile, so torch's {threads} had to wait; "
+        f"Other processes kept {crowd.cores:.1f} cores busy meanwhile, so this one's {threads} had to wait; "
         "measure again when this machine is quiet."
     )
+
+
+def _threads(device: torch.device) -> int:
+    """How many cores a step keeps busy: while a GPU computes, it is Python's alone."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 class _Run:
@@ -262,7 +269,7 @@ class _Run:
         self.device, self.setup = device, setup
         twin = made(model, device, setup.dtype)
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
-        shared = {tensor.untyped_storage()._cdata for tensor in held}
+        shared = {storage_of(tensor) for tensor in held}
         self.step = setup.step(twin)
         if isinstance(model, nn.Module):
             keep_originals(twin, shared)
@@ -290,7 +297,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _device_of(model: nn.Module | Factory, device: torch.device | str | None) -> torch.device:
-    found = next(model.parameters()).device if isinstance(model, nn.Module) else pick_device(device)[0]
+    found = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
     if found.type == "meta":
         raise ValueError("The model is on the meta device, where nothing is ever computed; use flops, or a factory.")
     return found
@@ -409,24 +416,49 @@ class Prediction:
     def why(self, name: str) -> str:
         """The reason in words: what the variant spares, what it adds, with its own counts, and which is more."""
         first, changes, ratio = next(iter(self.seconds)), self.changes(name), self.ratio(name)
-        spared = {cause: -change for cause, change in changes.items() if change < 0}
-        added = {cause: change for cause, change in changes.items() if change > 0}
         lines = [
             f"{name} takes {ratio:.2f} of the time of {first}: {_ms(self.total_s(name))} a step, "
             f"not {_ms(self.total_s(first))}."
         ]
+        if self.overlaps:
+            waits = {variant: self._waits_for(variant) for variant in (name, first)}
+            lines.append(
+                f"Python runs ahead of the device, so only the longer of the two counts: {name} waits for "
+                f"{waits[name]}, {first} for {waits[first]}."
+            )
+            if waits[name] != waits[first]:
+                return "\n".join(lines)
+            changes = {cause: c for cause, c in changes.items() if (cause == PYTHON) == (waits[name] == "Python")}
+        spared = {cause: -change for cause, change in changes.items() if change < 0}
+        added = {cause: change for cause, change in changes.items() if change > 0}
         for verb, part, sign in (("spares", spared, -1), ("adds", added, 1)):
             largest = sorted(part, key=part.__getitem__, reverse=True)[:4]
             reasons = "; ".join(f"{self._words(cause, name, sign)}, {_ms(part[cause])}" for cause in largest)
             lines.append(f"It {verb} {_ms(sum(part.values()))}" + (f": {reasons}." if reasons else "."))
         more, less = self._main(added, name, 1), self._main(spared, name, -1)
-        if abs(ratio - 1) < _ALIKE or not (more and less):
-            lines.append(f"So the two take about as long: what {name} adds costs as much as what it spares.")
+        if abs(ratio - 1) < _ALIKE:
+            balance = f": what {name} adds costs as much as what it spares" if more and less else ""
+            lines.append(f"So the two take about as long{balance}.")
         elif ratio > 1:
-            lines.append(f"So {name} is slower here: {more} cost more than what they replace, {less}.")
+            lines.append(
+                f"So {name} is slower here: {more}"
+                + (f" cost more than what they replace, {less}." if less else ", and nothing is spared.")
+            )
         else:
-            lines.append(f"So {name} is faster here: what it spares, {less}, costs more than {more}.")
+            lines.append(
+                f"So {name} is faster here: "
+                + (
+                    f"what it spares, {less}, costs more than {more}."
+                    if more
+                    else f"it spares {less}, and adds nothing."
+                )
+            )
         return "\n".join(lines)
+
+    def _waits_for(self, name: str) -> str:
+        """What a step takes as long as, where Python and the device work side by side."""
+        python = self.seconds[name].get(PYTHON, 0.0)
+        return "Python" if python > sum(self.seconds[name].values()) - python else "the device"
 
     def _main(self, part: Mapping[str, float], name: str, sign: int) -> str:
         """The causes that make up most of a sum, joined by "and"; what is only elsewhere in the caches is none."""
@@ -468,7 +500,7 @@ class Prediction:
         return f"{difference:,} {words}"
 
     def frame(self):
-        """A pandas DataFrame: seconds, one row a variant, one column a cause, then all of them and the ratio."""
+        """A pandas DataFrame: seconds, one row a variant, one column a cause, then the whole step and the ratio."""
         import pandas
 
         rows = [
@@ -566,19 +598,23 @@ class CostModel:
                 works[name] = trace.work()
                 tokens, setting = size_of(given)[0], f"{type(twin).__name__}, batch {shape_of(given)}, {self.device}"
                 del trace, parts, given
-        with Crowd() as crowd:
-            found = self._priced(works, progress)
-        self.disturbance = self.disturbance or _disturbance(crowd)
-        self.seconds_spent += time.perf_counter() - started
-        return Prediction(found, works, tokens, setting, self.overlaps, self._doubts())
-
-    def _priced(self, works: Mapping[str, Work], progress: bool | None) -> dict[str, dict[str, float]]:
-        """Seconds by cause of each variant's work."""
         kinds = {kind for work in works.values() for kind in work.kinds()}
-        if isinstance(self.seconds, Stopwatch):
-            with progress_bar(ROUNDS * len(kinds), "timing operations", progress, "operation") as bar:
-                self.seconds.learn(kinds, bar.update)
-        price = {kind: self.seconds(kind) for kind in kinds}
+        self._learn(kinds, progress)
+        self.seconds_spent += time.perf_counter() - started
+        return Prediction(self._priced(works), works, tokens, setting, self.overlaps, self._doubts(kinds))
+
+    def _learn(self, kinds: set[Operation], progress: bool | None) -> None:
+        """Time the kinds of operation that are not known yet, and note whether others disturbed."""
+        if not isinstance(self.seconds, Stopwatch) or not (new := self.seconds.unknown(kinds)):
+            return
+        bar = progress_bar(ROUNDS * len(new), "timing operations", progress, "operation")
+        with bar as shown, Crowd(_threads(self.device)) as crowd:
+            self.seconds.learn(new, shown.update)
+        self.disturbance = self.disturbance or _disturbance(crowd)
+
+    def _priced(self, works: Mapping[str, Work]) -> dict[str, dict[str, float]]:
+        """Seconds by cause of each variant's work."""
+        price = {kind: self.seconds(kind) for work in works.values() for kind in work.kinds()}
         found = {}
         for name, work in works.items():
             seconds: Counter[str] = Counter()
@@ -590,9 +626,9 @@ class CostModel:
             found[name] = dict(seconds)
         return found
 
-    def _doubts(self) -> list[str]:
+    def _doubts(self, kinds: set[Operation]) -> list[str]:
         doubts = [f"While costs were measured: {self.disturbance}"] if self.disturbance else []
-        failed = sorted(getattr(self.seconds, "failed", ()))
+        failed = sorted(getattr(self.seconds, "failed", set()) & {kind.name for kind in kinds})
         return doubts + [f"Taken for copies, because they cannot be done alone: {', '.join(failed)}."] * bool(failed)
 
     def break_even_tokens(
@@ -612,36 +648,42 @@ class CostModel:
 
         Args:
             batch_size, seq_len: one of them stays, and the other grows.
-            between: tokens to look at, from the least to the most.
+            between: tokens to look at, from the least to the most; only whole sizes between them are.
             model, first, second, **options: as for :meth:`predict`.
 
         Returns:
             The first such number of tokens, between sizes that were predicted in a line; None if there is none.
 
         Raises:
-            ValueError: both sizes or neither are given, or as for :meth:`predict`.
+            ValueError: both sizes or neither are given, no step lies between, or as for :meth:`predict`.
         """
         if (batch_size is None) == (seq_len is None):
             raise ValueError(
                 f"batch_size is {batch_size} and seq_len {seq_len}; give one of them, and the other grows."
             )
-        fixed = batch_size or seq_len
+        fixed = batch_size if seq_len is None else seq_len
+        if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
+            raise ValueError(
+                f"between is {between}, but it must be two rising numbers of tokens, the second at least the "
+                f"{fixed} of one step, which must be 1 or more."
+            )
 
-        def look(tokens: float) -> tuple[int, float]:
-            """The nearest size that can be, and the logarithm of the ratio there."""
-            count = max(1, round(tokens / fixed))
-            sizes = (batch_size or count, seq_len or count)
+        def look(count: int) -> tuple[int, float]:
+            """The tokens of so many sequences (or so long ones), and the logarithm of the ratio there."""
+            sizes = (count, seq_len) if batch_size is None else (batch_size, count)
             ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
             return count * fixed, math.log(ratio)
 
-        low, most = look(between[0]), between[1]
-        while low[0] < most:
-            high = look(min(4 * low[0], most))
+        count, most = max(1, math.ceil(between[0] / fixed)), between[1] // fixed
+        low = look(count)
+        while count < most:
+            further = min(4 * count, most)
+            high = look(further)
             if low[1] * high[1] < 0:
-                middle = look(math.sqrt(low[0] * high[0]))
+                middle = look(round(math.sqrt(count * further)))
                 low, high = (middle, high) if low[1] * middle[1] > 0 else (low, middle)
                 return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
-            low = high
+            low, count = high, further
         return None
 
     def __str__(self) -> str:
@@ -668,7 +710,7 @@ def cost_model(device: torch.device | str | None = None) -> CostModel:
     place = pick_device(device)[0]
     watch = Stopwatch(place)
     overlaps = place.type == "cuda"
-    with Crowd() as crowd:
+    with Crowd(_threads(place)) as crowd:
         rates, overhead = _rates(watch), _overhead(watch, overlaps)
     return CostModel(watch, overhead, place, overlaps, rates, time.perf_counter() - started, _disturbance(crowd))
 
@@ -714,8 +756,8 @@ def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]
                 for _ in range(2):
                     trace.run([batch_for(twin, 1, 4, given)], [1.0])
                 work = trace.work()
-            model = made(factory, watch.device)
             with own_randomness(watch.device, 0):
+                model = made(factory, watch.device)
                 runs.append((work, _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, given))))
     if not overlaps:
         watch.learn({kind for work, _ in runs for kind in work.kinds()})
@@ -762,4 +804,5 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     mean, centre = statistics.fmean(seconds), statistics.fmean(counts)
     spread = sum((count - centre) ** 2 for count in counts)
     slope = sum((count - centre) * (second - mean) for count, second in points) / spread if spread else 0.0
-    return mean - slope * centre, slope
+    slope = max(0.0, slope)  # noise may tilt the line, but nothing takes less than no time
+    return max(0.0, mean - slope * centre), slope

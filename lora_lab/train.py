@@ -140,7 +140,9 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     losses = backward(model, loss, batches, weights)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)  # ()
+    # Said aloud, for by itself torch takes another way for fake tensors than for real ones.
+    foreach = True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip, foreach=foreach)  # ()
     optimizer.step()
     return torch.stack(losses).sum(), norm  # (), ()
 

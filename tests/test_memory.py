@@ -1569,7 +1569,7 @@ def test_a_report_prints_a_row_for_each_way_and_returns_the_bills(capsys):
     found = report(model, "Toy", setups, 8, 16, budget_bytes=budget, look_for="batch")
     assert {label: bill.peak_bytes for label, bill in found.items()} == peaks
     heading, columns, *rows = capsys.readouterr().out.splitlines()
-    assert heading == "Toy, batch 8 x 16 tokens, AdamW: peak of one step, predicted"
+    assert heading == "Toy, batch 8 x 16 tokens: peak of one step, predicted"
     assert re.fullmatch(r" +peak  fits .* GiB\? *largest batch", columns)
     for row, (label, peak) in zip(rows, peaks.items(), strict=True):
         most = largest(model, setups[label], budget, seq_len=16)[0]
@@ -1652,3 +1652,10 @@ def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
     assert peak_bytes(torch.device("cpu")) > ballast.numel()
     if Path("/proc/self/status").is_file():
         assert before < ballast.numel()
+
+
+def test_a_report_of_nothing_and_a_search_without_a_budget_are_refused():
+    with pytest.raises(ValueError, match="setups is empty"):
+        memory.report(DigitsMLP, "digits", {}, 8, 16)
+    with pytest.raises(ValueError, match="there is no budget_bytes"):
+        memory.report(DigitsMLP, "digits", {"full": Setup()}, 8, 16, look_for="batch")

@@ -102,11 +102,36 @@ def test_a_record_is_written_with_its_command_and_can_be_read(tiny, tmp_path, ca
     printed = capsys.readouterr().out
     (record,) = records.load_all("memory", tmp_path).values()
     assert [row["setup"] for row in record.rows] == ["full", "LoRA r=8"]
-    assert record.command == "lora-lab record memory --models small"
+    assert record.command == "lora-lab record memory --device cpu --models small"
     assert record.settings["environment"] == recording.HEAP
     assert f"{record.rows[0]['measured_bytes'] / 2**20:,.1f} MiB" in printed
     assert str(tmp_path) in printed
     assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
+
+
+def test_what_does_not_fit_into_memory_is_left_out_and_named(monkeypatch, tiny, capsys):
+    def apart(function, case, device, environment):
+        if case.label == "full":
+            raise MemoryError("too large")
+        return case.key
+
+    monkeypatch.setattr(recording, "apart", apart)
+    cases = recording.memory_cases(CPU, ["small"])
+    labels = [row["setup"] for row in recording.memory(CPU, ["small"])]
+    assert labels == [case.label for case in cases if case.label != "full"]
+    assert "left out, for it does not fit into memory: full on small, 4 x 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["memory", "speed"])
+def test_a_model_without_cases_is_refused_before_anything_is_measured(tmp_path, capsys, what, monkeypatch):
+    monkeypatch.setattr(recording, "cost_model", lambda device: pytest.fail("measured"))
+    assert command("record", what, "--device", "cpu", "--models", "gpt-5", "--out", tmp_path) == 1
+    assert "There are no cases of 'gpt-5' on this device; there are of small, smollm2-135m" in capsys.readouterr().err
+
+
+def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
+    assert command("record", "memory", "--device", "cpu", "--models", "small") == 1
+    assert "would take the place of the whole one; name another folder with --out" in capsys.readouterr().err
 
 
 def test_the_speed_cases_cover_tokens_ranks_and_blocks():

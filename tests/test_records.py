@@ -340,7 +340,8 @@ def test_a_new_record_says_where_when_and_by_which_code(monkeypatch):
     asked = []
     monkeypatch.setattr(records, "commit_of", lambda folder: asked.append(folder) or COMMIT)
     before = datetime.now(UTC).date()
-    record = records.new("speed", [{"step_s": 0.5}], {"steps": 3}, "lora-lab record speed", CPU)
+    assert records.commit() == COMMIT
+    record = records.new("speed", [{"step_s": 0.5}], {"steps": 3}, "lora-lab record speed", CPU, COMMIT)
     assert before <= datetime.fromisoformat(record.date).date() <= datetime.now(UTC).date()
     assert asked == [ROOT]
     assert record == Record(
@@ -370,7 +371,7 @@ def test_on_cuda_the_driver_is_noted(pretend, monkeypatch, tmp_path, script, exp
     pretend("Intel(R) Xeon(R) Processor", 2)
     a_program(tmp_path / "bin", "nvidia-smi", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"))
+    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
     assert record.facts["driver"] == expected
     assert record.name == "nvidia-h100-0-memory"
 
@@ -378,7 +379,7 @@ def test_on_cuda_the_driver_is_noted(pretend, monkeypatch, tmp_path, script, exp
 def test_without_nvidias_program_the_driver_is_unknown(pretend, monkeypatch, tmp_path):
     pretend("Intel(R) Xeon(R) Processor", 2)
     monkeypatch.setenv("PATH", str(tmp_path))
-    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"))
+    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
     assert record.facts["driver"] == "unknown"
 
 

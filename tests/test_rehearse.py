@@ -1,5 +1,6 @@
 """A step rehearsed: setups, models without memory or copied, and what a watch sees of a step."""
 
+import contextlib
 import subprocess
 import sys
 import weakref
@@ -21,9 +22,10 @@ from lora_lab.rehearse import (
     Setup,
     Watch,
     as_setup,
+    batch_for,
     copied,
+    device_of,
     keep_originals,
-    like,
     made,
     module_kinds,
     output_width,
@@ -147,7 +149,10 @@ def test_a_step_is_made_by_its_setup(tiny_config):
     assert isinstance(quantised.model.layers[0].mlp.up_proj.base, BlockLinear)
     lean = Setup(LoRA(4), lean=Lean(loss_rows=7)).step(Llama(tiny_config))
     assert isinstance(lean.optimizer, FlatAdamW)
-    assert lean.loss.keywords == {"rows": 7, "every_target": True}
+    assert lean.loss.keywords.get("every_target", False) is False
+    with pretend(lambda: Llama(tiny_config)) as twin:
+        fake = Setup(LoRA(4), lean=Lean(loss_rows=7)).step(twin)
+    assert fake.loss.keywords == {"rows": 7, "every_target": True}
 
     def own(model, inputs, targets):
         return model(inputs).mean()
@@ -197,7 +202,7 @@ def test_a_size_that_is_no_whole_number_above_zero_is_named(sizes):
 
 def test_a_batch_like_another_has_its_shapes_and_dtypes():
     given = torch.ones(2, 3, dtype=torch.float64), torch.ones(2, dtype=torch.int32)
-    made = like(given, torch.device("meta"))
+    made = batch_for(DigitsMLP().to("meta"), None, None, given)
     assert [(t.shape, t.dtype, t.device.type) for t in made] == [(t.shape, t.dtype, "meta") for t in given]
 
 
@@ -238,7 +243,7 @@ def test_in_a_pretence_all_tensors_are_fake_with_the_shapes_of_the_real_ones():
         assert twin.second.weight is twin.first.weight is twin.kept
         assert isinstance(twin.first.weight, nn.Parameter)
         assert twin.nothing is None
-        result = twin(like(DIGITS, CPU)[0])
+        result = twin(batch_for(twin, None, None, DIGITS)[0])
         assert isinstance(result, FakeTensor)
         assert result.shape == (6, 10)
         assert isinstance(torch.ones(3), FakeTensor)
@@ -614,3 +619,59 @@ def test_a_watch_that_does_not_say_what_it_does_is_a_programming_error():
     setup = Setup()
     with pytest.raises(TypeError, match="Watch must say what it does with an operation, in a method saw"):
         Watch(setup.step(DigitsMLP())).run(*setup.batches(DIGITS))
+
+
+# Faults that were found by reading
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="Identity has no parameters"):
+        device_of(nn.Identity())
+    assert device_of(DigitsMLP()) == CPU
+
+
+def test_a_lean_step_on_a_real_batch_leaves_out_targets_that_do_not_count(tiny_config):
+    ids = torch.arange(8).view(1, 8)
+    targets = ids.clone()
+    targets[0, 3:] = -100
+    losses = []
+    for setup in (Setup(LoRA(2), lean=Lean()), Setup(LoRA(2))):
+        torch.manual_seed(0)
+        step = setup.step(Llama(tiny_config))
+        losses.append(step([(ids, targets)], [1.0])[0])
+    torch.testing.assert_close(*losses)
+
+
+def test_a_rehearsal_clips_as_a_real_step_does(tiny_config):
+    """By itself torch takes another way for fake tensors: an operation for each tensor, where a real step has one."""
+
+    class Clipping(Watch):
+        def saw(self, function, args, kwargs, out):
+            if self.phase == "clipping" and function.namespace == "aten":
+                seen[-1].append(function)
+
+    seen = []
+    for make in (pretend, lambda factory: contextlib.nullcontext(factory())):
+        with make(lambda: Llama(tiny_config)) as model:
+            step = Setup(LoRA(2)).step(model)
+            seen.append([])
+            Clipping(step).run([token_batch(model, 1, 4)], [1.0])
+    assert seen[0] == seen[1] != []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
+    asked = []
+    monkeypatch.setattr("lora_lab.lean._return_memory_at_once", lambda: asked.append(1))
+    setup = Setup(LoRA(2), lean=Lean(checkpoint=True))
+    with pretend(lambda: Llama(tiny_config)) as twin:
+        setup.step(twin)
+    assert asked == []
+    setup.step(Llama(tiny_config))
+    assert asked == [1]
+
+
+def test_a_setup_says_how_it_differs():
+    assert Setup(LoRA(2), accumulate=2).describe() != Setup(LoRA(2)).describe()
+    assert "2 micro-batches" in Setup(LoRA(2), accumulate=2).describe()
+    assert "no clipping" in Setup(LoRA(2), clip=None).describe()

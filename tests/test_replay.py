@@ -303,10 +303,27 @@ def test_a_crowd_is_what_others_use_of_the_cores(monkeypatch):
     now = iter([0.0, 2.0])
     monkeypatch.setattr(replay, "_cpu_seconds", lambda: next(spent))
     monkeypatch.setattr(replay.time, "perf_counter", lambda: next(now))
-    with Crowd() as crowd:
+    with Crowd(3) as crowd:
         pass
     assert crowd.cores == 1.5
-    monkeypatch.setattr(replay.psutil, "cpu_count", lambda: torch.get_num_threads() + 1)
+    monkeypatch.setattr(replay.psutil, "cpu_count", lambda: 4)
     assert crowd.disturbs
-    monkeypatch.setattr(replay.psutil, "cpu_count", lambda: torch.get_num_threads() + 2)
+    monkeypatch.setattr(replay.psutil, "cpu_count", lambda: 5)
     assert not crowd.disturbs
+
+
+def test_of_a_moment_a_crowd_tells_nothing(monkeypatch):
+    """The system counts in hundredths of a second, so that a few milliseconds could seem to be many cores."""
+    spent, now = iter([(10.0, 4.0), (10.02, 4.0)]), iter([0.0, 0.004])
+    monkeypatch.setattr(replay, "_cpu_seconds", lambda: next(spent))
+    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(now))
+    with Crowd(3) as crowd:
+        pass
+    assert (crowd.cores, crowd.disturbs) == (0, (replay.psutil.cpu_count() or 1) + 0.25 < 3)
+
+
+def test_kinds_are_unknown_until_they_are_timed(quick):
+    watch, kind = Stopwatch(CPU), Operation(ATEN.mul.Tensor, (row_major(8), row_major(8)), (), 32)
+    assert watch.unknown([kind, kind]) == [kind]
+    watch(kind)
+    assert watch.unknown([kind]) == []

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, replay, speed
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.rehearse import Setup
-from lora_lab.replay import VIEW, Stopwatch
+from lora_lab.replay import VIEW, Operation, Stopwatch
 from lora_lab.speed import CostModel, Prediction, Times, Work
 
 DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
@@ -393,6 +393,51 @@ def test_sizes_that_cannot_be_are_replaced_by_the_nearest():
     assert costs.asked == [(1, 100), (4, 100), (16, 100), (8, 100)]
 
 
+@pytest.mark.parametrize("fixed", [400, 768, 1000, 4096])
+def test_sizes_that_do_not_divide_the_range_are_looked_at_once(fixed):
+    costs = Line(10**6)
+    assert costs.break_even_tokens(None, FullFineTuning(), LoRA(4), seq_len=fixed) is None
+    counts = [count for count, _ in costs.asked]
+    assert counts == sorted(set(counts))
+    assert min(counts) * fixed >= 32
+    assert max(counts) * fixed <= 4096
+
+
+def test_a_range_without_a_step_is_refused():
+    for options in ({"seq_len": 8192}, {"batch_size": 0}, {"seq_len": 16, "between": (64, 32)}):
+        with pytest.raises(ValueError, match="between is"):
+            FREE.break_even_tokens(None, FullFineTuning(), LoRA(4), **options)
+
+
+def test_a_variant_that_only_spares_or_only_adds_is_said_to_be_so():
+    works = {name: Work({}) for name in ("a", "b", "c")}
+    found = Prediction({"a": {"head": 2.0}, "b": {"head": 1.0}, "c": {"head": 3.0}}, works, 1)
+    assert found.why("b").endswith("So b is faster here: it spares the same products of the head, and adds nothing.")
+    assert found.why("c").endswith("So c is slower here: the same products of the head, and nothing is spared.")
+
+
+def test_where_python_runs_ahead_only_the_longer_side_is_explained():
+    works = {name: Work({}) for name in "abcd"}
+    python = speed.PYTHON
+    seconds = {
+        "a": {"head": 20.0, python: 30.0},
+        "b": {"head": 14.0, python: 36.0},
+        "c": {"head": 50.0, python: 36.0},
+        "d": {"head": 20.0, "attention": 1.0, python: 30.5},
+    }
+    found = Prediction(seconds, works, 1, overlaps=True)
+    assert found.ratio("b") == 36 / 30
+    assert "b waits for Python, a for Python" in found.why("b")
+    assert "products of the head" not in found.why("b")
+    assert "called by Python" in found.why("b")
+    assert found.why("c").endswith("c waits for the device, a for Python.")
+    by_device = Prediction(
+        {"c": seconds["c"], "x": {"head": 60.0, python: 1.0}}, {"c": Work({}), "x": Work({})}, 1, overlaps=True
+    )
+    assert "products of the head" in by_device.why("x")
+    assert "called by Python" not in by_device.why("x")
+
+
 # Calibration
 
 
@@ -448,21 +493,31 @@ def test_a_machine_is_calibrated_and_predicts(tiny_config, monkeypatch):
 def test_doubts_are_told():
     watch = Stopwatch(torch.device("cpu"))
     costs = CostModel(watch, {})
-    assert costs._doubts() == []
-    watch.failed = {"unique", "nonzero"}
+    kinds = {Operation(torch.ops.aten.nonzero.default, ()), Operation(torch.ops.aten._unique2.default, ())}
+    assert costs._doubts(kinds) == []
+    watch.failed = {"_unique2", "nonzero", "sort"}  # the last is another model's
     costs.disturbance = "Other processes kept 1.5 cores busy meanwhile."
-    assert costs._doubts() == [
+    assert costs._doubts(kinds) == [
         "While costs were measured: Other processes kept 1.5 cores busy meanwhile.",
-        "Taken for copies, because they cannot be done alone: nonzero, unique.",
+        "Taken for copies, because they cannot be done alone: _unique2, nonzero.",
     ]
 
 
 def test_a_busy_machine_is_noticed_while_costs_are_measured(monkeypatch, tiny_config):
-    monkeypatch.setattr(speed.Crowd, "disturbs", True)
-    found = predict(tiny_config, lambda _: 1.0)
-    assert found.doubts[0].startswith("While costs were measured: Other processes kept")
+    class Known(Stopwatch):
+        """Every operation takes as long, once it is learnt."""
+
+        def learn(self, operations, done=lambda: None):
+            self._known |= dict.fromkeys(operations, 1.0)
+
+    costs = CostModel(Known(torch.device("cpu")), {})
+    ways = {"full": FullFineTuning()}
     monkeypatch.setattr(speed.Crowd, "disturbs", False)
-    assert predict(tiny_config, lambda _: 1.0).doubts == []
+    assert costs.predict(partial(Llama, tiny_config), ways, 1, 8).doubts == []
+    monkeypatch.setattr(speed.Crowd, "disturbs", True)
+    assert costs.predict(partial(Llama, tiny_config), ways, 1, 8).doubts == []  # nothing was timed
+    found = costs.predict(partial(Llama, tiny_config), ways, 2, 8)
+    assert found.doubts[0].startswith("While costs were measured: Other processes kept")
 
 
 def test_the_bars_are_hidden_where_nobody_looks(capsys, tiny_config):
