@@ -4,17 +4,19 @@ The modules in reading order; each imports only from those above it:
 
     device      which device and dtype to use, and why
     targets     which layers a list of names means
+    rank        singular values, ranks and subspaces, beside what chance gives
     lora        the heart: LoRALinear, inject, merge
     layers      LoRA for embeddings, convolutions, GPT-2's Conv1D
     variants    rsLoRA, LoRA-FA, PiSSA, DoRA: what each changes
     quantize    a frozen base in 4 bits: GGUF's blocks, NF4
-    adapters    switch, off; save and load in PEFT's file format
+    adapters    switch, off; save and load in PEFT's file format; extract, resize
     diagnosis   diagnose: why does my adapter do nothing?
     models      a Llama written from scratch, shapes of known ones, two small nets, real weights
     tasks       data with train, validation, test and off-domain parts
     lean        the same training step in less time and memory
     methods     how a model is made ready: full fine-tuning, LoRA
     train       fit: one loop for every method
+    spectra     what training wrote into a model's weights
     rehearse    a step watched on a copy, or on tensors without numbers
     memory      the memory bill: predicted without allocating, measured
     flops       what a step multiplies, by layer and pass
@@ -50,6 +52,7 @@ _WHERE = {
     "quantize_nf4": "quantize",
     "save_adapter": "adapters",
     "load_adapter": "adapters",
+    "extract": "adapters",
     "Llama": "models.llama",
     "LlamaConfig": "models.llama",
     "load_pretrained": "models.pretrained",
@@ -82,8 +85,10 @@ _MODULES = (
     "models",
     "plots",
     "quantize",
+    "rank",
     "records",
     "rehearse",
+    "spectra",
     "speed",
     "tasks",
     "train",
@@ -106,14 +111,16 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
         models,
         plots,
         quantize,
+        rank,
         records,
         rehearse,
+        spectra,
         speed,
         tasks,
         train,
         variants,
     )
-    from lora_lab.adapters import load_adapter, save_adapter
+    from lora_lab.adapters import extract, load_adapter, save_adapter
     from lora_lab.device import pick_device, seed_everything
     from lora_lab.diagnosis import diagnose
     from lora_lab.lean import Lean

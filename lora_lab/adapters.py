@@ -1,4 +1,4 @@
-"""Adapters as states and as files: switch, off, save, load.
+"""Adapters as states and as files: switch, off, save, load; extract one from a full fine-tune, resize it.
 
 Files are in the format of the ``peft`` library: it reads ours, and we read its. A folder holds
 ``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B of each
@@ -8,6 +8,7 @@ layer, named ``base_model.model.<layer>.lora_A.weight``).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from lora_lab.files import atomic_file, read_json, write_json
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRAConfig, LoRALayer, adapted_layers, check_unadapted, inject, lora_layers, replace
-from lora_lab.targets import lora_class, matches
+from lora_lab.rank import energy_rank, product_svd, svd, truncate
+from lora_lab.targets import find, lora_class, matches
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -164,7 +166,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     if variant:
         config[variant] = True
     tensors = {
-        f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().clone().cpu()
+        f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().clone().cpu().contiguous()
         for name, layer in layers.items()
         for part in layer.parts
     }
@@ -185,13 +187,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     check_unadapted(model)
-    config = read_config(folder)
-    tensors, note = _read_weights(folder / WEIGHTS)
-    if note is not None and note != _note(config):
-        raise ValueError(
-            f"{folder}: weights and config are of two different saves (rank, alpha and targets {note} against "
-            f"{_note(config)}); save the adapter anew."
-        )
+    config, tensors = _read(folder)
     variant = next((layer for name, layer in _VARIANTS.items() if config.get(name)), None)
     names = _check_names(model, tensors, variant, folder)
     numbers = {name: (_by_pattern(config, "r", name), _by_pattern(config, "lora_alpha", name)) for name in names}
@@ -213,6 +209,110 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for name, layer in layers.items():
         _put(layer, tensors[name], numbers[name][1])
     return names
+
+
+def read_adapter(folder: str | Path) -> dict[str, Tensor]:
+    """A saved adapter without its model, in the form of :func:`lora_lab.adapter_state`.
+
+    Raises:
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: a file is damaged or of another save, or the adapter uses a setting that is not built here.
+    """
+    config, tensors = _read(Path(folder))
+    state: dict[str, Tensor] = {}
+    for name in sorted(tensors, key=_in_order):
+        parts = tensors[name]
+        rank, alpha = _by_pattern(config, "r", name), _by_pattern(config, "lora_alpha", name)
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items() if part != _BASE}
+        numbers = {"alpha": alpha, "scaling": alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)}
+        state |= {f"{name}.{key}": torch.tensor(number, dtype=torch.float64) for key, number in numbers.items()}  # ()
+    return state
+
+
+@torch.no_grad()
+def extract(
+    base: nn.Module, tuned: nn.Module | dict[str, Tensor], rank: int | None = None, *, energy: float | None = None
+) -> dict[str, float]:
+    """Turn a full fine-tune into adapters on ``base``, in place: each linear layer's change, cut to its largest part.
+
+    For every layer W_tuned - W_base is replaced by the nearest matrix of low rank (:func:`lora_lab.rank.truncate`), as
+    B A with scaling 1. Layers that did not change get no adapter. What changed elsewhere (embeddings, norms, biases,
+    the output head) is not in the adapters.
+
+    Args:
+        base: the model before fine-tuning.
+        tuned: the same after it, or its state dict.
+        rank: the same for all layers (or all that a layer has), or
+        energy: each layer's own: as few directions as hold this share of the change's squared norm.
+
+    Returns:
+        The relative error ||change - B A|| / ||change|| (Frobenius) of each adapted layer.
+
+    Raises:
+        ValueError: not one of rank and energy is given, a number is out of range, the models differ in shape, nothing
+            changed, or ``base`` has adapters. ``base`` is then left as it was.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError(f"rank is {rank} and energy {energy}; give one of them.")
+    state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
+    check_unadapted(base)
+    parts, errors = {}, {}
+    for name in find(base, "all-linear", ()):
+        weight = base.get_submodule(name).weight  # (48, 64)
+        after = state.get(f"{name}.weight")
+        if after is None or after.shape != weight.shape:
+            found = "missing" if after is None else f"of shape {tuple(after.shape)}"
+            raise ValueError(
+                f"{name}.weight is {found} in the tuned model, but must be {tuple(weight.shape)}; is it of this base?"
+            )
+        change = svd(after.to(weight).float() - weight.float())  # (48, 48), (48,), (48, 64)
+        if not change.S.any():
+            continue
+        own = min(rank, len(change.S)) if energy is None else int(energy_rank(change.S, energy))
+        kept = truncate(change, own)
+        parts[name], errors[name] = {"lora_A": kept.A, "lora_B": kept.B}, float(kept.error)
+    if not parts:
+        raise ValueError("No linear layer of the tuned model differs from the base, so there is nothing to extract.")
+    inject(base, LoRAConfig(1, 1, targets=list(parts)))
+    for name, layer in lora_layers(base).items():
+        _put(layer, parts[name], parts[name]["lora_A"].shape[0])
+    return errors
+
+
+@torch.no_grad()
+def resize(model: nn.Module, rank: int) -> dict[str, float]:
+    """Shrink the model's adapters to a lower rank, in place: the nearest update of that rank in every layer.
+
+    Layers of that rank or lower stay as they are. The scaling stays too, and the factors take up the rest.
+
+    Returns:
+        The relative error (Frobenius) of each layer's update.
+
+    Raises:
+        ValueError: the rank is below 1, the model has no adapters, or they are of a kind whose update is more than
+            scaling * B A (PiSSA, DoRA). The model is then left as it was.
+    """
+    LoRAConfig(rank)  # checks it
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer, PiSSALinear | DoRALinear):
+            raise ValueError(
+                f"{name!r} has an adapter of type {type(layer).__name__}, whose update is more than scaling * B A; "
+                "merge it, and extract(base, merged, rank)."
+            )
+    errors = {}
+    for name, layer in layers.items():
+        if layer.rank <= rank:
+            errors[name] = 0.0
+            continue
+        kept = truncate(product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1)), rank)
+        shapes = {part: _shape(layer, part, rank) for part in layer.parts}
+        parts = {"lora_A": kept.A.view(shapes["lora_A"]), "lora_B": kept.B.view(shapes["lora_B"])}
+        scaling = layer.scaling
+        _put(layer, parts, layer.alpha)
+        layer.alpha *= scaling / layer.scaling
+        errors[name] = float(kept.error)
+    return errors
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -249,6 +349,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The settings, and the parts of each layer, if both are of one save."""
+    config = read_config(folder)
+    tensors, note = _read_weights(folder / WEIGHTS)
+    if note is not None and note != _note(config):
+        raise ValueError(
+            f"{folder}: weights and config are of two different saves (rank, alpha and targets {note} against "
+            f"{_note(config)}); save the adapter anew."
+        )
+    return config, tensors
+
+
 def _note(config: dict[str, Any]) -> str:
     more = {name: config[name] for name in (*_PATTERNS.values(), *_VARIANTS) if config.get(name)}
     numbers = [config["r"], config["lora_alpha"], config.get("target_modules")]
@@ -268,6 +380,11 @@ def _variant(layer: LoRALayer) -> str:
 
 def _keys(layer: LoRALayer) -> dict[str, str]:
     return _EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else _KEYS
+
+
+def _in_order(name: str) -> str:
+    """Sorts layer 2 before layer 10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
 
 
 def _pattern(values: dict[str, float], default: float) -> dict[str, float]:

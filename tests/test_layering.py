@@ -20,6 +20,7 @@ ORDER = [
     "files",
     "device",
     "targets",
+    "rank",
     "lora",
     "layers",
     "variants",
@@ -37,6 +38,7 @@ ORDER = [
     "lean",
     "methods",
     "train",
+    "spectra",
     "rehearse",
     "memory",
     "flops",
@@ -91,13 +93,13 @@ def test_a_module_imports_only_those_above_it(module):
 
 
 def test_the_imports_are_really_read():
-    assert own("adapters") == {"files", "targets", "lora", "layers", "variants"}
+    assert own("adapters") == {"files", "targets", "rank", "lora", "layers", "variants"}
     assert {"tasks", "methods", "files"} <= own("train")
     assert "plots" in own("demo")  # imported inside a function
     assert {"device", "adapters", "demo", "models.pretrained"} <= own("cli")
 
 
-@pytest.mark.parametrize("module", ["targets", "lora", "layers", "variants", "quantize", "diagnosis"])
+@pytest.mark.parametrize("module", ["targets", "rank", "lora", "layers", "variants", "quantize", "diagnosis"])
 def test_the_heart_imports_torch_only_beside_the_standard_library(module):
     roots = {name.split(".")[0] for name in imports(tree_of(module))}
     assert roots - set(sys.stdlib_module_names) - {"lora_lab"} == {"torch"}
