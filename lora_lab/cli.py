@@ -29,7 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-lab", description="Put LoRA's claims to the test on your own machine.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_measuring(commands)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what the lab will use, and why")
+    doctor.set_defaults(run=_doctor)
+    fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there")
+    fetch.set_defaults(run=_fetch)
+    return parser
 
+
+def _add_training(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="LoRA beside full fine-tuning of a real language model, measured")
     demo.add_argument("--steps", type=int, default=40, help="training steps of each method (default 40)")
     demo.add_argument("--seed", type=int, default=0, help="of adapters and data order (default 0)")
@@ -52,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     generate.set_defaults(run=_generate)
 
+
+def _add_measuring(commands: argparse._SubParsersAction) -> None:
     memory = commands.add_parser("memory", help="which ways to train a model fit into a card's memory")
     memory.add_argument(
         "--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)"
@@ -77,19 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also take real steps, so many rounds of each")
     speed.set_defaults(run=_speed)
 
+    analyze = commands.add_parser("analyze", help="what training wrote into the weights, beside what chance would give")
+    analyze.add_argument("tuned", metavar="DIR", help="the folder of an adapter, or of a fine-tuned model")
+    analyze.add_argument("--base", help="the model before: a folder, or smollm2-135m; a fine-tuned model needs it")
+    analyze.add_argument("--out", default="runs/analyze", help="folder for table and pictures (default runs/analyze)")
+    analyze.set_defaults(run=_analyze)
+
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
     record.add_argument("what", choices=["memory", "speed"], help="which comparison to run")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     record.add_argument("--models", nargs="+", help="only these models (default: all that the device is for)")
     record.add_argument("--out", help="folder for the record (default: records/)")
     record.set_defaults(run=_record)
-
-    doctor = commands.add_parser("doctor", help="what this machine has, and what the lab will use, and why")
-    doctor.set_defaults(run=_doctor)
-
-    fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there")
-    fetch.set_defaults(run=_fetch)
-    return parser
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -168,6 +178,32 @@ def _memory(options: argparse.Namespace) -> None:
         options.largest,
         options.bills,
     )
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from lora_lab import plots, spectra
+    from lora_lab.adapters import CONFIG
+    from lora_lab.files import atomic_file
+    from lora_lab.models.pretrained import load_pretrained
+
+    def load(name: str):
+        return load_pretrained(name, device="cpu")[0]
+
+    is_adapter = (Path(options.tuned) / CONFIG).is_file()
+    if not is_adapter and options.base is None:
+        raise ValueError(f"{options.tuned} is no adapter (it lacks {CONFIG}); for a fine-tuned model give --base too.")
+    before = None if options.base is None else load(options.base)
+    frame = spectra.report(before, options.tuned if is_adapter else load(options.tuned))
+    for by in ("kind", "depth"):
+        print(spectra.table(frame, by), end="\n\n")
+    out = Path(options.out)
+    with atomic_file(out / "layers.csv") as temporary:
+        frame.to_csv(temporary, index=False)
+    print(f"Written: {out / 'layers.csv'}")
+    plots.use_style()
+    for statistic in plots.STATISTICS if frame.depth.notna().any() else ():
+        if statistic in frame:
+            print(f"Written: {plots.save(plots.by_depth(frame, statistic).figure, out / f'{statistic}.png')}")
 
 
 def _record(options: argparse.Namespace) -> None:

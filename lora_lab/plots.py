@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,9 @@ from matplotlib.figure import Figure
 from lora_lab.files import atomic_file
 from lora_lab.memory import MIB, PARTS, SAVED, Bill
 from lora_lab.train import History
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 MARKERS = "osD^vPX*"
@@ -32,6 +36,14 @@ PART_COLOURS = {
     "temporaries": COLOURS[7],
     "cuBLAS workspace": COLOURS[6],
     "the rest, unexplained": "#dddddd",
+}
+STATISTICS = {
+    "effective_rank": "effective rank of the update",
+    "stable_rank": "stable rank of the update",
+    "energy_rank": "directions with 90 % of the update's energy",
+    "norm": "norm of the update (Frobenius)",
+    "relative_norm": "norm of the update / of the weight",
+    "amplification": "amplification factor",
 }
 NAMES = {
     "train_loss": "training loss",
@@ -194,6 +206,29 @@ def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> A
     ax.set_ylabel("singular value / largest (no unit)")
     ax.legend()
     return ax
+
+
+def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
+    """A statistic of :func:`lora_lab.spectra.report` over the depth, a line for each kind of layer, and its null.
+
+    Args:
+        frame: the report; layers without a depth are left out.
+        statistic: one of its columns. Where it has a band, the widest of all layers is drawn in grey.
+    """
+    ax = ax or plt.subplots()[1]
+    layers = frame.dropna(subset=["depth"])
+    depths = layers.depth.astype(int)
+    if f"{statistic}_low" in frame:
+        low, high = layers[f"{statistic}_low"].min(), layers[f"{statistic}_high"].max()
+        ax.axhspan(low, high, color="#bbbbbb", alpha=0.5, linewidth=0, label="without signal (95 %)")
+    for i, kind in enumerate(layers.kind.unique()):
+        chosen = layers.kind == kind
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        ax.plot(depths[chosen], layers[statistic][chosen], LINES[i % len(LINES)], label=kind, **style)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("block, from the input")
+    ax.set_ylabel(STATISTICS.get(statistic, statistic))
+    return _legend_beside(ax)
 
 
 def save(figure: Figure, path: str | Path) -> Path:

@@ -286,9 +286,33 @@ def group(frame: DataFrame, by: str = "kind") -> DataFrame:
     if by not in ("kind", "depth"):
         raise ValueError(f"by is {by!r}, but layers are grouped by 'kind' or by 'depth'.")
     groups = frame.groupby(by, sort=by == "depth", dropna=False)
-    medians = groups.median(numeric_only=True).drop(columns=["depth"], errors="ignore")
+    senseless = ["depth", *(["out", "in"] if by == "depth" else [])]  # layers of a block have other shapes
+    medians = groups.median(numeric_only=True).drop(columns=senseless, errors="ignore")
     medians.insert(0, "layers", groups.size())
     return medians
+
+
+def table(frame: DataFrame, by: str = "kind") -> str:
+    """The medians of :func:`group` as text, each statistic with its null in brackets.
+
+    Raises:
+        ValueError: as for :func:`group`.
+    """
+    medians, columns = group(frame, by), {}
+    for name in medians:
+        if f"{name}_low" in medians:
+            rows = medians[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+            columns[name] = [f"{value:.3g} [{low:.3g}-{high:.3g}]" for value, low, high in rows]
+        elif not name.endswith(("_low", "_high")):
+            columns[name] = [f"{value:.4g}" for value in medians[name]]
+    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    labels = [by, *map(str, medians.index)]
+    first = max(map(len, labels))
+    lines = ["  ".join([labels[0].ljust(first), *(name.rjust(width) for name, width in widths.items())])]
+    for place, label in enumerate(labels[1:]):
+        cells = (columns[name][place].rjust(width) for name, width in widths.items())
+        lines.append("  ".join([label.ljust(first), *cells]))
+    return "\n".join(["Medians over layers; in brackets 95 % of what updates without signal give.", *lines])
 
 
 # Reading

@@ -2,6 +2,7 @@
 
 import matplotlib as mpl
 import numpy as np
+import pandas
 import pytest
 from matplotlib.axes import Axes
 
@@ -247,3 +248,30 @@ def test_a_failed_save_leaves_the_old_picture_and_nothing_else(tmp_path):
         plots.save(Broken(), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_statistic_over_depth_has_a_line_a_kind_and_the_band_of_chance():
+    rows = [
+        {
+            "depth": depth,
+            "kind": kind,
+            "stable_rank": depth + 1.0,
+            "stable_rank_low": 4.0 - depth,
+            "stable_rank_high": 6.0,
+        }
+        for depth in range(3)
+        for kind in ("q_proj", "v_proj")
+    ]
+    rows.append(
+        {"depth": None, "kind": "lm_head", "stable_rank": 99.0, "stable_rank_low": 0.0, "stable_rank_high": 99.0}
+    )
+    ax = plots.by_depth(pandas.DataFrame(rows).astype({"depth": "Int64"}))
+    assert legend(ax) == ["v_proj", "q_proj", "without signal (95 %)"]
+    for line in ax.get_lines():
+        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([0, 1, 2], [1.0, 2.0, 3.0])
+    (band,) = ax.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == (2.0, 6.0)
+    assert ax.get_xlabel() == "block, from the input"
+    assert ax.get_ylabel() == "stable rank of the update"
+    plain = plots.by_depth(pandas.DataFrame(rows).drop(columns=["stable_rank_low", "stable_rank_high"]))
+    assert not plain.patches

@@ -3,10 +3,24 @@
 import copy
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
-from lora_lab import LoRAConfig, adapter_state, inject, lora_layers, merge, quantize_nf4, rank, save_adapter, spectra
+from lora_lab import (
+    LoRAConfig,
+    adapter_state,
+    cli,
+    inject,
+    lora_layers,
+    merge,
+    plots,
+    quantize_nf4,
+    rank,
+    save_adapter,
+    save_model,
+    spectra,
+)
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
@@ -269,3 +283,60 @@ def test_nothing_of_the_model_changes():
     spectra.report(None, model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+# The command
+
+
+def test_a_table_has_each_statistic_with_its_null(tiny_config):
+    frame = spectra.report(None, trained(Llama(tiny_config)))
+    heading, columns, *rows = spectra.table(frame).splitlines()
+    assert "95 %" in heading
+    assert columns.split()[0] == "kind"
+    assert len(rows) == 7
+    (row,) = (row for row in rows if row.startswith("q_proj "))
+    medians = spectra.group(frame).loc["q_proj"]
+    assert f"{medians.stable_rank:.3g} [{medians.stable_rank_low:.3g}-{medians.stable_rank_high:.3g}]" in row
+    assert len({len(line) for line in [columns, *rows]}) == 1
+    assert "stable_rank_low" not in columns
+    assert len(spectra.table(frame, "depth").splitlines()) == 2 + tiny_config.num_hidden_layers
+
+
+def test_analyze_prints_tables_and_writes_layers_and_pictures(tiny_config, tiny_tokenizer, tmp_path, capsys):
+    model = Llama(tiny_config)
+    save_model(model, tmp_path / "base", tiny_tokenizer)
+    save_adapter(trained(model), tmp_path / "adapter")
+    arguments = ["analyze", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    frame = spectra.report(None, model)
+    for by in ("kind", "depth"):
+        assert spectra.table(frame, by) in printed
+    written = pandas.read_csv(tmp_path / "out" / "layers.csv")
+    assert sorted(written.layer) == sorted(frame.layer)
+    for statistic in plots.STATISTICS:
+        assert (tmp_path / "out" / f"{statistic}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{statistic}.png" in printed
+
+
+def test_analyze_without_the_base_leaves_out_what_needs_it(tmp_path, capsys):
+    save_adapter(trained(DigitsMLP()), tmp_path / "adapter")
+    assert cli.main(["analyze", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
+    assert "amplification" not in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["layers.csv"]  # no depths to draw over
+
+
+def test_analyze_compares_two_models(tiny_config, tiny_tokenizer, tmp_path, capsys):
+    model = Llama(tiny_config)
+    save_model(model, tmp_path / "base", tiny_tokenizer)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    save_model(model, tmp_path / "tuned", tiny_tokenizer)
+    arguments = ["analyze", str(tmp_path / "tuned"), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--base", str(tmp_path / "base")]) == 0
+    frame = pandas.read_csv(tmp_path / "out" / "layers.csv").set_index("layer")
+    assert frame.stable_rank["model.layers.0.mlp.up_proj"] == pytest.approx(1, rel=1e-3)
+    assert frame.norm["model.layers.1.mlp.up_proj"] == 0
+    capsys.readouterr()
+    assert cli.main(arguments) == 1
+    assert "is no adapter" in capsys.readouterr().err
