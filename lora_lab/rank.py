@@ -19,7 +19,6 @@ Shapes in the comments: an update of a weight from 576 to 192 (W is 192 x 576, k
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ Matrix = Tensor | tuple[Tensor, Tensor, Tensor]
 # Decompositions
 
 
-def product_svd(B: Tensor, A: Tensor, scaling: float = 1.0) -> SVD:
+def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     r"""The exact SVD of scaling * B A, from the factors; the product itself is never made.
 
     With B = Q_B R_B and A^T = Q_A R_A, all that is left to decompose is the small R_B R_A^T.
@@ -49,7 +48,7 @@ def product_svd(B: Tensor, A: Tensor, scaling: float = 1.0) -> SVD:
     Args:
         B: (..., out, rank).
         A: (..., rank, in).
-        scaling: of the adapter; positive.
+        scaling: of the adapter; positive. For a stack it may be a tensor (...), one for each.
 
     Returns:
         U (..., out, k), S (..., k), Vh (..., k, in), where k is the smallest of out, rank and in.
@@ -62,12 +61,15 @@ def product_svd(B: Tensor, A: Tensor, scaling: float = 1.0) -> SVD:
         raise ValueError(
             f"B has shape {tuple(B.shape)} and A {tuple(A.shape)}, but B must be (out, rank) and A (rank, in)."
         )
-    if not (math.isfinite(scaling) and scaling > 0):
-        raise ValueError(f"scaling is {scaling}, but it must be a positive number.")
+    scaling = torch.as_tensor(scaling, dtype=torch.float64)  # ()
+    if not (scaling.isfinite() & (scaling > 0)).all():
+        raise ValueError(f"scaling is {scaling.tolist()}, but it must be a positive number.")
     dtype = torch.promote_types(_work_dtype(B), _work_dtype(A))
     Q_B, R_B = torch.linalg.qr(B.to(dtype))  # (192, 8), (8, 8)
     Q_A, R_A = torch.linalg.qr(A.mT.to(dtype))  # (576, 8), (8, 8)
-    U, S, Vh = torch.linalg.svd(scaling * (R_B @ R_A.mT), full_matrices=False)  # (8, 8), (8,), (8, 8)
+    small = R_B @ R_A.mT  # (8, 8)
+    small = small * scaling[..., None, None].to(small)  # (8, 8)
+    U, S, Vh = torch.linalg.svd(small, full_matrices=False)  # (8, 8), (8,), (8, 8)
     return SVD(Q_B @ U, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
 
 
@@ -432,7 +434,8 @@ def _check(W: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {given}, but it must be a matrix (..., out, in) of floating-point numbers.")
     if W.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, where there are no numbers; give a matrix that has some.")
-    if not W.isfinite().all():
+    least, most = W.aminmax()  # one pass, and NaN comes through
+    if not (least.isfinite() and most.isfinite()):
         raise ValueError(
             f"{name} has {int((~W.isfinite()).sum())} entries that are NaN or infinite; training diverged?"
         )

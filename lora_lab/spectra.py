@@ -387,8 +387,8 @@ def _decomposed(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, 
     found = {name: update for name, update in adapter.items() if isinstance(update, Update)}
     for names in alike.values():
         B, A = (torch.stack([getattr(adapter[name], part) for name in names]) for part in "BA")  # (30, 192, 8), ...
-        scaling = torch.tensor([adapter[name].scaling for name in names], dtype=B.dtype)  # (30,)
-        U, S, Vh = spectral.product_svd(B * scaling[:, None, None], A)
+        scaling = torch.tensor([adapter[name].scaling for name in names])  # (30,)
+        U, S, Vh = spectral.product_svd(B, A, scaling)  # (30, 192, 8), (30, 8), (30, 8, 576)
         for place, name in enumerate(names):
             before = weights.get(name, adapter[name].before)
             found[name] = Update(SVD(U[place], S[place], Vh[place]), adapter[name].A.shape[0], before)

@@ -63,6 +63,15 @@ def test_products_of_one_shape_are_decomposed_together():
     assert not torch.allclose(S[0, 0], S[0, 1])
 
 
+def test_a_stack_may_have_a_scaling_for_each():
+    B, A, scaling = normal(3, 6, 2), normal(3, 2, 5, seed=1), torch.tensor([1.0, 2.0, 0.5])
+    found = rank.product_svd(B, A, scaling)
+    for i in range(3):
+        torch.testing.assert_close(found.S[i], rank.product_svd(B[i], A[i], float(scaling[i])).S)
+    with pytest.raises(ValueError, match="scaling is"):
+        rank.product_svd(B, A, torch.tensor([1.0, 0.0, 1.0]))
+
+
 def test_the_product_is_never_made():
     """100,000 x 100,000 numbers would be 40 GB."""
     B, A = normal(100_000, 2, dtype=torch.float32), normal(2, 100_000, dtype=torch.float32)
