@@ -23,6 +23,7 @@ The modules in reading order; each imports only from those above it:
     replay      operations timed one by one
     speed       step times, and a cost model that predicts them
     records     measured runs with their provenance: write, load
+    ablation    many runs: packed, in processes, on a cluster; which rank is enough
     plots       pictures of results
     processes   a process of its own for each thing measured
     recording   what ``lora-lab record`` runs
@@ -68,11 +69,15 @@ _WHERE = {
     "DoRA": "methods",
     "Lean": "lean",
     "diagnose": "diagnosis",
+    "Grid": "ablation.grid",
+    "Trial": "ablation.grid",
+    "ablate": "ablation.run",
     "History": "train",
     "evaluate": "train",
     "fit": "train",
 }
 _MODULES = (
+    "ablation",
     "adapters",
     "cli",
     "device",
@@ -99,6 +104,7 @@ __all__ = ["__version__", *_WHERE, *_MODULES]
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from lora_lab import (
+        ablation,
         adapters,
         cli,
         device,
@@ -120,6 +126,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
         train,
         variants,
     )
+    from lora_lab.ablation.grid import Grid, Trial
+    from lora_lab.ablation.run import ablate
     from lora_lab.adapters import extract, load_adapter, save_adapter
     from lora_lab.device import pick_device, seed_everything
     from lora_lab.diagnosis import diagnose

@@ -16,7 +16,7 @@ from torch import nn
 from lora_lab.lora import LoRAConfig, LoRALayer, adapted_layers, check_unadapted, inject
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
-_MARK = "_lora_lab_method"
+MARK = "_lora_lab_method"  # the attribute of a model that says which method made it ready
 
 
 class Method:
@@ -33,7 +33,7 @@ class Method:
         Raises:
             ValueError: the model carries adapters or another method's mark, or nothing would be trained.
         """
-        if mark := getattr(model, _MARK, None):
+        if mark := getattr(model, MARK, None):
             raise ValueError(
                 f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
             )
@@ -41,7 +41,7 @@ class Method:
         self._prepare(model, seed)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
-        setattr(model, _MARK, self.name)
+        setattr(model, MARK, self.name)
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
         raise TypeError(f"{type(self).__name__} must say how it makes a model ready, in a method _prepare.")

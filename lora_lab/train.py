@@ -207,7 +207,7 @@ def make_step(
         {**group, "lr": lr * group.get("lr_factor", 1.0), "weight_decay": weight_decay}
         for group in method.groups(model)
     ]
-    return Step(model, loss, _adamw(groups, lean is not None), clip, backward, threads)
+    return Step(model, loss, make_adamw(groups, lean is not None), clip, backward, threads)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -239,7 +239,7 @@ def evaluate(
         for start in range(0, len(examples), batch_size):
             batch = examples[slice(start, start + batch_size)]
             if counted := task.counted(batch):
-                total += float(task.loss(model, *_to_device(batch, model))) * counted
+                total += float(task.loss(model, *to_device(batch, model))) * counted
                 count += counted
     finally:
         model.train(training)
@@ -302,14 +302,14 @@ def fit(
         DivergedError: the loss became NaN or infinite.
     """
     shared = {"lr": lr, "seed": seed, "weight_decay": weight_decay, "clip": clip}
-    settings = _check(
+    settings = check_settings(
         **shared,
         steps=steps,
         batch_size=batch_size,
         schedule=schedule,
-        warmup=steps // 10 if warmup is None else warmup,
+        warmup=warmup,
         accumulate=accumulate,
-        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
+        eval_every=eval_every,
         eval_examples=eval_examples,
     )
     if gradient_checkpointing:
@@ -324,7 +324,7 @@ def fit(
         method=method.settings(),
         settings=settings,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=_count(model),
+        total_parameters=count_parameters(model),
     )
     run = _Run(ready, task, history)
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
@@ -360,7 +360,7 @@ class _Run:
         self.model, self.optimizer = ready.model, ready.optimizer
         self.task = replace(task, loss=ready.loss)  # evaluated with the loss that it is trained with
         self.device = next(self.model.parameters()).device
-        self.order = _Order(len(task.train), history.settings["seed"])
+        self.order = DataOrder(len(task.train), history.settings["seed"])
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, step: int) -> None:
@@ -379,12 +379,12 @@ class _Run:
         factor = learning_rate(step, settings["steps"], 1.0, settings["warmup"], settings["schedule"])
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
-        batches = [_to_device(part, self.model) for part in parts]
+        batches = [to_device(part, self.model) for part in parts]
         loss, norm = self.ready(batches, [count / sum(counts) for count in counts])
         row = {**dict.fromkeys(COLUMNS), "step": step, "lr": settings["lr"] * factor, "tokens": sum(counts)}
         row["train_loss"], row["grad_norm"] = float(loss), float(norm)  # waits for the device
         row["seconds"] = time.perf_counter() - started
-        _stop_if_diverged("loss", row["train_loss"], row)
+        stop_if_diverged("loss", row["train_loss"], row)
         self.history.rows.append(row)
 
     def evaluate(self) -> None:
@@ -392,7 +392,7 @@ class _Run:
         settings, row = self.history.settings, self.history.rows[-1]
         for part in ("validation", "off_domain"):
             loss = evaluate(self.model, self.task, part, settings["batch_size"], settings["eval_examples"])
-            _stop_if_diverged(f"{part} loss", loss, row)
+            stop_if_diverged(f"{part} loss", loss, row)
             row[f"{part}_loss"] = loss
         self.history.optimizer_bytes = sum(
             value.numel() * value.element_size()
@@ -402,7 +402,13 @@ class _Run:
         )
 
 
-def _stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
+def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
+    """Raise DivergedError if a loss is NaN or infinite.
+
+    Args:
+        what: which loss it is.
+        row: the step's: its number and its learning rate.
+    """
     if not math.isfinite(loss):
         raise DivergedError(
             f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "
@@ -410,7 +416,7 @@ def _stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
         )
 
 
-class _Order:
+class DataOrder:
     """The order of training examples: one random permutation after another.
 
     It is a function of seed and position alone, so a resumed run needs to remember neither.
@@ -422,24 +428,35 @@ class _Order:
 
     def rows(self, position: int, count: int) -> Tensor:
         """Indices of the ``count`` examples from ``position`` on, counted over all epochs: (count,)."""
-        return torch.stack([self._at(position + i) for i in range(count)])
+        found = []
+        while count:
+            epoch, place = divmod(position, self.n)
+            if epoch != self._epoch:
+                # A generator of its own for each epoch; the large odd factor keeps the seeds of runs apart.
+                generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+                self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
+            found.append(self._permutation[place : place + count])
+            position, count = position + len(found[-1]), count - len(found[-1])
+        return torch.cat(found)
 
-    def _at(self, position: int) -> Tensor:
-        epoch, place = divmod(position, self.n)
-        if epoch != self._epoch:
-            # A generator of its own for each epoch; the large odd factor keeps the seeds of runs apart.
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
-        return self._permutation[place]
 
+def check_settings(**settings: Any) -> dict[str, Any]:
+    """The settings of a run, by ``fit``'s names, with the defaults of ``warmup`` and ``eval_every`` filled in.
 
-def _check(**settings: Any) -> dict[str, Any]:
+    Raises:
+        ValueError: one is out of range.
+    """
+
     def fail(name: str, expected: str) -> None:
         raise ValueError(f"{name} is {settings[name]!r}, but it must be {expected}.")
 
     for name in ("steps", "batch_size", "accumulate", "eval_every"):
+        if name == "eval_every" and settings[name] is None:
+            settings[name] = max(1, settings["steps"] // 10)
         if not isinstance(settings[name], int) or settings[name] < 1:
             fail(name, "a whole number of at least 1")
+    if settings["warmup"] is None:
+        settings["warmup"] = settings["steps"] // 10
     if not (math.isfinite(settings["lr"]) and settings["lr"] > 0):
         fail("lr", "a positive number, such as 1e-4")
     if settings["schedule"] not in ("cosine", "constant"):
@@ -457,7 +474,7 @@ def _check(**settings: Any) -> dict[str, Any]:
     return settings
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """The model's numbers; a weight in blocks counts as what it stands for."""
     in_blocks = {}
     for module in model.modules():
@@ -467,7 +484,8 @@ def _count(model: nn.Module) -> int:
     return sum(in_blocks.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
-def _adamw(groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
+def make_adamw(groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
+    """The optimiser of ``fit``; flat, it is that of the lean step."""
     if flat:
         return FlatAdamW(groups)
     # Fused: on a CPU one pass over 134 million parameters takes a fifth of the loop's time.
@@ -475,7 +493,8 @@ def _adamw(groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=fused)
 
 
-def _to_device(examples: Examples, model: nn.Module) -> tuple[Tensor, Tensor]:
+def to_device(examples: Examples, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Inputs and targets where the model is."""
     device = next(model.parameters()).device
     return examples.inputs.to(device), examples.targets.to(device)
 
@@ -503,7 +522,7 @@ def _save_checkpoint(run: _Run, folder: Path) -> None:
     """One file, so that weights and history can never be of two moments."""
     tensors = _trained(run.model)
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        _stop_if_diverged("weight", math.nan, run.history.rows[-1])
+        stop_if_diverged("weight", math.nan, run.history.rows[-1])
     for name, parameter in run.model.named_parameters():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value

@@ -45,13 +45,17 @@ ORDER = [
     "replay",
     "speed",
     "records",
+    "ablation.grid",
+    "ablation.packed",
+    "ablation.run",
+    "ablation.verdict",
     "plots",
     "processes",
     "recording",
     "demo",
     "cli",
 ]
-PACKAGES = ["__init__", "models.__init__"]
+PACKAGES = ["__init__", "ablation.__init__", "models.__init__"]
 MODULES = pytest.mark.parametrize("module", ORDER)
 
 

@@ -1,0 +1,267 @@
+r"""Which rank is enough? The statistics of an ablation, in a form that stands up to review.
+
+    print(summary(load("runs/ranks"), margin=0.01))
+
+1. For each rank, the learning rate is chosen by the mean VALIDATION loss over the seeds. A rate counts only if it has
+   a result for every seed: one that diverged for some seeds would otherwise be judged by those that it suits.
+2. At those rates, ranks are judged by the TEST loss, which took no part in the choice.
+3. Trials are paired by seed (the same order of the data), which takes the noise that they share out of the comparison:
+
+       d_s = loss(rank, seed s) - loss(largest rank, seed s)
+
+4. The mean of d over n seeds has one-sided 95 % bounds from Student's t (Student 1908, Biometrika 6), with
+   sd the standard deviation of d:
+
+       mean(d) -+ t(0.95, n - 1) sd / sqrt(n)
+
+   It holds for as few as two seeds if d is roughly normal. A percentile bootstrap does not: over three seeds its
+   95 % interval holds the true value in only about three quarters of all cases.
+5. A rank is enough if the upper bound lies below the margin, and too small if the lower bound lies above it. The
+   answer is the smallest rank that is enough; if none is, and some rank is neither, more seeds are needed.
+
+The bounds hold for each rank by itself, and on this task, this model and this number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.ablation.run import OUTCOME, PROVENANCE
+
+if TYPE_CHECKING:
+    import pandas
+
+CONFIDENCE = 0.95
+_NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
+# All else is a setting, and settings must be equal for a comparison to be one.
+_MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One rank at its best learning rate.
+
+    ``difference`` is the mean over seeds of loss(rank) - loss(largest rank) on the test part, in the task's unit of
+    loss, and ``lower`` and ``upper`` are its one-sided 95 % bounds; they are None for the largest rank, for one seed,
+    and for a rank that could not be judged. ``standing`` is "reference" (the largest rank), "enough", "too small",
+    "open" (more seeds are needed) or "not judged", and ``note`` says why, where that is not plain.
+    """
+
+    rank: int
+    standing: str
+    lr: float | None = None
+    validation_loss: float | None = None
+    test_loss: float | None = None
+    difference: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The smallest rank that is enough, or that it is undecided; print it to read it.
+
+    ``rank`` is None where it is undecided. ``reason`` is one sentence, ``ranks`` holds each rank's numbers from the
+    smallest to the largest, and ``notes`` are sentences on what weakens the answer.
+    """
+
+    rank: int | None
+    reason: str
+    method: str
+    margin: float
+    seeds: tuple[int, ...]
+    ranks: tuple[RankResult, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is an answer."""
+        return self.rank is not None
+
+    def __str__(self) -> str:
+        head = f"rank {self.rank}" if self.decided else "undecided"
+        lines = [
+            f"{self.method}: {head}: {self.reason}",
+            f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}, margin {self.margin:g}; losses on the test "
+            f"part; differences from the largest rank, with one-sided {CONFIDENCE:.0%} bounds",
+            f"{'rank':>6}{'rate':>10}{'loss':>10}{'difference':>12}{'lower':>10}{'upper':>10}  standing",
+        ]
+        for one in self.ranks:
+            numbers = [
+                _number(one.lr, 10, ".3g"),
+                _number(one.test_loss, 10, ".4f"),
+                _number(one.difference, 12, "+.4f"),
+                _number(one.lower, 10, "+.4f"),
+                _number(one.upper, 10, "+.4f"),
+            ]
+            note = f": {one.note}" if one.note else ""
+            lines.append(f"{one.rank:>6}{''.join(numbers)}  {one.standing}{note}")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def _number(value: float | None, width: int, form: str) -> str:
+    return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def summary(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = None) -> Verdict:
+    """The smallest rank whose loss is at most ``margin`` above the largest rank's, as far as the seeds can tell.
+
+    Args:
+        frame: what :func:`lora_lab.ablation.run.ablate` or ``load`` returns, of one task, one model and one setting
+            of everything but rank, alpha, learning rate and seed.
+        margin: the difference of losses that does not matter, in the task's unit (nats for cross-entropy); positive.
+        method: which method, where the frame has several with ranks.
+
+    Raises:
+        ValueError: the margin is not positive, the frame lacks columns, mixes settings, holds a trial twice, or has
+            several methods and none was named, or it has fewer than two ranks.
+    """
+    if not (math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
+    trials = _last_rows(frame, method)
+    seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
+    names = sorted(int(rank) for rank in trials["rank"].unique())
+    if len(names) < 2:
+        raise ValueError(f"The frame has only rank {names[0]}; ranks are compared, so it takes at least two.")
+    chosen = {rank: _choose(trials[trials["rank"] == rank], seeds) for rank in names}
+    largest = chosen[names[-1]]
+    ranks = tuple(_judge(rank, chosen[rank], largest, rank == names[-1], margin) for rank in names)
+    rank, reason = _answer(ranks, seeds, margin)
+    notes = [f"rank {name}: {choice.note}." for name, choice in chosen.items() if choice.note and choice.losses]
+    for edge in ("smallest", "largest"):
+        if at := ", ".join(str(name) for name, choice in chosen.items() if choice.edge == edge):
+            notes.append(f"the best learning rate of rank {at} is the {edge} tried, so a better one may lie beyond.")
+    if at := ", ".join(str(name) for name, choice in chosen.items() if choice.edge == "only"):
+        notes.append(f"one learning rate only was tried for rank {at}, so it may not be the best.")
+    return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A rank's best rate: test losses by seed at that rate, or none; which rates do not count, and why.
+
+    ``edge`` says if it is the "smallest", "largest" or "only" rate that was tried.
+    """
+
+    lr: float | None = None
+    validation_loss: float | None = None
+    losses: dict[int, float] | None = None
+    note: str = ""
+    edge: str = ""
+
+
+def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
+    """One row for each trial of the method: its last evaluation, or its failure."""
+    if missing := [name for name in _NEEDED if name not in frame]:
+        raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
+    with_ranks = frame[frame["rank"].notna()]
+    methods = sorted(with_ranks["method"].unique())
+    if method is None and len(methods) == 1:
+        method = methods[0]
+    if method not in methods:
+        raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
+    of_method = with_ranks[with_ranks["method"] == method]
+    rows = of_method[(of_method["outcome"] == "failed") | (of_method["step"] == of_method["steps"])]
+    for name in [name for name in rows if name not in _MAY_VARY]:
+        _one_value(rows, name, "")
+    if "alpha" in rows:
+        for rank, own in rows.groupby("rank"):
+            _one_value(own, "alpha", f" for rank {rank:g}")
+    if (twice := rows.duplicated(["rank", "lr", "seed"])).any():
+        first = rows[twice].iloc[0]
+        raise ValueError(
+            f"The frame holds rank {first['rank']:g}, lr {first['lr']:g}, seed {first['seed']:g} twice; "
+            "drop_duplicates removes repeated rows."
+        )
+    return rows
+
+
+def _one_value(rows: pandas.DataFrame, name: str, where: str) -> None:
+    values: list[Any] = rows[name].drop_duplicates().tolist()
+    if len(values) > 1:
+        raise ValueError(
+            f"The frame mixes {name} {values[0]!r} and {values[1]!r}{where}, which cannot be compared; select one "
+            f"with frame[frame[{name!r}] == ...]."
+        )
+
+
+def _choose(rows: pandas.DataFrame, seeds: Sequence[int]) -> _Choice:
+    """The rate of the lowest mean validation loss among those that have a result for every seed."""
+    whole, problems = [], []
+    for lr, own in rows.groupby("lr"):
+        done = own[(own["outcome"] == "done") & own["test_loss"].notna() & own["validation_loss"].notna()]
+        have = {int(row.seed): (row.validation_loss, row.test_loss) for row in done.itertuples()}
+        failed = sorted({int(seed) for seed in own["seed"]} - set(have))
+        absent = sorted(set(seeds) - set(have) - set(failed))
+        told = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (absent, "missing")) if part]
+        if told:
+            problems.append(f"lr {lr:g} does not count ({', '.join(told)})")
+        else:
+            mean = math.fsum(validation for validation, _ in have.values()) / len(have)
+            whole.append((mean, float(lr), {seed: float(have[seed][1]) for seed in seeds}))
+    note = ", ".join(problems)
+    if not whole:
+        return _Choice(note=note)
+    validation, lr, losses = min(whole, key=lambda one: one[:2])  # of equal means, the smaller rate
+    tried = sorted(rows["lr"].unique())
+    edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
+    return _Choice(lr, validation, losses, note, edge)
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _judge(rank: int, choice: _Choice, largest: _Choice, is_largest: bool, margin: float) -> RankResult:
+    if choice.losses is None:
+        return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
+    own = list(choice.losses.values())
+    known = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": math.fsum(own) / len(own)}
+    if is_largest:
+        return RankResult(rank, "reference", **known)
+    if largest.losses is None:
+        return RankResult(rank, "not judged", **known, note="the largest rank has no result to compare it with")
+    differences = [loss - largest.losses[seed] for seed, loss in choice.losses.items()]
+    mean, lower, upper = t_bounds(differences)
+    if lower is None:
+        return RankResult(rank, "open", **known, difference=mean, note="one seed has no spread to judge by")
+    standing = "enough" if upper < margin else "too small" if lower > margin else "open"
+    return RankResult(rank, standing, **known, difference=mean, lower=lower, upper=upper)
+
+
+def t_bounds(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean of the values, and its one-sided lower and upper 95 % bounds by Student's t; None for a single value."""
+    from scipy.stats import t
+
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None, None
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(t.ppf(CONFIDENCE, n - 1)) * sd / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) -> tuple[int | None, str]:
+    """The rank, or None, and why."""
+    largest = ranks[-1].rank
+    if ranks[-1].standing == "not judged":
+        return None, f"the largest rank, {largest}, has no learning rate with a result for every seed: run those first."
+    if len(seeds) < 2:
+        return None, "more seeds needed: one seed cannot tell a difference from chance."
+    enough = [one.rank for one in ranks if one.standing == "enough"]
+    unsettled = [one.rank for one in ranks if one.standing in ("open", "not judged")]
+    if enough:
+        smaller = [str(rank) for rank in unsettled if rank < enough[0]]
+        still = f"; rank {', '.join(smaller)} is not settled by these seeds" if smaller else ""
+        return enough[0], (
+            f"with {CONFIDENCE:.0%} confidence its loss is less than {margin:g} above that of rank {largest}{still}."
+        )
+    if unsettled:
+        names = ", ".join(map(str, unsettled))
+        return None, f"more seeds needed: no smaller rank is shown to be enough, and rank {names} may be."
+    return largest, f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."

@@ -1,0 +1,780 @@
+"""ablate: what it runs, what it keeps through kills and interrupts, and that where it runs changes no number."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import DoRA, FullFineTuning, LoRA, fit
+from lora_lab.ablation import packed, run
+from lora_lab.ablation.grid import Grid, Trial
+from lora_lab.ablation.run import ablate, fingerprint, load
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import Examples, Task, mean_squared_error
+from lora_lab.train import progress_bar
+
+MODEL = functools.partial(DigitsMLP, width=16)
+VARYING = ["seconds", "date", "engine", "commit"]  # the checkout may get a commit while the tests run
+
+
+def small_task(loss=None, n_train=12):
+    """Random numbers in the shape of the digits."""
+    parts = {}
+    for seed, (part, n) in enumerate({"train": n_train, "validation": 7, "test": 5, "off_domain": 6}.items()):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, classes = torch.randn(n, 64, generator=generator), torch.randint(0, 10, (n,), generator=generator)
+        parts[part] = Examples(inputs, classes)
+    return Task("small", **parts, **({"loss": loss} if loss else {}))
+
+
+def grid(ranks=(1, 3), lrs=(0.01,), seeds=(0, 1), **options):
+    return Grid(ranks, lrs, seeds, **{"steps": 6, "batch_size": 4, "alpha_per_rank": 2} | options)
+
+
+def apart(trials, folder=None, task=None, model=MODEL, **options):
+    return ablate(model, task or small_task(), trials, folder, **{"engine": "apart", "progress": False} | options)
+
+
+def counting(monkeypatch):
+    """The methods that ``fit`` is called with from now on."""
+    called = []
+
+    def counted(model, task, method, **options):
+        called.append((method.rank, options["seed"]))
+        return fit(model, task, method, **options)
+
+    monkeypatch.setattr(run, "fit", counted)
+    return called
+
+
+def same(frame, other):
+    assert_frame_equal(frame.drop(columns=VARYING), other.drop(columns=VARYING))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As workers compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# The table
+
+
+def test_each_trial_is_what_fit_gives():
+    methods = [LoRA(dropout=0.2), DoRA(), FullFineTuning()]
+    frame = apart(grid(ranks=(1, 3), seeds=(5,), methods=methods, eval_every=2))
+    assert len(frame) == 5 * 4
+    for method in (LoRA(1, 2, 0.2), LoRA(3, 6, 0.2), DoRA(1, 2), DoRA(3, 6), FullFineTuning()):
+        model = MODEL()
+        history = fit(model, small_task(), method, steps=6, lr=0.01, batch_size=4, seed=5, eval_every=2)
+        rank = getattr(method, "rank", math.nan)
+        own = frame[(frame.method == method.name) & ((frame["rank"] == rank) | math.isnan(rank))]
+        assert own.step.tolist() == [0, 2, 4, 6]
+        expected = history.frame().set_index("step").loc[[0, 2, 4, 6]]
+        for column in ("train_loss", "validation_loss", "off_domain_loss"):
+            np.testing.assert_array_equal(own[column], expected[column])
+        with torch.no_grad():
+            test = small_task().test
+            by_hand = F.cross_entropy(model.eval()(test.inputs), test.targets).item()
+        assert own.test_loss.isna().tolist() == [True, True, True, False]
+        assert own.test_loss.iloc[-1] == pytest.approx(by_hand, rel=1e-6)
+        assert (own.trainable_parameters == history.trainable_parameters).all()
+        assert own.seconds.iloc[0] == 0
+        assert own.seconds.is_monotonic_increasing
+        assert own.seconds.iloc[-1] > 0
+    assert frame[frame.step == 6].test_loss.nunique() == 5
+
+
+def test_the_table_says_what_was_run_and_where():
+    frame = apart([Trial(LoRA(2, 4, targets=["hidden1", "head"]), 0.01, 3, steps=4, clip=None)])
+    row = frame.iloc[-1]
+    assert (row.method, row["rank"], row.alpha, row.targets, row.exclude) == ("lora", 2, 4, "hidden1, head", "")
+    assert (row.lr, row.seed, row.steps, row.batch_size, row.warmup) == (0.01, 3, 4, 8, 0)
+    assert math.isnan(row["clip"])
+    assert (row.task, row.model) == (small_task().fingerprint, fingerprint(MODEL()))
+    assert (row.outcome, row.reason, row.engine) == ("done", "", "apart")
+    assert row.torch == torch.__version__
+    assert row.device.endswith("cores")
+    assert row.date.endswith("+00:00")
+
+
+def test_eval_examples_limits_the_test_part_too():
+    few, all_of_them = (apart(grid(ranks=(2,), seeds=(0,), eval_examples=n)) for n in (2, None))
+    for n, frame in ((2, few), (5, all_of_them)):
+        model = MODEL()
+        fit(model, small_task(), LoRA(2, 4), steps=6, lr=0.01, batch_size=4)
+        inputs, targets = small_task().test.inputs[:n], small_task().test.targets[:n]
+        with torch.no_grad():
+            assert frame.test_loss.iloc[-1] == pytest.approx(F.cross_entropy(model(inputs), targets).item(), rel=1e-6)
+
+
+def test_order_and_repeats_of_trials_do_not_matter():
+    trials = list(grid())
+    same(apart(trials), apart(trials[::-1] + trials[:2]))
+
+
+def test_a_model_serves_as_its_own_factory_and_stays_as_it_was():
+    model = MODEL()
+    before = copy.deepcopy(model.state_dict())
+    same(apart(grid(), model=model), apart(grid()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert "LoRA" not in repr(model)
+
+
+def test_a_task_may_come_from_a_function_which_is_called_once():
+    calls = []
+
+    def make():
+        calls.append(1)
+        return small_task()
+
+    same(apart(grid(), task=make), apart(grid()))
+    assert len(calls) == 1
+
+
+def test_ablate_neither_uses_nor_disturbs_the_global_generator():
+    torch.manual_seed(1)
+    first = apart(grid(methods=(LoRA(dropout=0.3),)))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    same(apart(grid(methods=(LoRA(dropout=0.3),))), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_bar_counts_trials_and_starts_at_what_is_there(tmp_path, monkeypatch, capsys):
+    bars, starts = [], []
+
+    def watched(*arguments, **options):
+        bars.append(progress_bar(*arguments, **options))
+        starts.append(options["done"])
+        return bars[-1]
+
+    monkeypatch.setattr(run, "progress_bar", watched)
+    apart(grid(seeds=(0,)), tmp_path)
+    apart(grid(seeds=(0, 1)), tmp_path, progress=True)
+    assert starts == [0, 2]
+    assert [bar.total for bar in bars] == [2, 4]
+    assert bars[1].n == 4
+    assert "2/4" in capsys.readouterr().err
+
+
+# The folder
+
+
+def test_one_file_a_trial_and_load_returns_the_same_table(tmp_path):
+    frame = apart(grid(), tmp_path / "runs")
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {f"{key}.json" for key in frame.key.unique()}
+    assert len(names) == 4
+    assert_frame_equal(load(tmp_path / "runs"), frame)
+    content = json.loads((tmp_path / "runs" / f"{frame.key[0]}.json").read_text())
+    assert Trial.from_dict(content["trial"]).key == frame.key[0]
+    assert [row["step"] for row in content["history"]["rows"]] == list(range(7))
+
+
+def test_what_is_there_is_not_run_again_and_a_sweep_can_be_extended(tmp_path, monkeypatch):
+    first = apart(grid(seeds=(0, 1)), tmp_path)
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(seeds=(0, 1)), tmp_path), first)
+    assert called == []
+    more = apart(grid(ranks=(1, 2, 3), seeds=(0, 1, 2)), tmp_path)
+    assert sorted(called) == [(1, 2), (2, 0), (2, 1), (2, 2), (3, 2)]
+    old = more[more.key.isin(first.key)].reset_index(drop=True)
+    assert_frame_equal(old, first)  # dates and seconds too
+    assert_frame_equal(load(tmp_path), more)
+    assert_frame_equal(apart(grid(seeds=(0, 1)), tmp_path), first)  # of a larger folder, only what was asked for
+
+
+def test_another_task_model_or_setting_is_another_trial(tmp_path, monkeypatch):
+    apart(grid(ranks=(2,), seeds=(0,)), tmp_path)
+    called = counting(monkeypatch)
+    apart(grid(ranks=(2,), seeds=(0,)), tmp_path, model=functools.partial(DigitsMLP, width=16, seed=1))
+    apart(grid(ranks=(2,), seeds=(0,)), tmp_path, task=small_task(n_train=11))
+    apart(grid(ranks=(2,), seeds=(0,), clip=0.5), tmp_path)
+    assert len(called) == 3
+    assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def test_folders_of_two_machines_merge_by_copying(tmp_path, monkeypatch):
+    whole = apart(grid(seeds=(0, 1)), tmp_path / "whole")
+    apart(grid(seeds=(0,)), tmp_path / "a")
+    apart(grid(seeds=(1,)), tmp_path / "b")
+    for path in (tmp_path / "b").iterdir():
+        shutil.copy(path, tmp_path / "a")
+    called = counting(monkeypatch)
+    same(apart(grid(seeds=(0, 1)), tmp_path / "a"), whole)
+    same(load(tmp_path / "a"), whole)
+    assert called == []
+
+
+def cut(path):
+    path.write_text(path.read_text()[:200])
+
+
+def change_seed(path):
+    content = json.loads(path.read_text())
+    content["trial"]["seed"] += 7
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (cut, r"damaged: it is not JSON; delete it to run its trial again"),
+        (lambda path: path.write_bytes(b"\xff\x00"), r"damaged: it is not JSON; delete it"),
+        (lambda path: path.write_text("[]"), r"not a result in this version's format"),
+        (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), r"schema 1\); delete"),
+        (lambda path: path.write_text(path.read_text().replace('"name": "lora"', '"name": "x"')), "'x' is not known"),
+        (change_seed, r"holds trial \w+, which is not what its name and key say; delete it"),
+    ],
+    ids=["cut", "bytes", "list", "schema", "method", "edited"],
+)
+def test_a_damaged_file_is_named_with_what_to_do_and_deleting_it_helps(tmp_path, harm, message):
+    frame = apart(grid(), tmp_path)
+    path = tmp_path / f"{frame.key[0]}.json"
+    harm(path)
+    for call in (lambda: load(tmp_path), lambda: apart(grid(), tmp_path)):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert str(path) in str(caught.value)
+    path.unlink()
+    same(apart(grid(), tmp_path), frame)
+
+
+def test_a_result_under_another_name_is_not_counted_twice(tmp_path):
+    frame = apart(grid(), tmp_path)
+    shutil.copy(tmp_path / f"{frame.key[0]}.json", tmp_path / f"{frame.key[0]} (copy).json")
+    with pytest.raises(ValueError, match="is not what its name and key say"):
+        load(tmp_path)
+
+
+def test_hidden_files_of_killed_writes_are_passed_over(tmp_path):
+    frame = apart(grid(), tmp_path)
+    (tmp_path / ".0123-abc.json").write_text("{")
+    assert_frame_equal(load(tmp_path), frame)
+
+
+def test_a_folder_without_results_is_told(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"holds no results .* run ablate with this folder first"):
+            load(folder)
+
+
+# Trials that fail
+
+
+def test_a_diverged_trial_is_recorded_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    trials = grid(lrs=(1e30, 0.01), seeds=(0,), warmup=0)
+    frame = apart(trials, tmp_path)
+    failed, done = frame[frame.outcome == "failed"], frame[frame.outcome == "done"]
+    assert len(failed) == 2
+    assert failed.lr.tolist() == [1e30, 1e30]
+    assert failed.reason.str.contains("loss is (?:nan|inf) at step .*lower the learning rate").all()
+    assert failed[["step", "validation_loss", "test_loss"]].isna().all(axis=None)
+    same(done.reset_index(drop=True), apart(grid(lrs=(0.01,), seeds=(0,), warmup=0)))
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(trials, tmp_path), frame)
+    assert called == []  # a failure is a result
+    for key in failed.key:
+        (tmp_path / f"{key}.json").unlink()
+    apart(trials, tmp_path)
+    assert called == [(1, 0), (3, 0)]  # until its file is deleted
+
+
+def test_a_loss_that_is_no_number_on_the_test_part_is_a_failure():
+    task = small_task()
+    task.test.inputs[0] = math.inf
+    frame = apart(grid(seeds=(0,)), task=task)
+    assert frame.outcome.tolist() == ["failed", "failed"]
+    assert frame.reason.str.startswith("The test loss is nan").all()
+
+
+def out_of_memory_of_python():
+    raise MemoryError("Python's own")
+
+
+def out_of_memory_of_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_of_memory_of_a_cpu():
+    torch.empty(2**55)  # torch's own error, whatever it is
+
+
+@pytest.mark.parametrize("exhaust", [out_of_memory_of_python, out_of_memory_of_a_gpu, out_of_memory_of_a_cpu])
+def test_out_of_memory_is_recorded_and_the_others_go_on(exhaust, tmp_path, monkeypatch):
+    def greedy(model, task, method, **options):
+        if method.rank == 3:
+            exhaust()
+        return fit(model, task, method, **options)
+
+    monkeypatch.setattr(run, "fit", greedy)
+    frame = apart(grid(ranks=(1, 3, 5), seeds=(0,)), tmp_path)
+    assert frame.groupby("rank").outcome.first().tolist() == ["done", "failed", "done"]
+    assert frame[frame["rank"] == 3].reason.str.startswith("out of memory: ").all()
+
+
+def test_a_trials_own_timeout_is_not_taken_for_a_workers(monkeypatch):
+    def slow(model, task, method, **options):
+        raise TimeoutError("the disk is slow")
+
+    monkeypatch.setattr(run, "fit", slow)
+    with pytest.raises(TimeoutError, match="the disk is slow"):
+        apart(grid())
+
+
+def test_any_other_error_stops_the_sweep_and_what_had_ended_is_kept(tmp_path, monkeypatch):
+    trials = [*grid(ranks=(1,)), *grid(ranks=(2,), methods=[LoRA(targets=["nowhere"])]), *grid(ranks=(3,))]
+    with pytest.raises(ValueError, match="nowhere"):
+        apart(trials, tmp_path)
+    assert load(tmp_path)["rank"].unique().tolist() == [1]
+    called = counting(monkeypatch)
+    apart([*trials[:2], *trials[4:]], tmp_path)
+    assert sorted(called) == [(3, 0), (3, 1)]
+
+
+# Interrupts and kills
+
+
+def test_ctrl_c_leaves_a_folder_that_goes_on(tmp_path, monkeypatch):
+    whole = apart(grid())
+
+    def interrupted(model, task, method, **options):
+        if (method.rank, options["seed"]) == (3, 0):
+            raise KeyboardInterrupt
+        return fit(model, task, method, **options)
+
+    monkeypatch.setattr(run, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apart(grid(), tmp_path)
+    assert len(load(tmp_path).key.unique()) == 2
+    called = counting(monkeypatch)
+    same(apart(grid(), tmp_path), whole)
+    assert called == [(3, 0), (3, 1)]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_killed_process_loses_no_more_than_the_running_trial(tmp_path, monkeypatch):
+    trials = grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_ablate import apart, grid
+apart(grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100), {str(tmp_path)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: len(list(tmp_path.glob("[!.]*.json"))) >= 3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    left = load(tmp_path)  # every file is whole
+    count = left.key.nunique()
+    assert 3 <= count < 8
+    called = counting(monkeypatch)
+    frame = apart(trials, tmp_path)
+    assert len(called) == 8 - count
+    assert_frame_equal(frame[frame.key.isin(left.key)].reset_index(drop=True), left)
+    same(frame, apart(trials))
+
+
+# Elsewhere
+
+
+def test_joblib_processes_give_the_same_numbers_as_this_one(tmp_path):
+    here = os.getpid()
+
+    def make():  # a function of a notebook: it travels by its value
+        if os.getpid() != here:
+            (tmp_path / f"pid{os.getpid()}").touch()
+            time.sleep(0.1)  # so that no worker can do it all
+        return small_task()
+
+    trials = grid(ranks=(1, 3), lrs=(0.01, 1e30), seeds=(0, 1), warmup=0, methods=[LoRA(dropout=0.2)])
+    expected = apart(trials, task=make)
+    assert not list(tmp_path.glob("pid*"))
+    frame = apart(trials, tmp_path / "runs", task=make, n_jobs=2)
+    same(frame, expected)
+    assert_frame_equal(load(tmp_path / "runs"), frame)
+    assert list(tmp_path.glob("pid*"))
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        same(apart(trials, task=make), expected)
+
+
+def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():
+    seen = set()
+
+    def loss(model, inputs, targets):
+        seen.add(torch.get_num_threads())
+        return F.cross_entropy(model(inputs), targets)
+
+    task = small_task(loss)
+    identity = {"task": task.fingerprint, "model": fingerprint(MODEL())}
+    (trial,) = (t.bound(**identity) for t in grid(ranks=(1,), seeds=(0,)))
+    torch.set_num_threads(2)
+    for home, threads in ((("another machine", os.getpid()), 1), ((run._here()[0], 0), 1), (run._here(), 2)):
+        seen.clear()
+        run._run(run._Work(MODEL, task, [trial], False, "apart", home))
+        assert seen == {threads}
+        assert torch.get_num_threads() == 2
+
+
+def test_a_silent_worker_is_an_error_in_the_end(tmp_path):
+    here = os.getpid()
+
+    def make():
+        if os.getpid() != here and (tmp_path / "go").exists():
+            time.sleep(30)
+        return MODEL()
+
+    apart(grid(seeds=(0,)), tmp_path, model=make, n_jobs=2, timeout_s=30)
+    (tmp_path / "go").touch()
+    with pytest.raises(RuntimeError, match=r"No trial ended for 0\.5 s.*What has ended is kept"):
+        apart(grid(), tmp_path, model=make, n_jobs=2, timeout_s=0.5)
+    assert load(tmp_path).seed.unique().tolist() == [0]
+
+
+def test_a_worker_ended_by_the_system_is_told():
+    here = os.getpid()
+
+    def make():
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return MODEL()
+
+    with pytest.raises(RuntimeError, match="The system ended a worker, most likely for lack of memory"):
+        apart(grid(), model=make, n_jobs=2)
+
+
+def test_threads_are_refused():
+    with (
+        joblib.parallel_config(backend="threading", n_jobs=2),
+        pytest.raises(ValueError, match=r"ThreadingBackend runs trials in threads of one process.* use processes"),
+    ):
+        apart(grid())
+
+
+def test_two_trials_in_one_process_at_a_time_are_refused_however_they_came_there():
+    work = run._Work(MODEL, small_task(), [t.bound("t", "m") for t in grid()], False, "apart", run._here())
+    with run._BUSY, pytest.raises(RuntimeError, match="Two trials were started in one process"):
+        run._run(work)
+    with pytest.raises(RuntimeError, match="has the fingerprint"):  # and the lock is free again
+        run._run(work)
+
+
+def test_a_model_that_is_made_differently_each_time_is_refused():
+    seeds = iter(range(99))
+    with pytest.raises(RuntimeError, match=r"The model made here .* has the fingerprint .* seed its weights"):
+        apart(grid(), model=lambda: DigitsMLP(width=16, seed=next(seeds)))
+
+
+def test_a_task_that_is_another_one_elsewhere_is_refused():
+    (trial,) = (t.bound(small_task(n_train=5).fingerprint, fingerprint(MODEL())) for t in grid(ranks=(1,), seeds=(0,)))
+    with pytest.raises(RuntimeError, match=r"The task 'small' made here .* same versions of Python"):
+        run._run(run._Work(MODEL, small_task(), [trial], False, "apart", run._here()))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """(cluster, client) of two worker processes."""
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit=0
+        ) as made,
+        distributed.Client(made) as client,
+    ):
+        yield made, client
+
+
+def on_dask(client, *arguments, **options):
+    with joblib.parallel_config(backend="dask", client=client):
+        return apart(*arguments, **options)
+
+
+def test_a_dask_worker_without_lora_lab_is_told_at_once(cluster):
+    _, client = cluster
+    (poor, *_) = client.nthreads()
+    client.run(exec, "import sys; sys.modules['lora_lab'] = None", workers=[poor])
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot import lora_lab \(ModuleNotFoundError.*install the same"):
+            on_dask(client, grid())
+    finally:
+        client.run(exec, "import sys; del sys.modules['lora_lab']", workers=[poor])
+
+
+def test_a_dask_worker_with_another_version_is_told(cluster, monkeypatch):
+    monkeypatch.setattr(run.lora_lab, "__version__", "99.0")
+    with pytest.raises(RuntimeError, match=r"has lora_lab \d.*, but this process has 99\.0; install the same"):
+        on_dask(cluster[1], grid())
+
+
+def test_a_dask_cluster_loses_a_worker_in_mid_sweep_and_gives_every_result(cluster, tmp_path):
+    _, client = cluster
+    here, starts, runs = os.getpid(), tmp_path / "starts", tmp_path / "runs"
+    starts.mkdir()
+    victim = next(iter(client.run(os.getpid).values()))
+    assert victim != here
+
+    def make():
+        if os.getpid() != here:
+            (starts / f"{os.getpid()}-{time.time_ns()}").touch()
+        if os.getpid() == victim:
+            time.sleep(60)  # its first trial goes on until it is killed
+        return MODEL()
+
+    def kill():
+        wait_for(lambda: list(starts.glob(f"{victim}-*")) and len(list(runs.glob("[!.]*.json"))) >= 2)
+        os.kill(victim, signal.SIGKILL)
+
+    trials = grid(ranks=(1, 3), seeds=range(4))
+    expected = apart(trials)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    frame = on_dask(client, trials, runs, model=make)
+    killer.join()
+    same(frame, expected)
+    assert_frame_equal(load(runs), frame)
+    assert len(list(starts.iterdir())) == len(trials) + 1  # the lost trial, and no other, was started once more
+
+
+def test_a_dask_worker_of_several_threads_is_refused():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0", memory_limit=0
+        ) as made,
+        distributed.Client(made, set_as_default=False) as client,
+        pytest.raises(ValueError, match=r"runs 2 trials at a time in threads .* --nthreads 1"),
+    ):
+        on_dask(client, grid())
+
+
+# Packing
+
+
+def fake_packs(monkeypatch, most=99, refuse=lambda trials: False):
+    """A pack that runs its trials one by one, and the sizes of the packs that were asked for."""
+    sizes = []
+
+    def fit_packed(model, task, runs, *, progress, **options):
+        sizes.append(len(runs))
+        if refuse(runs):
+            raise packed.PackingError("these cannot be packed after all")
+        if len(runs) > most:
+            raise MemoryError(f"{len(runs)} are too many")
+        results = []
+        for one in runs:
+            own = copy.deepcopy(model)
+            try:
+                history = fit(own, task, one.method, lr=one.lr, seed=one.seed, **options)
+            except run.DivergedError as error:
+                results.append(packed.Result(error=error))
+            else:
+                results.append(packed.Result(history, run.lora_lab.adapter_state(own)))
+        return results
+
+    monkeypatch.setattr(packed, "fit_packed", fit_packed)
+    return sizes
+
+
+def test_auto_packs_what_agrees_and_runs_the_rest_apart(monkeypatch):
+    trials = [
+        *grid(ranks=(1, 3), seeds=(0, 1)),  # these four and
+        *grid(ranks=(2,), lrs=(0.03, 1e30), seeds=(2,)),  # these two agree
+        *grid(ranks=(1, 3), seeds=(0,), steps=4),
+        *grid(ranks=(1, 3), seeds=(0,), methods=[LoRA(targets=["head"])]),
+        *grid(ranks=(1,), seeds=(0,), methods=[DoRA(), LoRA(dropout=0.1), FullFineTuning()]),
+        *grid(ranks=(2,), seeds=(0,), batch_size=3),  # alone
+    ]
+    expected = apart(trials)
+    called, sizes = counting(monkeypatch), fake_packs(monkeypatch)
+    monkeypatch.setattr(
+        run, "fit", lambda model, task, method, **o: called.append(method) or fit(model, task, method, **o)
+    )
+    frame = apart(trials, engine="auto")
+    same(frame, expected)
+    assert sorted(sizes) == [2, 2, 6]
+    assert len(called) == 4
+    engines = frame.groupby("key").engine.first().value_counts().to_dict()
+    assert engines == {"pack of 6": 6, "pack of 2": 4, "apart": 4}
+
+
+def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
+    sizes = fake_packs(monkeypatch)
+    trials = grid(ranks=(1, 4), seeds=range(6))
+    task, model = small_task(), MODEL()
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
+    bill = run.predict(model, LoRA(4, 8), batch=(task.train.inputs[:4], task.train.targets[:4]))
+    assert bill.parts["frozen weights"] == frozen
+    own = bill.peak_bytes - frozen
+    for count, expected in ((12, [12]), (11, [6, 6]), (5, [4, 4, 4]), (2, [2] * 6), (1, [])):
+        sizes.clear()
+        apart(trials, engine="auto", budget_bytes=frozen + count * own)
+        assert sizes == expected
+    sizes.clear()
+    apart(trials, engine="auto", budget_bytes=frozen + 2 * own - 1)
+    assert sizes == []
+    apart(trials, engine="auto")
+    assert sizes == [12]  # by default half of the memory, which is plenty
+    sizes.clear()
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("M", (), {"available": 2 * (frozen + 4 * own)}))
+    apart(trials, engine="auto")
+    assert sizes == [4, 4, 4]
+
+
+def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
+    model, task = MODEL(), small_task()
+
+    def sizes(count, workers, **options):
+        trials = grid(ranks=(1, 4), seeds=range(count // 2), **options)
+        plan = run._plan(model, task, list(trials), "auto", None, workers)
+        assert sorted(t.key for parcel, _ in plan for t in parcel) == sorted(t.key for t in trials)
+        assert all(together == (len(parcel) > 1) for parcel, together in plan)
+        return [len(parcel) for parcel, _ in plan]
+
+    assert sizes(12, 1) == [12]
+    assert sizes(12, 2) == [6, 6]
+    assert sizes(12, 5) == [3, 3, 3, 3]
+    assert sizes(12, 12) == [1] * 12
+    assert sizes(100, 1) == [25] * 4
+    plan = run._plan(model, task, list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
+    assert [{t.method.rank for t in parcel} for parcel, _ in plan] == [{4}, {1}]  # ranks that pad each other little
+
+
+def test_a_pack_too_large_for_the_memory_is_halved(monkeypatch):
+    sizes = fake_packs(monkeypatch, most=2)
+    same(apart(grid(seeds=range(4)), engine="auto"), apart(grid(seeds=range(4))))
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    fake_packs(monkeypatch, most=0)
+    frame = apart(grid(), engine="packed")
+    assert frame.reason.tolist() == ["out of memory: 1 are too many"] * 4
+
+
+def test_what_only_the_attempt_shows_to_be_no_pack_runs_apart(monkeypatch):
+    sizes = fake_packs(monkeypatch, refuse=lambda runs: True)
+    frame = apart(grid(), engine="auto")
+    same(frame, apart(grid()))
+    assert sizes == [4]
+    assert set(frame.engine) == {"apart"}
+    with pytest.raises(ValueError, match="cannot be packed after all"):
+        apart(grid(), engine="packed")
+
+
+def test_packed_refuses_with_the_reason_and_packs_even_one():
+    with pytest.raises(ValueError, match=r"engine is 'packed', but DoRA\(rank=1.* cannot be packed: Method 'dora'"):
+        apart(grid(methods=[LoRA(), DoRA()]), engine="packed")
+    frame = apart(grid(ranks=(2,), seeds=(0,)), engine="packed")
+    assert set(frame.engine) == {"pack of 1"}
+
+
+def double_task():
+    task = small_task()
+    parts = {
+        part: Examples(examples.inputs.double(), F.one_hot(examples.targets, 10).double())
+        for part, examples in task.parts.items()
+    }
+    return Task("double", **parts, loss=mean_squared_error)
+
+
+def test_the_real_packs_give_the_numbers_of_trials_run_apart(tmp_path):
+    def make():
+        return MODEL().double()
+
+    trials = grid(ranks=(1, 3), lrs=(0.01, 1e200), seeds=(0, 1), steps=20, warmup=0)
+    separate = apart(trials, task=double_task(), model=make)
+    together = apart(trials, tmp_path, task=double_task(), model=make, engine="packed")
+    assert set(together.engine) == {"pack of 8"}
+    assert (separate.outcome == together.outcome).all()
+    assert (separate.key == together.key).all()
+    losses = ["train_loss", "validation_loss", "off_domain_loss", "test_loss"]
+    np.testing.assert_allclose(together[losses], separate[losses], rtol=1e-9)
+    assert_frame_equal(load(tmp_path), together)
+    done = separate[separate.outcome == "done"]
+    assert done.groupby("key").test_loss.last().nunique() == 4
+
+
+# What a model is
+
+
+def test_a_models_fingerprint_sees_every_weight_and_setting_and_no_more():
+    class Net(nn.Module):
+        def __init__(self, p=0.1):
+            super().__init__()
+            self.layer, self.drop, self.norm = nn.Linear(3, 2), nn.Dropout(p), nn.BatchNorm1d(2)
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.fill_(0.5)
+
+    def of(change=lambda net: None, **options):
+        net = Net(**options)
+        change(net)
+        return fingerprint(net)
+
+    def nudge(net):
+        with torch.no_grad():
+            net.layer.weight[1, 2] = float(np.nextafter(np.float32(0.5), 1))
+
+    others = [
+        of(nudge),
+        of(lambda net: net.double()),
+        of(lambda net: net.bfloat16()),
+        of(lambda net: net.norm.running_mean.add_(1)),
+        of(lambda net: net.layer.requires_grad_(False)),
+        of(lambda net: setattr(net, "drop", nn.AlphaDropout(0.1))),
+        of(p=0.2),
+    ]
+    assert len({of(), *others}) == len(others) + 1
+    assert of() == of(lambda net: net.eval()) == of(lambda net: net.layer.weight.sum().backward())
+
+
+# Arguments
+
+
+def test_arguments_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="engine is 'fast', but it must be 'auto', 'apart' or 'packed'"):
+        apart(grid(), engine="fast")
+    for nothing in ("a model", lambda: "a model"):
+        with pytest.raises(
+            ValueError, match=r"model_factory gave a str, but it must be a torch\.nn\.Module, or a func"
+        ):
+            apart(grid(), model=nothing)
+    with pytest.raises(ValueError, match="no trials to run"):
+        apart([])
+    (other,) = (dataclasses.replace(t, task="elsewhere") for t in grid(ranks=(1,), seeds=(0,)))
+    with pytest.raises(ValueError, match="belongs to the task elsewhere, but this sweep's is"):
+        apart([other])
+
+
+def test_columns_have_the_same_types_whatever_the_trials_are():
+    plain, odd = apart(grid()), apart(grid(methods=[FullFineTuning()], lrs=(1e30,), warmup=0, clip=None))
+    assert isinstance(plain, pandas.DataFrame)
+    assert set(odd.outcome) == {"failed"}
+    for column in ("rank", "alpha", "lr", "clip", "step", "validation_loss", "test_loss", "seconds"):
+        assert plain[column].dtype == odd[column].dtype == "float64"

@@ -1,0 +1,672 @@
+"""Packed adapters: each against its own run of fit, and no trial may feel another, to the last bit."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import (
+    DoRA,
+    FullFineTuning,
+    Llama,
+    LoRA,
+    LoRAConfig,
+    LoRAFA,
+    LoRAPlus,
+    PiSSA,
+    RsLoRA,
+    adapter_state,
+    fit,
+    inject,
+    merge,
+    quantize_nf4,
+)
+from lora_lab.ablation import packed
+from lora_lab.ablation.packed import PackedLinear, PackingError, Run, fit_packed, refusal
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error, planted
+from lora_lab.train import DivergedError
+
+LOSSES = ("train_loss", "validation_loss", "off_domain_loss")
+OPTIONS = {"steps": 6, "batch_size": 4, "eval_every": 3}
+RUNS = [
+    Run(LoRA(rank=2, alpha=4.0), lr=3e-3, seed=0),
+    Run(LoRA(rank=5, alpha=16.0), lr=1e-2, seed=1),
+    Run(LoRA(rank=1, alpha=8.0), lr=1e-3, seed=1),
+    Run(LoRA(rank=3, alpha=3.0), lr=2e-2, seed=7),
+]
+
+
+def pictures(dtype=torch.float32, features=64, classes=10, loss=cross_entropy):
+    """Random numbers in the shape of the digits; 30 training examples, so that batches of 4 cross epochs."""
+
+    def part(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(n, features, generator=generator, dtype=torch.float64).to(dtype)
+        return Examples(inputs, torch.randint(0, classes, (n,), generator=generator))
+
+    return Task("pictures", part(30, 0), part(9, 1), part(5, 2), part(6, 3), loss)
+
+
+def sentences(vocabulary=260, length=6):
+    """Random tokens, of which some do not count, so that batches of two trials count unequally."""
+
+    def part(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, vocabulary, (n, length), generator=generator)
+        targets = ids.roll(-1, dims=1)
+        targets[torch.rand(n, length, generator=generator) < 0.4] = IGNORE
+        targets[:, 0] = ids[:, 1]
+        return Examples(ids, targets)
+
+    return Task("sentences", part(14, 0), part(5, 1), part(3, 2), part(4, 3), unit="tokens")
+
+
+def separate(model, task, run, **options):
+    """The history and the adapter of one run of fit, on a copy of the model."""
+    twin = copy.deepcopy(model)
+    history = fit(twin, task, run.method, lr=run.lr, seed=run.seed, **options)
+    return history, adapter_state(twin)
+
+
+def column(result, name):
+    return torch.tensor([row[name] for row in result.history.rows if row[name] is not None], dtype=torch.float64)
+
+
+def same_bits(one, other):
+    """Whether two results agree in every loss, norm and weight, to the last bit."""
+    columns = [(column(one, name), column(other, name)) for name in (*LOSSES, "grad_norm")]
+    return all(torch.equal(*pair) for pair in [*columns, *((one.adapter[k], other.adapter[k]) for k in one.adapter)])
+
+
+def moved(result):
+    """How far from zero the adapter's B has come."""
+    return max(float(value.abs().max()) for name, value in result.adapter.items() if name.endswith("lora_B"))
+
+
+# Equal to the separate runs
+
+
+def assert_as_separate(result, history, adapter, rtol):
+    for name in (*LOSSES, "grad_norm"):
+        steps, values = result.history.curve(name)
+        expected_steps, expected = history.curve(name)
+        assert steps == expected_steps
+        np.testing.assert_allclose(values, expected, rtol=rtol, atol=0, err_msg=name)
+    assert list(result.adapter) == list(adapter)
+    for name, value in adapter.items():
+        assert result.adapter[name].dtype == value.dtype
+        assert result.adapter[name].shape == value.shape
+        apart = torch.linalg.vector_norm(result.adapter[name] - value)
+        assert apart <= rtol * torch.linalg.vector_norm(value), name
+
+
+def digits_net():
+    return DigitsMLP(width=16).double(), pictures(torch.float64)
+
+
+def digits_transformer():
+    return DigitsTransformer(width=8, heads=2).double(), pictures(torch.float64)
+
+
+def planted_net():
+    net = DigitsMLP(width=16)
+    task = planted(net, rank=2, n_train=30)
+    parts = {name: Examples(part.inputs.double(), part.targets.double()) for name, part in task.parts.items()}
+    return net.double(), Task("planted", **parts, loss=mean_squared_error)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1, "clip": 0.3, "eval_every": 20, "eval_examples": 5},
+        {"schedule": "constant", "warmup": 0, "clip": None},
+    ],
+    ids=["cosine, clipped, decayed", "constant, unclipped"],
+)
+@pytest.mark.parametrize("make", [digits_net, digits_transformer, planted_net])
+def test_each_trial_equals_its_own_run_after_fifty_steps(make, options):
+    model, task = make()
+    options = {"steps": 50, "batch_size": 4} | options
+    results = fit_packed(model, task, RUNS, **options)
+    alone = [separate(model, task, run, **options) for run in RUNS]
+    for result, (history, adapter) in zip(results, alone, strict=True):
+        assert_as_separate(result, history, adapter, rtol=1e-9)
+        assert result.error is None
+        assert moved(result) > 1e-2
+    if options["clip"]:
+        assert any(column(result, "grad_norm").max() > options["clip"] for result in results)  # put to the test
+    for other in (1, 2, 3):  # the equality above can fail: trials are not alike
+        assert not np.allclose(column(results[0], "train_loss"), alone[other][0].curve("train_loss")[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]], ids=str)
+def test_each_trial_equals_its_own_run_on_a_llama_whose_batches_count_unequally(tiny_config, targets):
+    model, task = Llama(tiny_config, seed=3).double(), sentences()
+    runs = [Run(LoRA(run.method.rank, run.method.alpha, targets=targets), run.lr, run.seed) for run in RUNS[:3]]
+    options = {"steps": 50, "batch_size": 2, "weight_decay": 0.01, "eval_every": 25}
+    results = fit_packed(model, task, runs, **options)
+    for run, result in zip(runs, results, strict=True):
+        history, adapter = separate(model, task, run, **options)
+        assert_as_separate(result, history, adapter, rtol=1e-9)
+        assert moved(result) > 1e-2
+        assert [row["tokens"] for row in result.history.rows] == [row["tokens"] for row in history.rows]
+    tokens = [[row["tokens"] for row in result.history.rows] for result in results]
+    assert tokens[0] != tokens[1]  # other seeds, other batches
+    assert tokens[1] == tokens[2]
+
+
+def test_rows_and_facts_are_those_of_a_separate_run():
+    model, task = digits_net()
+    results = fit_packed(model, task, RUNS, **OPTIONS)
+    for run, result in zip(RUNS, results, strict=True):
+        history, _ = separate(model, task, run, **OPTIONS)
+        for row, expected in zip(result.history.rows, history.rows, strict=True):
+            assert list(row) == list(expected)
+            assert (row["step"], row["lr"], row["tokens"]) == (expected["step"], expected["lr"], expected["tokens"])
+            assert row["seconds"] > 0 or row["step"] == 0
+        assert result.history.settings == history.settings | {"packed": len(RUNS)}
+        for fact in ("task", "method", "trainable_parameters", "total_parameters", "optimizer_bytes"):
+            assert getattr(result.history, fact) == getattr(history, fact), fact
+    assert len({result.history.optimizer_bytes for result in results}) == len(RUNS)  # padding is not counted
+    assert list(results[0].history.frame()["step"]) == list(range(OPTIONS["steps"] + 1))
+
+
+def test_seconds_are_the_trials_share_of_the_packs_step(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(packed.time, "perf_counter", lambda: 8.0 * next(clock))
+    (first, *_) = fit_packed(DigitsMLP(width=16), pictures(), RUNS, **OPTIONS)
+    assert [row["seconds"] for row in first.history.rows] == [0.0] + [2.0] * OPTIONS["steps"]
+
+
+def test_a_pack_of_one_equals_its_own_run():
+    model, task = digits_net()
+    (result,) = fit_packed(model, task, RUNS[:1], **OPTIONS)
+    assert_as_separate(result, *separate(model, task, RUNS[0], **OPTIONS), rtol=1e-12)
+
+
+def test_a_base_in_half_precision_keeps_its_adapters_in_float32():
+    model = DigitsMLP(width=16).bfloat16()
+    task = pictures(torch.bfloat16)
+    for run, result in zip(RUNS, fit_packed(model, task, RUNS, **OPTIONS), strict=True):
+        history, adapter = separate(model, task, run, **OPTIONS)
+        assert result.adapter["hidden1.lora_A"].dtype == torch.float32
+        assert_as_separate(result, history, adapter, rtol=0.02)
+
+
+def test_the_trained_adapter_can_be_put_back_and_gives_the_reported_loss():
+    model, task = digits_net()
+    result = fit_packed(model, task, RUNS, **OPTIONS)[1]
+    inject(model, LoRAConfig(rank=5, alpha=16.0))
+    model.load_state_dict({name: value for name, value in result.adapter.items() if "lora_" in name}, strict=False)
+    merge(model)
+    loss = F.cross_entropy(model(task.validation.inputs), task.validation.targets).item()
+    assert loss == pytest.approx(result.history.rows[-1]["validation_loss"], rel=1e-12)
+    assert loss != pytest.approx(result.history.rows[0]["validation_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (12, 5, 6)], ids=["rows", "sequences"])
+def test_a_packed_layer_gives_each_trial_its_own_update(shape):
+    generator = np.random.default_rng(0)
+    A, B, x = generator.normal(size=(3, 2, 6)), generator.normal(size=(3, 4, 2)), generator.normal(size=shape)
+    scaling, base = np.array([0.5, 1.0, 4.0]), nn.Linear(6, 4).double()
+    layer = PackedLinear(base, *(torch.from_numpy(value) for value in (A, B, scaling)))
+    found = layer(torch.from_numpy(x)).detach().numpy()
+    weight, bias = base.weight.detach().numpy(), base.bias.detach().numpy()
+    for k in range(3):
+        rows = slice(4 * k, 4 * k + 4)
+        own = x[rows] @ weight.T + bias + scaling[k] * (x[rows] @ A[k].T @ B[k].T)
+        np.testing.assert_allclose(found[rows], own, rtol=0, atol=1e-12)
+        other = x[rows] @ weight.T + bias + scaling[k - 1] * (x[rows] @ A[k - 1].T @ B[k - 1].T)
+        assert np.abs(found[rows] - other).max() > 0.1
+    assert "trials=3, largest rank=2" in repr(layer)
+
+
+# Trials do not touch
+
+
+def nets(tiny_config):
+    return {
+        "mlp": (DigitsMLP(width=16), pictures()),
+        "transformer": (DigitsTransformer(width=8, heads=2), pictures()),
+        "llama": (Llama(tiny_config, seed=3), sentences()),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "llama"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        Run(RUNS[1].method, lr=0.3, seed=RUNS[1].seed),
+        Run(RUNS[1].method, lr=RUNS[1].lr, seed=99),
+        Run(LoRA(rank=5, alpha=64.0), lr=RUNS[1].lr, seed=RUNS[1].seed),
+    ],
+    ids=["rate", "data and weights", "alpha"],
+)
+def test_a_change_of_one_trial_leaves_every_bit_of_the_others(tiny_config, name, changed):
+    model, task = nets(tiny_config)[name]
+    before = fit_packed(model, task, RUNS, **OPTIONS)
+    after = fit_packed(model, task, [RUNS[0], changed, *RUNS[2:]], **OPTIONS)
+    assert [same_bits(one, other) for one, other in zip(before, after, strict=True)] == [True, False, True, True]
+    assert not torch.equal(column(before[1], "train_loss"), column(after[1], "train_loss"))
+
+
+def test_a_neighbours_spoilt_example_leaves_every_bit_of_the_others():
+    model, task, options = DigitsMLP(width=16), pictures(), OPTIONS | {"steps": 2}
+    spoilt = copy.deepcopy(task)
+    seen = {seed: torch.randperm(30, generator=torch.Generator().manual_seed(seed))[:8] for seed in (0, 1, 7)}
+    own = seen[7][~torch.isin(seen[7], torch.cat((seen[0], seen[1])))]  # what trial 3 alone learns from
+    spoilt.train.inputs[own] = math.inf
+    before, after = (fit_packed(model, data, RUNS, **options) for data in (task, spoilt))
+    assert len(own) > 0
+    assert [same_bits(one, other) for one, other in zip(before[:3], after[:3], strict=True)] == [True] * 3
+    assert before[3].error is None
+    assert str(after[3].error) == message(model, spoilt, RUNS[3], **options)
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_padding_stays_exactly_zero(tiny_config, monkeypatch, name, weight_decay):
+    layers = []
+
+    class Recorded(PackedLinear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            layers.append(self)
+
+    monkeypatch.setattr(packed, "PackedLinear", Recorded)
+    model, task = nets(tiny_config)[name]
+    fit_packed(model, task, RUNS, weight_decay=weight_decay, **OPTIONS)
+    assert len(layers) == len(adapter_names(model))
+    for layer in layers:
+        for k, run in enumerate(RUNS):
+            rank = run.method.rank
+            assert torch.count_nonzero(layer.lora_A[k, rank:]) == torch.count_nonzero(layer.lora_B[k, :, rank:]) == 0
+            assert bool((layer.lora_A[k, :rank] != 0).any())
+            assert bool((layer.lora_B[k, :, :rank] != 0).any())
+
+
+def adapter_names(model):
+    return inject(copy.deepcopy(model), LoRAConfig())
+
+
+def test_a_pack_multiplies_with_the_base_once_a_step_for_all_trials():
+    model, rows = DigitsMLP(width=16), []
+    model.hidden2.register_forward_hook(lambda layer, inputs, output: rows.append(tuple(inputs[0].shape)))
+    fit_packed(model, pictures(), RUNS, steps=5, batch_size=4, eval_every=5, eval_examples=4)
+    trials, trial_run, evaluations = len(RUNS), 1, 4  # two parts, before and after
+    assert rows == [(4 * trials, 16)] * (trial_run + 5 + evaluations)
+
+
+def test_a_model_trains_in_train_mode_and_is_evaluated_in_eval_mode():
+    model, modes = DigitsMLP(width=16).eval(), []
+    model.register_forward_hook(lambda net, *_: modes.append((net.hidden1.training, torch.is_grad_enabled())))
+    fit_packed(model, pictures(), RUNS, steps=2, batch_size=9, eval_every=1)
+    step, evaluation = (True, True), [(False, False)] * 2  # an evaluation is of two parts
+    assert modes == [step, *evaluation, step, *evaluation, step, *evaluation]  # the first is the trial run
+
+
+# Trials that diverge
+
+
+def message(model, task, run, **options):
+    with pytest.raises(DivergedError) as error:
+        separate(model, task, run, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("steps", [1, 6], ids=["at an evaluation", "at a step"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", "llama"])
+def test_a_trial_that_diverges_ends_alone_with_the_error_of_fit(tiny_config, name, steps):
+    model, task = nets(tiny_config)[name]
+    options = {"steps": steps, "batch_size": 2, "warmup": 0, "eval_every": 3, "clip": None}
+    wild = Run(RUNS[1].method, lr=1e30, seed=RUNS[1].seed)
+    sane = fit_packed(model, task, RUNS, **options)
+    results = fit_packed(model, task, [RUNS[0], wild, *RUNS[2:]], **options)
+    assert results[1].history is None
+    assert results[1].adapter == {}
+    assert str(results[1].error) == message(model, task, wild, **options)
+    assert ("validation" in str(results[1].error)) is (steps == 1)
+    for k in (0, 2, 3):
+        assert results[k].error is None
+        assert same_bits(results[k], sane[k])
+    assert sane[1].error is None
+
+
+def test_the_place_of_a_trial_that_ended_computes_the_base_model():
+    model, outputs = DigitsMLP(width=16), []
+    base = copy.deepcopy(model)
+    model.register_forward_hook(lambda net, inputs, output: outputs.append((inputs[0], output.detach())))
+    wild = Run(RUNS[1].method, lr=1e30, seed=RUNS[1].seed)
+    results = fit_packed(model, pictures(), [RUNS[0], wild, *RUNS[2:]], warmup=0, **OPTIONS)
+    assert results[1].error is not None
+    inputs, found = (tensor.unflatten(0, (len(RUNS), -1)) for tensor in outputs[-1])
+    torch.testing.assert_close(found[1], base(inputs[1]))
+    assert all((found[k] - base(inputs[k])).abs().max() > 1e-3 for k in (0, 2, 3))
+
+
+def test_a_pack_ends_when_its_last_trial_has_diverged():
+    model, calls = DigitsMLP(width=16), []
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    wild = [Run(run.method, lr=1e30, seed=run.seed) for run in RUNS]
+    results = fit_packed(model, pictures(), wild, steps=500, batch_size=4, warmup=0, eval_every=500)
+    assert all(isinstance(result.error, DivergedError) for result in results)
+    assert sum(calls) <= 4
+
+
+def test_a_model_that_gives_nan_from_the_start_ends_every_trial_before_training():
+    model = DigitsMLP(width=16)
+    with torch.no_grad():
+        model.head.bias[0] = math.nan
+    results = fit_packed(model, pictures(), RUNS, **OPTIONS)
+    assert {str(result.error) for result in results} == {message(model, pictures(), RUNS[0], **OPTIONS)}
+    assert "at step 0 " in str(results[0].error)
+
+
+# What is left behind
+
+
+def facts(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        dict(model.named_modules()),
+        [module.training for module in model.modules()],
+        [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()],
+    )
+
+
+def assert_untouched(model, before):
+    (values, modules, modes, flags), (values_now, modules_now, modes_now, flags_now) = before, facts(model)
+    assert list(modules_now) == list(modules)
+    assert all(modules_now[name] is module for name, module in modules.items())
+    assert modes_now == modes
+    assert flags_now == flags
+    assert all(torch.equal(values_now[name], value) for name, value in values.items())
+
+
+def awkward_net():
+    """In eval mode but for one layer, and with one frozen weight."""
+    model = DigitsMLP(width=16).eval()
+    model.hidden2.train()
+    model.head.weight.requires_grad_(False)
+    return model
+
+
+def test_the_model_is_left_as_it_was_and_so_are_the_random_numbers():
+    model = awkward_net()
+    before = facts(model)
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+    results = fit_packed(model, pictures(), RUNS, **OPTIONS)
+    assert all(moved(result) > 0 for result in results)
+    assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), random)
+    again = fit_packed(model, pictures(), RUNS, **OPTIONS)
+    assert all(map(same_bits, results, again))
+    fit(model, pictures(), LoRA(rank=2), steps=1, lr=1e-3)  # it bears no mark
+
+
+def test_the_model_is_left_as_it_was_after_an_error_too():
+    task = sentences(vocabulary=11)
+    task.train.targets[:] = IGNORE
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+    before, random = facts(model), torch.get_rng_state()
+    with pytest.raises(ValueError, match="batch at step 1 of seed 0 counts"):
+        fit_packed(model, task, RUNS, **OPTIONS)
+    assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+# Refusals
+
+
+class Net(nn.Module):
+    """64 -> 12 -> 10 with something between."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(64, 12), middle, nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(self.middle(F.relu(self.first(x))))
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2, dropout=dropout)
+
+    def forward(self, x):
+        return self.attention(x[None], x[None], x[None])[0][0]
+
+
+def own_loss(model, inputs, targets):
+    return F.cross_entropy(model(inputs), targets, label_smoothing=0.1)
+
+
+def ready_net():
+    model = DigitsMLP(width=16)
+    FullFineTuning().prepare(model, 0)
+    return model
+
+
+def adapted_net():
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(rank=2))
+    return model
+
+
+def nf4_net():
+    model = DigitsMLP(width=64)
+    quantize_nf4(model)
+    return model
+
+
+def mixed_net():
+    model = DigitsMLP(width=16)
+    model.head.double()
+    return model
+
+
+REFUSED_METHODS = [
+    (DoRA(rank=2), "'dora'"),
+    (RsLoRA(rank=2), "'rslora'"),
+    (PiSSA(rank=2), "'pissa'"),
+    (LoRAFA(rank=2), "'lora-fa'"),
+    (LoRAPlus(rank=2), "'lora\\+'"),
+    (FullFineTuning(), "'full'"),
+    (LoRAConfig(rank=2), "LoRAConfig"),
+    (LoRA(rank=2, dropout=0.1), "dropout is 0.1"),
+    (LoRA(rank=2, targets=["q_proj"]), "'q_proj' matches no module"),
+]
+
+
+@pytest.mark.parametrize(("method", "reason"), REFUSED_METHODS, ids=lambda value: type(value).__name__)
+def test_a_method_that_cannot_be_packed_is_refused_with_the_reason(method, reason):
+    model, task = DigitsMLP(width=16), pictures()
+    assert refusal(model, task, RUNS[0].method) is None
+    assert_refused(model, task, [RUNS[0], Run(method, lr=1e-3)], refusal(model, task, method), reason)
+
+
+def assert_refused(model, task, runs, sentence, reason):
+    before = facts(model)
+    with pytest.raises(ValueError, match=reason) as error:
+        fit_packed(model, task, runs, **OPTIONS)
+    assert type(error.value) is PackingError
+    assert str(error.value) == sentence
+    assert sentence.endswith(".")
+    assert_untouched(model, before)
+
+
+FIRST = LoRA(rank=2, targets=["first"])
+REFUSED_MODELS = {
+    "ready": (ready_net, LoRA(rank=2), "made ready for 'full'"),
+    "adapted": (adapted_net, LoRA(rank=2), "already has adapters"),
+    "4 bits": (nf4_net, LoRA(rank=2), "'hidden1' is a BlockLinear"),
+    "dtypes": (mixed_net, LoRA(rank=2), "float32 and float64"),
+    "embedding": (lambda: Net(nn.Embedding(4, 12)), LoRA(targets=["first", "middle"]), "'middle' is a Embedding"),
+    "convolution": (lambda: Net(nn.Conv2d(4, 12, 1)), LoRA(targets=["middle"]), "'middle' is a Conv2d"),
+    "batch norm": (lambda: Net(nn.BatchNorm1d(12)), FIRST, "'middle' .* statistics of the whole batch"),
+    "running": (lambda: Net(nn.InstanceNorm1d(12, track_running_stats=True)), FIRST, "running statistics"),
+    "dropout": (lambda: Net(nn.Dropout(0.2)), FIRST, "'middle' .* has dropout 0.2"),
+    "attention": (lambda: Net(Attending(0.3)), FIRST, "'middle.attention' .* has dropout 0.3"),
+    "recurrent": (lambda: Net(nn.LSTM(12, 12, num_layers=2, dropout=0.1)), FIRST, "'middle' .* has dropout 0.1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MODELS)
+def test_a_model_that_cannot_be_packed_is_refused_with_the_reason(case):
+    make, method, reason = REFUSED_MODELS[case]
+    model, task = make(), pictures()
+    assert_refused(model, task, [Run(method, lr=1e-3)], refusal(model, task, method), reason)
+
+
+def test_a_loss_that_cannot_be_taken_apart_is_refused():
+    model, task = DigitsMLP(width=16), pictures(loss=own_loss)
+    assert_refused(model, task, RUNS, refusal(model, task, RUNS[0].method), "loss 'own_loss'")
+
+
+@pytest.mark.parametrize(
+    "middle", [nn.LayerNorm(12), nn.Dropout(0.0), nn.InstanceNorm1d(12), nn.Identity()], ids=lambda m: type(m).__name__
+)
+def test_what_can_be_packed_is_not_refused(middle):
+    assert refusal(Net(middle), pictures(), LoRA(rank=2)) is None
+    assert refusal(Net(middle), pictures(loss=mean_squared_error), LoRA(rank=2, targets=["first"])) is None
+
+
+class ByFunction(nn.Module):
+    """Between the layers of ``Net``: a function that no list of modules can know of."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("average", torch.zeros(12))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def draws(module, x):
+    return F.dropout(x, 0.5, module.training)
+
+
+def centres(module, x):
+    return x - x.mean(0)
+
+
+def remembers(module, x):
+    if module.training:
+        module.average.lerp_(x.detach().mean(0), 0.1)
+    return x
+
+
+def remembers_anew(module, x):
+    if module.training:
+        module.average = module.average + x.detach().mean(0)
+    return x
+
+
+def harmless(module, x):
+    return x - x.mean(1, keepdim=True) + module.average
+
+
+class PositionFirst(nn.Module):
+    """Reads a picture as 8 rows of 8 pixels, and puts the position before the batch, as older models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.embed(x.view(-1, 8, 8).transpose(0, 1))).mean(0))
+
+
+class Unused(Net):
+    def forward(self, x):
+        return F.relu(self.first(x))[:, :10]
+
+
+class ReadsWeights(Net):
+    def forward(self, x):
+        return F.linear(F.relu(F.linear(x, self.first.weight)), self.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "trials", "reason"),
+    [
+        (lambda: Net(ByFunction(draws)), 4, "draws random numbers"),
+        (lambda: Net(ByFunction(centres)), 4, "in layer 'first' the examples of one trial reach another"),
+        (lambda: Net(ByFunction(remembers)), 4, "changes a buffer"),
+        (lambda: Net(ByFunction(remembers_anew)), 4, "changes a buffer"),
+        (PositionFirst, 4, "in layer 'embed' the examples of one trial reach another"),
+        (PositionFirst, 3, "given 8 rows, which are not the examples of 3 trials"),
+        (lambda: Unused(nn.Identity()), 4, "'head' takes no part in the loss"),
+        (lambda: ReadsWeights(nn.Identity()), 4, "reads the weight"),
+    ],
+    ids=["random", "batch mean", "buffer", "new buffer", "position first", "odd rows", "unused", "reads weights"],
+)
+def test_a_model_that_lets_trials_touch_is_found_out_before_training(make, trials, reason):
+    model, task, runs = make(), pictures(), RUNS[:trials]
+    before, random = facts(model), torch.get_rng_state()
+    assert all(refusal(model, task, run.method) is None for run in runs)
+    with pytest.raises(PackingError, match=f"(?i){reason}"):
+        fit_packed(model, task, runs, **OPTIONS)
+    assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_harmless_function_is_not_found_fault_with():
+    results = fit_packed(Net(ByFunction(harmless)), pictures(), RUNS, **OPTIONS)
+    assert all(moved(result) > 1e-3 for result in results)
+
+
+def test_a_layer_that_an_encoder_reads_the_weight_of_is_found_out_at_the_first_evaluation():
+    encoder = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+
+    class Encoder(Net):
+        def forward(self, x):
+            return self.head(self.middle(self.first(x)[:, None])[:, 0])
+
+    model = Encoder(encoder)
+    before = facts(model)
+    runs = [Run(LoRA(rank=2, targets=["linear1"]), lr=1e-3, seed=seed) for seed in (0, 1)]
+    with pytest.raises(PackingError, match="reads the weight"):
+        fit_packed(model, pictures(), runs, **OPTIONS)
+    assert_untouched(model, before)
+
+
+def test_runs_of_one_pack_adapt_the_same_layers():
+    runs = [Run(LoRA(rank=2, targets=["hidden1", "head"]), lr=1e-3), Run(LoRA(rank=4, targets=["head"]), lr=1e-3)]
+    with pytest.raises(PackingError, match="adapts other layers"):
+        fit_packed(DigitsMLP(width=16), pictures(), runs, **OPTIONS)
+    same = [runs[0], Run(LoRA(rank=4, exclude=["hidden2"]), lr=1e-3)]  # said in another way
+    assert len(fit_packed(DigitsMLP(width=16), pictures(), same, **OPTIONS)) == 2
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "reason"),
+    [
+        ([], {}, "runs is empty"),
+        ([Run(LoRA(rank=2), lr=-1.0)], {}, "lr is -1.0"),
+        (RUNS, {"steps": 0}, "steps is 0"),
+        (RUNS, {"batch_size": 0}, "batch_size is 0"),
+        (RUNS, {"schedule": "linear"}, "schedule is 'linear'"),
+        (RUNS, {"clip": 0.0}, "clip is 0.0"),
+    ],
+)
+def test_bad_numbers_are_named(runs, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        fit_packed(DigitsMLP(width=16), pictures(), runs, **(OPTIONS | options))
+
+
+def test_a_bar_shows_the_best_loss(capsys):
+    fit_packed(DigitsMLP(width=16), pictures(), RUNS, progress=True, **OPTIONS)
+    shown = capsys.readouterr().err
+    assert "4 adapters" in shown
+    assert "best loss" in shown
+    fit_packed(DigitsMLP(width=16), pictures(), RUNS, progress=False, **OPTIONS)
+    assert capsys.readouterr().err == ""
