@@ -94,12 +94,41 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     analyze.add_argument("--out", default="runs/analyze", help="folder for table and pictures (default runs/analyze)")
     analyze.set_defaults(run=_analyze)
 
+    _add_ablate(commands)
+
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
     record.add_argument("what", choices=["memory", "speed"], help="which comparison to run")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     record.add_argument("--models", nargs="+", help="only these models (default: all that the device is for)")
     record.add_argument("--out", help="folder for the record (default: records/)")
     record.set_defaults(run=_record)
+
+
+def _add_ablate(commands: argparse._SubParsersAction) -> None:
+    def numbers(kind: type):
+        def parse(text: str) -> list:
+            return [kind(number) for number in text.split(",")]
+
+        parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its error
+        return parse
+
+    ablate = commands.add_parser("ablate", help="which rank is enough: ranks x rates x seeds; can be stopped and go on")
+    ablate.add_argument("--task", default="digits", help="planted, digits or docs (default digits)")
+    ablate.add_argument("--method", default="lora", help="lora, rslora, lora-fa, lora+, pissa or dora (default lora)")
+    ablate.add_argument("--ranks", type=numbers(int), default=[1, 2, 4, 8, 16], help="default 1,2,4,8,16")
+    ablate.add_argument("--lrs", type=numbers(float), help="learning rates (default by task)")
+    ablate.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
+    ablate.add_argument("--alpha-per-rank", type=float, default=2.0, help="alpha over rank (default 2)")
+    ablate.add_argument("--alpha", type=float, help="one alpha for all ranks, in its place")
+    ablate.add_argument("--steps", type=int, help="training steps (default by task)")
+    ablate.add_argument("--batch", type=int, help="examples a step (default by task)")
+    ablate.add_argument("--seq", type=int, default=64, help="tokens an example, for docs (default 64)")
+    ablate.add_argument("--eval-examples", type=int, help="examples of each part to judge by (default: all)")
+    ablate.add_argument("--margin", type=float, help="a loss this much higher is as good (default by task)")
+    ablate.add_argument("--engine", default="auto", help="auto, apart or packed (default auto)")
+    ablate.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    ablate.add_argument("--out", default="runs/ranks", help="folder of results; if it has some, they are not run again")
+    ablate.set_defaults(run=_ablate)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -204,6 +233,43 @@ def _analyze(options: argparse.Namespace) -> None:
     for statistic in plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
             print(f"Written: {plots.save(plots.by_depth(frame, statistic).figure, out / f'{statistic}.png')}")
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from lora_lab import plots
+    from lora_lab.ablation import ablate, studies, summary
+    from lora_lab.ablation.verdict import check_margin
+    from lora_lab.files import atomic_file
+
+    if options.margin is not None:
+        check_margin(options.margin)
+    out = Path(options.out)
+    grid = studies.grid(
+        options.task,
+        options.method,
+        options.ranks,
+        options.lrs,
+        range(options.seeds),
+        alpha=options.alpha,
+        alpha_per_rank=None if options.alpha else options.alpha_per_rank,
+        steps=options.steps,
+        batch_size=options.batch,
+        eval_examples=options.eval_examples,
+    )
+    model, task = studies.study(options.task, options.seq)
+    print(f"{len(grid)} trials; results in {out / 'trials'}, from where a stopped run goes on")
+    frame = ablate(model, task, grid, out / "trials", n_jobs=options.jobs, engine=options.engine)
+    with atomic_file(out / "table.csv") as temporary:
+        frame.to_csv(temporary, index=False)
+    print(f"Written: {out / 'table.csv'}")
+    plots.use_style()
+    pictures = {"rates": plots.loss_by_rate, "forgetting": plots.learning_and_forgetting}
+    for name, draw in pictures.items():
+        print(f"Written: {plots.save(draw(frame).figure, out / f'{name}.png')}")
+    if len(options.ranks) > 1:
+        verdict = summary(frame, options.margin or studies.DEFAULTS[options.task].margin)
+        print(f"Written: {plots.save(plots.rank_verdict(verdict).figure, out / 'verdict.png')}")
+        print(f"\n{verdict}")
 
 
 def _record(options: argparse.Namespace) -> None:

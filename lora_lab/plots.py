@@ -22,6 +22,8 @@ from lora_lab.train import History
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from lora_lab.ablation.verdict import Verdict
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
@@ -206,6 +208,80 @@ def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> A
     ax.set_ylabel("singular value / largest (no unit)")
     ax.legend()
     return ax
+
+
+def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
+    """What each rank loses against the largest, with its 95 % bounds, and the margin that decides.
+
+    Each bound is one-sided: with 95 % confidence the true difference is below the upper end, and with 95 % above the
+    lower end.
+    """
+    ax = ax or plt.subplots()[1]
+    judged = [one for one in verdict.ranks if one.upper is not None]
+    styles = {"enough": (COLOURS[2], "o"), "too small": (COLOURS[1], "v"), "open": (COLOURS[6], "s")}
+    for standing, (colour, marker) in styles.items():
+        chosen = [one for one in judged if one.standing == standing]
+        if chosen:
+            differences = np.array([one.difference for one in chosen])
+            reach = [
+                differences - np.array([one.lower for one in chosen]),
+                np.array([one.upper for one in chosen]) - differences,
+            ]
+            ranks = [one.rank for one in chosen]
+            ax.errorbar(ranks, differences, reach, fmt=marker, color=colour, capsize=3, label=standing)
+    ax.axhline(0, color="#000000", linewidth=0.8)
+    ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:g}")
+    ticks = [one.rank for one in verdict.ranks]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.set_xlabel("rank")
+    ax.set_ylabel(f"test loss above that of rank {ticks[-1]}")
+    seeds = len(verdict.seeds)
+    ax.set_title(
+        f"{verdict.method}: " + (f"rank {verdict.rank}" if verdict.decided else "undecided") + f", {seeds} seeds"
+    )
+    ax.legend()
+    return ax
+
+
+def loss_by_rate(frame: DataFrame, ax: Axes | None = None) -> Axes:
+    """Validation loss after the last step against the learning rate, a line a rank: mean over seeds, least and most.
+
+    Args:
+        frame: of :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed is left out.
+    """
+    ax = ax or plt.subplots()[1]
+    failed = frame[frame.outcome == "failed"][["rank", "lr"]].drop_duplicates().itertuples(index=False, name=None)
+    last = frame[frame.step == frame.steps].set_index(["rank", "lr"]).drop(list(failed), errors="ignore")
+    for i, (rank, losses) in enumerate(last.validation_loss.groupby("rank")):
+        by_rate = losses.groupby("lr")
+        mean = by_rate.mean()
+        reach = [mean - by_rate.min(), by_rate.max() - mean]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
+        ax.errorbar(mean.index, mean, reach, linestyle=LINES[i % len(LINES)], label=f"rank {rank:g}", **style)
+    ax.set_xscale("log")
+    ax.set_xlabel("peak learning rate")
+    ax.set_ylabel("validation loss (mean of seeds, least and most)")
+    ax.legend()
+    return ax
+
+
+def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
+    """Each trial's end: test loss (what was learned) against off-domain loss (what was forgotten); low is good in both.
+
+    Args:
+        frame: of :func:`lora_lab.ablation.run.ablate`.
+    """
+    ax = ax or plt.subplots()[1]
+    last = frame[frame.step == frame.steps]
+    for i, ((method, rank), trials) in enumerate(last.groupby(["method", "rank"], dropna=False)):
+        label = method if rank != rank else f"{method}, rank {rank:g}"  # NaN: a method without a rank
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
+        ax.plot(trials.off_domain_loss, trials.test_loss, label=label, **style)
+    ax.set_xlabel("off-domain loss after training (forgetting)")
+    ax.set_ylabel("test loss after training (learning)")
+    return _legend_beside(ax)
 
 
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:

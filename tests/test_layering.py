@@ -48,6 +48,7 @@ ORDER = [
     "ablation.grid",
     "ablation.packed",
     "ablation.run",
+    "ablation.studies",
     "ablation.verdict",
     "plots",
     "processes",

@@ -5,6 +5,7 @@ In reading order:
     grid      what a trial is, as data with an identity; products of ranks, rates, seeds and methods
     packed    many adapters over one frozen base in one pass
     run       run trials here, in processes or on a cluster; stop and go on; the table of results
+    studies   models and tasks to begin with
     verdict   the smallest rank that is enough, or that more seeds are needed
 """
 

@@ -120,8 +120,7 @@ def summary(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = 
         ValueError: the margin is not positive, the frame lacks columns, mixes settings, holds a trial twice, or has
             several methods and none was named, or it has fewer than two ranks.
     """
-    if not (math.isfinite(margin) and margin > 0):
-        raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
+    check_margin(margin)
     trials = _last_rows(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
     names = sorted(int(rank) for rank in trials["rank"].unique())
@@ -138,6 +137,12 @@ def summary(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = 
     if at := ", ".join(str(name) for name, choice in chosen.items() if choice.edge == "only"):
         notes.append(f"one learning rate only was tried for rank {at}, so it may not be the best.")
     return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
+
+
+def check_margin(margin: float) -> None:
+    """Raise ValueError if it is no positive number: to be asked before a long run whose end needs it."""
+    if not (math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""Ready-made material for ablations: a model to start from, and a task.
+
+    model, task = study("digits")
+    frame = ablate(model, task, grid("digits", "lora", [1, 2, 4], None, range(5), alpha_per_rank=2), "runs/ranks")
+
+Seconds for the small nets; hours for the language model on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lora_lab import tasks
+from lora_lab.ablation.grid import Grid
+from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+from lora_lab.tasks import Task
+from lora_lab.train import fit
+
+STUDIES = {
+    "planted": "a small net imitates itself plus a hidden update of rank 4: the answer is known",
+    "digits": "a small net that reads digits learns to read them moved down by a pixel",
+    "docs": "SmolLM2-135M learns Python's reference manual",
+}
+
+
+class Defaults(NamedTuple):
+    """Rates to try, steps, batch, and a difference of losses that does not matter (in the task's unit)."""
+
+    lrs: tuple[float, ...]
+    steps: int
+    batch_size: int
+    margin: float
+
+
+DEFAULTS = {
+    "planted": Defaults((3e-3, 1e-2, 3e-2, 1e-1), 300, 32, 0.001),
+    "digits": Defaults((3e-3, 1e-2, 3e-2, 1e-1), 200, 32, 0.03),
+    "docs": Defaults((2e-4, 5e-4, 1e-3), 60, 4, 0.01),
+}
+
+
+def study(name: str, seq_len: int = 64) -> tuple[nn.Module | Callable[[], nn.Module], Task | Callable[[], Task]]:
+    """The model (or what makes it) and the task (or what makes it) of a name in :data:`STUDIES`.
+
+    Args:
+        seq_len: tokens an example, for "docs".
+
+    Raises:
+        ValueError: another name, or seq_len is below 2.
+    """
+    if name == "planted":
+        return DigitsMLP(), tasks.planted(DigitsMLP())
+    if name == "digits":
+        return reader(), tasks.digits()
+    if name == "docs":
+        if seq_len < 2:
+            raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
+        return language_model, partial(manual, seq_len)
+    raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
+
+
+def grid(
+    name: str,
+    method: str,
+    ranks: Sequence[int],
+    lrs: Sequence[float] | None,
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    **options: Any,
+) -> Grid:
+    """Trials for a study; rates, steps and batch are the study's own where they are None.
+
+    Args:
+        name: of the study.
+        method: a LoRA method's name, such as "lora" or "dora".
+        ranks, lrs, seeds, steps, batch_size, **options: as for :class:`lora_lab.ablation.grid.Grid`.
+
+    Raises:
+        ValueError: the study or the method is unknown, or as for Grid.
+    """
+    if name not in DEFAULTS:
+        raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
+    methods = {kind.name: kind for kind in (LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
+    if method not in methods:
+        raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(methods)}.")
+    own = DEFAULTS[name]
+    return Grid(
+        ranks,
+        own.lrs if lrs is None else lrs,
+        seeds,
+        [methods[method]()],
+        steps=own.steps if steps is None else steps,
+        batch_size=own.batch_size if batch_size is None else batch_size,
+        **options,
+    )
+
+
+@cache
+def reader() -> nn.Module:
+    """A small net that has learned the digits as they are, in about a second; the same on every call."""
+    model = DigitsMLP()
+    fit(model, tasks.digits("pretrain"), FullFineTuning(), steps=300, lr=3e-3, batch_size=32, progress=False)
+    fresh = DigitsMLP()
+    fresh.load_state_dict(model.state_dict())  # without the mark of the method that trained it
+    return fresh
+
+
+def language_model() -> nn.Module:
+    """SmolLM2-135M-Instruct, loaded anew, on the best device there is."""
+    return load_pretrained(SMOLLM2)[0]
+
+
+def manual(seq_len: int) -> Task:
+    """The task "docs" for that model."""
+    return tasks.docs(load_pretrained(SMOLLM2)[1], seq_len)
