@@ -36,6 +36,7 @@ _ATEN = torch.ops.aten
 DISTANCES = (0, MIB, 8 * MIB, 64 * MIB, 256 * MIB)
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
 _PART_BYTES, _PART_FLOPS = 16 * MIB, 2 * 10**9  # of a larger operation a part is timed
+_LEAST_WORK = 0.4  # of such a part
 _SHORTEST = 64  # no size is cut below this
 _LIST = 8  # entries of a list that is worked through at once
 _MOST_SETS = 256  # of operands
@@ -130,10 +131,19 @@ class Operation:
         if "attention" in self.name:
             sequences = self.operands[0].shape[0]
             return self._cut(sequences, 2, True) if sequences > 2 else self
-        pieces, work = 1, max(self.moved_bytes / _PART_BYTES, self.flops / _PART_FLOPS)
-        while work > pieces and size // (2 * pieces) >= _SHORTEST:
+        part, pieces = self, 1
+        while self._work > pieces and size // (2 * pieces) >= _SHORTEST and "conv" not in self.name:
             pieces *= 2
-        return self if pieces == 1 or "conv" in self.name else self._cut(size, size // pieces)
+            smaller = self._cut(size, size // pieces)
+            if smaller._work < _LEAST_WORK:  # a square is cut on both sides, and small tensors cost more a byte
+                break
+            part = smaller
+        return part
+
+    @property
+    def _work(self) -> float:
+        """How large it is, in parts of the size that is timed."""
+        return max(self.moved_bytes / _PART_BYTES, self.flops / _PART_FLOPS)
 
     def _cut(self, size: int, to: int, first_only: bool = False) -> Operation:
         def cut(value: Any) -> Any:
@@ -143,7 +153,10 @@ class Operation:
                 return tuple(cut(entry) for entry in value)
             return to if type(value) is int and value == size and not first_only else value
 
-        return replace(self, args=cut(self.args), kwargs=cut(self.kwargs))
+        smaller = replace(self, args=cut(self.args), kwargs=cut(self.kwargs))
+        # What is made most likely shrinks as what goes in does; it is looked at once the part has been done.
+        before, after = (sum(operand.size_bytes for operand in each.operands) for each in (self, smaller))
+        return replace(smaller, made_bytes=self.made_bytes * after // max(1, before))
 
 
 # Stands for all that move nothing, and only see a tensor in another shape, or set memory aside.

@@ -327,3 +327,15 @@ def test_kinds_are_unknown_until_they_are_timed(quick):
     assert watch.unknown([kind, kind]) == [kind]
     watch(kind)
     assert watch.unknown([kind]) == []
+
+
+def test_a_square_is_not_cut_to_crumbs():
+    """Both of its sides are the largest size, so each halving quarters it."""
+    n = 4096
+    square = Operation(ATEN.relu.default, (row_major(n, n),), (), 4 * n * n)
+    part = square.part()
+    assert part.operands[0].shape == (1024, 1024)
+    assert part.moved_bytes == square.moved_bytes // 16
+    oblong = Operation(ATEN.relu.default, (row_major(n, n // 2),), (), 2 * n * n).part()
+    assert oblong.operands[0].shape == (1024, n // 2)
+    assert oblong.moved_bytes == 16 * MIB
