@@ -15,7 +15,14 @@ from nbval.plugin import get_sanitize_patterns
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["01_low_rank", "02_fine_tuning", "03_lora_from_scratch", "04_memory", "05_speed"]
+NAMES = [
+    "01_low_rank",
+    "02_fine_tuning",
+    "03_lora_from_scratch",
+    "04_memory",
+    "05_speed",
+    "07_rank_ablation",
+]
 HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]
 IGNORED = "nbval-ignore-output"
 KNOWN_TAGS = {IGNORED, "raises-exception", "hide-input"}

@@ -189,6 +189,16 @@ def test_a_pack_of_one_equals_its_own_run():
     assert_as_separate(result, *separate(model, task, RUNS[0], **OPTIONS), rtol=1e-12)
 
 
+def test_lora_and_rslora_share_a_pack():
+    model, task = digits_net()
+    runs = [Run(method(4, 8), 1e-2, 1) for method in (LoRA, RsLoRA)]
+    results = fit_packed(model, task, runs, **OPTIONS)
+    for run, result in zip(runs, results, strict=True):
+        assert_as_separate(result, *separate(model, task, run, **OPTIONS), rtol=1e-9)
+    scalings = [float(result.adapter["hidden1.scaling"]) for result in results]
+    assert scalings == [2.0, 4.0]
+
+
 def test_a_base_in_half_precision_keeps_its_adapters_in_float32():
     model = DigitsMLP(width=16).bfloat16()
     task = pictures(torch.bfloat16)
@@ -474,7 +484,6 @@ def mixed_net():
 
 REFUSED_METHODS = [
     (DoRA(rank=2), "'dora'"),
-    (RsLoRA(rank=2), "'rslora'"),
     (PiSSA(rank=2), "'pissa'"),
     (LoRAFA(rank=2), "'lora-fa'"),
     (LoRAPlus(rank=2), "'lora\\+'"),

@@ -57,6 +57,13 @@ def standings(verdict):
 # The answer
 
 
+def test_a_reference_that_was_trained_badly_is_noted():
+    broken = summary(frame_of(PLANTED | {16: 0.2}))
+    assert "rank 2, 4, 8 is better than the largest by more than the margin" in str(broken)
+    assert "no fair reference" in str(broken)
+    assert "no fair reference" not in str(summary(frame_of(PLANTED)))
+
+
 def test_a_planted_rank_is_found():
     answers = [summary(frame_of(PLANTED, draw=draw)).rank for draw in range(60)]
     assert sum(answer == 4 for answer in answers) >= 54

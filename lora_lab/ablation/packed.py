@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.lora import LoRALinear, adapter_state, check_unadapted, replace
-from lora_lab.methods import MARK, LoRA, Method
+from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.targets import find
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.train import (
@@ -59,7 +59,7 @@ class Run:
     """One trial of a pack.
 
     Args:
-        method: rank, alpha and targets; no variant, no dropout.
+        method: rank, alpha and targets; LoRA or RsLoRA, no dropout.
         lr: peak learning rate.
         seed: seeds the adapter's weights and the order of data.
     """
@@ -137,7 +137,7 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
 
     Only what is plain from outside is looked at. :func:`fit_packed` tries the model too, before it trains.
     """
-    if type(method) is not LoRA:
+    if type(method) not in (LoRA, RsLoRA):  # the two differ in scaling alone
         name = getattr(method, "name", method)
         return f"Method {name!r} trains something else than plain LoRA, which alone can be packed; use fit."
     if method.dropout > 0:
@@ -530,6 +530,5 @@ def _adapters(model: nn.Module, names: Sequence[str], run: Run) -> dict[str, LoR
     """The adapters of one run as ``inject`` makes them: one generator, layers in the model's order."""
     generator = torch.Generator().manual_seed(run.seed)
     method = run.method
-    return {
-        name: LoRALinear(model.get_submodule(name), method.rank, method.alpha, generator=generator) for name in names
-    }
+    layer = method.layer or LoRALinear
+    return {name: layer(model.get_submodule(name), method.rank, method.alpha, generator=generator) for name in names}

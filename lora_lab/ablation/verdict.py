@@ -19,7 +19,8 @@ r"""Which rank is enough? The statistics of an ablation, in a form that stands u
 5. A rank is enough if the upper bound lies below the margin, and too small if the lower bound lies above it. The
    answer is the smallest rank that is enough; if none is, and some rank is neither, more seeds are needed.
 
-The bounds hold for each rank by itself, and on this task, this model and this number of steps.
+The bounds hold for each rank by itself and take the chosen rates as given; and they hold on this task, this model and
+this number of steps.
 """
 
 from __future__ import annotations
@@ -131,6 +132,12 @@ def summary(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = 
     ranks = tuple(_judge(rank, chosen[rank], largest, rank == names[-1], margin) for rank in names)
     rank, reason = _answer(ranks, seeds, margin)
     notes = [f"rank {name}: {choice.note}." for name, choice in chosen.items() if choice.note and choice.losses]
+    better = [one.rank for one in ranks if one.upper is not None and one.upper < -margin]
+    if better:
+        notes.append(
+            f"rank {', '.join(map(str, better))} is better than the largest by more than the margin, so that one was "
+            "most likely trained badly and is no fair reference; try more learning rates."
+        )
     for edge in ("smallest", "largest"):
         if at := ", ".join(str(name) for name, choice in chosen.items() if choice.edge == edge):
             notes.append(f"the best learning rate of rank {at} is the {edge} tried, so a better one may lie beyond.")
