@@ -300,13 +300,13 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
                 f"{name!r} has an adapter of type {type(layer).__name__}, whose update is more than scaling * B A; "
                 "merge it, and extract(base, merged, rank)."
             )
-    errors = {}
+    errors = dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
+        change = product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1))
         if layer.rank <= rank:
-            errors[name] = 0.0
             continue
-        kept = truncate(product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1)), rank)
-        shapes = {part: _shape(layer, part, rank) for part in layer.parts}
+        kept = truncate(change, min(rank, len(change.S)))  # a small layer's update has no more directions than its size
+        shapes = {part: _shape(layer, part, len(kept.A)) for part in layer.parts}
         parts = {"lora_A": kept.A.view(shapes["lora_A"]), "lora_B": kept.B.view(shapes["lora_B"])}
         scaling = layer.scaling
         _put(layer, parts, layer.alpha)

@@ -194,6 +194,20 @@ def test_embeddings_and_convolutions_are_resized():
     assert model[0](torch.arange(5)).shape == (5, 12)
 
 
+def test_a_layer_smaller_than_the_rank_gets_all_it_can_hold():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(64, 128))
+    before = randomised(model).head.delta()
+    errors = resize(model, 32)
+    assert {name: layer.rank for name, layer in lora_layers(model).items()} == {
+        "hidden1": 32,
+        "hidden2": 32,
+        "head": 10,
+    }
+    assert errors["head"] == 0
+    torch.testing.assert_close(model.head.delta(), before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [PiSSALinear, DoRALinear])
 def test_kinds_whose_update_is_more_than_b_a_are_refused(kind):
     model = DigitsMLP()

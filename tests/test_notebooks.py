@@ -22,6 +22,7 @@ NAMES = [
     "04_memory",
     "05_speed",
     "07_rank_ablation",
+    "08_svd_of_updates",
 ]
 HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]
 IGNORED = "nbval-ignore-output"
