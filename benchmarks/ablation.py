@@ -30,7 +30,7 @@ import torch
 
 import lora_lab as ll
 from lora_lab.ablation import fit_packed, studies
-from lora_lab.ablation.packed import Run
+from lora_lab.ablation.packed import Run, shares
 from lora_lab.models import shapes
 from lora_lab.rehearse import Setup, copied
 from lora_lab.tasks import Examples, Task
@@ -82,7 +82,7 @@ def digits(rounds: int) -> None:
             "one after another, 1 thread*": sequential,
             "packed, 1 thread": lambda: fit_packed(base, task, runs, **options),
             "packed, two halves in 2 processes": lambda: workers(
-                joblib.delayed(half)(base, task, part, options) for part in (runs[::2], runs[1::2])
+                joblib.delayed(half)(base, task, part, options) for part in shares(base, runs, 2, len(runs))
             ),
         }
         compare(ways, rounds, "a sweep")

@@ -475,25 +475,40 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     head = model.lm_head
     if isinstance(head, LoRALayer):
         return F.cross_entropy(linear(head, hidden), targets)  # ()
-    return _HeadLoss.apply(hidden, targets, head, rows)  # ()
+    return token_losses(hidden, targets, head, rows).mean()  # ()
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of softmax(hidden W^T); keeps the gradient of hidden, made in the forward pass."""
+def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, rows: int = 256) -> Tensor:
+    """Cross-entropy of softmax(hidden W^T), token by token, without ever holding all logits.
+
+    Args:
+        hidden: (tokens, hidden size).
+        targets: token ids (tokens,), each of which counts.
+        head: a frozen ``nn.Linear`` without bias, or a BlockLinear.
+        rows: tokens whose logits exist at one moment.
+
+    Returns:
+        Losses in nats, (tokens,).
+    """
+    return _HeadLosses.apply(hidden, targets, head, rows)  # (512,)
+
+
+class _HeadLosses(torch.autograd.Function):
+    """The losses of tokens; keeps their gradients by the hidden state, made in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Module, rows: int) -> Tensor:
         if isinstance(head, BlockLinear):
-            loss, gradient = _by_vocabulary(hidden, targets, head, ctx.needs_input_grad[0])
+            losses, gradient = _by_vocabulary(hidden, targets, head, ctx.needs_input_grad[0])
         else:
-            loss, gradient = _by_rows(hidden, targets, head, rows, ctx.needs_input_grad[0])
+            losses, gradient = _by_rows(hidden, targets, head, rows, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
-        return loss
+        return losses  # (512,)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx, gs: Tensor):
         (gradient,) = ctx.saved_tensors  # (512, 576)
-        return gradient * g, None, None, None
+        return gradient * gs[:, None], None, None, None
 
 
 def _by_rows(
@@ -501,7 +516,7 @@ def _by_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Slices of tokens, all of the vocabulary at once."""
     weight = head.weight  # (49152, 576)
-    loss = hidden.new_zeros(())
+    losses = hidden.new_empty(len(hidden), 1)  # (512, 1)
     gradient = torch.empty_like(hidden) if with_gradient else None  # (512, 576)
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
@@ -510,13 +525,13 @@ def _by_rows(
         own = logits.gather(1, target)  # (256, 1)
         top = logits.amax(1, keepdim=True)  # (256, 1)
         total = logits.sub_(top).exp_().sum(1, keepdim=True)  # (256, 1); logits hold exp(logit - top) now
-        loss += (total.log() + top - own).sum()  # ()
+        losses[part] = total.log() + top - own  # (256, 1)
         if gradient is not None:
             logits.div_(total)  # the probabilities
             logits.scatter_add_(1, target, torch.full_like(own, -1.0))  # minus 1 at the target
             gradient[part] = _times(logits, weight)  # (256, 49152) @ (49152, 576) -> (256, 576)
         del logits  # before the next slice's are made
-    return loss / len(hidden), None if gradient is None else gradient.div_(len(hidden))
+    return losses[:, 0], gradient
 
 
 def _by_vocabulary(
@@ -536,9 +551,9 @@ def _by_vocabulary(
         total.mul_((top - higher).exp()).add_(logits.sub_(higher).exp_().sum(1, keepdim=True))  # (512, 1)
         top = higher  # (512, 1)
     level = top + total.log()  # (512, 1)
-    loss = (level - own).mean()  # ()
+    losses = (level - own)[:, 0]  # (512,)
     if not with_gradient:
-        return loss, None
+        return losses, None
     gradient = torch.zeros_like(hidden)  # (512, 576)
     for start, stop in head.slices():
         weight = head.rows(start, stop)  # (3072, 576)
@@ -546,7 +561,7 @@ def _by_vocabulary(
         here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
         chances.scatter_add_(1, place, -here.to(chances.dtype))  # minus 1 at the target
         gradient.addmm_(chances, weight)  # (512, 576)
-    return loss, gradient.div_(len(hidden))
+    return losses, gradient
 
 
 def _within(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:

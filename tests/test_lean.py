@@ -30,7 +30,7 @@ from lora_lab import (
     quantize,
     save_adapter,
 )
-from lora_lab.lean import FlatAdamW, InThreads, _adds_up, _HeadLoss, cross_entropy, linear, rewire
+from lora_lab.lean import FlatAdamW, InThreads, _adds_up, cross_entropy, linear, rewire, token_losses
 from lora_lab.memory import saved_bytes
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
@@ -287,7 +287,7 @@ def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_target
     edges = sorted({at for start in [*starts, vocabulary] for at in (start - 1, start) if 0 <= at < vocabulary})
     targets = torch.tensor([*edges, 0, 0, 259, 259, 131])  # first and last of each slice, and some twice
     hidden = torch.randn(len(targets), width, dtype=dtype, requires_grad=True)
-    loss = _HeadLoss.apply(hidden, targets, head, 256)
+    loss = token_losses(hidden, targets, head).mean()
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ head.weight.double().T, targets)
@@ -295,7 +295,7 @@ def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_target
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert float(loss) == pytest.approx(float(expected), rel=tolerance)
     assert float((hidden.grad - exact.grad).norm() / exact.grad.norm()) < tolerance
-    elsewhere = _HeadLoss.apply(hidden, (targets + 1) % vocabulary, head, 256)
+    elsewhere = token_losses(hidden, (targets + 1) % vocabulary, head).mean()
     assert abs(float(elsewhere) / float(expected) - 1) > 1e-4
 
 
@@ -305,7 +305,7 @@ def test_the_loss_over_slices_takes_logits_of_any_size(monkeypatch):
     head = BlockLinear(packed, "NF4", (260, 32), dtype=torch.float64)
     hidden = 100 * torch.randn(5, 32, dtype=torch.float64)  # exponentials of these are infinite
     targets = torch.tensor([3, 103, 203, 259, 0])
-    loss = _HeadLoss.apply(hidden, targets, head, 256)
+    loss = token_losses(hidden, targets, head).mean()
     assert torch.isfinite(loss)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ head.weight.T, targets), rtol=1e-12, atol=0)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,8 +27,9 @@ from lora_lab import (
     quantize_nf4,
 )
 from lora_lab.ablation import packed
-from lora_lab.ablation.packed import PackedLinear, PackingError, Run, fit_packed, refusal
+from lora_lab.ablation.packed import PackedLinear, PackingError, Run, fit_packed, refusal, shares
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.quantize import BlockLinear, nf4
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error, planted
 from lora_lab.train import DivergedError
 
@@ -679,3 +681,57 @@ def test_a_bar_shows_the_best_loss(capsys):
     assert "best loss" in shown
     fit_packed(DigitsMLP(width=16), pictures(), RUNS, progress=False, **OPTIONS)
     assert capsys.readouterr().err == ""
+
+
+# Shares, and the loss in slices
+
+
+@pytest.mark.parametrize("head", ["linear", "blocks", "half precision", "adapted"])
+def test_the_logits_of_a_pack_never_exist_whole_where_the_loss_can_be_sliced(tiny_config, monkeypatch, head):
+    model, task, options = (
+        Llama(replace(tiny_config, tie_word_embeddings=False), seed=3),
+        sentences(),
+        {"steps": 3, "batch_size": 4},
+    )
+    whole, slices, token_losses = [], [], packed.lean.token_losses
+
+    def sliced(hidden, targets, head, rows):
+        slices.append(rows)
+        return token_losses(hidden, targets, head, rows)
+
+    monkeypatch.setattr(packed, "_LOSS_ROWS", 7)  # of 3 x 4 x 6 tokens
+    monkeypatch.setattr(packed.lean, "token_losses", sliced)
+    method = LoRA(2, targets=["q_proj", "lm_head"] if head == "adapted" else ["q_proj"])
+    if head == "blocks":
+        weight = model.lm_head.weight
+        model.lm_head = BlockLinear(nf4(weight, 64, double=False)[0], "NF4", weight.shape)
+    if head == "half precision":
+        model.bfloat16()
+    runs = [Run(method, 1e-2, seed) for seed in range(3)]
+    alone = [separate(model, task, run, **options) for run in runs]
+    model.lm_head.register_forward_hook(lambda module, inputs, output: whole.append(output.shape))
+    results = fit_packed(model, task, runs, **options)
+    for result, expected in zip(results, alone, strict=True):
+        assert_as_separate(result, *expected, rtol=0.02 if head == "half precision" else 1e-4)
+    assert bool(slices) == (not whole) == (head in ("linear", "blocks"))
+    assert set(slices) <= {7}
+
+
+def test_shares_are_of_equal_work_and_neighbours_in_rank():
+    model = DigitsMLP(width=128)
+    runs = [Run(LoRA(rank), 1e-2, seed) for seed in range(4) for rank in (1, 16, 4, 2, 8)]
+    halves = shares(model, runs, 2, 20)
+    assert [len(half) for half in halves] == [9, 11]
+    assert [run.method.rank for half in halves for run in half] == [rank for rank in (16, 8, 4, 2, 1) for _ in range(4)]
+    assert sorted(str(run) for half in halves for run in half) == sorted(map(str, runs))
+    # Of a wide layer the adapter is a small part, so the shares are equal in number.
+    assert [len(half) for half in shares(DigitsMLP(width=1024), runs, 2, 20)] == [10, 10]
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 20), (20, 1), (2, 10), (3, 7), (7, 3)])
+def test_no_share_is_empty_or_too_large(count, most):
+    runs = [Run(LoRA(rank), 1e-2, seed) for seed in range(4) for rank in (1, 16, 4, 2, 8)]
+    found = [len(share) for share in shares(DigitsMLP(width=16), runs, count, most)]
+    assert len(found) == count
+    assert sum(found) == 20
+    assert all(1 <= size <= most for size in found)

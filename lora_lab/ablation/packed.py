@@ -19,6 +19,7 @@ and N numbers in a padded adapter.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lab import lean
 from lora_lab.lora import LoRALinear, adapter_state, check_unadapted, replace
 from lora_lab.methods import MARK, LoRA, Method, RsLoRA
+from lora_lab.models.llama import Llama
+from lora_lab.quantize import BlockLinear
 from lora_lab.targets import find
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.train import (
@@ -48,6 +52,8 @@ from lora_lab.train import (
     stop_if_diverged,
     to_device,
 )
+
+_LOSS_ROWS = 128  # of a language model: their logits, 25 MB for SmolLM2, are memory that the C library keeps
 
 
 class PackingError(ValueError):
@@ -109,11 +115,7 @@ class PackedLinear(nn.Module):
                 f"A layer was given {len(x)} rows, which are not the examples of {trials} trials, as where the first "
                 "dimension of a tensor is not the batch; run the trials apart, with fit."
             )
-        frozen = self.base(x)  # (640, 64) -> (640, 128), one product for all trials
-        apart = x.reshape(trials, -1, x.shape[-1])  # (20, 32, 64): rows come trial by trial
-        narrow = torch.bmm(apart.to(self.lora_A.dtype), self.lora_A.mT) * self.scaling  # (20, 32, 16)
-        update = torch.bmm(narrow, self.lora_B.mT)  # (20, 32, 128)
-        return frozen + update.view(frozen.shape).to(frozen.dtype)  # (640, 128)
+        return _AddUpdates.apply(x, self.lora_A, self.lora_B, self.scaling, self.base)  # (640, 64) -> (640, 128)
 
     @property
     def weight(self) -> Tensor:
@@ -132,6 +134,45 @@ class PackedLinear(nn.Module):
         return f"trials={trials}, largest rank={rank}"
 
 
+class _AddUpdates(torch.autograd.Function):
+    """h_k = W0 x_k + scaling_k * B_k A_k x_k, backward by hand.
+
+    Autograd would give the same. By hand the narrow products have their short side first, which takes half the time,
+    and what is added is added in place.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, base: nn.Linear) -> Tensor:
+        outputs = base(x).contiguous()  # (640, 64) -> (640, 128), one product for all trials
+        apart = x.reshape(len(A), -1, x.shape[-1]).to(A.dtype)  # (20, 32, 64): rows come trial by trial
+        narrow = torch.bmm(A, apart.mT).mul_(scaling)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
+        _add_product(outputs.view(*apart.shape[:2], -1), narrow.mT, B.mT)  # (20, 32, 128)
+        ctx.save_for_backward(apart, narrow, A, B)
+        ctx.scaling, ctx.base = scaling, base
+        return outputs  # (640, 128)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, narrow, A, B = ctx.saved_tensors
+        apart = g.reshape(*x.shape[:2], -1).to(A.dtype)  # (640, 128) -> (20, 32, 128)
+        narrowed = torch.bmm(B.mT, apart.mT).mul_(ctx.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
+        dB = torch.bmm(narrow, apart).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
+        dA = torch.bmm(narrowed, x)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ ctx.base.weight  # (640, 128) @ (128, 64) -> (640, 64), one product again
+            _add_product(dx.view(x.shape), narrowed.mT, A)  # (20, 32, 64)
+        return dx, dA, dB, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to total, in place; a base in half precision has adapters in float32."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total.add_(torch.bmm(left, right))
+
+
 def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     """Why a run cannot be packed, in a sentence, or None if it can.
 
@@ -144,10 +185,10 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
         return (
             f"The method's dropout is {method.dropout:g}, but trials in one pass must draw nothing at random; use fit."
         )
-    if task.loss not in _ROW_LOSSES:
+    if task.loss not in _LOSSES:
         return (
             f"The loss {getattr(task.loss, '__name__', task.loss)!r} cannot be taken apart by trial; use fit, or "
-            f"{' or '.join(loss.__name__ for loss in _ROW_LOSSES)} of lora_lab.tasks."
+            f"{' or '.join(loss.__name__ for loss in _LOSSES)} of lora_lab.tasks."
         )
     if mark := getattr(model, MARK, None):
         return f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
@@ -184,19 +225,56 @@ def _mixes(module: nn.Module) -> str | None:
     return None
 
 
-def _cross_entropy_rows(outputs: Tensor, targets: Tensor, trials: int) -> Tensor:
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # (640, 10)
-    rows = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
-    counts = (targets != IGNORE).view(trials, -1).sum(1)  # (20,)
-    return rows.view(trials, -1).sum(1) / counts  # (20,)
+def shares(model: nn.Module, runs: Sequence[Any], count: int, most: int) -> list[list[Any]]:
+    """Cut runs into packs that take about the same time.
+
+    Neighbours in rank go together, for they pad each other least. What a run costs is counted in multiply-adds for
+    one row of an adapted layer's input: twice in * out for the frozen weight, 3 rank (in + out) for the adapter.
+
+    Args:
+        model: what they are to be trained on.
+        runs: trials or :class:`Run` objects: anything with a ``method``.
+        count: how many packs, at most one for each run.
+        most: the most runs of a pack; ``count`` packs must be able to hold all.
+    """
+    runs = sorted(runs, key=lambda run: run.method.rank, reverse=True)
+    weights = [model.get_submodule(name).weight for name in find(model, runs[0].method.targets, runs[0].method.exclude)]
+    frozen, sides = sum(2 * weight.numel() for weight in weights), sum(sum(weight.shape) for weight in weights)
+    done = [0, *itertools.accumulate(frozen + 3 * run.method.rank * sides for run in runs)]
+    cuts = [0]
+    for left in range(count - 1, 0, -1):
+        ideal = min(range(len(done)), key=lambda at: abs(done[at] - done[-1] * (count - left) / count))
+        lowest, highest = max(cuts[-1] + 1, len(runs) - left * most), min(cuts[-1] + most, len(runs) - left)
+        cuts.append(min(max(ideal, lowest), highest))
+    return [runs[low:high] for low, high in itertools.pairwise([*cuts, len(runs)])]
 
 
-def _squared_error_rows(outputs: Tensor, targets: Tensor, trials: int) -> Tensor:
-    return F.mse_loss(outputs, targets, reduction="none").view(trials, -1).mean(1)  # (20,)
+def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
+    counts = targets.flatten() != IGNORE  # (640,)
+    if isinstance(model, Llama) and _plain(model.lm_head):
+        # In slices: the logits of a pack may take more memory than all else, and are of no use once they are read.
+        hidden = model.model(inputs).flatten(0, -2)  # (512, 576)
+        rows = lean.token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, _LOSS_ROWS)  # (512,)
+        rows = rows.where(counts, 0.0)  # (512,)
+    else:
+        outputs = model(inputs).flatten(0, -2)  # (640, 10)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # (640, 10)
+        rows = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
+    return rows.view(trials, -1).sum(1) / counts.view(trials, -1).sum(1)  # (20,)
+
+
+def _plain(head: nn.Module) -> bool:
+    """Whether a head has no adapter and computes in full precision, in which a loss is to be summed."""
+    full = (torch.float32, torch.float64)
+    return isinstance(head, BlockLinear) or (type(head) is nn.Linear and head.weight.dtype in full)
+
+
+def _squared_errors(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
+    return F.mse_loss(model(inputs), targets, reduction="none").view(trials, -1).mean(1)  # (20,)
 
 
 # The losses of lora_lab.tasks, taken trial by trial.
-_ROW_LOSSES = {cross_entropy: _cross_entropy_rows, mean_squared_error: _squared_error_rows}
+_LOSSES = {cross_entropy: _cross_entropies, mean_squared_error: _squared_errors}
 
 
 def fit_packed(
@@ -320,8 +398,10 @@ class _Pack:
         self.adapters = [_adapters(model, names, run) for run in runs]
         model.requires_grad_(False)
         self._stack(names)
-        self.orders = {run.seed: DataOrder(len(task.train), run.seed) for run in runs}
-        seeds = list(self.orders)
+        seeds, size = list(dict.fromkeys(run.seed for run in runs)), settings[0]["batch_size"]
+        self.orders = torch.stack(  # (seeds, steps, 32), which examples
+            [DataOrder(len(task.train), seed).rows(0, settings[0]["steps"] * size).view(-1, size) for seed in seeds]
+        )
         self.order_of = torch.tensor([seeds.index(run.seed) for run in runs])  # (20,)
         self.live = list(range(len(runs)))
         self.errors: dict[int, DivergedError] = {}
@@ -339,10 +419,7 @@ class _Pack:
         dtype = self.adapters[0][names[0]].lora_A.dtype
         self.values = torch.zeros(trials, sum(sizes), dtype=dtype, device=self.device)  # (20, N)
         self.gradient = torch.zeros_like(self.values)  # (20, N)
-        views, self.gradients = (
-            [part.unflatten(1, shape) for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True)]
-            for flat in (self.values, self.gradient)
-        )
+        views = [part.unflatten(1, shape) for part, shape in zip(self.values.split(sizes, 1), shapes, strict=True)]
         self.layers: dict[str, PackedLinear] = {}
         for (name, base), A, B in zip(bases.items(), views[::2], views[1::2], strict=True):
             own = [adapter[name] for adapter in self.adapters]
@@ -362,13 +439,11 @@ class _Pack:
     def losses(self, batch: Examples) -> Tensor:
         """Each trial's mean loss on its part of a joined batch: (20,)."""
         inputs, targets = to_device(batch, self.model)
-        return _ROW_LOSSES[self.task.loss](self.model(inputs), targets, len(self.runs))  # (20,)
+        return _LOSSES[self.task.loss](self.model, inputs, targets, len(self.runs))  # (20,)
 
     def batch(self, step: int) -> Examples:
         """The joined batch of a step, trial by trial."""
-        size = self.settings[0]["batch_size"]
-        rows = torch.stack([order.rows((step - 1) * size, size) for order in self.orders.values()])  # (seeds, 32)
-        return self.task.train[rows[self.order_of].flatten()]  # (640,) rows
+        return self.task.train[self.orders[self.order_of, step - 1].flatten()]  # (640,) rows
 
     def step(self, step: int) -> None:
         """Train each trial on its batch of the step, and append the step's row."""
@@ -379,8 +454,7 @@ class _Pack:
         losses = self.losses(batch)  # (20,)
         # Trials do not touch, so the gradient of each loss is that of their sum.
         gradients = torch.autograd.grad(losses, self.parameters, torch.ones_like(losses))
-        for own, gradient in zip(self.gradients, gradients, strict=True):
-            own.copy_(gradient)  # (20, 16, 64), (20, 128, 16)
+        torch.cat([gradient.flatten(1) for gradient in gradients], dim=1, out=self.gradient)  # (20, N)
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if settings["clip"] is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import itertools
 import math
 import multiprocessing
 import os
@@ -444,11 +443,8 @@ def _plan(
             raise ValueError(f"engine is 'packed', but {method} cannot be packed: {refusals[method]}")
     parcels = []
     for group in groups.values():
-        group.sort(key=lambda trial: trial.method.rank, reverse=True)  # neighbours pad each other least
-        size = min(_fitting(model, task, group, budget_bytes, workers), math.ceil(len(group) / workers), _MOST_PACKED)
-        count = math.ceil(len(group) / size)
-        cuts = [len(group) * i // count for i in range(count + 1)]
-        parcels += [group[low:high] for low, high in itertools.pairwise(cuts)]
+        most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)
+        parcels += packed.shares(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
     return [(parcel, engine == "packed" or len(parcel) > 1) for parcel in parcels] + alone
 
 
