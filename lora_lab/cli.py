@@ -97,9 +97,9 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     _add_ablate(commands)
 
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
-    record.add_argument("what", choices=["memory", "speed"], help="which comparison to run")
+    record.add_argument("what", choices=["memory", "speed", "ablation", "spectra"], help="what to measure")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
-    record.add_argument("--models", nargs="+", help="only these models (default: all that the device is for)")
+    record.add_argument("--models", nargs="+", help="only these models (of memory and speed; default: all)")
     record.add_argument("--out", help="folder for the record (default: records/)")
     record.set_defaults(run=_record)
 
@@ -273,9 +273,11 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from lora_lab import recording, records
+    from lora_lab import rank_records, recording, records
     from lora_lab.device import pick_device
 
+    if options.models and options.what not in ("memory", "speed"):
+        raise ValueError(f"--models is for memory and speed; {options.what} is of SmolLM2-135M. Leave it out.")
     if options.models and not options.out:
         raise ValueError(
             "A record of some models would take the place of the whole one; name another folder with --out."
@@ -286,11 +288,18 @@ def _record(options: argparse.Namespace) -> None:
     command += f" --device {options.device}" if options.device else ""
     command += f" --models {' '.join(options.models)}" if options.models else ""
     commit = records.commit()  # of the code that runs, whatever is committed meanwhile
+    if options.what in ("memory", "speed"):
+        found, settings = getattr(recording, options.what)(device, options.models), recording.settings(options.what)
+        line = recording.line
+    else:
+        found, settings = getattr(rank_records, options.what)(device), rank_records.settings(device)
+        line = rank_records.line
     rows = []
-    for row in getattr(recording, options.what)(device, options.models):
+    for row in found:
         rows.append(row)
-        print(recording.line(row), flush=True)
-    record = records.new(options.what, rows, recording.settings(options.what), command, device, commit)
+        if said := line(row):
+            print(said, flush=True)
+    record = records.new(options.what, rows, settings, command, device, commit)
     print(f"Written: {records.write(record, options.out)}")
 
 

@@ -80,13 +80,16 @@ def updates(before: Source | None, after: Source, *, progress: bool | None = Non
         before: the model before, or its state dict. With an adapter it may be None: a model holds its base itself, and
             of others what needs the weights is left out.
         after: a tuned model or its state dict; or an adapter: a model that has one, what ``adapter_state`` returned, or
-            the folder it was saved in (by PEFT too).
+            the folder it was saved in (by PEFT too). What this function has returned is given back as it is, so that
+            whatever takes ``after`` can be asked several things and decompose but once.
         progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
         ValueError: no matrix is in both, shapes differ, or an adapter cannot be read without its model (DoRA's).
     """
+    if isinstance(after, Mapping) and any(isinstance(value, Update) for value in after.values()):
+        return dict(after)
     weights = {} if before is None else _matrices(before)
     factors = _adapter(after)
     if factors is not None:
@@ -159,11 +162,10 @@ def report(before: Source | None, after: Source, *, directions: int = 8, progres
     for name, update in updates(before, after, progress=progress).items():
         S = update.svd.S
         sizes = spectral.norms(S)
-        depth = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
         row = {
             "layer": name,
             "kind": name.rpartition(".")[2],
-            "depth": int(depth[1]) if depth else None,
+            "depth": depth(name),
             "out": update.shape[0],
             "in": update.shape[1],
             "rank": update.rank,
@@ -179,6 +181,12 @@ def report(before: Source | None, after: Source, *, directions: int = 8, progres
             row |= _amplified(update, max(1, min(directions, there)))
         rows.append(row)
     return pandas.DataFrame(rows).astype({"depth": "Int64", "rank": "Int64"})
+
+
+def depth(layer: str) -> int | None:
+    """The number in a layer's name, or None: which block it is in."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
+    return int(found[1]) if found else None
 
 
 def _with_band(statistic: str, value: float, band: Band) -> dict[str, float]:

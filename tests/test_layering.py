@@ -53,6 +53,7 @@ ORDER = [
     "plots",
     "processes",
     "recording",
+    "rank_records",
     "demo",
     "cli",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from lora_lab import tasks
@@ -45,11 +46,14 @@ DEFAULTS = {
 }
 
 
-def study(name: str, seq_len: int = 64) -> tuple[nn.Module | Callable[[], nn.Module], Task | Callable[[], Task]]:
+def study(
+    name: str, seq_len: int = 64, device: torch.device | None = None
+) -> tuple[nn.Module | Callable[[], nn.Module], Task | Callable[[], Task]]:
     """The model (or what makes it) and the task (or what makes it) of a name in :data:`STUDIES`.
 
     Args:
         seq_len: tokens an example, for "docs".
+        device: where the language model is put; None takes the best there is. The small nets stay on the CPU.
 
     Raises:
         ValueError: another name, or seq_len is below 2.
@@ -61,7 +65,7 @@ def study(name: str, seq_len: int = 64) -> tuple[nn.Module | Callable[[], nn.Mod
     if name == "docs":
         if seq_len < 2:
             raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
-        return language_model, partial(manual, seq_len)
+        return partial(language_model, device), partial(manual, seq_len)
     raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
 
 
@@ -113,9 +117,9 @@ def reader() -> nn.Module:
     return fresh
 
 
-def language_model() -> nn.Module:
-    """SmolLM2-135M-Instruct, loaded anew, on the best device there is."""
-    return load_pretrained(SMOLLM2)[0]
+def language_model(device: torch.device | None = None) -> nn.Module:
+    """SmolLM2-135M-Instruct, loaded anew, on the best device there is if none is given."""
+    return load_pretrained(SMOLLM2, device=device)[0]
 
 
 def manual(seq_len: int) -> Task:
