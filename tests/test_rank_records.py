@@ -1,5 +1,6 @@
 """What `lora-lab record ablation` and `record spectra` run, on a tiny model, and what they write and refuse."""
 
+from dataclasses import replace
 from functools import partial
 
 import pandas
@@ -27,7 +28,7 @@ def tiny(monkeypatch, tiny_config, tmp_path):
     """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
     monkeypatch.setattr(studies, "study", lambda name, seq_len, device: study)
-    plan = rank_records.Plan((1, 4), (1e-3, 1e-2), 2, 4, 4, 8, 5)
+    plan = rank_records.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
     monkeypatch.setattr(rank_records, "plan", lambda device: plan)
     monkeypatch.setattr(rank_records, "ablate", partial(here, rank_records.ablate))
     monkeypatch.chdir(tmp_path)
@@ -51,7 +52,7 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(tiny, tmp_path, c
     assert [one.rank for one in verdict.ranks] == [1, 4]
     assert len(verdict.seeds) == 2
     assert frame.test_loss.notna().sum() == 8
-    assert record.settings["ranks"] == [1, 4]
+    assert record.settings["lrs"] == {"1": [1e-3, 1e-2], "4": [1e-3, 1e-2]}
     assert record.settings["study"] == "docs"
     printed = capsys.readouterr().out
     assert printed.count("test ") == 8
@@ -85,7 +86,7 @@ def test_a_failed_trial_is_a_row_with_its_reason(tiny, monkeypatch):
 
 
 def _hot(plan):
-    return rank_records.Plan(plan.ranks, (1e30,), 1, plan.steps, plan.batch_size, plan.seq_len, plan.eval_examples)
+    return replace(plan, lrs=dict.fromkeys(plan.lrs, (1e30,)), seeds=1)
 
 
 def test_a_record_of_spectra_tells_of_every_layer(tiny, tmp_path, monkeypatch, capsys):
@@ -152,7 +153,7 @@ def test_models_are_not_for_what_is_of_one_model(tmp_path, capsys):
 
 def test_a_gpu_is_given_a_larger_plan():
     small, large = rank_records.plan(CPU), rank_records.plan(torch.device("cuda"))
-    assert set(small.ranks) - set(large.ranks) <= {16, 64, 1, 4} - set(large.ranks)
-    assert len(large.ranks) > len(small.ranks)
+    assert set(small.lrs) < set(large.lrs)
+    assert all(set(rates) <= set(large.lrs[rank]) for rank, rates in small.lrs.items())
     assert large.seeds > small.seeds >= 3
     assert large.steps > small.steps
