@@ -58,7 +58,7 @@ _WHERE = {
     "LlamaConfig": "models.llama",
     "load_pretrained": "models.pretrained",
     "save_model": "models.pretrained",
-    "Task": "tasks",
+    "Task": "tasks.base",
     "FullFineTuning": "methods",
     "PartialFineTuning": "methods",
     "LoRA": "methods",
@@ -137,7 +137,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from lora_lab.models.llama import Llama, LlamaConfig
     from lora_lab.models.pretrained import load_pretrained, save_model
     from lora_lab.quantize import quantize_nf4
-    from lora_lab.tasks import Task
+    from lora_lab.tasks.base import Task
     from lora_lab.train import History, evaluate, fit
 
 

@@ -17,7 +17,7 @@ from lora_lab.memory import peak_bytes, predict
 from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
 from lora_lab.processes import apart
-from lora_lab.tasks import docs
+from lora_lab.tasks.manual import docs
 from lora_lab.train import History, evaluate, fit
 
 PROMPT = "The with statement is used to"

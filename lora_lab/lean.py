@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_lab.lora import LoRALayer, LoRALinear, lora_layers, replace
 from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, Llama, RMSNorm
 from lora_lab.quantize import BlockLinear
-from lora_lab.tasks import IGNORE, Loss
+from lora_lab.tasks.base import IGNORE, Loss
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
 

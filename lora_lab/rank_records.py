@@ -30,7 +30,7 @@ from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import SVD
 from lora_lab.spectra import Update
 from lora_lab.targets import find
-from lora_lab.tasks import Task
+from lora_lab.tasks.base import Task
 from lora_lab.train import History, evaluate, fit, progress_bar
 
 FOLDER = Path("runs/record-ablation")  # where a stopped ablation goes on

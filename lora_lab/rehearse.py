@@ -26,7 +26,7 @@ from lora_lab.lean import Lean
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import FullFineTuning, Method
 from lora_lab.quantize import BlockWeight, quantize_nf4
-from lora_lab.tasks import Loss, cross_entropy
+from lora_lab.tasks.base import Loss, cross_entropy
 from lora_lab.train import Step, make_step
 
 Factory = Callable[[], nn.Module]

@@ -32,7 +32,7 @@ from lora_lab.files import atomic_file, read_json, write_json
 from lora_lab.lean import FlatAdamW, InThreads, Lean
 from lora_lab.methods import Method
 from lora_lab.quantize import BlockWeight
-from lora_lab.tasks import Examples, Loss, Task, cross_entropy
+from lora_lab.tasks.base import Examples, Loss, Task, cross_entropy
 
 COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
 _CHECKPOINT = "checkpoint.safetensors"

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.tasks import IGNORE, Examples, Task, _related, cross_entropy, digits, docs, mean_squared_error, planted
+from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error, planted
+from lora_lab.tasks.manual import _related
 
 PARTS = ("train", "validation", "test", "off_domain")
 

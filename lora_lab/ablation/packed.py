@@ -37,7 +37,7 @@ from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.models.llama import Llama
 from lora_lab.quantize import BlockLinear
 from lora_lab.targets import find
-from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error
+from lora_lab.tasks.base import IGNORE, Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.train import (
     COLUMNS,
     DataOrder,

@@ -42,7 +42,7 @@ from lora_lab.lora import adapted_layers
 from lora_lab.memory import predict
 from lora_lab.records import commit, device_name
 from lora_lab.rehearse import Factory, copied
-from lora_lab.tasks import Task
+from lora_lab.tasks.base import Task
 from lora_lab.train import DivergedError, History, evaluate, fit, progress_bar
 
 SCHEMA = 1

@@ -20,7 +20,7 @@ from lora_lab.ablation.grid import Grid
 from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.tasks import Task
+from lora_lab.tasks.base import Task
 from lora_lab.train import fit
 
 STUDIES = {

@@ -1,0 +1,127 @@
+"""A task: examples in four parts, and the loss that goes with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORE = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
+
+
+class Encoder(Protocol):
+    """All that a text task needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and targets, one row an example: (n, ...) each, on the CPU."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(f"{len(self.inputs)} inputs cannot be paired with {len(self.targets)} targets.")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: Tensor | slice) -> Examples:
+        return Examples(self.inputs[rows], self.targets[rows])
+
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats over the targets that count, for classes and for next tokens alike."""
+    logits = model(inputs)  # (batch, classes), or (batch, length, vocabulary)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in half precision the sum would be rounded
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
+
+
+def mean_squared_error(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error over all numbers of the batch."""
+    return F.mse_loss(model(inputs), targets)  # ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data in four parts, and the loss that goes with it.
+
+    Args:
+        name: a short name.
+        train, validation, test, off_domain: see the top of the package.
+        loss: (model, inputs, targets) -> mean loss of a batch.
+        unit: what is counted for speed: "tokens" or "examples".
+        about: one sentence on where the data comes from.
+
+    Raises:
+        ValueError: a part is empty.
+    """
+
+    name: str
+    train: Examples
+    validation: Examples
+    test: Examples
+    off_domain: Examples
+    loss: Loss = cross_entropy
+    unit: str = "examples"
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if len(self.parts[part]) == 0:
+                raise ValueError(f"The {part} part of task {self.name!r} is empty; give it at least one example.")
+
+    @property
+    def parts(self) -> dict[str, Examples]:
+        """The four parts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:5]}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content. Texts differ between versions of Python; equal fingerprints mean equal data."""
+        digest = hashlib.sha256(f"{self.name} {self.loss.__name__}".encode())
+        for part, examples in self.parts.items():
+            for tensor in (examples.inputs, examples.targets):
+                digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def counted(self, examples: Examples) -> int:
+        """How many targets of a batch count: tokens for text, examples otherwise."""
+        return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
+
+    def describe(self) -> str:
+        """A few lines a person can read: sizes, shapes, source, fingerprint."""
+        lines = [f"{self.name}: {self.about}"]
+        for part, examples in self.parts.items():
+            shape = " x ".join(str(n) for n in examples.inputs.shape[1:])
+            lines.append(f"  {part:<11}{len(examples):>6} examples of {shape}, {self.counted(examples):,} {self.unit}")
+        return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
+
+    def limited(self, n_train: int, seed: int | None = None) -> Task:
+        """The same task with only ``n_train`` training examples.
+
+        Args:
+            n_train: how many.
+            seed: draws them; None takes the first ones (a part is in random order already).
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 1 <= n_train <= len(self.train):
+            raise ValueError(f"n_train is {n_train}, but task {self.name!r} has 1 to {len(self.train)} examples.")
+        if seed is None:
+            return replace(self, train=self.train[:n_train])
+        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
+        return replace(self, train=self.train[drawn])
