@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -80,19 +81,12 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("This tokenizer has no chat template; pass plain text to the model instead.")
 
-        def refuse(why: str) -> None:
-            raise jinja2.TemplateError(why)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
         tokens = {
             name: self.backend.id_to_token(token) if token is not None else ""
             for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))
         }
         try:
-            return environment.from_string(self.chat_template).render(
+            return _template(self.chat_template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
             )
         except jinja2.TemplateError as error:
@@ -188,3 +182,17 @@ class Tokenizer:
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
             )
         return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
+
+
+@cache
+def _template(text: str) -> jinja2.Template:
+    """A chat template, compiled once: that takes longer than to fill it in."""
+
+    def refuse(why: str) -> None:
+        raise jinja2.TemplateError(why)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(text)

@@ -19,16 +19,27 @@ generated. The modules in reading order:
 from lora_lab.tasks.base import IGNORE, Encoder, Examples, Loss, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.manual import docs
 from lora_lab.tasks.nets import digits, planted
+from lora_lab.tasks.pairs import Pair, PairTask, from_jsonl, from_pairs, from_text
+from lora_lab.tasks.trades import sentiment, style, summarise, translate
 
 __all__ = [
     "IGNORE",
     "Encoder",
     "Examples",
     "Loss",
+    "Pair",
+    "PairTask",
     "Task",
     "cross_entropy",
     "digits",
     "docs",
+    "from_jsonl",
+    "from_pairs",
+    "from_text",
     "mean_squared_error",
     "planted",
+    "sentiment",
+    "style",
+    "summarise",
+    "translate",
 ]

@@ -119,9 +119,17 @@ class Task:
         Raises:
             ValueError: there are not so many.
         """
-        if not 1 <= n_train <= len(self.train):
-            raise ValueError(f"n_train is {n_train}, but task {self.name!r} has 1 to {len(self.train)} examples.")
-        if seed is None:
-            return replace(self, train=self.train[:n_train])
-        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
-        return replace(self, train=self.train[drawn])
+        return replace(self, train=self.train[drawn(self, n_train, seed)])
+
+
+def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
+    """Which training examples :meth:`Task.limited` keeps: (n_train,).
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if not 1 <= n_train <= len(task.train):
+        raise ValueError(f"n_train is {n_train}, but task {task.name!r} has 1 to {len(task.train)} examples.")
+    if seed is None:
+        return torch.arange(n_train)  # (n_train,)
+    return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)

@@ -30,19 +30,19 @@ def docs(tokenizer: Encoder, seq_len: int = 128) -> Task:
     from pydoc_data.topics import topics
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
-    split: dict[str, list[str]] = {"train": [], "validation": [], "test": [], "off_domain": _descriptions()}
+    split: dict[str, list[str]] = {"train": [], "validation": [], "test": [], "off_domain": prose()}
     for i, group in enumerate(_related(pages)):
         held_out = {1: "validation", 3: "test"}.get(i % 5) if len(group) < 8 else None  # the large one is for training
         split[held_out or "train"] += group
     return Task(
         name="docs",
-        **{part: _windows(tokenizer, texts, seq_len) for part, texts in split.items()},
+        **{part: windows(tokenizer, texts, seq_len) for part, texts in split.items()},
         unit="tokens",
         about="Python's reference manual, cut by page; off-domain: scikit-learn's descriptions of data sets",
     )
 
 
-def _windows(tokenizer: Encoder, texts: Sequence[str], seq_len: int) -> Examples:
+def windows(tokenizer: Encoder, texts: Sequence[str], seq_len: int) -> Examples:
     """Texts joined and cut into rows of ``seq_len`` tokens, the targets one token ahead, in random order."""
     ids = torch.tensor(tokenizer.encode("\n\n".join(texts)))  # (tokens,)
     rows = (len(ids) - 1) // seq_len
@@ -64,7 +64,8 @@ def _related(pages: Sequence[str]) -> list[list[str]]:
     return sorted((members for _, members in groups), key=lambda members: pages.index(members[0]))
 
 
-def _descriptions() -> list[str]:
+def prose() -> list[str]:
+    """scikit-learn's descriptions of its data sets, text by text: the off-domain part of all tasks of text."""
     # Found without importing scikit-learn, which takes most of a second and 100 MB.
     folder = Path(find_spec("sklearn").origin).parent / "datasets" / "descr"
     pages = sorted(
