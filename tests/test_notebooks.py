@@ -23,6 +23,7 @@ NAMES = [
     "05_speed",
     "07_rank_ablation",
     "08_svd_of_updates",
+    "10_variants",
 ]
 HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]
 IGNORED = "nbval-ignore-output"
