@@ -28,6 +28,7 @@ The modules in reading order; each imports only from those above it:
     processes   a process of its own for each thing measured
     recording   what ``lora-lab record`` runs
     demo        the main job: LoRA beside full fine-tuning
+    finetune    a trade, or your own data, taught and judged
     cli         the command ``lora-lab``
 """
 

@@ -47,6 +47,26 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--out", default="runs/demo", help="folder for the results (default runs/demo)")
     demo.set_defaults(run=_demo)
 
+    tune = commands.add_parser(
+        "finetune", help="teach a model a trade, or your own data, and judge it before and after"
+    )
+    tune.add_argument(
+        "--task", required=True, help="summarise, translate-fr (-de, -es), sentiment, style, docs; or a .jsonl or .txt"
+    )
+    tune.add_argument("--method", default="lora", help="lora (default), rslora, lora+, lora-fa, pissa, dora, full")
+    tune.add_argument("--rank", type=int, default=8, help="default 8")
+    tune.add_argument("--alpha", type=float, help="default twice the rank")
+    tune.add_argument("--steps", type=int, default=200, help="default 200")
+    tune.add_argument("--lr", type=float, help="peak learning rate (default 1e-3; 1e-4 for full)")
+    tune.add_argument("--batch", type=int, default=8, help="examples a step (default 8)")
+    tune.add_argument("--seed", type=int, default=0, help="of adapters and data order (default 0)")
+    tune.add_argument("--model", default="smollm2-135m", help="a folder or .gguf file (default smollm2-135m)")
+    tune.add_argument("--eval-examples", type=int, default=64, help="of each part to judge by (default 64)")
+    tune.add_argument("--preview", action="store_true", help="only show what the model would see")
+    tune.add_argument("--out", default="runs/finetune", help="folder for what is kept (default runs/finetune)")
+    tune.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    tune.set_defaults(run=_finetune)
+
     generate = commands.add_parser("generate", help="let a model write, with or without what was trained")
     generate.add_argument("prompt", help="the text to continue")
     which = generate.add_mutually_exclusive_group()
@@ -135,6 +155,28 @@ def _demo(options: argparse.Namespace) -> None:
     from lora_lab import demo
 
     demo.run(options.steps, options.seed, options.rank, options.device, options.out)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from lora_lab import finetune
+    from lora_lab.models.pretrained import load_pretrained
+
+    method = finetune.method_of(options.method, options.rank, options.alpha)
+    if options.preview:
+        task = finetune.task_of(options.task, load_pretrained(options.model, device="cpu")[1])
+        print(task.describe())
+        print(task.preview(3) if hasattr(task, "preview") else "")
+        return
+    finetune.run(
+        *(options.task, method, options.out),
+        steps=options.steps,
+        lr=options.lr,
+        batch_size=options.batch,
+        seed=options.seed,
+        model=options.model,
+        device=options.device,
+        eval_examples=options.eval_examples,
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -60,6 +60,7 @@ ORDER = [
     "recording",
     "rank_records",
     "demo",
+    "finetune",
     "cli",
 ]
 PACKAGES = ["__init__", "ablation.__init__", "models.__init__", "tasks.__init__"]

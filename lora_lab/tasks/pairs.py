@@ -263,16 +263,16 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
             f"There are {len(groups)} groups of pairs, but each of {', '.join(PARTS)} needs one at least; give more "
             "pairs, or smaller groups."
         )
+    tenth, left = max(1, sum(map(len, groups.values())) // 10), _shuffled(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    tenth = max(1, sum(map(len, groups.values())) // 10)
-    for group in _shuffled(list(groups.values()), seed):
+    for part in ("validation", "test"):  # one each, before anything else
+        first = next((group for group in left if len(group) <= tenth), None) or min(left, key=len)
+        left.remove(first)
+        split[part] += first
+    largest = max(left, key=len)
+    for group in left:
         room = [part for part in ("validation", "test") if len(split[part]) + len(group) <= tenth]
-        split[room[0] if room else "train"] += group
-    for part in PARTS:  # where groups are large, the smallest of those for training
-        if not split[part]:
-            smallest = min((own for own in groups.values() if own[0] in split["train"]), key=len)
-            split[part] = smallest
-            split["train"] = [pair for pair in split["train"] if pair not in smallest]
+        split[room[0] if room and group is not largest else "train"] += group
     return split
 
 

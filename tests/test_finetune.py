@@ -1,0 +1,113 @@
+"""`lora-lab finetune`, on a tiny model: what it prints, keeps and refuses."""
+
+import json
+
+import pytest
+import torch
+from test_pairs import TEMPLATE
+
+from lora_lab import FullFineTuning, Llama, LoRA, cli, finetune, load_adapter
+from lora_lab.methods import RsLoRA
+from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.tasks import PairTask, sentiment
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, tiny_tokenizer, tiny_config):
+    """Loading gives a tiny Llama; the working directory is the test's own, with a file of sums in it."""
+    chatter = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=TEMPLATE)
+    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=3), chatter))
+    monkeypatch.setattr("lora_lab.models.pretrained.load_pretrained", finetune.load_pretrained)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} plus one?", "answer": str(i + 1)} for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return chatter
+
+
+def command(*arguments):
+    return cli.main(["finetune", *map(str, arguments)])
+
+
+def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, tiny_config, capsys):
+    assert command("--task", "sums.jsonl", "--rank", 4, "--steps", 20, "--lr", 3e-2, "--out", "kept") == 0
+    printed = capsys.readouterr().out
+    assert "plus one?" in printed
+    assert "wanted" in printed
+    result = json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))
+    assert result["after"]["validation loss"] < result["before"]["validation loss"]
+    assert result["method"]["rank"] == 4
+    assert result["method"]["alpha"] == 8
+    assert len(result["before"]["samples"]) == finetune.SHOWN
+    history = json.loads((tmp_path / "kept" / "history.json").read_text(encoding="utf-8"))
+    assert history["rows"][-1]["step"] == 20
+    model = Llama(tiny_config, seed=3)
+    load_adapter(model, tmp_path / "kept")
+    task = finetune.task_of("sums.jsonl", tiny)
+    assert finetune._judged(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
+    assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
+
+
+def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
+    assert command("--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
+    assert (tmp_path / "kept" / "tokenizer.json").is_file()
+
+
+def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "fit", None)
+    assert command("--task", "sums.jsonl", "--preview", "--out", "kept") == 0
+    assert "'<s>user: " in capsys.readouterr().out
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_text_is_a_task_too(tiny, tmp_path):
+    text = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    assert command("--task", "book.txt", "--steps", 2, "--out", "kept") == 0
+    assert "samples" not in json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))["after"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--task", "nothing"], "task is 'nothing', but it must be one of docs, summarise"),
+        (["--task", "missing.jsonl"], "There is no file missing.jsonl"),
+        (["--task", "bad.jsonl"], "bad.jsonl has 1 malformed line: line 1: not JSON"),
+        (["--task", "sums.jsonl", "--method", "lorra"], "method is 'lorra', but it must be one of full, lora"),
+        (["--task", "sums.jsonl", "--rank", 0], "rank"),
+        (["--task", "sums.jsonl", "--steps", 0], "steps is 0"),
+        (["--task", "sums.jsonl", "--lr", -1], "lr is -1.0"),
+        (["--task", "sums.jsonl", "--device", "tpu"], "tpu"),
+    ],
+    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device"],
+)
+def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
+    (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")
+    assert command(*options, "--out", "kept") == 1
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "kept").exists()
+
+
+def test_methods_by_name():
+    assert finetune.method_of("full", 8) == FullFineTuning()
+    assert finetune.method_of("lora", 4) == LoRA(4, 8)
+    assert finetune.method_of("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)
+
+
+def test_the_table_shows_what_there_is_without_a_model():
+    one = {"test loss": 2.0, "accuracy": 0.4, "samples": [{"prompt": "p", "wanted": "w", "said": "s"}]}
+    other = {"test loss": 1.0, "accuracy": 0.9, "samples": [{"prompt": "p", "wanted": "w", "said": "t" * 999}]}
+    told = finetune.table({"before": one, "after": other, "trivial": {"accuracy": 0.333}})
+    assert "accuracy               0.400     0.900     0.333" in told
+    assert "after   ttt" in told
+    assert len(told) < 700
+
+
+def test_every_trade_can_be_named(smollm2):
+    assert set(finetune.TASKS) >= {"summarise", "translate-fr", "sentiment", "style", "docs"}
+    task = finetune.task_of("sentiment", smollm2[1])
+    assert isinstance(task, PairTask)
+    assert task.fingerprint == sentiment(smollm2[1]).fingerprint
+    assert torch.is_tensor(task.train.inputs)
