@@ -118,7 +118,7 @@ RUNS = {
     "LoRA r=64": Training(LoRA(64, 128), 1e-3, 1),  # not the first one's seed: they would share a part of A
 }
 PAIRS = (("LoRA r=8", "LoRA r=8, other seed"), ("LoRA r=8", "LoRA r=64"))
-CUTS = {"full": (576, 256, 64, 32, 16, 8, 4, 2, 1), "LoRA r=64": (32, 16, 8, 4, 2, 1)}
+CUTS = {"full": (576, 64, 16, 8, 4, 2, 1), "LoRA r=64": (16, 4, 1)}
 INTRUDERS = ("full", "LoRA r=8")
 
 

@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 
-from lora_lab import LoRA, cli, fit, rank_records, records, spectra
+from lora_lab import LoRA, cli, fit, rank, rank_records, records, spectra
 from lora_lab.ablation import studies, summary
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Examples, Task
@@ -157,3 +157,32 @@ def test_a_gpu_is_given_a_larger_plan():
     assert all(set(rates) <= set(large.lrs[rank]) for rank, rates in small.lrs.items())
     assert large.seeds > small.seeds >= 3
     assert large.steps > small.steps
+
+
+def test_overlaps_are_taken_on_each_side_by_itself():
+    draw = torch.Generator().manual_seed(0)
+    U, V, other = (rank.orthonormal(n, 8, generator=draw) for n in (40, 30, 30))
+    S = torch.arange(8, 0, -1.0, dtype=torch.float64)
+    first, second = (spectra.Update(rank.SVD(U, S, W.mT), 8) for W in (V, other))
+    (row,) = rank_records._overlaps({"layer": first}, {"layer": second})
+    assert (row["outputs_1"], row["outputs_8"]) == (1.0, 1.0)
+    assert row["inputs_8"] == pytest.approx(float((V.mT @ other).square().sum() / 8), rel=1e-3)
+    assert row["inputs_8"] < 0.6
+    assert (row["out"], row["in"]) == (40, 30)
+
+
+def test_intruders_are_counted_in_every_block_and_noise_beside_the_middle_one():
+    updates = {}
+    for block in range(3):
+        draw = torch.Generator().manual_seed(block)
+        before = rank.gaussian((48, 32), norm=4.0, generator=draw)
+        change = rank.gaussian_factors((48, 32), 2, norm=40.0, generator=draw)  # ten times the weight, 2 new directions
+        updates[f"layers.{block}.up_proj"] = spectra.Update(rank.product_svd(*change), 2, before)
+    rows = list(rank_records._intruders(updates))
+    assert [row["layer"] for row in rows] == list(updates)
+    assert all(row["intruders"] >= 2 for row in rows)
+    assert [row.get("intruders_high") is not None for row in rows] == [False, True, False]
+    alone = spectra.intruders(None, updates)
+    assert [row["intruders"] for row in rows] == alone.intruders.tolist()
+    assert [row["energy_share"] for row in rows] == pytest.approx(alone.energy_share.tolist(), rel=1e-3)
+    assert all(row["relative_norm"] == pytest.approx(10, rel=1e-3) for row in rows)

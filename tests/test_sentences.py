@@ -7,9 +7,11 @@ are computed again. A sentence that is written otherwise must be written otherwi
 import json
 import re
 
+import pandas
 import pytest
 
 from lora_lab import records
+from lora_lab.ablation import summary
 
 CPU = "intel-xeon-processor-2-cores"
 MIB = 2**20
@@ -153,3 +155,75 @@ def test_a_changed_sentence_is_noticed(readme, memory, change):
 
     with pytest.raises((AssertionError, ValueError)):
         both()
+
+
+REAL = "amd-epyc-2-cores"  # the ablation and the spectra that lessons 07 and 08 tell of
+
+
+def test_lesson_07_on_the_real_model(lesson):
+    text = lesson("07_rank_ablation")
+    frame = records.load_all("ablation")[f"{REAL}-ablation"].frame()
+    real = summary(frame)
+    by_rank = {one.rank: one for one in real.ranks}
+    too_small, lost, reference = said(text, r"rank (\d+) is too small: it loses ([\d.]+) nats against rank (\d+)")
+    assert by_rank[too_small].standing == "too small"
+    assert (lost, reference) == (round(by_rank[too_small].difference, 2), max(by_rank))
+    assert by_rank[too_small].lower > real.margin  # "and the interval is clear of the margin"
+    open_ranks = said(text, r"Ranks (\d+) and (\d+) are open. They lose about a hundredth")
+    assert [one.rank for one in real.ranks if one.standing == "open"] == open_ranks
+    assert all(0 < by_rank[rank].difference < 0.02 for rank in open_ranks)
+    assert not real.decided
+    last = frame[frame.step == frame.steps]
+    ended = last.merge(pandas.DataFrame([{"rank": one.rank, "lr": one.lr} for one in real.ranks]))
+    winners = {int(own.loc[own.test_loss.idxmin(), "rank"]) for _, own in ended.groupby("seed")}
+    assert winners == set(said(text, r"One seed alone would have named (\d+) or (\d+)"))
+    high, low_rank, low, high_rank = said(
+        text, r"falls from ([\d.]+), the highest that was tried, at rank (\d+) to ([\d.]+) at rank (\d+)\."
+    )
+    assert (by_rank[low_rank].lr, by_rank[high_rank].lr) == (high, low)
+    assert high == frame.lr.max()
+
+
+def test_lesson_08_on_all_matrices(lesson):
+    text = lesson("08_svd_of_updates")
+    rows = records.load_all("spectra")[f"{REAL}-spectra"].frame()
+    layers = rows[rows.about == "layer"]
+    level, updates = said(text, r"by energy rank, a whole number, (\d+) of (\d+) are level with it")
+    for name in ("effective_rank", "stable_rank"):  # "every update of every run is below noise"
+        assert (layers[name] < layers[f"{name}_low"]).all()
+    assert (layers.energy_rank <= layers.energy_rank_low).all()
+    assert (level, updates) == ((layers.energy_rank == layers.energy_rank_low).sum(), len(layers))
+    middle = layers.groupby("run").energy_rank.median()
+    full, eight, rest = said(
+        text,
+        r"Full fine-tuning takes (\d+) \(the median layer\) for nine tenths of its energy, LoRA of rank 8 takes (\d+), "
+        r"LoRA of rank 64 takes (\d+)",
+    )
+    assert [full, eight, rest] == [round(middle[run]) for run in ("full", "LoRA r=8", "LoRA r=64")]
+    pairs = rows[rows.about == "pair"]
+    for number in (1, 8):  # "share little on the side of the inputs, and clearly more on the side of the outputs"
+        shares = pairs.groupby("other")[[f"inputs_{number}", f"outputs_{number}"]].median()
+        assert (shares[f"outputs_{number}"] > 3 * shares[f"inputs_{number}"]).all()
+    assert "There is no intruder, and noise of that size makes none either" in text
+    found = rows[rows.about == "intruders"]
+    assert found.intruders.sum() == 0 == found.intruders_high.max()
+    assert 0.005 < layers.relative_norm.median() < 0.02  # "a hundredth of the weight"
+
+
+def test_lesson_08_on_the_cuts_of_the_record(lesson):
+    text = lesson("08_svd_of_updates")
+    rows = records.load_all("spectra")[f"{REAL}-spectra"].frame()
+    loss = rows[rows.about == "run"].set_index("run").test_loss
+    cuts = rows[rows.about == "cut"].set_index(["run", "rank"])
+
+    def kept(run, rank):
+        return round(100 * (loss["base"] - cuts.test_loss[run, rank]) / (loss["base"] - loss[run]))
+
+    rank, gain, energy, whole = said(
+        text,
+        r"A full fine-tune cut to rank (\d+) keeps (\d+) % of its gain with (\d+) % of its energy. "
+        r"At full rank (\d+) %",
+    )
+    assert (kept("full", rank), round(100 * cuts.energy["full", rank]), kept("full", 576)) == (gain, energy, whole)
+    gain, rank = said(text, r"LoRA of rank 64 keeps (\d+) % in (\d+) directions")
+    assert kept("LoRA r=64", rank) == gain

@@ -37,6 +37,15 @@ def test_the_language_model_is_made_where_it_runs():
     assert (task.func, task.args) == (studies.manual, (32,))
 
 
+def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(studies, "load_pretrained", lambda name, device: asked.append(device) or ("a model", None))
+    for device in (torch.device("cpu"), torch.device("meta"), None):
+        make, _ = studies.study("docs", 32, device)
+        assert make() == "a model"
+        assert asked.pop() == device
+
+
 def test_a_grid_has_the_studys_own_numbers_unless_others_are_given():
     lrs, steps, batch, _ = studies.DEFAULTS["digits"]
     own = studies.grid("digits", "lora", [1, 2], None, range(2), alpha_per_rank=2)
