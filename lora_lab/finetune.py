@@ -106,8 +106,15 @@ def run(
     rate = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     print(f"{method}: {steps} steps of {batch_size} examples at learning rate {rate:g}")
     history = fit(
-        *(net, data, method),
-        **{"steps": steps, "lr": rate, "batch_size": batch_size, "seed": seed, "eval_examples": eval_examples},
+        net,
+        data,
+        method,
+        steps=steps,
+        lr=rate,
+        batch_size=batch_size,
+        seed=seed,
+        eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
+        eval_examples=eval_examples,
     )
     after = _judged(net, data, eval_examples)
     out = Path(out)
