@@ -422,7 +422,7 @@ def test_every_command_in_the_readme_can_be_parsed():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     commands = [line[1 : line.index("&&") if "&&" in line else None] for line in lines if line[:1] == ["lora-lab"]]
-    named = "demo generate memory speed ablate analyze record doctor fetch"
+    named = "demo finetune generate memory speed ablate analyze record doctor fetch"
     assert {line[0] for line in commands} == set(named.split())
     for line in commands:
         cli._parser().parse_args(line)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lora_lab import Llama, LoRA, fit
 from lora_lab.models.tokenizer import Tokenizer
@@ -285,24 +286,27 @@ def test_an_answer_ends_with_its_turn(chatter, model):
     assert answers(ending, task, "test") == [""] * len(task.pairs["test"])
 
 
-def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, model):
-    pairs = [Pair(f"Is {i} even?", "yes indeed" if i % 2 == 0 else "no") for i in range(30)]
-    task = from_pairs(chatter, pairs, metric="classification")
-    assert classes(task) == ["no", "yes indeed"]
-    said = answers(model, task, "test")
-    for pair, own in zip(task.pairs["test"], said, strict=True):
-        losses = {}
-        for label in classes(task):
-            one = from_pairs(
-                chatter,
-                {"train": [Pair(pair.prompt, label)], "validation": [Pair("x", "y")], "test": [Pair("z", "y")]},
-            ).train
-            with torch.no_grad():
-                losses[label] = float(cross_entropy(model, one.inputs, one.targets)) * int(
-                    (one.targets != IGNORE).sum()
-                )
-        assert own == min(losses, key=losses.get)
-    assert choices(model, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
+def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker):
+    labels = ["no", "perhaps it is so", "yes indeed"]
+    task = from_pairs(chatter, [Pair(f"Is {i} even?", labels[i % 3]) for i in range(90)], metric="classification")
+    assert classes(task) == labels
+
+    def losses(prompt, label):
+        filler = {"validation": [Pair("x", "y")], "test": [Pair("z", "y")]}
+        one = from_pairs(chatter, {"train": [Pair(prompt, label)], **filler}).train
+        counted = one.targets[one.targets != IGNORE]
+        with torch.no_grad():
+            return F.cross_entropy(talker(one.inputs)[0, -len(counted) :], counted, reduction="none")
+
+    longest, otherwise = labels[1:], 0
+    for pair, own in zip(task.pairs["train"], choices(talker, task, task.pairs["train"], longest, 7), strict=True):
+        each = {label: losses(pair.prompt, label) for label in longest}
+        assert own == min(longest, key=lambda label: float(each[label].sum()))
+        otherwise += own != min(longest, key=lambda label: float(each[label].max()))
+    assert otherwise  # the worst token alone would have chosen another
+    said = answers(talker, task, "test")
+    assert set(said) <= set(labels)
+    assert choices(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
 
 
 def test_scores_are_those_of_hand_computed_cases():
