@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,13 @@ from pathlib import Path
 # A waiting thread gives its core back; set before torch starts its threads. With another busy process on
 # the machine, spinning threads make small matrix products several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+_RECORDS = {  # of the real model -> the module that makes them
+    "ablation": "lora_lab.rank_records",
+    "spectra": "lora_lab.rank_records",
+    "overfitting": "lora_lab.overfit_records",
+    "trades": "lora_lab.trade_records",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,7 +125,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     _add_ablate(commands)
 
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
-    record.add_argument("what", choices=["memory", "speed", "ablation", "spectra"], help="what to measure")
+    record.add_argument("what", choices=["memory", "speed", *_RECORDS], help="what to measure")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     record.add_argument("--models", nargs="+", help="only these models (of memory and speed; default: all)")
     record.add_argument("--out", help="folder for the record (default: records/)")
@@ -315,7 +323,7 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from lora_lab import rank_records, recording, records
+    from lora_lab import recording, records
     from lora_lab.device import pick_device
 
     if options.models and options.what not in ("memory", "speed"):
@@ -334,8 +342,8 @@ def _record(options: argparse.Namespace) -> None:
         found, settings = getattr(recording, options.what)(device, options.models), recording.settings(options.what)
         line = recording.line
     else:
-        found, settings = getattr(rank_records, options.what)(device), rank_records.settings(device)
-        line = rank_records.line
+        maker = importlib.import_module(_RECORDS[options.what])
+        found, settings, line = getattr(maker, options.what)(device), maker.settings(device), maker.line
     rows = []
     for row in found:
         rows.append(row)

@@ -28,6 +28,7 @@ from lora_lab.adapters import extract, resize
 from lora_lab.lora import lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import SVD
+from lora_lab.records import plain
 from lora_lab.spectra import Update
 from lora_lab.targets import find
 from lora_lab.tasks.base import Task
@@ -86,16 +87,9 @@ def ablation(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict
     grids = [studies.grid("docs", "lora", [rank], lrs, range(own.seeds), **options) for rank, lrs in own.lrs.items()]
     trials = list(itertools.chain.from_iterable(grids))
     model, task = studies.study("docs", own.seq_len, device)
-    frame = ablate(model, task, trials, folder, n_jobs=1 if device.type == "cuda" else 2)
+    frame = ablate(model, task, trials, folder, n_jobs=studies.processes(device))
     kept = frame.drop(columns=["key", "seconds", *PROVENANCE])
-    yield from map(_row, kept.to_dict("records"))
-
-
-def _row(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's row: what is no number is None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
+    yield from map(plain, kept.to_dict("records"))
 
 
 # Spectra

@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -98,6 +99,13 @@ class Record:
         import pandas
 
         return pandas.DataFrame(self.rows).sort_index(axis="columns")
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's row as a record's: what is no number is None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def commit() -> str:

@@ -69,9 +69,25 @@ class History:
         return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[1:-1], float))
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one column, where it has values."""
+        """Steps and values of one column, where it has values; or of "gap", the generalisation gap.
+
+        The gap is the validation loss less the mean training loss over the steps since the evaluation before. Losses
+        of training are taken before each step, so it lags a little: a gap at 0 is no proof that there is none.
+        """
+        if column == "gap":
+            return self._gap()
         points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
         return [step for step, _ in points], [value for _, value in points]
+
+    def _gap(self) -> tuple[list[int], list[float]]:
+        steps, gaps, losses = [], [], []
+        for row in self.rows[1:]:
+            losses.append(row["train_loss"])
+            if row["validation_loss"] is not None:
+                steps.append(row["step"])
+                gaps.append(row["validation_loss"] - statistics.fmean(losses))
+                losses = []
+        return steps, gaps
 
     @property
     def best_step(self) -> int:

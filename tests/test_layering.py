@@ -55,12 +55,15 @@ ORDER = [
     "ablation.run",
     "ablation.studies",
     "ablation.verdict",
+    "ablation.learning",
     "plots",
     "processes",
     "recording",
     "rank_records",
+    "overfit_records",
     "demo",
     "finetune",
+    "trade_records",
     "cli",
 ]
 PACKAGES = ["__init__", "ablation.__init__", "models.__init__", "tasks.__init__"]

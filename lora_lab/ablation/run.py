@@ -19,7 +19,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -47,9 +47,11 @@ from lora_lab.train import DivergedError, History, evaluate, fit, progress_bar
 
 SCHEMA = 1
 # Columns of the table: losses, how a trial went, and where it ran; all others say what it was.
-LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "test_loss")
+LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
 OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
+SCORE = "score_"  # what a column begins with that the caller's judge gave
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
+Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
 _MOST_PACKED = 32  # the gain of a pack flattens long before, and a kill loses the whole pack
 _BUSY = threading.Lock()  # held while this process runs a trial
 
@@ -63,6 +65,7 @@ def ablate(
     n_jobs: int | None = None,
     engine: str = "auto",
     budget_bytes: int | None = None,
+    judge: Judge | None = None,
     progress: bool | None = None,
     timeout_s: float = 24 * 3600,
 ):
@@ -84,6 +87,8 @@ def ablate(
             (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest apart.
         budget_bytes: memory for one pack, by :func:`lora_lab.memory.predict`; default half of what is free on this
             machine, shared among the workers.
+        judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
+            the trial's result, and is in the table as ``score_<name>``. Stored trials without it are run anew.
         progress: show a bar; default only where a person is looking.
         timeout_s: how long to wait for workers while no trial ends, in seconds, before it is an error; default a
             day. It ends the wait for a worker that joined a cluster later and cannot answer.
@@ -112,13 +117,13 @@ def ablate(
         )
     identity = {"task": own_task.fingerprint, "model": fingerprint(model)}
     wanted = dict.fromkeys(trial.bound(**identity) for trial in trials)
-    results = _stored(folder, wanted)
+    results = _stored(folder, wanted, judge is not None)
     left = [trial for trial in wanted if trial.key not in results]
     if left:
         workers, timeout = _workers(n_jobs, timeout_s)
         plan = _plan(model, own_task, left, engine, budget_bytes, workers)
         del model  # each process makes its own
-        works = [_Work(make, task, parcel, together, engine, _here()) for parcel, together in plan]
+        works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in plan]
         bar = progress_bar(len(wanted), "trials", progress, unit="trial", done=len(results))
         with bar, closing(_results(works, n_jobs, timeout)) as arriving:
             for result in arriving:
@@ -136,8 +141,9 @@ def load(folder: str | Path):
         A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
         seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and what else the method sets; the trial's
         options; ``outcome`` ("done" or "failed") and, if failed, its ``reason``; ``step``; ``train_loss``,
-        ``validation_loss`` and ``off_domain_loss`` at that step, and ``test_loss`` after the last one; ``seconds``,
-        the time of training up to that step; ``trainable_parameters``; and where and when it ran (``engine``,
+        ``validation_loss``, ``off_domain_loss`` and ``gap`` (see :meth:`lora_lab.train.History.curve`) at that step,
+        and after the last one ``test_loss`` and what the caller's judge gave; ``seconds``, the time of training up to
+        that step; ``trainable_parameters``; and where and when it ran (``engine``,
         ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and losses.
 
     Raises:
@@ -257,6 +263,7 @@ class _Work:
     together: bool  # as a pack
     engine: str
     home: tuple[str, int]
+    judge: Judge | None = None
 
     def model(self) -> nn.Module:
         """A fresh model, and it is the sweep's.
@@ -323,6 +330,7 @@ class _Ended:
     device: torch.device
     history: History | None = None
     test_loss: float | None = None
+    scores: Mapping[str, float | str] | None = None
     reason: str | None = None
 
     def result(self, engine: str, seconds: float) -> dict[str, Any]:
@@ -336,6 +344,7 @@ class _Ended:
             "reason": self.reason,
             "history": None if self.history is None else asdict(self.history),
             "test_loss": self.test_loss,
+            "scores": self.scores,
             "provenance": {
                 **described,
                 "device": device_name(self.device),
@@ -357,7 +366,7 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
     model = work.model()
     device = next(model.parameters()).device
     try:
-        ended = _packed(model, task, trials) if together else [_apart(model, task, *trials)]
+        ended = _packed(work, model, task, trials) if together else [_apart(work, model, task, *trials)]
     except packed.PackingError:  # it takes the attempt to show that they cannot be packed
         if work.engine == "packed":
             raise
@@ -377,16 +386,16 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
     return [result for part in parts for result in _attempt(work, task, part, together)]
 
 
-def _apart(model: nn.Module, task: Task, trial: Trial) -> _Ended:
+def _apart(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Ended:
     device = next(model.parameters()).device
     try:
         history = fit(model, task, trial.method, **trial.options, progress=False)
     except DivergedError as error:
         return _Ended(trial, device, reason=str(error))
-    return _judged(trial, model, task, history)
+    return _judged(work, trial, model, task, history)
 
 
-def _packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Ended]:
+def _packed(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Ended]:
     runs = [packed.Run(trial.method, trial.lr, trial.seed) for trial in trials]
     options = {name: value for name, value in trials[0].options.items() if name not in ("lr", "seed")}
     ended = []
@@ -400,16 +409,16 @@ def _packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Ende
             for name, layer in adapted_layers(student).items():
                 for part in layer.parts:
                     getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
-        ended.append(_judged(trial, student, task, result.history))
+        ended.append(_judged(work, trial, student, task, result.history))
     return ended
 
 
-def _judged(trial: Trial, model: nn.Module, task: Task, history: History) -> _Ended:
+def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Ended:
     device = next(model.parameters()).device
     loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples)
     if not math.isfinite(loss):
         return _Ended(trial, device, reason=f"The test loss is {loss} after the last step.")
-    return _Ended(trial, device, history, loss)
+    return _Ended(trial, device, history, loss, dict(work.judge(model, task)) if work.judge else None)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -462,8 +471,9 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         budget_bytes = free // 2 // workers
     widest = max(trials, key=lambda trial: trial.method.rank)
-    batch = task.train[torch.arange(widest.batch_size) % len(task.train)]
-    bill = predict(model, widest.method, batch=(batch.inputs, batch.targets), loss=task.loss, clip=widest.clip)
+    rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
+    batch = task.train.inputs[rows], task.train.targets[rows]  # with all padding: no batch is longer
+    bill = predict(model, widest.method, batch=batch, loss=task.loss, clip=widest.clip)
     shared = bill.parts.get("frozen weights", 0)
     return max(1, (budget_bytes - shared) // (bill.peak_bytes - shared))
 
@@ -471,13 +481,14 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
 # Files and the table
 
 
-def _stored(folder: Path | None, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """The results that the folder holds already, by key."""
+def _stored(folder: Path | None, trials: Sequence[Trial], judged: bool) -> dict[str, dict[str, Any]]:
+    """The results that the folder holds already, by key; only those with scores, if they are asked for."""
     if folder is None:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
-    return {key: _read(path) for key, path in paths.items() if path.is_file()}
+    found = {key: _read(path) for key, path in paths.items() if path.is_file()}
+    return {key: one for key, one in found.items() if one["scores"] or one["outcome"] == "failed" or not judged}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -491,7 +502,9 @@ def _read(path: Path) -> dict[str, Any]:
         result = read_json(path)
     except ValueError:
         raise ValueError(f"{path} is damaged: it is not JSON; {advice}.") from None
-    expected = {"schema", "key", "trial", "outcome", "reason", "history", "test_loss", "provenance"}
+    expected = {"schema", "key", "trial", "outcome", "reason", "history", "test_loss", "scores", "provenance"}
+    if isinstance(result, dict):
+        result.setdefault("scores", None)  # of before there were any
     if not isinstance(result, dict) or set(result) != expected or result["schema"] != SCHEMA:
         raise ValueError(f"{path} is not a result in this version's format (schema {SCHEMA}); {advice}.")
     try:
@@ -508,8 +521,10 @@ def _frame(results: Sequence[dict[str, Any]]):
     import pandas
 
     rows = [row for result in results for row in _rows(result)]
-    first, last = ["key", "method", "rank", "alpha"], [*OUTCOME, *PROVENANCE]
-    between = list(dict.fromkeys(name for row in rows for name in row if name not in (*first, *last)))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    scores = [name for name in names if name.startswith(SCORE)]
+    first, last = ["key", "method", "rank", "alpha"], [*OUTCOME, *scores, *PROVENANCE]
+    between = [name for name in names if name not in (*first, *last)]
     frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
     numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
     frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials: what one lacks is NaN
@@ -527,12 +542,14 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if result["outcome"] == "failed":
         yield fixed
         return
-    history, seconds = result["history"], 0.0
-    for row in history["rows"]:
+    history, seconds = History(**result["history"]), 0.0
+    gaps = dict(zip(*history.curve("gap"), strict=True))
+    last = {"test_loss": result["test_loss"]} | {f"{SCORE}{k}": v for k, v in (result["scores"] or {}).items()}
+    for row in history.rows:
         seconds += row["seconds"]
         if row["validation_loss"] is not None:
-            losses = {name: row[name] for name in LOSSES[:3]}
-            yield {**fixed, "step": row["step"], **losses, "seconds": seconds} | {
-                "test_loss": result["test_loss"] if row is history["rows"][-1] else None,
-                "trainable_parameters": history["trainable_parameters"],
+            losses = {name: row[name] for name in LOSSES[:3]} | {"gap": gaps.get(row["step"])}
+            at_end = last if row is history.rows[-1] else {}
+            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end} | {
+                "trainable_parameters": history.trainable_parameters,
             }

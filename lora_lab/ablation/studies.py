@@ -122,6 +122,12 @@ def language_model(device: torch.device | None = None) -> nn.Module:
     return load_pretrained(SMOLLM2, device=device)[0]
 
 
-def manual(seq_len: int) -> Task:
-    """The task "docs" for that model."""
-    return tasks.docs(load_pretrained(SMOLLM2)[1], seq_len)
+def manual(seq_len: int, n_train: int | None = None, seed: int | None = None) -> Task:
+    """The task "docs" for that model; with ``n_train`` only so many training examples, drawn by the seed."""
+    task = tasks.docs(load_pretrained(SMOLLM2)[1], seq_len)
+    return task if n_train is None else task.limited(n_train, seed)
+
+
+def processes(device: torch.device) -> int:
+    """How many trials of the language model run at a time: two on a CPU, each with one thread; one on a GPU."""
+    return 1 if device.type == "cuda" else 2

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.ablation.run import OUTCOME, PROVENANCE
+from lora_lab.ablation.run import OUTCOME, PROVENANCE, SCORE
 
 if TYPE_CHECKING:
     import pandas
@@ -178,7 +178,7 @@ def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     of_method = with_ranks[with_ranks["method"] == method]
     rows = of_method[(of_method["outcome"] == "failed") | (of_method["step"] == of_method["steps"])]
-    for name in [name for name in rows if name not in _MAY_VARY]:
+    for name in [name for name in rows if name not in _MAY_VARY and not name.startswith(SCORE)]:
         _one_value(rows, name, "")
     if "alpha" in rows:
         for rank, own in rows.groupby("rank"):

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from lora_lab.tasks.base import Examples
 from lora_lab.tasks.pairs import PARTS, Chatter, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
@@ -203,7 +202,6 @@ def _task(tokenizer: Chatter, pairs: Sequence[Pair], name: str, max_tokens: int,
         examples, own = whole.parts[part], whole.pairs[part]
         ends = (examples.targets != -100).int().cumsum(1).argmax(1) + 1  # (n,)
         rows = (ends < max_tokens).nonzero()[:, 0]  # (kept,)
-        length = int(ends[rows].max())
-        kept[part] = Examples(examples.inputs[rows, :length], examples.targets[rows, :length])
+        kept[part] = examples[rows]
         whole.pairs[part][:] = [own[row] for row in rows]
     return replace(whole, **kept)
