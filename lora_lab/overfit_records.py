@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ import torch
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning import measures, tuned
-from lora_lab.ablation.run import ablate
+from lora_lab.ablation.learning import by_size
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.recording import random_model
 from lora_lab.records import plain
@@ -129,28 +127,18 @@ def overfitting(device: torch.device, folder: str | Path = FOLDER) -> Iterator[d
     own = plan(device)
     count = sum(len(lrs) + own.seeds - 1 for lrs in own.lrs.values()) * len(own.sizes)
     print(f"Planned: {count} trials, about {planned_hours(device)} hours.", flush=True)
-    for size in own.sizes:
-        tuning = {way: [own.trial(way, lr, 0, size) for lr in lrs] for way, lrs in own.lrs.items()}
-        frame = _run(own, tuning, size, 0, device, folder)
-        yield from _rows(frame)
-        best = {row["way"]: row["lr"] for row in tuned(measures(frame)).to_dict("records")}
-        for seed in range(1, own.seeds):
-            trials = {way: [own.trial(way, best[way], seed, size)] for way in own.lrs if way in best}
-            yield from _rows(_run(own, trials, size, seed, device, folder))
-
-
-def _run(own: Plan, trials: Mapping[str, list[Trial]], size: int, seed: int, device: torch.device, folder: str | Path):
-    """The table of the trials of one size and seed, with the columns "way" and "n_train"."""
-    make, _ = studies.study("docs", own.seq_len, device)
-    task = partial(studies.manual, own.seq_len, size, seed)
-    frame = ablate(make, task, [*chain.from_iterable(trials.values())], folder, n_jobs=studies.processes(device))
-    identity = frame["task"].iloc[0], frame["model"].iloc[0]
-    way_of = {trial.bound(*identity).key: way for way, group in trials.items() for trial in group}
-    return frame.assign(way=frame["key"].map(way_of), n_train=size)
-
-
-def _rows(frame) -> Iterator[dict[str, Any]]:
-    return map(plain, frame[list(_COLUMNS)].to_dict("records"))
+    frames = by_size(
+        partial(studies.language_model, device),
+        lambda size, seed: partial(studies.manual, own.seq_len, size, seed),
+        own.trial,
+        own.lrs,
+        own.sizes,
+        range(own.seeds),
+        folder,
+        n_jobs=studies.processes(device),
+    )
+    for frame in frames:
+        yield from map(plain, frame[list(_COLUMNS)].to_dict("records"))
 
 
 def line(row: dict[str, Any]) -> str | None:

@@ -284,6 +284,53 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
     return _legend_beside(ax)
 
 
+def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
+    """From the start, how each way's validation loss falls while its off-domain loss rises: mean over seeds.
+
+    A filled marker is where early stopping stops (at the mean of its steps), a hollow one the last step.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.learning.measures`, of one size of the training set.
+        best: the trials to draw, as :func:`lora_lab.ablation.learning.tuned` returns them.
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (way, trials) in enumerate(best.groupby("way", sort=False)):
+        own = frame[(frame.way == way) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
+        mean = own.groupby("step")[["validation_loss", "off_domain_loss"]].mean()
+        forgotten = mean.off_domain_loss - mean.off_domain_loss.iloc[0]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        line = LINES[i % len(LINES)]
+        ax.plot(forgotten, mean.validation_loss, line, color=style["color"], linewidth=1.2)
+        stop = int(np.abs(mean.index - trials.best_step.mean()).argmin())
+        ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=way, linestyle=line, **style)
+        ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **style)
+    ax.set_xlabel("rise of the off-domain loss (forgetting)")
+    ax.set_ylabel("validation loss (learning)")
+    return _legend_beside(ax)
+
+
+def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
+    """A number against the size of the training set, a line for each way: mean over seeds, least and most.
+
+    Args:
+        table: what :func:`lora_lab.ablation.learning.compared` returns, with sizes.
+        ylabel: what was compared, with its unit.
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (way, rows) in enumerate(table.groupby("way", sort=False)):
+        reach = [rows["mean"] - rows.least, rows.most - rows["mean"]]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
+        shifted = rows.n_train * 1.06**i  # so that bars do not hide each other
+        ax.errorbar(shifted, rows["mean"], reach, linestyle=LINES[i % len(LINES)], label=way, **style)
+    sizes = sorted(table.n_train.unique())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    ax.minorticks_off()
+    ax.set_xlabel("training examples")
+    ax.set_ylabel(ylabel)
+    return _legend_beside(ax)
+
+
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
     """A statistic of :func:`lora_lab.spectra.report` over the depth, a line for each kind of layer, and its null.
 

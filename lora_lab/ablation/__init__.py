@@ -7,6 +7,7 @@ In reading order:
     run       run trials here, in processes or on a cluster; stop and go on; the table of results
     studies   models and tasks to begin with
     verdict   the smallest rank that is enough, or that more seeds are needed
+    learning  what was learned, overfitted and forgotten, read off the curves
 """
 
 from lora_lab.ablation.grid import Grid, Trial

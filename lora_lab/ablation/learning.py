@@ -1,12 +1,13 @@
 """What curves tell of learning, overfitting and forgetting: where early stopping would have stopped, and at what price.
 
+    frame = pandas.concat(by_size(...))     # ways x sizes of the training set x rates on one seed, then all seeds
     found = measures(frame)                 # one row a trial: what it learned, lost again, and forgot
     best = tuned(found)                     # each way to train at its own best rate
     compared(best, "overfit")               # against full fine-tuning, paired by seed
     equal = at_equal_learning(frame, best)  # what each had forgotten when all had learned as much
 
-A frame is what :func:`lora_lab.ablation.ablate` returns, with one column more: ``way``, a name for how it was trained
-(see :func:`ways`). With a column ``n_train`` as well, all is done for each size of the training set by itself.
+A frame is what :func:`lora_lab.ablation.ablate` returns, with one column more: ``way``, a name for how it was trained.
+With a column ``n_train`` as well, all is done for each size of the training set by itself.
 
 To stop early is not another run: a run that was evaluated often holds every shorter one, where the rate does not
 depend on the number of steps (``schedule="constant"``). The loss at the best evaluation is the lowest of several, so it
@@ -15,10 +16,18 @@ is a little too good; all ways have that in common.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.run import ablate
 from lora_lab.ablation.verdict import t_bounds
+from lora_lab.rehearse import Factory
+from lora_lab.tasks.base import Task
 
 if TYPE_CHECKING:
     import pandas
@@ -26,13 +35,43 @@ if TYPE_CHECKING:
 _NEEDED = ("way", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap")
 
 
-def ways(frame: pandas.DataFrame) -> pandas.Series:
-    """A name for how each row was trained: method, rank and weight decay."""
-    names = frame["method"].astype(str)
-    ranked = frame["rank"].notna()
-    names = names.where(~ranked, names + frame["rank"].map(" r={:g}".format))
-    decays = frame["weight_decay"] > 0
-    return names.where(~decays, names + frame["weight_decay"].map(", decay {:g}".format))
+def by_size(
+    model_factory: nn.Module | Factory,
+    task_of: Callable[[int, int], Task | Callable[[], Task]],
+    trial_of: Callable[[str, float, int, int], Trial],
+    lrs: Mapping[str, Sequence[float]],
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    **options: Any,
+) -> Iterator[pandas.DataFrame]:
+    """For each size of the training set choose each way's learning rate on the first seed, and run all seeds at it.
+
+    A way of which every rate fails on the first seed is not run on the others.
+
+    Args:
+        model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
+        trial_of: (way, lr, seed, size) -> the trial.
+        lrs: the rates that each way tries.
+
+    Yields:
+        A frame with the columns ``way`` and ``n_train`` for each size and seed, in this order, as it is done.
+    """
+    for size in sizes:
+        chosen = lrs
+        for place, seed in enumerate(seeds):
+            trials = {way: [trial_of(way, lr, seed, size) for lr in rates] for way, rates in chosen.items()}
+            every = [*chain.from_iterable(trials.values())]
+            frame = ablate(model_factory, task_of(size, seed), every, folder, **options)
+            identity = {"task": frame["task"].iloc[0], "model": frame["model"].iloc[0]}
+            way_of = {trial.bound(**identity).key: way for way, group in trials.items() for trial in group}
+            frame = frame.assign(way=frame["key"].map(way_of), n_train=size)
+            yield frame
+            if place == 0:
+                if not (frame["outcome"] == "done").any():
+                    break
+                chosen = {row["way"]: (row["lr"],) for row in tuned(measures(frame)).to_dict("records")}
 
 
 def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -52,7 +91,7 @@ def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
     if missing := [name for name in _NEEDED if name not in frame]:
         raise ValueError(f"The frame lacks the columns {missing}; give what ablate returns, with a column 'way'.")
     by, rows = _identity(frame), []
-    for values, curve in frame[frame["outcome"] == "done"].groupby(by):
+    for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
         curve = curve.sort_values("step")
         first, last = curve.iloc[0], curve.iloc[-1]
         if first["step"] != 0 or curve["step"].duplicated().any():
@@ -88,8 +127,8 @@ def tuned(found: pandas.DataFrame) -> pandas.DataFrame:
     """
     import pandas
 
-    parts = []
-    for values, own in found.groupby([name for name in _identity(found) if name not in ("lr", "seed")]):
+    parts, shared = [], [name for name in _identity(found) if name not in ("lr", "seed")]
+    for values, own in found.groupby(shared, sort=False):
         table = own.pivot(index="seed", columns="lr", values="best_loss").dropna()
         if table.empty:
             raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
@@ -122,7 +161,7 @@ def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pa
     rows = []
     for size, own in best.groupby("n_train") if "n_train" in best else [(None, best)]:
         table = own.pivot(index="seed", columns="way", values=column)
-        for way in table:
+        for way in dict.fromkeys(own["way"]):
             values = table[way].dropna()
             row = {} if size is None else {"n_train": size}
             row |= {

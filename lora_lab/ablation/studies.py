@@ -108,10 +108,22 @@ def grid(
 
 
 @cache
-def reader() -> nn.Module:
-    """A small net that has learned the digits as they are, in about a second; the same on every call."""
+def reader(n_train: int = 500) -> nn.Module:
+    """A small net that has learned the digits as they are, in about a second; the same on every call.
+
+    Args:
+        n_train: as for :func:`lora_lab.tasks.digits`: which digits those are.
+    """
     model = DigitsMLP()
-    fit(model, tasks.digits("pretrain"), FullFineTuning(), steps=300, lr=3e-3, batch_size=32, progress=False)
+    fit(
+        model,
+        tasks.digits("pretrain", n_train=n_train),
+        FullFineTuning(),
+        steps=300,
+        lr=3e-3,
+        batch_size=32,
+        progress=False,
+    )
     fresh = DigitsMLP()
     fresh.load_state_dict(model.state_dict())  # without the mark of the method that trained it
     return fresh
