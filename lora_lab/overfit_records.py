@@ -39,7 +39,7 @@ WAYS: dict[str, Method] = {
 }
 _COLUMNS = (
     *("n_train", "way", "lr", "seed", "steps", "outcome", "reason", "step"),
-    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters"),
+    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
 )
 
 
@@ -119,7 +119,7 @@ def planned_hours(device: torch.device) -> float:
 
 
 def overfitting(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The rows of a record: one for each trial and evaluation.
+    """The rows of a record: one for each trial and evaluation, with the commit of the code that ran it.
 
     Args:
         folder: keeps the trials, from where a stopped run goes on.

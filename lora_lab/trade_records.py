@@ -1,8 +1,9 @@
 """What ``lora-lab record trades`` runs on the real model: can it learn a trade, and how good is it then?
 
 Sentiment, summaries, translation and a style, each by full fine-tuning and by LoRA at its own learning rate (chosen by
-validation loss on one seed), with three seeds; beside them the model as it is (zero-shot), and answers that take no
-model (trivial). Scores are on the whole test part.
+validation loss on one seed), with three seeds; beside them the model as it is (zero-shot), answers that take no model
+(trivial), and for sentiment a model of the same shape that was never trained before (scratch). Scores are on the whole
+test part.
 
 On two cores it takes hours; a stopped run goes on where it was. On a GPU there are more steps, seeds and languages.
 """
@@ -31,7 +32,9 @@ from lora_lab.tasks.trades import style
 from lora_lab.train import evaluate
 
 FOLDER = Path("runs/record-trades")  # where a stopped run goes on
-WAYS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16)}
+SCRATCH = "scratch"
+WAYS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
+FROM_SCRATCH = ("sentiment",)  # tasks that are learned from scratch as well
 SHOWN = 3  # answers of each way that are kept
 _LOSSES = ("validation_loss", "off_domain_loss", "test_loss")
 
@@ -58,9 +61,11 @@ def plan(device: torch.device) -> Plan:
     if device.type == "cuda":
         steps = {"sentiment": 207, "summarise": 226, "style": 81, "style-plain": 81}
         steps |= {f"translate-{language}": 279 for language in ("fr", "de", "es")}
-        return Plan(steps, {"full": (1e-5, 3e-5, 1e-4, 3e-4), "LoRA r=8": (2e-4, 6e-4, 2e-3, 6e-3)}, 5, 8, 128)
+        rates = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "LoRA r=8": (2e-4, 6e-4, 2e-3, 6e-3)}
+        return Plan(steps, {**rates, SCRATCH: (1e-4, 3e-4, 1e-3, 3e-3)}, 5, 8, 128)
     steps = {"sentiment": 50, "translate-fr": 50, "style": 27, "summarise": 25}
-    return Plan(steps, {"full": (3e-5, 1e-4, 3e-4), "LoRA r=8": (6e-4, 2e-3, 6e-3)}, 3, 8, 32)
+    rates = {"full": (3e-5, 1e-4, 3e-4), "LoRA r=8": (6e-4, 2e-3, 6e-3), SCRATCH: (1e-4, 3e-4, 1e-3)}
+    return Plan(steps, rates, 3, 8, 32)
 
 
 def settings(device: torch.device) -> dict[str, Any]:
@@ -73,9 +78,9 @@ def settings(device: torch.device) -> dict[str, Any]:
 def trades(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
     """The rows of a record; ``about`` says what a row is of.
 
-    "task": what it is, and how large. "result": losses and scores of one way and seed at its chosen rate; the ways
-    "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that were not chosen. "answer": what a way
-    said to a prompt of the test part, after training with seed 0.
+    "task": what it is, and how large. "result": losses and scores of one way and seed at its chosen rate, and the commit
+    of the code that ran; the ways "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that were not
+    chosen. "answer": what a way said to a prompt of the test part, after training with seed 0.
 
     Args:
         folder: keeps the trials, from where a stopped run goes on.
@@ -137,28 +142,41 @@ def _zero_shot(own: Plan, data: PairTask, device: torch.device) -> dict[str, Any
 
 def _trained(own: Plan, name: str, data: PairTask, device: torch.device, folder: str | Path) -> Iterator[dict]:
     """All trials: the rates on seed 0, and the best one of each way on the other seeds."""
-    make = partial(studies.language_model, device)
-
-    def run(chosen: Mapping[str, tuple[float, ...]], seeds: range):
-        trials = {(w, lr, s): own.trial(name, w, lr, s) for w, rates in chosen.items() for lr in rates for s in seeds}
-        n_jobs = studies.processes(device)
-        frame = ablate(make, partial(task, name), list(trials.values()), folder, n_jobs=n_jobs, judge=judge)
-        ways = {method.name: way for way, method in WAYS.items()}
-        return frame[(frame.step == frame.steps) | (frame.outcome == "failed")].assign(way=frame["method"].map(ways))
-
-    tried = run(own.lrs, range(1))
-    done = tried[tried.outcome == "done"]
-    best = {way: (rows.loc[rows.validation_loss.idxmin()].lr,) for way, rows in done.groupby("way")}
-    for row in tried.to_dict("records"):
-        chosen = row["lr"] in best.get(row["way"], ())
-        yield from _told(_row(row, name, "result" if chosen else "tuning"), data)
-    for row in run(best, range(1, own.seeds)).to_dict("records"):
+    lrs = {way: rates for way, rates in own.lrs.items() if way != SCRATCH or name in FROM_SCRATCH}
+    tried = _run(own, name, lrs, range(1), device, folder)
+    done = [row for row in tried if row["outcome"] == "done"]
+    best: dict[str, tuple[float, ...]] = {}
+    for way in lrs:
+        losses = {row["lr"]: row["validation_loss"] for row in done if row["way"] == way}
+        if losses:
+            best[way] = (min(losses, key=losses.get),)
+    for row in tried:
+        yield from _told(_row(row, name, "result" if row["lr"] in best.get(row["way"], ()) else "tuning"), data)
+    for row in _run(own, name, best, range(1, own.seeds), device, folder):
         yield from _told(_row(row, name, "result"), data)
+
+
+def _run(
+    own: Plan, name: str, lrs: Mapping[str, tuple[float, ...]], seeds: range, device: torch.device, folder: str | Path
+) -> list[dict[str, Any]]:
+    """The last row of each trial in the table, with its way; trials from scratch start from another model."""
+    found = []
+    for scratch in (False, True):
+        ways = [way for way in lrs if (way == SCRATCH) == scratch]
+        trials = [own.trial(name, way, lr, seed) for way in ways for lr in lrs[way] for seed in seeds]
+        if trials:
+            make = partial(studies.newborn if scratch else studies.language_model, device)
+            options = {"n_jobs": studies.processes(device), "judge": judge}
+            frame = ablate(make, partial(task, name), trials, folder, **options)
+            last = frame[(frame.step == frame.steps) | (frame.outcome == "failed")]
+            names = {WAYS[way].name: way for way in ways}
+            found += last.assign(way=last["method"].map(names)).to_dict("records")
+    return found
 
 
 def _row(row: Mapping[str, Any], name: str, about: str) -> dict[str, Any]:
     """A trial's last row of the table as a record's."""
-    kept = ("way", "lr", "seed", "outcome", "reason", *_LOSSES, "trainable_parameters")
+    kept = ("way", "lr", "seed", "outcome", "reason", *_LOSSES, "trainable_parameters", "commit")
     found = {key.removeprefix(SCORE): value for key, value in row.items() if key.startswith(SCORE)}
     return plain({"about": about, "task": name} | {key: row[key] for key in kept} | found)
 

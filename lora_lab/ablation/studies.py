@@ -19,6 +19,7 @@ from lora_lab import tasks
 from lora_lab.ablation.grid import Grid
 from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.tasks.base import Task
 from lora_lab.train import fit
@@ -132,6 +133,12 @@ def reader(n_train: int = 500) -> nn.Module:
 def language_model(device: torch.device | None = None) -> nn.Module:
     """SmolLM2-135M-Instruct, loaded anew, on the best device there is if none is given."""
     return load_pretrained(SMOLLM2, device=device)[0]
+
+
+def newborn(device: torch.device | None = None) -> nn.Module:
+    """A model of the same shape that has learned nothing: random weights, the same on every call."""
+    model = language_model(device)
+    return Llama(model.config, seed=0).to(next(model.parameters()).device)
 
 
 def manual(seq_len: int, n_train: int | None = None, seed: int | None = None) -> Task:
