@@ -78,9 +78,9 @@ def settings(device: torch.device) -> dict[str, Any]:
 def trades(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
     """The rows of a record; ``about`` says what a row is of.
 
-    "task": what it is, and how large. "result": losses and scores of one way and seed at its chosen rate, and the commit
-    of the code that ran; the ways "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that were not
-    chosen. "answer": what a way said to a prompt of the test part, after training with seed 0.
+    "task": what it is, and how large. "result": losses and scores of one way and seed at its chosen rate, with the
+    commit of the code that ran; the ways "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that
+    were not chosen. "answer": what a way said to a prompt of the test part, after training with seed 0.
 
     Args:
         folder: keeps the trials, from where a stopped run goes on.

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -64,31 +65,45 @@ def answers(
     return said
 
 
-def _continued(model: Llama, prompts: Sequence[list[int]], max_new_tokens: int, task: PairTask) -> list[list[int]]:
-    """The likeliest tokens after each prompt, up to the end of the turn."""
-    device, stop = next(model.parameters()).device, task.tokenizer.eos_id
-    longest = max(map(len, prompts))
-    # On the left, so that all prompts end at the same place; turns of an angle there do not matter, for rotary
+def _read(model: Llama, prompts: Sequence[list[int]], stop: int | None) -> tuple[Tensor, Tensor, KeyValueCache]:
+    """Read prompts side by side: the hidden state after each, which tokens are real, and what the model remembers."""
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    # Padded on the left, so that all prompts end at the same place; turns of an angle there do not matter, for rotary
     # positions count differences only.
     rows = [[stop or 0] * (longest - len(ids)) + ids for ids in prompts]
-    fresh = torch.tensor(rows, device=device)  # (16, length), then (16, 1)
-    seen = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)  # (16, length)
-    written: list[Tensor] = []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (16,)
-    cache, training = KeyValueCache(), model.training
+    real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    seen, cache = torch.tensor(real, device=device), KeyValueCache()  # (16, length)
+    hidden = model.model(torch.tensor(rows, device=device), seen, cache)[:, -1]  # (16, 576)
+    return hidden, seen, cache
+
+
+@contextmanager
+def _evaluating(model: Llama) -> Iterator[None]:
+    training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            hidden = model.model(fresh, seen, cache)[:, -1]  # (16, 576)
+        yield
+    finally:
+        model.train(training)
+
+
+def _continued(model: Llama, prompts: Sequence[list[int]], max_new_tokens: int, task: PairTask) -> list[list[int]]:
+    """The likeliest tokens after each prompt, up to the end of the turn."""
+    stop = task.tokenizer.eos_id
+    written: list[Tensor] = []
+    with _evaluating(model):
+        hidden, seen, cache = _read(model, prompts, stop)  # (16, 576), (16, length)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=hidden.device)  # (16,)
+        while True:
             token = model.lm_head(hidden).argmax(-1)  # (16,)
             done |= token == stop
             if bool(done.all()):
                 break
             written.append(token.where(~done, -1))
-            fresh = token[:, None]  # (16, 1)
+            if len(written) == max_new_tokens:
+                break
             seen = F.pad(seen, (0, 1), value=1)  # (16, length + 1)
-    finally:
-        model.train(training)
+            hidden = model.model(token[:, None], seen, cache)[:, -1]  # (16, 576)
     columns = torch.stack(written, 1).tolist() if written else [[]] * len(prompts)
     return [[token for token in row if token >= 0] for row in columns]
 
@@ -100,24 +115,31 @@ def classes(task: PairTask) -> list[str]:
 
 @torch.no_grad()
 def choices(model: Llama, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int) -> list[str]:
-    """For each prompt the label that the model holds likeliest, all of its tokens together."""
-    device, training = next(model.parameters()).device, model.training
-    rows = [encode(task.tokenizer, Pair(pair.prompt, label)) for pair in pairs for label in labels]
-    found: list[float] = []
-    model.eval()
-    try:
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            length = max(len(inputs) for inputs, _ in part)
-            inputs = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids, _ in part], device=device)
-            targets = torch.tensor([[*t, *[IGNORE] * (length - len(t))] for _, t in part], device=device)
-            logits = model(inputs).float()  # (16, length, vocabulary)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-            found += losses.view(targets.shape).sum(1).tolist()  # (16,)
-    finally:
-        model.train(training)
-    table = torch.tensor(found).view(len(pairs), len(labels))  # (n, classes)
-    return [labels[i] for i in table.argmin(1).tolist()]
+    """For each prompt the label that the model holds likeliest, all of its tokens together; prompts are read once."""
+    tokens = {}
+    for label in labels:
+        _, targets = encode(task.tokenizer, Pair(pairs[0].prompt, label))
+        tokens[label] = [token for token in targets if token != IGNORE]
+    prompts, found = [task.prompt_ids(pair) for pair in pairs], []
+    with _evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            hidden, seen, cache = _read(model, prompts[start : start + batch_size], task.tokenizer.eos_id)
+            scores = [_log_likelihood(model, tokens[label], hidden, seen, cache) for label in labels]  # (16,) each
+            found += torch.stack(scores, 1).argmax(1).tolist()  # (16,)
+    return [labels[i] for i in found]
+
+
+def _log_likelihood(model: Llama, answer: list[int], hidden: Tensor, seen: Tensor, cache: KeyValueCache) -> Tensor:
+    """Of one answer after each prompt, in nats; the cache is left as it is."""
+    states = hidden[:, None]  # (16, 1, 576)
+    if len(answer) > 1:
+        own = KeyValueCache()
+        own.layers = dict(cache.layers)
+        inputs = torch.tensor(answer[:-1], device=hidden.device).expand(len(hidden), -1)  # (16, n - 1)
+        later = model.model(inputs, F.pad(seen, (0, len(answer) - 1), value=1), own)  # (16, n - 1, 576)
+        states = torch.cat([states, later], 1)  # (16, n, 576)
+    found = model.lm_head(states).float().log_softmax(-1)  # (16, n, vocabulary)
+    return found[:, range(len(answer)), answer].sum(1)  # (16,)
 
 
 # Judging
