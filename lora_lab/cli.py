@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"lora-lab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -59,7 +59,9 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         "finetune", help="teach a model a trade, or your own data, and judge it before and after"
     )
     tune.add_argument(
-        "--task", required=True, help="summarise, translate-fr (-de, -es), sentiment, style, docs; or a .jsonl or .txt"
+        "--task",
+        required=True,
+        help="summarise, translate-fr (-de, -es), sentiment, tweets, style, docs; or a .jsonl or .txt",
     )
     tune.add_argument("--method", default="lora", help="lora (default), rslora, lora+, lora-fa, pissa, dora, full")
     tune.add_argument("--rank", type=int, default=8, help="default 8")

@@ -21,7 +21,7 @@ from lora_lab.tasks.base import Task
 from lora_lab.tasks.manual import docs
 from lora_lab.tasks.pairs import Chatter, PairTask, from_jsonl, from_text
 from lora_lab.tasks.scores import METRICS, answers, score, trivial
-from lora_lab.tasks.trades import LANGUAGES, sentiment, style, summarise, translate
+from lora_lab.tasks.trades import LANGUAGES, sentiment, style, summarise, translate, tweets
 from lora_lab.train import evaluate, fit
 
 METHODS = {kind.name: kind for kind in (FullFineTuning, LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
@@ -30,6 +30,7 @@ TASKS: dict[str, Callable[[Chatter], Task]] = {
     "summarise": summarise,
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
     "sentiment": sentiment,
+    "tweets": tweets,
     "style": style,
     "style-plain": partial(style, told="plain"),
 }

@@ -12,7 +12,7 @@ generated. The modules in reading order:
     nets      digits, planted: for small nets
     manual    docs: next tokens of Python's manual
     pairs     questions and answers: your own, from_pairs, from_jsonl, from_text
-    trades    summarise, translate, sentiment, style
+    trades    summarise, translate, sentiment, style; tweets, an optional extra
     scores    what a person understands: answers, metrics, baselines
 """
 
@@ -20,7 +20,7 @@ from lora_lab.tasks.base import IGNORE, Encoder, Examples, Loss, Task, cross_ent
 from lora_lab.tasks.manual import docs
 from lora_lab.tasks.nets import digits, planted
 from lora_lab.tasks.pairs import Pair, PairTask, from_jsonl, from_pairs, from_text
-from lora_lab.tasks.trades import sentiment, style, summarise, translate
+from lora_lab.tasks.trades import sentiment, style, summarise, translate, tweets
 
 __all__ = [
     "IGNORE",
@@ -42,4 +42,5 @@ __all__ = [
     "style",
     "summarise",
     "translate",
+    "tweets",
 ]

