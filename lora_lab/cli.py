@@ -346,6 +346,7 @@ def _record(options: argparse.Namespace) -> None:
     else:
         maker = importlib.import_module(_RECORDS[options.what])
         found, settings, line = getattr(maker, options.what)(device), maker.settings(device), maker.line
+    records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # wrong? said before the hours
     rows = []
     for row in found:
         rows.append(row)

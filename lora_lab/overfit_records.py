@@ -87,7 +87,7 @@ def settings(device: torch.device) -> dict[str, Any]:
     return {
         "study": "docs",
         "sizes": list(own.sizes),
-        "ways": {way: {"lrs": list(lrs), **WAYS[way].settings()} for way, lrs in own.lrs.items()},
+        "ways": {way: {"lrs": list(lrs), **_plain_method(own, way)} for way, lrs in own.lrs.items()},
         "seeds": own.seeds,
         "epochs": own.epochs,
         "batch_size": own.batch_size,
@@ -96,6 +96,10 @@ def settings(device: torch.device) -> dict[str, Any]:
         "schedule": "constant, after a warm-up of one epoch",
         "planned_hours": planned_hours(device),
     }
+
+
+def _plain_method(own: Plan, way: str) -> dict[str, Any]:
+    return own.trial(way, own.lrs[way][0], 0, own.sizes[0]).to_dict()["method"]
 
 
 @cache

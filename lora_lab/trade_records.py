@@ -70,9 +70,10 @@ def plan(device: torch.device) -> Plan:
 
 def settings(device: torch.device) -> dict[str, Any]:
     """What a record says of how its rows were made."""
-    own = asdict(plan(device))
-    own["lrs"] = {way: list(rates) for way, rates in own["lrs"].items()}
-    return {**own, "ways": {way: method.settings() for way, method in WAYS.items()}}
+    own = plan(device)
+    first = next(iter(own.steps))
+    ways = {way: own.trial(first, way, rates[0], 0).to_dict()["method"] for way, rates in own.lrs.items()}
+    return {**asdict(own), "lrs": {way: list(rates) for way, rates in own.lrs.items()}, "ways": ways}
 
 
 def trades(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:

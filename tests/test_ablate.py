@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab import DoRA, FullFineTuning, LoRA, fit
-from lora_lab.ablation import packed, run
+from lora_lab.ablation import packed, run, summary
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.run import ablate, fingerprint, load
 from lora_lab.models.digits import DigitsMLP
@@ -178,6 +178,167 @@ def test_the_bar_counts_trials_and_starts_at_what_is_there(tmp_path, monkeypatch
     assert [bar.total for bar in bars] == [2, 4]
     assert bars[1].n == 4
     assert "2/4" in capsys.readouterr().err
+
+
+def test_the_gap_is_that_of_a_fit_with_the_same_settings():
+    frame = apart(grid(ranks=(3,), seeds=(5,), methods=[LoRA(), FullFineTuning()], eval_every=3, steps=7))
+    for method in (LoRA(3, 6), FullFineTuning()):
+        history = fit(MODEL(), small_task(), method, steps=7, lr=0.01, batch_size=4, seed=5, eval_every=3)
+        table = history.frame().set_index("step")
+        own = frame[frame.method == method.name].set_index("step")
+        assert own.index.tolist() == [0, 3, 6, 7]
+        assert math.isnan(own.gap[0])
+        for end, steps in ((3, [1, 2, 3]), (6, [4, 5, 6]), (7, [7])):
+            expected = table.validation_loss[end] - table.train_loss[steps].mean()
+            assert own.gap[end] == pytest.approx(expected, rel=1e-12)
+            if end > 3:  # it is not the mean over all steps
+                assert own.gap[end] != pytest.approx(
+                    table.validation_loss[end] - table.train_loss[:end].mean(), rel=1e-6
+                )
+    assert frame.gap.dropna().nunique() == 6
+
+
+# What the caller's judge says
+
+
+def told(model, task):
+    """A judge: a number and a text that tell models apart."""
+    with torch.no_grad():
+        said = model(task.test.inputs)  # (5, 10)
+    return {"total": float(said.double().sum()), "classes": " ".join(map(str, said.argmax(1).tolist()))}
+
+
+def by_hand(trial, model=MODEL, task=None):
+    """What the judge says of the trial's model, trained here."""
+    net, task = model(), task or small_task()
+    fit(net, task, trial.method, **trial.options)
+    return told(net, task)
+
+
+def test_a_judges_scores_are_those_of_the_trained_model_and_stand_in_its_last_row():
+    trials = list(grid(ranks=(1, 3), lrs=(0.1,), eval_every=2))
+    frame = apart(trials, judge=told)
+    for trial in trials:
+        own = frame[(frame["rank"] == trial.method.rank) & (frame.seed == trial.seed)]
+        assert own.step.tolist() == [0, 2, 4, 6]
+        for name, expected in by_hand(trial).items():
+            assert own[f"score_{name}"].isna().tolist() == [True, True, True, False]
+            assert own[f"score_{name}"].iloc[-1] == expected
+    assert frame.score_total.dropna().nunique() == 4
+    assert told(MODEL(), small_task())["total"] not in set(frame.score_total)
+    columns = list(frame.columns)
+    assert columns[columns.index("trainable_parameters") :][:4] == [
+        "trainable_parameters",
+        "score_total",
+        "score_classes",
+        "engine",
+    ]
+
+
+def test_a_judge_changes_no_other_number_and_without_one_there_are_no_scores():
+    judged, plain = apart(grid(), judge=told), apart(grid())
+    assert [name for name in judged if name.startswith("score_")] == ["score_total", "score_classes"]
+    assert not [name for name in plain if name.startswith("score_")]
+    same(judged.drop(columns=["score_total", "score_classes"]), plain)
+
+
+def test_scores_are_kept_in_the_folder_and_read_again(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path, judge=told)
+    assert_frame_equal(load(tmp_path), frame, check_like=True)
+    last = frame[frame.step == frame.steps].set_index("key")
+    for path in tmp_path.glob("*.json"):
+        scores = json.loads(path.read_text())["scores"]
+        assert scores == {"total": last.score_total[path.stem], "classes": last.score_classes[path.stem]}
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path, judge=told), frame, check_like=True)
+    assert_frame_equal(apart(grid(), tmp_path), frame, check_like=True)  # who asks for none still sees what there is
+    assert called == []
+
+
+def test_stored_trials_without_scores_are_run_anew_when_a_judge_is_given_and_only_then(tmp_path, monkeypatch):
+    first = apart(grid(), tmp_path)
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path), first)
+    assert called == []
+    judged = apart(grid(ranks=(1,)), tmp_path, judge=told)
+    assert called == [(1, 0), (1, 1)]
+    apart(grid(ranks=(1, 3)), tmp_path, judge=told)
+    assert called == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    same(judged, apart(grid(ranks=(1,)), judge=told))
+    assert load(tmp_path).score_total.notna().sum() == 4
+
+
+def test_a_trial_that_failed_has_no_scores_and_is_not_run_again_for_them(tmp_path, monkeypatch):
+    trials = grid(ranks=(1,), lrs=(1e30, 0.01), seeds=(0,), warmup=0)
+    apart(trials, tmp_path)
+    called, judged = counting(monkeypatch), []
+    frame = apart(trials, tmp_path, judge=lambda model, task: judged.append(1) or told(model, task))
+    assert called == [(1, 0)]
+    assert len(judged) == 1
+    failed = frame[frame.outcome == "failed"]
+    assert failed.lr.tolist() == [1e30]
+    assert failed[["score_total", "score_classes"]].isna().all(axis=None)
+    assert frame[frame.step == 6].score_total.notna().tolist() == [True]
+    assert_frame_equal(apart(trials, tmp_path, judge=told), frame, check_like=True)
+    assert len(called) == 1
+
+
+def test_an_error_of_the_judge_stops_the_sweep_and_what_was_judged_is_kept(tmp_path):
+    def strict(model, task):
+        if len(list(tmp_path.glob("[!.]*.json"))) == 2:
+            raise ValueError("it says nothing at all")
+        return told(model, task)
+
+    with pytest.raises(ValueError, match="it says nothing at all"):
+        apart(grid(), tmp_path, judge=strict)
+    assert load(tmp_path).score_total.notna().sum() == 2
+
+
+def test_packs_are_judged_trial_by_trial_as_trials_run_apart(tmp_path):
+    def make():
+        return MODEL().double()
+
+    trials = grid(ranks=(1, 3), lrs=(0.1, 1e200), seeds=(0, 1), steps=20, warmup=0)
+    separate = apart(trials, task=double_task(), model=make, judge=told)
+    together = apart(trials, tmp_path, task=double_task(), model=make, engine="packed", judge=told)
+    assert set(together.engine) == {"pack of 8"}
+    np.testing.assert_allclose(together.score_total, separate.score_total, rtol=1e-9)
+    assert together.score_classes.fillna("").tolist() == separate.score_classes.fillna("").tolist()
+    assert together.score_total.dropna().nunique() == 4
+    for trial in trials:
+        if trial.lr < 1:
+            own = together[(together["rank"] == trial.method.rank) & (together.seed == trial.seed)]
+            assert own.score_total.dropna().tolist() == pytest.approx(
+                [by_hand(trial, make, double_task())["total"]], rel=1e-9
+            )
+    assert_frame_equal(load(tmp_path), together, check_like=True)
+
+
+def test_scores_are_no_settings_to_a_verdict():
+    frame = apart(grid(seeds=(0, 1, 2)), judge=told)
+    bare = frame.drop(columns=["score_total", "score_classes"])
+    assert summary(frame, margin=0.5) == summary(bare, margin=0.5)
+    with pytest.raises(ValueError, match="The frame mixes total "):
+        summary(frame.rename(columns={"score_total": "total"}), margin=0.5)
+
+
+def test_files_of_before_there_were_scores_are_still_read(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path)
+    for path in tmp_path.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert content.pop("scores") is None
+        path.write_text(json.dumps(content))
+    assert_frame_equal(load(tmp_path), frame)
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path), frame)
+    assert called == []
+    assert apart(grid(), tmp_path, judge=told).score_total.notna().sum() == 4
+    assert len(called) == 4
+    content = json.loads(path.read_text())
+    del content["test_loss"]  # what has always been there may not be missing
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not a result in this version's format"):
+        load(tmp_path)
 
 
 # The folder
@@ -425,6 +586,22 @@ def test_joblib_processes_give_the_same_numbers_as_this_one(tmp_path):
     assert list(tmp_path.glob("pid*"))
     with joblib.parallel_config(backend="loky", n_jobs=2):
         same(apart(trials, task=make), expected)
+
+
+def test_a_judge_goes_with_the_trials_to_other_processes(tmp_path):
+    here = os.getpid()
+
+    def elsewhere(model, task):
+        (tmp_path / f"pid{os.getpid()}").touch()
+        return told(model, task) | {"where": "here" if os.getpid() == here else "there"}
+
+    expected = apart(grid(), judge=elsewhere)
+    assert [path.name for path in tmp_path.glob("pid*")] == [f"pid{here}"]
+    assert set(expected.score_where.dropna()) == {"here"}
+    frame = apart(grid(), n_jobs=2, judge=elsewhere)
+    assert set(frame.score_where.dropna()) == {"there"}
+    same(frame.drop(columns="score_where"), expected.drop(columns="score_where"))
+    assert len(list(tmp_path.glob("pid*"))) > 1
 
 
 def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():

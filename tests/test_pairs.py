@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_lab import Llama, LoRA, fit
+from lora_lab import Llama, LoRA, evaluate, fit
+from lora_lab.ablation import run
+from lora_lab.ablation.grid import Trial
+from lora_lab.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import (
     IGNORE,
+    Examples,
     Pair,
     from_jsonl,
     from_pairs,
@@ -24,6 +28,7 @@ from lora_lab.tasks import (
     translate,
 )
 from lora_lab.tasks.base import cross_entropy
+from lora_lab.tasks.pairs import Padded
 from lora_lab.tasks.scores import METRICS, StyleJudge, answers, choices, classes, score, trivial
 
 TEMPLATE = (
@@ -111,6 +116,161 @@ def test_a_task_can_be_fitted_and_limited(chatter, model):
     history = fit(copy.deepcopy(model), task, LoRA(4, 8), steps=30, lr=3e-2, batch_size=8, progress=False)
     losses = history.curve("train_loss")[1]
     assert losses[-1] < losses[0] - 0.2
+
+
+# Batches as long as they need to be
+
+
+def padded(counted, length=9):
+    """Rows of which the targets at some places count."""
+    inputs = torch.arange(len(counted) * length).view(-1, length)
+    targets = torch.full_like(inputs, IGNORE)
+    for row, places in enumerate(counted):
+        targets[row, list(places)] = inputs[row, list(places)] + 100
+    return Padded(inputs, targets)
+
+
+def test_what_is_taken_of_padded_rows_is_as_long_as_its_longest_counted_row():
+    rows = padded([(1, 2), (2, 5), (0,), (3, 7)])
+    for chosen, length in (
+        (slice(0, 1), 3),
+        (slice(0, 2), 6),
+        (slice(2, 3), 1),
+        (slice(None), 8),
+        (torch.tensor([2, 0]), 3),
+        (torch.tensor([3, 3, 0]), 8),
+        (torch.tensor([False, True, True, False]), 6),
+    ):
+        taken = rows[chosen]
+        assert torch.equal(taken.inputs, rows.inputs[chosen][:, :length])
+        assert torch.equal(taken.targets, rows.targets[chosen][:, :length])
+        assert isinstance(taken, Padded)
+        plain = Examples(rows.inputs, rows.targets)[chosen]
+        assert plain.inputs.shape[1] == 9
+        assert (taken.targets != IGNORE).sum() == (plain.targets != IGNORE).sum()
+    assert rows.inputs.shape == (4, 9)  # they themselves stay as they are
+
+
+def test_a_part_of_a_part_is_cut_again_and_rows_where_nothing_counts_are_empty():
+    rows = padded([(1, 2), (2, 5), (), (3, 7)])
+    assert rows[1:][:1].inputs.shape == (1, 6)
+    assert rows[1:].inputs.shape == (3, 8)
+    assert rows[2:3].inputs.shape == rows[2:3].targets.shape == (1, 0)
+    assert len(rows[2:3]) == 1
+
+
+def unequal(count=40):
+    """Questions of very different lengths."""
+    return [Pair(f"{'very ' * (12 if i % 9 == 8 else i % 4)}{i}?", "yes" * (1 + i % 5)) for i in range(count)]
+
+
+def uncut(task):
+    """The same task, whose batches are all as long as the longest row."""
+    parts = {
+        part: Examples(task.parts[part].inputs, task.parts[part].targets) for part in ("train", "validation", "test")
+    }
+    return dataclasses.replace(task, **parts)
+
+
+def test_a_cut_batch_has_the_loss_and_the_gradients_of_the_whole_one(chatter, tiny_config):
+    net = Llama(tiny_config, seed=3).double()
+    task = from_pairs(chatter, unequal())
+    rows = (task.train.targets != IGNORE).int().cumsum(1).argmax(1).argsort()[:6]  # the shortest
+
+    def backward(examples, bend=lambda hidden: hidden):
+        class Bent(torch.nn.Module):
+            def forward(self, ids):
+                return net.lm_head(bend(net.model(ids)))
+
+        net.zero_grad()
+        loss = cross_entropy(Bent(), examples.inputs, examples.targets)
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in net.parameters()]
+
+    cut, whole = task.train[rows], uncut(task).train[rows]
+    assert cut.inputs.shape[1] < whole.inputs.shape[1] - 20
+    (loss, gradients), (expected, others) = backward(cut), backward(whole)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-2
+
+    def look_ahead(hidden):
+        return hidden + hidden.mean(1, keepdim=True)  # not causal: what is cut is seen
+
+    bent, other = backward(cut, look_ahead)[0], backward(whole, look_ahead)[0]
+    assert abs(float(bent - other)) > 1e-4
+
+
+def test_a_run_on_cut_batches_is_that_on_whole_ones_and_sees_fewer_tokens(chatter, tiny_config):
+    def run(task):
+        seen = []
+
+        def loss(model, inputs, targets):
+            seen.append(inputs.shape[1])
+            return cross_entropy(model, inputs, targets)
+
+        net = Llama(tiny_config, seed=3).double()
+        own = dataclasses.replace(task, loss=loss)
+        history = fit(net, own, LoRA(4, 8), steps=6, lr=1e-2, batch_size=4, eval_every=3, eval_examples=3)
+        columns = ("train_loss", "validation_loss", "grad_norm")
+        return [history.curve(name)[1] for name in columns], evaluate(net, own, "test"), seen
+
+    task = from_pairs(chatter, unequal())
+    (curves, test, seen), (expected, other, everything) = run(task), run(uncut(task))
+    for own, numbers in zip(curves, expected, strict=True):
+        assert own == pytest.approx(numbers, rel=1e-10)
+        assert len(set(own)) == len(own)
+    assert test == pytest.approx(other, rel=1e-10)
+    assert all(one <= most for one, most in zip(seen, everything, strict=True))
+    assert sum(seen) < 0.9 * sum(everything)
+
+
+def test_cutting_batches_changes_no_fingerprint(chatter):
+    task = from_pairs(chatter, unequal())
+    assert isinstance(task.train, Padded)
+    assert task.fingerprint == uncut(task).fingerprint
+    longest = int((task.train.targets != IGNORE).nonzero()[:, 1].max()) + 1
+    assert task.train.inputs.shape[1] == longest
+    shorter = dataclasses.replace(task, train=task.train[:1])
+    assert shorter.fingerprint != dataclasses.replace(uncut(task), train=uncut(task).train[:1]).fingerprint
+
+
+def test_a_limited_task_has_the_same_pairs_and_counted_targets_and_is_as_long_as_these(chatter):
+    task = from_pairs(chatter, unequal())
+    for n, seed in ((3, None), (5, 2), (5, 3)):
+        few = task.limited(n, seed)
+        rows = (
+            range(n)
+            if seed is None
+            else torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n].tolist()
+        )
+        ends = [int((task.train.targets[row] != IGNORE).nonzero()[-1]) + 1 for row in rows]
+        assert few.train.inputs.shape == few.train.targets.shape == (n, max(ends))
+        assert torch.equal(few.train.inputs, task.train.inputs[list(rows), : max(ends)])
+        assert [pair.prompt for pair in few.pairs["train"]] == [task.pairs["train"][row].prompt for row in rows]
+        assert few.test is task.test
+    assert task.limited(5, 2).fingerprint != task.limited(5, 3).fingerprint
+
+
+def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
+    pairs = [Pair(f"{i}?", "a") for i in range(39)] + [Pair("long " * 20, "a")]
+    split = {"train": pairs[:38] + pairs[39:], "validation": pairs[38:39], "test": [Pair("z?", "w")]}
+    task, net = from_pairs(chatter, split), Llama(tiny_config, seed=3)
+    method = LoRA(4, 8)
+    trials = [Trial(method, 1e-3, seed, steps=2, batch_size=4) for seed in range(8)]
+    frozen = sum(p.numel() * p.element_size() for p in net.parameters())
+
+    def own(examples):
+        return predict(net, method, batch=(examples.inputs, examples.targets)).peak_bytes - frozen
+
+    first, whole = task.train[:4], uncut(task).train[:4]
+    assert first.inputs.shape[1] < 0.4 * whole.inputs.shape[1]  # the long one is not among them
+    budget = frozen + int(3.5 * own(whole))
+    assert (budget - frozen) // own(first) > 4  # as many as that would be too many, when the long one comes
+    plan = run._plan(net, task, trials, "auto", budget, 1)
+    assert max(len(parcel) for parcel, _ in plan) == 3
+    assert sum(len(parcel) for parcel, _ in plan) == 8
 
 
 # Splits

@@ -275,3 +275,115 @@ def test_a_statistic_over_depth_has_a_line_a_kind_and_the_band_of_chance():
     assert ax.get_ylabel() == "stable rank of the update"
     plain = plots.by_depth(pandas.DataFrame(rows).drop(columns=["stable_rank_low", "stable_rank_high"]))
     assert not plain.patches
+
+
+def walk(way, lr, seed, validation, off_domain):
+    """The rows of one trial, evaluated every ten steps."""
+    steps = [10.0 * i for i in range(len(validation))]
+    columns = {"step": steps, "validation_loss": validation, "off_domain_loss": off_domain}
+    return pandas.DataFrame({"way": way, "lr": lr, "seed": seed, "outcome": "done", **columns})
+
+
+WALKS = pandas.concat(
+    [
+        walk("LoRA", 1e-2, 0, [4.0, 2.0, 1.0, 2.0], [1.0, 1.5, 2.0, 4.0]),
+        walk("LoRA", 1e-2, 1, [6.0, 4.0, 3.0, 1.0], [3.0, 3.5, 4.0, 5.0]),
+        walk("LoRA", 1e-2, 2, [99.0, 99.0, 99.0, 99.0], [99.0, 0.0, 0.0, 0.0]),  # not among the best
+        walk("LoRA", 1e-3, 0, [9.0, 9.0, 9.0, 9.0], [9.0, 8.0, 7.0, 6.0]),  # another rate
+        walk("full", 1e-3, 0, [4.0, 1.0, 3.0, 5.0], [1.0, 2.0, 4.0, 8.0]),
+        walk("full", 1e-3, 1, [6.0, 3.0, 1.0, 3.0], [1.0, 4.0, 6.0, 8.0]),
+    ],
+    ignore_index=True,
+)
+BEST = pandas.DataFrame(
+    {"way": ["LoRA", "LoRA", "full", "full"], "lr": [1e-2, 1e-2, 1e-3, 1e-3], "seed": [0, 1] * 2}
+    | {"best_step": [20, 30, 10, 14]}
+)
+
+
+def points(line):
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_a_path_leads_from_the_start_through_the_mean_of_the_chosen_trials():
+    ax = plots.paths(WALKS, BEST)
+    assert isinstance(ax, Axes)
+    assert ax.get_xlabel() == "rise of the off-domain loss (forgetting)"
+    assert ax.get_ylabel() == "validation loss (learning)"
+    whole = [line for line in ax.get_lines() if len(line.get_xdata()) > 1]
+    assert [points(line) for line in whole] == [
+        [(0.0, 5.0), (0.5, 3.0), (1.0, 2.0), (2.5, 1.5)],
+        [(0.0, 5.0), (2.0, 2.0), (4.0, 2.0), (7.0, 4.0)],
+    ]
+    assert whole[0].get_color() != whole[1].get_color()
+    assert whole[0].get_linestyle() != whole[1].get_linestyle()
+
+
+def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_one_at_the_end():
+    ax = plots.paths(WALKS, BEST)
+    marks = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    filled = [line for line in marks if line.get_fillstyle() == "full"]
+    hollow = [line for line in marks if line.get_fillstyle() == "none"]
+    # The mean of 20 and 30 is as near to one evaluation as to the other, and that of 10 and 14 nearest to 10.
+    assert points(filled[0])[0] in [(1.0, 2.0), (2.5, 1.5)]
+    assert points(filled[1]) == [(2.0, 2.0)]
+    assert [points(line) for line in hollow] == [[(2.5, 1.5)], [(7.0, 4.0)]]
+    assert len(marks) == 4
+    for one, other in zip(filled, hollow, strict=True):
+        assert (one.get_marker(), one.get_color()) == (other.get_marker(), other.get_color())
+    assert filled[0].get_marker() != filled[1].get_marker()
+    later = plots.paths(WALKS, BEST.assign(best_step=[20, 20, 10, 30]))
+    found = [line for line in later.get_lines() if len(line.get_xdata()) == 1 and line.get_fillstyle() == "full"]
+    assert [points(line) for line in found] == [[(1.0, 2.0)], [(4.0, 2.0)]]
+
+
+def test_paths_are_named_in_one_order_and_drawn_on_the_axes_they_are_given():
+    _, axes = plots.plt.subplots(1, 2)
+    assert plots.paths(WALKS, BEST, ax=axes[0]) is axes[0]
+    assert legend(axes[0]) == ["full", "LoRA"]
+    assert legend(plots.paths(WALKS, BEST.iloc[::-1], ax=axes[1])) == ["LoRA", "full"]
+    labelled = [line for line in axes[0].get_lines() if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in labelled] == ["LoRA", "full"]
+    assert {line.get_fillstyle() for line in labelled} == {"full"}
+
+
+SIZES = pandas.DataFrame(
+    [
+        {"n_train": 16, "way": "full", "mean": 2.0, "least": 1.5, "most": 2.25},
+        {"n_train": 16, "way": "LoRA", "mean": 1.0, "least": 0.5, "most": 3.0},
+        {"n_train": 1024, "way": "full", "mean": 0.5, "least": 0.25, "most": 0.75},
+        {"n_train": 1024, "way": "LoRA", "mean": 0.75, "least": 0.75, "most": 1.0},
+    ]
+)
+
+
+def test_a_number_over_the_size_of_the_training_set_has_a_line_a_way_and_reaches_from_least_to_most():
+    ax = plots.by_size(SIZES, "overfitting (nats per token)")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training examples", "overfitting (nats per token)")
+    assert ax.get_xscale() == "log"
+    assert [(tick.get_text(), place) for tick, place in zip(ax.get_xticklabels(), ax.get_xticks(), strict=True)] == [
+        ("16", 16),
+        ("1,024", 1024),
+    ]
+    assert len(ax.xaxis.get_minorticklocs()) == 0
+    assert [container.get_label() for container in ax.containers] == ["full", "LoRA"]
+    assert legend(ax) == ["LoRA", "full"]
+    for i, (container, way) in enumerate(zip(ax.containers, ("full", "LoRA"), strict=True)):
+        line, _, (bars,) = container.lines
+        own = SIZES[SIZES.way == way]
+        assert line.get_ydata().tolist() == own["mean"].tolist()
+        assert line.get_xdata().tolist() == pytest.approx((own.n_train * 1.06**i).tolist())
+        ends = [(low[1], high[1]) for low, high in bars.get_segments()]
+        assert ends == list(zip(own.least, own.most, strict=True))
+    one, other = (container.lines[0] for container in ax.containers)
+    assert one.get_color() != other.get_color()
+    assert one.get_marker() != other.get_marker()
+    assert one.get_linestyle() != other.get_linestyle()
+
+
+def test_a_way_that_lacks_a_size_is_drawn_where_it_has_one():
+    _, axes = plots.plt.subplots(1, 2)
+    assert plots.by_size(SIZES.iloc[:3], "loss", ax=axes[1]) is axes[1]
+    assert [len(container.lines[0].get_xdata()) for container in axes[1].containers] == [2, 1]
+    assert axes[1].get_xticks().tolist() == [16, 1024]
+    assert not axes[0].containers

@@ -1,14 +1,16 @@
 """lora-lab ablate and what it begins with: models, tasks and grids by name, a run that goes on, and what is refused."""
 
+import copy
 import json
 
 import pandas
 import pytest
 import torch
 
-from lora_lab import DoRA, LoRA, cli, evaluate, plots
+from lora_lab import DoRA, LoRA, cli, evaluate, fit, plots
 from lora_lab.ablation import load, studies, summary
-from lora_lab.tasks import Task
+from lora_lab.models.llama import Llama
+from lora_lab.tasks import Task, digits, docs
 
 
 def command(*arguments):
@@ -22,6 +24,44 @@ def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
     assert pretrained < 0.3 < moved
     again, _ = studies.study("digits")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(monkeypatch):
+    trained_on = []
+    monkeypatch.setattr(
+        studies, "fit", lambda model, task, *a, **o: trained_on.append(task) or fit(model, task, *a, **o)
+    )
+    net = studies.reader.__wrapped__(1024)
+    assert [task.fingerprint for task in trained_on] == [digits("pretrain", n_train=1024).fingerprint]
+    task = digits("adapt", n_train=1024)
+    pretrained, moved = (evaluate(net, task, part) for part in ("off_domain", "test"))
+    assert pretrained < 0.6 < moved
+    again, other = studies.reader(1024), studies.reader()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(net.head.weight, other.head.weight)
+    fit(copy.deepcopy(net), task, LoRA(2, 4), steps=1, lr=1e-3, progress=False)  # it bears no mark of its training
+
+
+class Bytes:
+    """The simplest tokenizer: a token is a byte."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+def test_the_manual_is_whole_unless_so_many_examples_are_drawn_by_a_seed(monkeypatch):
+    monkeypatch.setattr(studies, "load_pretrained", lambda name: (None, Bytes()))
+    whole = docs(Bytes(), 64)
+    assert studies.manual(64).fingerprint == whole.fingerprint
+    drawn = studies.manual(64, 16, 3)
+    rows = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(3))[:16]
+    assert torch.equal(drawn.train.inputs, whole.train.inputs[rows])
+    assert torch.equal(drawn.train.targets, whole.train.targets[rows])
+    assert all(torch.equal(drawn.parts[part].inputs, whole.parts[part].inputs) for part in ("validation", "test"))
+    prints = {task.fingerprint for task in (whole, drawn, studies.manual(64, 16, 4), studies.manual(64, 17, 3))}
+    assert len(prints) == 4
+    assert studies.manual(64, 16, 3).fingerprint == drawn.fingerprint
+    assert torch.equal(studies.manual(64, 16).train.inputs, whole.train.inputs[:16])
 
 
 def test_the_planted_task_is_of_the_model_that_comes_with_it():
@@ -44,6 +84,21 @@ def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
         make, _ = studies.study("docs", 32, device)
         assert make() == "a model"
         assert asked.pop() == device
+
+
+def test_a_newborn_model_has_the_language_models_shape_and_learned_nothing(monkeypatch, tiny_config):
+    asked = []
+    monkeypatch.setattr(studies, "language_model", lambda device: asked.append(device) or Llama(tiny_config, seed=3))
+    first, again = studies.newborn(torch.device("cpu")), studies.newborn(None)
+    assert asked == [torch.device("cpu"), None]
+    learned, untrained = Llama(tiny_config, seed=3).state_dict(), Llama(tiny_config, seed=0).state_dict()
+    assert {name: value.shape for name, value in first.state_dict().items()} == {
+        name: value.shape for name, value in learned.items()
+    }
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+        assert torch.equal(value, untrained[name])
+        assert torch.equal(value, learned[name]) == ("norm" in name)
 
 
 def test_a_grid_has_the_studys_own_numbers_unless_others_are_given():

@@ -478,6 +478,39 @@ def test_curve_skips_steps_without_a_value():
     assert handmade([3.0]).curve("train_loss") == ([], [])
 
 
+def trained(validation, train):
+    """A history made by hand, with training losses from step 1 on."""
+    history = handmade(validation)
+    for row, loss in zip(history.rows[1:], train, strict=True):
+        row["train_loss"] = loss
+    return history
+
+
+def test_the_gap_is_the_validation_loss_less_the_mean_training_loss_since_the_evaluation_before():
+    history = trained([6.0, None, 4.75, None, 3.25], [5.0, 4.0, 3.5, 1.5])
+    assert history.curve("gap") == ([2, 4], [4.75 - 4.5, 3.25 - 2.5])
+    assert trained([6.0, None, 4.75, None, 3.25], [9.0, 4.0, 3.5, 1.5]).curve("gap")[1] == [4.75 - 6.5, 0.75]
+    assert trained([6.0, 4.0, 3.0], [5.0, 4.5]).curve("gap") == ([1, 2], [-1.0, -1.5])
+    assert trained([6.0, None, 5.0, None], [4.0, 4.0, 1.0]).curve("gap") == ([2], [1.0])
+
+
+def test_before_training_there_is_no_gap():
+    assert trained([6.0], []).curve("gap") == ([], [])
+    assert trained([6.0, 4.0], [5.0]).curve("gap")[0] == [1]
+    assert trained([6.0, 4.0], [5.0]).curve("validation_loss")[0] == [0, 1]
+
+
+def test_the_gap_of_a_run_is_that_of_its_table():
+    _, history = run(steps=7, eval_every=3)
+    frame = history.frame().set_index("step")
+    steps, gaps = history.curve("gap")
+    assert steps == [3, 6, 7]
+    intervals = {3: [1, 2, 3], 6: [4, 5, 6], 7: [7]}
+    expected = [frame.validation_loss[end] - frame.train_loss[own].mean() for end, own in intervals.items()]
+    np.testing.assert_allclose(gaps, expected, rtol=1e-12)
+    assert len(set(gaps)) == 3
+
+
 def test_speeds_are_medians_over_the_steps_without_row_zero():
     history = handmade([1.0, None, None, None])
     assert history.step_seconds == 2.0  # of 4, 1, 2

@@ -47,7 +47,8 @@ def by_size(
 ) -> Iterator[pandas.DataFrame]:
     """For each size of the training set choose each way's learning rate on the first seed, and run all seeds at it.
 
-    A way of which every rate fails on the first seed is not run on the others.
+    A way of which every rate fails on the first seed is not run on the others. Two ways that make the same trial are
+    refused.
 
     Args:
         model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
@@ -66,6 +67,8 @@ def by_size(
             frame = ablate(model_factory, task_of(size, seed), every, folder, **options)
             identity = {"task": frame["task"].iloc[0], "model": frame["model"].iloc[0]}
             way_of = {trial.bound(**identity).key: way for way, group in trials.items() for trial in group}
+            if len(way_of) < sum(len(set(group)) for group in trials.values()):
+                raise ValueError("Two ways make the same trial, so their results could not be told apart; name one.")
             frame = frame.assign(way=frame["key"].map(way_of), n_train=size)
             yield frame
             if place == 0:
@@ -116,17 +119,19 @@ def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
 def tuned(found: pandas.DataFrame) -> pandas.DataFrame:
     """The rows at each way's best rate: the lowest mean of ``best_loss`` over the seeds that all its rates have.
 
-    A column ``edge`` is added: whether that rate is the "smallest" or "largest" tried, so that a better one may lie
-    beyond, or the "only" one.
+    A column ``edge`` is added: whether that rate is the "smallest" or "largest" of those that ended well, so that a
+    better one may lie beyond, or the "only" one.
 
     Args:
         found: what :func:`measures` returns.
 
     Raises:
-        ValueError: the rates of a way have no seed in common.
+        ValueError: there are no trials, or the rates of a way have no seed in common.
     """
     import pandas
 
+    if found.empty:
+        raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
     parts, shared = [], [name for name in _identity(found) if name not in ("lr", "seed")]
     for values, own in found.groupby(shared, sort=False):
         table = own.pivot(index="seed", columns="lr", values="best_loss").dropna()
@@ -145,7 +150,7 @@ def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pa
     Args:
         best: one row for each way and seed (and ``n_train``): of :func:`tuned` or :func:`at_equal_learning`.
         column: what is compared.
-        reference: the way that the others are held against.
+        reference: the way that the others are held against; at a size where it has no result, they have no difference.
 
     Returns:
         Columns ``n_train`` (if there is one), ``way``, ``mean``, ``least``, ``most``, ``seeds``, and for all but the
@@ -171,7 +176,7 @@ def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pa
                 "most": values.max(),
                 "seeds": len(values),
             }
-            if way != reference:
+            if way != reference and reference in table:
                 paired = (table[way] - table[reference]).dropna().tolist()
                 if paired:
                     row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
@@ -207,7 +212,8 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame) -> pandas
             lost = (curve["off_domain_loss"] - curve["off_domain_loss"].iloc[0]).tolist()
             shared = dict(zip([name for name in by if name not in ("way", "lr")], values, strict=True))
             rows.append({**shared, "way": trial["way"], "learned": amount, "forgotten": _where(learned, lost, amount)})
-    return pandas.DataFrame(rows)
+    columns = [*(name for name in by if name not in ("way", "lr")), "way", "learned", "forgotten"]
+    return pandas.DataFrame(rows, columns=columns)
 
 
 def _where(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:

@@ -88,7 +88,8 @@ def ablate(
         budget_bytes: memory for one pack, by :func:`lora_lab.memory.predict`; default half of what is free on this
             machine, shared among the workers.
         judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
-            the trial's result, and is in the table as ``score_<name>``. Stored trials without it are run anew.
+            the trial's result, and is in the table as ``score_<name>``. Stored trials without scores are run anew;
+            whose scores they are is not asked, so give another judge another folder.
         progress: show a bar; default only where a person is looking.
         timeout_s: how long to wait for workers while no trial ends, in seconds, before it is an error; default a
             day. It ends the wait for a worker that joined a cluster later and cannot answer.
@@ -522,7 +523,7 @@ def _frame(results: Sequence[dict[str, Any]]):
 
     rows = [row for result in results for row in _rows(result)]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    scores = [name for name in names if name.startswith(SCORE)]
+    scores = sorted(name for name in names if name.startswith(SCORE))
     first, last = ["key", "method", "rank", "alpha"], [*OUTCOME, *scores, *PROVENANCE]
     between = [name for name in names if name not in (*first, *last)]
     frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
