@@ -17,6 +17,15 @@ from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer
 
 
+@pytest.fixture
+def one_thread():
+    """As workers compute; and on small matrices two threads wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer): SmolLM2-135M-Instruct as lora_lab loads it."""

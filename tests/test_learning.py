@@ -17,14 +17,7 @@ from lora_lab.ablation.learning import at_equal_learning, by_size, compared, mea
 from lora_lab.ablation.run import ablate, load
 from lora_lab.tasks import Examples, Task
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As workers compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def curve(way, lr, seed, validation, off_domain=None, gap=None, **columns):

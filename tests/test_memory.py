@@ -54,6 +54,8 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.rehearse import Setup
 from lora_lab.tasks import Examples, Task, cross_entropy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REST = "the rest, unexplained"
 BATCH, IN, OUT, RANK = 32, 64, 48, 4
 X = torch.randn(BATCH, IN, generator=torch.Generator().manual_seed(0))
@@ -83,15 +85,6 @@ def frozen_heap():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On matrices this small two threads wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def text(config=SHAPE, batch=B, length=S):
