@@ -21,8 +21,10 @@ NAMES = [
     "03_lora_from_scratch",
     "04_memory",
     "05_speed",
+    "06_overfitting",
     "07_rank_ablation",
     "08_svd_of_updates",
+    "09_many_trades",
     "10_variants",
 ]
 HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]
