@@ -4,6 +4,7 @@ Models of session scope are for reading: a test that changes one works on a deep
 """
 
 import functools
+import sys
 
 import gguf
 import pytest
@@ -15,6 +16,14 @@ from lora_lab.models.fetch import fetch_smollm2
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    """pyplot keeps what it drew until it is told otherwise."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture

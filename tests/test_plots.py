@@ -16,12 +16,6 @@ from lora_lab.train import COLUMNS
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plots.plt.close("all")
-
-
 def history(validation, train=None):
     train = train or [None] * len(validation)
     rows = [

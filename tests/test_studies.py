@@ -202,4 +202,3 @@ def test_the_pictures_of_an_ablation(tmp_path):
     assert bars.get_label() == judged.standing
     assert f"margin {verdict.margin:g}" in [text.get_text() for text in picture.get_legend().get_texts()]
     assert [tick.get_text() for tick in picture.get_xticklabels()] == ["1", "2"]
-    plots.plt.close("all")
