@@ -422,8 +422,8 @@ def trial_of(way, lr, seed, size, spoilt=()):
     return Trial(METHODS[way], 1e30 if (way, size) in spoilt else lr, seed, **OPTIONS)
 
 
-def sweep(folder=None, lrs=RATES, sizes=(8, 12), seeds=(5, 0, 1), spoilt=()):
-    options = {"engine": "apart", "progress": False}
+def sweep(folder=None, lrs=RATES, sizes=(8, 12), seeds=(5, 0, 1), spoilt=(), **more):
+    options = {"engine": "apart", "progress": False, **more}
     return by_size(MODEL, task_of, partial(trial_of, spoilt=spoilt), lrs, sizes, seeds, folder, **options)
 
 
@@ -551,3 +551,18 @@ def test_a_reference_that_failed_at_one_size_leaves_that_size_without_difference
 def test_without_a_trial_that_ended_well_no_rate_can_be_chosen():
     with pytest.raises(ValueError, match="no trial that ended well"):
         tuned(pandas.DataFrame())
+
+
+def test_several_seeds_may_choose_and_the_others_run_what_they_chose():
+    rates = {"full": (1e-4, 1e-3), "LoRA": (1e-3, 1e-2)}
+    frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2))
+    assert [len(tried(frame)) for frame in frames] == [4, 4, 2]
+    both = pandas.concat(frames[:2])
+    lowest = both.groupby(["way", "lr", "seed"]).validation_loss.min().groupby(["way", "lr"]).mean()
+    assert dict(tried(frames[2])) == {way: lowest[way].idxmin() for way in rates}
+
+
+def test_no_more_seeds_can_choose_than_there_are():
+    for choose in (0, 3):
+        with pytest.raises(ValueError, match="from 1 to the number of seeds, 2"):
+            next(sweep(seeds=(0, 1), choose=choose))

@@ -43,24 +43,32 @@ def by_size(
     sizes: Sequence[int],
     seeds: Sequence[int],
     folder: str | Path | None = None,
+    choose: int = 1,
     **options: Any,
 ) -> Iterator[pandas.DataFrame]:
-    """For each size of the training set choose each way's learning rate on the first seed, and run all seeds at it.
+    """For each size of the training set choose each way's learning rate on the first seeds, and run all others at it.
 
-    A way of which every rate fails on the first seed is not run on the others. Two ways that make the same trial are
-    refused.
+    A way of which no rate ends well on a choosing seed is not run on the others.
 
     Args:
         model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
         trial_of: (way, lr, seed, size) -> the trial.
         lrs: the rates that each way tries.
+        choose: how many of the seeds choose. One is cheap, and its choice hangs by a thread where rates nearly tie.
 
     Yields:
         A frame with the columns ``way`` and ``n_train`` for each size and seed, in this order, as it is done.
+
+    Raises:
+        ValueError: ``choose`` is out of range, or two ways make the same trial.
     """
+    import pandas
+
+    if not 1 <= choose <= len(seeds):
+        raise ValueError(f"choose is {choose}, but it must be from 1 to the number of seeds, {len(seeds)}.")
     for size in sizes:
-        chosen = lrs
+        chosen, tried = lrs, []
         for place, seed in enumerate(seeds):
             trials = {way: [trial_of(way, lr, seed, size) for lr in rates] for way, rates in chosen.items()}
             every = [*chain.from_iterable(trials.values())]
@@ -71,10 +79,12 @@ def by_size(
                 raise ValueError("Two ways make the same trial, so their results could not be told apart; name one.")
             frame = frame.assign(way=frame["key"].map(way_of), n_train=size)
             yield frame
-            if place == 0:
-                if not (frame["outcome"] == "done").any():
+            tried.append(frame)
+            if place == choose - 1:
+                so_far = pandas.concat(tried, ignore_index=True)
+                if not (so_far["outcome"] == "done").any():
                     break
-                chosen = {row["way"]: (row["lr"],) for row in tuned(measures(frame)).to_dict("records")}
+                chosen = {row["way"]: (row["lr"],) for row in tuned(measures(so_far)).to_dict("records")}
 
 
 def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
