@@ -344,3 +344,17 @@ def test_planned_hours_are_those_of_this_machines_cost_model(tiny, tiny_config, 
         found.append(overfit_records.planned_hours(CPU))
     assert found[0] > 1  # at a millisecond a step, and 33 million steps
     assert found[1] == pytest.approx(10 * found[0], rel=0.01)
+
+
+def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(tiny, monkeypatch, capsys):
+    begun = []
+
+    def rows(device):
+        begun.append(device)
+        yield {"way": "full"}
+
+    monkeypatch.setattr(overfit_records, "overfitting", rows)
+    monkeypatch.setattr(overfit_records, "settings", lambda device: {"sizes": (4, 8)})
+    assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
+    assert "settings are" in capsys.readouterr().err
+    assert begun == []

@@ -31,6 +31,8 @@ from lora_lab.tasks.base import cross_entropy
 from lora_lab.tasks.pairs import Padded
 from lora_lab.tasks.scores import METRICS, StyleJudge, answers, choices, classes, score, trivial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}"
     "{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
@@ -557,6 +559,7 @@ def test_a_trades_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentenc
 def test_a_trades_examples_say_what_its_pairs_say(tasks, tokenizer, name):
     task = tasks[name]
     for part in ("train", "validation", "test"):
+        assert (task.parts[part].targets[:, -1] != IGNORE).any()  # padded no further than the longest that is kept
         for row in (0, len(task.pairs[part]) - 1):
             targets = task.parts[part].targets[row]
             assert tokenizer.decode(targets[targets != IGNORE].tolist()) == task.pairs[part][row].answer + "<|im_end|>"
