@@ -5,6 +5,7 @@ are computed again. A sentence that is written otherwise must be written otherwi
 """
 
 import json
+import math
 import re
 
 import pandas
@@ -12,6 +13,7 @@ import pytest
 
 from lora_lab import records
 from lora_lab.ablation import summary
+from lora_lab.ablation.verdict import t_bounds
 
 CPU = "intel-xeon-processor-2-cores"
 MIB = 2**20
@@ -227,3 +229,144 @@ def test_lesson_08_on_the_cuts_of_the_record(lesson):
     assert (kept("full", rank), round(100 * cuts.energy["full", rank]), kept("full", 576)) == (gain, energy, whole)
     gain, rank = said(text, r"LoRA of rank 64 keeps (\d+) % in (\d+) directions")
     assert kept("LoRA r=64", rank) == gain
+
+
+@pytest.fixture(scope="module")
+def trades():
+    return records.load_all("trades")[f"{REAL}-trades"]
+
+
+def results(record, task):
+    """way -> the results of a task at the chosen rate, in the order of their seeds."""
+    rows = record.frame()
+    rows = rows[(rows.about == "result") & (rows.task == task)]
+    return {way: own.sort_values("seed") for way, own in rows.groupby("way")}
+
+
+def test_lesson_02_on_scratch_and_fine_tuned(lesson, trades):
+    text = lesson("02_fine_tuning")
+    train, test = said(text, r"There are (\d+) texts to learn from and (\d+) in the test")
+    rows = trades.frame()
+    task = rows[(rows.about == "task") & (rows.task == "sentiment")].squeeze()
+    assert (train, test) == (task.train, task.test)
+    steps, batch = said(
+        text, r"(\d+) steps of (\d+) texts, three seeds, the learning rate of each way chosen from three"
+    )
+    plan = trades.settings
+    assert (steps, batch, 3) == (plan["steps"]["sentiment"], plan["batch_size"], plan["seeds"])
+    assert said(text, r"and (\d+) of the texts were read once, none twice") == [steps * batch] < [train]
+    found = results(trades, "sentiment")
+    (loss,) = said(text, r"Its validation loss ends near ([\d.]+) nats a token")
+    assert all(abs(each - loss) < 0.02 for each in found["scratch"].validation_loss)
+    assert loss == round(math.log(3) / 2, 2)  # that of a guess among three words
+    assert "the newborn's best rate is the highest that was tried" in " ".join(text.split())
+    assert set(found["scratch"].lr) == {max(plan["lrs"]["scratch"])}
+
+
+def percent(values):
+    return round(100 * values.mean())
+
+
+def test_lesson_09_on_what_was_learned(lesson, trades):
+    text = lesson("09_many_trades")
+    found = {task: results(trades, task) for task in trades.settings["steps"]}
+    own = found["sentiment"]
+    asked, commonest, full, lora = said(
+        text,
+        r"is right in (\d+) of 100 texts, and the commonest class would be in (\d+). "
+        r"After full fine-tuning (\d+) are right, after LoRA (\d+)",
+    )
+    ways = ("zero-shot", "trivial", "full", "LoRA r=8")
+    assert [asked, commonest, full, lora] == [percent(own[way].accuracy) for way in ways]
+    assert said(text, r"after (\d+) steps that have read (\d+) texts once") == [50, 50 * trades.settings["batch_size"]]
+    own = found["summarise"]
+    numbers = said(
+        text, r"ROUGE-L rises from ([\d.]+) \(asked\) and ([\d.]+) \(the first sentence\) to ([\d.]+) and (\d\.\d+)"
+    )
+    assert numbers == [round(own[way].rouge_l.mean(), 2) for way in ways]
+    own = found["translate-fr"]
+    numbers = said(text, r"chrF rises from (\d+) to (\d+) and (\d+), where")
+    assert numbers == [round(own[way].chrf.mean()) for way in ("zero-shot", "full", "LoRA r=8")]
+    mean, names, most = said(text, r"are (\d+) names of (\d+) on average, either way, and no seed has more than (\d+)")
+    exact = {way: own[way].exact * names for way in ("full", "LoRA r=8")}
+    assert {round(each.mean()) for each in exact.values()} == {mean}
+    assert round(max(each.max() for each in exact.values())) == most
+    own = found["style"]
+    numbers = said(text, r"The judge takes (\d+) and (\d+) of 100 stories for the log, and (\d+) before")
+    assert numbers == [percent(own[way].in_style) for way in ("full", "LoRA r=8", "zero-shot")]
+    assert "In translation and style both ways chose the highest rate that was tried" in text
+    for task, own in found.items():
+        top = {way: set(own[way].lr) == {max(trades.settings["lrs"][way])} for way in ("full", "LoRA r=8")}
+        assert set(top.values()) == {task in ("translate-fr", "style")}
+
+
+def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
+    text = " ".join(lesson("09_many_trades").split())
+    found = {task: results(trades, task) for task in trades.settings["steps"]}
+
+    def less(task, column):
+        """LoRA less full fine-tuning, in pairs of seeds: mean and bounds."""
+        full, lora = (found[task][way].set_index("seed")[column] for way in ("full", "LoRA r=8"))
+        return t_bounds((lora - full).tolist())
+
+    def is_open(task, column):
+        _, lower, upper = less(task, column)
+        return lower < 0 < upper
+
+    assert "By their scores, sentiment, translation and style are open" in text
+    scores = {"sentiment": "accuracy", "translate-fr": "chrf", "style": "in_style"}
+    assert all(is_open(task, column) for task, column in scores.items())
+    assert "Of summaries LoRA's score is higher by a hundredth, for certain as far as seeds go" in text
+    mean, lower, _ = less("summarise", "rouge_l")
+    assert round(mean, 2) == 0.01
+    assert lower > 0
+    assert "its test loss is not lower" in text
+    assert less("summarise", "test_loss")[0] > 0
+    losses = said(text, r"LoRA's test loss is higher, by ([\d.]+) and ([\d.]+) nats")
+    assert losses == [round(less(task, "test_loss")[0], 2) for task in ("translate-fr", "style")]
+    assert all(less(task, "test_loss")[1] > 0 for task in ("translate-fr", "style"))
+    assert [task for task in found if not is_open(task, "off_domain_loss")] == [
+        "style"
+    ]  # "settle it for the style alone"
+
+    def forgotten(task, way):
+        own = found[task]
+        return round(own[way].off_domain_loss.mean() - own["zero-shot"].off_domain_loss.item(), 2)
+
+    lora, *rest = said(
+        text,
+        r"([\d.]+) nats against nothing after sentiment, ([\d.]+) against ([\d.]+) after translation, "
+        r"([\d.]+) against ([\d.]+) after the style, ([\d.]+) against ([\d.]+) after summaries",
+    )
+    tasks = ("translate-fr", "style", "summarise")
+    assert rest == [forgotten(task, way) for task in tasks for way in ("LoRA r=8", "full")]
+    assert lora == forgotten("sentiment", "LoRA r=8") > 0 >= forgotten("sentiment", "full")
+    rows = trades.frame()
+    tried = rows[(rows.task == "translate-fr") & (rows.way == "LoRA r=8") & (rows.seed == 0)].set_index("lr")
+    third, chosen = said(text, r"forgot ([\d.]+) nats and not ([\d.]+), and its test loss was no higher")
+    before = found["translate-fr"]["zero-shot"].off_domain_loss.item()
+    assert [third, chosen] == [round(tried.off_domain_loss[lr] - before, 2) for lr in (2e-3, 6e-3)]
+    assert tried.test_loss[2e-3] < tried.test_loss[6e-3]
+    assert "Told plainly, the same stories cost *less* after the style was learned" in text
+    own = found["style"]
+    assert max(own[way].plain_loss.max() for way in ("full", "LoRA r=8")) < own["zero-shot"].plain_loss.item()
+
+
+def test_lesson_09_on_what_the_answers_say(lesson, trades):
+    text = " ".join(lesson("09_many_trades").split())
+    rows = trades.frame()
+    said_by = rows[rows.about == "answer"].set_index(["task", "way"])
+    for quote, task in (
+        ("of the boots that are sent back is wrong before and after", "sentiment"),
+        ('"Straits Salish" becomes something that sounds like French', "translate-fr"),
+        ('"the IP address of the IP address"', "summarise"),
+    ):
+        assert quote in text, task
+    boots = said_by.loc["sentiment"]
+    boots = boots[boots.prompt.str.contains("boots")]
+    assert (boots.said != boots.wanted).all()
+    assert said_by.loc["translate-fr"].prompt.str.contains("Straits Salish").any()
+    assert said_by.loc[("summarise", "LoRA r=8")].said.str.contains("the IP address of the IP address").any()
+    stories = said_by.loc["style"].said
+    for word in ("watch", "ind", "sea", "oatman"):  # "watch, wind, sea and boatman are all there"
+        assert stories[["full", "LoRA r=8"]].str.contains(word).any()
