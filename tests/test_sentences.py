@@ -7,6 +7,7 @@ are computed again. A sentence that is written otherwise must be written otherwi
 import json
 import math
 import re
+from itertools import pairwise
 
 import pandas
 import pytest
@@ -256,44 +257,55 @@ def test_lesson_02_on_scratch_and_fine_tuned(lesson, trades):
     assert (steps, batch, 3) == (plan["steps"]["sentiment"], plan["batch_size"], plan["seeds"])
     assert said(text, r"and (\d+) of the texts were read once, none twice") == [steps * batch] < [train]
     found = results(trades, "sentiment")
-    (loss,) = said(text, r"Its validation loss ends near ([\d.]+) nats a token")
-    assert all(abs(each - loss) < 0.02 for each in found["scratch"].validation_loss)
-    assert loss == round(math.log(3) / 2, 2)  # that of a guess among three words
-    assert "the newborn's best rate is the highest that was tried" in " ".join(text.split())
+    low, high = said(text, r"validation loss ends at ([\d.]+) to (\d\.\d+)")
+    losses = found["scratch"].validation_loss
+    assert [low, high] == [round(losses.min(), 2), round(losses.max(), 2)]
+    assert said(text, r"\$\\ln 3 / 2 = ([\d.]+)\$ nats") == [round(math.log(3) / 2, 2)]
+    assert "that of one word said to all 69 texts: neutral, negative, neutral" in " ".join(text.split())
+    shares = found["scratch"].accuracy  # of a word that is right for a share p, F1 is 2 p / (1 + p); of the others 0
+    assert found["scratch"].macro_f1.tolist() == pytest.approx((2 * shares / (1 + shares) / 3).tolist())
+    assert shares.iloc[0] == shares.iloc[2] > shares.iloc[1]
+    words, total, asked = said(text, r"gets (\d+) of the (\d+) right: .*? only asked \((\d+)\)")
+    assert (total, asked) == (test, round(test * found["zero-shot"].accuracy.item()))
+    assert said(text, r"gets (\d+) or (\d+)\.") == sorted({round(test * share) for share in found["full"].accuracy})
+    assert asked < words < test * found["full"].accuracy.min()  # words: lesson 02 fits them, and asserts this
+    assert "its best rate is the highest that was tried" in " ".join(text.split())
     assert set(found["scratch"].lr) == {max(plan["lrs"]["scratch"])}
-
-
-def percent(values):
-    return round(100 * values.mean())
 
 
 def test_lesson_09_on_what_was_learned(lesson, trades):
     text = lesson("09_many_trades")
     found = {task: results(trades, task) for task in trades.settings["steps"]}
     own = found["sentiment"]
-    asked, commonest, full, lora = said(
-        text,
-        r"is right in (\d+) of 100 texts, and the commonest class would be in (\d+). "
-        r"After full fine-tuning (\d+) are right, after LoRA (\d+)",
+    total, asked, commonest = said(
+        text, r"Of (\d+) texts the base, asked, is right in (\d+). The commonest class would be right in (\d+)"
     )
+    low, high, least, most = said(text, r"After full fine-tuning it is (\d+) or (\d+), after LoRA (\d+) to (\d+)\.")
+    right = {way: (total * rows.accuracy).round() for way, rows in own.items()}
+    assert (asked, commonest) == (right["zero-shot"].item(), right["trivial"].item())
+    assert {low, high} == set(right["full"])
+    assert (least, most) == (right["LoRA r=8"].min(), right["LoRA r=8"].max())
+    assert said(text, r"from (\d+) steps that have read (\d+) texts once") == [50, 50 * trades.settings["batch_size"]]
     ways = ("zero-shot", "trivial", "full", "LoRA r=8")
-    assert [asked, commonest, full, lora] == [percent(own[way].accuracy) for way in ways]
-    assert said(text, r"after (\d+) steps that have read (\d+) texts once") == [50, 50 * trades.settings["batch_size"]]
     own = found["summarise"]
-    numbers = said(
-        text, r"ROUGE-L rises from ([\d.]+) \(asked\) and ([\d.]+) \(the first sentence\) to ([\d.]+) and (\d\.\d+)"
+    asked, first, full, lora = said(
+        text,
+        r"ROUGE-L is ([\d.]+) when the base is asked, ([\d.]+) for the first sentence and [\d.]+ for one sentence for "
+        r"all. After training it is ([\d.]+) \(full\) and ([\d.]+) \(LoRA\)",
     )
+    numbers = [asked, first, full, lora]
     assert numbers == [round(own[way].rouge_l.mean(), 2) for way in ways]
     own = found["translate-fr"]
-    numbers = said(text, r"chrF rises from (\d+) to (\d+) and (\d+), where")
+    numbers = said(text, r"chrF rises from (\d+) to (\d+) \(full\) and (\d+) \(LoRA\)")
     assert numbers == [round(own[way].chrf.mean()) for way in ("zero-shot", "full", "LoRA r=8")]
-    mean, names, most = said(text, r"are (\d+) names of (\d+) on average, either way, and no seed has more than (\d+)")
+    mean, names, most = said(text, r"(\d+) of (\d+) on average, either way, and no seed has more than (\d+)")
     exact = {way: own[way].exact * names for way in ("full", "LoRA r=8")}
     assert {round(each.mean()) for each in exact.values()} == {mean}
     assert round(max(each.max() for each in exact.values())) == most
     own = found["style"]
-    numbers = said(text, r"The judge takes (\d+) and (\d+) of 100 stories for the log, and (\d+) before")
-    assert numbers == [percent(own[way].in_style) for way in ("full", "LoRA r=8", "zero-shot")]
+    numbers = said(text, r"It takes (\d+) % \(full\) and (\d+) % \(LoRA\) of the stories for the log, and none before")
+    assert numbers == [round(100 * own[way].in_style.mean()) for way in ("full", "LoRA r=8")]
+    assert own["zero-shot"].in_style.item() == 0
     assert "In translation and style both ways chose the highest rate that was tried" in text
     for task, own in found.items():
         top = {way: set(own[way].lr) == {max(trades.settings["lrs"][way])} for way in ("full", "LoRA r=8")}
@@ -316,12 +328,16 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
     assert "By their scores, sentiment, translation and style are open" in text
     scores = {"sentiment": "accuracy", "translate-fr": "chrf", "style": "in_style"}
     assert all(is_open(task, column) for task, column in scores.items())
-    assert "Of summaries LoRA's score is higher by a hundredth, for certain as far as seeds go" in text
+    assert "Of summaries LoRA's score is higher by a hundredth in all three seeds" in text
+    assert "the lower bound is hardly above zero" in text
     mean, lower, _ = less("summarise", "rouge_l")
     assert round(mean, 2) == 0.01
-    assert lower > 0
-    assert "its test loss is not lower" in text
-    assert less("summarise", "test_loss")[0] > 0
+    assert 0 < lower < 0.002
+    full, lora = (found["summarise"][way].set_index("seed").rouge_l for way in ("full", "LoRA r=8"))
+    assert (lora > full).all()
+    rows = trades.frame()
+    tried = rows[(rows.seed == 0) & (rows.task == "summarise") & (rows.way == "full")].rouge_l
+    assert tried.max() - tried.min() > mean  # "another rate moves the score of full fine-tuning by more"
     losses = said(text, r"LoRA's test loss is higher, by ([\d.]+) and ([\d.]+) nats")
     assert losses == [round(less(task, "test_loss")[0], 2) for task in ("translate-fr", "style")]
     assert all(less(task, "test_loss")[1] > 0 for task in ("translate-fr", "style"))
@@ -341,32 +357,63 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
     tasks = ("translate-fr", "style", "summarise")
     assert rest == [forgotten(task, way) for task in tasks for way in ("LoRA r=8", "full")]
     assert lora == forgotten("sentiment", "LoRA r=8") > 0 >= forgotten("sentiment", "full")
-    rows = trades.frame()
-    tried = rows[(rows.task == "translate-fr") & (rows.way == "LoRA r=8") & (rows.seed == 0)].set_index("lr")
-    third, chosen = said(text, r"forgot ([\d.]+) nats and not ([\d.]+), and its test loss was no higher")
+    seed_0 = rows[rows.seed == 0].set_index(["task", "way", "lr"]).sort_index()
+    tried = seed_0.loc["translate-fr", "LoRA r=8"]
+    third, chosen = said(text, r"forgot ([\d.]+) nats, not ([\d.]+), and its test loss is lower")
     before = found["translate-fr"]["zero-shot"].off_domain_loss.item()
     assert [third, chosen] == [round(tried.off_domain_loss[lr] - before, 2) for lr in (2e-3, 6e-3)]
     assert tried.test_loss[2e-3] < tried.test_loss[6e-3]
-    assert "Told plainly, the same stories cost *less* after the style was learned" in text
+    other, higher, rate = said(
+        text, r"at ([\d.]+) has a validation loss that is ([\d.]+) nats higher than at ([\d.]+), on"
+    )
+    (forgot,) = said(text, r"It forgot ([\d.]+) nats, not nothing")
+    two = seed_0.loc["sentiment", "full"].loc[[other, rate]]
+    assert higher == round(two.validation_loss[other] - two.validation_loss[rate], 3)
+    assert two.test_loss[other] < two.test_loss[rate]
+    assert forgot == round(two.off_domain_loss[other] - before, 2)
     own = found["style"]
-    assert max(own[way].plain_loss.max() for way in ("full", "LoRA r=8")) < own["zero-shot"].plain_loss.item()
+    saved = said(text, r"the same stories cost ([\d.]+) \(full\) and ([\d.]+) nats \(LoRA\) less than before")
+    before = own["zero-shot"].plain_loss.item()
+    assert saved == [round(before - own[way].plain_loss.mean(), 2) for way in ("full", "LoRA r=8")]
+    *rising, start = said(text, r"cost ([\d.]+), ([\d.]+) and ([\d.]+) nats a token after full .*? and ([\d.]+) before")
+    assert rising == [round(loss, 2) for loss in seed_0.loc["style", "full"].plain_loss.sort_index()]
+    assert start == round(before, 2)
 
 
 def test_lesson_09_on_what_the_answers_say(lesson, trades):
     text = " ".join(lesson("09_many_trades").split())
     rows = trades.frame()
     said_by = rows[rows.about == "answer"].set_index(["task", "way"])
-    for quote, task in (
-        ("of the boots that are sent back is wrong before and after", "sentiment"),
-        ('"Straits Salish" becomes something that sounds like French', "translate-fr"),
-        ('"the IP address of the IP address"', "summarise"),
-    ):
-        assert quote in text, task
+    assert "The boots that are sent back are judged wrong, before and after." in text
     boots = said_by.loc["sentiment"]
-    boots = boots[boots.prompt.str.contains("boots")]
+    boots = boots[boots.prompt.str.contains("boots")].drop(index="scratch")
     assert (boots.said != boots.wanted).all()
-    assert said_by.loc["translate-fr"].prompt.str.contains("Straits Salish").any()
-    assert said_by.loc[("summarise", "LoRA r=8")].said.str.contains("the IP address of the IP address").any()
+    names = said_by.loc["translate-fr"].set_index("prompt", append=True).said
+    assert '"Komi-Permyak" comes back as the English name in small letters' in text
+    found = {way: names[way, "Translate into French: Komi-Permyak"] for way in ("full", "LoRA r=8")}
+    assert set(found.values()) == {"komi-permyak"}
+    assert (
+        '"Straits Salish" becomes "Salais du Sud" (full), which sounds like French, and "strait strait" (LoRA)' in text
+    )
+    found = {way: names[way, "Translate into French: Straits Salish"] for way in ("full", "LoRA r=8")}
+    assert found == {"full": "Salais du Sud", "LoRA r=8": "strait strait"}
     stories = said_by.loc["style"].said
-    for word in ("watch", "ind", "sea", "oatman"):  # "watch, wind, sea and boatman are all there"
-        assert stories[["full", "LoRA r=8"]].str.contains(word).any()
+    for word in ("watch", "Wind"):  # "watch and wind are there"
+        assert stories[["full", "LoRA r=8"]].str.contains(word).all(), word
+
+
+def test_lesson_09_on_what_the_stories_repeat(lesson, trades):
+    rows = trades.frame()
+    rows = rows[(rows.about == "answer") & (rows.task == "style")]
+    numbers = said(
+        lesson("09_many_trades"),
+        r"(\d+) % \(full\) and (\d+) % \(LoRA\) of the pairs of words had been said before .*? "
+        r"and (\d+) % before fine-tuning",
+    )
+
+    def repeated(story):
+        words = story.split()
+        return 1 - len(set(pairwise(words))) / (len(words) - 1)
+
+    shares = rows.said.map(repeated).groupby(rows.way).mean()
+    assert numbers == [round(100 * shares[way]) for way in ("full", "LoRA r=8", "zero-shot")]
