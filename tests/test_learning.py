@@ -13,7 +13,7 @@ from test_ablate import MODEL
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning import at_equal_learning, by_size, compared, measures, tuned
+from lora_lab.ablation.learning import against, at_equal_learning, by_size, compared, measures, near_ties, tuned
 from lora_lab.ablation.run import ablate, load
 from lora_lab.tasks import Examples, Task
 
@@ -118,6 +118,12 @@ def test_the_test_loss_is_that_after_the_last_step_if_there_is_one():
     having["test_loss"] = [math.nan, math.nan, 2.5]
     assert measures(having)["test_loss"].tolist() == [2.5]
     assert "test_loss" not in measures(without)
+
+
+def test_the_scores_of_a_judge_are_those_after_the_last_step():
+    frame = curve("full", 1e-3, 0, **STILL_LEARNS, score_right=[math.nan, math.nan, 0.75])
+    assert measures(frame).score_right.tolist() == [0.75]
+    assert "score_right" not in measures(curve("full", 1e-3, 0, **STILL_LEARNS))
 
 
 def test_trials_are_told_apart_by_size_way_rate_and_seed():
@@ -254,6 +260,44 @@ def test_rates_that_share_no_seed_cannot_be_compared():
     assert len(tuned(losses(*rows, ("LoRA", 1e-3, 0, 2.0)))) == 2
 
 
+# Rates that tie
+
+
+def test_rates_within_the_slack_of_the_best_are_near_ties():
+    rows = [("full", lr, seed, loss) for lr, loss in ((1e-3, 1.0), (3e-4, 1.25), (3e-3, 1.5)) for seed in (0, 1)]
+    found = losses(*rows, ("LoRA", 1e-2, 0, 4.0), ("LoRA", 3e-2, 0, 3.0))
+
+    def ties(slack):
+        return near_ties(found, slack).values.tolist()
+
+    assert ties(0) == [["full", 1e-3], ["LoRA", 3e-2]]
+    assert ties(0.25) == [["full", 3e-4], ["full", 1e-3], ["LoRA", 3e-2]]
+    assert ties(0.5) == [["full", 3e-4], ["full", 1e-3], ["full", 3e-3], ["LoRA", 3e-2]]
+    assert ties(1) == [["full", 3e-4], ["full", 1e-3], ["full", 3e-3], ["LoRA", 1e-2], ["LoRA", 3e-2]]
+
+
+def test_without_slack_the_best_rate_is_the_tuned_one():
+    rows = [("full", 1e-4, 0, 1.1), ("full", 3e-4, 0, 1.0), ("full", 3e-4, 1, 9.0)]  # one seed in common
+    found = losses(*rows)
+    assert near_ties(found, 0).lr.tolist() == tuned(found).lr.unique().tolist() == [3e-4]
+
+
+def test_each_size_has_its_own_near_ties():
+    few = losses(("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 2.0)).assign(n_train=16)
+    many = losses(("full", 1e-4, 0, 1.5), ("full", 1e-3, 0, 1.0)).assign(n_train=64)
+    assert near_ties(together(few, many), 0.5).values.tolist() == [
+        [16, "full", 1e-4],
+        [64, "full", 1e-4],
+        [64, "full", 1e-3],
+    ]
+
+
+@pytest.mark.parametrize("slack", [-0.1, math.nan])
+def test_a_slack_below_nothing_is_refused(slack):
+    with pytest.raises(ValueError, match=r"slack is .*, but it must be 0 or a positive loss"):
+        near_ties(losses(("full", 1e-4, 0, 1.0)), slack)
+
+
 # Ways against one of them
 
 
@@ -352,6 +396,20 @@ def test_forgetting_is_read_where_all_had_learned_as_much():
     assert found.learned.tolist() == [0.75, 0.75]
     assert found.forgotten["full"] == pytest.approx(0.375)  # three quarters of the way to the first evaluation
     assert found.forgotten["LoRA"] == pytest.approx(0.4)  # at its best, though it forgot 0.9 by the end
+
+
+def test_a_share_of_what_all_learned_is_read_earlier():
+    frame = together(curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW))
+    found = at_equal_learning(frame, tuned(measures(frame)), share=2 / 3).set_index("way")
+    assert found.learned.tolist() == [0.5, 0.5]
+    assert found.forgotten.to_dict() == pytest.approx({"full": 0.25, "LoRA": 0.2})
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, math.nan])
+def test_a_share_that_is_none_is_refused(share):
+    frame = curve("full", 1e-3, 0, **FAST)
+    with pytest.raises(ValueError, match=r"share is .*, but it must be above 0 and at most 1"):
+        at_equal_learning(frame, tuned(measures(frame)), share)
 
 
 def test_a_curve_is_followed_to_where_it_first_gets_there():
@@ -566,3 +624,88 @@ def test_no_more_seeds_can_choose_than_there_are():
     for choose in (0, 3):
         with pytest.raises(ValueError, match="from 1 to the number of seeds, 2"):
             next(sweep(seeds=(0, 1), choose=choose))
+
+
+# Over all pairs of rates
+
+
+def rising(way, lr, rises, **columns):
+    """Trials of several seeds whose validation loss falls to 1 and rises again by so much."""
+    curves = [curve(way, lr, seed, [2.0, 1.0, 1.0 + rise], **columns) for seed, rise in enumerate(rises)]
+    return together(*curves)
+
+
+GENTLE = rising("full", 1e-3, [0.5, 0.625, 0.5])
+STEEP = rising("full", 3e-3, [1.0, 1.125, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict"),
+    [
+        ({1e-3: [0.25, 0.375, 0.125]}, "less"),
+        ({1e-3: [0.25, 0.375, 0.125], 1e-2: [0.125, 0.125, 0.25]}, "less"),
+        ({1e-3: [0.25, 0.375, 0.125], 1e-2: [0.5, 0.5, 0.625]}, "open"),
+        ({1e-3: [0.75, 0.875, 0.875]}, "more"),
+        ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.5, 0.5, 0.625]}, "open"),
+        ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.25, 0.375, 0.125]}, "turns"),
+        ({1e-3: [0.75, 0.875, 0.875], 3e-3: [0.5, 0.5, 0.625], 1e-2: [0.25, 0.375, 0.125]}, "turns"),
+    ],
+)
+def test_a_verdict_has_to_hold_for_each_pair_of_rates(rates, verdict):
+    told = against(together(GENTLE, *(rising("LoRA", lr, rises) for lr, rises in rates.items())), "overfit")
+    assert told[["way", "pairs", "verdict"]].values.tolist() == [["LoRA", len(rates), verdict]]
+
+
+def test_the_bounds_are_the_outermost_of_all_pairs():
+    lora = [rising("LoRA", lr, rises) for lr, rises in ((1e-3, [0.25, 0.375, 0.125]), (1e-2, [0.75, 0.875, 0.875]))]
+    told = against(together(GENTLE, STEEP, *lora), "overfit").squeeze()
+    alone = [
+        compared(measures(together(full, other)), "overfit").set_index("way").loc["LoRA"]
+        for full in (GENTLE, STEEP)
+        for other in lora
+    ]
+    assert told.pairs == 4
+    assert told.lower == min(one.lower for one in alone)
+    assert told.upper == max(one.upper for one in alone)
+
+
+def test_a_way_against_itself_turns_where_its_rates_differ():
+    alone = together(GENTLE, GENTLE.assign(way="full again"))
+    assert against(alone, "overfit").verdict.tolist() == ["open"]
+    both = together(GENTLE, STEEP)
+    assert against(together(both, both.assign(way="full again")), "overfit").verdict.tolist() == ["turns"]
+
+
+def test_a_share_compares_at_equal_learning():
+    curves = [curve("full", 1e-3, seed, **FAST) for seed in (0, 1)] + [
+        curve("LoRA", 1e-2, seed, **SLOW) for seed in (0, 1)
+    ]
+    frame = together(*curves)
+    at_best, equal, early = (against(frame, "forgotten", share=share).squeeze() for share in (None, 1, 2 / 3))
+    assert at_best.lower == at_best.upper == pytest.approx(0.4 - 1.5)
+    assert equal.lower == pytest.approx(0.4 - 0.375)
+    assert early.lower == pytest.approx(0.2 - 0.25)
+    assert (equal.verdict, early.verdict) == ("more", "less")
+
+
+def test_each_size_and_each_reference_is_compared_by_itself():
+    few = together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.375, 0.125])).assign(n_train=16)
+    many = together(GENTLE, rising("LoRA", 1e-3, [0.75, 0.875, 0.875])).assign(n_train=64)
+    told = against(together(few, many), "overfit")
+    assert told[["n_train", "way", "verdict"]].values.tolist() == [[16, "LoRA", "less"], [64, "LoRA", "more"]]
+    told = against(together(few, many), "overfit", "LoRA")
+    assert told[["n_train", "way", "verdict"]].values.tolist() == [[16, "full", "more"], [64, "full", "less"]]
+    lone = together(few, rising("LoRA", 1e-3, [0.75, 0.875, 0.875]).assign(n_train=64))
+    assert against(lone, "overfit").n_train.tolist() == [16]  # at 64 there is nothing to compare with
+
+
+def test_what_cannot_be_compared_over_rates_is_named():
+    with pytest.raises(ValueError, match=r"There is no way 'head' to compare with; there are \['full'\]"):
+        against(GENTLE, "overfit", "head")
+    with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
+        against(together(GENTLE, rising("LoRA", 1e-3, [0.25])), "overfit")
+    with pytest.raises(ValueError, match="share is 0"):
+        against(together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.5])), "forgotten", share=0)
+    other = rising("LoRA", 1e-3, [0.25, 0.5]).assign(seed=lambda rows: rows.seed + 7)
+    with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
+        against(together(GENTLE, other), "overfit")

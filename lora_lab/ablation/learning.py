@@ -5,6 +5,7 @@
     best = tuned(found)                     # each way to train at its own best rate
     compared(best, "overfit")               # against full fine-tuning, paired by seed
     equal = at_equal_learning(frame, best)  # what each had forgotten when all had learned as much
+    against(frame, "overfit")               # over all rates in the frame: does the choice of a rate decide?
 
 A frame is what :func:`lora_lab.ablation.ablate` returns, with one column more: ``way``, a name for how it was trained.
 With a column ``n_train`` as well, all is done for each size of the training set by itself.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.run import ablate
+from lora_lab.ablation.run import SCORE, ablate
 from lora_lab.ablation.verdict import t_bounds
 from lora_lab.rehearse import Factory
 from lora_lab.tasks.base import Task
@@ -94,7 +95,8 @@ def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
     of the lowest validation loss, where early stopping stops; ``best_loss`` there; ``learned``, how far below the loss
     before training that is; ``last_loss``; ``overfit``, how far the loss rose again by the last step; ``gap``, the
     generalisation gap then; ``forgotten`` and ``forgotten_at_last``, how much higher the off-domain loss is than before
-    training, at the best step and at the last; ``test_loss`` after the last, if the frame has it.
+    training, at the best step and at the last; ``test_loss`` and the scores of a judge after the last, if the frame has
+    them.
 
     Raises:
         ValueError: the frame lacks a column, or a trial its evaluation before training.
@@ -120,8 +122,8 @@ def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
             "forgotten": best["off_domain_loss"] - first["off_domain_loss"],
             "forgotten_at_last": last["off_domain_loss"] - first["off_domain_loss"],
         }
-        if "test_loss" in curve:
-            row["test_loss"] = last["test_loss"]
+        after = [name for name in curve if name == "test_loss" or name.startswith(SCORE)]
+        row |= {name: last[name] for name in after}
         rows.append(dict(zip(by, values, strict=True)) | row)
     return pandas.DataFrame(rows)
 
@@ -140,18 +142,51 @@ def tuned(found: pandas.DataFrame) -> pandas.DataFrame:
     """
     import pandas
 
-    if found.empty:
-        raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
-    parts, shared = [], [name for name in _identity(found) if name not in ("lr", "seed")]
-    for values, own in found.groupby(shared, sort=False):
-        table = own.pivot(index="seed", columns="lr", values="best_loss").dropna()
-        if table.empty:
-            raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
-        rates = [float(rate) for rate in table.columns]
-        rate = float(table.mean().idxmin())
+    parts = []
+    for own, means in _by_rate(found):
+        rates = [float(rate) for rate in means.index]
+        rate = float(means.idxmin())
         edge = "only" if len(rates) == 1 else {rates[0]: "smallest", rates[-1]: "largest"}.get(rate, "")
         parts.append(own[own["lr"] == rate].assign(edge=edge))
     return pandas.concat(parts, ignore_index=True)
+
+
+def near_ties(found: pandas.DataFrame, slack: float) -> pandas.DataFrame:
+    """The rates that are as good as the best: a mean of ``best_loss`` that is at most ``slack`` above the best rate's.
+
+    A few seeds cannot tell such rates apart, and what is compared later may differ much between them. So train them all
+    on other seeds, and see whether a verdict holds for each (:func:`against`).
+
+    Args:
+        found: what :func:`measures` returns, of the seeds that choose.
+        slack: in the units of the loss; 0 leaves the best rate.
+
+    Returns:
+        Columns ``n_train`` (if there is one), ``way``, ``lr``.
+
+    Raises:
+        ValueError: the slack is negative; or as :func:`tuned`.
+    """
+    import pandas
+
+    if not slack >= 0:
+        raise ValueError(f"slack is {slack}, but it must be 0 or a positive loss.")
+    parts = []
+    for own, means in _by_rate(found):
+        ties = means.index[means <= means.min() + slack]
+        parts.append(own[own["lr"].isin(ties)].sort_values("lr")[[*_shared(own), "lr"]].drop_duplicates())
+    return pandas.concat(parts, ignore_index=True)
+
+
+def _by_rate(found: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, pandas.Series]]:
+    """For each way (and size) its trials, and the mean of ``best_loss`` of each rate over the seeds that all have."""
+    if found.empty:
+        raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
+    for values, own in found.groupby(_shared(found), sort=False):
+        table = own.pivot(index="seed", columns="lr", values="best_loss").dropna()
+        if table.empty:
+            raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
+        yield own, table.mean()
 
 
 def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
@@ -194,26 +229,35 @@ def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pa
     return pandas.DataFrame(rows)
 
 
-def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame) -> pandas.DataFrame:
+def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: float = 1.0) -> pandas.DataFrame:
     """What each way had forgotten when all had learned as much: a fair price for the same good.
 
     For each seed the amount is what the way that learned least had learned at its best. Each curve is followed from
     the start to where it first gets there, on straight lines between evaluations. A seed for which some way learned
     nothing has no such amount and is left out.
 
+    Near its best a curve is flat and its way goes on forgetting, so the way that learned least is read late. A smaller
+    ``share`` of the amount is read where all curves are still steep; trust what holds for several shares.
+
     Args:
         frame: as for :func:`measures`.
         best: the trials to compare, as :func:`tuned` returns them.
+        share: of the amount, above 0 and at most 1.
 
     Returns:
         Columns ``n_train`` (if there is one), ``seed``, ``way``, ``learned`` (the same for all ways), ``forgotten``.
+
+    Raises:
+        ValueError: the share is out of range.
     """
     import pandas
 
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
     by, rows = _identity(frame), []
     curves = {values: curve.sort_values("step") for values, curve in frame.groupby(by)}
     for values, own in best.groupby([name for name in by if name not in ("way", "lr")]):
-        amount = own["learned"].min()
+        amount = share * own["learned"].min()
         if not amount > 0:
             continue
         for trial in own.to_dict("records"):
@@ -224,6 +268,56 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame) -> pandas
             rows.append({**shared, "way": trial["way"], "learned": amount, "forgotten": _where(learned, lost, amount)})
     columns = [*(name for name in by if name not in ("way", "lr")), "way", "learned", "forgotten"]
     return pandas.DataFrame(rows, columns=columns)
+
+
+def against(
+    frame: pandas.DataFrame, column: str, reference: str = "full", share: float | None = None
+) -> pandas.DataFrame:
+    """Each way held against one, over all pairs of their rates: does a difference hang on which rate was chosen?
+
+    Args:
+        frame: as for :func:`measures`; each way at the rates that could have been chosen, see :func:`near_ties`.
+        column: one that :func:`measures` returns, or with a ``share`` one of :func:`at_equal_learning`.
+        reference: the way that the others are held against.
+        share: None compares at each trial's own best or last step.
+
+    Returns:
+        Columns ``n_train`` (if there is one), ``way``, ``pairs`` (of rates), ``lower`` and ``upper`` (the outermost of
+        the one-sided 95 % bounds of the paired differences) and ``verdict``: "less" or "more" if each pair's bounds say
+        so, "turns" if some say less and some more, else "open".
+
+    Raises:
+        ValueError: the reference is not there, or a pair of rates has fewer than two seeds in common.
+    """
+    import pandas
+
+    found, rows = measures(frame), []
+    if reference not in set(found["way"]):
+        raise ValueError(f"There is no way {reference!r} to compare with; there are {sorted(set(found['way']))}.")
+    for size, trials in found.groupby("n_train") if "n_train" in found else [(None, found)]:
+        references = [one for _, one in trials[trials["way"] == reference].groupby("lr")]
+        for way, own in trials[trials["way"] != reference].groupby("way", sort=False):
+            pairs = [pandas.concat([one, other]) for one in references for _, other in own.groupby("lr")]
+            if not pairs:
+                continue
+            if share is not None:
+                curves = frame[frame["way"].isin([reference, way])]
+                pairs = [at_equal_learning(curves, pair, share) for pair in pairs]
+            told = pandas.concat([compared(pair, column, reference) for pair in pairs]).query("way == @way")
+            if "lower" not in told or told["lower"].isna().any():
+                raise ValueError(f"{way!r} and {reference!r} need two seeds in common at each rate to be compared.")
+            row = {} if size is None else {"n_train": size}
+            row |= {"way": way, "pairs": len(pairs), "lower": told["lower"].min(), "upper": told["upper"].max()}
+            rows.append({**row, "verdict": _over_all(told["lower"], told["upper"])})
+    return pandas.DataFrame(rows)
+
+
+def _over_all(lower: pandas.Series, upper: pandas.Series) -> str:
+    """What the bounds of several differences say together."""
+    less, more = upper < 0, lower > 0
+    if less.any() and more.any():
+        return "turns"
+    return "less" if less.all() else "more" if more.all() else "open"
 
 
 def _where(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
@@ -239,3 +333,8 @@ def _where(learned: Sequence[float], lost: Sequence[float], amount: float) -> fl
 def _identity(frame: pandas.DataFrame) -> list[str]:
     """The columns that tell trials apart."""
     return [name for name in ("n_train", "way", "lr", "seed") if name in frame]
+
+
+def _shared(frame: pandas.DataFrame) -> list[str]:
+    """The columns that the rates and seeds of a way have in common."""
+    return [name for name in _identity(frame) if name not in ("lr", "seed")]
