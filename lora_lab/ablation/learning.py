@@ -255,8 +255,9 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
     by, rows = _identity(frame), []
+    common = [name for name in by if name not in ("way", "lr")]  # what the ways that are compared share
     curves = {values: curve.sort_values("step") for values, curve in frame.groupby(by)}
-    for values, own in best.groupby([name for name in by if name not in ("way", "lr")]):
+    for values, own in best.groupby(common):
         amount = share * own["learned"].min()
         if not amount > 0:
             continue
@@ -264,10 +265,9 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
             curve = curves[tuple(trial[name] for name in by)]
             learned = (curve["validation_loss"].iloc[0] - curve["validation_loss"]).tolist()
             lost = (curve["off_domain_loss"] - curve["off_domain_loss"].iloc[0]).tolist()
-            shared = dict(zip([name for name in by if name not in ("way", "lr")], values, strict=True))
-            rows.append({**shared, "way": trial["way"], "learned": amount, "forgotten": _where(learned, lost, amount)})
-    columns = [*(name for name in by if name not in ("way", "lr")), "way", "learned", "forgotten"]
-    return pandas.DataFrame(rows, columns=columns)
+            row = {**dict(zip(common, values, strict=True)), "way": trial["way"], "learned": amount}
+            rows.append({**row, "forgotten": _where(learned, lost, amount)})
+    return pandas.DataFrame(rows, columns=[*common, "way", "learned", "forgotten"])
 
 
 def against(
