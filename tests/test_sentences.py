@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 from lora_lab import records
-from lora_lab.ablation import summary
+from lora_lab.ablation import learning, summary
 from lora_lab.ablation.verdict import t_bounds
 
 CPU = "intel-xeon-processor-2-cores"
@@ -417,3 +417,79 @@ def test_lesson_09_on_what_the_stories_repeat(lesson, trades):
 
     shares = rows.said.map(repeated).groupby(rows.way).mean()
     assert numbers == [round(100 * shares[way]) for way in ("full", "LoRA r=8", "zero-shot")]
+
+
+@pytest.fixture(scope="module")
+def overfitting():
+    return records.load_all("overfitting")[f"{REAL}-overfitting"]
+
+
+def test_lesson_06_on_who_overfits(lesson, overfitting):
+    text, rows = lesson("06_overfitting"), overfitting.frame()
+    found = learning.measures(rows)
+    picked = learning.tuned(found)
+    mean = picked.groupby(["n_train", "way"]).mean(numeric_only=True)
+    (before,) = said(text, r"Before training the loss on the manual is ([\d.]+) nats")
+    assert before == round(rows[rows.step == 0].validation_loss.mean(), 2)
+    ended = said(text, r"it is ([\d.]+) to ([\d.]+) with 16 pieces and ([\d.]+) to (\d\.\d) with 256")
+    few, many = mean.last_loss[16].drop("last blocks"), mean.last_loss[256]
+    assert ended == [round(loss, 1) for loss in (few.min(), few.max(), many.min(), many.max())]
+    trained, tokens = said(text, r"It trains ([\d,]+) numbers of 135 million, but 16 pieces hold only (\d+) tokens")
+    assert {trained} == set(rows[rows.way == "LoRA r=1"].trainable_parameters)
+    assert tokens == 16 * (overfitting.settings["seq_len"] - 1)
+    told = learning.against(rows.merge(picked[["n_train", "way", "lr"]].drop_duplicates()), "overfit")
+    told = told[told.way != "last blocks"]
+    assert "With 16 pieces that is open. With 256 pieces both ranks overfit *more*" in text
+    assert set(told[told.n_train == 16].verdict) == {"open"}
+    assert set(told[told.n_train == 256].verdict) == {"more"}
+    reach = told[told.n_train == 256]
+    numbers = said(text, r"overfit \*more\*, by ([\d.]+) to ([\d.]+) nats")
+    assert numbers == [round(reach.lower.min(), 2), round(reach.upper.max(), 2)]
+    full = found[(found.n_train == 256) & (found.way == "full") & (found.seed == 0)].sort_values("lr")
+    within, *rises = said(text, r"as low within ([\d.]+) nats, and they rise by ([\d.]+), ([\d.]+) and (\d\.\d+)")
+    assert within == round(full.best_loss.max() - full.best_loss.min(), 2)
+    assert rises == [round(rise, 2) for rise in full.overfit]
+    last = found[(found.n_train == 16) & (found.way == "last blocks") & (found.seed == 0)].sort_values("lr")
+    change, *rises = said(text, r"changes by ([\d.]+) nats, the rise from ([\d.]+) to ([\d.]+) and (\d\.\d+)")
+    assert change == round(last.best_loss.max() - last.best_loss.min(), 2)
+    assert rises == [round(rise, 2) for rise in last.overfit]
+    assert "They also learn less than half as much" in text
+    assert mean.learned[16, "last blocks"] < mean.learned[16].drop("last blocks").min() / 2
+    full = found[(found.n_train == 16) & (found.way == "full") & (found.seed == 0)].sort_values("lr").iloc[0]
+    assert said(text, r"Full fine-tuning at its lowest rate rises by ([\d.]+), and") == [round(full.overfit, 2)]
+    assert full.best_loss < last.best_loss.min()
+    epochs = picked.best_step * overfitting.settings["batch_size"] / picked.n_train
+    epochs = epochs[(picked.n_train != 16) | (picked.way != "last blocks")]
+    assert "is passed after one to three of ten epochs" in text
+    assert (epochs.min(), epochs.max()) == (1, 3)
+
+
+def test_lesson_06_on_who_forgets(lesson, overfitting):
+    text, rows = lesson("06_overfitting"), overfitting.frame()
+    found = learning.measures(rows)
+    picked = learning.tuned(found)
+    mean = picked.groupby(["n_train", "way"]).mean(numeric_only=True)
+    assert said(text, r"a little lower, at most ([\d.]+) nats higher") == [round(mean.forgotten.max(), 2)]
+    late = mean.forgotten_at_last.drop((16, "last blocks"))
+    assert said(text, r"everybody, by ([\d.]+) to ([\d.]+) nats") == [round(late.min(), 1), round(late.max(), 1)]
+    own = rows.merge(picked[["n_train", "way", "lr"]].drop_duplicates())
+    told = {share: learning.against(own, "forgotten", share=share) for share in (0.8, 0.9, 1)}
+    verdicts = pandas.DataFrame({share: one.set_index(["n_train", "way"]).verdict for share, one in told.items()})
+    same = verdicts[verdicts.nunique(axis=1) == 1].iloc[:, 0]
+    of_lora = {key: verdict for key, verdict in same.items() if "LoRA" in key[1] and verdict != "open"}
+    assert "one verdict on LoRA holds at all three shares. With 16 pieces rank 8 forgets more" in text
+    assert of_lora == {(16, "LoRA r=8"): "more"}
+    lora = pandas.concat(told.values()).query("n_train == 16 and way == 'LoRA r=8'")
+    assert said(text, r"forgets more, by ([\d.]+) to ([\d.]+) nats") == [
+        round(lora.lower.min(), 2),
+        round(lora.upper.max(), 2),
+    ]
+    first = found.query("n_train == 16 and way == 'LoRA r=8' and seed == 0").sort_values("lr")
+    (_, third, highest) = first.itertuples()
+    assert (
+        highest.lr
+        == picked.query("n_train == 16 and way == 'LoRA r=8'").lr.iloc[0]
+        == max(overfitting.settings["ways"]["LoRA r=8"]["lrs"])
+    )
+    assert said(text, r"comes within ([\d.]+) nats of the same loss") == [round(third.best_loss - highest.best_loss, 2)]
+    assert third.forgotten < -0.05
