@@ -531,7 +531,7 @@ def test_lesson_06_on_lora_against_full_fine_tuning(lesson, overfitting):
 
 def test_lesson_06_on_who_forgets(lesson, overfitting):
     text = lesson("06_overfitting")
-    rows, _, picked, mean = at_chosen_rates(overfitting)
+    rows, found, picked, mean = at_chosen_rates(overfitting)
     highest, worst = said(
         text, r"at most ([\d.]+) nats higher than before training, and in the worst .*? run (\d\.\d+)\."
     )
@@ -551,6 +551,11 @@ def test_lesson_06_on_who_forgets(lesson, overfitting):
     reach = [round(lora.lower.min(), 2), round(lora.upper.max(), 2)]
     assert said(text, r"the bounds run from ([\d.]+) to ([\d.]+) nats") == reach
     chosen = picked[picked.n_train == 16].groupby("way").lr.first()
+    (most,) = said(text, r"At its lowest loss no run has forgotten more than ([\d.]+) nats")
+    assert most - 0.01 < found.forgotten.max() < most
+    (least,) = said(text, r"at every rate full fine-tuning and LoRA rise by ([\d.]+) nats or more")
+    many = found[(found.n_train == 256) & (found.way != "last blocks")]
+    assert least == round(many.overfit.min(), 1) <= many.overfit.min()
     assert "And both rates are the highest that were tried" in text
     ways = overfitting.settings["ways"]
     assert all(chosen[way] == max(ways[way]["lrs"]) for way in ("full", "LoRA r=8"))
