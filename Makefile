@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lab-gpu notebooks lint clean
+.PHONY: help demo test lab lab-gpu notebooks lint mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -32,6 +32,11 @@ lab-gpu: $(VENV)/.ready-test ## run every lesson at full effort on a GPU; assert
 
 notebooks: $(VENV)/.ready-test ## run the lessons again and store their outputs in place
 	$(BIN)/python notebooks/execute.py $(ARGS)
+
+mutation: $(VENV)/.ready-test ## plant 200 small faults in the core, and see which of them the tests notice (about an hour)
+	$(BIN)/python -m pip install --quiet --editable '.[test,mutation]'
+	$(BIN)/lora-lab fetch
+	$(BIN)/python tests/mutation.py $(ARGS)
 
 clean: ## remove the virtual environment (the model stays in its cache)
 	rm -rf $(VENV)
