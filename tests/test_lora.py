@@ -458,6 +458,15 @@ def test_config_says_which_value_is_out_of_range(values, says):
             LoRALinear(nn.Linear(3, 2), **({"rank": 1, "alpha": 1.0} | values))
 
 
+def test_the_defaults_are_rank_8_alpha_16_no_dropout_and_all_linear_layers():
+    assert LoRAConfig() == LoRAConfig(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", exclude=())
+
+
+def test_without_dropout_there_is_no_layer_for_it():
+    assert not any(isinstance(module, nn.Dropout) for module in LoRALinear(nn.Linear(3, 2), 1, 1.0).modules())
+    assert any(isinstance(module, nn.Dropout) for module in LoRALinear(nn.Linear(3, 2), 1, 1.0, dropout=0.5).modules())
+
+
 def test_a_repeats_by_seed_and_differs_between_layers():
     def drawn(seed):
         model = DigitsTransformer()

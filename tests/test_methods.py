@@ -252,6 +252,15 @@ def test_settings_are_the_method_as_plain_data(method, expected):
     assert method.settings() == expected
 
 
+@pytest.mark.parametrize("kind", [LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA])
+def test_every_kind_of_lora_has_the_defaults_of_the_config(kind):
+    assert kind().config() == LoRAConfig()
+
+
+def test_partial_fine_tuning_trains_the_head_by_default():
+    assert PartialFineTuning().modules == ("head",)
+
+
 # The variants of LoRA
 
 

@@ -408,6 +408,7 @@ NAN = torch.full((4, 6), torch.nan)
         (lambda: rank.svd(torch.ones(4, 6, dtype=torch.long)), "floating-point"),
         (lambda: rank.svd(torch.ones(0, 6)), r"\(0, 6\)"),
         (lambda: rank.svd([[1.0]]), "W is list"),
+        (lambda: rank.singular_values(torch.ones(4)), r"^W is \(4,\)"),
         (lambda: rank.svd(torch.ones(4, 6, device="meta")), "meta device"),
         (lambda: rank.svd((W, W, W)), "a decomposition is U"),
         (lambda: rank.svd((1, 2)), "a decomposition is U"),
