@@ -13,8 +13,8 @@ What it does to a LoRA step of our Llama, and what each is for:
     checkpoint               of each block only the input is kept, and the block computed again
     threads=2                two halves of the batch on one core each, with no barrier at every product
 
-Adapters, norms and all sums stay in float32. Where the base is in 4-bit blocks (``lora_lab.quantize``),
-each matrix is dequantised where it is used, and the head's a slice at a time.
+Adapters, norms, an adapted head and all sums stay in float32. Where the base is in 4-bit blocks
+(``lora_lab.quantize``), each matrix is dequantised where it is used, and the head's a slice at a time.
 
 Shapes in the comments: SmolLM2-135M, 4 sequences of 128 tokens, so 512 rows; rank 8.
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,13 +36,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.lora import LoRALayer, LoRALinear, lora_layers, replace
 from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, Llama, RMSNorm
-from lora_lab.quantize import BlockLinear
+from lora_lab.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.tasks.base import IGNORE, Loss
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
@@ -52,7 +54,8 @@ class Lean:
     """How to make a step lean.
 
     Args:
-        base_dtype: keep the frozen matrices in this dtype (``torch.bfloat16``); None leaves them as they are.
+        base_dtype: keep the frozen matrices in this dtype (``torch.bfloat16``), all but that of an adapted head;
+            None leaves them as they are.
         checkpoint: keep of each block only its input, and compute the block again in the backward pass:
             about a third more time, a fraction of the activations. For the whole process, memory that
             is freed goes back to the system at once from then on (on Linux).
@@ -85,23 +88,31 @@ class Lean:
 def rewire(model: nn.Module, lean: Lean) -> None:
     """Give an adapted Llama lean blocks, in place; names, parameters and what it computes stay.
 
+    The blocks read the weights of adapted layers and norms, and do not call them, so forward hooks on modules
+    inside a block do not fire. Those on the new blocks do.
+
     Raises:
         ValueError: the model is no Llama of ours, has no adapters or some of a variant with a forward of
-            its own (PiSSA, DoRA), trains more than adapters, or ``threads`` meets dropout or a GPU. The
-            model is then left as it was.
+            its own (PiSSA, DoRA), trains more than adapters, has hooks, or ``threads`` meets dropout or a GPU.
+            The model is then left as it was.
     """
     _check(model, lean)
     if lean.checkpoint and not isinstance(next(model.parameters()), FakeTensor):  # a rehearsal frees nothing
         _return_memory_at_once()
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)
-    trunk = model.model
+    trunk, head = model.model, model.lm_head
     for index, block in enumerate(trunk.layers):
         replace(trunk, f"layers.{index}", _LeanBlock(block, lean.checkpoint))
+    for module in trunk.modules():
+        if isinstance(module, RMSNorm | BlockEmbedding):
+            _raise_to_float32(module)
     if isinstance(trunk.embed_tokens, nn.Embedding):
         trunk.embed_tokens = _LeanEmbedding(trunk.embed_tokens)
-    if isinstance(model.lm_head, nn.Linear):
-        model.lm_head = _LeanHead(model.lm_head)
+    if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
+        _raise_to_float32(head.base)
+    elif isinstance(head, nn.Linear | BlockLinear):
+        model.lm_head = _LeanHead(head) if isinstance(head, nn.Linear) else _LeanBlockHead(head)
 
 
 def _check(model: nn.Module, lean: Lean) -> None:
@@ -113,12 +124,18 @@ def _check(model: nn.Module, lean: Lean) -> None:
     if not layers:
         raise ValueError("The lean step is one of LoRA, but the model has no adapters; use a LoRA method.")
     for name, layer in layers.items():
-        if type(layer).forward is not LoRALinear.forward:
+        if not _is_plain_lora(layer):
             raise ValueError(f"{name!r} is a {type(layer).__name__}, whose forward pass has no lean form.")
     own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
             raise ValueError(f"{name!r} is trained, but the lean step is for a frozen base; freeze it.")
+    for name, module in model.named_modules():
+        if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+            raise ValueError(
+                f"{name or 'the model'!r} has a hook, which the lean step would not call; remove it, or put it on a "
+                "block once the model is lean."
+            )
     if lean.threads > 1:
         if any(isinstance(layer.dropout, nn.Dropout) for layer in layers.values()):
             raise ValueError(
@@ -130,12 +147,27 @@ def _check(model: nn.Module, lean: Lean) -> None:
 
 
 def _cast_base(model: Llama, dtype: torch.dtype) -> None:
-    adapters = {id(parameter) for layer in lora_layers(model).values() for parameter in _own(layer)}
+    kept = {id(parameter) for layer in lora_layers(model).values() for parameter in _own(layer)}
+    if isinstance(model.lm_head, LoRALayer):
+        kept |= {id(parameter) for parameter in model.lm_head.parameters()}
     seen = set()
     for parameter in model.parameters():
-        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in adapters | seen:
+        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in kept | seen:
             parameter.data = parameter.data.to(dtype)
             seen.add(id(parameter))
+
+
+def _raise_to_float32(module: nn.Module) -> None:
+    """Let a module compute in float32, or in what is finer, in place."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(_at_least_float32(parameter.dtype))
+    if isinstance(module, BlockWeight):
+        module.dtype = _at_least_float32(module.dtype)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _return_memory_at_once() -> None:
@@ -156,13 +188,13 @@ def _own(layer: LoRALayer) -> list[Tensor]:
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """What ``layer(x)`` is, for a frozen linear layer with or without an adapter, whatever keeps its weight."""
+    """What ``layer(x)`` is, for a linear layer with or without an adapter, whatever keeps its weight."""
     return project([layer], x)[0]  # (4, 128, 1536)
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """The outputs of several linear layers of one input, which is kept and narrowed once for all of them."""
-    together = [layer for layer in layers if isinstance(layer, LoRALayer) and not _drops(layer)]
+    together = [layer for layer in layers if _by_hand(layer)]
     outputs: Iterator[Tensor] = iter(())
     if together:
         factors = [factor for layer in together for factor in (layer.lora_A, layer.lora_B)]
@@ -170,21 +202,40 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [next(outputs) if layer in together else _apart(layer, x) for layer in layers]
 
 
-def _drops(layer: LoRALayer) -> bool:
-    return layer.training and isinstance(layer.dropout, nn.Dropout)
+def _is_plain_lora(layer: nn.Module) -> bool:
+    return type(layer).forward is LoRALinear.forward
+
+
+def _by_hand(layer: nn.Module) -> bool:
+    """Whether the gradients written down below are a layer's: those of plain LoRA without dropout, the base frozen."""
+    if not _is_plain_lora(layer) or (layer.training and isinstance(layer.dropout, nn.Dropout)):
+        return False
+    return not _is_trained(layer.base)
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    # Asked some hundred times a step, and parameters() takes twice the time.
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
 def _apart(layer: nn.Module, x: Tensor) -> Tensor:
-    if not isinstance(layer, LoRALayer):
-        return _frozen(layer, x)  # (4, 128, 1536)
+    if not _is_plain_lora(layer):
+        return _called(layer, x)  # (4, 128, 1536)
     narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8); dropout gives the adapter an input of its own
-    return _frozen(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
+    return _called(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
 
 
-def _frozen(base: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(base, nn.Linear) and base.weight.dtype != x.dtype:
-        return F.linear(x.to(base.weight.dtype), base.weight, base.bias).to(x.dtype)  # (4, 128, 1536)
-    return base(x)  # (4, 128, 1536)
+def _called(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), in the dtype of the layer's weight, as x's."""
+    dtype = _dtype(layer.base if isinstance(layer, LoRALayer) else layer)
+    if isinstance(layer, nn.Linear) and dtype != x.dtype:
+        y = F.linear(x.to(dtype), layer.weight).to(x.dtype)  # (4, 128, 1536)
+        return y if layer.bias is None else y + layer.bias  # (4, 128, 1536); the bias may be in float32
+    return layer(x.to(dtype)).to(x.dtype)  # (4, 128, 1536)
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return layer.dtype if isinstance(layer, BlockLinear) else layer.weight.dtype
 
 
 def _adds_up(rows: int, width: int, weight: Tensor) -> bool:
@@ -275,6 +326,7 @@ class _LoRALinears(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)  # 3 x (4, 128, 1536)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gs: Tensor):
         rows, narrow, *factors = ctx.saved_tensors
         gs = [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
@@ -298,6 +350,7 @@ class _GatedLoRALinear(torch.autograd.Function):
         return y.view(*gate.shape[:-1], -1)  # (4, 128, 576)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         gate, up, narrow, A, B = ctx.saved_tensors
         opened = F.silu(gate)  # (4, 128, 1536)
@@ -328,6 +381,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * root).mul_(weight)  # (4, 128, 576)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x, weight, root = ctx.saved_tensors
         g = g * weight  # (4, 128, 576)
@@ -344,6 +398,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin)  # (4, 9, 128, 64)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         cos, sin = ctx.saved_tensors
         return _turn(g, cos, -sin), None, None
@@ -373,6 +428,11 @@ class _LeanBlock(Block):
         self.train(block.training)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(
+                "A lean block computes in the dtypes that its weights have, and was called under torch.autocast; "
+                "leave autocast, and use Lean(base_dtype=torch.bfloat16) for products in half precision."
+            )
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
         dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
@@ -386,6 +446,8 @@ class _LeanBlock(Block):
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    if norm.weight.requires_grad:
+        return norm(x)  # (4, 128, 576)
     return _RMSNorm.apply(x, norm.weight, norm.eps)  # (4, 128, 576)
 
 
@@ -425,7 +487,7 @@ class _LeanMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project([self.gate_proj, self.up_proj], x)  # 2 x (4, 128, 1536)
         down = self.down_proj
-        if not isinstance(down, LoRALayer) or _drops(down):
+        if not _by_hand(down):
             return linear(down, F.silu(gate) * up)  # (4, 128, 576)
         return _GatedLoRALinear.apply(gate, up, down.lora_A, down.lora_B, down.base, down.scaling)  # (4, 128, 576)
 
@@ -439,7 +501,7 @@ class _LeanEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight)  # (4, 128, 576)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))  # (4, 128, 576)
+        return rows.to(_at_least_float32(rows.dtype))  # (4, 128, 576)
 
 
 class _LeanHead(nn.Module):
@@ -451,6 +513,16 @@ class _LeanHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)  # (4, 128, 49152)
+
+
+class _LeanBlockHead(BlockLinear):
+    """The same for a head in blocks."""
+
+    def __init__(self, head: BlockLinear) -> None:
+        super().__init__(head.packed, head.kind, head.shape, head.bias, head.steps, head.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.dtype)).to(x.dtype)  # (4, 128, 49152)
 
 
 # The loss
@@ -473,7 +545,7 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     if not every_target and not bool(counts.all()):
         hidden, targets = hidden[counts], targets[counts]  # (n, 576), (n,)
     head = model.lm_head
-    if isinstance(head, LoRALayer):
+    if isinstance(head, LoRALayer) or _is_trained(head):
         return F.cross_entropy(linear(head, hidden), targets)  # ()
     return token_losses(hidden, targets, head, rows).mean()  # ()
 
@@ -506,6 +578,7 @@ class _HeadLosses(torch.autograd.Function):
         return losses  # (512,)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gs: Tensor):
         (gradient,) = ctx.saved_tensors  # (512, 576)
         return gradient * gs[:, None], None, None, None
@@ -544,7 +617,7 @@ def _by_vocabulary(
     top = hidden.new_full((len(hidden), 1), -math.inf)  # (512, 1)
     total, own = torch.zeros_like(top), torch.zeros_like(top)  # (512, 1)
     for start, stop in head.slices():
-        logits = hidden @ head.rows(start, stop).T  # (512, 576) @ (576, 3072) -> (512, 3072)
+        logits = _times(hidden, head.rows(start, stop).T)  # (512, 576) @ (576, 3072) -> (512, 3072)
         here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
         own = torch.where(here, logits.gather(1, place), own)  # (512, 1)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))  # (512, 1)
@@ -557,10 +630,10 @@ def _by_vocabulary(
     gradient = torch.zeros_like(hidden)  # (512, 576)
     for start, stop in head.slices():
         weight = head.rows(start, stop)  # (3072, 576)
-        chances = (hidden @ weight.T).sub_(level).exp_()  # (512, 3072)
+        chances = _times(hidden, weight.T).sub_(level).exp_()  # (512, 3072)
         here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
         chances.scatter_add_(1, place, -here.to(chances.dtype))  # minus 1 at the target
-        gradient.addmm_(chances, weight)  # (512, 576)
+        _add_product(gradient, chances, weight)  # (512, 576)
     return losses, gradient
 
 
@@ -594,6 +667,7 @@ class FlatAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # each parameter's view
         self._flat = [self._flatten(group["params"]) for group in self.param_groups]
 
     def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
@@ -611,17 +685,47 @@ class FlatAdamW(torch.optim.Optimizer):
             self.state[parameter] = {"step": flat["step"]} | {
                 name: flat[name][part].view(parameter.shape) for name in ("exp_avg", "exp_avg_sq")
             }
-            parameter.grad = flat["gradients"][part].view(parameter.shape)
+            parameter.grad = self._gradients[parameter] = flat["gradients"][part].view(parameter.shape)
         return flat
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to zero; they stay views, whatever ``set_to_none`` says."""
+        for parameter, view in self._gradients.items():
+            parameter.grad = view
         for flat in self._flat:
             flat["gradients"].zero_()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what ``state_dict()`` gave, or that of a ``torch.optim.AdamW`` with the same groups.
+
+        Raises:
+            ValueError: a parameter has no state, or those of a group are not at one step.
+        """
+        for group in state_dict["param_groups"]:
+            states = [state_dict["state"].get(index, {}) for index in group["params"]]
+            complete = all({"step", "exp_avg", "exp_avg_sq"} <= state.keys() for state in states)
+            if not complete or len({float(state["step"]) for state in states}) > 1:
+                raise ValueError(
+                    "The parameters of a group need a state each, all at one step, for a FlatAdamW counts a group's "
+                    "steps once; load what state_dict() gave after a step on all of them."
+                )
+        views = dict(self.state)
+        super().load_state_dict(state_dict)  # which puts copies where the views were
+        loaded, self.state = self.state, defaultdict(dict, views)
+        for parameter, state in views.items():
+            for name, view in state.items():
+                view.copy_(loaded[parameter][name])
 
     @torch.no_grad()
     def step(self) -> None:
         """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+        for parameter, view in self._gradients.items():
+            if parameter.grad is not view:  # after the model's own zero_grad(), which drops the views
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(parameter.grad)
+                parameter.grad = view
         for group, flat in zip(self.param_groups, self._flat, strict=True):
             beta1, beta2 = group["betas"]
             adamw(

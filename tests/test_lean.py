@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import gguf
 import pytest
 import torch
 from torch import nn
@@ -30,15 +31,27 @@ from lora_lab import (
     quantize,
     save_adapter,
 )
-from lora_lab.lean import FlatAdamW, InThreads, _adds_up, cross_entropy, linear, rewire, token_losses
+from lora_lab.lean import (
+    FlatAdamW,
+    InThreads,
+    _adds_up,
+    _GatedLoRALinear,
+    _RMSNorm,
+    _Rotate,
+    cross_entropy,
+    linear,
+    rewire,
+    token_losses,
+)
+from lora_lab.lora import replace
 from lora_lab.memory import saved_bytes
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.quantize import BlockLinear, quantize_nf4
+from lora_lab.quantize import BlockEmbedding, BlockLinear, quantize_nf4
 from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
 from lora_lab.train import in_turn, training_step
-from lora_lab.variants import LoRAFALinear, RsLoRALinear
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
 SHAPE = LlamaConfig(
     vocab_size=260,
@@ -74,6 +87,14 @@ def adapted(config=SHAPE, dtype=torch.float64, layer=None, seed=0, **settings):
         for adapter in lora_layers(model).values():
             adapter.lora_B.copy_(torch.randn_like(adapter.lora_B) * 0.2)
     return model.train()
+
+
+def randomise(model, seed=2):
+    """Let the adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.add_(torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B) * 0.2)
 
 
 def text(sequences=3, length=20, ignored=True, seed=1):
@@ -316,6 +337,37 @@ def test_an_adapted_head_learns_too():
     assert "lm_head.lora_A" in gradients(model)
 
 
+def by_layer(x, layer):
+    return linear(layer, x)
+
+
+def by_gate(x, layer):
+    return _GatedLoRALinear.apply(x, x.flip(1), layer.lora_A, layer.lora_B, layer.base, layer.scaling)
+
+
+def by_norm(x, layer):
+    return _RMSNorm.apply(x, torch.ones(6, dtype=torch.float64), 1e-5)
+
+
+def by_rotation(x, layer):
+    return _Rotate.apply(x, torch.ones(4, 6, dtype=torch.float64), torch.ones(4, 6, dtype=torch.float64))
+
+
+def by_losses(x, layer):
+    return token_losses(x, torch.tensor([0, 3, 1, 2]), layer.base)
+
+
+@pytest.mark.parametrize("function", [by_layer, by_gate, by_norm, by_rotation, by_losses])
+def test_a_second_derivative_is_refused(function):
+    layer = LoRALinear(nn.Linear(6, 5, bias=False, dtype=torch.float64), rank=2, alpha=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    (once,) = torch.autograd.grad(function(x, layer).square().sum(), x, create_graph=True)
+    assert bool(once.any())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.square().sum().backward()
+
+
 def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
     model = adapted()
     rewire(model, Lean())
@@ -353,6 +405,128 @@ def test_a_bfloat16_base_computes_what_its_rounded_weights_do():
     assert all(gradient.dtype == torch.float32 for gradient in gradients(twin).values())
 
 
+def rounded(model):
+    """The model with frozen matrices that bfloat16 holds exactly, still in float32."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if parameter.ndim == 2 and "lora_" not in name:
+                parameter.copy_(parameter.bfloat16())
+    return twin
+
+
+def assert_half_precision_apart(model, exact, lean):
+    """The lean model against a float32 one of the same numbers: loss, gradients, logits, and all when merged."""
+    rewire(model, lean)
+    found = []
+    for one, loss in ((model, cross_entropy), (exact, plain_cross_entropy)):
+        torch.manual_seed(5)  # for dropout
+        found.append(loss(one, *text()))
+        found[-1].backward()
+    assert float(found[0].detach()) == pytest.approx(float(found[1].detach()), rel=0.01)
+    assert far_apart(gradients(model), gradients(exact)) < 0.1
+    ids = text()[0]
+    for change in (lambda one: one.eval(), merge):
+        change(model)
+        change(exact)
+        with torch.no_grad():
+            logits, expected = model(ids), exact(ids)
+        assert logits.dtype == torch.float32
+        assert float((logits - expected).norm() / expected.norm()) < 0.02
+        assert model.generate(ids[0], 3).shape == (3,)
+        loss = cross_entropy(model, *text()).item()
+        assert loss == pytest.approx(plain_cross_entropy(exact, *text()).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"targets": ["q_proj"]}, {"targets": ["layers.1.mlp.up_proj"]}, {"dropout": 0.3}], ids=str
+)
+def test_a_bfloat16_base_takes_biases_dropout_and_layers_without_an_adapter(config, settings):
+    model = adapted(config, dtype=torch.float32, **settings)
+    exact = rounded(model)
+    biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    assert_half_precision_apart(model, exact, Lean(base_dtype=torch.bfloat16))
+    after_merging = dict(model.named_parameters())
+    assert (config is BIASED) is bool(biases)
+    for name, bias in biases.items():
+        assert torch.equal(after_merging[name.replace("base.", "")], bias)
+
+
+@pytest.mark.parametrize("lean", [Lean(), Lean(base_dtype=torch.bfloat16)], ids=["as it is", "cast"])
+def test_a_model_loaded_in_bfloat16_is_lean_as_it_is(lean):
+    model = Llama(BIASED).bfloat16()
+    inject(model, LoRAConfig(rank=4, alpha=6, targets=["q_proj", "down_proj"]))
+    randomise(model)
+    assert_half_precision_apart(model.train(), copy.deepcopy(model).float(), lean)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "blocks", "blocks in bfloat16"])
+def test_an_adapted_head_over_a_bfloat16_base_computes_logits_and_is_merged(kept):
+    model = Llama(BIASED)
+    if "blocks" in kept:
+        quantize_head(model)
+    if "bfloat16" in kept:
+        model.bfloat16()
+    inject(model, LoRAConfig(rank=4, alpha=6, targets=["lm_head", "q_proj"]))
+    randomise(model)
+    exact = dense_twin(model.train())
+    if kept == "float32":  # an adapted head is not cast, or the merged one would be
+        head = exact.lm_head.base.weight.detach().clone()
+        exact = rounded(exact)
+        exact.lm_head.base.weight.data = head
+    assert_half_precision_apart(model, exact, Lean(base_dtype=torch.bfloat16))
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_a_variant_put_on_a_merged_lean_model_computes_what_it_is():
+    start = adapted()
+    for layer in (DoRALinear, PiSSALinear, LoRALinear):
+        plain, leaner = copy.deepcopy(start), copy.deepcopy(start)
+        rewire(leaner, Lean(checkpoint=True))
+        for model in (plain, leaner):
+            merge(model)
+            inject(model, LoRAConfig(rank=4, alpha=6), seed=1, layer=layer)
+            randomise(model)
+        plain_cross_entropy(plain, *text()).backward()
+        cross_entropy(leaner, *text()).backward()
+        assert far_apart(gradients(leaner), gradients(plain)) < 1e-10
+        ids = text()[0]
+        torch.testing.assert_close(leaner(ids), plain(ids), rtol=1e-10, atol=1e-10)
+
+
+def test_a_variant_on_a_merged_lean_model_in_bfloat16_computes_what_it_is():
+    model = adapted(dtype=torch.float32)
+    rewire(model, Lean(base_dtype=torch.bfloat16))
+    merge(model)
+    exact = Llama(SHAPE)
+    exact.load_state_dict(model.state_dict())
+    for one in (model, exact):
+        inject(one, LoRAConfig(rank=4, alpha=6), layer=DoRALinear)
+        randomise(one)
+    ids = text()[0]
+    with torch.no_grad():
+        logits, expected = model(ids), exact(ids)
+    assert float((logits - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "with adapters"])
+@pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
+def test_all_that_is_unfrozen_in_a_lean_model_gets_its_gradient(merged, config):
+    model = adapted(config)
+    leaner = copy.deepcopy(model)
+    rewire(leaner, Lean(checkpoint=True))
+    for one in (model, leaner):
+        if merged:
+            merge(one)
+        one.requires_grad_(True)
+    plain_cross_entropy(model, *text()).backward()
+    cross_entropy(leaner, *text()).backward()
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+    assert far_apart(gradients(leaner), gradients(model)) < 1e-10
+
+
 # A base in blocks
 
 
@@ -362,21 +536,62 @@ def in_blocks():
     config = LlamaConfig(**{**vars(SHAPE), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
     model = Llama(config)
     quantize_nf4(model)
-    dense = copy.deepcopy(model)
-    for name, module in list(dense.named_modules()):
-        if isinstance(module, BlockLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False)
-            linear.weight = nn.Parameter(module.weight.clone())
-            parent, _, child = name.rpartition(".")
-            setattr(dense.get_submodule(parent), child, linear)
+    dense = dense_twin(model)
     for one in (model, dense):
         inject(one, LoRAConfig(rank=4, alpha=6))
-        for index, layer in enumerate(lora_layers(one).values()):
-            generator = torch.Generator().manual_seed(index)
-            with torch.no_grad():
-                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
+        randomise(one)
         one.train()
     return model, dense
+
+
+def dense_twin(model):
+    """The same weights in float32, with nothing in blocks."""
+    twin = copy.deepcopy(model).float()
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, BlockLinear | BlockEmbedding):
+            weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+            rows, columns = weight.shape
+            dense = nn.Linear(columns, rows, False) if isinstance(module, BlockLinear) else nn.Embedding(rows, columns)
+            dense.weight = weight
+            replace(twin, name, dense)
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=str)
+def test_a_model_all_in_blocks_computes_trains_and_writes_in_either_precision(dtype, targets, monkeypatch):
+    config = LlamaConfig(**{**vars(SHAPE), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    model = Llama(config)
+    quantize_nf4(model)
+    table = gguf.quantize(model.model.embed_tokens.weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
+    blocks = nn.Parameter(torch.from_numpy(table).view(-1, 34), requires_grad=False)
+    model.model.embed_tokens = BlockEmbedding(blocks, "Q8_0", (260, 64))
+    model.lm_head = BlockLinear(blocks, "Q8_0", (260, 64))
+    model.to(dtype)
+    monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 64)  # the head is read in three slices
+    inject(model, LoRAConfig(rank=4, alpha=6, targets=targets))
+    randomise(model)
+    exact = dense_twin(model.train())
+    names = list(model.state_dict())
+    rewire(model, Lean(checkpoint=True))
+    assert list(model.state_dict()) == names
+    assert model.model.embed_tokens.packed is model.lm_head.packed
+    assert model.model(text()[0]).dtype == torch.float32
+    loss, expected = cross_entropy(model, *text()), plain_cross_entropy(exact, *text())
+    loss.backward()
+    expected.backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance / 10)
+    assert far_apart(gradients(model), gradients(exact)) < tolerance
+    ids = text()[0]
+    for change in (lambda one: one.eval(), merge):
+        change(model)
+        change(exact)
+        with torch.no_grad():
+            logits, by_dense = model(ids), exact(ids)
+        assert logits.dtype == torch.float32
+        assert float((logits - by_dense).norm() / by_dense.norm()) < tolerance / 5
+        assert model.generate(ids[0], 3).shape == (3,)
 
 
 @pytest.mark.parametrize("length", [4, 60], ids=["products apart", "products added up"])
@@ -528,6 +743,100 @@ def test_parameters_of_two_dtypes_fit_no_flat_group():
     pair = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
     with pytest.raises(ValueError, match="several dtypes"):
         FlatAdamW([{"params": pair}])
+
+
+def quadratic(parameters):
+    return sum(parameter.square().sum() for parameter in parameters)
+
+
+def two_groups():
+    """Three parameters in two groups, and the groups as an optimiser takes them."""
+    parameters = [nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((3, 4), (5,), (2, 2))]
+    return parameters, [{"params": parameters[:2], "lr": 0.05}, {"params": parameters[2:], "weight_decay": 0.1}]
+
+
+def steps_of(parameters, optimizer, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        quadratic(parameters).backward()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.parametrize("other", [FlatAdamW, torch.optim.AdamW])
+def test_a_stored_state_is_taken_up_and_the_steps_go_on(other):
+    parameters, groups = two_groups()
+    stored = other(groups, lr=0.01)
+    kept = steps_of(parameters, stored, 3)
+    state = copy.deepcopy(stored.state_dict())
+    expected = steps_of(parameters, stored, 2)
+    fresh, groups = two_groups()
+    with torch.no_grad():
+        for parameter, value in zip(fresh, kept, strict=True):
+            parameter.copy_(value)
+    optimizer = FlatAdamW([group | {"lr": 1.0} for group in groups])
+    optimizer.load_state_dict(state)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
+    assert len({optimizer.state[p]["exp_avg"].untyped_storage().data_ptr() for p in fresh[:2]}) == 1
+    torch.testing.assert_close(steps_of(fresh, optimizer, 2), expected, rtol=1e-12, atol=1e-12)
+    unloaded = FlatAdamW([{"params": two_groups()[0]}])
+    assert all(float(state["step"]) == 5 for state in optimizer.state_dict()["state"].values())
+    assert all(float(state["step"]) == 0 for state in unloaded.state_dict()["state"].values())
+
+
+def without_states(state):
+    state.clear()
+
+
+def without_a_moment(state):
+    del state[1]["exp_avg_sq"]
+
+
+def of_two_steps(state):
+    state[0]["step"] = torch.tensor(7.0)
+
+
+@pytest.mark.parametrize("spoil", [without_states, without_a_moment, of_two_steps])
+def test_a_state_that_does_not_fit_a_flat_group_is_refused_and_nothing_changed(spoil):
+    parameters, groups = two_groups()
+    optimizer = FlatAdamW(groups, lr=0.01)
+    steps_of(parameters, optimizer, 1)
+    stored = copy.deepcopy(optimizer.state_dict())
+    steps_of(parameters, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    spoil(stored["state"])
+    with pytest.raises(ValueError, match="need a state each, all at one step"):
+        optimizer.load_state_dict(stored)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zeroed_by", ["the model", "both"])
+def test_gradients_that_are_no_views_any_more_are_stepped_along_all_the_same(zeroed_by):
+    ends = []
+    for kind in (torch.optim.AdamW, FlatAdamW):
+        torch.manual_seed(0)
+        parameters, groups = two_groups()
+        model, optimizer = nn.ParameterList(parameters), kind(groups, lr=0.01)
+        for _ in range(3):
+            model.zero_grad()  # sets them to None
+            quadratic(parameters).backward()
+            if zeroed_by == "both":  # what was there is not to be added to what comes
+                optimizer.zero_grad()
+                quadratic(parameters).backward()
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in parameters])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_without_a_gradient_has_one_of_zeros():
+    parameters, groups = two_groups()
+    optimizer = FlatAdamW([group | {"weight_decay": 0.0} for group in groups])
+    before = [parameter.detach().clone() for parameter in parameters]
+    nn.ParameterList(parameters).zero_grad()
+    quadratic(parameters[1:]).backward()
+    optimizer.step()
+    assert torch.equal(parameters[0], before[0])
+    assert all(not torch.equal(parameter, old) for parameter, old in zip(parameters[1:], before[1:], strict=True))
 
 
 # Threads
@@ -698,6 +1007,18 @@ def already_lean():
     return model
 
 
+def already_lean_in_one_block():
+    model = adapted(LlamaConfig(**{**vars(SHAPE), "num_hidden_layers": 1}))
+    rewire(model, Lean())
+    return model
+
+
+def hooked(name, kind):
+    model = adapted()
+    getattr(model.get_submodule(name), f"register_{kind}_hook")(lambda *_: None)
+    return model
+
+
 def with_class(layer):
     class Other(LoRALinear):
         def forward(self, x):
@@ -714,9 +1035,16 @@ def with_class(layer):
         (lambda: with_class(None), Lean(), "is a Other, whose forward pass has no lean form"),
         (unlocked, Lean(), "'model.norm.weight' is trained"),
         (already_lean, Lean(), "lean already"),
+        (already_lean_in_one_block, Lean(), "lean already"),
+        (lambda: hooked("model.layers.1", "forward"), Lean(), "'model.layers.1' has a hook"),
+        (lambda: hooked("model.layers.0.mlp.up_proj", "forward_pre"), Lean(), "'model.layers.0.mlp.up_proj' has a"),
+        (lambda: hooked("model.layers.0.self_attn", "full_backward"), Lean(), "'model.layers.0.self_attn' has a"),
+        (lambda: hooked("lm_head", "full_backward_pre"), Lean(), "'lm_head' has a hook"),
+        (lambda: hooked("", "forward"), Lean(torch.bfloat16), "'the model' has a hook"),
         (lambda: adapted(dropout=0.1), Lean(torch.bfloat16, threads=2), "threads is 2, but the adapters have dropout"),
     ],
-    ids=["no Llama", "no adapters", "own forward", "trained base", "twice", "threads and dropout"],
+    ids=["no Llama", "no adapters", "own forward", "trained base", "twice", "twice, one block", "hook on a block",
+         "hook on an adapter", "hook of gradients", "hook on the head", "hook on the model", "threads and dropout"],
 )  # fmt: skip
 def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
     model = make()
@@ -732,6 +1060,26 @@ def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
 def test_fit_refuses_a_lean_step_for_methods_without_one(method):
     with pytest.raises(ValueError, match=r"no adapters|has no lean form"):
         train(Lean(), method)
+
+
+def test_a_hook_on_a_lean_block_fires():
+    model, seen = adapted(), []
+    rewire(model, Lean(checkpoint=True))
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    cross_entropy(model, *text()).backward()
+    assert seen == [(3, 20, 32)]
+
+
+def test_a_lean_model_under_autocast_says_that_it_has_a_half_precision_of_its_own():
+    model = adapted(dtype=torch.float32)
+    rewire(model, Lean())
+    expected = cross_entropy(model, *text())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call in (lambda: cross_entropy(model, *text()), lambda: model(text()[0])):
+            with pytest.raises(RuntimeError, match=r"under torch\.autocast; leave autocast, and use Lean\(base_dtype="):
+                call()
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(cross_entropy(model, *text()), expected)
 
 
 def test_one_adapted_layer_equals_its_own_forward_pass():
