@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_lab import lean
@@ -152,6 +153,7 @@ class _AddUpdates(torch.autograd.Function):
         return outputs  # (640, 128)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x, narrow, A, B = ctx.saved_tensors
         apart = g.reshape(*x.shape[:2], -1).to(A.dtype)  # (640, 128) -> (20, 32, 128)
@@ -455,6 +457,8 @@ class _Pack:
         # Trials do not touch, so the gradient of each loss is that of their sum.
         gradients = torch.autograd.grad(losses, self.parameters, torch.ones_like(losses))
         torch.cat([gradient.flatten(1) for gradient in gradients], dim=1, out=self.gradient)  # (20, N)
+        if self.errors:  # whose batch may have no target that counts, which gives NaN
+            self.gradient[list(self.errors)] = 0.0
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if settings["clip"] is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
@@ -478,13 +482,13 @@ class _Pack:
         """How many targets of each trial's part of a joined batch count, as ``task.counted`` does.
 
         Raises:
-            ValueError: none of a trial's, as in ``fit``.
+            ValueError: none of a live trial's, as in ``fit``.
         """
         if self.task.unit != "tokens":
             return [len(batch) // len(self.runs)] * len(self.runs)
         counts = (batch.targets != IGNORE).view(len(self.runs), -1).sum(1).tolist()
-        if 0 in counts:
-            seed = self.runs[counts.index(0)].seed
+        if empty := [k for k in self.live if not counts[k]]:
+            seed = self.runs[empty[0]].seed
             raise ValueError(
                 f"No target of the batch at step {step} of seed {seed} counts, so it teaches nothing; "
                 "use larger batches."
@@ -544,8 +548,7 @@ class _Pack:
             PackingError: they do, or the forward pass draws at random, or a layer takes no part in the loss.
         """
         before, buffers = self._random_states(), [buffer.clone() for buffer in self.model.buffers()]
-        losses = self.losses(self.batch(1))  # (20,)
-        gradients = torch.autograd.grad(losses[0], self.parameters, allow_unused=True)
+        losses = self.losses(self.batch(1)).tolist()
         if not all(map(torch.equal, before, self._random_states())):
             raise PackingError(
                 "The model draws random numbers in training, and in one pass trials cannot each draw their own; "
@@ -556,14 +559,36 @@ class _Pack:
                 "The model changes a buffer of its own in training, which the trials would share; "
                 "run them apart, with fit."
             )
-        for name, A, B in zip(self.layers, gradients[::2], gradients[1::2], strict=True):
-            if A is None:
+        # Some models carry on from one row of a batch to the next, so that the first is never reached; others back.
+        for k in dict.fromkeys((0, len(losses) - 1)):
+            self._try_beside_others(k, losses[k])
+
+    def _try_beside_others(self, k: int, expected: float) -> None:
+        """Change the examples and adapters of all trials but one, whose loss must neither change nor depend on them."""
+        others = torch.arange(len(self.runs)) != k  # (20,)
+        rows = self.orders[self.order_of, 0]  # (20, 32)
+        rows[others] = (rows[others] + 1) % len(self.task.train)
+        with torch.no_grad():
+            for layer in self.layers.values():
+                layer.lora_B[others] = 1.0  # (19, 128, 16)
+        loss = self.losses(self.task.train[rows.flatten()])[k]  # ()
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        with torch.no_grad():
+            for layer in self.layers.values():
+                layer.lora_B.zero_()
+        for name, *factors in zip(self.layers, gradients[::2], gradients[1::2], strict=True):
+            if factors[0] is None:
                 raise PackingError(f"Layer {name!r} takes no part in the loss; leave it out of targets.")
-            if any(bool(((others := gradient[1:]) != 0).logical_and(others.isfinite()).any()) for gradient in (A, B)):
+            if any(bool(((own := factor[others]) != 0).logical_and(own.isfinite()).any()) for factor in factors):
                 raise PackingError(
                     f"In layer {name!r} the examples of one trial reach another, as where the first dimension of a "
                     "tensor is not the batch; run the trials apart, with fit."
                 )
+        if math.isfinite(expected) and loss.item() != expected:
+            raise PackingError(
+                "The loss of a trial changes with the examples of the others, as where a number is taken over the "
+                "whole batch; run the trials apart, with fit."
+            )
 
     def _random_states(self) -> list[Tensor]:
         on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
