@@ -608,11 +608,12 @@ def _check_tensors(path: Path, run: _Run, tensors: dict[str, Tensor]) -> None:
 def _same_run(path: Path, ours: dict[str, Any], stored: dict[str, Any]) -> None:
     ours = json.loads(json.dumps(ours))  # as the file has it: tuples are lists there
     for group in ("task", "method", "settings"):
-        for name, value in ours[group].items():
-            if stored[group].get(name) != value:
+        for name in {**ours[group], **stored[group]}:  # some settings are there only where they are in use
+            mine, theirs = ours[group].get(name), stored[group].get(name)
+            if mine != theirs:
                 raise ValueError(
-                    f"{path} is of another run: its {group}'s {name} is {stored[group].get(name)!r}, "
-                    f"not {value!r}; use another folder, or delete it."
+                    f"{path} is of another run: its {group}'s {name} is {theirs!r}, "
+                    f"not {mine!r}; use another folder, or delete it."
                 )
 
 

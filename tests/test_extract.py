@@ -113,6 +113,20 @@ def test_layers_that_did_not_change_get_no_adapter():
     assert list(extract(base, model, 4)) == [names[1]]
 
 
+def test_a_change_that_the_bases_precision_does_not_hold_is_none():
+    base = DigitsMLP().bfloat16()
+    model = copy.deepcopy(base).float()
+    with torch.no_grad():
+        model.hidden1.weight.mul_(1 + 2**-12)  # bfloat16 has 8 bits
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="nothing to extract"):
+        extract(base, model, 4)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    with torch.no_grad():
+        model.hidden1.weight.mul_(1.5)
+    assert list(extract(base, model, 4)) == ["hidden1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

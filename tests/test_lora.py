@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -465,6 +466,13 @@ def test_the_defaults_are_rank_8_alpha_16_no_dropout_and_all_linear_layers():
 def test_without_dropout_there_is_no_layer_for_it():
     assert not any(isinstance(module, nn.Dropout) for module in LoRALinear(nn.Linear(3, 2), 1, 1.0).modules())
     assert any(isinstance(module, nn.Dropout) for module in LoRALinear(nn.Linear(3, 2), 1, 1.0, dropout=0.5).modules())
+
+
+def test_a_config_cannot_be_changed_past_its_checks():
+    config = LoRAConfig(rank=2)
+    with pytest.raises(FrozenInstanceError):
+        config.rank = 0
+    assert config == LoRAConfig(rank=2)
 
 
 def test_a_repeats_by_seed_and_differs_between_layers():

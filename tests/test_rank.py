@@ -129,6 +129,18 @@ def test_truncation_is_the_best_there_is(out, width, seed, data):
     assert float(error) <= np.linalg.norm(W.numpy() - other.numpy()) / np.linalg.norm(W.numpy()) + 1e-12
 
 
+def test_truncations_of_a_stack_are_those_of_its_matrices():
+    stack = normal(3, 7, 5) * torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)[:, None, None]
+    found = rank.truncate(stack, 2)
+    assert found.error.shape == (3,)
+    for i in range(3):
+        B, A, error = rank.truncate(stack[i], 2)
+        torch.testing.assert_close(found.B[i] @ found.A[i], B @ A)
+        S = np.linalg.svd(stack[i].numpy(), compute_uv=False)
+        assert float(found.error[i]) == pytest.approx(np.linalg.norm(S[2:]) / np.linalg.norm(S))
+        assert float(error) == pytest.approx(float(found.error[i]))
+
+
 def test_a_given_decomposition_is_used():
     W = normal(6, 5)
     for given_, whole in zip(rank.truncate(rank.svd(W), 2), rank.truncate(W, 2), strict=True):
@@ -238,6 +250,15 @@ def test_similarity_is_the_papers_sum(n, seed, data):
     np.testing.assert_allclose(found, rank.subspace_similarity(V2, V1).T)
 
 
+def test_similarities_of_a_stack_are_those_of_its_subspaces():
+    V1, V2 = (torch.linalg.qr(normal(3, 9, k, seed=k)).Q for k in (2, 4))
+    found = rank.subspace_similarity(V1, V2)
+    assert found.shape == (3, 2, 4)
+    for i in range(3):
+        torch.testing.assert_close(found[i], rank.subspace_similarity(V1[i], V2[i]))
+    assert not torch.allclose(found[0], found[1])
+
+
 def test_similarity_of_the_same_and_of_orthogonal_subspaces():
     V = basis(10, 6)
     assert float(rank.subspace_similarity(V[:, :3], V[:, :3])[-1, -1]) == pytest.approx(1)
@@ -283,6 +304,26 @@ def test_amplification_is_the_papers_quotient():
     assert [float(x) for x in given_] == pytest.approx([float(x) for x in found])
 
 
+def test_amplifications_of_a_stack_are_those_of_its_updates():
+    deltas, weights = normal(3, 12, 9), normal(3, 12, 9, seed=7) * 3
+    found = rank.amplification(deltas, weights, 2)
+    for i in range(3):
+        alone = rank.amplification(deltas[i], weights[i], 2)
+        for name in found._fields:
+            torch.testing.assert_close(getattr(found, name)[i], getattr(alone, name))
+    np.testing.assert_allclose(found.delta, [np.linalg.norm(delta) for delta in deltas])
+
+
+def test_amplification_is_beside_random_directions_of_seed_0_unless_others_are_given():
+    delta, W = normal(12, 9), normal(12, 9, seed=7)
+    usual, *given_ = (
+        float(rank.amplification(delta, W, 2, **options).random)
+        for options in ({}, *({"generator": torch.Generator().manual_seed(seed)} for seed in (0, 1)))
+    )
+    assert usual == given_[0]
+    assert usual != given_[1]
+
+
 def test_an_update_along_weak_directions_amplifies_more_than_one_along_strong_ones():
     W = of_spectrum([100, 50, 20, 1, 0.5], 12, 9)
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -323,6 +364,15 @@ def test_the_floor_is_what_a_random_direction_has(width, cosine):
     assert rank.intruder_dimensions(normal(width, width), normal(width, width, seed=1)).floor == rank.random_cosine(
         width
     )
+
+
+def test_the_floor_of_a_tall_matrix_is_that_of_its_few_directions():
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(size=(20_000, 64))
+    cosine = (np.abs(drawn[:, :8]).max(1) / np.linalg.norm(drawn, axis=1)).mean()
+    assert rank.random_cosine(64, 8) == pytest.approx(cosine, abs=0.01)
+    assert rank.random_cosine(64, 8) < rank.random_cosine(64) - 0.05
+    assert rank.intruder_dimensions(normal(64, 8), normal(64, 8, seed=1), top=2).floor == rank.random_cosine(64, 8)
 
 
 # Chance

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, LoRA, PartialFineTuning, fit
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, fit, train
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task
-from lora_lab.train import DivergedError
+from lora_lab.train import DivergedError, _Run, own_randomness
 
 CHECKPOINT = "checkpoint.safetensors"
 STEPS, EVERY = 9, 2  # batches of 4 from 10 examples: nine steps cross three ends of an epoch
@@ -347,6 +347,46 @@ def test_a_checkpoint_of_another_run_is_refused_and_told_apart(tmp_path, options
     with pytest.raises(ValueError, match=rf"of another run: its {says}"):
         run("lora", tmp_path, **options)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize("way", [{"lean": Lean()}, {"gradient_checkpointing": True}], ids=["lean", "checkpointing"])
+def test_a_checkpoint_of_another_kind_of_step_is_refused_both_ways(tmp_path, tiny_config, way):
+    ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
+    rows = Examples(ids[:, :-1], ids[:, 1:])
+    data = Task("text", rows[:6], rows[6:7], rows[7:8], rows[8:], unit="tokens")
+    options = {"steps": 2, "lr": 0.01, "batch_size": 3, "checkpoint_every": 1}
+    for name, first, then in (("with", way, {}), ("without", {}, way)):
+        fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
+        with pytest.raises(ValueError, match=rf"of another run: its settings's {next(iter(way))} is "):
+            fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **then)
+        history = fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
+        assert history.rows[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "cpu")])
+def test_the_gpus_random_state_is_stored_and_put_back_on_a_gpu_only(tmp_path, monkeypatch, first, then):
+    """On no GPU: the run is told that it has one, and what it would ask of it is noted."""
+    state, given = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: given.append(value))
+
+    def on(device):
+        class Elsewhere(_Run):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.device = torch.device(device)
+
+        monkeypatch.setattr(train, "_Run", Elsewhere)
+        monkeypatch.setattr(train, "own_randomness", lambda _, seed: own_randomness(torch.device("cpu"), seed))
+
+    on(first)
+    interrupt("lora", tmp_path, 6)
+    on(then)
+    ended = run("lora", tmp_path)
+    monkeypatch.undo()
+    assert len(given) == (first == then == "cuda")
+    assert all(torch.equal(value, state) for value in given)
+    assert_same_end(ended, run("lora"))
 
 
 def test_targets_given_as_a_tuple_are_the_same_run(tmp_path):

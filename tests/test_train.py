@@ -636,6 +636,32 @@ def test_a_training_step_runs_on_tensors_that_have_no_values(tiny_config, method
         assert isinstance(parameter.grad, FakeTensor)
 
 
+def test_gradients_are_clipped_in_one_pass_where_there_are_numbers_and_where_they_are_rehearsed(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asked, clip = [], nn.utils.clip_grad_norm_
+
+    def noted(parameters, largest, foreach):
+        asked.append(foreach)
+        return clip(parameters, largest, foreach=foreach)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", noted)
+
+    def step(device):
+        model, pixels = DigitsMLP(width=16), torch.zeros(2, 64, device=device)
+        if device == "meta":
+            model.to(device)
+        targets = torch.zeros(2, dtype=torch.long, device=device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        training_step(model, cross_entropy, [(pixels, targets)], [1.0], optimizer, 1.0)
+
+    step("cpu")
+    with FakeTensorMode():
+        step("cpu")
+    step("meta")
+    assert asked == [True, True, None]
+
+
 # Learning
 
 

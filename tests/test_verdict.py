@@ -1,5 +1,7 @@
 """The verdict on ranks: synthetic losses with a planted answer, scipy as the oracle, and one live run."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pandas
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 from lora_lab import LoRA, fit
 from lora_lab.ablation.grid import Grid
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.verdict import RankResult, Verdict, summary, t_bounds
+from lora_lab.ablation.verdict import RankResult, Verdict, _Choice, summary, t_bounds
 from lora_lab.tasks import planted
 from lora_lab.train import evaluate
 
@@ -99,6 +101,17 @@ def test_one_seed_is_always_undecided():
     assert summary(frame_of(PLANTED, seeds=2, shared=0, own=0)).rank == 4
 
 
+def test_one_seed_still_tells_the_difference():
+    ranks = summary(frame_of(PLANTED, seeds=1, shared=0, own=0)).ranks
+    assert [one.difference for one in ranks[:-1]] == pytest.approx([0.25, 0.06, 0, 0], abs=1e-12)
+    assert ranks[-1].difference is None
+    assert {(one.lower, one.upper) for one in ranks} == {(None, None)}
+
+
+def test_two_ranks_are_enough_to_compare():
+    assert summary(frame_of({4: 0.0, 16: 0.0})).rank == 4
+
+
 def test_much_noise_is_undecided_and_says_so():
     verdict = summary(frame_of(PLANTED, own=0.05))
     assert verdict.rank is None
@@ -126,6 +139,14 @@ def test_when_all_ranks_lose_the_largest_is_the_answer():
     verdict = summary(frame_of(FULL))
     assert verdict.rank == 16
     assert verdict.reason == "every smaller rank loses more than 0.01 against it; a larger one may be better still."
+
+
+def test_a_verdict_cannot_be_changed():
+    verdict = summary(frame_of(PLANTED))
+    for record, name in ((verdict, "rank"), (verdict.ranks[0], "standing"), (_Choice(), "lr")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, 1)
+    assert verdict.rank == 4
 
 
 # The numbers
@@ -206,6 +227,15 @@ def test_a_rate_with_a_failed_seed_does_not_count_and_another_takes_its_place():
     assert verdict.ranks[0].standing == "too small"
     assert verdict.rank == 4
     assert "rank 1: lr 0.01 does not count (seed 2 failed)." in verdict.notes
+
+
+@pytest.mark.parametrize("lost", ["test_loss", "validation_loss"])
+def test_a_trial_that_is_done_but_lacks_a_loss_does_not_count(lost):
+    frame = frame_of(PLANTED, own=0.001)
+    frame.loc[(frame["rank"] == 2) & (frame.lr == 0.01) & (frame.seed == 1), lost] = np.nan
+    verdict = summary(frame)
+    assert verdict.ranks[1].lr in (0.003, 0.03)
+    assert "rank 2: lr 0.01 does not count (seed 1 failed)." in verdict.notes
 
 
 @pytest.mark.parametrize(("spoil", "word"), [(fail, "failed"), (without, "missing")])

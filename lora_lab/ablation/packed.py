@@ -268,7 +268,9 @@ def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: 
 def _plain(head: nn.Module) -> bool:
     """Whether a head has no adapter and computes in full precision, in which a loss is to be summed."""
     full = (torch.float32, torch.float64)
-    return isinstance(head, BlockLinear) or (type(head) is nn.Linear and head.weight.dtype in full)
+    if isinstance(head, BlockLinear):
+        return head.dtype in full
+    return type(head) is nn.Linear and head.weight.dtype in full
 
 
 def _squared_errors(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
