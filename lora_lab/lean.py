@@ -720,12 +720,10 @@ class FlatAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
         for parameter, view in self._gradients.items():
-            if parameter.grad is not view:  # after the model's own zero_grad(), which drops the views
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(parameter.grad)
-                parameter.grad = view
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad is not view:  # after the model's own zero_grad(), which drops the views
+                view.copy_(parameter.grad)
         for group, flat in zip(self.param_groups, self._flat, strict=True):
             beta1, beta2 = group["betas"]
             adamw(

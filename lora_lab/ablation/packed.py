@@ -459,8 +459,6 @@ class _Pack:
         # Trials do not touch, so the gradient of each loss is that of their sum.
         gradients = torch.autograd.grad(losses, self.parameters, torch.ones_like(losses))
         torch.cat([gradient.flatten(1) for gradient in gradients], dim=1, out=self.gradient)  # (20, N)
-        if self.errors:  # whose batch may have no target that counts, which gives NaN
-            self.gradient[list(self.errors)] = 0.0
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if settings["clip"] is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
