@@ -45,10 +45,13 @@ def compare(ways: dict[str, Callable[[], object]], rounds: int, unit: str) -> No
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for call in ways.values():
         call()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None  # calls return before a GPU is done
     for _ in range(rounds):
         for name, call in ways.items():
+            wait()
             started = time.perf_counter()
             found = call()
+            wait()
             seconds[name].append(found if isinstance(found, float) else time.perf_counter() - started)
     baselines = [name for name in ways if name.endswith("*")]
     for name, own in seconds.items():

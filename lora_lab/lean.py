@@ -31,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -548,6 +549,16 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     if isinstance(head, LoRALayer) or _is_trained(head):
         return F.cross_entropy(linear(head, hidden), targets)  # ()
     return token_losses(hidden, targets, head, rows).mean()  # ()
+
+
+def told(loss: Loss, targets: Sequence[Tensor]) -> Loss:
+    """The loss told whether each target of a step's micro-batches counts, if it is :func:`cross_entropy`.
+
+    Asked about targets on the CPU, which are not yet where the model is: the question makes Python wait for a GPU.
+    """
+    if not isinstance(loss, partial) or loss.func is not cross_entropy:
+        return loss
+    return partial(loss, every_target=all(bool((part != IGNORE).all()) for part in targets))
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, rows: int = 256) -> Tensor:

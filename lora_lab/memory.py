@@ -60,7 +60,7 @@ from lora_lab.train import Step, own_randomness
 
 MIB, GIB = 2**20, 2**30
 SAVED = tuple(f"saved: {kind}" for kind in ("attention", "MLP", "norms", ADAPTERS, "other layers"))
-WORKSPACE, REST = "cuBLAS workspace", "the rest, unexplained"
+WORKSPACE, ENDS, REST = "cuBLAS workspace", "unused ends of blocks", "the rest, unexplained"
 PARTS = (
     "frozen weights",
     "trained weights",
@@ -71,6 +71,7 @@ PARTS = (
     "recomputed activations",
     "temporaries",
     WORKSPACE,
+    ENDS,
     REST,
 )
 _POINTS = 400  # of a timeline
@@ -345,8 +346,8 @@ def predict(
         batch_size, seq_len: the batch, for models that read token ids.
         batch: inputs and targets, for others; only their shapes and dtypes matter.
         device: where the step would run; default the model's device, or for a factory the best there is. If it
-            is "cuda" and there is none, the bill is the CPU's with CUDA's sizes of blocks, cuBLAS's workspace
-            and CUDA's choice of attention kernel: an estimate, and it says so.
+            is "cuda" and there is none, the bill is the CPU's with CUDA's sizes of blocks, cuBLAS's workspace,
+            CUDA's choice of attention kernel and its fused RMS norm: an estimate, and it says so.
         **options: ``dtype``, ``nf4``, ``optimizer``, ``gradient_checkpointing``, ``lean``, ``accumulate``, ``clip``,
             ``loss``, as in :class:`lora_lab.rehearse.Setup`.
 
@@ -364,13 +365,14 @@ def predict(
         step = setup.step(twin)
         if estimated:
             stack.enter_context(_cuda_attention(step, parts[0]))
+            stack.enter_context(_fused_norms())
         log = StorageLog(step, _BLOCK if on_cuda else 1)
         log.run(parts, weights)
         log.run(parts, weights)
         bill = log.bill(
             "estimated for CUDA, not measured" if estimated else "predicted", setting_of(setup, twin, given)
         )
-    return bill.plus(WORKSPACE, _workspace_bytes()) if on_cuda else bill
+    return bill.plus(WORKSPACE, _workspace_bytes(None if estimated else place)) if on_cuda else bill
 
 
 def measure(
@@ -387,6 +389,10 @@ def measure(
     it is ``max_memory_allocated`` of the second step; each with the model's weights and without whatever else
     is in memory. The parts are found in a third step, by following storages. What they leave of the peak
     (operations' own buffers, mostly) is the part "the rest, unexplained".
+
+    On CUDA two parts are the allocator's own: cuBLAS's workspace, which stays for the life of the process and is
+    counted in every bill, and "unused ends of blocks", for a block is given whole where it is little larger than what
+    was asked for.
 
     The model is left as it is, bit for bit, and so are the random generators: weights that are to be trained
     are copied first. A function that makes a model saves that copy.
@@ -422,19 +428,23 @@ def measure(
         stayed = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
         del held
         peak = meter.peak_bytes + sum(size for key, size in stayed.items() if key in there)
-        log = StorageLog(step, _BLOCK if device.type == "cuda" else 1)
+        log = StorageLog(step)
         log.run(parts, weights)
         bill = log.bill("measured", setting_of(setup, twin, given))
         del log, step
     gc.collect()
-    bill = bill.plus(REST, peak - bill.peak_bytes)
+    bill = bill.plus(REST, peak - bill.peak_bytes - meter.ends_bytes)
+    bill = bill.plus(ENDS, meter.ends_bytes).plus(WORKSPACE, meter.workspace_bytes)
     return replace(bill, reserved_bytes=meter.reserved_bytes)
 
 
 class _Meter:
-    """The most that the allocator gave during the second step, counted from where the meter was switched on."""
+    """The most that the allocator gave during the second step, counted from where the meter was switched on.
 
-    peak_bytes = 0
+    Of the peak, ``ends_bytes`` were given and not asked for. ``workspace_bytes`` are beside it.
+    """
+
+    peak_bytes = ends_bytes = workspace_bytes = 0
     reserved_bytes: int | None = None
 
     @contextmanager
@@ -466,7 +476,10 @@ class _CudaMeter(_Meter):
     """On CUDA: the caching allocator's own high-water mark."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.before = device, torch.cuda.memory_allocated(device)
+        _take_workspaces(device)  # or they would be in the peak of a process's first step, and of no other
+        self.device, self.workspace_bytes = device, _workspace_bytes(device)
+        self.before = torch.cuda.memory_allocated(device)
+        self.asked_before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
 
     @contextmanager
     def second_step(self) -> Iterator[None]:
@@ -474,6 +487,14 @@ class _CudaMeter(_Meter):
         yield
         self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
         self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+        if asked := torch.cuda.memory_stats(self.device).get("requested_bytes.all.peak", 0):  # not every allocator knows
+            self.ends_bytes = self.peak_bytes - (asked - self.asked_before)
+
+
+def _take_workspaces(device: torch.device) -> None:
+    """Multiply once forward and once backward, as a step does, in the same two threads."""
+    square = torch.ones(16, 16, device=device, requires_grad=True)
+    (square @ square).sum().backward()
 
 
 @contextmanager
@@ -694,6 +715,41 @@ def _cuda_attention(step: Step, batch: Batch) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if mode.seen else nullcontext()
 
 
+@contextmanager
+def _fused_norms() -> Iterator[None]:
+    """In the block F.rms_norm makes and keeps what CUDA's fused kernel does; of numbers there are none, as in a rehearsal.
+
+    torch before 2.9 has no such kernel, and a weight of another dtype than the input's is not given to it. The function
+    itself is replaced, for blocks that are computed again in the backward pass are out of a mode's sight.
+    """
+    plain = nn.functional.rms_norm
+
+    def fused(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None):
+        if weight is not None and weight.dtype != input.dtype:
+            return plain(input, normalized_shape, weight, eps)
+        return _FusedNorm.apply(input, weight, len(normalized_shape))
+
+    if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
+        nn.functional.rms_norm = fused
+    try:
+        yield
+    finally:
+        nn.functional.rms_norm = plain
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, normalized: int) -> Tensor:
+        rows = x.new_empty(x.shape[:-normalized], dtype=torch.promote_types(x.dtype, torch.float32))
+        ctx.save_for_backward(x, weight, rows)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=False)
+        return (*(torch.empty_like(tensor) if wanted else None for tensor, wanted in needed), None)
+
+
 def _place(model: nn.Module | Factory, device: torch.device | str | None) -> tuple[torch.device, bool]:
     """Where to pretend, and whether that only stands for CUDA."""
     if device is None:
@@ -705,7 +761,12 @@ def _place(model: nn.Module | Factory, device: torch.device | str | None) -> tup
     return device, False
 
 
-def _workspace_bytes() -> int:
-    """What cuBLAS keeps for itself: 32 MiB on Hopper and later, 8.1 MiB before (torch's CUDABlas.cpp)."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return 32 * MIB if hopper else 8_519_680
+def _workspace_bytes(device: torch.device | None) -> int:
+    """What cuBLAS keeps for itself on a device, twice: for the thread that goes forward, and autograd's own, backward.
+
+    By torch's defaults (CublasHandlePool.cpp; CUBLAS_WORKSPACE_CONFIG overrides them) it is 32 MiB a thread on compute
+    capability 9.0, Hopper, and 8.1 MiB before. On 10.x and 12.x, Blackwell, torch's newest sources say 32 MiB and older
+    ones 8.1; the newest are believed. None stands for a card that is not there, and counts as one before Hopper.
+    """
+    generation = 0 if device is None else torch.cuda.get_device_capability(device)[0]
+    return 2 * (32 * MIB if generation in (9, 10, 12) else 8_519_680)

@@ -37,6 +37,7 @@ PART_COLOURS = {
     "recomputed activations": COLOURS[5],
     "temporaries": COLOURS[7],
     "cuBLAS workspace": COLOURS[6],
+    "unused ends of blocks": "#555555",
     "the rest, unexplained": "#dddddd",
 }
 STATISTICS = {

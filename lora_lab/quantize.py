@@ -32,6 +32,7 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab.lora import LoRALinear, check_unadapted, replace
@@ -107,15 +108,17 @@ def _nf4_double(block: Tensor, step: Tensor, mean: Tensor) -> Tensor:
 
 
 def _levels(packed: Tensor) -> Tensor:
-    level = _level(packed)  # (16,)
-    # The two numbers of each of the 256 bytes; seen as one number of 8 bytes, a look-up brings both at once.
-    pairs = torch.cartesian_prod(level, level).view(torch.int64).flatten()  # (256, 2) -> (256,)
-    found = pairs.index_select(0, packed.int().flatten())  # (13824, 32) -> (442368,)
+    found = _pairs_beside(packed).index_select(0, packed.int().flatten())  # (13824, 32) -> (442368,)
     return found.view(torch.float32).view(len(packed), 2 * packed.shape[1])  # (884736,) -> (13824, 64)
 
 
-def _level(like: Tensor) -> Tensor:
-    return like.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device
+def _pairs_beside(packed: Tensor) -> Tensor:
+    """The two numbers of each byte (256,) on a device: copied there once, for a copy makes Python wait for a GPU."""
+    if isinstance(packed, FakeTensor):  # whose table has no numbers either
+        return packed.new_empty(256, dtype=torch.int64)  # (256,)
+    if packed.device not in _PAIRS:
+        _PAIRS[packed.device] = _PAIRS[torch.device("cpu")].to(packed.device)  # (256,)
+    return _PAIRS[packed.device]  # (256,)
 
 
 _NUMBERS: dict[str, Callable[..., Tensor]] = {"Q4_1": _q4_1, "Q8_0": _q8_0, "NF4": _nf4, "NF4-double": _nf4_double}
@@ -143,6 +146,9 @@ def _normal_float() -> tuple[float, ...]:
 
 
 LEVELS = _normal_float()
+_LEVEL = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")  # (16,)
+# By device, the two numbers of each of the 256 bytes; seen as one number of 8 bytes, a look-up brings both at once.
+_PAIRS = {torch.device("cpu"): torch.cartesian_prod(_LEVEL, _LEVEL).view(torch.int64).flatten()}  # (256, 2) -> (256,)
 
 
 def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +176,7 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
     numbers = weight.detach().float().flatten()  # (884736,)
     numbers = F.pad(numbers, (0, -len(numbers) % block)).view(-1, block)  # (13824, 64)
     scale = numbers.abs().amax(dim=1, keepdim=True)  # (13824, 1)
-    level = _level(weight)  # (16,)
+    level = _LEVEL.to(weight.device)  # (16,)
     middle = (level[1:] + level[:-1]) / 2  # (15,)
     code = torch.bucketize(numbers / _not_zero(scale), middle, out_int32=True).byte()  # (13824, 64)
     packed = code[:, 0::2] << 4 | code[:, 1::2]  # (13824, 32)

@@ -277,7 +277,7 @@ def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Gener
         delta: the update (..., out, in), or its SVD.
         W: the weight before (..., out, in), or its SVD.
         rank: how many leading directions.
-        generator: of the random directions; default one of its own, seeded with 0.
+        generator: of the random directions, which are drawn on the CPU; default one of its own, seeded with 0.
 
     Raises:
         ValueError: the shapes differ, the rank is out of range, or as for :func:`svd`.
@@ -293,7 +293,7 @@ def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Gener
             f"The weight has shape {tuple(W.shape)} and the update {(*U.shape[:-1], Vh.shape[-1])}; they must be alike."
         )
     U, Vh = U[..., :rank].to(W.dtype), Vh[..., :rank, :].to(W.dtype)  # (192, 8), (8, 576)
-    generator = generator or torch.Generator(W.device).manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     left, right = (orthonormal(n, rank, generator=generator).to(W) for n in W.shape[-2:])  # (192, 8), (576, 8)
     norm = torch.linalg.matrix_norm
     projected, size = norm(U.mT @ W @ Vh.mT), S.to(W.dtype).norm(dim=-1)  # (), ()

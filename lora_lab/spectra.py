@@ -115,7 +115,7 @@ def singular_values(
     """The singular values (k,) of every matrix's change, in float64: several times as fast as :func:`updates`.
 
     Each matrix is one thread's work (the eigenvalues of small matrices gain nothing from a second), and as many are
-    worked on at once as torch has threads.
+    worked on at once as torch has threads. On a GPU all are this thread's: more of them would take turns there.
 
     Args:
         before, after: two models, or their state dicts.
@@ -132,10 +132,11 @@ def singular_values(
         bar.update()
         return found
 
+    on_cpu = all(matrices[name].device.type == "cpu" for matrices in (old, new) for name in names)
     with progress_bar(len(names), "singular values", progress, "matrix") as bar, ThreadPoolExecutor(threads) as pool:
         torch.set_num_threads(1)
         try:
-            return dict(zip(names, pool.map(work, names), strict=True))
+            return dict(zip(names, (pool.map if on_cpu else map)(work, names), strict=True))
         finally:
             torch.set_num_threads(threads)
 

@@ -24,6 +24,8 @@ def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
     assert pretrained < 0.3 < moved
     again, _ = studies.study("digits")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    again.to(torch.bfloat16)  # in place, as a move to a GPU is
+    assert next(studies.reader().parameters()).dtype == torch.float32
 
 
 def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(monkeypatch):
@@ -31,7 +33,7 @@ def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(
     monkeypatch.setattr(
         studies, "fit", lambda model, task, *a, **o: trained_on.append(task) or fit(model, task, *a, **o)
     )
-    net = studies.reader.__wrapped__(1024)
+    net = studies._reader.__wrapped__(1024)
     assert [task.fingerprint for task in trained_on] == [digits("pretrain", n_train=1024).fingerprint]
     task = digits("adapt", n_train=1024)
     pretrained, moved = (evaluate(net, task, part) for part in ("off_domain", "test"))

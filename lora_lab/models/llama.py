@@ -78,7 +78,8 @@ class LlamaConfig:
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """How far each pair of a head turns per position, in radians: (head_dim / 2,), always float32."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim  # (32,)
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")  # (32,) on the CPU: equal everywhere
+    exponent = pairs / config.head_dim  # (32,)
     frequencies = 1.0 / config.rope_theta**exponent  # (32,)
     if (scaling := config.rope_scaling) is None:
         return frequencies  # (32,)
@@ -199,6 +200,8 @@ class Trunk(nn.Module):
         )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
+        # By device, and no buffer: a cast to bfloat16 would round them.
+        self.frequencies = {torch.device("cpu"): rotary_frequencies(config)}  # (32,)
         self.gradient_checkpointing = False
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
@@ -206,7 +209,7 @@ class Trunk(nn.Module):
         new = ids.shape[1]
         x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
         positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
-        angles = torch.outer(positions, rotary_frequencies(self.config).to(ids.device))  # (128, 32)
+        angles = torch.outer(positions, self.frequencies_on(ids.device))  # (128, 32)
         angles = torch.cat((angles, angles), dim=-1)  # (128, 64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (128, 64)
         mask = _mask(past, new, attention_mask, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
@@ -217,6 +220,12 @@ class Trunk(nn.Module):
             else:
                 x = layer(x, cos, sin, mask, cache)  # (4, 128, 576)
         return self.norm(x)  # (4, 128, 576)
+
+    def frequencies_on(self, device: torch.device) -> Tensor:
+        """The rotary frequencies (32,) on a device: copied there once, for a copy makes Python wait for a GPU."""
+        if device not in self.frequencies:
+            self.frequencies[device] = self.frequencies[torch.device("cpu")].to(device)  # (32,)
+        return self.frequencies[device]  # (32,)
 
 
 class Llama(nn.Module):
@@ -275,7 +284,8 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                drawn = torch.randn(parameter.shape, generator=generator, device="cpu")  # whatever torch.device says
+                parameter.copy_(drawn * 0.02)
 
     @torch.no_grad()
     def generate(
