@@ -487,7 +487,8 @@ class _CudaMeter(_Meter):
         yield
         self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
         self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-        if asked := torch.cuda.memory_stats(self.device).get("requested_bytes.all.peak", 0):  # not every allocator knows
+        asked = torch.cuda.memory_stats(self.device).get("requested_bytes.all.peak", 0)
+        if asked:  # not every allocator counts it
             self.ends_bytes = self.peak_bytes - (asked - self.asked_before)
 
 
@@ -717,7 +718,7 @@ def _cuda_attention(step: Step, batch: Batch) -> AbstractContextManager:
 
 @contextmanager
 def _fused_norms() -> Iterator[None]:
-    """In the block F.rms_norm makes and keeps what CUDA's fused kernel does; of numbers there are none, as in a rehearsal.
+    """A block in which F.rms_norm makes and keeps what CUDA's fused kernel does, but no numbers: for a rehearsal.
 
     torch before 2.9 has no such kernel, and a weight of another dtype than the input's is not given to it. The function
     itself is replaced, for blocks that are computed again in the backward pass are out of a mode's sight.

@@ -1102,7 +1102,7 @@ def test_for_cuda_every_storage_takes_whole_blocks_of_512_bytes():
 @needs_no_gpu
 @pytest.mark.parametrize("options", [{}, {"dtype": BF16}, {"accumulate": 2}])
 def test_for_cuda_the_bill_is_the_cpus_and_named_corrections(options, monkeypatch):
-    monkeypatch.setattr(memory, "_fused_norms", nullcontext)  # it moves the peak; a test of its own counts what it spares
+    monkeypatch.setattr(memory, "_fused_norms", nullcontext)  # they move the peak, and have a test of their own
     config = replace(ONE, num_key_value_heads=HEADS)  # heads that share nothing: the CPU's attention is like CUDA's
     here, there = (ask(Llama(config), LoRA(8), text(config), **options) for ask in (predicted, on_cuda))
     storages = 200  # more than there ever are
@@ -1283,13 +1283,13 @@ def test_what_the_allocator_gave_and_nobody_asked_for_is_a_part_of_its_own_and_s
 
 
 @pytest.mark.parametrize(
-    ("capability", "one"),
-    [((7, 5), 8_519_680), ((8, 6), 8_519_680), ((9, 0), 32 * MIB), ((10, 0), 32 * MIB), ((11, 0), 8_519_680), ((12, 0), 32 * MIB)],
-)  # fmt: skip
-def test_cublas_keeps_a_workspace_for_each_of_two_threads_by_the_cards_capability(capability, one, monkeypatch):
+    ("capability", "mib"),
+    [((7, 5), 8.125), ((8, 6), 8.125), ((9, 0), 32), ((10, 0), 32), ((11, 0), 8.125), ((12, 0), 32)],
+)
+def test_cublas_keeps_a_workspace_for_each_of_two_threads_by_the_cards_capability(capability, mib, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
-    assert memory._workspace_bytes(torch.device("cuda:1")) == 2 * one
+    assert memory._workspace_bytes(torch.device("cuda:1")) == 2 * mib * MIB
     assert asked == [torch.device("cuda:1")]  # the device of the step, not the current one
     assert memory._workspace_bytes(None) == 2 * 8_519_680
 
