@@ -257,7 +257,7 @@ def extract(
     state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
     check_unadapted(base)
     parts, errors = {}, {}
-    for name in find(base, "all-linear", ()):
+    for name, made in find(base, "all-linear", ()).items():
         weight = base.get_submodule(name).weight  # (48, 64)
         after = state.get(f"{name}.weight")
         if after is None or after.shape != weight.shape:
@@ -265,7 +265,8 @@ def extract(
             raise ValueError(
                 f"{name}.weight is {found} in the tuned model, but must be {tuple(weight.shape)}; is it of this base?"
             )
-        change = svd(after.to(weight).float() - weight.float())  # (48, 48), (48,), (48, 64)
+        difference = after.to(weight).float() - weight.float()  # (48, 64)
+        change = svd(difference.T if issubclass(made, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():
             continue
         own = min(rank, len(change.S)) if energy is None else int(energy_rank(change.S, energy))

@@ -14,6 +14,7 @@ arXiv 2106.09685, section 4.1.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,8 +159,14 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A new plain ``nn.Linear``, frozen, that computes the same function; this layer stays as it is."""
-        plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
+        """A new ``nn.Linear``, frozen, that computes the same function; this layer stays as it is.
+
+        It is of the base's own class if that is derived from ``nn.Linear``, for such a class may round in its own way.
+        """
+        if isinstance(self.base, nn.Linear) and type(self.base) is not nn.Linear:
+            plain = copy.deepcopy(self.base, {id(tensor): tensor for tensor in self.base.parameters()})
+        else:
+            plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self.weight)  # (48, 64)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone())  # (48,)

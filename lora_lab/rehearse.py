@@ -16,9 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_lab import lean as leanness
 from lora_lab.device import pick_device
@@ -32,6 +39,7 @@ from lora_lab.train import Step, make_step
 Factory = Callable[[], nn.Module]
 Batch = tuple[Tensor, Tensor]
 LOGITS, ADAPTERS = "logits and loss", "adapters"
+_FEW = 2**20  # numbers that a rehearsal may hold for real
 # The kind of a module from its class or name, the first that fits; the rest are what their parent is.
 _KINDS = {"norm": "norms", "attention": "attention", "attn": "attention", "mlp": "MLP", "feedforward": "MLP"}
 
@@ -207,7 +215,8 @@ def pretend(
 ) -> Iterator[nn.Module]:
     """A model of fake tensors, which have shapes, dtypes and storages' sizes, but no numbers and no memory.
 
-    In the block, what is computed is fake too. The model given is not touched.
+    In the block, what is computed is fake too, but for positions (``torch.arange``) and what is made of them alone. The
+    model given is not touched.
 
     Args:
         model: a module; or a function that makes one from its shape (it is called on torch's meta device).
@@ -238,8 +247,32 @@ def pretend(
     for module in twin.modules():
         if dtype is not None and isinstance(module, BlockWeight):
             module.dtype = dtype  # what to(dtype) would make of it
-    with mode:
+    with mode, _RealPositions():
         yield twin
+
+
+class _RealPositions(TorchDispatchMode):
+    """Gives numbers to what comes from neither the model nor the batch but from ``torch.arange``, where it is small.
+
+    The models of transformers look for several texts in a row by their positions, and where those are fake they go
+    another way, by a mask, with other bytes and products than a step has.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = not any(isinstance(tensor, FakeTensor) for tensor in inputs)
+        if not known or not (inputs or func._overloadpacket is torch.ops.aten.arange):
+            return func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            out = None  # a number is asked for, or as many as numbers say: of what is small, as follows
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(tensor.numel() > _FEW or tensor.device.type == "meta" for tensor in made):
+            return out
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
 
 
 def copied(model: nn.Module) -> nn.Module:

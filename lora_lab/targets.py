@@ -8,7 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn import functional as F
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ _REGISTERED: dict[str, _Entry] = {}
 
 def register(base_class: type[nn.Module] | str, lora_class: type[nn.Module], linear: bool = False) -> None:
     """Let ``inject`` put ``lora_class`` on layers whose class is exactly ``base_class``.
+
+    A class derived from ``nn.Linear`` counts as ``nn.Linear``, without being registered, if its layers keep one plain
+    matrix W and compute x W^T + b, as Falcon's do. Others, such as routers and quantised layers, are refused.
 
     Args:
         base_class: a class, or its full name ("transformers.pytorch_utils.Conv1D"), so that its library
@@ -40,7 +48,7 @@ def lora_class(base: nn.Module, layer: type[nn.Module] | None = None) -> type[nn
         layer: a variant, used where it derives from the class registered for the base; other bases then
             have none.
     """
-    entry = _REGISTERED.get(_full_name(type(base)))
+    entry = _entry(base)
     if entry is None:
         return None
     if layer is None:
@@ -48,8 +56,46 @@ def lora_class(base: nn.Module, layer: type[nn.Module] | None = None) -> type[nn
     return layer if issubclass(layer, entry.lora_class) else None
 
 
+def _entry(module: nn.Module) -> _Entry | None:
+    entry = _REGISTERED.get(_full_name(type(module)))
+    if entry is None and isinstance(module, nn.Linear) and _multiplies(module):
+        return _REGISTERED.get(_full_name(nn.Linear))
+    return entry
+
+
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _multiplies(layer: nn.Linear) -> bool:
+    """Whether a layer of a class derived from ``nn.Linear`` has one plain matrix W and computes x W^T + b with it.
+
+    Quantised layers keep a matrix of a class or a dtype of their own, scales beside it, or modules inside. What a class
+    computes by a forward of its own is found by trying, with a small W, for a layer on the meta device has no numbers.
+    """
+    own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+    weight = layer._parameters.get("weight")
+    if not own <= {"weight", "bias"} or [*layer.children()] or type(weight) not in (nn.Parameter, FakeTensor):
+        return False
+    if weight.dtype not in _DTYPES or weight.shape != (layer.out_features, layer.in_features):
+        return False
+    return type(layer).forward is nn.Linear.forward or _multiplies_small(layer)
+
+
+@torch.no_grad()
+def _multiplies_small(layer: nn.Linear) -> bool:
+    with unset_fake_temporarily():
+        # Numbers whose products and sums no order and no dtype rounds.
+        weight = torch.tensor([[0.5, -2.0, 1.0], [1.5, 0.25, -1.0]], dtype=torch.float32, device="cpu")  # (2, 3)
+        bias, x = None if layer.bias is None else weight[:, 0], weight.flip(0)[None]  # (2,), (1, 2, 3)
+        small = object.__new__(type(layer))
+        small.__dict__ |= vars(layer) | {"in_features": 3, "out_features": 2, "training": False}
+        small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+        try:
+            found = type(layer).forward(small, x)  # (1, 2, 2)
+        except Exception:  # it needs more than a W and a b
+            return False
+        return type(found) is Tensor and torch.equal(found, F.linear(x, weight, bias))
 
 
 def find(
@@ -157,7 +203,7 @@ def _check_unshared(model: nn.Module, modules: dict[str, nn.Module], names: list
 
 
 def _is_linear(module: nn.Module) -> bool:
-    entry = _REGISTERED.get(_full_name(type(module)))
+    entry = _entry(module)
     return isinstance(module, nn.Linear) if entry is None else entry.linear
 
 

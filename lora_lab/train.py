@@ -211,7 +211,8 @@ def make_step(
             )
     method.prepare(model, seed)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5 has a new name for it, and warns of the old one.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     backward, threads = in_turn, 1
     if lean is not None:
         leanness.rewire(model, lean)

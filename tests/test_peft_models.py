@@ -1,12 +1,11 @@
 """The same adapters here and in the real peft, on small random models of transformers and torch.
 
 Each model is one that a library wrapper has got wrong somewhere: tied and untied embeddings, weights stored the
-other way round (GPT-2), convolutions with strides (ResNet), a parent that reads the weight's dtype (T5) or the
-weight itself (torch's own encoder).
+other way round (GPT-2), linear layers of a class of their own (Falcon), convolutions with strides (ResNet), a parent
+that reads the weight's dtype (T5) or the weight itself (torch's own encoder).
 """
 
 import copy
-import functools
 import json
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ import transformers as hf
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
+from tiny_models import falcon, gpt2, llama, original
 from torch import nn
 
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, merge, save_adapter
@@ -42,28 +42,6 @@ MASK = (IDS != 0).long()
 IMAGES = torch.randn(2, 3, 16, 16, generator=GENERATOR)
 SOUND = torch.randn(2, 8, 20, generator=GENERATOR)
 FRAMES = torch.randn(3, 5, 16, generator=GENERATOR)
-
-
-def llama() -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=16,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-        )
-    )
-
-
-def gpt2(tied: bool = False) -> nn.Module:
-    shape = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "tie_word_embeddings": tied}
-    without = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **without, bos_token_id=1, eos_token_id=2))
 
 
 def bert() -> nn.Module:
@@ -130,6 +108,7 @@ TEXT = {"input_ids": IDS, "attention_mask": MASK}
 CASES = {
     "Llama": Case(llama, TEXT, ("q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"), LINEAR | {LoRAEmbedding}),
     "GPT-2": Case(gpt2, TEXT, ("c_attn", "c_proj", "c_fc", "wte", "wpe"), frozenset({LoRAConv1D, LoRAEmbedding})),
+    "Falcon": Case(falcon, TEXT, ("query_key_value", "dense", "dense_4h_to_h"), LINEAR),
     "BERT": Case(bert, TEXT, ("query", "dense", "word_embeddings", "classifier"), LINEAR | {LoRAEmbedding}),
     "T5": Case(
         t5,
@@ -145,18 +124,6 @@ CASES = {
     "nn.TransformerEncoder": Case(encoder, {"src": FRAMES}, ("linear1", "linear2"), LINEAR),
 }
 EVERY = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
-
-
-@functools.cache
-def original(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model with random numbers everywhere, biases and norms too."""
-    model = make().eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-            parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.25)
-    return model
 
 
 def fresh(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -369,7 +336,7 @@ def test_what_peft_saves_is_read_here(case, tmp_path):
 
 
 def test_only_decoders_are_noted_as_causal_language_models_and_only_gpt2_as_turned(tmp_path):
-    expected = {"Llama": "CAUSAL_LM", "GPT-2": "CAUSAL_LM"}  # peft's class for these cannot hold any other
+    expected = dict.fromkeys(("Llama", "GPT-2", "Falcon"), "CAUSAL_LM")  # peft's class for these cannot hold any other
     for name, case in CASES.items():
         save_adapter(adapted(case), tmp_path / name)
         noted = json.loads((tmp_path / name / "adapter_config.json").read_text())

@@ -337,6 +337,26 @@ def test_a_pretence_on_the_cpu_by_any_of_its_names_is_on_the_cpu():
             F.cross_entropy(twin(torch.ones(2, 64)), torch.zeros(2, dtype=torch.long)).backward()
 
 
+def test_what_comes_from_a_count_alone_has_numbers_and_what_a_model_or_a_batch_is_in_has_none():
+    with pretend(nn.Linear(4, 3)) as model:
+        positions = torch.arange(5)[None]
+        assert positions.tolist() == [[0, 1, 2, 3, 4]]
+        assert bool((positions.diff() == 1).all())
+        assert (positions >= 3).nonzero().tolist() == [[0, 3], [0, 4]]
+        for made in (torch.zeros(5), torch.rand(5), positions + torch.zeros(5), model.weight[:, :1] * positions):
+            assert isinstance(made, FakeTensor)
+
+
+def test_a_count_too_long_to_be_held_or_on_the_meta_device_has_no_numbers():
+    with pretend(nn.Linear(4, 3)):
+        few, many = torch.arange(2**20), torch.arange(2**20 + 1)
+        assert few[-1].item() == 2**20 - 1
+        assert isinstance(many, FakeTensor)
+        assert isinstance(few[:, None] >= few, FakeTensor)  # 128 GiB
+    with pretend(nn.Linear(4, 3), "meta"):
+        assert isinstance(torch.arange(5, device="meta"), FakeTensor)
+
+
 # Copies
 
 

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lora_lab.adapters import load_adapter, off, switch
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection, register
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.quantize import BlockLinear
+from lora_lab.rehearse import pretend
 from lora_lab.variants import DoRALinear, RsLoRALinear
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -102,6 +104,130 @@ def test_the_class_of_a_layer_counts_and_not_what_it_derives_from():
         inject(model, LoRAConfig(targets=["odd"]))
     with pytest.warns(UserWarning, match=r"does not reach .*: odd\.weight stay as they are"):
         assert inject(model, LoRAConfig()) == ["plain"]
+
+
+class Named(nn.Linear):
+    """Computes as nn.Linear does, and has a constructor of its own."""
+
+    def __init__(self, width):
+        super().__init__(width, 5, bias=False)
+
+
+class Apart(nn.Linear):
+    """Computes as nn.Linear does, by a forward of its own."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else self.bias + y
+
+
+class Packed(nn.Parameter):
+    """As a library keeps a matrix in a few bits, once it is on the device."""
+
+
+class InBytes(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
+
+
+class ToBePacked(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = Packed(self.weight.detach())
+
+
+class WithScales(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.register_buffer("scales", torch.ones(8))
+
+
+class InEightBits(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores.sigmoid(), scores
+
+
+class Grouped(nn.Linear):
+    def forward(self, x):
+        return (x.unflatten(-1, (2, -1)) @ self.weight.unflatten(0, (2, -1)).mT).flatten(-2)
+
+
+class WithoutBias(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class Rounding(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.sign(), self.bias)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
+@pytest.mark.parametrize(
+    ("make", "fits"),
+    [
+        (lambda: Named(8), True),
+        (lambda: Apart(8, 5), True),
+        (lambda: Apart(8, 5, bias=False), True),
+        (lambda: Apart(8, 5, dtype=torch.float16), True),
+        (lambda: hf.models.falcon.modeling_falcon.FalconLinear(8, 5), True),
+        (lambda: WithoutBias(8, 5, bias=False), True),
+        (lambda: WithoutBias(8, 5), False),
+        (InBytes, False),
+        (WithScales, False),
+        (InEightBits, False),
+        (lambda: Router(8, 5), False),
+        (lambda: Grouped(4, 8), False),
+        (lambda: Rounding(8, 5), False),
+        (lambda: hf.integrations.bitnet.AutoBitLinear(8, 8), False),
+        (lambda: hf.integrations.finegrained_fp8.FP8Linear(8, 8), False),
+        (lambda: torch.nn.utils.parametrizations.weight_norm(Named(8)), False),
+    ],
+)
+def test_a_class_derived_from_linear_is_adapted_if_it_computes_the_same_with_a_plain_matrix(make, fits, device):
+    with torch.device("meta" if device == "meta" else "cpu"):
+        model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": make()})
+    state = torch.get_rng_state()
+    with pretend(model) if device == "fake" else nullcontext(model) as twin, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert targets.find(twin, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
+    assert torch.equal(torch.get_rng_state(), state)
+    if not fits:
+        with pytest.raises(ValueError, match=rf"'own' matches 'own', a {type(model['own']).__name__}, which cannot be"):
+            inject(model, LoRAConfig(targets=["own"]))
+
+
+def test_a_matrix_of_a_class_of_its_own_is_refused_before_it_is_quantised_too():
+    model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": ToBePacked()})
+    assert type(model["own"].weight) is Packed
+    with pytest.raises(ValueError, match="'own' matches 'own', a ToBePacked, which cannot be adapted here"):
+        inject(model, LoRAConfig(targets=["own"]))
+
+
+@pytest.mark.parametrize("layer", [LoRALinear, RsLoRALinear, DoRALinear])
+def test_a_merged_layer_of_a_derived_class_keeps_its_class_and_what_it_carries(layer):
+    base = Apart(4, 3)
+    base.note = "kept"
+    model, x = nn.ModuleDict({"own": base}), torch.randn(6, 4)
+    inject(model, LoRAConfig(rank=2), layer=layer)
+    nn.init.normal_(model["own"].lora_B)
+    before, expected = base.weight.clone(), model["own"](x)
+    merge(model)
+    assert type(model["own"]) is Apart
+    assert model["own"].note == "kept"
+    torch.testing.assert_close(model["own"](x), expected)
+    assert (base(x) - expected).abs().max() > 0.1
+    assert torch.equal(base.weight, before)
+    assert model["own"].bias is not base.bias
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 class Doubling(nn.Linear):

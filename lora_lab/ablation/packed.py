@@ -38,7 +38,7 @@ from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.models.llama import Llama
 from lora_lab.quantize import BlockLinear
 from lora_lab.targets import find
-from lora_lab.tasks.base import IGNORE, Examples, Task, cross_entropy, mean_squared_error
+from lora_lab.tasks.base import IGNORE, Examples, Task, cross_entropy, logits, mean_squared_error
 from lora_lab.train import (
     COLUMNS,
     DataOrder,
@@ -259,7 +259,7 @@ def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: 
         rows = lean.token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, _LOSS_ROWS)  # (512,)
         rows = rows.where(counts, 0.0)  # (512,)
     else:
-        outputs = model(inputs).flatten(0, -2)  # (640, 10)
+        outputs = logits(model, inputs).flatten(0, -2)  # (640, 10)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # (640, 10)
         rows = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
     return rows.view(trials, -1).sum(1) / counts.view(trials, -1).sum(1)  # (20,)
@@ -274,7 +274,7 @@ def _plain(head: nn.Module) -> bool:
 
 
 def _squared_errors(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
-    return F.mse_loss(model(inputs), targets, reduction="none").view(trials, -1).mean(1)  # (20,)
+    return F.mse_loss(logits(model, inputs), targets, reduction="none").view(trials, -1).mean(1)  # (20,)
 
 
 # The losses of lora_lab.tasks, taken trial by trial.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -41,16 +42,42 @@ class Examples:
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
+def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What a model says of a batch as one tensor, such as (batch, length, vocabulary), however it is wrapped.
+
+    A model may return the tensor itself, a tuple that begins with it, or an object that has it as ``logits``, as the
+    models of transformers do. Those are told by ``use_cache=False`` to keep no keys and values for later tokens, which
+    neither a loss nor its gradient needs. That goes with the call, so that no setting of the model is changed.
+
+    Args:
+        model: takes the inputs as its first argument.
+        inputs: (batch, ...), as in :class:`Examples`.
+
+    Raises:
+        TypeError: the model returns something else, such as the hidden states of a model without a head.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft, which hands arguments on
+    takes_cache = "use_cache" in inspect.signature(getattr(inner, "forward", inner)).parameters
+    outputs = model(inputs, use_cache=False) if takes_cache else model(inputs)
+    found = outputs[0] if isinstance(outputs, tuple) and outputs else getattr(outputs, "logits", outputs)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"A {type(model).__name__} returned a {type(outputs).__name__}, but it must return a tensor, a tuple that "
+            "begins with one, or an object that has one as logits; use a model with a head, or a loss of your own."
+        )
+    return found
+
+
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean loss in nats over the targets that count, for classes and for next tokens alike."""
-    logits = model(inputs)  # (batch, classes), or (batch, length, vocabulary)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in half precision the sum would be rounded
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
+    found = logits(model, inputs)  # (batch, classes), or (batch, length, vocabulary)
+    found = found.to(torch.promote_types(found.dtype, torch.float32))  # in half precision the sum would be rounded
+    return F.cross_entropy(found.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
 
 def mean_squared_error(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error over all numbers of the batch."""
-    return F.mse_loss(model(inputs), targets)  # ()
+    return F.mse_loss(logits(model, inputs), targets)  # ()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ def answers(
 
     Returns:
         The answers, without the token that ends a turn.
+
+    Raises:
+        ValueError: the model is no Llama of ours.
     """
     pairs = list(task.pairs[part][:limit])
     if task.metric == "classification":
@@ -67,6 +70,11 @@ def answers(
 
 def _read(model: Llama, prompts: Sequence[list[int]], stop: int | None) -> tuple[Tensor, Tensor, KeyValueCache]:
     """Read prompts side by side: the hidden state after each, which tokens are real, and what the model remembers."""
+    if not isinstance(model, Llama):
+        raise ValueError(
+            f"Answers are those of lora_lab's Llama, but the model is a {type(model).__name__}; load its folder with "
+            "load_pretrained, or let it write by its own generate and give the texts to score."
+        )
     device, longest = next(model.parameters()).device, max(map(len, prompts))
     # Padded on the left, so that all prompts end at the same place; turns of an angle there do not matter, for rotary
     # positions count differences only.
