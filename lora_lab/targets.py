@@ -70,12 +70,12 @@ def _full_name(kind: type) -> str:
 def _multiplies(layer: nn.Linear) -> bool:
     """Whether a layer of a class derived from ``nn.Linear`` has one plain matrix W and computes x W^T + b with it.
 
-    Quantised layers keep a matrix of a class or a dtype of their own, scales beside it, or modules inside. What a class
-    computes by a forward of its own is found by trying, with a small W, for a layer on the meta device has no numbers.
+    Quantised layers keep a matrix of a class or a dtype of their own, or scales beside it. What a class computes by a
+    forward of its own is found by trying, with a small W, for a layer on the meta device has no numbers.
     """
     own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     weight = layer._parameters.get("weight")
-    if not own <= {"weight", "bias"} or [*layer.children()] or type(weight) not in (nn.Parameter, FakeTensor):
+    if not own <= {"weight", "bias"} or type(weight) not in (nn.Parameter, FakeTensor):
         return False
     if weight.dtype not in _DTYPES or weight.shape != (layer.out_features, layer.in_features):
         return False

@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import warnings
+from collections import namedtuple
 
 import peft
 import pytest
@@ -132,7 +133,16 @@ def test_an_object_a_tuple_and_a_tensor_are_read_alike(make):
         expected = model(ONE[0]).logits
         for wrapped in (model, lambda inputs: model(inputs).to_tuple(), lambda inputs: model(inputs).logits):
             assert torch.equal(logits(wrapped, ONE[0]), expected)
-    assert len(model(ONE[0]).to_tuple()) > 1
+        assert len(model(ONE[0]).to_tuple()) > 1
+
+
+def test_a_traced_module_and_a_tuple_with_named_entries_are_read_too():
+    layer, x = nn.Linear(3, 2), torch.ones(1, 3)
+    Named = namedtuple("Named", ["loss", "logits"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out
+        assert torch.equal(logits(torch.jit.trace(layer, x), x), layer(x))
+        assert torch.equal(logits(lambda inputs: Named(inputs.sum(), layer(inputs)), x), layer(x))
 
 
 def test_a_model_without_a_head_is_refused_in_one_sentence():
@@ -166,6 +176,16 @@ def test_no_cache_is_built_and_the_models_setting_stays(wrapped, monkeypatch):
     assert model.config.use_cache is True
     model(ONE[0])
     assert len(grown) == 2  # by itself it fills one in each of its two layers
+
+
+class Caching(nn.Module):
+    def forward(self, x, use_cache=True):
+        return x + 1 if use_cache else x
+
+
+def test_a_compiled_model_is_told_to_build_no_cache_too():
+    assert logits(Caching(), torch.zeros(2)).tolist() == [0, 0]
+    assert logits(torch.compile(Caching(), backend="eager"), torch.zeros(2)).tolist() == [0, 0]
 
 
 # Bytes, products and seconds

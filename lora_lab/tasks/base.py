@@ -56,16 +56,25 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         TypeError: the model returns something else, such as the hidden states of a model without a head.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft, which hands arguments on
-    takes_cache = "use_cache" in inspect.signature(getattr(inner, "forward", inner)).parameters
-    outputs = model(inputs, use_cache=False) if takes_cache else model(inputs)
-    found = outputs[0] if isinstance(outputs, tuple) and outputs else getattr(outputs, "logits", outputs)
+    outputs = model(inputs, use_cache=False) if _takes(model, "use_cache") else model(inputs)
+    found = getattr(outputs, "logits", outputs)
+    if isinstance(found, tuple) and found:
+        found = found[0]
     if not isinstance(found, Tensor):
         raise TypeError(
             f"A {type(model).__name__} returned a {type(outputs).__name__}, but it must return a tensor, a tuple that "
             "begins with one, or an object that has one as logits; use a model with a head, or a loss of your own."
         )
     return found
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    # Wrappers, of peft and of torch.compile, hand on whatever they are given.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_orig_mod", model)
+    try:
+        return argument in inspect.signature(getattr(inner, "forward", inner)).parameters
+    except ValueError:  # a traced module has no signature
+        return False
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
