@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lab.files import atomic_file, read_json, write_json
+from lora_lab.files import atomic_files, read_json, settle, write_json
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRAConfig, LoRALayer, adapted_layers, check_unadapted, inject, lora_layers, replace
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
@@ -125,6 +125,7 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
 def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
     """Write the model's adapters to ``folder``, and return it.
 
+    An older adapter there stays whole until the new one is: see :func:`lora_lab.files.atomic_files`.
     Plain LoRA, rsLoRA and DoRA are saved as what they are, LoRA-FA as LoRA. PiSSA is saved as plain LoRA of
     twice the rank, the difference to the pre-trained weights, so that it needs no changed base; training
     cannot go on from it as PiSSA.
@@ -134,6 +135,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
 
     Raises:
         ValueError: the model has no adapters, or they are of several variants or differ in dropout.
+        OSError: the folder cannot be written to, or the disk is full.
     """
     folder = Path(folder)
     layers = {
@@ -170,10 +172,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         for name, layer in layers.items()
         for part in layer.parts
     }
-    with atomic_file(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _NOTE: _note(config)})
-        (folder / CONFIG).unlink(missing_ok=True)  # so that new weights never stand beside an old config
-    write_json(folder / CONFIG, config)
+    with atomic_files(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _NOTE: _note(config)})
     return folder
 
 
@@ -324,6 +325,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: it is damaged, or uses a setting of PEFT that is not built here.
     """
     folder = Path(folder)
+    settle(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it anew.")

@@ -1,36 +1,113 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files that appear whole or not at all: written beside their place, then renamed into it.
+
+Everything is written into a hidden folder ``.lora_lab-new-...`` within the folder that it is for. What a killed
+process leaves of it is cleared away by the next one that writes there: a living one holds a lock on its own.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, so nothing is cleared there
+    fcntl = None
+
+_NEW = ".lora_lab-new-"
+_READY = ".lora_lab-ready"  # a folder of files that are all written, and on their way to their places
+_REMOVE = ".remove"  # among them, and the last: names of files that go as these come, one a line
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # said of a folder's new name
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends without an error, it takes the place of ``path``.
+    """Yield a temporary path; when the block ends without an error, the file there takes the place of ``path``.
 
     A crash at any moment leaves either the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written. Where the disk is full it says so in one sentence, whatever the library
+            that writes raised; the old file is still there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with _full_disk_told(path), _workspace(path.parent) as folder:
+        yield folder / path.name
+        _flush(folder / path.name)
+        (folder / path.name).replace(path)
+
+
+@contextmanager
+def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield a temporary folder; when the block ends without an error, its files take their places in ``folder``.
+
+    They do so together, and what else is in ``folder`` stays. An error, a signal, a kill or a full disk at any moment
+    leaves the old files or the new ones, never some of each, to a reader that calls :func:`settle` first. For one
+    renaming, of the temporary folder, decides: from then on the new files count, and if their moves to their places
+    are stopped half way, whoever saves or loads next finishes them. Only a reader that does not know of this (PEFT,
+    transformers) can find a mixture: after a kill within the moves, which take less than a millisecond, and
+    before the next save or load by lora_lab.
+
+    Args:
+        remove: names of files in ``folder`` that are removed as the new ones come.
+
+    Raises:
+        OSError: as :func:`atomic_file`, or a folder is in the place of a file.
+    """
+    folder = Path(folder)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
-        temporary.replace(path)
+        with _full_disk_told(folder), _workspace(folder) as temporary:
+            yield temporary
+            if names := list(remove):
+                (temporary / _REMOVE).write_text("\n".join(names), encoding="utf-8")
+            for file in temporary.iterdir():
+                if (folder / file.name).is_dir():
+                    raise IsADirectoryError(
+                        f"{folder / file.name} is a folder, but a file is to be written there; move it away."
+                    )
+                _flush(file)
+            _commit(temporary, folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            settle(folder)
+        except KeyboardInterrupt:  # the new files count already, so the interruption can wait for the rest of them
+            settle(folder)
+            raise
+
+
+def settle(folder: str | Path) -> None:
+    """Finish what :func:`atomic_files` was stopped in, if it was, so that the files in ``folder`` are of one save.
+
+    Raises:
+        OSError: there is something to finish, and ``folder`` cannot be written to.
+    """
+    folder = Path(folder)
+    ready = folder / _READY
+    while ready.is_dir() and not ready.is_symlink():  # a link could lead to files that are somebody else's
+        try:
+            for file in sorted(ready.iterdir(), key=_in_order):
+                if file.name == _REMOVE:
+                    for name in file.read_text(encoding="utf-8").splitlines():
+                        (folder / Path(name).name).unlink(missing_ok=True)  # its last part: nothing outside the folder
+                    file.unlink()
+                else:
+                    file.replace(folder / file.name)
+            ready.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *_TAKEN):  # by these, another process is at it too
+                raise OSError(
+                    f"{folder} holds a save that was interrupted, and it cannot be finished ({error.strerror}); "
+                    "make the folder writable, or copy it to where it can be written to."
+                ) from None
 
 
 @contextmanager
@@ -71,6 +148,127 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); it may be damaged, so make or copy it anew.") from None
+
+
+def check_writable(folder: str | Path) -> None:
+    """Write a file into the folder and remove it again, and the folder too if it was not there.
+
+    For work that takes minutes and writes at its end: it had better fail at its beginning.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    folder = Path(folder)
+    missing: list[Path] = []
+    try:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        with _workspace(folder) as temporary:
+            (temporary / "trial").write_bytes(bytes(4096))
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}); name another folder, or make this one writable."
+        ) from None
+    finally:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+
+
+def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
+    """What ``save(folder)`` returns. If it cannot be written there, it is saved into a new folder for temporary files.
+
+    Raises:
+        OSError: it cannot be written to ``folder``; the error names the other folder, if it could be written there.
+    """
+    try:
+        return save(Path(folder))
+    except OSError as error:
+        spare = Path(tempfile.mkdtemp(prefix="lora_lab-"))
+        try:
+            save(spare)
+        except OSError:
+            shutil.rmtree(spare, ignore_errors=True)
+            raise error from None
+        raise OSError(f"{error} What was to be kept is in {spare} instead.") from None
+
+
+@contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A hidden folder within ``folder`` for the time of the block; those that dead processes have left are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_NEW}*"):
+        if (lock := _lock(left, wait=False)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    temporary, lock = None, None
+    try:
+        while temporary is None or not temporary.exists():  # it may be cleared away before it is locked
+            temporary = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder))
+            lock = _lock(temporary, wait=True)
+        yield temporary
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """A handle by which this process holds the folder's lock as long as it lives; None if it is not to be had."""
+    if fcntl is None:
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _flush(file: Path) -> None:
+    """To the disk; and with the usual permissions, for safetensors makes files that only their owner may read."""
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
+    file.chmod(0o666 & ~_umask())
+
+
+def _commit(temporary: Path, folder: Path) -> None:
+    while True:
+        settle(folder)  # of an earlier save
+        try:
+            temporary.rename(folder / _READY)
+        except OSError as error:
+            if error.errno not in _TAKEN:  # by these, another process has just committed its own
+                raise
+        else:
+            return
+
+
+def _in_order(file: Path) -> tuple[bool, bool, str]:
+    """Weights last, for they say which config they belong to; and then what is to be removed."""
+    return file.name == _REMOVE, file.suffix == ".safetensors", file.name
+
+
+@contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    """What Python, safetensors and tokenizers raise where a disk is full, as one sentence with the path."""
+    try:
+        yield
+    except Exception as error:
+        # Libraries in Rust raise errors of their own, or a plain Exception, with the system's number in the text.
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        if number not in _FULL:
+            raise
+        told = OSError(
+            f"{path} could not be written ({os.strerror(number)}), and what was there before is unchanged; make room, "
+            "or choose another place."
+        )
+        told.errno = number
+        raise told from None
 
 
 def _umask() -> int:

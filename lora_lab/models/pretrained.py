@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,18 +14,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.device import pick_device
-from lora_lab.files import atomic_file, atomic_folder, read_json, write_json
+from lora_lab.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.lora import lora_layers, replace
 from lora_lab.models.fetch import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_import import GGUFModel, read_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
-from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are left alone.
 _CACHE_ENTRY = f"{SMOLLM2}-v1"
 _KINDS = "lora_lab.block_kinds"  # the safetensors header's note of which tensors are blocks
+# What save_model writes with a tokenizer.
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+_SAVE = "lora_lab_save"  # in the config and in the weights' header: a hash that tells whether they are of one save
 
 
 def load_pretrained(
@@ -76,11 +80,16 @@ def read_config(folder: str | Path) -> LlamaConfig:
         FileNotFoundError: the folder has no config.json.
         ValueError: the file is damaged, lacks a size, or describes a model that cannot be built here.
     """
-    path = Path(folder) / "config.json"
+    return _config_from_hf(_entries(Path(folder)), Path(folder))
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    settle(folder)
+    path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, but the entries of a model's config are expected.")
-    return _config_from_hf(config, path.parent)
+    return config
 
 
 def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
@@ -88,10 +97,11 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
 
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
     :func:`load_pretrained` once a tokenizer is in it. Matrices in blocks are written as the dense ones they
-    stand for.
+    stand for. An older model there stays whole until the new one is: see :func:`lora_lab.files.atomic_files`.
 
     Raises:
         ValueError: the model carries adapters that are not merged.
+        OSError: the folder cannot be written to, or the disk is full.
     """
     if lora_layers(model):
         raise ValueError(
@@ -106,11 +116,15 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
             for name in ("bos", "eos", "pad")
             if getattr(tokenizer, f"{name}_id") is not None
         }
-        tokenizer.save(folder)
-    write_json(folder / "config.json", config)
-    with atomic_file(folder / "model.safetensors") as temporary:
+    with atomic_files(folder, remove=[] if tokenizer is None else [TEMPLATE]) as temporary:
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+            for path in sorted(temporary.iterdir()):
+                digest.update(path.read_bytes())
+        write_json(temporary / "config.json", config | {_SAVE: digest.hexdigest()})
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", _SAVE: digest.hexdigest()})
     return folder
 
 
@@ -154,7 +168,8 @@ def _write_blocks(found: GGUFModel, folder: Path) -> None:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> tuple[Llama, Tokenizer]:
-    config = read_config(folder)
+    entries = _entries(folder)
+    config = _config_from_hf(entries, folder)
     tokenizer = Tokenizer.load(folder)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
@@ -163,10 +178,13 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, keep_bl
             raise FileNotFoundError(f"{folder} lacks the file {path.name}.")
         try:
             with safe_open(path, framework="pt") as file:
-                kinds |= json.loads((file.metadata() or {}).get(_KINDS, "{}"))
+                note = file.metadata() or {}
+                kinds |= json.loads(note.get(_KINDS, "{}"))
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
+        if note.get(_SAVE) != entries.get(_SAVE) and _SAVE in note and _SAVE in entries:
+            raise ValueError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
     return _build(config, tensors, kinds, dtype, device, keep_blocks, folder), tokenizer
 
 

@@ -11,8 +11,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from lora_lab.files import atomic_file, read_json, write_json
+from lora_lab.files import atomic_files, read_json, settle, write_json
 
+TEMPLATE = "chat_template.jinja"  # of newer folders; it counts before the one in tokenizer_config.json
 # How text is cut before byte pairs are merged, by the name a GGUF file gives it (as llama.cpp defines them).
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -94,9 +95,6 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
-        folder = Path(folder)
-        with atomic_file(folder / "tokenizer.json") as temporary:
-            self.backend.save(str(temporary), pretty=False)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for name in ("eos", "bos", "pad"):
             token = getattr(self, f"{name}_id")
@@ -104,8 +102,9 @@ class Tokenizer:
                 config[f"{name}_token"] = self.backend.id_to_token(token)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        write_json(folder / "tokenizer_config.json", config)
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # another model's, which would be read first
+        with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # another model's, which would be read first
+            self.backend.save(str(temporary / "tokenizer.json"), pretty=False)
+            write_json(temporary / "tokenizer_config.json", config)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -116,6 +115,7 @@ class Tokenizer:
             ValueError: it cannot be read.
         """
         folder = Path(folder)
+        settle(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} lacks the file tokenizer.json.")
         try:
@@ -131,8 +131,8 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             ids[f"{name}_id"] = backend.token_to_id(token) if token else None
         template = config.get("chat_template")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if (folder / TEMPLATE).is_file():
+            template = (folder / TEMPLATE).read_text(encoding="utf-8")
         if isinstance(template, list):  # several named templates
             template = {each["name"]: each["template"] for each in template}.get("default")
         return cls(backend, chat_template=template, **ids)
