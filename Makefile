@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lab-gpu notebooks lint mutation clean
+.PHONY: help demo test hostile lab lab-gpu notebooks lint mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -19,6 +19,9 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every notebook
 	$(BIN)/lora-lab fetch
 	$(BIN)/python -m pytest -q $(ARGS)
+
+hostile: $(VENV)/.ready-test ## stop saves at 200 random moments each, where make test does so at 20
+	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/test_kills.py $(ARGS)
 
 lint: $(VENV)/.ready-test ## check style, notebooks too
 	$(BIN)/python -m ruff check .

@@ -264,20 +264,22 @@ def _memory(options: argparse.Namespace) -> None:
 def _analyze(options: argparse.Namespace) -> None:
     from lora_lab import plots, spectra
     from lora_lab.adapters import CONFIG
-    from lora_lab.files import atomic_file
+    from lora_lab.files import atomic_file, check_writable, settle
     from lora_lab.models.pretrained import load_pretrained
 
     def load(name: str):
         return load_pretrained(name, device="cpu")[0]
 
+    settle(options.tuned)
     is_adapter = (Path(options.tuned) / CONFIG).is_file()
     if not is_adapter and options.base is None:
         raise ValueError(f"{options.tuned} is no adapter (it lacks {CONFIG}); for a fine-tuned model give --base too.")
+    out = Path(options.out)
+    check_writable(out)
     before = None if options.base is None else load(options.base)
     frame = spectra.report(before, options.tuned if is_adapter else load(options.tuned))
     for by in ("kind", "depth"):
         print(spectra.table(frame, by), end="\n\n")
-    out = Path(options.out)
     with atomic_file(out / "layers.csv") as temporary:
         frame.to_csv(temporary, index=False)
     print(f"Written: {out / 'layers.csv'}")
@@ -291,7 +293,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from lora_lab import plots
     from lora_lab.ablation import ablate, studies, summary
     from lora_lab.ablation.verdict import check_margin
-    from lora_lab.files import atomic_file
+    from lora_lab.files import atomic_file, check_writable
 
     if options.margin is not None:
         check_margin(options.margin)
@@ -308,6 +310,7 @@ def _ablate(options: argparse.Namespace) -> None:
         batch_size=options.batch,
         eval_examples=options.eval_examples,
     )
+    check_writable(out)
     model, task = studies.study(options.task, options.seq)
     print(f"{len(grid)} trials; results in {out / 'trials'}, from where a stopped run goes on")
     frame = ablate(model, task, grid, out / "trials", n_jobs=options.jobs, engine=options.engine)
@@ -327,6 +330,7 @@ def _ablate(options: argparse.Namespace) -> None:
 def _record(options: argparse.Namespace) -> None:
     from lora_lab import recording, records
     from lora_lab.device import pick_device
+    from lora_lab.files import check_writable, rescued
 
     if options.models and options.what not in ("memory", "speed"):
         raise ValueError(f"--models is for memory and speed; {options.what} is of SmolLM2-135M. Leave it out.")
@@ -347,13 +351,15 @@ def _record(options: argparse.Namespace) -> None:
         maker = importlib.import_module(_RECORDS[options.what])
         found, settings, line = getattr(maker, options.what)(device), maker.settings(device), maker.line
     records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # wrong? said before the hours
+    folder = records.destination(options.out)
+    check_writable(folder)
     rows = []
     for row in found:
         rows.append(row)
         if said := line(row):
             print(said, flush=True)
     record = records.new(options.what, rows, settings, command, device, commit)
-    print(f"Written: {records.write(record, options.out)}")
+    print(f"Written: {rescued(lambda place: records.write(record, place), folder)}")
 
 
 def _dtype(name: str):

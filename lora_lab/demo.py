@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lab.adapters import save_adapter
+from lora_lab.adapters import WEIGHTS, save_adapter
 from lora_lab.device import facts, pick_device
-from lora_lab.files import write_json
+from lora_lab.files import atomic_files, check_writable, rescued, write_json
 from lora_lab.lora import lora_layers
 from lora_lab.memory import peak_bytes, predict
 from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
@@ -70,13 +70,19 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # the model has been made ready by fit
     memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
     after = train_loss()
-    if lora_layers(model):
-        kept = save_adapter(model, out, base=SMOLLM2) / "adapter_model.safetensors"
-    else:
-        kept = save_model(model, out, tokenizer) / "model.safetensors"
-    history.save(out / "history.json")
+    kept = WEIGHTS if lora_layers(model) else "model.safetensors"
+
+    def keep(folder: Path) -> None:
+        with atomic_files(folder) as temporary:
+            if lora_layers(model):
+                save_adapter(model, temporary, base=SMOLLM2)
+            else:
+                save_model(model, temporary, tokenizer)
+            history.save(temporary / "history.json")
+
+    rescued(keep, out)
     written = _write(model, tokenizer)
-    return Result(label, history, before, after, memory, peak, kept.stat().st_size, written)
+    return Result(label, history, before, after, memory, peak, (out / kept).stat().st_size, written)
 
 
 def run(
@@ -93,6 +99,7 @@ def run(
 
     Raises:
         ValueError: steps, rank or device make no sense.
+        OSError: ``out`` cannot be written to, which is tried before anything else.
         MemoryError: a process was ended, most likely for lack of memory.
     """
     if steps < 1:
@@ -106,6 +113,8 @@ def run(
         (f"LoRA r={rank}", LoRA(rank=rank, alpha=2 * rank), 2e-3, out / "lora"),
         ("full fine-tuning", FullFineTuning(), 2e-4, out / "full"),
     ]
+    for folder in (out, *(contender[3] for contender in contenders)):
+        check_writable(folder)
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training, continues:")
     before = apart(sample, device)

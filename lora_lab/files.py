@@ -29,6 +29,10 @@ _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # said of a folder's new name
 
 
+class _NotWritten(OSError):
+    """Says in one sentence which path could not be written, and why."""
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there takes the place of ``path``.
@@ -260,10 +264,13 @@ def _full_disk_told(path: Path) -> Iterator[None]:
     except Exception as error:
         # Libraries in Rust raise errors of their own, or a plain Exception, with the system's number in the text.
         said = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
-        if number not in _FULL:
+        if isinstance(error, OSError):
+            number = error.errno if isinstance(error, _NotWritten) or error.errno in _FULL else None
+        else:
+            number = int(said[1]) if said else None
+        if number is None:
             raise
-        told = OSError(
+        told = _NotWritten(
             f"{path} could not be written ({os.strerror(number)}), and what was there before is unchanged; make room, "
             "or choose another place."
         )

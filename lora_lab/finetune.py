@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_lab.adapters import save_adapter
+from lora_lab.adapters import CONFIG, WEIGHTS, save_adapter
 from lora_lab.device import facts, pick_device
-from lora_lab.files import write_json
+from lora_lab.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.lora import lora_layers
 from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, Method, PiSSA, RsLoRA
-from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
+from lora_lab.models.pretrained import FILES, SMOLLM2, load_pretrained, save_model
 from lora_lab.tasks.base import Task
 from lora_lab.tasks.manual import docs
 from lora_lab.tasks.pairs import Chatter, PairTask, from_jsonl, from_text
@@ -83,7 +83,7 @@ def run(
     """Train, print as it goes, and keep what is worth keeping in ``out``.
 
     Written are the adapter (or the whole model after full fine-tuning), ``history.json``, and ``result.json`` with
-    losses and scores before and after.
+    losses and scores before and after, all at once; what an earlier run kept there gives way to them.
 
     Args:
         task: as for :func:`task_of`.
@@ -96,7 +96,13 @@ def run(
 
     Returns:
         What result.json holds.
+
+    Raises:
+        OSError: ``out`` cannot be written to, which is tried before anything else; or no longer at the end, and then
+            the error names another folder, in which everything is.
     """
+    out = Path(out)
+    check_writable(out)
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
     data = task_of(task, tokenizer)
@@ -118,9 +124,6 @@ def run(
         eval_examples=eval_examples,
     )
     after = _judged(net, data, eval_examples)
-    out = Path(out)
-    kept = save_adapter(net, out, base=model) if lora_layers(net) else save_model(net, out, tokenizer)
-    history.save(out / "history.json")
     result = {
         "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
         "method": method.settings(),
@@ -131,9 +134,36 @@ def run(
     }
     if isinstance(data, PairTask) and data.metric in METRICS:
         result["trivial"] = score(data, trivial(data)[:eval_examples])
-    write_json(out / "result.json", result)
-    print(f"\n{table(result)}\n\nKept in {kept}")
+
+    def keep(folder: Path) -> None:
+        with atomic_files(folder, remove=_outdated(folder, method, model)) as temporary:
+            if lora_layers(net):
+                save_adapter(net, temporary, base=model)
+            else:
+                save_model(net, temporary, tokenizer)
+            history.save(temporary / "history.json")
+            write_json(temporary / "result.json", result)
+
+    print(f"\n{table(result)}")
+    rescued(keep, out)
+    print(f"\nKept in {out}")
     return result
+
+
+def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
+    """What an earlier run kept in the folder, by its result.json, that this one does not write over.
+
+    A model that the new adapter is for stays, as does all that no run has kept there.
+    """
+    settle(folder)
+    try:
+        earlier = read_json(folder / "result.json")["method"]["name"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return ()
+    was_full, is_full = (name == FullFineTuning.name for name in (earlier, method.name))
+    if was_full == is_full or (was_full and Path(model).resolve() == folder.resolve()):
+        return ()
+    return FILES if was_full else (CONFIG, WEIGHTS)
 
 
 def _judged(net: Any, data: Task, limit: int | None) -> dict[str, Any]:

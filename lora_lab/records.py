@@ -149,18 +149,27 @@ def write(record: Record, folder: str | Path | None = None) -> Path:
     """Write a record, whole or not at all, in the place of an older one of the same name, and return its path.
 
     Args:
-        folder: None takes the checkout's ``records``; where lora_lab is installed without a checkout, it takes
-            ``records`` in the working directory, for an installed package is not ours to write into.
+        folder: as for :func:`destination`.
 
     Raises:
         ValueError: the record was changed since it was made, and no longer holds to the format.
     """
     record.validate()  # once more, for its fields are frozen, but not what is in its dicts and lists
-    if folder is None:
-        folder = Path("records") if _packaged().is_dir() else _root() / "records"
-    path = Path(folder) / f"{record.name}.json"
+    path = destination(folder) / f"{record.name}.json"
     write_json(path, asdict(record))
     return path
+
+
+def destination(folder: str | Path | None = None) -> Path:
+    """Where a new record goes.
+
+    Args:
+        folder: None takes the checkout's ``records``; where lora_lab is installed without a checkout, it takes
+            ``records`` in the working directory, for an installed package is not ours to write into.
+    """
+    if folder is not None:
+        return Path(folder)
+    return Path("records") if _packaged().is_dir() else _root() / "records"
 
 
 def load(path: str | Path) -> Record:

@@ -424,6 +424,20 @@ def test_a_result_under_another_name_is_not_counted_twice(tmp_path):
         load(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training_and_may_be_read(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path)
+
+    def refuse(folder):
+        raise OSError(f"{folder} cannot be written to")
+
+    monkeypatch.setattr("lora_lab.ablation.run.check_writable", refuse)
+    assert_frame_equal(apart(grid(), tmp_path), frame)  # nothing is left to be trained
+    next(tmp_path.glob("*.json")).unlink()
+    monkeypatch.setattr("lora_lab.ablation.run.fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(OSError, match="cannot be written to"):
+        apart(grid(), tmp_path)
+
+
 def test_hidden_files_of_killed_writes_are_passed_over(tmp_path):
     frame = apart(grid(), tmp_path)
     (tmp_path / ".0123-abc.json").write_text("{")

@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -1071,83 +1067,3 @@ def test_a_second_load_is_refused(saved):
     with pytest.raises(ValueError, match="already has adapters on 1 layers"):
         load_adapter(other, saved)
     assert snapshot(other) == before
-
-
-# A process that is killed while it saves
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-import lora_lab.adapters as adapters
-from lora_lab.lora import LoRAConfig, inject, lora_layers
-from lora_lab.models.digits import DigitsMLP
-
-folder, point = Path(sys.argv[1]), sys.argv[2]
-model = DigitsMLP(width=16)
-inject(model, LoRAConfig(rank=3, alpha=5.0, targets=sys.argv[3:]))
-with torch.no_grad():
-    for layer in lora_layers(model).values():
-        layer.lora_B.fill_(0.5)
-
-
-def die(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def half(tensors, path, metadata):
-    whole(tensors, path, metadata=metadata)
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data[: len(data) // 2])
-    die()
-
-
-def config(path, value):
-    written(path, value)
-    die()
-
-
-whole, written = adapters.save_file, adapters.write_json
-if point == "before the config":
-    adapters.write_json = die
-elif point == "after the config":
-    adapters.write_json = config
-elif point == "before the weights":
-    adapters.save_file = die
-elif point == "within the weights":
-    adapters.save_file = half
-adapters.save_adapter(model, folder, base="new")
-die()
-"""
-
-
-@pytest.mark.parametrize(
-    ("point", "targets"),
-    [
-        ("before the config", ["hidden1"]),
-        ("before the config", ["hidden1", "hidden2", "head"]),
-        ("after the config", ["hidden1", "hidden2", "head"]),
-        ("before the weights", ["hidden1"]),
-        ("within the weights", ["hidden1"]),
-        ("after", ["hidden1"]),
-    ],
-)
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one_or_an_error(tmp_path, point, targets):
-    old = adapted()  # of the same rank and alpha as the new one; base, weights and perhaps targets tell them apart
-    save_adapter(old, tmp_path, base="old")
-    command = [sys.executable, "-c", KILLED, str(tmp_path), point, *targets]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    model = DigitsMLP(width=16)
-    try:
-        names = load_adapter(model, tmp_path)
-    except (ValueError, FileNotFoundError):
-        assert point == "before the config"  # of the new weights; else the old adapter or the new one is whole
-        return
-    base = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
-    if base == "old":
-        assert point != "after"
-        assert torch.equal(logits(model, PIXELS), logits(old, PIXELS))
-    else:
-        assert names == targets
-        assert torch.equal(model.hidden1.lora_B, torch.full((16, 3), 0.5))

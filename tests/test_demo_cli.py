@@ -1,5 +1,6 @@
 """The main job on a tiny model in this process, and the command line: what it prints, writes and refuses."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -175,6 +176,50 @@ def test_demo_refuses_bad_numbers_before_it_starts(small_demo, tmp_path, capsys,
     assert command("demo", "--out", tmp_path / "results", *arguments) == 1
     assert says in one_line(capsys)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("work", "arguments"),
+    [
+        ("lora_lab.demo.apart", ["demo"]),
+        ("lora_lab.recording.apart", ["record", "memory", "--device", "cpu"]),
+        ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
+        ("lora_lab.spectra.report", ["analyze", "adapter"]),
+    ],
+    ids=["demo", "record", "ablate", "analyze"],
+)
+def test_what_takes_minutes_says_before_it_starts_that_its_folder_cannot_be_written_to(
+    tuned, tmp_path, capsys, monkeypatch, work, arguments
+):
+    monkeypatch.setattr(work, lambda *_, **__: pytest.fail("started"))
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    assert command(*[tuned[1] if argument == "adapter" else argument for argument in arguments], "--out", out) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"lora-lab: {out} cannot be written to (Not a directory); name another folder, or make this one writable.\n"
+    )
+    assert "[1/4]" not in captured.out
+
+
+def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, tmp_path, capsys, monkeypatch):
+    def full(model, folder, base):
+        if "results" in folder.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_adapter(model, folder, base)
+
+    monkeypatch.setattr(demo, "save_adapter", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert command("demo", "--steps", 1, "--device", "cpu:0", "--out", tmp_path / "results") == 1
+    (spare,) = tmp_path.glob("lora_lab-*")
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'results' / 'lora'} could not be written (No space left on device)" in said
+    assert said.endswith(f"What was to be kept is in {spare} instead.\n")
+    assert sorted(path.name for path in spare.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "history.json",
+    ]
 
 
 def result(label, trained, before, after, seconds, peak, size):

@@ -1,14 +1,27 @@
 """Files and folders that appear whole or not at all: after errors, after SIGKILL, and with the usual permissions."""
 
+import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from lora_lab.files import atomic_file, atomic_folder, read_json, write_json
+from lora_lab.files import (
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    check_writable,
+    read_json,
+    rescued,
+    settle,
+    write_json,
+)
 
 
 def names(folder):
@@ -33,8 +46,8 @@ def test_new_content_takes_the_place_of_the_old(tmp_path):
     for content in ("old", "new"):
         with atomic_file(path) as temporary:
             assert temporary != path
-            assert temporary.parent == path.parent  # so that the renaming stays within one file system
-            assert temporary.suffix == path.suffix
+            assert temporary.parent.parent == path.parent  # so that the renaming stays within one file system
+            assert temporary.name == path.name
             temporary.write_text(content)
             assert not path.exists() or path.read_text() == "old"
         assert path.read_text() == content
@@ -83,9 +96,11 @@ with atomic_file(sys.argv[1]) as temporary, open(temporary, "wb") as file:
         path,
     )
     assert path.read_bytes() == b"old"
-    with atomic_file(path) as temporary:  # what the kill left beside it is in nobody's way
+    assert len(names(tmp_path)) == 2
+    with atomic_file(path) as temporary:
         temporary.write_bytes(b"newer")
     assert path.read_bytes() == b"newer"
+    assert names(tmp_path) == ["a.bin"]  # what the kill left beside it is cleared away
 
 
 def test_a_kill_in_the_middle_of_a_folder_leaves_no_folder(tmp_path):
@@ -155,6 +170,300 @@ def test_a_file_in_the_folders_place_is_an_error_and_is_kept(tmp_path):
         pass
     assert path.read_text() == "a file"
     assert names(tmp_path) == ["entry"]
+
+
+# Several files at once
+
+
+def write_files(folder, content, remove=()):
+    with atomic_files(folder, remove) as temporary:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            (temporary / name).write_text(content)
+
+
+def texts(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def all_of(content, **others):
+    return dict.fromkeys(("a.txt", "b.txt", "c.txt"), content) | {f"{name}.txt": text for name, text in others.items()}
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """Stops a save of "new" over "old" when so many files are at their places."""
+    folder = tmp_path / "folder"
+
+    def stop(moves):
+        write_files(folder, "old")
+        (folder / "keep.txt").write_text("kept")
+        (folder / "extra.txt").write_text("extra")
+        move, moved = Path.replace, []
+
+        def replace(path, target):
+            if len(moved) == moves:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            moved.append(path)
+            return move(path, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            with pytest.raises(OSError, match="cannot be finished"):
+                write_files(folder, "new", remove=["extra.txt"])
+        return folder
+
+    return stop
+
+
+def test_several_files_take_their_places_together_and_others_stay(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    write_files(folder, "old")
+    (folder / "keep.txt").write_text("kept")
+    (folder / "extra.txt").write_text("extra")
+    with atomic_files(folder, remove=["extra.txt", "none.txt"]) as temporary:
+        (temporary / "a.txt").write_text("new")
+        assert texts(temporary) == {"a.txt": "new"}
+        assert (folder / "a.txt").read_text() == "old"
+    assert texts(folder) == {"a.txt": "new", "b.txt": "old", "c.txt": "old", "keep.txt": "kept"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_before_the_end_leaves_all_the_old_files(tmp_path, error):
+    write_files(tmp_path, "old")
+
+    def write():
+        with atomic_files(tmp_path, remove=["a.txt"]) as temporary:
+            (temporary / "b.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert texts(tmp_path) == all_of("old")
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_save_that_is_stopped_within_its_moves_is_finished_by_the_next_reader(interrupted, moves):
+    folder = interrupted(moves)
+    found = [path.read_text() for path in sorted(folder.glob("?.txt"))]
+    assert found == ["new"] * moves + ["old"] * (3 - moves)
+    settle(folder)
+    assert texts(folder) == all_of("new", keep="kept")
+    settle(folder)  # nothing is left to do
+    assert texts(folder) == all_of("new", keep="kept")
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_save_that_is_stopped_within_its_moves_is_finished_before_the_next_save(interrupted, moves):
+    folder = interrupted(moves)
+    with atomic_files(folder) as temporary:
+        (temporary / "b.txt").write_text("newer")
+    assert texts(folder) == all_of("new", keep="kept") | {"b.txt": "newer"}
+
+
+def test_ctrl_c_within_the_moves_waits_for_the_rest_of_them(tmp_path, monkeypatch):
+    write_files(tmp_path, "old")
+    move, calls = Path.replace, []
+
+    def replace(path, target):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(tmp_path, "new")
+    assert texts(tmp_path) == all_of("new")
+
+
+def test_where_a_save_cannot_be_finished_one_sentence_says_so(interrupted, monkeypatch):
+    folder = interrupted(1)
+
+    def refuse(path, target):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    says = r"folder holds a save that was interrupted, and it cannot be finished \(Permission denied\); make the folder"
+    with pytest.raises(OSError, match=says):
+        settle(folder)
+
+
+def test_two_that_finish_a_save_at_once_are_not_in_each_others_way(interrupted, monkeypatch):
+    folder = interrupted(1)
+    move, others = Path.replace, []
+
+    def replace(path, target):
+        if not others:
+            others.append(move(path, target))  # the other was quicker, and so the file is gone
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    settle(folder)
+    assert others
+    assert texts(folder) == all_of("new", keep="kept")
+
+
+def test_a_save_by_somebody_else_in_between_is_finished_first(tmp_path, monkeypatch):
+    write_files(tmp_path, "old")
+    rename, others = Path.rename, []
+
+    def late(path, target):
+        if not others:
+            others.append(target)
+            Path(target).mkdir()
+            (Path(target) / "b.txt").write_text("theirs")
+            (Path(target) / "d.txt").write_text("theirs")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    write_files(tmp_path, "new")
+    assert texts(tmp_path) == all_of("new", d="theirs")
+
+
+def test_a_foreign_folder_cannot_reach_out_of_itself(tmp_path):
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for each in (folder, outside, folder / ".lora_lab-ready"):
+        each.mkdir()
+    (outside / "a.txt").write_text("theirs")
+    (folder / ".lora_lab-ready" / ".remove").write_text(f"../outside/a.txt\n{outside}/a.txt\na.txt")
+    settle(folder)
+    assert names(folder) == []
+    (folder / ".lora_lab-ready").symlink_to(outside)
+    settle(folder)
+    assert texts(outside) == {"a.txt": "theirs"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_changed(tmp_path):
+    write_files(tmp_path, "old")
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "b.txt").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"b\.txt is a folder, .* move it away"):
+        write_files(tmp_path, "new")
+    (tmp_path / "b.txt").rmdir()
+    assert texts(tmp_path) == {"a.txt": "old", "c.txt": "old"}
+
+
+def test_several_files_have_the_usual_permissions(tmp_path, umask):
+    umask(0o027)
+    with atomic_files(tmp_path) as temporary:
+        save_file({"x": np.zeros(3)}, temporary / "x.safetensors")  # which makes it for its owner alone
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o640
+
+
+def test_what_a_living_process_is_writing_is_left_alone(tmp_path):
+    code = """
+import sys
+from lora_lab.files import atomic_files
+with atomic_files(sys.argv[1]) as temporary:
+    (temporary / "a.txt").write_text("slow")
+    print("begun", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as slow:
+        assert slow.stdout.readline() == "begun\n"
+        write_files(tmp_path, "quick")
+        assert len(names(tmp_path)) == 4
+        slow.communicate("\n")
+    assert slow.returncode == 0
+    assert texts(tmp_path) == all_of("quick") | {"a.txt": "slow"}
+
+
+# A full disk
+
+
+def full(number):
+    """An error as the system raises it in the middle of a write, which names no file."""
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        full(errno.ENOSPC),
+        full(errno.EDQUOT),
+        Exception(f"No space left on device (os error {errno.ENOSPC})"),
+        RuntimeError(f"Error while serializing: I/O error: whatever (os error {errno.EIO})"),
+    ],
+    ids=["python", "quota", "rust", "rust, another error"],
+)
+@pytest.mark.parametrize("several", [False, True], ids=["one file", "several"])
+def test_a_full_disk_is_one_sentence_with_the_path(tmp_path, error, several):
+    path = tmp_path / "folder" / "a.txt"
+    place = path.parent if several else path
+    outer, inner = atomic_files(place) if several else atomic_file(place), atomic_file(path.parent / "inner")
+    with pytest.raises(OSError, match="could not be written") as caught, outer, inner:
+        raise error
+    number = error.errno if isinstance(error, OSError) else int(str(error).rpartition(" ")[2].rstrip(")"))
+    assert caught.value.errno == number
+    assert str(caught.value) == (
+        f"{place} could not be written ({os.strerror(number)}), and what was there before is unchanged; make room, "
+        "or choose another place."
+    )
+
+
+def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_file(tmp_path / "a.txt"):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(RuntimeError, match=r"^stop$"), atomic_file(tmp_path / "a.txt"):
+        raise RuntimeError("stop")
+
+
+# Before and after work that takes long
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "deep" / "down")
+    assert names(tmp_path) == []
+    (tmp_path / "a.txt").write_text("mine")
+    check_writable(tmp_path)
+    assert texts(tmp_path) == {"a.txt": "mine"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deep" / "down"):
+        says = rf"^{folder} cannot be written to \((Not a directory|File exists)\); name another folder"
+        with pytest.raises(OSError, match=says):
+            check_writable(folder)
+    assert texts(tmp_path) == {"file": "mine"}
+
+    def refuse(path, content):
+        raise full(errno.ENOSPC)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match=r"cannot be written to \(No space left on device\)"):
+        check_writable(tmp_path / "deep" / "down")
+    assert texts(tmp_path) == {"file": "mine"}
+
+
+def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_names(tmp_path, monkeypatch):
+    spares = tmp_path / "spares"
+    spares.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(spares))
+    (tmp_path / "file").write_text("mine")
+
+    def save(folder):
+        write_json(folder / "a.json", {"a": 1})
+        return folder
+
+    assert rescued(save, tmp_path / "folder") == tmp_path / "folder"
+    assert names(spares) == []
+    with pytest.raises(OSError, match="file") as caught:
+        rescued(save, tmp_path / "file")
+    (spare,) = spares.iterdir()
+    assert f"What was to be kept is in {spare} instead." in str(caught.value)
+    assert read_json(spare / "a.json") == {"a": 1}
+
+    def fail(folder):
+        raise OSError(f"{folder} is no good")
+
+    with pytest.raises(OSError, match=rf"^{tmp_path / 'file'} is no good$"):
+        rescued(fail, tmp_path / "file")
+    assert names(spares) == [spare.name]
+
+
+# JSON
 
 
 def test_json_comes_back_as_it_was_written(tmp_path):

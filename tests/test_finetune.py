@@ -1,15 +1,19 @@
 """`lora-lab finetune`, on a tiny model: what it prints, keeps and refuses."""
 
+import errno
 import json
 
 import pytest
 import torch
 from test_pairs import TEMPLATE
 
-from lora_lab import FullFineTuning, Llama, LoRA, cli, finetune, load_adapter
+from lora_lab import FullFineTuning, Llama, LoRA, cli, finetune, load_adapter, load_pretrained, save_model
 from lora_lab.methods import RsLoRA
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import PairTask, sentiment
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture
@@ -51,6 +55,73 @@ def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
     assert command("--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
     assert (tmp_path / "kept" / "model.safetensors").is_file()
     assert (tmp_path / "kept" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("methods", [("lora", "full"), ("full", "dora")])
+def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, tmp_path, methods):
+    for method in (*methods, methods[0]):
+        assert command("--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+        (tmp_path / "kept" / "notes.txt").write_text("mine")
+        own = MODEL if method == "full" else ADAPTER
+        assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+            *own,
+            "history.json",
+            "result.json",
+            "notes.txt",
+        }
+        for name in ("history", "result"):
+            assert json.loads((tmp_path / "kept" / f"{name}.json").read_text())["method"]["name"] == method
+
+
+def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_path, tiny_config):
+    save_model(Llama(tiny_config, seed=5), "mine", tiny)  # by the user, not by a run
+    assert command("--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
+    assert command("--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
+    assert command("--task", "sums.jsonl", "--steps", 1, "--model", "kept", "--out", "./kept") == 0
+    for folder in ("mine", "kept"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {
+            *MODEL,
+            *ADAPTER,
+            "history.json",
+            "result.json",
+        }
+        load_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tiny, capsys, monkeypatch, out):
+    monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))
+    assert command("--task", "sums.jsonl", "--out", out) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"lora-lab: {out} cannot be written to (")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, capsys, monkeypatch, method):
+    assert command("--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    capsys.readouterr()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write = finetune.write_json
+
+    def full(path, value):
+        if path.parent.parent.name == "kept":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(finetune, "write_json", full)
+    assert command("--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept") == 1
+    (spare,) = tmp_path.glob("lora_lab-*")
+    said = capsys.readouterr()
+    assert said.err == (
+        "lora-lab: kept could not be written (No space left on device), and what was there before is unchanged; make "
+        f"room, or choose another place. What was to be kept is in {spare} instead.\n"
+    )
+    assert "test loss" in said.out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
+    assert {path.name for path in spare.iterdir()} == before.keys()
+    assert len(json.loads((spare / "history.json").read_text())["rows"]) == 3
 
 
 def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_model
 from lora_lab.models import fetch, pretrained
 from lora_lab.models.llama import RopeScaling
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
 from lora_lab.tasks import cross_entropy
 
@@ -911,6 +912,30 @@ def test_saving_over_shards_of_another_model_leaves_none_of_it(tiny, tiny_hf, hf
     save_model(model, folder, tiny_tokenizer)
     assert same_logits(hf_load(folder), model)
     assert same_weights(load_pretrained(folder, device="cpu")[0], model)
+
+
+def test_a_config_of_another_save_is_refused_but_an_edited_one_is_read(tiny, tiny_tokenizer, tmp_path):
+    for name, theta in (("one", 1e4), ("other", 5e5)):
+        save_model(tiny(rope_theta=theta), tmp_path / name, tiny_tokenizer)
+    path = tmp_path / "one" / "config.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps(own | {"rope_theta": 2e4}))
+    assert load_pretrained(tmp_path / "one", device="cpu")[0].config.rope_theta == 2e4
+    del own["lora_lab_save"]  # as in folders of earlier versions, and of transformers
+    path.write_text(json.dumps(own))
+    assert same_weights(load_pretrained(tmp_path / "one", device="cpu")[0], tiny())
+    path.write_text((tmp_path / "other" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"config\.json and model\.safetensors are of two different saves; copy both"):
+        load_pretrained(tmp_path / "one", device="cpu")
+
+
+def test_a_tokenizer_of_another_save_is_told_by_the_config(tiny, tiny_tokenizer, tmp_path):
+    other = Tokenizer(tiny_tokenizer.backend, eos_id=259, chat_template="another")
+    hashes = []
+    for tokenizer in (tiny_tokenizer, tiny_tokenizer, other):
+        save_model(tiny(), tmp_path, tokenizer)
+        hashes.append(json.loads((tmp_path / "config.json").read_text())["lora_lab_save"])
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_an_error_while_saving_leaves_the_old_model(tiny, tiny_tokenizer, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ import lora_lab
 from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Trial
 from lora_lab.device import facts
-from lora_lab.files import read_json, write_json
+from lora_lab.files import check_writable, read_json, write_json
 from lora_lab.lora import adapted_layers
 from lora_lab.memory import predict
 from lora_lab.records import commit, device_name
@@ -121,6 +121,8 @@ def ablate(
     results = _stored(folder, wanted, judge is not None)
     left = [trial for trial in wanted if trial.key not in results]
     if left:
+        if folder is not None:
+            check_writable(folder)
         workers, timeout = _workers(n_jobs, timeout_s)
         plan = _plan(model, own_task, left, engine, budget_bytes, workers)
         del model  # each process makes its own
