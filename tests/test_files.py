@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,46 @@ def test_several_files_have_the_usual_permissions(tmp_path, umask):
     with atomic_files(tmp_path) as temporary:
         save_file({"x": np.zeros(3)}, temporary / "x.safetensors")  # which makes it for its owner alone
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o640
+
+
+def test_weights_move_last(tmp_path, monkeypatch):
+    moved, move = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: moved.append(path.name) or move(path, target))
+    with atomic_files(tmp_path) as temporary:
+        for name in ("b.safetensors", "c.txt", "a.safetensors", "d.txt"):
+            (temporary / name).write_text("new")
+    assert moved == ["c.txt", "d.txt", "a.safetensors", "b.safetensors"]
+
+
+def test_what_does_not_reach_the_disk_takes_no_place(tmp_path, monkeypatch):
+    write_files(tmp_path, "old")
+    synced, sync = [], os.fsync
+
+    def fail_at_the_third(handle):
+        synced.append(handle)
+        if len(synced) == 3:
+            raise full(errno.ENOSPC)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail_at_the_third)
+    with pytest.raises(OSError, match="could not be written"):
+        write_files(tmp_path, "new")
+    assert texts(tmp_path) == all_of("old")
+
+
+def test_a_temporary_folder_that_is_cleared_away_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def cleared(**options):
+        made.append(make(**options))
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", cleared)
+    write_files(tmp_path, "new")
+    assert len(made) == 2
+    assert texts(tmp_path) == all_of("new")
 
 
 def test_what_a_living_process_is_writing_is_left_alone(tmp_path):

@@ -88,6 +88,20 @@ def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_pa
         load_pretrained(folder, device="cpu")
 
 
+def test_what_an_earlier_run_kept_is_asked_of_its_last_save_even_if_that_was_stopped(tmp_path):
+    (tmp_path / ".lora_lab-ready").mkdir()
+    for folder, name in ((tmp_path, "lora"), (tmp_path / ".lora_lab-ready", "full")):
+        (folder / "result.json").write_text(json.dumps({"method": {"name": name}}))
+    assert set(finetune._outdated(tmp_path, LoRA(2), "base")) == MODEL
+
+
+@pytest.mark.parametrize("content", [None, "?", "[]", "{}", '{"method": 5}'])
+def test_without_a_result_of_a_run_nothing_gives_way(tmp_path, content):
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    assert finetune._outdated(tmp_path, FullFineTuning(), "base") == ()
+
+
 @pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tiny, capsys, monkeypatch, out):
     monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))

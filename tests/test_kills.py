@@ -25,6 +25,8 @@ from lora_lab import (
     Llama,
     LoRA,
     LoRAConfig,
+    adapters,
+    cli,
     fit,
     inject,
     load_adapter,
@@ -34,6 +36,7 @@ from lora_lab import (
     save_model,
     tasks,
 )
+from lora_lab.models import pretrained
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.models.tokenizer import Tokenizer
@@ -215,6 +218,31 @@ def test_a_kill_before_each_of_its_operations_on_files_leaves_the_old_files_or_t
     assert set(outcomes) == {"old", "new"}
     assert outcomes == sorted(outcomes, reverse=True)  # one of the operations decides
     assert outcomes.count("new") > 3  # it is followed by others
+
+
+READERS = {
+    "load_adapter": Adapters.load,
+    "read_adapter": lambda saver, folder: adapters.read_adapter(folder),
+    "the adapter's config": lambda saver, folder: adapters.read_config(folder),
+    "analyze": lambda saver, folder: cli.main(["analyze", str(folder), "--out", str(folder.parent / "out")]),
+    "load_pretrained": Models.load,
+    "the model's config": lambda saver, folder: pretrained.read_config(folder),
+    "the tokenizer": lambda saver, folder: Tokenizer.load(folder),
+}
+
+
+@pytest.mark.parametrize(
+    ("saver", "reader"),
+    [(Adapters if i < 4 else Models, name) for i, name in enumerate(READERS)],
+    ids=READERS,
+    indirect=["saver"],
+)
+def test_every_reader_finishes_a_save_that_was_stopped_when_it_was_decided(arena, reader):
+    arena.prepare()
+    ready = arena.folder / ".lora_lab-ready"
+    shutil.copytree(arena.prepared.parent / "new", ready, ignore=shutil.ignore_patterns("notes.txt"))
+    READERS[reader](arena.saver, arena.folder)
+    assert contents(arena.folder) == arena.whole["new"]
 
 
 def test_ctrl_c_in_any_line_leaves_the_old_files_or_the_new_ones(arena):
