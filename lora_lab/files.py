@@ -96,10 +96,13 @@ def settle(folder: str | Path) -> None:
     """
     folder = Path(folder)
     ready = folder / _READY
-    while ready.is_dir() and not ready.is_symlink():  # a link could lead to files that are somebody else's
+    reason = "it comes back"
+    for _ in range(100):  # not for ever, whatever somebody may have put there
+        if ready.is_symlink() or not ready.is_dir():  # a link could lead to files that are none of this folder's
+            return
         try:
             for file in sorted(ready.iterdir(), key=_in_order):
-                if file.name == _REMOVE:
+                if file.name == _REMOVE and file.is_file():
                     for name in file.read_text(encoding="utf-8").splitlines():
                         (folder / Path(name).name).unlink(missing_ok=True)  # its last part: nothing outside the folder
                     file.unlink()
@@ -107,11 +110,13 @@ def settle(folder: str | Path) -> None:
                     file.replace(folder / file.name)
             ready.rmdir()
         except OSError as error:
+            reason = error.strerror
             if error.errno not in (errno.ENOENT, *_TAKEN):  # by these, another process is at it too
-                raise OSError(
-                    f"{folder} holds a save that was interrupted, and it cannot be finished ({error.strerror}); "
-                    "make the folder writable, or copy it to where it can be written to."
-                ) from None
+                break
+    raise OSError(
+        f"{folder} holds a save that was interrupted, in {_READY}, and it cannot be finished ({reason}); make the "
+        "folder writable, or copy it to where it can be written to."
+    )
 
 
 @contextmanager

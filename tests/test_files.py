@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -284,7 +285,7 @@ def test_where_a_save_cannot_be_finished_one_sentence_says_so(interrupted, monke
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    says = r"folder holds a save that was interrupted, and it cannot be finished \(Permission denied\); make the folder"
+    says = r"folder holds a save that was interrupted, in .*, and it cannot be finished \(Permission denied\); make"
     with pytest.raises(OSError, match=says):
         settle(folder)
 
@@ -329,6 +330,11 @@ def test_a_foreign_folder_cannot_reach_out_of_itself(tmp_path):
     (folder / ".lora_lab-ready" / ".remove").write_text(f"../outside/a.txt\n{outside}/a.txt\na.txt")
     settle(folder)
     assert names(folder) == []
+    for name in ("inner", ".lora_lab-ready/inner"):
+        (folder / name / "full").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"interrupted, in \.lora_lab-ready, and it cannot be finished \(Directory not"):
+        settle(folder)  # and does not try for ever
+    shutil.rmtree(folder / ".lora_lab-ready")
     (folder / ".lora_lab-ready").symlink_to(outside)
     settle(folder)
     assert texts(outside) == {"a.txt": "theirs"}
