@@ -24,7 +24,7 @@ except ImportError:  # Windows has none, so nothing is cleared there
 
 _NEW = ".lora_lab-new-"
 _READY = ".lora_lab-ready"  # a folder of files that are all written, and on their way to their places
-_REMOVE = ".remove"  # among them, and the last: names of files that go as these come, one a line
+_REMOVE = ".remove"  # among them: names of files that go as these come, one a line
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # said of a folder's new name
 
@@ -256,9 +256,9 @@ def _commit(temporary: Path, folder: Path) -> None:
             return
 
 
-def _in_order(file: Path) -> tuple[bool, bool, str]:
-    """Weights last, for they say which config they belong to; and then what is to be removed."""
-    return file.name == _REMOVE, file.suffix == ".safetensors", file.name
+def _in_order(file: Path) -> tuple[bool, str]:
+    """Weights last, for they say which config they belong to."""
+    return file.suffix == ".safetensors", file.name
 
 
 @contextmanager
