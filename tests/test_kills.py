@@ -153,6 +153,7 @@ def forked(function):
     begun, tell = os.pipe()
     process = SimpleNamespace(pid=os.fork(), exitcode=None)
     if process.pid == 0:
+        signal.alarm(60)  # ends it, should a lock of another thread have been forked with it
         status = 1
         try:
             os.write(tell, b".")
