@@ -929,8 +929,16 @@ def test_a_config_of_another_save_is_refused_but_an_edited_one_is_read(tiny, tin
         load_pretrained(tmp_path / "one", device="cpu")
 
 
+def test_saving_over_another_model_leaves_none_of_its_template(tiny, tiny_tokenizer, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("theirs")
+    save_model(tiny(), tmp_path)
+    assert (tmp_path / "chat_template.jinja").is_file()  # with the tokenizer that is there, if there is one
+    save_model(tiny(), tmp_path, tiny_tokenizer)
+    assert load_pretrained(tmp_path, device="cpu")[1].chat_template is None
+
+
 def test_a_tokenizer_of_another_save_is_told_by_the_config(tiny, tiny_tokenizer, tmp_path):
-    other = Tokenizer(tiny_tokenizer.backend, eos_id=259, chat_template="another")
+    other = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template="another")
     hashes = []
     for tokenizer in (tiny_tokenizer, tiny_tokenizer, other):
         save_model(tiny(), tmp_path, tokenizer)
