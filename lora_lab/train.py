@@ -32,7 +32,7 @@ from lora_lab.files import atomic_file, read_json, write_json
 from lora_lab.lean import FlatAdamW, InThreads, Lean
 from lora_lab.methods import Method
 from lora_lab.quantize import BlockWeight
-from lora_lab.tasks.base import Examples, Loss, Task, cross_entropy
+from lora_lab.tasks.base import Examples, Loss, Task, bytes_of, cross_entropy
 
 COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
 _CHECKPOINT = "checkpoint.safetensors"
@@ -625,5 +625,5 @@ def _frozen_hash(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(bytes_of(parameter))
     return digest.hexdigest()

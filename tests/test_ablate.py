@@ -136,6 +136,41 @@ def test_a_model_serves_as_its_own_factory_and_stays_as_it_was():
     assert "LoRA" not in repr(model)
 
 
+def smoothed(model, inputs, targets, smoothing=0.0):
+    return F.cross_entropy(model(inputs), targets, label_smoothing=smoothing)
+
+
+@dataclasses.dataclass
+class Smoothed:
+    smoothing: float
+
+    def __call__(self, model, inputs, targets):
+        return smoothed(model, inputs, targets, self.smoothing)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(smoothed, smoothing=0.1),
+        Smoothed(0.1),
+        lambda model, inputs, targets: smoothed(model, inputs, targets, 0.1),
+    ],
+    ids=["partial", "object", "lambda"],
+)
+def test_the_loss_may_be_anything_that_can_be_called_here_and_in_other_processes(loss, tmp_path, monkeypatch):
+    def named(model, inputs, targets):
+        return smoothed(model, inputs, targets, 0.1)
+
+    expected = apart(grid(), task=small_task(named))
+    frame = apart(grid(seeds=(0,)), tmp_path, task=small_task(loss), engine="auto")
+    assert set(frame.engine) == {"apart"}  # for a pack it cannot be taken apart
+    frame = apart(grid(), tmp_path, task=small_task(loss), n_jobs=2)
+    same(frame.drop(columns=["key", "task"]), expected.drop(columns=["key", "task"]))
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path, task=small_task(loss)), frame)
+    assert called == []
+
+
 def test_a_task_may_come_from_a_function_which_is_called_once():
     calls = []
 

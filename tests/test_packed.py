@@ -1,9 +1,10 @@
 """Packed adapters: each against its own run of fit, and no trial may feel another, to the last bit."""
 
 import copy
+import functools
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -577,6 +578,31 @@ def test_a_model_that_cannot_be_packed_is_refused_with_the_reason(case):
 def test_a_loss_that_cannot_be_taken_apart_is_refused():
     model, task = DigitsMLP(width=16), pictures(loss=own_loss)
     assert_refused(model, task, RUNS, refusal(model, task, RUNS[0].method), "loss 'own_loss'")
+
+
+@dataclass
+class Scaled:
+    """A loss that cannot be hashed, for it compares by its field."""
+
+    factor: float
+
+    def __call__(self, model, inputs, targets):
+        return self.factor * own_loss(model, inputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (functools.partial(own_loss), r"loss 'partial\(\[own_loss\], \{\}\)' cannot be taken apart"),
+        (functools.partial(cross_entropy), r"loss 'partial\(\[cross_entropy\], \{\}\)' cannot be taken apart"),
+        (Scaled(2.0), r"loss 'Scaled\(factor=2.0\)' cannot be taken apart"),
+        (lambda model, inputs, targets: model(inputs).sum(), "loss '<lambda>' cannot be taken apart"),
+    ],
+    ids=["partial", "partial of one that can", "not hashable", "lambda"],
+)
+def test_a_loss_that_is_no_plain_function_is_refused_by_its_name(loss, named):
+    model, task = DigitsMLP(width=16), pictures(loss=loss)
+    assert_refused(model, task, RUNS, refusal(model, task, RUNS[0].method), named)
 
 
 @pytest.mark.parametrize(

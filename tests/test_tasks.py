@@ -1,9 +1,12 @@
 """Tasks: parts that do not leak into each other, fingerprints that tell data apart, and answers that are known."""
 
 import copy
+import dataclasses
+import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -12,8 +15,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from lora_lab import LoRA, fit, memory, speed
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error, planted
+from lora_lab.tasks.base import described
 from lora_lab.tasks.manual import _related
 
 PARTS = ("train", "validation", "test", "off_domain")
@@ -535,3 +540,154 @@ def test_planted_says_what_is_wrong(options, says):
 def test_answers_of_planted_carry_no_graph():
     task = planted(one_layer())
     assert not any(part.targets.requires_grad for part in task.parts.values())
+
+
+# Losses that are no plain function
+
+
+def focal(model, inputs, targets, gamma=0.0, weights=None):
+    losses = F.cross_entropy(model(inputs), targets, reduction="none", weight=weights)  # (batch,)
+    return (losses * (1 - (-losses).exp()) ** gamma).mean()  # ()
+
+
+@dataclasses.dataclass
+class Focal:
+    """It can be called, compares by its field, and so cannot be hashed."""
+
+    gamma: float
+
+    def __call__(self, model, inputs, targets):
+        return focal(model, inputs, targets, self.gamma)
+
+
+class Held:
+    """It says nothing of what it holds."""
+
+    def __init__(self, gamma):
+        self.gamma = gamma
+
+    def __call__(self, model, inputs, targets):
+        return focal(model, inputs, targets, self.gamma)
+
+
+UNUSUAL = {
+    "partial": functools.partial(focal, gamma=2.0),
+    "partial of a partial": functools.partial(functools.partial(focal), weights=torch.ones(10)),
+    "lambda": lambda model, inputs, targets: focal(model, inputs, targets, 2.0),
+    "dataclass": Focal(2.0),
+    "object": Held(2.0),
+    "method": Held(2.0).__call__,
+}
+LETTERS = functools.partial(focal, weights=set("abcdefgh"))
+EACH = pytest.mark.parametrize("loss", UNUSUAL.values(), ids=UNUSUAL)
+
+
+def test_fingerprints_are_those_that_stored_runs_carry():
+    # Written out, so that no change of the code can make the results of older folders strangers unnoticed.
+    halves = {name: Examples(part.inputs.bfloat16(), part.targets) for name, part in tiny().parts.items()}
+    found = {
+        "cross_entropy": tiny(),
+        "mean_squared_error": tiny(loss=mean_squared_error),
+        "other_loss": tiny(loss=other_loss),
+        "lambda": tiny(loss=lambda model, inputs, targets: model(inputs).sum()),
+        "bfloat16": Task("half", **halves),
+    }
+    assert {what: task.fingerprint for what, task in found.items()} == {
+        "cross_entropy": "96d5469ed1bc10ae",
+        "mean_squared_error": "e30365c45710cd68",
+        "other_loss": "390607d40681d1fb",
+        "lambda": "c49a08b970177b4f",
+        "bfloat16": "060343cc71b0c078",
+    }
+
+
+def test_a_partials_arguments_are_part_of_the_fingerprint():
+    long = torch.zeros(5000)  # torch prints only the ends of it
+    longer = long.clone()
+    longer[2500] = 1
+    losses = [
+        focal,
+        functools.partial(focal),
+        functools.partial(other_loss),
+        functools.partial(focal, gamma=1.0),
+        functools.partial(focal, gamma=2.0),
+        functools.partial(focal, weights=long),
+        functools.partial(focal, weights=longer),
+        functools.partial(focal, weights=[long]),
+        functools.partial(focal, weights={"a": longer}),
+        functools.partial(focal, weights=long.numpy()),
+        functools.partial(focal, weights=longer.numpy()),
+        functools.partial(focal, weights=focal),
+        functools.partial(focal, weights=Held(1.0)),
+        functools.partial(focal, weights=Focal(1.0)),
+        functools.partial(focal, weights=Focal(2.0)),
+        Focal(1.0),
+        Focal(2.0),
+        Held(1.0),
+    ]
+    assert len({tiny(loss=loss).fingerprint for loss in losses}) == len(losses)
+    one, other = functools.partial(focal, gamma=1, weights=None), functools.partial(focal, weights=None, gamma=1)
+    assert tiny(loss=one).fingerprint == tiny(loss=other).fingerprint
+
+
+def test_what_a_plain_object_holds_and_what_a_lambda_does_are_no_part_of_it():
+    def lambdas():
+        return [lambda model, inputs, targets: model(inputs).sum(), lambda model, inputs, targets: model(inputs).mean()]
+
+    for one, other in (lambdas(), (Held(1.0), Held(2.0))):
+        assert tiny(loss=one).fingerprint == tiny(loss=other).fingerprint
+
+
+def test_the_fingerprint_of_an_unusual_loss_is_the_same_in_another_process():
+    # Addresses and the order of sets differ between processes.
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_tasks import *\n"
+        "print(*(tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]))"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]]
+
+
+def test_a_description_has_neither_addresses_nor_modules_in_it():
+    assert described(Held(1.0)) == "Held"  # a script's module has another name where it is imported
+    assert described(Focal(focal)) == "Focal(gamma=<function focal>)"
+    assert described(functools.partial(focal, gamma=[1, functools])) == "partial([focal], {'gamma': [1, functools]})"
+
+
+def classes():
+    """Pictures of noise in ten classes, for the digits' net."""
+
+    def part(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return Examples(torch.randn(n, 64, generator=generator), torch.randint(0, 10, (n,), generator=generator))
+
+    return Task("noise", *(part(8, seed) for seed in range(4)))
+
+
+@EACH
+def test_any_callable_trains_as_a_loss(loss, tmp_path):
+    def run(loss, **options):
+        model = DigitsMLP(width=8)
+        data = dataclasses.replace(classes(), loss=loss)
+        return model, fit(model, data, LoRA(rank=2), steps=3, lr=0.05, batch_size=4, **options)
+
+    def plain(model, inputs, targets):  # the same in a function
+        return loss(model, inputs, targets)
+
+    (model, history), (twin, expected) = run(loss, checkpoint_dir=tmp_path), run(plain)
+    assert history.curve("train_loss") == expected.curve("train_loss")
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+    assert run(loss, checkpoint_dir=tmp_path)[1] == history  # it knows its checkpoint again
+    assert f"fingerprint {history.task['fingerprint']}" in dataclasses.replace(classes(), loss=loss).describe()
+
+
+@EACH
+def test_any_callable_serves_where_memory_and_time_are_asked_for(loss):
+    model, batch = DigitsMLP(width=8), (classes().train.inputs, classes().train.targets)
+    bill = memory.predict(model, LoRA(rank=2), batch=batch, loss=loss)
+    assert bill.peak_bytes > sum(p.numel() * p.element_size() for p in model.parameters())
+    assert memory.measure(model, LoRA(rank=2), batch=batch, loss=loss).peak_bytes > 0
+    times = speed.step_time(model, {"lora": LoRA(rank=2)}, batch=batch, loss=loss, rounds=3, progress=False)
+    assert times.median_s("lora") > 0

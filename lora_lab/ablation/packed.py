@@ -38,7 +38,7 @@ from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.models.llama import Llama
 from lora_lab.quantize import BlockLinear
 from lora_lab.targets import find
-from lora_lab.tasks.base import IGNORE, Examples, Task, cross_entropy, logits, mean_squared_error
+from lora_lab.tasks.base import IGNORE, Examples, Task, cross_entropy, described, logits, mean_squared_error
 from lora_lab.train import (
     COLUMNS,
     DataOrder,
@@ -187,9 +187,9 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
         return (
             f"The method's dropout is {method.dropout:g}, but trials in one pass must draw nothing at random; use fit."
         )
-    if task.loss not in _LOSSES:
+    if not any(task.loss is loss for loss in _LOSSES):  # a loss need not be hashable
         return (
-            f"The loss {getattr(task.loss, '__name__', task.loss)!r} cannot be taken apart by trial; use fit, or "
+            f"The loss {described(task.loss)!r} cannot be taken apart by trial; use fit, or "
             f"{' or '.join(loss.__name__ for loss in _LOSSES)} of lora_lab.tasks."
         )
     if mark := getattr(model, MARK, None):

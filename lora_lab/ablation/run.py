@@ -42,7 +42,7 @@ from lora_lab.lora import adapted_layers
 from lora_lab.memory import predict
 from lora_lab.records import commit, device_name
 from lora_lab.rehearse import Factory, copied
-from lora_lab.tasks.base import Task
+from lora_lab.tasks.base import Task, bytes_of
 from lora_lab.train import DivergedError, History, evaluate, fit, progress_bar
 
 SCHEMA = 1
@@ -170,8 +170,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {type(module).__name__} {numbers}".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()  # (n,)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

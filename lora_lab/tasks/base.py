@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,7 +99,7 @@ class Task:
     Args:
         name: a short name.
         train, validation, test, off_domain: see the top of the package.
-        loss: (model, inputs, targets) -> mean loss of a batch.
+        loss: (model, inputs, targets) -> mean loss of a batch: a function, or anything else that can be called so.
         unit: what is counted for speed: "tokens" or "examples".
         about: one sentence on where the data comes from.
 
@@ -125,12 +128,16 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content. Texts differ between versions of Python; equal fingerprints mean equal data."""
-        digest = hashlib.sha256(f"{self.name} {self.loss.__name__}".encode())
+        """A hash of the content. Texts differ between versions of Python; equal fingerprints mean equal data.
+
+        Of the loss it knows what :func:`described` says and no more: its code is not looked at, so two lambdas, or a
+        function before and after a change, look the same. Give a task with another loss another name.
+        """
+        digest = hashlib.sha256(f"{self.name} {described(self.loss)}".encode())
         for part, examples in self.parts.items():
             for tensor in (examples.inputs, examples.targets):
                 digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(bytes_of(tensor))
         return digest.hexdigest()[:16]
 
     def counted(self, examples: Examples) -> int:
@@ -169,3 +176,34 @@ def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
     if seed is None:
         return torch.arange(n_train)  # (n_train,)
     return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
+
+
+def described(value: Any) -> str:
+    """What a loss is called, or an argument of one, in the same words in every process.
+
+    A function has its own name. A partial has its function's name and the arguments that it holds, tensors and arrays
+    with all their numbers. Any other object has its ``repr`` without addresses: the fields of a dataclass are in it,
+    what a plain object holds is not.
+    """
+    if name := getattr(value, "__name__", None):
+        return name
+    if isinstance(value, partial):
+        return f"partial({described([value.func, *value.args])}, {described(value.keywords)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{key!r}: {described(entry)}' for key, entry in value.items()))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(described, value))}]"
+    if isinstance(value, set | frozenset):
+        return described(sorted(value, key=repr))
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {described(value.tolist())}"
+    if isinstance(value, Tensor):  # its repr leaves numbers out
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
+    if type(value).__repr__ is object.__repr__:
+        return type(value).__qualname__
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers as bytes, without a copy where they lie in order on the CPU: (bytes,)."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
