@@ -11,12 +11,13 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,64 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read what :meth:`save` wrote."""
-        return cls(**read_json(path))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it holds something else, or is damaged.
+        """
+        stored = read_json(path)
+        try:
+            return cls.from_dict(stored)
+        except ValueError as error:
+            reason = str(error).removesuffix(".")
+            raise ValueError(f"{path} holds no History ({reason}); give a file that History.save wrote.") from None
+
+    @classmethod
+    def from_dict(cls, content: Any) -> History:
+        """The history that ``dataclasses.asdict`` has turned into ``content``, and perhaps JSON into a text and back.
+
+        Raises:
+            ValueError: an entry is missing, unknown or of another kind, or the rows are not those of steps 0, 1, 2, ...
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"The content is a {type(content).__name__}, but it must be an object.")
+        expected = {each.name for each in fields(cls)}
+        if missing := expected - content.keys():
+            raise ValueError(f"The content lacks {', '.join(sorted(missing))}.")
+        if unknown := content.keys() - expected:
+            raise ValueError(f"The content has unknown entries: {', '.join(sorted(map(str, unknown)))}.")
+        for name in ("task", "method", "settings"):
+            if not isinstance(content[name], dict):
+                raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be an object.")
+        for name in ("trainable_parameters", "total_parameters", "optimizer_bytes"):
+            if type(content[name]) is not int or content[name] < 0:
+                raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be a whole number.")
+        if not isinstance(content["rows"], list):
+            raise ValueError(f"rows are {reprlib.repr(content['rows'])}, but they must be a list.")
+        for step, row in enumerate(content["rows"]):
+            _check_row(step, row)
+        return cls(**content)
+
+
+def _check_row(step: int, row: Any) -> None:
+    if not isinstance(row, dict) or row.keys() != set(COLUMNS):
+        raise ValueError(f"Row {step} is {reprlib.repr(row)}, but it must have the values {', '.join(COLUMNS)}.")
+    if type(row["step"]) is not int or row["step"] != step:
+        raise ValueError(f"Row {step} is of step {reprlib.repr(row['step'])}, but rows must be of steps 0, 1, 2, ...")
+    # Losses are not evaluated at every step, and no step led to row 0.
+    optional = {"validation_loss", "off_domain_loss"} | ({"train_loss", "lr", "grad_norm"} if step == 0 else set())
+    for name in COLUMNS[1:]:
+        value = row[name]
+        endless = name == "grad_norm" and value == math.inf  # its squares overflow; clipping survives that
+        if not (is_number(value) or endless or (value is None and name in optional)):
+            raise ValueError(f"Row {step} has {reprlib.repr(value)} as {name}, but it must be a finite number.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a number that a float can hold: no NaN, no infinity, no truth value."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def in_turn(
@@ -315,7 +372,7 @@ def fit(
     Raises:
         ValueError: the model already carries adapters or was made ready before, a number is out of
             range, the lean step or gradient checkpointing does not fit the model or the method, or the
-            folder's checkpoint is damaged or of another run.
+            folder's checkpoint is damaged or of another run (nothing of it is in the model then).
         DivergedError: the loss became NaN or infinite.
     """
     shared = {"lr": lr, "seed": seed, "weight_decay": weight_decay, "clip": clip}
@@ -538,7 +595,7 @@ def progress_bar(total: int, label: str, progress: bool | None, unit: str = "ste
 
 def _save_checkpoint(run: _Run, folder: Path) -> None:
     """One file, so that weights and history can never be of two moments."""
-    tensors = _trained(run.model)
+    tensors = trained(run.model)
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         stop_if_diverged("weight", math.nan, run.history.rows[-1])
     for name, parameter in run.model.named_parameters():
@@ -547,64 +604,135 @@ def _save_checkpoint(run: _Run, folder: Path) -> None:
     tensors["random.cpu"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(run.device)
-    note = {"history": json.dumps(asdict(run.history)), "frozen": _frozen_hash(run.model)}
-    with atomic_file(folder / _CHECKPOINT) as temporary:
-        # Copies: a tensor that shares memory with another cannot be stored.
-        save_file({name: value.cpu().clone() for name, value in tensors.items()}, temporary, metadata=note)
+    note = {"history": json.dumps(asdict(run.history)), "frozen": frozen_hash(run.model)}
+    save_tensors(folder / _CHECKPOINT, tensors, note)
 
 
 def _resume(run: _Run, folder: Path | None) -> int:
-    """Put the run where its checkpoint stands, and return the steps done (0 without a checkpoint)."""
+    """Put the run where its checkpoint stands, and return the steps done (0 without a checkpoint).
+
+    All of the checkpoint is checked before anything is changed.
+    """
     if folder is None or not (folder / _CHECKPOINT).is_file():
         return 0
     path = folder / _CHECKPOINT
+    advice = "delete it to start the run anew"
     try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        stored, frozen = json.loads(note["history"]), note["frozen"]
-        _same_run(path, asdict(run.history), stored)
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to start the run anew.") from None
-    if frozen != _frozen_hash(run.model):
+        tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
+        stored = json.loads(note["history"])
+        History.from_dict(stored)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {advice}.") from None
+    _same_run(path, asdict(run.history), stored)
+    done, steps = len(stored["rows"]) - 1, run.history.settings["steps"]
+    if not 1 <= done <= steps:
+        raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {advice}.")
+    if note["frozen"] != frozen_hash(run.model):
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
-    _check_tensors(path, run, tensors)
+    if found := misfit(tensors, _wanted(run, tensors)):
+        raise ValueError(f"{path} does not fit this model: {found}; use another folder, or delete it.")
+    try:  # first, for these may refuse; what they were before, own_randomness puts back
+        torch.set_rng_state(tensors["random.cpu"])
+        if run.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {advice}.") from None
     with torch.no_grad():
-        for name, value in _trained(run.model).items():
+        for name, value in trained(run.model).items():
             value.copy_(tensors[name])
     for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and f"optimizer.{name}.step" in tensors:
             for key in _ADAMW_STATE:
                 value, state = tensors[f"optimizer.{name}.{key}"], run.optimizer.state[parameter]
                 if key in state:  # a view of the flat optimiser's tensor
                     state[key].copy_(value)
                 else:
                     state[key] = value.to(parameter.device)
-    torch.set_rng_state(tensors["random.cpu"])
-    if run.device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
     run.history.rows = stored["rows"]
     run.history.optimizer_bytes = stored["optimizer_bytes"]
-    return run.history.rows[-1]["step"]
+    return done
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def _wanted(run: _Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the checkpoint's tensors must look like."""
+    wanted = trained(run.model)
+    for name, parameter in run.model.named_parameters():
+        state = {f"optimizer.{name}.{key}": parameter.detach() for key in _ADAMW_STATE}
+        # The optimiser knows nothing of a parameter that took no part in the loss.
+        if parameter.requires_grad and not tensors.keys().isdisjoint(state):
+            step = run.optimizer.state.get(parameter, {}).get("step", torch.zeros((), dtype=torch.float32))
+            wanted |= state | {f"optimizer.{name}.step": step}
+    wanted["random.cpu"] = torch.get_rng_state()
+    if "random.cuda" in tensors:  # the run may go on where there is no GPU
+        wanted["random.cuda"] = tensors["random.cuda"]
+    return wanted
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors that training changes, by the names they have in a checkpoint."""
     changing = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return changing | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
 
 
-def _check_tensors(path: Path, run: _Run, tensors: dict[str, Tensor]) -> None:
-    """Everything must be there and fit before anything is changed."""
-    wanted = {name: value.shape for name, value in _trained(run.model).items()}
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad:
-            wanted |= {f"optimizer.{name}.{key}": None if key == "step" else parameter.shape for key in _ADAMW_STATE}
-    wanted["random.cpu"] = None
-    for name, shape in wanted.items():
-        if name not in tensors or (shape is not None and tensors[name].shape != shape):
-            found = f"has shape {tuple(tensors[name].shape)}, not {tuple(shape)}" if name in tensors else "is missing"
-            raise ValueError(f"{path} does not fit this model: {name} {found}; use another folder, or delete it.")
+def misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """How tensors differ from those that are wanted, in names, shapes and dtypes; None if they do not."""
+
+    def looks(tensor: Tensor) -> str:
+        return f"shape {tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+    for name, value in wanted.items():
+        if name not in tensors:
+            return f"{name} is missing"
+        if looks(tensors[name]) != looks(value):
+            return f"{name} has {looks(tensors[name])}, not {looks(value)}"
+    if unknown := tensors.keys() - wanted.keys():
+        return f"the model has no {min(unknown)}"
+    return None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
+    """Write tensors and a note as one safetensors file, with a SHA-256 over both in its header."""
+    # Copies: a tensor that shares memory with another cannot be stored.
+    copies = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
+    with atomic_file(path) as temporary:
+        save_file(copies, temporary, metadata={**note, "sha256": _checksum(copies, note)})
+
+
+def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`save_tensors` wrote: tensors on the CPU, and the note.
+
+    Args:
+        names: the note's entries.
+        unsigned: a file without a checksum will do, as the first versions wrote it.
+
+    Raises:
+        ValueError: it is no safetensors file, has another note, or any bit of it has changed. The sentence does not
+            name the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The file cannot be read: {error}.") from None
+    expected = {"sha256", *names}
+    if note.keys() != expected and not (unsigned and note.keys() == names):
+        raise ValueError(f"The header has the entries {sorted(note)}, not {sorted(expected)}.")
+    checksum = note.pop("sha256", None)
+    if checksum is not None and checksum != _checksum(tensors, note):
+        raise ValueError("The content does not have the checksum that was written with it.")
+    return tensors, note
+
+
+def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
+    """SHA-256 over the note and over each tensor's name, dtype, shape and numbers."""
+    digest = hashlib.sha256(json.dumps(note, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
 
 
 def _same_run(path: Path, ours: dict[str, Any], stored: dict[str, Any]) -> None:
@@ -619,7 +747,7 @@ def _same_run(path: Path, ours: dict[str, Any], stored: dict[str, Any]) -> None:
                 )
 
 
-def _frozen_hash(model: nn.Module) -> str:
+def frozen_hash(model: nn.Module) -> str:
     """A hash of all that is not trained: a resumed adapter must meet the base it was trained on."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

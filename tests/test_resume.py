@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and started again ends, bit for bit, where one that was not stopped ends."""
 
+import itertools
 import json
 import os
 import signal
@@ -433,16 +434,232 @@ def test_another_file_in_the_checkpoints_place_is_refused(tmp_path, note):
         run("lora", tmp_path)
 
 
-@pytest.mark.parametrize("lost", ["parameter.head.lora_B", "random.cpu", "optimizer.head.lora_A.exp_avg"])
-def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path, lost):
+A, B = "parameter.head.lora_A", "parameter.head.lora_B"
+
+
+def content_of(path):
+    """The texts and the tensors of a checkpoint."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), load_file(path)
+
+
+def without_checksum(path):
+    """Write the checkpoint as it was written before there were checksums."""
+    note, tensors = content_of(path)
+    del note["sha256"]
+    save_file(tensors, path, metadata=note)
+
+
+def assert_left_alone(kind, folder, says):
+    """A run on this checkpoint is refused, and neither the model nor torch's generator has anything of it."""
+    make, method = KINDS[kind]
+    model, untouched = make(), make()
+    method.prepare(untouched, 0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=says) as caught:
+        run(kind, folder, model=model)
+    assert type(caught.value) is ValueError
+    assert str(caught.value).count("\n") == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    state, expected = model.state_dict(), untouched.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+
+
+@ALL
+def test_a_checkpoint_of_before_there_were_checksums_is_resumed(tmp_path, kind):
+    interrupt(kind, tmp_path, 6)
+    without_checksum(tmp_path / CHECKPOINT)
+    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"history", "frozen"}
+    calls = []
+    assert_same_end(run(kind, tmp_path, stopping(calls=calls)), run(kind))
+    assert len(calls) == STEPS - 4
+    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"history", "frozen", "sha256"}
+
+
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(tmp_path):
     interrupt("lora", tmp_path, 6)
-    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
-        note = file.metadata()
-    tensors = load_file(tmp_path / CHECKPOINT)
-    del tensors[lost]
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    del header["__metadata__"]
+    ends = [8 + (end - 8) * part // 16 for part in range(17)]
+    spans = [(0, 8), *itertools.pairwise(ends)]  # the header's length, and the header in 16 pieces
+    spans += [(end + low, end + high) for low, high in (entry["data_offsets"] for entry in header.values())]
+    assert sum(high - low for low, high in spans) == len(whole)  # no byte lies outside
+    assert len(spans) == 17 + 16 * 4 + 1
+    generator = torch.Generator().manual_seed(0)
+    for low, high in spans:
+        place, bit = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((low, high), (0, 8)))
+        changed = bytearray(whole)
+        changed[place] ^= 1 << bit
+        (tmp_path / CHECKPOINT).write_bytes(changed)
+        assert_left_alone(
+            "lora", tmp_path, r"checkpoint\.safetensors is damaged \(.+\); delete it to start the run anew"
+        )
+
+
+@ALL
+def test_what_is_refused_leaves_the_model_and_the_generator_alone(tmp_path, kind):
+    interrupt(kind, tmp_path, 6)
+    content = bytearray((tmp_path / CHECKPOINT).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    assert_left_alone(kind, tmp_path, r"is damaged \(The content does not have the checksum .*delete it")
+
+
+def test_a_checksum_cannot_be_lost_unnoticed(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    note["sha257"] = note.pop("sha256")
     save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
-    with pytest.raises(ValueError, match=rf"checkpoint\.safetensors.*{lost}"):
-        run("lora", tmp_path)
+    assert_left_alone("lora", tmp_path, r"damaged \(The header has the entries .*sha257.*not .*sha256")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({B: tensors[B].view(2, 10)}),
+        lambda tensors: tensors.update({B: tensors[B].view(torch.int32)}),
+        lambda tensors: tensors.update({f"{B}.more": tensors.pop(B)}),
+        lambda tensors: tensors.update({A: tensors["optimizer.head.lora_A.exp_avg"].clone()}),
+        lambda tensors: tensors.pop(B),
+    ],
+    ids=["shape", "dtype", "another name", "another tensor", "lost"],
+)
+def test_the_checksum_is_of_names_shapes_and_dtypes_too(tmp_path, change):
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    change(tensors)
+    save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
+    assert_left_alone("lora", tmp_path, r"damaged \(The content does not have the checksum")
+
+
+def of_row(number, **changes):
+    return lambda history, tensors: history["rows"][number].update(changes)
+
+
+def of_history(**changes):
+    return lambda history, tensors: history.update(changes)
+
+
+def of_tensor(name, change):
+    return lambda history, tensors: tensors.update({name: change(tensors[name])})
+
+
+def without(*names):
+    def lose(history, tensors):
+        for name in names:
+            del (tensors if name in tensors else history)[name]
+
+    return lose
+
+
+def with_rows(choose):
+    return lambda history, tensors: history.update(rows=choose(history["rows"]))
+
+
+LAST = "optimizer.head.lora_B.exp_avg_sq"
+DAMAGES = {
+    "last step far out": (of_row(-1, step=100), "Row 4 is of step 100"),
+    "last step below 0": (of_row(-1, step=-1), "Row 4 is of step -1"),
+    "step is a text": (of_row(2, step="2"), "Row 2 is of step '2'"),
+    "step is a truth value": (of_row(1, step=True), "Row 1 is of step True"),
+    "row lost": (with_rows(lambda rows: rows[:2] + rows[3:]), "Row 2 is of step 3"),
+    "row twice": (with_rows(lambda rows: rows[:2] + rows[1:]), "Row 2 is of step 1"),
+    "first row lost": (with_rows(lambda rows: rows[1:]), "Row 0 is of step 1"),
+    "no rows": (with_rows(lambda rows: []), "it is at step -1 of 9"),
+    "no step done": (with_rows(lambda rows: rows[:1]), "it is at step 0 of 9"),
+    "too many steps": (
+        with_rows(lambda rows: rows + [rows[-1] | {"step": step} for step in range(5, 11)]),
+        "it is at step 10 of 9",
+    ),
+    "rows are none": (of_history(rows=None), "rows are None, but they must be a list"),
+    "rows missing": (without("rows"), "lacks rows"),
+    "row is a number": (with_rows(lambda rows: [*rows[:-1], 4]), "Row 4 is 4"),
+    "row without loss": (with_rows(lambda rows: [*rows[:-1], {"step": 4}]), "Row 4 is {'step': 4}, but it must have"),
+    "loss is a text": (of_row(3, train_loss="2.3"), "Row 3 has '2.3' as train_loss"),
+    "loss is NaN": (of_row(3, train_loss=float("nan")), "Row 3 has nan as train_loss"),
+    "loss is none": (of_row(3, train_loss=None), "Row 3 has None as train_loss"),
+    "loss is beyond floats": (of_row(3, validation_loss=10**400), "Row 3 has 10+.* as validation_loss"),
+    "seconds are none": (of_row(0, seconds=None), "Row 0 has None as seconds"),
+    "optimizer_bytes missing": (without("optimizer_bytes"), "lacks optimizer_bytes"),
+    "optimizer_bytes a text": (of_history(optimizer_bytes="9"), "optimizer_bytes is '9'"),
+    "settings a list": (of_history(settings=[]), r"settings is \[\], but it must be an object"),
+    "unknown entry": (of_history(colour=1), "unknown entries: colour"),
+    "whole numbers for weights": (
+        of_tensor("parameter.head.lora_B", lambda value: value.to(torch.int32)),
+        r"parameter.head.lora_B has shape \(10, 2\) of int32, not shape \(10, 2\) of float32; use another folder, or",
+    ),
+    "double weights": (of_tensor("parameter.head.lora_B", torch.Tensor.double), "lora_B has .* of float64, not"),
+    "double moments": (of_tensor(LAST, torch.Tensor.double), "lora_B.exp_avg_sq has .* of float64, not"),
+    "flat moments": (of_tensor(LAST, torch.Tensor.flatten), r"exp_avg_sq has shape \(20,\) of float32, not"),
+    "whole number of steps": (
+        of_tensor("optimizer.head.lora_B.step", torch.Tensor.long),
+        r"step has shape \(\) of int64, not",
+    ),
+    "weight missing": (without("parameter.head.lora_B"), "parameter.head.lora_B is missing; use another folder, or"),
+    "moment missing": (without("optimizer.head.lora_A.exp_avg"), "optimizer.head.lora_A.exp_avg is missing"),
+    "generator missing": (without("random.cpu"), "random.cpu is missing"),
+    "generator cut": (of_tensor("random.cpu", lambda state: state[:-1]), r"random.cpu has shape \(5055,\)"),
+    "generator in floats": (of_tensor("random.cpu", torch.Tensor.float), "random.cpu has .* of float32, not"),
+    "generator without a state": (of_tensor("random.cpu", torch.zeros_like), "no state of a random generator"),
+    "one tensor more": (
+        lambda history, tensors: tensors.update({"parameter.more": torch.ones(2)}),
+        "the model has no parameter.more",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_without_a_checksum_is_looked_through_before_anything_is_changed(tmp_path, damage):
+    change, says = DAMAGES[damage]
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    history = json.loads(note["history"])
+    change(history, tensors)
+    save_file(tensors, tmp_path / CHECKPOINT, metadata={"history": json.dumps(history), "frozen": note["frozen"]})
+    assert_left_alone("lora", tmp_path, rf"checkpoint\.safetensors .*{says}")
+
+
+def test_a_state_of_the_gpus_generator_is_no_hindrance_where_there_is_no_gpu(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    del note["sha256"]
+    save_file(tensors | {"random.cuda": torch.zeros(16, dtype=torch.uint8)}, tmp_path / CHECKPOINT, metadata=note)
+    assert_same_end(run("lora", tmp_path), run("lora"))
+
+
+def test_the_checkpoint_of_a_deeper_model_is_refused(tmp_path):
+    deep, shallow = (DigitsTransformer(width=16, layers=layers, heads=2) for layers in (2, 1))
+    run("full", tmp_path, model=deep)
+    with pytest.raises(ValueError, match=r"does not fit this model: the model has no optimizer\.\S+; use another"):
+        run("full", tmp_path, model=shallow)
+
+
+def test_a_run_with_a_layer_that_takes_no_part_goes_on_too(tmp_path):
+    def make():
+        model = Normed()
+        model.spare = nn.Linear(3, 2, bias=False)  # its gradient is None, so the optimiser holds nothing of it
+        with torch.no_grad():
+            model.spare.weight.fill_(0.5)
+        return model
+
+    interrupt("full", tmp_path, 6, model=make())
+    assert_same_end(run("full", tmp_path, model=make()), run("full", model=make()))
+
+
+def test_a_frozen_scalar_is_part_of_the_base(tmp_path):
+    def make(scale):
+        model = Normed()
+        model.scale = nn.Parameter(torch.tensor(scale))
+        return model
+
+    interrupt("lora on batch norm", tmp_path, 6, model=make(1.0))
+    with pytest.raises(ValueError, match="other frozen weights"):
+        run("lora on batch norm", tmp_path, model=make(2.0))
+    assert_same_end(*(run("lora on batch norm", folder, model=make(1.0)) for folder in (tmp_path, None)))
 
 
 def test_a_diverged_run_leaves_the_last_good_checkpoint(tmp_path):

@@ -524,6 +524,72 @@ def test_history_comes_back_from_its_file(tmp_path):
     assert json.loads((tmp_path / "new" / "history.json").read_text())["rows"] == history.rows
 
 
+def row(step, **changes):
+    losses = {"train_loss": 1.0, "validation_loss": None, "off_domain_loss": None}
+    return {"step": step, **losses, "lr": 0.1, "grad_norm": 2, "seconds": 0.5, "tokens": 4} | changes
+
+
+def test_a_history_may_lack_what_was_not_evaluated_and_have_a_norm_beyond_all_numbers(tmp_path):
+    first = row(0, train_loss=None, lr=None, grad_norm=None, validation_loss=2, seconds=0.0, tokens=0)
+    history = History({}, {}, {}, 0, 0, 0, [first, row(1, grad_norm=math.inf), row(2, off_domain_loss=1e308)])
+    history.save(tmp_path / "history.json")
+    assert History.load(tmp_path / "history.json") == history
+    assert History.from_dict(dataclasses.asdict(history)) == history
+
+
+def stored(**changes):
+    """What a file holds of a history, changed."""
+    return dataclasses.asdict(History({}, {}, {}, 0, 0, 0, [row(0), row(1)])) | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([], "The content is a list, but it must be an object"),
+        (None, "The content is a NoneType"),
+        ({}, "The content lacks method, optimizer_bytes, rows, settings, task, total_parameters, trainable_parameters"),
+        (stored(colour=1, size=2), "The content has unknown entries: colour, size"),
+        (stored(task="digits"), "task is 'digits', but it must be an object"),
+        (stored(method=None), "method is None"),
+        (stored(settings=1), "settings is 1"),
+        (stored(trainable_parameters=1.5), "trainable_parameters is 1.5, but it must be a whole number"),
+        (stored(total_parameters=-1), "total_parameters is -1"),
+        (stored(optimizer_bytes=True), "optimizer_bytes is True"),
+        (stored(rows={"0": {}}), r"rows are \{'0': \{\}\}, but they must be a list"),
+        (stored(rows=[row(0), row(2)]), "Row 1 is of step 2, but rows must be of steps 0, 1, 2"),
+        (stored(rows=[row(0), row(1.0)]), "Row 1 is of step 1.0"),
+        (stored(rows=[row(0), []]), r"Row 1 is \[\], but it must have the values step, train_loss, validation_loss"),
+        (stored(rows=[row(0, colour=1)]), "Row 0 is .*, but it must have the values"),
+        (stored(rows=[row(0), row(1, lr=None)]), "Row 1 has None as lr, but it must be a finite number"),
+        (stored(rows=[row(0, seconds=None)]), "Row 0 has None as seconds"),
+        (stored(rows=[row(0, tokens="4")]), "Row 0 has '4' as tokens"),
+        (stored(rows=[row(0, tokens=True)]), "Row 0 has True as tokens"),
+        (stored(rows=[row(0, validation_loss=math.nan)]), "Row 0 has nan as validation_loss"),
+        (stored(rows=[row(0, off_domain_loss=math.inf)]), "Row 0 has inf as off_domain_loss"),
+        (stored(rows=[row(0, grad_norm=-math.inf)]), "Row 0 has -inf as grad_norm"),
+        (stored(rows=[row(0, grad_norm=math.nan)]), "Row 0 has nan as grad_norm"),
+        (stored(rows=[row(0, train_loss=10**400)]), "Row 0 has 10+.* as train_loss"),
+    ],
+)
+def test_what_is_no_history_is_told_in_a_sentence_with_the_file(tmp_path, content, says):
+    path = tmp_path / "history.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"history\.json holds no History \({says}.*\); give a file that") as caught:
+        History.load(path)
+    assert type(caught.value) is ValueError
+    assert len(str(caught.value)) < 500
+    path.write_text(json.dumps(stored()))
+    assert History.load(path).rows == [row(0), row(1)]
+
+
+def test_a_file_that_is_no_json_or_is_not_there_is_told(tmp_path):
+    (tmp_path / "history.json").write_text("{")
+    with pytest.raises(ValueError, match=r"history\.json is not JSON"):
+        History.load(tmp_path / "history.json")
+    with pytest.raises(FileNotFoundError, match=r"lacks the file other\.json"):
+        History.load(tmp_path / "other.json")
+
+
 # Errors
 
 
