@@ -155,7 +155,7 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # lists too deep, numbers of thousands of digits
         raise ValueError(f"{path} is not JSON ({error}); it may be damaged, so make or copy it anew.") from None
 
 

@@ -143,7 +143,7 @@ class History:
             if not isinstance(content[name], dict):
                 raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be an object.")
         for name in ("trainable_parameters", "total_parameters", "optimizer_bytes"):
-            if type(content[name]) is not int or content[name] < 0:
+            if type(content[name]) is not int or not 0 <= content[name] <= sys.float_info.max:
                 raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be a whole number.")
         if not isinstance(content["rows"], list):
             raise ValueError(f"rows are {reprlib.repr(content['rows'])}, but they must be a list.")

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import fractions
 import functools
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +26,7 @@ from pandas.testing import assert_frame_equal
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import DoRA, FullFineTuning, LoRA, fit
+from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, fit
 from lora_lab.ablation import packed, run, summary
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.run import ablate, fingerprint, load
@@ -311,15 +314,273 @@ def test_a_trial_that_failed_has_no_scores_and_is_not_run_again_for_them(tmp_pat
     assert len(called) == 1
 
 
-def test_an_error_of_the_judge_stops_the_sweep_and_what_was_judged_is_kept(tmp_path):
-    def strict(model, task):
-        if len(list(tmp_path.glob("[!.]*.json"))) == 2:
+def failing_on(*ranks, error=None):
+    """A judge that fails on adapters of these ranks, and the ranks that it was asked about."""
+    asked = []
+    error = error or ValueError("it says nothing at all")
+
+    def judge(model, task):
+        asked.append(model.hidden1.rank)
+        if model.hidden1.rank in ranks:
+            raise error
+        return told(model, task)
+
+    return judge, asked
+
+
+def names_in(folder, ending):
+    return sorted(path.stem for path in folder.glob(f"*.{ending}"))
+
+
+@pytest.mark.parametrize("engine", ["apart", "packed"])
+@pytest.mark.parametrize("error", [ValueError("it says nothing\nat all"), MemoryError("it asks for too much")])
+def test_an_error_of_the_judge_loses_no_training(tmp_path, monkeypatch, engine, error):
+    expected = apart(grid(), engine=engine, judge=told)
+    judge, asked = failing_on(1, error=error)
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    with pytest.raises(RuntimeError, match="The judge failed on 2 trials, first on") as caught:
+        apart(grid(), tmp_path, engine=engine, judge=judge)
+    frame = load(tmp_path)
+    first, second = frame[frame["rank"] == 1].key.unique()
+    assert re.fullmatch(
+        rf"The judge failed on 2 trials, first on ({first}|{second}) \({words}\); "
+        rf"mend it and start the sweep again: what was trained is kept in {re.escape(str(tmp_path))}\.",
+        str(caught.value),
+    )
+    assert "in judge\n    raise error" in caught.value.__notes__[0]  # the way to the error
+    assert sorted(asked) == [1, 1, 3, 3]  # the others went on
+    assert names_in(tmp_path, "safetensors") == sorted([first, second])
+    failed = frame["rank"] == 1
+    assert set(frame[failed].reason) == {f"The judge failed ({words})."}
+    assert set(frame[~failed].reason) == {""}
+    assert set(frame.outcome) == {"done"}
+    left_out = ["score_total", "score_classes", "reason"]
+    same(frame.drop(columns=left_out), expected.drop(columns=left_out))  # all losses are there
+    assert frame[failed][left_out[:2]].isna().all(axis=None)
+
+    called, date = counting(monkeypatch), frame.date.copy()
+    monkeypatch.setattr(packed, "fit_packed", lambda *_, **__: pytest.fail("trained again"))
+    assert_frame_equal(apart(grid(), tmp_path), frame)  # who does not ask for scores is told of no error
+    judged = apart(grid(), tmp_path, engine=engine, judge=told)
+    same(judged, expected)
+    assert judged.score_total.tolist()[-1] == expected.score_total.tolist()[-1]
+    assert (judged.date == date).all()  # of the training
+    assert called == []
+    assert names_in(tmp_path, "safetensors") == []
+    assert_frame_equal(load(tmp_path), judged)
+
+
+def test_a_judge_that_fails_again_may_try_once_more(tmp_path, monkeypatch):
+    trials = grid(ranks=(1, 3), seeds=(0,))
+    expected = apart(trials, judge=told)
+    for ranks, found in (((1, 3), 2), ((3,), 1), ((3,), 1), ((), 0)):
+        judge, asked = failing_on(*ranks)
+        if ranks:
+            with pytest.raises(RuntimeError, match=rf"failed on ({found} trials, first on )?\w+ \(ValueError: it says"):
+                apart(trials, tmp_path, judge=judge)
+            called = counting(monkeypatch)
+        else:
+            same(apart(trials, tmp_path, judge=judge), expected)
+        assert len(names_in(tmp_path, "safetensors")) == found
+    assert asked == [3]
+    assert called == []
+
+
+class Normed(nn.Module):
+    """A net with buffers that change in training."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.norm, self.head = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=2, dropout=0.3),
+        DoRA(rank=2),
+        PiSSA(rank=2),
+        LoRAPlus(rank=2),
+        FullFineTuning(),
+        PartialFineTuning(("head", "norm")),
+    ],
+    ids=lambda method: method.name,
+)
+def test_what_is_judged_later_is_the_trained_model_to_the_last_bit(tmp_path, monkeypatch, method):
+    trials = [Trial(method, 0.05, 3, steps=5, batch_size=4)]
+
+    def spoils(model, task):
+        for value in model.state_dict().values():
+            value.zero_()
+        raise KeyError("scores")
+
+    def judge(model, task):
+        return told(model.eval(), task)  # without dropout, and with the statistics of training
+
+    with pytest.raises(RuntimeError, match=r"The judge failed on \w+ \(KeyError: 'scores'\)"):
+        apart(trials, tmp_path, model=Normed, judge=spoils)
+    called = counting(monkeypatch)
+    frame = apart(trials, tmp_path, model=Normed, judge=judge)
+    assert called == []
+    model = Normed()
+    before = judge(model, small_task())["total"]
+    fit(model.train(), small_task(), method, **trials[0].options)
+    assert frame.score_total.iloc[-1] == judge(model, small_task())["total"] != before
+
+
+def test_without_a_folder_an_error_of_the_judge_is_told_at_once(monkeypatch):
+    called = counting(monkeypatch)
+    with pytest.raises(
+        RuntimeError, match=r"failed on \w+ \(ValueError: it says nothing at all\); mend it, and give a f"
+    ):
+        apart(grid(), judge=failing_on(1)[0])
+    assert called == [(1, 0)]
+
+
+def test_an_error_of_the_judge_in_another_process_loses_no_training_either(tmp_path, monkeypatch):
+    def judge(model, task):
+        if model.hidden1.rank == 1:
             raise ValueError("it says nothing at all")
         return told(model, task)
 
-    with pytest.raises(ValueError, match="it says nothing at all"):
-        apart(grid(), tmp_path, judge=strict)
-    assert load(tmp_path).score_total.notna().sum() == 2
+    with pytest.raises(RuntimeError, match=r"failed on 2 trials, .* \(ValueError: it says nothing at all\)"):
+        apart(grid(), tmp_path, judge=judge, n_jobs=2)
+    called = counting(monkeypatch)
+    same(apart(grid(), tmp_path, judge=told), apart(grid(), judge=told))
+    assert [rank for rank, _ in called] == [1, 1, 3, 3]  # those of the second call
+
+
+def kept(tmp_path):
+    """A folder with one trial that was not judged: the trials, and the path of its weights."""
+    trials = grid(ranks=(1,), seeds=(0,))
+    with pytest.raises(RuntimeError, match="The judge failed"):
+        apart(trials, tmp_path, judge=failing_on(1)[0])
+    return trials, next(tmp_path.glob("*.safetensors"))
+
+
+def test_weights_that_were_lost_are_trained_anew(tmp_path, monkeypatch):
+    trials, path = kept(tmp_path)
+    path.unlink()
+    called = counting(monkeypatch)
+    same(apart(trials, tmp_path, judge=told), apart(trials, judge=told))
+    assert called == [(1, 0), (1, 0)]
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_trial(path):
+    trials = grid(ranks=(1,), seeds=(1,))
+    with pytest.raises(RuntimeError, match="The judge failed"):
+        apart(trials, path.parent / "other", judge=failing_on(1)[0])
+    shutil.copy(next((path.parent / "other").glob("*.safetensors")), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (flipped, "The content does not have the checksum"),
+        (lambda path: path.write_bytes(b""), "The file cannot be read"),
+        (of_another_trial, "It is of another trial"),
+    ],
+    ids=["flipped", "empty", "another trial"],
+)
+def test_weights_that_are_not_what_they_were_are_refused(tmp_path, harm, says):
+    trials, path = kept(tmp_path)
+    harm(path)
+    with pytest.raises(ValueError, match=rf"{path} cannot be judged \({says}.*\); delete it to train its trial again"):
+        apart(trials, tmp_path, judge=told)
+    path.unlink()
+    same(apart(trials, tmp_path, judge=told), apart(trials, judge=told))
+
+
+def test_weights_over_another_base_are_refused(tmp_path, monkeypatch):
+    trials, _ = kept(tmp_path)
+    prepare = LoRA.prepare
+
+    def other(method, model, seed):
+        prepare(method, model, seed)
+        with torch.no_grad():
+            model.head.base.bias[0] += 1e-6  # as the parts of PiSSA may come out on another machine
+
+    monkeypatch.setattr(LoRA, "prepare", other)
+    with pytest.raises(ValueError, match=r"or what is frozen comes out differently here\); delete it"):
+        apart(trials, tmp_path, judge=told)
+
+
+def test_a_judge_may_give_numbers_of_any_kind(tmp_path):
+    given = {
+        "single": np.float32(0.1),
+        "double": np.float64(0.1),
+        "half": np.float16(0.5),
+        "count": np.int64(7),
+        "fraction": fractions.Fraction(1, 4),
+        "whole": 3,
+        "word": np.str_("yes"),
+        "true": True,
+        "none": None,
+        "nan": math.nan,
+    }
+    frame = apart(grid(ranks=(1,), seeds=(0,)), tmp_path, judge=lambda model, task: given)
+    (path,) = tmp_path.glob("*.json")
+    scores = json.loads(path.read_text())["scores"]
+    assert math.isnan(scores.pop("nan"))
+    single = 0.100000001490116119384765625  # the number nearest to 0.1 in single precision
+    assert scores == {
+        "single": single,
+        "double": 0.1,
+        "half": 0.5,
+        "count": 7,
+        "fraction": 0.25,
+        "whole": 3,
+        "word": "yes",
+        "true": True,
+        "none": None,
+    }
+    assert [type(scores[name]) for name in ("single", "count", "fraction", "whole")] == [float, int, float, int]
+    assert frame.score_single.iloc[-1] == single
+    assert_frame_equal(load(tmp_path), frame)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (0.5, "TypeError: it gave a float, but it must give numbers and texts by name"),
+        (None, "TypeError: it gave a NoneType"),
+        ([("a", 1)], "TypeError: it gave a list"),
+        ({1: 2}, "TypeError: it gave the name 1, but names must be texts"),
+        ({"a": [1, 2]}, r"TypeError: it gave \[1, 2\], a list, as 'a', but it must be a number or a text"),
+        (
+            {"a": torch.tensor(0.5)},
+            r"TypeError: it gave tensor\(0.5\w*\), a Tensor, as 'a', but .* such as float\(...\)",
+        ),
+        ({"a": 1j}, "TypeError: it gave 1j, a complex"),
+        ({"a": np.zeros(9)}, "TypeError: it gave array.*, a ndarray"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_a_judge_may_not_give_is_told_and_no_training_lost(tmp_path, monkeypatch, given, says):
+    trials = grid(ranks=(1,), seeds=(0,))
+    with pytest.raises(RuntimeError, match=rf"The judge failed on \w+ \({says}.*\); mend it and start the sweep again"):
+        apart(trials, tmp_path, judge=lambda model, task: given)
+    called = counting(monkeypatch)
+    assert apart(trials, tmp_path, judge=told).score_total.notna().sum() == 1
+    assert called == []
+
+
+def test_a_judge_that_says_nothing_is_not_asked_again(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path, judge=lambda model, task: {})
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path, judge=lambda model, task: pytest.fail("asked")), frame)
+    assert called == []
 
 
 def test_packs_are_judged_trial_by_trial_as_trials_run_apart(tmp_path):
@@ -433,12 +694,14 @@ def change_seed(path):
     [
         (cut, r"damaged: it is not JSON; delete it to run its trial again"),
         (lambda path: path.write_bytes(b"\xff\x00"), r"damaged: it is not JSON; delete it"),
+        (lambda path: path.write_text("[" * 100_000), r"damaged: it is not JSON; delete it"),
+        (lambda path: path.write_text("9" * 5000), r"damaged: it is not JSON; delete it"),
         (lambda path: path.write_text("[]"), r"not a result in this version's format"),
         (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), r"schema 1\); delete"),
         (lambda path: path.write_text(path.read_text().replace('"name": "lora"', '"name": "x"')), "'x' is not known"),
         (change_seed, r"holds trial \w+, which is not what its name and key say; delete it"),
     ],
-    ids=["cut", "bytes", "list", "schema", "method", "edited"],
+    ids=["cut", "bytes", "deep", "long", "list", "schema", "method", "edited"],
 )
 def test_a_damaged_file_is_named_with_what_to_do_and_deleting_it_helps(tmp_path, harm, message):
     frame = apart(grid(), tmp_path)
@@ -450,6 +713,114 @@ def test_a_damaged_file_is_named_with_what_to_do_and_deleting_it_helps(tmp_path,
         assert str(path) in str(caught.value)
     path.unlink()
     same(apart(grid(), tmp_path), frame)
+
+
+HOSTILE = [None, True, "banana", -1.5, math.nan, math.inf, 10**400, [], {}, [[1]], {"a": {}}]
+
+
+def places(content, path=()):
+    """Every place in nested dicts; of rows the last one's."""
+    if path == ("history", "rows"):
+        content = {-1: content[-1]}
+    for name in content if isinstance(content, dict) else ():
+        yield (*path, name)
+        yield from places(content[name], (*path, name))
+
+
+def harmless(path, value, before):
+    """Whether a result is still one with this value in this place."""
+    number = type(value) is float and math.isfinite(value)
+    match path:
+        case ("trial", "eval_every" | "warmup") if value is None:  # the defaults, which these are
+            return True
+        case ("trial", *_) | ("key",) | ("outcome",) | ("history",):
+            return type(value) is type(before) and value == before
+        case ("schema",):
+            return value is True  # which equals 1
+        case ("reason",):
+            return value is None or isinstance(value, str)
+        case ("test_loss",):
+            return number
+        case ("scores",):
+            return value in (None, {})
+        case ("scores", _):
+            return not isinstance(value, list | dict)
+        case ("provenance",) | ("history", "task" | "method" | "settings"):
+            return isinstance(value, dict)
+        case ("history", "rows", -1, "off_domain_loss"):
+            return number or value is None
+        case ("history", "rows", -1, "grad_norm"):
+            return number or value == math.inf
+        case ("history", "rows", -1, name) if name != "step":
+            return number
+        case ("history", _) | ("history", "rows", *_):
+            return False
+    return True  # what is within provenance, task, method and settings
+
+
+def test_whatever_stands_in_a_result_it_is_read_or_refused_in_a_sentence(tmp_path):
+    frame = apart(grid(ranks=(1,), seeds=(0,), steps=2), tmp_path, judge=told)
+    (path,) = tmp_path.glob("*.json")
+    whole = json.loads(path.read_text())
+    wrong, tried = [], 0
+    for place, value in itertools.product(list(places(whole)), HOSTILE):
+        changed = copy.deepcopy(whole)
+        inner = functools.reduce(lambda entry, name: entry[name], place[:-1], changed)
+        accepted = harmless(place, value, inner[place[-1]])
+        inner[place[-1]] = value
+        path.write_text(json.dumps(changed))
+        tried += 1
+        try:
+            assert len(load(tmp_path)) == len(frame)
+            found = True
+        except Exception as error:
+            sentence = type(error) is ValueError and str(error).startswith(str(path)) and str(error).endswith(".")
+            found = False if sentence and len(str(error)) < 1000 and "delete it" in str(error) else repr(error)
+        if found is not accepted:
+            wrong.append((place, value, found))
+    assert not wrong, wrong
+    assert tried > 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"outcome": "banana"}, "outcome is 'banana', but it must be 'done' or 'failed'"),
+        ({"test_loss": None}, "test_loss is None, but it must be a finite number"),
+        ({"test_loss": math.nan}, "test_loss is nan"),
+        ({"history": None}, "The content is a NoneType, but it must be an object"),
+        ({"provenance": None}, "provenance is None, but it must be an object"),
+        ({"reason": 5}, "reason is 5, but it must be a text or nothing"),
+        ({"scores": {"a": [1]}}, r"scores are \{'a': \[1\]\}, but they must be numbers and texts by name"),
+        ({"outcome": "failed"}, "a trial that failed must have a reason, and neither history, test_loss nor scores"),
+        ({"trial": None}, "cannot be read: This is not a trial's content .*: None; if that is no help"),
+        ({"trial": "lora"}, "cannot be read: This is not a trial's content .*: 'lora'; if that is no help"),
+    ],
+)
+def test_a_result_that_is_none_says_what_is_wrong_with_it(tmp_path, changes, says):
+    apart(grid(), tmp_path)
+    path = min(tmp_path.glob("*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for call in (lambda: load(tmp_path), lambda: apart(grid(), tmp_path)):
+        with pytest.raises(ValueError, match=rf"{path} .*{says}.* delete it to run its trial again"):
+            call()
+
+
+def test_a_history_of_fewer_steps_than_the_trial_has_is_refused(tmp_path):
+    apart(grid(), tmp_path)
+    path = min(tmp_path.glob("*.json"))
+    whole = json.loads(path.read_text())
+    for count, says in ((7, None), (6, "the history has 6 rows, but 6 steps make 7"), (0, "the history has 0 rows")):
+        path.write_text(json.dumps(whole | {"history": whole["history"] | {"rows": whole["history"]["rows"][:count]}}))
+        if says is None:
+            assert len(load(tmp_path)) > 4
+        else:
+            with pytest.raises(ValueError, match=f"is damaged: {says}.*; delete it to run"):
+                load(tmp_path)
+    whole["history"]["rows"][-1]["validation_loss"] = None
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="the last row of the history has no validation_loss; delete it"):
+        load(tmp_path)
 
 
 def test_a_result_under_another_name_is_not_counted_twice(tmp_path):

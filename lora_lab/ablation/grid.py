@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -125,13 +126,13 @@ class Trial:
             ValueError: an entry is missing or unknown, or the method is not known here.
         """
         try:
-            settings = dict(content["method"])
+            settings = {**content["method"]}  # a TypeError where it is no mapping
             name = settings.pop("name")
             if name not in _methods():
                 raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
             return cls(**{**content, "method": _methods()[name](**settings)})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"This is not a trial's content ({error}): {dict(content)!r:.200}.") from None
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"This is not a trial's content ({error}): {reprlib.repr(content)}.") from None
 
 
 class Grid(Sequence[Trial]):

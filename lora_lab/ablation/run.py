@@ -13,16 +13,20 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
 import platform
+import reprlib
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ import psutil
 import torch
 from joblib.externals.loky import BrokenProcessPool
 from joblib.parallel import get_active_backend
-from torch import nn
+from torch import Tensor, nn
 
 import lora_lab
 from lora_lab.ablation import packed
@@ -43,7 +47,19 @@ from lora_lab.memory import predict
 from lora_lab.records import commit, device_name
 from lora_lab.rehearse import Factory, copied
 from lora_lab.tasks.base import Task, bytes_of
-from lora_lab.train import DivergedError, History, evaluate, fit, progress_bar
+from lora_lab.train import (
+    DivergedError,
+    History,
+    evaluate,
+    fit,
+    frozen_hash,
+    is_number,
+    load_tensors,
+    misfit,
+    progress_bar,
+    save_tensors,
+    trained,
+)
 
 SCHEMA = 1
 # Columns of the table: losses, how a trial went, and where it ran; all others say what it was.
@@ -74,6 +90,12 @@ def ablate(
     A trial that diverges or runs out of memory is stored as "failed", with the reason, and the others go on; delete
     its file to try it again. Any other error stops the sweep, and so does Ctrl-C: what has ended by then is kept.
 
+    An error of the caller's judge comes after a training that may have taken hours, so no training is lost by it: the
+    trial's losses are stored, with the error as their reason; what was trained goes into ``<key>.safetensors`` beside
+    them; the other trials go on; and in the end the first error is raised. The next call with a judge has it judge
+    these weights, in this process and without training, and removes the file. (An adapter's is small; that of full
+    fine-tuning is as large as the model.)
+
     Args:
         model_factory: makes the model that every trial starts from, the same each time, on the device where it is
             to be trained; or such a model, which is copied for each trial and left as it is. To workers the model
@@ -88,8 +110,8 @@ def ablate(
         budget_bytes: memory for one pack, by :func:`lora_lab.memory.predict`; default half of what is free on this
             machine, shared among the workers.
         judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
-            the trial's result, and is in the table as ``score_<name>``. Stored trials without scores are run anew;
-            whose scores they are is not asked, so give another judge another folder.
+            the trial's result, and is in the table as ``score_<name>``. Stored trials with neither scores nor
+            weights are run anew; whose scores they are is not asked, so give another judge another folder.
         progress: show a bar; default only where a person is looking.
         timeout_s: how long to wait for workers while no trial ends, in seconds, before it is an error; default a
             day. It ends the wait for a worker that joined a cluster later and cannot answer.
@@ -102,7 +124,8 @@ def ablate(
             task or model, a damaged file, a backend of threads, or ``engine="packed"`` and a trial that cannot be
             packed.
         RuntimeError: a worker cannot import lora_lab, has another version of it, makes another model or task, was
-            ended by the system, or kept silent for ``timeout_s``.
+            ended by the system, or kept silent for ``timeout_s``; or the judge failed, or gave something else than
+            numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
     """
     if engine not in ("auto", "apart", "packed"):
         raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'apart' or 'packed'.")
@@ -118,22 +141,35 @@ def ablate(
         )
     identity = {"task": own_task.fingerprint, "model": fingerprint(model)}
     wanted = dict.fromkeys(trial.bound(**identity) for trial in trials)
-    results = _stored(folder, wanted, judge is not None)
-    left = [trial for trial in wanted if trial.key not in results]
+    results, unjudged = _stored(folder, wanted, judge is not None)
+    left = [trial for trial in wanted if trial.key not in results and trial.key not in unjudged]
+    works, timeout = [], None
     if left:
         if folder is not None:
             check_writable(folder)
         workers, timeout = _workers(n_jobs, timeout_s)
         plan = _plan(model, own_task, left, engine, budget_bytes, workers)
-        del model  # each process makes its own
         works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in plan]
-        bar = progress_bar(len(wanted), "trials", progress, unit="trial", done=len(results))
-        with bar, closing(_results(works, n_jobs, timeout)) as arriving:
-            for result in arriving:
-                if folder is not None:
-                    write_json(folder / f"{result['key']}.json", result)
-                results[result["key"]] = result
-                bar.update()
+    del model  # each process makes its own
+    again = (
+        _judge_again(_Work(make, task, [trial], False, engine, _here(), judge), unjudged[trial.key], folder)
+        for trial in wanted
+        if trial.key in unjudged
+    )
+    failures = []
+    bar = progress_bar(len(wanted), "trials", progress, unit="trial", done=len(results))
+    with bar, closing(_results(works, n_jobs, timeout)) as arriving:
+        for arrival in itertools.chain(again, arriving):
+            results[arrival.result["key"]] = arrival.result
+            if arrival.failure is not None:
+                failures.append(arrival)
+            if folder is not None:
+                _keep(folder, arrival)
+            elif failures:
+                raise _told(failures, "mend it, and give a folder, so that no training is lost by it")
+            bar.update()
+    if failures:
+        raise _told(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
     return _frame(results.values())
 
 
@@ -143,8 +179,9 @@ def load(folder: str | Path):
     Returns:
         A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
         seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and what else the method sets; the trial's
-        options; ``outcome`` ("done" or "failed") and, if failed, its ``reason``; ``step``; ``train_loss``,
-        ``validation_loss``, ``off_domain_loss`` and ``gap`` (see :meth:`lora_lab.train.History.curve`) at that step,
+        options; ``outcome`` ("done" or "failed") and, if failed or not judged, the ``reason``; ``step``;
+        ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
+        :meth:`lora_lab.train.History.curve`) at that step,
         and after the last one ``test_loss`` and what the caller's judge gave; ``seconds``, the time of training up to
         that step; ``trainable_parameters``; and where and when it ran (``engine``,
         ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and losses.
@@ -225,7 +262,7 @@ def _preflight(client: Any) -> None:
             )
 
 
-def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None) -> Iterator[dict[str, Any]]:
+def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None) -> Iterator[_Arrival]:
     """The trials' results as they end."""
     # One parcel at a time: joblib would put quick ones together, and a killed worker would lose more than it runs.
     parallel = joblib.Parallel(n_jobs, return_as="generator_unordered", batch_size=1, timeout=timeout_s)
@@ -291,22 +328,27 @@ def _task(task: Task | Callable[[], Task]) -> Task:
     return task if isinstance(task, Task) else _made(task)
 
 
-def _run(work: _Work) -> list[dict[str, Any]]:
+def _run(work: _Work) -> list[_Arrival]:
     """Run a parcel of trials in this process, and return their results."""
+    with _alone(), _threads(None if _here() == work.home else 1):
+        task = _task(work.task)
+        if (found := task.fingerprint) != work.trials[0].task:
+            raise RuntimeError(
+                f"The task {task.name!r} made here ({':'.join(map(str, _here()))}) has the fingerprint {found}, "
+                f"not the sweep's, {work.trials[0].task}; use the same versions of Python and packages everywhere."
+            )
+        return _attempt(work, task, work.trials, work.together)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
     if not _BUSY.acquire(blocking=False):
         raise RuntimeError(
             "Two trials were started in one process at the same time, in threads that share torch's random "
             "generators, so the numbers would be wrong; use processes with one trial at a time each."
         )
     try:
-        with _threads(None if _here() == work.home else 1):
-            task = _task(work.task)
-            if (found := task.fingerprint) != work.trials[0].task:
-                raise RuntimeError(
-                    f"The task {task.name!r} made here ({':'.join(map(str, _here()))}) has the fingerprint {found}, "
-                    f"not the sweep's, {work.trials[0].task}; use the same versions of Python and packages everywhere."
-                )
-            return _attempt(work, task, work.trials, work.together)
+        yield
     finally:
         _BUSY.release()
 
@@ -325,6 +367,28 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @dataclass
+class _Failure:
+    """What went wrong when a trial was judged, and all that is needed to judge it once more."""
+
+    words: str
+    trace: str
+    weights: dict[str, Tensor] | None = None  # None: they are in the folder already
+    frozen: str = ""  # the hash of all that was not trained
+
+    @property
+    def reason(self) -> str:
+        return f"The judge failed ({self.words})."
+
+
+@dataclass
+class _Arrival:
+    """What comes back from where a trial ran: its file's content, and what is for the caller alone."""
+
+    result: dict[str, Any]
+    failure: _Failure | None = None
+
+
+@dataclass
 class _Ended:
     """How a trial ended: with a history and a test loss, or for a reason."""
 
@@ -334,6 +398,7 @@ class _Ended:
     test_loss: float | None = None
     scores: Mapping[str, float | str] | None = None
     reason: str | None = None
+    failure: _Failure | None = None  # of its judge
 
     def result(self, engine: str, seconds: float) -> dict[str, Any]:
         """What its file holds."""
@@ -343,7 +408,7 @@ class _Ended:
             "key": self.trial.key,
             "trial": self.trial.to_dict(),
             "outcome": "done" if self.reason is None else "failed",
-            "reason": self.reason,
+            "reason": self.reason if self.failure is None else self.failure.reason,
             "history": None if self.history is None else asdict(self.history),
             "test_loss": self.test_loss,
             "scores": self.scores,
@@ -362,7 +427,7 @@ class _Ended:
 _commit = functools.cache(commit)  # asked once: the code that runs does not change with the folder
 
 
-def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -> list[dict[str, Any]]:
+def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -> list[_Arrival]:
     """Run trials as one parcel; a pack that turns out too large for the memory, or no pack at all, is parted."""
     started = time.perf_counter()
     model = work.model()
@@ -383,9 +448,9 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
     if ended is not None:
         engine = f"pack of {len(trials)}" if together else "apart"
         share = (time.perf_counter() - started) / len(trials)
-        return [one.result(engine, share) for one in ended]
+        return [_Arrival(one.result(engine, share), one.failure) for one in ended]
     del model  # and the error, with the tensors that its frames held, is gone too
-    return [result for part in parts for result in _attempt(work, task, part, together)]
+    return [arrival for part in parts for arrival in _attempt(work, task, part, together)]
 
 
 def _apart(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Ended:
@@ -420,7 +485,75 @@ def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: Hi
     loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples)
     if not math.isfinite(loss):
         return _Ended(trial, device, reason=f"The test loss is {loss} after the last step.")
-    return _Ended(trial, device, history, loss, dict(work.judge(model, task)) if work.judge else None)
+    if work.judge is None:
+        return _Ended(trial, device, history, loss)
+    # Before it is judged: a judge may change the model, as by merging its adapters.
+    weights = {name: value.detach().cpu().clone() for name, value in trained(model).items()}
+    frozen = frozen_hash(model)
+    scores, failure = _scores(work.judge, model, task)
+    if failure is not None:
+        failure = replace(failure, weights=weights, frozen=frozen)
+    return _Ended(trial, device, history, loss, scores, failure=failure)
+
+
+def _scores(judge: Judge, model: nn.Module, task: Task) -> tuple[dict[str, Any] | None, _Failure | None]:
+    """What the judge says, in values of JSON, or what went wrong."""
+    try:
+        said = judge(model, task)
+        if not isinstance(said, Mapping):
+            raise TypeError(f"it gave a {type(said).__name__}, but it must give numbers and texts by name")
+        return {name: _score(name, value) for name, value in said.items()}, None
+    except Exception as error:
+        return None, _Failure(f"{type(error).__name__}: {' '.join(str(error).split())}", traceback.format_exc())
+
+
+def _score(name: Any, value: Any) -> Any:
+    if not isinstance(name, str):
+        raise TypeError(f"it gave the name {name!r}, but names must be texts")
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Real):  # numpy's are no values of JSON
+        return int(value) if isinstance(value, Integral) else float(value)
+    raise TypeError(
+        f"it gave {reprlib.repr(value)}, a {type(value).__name__}, as {name!r}, but it must be a number or a text, "
+        "such as float(...) of it"
+    )
+
+
+def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
+    """The stored result of a trial with what the judge says of the weights that were kept.
+
+    Raises:
+        ValueError: the file of the weights is damaged, or they are not those of this trial.
+    """
+    (trial,) = work.trials
+    path = _weights(folder, trial.key)
+    with _alone():
+        model = work.model()
+        trial.method.prepare(model, trial.seed)
+        try:
+            weights, note = load_tensors(path, {"key", "frozen"})
+            if note != {"key": trial.key, "frozen": frozen_hash(model)}:
+                raise ValueError("It is of another trial, or what is frozen comes out differently here.")
+            if found := misfit(weights, trained(model)):
+                raise ValueError(f"It does not fit the model: {found}.")
+        except ValueError as error:
+            reason = str(error).removesuffix(".")
+            raise ValueError(f"{path} cannot be judged ({reason}); delete it to train its trial again.") from None
+        with torch.no_grad():
+            for name, value in trained(model).items():
+                value.copy_(weights[name])
+        scores, failure = _scores(work.judge, model, _task(work.task))
+    return _Arrival(stored | {"scores": scores, "reason": failure and failure.reason}, failure)
+
+
+def _told(failures: Sequence[_Arrival], what_to_do: str) -> RuntimeError:
+    """The error that says what the judge did."""
+    first = failures[0]
+    many = f"{len(failures)} trials, first on " if len(failures) > 1 else ""
+    error = RuntimeError(f"The judge failed on {many}{first.result['key']} ({first.failure.words}); {what_to_do}.")
+    error.add_note(first.failure.trace)
+    return error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -483,14 +616,37 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
 # Files and the table
 
 
-def _stored(folder: Path | None, trials: Sequence[Trial], judged: bool) -> dict[str, dict[str, Any]]:
-    """The results that the folder holds already, by key; only those with scores, if they are asked for."""
+def _stored(
+    folder: Path | None, trials: Sequence[Trial], judged: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
+
+    If scores are asked for, a result that has neither scores nor weights is passed over.
+    """
     if folder is None:
-        return {}
+        return {}, {}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
     found = {key: _read(path) for key, path in paths.items() if path.is_file()}
-    return {key: one for key, one in found.items() if one["scores"] or one["outcome"] == "failed" or not judged}
+    if not judged:
+        return found, {}
+    whole = {key: one for key, one in found.items() if one["scores"] is not None or one["outcome"] == "failed"}
+    waiting = {key: one for key, one in found.items() if key not in whole and _weights(folder, key).is_file()}
+    return whole, waiting
+
+
+def _keep(folder: Path, arrival: _Arrival) -> None:
+    """Write a result; and what was trained too, as long as it waits to be judged."""
+    key, failure = arrival.result["key"], arrival.failure
+    write_json(folder / f"{key}.json", arrival.result)  # first: the losses are worth more than the scores
+    if failure is None:
+        _weights(folder, key).unlink(missing_ok=True)
+    elif failure.weights is not None:
+        save_tensors(_weights(folder, key), failure.weights, {"key": key, "frozen": failure.frozen})
+
+
+def _weights(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -511,11 +667,49 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a result in this version's format (schema {SCHEMA}); {advice}.")
     try:
         trial = Trial.from_dict(result["trial"])
+        key = trial.key
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not path.stem == result["key"] == trial.key:
-        raise ValueError(f"{path} holds trial {trial.key}, which is not what its name and key say; {advice}.")
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{path} cannot be read: {reason}; if that is no help, {advice}.") from None
+    if not path.stem == result["key"] == key:
+        raise ValueError(f"{path} holds trial {key}, which is not what its name and key say; {advice}.")
+    try:
+        _check(result, trial)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {str(error).removesuffix('.')}; {advice}.") from None
     return result
+
+
+def _check(result: dict[str, Any], trial: Trial) -> None:
+    """Check all of a result but its trial.
+
+    Raises:
+        ValueError: it is not what a trial's end looks like.
+    """
+    if not isinstance(result["provenance"], dict):
+        raise ValueError(f"provenance is {reprlib.repr(result['provenance'])}, but it must be an object")
+    reason, scores = result["reason"], result["scores"]
+    if result["outcome"] == "failed":
+        if not isinstance(reason, str) or any(result[name] is not None for name in ("history", "test_loss", "scores")):
+            raise ValueError("a trial that failed must have a reason, and neither history, test_loss nor scores")
+        return
+    if result["outcome"] != "done":
+        raise ValueError(f"outcome is {reprlib.repr(result['outcome'])}, but it must be 'done' or 'failed'")
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"reason is {reprlib.repr(reason)}, but it must be a text or nothing")
+    if not is_number(result["test_loss"]):
+        raise ValueError(f"test_loss is {reprlib.repr(result['test_loss'])}, but it must be a finite number")
+    if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
+        raise ValueError(f"scores are {reprlib.repr(scores)}, but they must be numbers and texts by name, or nothing")
+    rows = History.from_dict(result["history"]).rows
+    if len(rows) != trial.steps + 1:
+        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
+    if rows[-1]["validation_loss"] is None:
+        raise ValueError("the last row of the history has no validation_loss")
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _frame(results: Sequence[dict[str, Any]]):
