@@ -134,11 +134,8 @@ class History:
         """
         if not isinstance(content, dict):
             raise ValueError(f"The content is a {type(content).__name__}, but it must be an object.")
-        expected = {each.name for each in fields(cls)}
-        if missing := expected - content.keys():
-            raise ValueError(f"The content lacks {', '.join(sorted(missing))}.")
-        if unknown := content.keys() - expected:
-            raise ValueError(f"The content has unknown entries: {', '.join(sorted(map(str, unknown)))}.")
+        if odd := content.keys() ^ {each.name for each in fields(cls)}:
+            raise ValueError(f"The content lacks, or should not have, {', '.join(sorted(map(str, odd)))}.")
         for name in ("task", "method", "settings"):
             if not isinstance(content[name], dict):
                 raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be an object.")

@@ -181,10 +181,10 @@ def load(folder: str | Path):
         seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and what else the method sets; the trial's
         options; ``outcome`` ("done" or "failed") and, if failed or not judged, the ``reason``; ``step``;
         ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
-        :meth:`lora_lab.train.History.curve`) at that step,
-        and after the last one ``test_loss`` and what the caller's judge gave; ``seconds``, the time of training up to
-        that step; ``trainable_parameters``; and where and when it ran (``engine``,
-        ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and losses.
+        :meth:`lora_lab.train.History.curve`) at that step, and after the last one ``test_loss`` and what the caller's
+        judge gave; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
+        ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
+        losses.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no result.
