@@ -129,6 +129,23 @@ def test_a_model_without_cases_is_refused_before_anything_is_measured(tmp_path, 
     assert "There are no cases of 'gpt-5' on this device; there are of small, smollm2-135m" in capsys.readouterr().err
 
 
+def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "records"
+
+    def measured(device, models):
+        out.write_text("in the way by now")
+        yield {"model": "small", "setup": "full", "measured_bytes": 5}
+
+    monkeypatch.setattr(recording, "memory", measured)
+    monkeypatch.setattr(recording, "line", lambda row: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert command("record", "memory", "--device", "cpu", "--out", out) == 1
+    (spare,) = tmp_path.glob("lora_lab-*")
+    assert capsys.readouterr().err.endswith(f"What was to be kept is in {spare} instead.\n")
+    (record,) = records.load_all("memory", spare).values()
+    assert record.rows[0]["measured_bytes"] == 5
+
+
 def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
     assert command("record", "memory", "--device", "cpu", "--models", "small") == 1
     assert "would take the place of the whole one; name another folder with --out" in capsys.readouterr().err
