@@ -198,7 +198,7 @@ def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
         except OSError:
             shutil.rmtree(spare, ignore_errors=True)
             raise error from None
-        raise OSError(f"{error} What was to be kept is in {spare} instead.") from None
+        raise OSError(f"{str(error).rstrip('.')}. What was to be kept is in {spare} instead.") from None
 
 
 @contextmanager

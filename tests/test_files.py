@@ -499,7 +499,7 @@ def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_na
     with pytest.raises(OSError, match="file") as caught:
         rescued(save, tmp_path / "file")
     (spare,) = spares.iterdir()
-    assert f"What was to be kept is in {spare} instead." in str(caught.value)
+    assert str(caught.value).endswith(f"file'. What was to be kept is in {spare} instead.")
     assert read_json(spare / "a.json") == {"a": 1}
 
     def fail(folder):
