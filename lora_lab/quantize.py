@@ -176,7 +176,7 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
     numbers = weight.detach().float().flatten()  # (884736,)
     numbers = F.pad(numbers, (0, -len(numbers) % block)).view(-1, block)  # (13824, 64)
     scale = numbers.abs().amax(dim=1, keepdim=True)  # (13824, 1)
-    level = _LEVEL.to(weight.device)  # (16,)
+    level = weight.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device
     middle = (level[1:] + level[:-1]) / 2  # (15,)
     code = torch.bucketize(numbers / _not_zero(scale), middle, out_int32=True).byte()  # (13824, 64)
     packed = code[:, 0::2] << 4 | code[:, 1::2]  # (13824, 32)
