@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: written beside their place, then renamed into it.
 
-Everything is written into a hidden folder ``.lora_lab-new-...`` within the folder that it is for. What a killed
-process leaves of it is cleared away by the next one that writes there: a living one holds a lock on its own.
+Everything is first written to a hidden folder ``.lora_lab-new-...`` inside the target folder. A process holds a lock on
+its hidden folder while it lives, so the next process that writes there can remove what killed ones left behind.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             that writes raised; the old file is still there.
     """
     path = Path(path)
-    with _full_disk_told(path), _workspace(path.parent) as folder:
+    with _full_disk_as_one_sentence(path), _workspace(path.parent) as folder:
         yield folder / path.name
         _flush(folder / path.name)
         (folder / path.name).replace(path)
@@ -54,12 +54,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder; when the block ends without an error, its files take their places in ``folder``.
 
-    They do so together, and what else is in ``folder`` stays. An error, a signal, a kill or a full disk at any moment
-    leaves the old files or the new ones, never some of each, to a reader that calls :func:`settle` first. For one
-    renaming, of the temporary folder, decides: from then on the new files count, and if their moves to their places
-    are stopped half way, whoever saves or loads next finishes them. Only a reader that does not know of this (PEFT,
-    transformers) can find a mixture: after a kill within the moves, which take less than a millisecond, and
-    before the next save or load by lora_lab.
+    They do so together, and all other files in ``folder`` stay. After an error, a signal, a kill or a full disk at any
+    moment, a reader that calls :func:`settle` first finds either all the old files or all the new ones. The commit
+    point is one rename, of the temporary folder: from then on the new files count, and if the moves to their places
+    are interrupted, the next save or load finishes them. Only a reader that does not call ``settle`` (PEFT,
+    transformers) can see a mixture: after a kill during the moves, which take less than a millisecond, and before the
+    next save or load by lora_lab.
 
     Args:
         remove: names of files in ``folder`` that are removed as the new ones come.
@@ -69,7 +69,7 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
     """
     folder = Path(folder)
     try:
-        with _full_disk_told(folder), _workspace(folder) as temporary:
+        with _full_disk_as_one_sentence(folder), _workspace(folder) as temporary:
             yield temporary
             if names := list(remove):
                 (temporary / _REMOVE).write_text("\n".join(names), encoding="utf-8")
@@ -89,7 +89,7 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
 
 
 def settle(folder: str | Path) -> None:
-    """Finish what :func:`atomic_files` was stopped in, if it was, so that the files in ``folder`` are of one save.
+    """Finish an interrupted :func:`atomic_files`, if there is one, so that all files in ``folder`` are of one save.
 
     Raises:
         OSError: there is something to finish, and ``folder`` cannot be written to.
@@ -162,7 +162,7 @@ def read_json(path: str | Path) -> Any:
 def check_writable(folder: str | Path) -> None:
     """Write a file into the folder and remove it again, and the folder too if it was not there.
 
-    For work that takes minutes and writes at its end: it had better fail at its beginning.
+    For work that takes minutes and writes at its end: an unwritable folder should stop it at the beginning.
 
     Raises:
         OSError: it cannot be done.
@@ -184,7 +184,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
-    """What ``save(folder)`` returns. If it cannot be written there, it is saved into a new folder for temporary files.
+    """Return ``save(folder)``; if that folder cannot be written to, save to a new temporary folder and say where.
 
     Raises:
         OSError: it cannot be written to ``folder``; the error names the other folder, if it could be written there.
@@ -262,25 +262,25 @@ def _in_order(file: Path) -> tuple[bool, str]:
 
 
 @contextmanager
-def _full_disk_told(path: Path) -> Iterator[None]:
-    """What Python, safetensors and tokenizers raise where a disk is full, as one sentence with the path."""
+def _full_disk_as_one_sentence(path: Path) -> Iterator[None]:
+    """Turn what Python, safetensors and tokenizers raise when the disk is full into one sentence with the path."""
     try:
         yield
     except Exception as error:
         # Libraries in Rust raise errors of their own, or a plain Exception, with the system's number in the text.
-        said = re.search(r"\(os error (\d+)\)", str(error))
+        in_text = re.search(r"\(os error (\d+)\)", str(error))
         if isinstance(error, OSError):
             number = error.errno if isinstance(error, _NotWritten) or error.errno in _FULL else None
         else:
-            number = int(said[1]) if said else None
+            number = int(in_text[1]) if in_text else None
         if number is None:
             raise
-        told = _NotWritten(
+        sentence = _NotWritten(
             f"{path} could not be written ({os.strerror(number)}), and what was there before is unchanged; make room, "
             "or choose another place."
         )
-        told.errno = number
-        raise told from None
+        sentence.errno = number
+        raise sentence from None
 
 
 def _umask() -> int:

@@ -551,10 +551,11 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     return token_losses(hidden, targets, head, rows).mean()  # ()
 
 
-def told(loss: Loss, targets: Sequence[Tensor]) -> Loss:
-    """The loss told whether each target of a step's micro-batches counts, if it is :func:`cross_entropy`.
+def with_every_target(loss: Loss, targets: Sequence[Tensor]) -> Loss:
+    """:func:`cross_entropy` with ``every_target`` set from a step's targets; any other loss as it is.
 
-    Asked about targets on the CPU, which are not yet where the model is: the question makes Python wait for a GPU.
+    To be called while the targets are still on the CPU: on a GPU, reading whether all of them count would make Python
+    wait for the device.
     """
     if not isinstance(loss, partial) or loss.func is not cross_entropy:
         return loss

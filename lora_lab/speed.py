@@ -44,7 +44,7 @@ from lora_lab.flops import (  # noqa: F401 - what is counted is found here too, 
     flops,
     size_of,
 )
-from lora_lab.lean import told
+from lora_lab.lean import with_every_target
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.digits import PIXELS, DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
@@ -278,7 +278,7 @@ class _Run:
     def warm_up(self, batch: Batch) -> None:
         """Take a first step, in which memory is found and code is loaded; a quick one again, to see how quick."""
         self.parts, self.weights = self.setup.batches(batch)
-        self.step.loss = told(self.step.loss, [targets for _, targets in self.parts])
+        self.step.loss = with_every_target(self.step.loss, [targets for _, targets in self.parts])
         self.count = 1
         if self.seconds() < _TIMING_S:
             self.count = math.ceil(_TIMING_S / self.seconds())

@@ -450,7 +450,7 @@ class _Run:
         factor = learning_rate(step, settings["steps"], 1.0, settings["warmup"], settings["schedule"])
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
-        ready = replace(self.ready, loss=leanness.told(self.ready.loss, [part.targets for part in parts]))
+        ready = replace(self.ready, loss=leanness.with_every_target(self.ready.loss, [part.targets for part in parts]))
         batches = [to_device(part, self.model) for part in parts]
         loss, norm = ready(batches, [count / sum(counts) for count in counts])
         row = {**dict.fromkeys(COLUMNS), "step": step, "lr": settings["lr"] * factor, "tokens": sum(counts)}

@@ -949,11 +949,11 @@ def test_a_lean_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     settings = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3, "lean": Lean(checkpoint=True)}
     calls = []
 
-    def stops_after_five(model, inputs, targets, rows, **told):
+    def stops_after_five(model, inputs, targets, rows, **options):
         calls.append(1)
         if len(calls) > 9:  # two evaluations of two parts, five steps
             raise KeyboardInterrupt
-        return cross_entropy(model, inputs, targets, rows, **told)
+        return cross_entropy(model, inputs, targets, rows, **options)
 
     task = toy_task()
     monkeypatch.setattr("lora_lab.lean.cross_entropy", stops_after_five)

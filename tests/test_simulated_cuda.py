@@ -93,7 +93,7 @@ def waits_of_a_step(gpu, model, method, lean=None, **options):
     """What the host waits for in the second step on a batch that is on the device."""
     step = ll.train.make_step(model, TASK.loss, method, lr=1e-3, lean=lean, **options)
     if lean is not None:  # as fit does
-        step.loss = ll.lean.told(step.loss, [TASK.train.targets])
+        step.loss = ll.lean.with_every_target(step.loss, [TASK.train.targets])
     batch = [(TASK.train.inputs[:4].to("cuda"), TASK.train.targets[:4].to("cuda"))]
     step(batch, [1.0])
     gpu.waits.clear()
