@@ -166,10 +166,10 @@ def ablate(
             if folder is not None:
                 _keep(folder, arrival)
             elif failures:
-                raise _told(failures, "mend it, and give a folder, so that no training is lost by it")
+                raise _judge_error(failures, "mend it, and give a folder, so that no training is lost by it")
             bar.update()
     if failures:
-        raise _told(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
+        raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
     return _frame(results.values())
 
 
@@ -547,7 +547,7 @@ def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
     return _Arrival(stored | {"scores": scores, "reason": failure and failure.reason}, failure)
 
 
-def _told(failures: Sequence[_Arrival], what_to_do: str) -> RuntimeError:
+def _judge_error(failures: Sequence[_Arrival], what_to_do: str) -> RuntimeError:
     """The error that says what the judge did."""
     first = failures[0]
     many = f"{len(failures)} trials, first on " if len(failures) > 1 else ""
