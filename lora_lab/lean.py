@@ -90,7 +90,7 @@ def rewire(model: nn.Module, lean: Lean) -> None:
     """Give an adapted Llama lean blocks, in place; names, parameters and what it computes stay.
 
     The blocks read the weights of adapted layers and norms, and do not call them, so forward hooks on modules
-    inside a block do not fire. Those on the new blocks do.
+    inside a block do not fire; those on the new blocks do. Under ``torch.autocast`` a block raises RuntimeError.
 
     Raises:
         ValueError: the model is no Llama of ours, has no adapters or some of a variant with a forward of
