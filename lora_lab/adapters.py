@@ -85,7 +85,7 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     numbers = {}
     for name, layer in layers.items():
         A = state[f"{name}.lora_A"]
-        rank = A.shape[0] if A.ndim else 0
+        rank = A.shape[0] if A.ndim else layer.rank
         for part in layer.parts:
             expected = _shape(layer, part, rank)
             if (found := tuple(state[f"{name}.{part}"].shape)) != expected:
