@@ -30,9 +30,12 @@ import torch
 
 import lora_lab as ll
 from lora_lab.ablation import fit_packed, studies
-from lora_lab.ablation.packed import Run, shares
+from lora_lab.ablation.packed import Run
+from lora_lab.ablation.packing import shares
+from lora_lab.costs.fake import copied
+from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
-from lora_lab.rehearse import Setup, copied
+from lora_lab.system.provenance import facts
 from lora_lab.tasks import Examples, Task
 
 RANKS, SEEDS, STEPS, PICTURES = (1, 2, 4, 8, 16), 4, 200, 32
@@ -171,7 +174,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["digits", "smollm2"], default=["digits", "smollm2"])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    for key, value in ll.device.facts(ll.pick_device()[0]).items():
+    for key, value in facts(ll.pick_device()[0]).items():
         print(f"{key}: {value}")
     threads = torch.get_num_threads()
     if "digits" in options.only:

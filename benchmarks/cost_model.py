@@ -75,7 +75,7 @@ def top(name: str, blocks: int) -> list[str]:
     """The linear layers of the last blocks."""
     import torch
 
-    from lora_lab.targets import last_blocks
+    from lora_lab.inject import last_blocks
 
     with torch.device("meta"):
         return last_blocks(factory(name)(), blocks)
@@ -186,7 +186,8 @@ def torch_count(make: Callable, method) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lora_lab.rehearse import Setup, pretend, token_batch
+    from lora_lab.costs.fake import pretend, token_batch
+    from lora_lab.costs.setup import Setup
 
     setup = Setup(method)
     with pretend(make) as twin, sdpa_kernel(SDPBackend.MATH):
@@ -240,7 +241,7 @@ def make_depth(name: str) -> int:
     """How many blocks a model has."""
     import torch
 
-    from lora_lab.targets import blocks
+    from lora_lab.inject import blocks
 
     with torch.device("meta"):
         return len(blocks(factory(name)()))
@@ -262,8 +263,9 @@ def main() -> None:
         sys.exit(subprocess.run(command, env=os.environ | ENVIRONMENT | KEEP_HEAP, check=False).returncode)
     import lora_lab as ll
     from lora_lab import speed
+    from lora_lab.system.provenance import facts
 
-    for key, value in ll.device.facts(ll.pick_device()[0]).items():
+    for key, value in facts(ll.pick_device()[0]).items():
         print(f"{key}: {value}")
     costs = speed.cost_model()
     print(f"\n{costs}", flush=True)

@@ -98,8 +98,8 @@ def stepper(name: str, model, loss) -> Callable:
     """A function that takes one training step on (inputs, targets), and returns the loss."""
     import torch
 
-    from lora_lab.lean import FlatAdamW, InThreads
-    from lora_lab.train import in_turn, training_step
+    from lora_lab.lean import FlatAdamW, LeanStep
+    from lora_lab.train import TrainingStep
 
     threads = 2 if name.endswith("2 threads") else 1
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,12 +107,13 @@ def stepper(name: str, model, loss) -> Callable:
         optimizer = FlatAdamW([{"params": parameters}], lr=1e-5, weight_decay=0.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
-    backward = InThreads(threads) if threads > 1 else in_turn
+    kind = LeanStep if threads > 1 else TrainingStep  # the lean step only adds threads here, to PEFT's model too
+    training_step = kind(model, loss, optimizer, clip=1.0, threads=threads)
 
     def step(inputs, targets) -> float:
         parts = list(zip(inputs.chunk(threads), targets.chunk(threads), strict=True))
         weights = [1 / threads] * threads  # every target counts, and the parts are equal
-        return float(training_step(model, loss, parts, weights, optimizer, 1.0, backward)[0])
+        return float(training_step(parts, weights)[0])
 
     return step
 
@@ -400,8 +401,9 @@ def main() -> None:
         )
         return
     import lora_lab as ll
+    from lora_lab.system.provenance import facts
 
-    for key, value in ll.device.facts(ll.pick_device()[0]).items():
+    for key, value in facts(ll.pick_device()[0]).items():
         print(f"{key}: {value}")
     for table in options.table:
         if "time" in options.only:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 
-from lora_lab import recording
-from lora_lab.device import facts, pick_device
+from lora_lab.experiments import step_memory as recording
+from lora_lab.system.device import pick_device
+from lora_lab.system.provenance import facts
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}
 

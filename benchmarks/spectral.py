@@ -27,8 +27,9 @@ from torch import Tensor
 
 import lora_lab as ll
 from lora_lab import rank, spectra
-from lora_lab.lora import lora_layers
+from lora_lab.inject import lora_layers
 from lora_lab.models import shapes
+from lora_lab.system.provenance import facts
 
 FEW = 14  # of 210 dense matrices, two blocks: the slow ways are timed on these alone
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    for key, value in ll.device.facts(torch.device("cpu")).items():
+    for key, value in facts(torch.device("cpu")).items():
         print(f"{key}: {value}")
     adapters(options.rounds)
     full(options.rounds)

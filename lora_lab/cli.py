@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
+
+from lora_lab import __version__
+from lora_lab.experiments.registry import NAMES, recorders
 
 # A waiting thread gives its core back; set before torch starts its threads. With another busy process on
 # the machine, spinning threads make small matrix products several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-_RECORDS = {  # of the real model -> the module that makes them
-    "ablation": "lora_lab.rank_records",
-    "spectra": "lora_lab.rank_records",
-    "overfitting": "lora_lab.overfit_records",
-    "trades": "lora_lab.trade_records",
-}
+
+class _WithDefaults(argparse.HelpFormatter):
+    """Help that ends in the option's default, wherever there is one to name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value, text = action.default, action.help or ""
+        if not action.option_strings or value is None or value is False or value is argparse.SUPPRESS:
+            return text
+        shown = ",".join(map(str, value)) if isinstance(value, list) else value
+        return f"{text} (default: {shown})"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-lab", description="Put LoRA's claims to the test on your own machine.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"lora-lab {__version__}")
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(
+        title="commands",
+        metavar="COMMAND",
+        parser_class=partial(argparse.ArgumentParser, formatter_class=_WithDefaults),
+    )
     _add_training(commands)
     _add_measuring(commands)
     doctor = commands.add_parser("doctor", help="what this machine has, and what the lab will use, and why")
@@ -48,11 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="LoRA beside full fine-tuning of a real language model, measured")
-    demo.add_argument("--steps", type=int, default=40, help="training steps of each method (default 40)")
-    demo.add_argument("--seed", type=int, default=0, help="of adapters and data order (default 0)")
-    demo.add_argument("--rank", type=int, default=8, help="LoRA's rank (default 8)")
+    demo.add_argument("--steps", type=int, default=40, help="training steps of each method")
+    demo.add_argument("--seed", type=int, default=0, help="of adapters and data order")
+    demo.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     demo.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
-    demo.add_argument("--out", default="runs/demo", help="folder for the results (default runs/demo)")
+    demo.add_argument("--out", default="runs/demo", help="folder for the results")
     demo.set_defaults(run=_demo)
 
     tune = commands.add_parser(
@@ -63,17 +76,17 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         required=True,
         help="summarise, translate-fr (-de, -es), sentiment, tweets, style, docs; or a .jsonl or .txt",
     )
-    tune.add_argument("--method", default="lora", help="lora (default), rslora, lora+, lora-fa, pissa, dora, full")
-    tune.add_argument("--rank", type=int, default=8, help="default 8")
-    tune.add_argument("--alpha", type=float, help="default twice the rank")
-    tune.add_argument("--steps", type=int, default=200, help="default 200")
-    tune.add_argument("--lr", type=float, help="peak learning rate (default 1e-3; 1e-4 for full)")
-    tune.add_argument("--batch", type=int, default=8, help="examples a step (default 8)")
-    tune.add_argument("--seed", type=int, default=0, help="of adapters and data order (default 0)")
-    tune.add_argument("--model", default="smollm2-135m", help="a folder or .gguf file (default smollm2-135m)")
-    tune.add_argument("--eval-examples", type=int, default=64, help="of each part to judge by (default 64)")
+    tune.add_argument("--method", default="lora", help="lora, rslora, lora+, lora-fa, pissa, dora, full")
+    tune.add_argument("--rank", type=int, default=8, help="the adapters' rank")
+    tune.add_argument("--alpha", type=float, help="strength of the update (default: twice the rank)")
+    tune.add_argument("--steps", type=int, default=200, help="training steps")
+    tune.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; 1e-4 for full)")
+    tune.add_argument("--batch", type=int, default=8, help="examples a step")
+    tune.add_argument("--seed", type=int, default=0, help="of adapters and data order")
+    tune.add_argument("--model", default="smollm2-135m", help="a folder or .gguf file")
+    tune.add_argument("--eval-examples", type=int, default=64, help="of each part to judge by")
     tune.add_argument("--preview", action="store_true", help="only show what the model would see")
-    tune.add_argument("--out", default="runs/finetune", help="folder for what is kept (default runs/finetune)")
+    tune.add_argument("--out", default="runs/finetune", help="folder for what is kept")
     tune.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     tune.set_defaults(run=_finetune)
 
@@ -82,9 +95,9 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     which = generate.add_mutually_exclusive_group()
     which.add_argument("--adapter", metavar="DIR", help="a folder with an adapter")
     which.add_argument("--model", metavar="DIR", help="a model's folder or .gguf file (default: smollm2-135m)")
-    generate.add_argument("--tokens", type=int, default=60, help="how many to add at most (default 60)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws, above temperature 0 (default 0)")
+    generate.add_argument("--tokens", type=int, default=60, help="how many to add at most")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws, above temperature 0")
     generate.add_argument(
         "--chat", action="store_true", help="put the prompt as a question, in the model's chat format"
     )
@@ -98,11 +111,11 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
         "--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)"
     )
     memory.add_argument("--budget", help="the card's memory, such as 24GiB or 80GB")
-    memory.add_argument("--batch", type=int, default=1, help="sequences a step (default 1)")
-    memory.add_argument("--seq", type=int, default=512, help="tokens a sequence (default 512)")
-    memory.add_argument("--rank", type=int, default=8, help="LoRA's rank (default 8)")
-    memory.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
-    memory.add_argument("--device", default="cuda", help="cuda (default; estimated where there is none) or cpu")
+    memory.add_argument("--batch", type=int, default=1, help="sequences a step")
+    memory.add_argument("--seq", type=int, default=512, help="tokens a sequence")
+    memory.add_argument("--rank", type=int, default=8, help="LoRA's rank")
+    memory.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 or float32")
+    memory.add_argument("--device", default="cuda", help="cuda (estimated where there is none) or cpu")
     memory.add_argument(
         "--largest", choices=["batch", "seq"], help="also look for the largest batch or context that fits (minutes)"
     )
@@ -111,9 +124,9 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
 
     speed = commands.add_parser("speed", help="will LoRA be faster than full fine-tuning here, and why")
     speed.add_argument("--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)")
-    speed.add_argument("--batch", type=int, default=1, help="sequences a step (default 1)")
-    speed.add_argument("--seq", type=int, default=128, help="tokens a sequence (default 128)")
-    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks (default 8)")
+    speed.add_argument("--batch", type=int, default=1, help="sequences a step")
+    speed.add_argument("--seq", type=int, default=128, help="tokens a sequence")
+    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
     speed.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also take real steps, so many rounds of each")
     speed.set_defaults(run=_speed)
@@ -121,13 +134,13 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     analyze = commands.add_parser("analyze", help="what training wrote into the weights, beside what chance would give")
     analyze.add_argument("tuned", metavar="DIR", help="the folder of an adapter, or of a fine-tuned model")
     analyze.add_argument("--base", help="the model before: a folder, or smollm2-135m; a fine-tuned model needs it")
-    analyze.add_argument("--out", default="runs/analyze", help="folder for table and pictures (default runs/analyze)")
+    analyze.add_argument("--out", default="runs/analyze", help="folder for table and pictures")
     analyze.set_defaults(run=_analyze)
 
     _add_ablate(commands)
 
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
-    record.add_argument("what", choices=["memory", "speed", *_RECORDS], help="what to measure")
+    record.add_argument("what", choices=NAMES, help="what to measure")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     record.add_argument("--models", nargs="+", help="only these models (of memory and speed; default: all)")
     record.add_argument("--out", help="folder for the record (default: records/)")
@@ -143,32 +156,32 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
         return parse
 
     ablate = commands.add_parser("ablate", help="which rank is enough: ranks x rates x seeds; can be stopped and go on")
-    ablate.add_argument("--task", default="digits", help="planted, digits or docs (default digits)")
-    ablate.add_argument("--method", default="lora", help="lora, rslora, lora-fa, lora+, pissa or dora (default lora)")
-    ablate.add_argument("--ranks", type=numbers(int), default=[1, 2, 4, 8, 16], help="default 1,2,4,8,16")
-    ablate.add_argument("--lrs", type=numbers(float), help="learning rates (default by task)")
-    ablate.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
-    ablate.add_argument("--alpha-per-rank", type=float, default=2.0, help="alpha over rank (default 2)")
+    ablate.add_argument("--task", default="digits", help="planted, digits or docs")
+    ablate.add_argument("--method", default="lora", help="lora, rslora, lora-fa, lora+, pissa or dora")
+    ablate.add_argument("--ranks", type=numbers(int), default=[1, 2, 4, 8, 16], help="ranks to try")
+    ablate.add_argument("--lrs", type=numbers(float), help="learning rates (default: by task)")
+    ablate.add_argument("--seeds", type=int, default=5, help="how many")
+    ablate.add_argument("--alpha-per-rank", type=float, default=2.0, help="alpha over rank")
     ablate.add_argument("--alpha", type=float, help="one alpha for all ranks, in its place")
-    ablate.add_argument("--steps", type=int, help="training steps (default by task)")
-    ablate.add_argument("--batch", type=int, help="examples a step (default by task)")
-    ablate.add_argument("--seq", type=int, default=64, help="tokens an example, for docs (default 64)")
+    ablate.add_argument("--steps", type=int, help="training steps (default: by task)")
+    ablate.add_argument("--batch", type=int, help="examples a step (default: by task)")
+    ablate.add_argument("--seq", type=int, default=64, help="tokens an example, for docs")
     ablate.add_argument("--eval-examples", type=int, help="examples of each part to judge by (default: all)")
-    ablate.add_argument("--margin", type=float, help="a loss this much higher is as good (default by task)")
-    ablate.add_argument("--engine", default="auto", help="auto, apart or packed (default auto)")
-    ablate.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    ablate.add_argument("--margin", type=float, help="a loss this much higher is as good (default: by task)")
+    ablate.add_argument("--engine", default="auto", help="auto, apart or packed")
+    ablate.add_argument("--jobs", type=int, default=1, help="processes")
     ablate.add_argument("--out", default="runs/ranks", help="folder of results; if it has some, they are not run again")
     ablate.set_defaults(run=_ablate)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from lora_lab import demo
+    from lora_lab.experiments import demo
 
     demo.run(options.steps, options.seed, options.rank, options.device, options.out)
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from lora_lab import finetune
+    from lora_lab.experiments import finetune
     from lora_lab.models.pretrained import load_pretrained
 
     method = finetune.method_of(options.method, options.rank, options.alpha)
@@ -192,7 +205,7 @@ def _finetune(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from lora_lab.adapters import load_adapter, read_config
+    from lora_lab.adapters.peft_format import load_adapter, read_config
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 
     if options.tokens < 1:
@@ -221,8 +234,9 @@ def _config_of(model: str):
 def _speed(options: argparse.Namespace) -> None:
     from functools import partial
 
-    from lora_lab import FullFineTuning, Llama, LoRA, speed
-    from lora_lab.device import pick_device
+    from lora_lab import FullFineTuning, Llama, LoRA
+    from lora_lab.costs import speed
+    from lora_lab.system.device import pick_device
 
     device, why = pick_device(options.device)
     factory = partial(Llama, _config_of(options.model))
@@ -238,7 +252,7 @@ def _speed(options: argparse.Namespace) -> None:
 
 
 def _memory(options: argparse.Namespace) -> None:
-    from lora_lab import memory
+    from lora_lab.costs import memory_report
     from lora_lab.models.llama import Llama
 
     dtypes = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
@@ -246,12 +260,12 @@ def _memory(options: argparse.Namespace) -> None:
         raise ValueError(f"--dtype is {options.dtype!r}, but it must be bfloat16 or float32.")
     if options.largest and not options.budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to look for what fits into it.")
-    budget = memory.parse_bytes(options.budget) if options.budget else None
+    budget = memory_report.parse_bytes(options.budget) if options.budget else None
     config = _config_of(options.model)
-    memory.report(
+    memory_report.report(
         lambda: Llama(config),
         options.model,
-        memory.ways(options.rank, _dtype(dtypes[options.dtype])),
+        memory_report.ways(options.rank, _dtype(dtypes[options.dtype])),
         options.batch,
         options.seq,
         options.device,
@@ -262,10 +276,11 @@ def _memory(options: argparse.Namespace) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from lora_lab import plots, spectra
-    from lora_lab.adapters import CONFIG
-    from lora_lab.files import atomic_file, check_writable, settle
+    from lora_lab import plots
+    from lora_lab.adapters.peft_format import CONFIG
+    from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
+    from lora_lab.system.files import atomic_file, check_writable, settle
 
     def load(name: str):
         return load_pretrained(name, device="cpu")[0]
@@ -293,7 +308,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from lora_lab import plots
     from lora_lab.ablation import ablate, studies, summary
     from lora_lab.ablation.verdict import check_margin
-    from lora_lab.files import atomic_file, check_writable
+    from lora_lab.system.files import atomic_file, check_writable
 
     if options.margin is not None:
         check_margin(options.margin)
@@ -328,11 +343,13 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from lora_lab import recording, records
-    from lora_lab.device import pick_device
-    from lora_lab.files import check_writable, rescued
+    from lora_lab import records
+    from lora_lab.system.device import pick_device
+    from lora_lab.system.files import check_writable, rescued
+    from lora_lab.system.provenance import commit as current_commit
 
-    if options.models and options.what not in ("memory", "speed"):
+    recorder = recorders()[options.what]
+    if options.models and not recorder.of_models:
         raise ValueError(f"--models is for memory and speed; {options.what} is of SmolLM2-135M. Leave it out.")
     if options.models and not options.out:
         raise ValueError(
@@ -343,21 +360,17 @@ def _record(options: argparse.Namespace) -> None:
     command = "lora-lab record " + options.what
     command += f" --device {options.device}" if options.device else ""
     command += f" --models {' '.join(options.models)}" if options.models else ""
-    commit = records.commit()  # of the code that runs, whatever is committed meanwhile
-    if options.what in ("memory", "speed"):
-        found, settings = getattr(recording, options.what)(device, options.models), recording.settings(options.what)
-        line = recording.line
-    else:
-        maker = importlib.import_module(_RECORDS[options.what])
-        found, settings, line = getattr(maker, options.what)(device), maker.settings(device), maker.line
-    records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # wrong? said before the hours
+    commit = current_commit()  # of the code that runs, whatever is committed meanwhile
+    found = recorder.rows(device, options.models) if recorder.of_models else recorder.rows(device)
+    settings = recorder.settings(device)
+    records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # validate now, not after hours
     folder = records.destination(options.out)
     check_writable(folder)
     rows = []
     for row in found:
         rows.append(row)
-        if said := line(row):
-            print(said, flush=True)
+        if text := recorder.line(row):
+            print(text, flush=True)
     record = records.new(options.what, rows, settings, command, device, commit)
     print(f"Written: {rescued(lambda place: records.write(record, place), folder)}")
 
@@ -373,10 +386,10 @@ def _doctor(options: argparse.Namespace) -> None:
 
     import psutil
 
-    from lora_lab import __version__
-    from lora_lab.device import effort, facts, pick_device
-    from lora_lab.models.fetch import cache_folder
+    from lora_lab.models.download import cache_folder
     from lora_lab.models.pretrained import is_cached
+    from lora_lab.system.device import effort, pick_device
+    from lora_lab.system.provenance import facts
 
     device, why = pick_device()
     memory = psutil.virtual_memory()

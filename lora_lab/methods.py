@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_lab.lora import LoRAConfig, LoRALayer, adapted_layers, check_unadapted, inject
+from lora_lab.inject import LoRAConfig, adapted_layers, check_unadapted, inject
+from lora_lab.lora import LoRALayer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
 MARK = "_lora_lab_method"  # the attribute of a model that says which method made it ready

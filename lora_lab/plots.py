@@ -15,14 +15,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.files import atomic_file
-from lora_lab.memory import MIB, PARTS, SAVED, Bill
-from lora_lab.train import History
+from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill
+from lora_lab.history import History
+from lora_lab.system.files import atomic_file
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from lora_lab.ablation.verdict import Verdict
+
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 MARKERS = "osD^vPX*"
@@ -291,8 +292,8 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
     A filled marker is where early stopping stops (at the mean of its steps), a hollow one the last step.
 
     Args:
-        frame: as for :func:`lora_lab.ablation.learning.measures`, of one size of the training set.
-        best: the trials to draw, as :func:`lora_lab.ablation.learning.tuned` returns them.
+        frame: as for :func:`lora_lab.ablation.overfitting.measures`, of one size of the training set.
+        best: the trials to draw, as :func:`lora_lab.ablation.overfitting.tuned` returns them.
     """
     ax = ax or plt.subplots()[1]
     for i, (way, trials) in enumerate(best.groupby("way", sort=False)):
@@ -314,7 +315,7 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
     """A number against the size of the training set, a line for each way: mean over seeds, least and most.
 
     Args:
-        table: what :func:`lora_lab.ablation.learning.compared` returns, with sizes.
+        table: what :func:`lora_lab.ablation.overfitting.compared` returns, with sizes.
         ylabel: what was compared, with its unit.
     """
     ax = ax or plt.subplots()[1]

@@ -7,10 +7,8 @@ which code, and what was measured. Commands write it; nobody edits it.
 from __future__ import annotations
 
 import math
-import os
 import re
 import reprlib
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
@@ -19,8 +17,8 @@ from typing import Any
 
 import torch
 
-from lora_lab.device import facts
-from lora_lab.files import read_json, write_json
+from lora_lab.system.files import read_json, write_json
+from lora_lab.system.provenance import checkout, device_name, driver_version, facts, slug
 
 SCHEMA = 1
 _TEXTS = {  # field -> (pattern, what it stands for)
@@ -39,7 +37,7 @@ class Record:
     Args:
         what: what was measured, one word: "memory", "speed".
         device: the device's name, as people say it.
-        facts: machine and software, as :func:`lora_lab.device.facts` tells them; on CUDA the driver too.
+        facts: machine and software, as :func:`lora_lab.system.provenance.facts` tells them; on CUDA the driver too.
         commit: git commit of the code that ran; "+changes" is appended if tracked files differed from it, and
             it is "unknown" outside a checkout.
         date: the day in UTC, such as "2026-11-24".
@@ -108,11 +106,6 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The commit of this lora_lab, to be asked for when a run begins."""
-    return commit_of(_root())
-
-
 def new(
     what: str,
     rows: list[dict[str, Any]],
@@ -132,7 +125,7 @@ def new(
     """
     described = facts(device)
     if device.type == "cuda":
-        described["driver"] = _driver()
+        described["driver"] = driver_version()
     return Record(
         what=what,
         device=device_name(device),
@@ -169,7 +162,7 @@ def destination(folder: str | Path | None = None) -> Path:
     """
     if folder is not None:
         return Path(folder)
-    return Path("records") if _packaged().is_dir() else _root() / "records"
+    return Path("records") if _packaged().is_dir() else checkout() / "records"
 
 
 def load(path: str | Path) -> Record:
@@ -206,52 +199,7 @@ def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[
 
 def shipped() -> Path:
     """The folder of the records that came with this lora_lab: the checkout's, or the installed package's own."""
-    return _packaged() if _packaged().is_dir() else _root() / "records"
-
-
-def device_name(device: torch.device) -> str:
-    """What people call a device of this machine: the GPU's name, or the CPU's and how many cores it has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = facts(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the threads of this moment
-    return cpu if device.type == "cpu" else f"{cpu}, {device.type}"
-
-
-def name_of(device: torch.device) -> str:
-    """A device of this machine as its records' names begin: ``nvidia-h100-80gb-hbm3``."""
-    return slug(device_name(device))
-
-
-def slug(name: str) -> str:
-    """A name for files: lower-case letters and digits, hyphens between; trade marks are left out."""
-    bare = re.sub(r"\((r|tm|c)\)", " ", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", bare).strip("-")
-
-
-def commit_of(folder: str | Path) -> str:
-    """The git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from it.
-
-    Records themselves do not count as changes: measuring again does not change the code.
-
-    Returns:
-        The full commit, or "unknown": no checkout, no commit yet, or no git.
-    """
-    if not (Path(folder) / ".git").exists():  # a parent folder's repository says nothing of this code
-        return "unknown"
-    # Set inside git's hooks, these would lead to another repository.
-    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {name: value for name, value in os.environ.items() if name not in misleading}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--verify", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)records")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}+changes" if changes else commit
+    return _packaged() if _packaged().is_dir() else checkout() / "records"
 
 
 def _from_json(stored: Any) -> Record:
@@ -295,21 +243,6 @@ def _is_json(value: Any) -> bool:
     return _is_scalar(value) or (_is_dict(value) and all(map(_is_json, value.values())))
 
 
-def _root() -> Path:
-    """The checkout, if there is one."""
-    return Path(__file__).parent.parent
-
-
 def _packaged() -> Path:
     """Where a wheel keeps the checkout's ``records``; pyproject.toml puts it there."""
     return Path(__file__).parent / "recorded"
-
-
-def _driver() -> str:
-    """The version of NVIDIA's driver, which torch does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        said = []
-    return said[0] if said else "unknown"

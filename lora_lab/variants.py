@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.lora import LoRAConfig, LoRALinear
+from lora_lab.lora import LoRALinear
 
 
 class RsLoRALinear(LoRALinear):
@@ -72,22 +72,9 @@ class PiSSALinear(LoRALinear):
 
     parts = (*LoRALinear.parts, "start_A", "start_B")
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        LoRAConfig(rank, alpha, dropout)  # checks the numbers
-        if rank > (most := min(base.in_features, base.out_features)):
-            raise ValueError(
-                f"rank is {rank}, but a layer from {base.in_features} to {base.out_features} has only {most} "
-                "singular directions; choose a smaller rank, or leave the layer out of targets."
-            )
-        super().__init__(base, rank, alpha, dropout, generator)
-        weight = base.weight.detach().to(self.lora_A.dtype)  # (48, 64)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        weight, rank = self.base.weight.detach().to(self.lora_A.dtype), self.rank  # (48, 64)
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)  # (48, 48), (48,), (48, 64)
         root = (S[:rank] / self.scaling).sqrt()  # (4,)
         with torch.no_grad():
@@ -95,6 +82,15 @@ class PiSSALinear(LoRALinear):
             self.lora_B.copy_(U[:, :rank] * root)  # (48, 4)
         self.register_buffer("start_A", self.lora_A.detach().clone())  # (4, 64)
         self.register_buffer("start_B", self.lora_B.detach().clone())  # (48, 4)
+
+    def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """As for LoRALinear, and replaced by the singular directions once the scaling is known."""
+        if rank > (most := min(self.base.in_features, self.base.out_features)):
+            raise ValueError(
+                f"rank is {rank}, but a layer from {self.base.in_features} to {self.base.out_features} has only {most} "
+                "singular directions; choose a smaller rank, or leave the layer out of targets."
+            )
+        return super().init_factors(rank, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.base(x)  # (32, 64) -> (32, 48)

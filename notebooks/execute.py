@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-from lora_lab.files import atomic_file
+from lora_lab.system.files import atomic_file
 
 FOLDER = Path(__file__).resolve().parent
 ENVIRONMENT = {

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from lora_lab.models.fetch import fetch_smollm2
+from lora_lab.models.download import fetch_smollm2
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer

@@ -26,13 +26,15 @@ from pandas.testing import assert_frame_equal
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, fit
-from lora_lab.ablation import packed, run, summary
+import lora_lab
+from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, adapter_state, fit
+from lora_lab.ablation import packed, packing, run, summary
 from lora_lab.ablation.grid import Grid, Trial
-from lora_lab.ablation.run import ablate, fingerprint, load
+from lora_lab.ablation.results import load
+from lora_lab.ablation.run import ablate, fingerprint
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.system.progress import progress_bar
 from lora_lab.tasks import Examples, Task, mean_squared_error
-from lora_lab.train import progress_bar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -1120,7 +1122,7 @@ def test_a_dask_worker_without_lora_lab_is_told_at_once(cluster):
 
 
 def test_a_dask_worker_with_another_version_is_told(cluster, monkeypatch):
-    monkeypatch.setattr(run.lora_lab, "__version__", "99.0")
+    monkeypatch.setattr(lora_lab, "__version__", "99.0")
     with pytest.raises(RuntimeError, match=r"has lora_lab \d.*, but this process has 99\.0; install the same"):
         on_dask(cluster[1], grid())
 
@@ -1187,7 +1189,7 @@ def fake_packs(monkeypatch, most=99, refuse=lambda trials: False):
             except run.DivergedError as error:
                 results.append(packed.Result(error=error))
             else:
-                results.append(packed.Result(history, run.lora_lab.adapter_state(own)))
+                results.append(packed.Result(history, adapter_state(own)))
         return results
 
     monkeypatch.setattr(packed, "fit_packed", fit_packed)
@@ -1221,7 +1223,7 @@ def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
     trials = grid(ranks=(1, 4), seeds=range(6))
     task, model = small_task(), MODEL()
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
-    bill = run.predict(model, LoRA(4, 8), batch=(task.train.inputs[:4], task.train.targets[:4]))
+    bill = packing.predict(model, LoRA(4, 8), batch=(task.train.inputs[:4], task.train.targets[:4]))
     assert bill.parts["frozen weights"] == frozen
     own = bill.peak_bytes - frozen
     for count, expected in ((12, [12]), (11, [5, 7]), (5, [3, 4, 5]), (2, [2] * 6), (1, [])):
@@ -1234,7 +1236,7 @@ def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
     apart(trials, engine="auto")
     assert sizes == [12]  # by default half of the memory, which is plenty
     sizes.clear()
-    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("M", (), {"available": 2 * (frozen + 4 * own)}))
+    monkeypatch.setattr(packing.psutil, "virtual_memory", lambda: type("M", (), {"available": 2 * (frozen + 4 * own)}))
     apart(trials, engine="auto")
     assert sizes == [4, 4, 4]
 
@@ -1244,7 +1246,7 @@ def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
 
     def sizes(count, workers, **options):
         trials = grid(ranks=(1, 4), seeds=range(count // 2), **options)
-        plan = run._plan(model, task, list(trials), "auto", None, workers)
+        plan = packing.plan(model, task, list(trials), "auto", None, workers)
         assert sorted(t.key for parcel, _ in plan for t in parcel) == sorted(t.key for t in trials)
         assert all(together == (len(parcel) > 1) for parcel, together in plan)
         return [len(parcel) for parcel, _ in plan]
@@ -1254,7 +1256,7 @@ def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
     assert sizes(12, 5) == [2, 2, 2, 3, 3]
     assert sizes(12, 12) == [1] * 12
     assert sizes(100, 1) == [22, 21, 27, 30]
-    plan = run._plan(model, task, list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
+    plan = packing.plan(model, task, list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
     assert [[t.method.rank for t in parcel] for parcel, _ in plan] == [
         [4] * 5,
         [4] + [1] * 6,

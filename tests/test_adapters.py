@@ -21,7 +21,8 @@ from lora_lab import (
     lora_layers,
     save_adapter,
 )
-from lora_lab.adapters import CONFIG, WEIGHTS, off, switch
+from lora_lab.adapters.edit import off, switch
+from lora_lab.adapters.peft_format import CONFIG, WEIGHTS
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 

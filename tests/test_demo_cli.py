@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora_lab
 from lora_lab import (
     History,
     Llama,
     LoRAConfig,
     cli,
-    demo,
     evaluate,
     inject,
     load_adapter,
@@ -27,9 +27,10 @@ from lora_lab import (
     save_adapter,
     save_model,
 )
+from lora_lab.experiments import demo
+from lora_lab.history import COLUMNS
 from lora_lab.models import pretrained
 from lora_lab.tasks import docs
-from lora_lab.train import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -181,10 +182,10 @@ def test_demo_refuses_bad_numbers_before_it_starts(small_demo, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("work", "arguments"),
     [
-        ("lora_lab.demo.apart", ["demo"]),
-        ("lora_lab.recording.apart", ["record", "memory", "--device", "cpu"]),
+        ("lora_lab.experiments.demo.apart", ["demo"]),
+        ("lora_lab.experiments.step_memory.apart", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
-        ("lora_lab.spectra.report", ["analyze", "adapter"]),
+        ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
     ],
     ids=["demo", "record", "ablate", "analyze"],
 )
@@ -438,8 +439,9 @@ def test_defaults_are_those_that_the_help_names():
     ("arguments", "shows"),
     [
         (["--help"], ["demo", "generate", "doctor", "fetch"]),
-        (["demo", "--help"], ["--steps", "--seed", "--rank", "--device", "--out", "default 40"]),
+        (["demo", "--help"], ["--steps", "--seed", "--rank", "--device", "--out", "(default: 40)"]),
         (["generate", "--help"], ["prompt", "--adapter", "--model", "--tokens", "--temperature", "--seed", "--chat"]),
+        (["ablate", "--help"], ["(default: 1,2,4,8,16)"]),
         (["doctor", "--help"], ["usage: lora-lab doctor"]),
         (["fetch", "--help"], ["usage: lora-lab fetch"]),
     ],
@@ -454,13 +456,37 @@ def test_help_shows_every_command_and_option(capsys, arguments, shows):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["dmeo"], ["demo", "--steps", "many"], ["generate"], ["generate", "a", "--adapter", "x", "--model", "y"]],
+    [["dmeo"], ["demo", "--steps", "many"], ["generate"], ["generate", "a", "--adapter", "x", "--model", "y"]],
 )
 def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as done:
         cli.main(arguments)
     assert done.value.code == 2
     assert "usage: lora-lab" in capsys.readouterr().err
+
+
+def test_no_default_is_written_into_a_help_text_by_hand():
+    (commands,) = (action for action in cli._parser()._actions if action.choices)
+    for name, parser in commands.choices.items():
+        for action in parser._actions:
+            if action.default is not None and action.option_strings and "help" not in action.dest:
+                assert "default" not in action.help, f"{name} {action.dest}"
+
+
+def test_the_command_alone_prints_the_help(capsys):
+    assert cli.main([]) == 0
+    alone = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert alone == capsys.readouterr().out
+    assert "ablate" in alone
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"lora-lab {lora_lab.__version__}\n"
 
 
 def test_every_command_in_the_readme_can_be_parsed():

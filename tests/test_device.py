@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lora_lab import pick_device, seed_everything
-from lora_lab.device import effort, facts
+from lora_lab.system.device import effort
+from lora_lab.system.provenance import facts
 
 
 @pytest.fixture

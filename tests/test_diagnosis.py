@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab import DoRA, LoRA, LoRAConfig, LoRAFA, LoRALinear, PiSSA, RsLoRA, adapter_state, inject, merge
-from lora_lab.adapters import switch
-from lora_lab.diagnosis import Diagnosis, Finding, diagnose
+from lora_lab.adapters.edit import switch
+from lora_lab.analysis.diagnosis import Diagnosis, Finding, diagnose
 from lora_lab.variants import PiSSALinear
 
 CHECKS = ["adapters", "trainable", "dtype", "optimizer", "update", "base", "loading"]

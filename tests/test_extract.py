@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lora_lab import LoRAConfig, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
-from lora_lab.adapters import read_adapter, resize
+from lora_lab.adapters.edit import resize
+from lora_lab.adapters.peft_format import read_adapter
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama

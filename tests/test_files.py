@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_lab.files import (
+from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
@@ -89,7 +89,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
     run_until_killed(
         """
 import os, signal, sys
-from lora_lab.files import atomic_file
+from lora_lab.system.files import atomic_file
 with atomic_file(sys.argv[1]) as temporary, open(temporary, "wb") as file:
     file.write(b"new" * 100_000)
     file.flush()
@@ -110,7 +110,7 @@ def test_a_kill_in_the_middle_of_a_folder_leaves_no_folder(tmp_path):
     run_until_killed(
         """
 import os, signal, sys
-from lora_lab.files import atomic_folder
+from lora_lab.system.files import atomic_folder
 with atomic_folder(sys.argv[1]) as temporary:
     (temporary / "one").write_text("1")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -400,7 +400,7 @@ def test_a_temporary_folder_that_is_cleared_away_before_it_is_locked_is_made_ane
 def test_what_a_living_process_is_writing_is_left_alone(tmp_path):
     code = """
 import sys
-from lora_lab.files import atomic_files
+from lora_lab.system.files import atomic_files
 with atomic_files(sys.argv[1]) as temporary:
     (temporary / "a.txt").write_text("slow")
     print("begun", flush=True)

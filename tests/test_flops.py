@@ -23,12 +23,13 @@ from lora_lab import (
     PiSSA,
     quantize_nf4,
 )
-from lora_lab.flops import PARTS, PASSES, Flops, break_even_rank, closed_form, flops
+from lora_lab.costs.fake import pretend, token_batch
+from lora_lab.costs.flops import PARTS, PASSES, Flops, break_even_rank, closed_form, flops
+from lora_lab.costs.setup import Setup
+from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.shapes import shape
-from lora_lab.rehearse import Setup, pretend, token_batch
-from lora_lab.targets import last_blocks
 
 ATEN = torch.ops.aten
 SMOLLM2 = partial(Llama, shape("smollm2-135m"))
@@ -324,7 +325,7 @@ def test_the_rank_is_counted_again_where_the_line_missed_it(monkeypatch, bend, e
             return Flops({("layers", FORWARD): 100_000}, 1, "")
         return Flops({("layers", FORWARD): 1000 * method.rank + bend * (method.rank - 1) * (method.rank - 2)}, 1, "")
 
-    monkeypatch.setattr(sys.modules["lora_lab.flops"], "flops", count)
+    monkeypatch.setattr(sys.modules["lora_lab.costs.flops"], "flops", count)
     assert break_even_rank(None) == expected
 
 

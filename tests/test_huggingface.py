@@ -20,13 +20,15 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 import lora_lab as ll
 from lora_lab import FullFineTuning, LoRA, evaluate, fit, inject, lora_layers, memory, merge, spectra
 from lora_lab.ablation import Trial, ablate
-from lora_lab.lora import LoRAConfig
+from lora_lab.costs.cost_model import CostModel
+from lora_lab.costs.flops import flops
+from lora_lab.costs.timing import step_time
+from lora_lab.inject import LoRAConfig
 from lora_lab.methods import AsItIs, DoRA
-from lora_lab.speed import CostModel, flops, step_time
+from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
-from lora_lab.tasks.base import logits
-from lora_lab.tasks.pairs import PARTS
-from lora_lab.tasks.scores import answers
+from lora_lab.tasks.generate import answers
+from lora_lab.tasks.instruction import PARTS
 
 VOCABULARY, LENGTH, STEPS, BATCH, LR = 40, 8, 6, 4, 0.003
 FAMILIES = {"Llama": llama, "Qwen3": qwen3, "Gemma 3": gemma3, "GPT-2": gpt2}

@@ -247,7 +247,7 @@ def test_every_reader_finishes_a_save_that_was_stopped_when_it_was_decided(arena
 
 
 def test_ctrl_c_in_any_line_leaves_the_old_files_or_the_new_ones(arena):
-    watched = ("lora_lab/files.py", "lora_lab/adapters.py", "models/pretrained.py", "models/tokenizer.py")
+    watched = ("system/files.py", "adapters/peft_format.py", "models/pretrained.py", "models/tokenizer.py")
 
     def interrupted_at(number):
         """Returns how many lines there were, if none was the one."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
-from lora_lab.adapters import off, switch
+from lora_lab.adapters.edit import off, switch
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection
 
 HALF = {torch.bfloat16: 8e-3, torch.float16: 1e-3}

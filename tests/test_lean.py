@@ -1,6 +1,7 @@
 """The lean step against the plain one: losses, gradients, what it keeps, and what it refuses."""
 
 import copy
+import sys
 import threading
 
 import gguf
@@ -31,26 +32,19 @@ from lora_lab import (
     quantize,
     save_adapter,
 )
-from lora_lab.lean import (
-    FlatAdamW,
-    InThreads,
-    _adds_up,
-    _GatedLoRALinear,
-    _RMSNorm,
-    _Rotate,
-    cross_entropy,
-    linear,
-    rewire,
-    token_losses,
-)
-from lora_lab.lora import replace
-from lora_lab.memory import saved_bytes
+from lora_lab.costs.memory import saved_bytes
+from lora_lab.inject import replace
+from lora_lab.lean.blocks import _RMSNorm, _Rotate
+from lora_lab.lean.linear import _adds_up, _GatedLoRALinear, linear
+from lora_lab.lean.loss import cross_entropy, token_losses
+from lora_lab.lean.optim import FlatAdamW, InThreads
+from lora_lab.lean.step import rewire
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.quantize import BlockEmbedding, BlockLinear, quantize_nf4
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
 from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
-from lora_lab.train import in_turn, training_step
+from lora_lab.train import TrainingStep
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
 SHAPE = LlamaConfig(
@@ -956,7 +950,7 @@ def test_a_lean_run_resumes_bit_for_bit(tmp_path, monkeypatch):
         return cross_entropy(model, inputs, targets, rows, **options)
 
     task = toy_task()
-    monkeypatch.setattr("lora_lab.lean.cross_entropy", stops_after_five)
+    monkeypatch.setattr(sys.modules[Lean.__module__], "cross_entropy", stops_after_five)
     with pytest.raises(KeyboardInterrupt):
         fit(Llama(SHAPE), task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
     monkeypatch.undo()
@@ -1090,6 +1084,6 @@ def test_the_step_is_the_plain_one_but_for_its_parts():
     model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01)
-    loss, norm = training_step(model, plain_cross_entropy, [text()], [1.0], optimizer, 1.0, in_turn)
+    loss, norm = TrainingStep(model, plain_cross_entropy, optimizer, 1.0)([text()], [1.0])
     assert float(norm) > 0
     assert float(loss) > 0

@@ -13,8 +13,9 @@ from test_ablate import MODEL
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning import against, at_equal_learning, by_size, compared, measures, near_ties, tuned
-from lora_lab.ablation.run import ablate, load
+from lora_lab.ablation.overfitting import against, at_equal_learning, by_size, compared, measures, near_ties, tuned
+from lora_lab.ablation.results import load
+from lora_lab.ablation.run import ablate
 from lora_lab.tasks import Examples, Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")

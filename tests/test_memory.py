@@ -36,24 +36,14 @@ from lora_lab import (
     memory,
     quantize_nf4,
 )
-from lora_lab.memory import (
-    MIB,
-    PARTS,
-    Bill,
-    Moment,
-    largest,
-    measure,
-    parse_bytes,
-    peak_bytes,
-    predict,
-    report,
-    saved_bytes,
-    ways,
-)
+from lora_lab.costs.memory import MIB, PARTS, Bill, Moment, largest, measure, predict, saved_bytes
+from lora_lab.costs.memory_report import parse_bytes, report, ways
+from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.rehearse import Setup
+from lora_lab.system.process import peak_bytes
 from lora_lab.tasks import Examples, Task, cross_entropy
+from lora_lab.train import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -748,10 +738,8 @@ def test_a_log_that_sees_nothing_leaves_the_measured_peak_as_it_is_and_all_of_it
 
 
 def test_predict_and_measure_take_the_step_that_fit_takes(monkeypatch):
-    from lora_lab import train
-
-    calls, plain = [], train.training_step
-    monkeypatch.setattr(train, "training_step", lambda *args: calls.append(args[2]) or plain(*args))
+    calls, plain = [], TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda *args: calls.append(args[1]) or plain(*args))
     part = Examples(*DIGITS)
     fit(DigitsMLP(), Task("t", part, part, part, part), LoRA(2), steps=3, lr=0.01)
     assert len(calls) == 3
@@ -776,8 +764,9 @@ def test_the_second_step_is_reported_which_starts_with_the_state_and_gradients_o
 BIG = """
 import torch
 from lora_lab import FullFineTuning, Llama, LlamaConfig
-from lora_lab.memory import peak_bytes, predict
+from lora_lab.costs.memory import predict
 from lora_lab.models.shapes import shape
+from lora_lab.system.process import peak_bytes
 
 torch.set_num_threads(1)
 device = torch.device("cpu")
@@ -1033,8 +1022,8 @@ def test_models_of_transformers_are_predicted_within_three_percent(kind, method,
 NO_CUDA = """
 import torch
 from lora_lab import FullFineTuning, Llama, LoRA, LlamaConfig
-from lora_lab.memory import measure, predict
-from lora_lab.rehearse import pretend
+from lora_lab.costs.fake import pretend
+from lora_lab.costs.memory import measure, predict
 
 model = Llama(LlamaConfig(50, 16, 24, 1, 2, 1, 8))
 bill = predict(model, LoRA(2), 1, 4, device="cuda")
@@ -1689,7 +1678,7 @@ def test_what_is_no_size_is_refused(text):
 
 GROW = """
 import torch
-from lora_lab.memory import peak_bytes
+from lora_lab.system.process import peak_bytes
 
 device = torch.device("cpu")
 before = peak_bytes(device)
@@ -1716,6 +1705,6 @@ def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
 
 def test_a_report_of_nothing_and_a_search_without_a_budget_are_refused():
     with pytest.raises(ValueError, match="setups is empty"):
-        memory.report(DigitsMLP, "digits", {}, 8, 16)
+        report(DigitsMLP, "digits", {}, 8, 16)
     with pytest.raises(ValueError, match="there is no budget_bytes"):
-        memory.report(DigitsMLP, "digits", {"full": Setup()}, 8, 16, look_for="batch")
+        report(DigitsMLP, "digits", {"full": Setup()}, 8, 16, look_for="batch")

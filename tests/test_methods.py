@@ -30,7 +30,7 @@ from lora_lab import (
 )
 from lora_lab.methods import AsItIs, Method
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
-from lora_lab.quantize import quantize_nf4
+from lora_lab.models.quantize import quantize_nf4
 from lora_lab.tasks import Examples, Task, mean_squared_error, planted
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 

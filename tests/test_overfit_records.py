@@ -11,20 +11,12 @@ import pandas
 import pytest
 import torch
 
-from lora_lab import (
-    FullFineTuning,
-    LoRA,
-    PartialFineTuning,
-    cli,
-    evaluate,
-    fit,
-    overfit_records,
-    records,
-    replay,
-    speed,
-)
-from lora_lab.ablation import run, studies
-from lora_lab.ablation.learning import compared, measures, tuned
+from lora_lab import FullFineTuning, LoRA, PartialFineTuning, cli, evaluate, fit, records
+from lora_lab.ablation import packing, run, studies
+from lora_lab.ablation.overfitting import compared, measures, tuned
+from lora_lab.costs import microbench as replay
+from lora_lab.costs.cost_model import PHASES, CostModel
+from lora_lab.experiments import overfitting as overfit_records
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import shape
 from lora_lab.tasks import Examples, Task
@@ -69,7 +61,8 @@ def tiny(tiny_config, tmp_path_factory):
         patch.setattr(studies, "manual", counting_on)
         patch.setattr(studies, "processes", lambda device: 1)
         patch.setattr(run, "_commit", lambda: COMMIT)
-        patch.setattr(run, "_fitting", lambda *_: 4)  # so many fit into a pack; to foresee it takes a second each time
+        # So many fit into a pack; to foresee it takes a second each time.
+        patch.setattr(packing, "_fitting", lambda *_: 4)
         patch.setitem(overfit_records.WAYS, "last blocks", ADAPTED["last blocks"])
         patch.setattr(overfit_records, "cost_model", lambda device: Costs())
         patch.setattr(overfit_records, "plan", lambda device: PLAN)
@@ -332,7 +325,7 @@ def test_planned_hours_grow_with_epochs_sizes_and_seeds(tiny, monkeypatch):
 def test_planned_hours_are_those_of_this_machines_cost_model(tiny, tiny_config, monkeypatch):
     monkeypatch.setattr(replay, "_SAMPLE_S", 1e-5)
     monkeypatch.setattr(replay, "ROUNDS", 1)
-    costs = speed.CostModel(replay.Stopwatch(CPU), dict.fromkeys(speed.PHASES, (1e-4, 1e-6)))
+    costs = CostModel(replay.Stopwatch(CPU), dict.fromkeys(PHASES, (1e-4, 1e-6)))
     monkeypatch.setattr(overfit_records, "cost_model", lambda device: costs)
     monkeypatch.setattr(overfit_records, "random_model", lambda name: Llama(tiny_config))
     found = []
@@ -353,8 +346,8 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(tin
         begun.append(device)
         yield {"way": "full"}
 
-    monkeypatch.setattr(overfit_records, "overfitting", rows)
-    monkeypatch.setattr(overfit_records, "settings", lambda device: {"sizes": (4, 8)})
+    recorder = dataclasses.replace(overfit_records.RECORDER, rows=rows, settings=lambda device: {"sizes": (4, 8)})
+    monkeypatch.setattr(overfit_records, "RECORDER", recorder)
     assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
     assert "settings are" in capsys.readouterr().err
     assert begun == []

@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from lora_lab import Llama, LoRA, evaluate, fit
-from lora_lab.ablation import run
+from lora_lab.ablation import packing
 from lora_lab.ablation.grid import Trial
-from lora_lab.memory import predict
+from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.task import cross_entropy
 from lora_lab.tasks import (
     IGNORE,
     Examples,
@@ -24,12 +25,12 @@ from lora_lab.tasks import (
     sentiment,
     style,
     summarise,
-    trades,
     translate,
 )
-from lora_lab.tasks.base import cross_entropy
-from lora_lab.tasks.pairs import Padded
-from lora_lab.tasks.scores import METRICS, StyleJudge, answers, choices, classes, score, trivial
+from lora_lab.tasks import datasets as trades
+from lora_lab.tasks.generate import answers, choices, classes
+from lora_lab.tasks.instruction import Padded
+from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,7 +271,7 @@ def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
     assert first.inputs.shape[1] < 0.4 * whole.inputs.shape[1]  # the long one is not among them
     budget = frozen + int(3.5 * own(whole))
     assert (budget - frozen) // own(first) > 4  # as many as that would be too many, when the long one comes
-    plan = run._plan(net, task, trials, "auto", budget, 1)
+    plan = packing.plan(net, task, trials, "auto", budget, 1)
     assert max(len(parcel) for parcel, _ in plan) == 3
     assert sum(len(parcel) for parcel, _ in plan) == 8
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 mpl.use("Agg")
 
 from lora_lab import FullFineTuning, History, LoRA, plots
-from lora_lab.memory import MIB, PARTS, SAVED, Bill, Moment, predict
+from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, predict
+from lora_lab.history import COLUMNS
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.train import COLUMNS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_model
-from lora_lab.models import fetch, pretrained
+from lora_lab.models import download as fetch
+from lora_lab.models import pretrained
 from lora_lab.models.llama import RopeScaling
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
 from lora_lab.tasks import cross_entropy
 
 ENTRY = "smollm2-135m-v1"
@@ -999,7 +1000,7 @@ def test_no_matrix_of_numbers_is_in_a_model_in_blocks(in_blocks):
 def test_the_peak_of_loading_shows_whether_the_dense_model_was_ever_built(smollm2_gguf, keep, least, most):
     code = f"""
 import torch
-from lora_lab.memory import peak_bytes
+from lora_lab.system.process import peak_bytes
 before = peak_bytes(torch.device("cpu"))
 model, _ = pretrained.load_pretrained(device="cpu", keep_blocks={keep})
 print(peak_bytes(torch.device("cpu")) - before)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lora_lab.processes import apart
+from lora_lab.system.process import apart
 
 
 def test_each_call_has_a_process_of_its_own_and_its_result_and_errors_come_back():

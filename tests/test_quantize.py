@@ -34,10 +34,10 @@ from lora_lab import (
     quantize,
     save_adapter,
 )
-from lora_lab.adapters import off
-from lora_lab.lora import replace
+from lora_lab.adapters.edit import off
+from lora_lab.inject import replace
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
-from lora_lab.quantize import (
+from lora_lab.models.quantize import (
     BLOCK,
     BYTES_PER_BLOCK,
     LEVELS,
@@ -988,9 +988,9 @@ def test_importing_it_loads_no_more_than_torch():
 import sys
 import torch
 before = set(sys.modules)
-import lora_lab.quantize
+import lora_lab.models.quantize
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(*sorted(new - set(sys.stdlib_module_names)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["lora_lab"]
+    assert done.stdout.split() == ["lazy_loader", "lora_lab"]

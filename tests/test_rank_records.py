@@ -7,8 +7,10 @@ import pandas
 import pytest
 import torch
 
-from lora_lab import LoRA, cli, fit, rank, rank_records, records, spectra
+from lora_lab import LoRA, cli, fit, rank, records, spectra
 from lora_lab.ablation import studies, summary
+from lora_lab.experiments import ranks as rank_records
+from lora_lab.experiments import spectra as spectra_records
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Examples, Task
 
@@ -29,7 +31,8 @@ def tiny(monkeypatch, tiny_config, tmp_path):
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
     monkeypatch.setattr(studies, "study", lambda name, seq_len, device: study)
     plan = rank_records.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
-    monkeypatch.setattr(rank_records, "plan", lambda device: plan)
+    for module in (rank_records, spectra_records):
+        monkeypatch.setattr(module, "plan", lambda device: plan)
     monkeypatch.setattr(rank_records, "ablate", partial(here, rank_records.ablate))
     monkeypatch.chdir(tmp_path)
     return study
@@ -90,7 +93,7 @@ def _hot(plan):
 
 
 def test_a_record_of_spectra_tells_of_every_layer(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rank_records, "CUTS", {"full": (64, 4, 1), "LoRA r=64": (4, 1)})
+    monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 4, 1), "LoRA r=64": (4, 1)})
     assert command("record", "spectra", "--device", "cpu", "--out", tmp_path / "records") == 0
     (record,) = records.load_all("spectra", tmp_path / "records").values()
     make, _ = tiny
@@ -114,8 +117,8 @@ def test_a_record_of_spectra_tells_of_every_layer(tiny, tmp_path, monkeypatch, c
 
 
 def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(tiny, monkeypatch):
-    monkeypatch.setattr(rank_records, "CUTS", {"full": (64, 1), "LoRA r=64": (64, 1)})
-    rows = list(rank_records.spectra(CPU))
+    monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 1), "LoRA r=64": (64, 1)})
+    rows = list(spectra_records.spectra(CPU))
     run = {row["run"]: row for row in rows if row["about"] == "run"}
     cut = {(row["run"], row["rank"]): row for row in rows if row["about"] == "cut"}
     assert cut["LoRA r=64", 64]["test_loss"] == pytest.approx(run["LoRA r=64"]["test_loss"], rel=1e-6)
@@ -126,10 +129,10 @@ def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(tiny, mo
 
 
 def test_what_is_recorded_of_a_layer_is_what_the_report_says(tiny):
-    rows = list(rank_records.spectra(CPU))
+    rows = list(spectra_records.spectra(CPU))
     make, task = tiny
     model = make()
-    run, own = rank_records.RUNS["LoRA r=8"], rank_records.plan(CPU)
+    run, own = spectra_records.RUNS["LoRA r=8"], rank_records.plan(CPU)
     options = {"steps": own.steps, "batch_size": own.batch_size, "eval_every": own.steps, "eval_examples": 4}
     fit(model, task(), run.method, lr=run.lr, seed=run.seed, **options)
     report = spectra.report(None, model).set_index("layer")
@@ -164,7 +167,7 @@ def test_overlaps_are_taken_on_each_side_by_itself():
     U, V, other = (rank.orthonormal(n, 8, generator=draw) for n in (40, 30, 30))
     S = torch.arange(8, 0, -1.0, dtype=torch.float64)
     first, second = (spectra.Update(rank.SVD(U, S, W.mT), 8) for W in (V, other))
-    (row,) = rank_records._overlaps({"layer": first}, {"layer": second})
+    (row,) = spectra_records._overlaps({"layer": first}, {"layer": second})
     assert (row["outputs_1"], row["outputs_8"]) == (1.0, 1.0)
     assert row["inputs_8"] == pytest.approx(float((V.mT @ other).square().sum() / 8), rel=1e-3)
     assert row["inputs_8"] < 0.6
@@ -178,7 +181,7 @@ def test_intruders_are_counted_in_every_block_and_noise_beside_the_middle_one():
         before = rank.gaussian((48, 32), norm=4.0, generator=draw)
         change = rank.gaussian_factors((48, 32), 2, norm=40.0, generator=draw)  # ten times the weight, 2 new directions
         updates[f"layers.{block}.up_proj"] = spectra.Update(rank.product_svd(*change), 2, before)
-    rows = list(rank_records._intruders(updates))
+    rows = list(spectra_records._intruders(updates))
     assert [row["layer"] for row in rows] == list(updates)
     assert all(row["intruders"] >= 2 for row in rows)
     assert [row.get("intruders_high") is not None for row in rows] == [False, True, False]

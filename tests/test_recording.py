@@ -2,11 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lora_lab import cli, memory, recording, records, speed
+from lora_lab import FullFineTuning, LoRA, cli, memory, records, speed
+from lora_lab.costs import memory_report
+from lora_lab.costs.memory_report import ways
+from lora_lab.costs.setup import Setup
+from lora_lab.experiments import step_memory as recording
+from lora_lab.experiments import step_speed
+from lora_lab.experiments.registry import NAMES, recorders
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 
@@ -124,7 +131,7 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(monkeypatch, tiny, 
 
 @pytest.mark.parametrize("what", ["memory", "speed"])
 def test_a_model_without_cases_is_refused_before_anything_is_measured(tmp_path, capsys, what, monkeypatch):
-    monkeypatch.setattr(recording, "cost_model", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(step_speed, "cost_model", lambda device: pytest.fail("measured"))
     assert command("record", what, "--device", "cpu", "--models", "gpt-5", "--out", tmp_path) == 1
     assert "There are no cases of 'gpt-5' on this device; there are of small, smollm2-135m" in capsys.readouterr().err
 
@@ -136,8 +143,8 @@ def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tm
         out.write_text("in the way by now")
         yield {"model": "small", "setup": "full", "measured_bytes": 5}
 
-    monkeypatch.setattr(recording, "memory", measured)
-    monkeypatch.setattr(recording, "line", lambda row: None)
+    recorder = replace(recording.RECORDER, rows=measured, line=lambda row: None)
+    monkeypatch.setattr(recording, "RECORDER", recorder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command("record", "memory", "--device", "cpu", "--out", out) == 1
     (spare,) = tmp_path.glob("lora_lab-*")
@@ -152,7 +159,7 @@ def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
 
 
 def test_the_speed_cases_cover_tokens_ranks_and_blocks():
-    cases = recording.speed_cases(CPU)
+    cases = step_speed.speed_cases(CPU)
     for model in ("small", "smollm2-135m"):
         own = [case for case in cases if case.model == model]
         assert {case.batch_size * case.seq_len for case in own} == {32, 128, 512, 2048, 4096}
@@ -163,7 +170,7 @@ def test_the_speed_cases_cover_tokens_ranks_and_blocks():
     last = next(setup for label, setup in cases[0].setups.items() if label.endswith("last 1 block"))
     assert len(last.method.targets) == 7
     assert all(name.startswith("model.layers.7.") for name in last.method.targets)
-    on_gpu = recording.speed_cases(torch.device("cuda"))
+    on_gpu = step_speed.speed_cases(torch.device("cuda"))
     assert {"llama-3.2-1b", "llama-3-8b"} <= {case.model for case in on_gpu}
 
 
@@ -173,14 +180,14 @@ def priced(monkeypatch):
     costs = speed.CostModel(
         lambda operation: 1e-9 * operation.moved_bytes, dict.fromkeys(("forward", "backward"), (0.0, 1e-8))
     )
-    for module in (recording, speed):
+    for module in (step_speed, speed):
         monkeypatch.setattr(module, "cost_model", lambda device: costs)
 
 
 def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(tiny, priced, monkeypatch, tmp_path, capsys):
-    setups = {"full": recording.Setup(recording.FullFineTuning()), "LoRA r=2": recording.Setup(recording.LoRA(2, 4))}
+    setups = {"full": Setup(FullFineTuning()), "LoRA r=2": Setup(LoRA(2, 4))}
     monkeypatch.setattr(
-        recording, "speed_cases", lambda device, models: [recording.Comparison("small", 2, 8, setups, 2)]
+        step_speed, "speed_cases", lambda device, models: [step_speed.Comparison("small", 2, 8, setups, 2)]
     )
     assert command("record", "speed", "--device", "cpu", "--out", tmp_path) == 0
     (record,) = records.load_all("speed", tmp_path).values()
@@ -190,15 +197,17 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(tiny, price
     assert lora["tokens"] == 16
     assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
-    assert lora["flops"] == speed.flops(lambda: Llama(recording._SMALL), recording.LoRA(2, 4), 2, 8).total
+    assert lora["flops"] == speed.flops(lambda: Llama(recording._SMALL), LoRA(2, 4), 2, 8).total
     printed = capsys.readouterr().out
     assert f"ratio {lora['ratio']:.3f}" in printed
     assert f"predicted {lora['predicted_ratio']:.3f}" in printed
 
 
-def test_only_memory_and_speed_can_be_recorded():
-    with pytest.raises(ValueError, match="what is 'taste', but it must be 'memory' or 'speed'"):
-        recording.settings("taste")
+def test_only_what_has_a_recorder_can_be_recorded(capsys):
+    assert tuple(recorders()) == NAMES
+    with pytest.raises(SystemExit):
+        command("record", "taste")
+    assert "invalid choice: 'taste'" in capsys.readouterr().err
 
 
 def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_asked(
@@ -245,7 +254,7 @@ def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, t
     arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
     bills = {
         label: memory.predict(lambda: Llama(tiny_config), setup, 2, 16, device="cpu")
-        for label, setup in memory.ways(4, torch.float32).items()
+        for label, setup in ways(4, torch.float32).items()
     }
     peaks = sorted(bill.peak_bytes for bill in bills.values())
     budget = (peaks[2] + peaks[3]) // 2
@@ -264,8 +273,8 @@ def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, t
 @pytest.fixture
 def one_way(monkeypatch):
     """Only one of the six ways, for time's sake."""
-    every = memory.ways
-    monkeypatch.setattr(memory, "ways", lambda rank, dtype: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]})
+    every = memory_report.ways
+    monkeypatch.setattr(memory_report, "ways", lambda rank, dtype: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]})
 
 
 def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_config):
@@ -275,7 +284,7 @@ def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_conf
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.startswith("LoRA r=8  ")
     found = int(row.split()[-1])
-    setup = memory.ways(8, torch.float32)["LoRA r=8"]
+    setup = ways(8, torch.float32)["LoRA r=8"]
 
     def peak(batch):
         return memory.predict(lambda: Llama(tiny_config), setup, batch, 16, device="cpu").peak_bytes

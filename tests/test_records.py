@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from lora_lab import records
-from lora_lab.device import facts
 from lora_lab.records import Record, load, load_all, write
+from lora_lab.system import provenance
+from lora_lab.system.provenance import facts
 
 ROOT = Path(records.__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -248,6 +249,7 @@ def test_all_records_of_a_folder_are_read_by_name_in_order(tmp_path):
 def test_a_checkout_keeps_them_in_its_own_folder(tmp_path, monkeypatch):
     assert records.shipped() == ROOT / "records"
     monkeypatch.setattr(records, "__file__", str(tmp_path / "lora_lab" / "records.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "lora_lab" / "system" / "provenance.py"))
     assert load_all() == {}
     assert write(a_record()) == tmp_path / "records" / "nvidia-h100-80gb-hbm3-memory.json"
     assert list(load_all()) == ["nvidia-h100-80gb-hbm3-memory"]
@@ -273,7 +275,7 @@ def test_a_wheel_takes_every_package_and_the_records():
     assert set(setuptools["packages"]) == code | {"lora_lab.recorded"}
     assert setuptools["package-dir"] == {"lora_lab.recorded": "records"}
     # The folder must be in the wheel even when it holds no record.
-    data = {"lora_lab.recorded": ["*.json", "README.md"], "lora_lab.tasks": ["data/*"]}
+    data = {"lora_lab": ["*.pyi"], "lora_lab.recorded": ["*.json", "README.md"], "lora_lab.tasks": ["data/*"]}
     assert setuptools["package-data"] == data
     assert (ROOT / "records" / "README.md").is_file()
 
@@ -294,7 +296,7 @@ def test_a_wheel_takes_every_package_and_the_records():
     ],
 )
 def test_names_of_devices_become_names_of_files(name, expected):
-    assert records.slug(name) == expected
+    assert provenance.slug(name) == expected
     assert a_record(device=name).name == f"{expected}-memory"
 
 
@@ -306,7 +308,8 @@ def pretend(monkeypatch):
         def told(device):
             return {"cpu": f"{cpu}, {cores} logical cores, 3 torch threads", "device": str(device)}
 
-        monkeypatch.setattr(records, "facts", told)
+        for module in (provenance, records):
+            monkeypatch.setattr(module, "facts", told)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H100 {device.index}")
 
     return machine
@@ -314,25 +317,25 @@ def pretend(monkeypatch):
 
 def test_a_cpu_is_named_with_its_cores_and_a_gpu_as_its_maker_does(pretend):
     pretend("Intel(R) Xeon(R) Processor", 2)
-    assert records.device_name(CPU) == "Intel(R) Xeon(R) Processor, 2 cores"
-    assert records.name_of(CPU) == "intel-xeon-processor-2-cores"
-    assert records.device_name(torch.device("cuda:1")) == "NVIDIA H100 1"
-    assert records.name_of(torch.device("cuda:1")) == "nvidia-h100-1"
+    assert provenance.device_name(CPU) == "Intel(R) Xeon(R) Processor, 2 cores"
+    assert provenance.name_of(CPU) == "intel-xeon-processor-2-cores"
+    assert provenance.device_name(torch.device("cuda:1")) == "NVIDIA H100 1"
+    assert provenance.name_of(torch.device("cuda:1")) == "nvidia-h100-1"
     pretend("Apple M2", 8)
-    assert records.name_of(torch.device("mps")) == "apple-m2-8-cores-mps"
+    assert provenance.name_of(torch.device("mps")) == "apple-m2-8-cores-mps"
 
 
 def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = records.name_of(CPU)
+        one = provenance.name_of(CPU)
         torch.set_num_threads(2)
-        assert records.name_of(CPU) == one
+        assert provenance.name_of(CPU) == one
     finally:
         torch.set_num_threads(threads)
     assert one.endswith(f"-{os.cpu_count()}-cores")
-    assert facts(CPU)["cpu"].startswith(records.device_name(CPU).rpartition(", ")[0])
+    assert facts(CPU)["cpu"].startswith(provenance.device_name(CPU).rpartition(", ")[0])
 
 
 # Provenance
@@ -340,15 +343,15 @@ def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
 
 def test_a_new_record_says_where_when_and_by_which_code(monkeypatch):
     asked = []
-    monkeypatch.setattr(records, "commit_of", lambda folder: asked.append(folder) or COMMIT)
+    monkeypatch.setattr(provenance, "commit_of", lambda folder: asked.append(folder) or COMMIT)
     before = datetime.now(UTC).date()
-    assert records.commit() == COMMIT
+    assert provenance.commit() == COMMIT
     record = records.new("speed", [{"step_s": 0.5}], {"steps": 3}, "lora-lab record speed", CPU, COMMIT)
     assert before <= datetime.fromisoformat(record.date).date() <= datetime.now(UTC).date()
     assert asked == [ROOT]
     assert record == Record(
         what="speed",
-        device=records.device_name(CPU),
+        device=provenance.device_name(CPU),
         facts=facts(CPU),
         commit=COMMIT,
         date=record.date,
@@ -407,59 +410,59 @@ def checkout(tmp_path):
 
 @needs_git
 def test_a_clean_checkout_gives_its_commit(checkout):
-    first = records.commit_of(checkout)
+    first = provenance.commit_of(checkout)
     assert first == git(checkout, "rev-parse", "HEAD")
     assert re.fullmatch("[0-9a-f]{40}", first)
     (checkout / "code.py").write_text("2\n")
     git(checkout, "commit", "--quiet", "--all", "--message", "second")
-    assert records.commit_of(str(checkout)) == git(checkout, "rev-parse", "HEAD") != first
+    assert provenance.commit_of(str(checkout)) == git(checkout, "rev-parse", "HEAD") != first
 
 
 @needs_git
 @pytest.mark.parametrize("change", ["changed", "added", "deleted"])
 def test_tracked_files_that_differ_are_noted(checkout, change):
-    clean = records.commit_of(checkout)
+    clean = provenance.commit_of(checkout)
     if change == "deleted":
         (checkout / "code.py").unlink()
     else:
         (checkout / "code.py").write_text("2\n")
     if change == "added":
         git(checkout, "add", ".")
-    assert records.commit_of(checkout) == f"{clean}+changes"
+    assert provenance.commit_of(checkout) == f"{clean}+changes"
     git(checkout, "reset", "--quiet", "--hard")
-    assert records.commit_of(checkout) == clean
+    assert provenance.commit_of(checkout) == clean
 
 
 @needs_git
 def test_untracked_files_and_records_are_no_changes_of_the_code(checkout):
-    clean = records.commit_of(checkout)
+    clean = provenance.commit_of(checkout)
     (checkout / "notes.txt").write_text("new\n")
     (checkout / "records" / "gpu-memory.json").write_text('{"measured": "again"}\n')
-    assert records.commit_of(checkout) == clean
+    assert provenance.commit_of(checkout) == clean
     assert git(checkout, "status", "--porcelain") != ""
 
 
 @needs_git
 def test_a_worktree_is_a_checkout_too(checkout, tmp_path):
     git(checkout, "worktree", "add", "--quiet", str(tmp_path / "other"))
-    assert records.commit_of(tmp_path / "other") == git(checkout, "rev-parse", "HEAD")
+    assert provenance.commit_of(tmp_path / "other") == git(checkout, "rev-parse", "HEAD")
 
 
 @needs_git
 def test_where_there_is_no_commit_none_is_named(checkout, tmp_path):
-    assert records.commit_of(tmp_path) == "unknown"
-    assert records.commit_of(tmp_path / "none") == "unknown"
+    assert provenance.commit_of(tmp_path) == "unknown"
+    assert provenance.commit_of(tmp_path / "none") == "unknown"
     (checkout / "venv" / "site-packages").mkdir(parents=True)
-    assert records.commit_of(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
+    assert provenance.commit_of(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
     git(tmp_path, "init", "--quiet", "empty")
-    assert records.commit_of(tmp_path / "empty") == "unknown"
+    assert provenance.commit_of(tmp_path / "empty") == "unknown"
 
 
 @needs_git
 def test_without_git_the_commit_is_unknown(checkout, tmp_path, monkeypatch):
-    assert records.commit_of(checkout) != "unknown"
+    assert provenance.commit_of(checkout) != "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.commit_of(checkout) == "unknown"
+    assert provenance.commit_of(checkout) == "unknown"
 
 
 @needs_git
@@ -474,8 +477,8 @@ def test_the_variables_of_gits_hooks_do_not_lead_to_another_repository(checkout,
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(other))
     monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
-    assert records.commit_of(checkout) == clean
-    assert records.commit_of(other) != clean
+    assert provenance.commit_of(checkout) == clean
+    assert provenance.commit_of(other) != clean
 
 
 # The records of this repository

@@ -13,27 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, inject, quantize_nf4
-from lora_lab.lean import FlatAdamW, rewire
-from lora_lab.lora import LoRAConfig
+from lora_lab.costs.fake import batch_for, copied, device_of, keep_originals, made, pretend, token_batch
+from lora_lab.costs.setup import Setup, as_setup
+from lora_lab.costs.trace import Watch, module_kinds, output_width
+from lora_lab.inject import LoRAConfig
+from lora_lab.lean.optim import FlatAdamW
+from lora_lab.lean.step import rewire
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
-from lora_lab.quantize import BlockLinear
-from lora_lab.rehearse import (
-    Setup,
-    Watch,
-    as_setup,
-    batch_for,
-    copied,
-    device_of,
-    keep_originals,
-    made,
-    module_kinds,
-    output_width,
-    pretend,
-    token_batch,
-)
+from lora_lab.models.quantize import BlockLinear
 from lora_lab.tasks import cross_entropy
-from lora_lab.train import Step
+from lora_lab.train import TrainingStep
 
 CPU = torch.device("cpu")
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
@@ -138,7 +128,7 @@ def test_micro_batches_sum_to_the_gradient_of_the_whole():
 
 def test_a_step_is_made_by_its_setup(tiny_config):
     step = Setup(LoRA(4), clip=0.25, gradient_checkpointing=True).step(Llama(tiny_config).eval())
-    assert isinstance(step, Step)
+    assert isinstance(step, TrainingStep)
     assert isinstance(step.optimizer, torch.optim.AdamW)
     assert (step.clip, step.loss, step.threads) == (0.25, cross_entropy, 1)
     assert step.model.training
@@ -149,10 +139,10 @@ def test_a_step_is_made_by_its_setup(tiny_config):
     assert isinstance(quantised.model.layers[0].mlp.up_proj.base, BlockLinear)
     lean = Setup(LoRA(4), lean=Lean(loss_rows=7)).step(Llama(tiny_config))
     assert isinstance(lean.optimizer, FlatAdamW)
-    assert lean.loss.keywords.get("every_target", False) is False
+    assert lean.every_target is False
     with pretend(lambda: Llama(tiny_config)) as twin:
         fake = Setup(LoRA(4), lean=Lean(loss_rows=7)).step(twin)
-    assert fake.loss.keywords == {"rows": 7, "every_target": True}
+    assert (fake.loss.keywords, fake.every_target) == ({"rows": 7}, True)
 
     def own(model, inputs, targets):
         return model(inputs).mean()
@@ -309,7 +299,7 @@ def test_what_is_neither_module_nor_factory_is_refused(wrong):
 DEVICES = """
 import torch
 from torch import nn
-from lora_lab.rehearse import pretend
+from lora_lab.costs.fake import pretend
 
 for device in ("cuda", "cuda:3", "mps", "xpu"):
     try:
@@ -682,7 +672,7 @@ def test_a_rehearsal_clips_as_a_real_step_does(tiny_config):
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
     asked = []
-    monkeypatch.setattr("lora_lab.lean._return_memory_at_once", lambda: asked.append(1))
+    monkeypatch.setattr(sys.modules[Lean.__module__], "_return_memory_at_once", lambda: asked.append(1))
     setup = Setup(LoRA(2), lean=Lean(checkpoint=True))
     with pretend(lambda: Llama(tiny_config)) as twin:
         setup.step(twin)

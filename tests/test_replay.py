@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lab import replay
-from lora_lab.replay import DISTANCES, MIB, ROUNDS, VIEW, Crowd, Operand, Operation, Stopwatch, Traffic
+from lora_lab.costs import microbench as replay
+from lora_lab.costs.microbench import DISTANCES, MIB, ROUNDS, VIEW, Operand, Operation, Stopwatch, Traffic
+from lora_lab.system import process
+from lora_lab.system.process import Crowd
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -301,25 +303,25 @@ def test_the_generators_stay_as_they_are(quick):
 def test_a_crowd_is_what_others_use_of_the_cores(monkeypatch):
     spent = iter([(10.0, 4.0), (16.0, 7.0)])  # all processes, and this one
     now = iter([0.0, 2.0])
-    monkeypatch.setattr(replay, "_cpu_seconds", lambda: next(spent))
-    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(process, "_cpu_seconds", lambda: next(spent))
+    monkeypatch.setattr(process.time, "perf_counter", lambda: next(now))
     with Crowd(3) as crowd:
         pass
     assert crowd.cores == 1.5
-    monkeypatch.setattr(replay.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(process.psutil, "cpu_count", lambda: 4)
     assert crowd.disturbs
-    monkeypatch.setattr(replay.psutil, "cpu_count", lambda: 5)
+    monkeypatch.setattr(process.psutil, "cpu_count", lambda: 5)
     assert not crowd.disturbs
 
 
 def test_of_a_moment_a_crowd_tells_nothing(monkeypatch):
     """The system counts in hundredths of a second, so that a few milliseconds could seem to be many cores."""
     spent, now = iter([(10.0, 4.0), (10.02, 4.0)]), iter([0.0, 0.004])
-    monkeypatch.setattr(replay, "_cpu_seconds", lambda: next(spent))
-    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(process, "_cpu_seconds", lambda: next(spent))
+    monkeypatch.setattr(process.time, "perf_counter", lambda: next(now))
     with Crowd(3) as crowd:
         pass
-    assert (crowd.cores, crowd.disturbs) == (0, (replay.psutil.cpu_count() or 1) + 0.25 < 3)
+    assert (crowd.cores, crowd.disturbs) == (0, (process.psutil.cpu_count() or 1) + 0.25 < 3)
 
 
 def test_kinds_are_unknown_until_they_are_timed(quick):

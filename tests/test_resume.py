@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, fit, train
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, checkpoint, fit
+from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task
-from lora_lab.train import DivergedError, _Run, own_randomness
 
 CHECKPOINT = "checkpoint.safetensors"
 STEPS, EVERY = 9, 2  # batches of 4 from 10 examples: nine steps cross three ends of an epoch
@@ -182,7 +182,7 @@ import torch._dynamo  # the first step of an optimiser imports it, which takes a
 
 sys.path.insert(0, sys.argv[1])
 import test_resume as here
-from lora_lab import train
+from lora_lab import checkpoint, train
 
 kind = sys.argv[2]
 
@@ -198,9 +198,12 @@ def child(folder, point, at):
             die()
         return value
 
-    def step(run, number):
+    def micro_batches(task, order, number, *rest):
         steps.append(number)
-        original_step(run, number)
+        return original_batches(task, order, number, *rest)
+
+    def add(history, number, **values):
+        original_add(history, number, **values)
         if point == "after the step" and number == at:
             die()
 
@@ -211,14 +214,16 @@ def child(folder, point, at):
             Path(path).write_bytes(data[: len(data) * 2 // 3])
             die()
 
-    def save_checkpoint(run, target):
-        original_checkpoint(run, target)
+    def save(*run):
+        original_checkpoint(*run)
         if point == "after the writing" and steps[-1] == at:
             die()
 
     steps = [0]
-    original_step, original_save, original_checkpoint = train._Run.step, train.save_file, train._save_checkpoint
-    train._Run.step, train.save_file, train._save_checkpoint = step, save_file, save_checkpoint
+    original_batches, original_add = train.micro_batches, train.History.add
+    train.micro_batches, train.History.add = micro_batches, add
+    original_save, original_checkpoint = checkpoint.save_file, checkpoint.save
+    checkpoint.save_file, checkpoint.save = save_file, save
     model, history = here.run(kind, folder, loss)
     history.save(folder / "history.json")
     original_save(model.state_dict(), folder / "model.safetensors")
@@ -371,14 +376,27 @@ def test_the_gpus_random_state_is_stored_and_put_back_on_a_gpu_only(tmp_path, mo
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: given.append(value))
 
-    def on(device):
-        class Elsewhere(_Run):
-            def __init__(self, *args):
-                super().__init__(*args)
-                self.device = torch.device(device)
+    class Elsewhere:
+        """The model, whose parameters are said to be on another device."""
 
-        monkeypatch.setattr(train, "_Run", Elsewhere)
-        monkeypatch.setattr(train, "own_randomness", lambda _, seed: own_randomness(torch.device("cpu"), seed))
+        def __init__(self, model, device):
+            self.model, self.device = model, torch.device(device)
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+        def parameters(self):
+            return iter([self])
+
+    save, resume = checkpoint.save, checkpoint.resume
+
+    def on(device):
+        for name, function in (("save", save), ("resume", resume)):
+
+            def told(folder, model, *rest, function=function):
+                return function(folder, Elsewhere(model, device), *rest)
+
+            monkeypatch.setattr(checkpoint, name, told)
 
     on(first)
     interrupt("lora", tmp_path, 6)

@@ -13,8 +13,9 @@ import pandas
 import pytest
 
 from lora_lab import records
-from lora_lab.ablation import learning, summary
-from lora_lab.ablation.verdict import t_bounds
+from lora_lab.ablation import overfitting as learning
+from lora_lab.ablation import summary
+from lora_lab.ablation.stats import t_bounds
 
 CPU = "intel-xeon-processor-2-cores"
 MIB = 2**20

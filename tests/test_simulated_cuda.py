@@ -19,13 +19,16 @@ import torch
 from simulated_cuda import WORKSPACE, simulated_cuda
 
 import lora_lab as ll
-from lora_lab import Lean, flops, memory, quantize, rank, rehearse, replay, speed
+from lora_lab import Lean, memory, quantize, rank, speed
 from lora_lab.ablation import Grid, studies
 from lora_lab.ablation.packed import Run, fit_packed
+from lora_lab.costs import cost_model, fake, flops, timing
+from lora_lab.costs import microbench as replay
+from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.tasks.base import IGNORE, Examples, Task
+from lora_lab.task import IGNORE, Examples, Task
 
 if simulation.missing() and not torch.__version__.startswith("2.13"):
     pytest.skip(f"torch {torch.__version__} has no {simulation.missing()}", allow_module_level=True)
@@ -54,7 +57,7 @@ def gpu():
 @pytest.fixture
 def rehearsals_on_the_cpu(gpu, monkeypatch):
     """Fake tensors cannot be on a device that is not there, so what is rehearsed for it is rehearsed on the CPU."""
-    plain = rehearse.pretend
+    plain = fake.pretend
 
     @contextlib.contextmanager
     def pretend(model, device="cpu", dtype=None):
@@ -62,7 +65,7 @@ def rehearsals_on_the_cpu(gpu, monkeypatch):
         with plain(model, "cpu", dtype) as twin:
             yield twin
 
-    for module in (rehearse, memory, flops, speed):
+    for module in (fake, memory, flops, cost_model):
         monkeypatch.setattr(module, "pretend", pretend)
 
 
@@ -91,9 +94,8 @@ def losses(history):
 
 def waits_of_a_step(gpu, model, method, lean=None, **options):
     """What the host waits for in the second step on a batch that is on the device."""
-    step = ll.train.make_step(model, TASK.loss, method, lr=1e-3, lean=lean, **options)
-    if lean is not None:  # as fit does
-        step.loss = ll.lean.with_every_target(step.loss, [TASK.train.targets])
+    step = ll.train.make_step(model, TASK.loss, method, ll.TrainConfig(steps=2, lr=1e-3, lean=lean, **options))
+    step.read_targets([TASK.train.targets])  # as fit does
     batch = [(TASK.train.inputs[:4].to("cuda"), TASK.train.targets[:4].to("cuda"))]
     step(batch, [1.0])
     gpu.waits.clear()
@@ -309,7 +311,7 @@ def test_a_run_is_stopped_and_goes_on_with_the_same_numbers(gpu, tmp_path, monke
         return ll.fit(there(), TASK, method, checkpoint_dir=folder, checkpoint_every=1, **{**OPTIONS, **more})
 
     whole = losses(run(tmp_path / "whole"))
-    plain, done = ll.train._save_checkpoint, []
+    plain, done = ll.checkpoint.save, []
 
     def stopping(*args):
         plain(*args)
@@ -318,7 +320,7 @@ def test_a_run_is_stopped_and_goes_on_with_the_same_numbers(gpu, tmp_path, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ll.train, "_save_checkpoint", stopping)
+        patch.setattr(ll.checkpoint, "save", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
     assert losses(run(tmp_path / "stopped")) == whole
@@ -438,14 +440,14 @@ def test_the_amplification_factor_is_the_cpus(gpu):
 
 
 def test_a_factory_makes_its_model_on_the_device(gpu):
-    model = rehearse.made(partial(Llama, SHAPE), torch.device("cuda"))
+    model = fake.made(partial(Llama, SHAPE), torch.device("cuda"))
     assert all(parameter.is_cuda for parameter in model.parameters())
     assert all(torch.equal(a.cpu(), b) for a, b in zip(model.parameters(), Llama(SHAPE).parameters(), strict=True))
 
 
 def test_steps_are_timed_and_predicted_for_the_device(rehearsals_on_the_cpu, monkeypatch):
-    monkeypatch.setattr(speed, "_TIMING_S", 0.0)
-    variants = {"full": ll.FullFineTuning(), "LoRA": ll.LoRA(4), "lean": rehearse.Setup(ll.LoRA(4), lean=Lean())}
+    monkeypatch.setattr(timing, "_TIMING_S", 0.0)
+    variants = {"full": ll.FullFineTuning(), "LoRA": ll.LoRA(4), "lean": Setup(ll.LoRA(4), lean=Lean())}
     for model in (there(), partial(Llama, SHAPE)):
         times = speed.step_time(model, variants, 2, 8, rounds=1, device="cuda", progress=False)
         assert times.setting.endswith("cuda:0" if isinstance(model, Llama) else "cuda")
@@ -453,7 +455,7 @@ def test_steps_are_timed_and_predicted_for_the_device(rehearsals_on_the_cpu, mon
 
 
 def test_a_timed_lean_step_waits_before_and_after_it_alone(gpu):
-    run = speed._Run(there(), rehearse.Setup(ll.LoRA(4), lean=Lean()), torch.device("cuda"))
+    run = timing._Run(there(), Setup(ll.LoRA(4), lean=Lean()), torch.device("cuda"))
     run.warm_up(tuple(part.to("cuda") for part in (PARTS[0].inputs[:2], PARTS[0].targets[:2])))
     gpu.waits.clear()
     run.seconds()
@@ -504,7 +506,7 @@ def lesson(rehearsals_on_the_cpu, monkeypatch):
     """
     monkeypatch.setenv("LORA_LAB_DEVICE", "cuda")
     monkeypatch.setattr(shapes, "shape", lambda name: SHAPE)
-    monkeypatch.setattr(speed, "_TIMING_S", 0.0)
+    monkeypatch.setattr(timing, "_TIMING_S", 0.0)
     monkeypatch.setattr(replay, "ROUNDS", 1)
 
     def run(number, cells):
@@ -529,7 +531,7 @@ def test_the_lesson_on_memory_measures_there(lesson):
 def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     timed = speed.step_time
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))
-    monkeypatch.setattr(speed, "_phase_seconds", partial(speed._phase_seconds, steps=2))
+    monkeypatch.setattr(cost_model, "_phase_seconds", partial(cost_model._phase_seconds, steps=2))
     monkeypatch.setattr(replay.Stopwatch, "_samples", lambda self, operation: [1e-4])
     few = {"batch_size": 1, "seq_len": 8}
     pictures = {"batch": (torch.ones(8, 64, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda"))}

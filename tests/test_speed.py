@@ -12,11 +12,15 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, replay, speed
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, speed
+from lora_lab.costs import cost_model, timing
+from lora_lab.costs import microbench as replay
+from lora_lab.costs.cost_model import CostModel, Prediction, Work
+from lora_lab.costs.microbench import VIEW, Operation, Stopwatch
+from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import Times
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.rehearse import Setup
-from lora_lab.replay import VIEW, Operation, Stopwatch
-from lora_lab.speed import CostModel, Prediction, Times, Work
+from lora_lab.train import TrainingStep
 
 DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
 
@@ -129,7 +133,8 @@ def clock(monkeypatch):
             return self.now
 
     found = Clock()
-    monkeypatch.setattr(speed, "time", found)
+    for module in (cost_model, timing):
+        monkeypatch.setattr(module, "time", found)
     return found
 
 
@@ -444,18 +449,18 @@ def test_where_python_runs_ahead_only_the_longer_side_is_explained():
 def test_a_line_is_the_one_of_least_squares():
     points = [(14, 2.0), (32, 3.5), (165, 9.0), (304, 21.0)]
     slope, fixed = numpy.polyfit(*zip(*points, strict=True), 1)
-    assert speed._line(points) == pytest.approx((fixed, slope))
-    assert speed._line([(5, 2.0), (5, 4.0)]) == (3.0, 0.0)
+    assert cost_model._line(points) == pytest.approx((fixed, slope))
+    assert cost_model._line([(5, 2.0), (5, 4.0)]) == (3.0, 0.0)
 
 
 def test_the_phases_of_a_step_are_timed_apart(clock):
-    step = Setup(FullFineTuning(), loss=slow(clock, [], "", 1.0)).step(DigitsMLP())
-    plain = step.backward
+    class Slow(TrainingStep):
+        def backward(self, *args):
+            losses = super().backward(*args)
+            clock.now += 2.0
+            return losses
 
-    def backward(*args):
-        losses = plain(*args)
-        clock.now += 2.0
-        return losses
+    step = Slow(**vars(Setup(FullFineTuning(), loss=slow(clock, [], "", 1.0)).step(DigitsMLP())))
 
     def wait(seconds):
         def hook(*_):
@@ -465,7 +470,7 @@ def test_the_phases_of_a_step_are_timed_apart(clock):
 
     step.optimizer.register_step_pre_hook(wait(4.0))
     step.optimizer.register_step_post_hook(wait(8.0))
-    found = speed._phase_seconds(replace(step, backward=backward), DIGITS, steps=3)
+    found = cost_model._phase_seconds(step, DIGITS, steps=3)
     assert found == {"forward": 1.0, "backward": 2.0, "clipping": 4.0, "optimiser step": 8.0}
     assert len(step.optimizer._optimizer_step_pre_hooks) == 1  # its own is taken off
 
@@ -512,9 +517,9 @@ def test_a_busy_machine_is_noticed_while_costs_are_measured(monkeypatch, tiny_co
 
     costs = CostModel(Known(torch.device("cpu")), {})
     ways = {"full": FullFineTuning()}
-    monkeypatch.setattr(speed.Crowd, "disturbs", False)
+    monkeypatch.setattr(cost_model.Crowd, "disturbs", False)
     assert costs.predict(partial(Llama, tiny_config), ways, 1, 8).doubts == []
-    monkeypatch.setattr(speed.Crowd, "disturbs", True)
+    monkeypatch.setattr(cost_model.Crowd, "disturbs", True)
     assert costs.predict(partial(Llama, tiny_config), ways, 1, 8).doubts == []  # nothing was timed
     found = costs.predict(partial(Llama, tiny_config), ways, 2, 8)
     assert found.doubts[0].startswith("While costs were measured: Other processes kept")

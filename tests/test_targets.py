@@ -11,11 +11,13 @@ import transformers as hf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge, save_adapter, targets
-from lora_lab.adapters import load_adapter, off, switch
-from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection, register
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
+from lora_lab.adapters.edit import off, switch
+from lora_lab.adapters.peft_format import load_adapter
+from lora_lab.inject import find
+from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection, lora_class, register
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.quantize import BlockLinear
+from lora_lab.models.quantize import BlockLinear
 from lora_lab.variants import DoRALinear, RsLoRALinear
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -25,7 +27,7 @@ WIDE = {"intermediate_size": 24}
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(targets, "_REGISTERED", dict(targets._REGISTERED))
+    monkeypatch.setattr(layers, "_REGISTERED", dict(layers._REGISTERED))
     torch.manual_seed(0)
 
 
@@ -54,7 +56,7 @@ class EveryKind(nn.Module):
 
 
 def test_each_kind_of_layer_has_its_class_and_others_have_none():
-    found = {name: targets.lora_class(module) for name, module in EveryKind().named_modules() if name}
+    found = {name: lora_class(module) for name, module in EveryKind().named_modules() if name}
     assert found == {
         "linear": LoRALinear,
         "words": LoRAEmbedding,
@@ -78,7 +80,7 @@ def test_all_linear_means_layers_registered_as_linear_and_names_mean_any():
 
 def test_a_variant_is_put_only_where_it_derives_from_the_class_of_the_kind():
     model = EveryKind()
-    fits = {name for name, module in model.named_modules() if name and targets.lora_class(module, RsLoRALinear)}
+    fits = {name for name, module in model.named_modules() if name and lora_class(module, RsLoRALinear)}
     assert fits == {"linear", "blocks"}
     with pytest.raises(ValueError, match="'words' matches 'words', a Embedding, which cannot be adapted here"):
         inject(model, LoRAConfig(rank=2, targets=["linear", "words"]), layer=DoRALinear)
@@ -212,7 +214,7 @@ def test_a_class_derived_from_linear_is_adapted_if_it_computes_the_same_with_a_p
         warnings.simplefilter("ignore")
         model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": make()})
         state = torch.get_rng_state()
-        assert targets.find(model, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
+        assert find(model, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
         assert device == "fake" or torch.equal(torch.get_rng_state(), state)
         if not fits:
             with pytest.raises(ValueError, match=rf"'own' matches 'own', a {type(model['own']).__name__}, which"):
@@ -304,7 +306,7 @@ def in_a_fresh_process(script):
 def test_every_kind_is_known_even_if_only_the_heart_was_imported_and_no_library_of_theirs_is():
     script = """
 import sys, types
-from lora_lab.lora import LoRAConfig, inject, lora_layers
+from lora_lab.inject import LoRAConfig, inject, lora_layers
 from torch import nn
 library = types.ModuleType("transformers.pytorch_utils")  # stands for one that is not installed
 class Conv1D(nn.Module):

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from lora_lab import LoRA, fit, memory, speed
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.task import described
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error, planted
-from lora_lab.tasks.base import described
-from lora_lab.tasks.manual import _related
+from lora_lab.tasks.python_docs import _related
 
 PARTS = ("train", "validation", "test", "off_domain")
 

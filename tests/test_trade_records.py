@@ -12,13 +12,15 @@ import pytest
 import torch
 from test_pairs import TEMPLATE
 
-from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records, trade_records
-from lora_lab.ablation import run, studies
-from lora_lab.finetune import TASKS
+from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
+from lora_lab.ablation import packing, run, studies
+from lora_lab.experiments import downstream as trade_records
+from lora_lab.experiments.finetune import TASKS
 from lora_lab.models.llama import Llama
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import Pair, from_pairs
-from lora_lab.tasks.scores import StyleJudge, answers, trivial
+from lora_lab.tasks.generate import answers
+from lora_lab.tasks.metrics import StyleJudge, trivial
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = trade_records.plan  # the fixture puts another in its place
@@ -80,7 +82,8 @@ def tiny(tiny_config, chatter, tmp_path_factory):
         patch.setattr(studies, "language_model", make)
         patch.setattr(studies, "processes", lambda device: 1)
         patch.setattr(run, "_commit", lambda: COMMIT)
-        patch.setattr(run, "_fitting", lambda *_: 4)  # so many fit into a pack; to foresee it takes a second each time
+        # So many fit into a pack; to foresee it takes a second each time.
+        patch.setattr(packing, "_fitting", lambda *_: 4)
         patch.setattr(trade_records, "TASKS", small)
         patch.setattr(trade_records, "style", small["style"])
         patch.setattr(trade_records, "load_pretrained", lambda name: (None, chatter))
@@ -94,9 +97,15 @@ def tiny(tiny_config, chatter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(tiny):
     """(the record, its rows in the order in which they came, what was printed) of one run of the command."""
-    found, make = [], trade_records.trades
+    found, recorder = [], trade_records.RECORDER
+
+    def rows(device):
+        for row in recorder.rows(device):
+            found.append(row)
+            yield row
+
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(trade_records, "trades", lambda device: (found.append(row) or row for row in make(device)))
+        patch.setattr(trade_records, "RECORDER", dataclasses.replace(recorder, rows=rows))
         status = cli.main(["record", "trades", "--device", "cpu", "--out", "records"])
     assert status == 0
     (record,) = records.load_all("trades", "records").values()

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab import FullFineTuning, History, Lean, Llama, LoRA, LoRAPlus, PartialFineTuning, evaluate, fit
+from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
-from lora_lab.train import COLUMNS, DivergedError, Step, learning_rate, make_step, training_step
+from lora_lab.train import TrainConfig, TrainingStep, learning_rate, make_step
 
 
 def examples(n, features, classes, seed, dtype=torch.float32):
@@ -220,7 +221,7 @@ def linear_step(clip, weights=(1.0,), batches=None):
     targets = torch.zeros(2, 2, dtype=torch.float64)
     batches = batches or [(inputs, targets)]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    loss, norm = training_step(model, mean_squared_error, batches, weights, optimizer, clip)
+    loss, norm = TrainingStep(model, mean_squared_error, optimizer, clip)(batches, weights)
     moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)])
     return loss.item(), norm.item(), float(moved.norm())
 
@@ -690,7 +691,7 @@ def test_a_training_step_runs_on_tensors_that_have_no_values(tiny_config, method
         optimizer = torch.optim.AdamW(method.groups(model), lr=1e-3, fused=fused)
         ids = torch.zeros(2, 5, dtype=torch.long)
         task_loss = token_task().loss
-        loss, norm = training_step(model, task_loss, [(ids, ids), (ids, ids)], [0.5, 0.5], optimizer, 1.0)
+        loss, norm = TrainingStep(model, task_loss, optimizer, 1.0)([(ids, ids), (ids, ids)], [0.5, 0.5])
     assert isinstance(loss, FakeTensor)
     assert isinstance(norm, FakeTensor)
     assert loss.shape == norm.shape == ()
@@ -719,7 +720,7 @@ def test_gradients_are_clipped_in_one_pass_where_there_are_numbers_and_where_the
             model.to(device)
         targets = torch.zeros(2, dtype=torch.long, device=device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        training_step(model, cross_entropy, [(pixels, targets)], [1.0], optimizer, 1.0)
+        TrainingStep(model, cross_entropy, optimizer, 1.0)([(pixels, targets)], [1.0])
 
     step("cpu")
     with FakeTensorMode():
@@ -795,8 +796,8 @@ def test_fit_repeats_the_step_that_make_step_makes():
     task = small_task(n_train=4)
     fitted, history = run(LoRA(2, dropout=0.2), task=task, steps=3, schedule="constant", warmup=0, clip=0.1)
     model = DigitsMLP(width=16)
-    step = make_step(model.train(), task.loss, LoRA(2, dropout=0.2), lr=0.01, clip=0.1)
-    assert isinstance(step, Step)
+    step = make_step(model.train(), task.loss, LoRA(2, dropout=0.2), TrainConfig(steps=3, lr=0.01, clip=0.1))
+    assert isinstance(step, TrainingStep)
     rows = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -810,10 +811,12 @@ def test_fit_repeats_the_step_that_make_step_makes():
 
 
 def test_make_step_hands_rates_and_decay_to_the_optimiser():
-    step = make_step(DigitsMLP(), cross_entropy, LoRAPlus(2, ratio=4.0), lr=0.5, weight_decay=0.25, clip=None)
+    config = TrainConfig(steps=1, lr=0.5, weight_decay=0.25, clip=None)
+    step = make_step(DigitsMLP(), cross_entropy, LoRAPlus(2, ratio=4.0), config)
     assert [(group["lr"], group["weight_decay"]) for group in step.optimizer.param_groups] == [(0.5, 0.25), (2.0, 0.25)]
     assert (step.clip, step.threads, step.loss) == (None, 1, cross_entropy)
-    seeds = [make_step(DigitsMLP(), cross_entropy, LoRA(2), lr=0.5, seed=seed).model for seed in (0, 0, 1)]
+    configs = [TrainConfig(steps=1, lr=0.5, seed=seed) for seed in (0, 0, 1)]
+    seeds = [make_step(DigitsMLP(), cross_entropy, LoRA(2), config).model for config in configs]
     assert torch.equal(seeds[0].head.lora_A, seeds[1].head.lora_A)
     assert not torch.equal(seeds[0].head.lora_A, seeds[2].head.lora_A)
 
@@ -821,7 +824,7 @@ def test_make_step_hands_rates_and_decay_to_the_optimiser():
 def test_make_step_makes_a_lean_step(tiny_config):
     ids = torch.randint(0, 260, (2, 8), generator=torch.Generator().manual_seed(1))
     steps = [
-        make_step(Llama(tiny_config), cross_entropy, LoRA(2), lr=0.1, lean=lean)
+        make_step(Llama(tiny_config), cross_entropy, LoRA(2), TrainConfig(steps=1, lr=0.1, lean=lean))
         for lean in (None, Lean(loss_rows=3), Lean(threads=2))
     ]
     assert [step.threads for step in steps] == [1, 1, 2]
@@ -937,3 +940,19 @@ def test_checkpointing_is_refused_where_it_cannot_be_and_the_model_is_left_alone
         fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, gradient_checkpointing=True, lean=Lean())
     assert not model.model.gradient_checkpointing
     fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, lean=Lean(checkpoint=True))
+
+
+def test_defaults_of_a_config_follow_its_steps():
+    config = TrainConfig(steps=100, lr=1e-3)
+    assert (config.warmup_steps, config.evaluation_interval) == (10, 10)
+    longer = dataclasses.replace(config, steps=1000)
+    assert (longer.warmup_steps, longer.evaluation_interval) == (100, 100)
+    assert longer.settings()["warmup"] == longer.settings()["eval_every"] == 100
+    assert dataclasses.replace(config, steps=5).warmup_steps == 0
+
+
+def test_keywords_override_a_config():
+    model, task = DigitsMLP(), digits(n_train=64)
+    config = TrainConfig(steps=100, lr=1e-2, batch_size=8)
+    settings = fit(model, task, LoRA(2), config, steps=3, progress=False).settings
+    assert (settings["steps"], settings["lr"], settings["batch_size"], settings["warmup"]) == (3, 1e-2, 8, 0)

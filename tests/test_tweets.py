@@ -7,7 +7,8 @@ import pytest
 
 from lora_lab import cli
 from lora_lab.models.pretrained import load_pretrained
-from lora_lab.tasks import trades, tweets
+from lora_lab.tasks import datasets as trades
+from lora_lab.tasks import tweets
 
 ROWS = """sentiment,confidence,text
 negative,0.9,@air you lost my bag again http://t.co/1

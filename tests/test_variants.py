@@ -20,8 +20,9 @@ from lora_lab import (
     merge,
     save_adapter,
 )
-from lora_lab.adapters import CONFIG, WEIGHTS, switch
-from lora_lab.memory import saved_bytes
+from lora_lab.adapters.edit import switch
+from lora_lab.adapters.peft_format import CONFIG, WEIGHTS
+from lora_lab.costs.memory import saved_bytes
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
 RANK, ALPHA = 3, 5.0

@@ -12,7 +12,8 @@ from torch import nn
 from lora_lab import LoRA, fit
 from lora_lab.ablation.grid import Grid
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.verdict import RankResult, Verdict, _Choice, summary, t_bounds
+from lora_lab.ablation.stats import t_bounds
+from lora_lab.ablation.verdict import RankResult, Verdict, _Choice, summary
 from lora_lab.tasks import planted
 from lora_lab.train import evaluate
 

@@ -2,17 +2,22 @@
 
 In reading order:
 
-    grid      what a trial is, as data with an identity; products of ranks, rates, seeds and methods
-    packed    many adapters over one frozen base in one pass
-    run       run trials here, in processes or on a cluster; stop and go on; the table of results
-    studies   models and tasks to begin with
-    verdict   the smallest rank that is enough, or that more seeds are needed
-    learning  what was learned, overfitted and forgotten, read off the curves
+    grid          what a trial is, as data with an identity; products of ranks, rates, seeds and methods
+    packed_layer  one frozen weight with many adapters beside it, and the losses, trial by trial
+    packing       which trials may share a pass, and how many
+    packed        many adapters over one frozen base in one pass
+    results       a trial's file, and the table of all results
+    run           run trials here, in processes or on a cluster; stop and go on
+    studies       models and tasks to begin with
+    stats         bounds on a mean of paired differences
+    verdict       the smallest rank that is enough, or that more seeds are needed
+    overfitting   what was learned, overfitted and forgotten, read off the curves
 """
 
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.packed import fit_packed
-from lora_lab.ablation.run import ablate, load
+from lora_lab.ablation.results import load
+from lora_lab.ablation.run import ablate
 from lora_lab.ablation.verdict import Verdict, summary
 
 __all__ = ["Grid", "Trial", "Verdict", "ablate", "fit_packed", "load", "summary"]

@@ -20,7 +20,7 @@ from operator import index
 from typing import Any
 
 from lora_lab.methods import LoRA, Method
-from lora_lab.train import check_settings
+from lora_lab.train import TrainConfig
 
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
@@ -67,7 +67,7 @@ class Trial:
             self._normalise(name, index)
         for name in ("lr", "weight_decay", "clip"):
             self._normalise(name, float)
-        settings = check_settings(**self.options, accumulate=1)
+        settings = TrainConfig(**self.options).settings()
         for name in ("warmup", "eval_every"):  # the defaults that fit fills in
             object.__setattr__(self, name, settings[name])
 

@@ -19,7 +19,6 @@ and N numbers in a padded adapter.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -29,36 +28,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from lora_lab import lean
-from lora_lab.lora import LoRALinear, adapter_state, check_unadapted, replace
-from lora_lab.methods import MARK, LoRA, Method, RsLoRA
-from lora_lab.models.llama import Llama
-from lora_lab.quantize import BlockLinear
-from lora_lab.targets import find
-from lora_lab.tasks.base import IGNORE, Examples, Task, cross_entropy, described, logits, mean_squared_error
-from lora_lab.train import (
-    COLUMNS,
-    DataOrder,
-    DivergedError,
-    History,
-    check_settings,
-    count_parameters,
-    learning_rate,
-    make_adamw,
-    own_randomness,
-    progress_bar,
-    stop_if_diverged,
-    to_device,
-)
-
-_LOSS_ROWS = 128  # of a language model: their logits, 25 MB for SmolLM2, are memory that the C library keeps
-
-
-class PackingError(ValueError):
-    """These runs cannot share a pass: a ValueError of its own, so that a caller can run them apart."""
+from lora_lab.ablation.packed_layer import TRIAL_LOSSES, PackedLinear, PackingError
+from lora_lab.ablation.packing import refusal
+from lora_lab.history import COLUMNS, DivergedError, History, count_parameters, stop_if_diverged
+from lora_lab.inject import adapter_state, find, replace
+from lora_lab.lora import LoRALinear
+from lora_lab.methods import LoRA
+from lora_lab.system.device import own_randomness
+from lora_lab.system.progress import progress_bar
+from lora_lab.task import IGNORE, Examples, Task
+from lora_lab.train import DataOrder, TrainConfig, make_adamw, to_device
 
 
 @dataclass(frozen=True)
@@ -92,209 +72,13 @@ class Result:
     error: DivergedError | None = None
 
 
-class PackedLinear(nn.Module):
-    """A frozen ``nn.Linear`` with K updates beside it, each for its own K-th of the rows.
-
-    Args:
-        base: the layer that all trials share.
-        A: (K, R, in), zero below each trial's rank.
-        B: (K, out, R), zero right of it.
-        scaling: (K,), alpha / rank of each trial.
-    """
-
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, scaling: Tensor) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_A = nn.Parameter(A)  # (20, 16, 64)
-        self.lora_B = nn.Parameter(B)  # (20, 128, 16)
-        self.register_buffer("scaling", scaling.view(-1, 1, 1), persistent=False)  # (20, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        trials = len(self.scaling)
-        if len(x) % trials:
-            raise PackingError(
-                f"A layer was given {len(x)} rows, which are not the examples of {trials} trials, as where the first "
-                "dimension of a tensor is not the batch; run the trials apart, with fit."
-            )
-        return _AddUpdates.apply(x, self.lora_A, self.lora_B, self.scaling, self.base)  # (640, 64) -> (640, 128)
-
-    @property
-    def weight(self) -> Tensor:
-        """There is none: K trials have K weights.
-
-        Raises:
-            PackingError: always; some parents read their layer's weight and never call the layer.
-        """
-        raise PackingError(
-            "The model reads the weight of an adapted layer in place of calling the layer, and a pack of trials has "
-            "no one weight; run the trials apart, with fit."
-        )
-
-    def extra_repr(self) -> str:
-        trials, rank, _ = self.lora_A.shape
-        return f"trials={trials}, largest rank={rank}"
-
-
-class _AddUpdates(torch.autograd.Function):
-    """h_k = W0 x_k + scaling_k * B_k A_k x_k, backward by hand.
-
-    Autograd would give the same. By hand the narrow products have their short side first, which takes half the time,
-    and what is added is added in place.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, base: nn.Linear) -> Tensor:
-        outputs = base(x).contiguous()  # (640, 64) -> (640, 128), one product for all trials
-        apart = x.reshape(len(A), -1, x.shape[-1]).to(A.dtype)  # (20, 32, 64): rows come trial by trial
-        narrow = torch.bmm(A, apart.mT).mul_(scaling)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
-        _add_product(outputs.view(*apart.shape[:2], -1), narrow.mT, B.mT)  # (20, 32, 128)
-        ctx.save_for_backward(apart, narrow, A, B)
-        ctx.scaling, ctx.base = scaling, base
-        return outputs  # (640, 128)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        x, narrow, A, B = ctx.saved_tensors
-        apart = g.reshape(*x.shape[:2], -1).to(A.dtype)  # (640, 128) -> (20, 32, 128)
-        narrowed = torch.bmm(B.mT, apart.mT).mul_(ctx.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
-        dB = torch.bmm(narrow, apart).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
-        dA = torch.bmm(narrowed, x)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ ctx.base.weight  # (640, 128) @ (128, 64) -> (640, 64), one product again
-            _add_product(dx.view(x.shape), narrowed.mT, A)  # (20, 32, 64)
-        return dx, dA, dB, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to total, in place; a base in half precision has adapters in float32."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total.add_(torch.bmm(left, right))
-
-
-def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
-    """Why a run cannot be packed, in a sentence, or None if it can.
-
-    Only what is plain from outside is looked at. :func:`fit_packed` tries the model too, before it trains.
-    """
-    if type(method) not in (LoRA, RsLoRA):  # the two differ in scaling alone
-        name = getattr(method, "name", method)
-        return f"Method {name!r} trains something else than plain LoRA, which alone can be packed; use fit."
-    if method.dropout > 0:
-        return (
-            f"The method's dropout is {method.dropout:g}, but trials in one pass must draw nothing at random; use fit."
-        )
-    if not any(task.loss is loss for loss in _LOSSES):  # a loss need not be hashable
-        return (
-            f"The loss {described(task.loss)!r} cannot be taken apart by trial; use fit, or "
-            f"{' or '.join(loss.__name__ for loss in _LOSSES)} of lora_lab.tasks."
-        )
-    if mark := getattr(model, MARK, None):
-        return f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
-    try:
-        check_unadapted(model)
-        names = find(model, method.targets, method.exclude)
-    except ValueError as error:  # fit would say the same
-        return str(error)
-    for name in names:
-        if type(layer := model.get_submodule(name)) is not nn.Linear:
-            return f"Layer {name!r} is a {type(layer).__name__}, but only adapters of nn.Linear can be packed; use fit."
-    weights = {name: model.get_submodule(name).weight for name in names}
-    if len({torch.promote_types(weight.dtype, torch.float32) for weight in weights.values()}) > 1:
-        kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
-        return f"The layers to adapt are in {' and '.join(kinds)}, but a pack lies in one tensor of one dtype; use fit."
-    for name, module in model.named_modules():
-        if reason := _mixes(module):
-            return f"Module {name!r} ({type(module).__name__}) {reason}; use fit."
-    return None
-
-
-def _mixes(module: nn.Module) -> str | None:
-    """How a module lets trials touch that share a pass, if it does."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "takes the statistics of the whole batch in training, so trials in one pass would mix"
-    if getattr(module, "track_running_stats", False):
-        return "keeps running statistics in training, which trials in one pass would share"
-    # torch's own dropout keeps its probability as p; attention and recurrent layers, here and in other libraries,
-    # keep it under a name with "drop" in it.
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    for name, value in vars(module).items():
-        if ("drop" in name or (dropout and name == "p")) and isinstance(value, float) and value > 0:
-            return f"has dropout {value:g}, but trials in one pass must draw nothing at random"
-    return None
-
-
-def shares(model: nn.Module, runs: Sequence[Any], count: int, most: int) -> list[list[Any]]:
-    """Cut runs into packs that take about the same time.
-
-    Neighbours in rank go together, for they pad each other least. What a run costs is counted in multiply-adds for
-    one row of an adapted layer's input: twice in * out for the frozen weight, 3 rank (in + out) for the adapter.
-
-    Args:
-        model: what they are to be trained on.
-        runs: trials or :class:`Run` objects: anything with a ``method``.
-        count: how many packs, at most one for each run.
-        most: the most runs of a pack; ``count`` packs must be able to hold all.
-    """
-    runs = sorted(runs, key=lambda run: run.method.rank, reverse=True)
-    weights = [model.get_submodule(name).weight for name in find(model, runs[0].method.targets, runs[0].method.exclude)]
-    frozen, sides = sum(2 * weight.numel() for weight in weights), sum(sum(weight.shape) for weight in weights)
-    done = [0, *itertools.accumulate(frozen + 3 * run.method.rank * sides for run in runs)]
-    cuts = [0]
-    for left in range(count - 1, 0, -1):
-        ideal = min(range(len(done)), key=lambda at: abs(done[at] - done[-1] * (count - left) / count))
-        lowest, highest = max(cuts[-1] + 1, len(runs) - left * most), min(cuts[-1] + most, len(runs) - left)
-        cuts.append(min(max(ideal, lowest), highest))
-    return [runs[low:high] for low, high in itertools.pairwise([*cuts, len(runs)])]
-
-
-def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
-    counts = targets.flatten() != IGNORE  # (640,)
-    if isinstance(model, Llama) and _plain(model.lm_head):
-        # In slices: the logits of a pack may take more memory than all else, and are of no use once they are read.
-        hidden = model.model(inputs).flatten(0, -2)  # (512, 576)
-        rows = lean.token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, _LOSS_ROWS)  # (512,)
-        rows = rows.where(counts, 0.0)  # (512,)
-    else:
-        outputs = logits(model, inputs).flatten(0, -2)  # (640, 10)
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # (640, 10)
-        rows = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
-    return rows.view(trials, -1).sum(1) / counts.view(trials, -1).sum(1)  # (20,)
-
-
-def _plain(head: nn.Module) -> bool:
-    """Whether a head has no adapter and computes in full precision, in which a loss is to be summed."""
-    full = (torch.float32, torch.float64)
-    if isinstance(head, BlockLinear):
-        return head.dtype in full
-    return type(head) is nn.Linear and head.weight.dtype in full
-
-
-def _squared_errors(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
-    return F.mse_loss(logits(model, inputs), targets, reduction="none").view(trials, -1).mean(1)  # (20,)
-
-
-# The losses of lora_lab.tasks, taken trial by trial.
-_LOSSES = {cross_entropy: _cross_entropies, mean_squared_error: _squared_errors}
-
-
 def fit_packed(
     model: nn.Module,
     task: Task,
     runs: Sequence[Run],
     *,
-    steps: int,
-    batch_size: int = 8,
-    schedule: str = "cosine",
-    warmup: int | None = None,
-    weight_decay: float = 0.0,
-    clip: float | None = 1.0,
-    eval_every: int | None = None,
-    eval_examples: int | None = None,
     progress: bool | None = None,
+    **options: Any,
 ) -> list[Result]:
     """Train one adapter for each run, all in one pass, and leave ``model`` as it was.
 
@@ -307,8 +91,9 @@ def fit_packed(
             as those of one run.
         task: data and loss.
         runs: the trials; ranks, alphas, rates and seeds may differ, the adapted layers may not.
-        steps, schedule, warmup, weight_decay, clip, eval_every, eval_examples, progress: as for :func:`lora_lab.fit`.
-        batch_size: examples a step of each trial.
+        progress: as for :func:`lora_lab.fit`.
+        **options: fields of :class:`lora_lab.train.TrainConfig` but for ``lr`` and ``seed``, which each run has of its
+            own; ``batch_size`` is that of each trial.
 
     Returns:
         A result for each run, in their order.
@@ -317,32 +102,25 @@ def fit_packed(
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model lets trials touch.
         ValueError: there are no runs, or a number is out of range.
     """
-    shared = {
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "steps": steps,
-        "batch_size": batch_size,
-        "schedule": schedule,
-        "warmup": warmup,
-        "accumulate": 1,
-        "eval_every": eval_every,
-        "eval_examples": eval_examples,
-    }
-    settings = [check_settings(lr=run.lr, seed=run.seed, **shared) for run in runs]
+    configs = [TrainConfig(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_names(model, task, runs)
+    config = configs[0]  # all but lr and seed are the same for all
+    for name, only in {"accumulate": 1, "gradient_checkpointing": False, "lean": None}.items():
+        if (value := getattr(config, name)) != only:
+            raise ValueError(f"{name} is {value!r}, but a pack has no such step; leave it out, or use fit.")
     device = next(model.parameters()).device
     with own_randomness(device, 0), _put_back(model, names):
-        pack = _Pack(model, task, runs, names, settings)
-        with progress_bar(steps, f"{len(runs)} adapters", progress) as bar:
+        pack = _Pack(model, task, runs, names, configs)
+        with progress_bar(config.steps, f"{len(runs)} adapters", progress) as bar:
             bar.set_postfix_str("evaluating")
             pack.try_out()
             pack.evaluate()
-            for step in range(1, steps + 1):
+            for step in range(1, config.steps + 1):
                 if not pack.live:
                     break
                 pack.step(step)
                 bar.set_postfix_str(pack.status())
-                if step % settings[0]["eval_every"] == 0 or step == steps:
+                if config.evaluates(step):
                     pack.evaluate()
                 bar.update()
         return pack.results()
@@ -393,18 +171,18 @@ class _Pack:
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, runs: Sequence[Run], names: Sequence[str], settings: list[dict[str, Any]]
+        self, model: nn.Module, task: Task, runs: Sequence[Run], names: Sequence[str], configs: Sequence[TrainConfig]
     ) -> None:
-        self.model, self.task, self.runs, self.settings = model, task, runs, settings
+        self.model, self.task, self.runs, self.configs = model, task, runs, configs
         self.numbers = count_parameters(model)
         self.about_task = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
         self.device = next(model.parameters()).device
         self.adapters = [_adapters(model, names, run) for run in runs]
         model.requires_grad_(False)
         self._stack(names)
-        seeds, size = list(dict.fromkeys(run.seed for run in runs)), settings[0]["batch_size"]
+        seeds, size = list(dict.fromkeys(run.seed for run in runs)), configs[0].batch_size
         self.orders = torch.stack(  # (seeds, steps, 32), which examples
-            [DataOrder(len(task.train), seed).rows(0, settings[0]["steps"] * size).view(-1, size) for seed in seeds]
+            [DataOrder(len(task.train), seed).rows(0, configs[0].steps * size).view(-1, size) for seed in seeds]
         )
         self.order_of = torch.tensor([seeds.index(run.seed) for run in runs])  # (20,)
         self.live = list(range(len(runs)))
@@ -437,13 +215,13 @@ class _Pack:
         # direction, and each trial goes along it at its own rate.
         self.direction = nn.Parameter(torch.zeros_like(self.values))  # (20, N)
         self.direction.grad = self.gradient
-        self.optimizer = make_adamw([{"params": [self.direction], "lr": 1.0, "weight_decay": 0.0}], flat=False)
+        self.optimizer = make_adamw([{"params": [self.direction], "lr": 1.0, "weight_decay": 0.0}])
         self.peaks = self.values.new_tensor([[run.lr] for run in self.runs])  # (20, 1)
 
     def losses(self, batch: Examples) -> Tensor:
         """Each trial's mean loss on its part of a joined batch: (20,)."""
         inputs, targets = to_device(batch, self.model)
-        return _LOSSES[self.task.loss](self.model, inputs, targets, len(self.runs))  # (20,)
+        return TRIAL_LOSSES[self.task.loss](self.model, inputs, targets, len(self.runs))  # (20,)
 
     def batch(self, step: int) -> Examples:
         """The joined batch of a step, trial by trial."""
@@ -452,7 +230,7 @@ class _Pack:
     def step(self, step: int) -> None:
         """Train each trial on its batch of the step, and append the step's row."""
         started = time.perf_counter()
-        settings = self.settings[0]  # of those, all that is read here is the same for all
+        config = self.configs[0]  # all that is read here is the same for all
         batch = self.batch(step)
         tokens = self.counted(batch, step)
         losses = self.losses(batch)  # (20,)
@@ -460,11 +238,11 @@ class _Pack:
         gradients = torch.autograd.grad(losses, self.parameters, torch.ones_like(losses))
         torch.cat([gradient.flatten(1) for gradient in gradients], dim=1, out=self.gradient)  # (20, N)
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
-        if settings["clip"] is not None:
+        if config.clip is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
-            self.gradient.mul_((settings["clip"] / (norms + 1e-6)).clamp(max=1.0)[:, None])
-        factor = learning_rate(step, settings["steps"], 1.0, settings["warmup"], settings["schedule"])
-        self._descend(self.peaks * factor, settings["weight_decay"])
+            self.gradient.mul_((config.clip / (norms + 1e-6)).clamp(max=1.0)[:, None])
+        factor = config.rate_factor(step)
+        self._descend(self.peaks * factor, config.weight_decay)
         row = {"step": step, "lr": factor, "train_loss": losses.tolist(), "grad_norm": norms.tolist(), "tokens": tokens}
         row["seconds"] = (time.perf_counter() - started) / len(self.runs)
         self.rows.append(row)
@@ -498,13 +276,13 @@ class _Pack:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Fill in the last row's validation and off-domain losses."""
-        row, settings, trials = self.rows[-1], self.settings[0], len(self.runs)
+        row, config, trials = self.rows[-1], self.configs[0], len(self.runs)
         self.model.eval()
         for part in ("validation", "off_domain"):
-            examples = self.task.parts[part][: settings["eval_examples"]]
+            examples = self.task.parts[part][: config.eval_examples]
             total, count = torch.zeros(trials, dtype=torch.float64), 0  # (20,)
-            for start in range(0, len(examples), settings["batch_size"]):
-                rows = torch.arange(len(examples))[start : start + settings["batch_size"]]  # (32,)
+            for start in range(0, len(examples), config.batch_size):
+                rows = torch.arange(len(examples))[start : start + config.batch_size]  # (32,)
                 if counted := self.task.counted(examples[rows]):
                     total += self.losses(examples[rows.repeat(trials)]).cpu().double() * counted  # (20,)
                     count += counted
@@ -539,7 +317,7 @@ class _Pack:
         return f"best loss {min(losses):.3f}" if losses else "all have diverged"
 
     def _rate(self, k: int, row: dict[str, Any]) -> float | None:
-        return self.settings[k]["lr"] * row["lr"] if row["step"] else None
+        return self.configs[k].lr * row["lr"] if row["step"] else None
 
     def try_out(self) -> None:
         """Make sure that trials do not touch, for no list of unsuitable modules can be complete.
@@ -616,7 +394,7 @@ class _Pack:
         return History(
             task=dict(self.about_task),
             method=self.runs[k].method.settings(),
-            settings=self.settings[k] | {"packed": len(self.runs)},
+            settings=self.configs[k].settings() | {"packed": len(self.runs)},
             trainable_parameters=numbers,
             total_parameters=self.numbers + numbers,
             # What its own optimiser would hold: two moments of each number, and a float32 of steps for each tensor.

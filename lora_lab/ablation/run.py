@@ -31,44 +31,26 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-import psutil
 import torch
 from joblib.externals.loky import BrokenProcessPool
 from joblib.parallel import get_active_backend
 from torch import Tensor, nn
 
-import lora_lab
 from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Trial
-from lora_lab.device import facts
-from lora_lab.files import check_writable, read_json, write_json
-from lora_lab.lora import adapted_layers
-from lora_lab.memory import predict
-from lora_lab.records import commit, device_name
-from lora_lab.rehearse import Factory, copied
-from lora_lab.tasks.base import Task, bytes_of
-from lora_lab.train import (
-    DivergedError,
-    History,
-    evaluate,
-    fit,
-    frozen_hash,
-    is_number,
-    load_tensors,
-    misfit,
-    progress_bar,
-    save_tensors,
-    trained,
-)
+from lora_lab.ablation.packing import plan
+from lora_lab.ablation.results import SCHEMA, stored_results, table, weights_path
+from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
+from lora_lab.costs.fake import Factory, copied
+from lora_lab.history import DivergedError, History
+from lora_lab.inject import adapted_layers
+from lora_lab.system.files import check_writable, write_json
+from lora_lab.system.progress import progress_bar
+from lora_lab.system.provenance import commit, device_name, facts, version
+from lora_lab.task import Task, bytes_of
+from lora_lab.train import evaluate, fit
 
-SCHEMA = 1
-# Columns of the table: losses, how a trial went, and where it ran; all others say what it was.
-LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
-OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
-SCORE = "score_"  # what a column begins with that the caller's judge gave
-PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
-_MOST_PACKED = 32  # the gain of a pack flattens long before, and a kill loses the whole pack
 _BUSY = threading.Lock()  # held while this process runs a trial
 
 
@@ -107,8 +89,8 @@ def ablate(
             computes with one torch thread.
         engine: "apart" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
             (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest apart.
-        budget_bytes: memory for one pack, by :func:`lora_lab.memory.predict`; default half of what is free on this
-            machine, shared among the workers.
+        budget_bytes: memory for one pack, by :func:`lora_lab.costs.memory.predict`; default half of what is free on
+            this machine, shared among the workers.
         judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
             the trial's result, and is in the table as ``score_<name>``. Stored trials with neither scores nor
             weights are run anew; whose scores they are is not asked, so give another judge another folder.
@@ -117,7 +99,7 @@ def ablate(
             day. It ends the wait for a worker that joined a cluster later and cannot answer.
 
     Returns:
-        The DataFrame that :func:`load` describes, of these trials alone.
+        The DataFrame that :func:`lora_lab.ablation.load` describes, of these trials alone.
 
     Raises:
         ValueError: no trials, a value that is not known, a model_factory that makes no model, a trial of another
@@ -141,15 +123,15 @@ def ablate(
         )
     identity = {"task": own_task.fingerprint, "model": fingerprint(model)}
     wanted = dict.fromkeys(trial.bound(**identity) for trial in trials)
-    results, unjudged = _stored(folder, wanted, judge is not None)
+    results, unjudged = stored_results(folder, wanted, judge is not None)
     left = [trial for trial in wanted if trial.key not in results and trial.key not in unjudged]
     works, timeout = [], None
     if left:
         if folder is not None:
             check_writable(folder)
         workers, timeout = _workers(n_jobs, timeout_s)
-        plan = _plan(model, own_task, left, engine, budget_bytes, workers)
-        works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in plan]
+        parcels = plan(model, own_task, left, engine, budget_bytes, workers)
+        works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in parcels]
     del model  # each process makes its own
     again = (
         _judge_again(_Work(make, task, [trial], False, engine, _here(), judge), unjudged[trial.key], folder)
@@ -170,31 +152,7 @@ def ablate(
             bar.update()
     if failures:
         raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
-    return _frame(results.values())
-
-
-def load(folder: str | Path):
-    """The table of all results in a folder, without running anything.
-
-    Returns:
-        A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
-        seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and what else the method sets; the trial's
-        options; ``outcome`` ("done" or "failed") and, if failed or not judged, the ``reason``; ``step``;
-        ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
-        :meth:`lora_lab.train.History.curve`) at that step, and after the last one ``test_loss`` and what the caller's
-        judge gave; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
-        ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
-        losses.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds no result.
-        ValueError: a file is damaged or no result.
-    """
-    # A killed write leaves a hidden file.
-    paths = sorted(path for path in Path(folder).glob("*.json") if not path.name.startswith("."))
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no results (files <key>.json); run ablate with this folder first.")
-    return _frame([_read(path) for path in paths])
+    return table(results.values())
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -235,24 +193,23 @@ def _workers(n_jobs: int | None, timeout_s: float) -> tuple[int, float | None]:
 def _preflight(client: Any) -> None:
     """Ask every worker of a Dask cluster for its lora_lab: without it, joblib would wait for results for ever."""
 
-    def version() -> str:
+    def their_version() -> str:
         # Not one of this module's functions by name: a worker without lora_lab could not even load it.
-        import importlib
+        import lora_lab.ablation.run
 
-        importlib.import_module("lora_lab.ablation.run")
-        return importlib.import_module("lora_lab").__version__
+        return lora_lab.__version__
 
     try:
-        found = client.run(version)
+        found = client.run(their_version)
     except Exception as error:
         raise RuntimeError(
             f"A worker of the Dask cluster cannot import lora_lab ({type(error).__name__}: {error}); install the same "
             "lora_lab on every worker, and start the sweep again."
         ) from error
     for worker, theirs in found.items():
-        if theirs != lora_lab.__version__:
+        if theirs != version():
             raise RuntimeError(
-                f"Worker {worker} has lora_lab {theirs}, but this process has {lora_lab.__version__}; install the same."
+                f"Worker {worker} has lora_lab {theirs}, but this process has {version()}; install the same."
             )
     for worker, threads in client.nthreads().items():
         if threads > 1:
@@ -415,7 +372,7 @@ class _Ended:
             "provenance": {
                 **described,
                 "device": device_name(self.device),
-                "lora_lab": lora_lab.__version__,
+                "lora_lab": version(),
                 "commit": _commit(),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "engine": engine,
@@ -527,7 +484,7 @@ def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
         ValueError: the file of the weights is damaged, or they are not those of this trial.
     """
     (trial,) = work.trials
-    path = _weights(folder, trial.key)
+    path = weights_path(folder, trial.key)
     with _alone():
         model = work.model()
         trial.method.prepare(model, trial.seed)
@@ -563,189 +520,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-# Packing
-
-
-def _plan(
-    model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
-) -> list[tuple[list[Trial], bool]]:
-    """The trials in parcels, and for each whether it is packed."""
-    if engine == "apart":
-        return [([trial], False) for trial in trials]
-    refusals: dict[str, str | None] = {}
-    groups: dict[str, list[Trial]] = {}
-    alone = []
-    for trial in trials:
-        method = str(trial.method)
-        if method not in refusals:
-            refusals[method] = packed.refusal(model, task, trial.method)
-        if refusals[method] is None:
-            groups.setdefault(_agreement(trial), []).append(trial)
-        elif engine == "auto":
-            alone.append(([trial], False))
-        else:
-            raise ValueError(f"engine is 'packed', but {method} cannot be packed: {refusals[method]}")
-    parcels = []
-    for group in groups.values():
-        most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)
-        parcels += packed.shares(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
-    return [(parcel, engine == "packed" or len(parcel) > 1) for parcel in parcels] + alone
-
-
-def _agreement(trial: Trial) -> str:
-    """What trials of one pack have in common: all but rank, alpha, learning rate and seed."""
-    content = trial.to_dict()
-    method = {name: value for name, value in content["method"].items() if name not in ("rank", "alpha")}
-    return str(sorted({**content, "method": sorted(method.items()), "lr": None, "seed": None}.items()))
-
-
-def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:
-    """How many trials fit into the budget: the frozen weights count once, the rest for each trial."""
-    device = next(model.parameters()).device
-    if budget_bytes is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        budget_bytes = free // 2 // workers
-    widest = max(trials, key=lambda trial: trial.method.rank)
-    rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
-    batch = task.train.inputs[rows], task.train.targets[rows]  # with all padding: no batch is longer
-    bill = predict(model, widest.method, batch=batch, loss=task.loss, clip=widest.clip)
-    shared = bill.parts.get("frozen weights", 0)
-    return max(1, (budget_bytes - shared) // (bill.peak_bytes - shared))
-
-
-# Files and the table
-
-
-def _stored(
-    folder: Path | None, trials: Sequence[Trial], judged: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
-
-    If scores are asked for, a result that has neither scores nor weights is passed over.
-    """
-    if folder is None:
-        return {}, {}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
-    found = {key: _read(path) for key, path in paths.items() if path.is_file()}
-    if not judged:
-        return found, {}
-    whole = {key: one for key, one in found.items() if one["scores"] is not None or one["outcome"] == "failed"}
-    waiting = {key: one for key, one in found.items() if key not in whole and _weights(folder, key).is_file()}
-    return whole, waiting
-
-
 def _keep(folder: Path, arrival: _Arrival) -> None:
     """Write a result; and what was trained too, as long as it waits to be judged."""
     key, failure = arrival.result["key"], arrival.failure
     write_json(folder / f"{key}.json", arrival.result)  # first: the losses are worth more than the scores
     if failure is None:
-        _weights(folder, key).unlink(missing_ok=True)
+        weights_path(folder, key).unlink(missing_ok=True)
     elif failure.weights is not None:
-        save_tensors(_weights(folder, key), failure.weights, {"key": key, "frozen": failure.frozen})
-
-
-def _weights(folder: Path, key: str) -> Path:
-    return folder / f"{key}.safetensors"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """One result.
-
-    Raises:
-        ValueError: the file is damaged, of another schema, or not the result of the trial that it is named after.
-    """
-    advice = "delete it to run its trial again, or move it away if it is no result of ablate"
-    try:
-        result = read_json(path)
-    except ValueError:
-        raise ValueError(f"{path} is damaged: it is not JSON; {advice}.") from None
-    expected = {"schema", "key", "trial", "outcome", "reason", "history", "test_loss", "scores", "provenance"}
-    if isinstance(result, dict):
-        result.setdefault("scores", None)  # of before there were any
-    if not isinstance(result, dict) or set(result) != expected or result["schema"] != SCHEMA:
-        raise ValueError(f"{path} is not a result in this version's format (schema {SCHEMA}); {advice}.")
-    try:
-        trial = Trial.from_dict(result["trial"])
-        key = trial.key
-    except ValueError as error:
-        reason = str(error).removesuffix(".")
-        raise ValueError(f"{path} cannot be read: {reason}; if that is no help, {advice}.") from None
-    if not path.stem == result["key"] == key:
-        raise ValueError(f"{path} holds trial {key}, which is not what its name and key say; {advice}.")
-    try:
-        _check(result, trial)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {str(error).removesuffix('.')}; {advice}.") from None
-    return result
-
-
-def _check(result: dict[str, Any], trial: Trial) -> None:
-    """Check all of a result but its trial.
-
-    Raises:
-        ValueError: it is not what a trial's end looks like.
-    """
-    if not isinstance(result["provenance"], dict):
-        raise ValueError(f"provenance is {reprlib.repr(result['provenance'])}, but it must be an object")
-    reason, scores = result["reason"], result["scores"]
-    if result["outcome"] == "failed":
-        if not isinstance(reason, str) or any(result[name] is not None for name in ("history", "test_loss", "scores")):
-            raise ValueError("a trial that failed must have a reason, and neither history, test_loss nor scores")
-        return
-    if result["outcome"] != "done":
-        raise ValueError(f"outcome is {reprlib.repr(result['outcome'])}, but it must be 'done' or 'failed'")
-    if reason is not None and not isinstance(reason, str):
-        raise ValueError(f"reason is {reprlib.repr(reason)}, but it must be a text or nothing")
-    if not is_number(result["test_loss"]):
-        raise ValueError(f"test_loss is {reprlib.repr(result['test_loss'])}, but it must be a finite number")
-    if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
-        raise ValueError(f"scores are {reprlib.repr(scores)}, but they must be numbers and texts by name, or nothing")
-    rows = History.from_dict(result["history"]).rows
-    if len(rows) != trial.steps + 1:
-        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
-    if rows[-1]["validation_loss"] is None:
-        raise ValueError("the last row of the history has no validation_loss")
-
-
-def _is_score(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _frame(results: Sequence[dict[str, Any]]):
-    """The table that :func:`load` describes."""
-    import pandas
-
-    rows = [row for result in results for row in _rows(result)]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    scores = sorted(name for name in names if name.startswith(SCORE))
-    first, last = ["key", "method", "rank", "alpha"], [*OUTCOME, *scores, *PROVENANCE]
-    between = [name for name in names if name not in (*first, *last)]
-    frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
-    numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
-    frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials: what one lacks is NaN
-    return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
-
-
-def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    trial = Trial.from_dict(result["trial"]).to_dict()  # in its own order, which a file does not keep
-    method = dict(trial.pop("method"))
-    method["method"] = method.pop("name")
-    texts = {name: ", ".join(value) for name, value in method.items() if isinstance(value, list)}
-    provenance = {name: result["provenance"].get(name) for name in PROVENANCE}
-    fixed = {"key": result["key"], **method, **texts, **trial, **provenance}
-    fixed |= {"outcome": result["outcome"], "reason": result["reason"] or ""}
-    if result["outcome"] == "failed":
-        yield fixed
-        return
-    history, seconds = History(**result["history"]), 0.0
-    gaps = dict(zip(*history.curve("gap"), strict=True))
-    last = {"test_loss": result["test_loss"]} | {f"{SCORE}{k}": v for k, v in (result["scores"] or {}).items()}
-    for row in history.rows:
-        seconds += row["seconds"]
-        if row["validation_loss"] is not None:
-            losses = {name: row[name] for name in LOSSES[:3]} | {"gap": gaps.get(row["step"])}
-            at_end = last if row is history.rows[-1] else {}
-            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end} | {
-                "trainable_parameters": history.trainable_parameters,
-            }
+        save_tensors(weights_path(folder, key), failure.weights, {"key": key, "frozen": failure.frozen})

@@ -22,7 +22,7 @@ from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PiSSA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.tasks.base import Task
+from lora_lab.task import Task
 from lora_lab.train import fit
 
 STUDIES = {

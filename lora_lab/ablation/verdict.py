@@ -30,12 +30,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.ablation.run import OUTCOME, PROVENANCE, SCORE
+from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
 
 if TYPE_CHECKING:
     import pandas
+from lora_lab.ablation.stats import CONFIDENCE, t_bounds
 
-CONFIDENCE = 0.95
 _NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
 # All else is a setting, and settings must be equal for a comparison to be one.
 _MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
@@ -243,19 +243,6 @@ def _judge(rank: int, choice: _Choice, largest: _Choice, is_largest: bool, margi
         return RankResult(rank, "open", **known, difference=mean, note="one seed has no spread to judge by")
     standing = "enough" if upper < margin else "too small" if lower > margin else "open"
     return RankResult(rank, standing, **known, difference=mean, lower=lower, upper=upper)
-
-
-def t_bounds(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean of the values, and its one-sided lower and upper 95 % bounds by Student's t; None for a single value."""
-    from scipy.stats import t
-
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None, None
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(t.ppf(CONFIDENCE, n - 1)) * sd / math.sqrt(n)
-    return mean, mean - half, mean + half
 
 
 def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) -> tuple[int | None, str]:

@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lab.device import pick_device
-from lora_lab.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
-from lora_lab.lora import lora_layers, replace
-from lora_lab.models.fetch import cache_folder, cache_lock, fetch_smollm2
-from lora_lab.models.gguf_import import GGUFModel, read_gguf
+from lora_lab.inject import lora_layers, replace
+from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
+from lora_lab.models.gguf_reader import GGUFModel, read_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
+from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
-from lora_lab.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
+from lora_lab.system.device import pick_device
+from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are left alone.

@@ -38,7 +38,6 @@ _LLAMA3 = {"rope_theta": 500_000.0}
 _LLAMA32 = _LLAMA3 | _TIED | {"rope_scaling": _STRETCHED}
 _QWEN25 = {"rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "attention_bias": True}
 _O_BIAS = "Biases on q, k and v only, while our Llama puts one on o too:"
-
 # The eight numbers: vocabulary, width, inner width, layers, query heads, key-value heads, numbers a head, positions.
 TABLE: dict[str, Row] = {
     "smollm2-135m": Row(

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from lora_lab.files import atomic_files, read_json, settle, write_json
+from lora_lab.system.files import atomic_files, read_json, settle, write_json
 
 TEMPLATE = "chat_template.jinja"  # of newer folders; it counts before the one in tokenizer_config.json
 # How text is cut before byte pairs are merged, by the name a GGUF file gives it (as llama.cpp defines them).

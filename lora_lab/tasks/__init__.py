@@ -8,19 +8,21 @@
 All data is on the machine already: it comes with Python, scikit-learn or Babel, was written for this project, or is
 generated. The modules in reading order:
 
-    base      Task, Examples, losses
-    nets      digits, planted: for small nets
-    manual    docs: next tokens of Python's manual
-    pairs     questions and answers: your own, from_pairs, from_jsonl, from_text
-    trades    summarise, translate, sentiment, style; tweets, an optional extra
-    scores    what a person understands: answers, metrics, baselines
+    digits       handwritten digits, for small nets
+    planted      a hidden update of known rank, for small nets
+    python_docs  docs: next tokens of Python's manual
+    instruction  questions and answers: your own, from_pairs, from_jsonl, from_text
+    datasets     summarise, translate, sentiment, style; tweets, an optional extra
+    generate     what a model answers
+    metrics      what a person understands: scores, baselines
 """
 
-from lora_lab.tasks.base import IGNORE, Encoder, Examples, Loss, Task, cross_entropy, mean_squared_error
-from lora_lab.tasks.manual import docs
-from lora_lab.tasks.nets import digits, planted
-from lora_lab.tasks.pairs import Pair, PairTask, from_jsonl, from_pairs, from_text
-from lora_lab.tasks.trades import sentiment, style, summarise, translate, tweets
+from lora_lab.task import IGNORE, Encoder, Examples, Loss, Task, cross_entropy, mean_squared_error
+from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
+from lora_lab.tasks.digits import digits
+from lora_lab.tasks.instruction import Pair, PairTask, from_jsonl, from_pairs, from_text
+from lora_lab.tasks.planted import planted
+from lora_lab.tasks.python_docs import docs
 
 __all__ = [
     "IGNORE",

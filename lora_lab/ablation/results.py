@@ -1,0 +1,169 @@
+"""A trial's file, checked when it is read, and the table of all results."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_lab.ablation.grid import Trial
+from lora_lab.history import History, is_number
+from lora_lab.system.files import read_json
+
+SCHEMA = 1
+# Columns of the table: losses, how a trial went, and where it ran; all others say what it was.
+LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
+OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
+SCORE = "score_"  # what a column begins with that the caller's judge gave
+PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
+
+
+def load(folder: str | Path):
+    """The table of all results in a folder, without running anything.
+
+    Returns:
+        A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
+        seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and what else the method sets; the trial's
+        options; ``outcome`` ("done" or "failed") and, if failed or not judged, the ``reason``; ``step``;
+        ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
+        :meth:`lora_lab.history.History.curve`) at that step, and after the last one ``test_loss`` and what the caller's
+        judge gave; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
+        ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
+        losses.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no result.
+        ValueError: a file is damaged or no result.
+    """
+    # A killed write leaves a hidden file.
+    paths = sorted(path for path in Path(folder).glob("*.json") if not path.name.startswith("."))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no results (files <key>.json); run ablate with this folder first.")
+    return table([_read(path) for path in paths])
+
+
+def stored_results(
+    folder: Path | None, trials: Sequence[Trial], judged: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
+
+    If scores are asked for, a result that has neither scores nor weights is passed over.
+    """
+    if folder is None:
+        return {}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
+    found = {key: _read(path) for key, path in paths.items() if path.is_file()}
+    if not judged:
+        return found, {}
+    whole = {key: one for key, one in found.items() if one["scores"] is not None or one["outcome"] == "failed"}
+    waiting = {key: one for key, one in found.items() if key not in whole and weights_path(folder, key).is_file()}
+    return whole, waiting
+
+
+def weights_path(folder: Path, key: str) -> Path:
+    """Where what was trained is kept while it waits to be judged."""
+    return folder / f"{key}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One result.
+
+    Raises:
+        ValueError: the file is damaged, of another schema, or not the result of the trial that it is named after.
+    """
+    advice = "delete it to run its trial again, or move it away if it is no result of ablate"
+    try:
+        result = read_json(path)
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it is not JSON; {advice}.") from None
+    expected = {"schema", "key", "trial", "outcome", "reason", "history", "test_loss", "scores", "provenance"}
+    if isinstance(result, dict):
+        result.setdefault("scores", None)  # of before there were any
+    if not isinstance(result, dict) or set(result) != expected or result["schema"] != SCHEMA:
+        raise ValueError(f"{path} is not a result in this version's format (schema {SCHEMA}); {advice}.")
+    try:
+        trial = Trial.from_dict(result["trial"])
+        key = trial.key
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{path} cannot be read: {reason}; if that is no help, {advice}.") from None
+    if not path.stem == result["key"] == key:
+        raise ValueError(f"{path} holds trial {key}, which is not what its name and key say; {advice}.")
+    try:
+        _check(result, trial)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {str(error).removesuffix('.')}; {advice}.") from None
+    return result
+
+
+def _check(result: dict[str, Any], trial: Trial) -> None:
+    """Check all of a result but its trial.
+
+    Raises:
+        ValueError: it is not what a trial's end looks like.
+    """
+    if not isinstance(result["provenance"], dict):
+        raise ValueError(f"provenance is {reprlib.repr(result['provenance'])}, but it must be an object")
+    reason, scores = result["reason"], result["scores"]
+    if result["outcome"] == "failed":
+        if not isinstance(reason, str) or any(result[name] is not None for name in ("history", "test_loss", "scores")):
+            raise ValueError("a trial that failed must have a reason, and neither history, test_loss nor scores")
+        return
+    if result["outcome"] != "done":
+        raise ValueError(f"outcome is {reprlib.repr(result['outcome'])}, but it must be 'done' or 'failed'")
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"reason is {reprlib.repr(reason)}, but it must be a text or nothing")
+    if not is_number(result["test_loss"]):
+        raise ValueError(f"test_loss is {reprlib.repr(result['test_loss'])}, but it must be a finite number")
+    if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
+        raise ValueError(f"scores are {reprlib.repr(scores)}, but they must be numbers and texts by name, or nothing")
+    rows = History.from_dict(result["history"]).rows
+    if len(rows) != trial.steps + 1:
+        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
+    if rows[-1]["validation_loss"] is None:
+        raise ValueError("the last row of the history has no validation_loss")
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def table(results: Sequence[dict[str, Any]]):
+    """The table that :func:`load` describes."""
+    import pandas
+
+    rows = [row for result in results for row in _rows(result)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    scores = sorted(name for name in names if name.startswith(SCORE))
+    first, last = ["key", "method", "rank", "alpha"], [*OUTCOME, *scores, *PROVENANCE]
+    between = [name for name in names if name not in (*first, *last)]
+    frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
+    numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
+    frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials: what one lacks is NaN
+    return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
+
+
+def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    trial = Trial.from_dict(result["trial"]).to_dict()  # in its own order, which a file does not keep
+    method = dict(trial.pop("method"))
+    method["method"] = method.pop("name")
+    texts = {name: ", ".join(value) for name, value in method.items() if isinstance(value, list)}
+    provenance = {name: result["provenance"].get(name) for name in PROVENANCE}
+    fixed = {"key": result["key"], **method, **texts, **trial, **provenance}
+    fixed |= {"outcome": result["outcome"], "reason": result["reason"] or ""}
+    if result["outcome"] == "failed":
+        yield fixed
+        return
+    history, seconds = History(**result["history"]), 0.0
+    gaps = dict(zip(*history.curve("gap"), strict=True))
+    last = {"test_loss": result["test_loss"]} | {f"{SCORE}{k}": v for k, v in (result["scores"] or {}).items()}
+    for row in history.rows:
+        seconds += row["seconds"]
+        if row["validation_loss"] is not None:
+            losses = {name: row[name] for name in LOSSES[:3]} | {"gap": gaps.get(row["step"])}
+            at_end = last if row is history.rows[-1] else {}
+            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end} | {
+                "trainable_parameters": history.trainable_parameters,
+            }

@@ -1,0 +1,9 @@
+"""What did training do to the model?
+
+spectra    what it wrote into the weights, beside what chance would have written
+diagnosis  why does my adapter do nothing?
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, ["diagnosis", "spectra"])

@@ -1,0 +1,31 @@
+"""What does a training step cost? The same step is rehearsed on fake tensors, traced, counted, measured and timed.
+
+fake           models of fake tensors, and copies that share their weights
+setup          Setup: how a model is trained, as far as cost goes
+trace          every operation of a step, with its pass and module
+memory         the memory bill: predict, measure, largest
+memory_report  which ways of training fit on a card
+flops          what a step multiplies, by layer and pass
+timing         real steps, timed in turn
+microbench     one operation, timed by itself
+cost_model     predicts a step's time before any training, and says why
+speed          the face of ``ll.speed``: flops, step_time, cost_model
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    [
+        "cost_model",
+        "fake",
+        "flops",
+        "memory",
+        "memory_report",
+        "microbench",
+        "setup",
+        "speed",
+        "timing",
+        "trace",
+    ],
+)

@@ -1,0 +1,99 @@
+"""Which ways of training fit on a card: the table behind ``lora-lab memory``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_lab.costs.fake import Factory
+from lora_lab.costs.memory import GIB, MIB, Bill, largest, place_of, predict
+from lora_lab.costs.setup import Setup
+from lora_lab.lean.step import Lean
+from lora_lab.methods import FullFineTuning, LoRA
+
+
+def ways(rank: int = 8, dtype: torch.dtype | None = None) -> dict[str, Setup]:
+    """Ways to train a Llama of ours, from the most memory to the least.
+
+    Args:
+        rank: LoRA's; alpha is twice the rank.
+        dtype: of the weights; None leaves them as they are. The lean step keeps its activations in float32.
+    """
+    full, lora = Setup(FullFineTuning(), dtype), Setup(LoRA(rank, 2 * rank), dtype)
+    half = torch.bfloat16 if dtype == torch.bfloat16 else None
+    return {
+        "full fine-tuning": full,
+        "full, checkpointing": replace(full, gradient_checkpointing=True),
+        f"LoRA r={rank}": lora,
+        f"LoRA r={rank}, checkpointing": replace(lora, gradient_checkpointing=True),
+        f"LoRA r={rank}, lean, checkpointing": Setup(lora.method, lean=Lean(base_dtype=half, checkpoint=True)),
+        f"QLoRA r={rank}, checkpointing": replace(lora, nf4=True, gradient_checkpointing=True),
+    }
+
+
+def report(
+    model: nn.Module | Factory,
+    name: str,
+    setups: Mapping[str, Setup],
+    batch_size: int,
+    seq_len: int,
+    device: torch.device | str | None = None,
+    budget_bytes: int | None = None,
+    look_for: str | None = None,
+    with_bills: bool = False,
+) -> dict[str, Bill]:
+    """Print which ways to train a model fit on a card, row by row as they are found, and return the bills.
+
+    Args:
+        model, batch_size, seq_len, device: as for :func:`predict`.
+        name: of the model, for the heading.
+        setups: label -> setup, such as :func:`ways` gives.
+        budget_bytes: the card's memory; None compares with nothing.
+        look_for: "batch" or "seq": also find the largest that fits, with the other as it is.
+        with_bills: print each bill, part by part, after the table.
+
+    Raises:
+        ValueError: there is no setup, a size is looked for in no budget, or as for :func:`predict`.
+    """
+    if not setups:
+        raise ValueError("setups is empty, so there is nothing to report; give some, such as memory.ways(8).")
+    if look_for and budget_bytes is None:
+        raise ValueError(f"look_for is {look_for!r}, but there is no budget_bytes to look for what fits into.")
+    bills: dict[str, Bill] = {}
+    for label, setup in setups.items():
+        bills[label] = predict(model, setup, batch_size, seq_len, device=device)
+        if len(bills) == 1:  # now that everything was found to be in order
+            kind = bills[label].source
+            print(f"{name}, batch {batch_size} x {seq_len} tokens: peak of one step, {kind}")
+            fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
+            print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
+        row = f"{label:<32}{bills[label].peak_bytes / GIB:>6.2f} GiB"
+        if budget_bytes is not None:
+            spare = budget_bytes - bills[label].peak_bytes
+            row += f"  {'yes' if spare >= 0 else 'no':<4}{f'({spare / GIB:+.2f} GiB)':<14}"
+        if look_for:
+            fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
+            row += f"{largest(model, setup, budget_bytes, device=device, **fixed)[0]:>13,}"
+        print(row.rstrip(), flush=True)
+    if "CUDA" in kind or place_of(model, device)[0].type == "cuda":
+        print("Beside it a process keeps CUDA's own context on the card, some hundred MiB, and the allocator's gaps.")
+    for bill in bills.values() if with_bills else ():
+        print(f"\n{bill}")
+    return bills
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GiB", "512 MiB", "80GB" as bytes.
+
+    Raises:
+        ValueError: it is no number with such a unit.
+    """
+    units = {"KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
+    return int(float(found[1]) * units[found[2].upper()])

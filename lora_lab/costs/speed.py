@@ -1,0 +1,46 @@
+"""Will LoRA be faster here? What a step multiplies, how long it takes, and a model that predicts it.
+
+flops(model, LoRA(rank=8), 1, 128)                 by layer and pass, beside the closed form
+step_time(model, {"full": ..., "LoRA": ...}, 1, 128)  real steps, in turn
+cost_model().predict(model, {...}, 1, 128)         before any training, with the reason
+"""
+
+from lora_lab.costs.cost_model import CAUSES, MEMORY, PHASES, PYTHON, UPDATE, CostModel, Prediction, cost_model
+from lora_lab.costs.flops import (
+    ADAPTERS,
+    AGAIN,
+    ATTENTION,
+    FORWARD,
+    HEAD,
+    INPUT,
+    PASSES,
+    WEIGHT,
+    Flops,
+    break_even_rank,
+    flops,
+)
+from lora_lab.costs.timing import Times, step_time
+
+__all__ = [
+    "ADAPTERS",
+    "AGAIN",
+    "ATTENTION",
+    "CAUSES",
+    "FORWARD",
+    "HEAD",
+    "INPUT",
+    "MEMORY",
+    "PASSES",
+    "PHASES",
+    "PYTHON",
+    "UPDATE",
+    "WEIGHT",
+    "CostModel",
+    "Flops",
+    "Prediction",
+    "Times",
+    "break_even_rank",
+    "cost_model",
+    "flops",
+    "step_time",
+]

@@ -1,0 +1,147 @@
+"""AdamW over one flat tensor, and halves of a batch in threads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from lora_lab.task import Loss
+
+# The optimiser, and threads
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW over one tensor for each group: 420 adapter matrices cost one pass, not 420.
+
+    Parameters become views of the flat tensor, and keep names, shapes and values. ``state`` holds each
+    parameter's views, as ``torch.optim.AdamW`` would hold its tensors.
+
+    Args: as for ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # each parameter's view
+        self._flat = [self._flatten(group["params"]) for group in self.param_groups]
+
+    def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
+            raise ValueError("The parameters of a group are of several dtypes or devices, so they fit no one tensor.")
+        values = torch.cat([parameter.detach().flatten() for parameter in parameters])  # (2442240,)
+        flat = {"values": values} | {
+            name: torch.zeros_like(values) for name in ("gradients", "exp_avg", "exp_avg_sq")
+        }  # (2442240,) each
+        flat["step"] = torch.zeros((), device=values.device)
+        start = 0
+        for parameter in parameters:
+            part, start = slice(start, start + parameter.numel()), start + parameter.numel()
+            parameter.data = values[part].view(parameter.shape)
+            self.state[parameter] = {"step": flat["step"]} | {
+                name: flat[name][part].view(parameter.shape) for name in ("exp_avg", "exp_avg_sq")
+            }
+            parameter.grad = self._gradients[parameter] = flat["gradients"][part].view(parameter.shape)
+        return flat
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to zero; they stay views, whatever ``set_to_none`` says."""
+        for parameter, view in self._gradients.items():
+            parameter.grad = view
+        for flat in self._flat:
+            flat["gradients"].zero_()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what ``state_dict()`` gave, or that of a ``torch.optim.AdamW`` with the same groups.
+
+        Raises:
+            ValueError: a parameter has no state, or those of a group are not at one step.
+        """
+        for group in state_dict["param_groups"]:
+            states = [state_dict["state"].get(index, {}) for index in group["params"]]
+            complete = all({"step", "exp_avg", "exp_avg_sq"} <= state.keys() for state in states)
+            if not complete or len({float(state["step"]) for state in states}) > 1:
+                raise ValueError(
+                    "The parameters of a group need a state each, all at one step, for a FlatAdamW counts a group's "
+                    "steps once; load what state_dict() gave after a step on all of them."
+                )
+        views = dict(self.state)
+        super().load_state_dict(state_dict)  # which puts copies where the views were
+        loaded, self.state = self.state, defaultdict(dict, views)
+        for parameter, state in views.items():
+            for name, view in state.items():
+                view.copy_(loaded[parameter][name])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+        for parameter, view in self._gradients.items():
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad is not view:  # after the model's own zero_grad(), which drops the views
+                view.copy_(parameter.grad)
+        for group, flat in zip(self.param_groups, self._flat, strict=True):
+            beta1, beta2 = group["betas"]
+            adamw(
+                [flat["values"]],
+                [flat["gradients"]],
+                [flat["exp_avg"]],
+                [flat["exp_avg_sq"]],
+                [],
+                [flat["step"]],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+class InThreads:
+    """Backward passes side by side: each micro-batch in a Python thread of its own, which computes on one core.
+
+    With one product after another on all cores, each waits for the slowest core; here they meet once a step.
+    Gradients are those of the micro-batches one after another, up to the order of the sum.
+
+    Args:
+        threads: how many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(
+        self, model: nn.Module, loss: Loss, batches: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+    ) -> list[Tensor]:
+        """Add the weighted losses' gradients to the parameters' ``grad``, and return the losses."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def one(batch: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Sequence[Tensor]]:
+            part = loss(model, *batch) * weight  # ()
+            return part.detach(), torch.autograd.grad(part, parameters, allow_unused=True)
+
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            parts = list(self.pool.map(one, batches, weights))
+        finally:
+            torch.set_num_threads(before)
+        for _, gradients in parts:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return [part for part, _ in parts]

@@ -1,0 +1,199 @@
+"""Give an adapted Llama lean blocks, and make the step that trains it: see :mod:`lora_lab.lean`."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lora_lab.inject import lora_layers, replace
+from lora_lab.lean.blocks import LeanBlock, LeanBlockHead, LeanEmbedding, LeanHead, at_least_float32
+from lora_lab.lean.linear import is_plain_lora
+from lora_lab.lean.loss import cross_entropy
+from lora_lab.lean.optim import FlatAdamW, InThreads
+from lora_lab.lora import LoRALayer
+from lora_lab.methods import Method
+from lora_lab.models.llama import Llama, RMSNorm
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
+from lora_lab.task import IGNORE, Loss
+from lora_lab.task import cross_entropy as plain_cross_entropy
+from lora_lab.train import Batch, TrainConfig, TrainingStep, parameter_groups
+
+_M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
+
+
+@dataclass(frozen=True)
+class Lean:
+    """How to make a step lean.
+
+    Args:
+        base_dtype: keep the frozen matrices in this dtype (``torch.bfloat16``), all but that of an adapted head;
+            None leaves them as they are.
+        checkpoint: keep of each block only its input, and compute the block again in the backward pass:
+            about a third more time, a fraction of the activations. For the whole process, memory that
+            is freed goes back to the system at once from then on (on Linux).
+        threads: 2 computes each half of a batch in a Python thread of its own, on one core. For a CPU
+            with two cores; without dropout.
+        loss_rows: tokens whose logits exist at one moment.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    base_dtype: torch.dtype | None = None
+    checkpoint: bool = False
+    threads: int = 1
+    loss_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.base_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"base_dtype is {self.base_dtype!r}, but it must be torch.bfloat16 or None.")
+        for name in ("threads", "loss_rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1.")
+
+    def settings(self) -> dict[str, Any]:
+        """The options as plain data, for a History."""
+        return asdict(self) | {"base_dtype": None if self.base_dtype is None else str(self.base_dtype)}
+
+    def make_step(self, model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> LeanStep:
+        """Make ``model`` ready in place, as :func:`lora_lab.train.make_step` does, and give it lean blocks.
+
+        Raises:
+            ValueError: as for :func:`rewire`, or as for the method.
+        """
+        method.prepare(model, config.seed)
+        rewire(model, self)
+        if loss is plain_cross_entropy:
+            loss = partial(cross_entropy, rows=self.loss_rows)
+        optimizer = FlatAdamW(parameter_groups(model, method, config))
+        return LeanStep(model, loss, optimizer, config.clip, self.threads)
+
+
+@dataclass
+class LeanStep(TrainingStep):
+    """A training step with the lean loss, whose micro-batches are computed side by side if there are threads."""
+
+    every_target: bool = False  # whether each target of the next batches counts
+
+    def __post_init__(self) -> None:
+        self._in_threads = InThreads(self.threads) if self.threads > 1 else None
+
+    def read_targets(self, targets: Sequence[Tensor]) -> None:
+        """See whether all of them count: later, on a GPU, to see it would make Python wait for the device."""
+        self.every_target = all(bool((part != IGNORE).all()) for part in targets)
+
+    def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a micro-batch, a scalar."""
+        if isinstance(self.loss, partial) and self.loss.func is cross_entropy:
+            return self.loss(self.model, inputs, targets, every_target=self.every_target)  # ()
+        return self.loss(self.model, inputs, targets)  # ()
+
+    def backward(self, batches: Sequence[Batch], weights: Sequence[float]) -> list[Tensor]:
+        """As the plain step does, or in threads."""
+        if self._in_threads is None:
+            return super().backward(batches, weights)
+        return self._in_threads(self.model, lambda _, *batch: self.batch_loss(*batch), batches, weights)
+
+
+def rewire(model: nn.Module, lean: Lean) -> None:
+    """Give an adapted Llama lean blocks, in place; names, parameters and what it computes stay.
+
+    The blocks read the weights of adapted layers and norms, and do not call them, so forward hooks on modules
+    inside a block do not fire; those on the new blocks do. Under ``torch.autocast`` a block raises RuntimeError.
+
+    Raises:
+        ValueError: the model is no Llama of ours, has no adapters or some of a variant with a forward of
+            its own (PiSSA, DoRA), trains more than adapters, has hooks, or ``threads`` meets dropout or a GPU.
+            The model is then left as it was.
+    """
+    _check(model, lean)
+    if lean.checkpoint and not isinstance(next(model.parameters()), FakeTensor):  # a rehearsal frees nothing
+        _return_memory_at_once()
+    if lean.base_dtype is not None:
+        _cast_base(model, lean.base_dtype)
+    trunk, head = model.model, model.lm_head
+    for index, block in enumerate(trunk.layers):
+        replace(trunk, f"layers.{index}", LeanBlock(block, lean.checkpoint))
+    for module in trunk.modules():
+        if isinstance(module, RMSNorm | BlockEmbedding):
+            _raise_to_float32(module)
+    if isinstance(trunk.embed_tokens, nn.Embedding):
+        trunk.embed_tokens = LeanEmbedding(trunk.embed_tokens)
+    if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
+        _raise_to_float32(head.base)
+    elif isinstance(head, nn.Linear | BlockLinear):
+        model.lm_head = LeanHead(head) if isinstance(head, nn.Linear) else LeanBlockHead(head)
+
+
+def _check(model: nn.Module, lean: Lean) -> None:
+    if not isinstance(model, Llama):
+        raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
+    if isinstance(model.model.layers[0], LeanBlock):
+        raise ValueError("The model's blocks are lean already; start each run from a freshly loaded model.")
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("The lean step is one of LoRA, but the model has no adapters; use a LoRA method.")
+    for name, layer in layers.items():
+        if not is_plain_lora(layer):
+            raise ValueError(f"{name!r} is a {type(layer).__name__}, whose forward pass has no lean form.")
+    own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise ValueError(f"{name!r} is trained, but the lean step is for a frozen base; freeze it.")
+    for name, module in model.named_modules():
+        if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+            raise ValueError(
+                f"{name or 'the model'!r} has a hook, which the lean step would not call; remove it, or put it on a "
+                "block once the model is lean."
+            )
+    if lean.threads > 1:
+        if any(isinstance(layer.dropout, nn.Dropout) for layer in layers.values()):
+            raise ValueError(
+                f"threads is {lean.threads}, but the adapters have dropout, whose draws would depend on the threads' "
+                "timing; use dropout=0 or threads=1."
+            )
+        if next(model.parameters()).device.type != "cpu":
+            raise ValueError(f"threads is {lean.threads}, but it is for the CPU; use threads=1 on a GPU.")
+
+
+def _cast_base(model: Llama, dtype: torch.dtype) -> None:
+    kept = {id(parameter) for layer in lora_layers(model).values() for parameter in _own(layer)}
+    if isinstance(model.lm_head, LoRALayer):
+        kept |= {id(parameter) for parameter in model.lm_head.parameters()}
+    seen = set()
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in kept | seen:
+            parameter.data = parameter.data.to(dtype)
+            seen.add(id(parameter))
+
+
+def _raise_to_float32(module: nn.Module) -> None:
+    """Let a module compute in float32, or in what is finer, in place."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
+    if isinstance(module, BlockWeight):
+        module.dtype = at_least_float32(module.dtype)
+
+
+def _return_memory_at_once() -> None:
+    """Let Linux's C library give tensors of 256 KiB and more back to the system when they are freed.
+
+    By itself it keeps them in a heap, where the inputs kept of each block stand between the holes that the
+    block's own tensors leave: for SmolLM2 at 4 x 128 tokens more than all that is in use.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+
+
+def _own(layer: LoRALayer) -> list[Tensor]:
+    return [getattr(layer, part) for part in layer.parts]

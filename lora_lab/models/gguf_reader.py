@@ -1,0 +1,157 @@
+"""A GGUF file of the Llama family, read by the ``gguf`` library and given Hugging Face's names.
+
+Matrices in the two block formats of ``lora_lab.quantize`` stay in their blocks; all others are
+dequantised to float32 by the library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.models.llama import LlamaConfig, RopeScaling, rotary_frequencies
+from lora_lab.models.quantize import BYTES_PER_BLOCK
+from lora_lab.models.tokenizer import Tokenizer
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """What a GGUF file holds: the model's shape, its tensors, which of them are blocks, its tokenizer."""
+
+    config: LlamaConfig
+    tensors: dict[str, Tensor]
+    kinds: dict[str, str]
+    tokenizer: Tokenizer
+
+
+def read_gguf(path: str | Path) -> GGUFModel:
+    """Read a whole file (some seconds for a small model).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no GGUF file, is cut short, or holds another architecture, an unknown tensor,
+            an unknown tokenizer or an unknown stretching of positions.
+    """
+    import gguf  # here, because it takes a tenth of a second and a converted model does not need it
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the library meets damage in many ways: ValueError, IndexError, KeyError, ...
+        raise ValueError(
+            f"{path} is no GGUF file or is cut short ({type(error).__name__}: {error}); copy or download it anew."
+        ) from None
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(
+            f"{path.name} holds a model of architecture {architecture!r}, but only 'llama' can be built here."
+        )
+    raw = {tensor.name: tensor for tensor in reader.tensors}
+    tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, raw)
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
+    for name, tensor in raw.items():
+        if name == _ROPE_FACTORS:
+            continue
+        new_name, kind = _hf_name(name), tensor.tensor_type.name
+        if kind in BYTES_PER_BLOCK:
+            value = torch.from_numpy(tensor.data.copy())  # (rows, bytes), uint8
+            kinds[new_name] = kind
+        else:
+            try:
+                dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                raise ValueError(
+                    f"The tensor {name} is of kind {kind}, which the gguf library cannot dequantise; "
+                    "use a file with another quantisation, such as Q8_0."
+                ) from None
+            value = torch.from_numpy(dense.astype("float32", copy=True))  # (rows, columns), or (n,)
+        if ".attn_q." in name:
+            value = _half_split(value, config.num_attention_heads)
+        elif ".attn_k." in name:
+            value = _half_split(value, config.num_key_value_heads)
+        tensors[new_name] = value.contiguous()
+    return GGUFModel(config, tensors, kinds, tokenizer)
+
+
+def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
+    def get(key: str, default: Any = None) -> Any:
+        value = fields.get(f"llama.{key}", default)
+        if value is None:
+            raise ValueError(f"The GGUF header lacks llama.{key}, so the model's shape is unknown.")
+        return value
+
+    width, heads = get("embedding_length"), get("attention.head_count")
+    config = LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=width,
+        intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=get("attention.head_count_kv", heads),
+        head_dim=get("attention.key_length", width // heads),
+        max_position_embeddings=get("context_length"),
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_theta=get("rope.freq_base", 10000.0),
+        attention_bias="blk.0.attn_q.bias" in raw,
+        mlp_bias="blk.0.ffn_up.bias" in raw,
+        tie_word_embeddings="output.weight" not in raw,
+    )
+    if fields.get("llama.rope.scaling.type", "none") != "none":
+        raise ValueError(
+            f"The GGUF file stretches positions by {fields['llama.rope.scaling.type']!r}, which is not built here; "
+            "load the model's Hugging Face folder if it says rope_type 'llama3' or 'default'."
+        )
+    if _ROPE_FACTORS in raw:
+        config = _with_rope_factors(config, torch.from_numpy(raw[_ROPE_FACTORS].data.copy()).float())
+    return config
+
+
+def _with_rope_factors(config: LlamaConfig, factors: Tensor) -> LlamaConfig:
+    """GGUF keeps Llama 3's stretching as one divisor a frequency; find the rule that made them."""
+    scaling = RopeScaling(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    stretched = LlamaConfig(**{**vars(config), "rope_scaling": scaling})
+    expected = rotary_frequencies(config) / rotary_frequencies(stretched)  # (head_dim / 2,)
+    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
+        raise ValueError(
+            "The GGUF file's rope_freqs do not follow Llama 3's rule with 8192 original positions; "
+            "load the model's Hugging Face folder, which states the rule."
+        )
+    return stretched
+
+
+def _hf_name(name: str) -> str:
+    stem, _, part = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{part}"
+    pieces = stem.split(".")
+    if len(pieces) == 3 and pieces[0] == "blk" and pieces[2] in _IN_BLOCK:
+        return f"model.layers.{pieces[1]}.{_IN_BLOCK[pieces[2]]}.{part}"
+    raise ValueError(f"The GGUF file holds a tensor {name!r} that a Llama does not have.")
+
+
+def _half_split(rows: Tensor, heads: int) -> Tensor:
+    """From llama.cpp's order of a head's rows (pairs side by side) to Hugging Face's (halves)."""
+    by_pair = rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1)  # (9, 32, 2, columns)
+    return by_pair.transpose(1, 2).reshape(rows.shape)  # (576, columns)

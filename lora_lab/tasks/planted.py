@@ -1,0 +1,68 @@
+"""A regression task whose true update has a known rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.inject import LoRAConfig, inject, lora_layers
+from lora_lab.task import Examples, Task, mean_squared_error
+
+
+def planted(
+    model: nn.Module,
+    rank: int = 4,
+    noise: float = 0.1,
+    n_train: int = 512,
+    targets: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> Task:
+    """A task whose answer is known: imitate ``model`` plus a hidden update of the given rank.
+
+    The teacher is a copy of the model with an update of exactly that rank, as large as the weight itself,
+    in each target layer. Inputs are Gaussian. Noise is added to the teacher's training answers and to no
+    others, so a student that finds the update reaches zero validation loss, however noisy its lessons.
+
+    Args:
+        model: a net that takes (n, features); it is left as it is.
+        rank: rank of the hidden update.
+        noise: standard deviation of the noise, relative to that of the teacher's answers.
+        n_train: number of training examples.
+        targets: layers that the update touches, as in :class:`lora_lab.LoRAConfig`.
+        seed: seeds all of it.
+
+    Raises:
+        ValueError: noise is negative, or as for :func:`lora_lab.inject`.
+    """
+    if noise < 0:
+        raise ValueError(f"noise is {noise}, but a standard deviation cannot be negative.")
+    teacher = copy.deepcopy(model).eval()
+    inject(teacher, LoRAConfig(rank=rank, alpha=rank, targets=targets), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    features = next(module for module in model.modules() if isinstance(module, nn.Linear)).in_features
+    with torch.no_grad():
+        for layer in lora_layers(teacher).values():
+            layer.lora_B.copy_(draw(*layer.lora_B.shape))  # (out, rank)
+            layer.lora_B.mul_(layer.base.weight.norm() / layer.delta().norm())
+        inputs = draw(n_train + 3 * 256, features)
+        answers = teacher(inputs)  # (n, out)
+        answers[:n_train] += noise * answers.std() * draw(n_train, answers.shape[1])
+        off_inputs = 3 * draw(256, features)  # three times as far out
+        off_domain = Examples(off_inputs, model(off_inputs))
+    rows = Examples(inputs, answers)
+    return Task(
+        name=f"planted-rank{rank}",
+        train=rows[:n_train],
+        validation=rows[n_train : n_train + 256],
+        test=rows[n_train + 256 : n_train + 512],
+        off_domain=off_domain,
+        loss=mean_squared_error,
+        about=f"a hidden update of rank {rank}, training answers with noise {noise:g}; off-domain: the model as it was",
+    )
