@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test hostile lab lab-gpu notebooks lint mutation clean
+.PHONY: help demo check test hostile lab lab-gpu notebooks lint mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -16,9 +16,15 @@ help: ## list the targets
 demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, side by side
 	$(BIN)/lora-lab demo $(ARGS)
 
+# The course and what guards the rest: seconds each.
+QUICK := lora layers variants targets methods rank tasks train layering package files
+
+check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/test_%.py) $(ARGS)
+
 test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every notebook
 	$(BIN)/lora-lab fetch
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder notebooks tests $(ARGS)
 
 hostile: $(VENV)/.ready-test ## stop saves at 200 random moments each, where make test does so at 20
 	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/test_kills.py $(ARGS)
