@@ -47,7 +47,8 @@ def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> int:
     """Put a run where its checkpoint stands, and return the steps done (0 without a checkpoint).
 
-    All of the checkpoint is checked before anything is changed.
+    All of the checkpoint is checked before anything is changed. torch's random generators become the checkpoint's, so
+    it is to be called within :func:`lora_lab.system.device.own_randomness`, as ``fit`` does.
 
     Raises:
         ValueError: the file is damaged, or of another run or other frozen weights.

@@ -350,7 +350,8 @@ def _record(options: argparse.Namespace) -> None:
 
     recorder = recorders()[options.what]
     if options.models and not recorder.of_models:
-        raise ValueError(f"--models is for memory and speed; {options.what} is of SmolLM2-135M. Leave it out.")
+        able = " and ".join(name for name, each in recorders().items() if each.of_models)
+        raise ValueError(f"--models is for {able}; {options.what} is of SmolLM2-135M. Leave it out.")
     if options.models and not options.out:
         raise ValueError(
             "A record of some models would take the place of the whole one; name another folder with --out."

@@ -62,7 +62,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     Args:
         seed: seeds a generator of its own, from which every A is drawn in the model's order.
         layer: the class of the adapters, such as a variant of ``lora_lab.variants``; None takes the
-            one registered for each kind of layer.
+            one that ``lora_lab.layers`` has registered for each kind of layer.
 
     Returns:
         The names of the layers now adapted.

@@ -84,7 +84,10 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, ``scaling * B @ A``, in the weight's shape: (out, in)."""
+        """The update of the weight, ``scaling * B @ A``, in the weight's shape: (out, in), without a graph.
+
+        A kind of layer with another update overrides ``_delta``, which keeps the graph.
+        """
         return self._delta()
 
     def _delta(self) -> Tensor:
@@ -92,7 +95,7 @@ class LoRALayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight, with its graph: some parents read it and never call the layer.
+        """W0 + update, with autograd's graph, for parent modules that read a layer's weight and never call the layer.
 
         ``nn.MultiheadAttention`` and the fast path of ``nn.TransformerEncoderLayer`` do.
         """
@@ -106,7 +109,7 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """A new layer of the base's own class, frozen, that computes the same function; this layer stays as it is."""
-        plain = copy.deepcopy(self.base, {id(self.base.weight): self.base.weight})  # no copy of what is replaced
+        plain = copy.deepcopy(self.base, {id(self.base.weight): self.base.weight})  # shares W0
         plain.weight = nn.Parameter(self.weight)  # (48, 64)
         return plain.requires_grad_(False).train(self.training)
 
@@ -137,8 +140,8 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new linear layer, frozen, that computes the same function; over 4-bit blocks a plain ``nn.Linear``."""
-        if isinstance(self.base, nn.Linear):
+        """A new ``nn.Linear``, or of the base's class if that derives from it, frozen, that computes the same."""
+        if isinstance(self.base, nn.Linear) and type(self.base) is not nn.Linear:
             return super().merged()
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self.weight)  # (48, 64)
@@ -148,7 +151,7 @@ class LoRALinear(LoRALayer):
 
 
 def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """A fresh A (rank, width), uniform in +-1/sqrt(width), in float32 or what is finer of ``dtype``."""
+    """A fresh A (rank, width), uniform in +-1/sqrt(width), in ``dtype``, but in float32 at least."""
     A = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))  # (4, 64)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
 

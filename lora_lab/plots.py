@@ -334,7 +334,7 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
 
 
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
-    """A statistic of :func:`lora_lab.spectra.report` over the depth, a line for each kind of layer, and its null.
+    """A statistic of :func:`lora_lab.analysis.spectra.report` by depth, a line for each kind of layer, with its null.
 
     Args:
         frame: the report; layers without a depth are left out.

@@ -98,7 +98,7 @@ class Task:
 
     Args:
         name: a short name.
-        train, validation, test, off_domain: see the top of the package.
+        train, validation, test, off_domain: see ``lora_lab.tasks``.
         loss: (model, inputs, targets) -> mean loss of a batch: a function, or anything else that can be called so.
         unit: what is counted for speed: "tokens" or "examples".
         about: one sentence on where the data comes from.

@@ -41,7 +41,7 @@ class LeanStepMaker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run's numbers, beside model, task and method.
+    """How to train: everything about a run but its model, task and method.
 
     Args:
         lr: peak learning rate.
@@ -50,7 +50,7 @@ class TrainConfig:
         clip: largest norm of the gradient (None: any).
         steps: steps of the optimiser.
         batch_size: examples a step.
-        schedule: after the warm-up, "cosine" (falling to 0) or "constant".
+        schedule: after the warm-up, "cosine" (falling towards 0) or "constant".
         warmup: steps of linear rise; default a tenth of ``steps``.
         accumulate: micro-batches that a batch is computed in; saves memory, changes no result.
         eval_every: steps between evaluations; default a tenth of ``steps``. Step 0 and the last always are.
@@ -109,7 +109,7 @@ class TrainConfig:
         return max(1, self.steps // 10) if self.eval_every is None else self.eval_every
 
     def rate_factor(self, step: int) -> float:
-        """What the peak learning rate is multiplied by at step 1 .. ``steps``."""
+        """The learning rate of step 1 .. ``steps`` as a share of the peak."""
         return learning_rate(step, self.steps, 1.0, self.warmup_steps, self.schedule)
 
     def evaluates(self, step: int) -> bool:
@@ -141,7 +141,7 @@ class TrainingStep:
     loss: Loss
     optimizer: torch.optim.Optimizer
     clip: float | None = 1.0
-    threads: int = 1  # micro-batches that are computed at the same time
+    threads: int = 1  # micro-batches computed at the same time: more than one only in a lean step
 
     def __call__(self, batches: Sequence[Batch], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """One step: forward, backward, clip, step.
@@ -177,7 +177,11 @@ class TrainingStep:
         return self.loss(self.model, inputs, targets)  # ()
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """Look at the targets of the next batches while they are still on the CPU; the plain step need not."""
+        """Called with the targets of the next micro-batches while they are still on the CPU.
+
+        To be called again whenever the batch changes. It is here for the lean step, which asks whether all of them
+        count: on a GPU the answer would make Python wait.
+        """
 
 
 def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> TrainingStep:

@@ -14,6 +14,8 @@ In reading order:
     overfitting   what was learned, overfitted and forgotten, read off the curves
 """
 
+import lazy_loader
+
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.packed import fit_packed
 from lora_lab.ablation.results import load
@@ -21,3 +23,5 @@ from lora_lab.ablation.run import ablate
 from lora_lab.ablation.verdict import Verdict, summary
 
 __all__ = ["Grid", "Trial", "Verdict", "ablate", "fit_packed", "load", "summary"]
+
+__getattr__, _, _ = lazy_loader.attach(__name__, ["overfitting", "studies"])  # the other files are loaded already

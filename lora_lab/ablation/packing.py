@@ -24,7 +24,7 @@ _MOST_PACKED = 32  # the gain of a pack flattens long before, and a kill loses t
 def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     """Why a run cannot be packed, in a sentence, or None if it can.
 
-    Only what is plain from outside is looked at. :func:`fit_packed` tries the model too, before it trains.
+    Only what is plain from outside is looked at; ``packed.fit_packed`` tries the model too, before it trains.
     """
     if type(method) not in (LoRA, RsLoRA):  # the two differ in scaling alone
         name = getattr(method, "name", method)
@@ -81,7 +81,7 @@ def shares(model: nn.Module, runs: Sequence[Any], count: int, most: int) -> list
 
     Args:
         model: what they are to be trained on.
-        runs: trials or :class:`Run` objects: anything with a ``method``.
+        runs: trials or :class:`lora_lab.ablation.packed.Run` objects: anything with a ``method``.
         count: how many packs, at most one for each run.
         most: the most runs of a pack; ``count`` packs must be able to hold all.
     """

@@ -1,7 +1,7 @@
 """What can I do with an adapter? Save and load it in PEFT's format; switch, take off, extract, resize it.
 
-peft_format  adapters as states and as files, which the PEFT library reads and writes
 edit         switch, off, extract, resize
+peft_format  adapters as files, which the PEFT library reads and writes
 """
 
 from lora_lab.adapters.edit import extract, off, resize, switch

@@ -1,4 +1,4 @@
-"""Adapters as states and as files: switch, off, save, load; extract one from a full fine-tune, resize it.
+"""Adapters as files: save, load, read.
 
 Files are in the format of the ``peft`` library: it reads ours, and we read its. A folder holds
 ``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B of each
@@ -63,7 +63,7 @@ _BASE = "base"  # what stands for an adapted layer's own weight among the parts 
 def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
     """Write the model's adapters to ``folder``, and return it.
 
-    An older adapter there stays whole until the new one is: see :func:`lora_lab.files.atomic_files`.
+    An older adapter there stays whole until the new one is: see :func:`lora_lab.system.files.atomic_files`.
     Plain LoRA, rsLoRA and DoRA are saved as what they are, LoRA-FA as LoRA. PiSSA is saved as plain LoRA of
     twice the rank, the difference to the pre-trained weights, so that it needs no changed base; training
     cannot go on from it as PiSSA.
@@ -131,7 +131,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     names = _check_names(model, tensors, variant, folder)
     numbers = {name: (_by_pattern(config, "r", name), _by_pattern(config, "lora_alpha", name)) for name in names}
     for rank, alpha in numbers.values():
-        check_numbers(rank, alpha)  # checks them
+        check_numbers(rank, alpha)
     start = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject(model, start, layer=variant)

@@ -4,7 +4,7 @@
 
 LoRA spares the weight gradients, so it multiplies less than full fine-tuning: but never under two thirds of it, unless
 its adapters stand in the last blocks only; and above some rank more. How long that takes is another question
-(``lora_lab.speed``).
+(``lora_lab.costs.speed``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a recorder is, and which there are: one for each kind of record that ``lora-lab record`` makes."""
+"""What a recorder is: it makes the rows of one kind of record. ``registry`` lists all of them."""
 
 from __future__ import annotations
 

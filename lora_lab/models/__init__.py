@@ -9,3 +9,9 @@ gguf_reader  a GGUF file, with Hugging Face's names
 download     SmolLM2-135M from a Python package, into a cache
 pretrained   real weights into our Llama, and back to a folder
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, ["digits", "download", "gguf_reader", "llama", "pretrained", "quantize", "shapes", "tokenizer"]
+)

@@ -97,7 +97,7 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
 
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
     :func:`load_pretrained` once a tokenizer is in it. Matrices in blocks are written as the dense ones they
-    stand for. An older model there stays whole until the new one is: see :func:`lora_lab.files.atomic_files`.
+    stand for. An older model there stays whole until the new one is: see :func:`lora_lab.system.files.atomic_files`.
 
     Raises:
         ValueError: the model carries adapters that are not merged.

@@ -17,6 +17,8 @@ generated. The modules in reading order:
     metrics      what a person understands: scores, baselines
 """
 
+import lazy_loader
+
 from lora_lab.task import IGNORE, Encoder, Examples, Loss, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.digits import digits
@@ -46,3 +48,5 @@ __all__ = [
     "translate",
     "tweets",
 ]
+
+__getattr__, _, _ = lazy_loader.attach(__name__, ["generate", "metrics"])  # the other files are loaded already
