@@ -1071,3 +1071,38 @@ def test_a_second_load_is_refused(saved):
     with pytest.raises(ValueError, match="already has adapters on 1 layers"):
         load_adapter(other, saved)
     assert snapshot(other) == before
+
+
+class Halved(LoRALinear):
+    """A variant that no file has a name for."""
+
+    @property
+    def scaling(self):
+        return self.alpha / self.rank / 2
+
+
+def test_a_variant_that_no_file_can_name_is_not_saved_as_plain_lora(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, LoRAConfig(rank=2), layer=Halved)
+    with pytest.raises(ValueError, match="'0' is a Halved, which no file can name"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+class Orthogonal(LoRALinear):
+    """A start of its own, which is plain LoRA once it is there."""
+
+    def init_factors(self, rank, generator):
+        A, B = super().init_factors(rank, generator)
+        return nn.init.orthogonal_(A, generator=generator), B
+
+
+def test_another_start_of_plain_lora_is_saved_as_plain_lora(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    base = copy.deepcopy(model)
+    inject(model, LoRAConfig(rank=2), layer=Orthogonal)
+    nn.init.normal_(model[0].lora_B)
+    load_adapter(base, save_adapter(model, tmp_path))
+    x = torch.randn(5, 4)
+    assert torch.equal(base(x), model(x))
+    assert type(base[0]) is LoRALinear

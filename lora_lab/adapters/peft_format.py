@@ -72,7 +72,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         base: name or path of the model they belong to, kept in the config as a note.
 
     Raises:
-        ValueError: the model has no adapters, or they are of several variants or differ in dropout.
+        ValueError: the model has no adapters, or they are of several variants or differ in dropout, or of a variant
+            that the format has no name for.
         OSError: the folder cannot be written to, or the disk is full.
     """
     folder = Path(folder)
@@ -80,6 +81,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
         for name, layer in adapted_layers(model).items()
     }
+    for name, layer in layers.items():
+        _check_kind(name, layer)
     settings = {(_variant(layer), getattr(layer.dropout, "p", 0.0)) for layer in layers.values()}
     if len(settings) > 1:
         raise ValueError(
@@ -225,6 +228,18 @@ def _is_causal(model: nn.Module) -> bool:
     """Whether it is a language model of the kind for which PEFT has a class that generates."""
     config = getattr(model, "config", None)
     return hasattr(model, "generate") and not getattr(config, "is_encoder_decoder", False)
+
+
+def _check_kind(name: str, layer: LoRALayer) -> None:
+    """Refuse a variant that a file has no name for: it would be loaded as another kind of layer."""
+    own = type(layer)
+    for kind in (lora_class(layer.base), *_VARIANTS.values()):
+        if kind and all(getattr(own, part) is getattr(kind, part) for part in ("forward", "_delta", "scaling")):
+            return
+    raise ValueError(
+        f"{name!r} is a {own.__name__}, which no file can name, so it would be loaded as another kind; keep "
+        "adapter_state(model), or register the class for its kind of layer."
+    )
 
 
 def _variant(layer: LoRALayer) -> str:
