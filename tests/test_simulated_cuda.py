@@ -582,7 +582,7 @@ def test_the_lesson_on_trades_teaches_and_switches_there_and_its_clock_waits(les
         "tokenizer": None,
         "TRADES": dict.fromkeys(trades, task),
         "tasks": SimpleNamespace(**dict.fromkeys(trades, lambda tokenizer, max_tokens: TASK)),
-        "scores": SimpleNamespace(answers=lambda model, task, **options: ["said"]),
+        "generate": SimpleNamespace(answers=lambda model, task, **options: ["said"]),
         "time": clock,
     }
     cells = {"cell-02": begin, "cell-16": {}, "cell-18": {}, "cell-20": {}, "cell-22": {}, "cell-24": {}, "cell-26": {}}
