@@ -287,7 +287,8 @@ def run(chosen: list[Mutant], results: Path, workers: int) -> list[dict]:
             finally:
                 free.put(folder)
 
-        modules = sorted({mutant.module for mutant in waiting})
+        sets = {tuple(TARGETS[mutant.module]): mutant.module for mutant in waiting}  # some modules share their tests
+        modules = sorted(sets.values())
         start = time.perf_counter()
         for module, (found, test) in zip(modules, pool.map(one, modules, [None] * len(modules)), strict=True):
             if found != "survived":
