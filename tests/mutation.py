@@ -57,7 +57,7 @@ TARGETS = {
     "methods": ["methods", "variants", "train"],
     "rank": ["rank", "spectra", "extract"],
     "history": ["train", "resume"],
-    "checkpoint": ["train", "resume", "methods"],
+    "checkpoint": ["train", "resume", "methods", "lean"],
     "train": ["train", "resume", "methods"],
     "adapters/peft_format": ["adapters", "extract", "layers"],
     "adapters/edit": ["adapters", "extract", "layers"],

@@ -459,6 +459,12 @@ def test_config_says_which_value_is_out_of_range(values, says):
             LoRALinear(nn.Linear(3, 2), **({"rank": 1, "alpha": 1.0} | values))
 
 
+def test_an_unknown_target_is_told_with_the_last_parts_of_the_names_that_there_are():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"here end in \['0', '1'\]\."):
+        inject(model, LoRAConfig(rank=1, targets=["q_proj"]))
+
+
 def test_the_defaults_are_rank_8_alpha_16_no_dropout_and_all_linear_layers():
     assert LoRAConfig() == LoRAConfig(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", exclude=())
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab import FullFineTuning, History, Lean, Llama, LoRA, LoRAPlus, PartialFineTuning, evaluate, fit
-from lora_lab.history import COLUMNS, DivergedError
+from lora_lab.history import COLUMNS, DivergedError, is_number
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
 from lora_lab.train import TrainConfig, TrainingStep, learning_rate, make_step
@@ -956,3 +956,9 @@ def test_keywords_override_a_config():
     config = TrainConfig(steps=100, lr=1e-2, batch_size=8)
     settings = fit(model, task, LoRA(2), config, steps=3, progress=False).settings
     assert (settings["steps"], settings["lr"], settings["batch_size"], settings["warmup"]) == (3, 1e-2, 8, 0)
+
+
+def test_a_number_is_finite_and_no_truth_value():
+    largest = sys.float_info.max
+    assert all(map(is_number, (0, -1.5, largest, -largest, int(largest))))
+    assert not any(map(is_number, (True, None, "1", math.nan, math.inf, 2 * int(largest))))
