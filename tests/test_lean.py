@@ -1087,3 +1087,10 @@ def test_the_step_is_the_plain_one_but_for_its_parts():
     loss, norm = TrainingStep(model, plain_cross_entropy, optimizer, 1.0)([text()], [1.0])
     assert float(norm) > 0
     assert float(loss) > 0
+
+
+def test_the_defaults_of_the_flat_optimiser_are_those_of_adamw():
+    weight = nn.Parameter(torch.ones(2))
+    flat, plain = FlatAdamW([{"params": [weight]}]), torch.optim.AdamW([weight])
+    assert flat.defaults == {name: plain.defaults[name] for name in flat.defaults}
+    assert {"lr", "betas", "eps", "weight_decay"} <= flat.defaults.keys()
