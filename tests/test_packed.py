@@ -894,3 +894,8 @@ def test_no_share_is_empty_or_too_large():
         assert len(found) == count
         assert all(1 <= len(share) <= most for share in found)
         assert sorted(run.seed for share in found for run in share) == list(range(n))
+
+
+def test_the_scalings_of_a_packed_layer_are_no_part_of_a_models_state():
+    layer = PackedLinear(nn.Linear(6, 4), torch.ones(3, 2, 6), torch.ones(3, 4, 2), torch.ones(3))
+    assert set(layer.state_dict()) == {"base.weight", "base.bias", "lora_A", "lora_B"}

@@ -13,7 +13,7 @@ from lora_lab import LoRA, fit
 from lora_lab.ablation.grid import Grid
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
-from lora_lab.ablation.verdict import RankResult, Verdict, _Choice, summary
+from lora_lab.ablation.verdict import RankResult, Verdict, _Choice, _listed, summary
 from lora_lab.tasks import planted
 from lora_lab.train import evaluate
 
@@ -382,3 +382,8 @@ def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
     own = frame[(frame["rank"] == 4) & (frame.lr == 0.03) & (frame.seed == 1)]
     assert own["test_loss"].dropna().tolist() == [evaluate(model, task, "test", batch_size=32)]
     assert summary(frame[frame.seed == 1]).rank is None
+
+
+def test_seeds_are_listed_in_the_singular_and_in_the_plural():
+    assert _listed([3]) == "seed 3"
+    assert _listed([0, 1, 4]) == "seeds 0, 1, 4"
