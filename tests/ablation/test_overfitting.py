@@ -8,7 +8,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from test_ablate import MODEL
 
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
@@ -17,6 +16,7 @@ from lora_lab.ablation.overfitting import against, at_equal_learning, by_size, c
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
 from lora_lab.tasks import Examples, Task
+from tests.ablation.test_run import MODEL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
