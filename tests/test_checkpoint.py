@@ -19,6 +19,7 @@ from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, check
 from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task
+from tests.helpers import Stopped
 
 CHECKPOINT = "checkpoint.safetensors"
 STEPS, EVERY = 9, 2  # batches of 4 from 10 examples: nine steps cross three ends of an epoch
@@ -45,10 +46,6 @@ KINDS = {
     "partial": (Normed, PartialFineTuning(("head",))),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)
-
-
-class Stopped(BaseException):
-    """Stands for whatever ends a run."""
 
 
 def task(loss=None, shift=0.0):

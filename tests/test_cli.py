@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +30,7 @@ from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
 from lora_lab.models import pretrained
 from lora_lab.tasks import docs
-
-ROOT = Path(__file__).parent.parent
-PNG = b"\x89PNG\r\n\x1a\n"
+from tests.helpers import PNG, ROOT, command, randomise
 
 
 @pytest.fixture
@@ -65,10 +62,6 @@ def small_demo(tiny, monkeypatch):
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 5)
     monkeypatch.setattr(demo, "apart", lambda function, *arguments: function(*arguments))
     return tiny
-
-
-def command(*arguments):
-    return cli.main(list(map(str, arguments)))
 
 
 def one_line(capsys):
@@ -279,11 +272,7 @@ def tuned(tiny, tmp_path):
     """An adapter that changes what the tiny model writes."""
     model, _ = load_pretrained(tiny, device="cpu")
     inject(model, LoRAConfig(rank=2, alpha=4), seed=1)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
-    return model, save_adapter(model, tmp_path / "adapter", base=str(tiny))
+    return model, save_adapter(randomise(model, size=1), tmp_path / "adapter", base=str(tiny))
 
 
 def written(capsys, *arguments):

@@ -1,8 +1,6 @@
 """Which layers are adapted and by what: the registry, refusals, tied weights, and what "all-linear" does not reach."""
 
 import copy
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -19,9 +17,8 @@ from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjec
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.variants import DoRALinear, RsLoRALinear
-
-SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-WIDE = {"intermediate_size": 24}
+from tests.helpers import randomise, run_python, snapshot
+from tests.tiny_models import SHAPE, bert, gpt2, llama, t5, vit, whisper
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +26,6 @@ def registry(monkeypatch):
     """What a test registers is forgotten after it."""
     monkeypatch.setattr(layers, "_REGISTERED", dict(layers._REGISTERED))
     torch.manual_seed(0)
-
-
-def snapshot(model):
-    """Everything that a refused call must leave alone."""
-    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return modules, [(name, id(t), t.requires_grad, t._version, t.detach().clone().tolist()) for name, t in tensors]
 
 
 class EveryKind(nn.Module):
@@ -297,12 +287,6 @@ def test_a_registered_kind_is_linear_only_if_it_says_so():
     assert inject(model, LoRAConfig(rank=2, targets=["1"])) == ["1"]
 
 
-def in_a_fresh_process(script):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
 def test_every_kind_is_known_even_if_only_the_heart_was_imported_and_no_library_of_theirs_is():
     script = """
 import sys, types
@@ -321,7 +305,7 @@ inject(model, LoRAConfig(rank=2, targets=["words", "image", "gpt", "plain", "out
 print(*(type(layer).__name__ for layer in lora_layers(model).values()))
 print(*({"transformers", "peft"} & set(sys.modules)))
 """
-    assert in_a_fresh_process(script) == [
+    assert run_python(script, PYTHONWARNINGS="error").stdout.split() == [
         "LoRAEmbedding",
         "LoRAConv2d",
         "LoRAConv1D",
@@ -431,18 +415,15 @@ def shared_blocks():
 
 
 def tied_llama():
-    config = hf.LlamaConfig(**SHAPE, **WIDE, tie_word_embeddings=True)
-    return hf.LlamaForCausalLM(config), ["embed_tokens", "lm_head"]
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, tie_word_embeddings=True)), ["embed_tokens", "lm_head"]
 
 
 def tied_gpt2():
-    config = hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
-    return hf.GPT2LMHeadModel(config), ["wte", "lm_head"]
+    return gpt2(tied=True), ["wte", "lm_head"]
 
 
 def tied_t5():
-    config = hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    return hf.T5ForConditionalGeneration(config), ["shared"]
+    return t5(), ["shared"]
 
 
 TIED = [
@@ -484,10 +465,7 @@ def test_merging_changes_the_weights_of_adapted_layers_only_and_unties_none(make
     before = dict(model.named_parameters(remove_duplicate=False))
     values = {name: parameter.detach().clone() for name, parameter in before.items()}
     names = inject(model, LoRAConfig(rank=2, targets=free))
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_A)
-        nn.init.normal_(layer.lora_B)
-    assert merge(model) == names
+    assert merge(randomise(model)) == names
     after = dict(model.named_parameters(remove_duplicate=False))
     adapted = {f"{name}.weight" for name in names}
     assert after.keys() == before.keys()
@@ -498,7 +476,7 @@ def test_merging_changes_the_weights_of_adapted_layers_only_and_unties_none(make
 
 
 def test_untied_embedding_and_head_are_adapted_and_merged_each_on_its_own():
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, **WIDE, tie_word_embeddings=False)).eval()
+    model = llama().eval()
     ids = torch.arange(10).view(2, 5)
     base = copy.deepcopy(model)
     assert inject(model, LoRAConfig(rank=2, targets=["embed_tokens"])) == ["model.embed_tokens"]
@@ -523,8 +501,7 @@ def reached(model, **options):
 
 
 def mixtral():
-    moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE | {"num_hidden_layers": 2}, **WIDE, **moe))
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
 
 
 def test_experts_of_a_mixture_are_named_as_not_adapted():
@@ -553,26 +530,6 @@ def test_layers_that_a_variant_leaves_out_are_named():
     model["plain"] = nn.Linear(4, 4)
     with pytest.warns(UserWarning, match=r": attention\.in_proj_weight, attention\.out_proj\.weight, gpt\.weight stay"):
         assert inject(model, LoRAConfig(rank=2), layer=DoRALinear) == ["plain"]
-
-
-def llama():
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, **WIDE))
-
-
-def bert():
-    return hf.BertForSequenceClassification(hf.BertConfig(**SHAPE, **WIDE))
-
-
-def vit():
-    shape = {name: value for name, value in SHAPE.items() if name != "vocab_size"}
-    return hf.ViTForImageClassification(hf.ViTConfig(**shape, **WIDE, image_size=8, patch_size=4))
-
-
-def whisper():
-    sides = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = hf.WhisperConfig(vocab_size=40, d_model=16, **sides, **ids, suppress_tokens=None)
-    return hf.WhisperForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from lora_lab import FullFineTuning, History, LoRA, plots
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, predict
 from lora_lab.history import COLUMNS
 from lora_lab.models.digits import DigitsMLP
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from tests.helpers import PNG
 
 
 def history(validation, train=None):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -21,9 +20,8 @@ from lora_lab import records
 from lora_lab.records import Record, load, load_all, write
 from lora_lab.system import provenance
 from lora_lab.system.provenance import facts
+from tests.helpers import COMMIT, ROOT, names
 
-ROOT = Path(records.__file__).parent.parent
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CPU = torch.device("cpu")
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -43,10 +41,6 @@ def a_record(**changes):
         ],
     }
     return Record(**(usual | changes))
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 # What is let in

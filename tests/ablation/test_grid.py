@@ -3,9 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.methods import AsItIs, LoRAFA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import planted
+from tests.helpers import run_python
 
 METHODS = [
     FullFineTuning(),
@@ -54,11 +53,7 @@ def test_the_key_is_the_same_in_another_process_whatever_its_hash_seed():
     )
     keys = set()
     for hash_seed in ("0", "1"):
-        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        )
-        keys.add(done.stdout.strip())
+        keys.add(run_python(script, PYTHONHASHSEED=hash_seed).stdout.strip())
     assert keys == {trial(LoRA(rank=4, targets=["q", "v"]), 0.1 + 0.2, 3, steps=50, task="t", model="m").key}
 
 

@@ -15,10 +15,12 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.overfitting import against, at_equal_learning, by_size, compared, measures, near_ties, tuned
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
+from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import Examples, Task
-from tests.ablation.test_run import MODEL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = partial(DigitsMLP, width=16)
 
 
 def curve(way, lr, seed, validation, off_domain=None, gap=None, **columns):

@@ -35,21 +35,12 @@ from lora_lab.ablation.run import ablate, fingerprint
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.system.progress import progress_bar
 from lora_lab.tasks import Examples, Task, mean_squared_error
+from tests.helpers import small_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = functools.partial(DigitsMLP, width=16)
 VARYING = ["seconds", "date", "engine", "commit"]  # the checkout may get a commit while the tests run
-
-
-def small_task(loss=None, n_train=12):
-    """Random numbers in the shape of the digits."""
-    parts = {}
-    for seed, (part, n) in enumerate({"train": n_train, "validation": 7, "test": 5, "off_domain": 6}.items()):
-        generator = torch.Generator().manual_seed(seed)
-        inputs, classes = torch.randn(n, 64, generator=generator), torch.randint(0, 10, (n,), generator=generator)
-        parts[part] = Examples(inputs, classes)
-    return Task("small", **parts, **({"loss": loss} if loss else {}))
 
 
 def grid(ranks=(1, 3), lrs=(0.01,), seeds=(0, 1), **options):

@@ -7,14 +7,15 @@ import pandas
 import pytest
 import torch
 
-from lora_lab import DoRA, LoRA, cli, evaluate, fit, plots
+from lora_lab import DoRA, LoRA, evaluate, fit, plots
 from lora_lab.ablation import load, studies, summary
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Task, digits, docs
+from tests.helpers import ByteTokenizer, command
 
 
-def command(*arguments):
-    return cli.main(["ablate", *map(str, arguments)])
+def ablate(*arguments):
+    return command("ablate", *arguments)
 
 
 def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
@@ -44,16 +45,9 @@ def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(
     fit(copy.deepcopy(net), task, LoRA(2, 4), steps=1, lr=1e-3, progress=False)  # it bears no mark of its training
 
 
-class Bytes:
-    """The simplest tokenizer: a token is a byte."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-
 def test_the_manual_is_whole_unless_so_many_examples_are_drawn_by_a_seed(monkeypatch):
-    monkeypatch.setattr(studies, "load_pretrained", lambda name: (None, Bytes()))
-    whole = docs(Bytes(), 64)
+    monkeypatch.setattr(studies, "load_pretrained", lambda name: (None, ByteTokenizer()))
+    whole = docs(ByteTokenizer(), 64)
     assert studies.manual(64).fingerprint == whole.fingerprint
     drawn = studies.manual(64, 16, 3)
     rows = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(3))[:16]
@@ -127,11 +121,11 @@ def test_names_that_are_not_known_are_refused():
 
 def test_ablate_runs_a_grid_prints_a_verdict_and_goes_on(tmp_path, capsys):
     arguments = ["--task", "planted", "--ranks", "1,4", "--lrs", "1e-2", "--steps", 20, "--out", tmp_path]
-    assert command(*arguments, "--seeds", 1) == 0
+    assert ablate(*arguments, "--seeds", 1) == 0
     assert "undecided: more seeds needed" in capsys.readouterr().out
     first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
     assert len(first) == 2
-    assert command(*arguments, "--seeds", 3) == 0
+    assert ablate(*arguments, "--seeds", 3) == 0
     printed = capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
     assert len(after) == 6
@@ -145,15 +139,14 @@ def test_ablate_runs_a_grid_prints_a_verdict_and_goes_on(tmp_path, capsys):
 
 def test_one_rank_has_no_verdict(tmp_path):
     assert (
-        command("--task", "planted", "--ranks", "2", "--lrs", "1e-2", "--steps", 5, "--seeds", 2, "--out", tmp_path)
-        == 0
+        ablate("--task", "planted", "--ranks", "2", "--lrs", "1e-2", "--steps", 5, "--seeds", 2, "--out", tmp_path) == 0
     )
     assert not (tmp_path / "verdict.png").exists()
 
 
 def test_one_alpha_for_all_ranks(tmp_path):
     arguments = ["--task", "planted", "--ranks", "1,2", "--lrs", "1e-2", "--steps", 5, "--seeds", 1, "--alpha", 8]
-    assert command(*arguments, "--out", tmp_path) == 0
+    assert ablate(*arguments, "--out", tmp_path) == 0
     trials = [json.loads(path.read_text())["trial"] for path in (tmp_path / "trials").glob("*.json")]
     assert {trial["method"]["alpha"] for trial in trials} == {8}
 
@@ -171,7 +164,7 @@ def test_one_alpha_for_all_ranks(tmp_path):
 )
 def test_ablate_refuses_what_makes_no_sense_in_one_sentence(tmp_path, capsys, arguments, says):
     settings = ["--task", "planted", "--lrs", "1e-2", "--steps", 2, "--seeds", 2, "--ranks", "1,2", "--out", tmp_path]
-    assert command(*settings, *arguments) == 1
+    assert ablate(*settings, *arguments) == 1
     captured = capsys.readouterr()
     assert says in captured.err
     assert len(captured.err.strip().splitlines()) == 1
@@ -179,12 +172,12 @@ def test_ablate_refuses_what_makes_no_sense_in_one_sentence(tmp_path, capsys, ar
 
 def test_a_list_that_is_none_is_argparses_to_refuse(capsys):
     with pytest.raises(SystemExit):
-        command("--ranks", "1,two")
+        ablate("--ranks", "1,two")
     assert "invalid list of int value: '1,two'" in capsys.readouterr().err
 
 
 def test_the_pictures_of_an_ablation(tmp_path):
-    command("--task", "planted", "--ranks", "1,2", "--lrs", "3e-3,1e-2", "--steps", 5, "--seeds", 3, "--out", tmp_path)
+    ablate("--task", "planted", "--ranks", "1,2", "--lrs", "3e-3,1e-2", "--steps", 5, "--seeds", 3, "--out", tmp_path)
     frame = load(tmp_path / "trials")
     last = frame[frame.step == frame.steps]
     rates = plots.loss_by_rate(frame)

@@ -14,18 +14,7 @@ from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-
-PIXELS = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))
-
-
-def randomised(model, seed=0):
-    """The same model with every adapter's B (and A) drawn anew, so that it computes something else than its base."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            for factor in (layer.lora_A, layer.lora_B):
-                factor.copy_(torch.randn(factor.shape, generator=generator) / 8)
-    return model
+from tests.helpers import PIXELS, randomise
 
 
 def tuned(base, seed=1, rank=None):
@@ -167,7 +156,7 @@ def test_a_base_with_adapters_is_refused():
 def test_a_resized_adapter_is_the_nearest_of_its_rank(kind):
     model = DigitsMLP()
     inject(model, LoRAConfig(8, 24), layer=kind)
-    randomised(model)
+    randomise(model)
     before = {name: (layer.delta().numpy(), layer.scaling) for name, layer in lora_layers(model).items()}
     errors = resize(model, 3)
     for name, layer in lora_layers(model).items():
@@ -184,7 +173,7 @@ def test_a_resized_adapter_is_saved_and_read(tmp_path):
     model = DigitsMLP()
     original = copy.deepcopy(model)
     inject(model, LoRAConfig(8))
-    resize(randomised(model), 2)
+    resize(randomise(model), 2)
     save_adapter(model, tmp_path)
     load_adapter(original, tmp_path)
     torch.testing.assert_close(original(PIXELS), model(PIXELS))
@@ -193,7 +182,7 @@ def test_a_resized_adapter_is_saved_and_read(tmp_path):
 def test_an_adapter_as_low_already_stays_as_it_is():
     model = DigitsMLP()
     inject(model, LoRAConfig(4))
-    before = adapter_state(randomised(model))
+    before = adapter_state(randomise(model))
     assert set(resize(model, 4).values()) == {0.0}
     assert all(torch.equal(before[name], value) for name, value in adapter_state(model).items())
 
@@ -201,7 +190,7 @@ def test_an_adapter_as_low_already_stays_as_it_is():
 def test_embeddings_and_convolutions_are_resized():
     model = torch.nn.Sequential(torch.nn.Embedding(20, 12), torch.nn.Flatten(), torch.nn.Conv2d(3, 8, 3))
     model[0], model[2] = LoRAEmbedding(model[0], 6, 6), LoRAConv2d(model[2], 6, 6)
-    randomised(model)
+    randomise(model)
     for name, error in resize(model, 2).items():
         assert 0 < error < 1
         assert lora_layers(model)[name].rank == 2
@@ -212,7 +201,7 @@ def test_embeddings_and_convolutions_are_resized():
 def test_a_layer_smaller_than_the_rank_gets_all_it_can_hold():
     model = DigitsMLP()
     inject(model, LoRAConfig(64, 128))
-    before = randomised(model).head.delta()
+    before = randomise(model).head.delta()
     errors = resize(model, 32)
     assert {name: layer.rank for name, layer in lora_layers(model).items()} == {
         "hidden1": 32,
@@ -249,7 +238,7 @@ def test_bad_ranks_and_models_are_refused():
 def test_a_saved_adapter_is_read_without_its_model(tmp_path, kind):
     model = DigitsMLP()
     inject(model, LoRAConfig(4, 12), layer=kind)
-    save_adapter(randomised(model), tmp_path)
+    save_adapter(randomise(model), tmp_path)
     expected, found = adapter_state(model), read_adapter(tmp_path)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

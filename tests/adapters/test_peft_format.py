@@ -25,9 +25,9 @@ from lora_lab.adapters.edit import off, switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import PIXELS, randomise, snapshot
 
 IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
-PIXELS = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:The following .*_pattern keys did not match:RuntimeWarning",
@@ -70,16 +70,6 @@ HARMLESS = {
 }
 
 
-@torch.no_grad()
-def randomise(model, seed=1):
-    """Give every adapter random numbers, in A and in B."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
-
-
 def adapted(seed=1, rank=3, alpha=5.0, targets="all-linear", dropout=0.0):
     """A small net with random adapters."""
     model = DigitsMLP(width=16)
@@ -91,11 +81,6 @@ def adapted(seed=1, rank=3, alpha=5.0, targets="all-linear", dropout=0.0):
 def logits(model, ids=IDS):
     out = model.eval()(ids)
     return out if isinstance(out, torch.Tensor) else out.logits
-
-
-def snapshot(model):
-    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-    return modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from torch import nn
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, merge, save_adapter
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection
 from lora_lab.variants import RsLoRALinear
-from tests.tiny_models import falcon, gpt2, llama, original
+from tests.helpers import randomise
+from tests.tiny_models import bert, falcon, fresh, gpt2, llama, t5, vit, whisper
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`:UserWarning",
@@ -42,46 +43,6 @@ MASK = (IDS != 0).long()
 IMAGES = torch.randn(2, 3, 16, 16, generator=GENERATOR)
 SOUND = torch.randn(2, 8, 20, generator=GENERATOR)
 FRAMES = torch.randn(3, 5, 16, generator=GENERATOR)
-
-
-def bert() -> nn.Module:
-    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = hf.BertConfig(**shape, **without, num_attention_heads=2, max_position_embeddings=16, num_labels=3)
-    return hf.BertForSequenceClassification(config)
-
-
-def t5() -> nn.Module:
-    shape = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    return hf.T5ForConditionalGeneration(hf.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0))
-
-
-def vit() -> nn.Module:
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return hf.ViTForImageClassification(hf.ViTConfig(**shape, **without, image_size=16, patch_size=4, num_labels=3))
-
-
-def whisper() -> nn.Module:
-    sides = {
-        f"{side}_{what}": n
-        for side in ("encoder", "decoder")
-        for what, n in [("layers", 1), ("attention_heads", 2), ("ffn_dim", 24)]
-    }
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = hf.WhisperConfig(
-        **sides,
-        **tokens,
-        vocab_size=40,
-        num_mel_bins=8,
-        d_model=16,
-        max_source_positions=10,
-        max_target_positions=16,
-        dropout=0.0,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    return hf.WhisperForConditionalGeneration(config)
 
 
 def resnet() -> nn.Module:
@@ -126,10 +87,6 @@ CASES = {
 EVERY = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
 
 
-def fresh(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return copy.deepcopy(original(case.make)).to(dtype)
-
-
 def run(model: nn.Module, case: Case) -> torch.Tensor:
     """The model's logits for the case's inputs, in the dtype of its frozen weights."""
     dtype = next(p.dtype for name, p in model.named_parameters() if "lora_" not in name)
@@ -150,18 +107,8 @@ def apart(found: torch.Tensor, other: torch.Tensor, at_least: float = 0.01) -> N
     assert float((found - other).detach().abs().max()) > at_least * float(other.detach().abs().max())
 
 
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Random numbers for every A and B of ours."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in lora_layers(model).values():
-        for part in (layer.lora_A, layer.lora_B):
-            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model
-
-
 def adapted(case: Case, dtype: torch.dtype = torch.float32, rank: int = 3, alpha: float = 4.0, targets=None):
-    model = fresh(case, dtype)
+    model = fresh(case.make, dtype)
     inject(model, LoRAConfig(rank, alpha, targets=list(targets or case.targets)))
     return randomise(model)
 
@@ -186,11 +133,11 @@ def peft_layers(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]
 
 def twins(case: Case, rank: int = 3, alpha: float = 4.0, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
     """The model with the same adapters, once ours and once peft's."""
-    ours = fresh(case)
+    ours = fresh(case.make)
     inject(ours, LoRAConfig(rank, alpha, dropout, targets=list(case.targets)))
     randomise(ours)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(case.targets))
-    theirs = in_peft(fresh(case), config)
+    theirs = in_peft(fresh(case.make), config)
     layers = lora_layers(ours)
     assert peft_layers(theirs).keys() == layers.keys()
     with torch.no_grad():
@@ -198,15 +145,6 @@ def twins(case: Case, rank: int = 3, alpha: float = 4.0, dropout: float = 0.0) -
             A.copy_(layers[name].lora_A)
             B.copy_(layers[name].lora_B)
     return ours, theirs
-
-
-def random_in_peft(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Random numbers for every A and B of peft's."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part in (part for pair in peft_layers(model).values() for part in pair):
-            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model
 
 
 @contextmanager
@@ -237,8 +175,8 @@ def test_the_cases_cover_every_kind_of_layer_strides_and_padding():
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_adapters_start_as_the_base_and_each_kind_acts_in_every_mode(case, training, grad):
-    base = fresh(case).train(training).requires_grad_(False)
-    model = fresh(case).train(training)
+    base = fresh(case.make).train(training).requires_grad_(False)
+    model = fresh(case.make).train(training)
     inject(model, LoRAConfig(rank=3, alpha=4, targets=list(case.targets)))
     with torch.set_grad_enabled(grad):
         before = run(base, case)
@@ -267,7 +205,7 @@ def test_logits_and_gradients_are_pefts(case, training, dropout):
             out.sin().mean().backward()
             results.append(out)
     close(results[0], results[1])
-    apart(results[0], run(fresh(case).train(training), case))
+    apart(results[0], run(fresh(case.make).train(training), case))
     layers, undropped = lora_layers(ours), lora_layers(without)
     for name, (A, B) in peft_layers(theirs).items():
         close(layers[name].lora_A.grad, A.grad, 2e-5)
@@ -282,9 +220,9 @@ def test_logits_and_gradients_are_pefts(case, training, dropout):
 @EVERY
 def test_merged_equals_unmerged_and_pefts_merge_and_differs_from_the_base(case):
     ours, theirs = twins(case)
-    before = fresh(case).state_dict()
+    before = fresh(case.make).state_dict()
     with torch.no_grad():
-        unmerged, base = run(ours, case), run(fresh(case), case)
+        unmerged, base = run(ours, case), run(fresh(case.make), case)
         names = merge(ours)
         assert not lora_layers(ours)
         close(run(ours, case), unmerged)
@@ -295,7 +233,7 @@ def test_merged_equals_unmerged_and_pefts_merge_and_differs_from_the_base(case):
     assert {name for name in after if not torch.equal(after[name], before[name])} == {
         f"{name}.weight" for name in names
     }
-    assert [type(module) for module in ours.modules()] == [type(module) for module in fresh(case).modules()]
+    assert [type(module) for module in ours.modules()] == [type(module) for module in fresh(case.make).modules()]
 
 
 # Files, both ways
@@ -307,30 +245,30 @@ def test_peft_reads_what_is_saved_here(case, tmp_path):
     save_adapter(ours, tmp_path)
     with torch.no_grad(), no_fast_path():
         expected = run(ours, case)
-        read = peft.PeftModel.from_pretrained(fresh(case), tmp_path)
+        read = peft.PeftModel.from_pretrained(fresh(case.make), tmp_path)
         assert peft_layers(read).keys() == lora_layers(ours).keys()
         close(run(read, case), expected)
         # Once more, beside another adapter.
-        other = random_in_peft(in_peft(fresh(case), peft.LoraConfig(r=2, target_modules=list(case.targets)))).eval()
+        other = randomise(in_peft(fresh(case.make), peft.LoraConfig(r=2, target_modules=list(case.targets)))).eval()
         apart(run(other, case), expected)
         other.load_adapter(tmp_path, "second")
         other.set_adapter("second")
         close(run(other, case), expected)
-        apart(expected, run(fresh(case), case))
+        apart(expected, run(fresh(case.make), case))
 
 
 @EVERY
 def test_what_peft_saves_is_read_here(case, tmp_path):
     ours, theirs = twins(case)
     theirs.save_pretrained(tmp_path)
-    back = fresh(case)
+    back = fresh(case.make)
     assert load_adapter(back, tmp_path) == list(lora_layers(ours))
     state = adapter_state(back)
     for name, value in adapter_state(ours).items():
         assert torch.equal(value, state[name])
     with torch.no_grad():
         assert torch.equal(run(back, case), run(ours, case))
-        apart(run(back, case), run(fresh(case), case))
+        apart(run(back, case), run(fresh(case.make), case))
         with no_fast_path():
             close(run(back, case), run(theirs.eval(), case))
 
@@ -342,7 +280,7 @@ def test_only_decoders_are_noted_as_causal_language_models_and_only_gpt2_as_turn
         noted = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert noted["task_type"] == expected.get(name)
         assert noted["fan_in_fan_out"] is (name == "GPT-2")
-    read = peft.PeftModel.from_pretrained(fresh(CASES["Llama"]), tmp_path / "Llama")
+    read = peft.PeftModel.from_pretrained(fresh(CASES["Llama"].make), tmp_path / "Llama")
     assert isinstance(read, peft.PeftModelForCausalLM)
     tokens = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = adapted(CASES["Llama"]).generate(IDS[:1], **tokens)
@@ -389,10 +327,10 @@ def lora_types(case, targets):
 @given(settings_of_peft())
 def test_any_adapter_of_peft_is_read_here_saved_again_and_read_by_peft(drawn):
     case, dtype, config, seed = drawn
-    theirs = random_in_peft(in_peft(fresh(case, dtype), peft.LoraConfig(**config)), seed).eval()
+    theirs = randomise(in_peft(fresh(case.make, dtype), peft.LoraConfig(**config)), seed).eval()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), no_fast_path():
         theirs.save_pretrained(f"{folder}/theirs")
-        ours = fresh(case, dtype)
+        ours = fresh(case.make, dtype)
         names = load_adapter(ours, f"{folder}/theirs")
         layers = lora_layers(ours)
         assert names == list(layers) == list(peft_layers(theirs))
@@ -401,7 +339,7 @@ def test_any_adapter_of_peft_is_read_here_saved_again_and_read_by_peft(drawn):
             assert torch.equal(layers[name].lora_B, B)
             assert layers[name].scaling == theirs.get_submodule(f"base_model.model.{name}").scaling["default"]
             assert isinstance(layers[name], RsLoRALinear) is config["use_rslora"]
-        expected, base = run(theirs, case), run(fresh(case, dtype), case)
+        expected, base = run(theirs, case), run(fresh(case.make, dtype), case)
         found = run(ours, case)
         assert found.dtype == dtype
         close(found, expected, TOLERANCE[dtype])
@@ -410,13 +348,13 @@ def test_any_adapter_of_peft_is_read_here_saved_again_and_read_by_peft(drawn):
         save_adapter(ours, f"{folder}/ours")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            again = peft.PeftModel.from_pretrained(fresh(case, dtype), f"{folder}/ours")
+            again = peft.PeftModel.from_pretrained(fresh(case.make, dtype), f"{folder}/ours")
         for name, pair in peft_layers(theirs).items():
             module = again.get_submodule(f"base_model.model.{name}")
             assert module.scaling == theirs.get_submodule(f"base_model.model.{name}").scaling
             assert all(torch.equal(*parts) for parts in zip(pair, peft_layers(again)[name], strict=True))
         close(run(again, case), expected, TOLERANCE[dtype])
-        back = fresh(case, dtype)
+        back = fresh(case.make, dtype)
         load_adapter(back, f"{folder}/ours")
         assert torch.equal(run(back, case), found)
 
@@ -443,7 +381,7 @@ def in_its_fast_path(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("inputs", [ENCODER.inputs, PADDED], ids=["whole", "padded"])
 def test_pefts_plain_wrapper_does_nothing_in_the_fast_path_of_torchs_encoder_and_ours_acts(inputs):
     ours, theirs = (model.eval() for model in twins(ENCODER))
-    base = fresh(ENCODER).requires_grad_(False)
+    base = fresh(ENCODER.make).requires_grad_(False)
     with torch.no_grad():
         assert in_its_fast_path(ours, inputs)
         assert in_its_fast_path(theirs, inputs)
@@ -466,7 +404,7 @@ def test_pefts_plain_wrapper_does_nothing_in_the_fast_path_of_torchs_encoder_and
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_every_layer_of_torchs_encoder_acts_in_every_path(inputs, training, grad):
-    base = fresh(ENCODER).train(training)
+    base = fresh(ENCODER.make).train(training)
     model = adapted(ENCODER, targets=ALL).train(training)
     merged = copy.deepcopy(model)
     assert len(merge(merged)) == 6
@@ -490,9 +428,9 @@ def test_pefts_plain_wrapper_on_out_proj_does_nothing_in_any_mode_until_it_is_me
     ours = adapted(ENCODER, targets=["self_attn.out_proj"])
     assert {type(layer) for layer in lora_layers(ours).values()} == {LoRAOutProjection}
     save_adapter(ours, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(fresh(ENCODER), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(fresh(ENCODER.make), tmp_path)
     assert peft_layers(theirs).keys() == lora_layers(ours).keys()
-    base = fresh(ENCODER).requires_grad_(False)
+    base = fresh(ENCODER.make).requires_grad_(False)
     for training in (True, False):
         close(run(theirs.train(training), ENCODER), run(base.train(training), ENCODER), 1e-6)
         apart(run(ours.train(training), ENCODER), run(base, ENCODER))
@@ -500,9 +438,9 @@ def test_pefts_plain_wrapper_on_out_proj_does_nothing_in_any_mode_until_it_is_me
 
 
 def test_pefts_adapter_of_a_whole_multihead_attention_is_refused(tmp_path):
-    theirs = in_peft(fresh(ENCODER), peft.LoraConfig(r=2, target_modules=["self_attn"]))
-    random_in_peft(theirs).save_pretrained(tmp_path)
-    model = fresh(ENCODER)
+    theirs = in_peft(fresh(ENCODER.make), peft.LoraConfig(r=2, target_modules=["self_attn"]))
+    randomise(theirs).save_pretrained(tmp_path)
+    model = fresh(ENCODER.make)
     with pytest.raises(ValueError, match="has a MultiheadAttention there, which LoRALayer does not adapt"):
         load_adapter(model, tmp_path)
     assert not lora_layers(model)

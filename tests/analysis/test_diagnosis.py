@@ -20,14 +20,12 @@ from lora_lab.adapters.edit import switch
 from lora_lab.analysis.diagnosis import Diagnosis, Finding, diagnose
 from lora_lab.variants import PiSSALinear
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
 CHECKS = ["adapters", "trainable", "dtype", "optimizer", "update", "base", "loading"]
 WHOSE = pytest.mark.parametrize("whose", ["ours", "peft"])
 Report = namedtuple("Report", ["missing_keys", "unexpected_keys"])
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 class Net(nn.Module):

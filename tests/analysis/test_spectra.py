@@ -25,16 +25,13 @@ from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import perturbed, randomise
 
 
 def trained(model, kind=None, r=3):
     """The model with adapters that do something."""
     inject(model, LoRAConfig(r, 2 * r), layer=kind)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.add_(torch.randn(layer.lora_B.shape, generator=generator) / 10)
-    return model
+    return randomise(model, size=0.1)
 
 
 def dense_row(delta, W):
@@ -94,10 +91,7 @@ def test_the_same_adapter_from_model_state_and_folder(tmp_path):
 
 def test_two_models_are_compared_matrix_by_matrix():
     base = DigitsMLP()
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    model = perturbed(base, size=1)
     frame = spectra.report(base, model).set_index("layer")
     assert list(frame.index) == ["hidden1", "hidden2", "head"]
     assert frame["rank"].isna().all()
@@ -111,10 +105,7 @@ def test_two_models_are_compared_matrix_by_matrix():
 
 def test_singular_values_alone():
     base, threads = DigitsMLP(), torch.get_num_threads()
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    model = perturbed(base, size=1)
     found = spectra.singular_values(base, model, progress=False)
     assert list(found) == ["hidden1", "hidden2", "head"]
     for name, S in found.items():
@@ -129,11 +120,9 @@ def test_singular_values_alone():
 
 def test_a_change_without_signal_lies_within_its_band_and_one_with_signal_does_not():
     base = DigitsMLP()
-    noise, signal = copy.deepcopy(base), copy.deepcopy(base)
+    noise, signal = perturbed(base), copy.deepcopy(base)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in noise.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
         for parameter in signal.parameters():
             if parameter.ndim == 2:
                 parameter.add_(torch.outer(*(torch.randn(n, generator=generator) for n in parameter.shape)))
@@ -191,11 +180,7 @@ def test_dora_is_reported_with_its_lengths():
 def test_embeddings_convolutions_and_a_base_in_4_bits(tiny_config):
     model = torch.nn.Sequential(torch.nn.Embedding(20, 12), torch.nn.Flatten(), torch.nn.Conv2d(3, 8, 3))
     model[0], model[2] = LoRAEmbedding(model[0], 2, 4), LoRAConv2d(model[2], 2, 4)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_A.normal_(generator=torch.Generator().manual_seed(1))
-            layer.lora_B.normal_(generator=torch.Generator().manual_seed(2))
-    frame = spectra.report(None, model).set_index("layer")
+    frame = spectra.report(None, randomise(model)).set_index("layer")
     assert (frame["out"].tolist(), frame["in"].tolist()) == ([12, 8], [20, 27])
     for name, layer in lora_layers(model).items():
         W = layer.base.weight.flatten(1)

@@ -1,7 +1,6 @@
 """A step rehearsed: setups, models without memory or copied, and what a watch sees of a step."""
 
 import contextlib
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -24,6 +23,7 @@ from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.tasks import cross_entropy
 from lora_lab.train import TrainingStep
+from tests.helpers import run_python
 
 CPU = torch.device("cpu")
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
@@ -312,8 +312,8 @@ for device in ("cuda", "cuda:3", "mps", "xpu"):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
 def test_a_device_that_is_not_there_is_refused_before_a_fake_tensor_can_abort_the_interpreter():
-    done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_python(DEVICES)
+    assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert [line.partition(" (")[0] for line in lines] == [
         f"Device '{device}' cannot be used here" for device in ("cuda", "cuda:3", "mps", "xpu")

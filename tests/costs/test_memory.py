@@ -5,7 +5,6 @@ import gc
 import json
 import math
 import re
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -44,8 +43,9 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.system.process import peak_bytes
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.train import TrainingStep
+from tests.helpers import run_python
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 
 REST = "the rest, unexplained"
 BATCH, IN, OUT, RANK = 32, 64, 48, 4
@@ -68,14 +68,6 @@ BF16 = torch.bfloat16
 CKPT = {"gradient_checkpointing": True}
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap():
-    """measure collects garbage; what transformers and others have made need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def text(config=SHAPE, batch=B, length=S):
@@ -778,7 +770,7 @@ print(peak_bytes(device) - before, bill.peak_bytes, bill.parts["trained weights"
 
 
 def test_a_model_of_eight_billion_parameters_is_predicted_in_no_memory():
-    done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, check=True)
+    done = run_python(BIG)
     grown, peak, trained, state = map(int, done.stdout.split())
     assert grown < 300 * MIB
     assert trained == 2 * 8_030_261_248
@@ -1043,8 +1035,7 @@ print("alive")
 
 @needs_no_gpu
 def test_devices_that_are_not_there_cannot_abort_the_interpreter():
-    done = subprocess.run([sys.executable, "-c", NO_CUDA], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python(NO_CUDA)
     assert done.stderr == ""  # and the profiler says nothing either
     assert done.stdout.splitlines() == [
         "estimated for CUDA, not measured",
@@ -1692,7 +1683,7 @@ print(before, grown, peak_bytes(device))
 def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
     # More than any build of torch takes (the CUDA one 0.7 GiB); a started process must not report it as its own.
     ballast = torch.ones(1200 * MIB, dtype=torch.uint8)
-    done = subprocess.run([sys.executable, "-c", GROW], capture_output=True, text=True, check=True)
+    done = run_python(GROW)
     before, grown, after = map(int, done.stdout.split())
     assert grown - before >= 90 * MIB  # resident pages; a few may have been there before
     assert grown - before < 200 * MIB

@@ -12,19 +12,17 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
-from lora_lab.ablation import packing, run, studies
+from lora_lab.ablation import studies
 from lora_lab.experiments import downstream as trade_records
 from lora_lab.experiments.finetune import TASKS
 from lora_lab.models.llama import Llama
-from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, trivial
-from tests.tasks.test_instruction import TEMPLATE
+from tests.helpers import COMMIT, enlarge
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = trade_records.plan  # the fixture puts another in its place
-COMMIT = 20 * "5a"
 RATES = {"full": (1e-4, 1e-2), "LoRA r=8": (3e-2, 1e-3), "scratch": (1e-2, 1e-4)}
 STEPS = {"sentiment": 5, "translate-fr": 3, "style": 4}
 PLAN = trade_records.Plan(STEPS, RATES, 3, 4, 3)
@@ -60,38 +58,20 @@ def stories(tokenizer, told="log"):
 
 
 @pytest.fixture(scope="module")
-def chatter(tiny_tokenizer):
-    return Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_config, chatter, tmp_path_factory):
-    """The real model is a tiny one with something to say, its trades are small, and all runs in this process."""
-    config, before = dataclasses.replace(tiny_config, tie_word_embeddings=False), torch.get_num_threads()
+def tiny(small_world, tiny_config, chatter):
+    """The real model is a tiny one with something to say, and its trades are small."""
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=False)
 
     def make(device=None):
-        model = Llama(config, seed=4)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(5)
-        return model
+        return enlarge(Llama(config, seed=4), 5)
 
     small = {"sentiment": cache(sentiment), "translate-fr": cache(french), "style": cache(stories)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "language_model", make)
-        patch.setattr(studies, "processes", lambda device: 1)
-        patch.setattr(run, "_commit", lambda: COMMIT)
-        # So many fit into a pack; to foresee it takes a second each time.
-        patch.setattr(packing, "_fitting", lambda *_: 4)
-        patch.setattr(trade_records, "TASKS", small)
-        patch.setattr(trade_records, "style", small["style"])
-        patch.setattr(trade_records, "load_pretrained", lambda name: (None, chatter))
-        patch.setattr(trade_records, "plan", lambda device: PLAN)
-        patch.chdir(tmp_path_factory.mktemp("trades"))
-        torch.set_num_threads(1)
-        yield make
-    torch.set_num_threads(before)
+    small_world.setattr(studies, "language_model", make)
+    small_world.setattr(trade_records, "TASKS", small)
+    small_world.setattr(trade_records, "style", small["style"])
+    small_world.setattr(trade_records, "load_pretrained", lambda name: (None, chatter))
+    small_world.setattr(trade_records, "plan", lambda device: PLAN)
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -368,10 +348,6 @@ def test_where_everything_failed_the_next_trade_begins(tiny, monkeypatch, tmp_pa
     assert [row["outcome"] for row in rows_of(rows, "tuning")] == ["failed"] * 5
 
 
-def nothing(*arguments):
-    raise AssertionError("a trial is run again")
-
-
 def test_a_stopped_record_goes_on_where_it_was(whole, tiny, tmp_path):
     rows = trade_records.trades(CPU, tmp_path)
     while next(rows)["about"] != "tuning":
@@ -385,9 +361,8 @@ def test_a_stopped_record_goes_on_where_it_was(whole, tiny, tmp_path):
     pandas.testing.assert_frame_equal(*frames)
 
 
-def test_of_a_record_that_is_whole_nothing_is_trained_again(whole, tmp_path, monkeypatch):
+def test_of_a_record_that_is_whole_nothing_is_trained_again(whole, tmp_path, no_trial_runs):
     shutil.copytree(trade_records.FOLDER, tmp_path / "trials")
-    monkeypatch.setattr(run, "_attempt", nothing)
     assert list(trade_records.trades(CPU, tmp_path / "trials")) == whole[1]
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):

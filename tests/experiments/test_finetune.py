@@ -6,21 +6,19 @@ import json
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, Llama, LoRA, cli, load_adapter, load_pretrained, save_model
+from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained, save_model
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
-from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import PairTask, sentiment
-from tests.tasks.test_instruction import TEMPLATE
+from tests.helpers import command
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path, tiny_tokenizer, tiny_config):
+def tiny(monkeypatch, tmp_path, chatter, tiny_config):
     """Loading gives a tiny Llama; the working directory is the test's own, with a file of sums in it."""
-    chatter = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=TEMPLATE)
     monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=3), chatter))
     monkeypatch.setattr("lora_lab.models.pretrained.load_pretrained", finetune.load_pretrained)
     monkeypatch.chdir(tmp_path)
@@ -29,12 +27,8 @@ def tiny(monkeypatch, tmp_path, tiny_tokenizer, tiny_config):
     return chatter
 
 
-def command(*arguments):
-    return cli.main(["finetune", *map(str, arguments)])
-
-
 def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, tiny_config, capsys):
-    assert command("--task", "sums.jsonl", "--rank", 4, "--steps", 20, "--lr", 3e-2, "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--rank", 4, "--steps", 20, "--lr", 3e-2, "--out", "kept") == 0
     printed = capsys.readouterr().out
     assert "plus one?" in printed
     assert "wanted" in printed
@@ -53,7 +47,7 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
 
 
 def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
-    assert command("--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
     assert (tmp_path / "kept" / "model.safetensors").is_file()
     assert (tmp_path / "kept" / "tokenizer.json").is_file()
 
@@ -61,7 +55,7 @@ def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
 @pytest.mark.parametrize("methods", [("lora", "full"), ("full", "dora")])
 def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, tmp_path, methods):
     for method in (*methods, methods[0]):
-        assert command("--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
         (tmp_path / "kept" / "notes.txt").write_text("mine")
         own = MODEL if method == "full" else ADAPTER
         assert {path.name for path in (tmp_path / "kept").iterdir()} == {
@@ -76,9 +70,9 @@ def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, t
 
 def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_path, tiny_config):
     save_model(Llama(tiny_config, seed=5), "mine", tiny)  # by the user, not by a run
-    assert command("--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
-    assert command("--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
-    assert command("--task", "sums.jsonl", "--steps", 1, "--model", "kept", "--out", "./kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--model", "kept", "--out", "./kept") == 0
     for folder in ("mine", "kept"):
         assert {path.name for path in (tmp_path / folder).iterdir()} == {
             *MODEL,
@@ -106,7 +100,7 @@ def test_without_a_result_of_a_run_nothing_gives_way(tmp_path, content):
 @pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tiny, capsys, monkeypatch, out):
     monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))
-    assert command("--task", "sums.jsonl", "--out", out) == 1
+    assert command("finetune", "--task", "sums.jsonl", "--out", out) == 1
     told = capsys.readouterr().err
     assert told.startswith(f"lora-lab: {out} cannot be written to (")
     assert told.count("\n") == 1
@@ -114,7 +108,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tiny, ca
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, capsys, monkeypatch, method):
-    assert command("--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
     capsys.readouterr()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -126,7 +120,7 @@ def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, caps
         write(path, value)
 
     monkeypatch.setattr(finetune, "write_json", full)
-    assert command("--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept") == 1
+    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept") == 1
     (spare,) = tmp_path.glob("lora_lab-*")
     said = capsys.readouterr()
     assert said.err == (
@@ -141,7 +135,7 @@ def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, caps
 
 def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "fit", None)
-    assert command("--task", "sums.jsonl", "--preview", "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--preview", "--out", "kept") == 0
     assert "'<s>user: " in capsys.readouterr().out
     assert not (tmp_path / "kept").exists()
 
@@ -149,7 +143,7 @@ def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):
 def test_a_text_is_a_task_too(tiny, tmp_path):
     text = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    assert command("--task", "book.txt", "--steps", 2, "--out", "kept") == 0
+    assert command("finetune", "--task", "book.txt", "--steps", 2, "--out", "kept") == 0
     assert "samples" not in json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))["after"]
 
 
@@ -169,7 +163,7 @@ def test_a_text_is_a_task_too(tiny, tmp_path):
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
     (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")
-    assert command(*options, "--out", "kept") == 1
+    assert command("finetune", *options, "--out", "kept") == 1
     told = capsys.readouterr().err
     assert says in told
     assert told.count("\n") == 1

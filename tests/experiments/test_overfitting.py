@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, LoRA, PartialFineTuning, cli, evaluate, fit, records
-from lora_lab.ablation import packing, run, studies
+from lora_lab.ablation import studies
 from lora_lab.ablation.overfitting import compared, measures, tuned
 from lora_lab.costs import microbench as replay
 from lora_lab.costs.cost_model import PHASES, CostModel
@@ -20,10 +20,10 @@ from lora_lab.experiments import overfitting as overfit_records
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import shape
 from lora_lab.tasks import Examples, Task
+from tests.helpers import COMMIT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN, REAL_WAYS = overfit_records.plan, dict(overfit_records.WAYS)  # the fixture puts others in their places
-COMMIT = 20 * "5a"
 RATES = {"full": (1e-3, 3e-2, 1e-2), "LoRA r=8": (1e-3, 1e-1), "last blocks": (1e-2, 1e-3)}
 PLAN = overfit_records.Plan((4, 8), RATES, 3, 4, 4, 9, 6)
 ADAPTED = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), "last blocks": PartialFineTuning(["model.layers.1"])}
@@ -53,23 +53,18 @@ class Costs:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_config, tmp_path_factory):
-    """The real model is a tiny one, and all runs in this process; trials are kept below a folder of the tests' own."""
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "language_model", lambda device: Llama(tiny_config, seed=3))
-        patch.setattr(studies, "manual", counting_on)
-        patch.setattr(studies, "processes", lambda device: 1)
-        patch.setattr(run, "_commit", lambda: COMMIT)
-        # So many fit into a pack; to foresee it takes a second each time.
-        patch.setattr(packing, "_fitting", lambda *_: 4)
-        patch.setitem(overfit_records.WAYS, "last blocks", ADAPTED["last blocks"])
-        patch.setattr(overfit_records, "cost_model", lambda device: Costs())
-        patch.setattr(overfit_records, "plan", lambda device: PLAN)
-        patch.chdir(tmp_path_factory.mktemp("overfitting"))
-        torch.set_num_threads(1)
-        yield lambda: Llama(tiny_config, seed=3)
-    torch.set_num_threads(before)
+def tiny(small_world, tiny_config):
+    """The real model is a tiny one, its text counts on, and its machine needs hours."""
+
+    def make(device=None):
+        return Llama(tiny_config, seed=3)
+
+    small_world.setattr(studies, "language_model", make)
+    small_world.setattr(studies, "manual", counting_on)
+    small_world.setitem(overfit_records.WAYS, "last blocks", ADAPTED["last blocks"])
+    small_world.setattr(overfit_records, "cost_model", lambda device: Costs())
+    small_world.setattr(overfit_records, "plan", lambda device: PLAN)
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -213,10 +208,6 @@ def test_a_line_is_said_for_the_last_evaluation_alone():
     assert overfit_records.line({**row, "step": 0.0, "train_loss": None}) is None
 
 
-def nothing(*arguments):
-    raise AssertionError("a trial is run again")
-
-
 def test_a_stopped_record_goes_on_where_it_was(tiny, whole, tmp_path):
     rows = overfit_records.overfitting(CPU, tmp_path)
     first = list(islice(rows, 1))
@@ -230,9 +221,8 @@ def test_a_stopped_record_goes_on_where_it_was(tiny, whole, tmp_path):
     assert [row["lr"] for row in found] == [row["lr"] for row in whole[0].rows]
 
 
-def test_of_a_record_that_is_whole_nothing_is_run_again(whole, tmp_path, monkeypatch):
+def test_of_a_record_that_is_whole_nothing_is_run_again(whole, tmp_path, no_trial_runs):
     shutil.copytree(overfit_records.FOLDER, tmp_path / "trials")
-    monkeypatch.setattr(run, "_attempt", nothing)
     assert list(overfit_records.overfitting(CPU, tmp_path / "trials")) == whole[0].rows
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):

@@ -7,12 +7,13 @@ import pandas
 import pytest
 import torch
 
-from lora_lab import LoRA, cli, fit, rank, records, spectra
+from lora_lab import LoRA, fit, rank, records, spectra
 from lora_lab.ablation import studies, summary
 from lora_lab.experiments import ranks as rank_records
 from lora_lab.experiments import spectra as spectra_records
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Examples, Task
+from tests.helpers import command
 
 CPU = torch.device("cpu")
 
@@ -40,10 +41,6 @@ def tiny(monkeypatch, tiny_config, tmp_path):
 
 def here(ablate, *arguments, n_jobs):
     return ablate(*arguments, n_jobs=1)
-
-
-def command(*arguments):
-    return cli.main([str(argument) for argument in arguments])
 
 
 def test_an_ablations_record_can_be_judged_as_the_table_itself(tiny, tmp_path, capsys):

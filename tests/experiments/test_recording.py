@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, LoRA, cli, memory, records, speed
+from lora_lab import FullFineTuning, LoRA, memory, records, speed
 from lora_lab.costs import memory_report
 from lora_lab.costs.memory_report import ways
 from lora_lab.costs.setup import Setup
@@ -16,12 +16,9 @@ from lora_lab.experiments import step_speed
 from lora_lab.experiments.registry import NAMES, recorders
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
+from tests.helpers import command
 
 CPU = torch.device("cpu")
-
-
-def command(*arguments):
-    return cli.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Models of transformers, trained and measured: against loops written by hand, peft, and torch's own counters."""
 
 import copy
-import gc
 import math
 import warnings
 from collections import namedtuple
@@ -28,28 +27,15 @@ from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.instruction import PARTS
-from tests.tiny_models import SHAPE, falcon, gemma3, gpt2, llama, original, qwen3
+from tests.tiny_models import SHAPE, falcon, fresh, gemma3, gpt2, llama, original, qwen3
+
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 
 VOCABULARY, LENGTH, STEPS, BATCH, LR = 40, 8, 6, 4, 0.003
 FAMILIES = {"Llama": llama, "Qwen3": qwen3, "Gemma 3": gemma3, "GPT-2": gpt2}
 EVERY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 AND_FALCON = pytest.mark.parametrize("make", [*FAMILIES.values(), falcon], ids=[*FAMILIES, "Falcon"])
 METHODS = pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=4)], ids=["full", "LoRA"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_threads_and_a_frozen_heap():
-    """measure collects garbage; what transformers and others have made need not be looked through each time."""
-    gc.freeze()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    gc.unfreeze()
-
-
-def fresh(make, dtype=torch.float32):
-    return copy.deepcopy(original(make)).to(dtype)
 
 
 def rows(count, seed):

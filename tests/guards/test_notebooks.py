@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbval.plugin import get_sanitize_patterns
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [
     "01_low_rank",

@@ -4,7 +4,6 @@ import importlib.metadata
 import re
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +13,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import lora_lab
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IN_CONDA = {"torch": "pytorch"}  # what conda-forge calls a package that pip calls otherwise
 

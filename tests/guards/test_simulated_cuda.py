@@ -33,7 +33,7 @@ from tests.simulated_cuda import WORKSPACE, simulated_cuda
 if simulation.missing() and not torch.__version__.startswith("2.13"):
     pytest.skip(f"torch {torch.__version__} has no {simulation.missing()}", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 
 SHAPE = LlamaConfig(300, 32, 64, 1, 4, 2, 8, tie_word_embeddings=True)
 IDS = torch.randint(300, (56, 13), generator=torch.Generator().manual_seed(0))
@@ -74,14 +74,6 @@ def in_blocks():
     model = Llama(SHAPE)
     ll.quantize_nf4(model)
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap():
-    """measure collects garbage; what was imported need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def there(model=None):

@@ -46,6 +46,10 @@ from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
 from lora_lab.train import TrainingStep
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import randomise
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 SHAPE = LlamaConfig(
     vocab_size=260,
@@ -64,11 +68,6 @@ OPTIONS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def adapted(config=SHAPE, dtype=torch.float64, layer=None, seed=0, **settings):
     """A Llama with adapters that do something, in training mode."""
     model = Llama(config, seed=seed).to(dtype)
@@ -81,14 +80,6 @@ def adapted(config=SHAPE, dtype=torch.float64, layer=None, seed=0, **settings):
         for adapter in lora_layers(model).values():
             adapter.lora_B.copy_(torch.randn_like(adapter.lora_B) * 0.2)
     return model.train()
-
-
-def randomise(model, seed=2):
-    """Let the adapters do something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.add_(torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B) * 0.2)
 
 
 def text(sequences=3, length=20, ignored=True, seed=1):
@@ -568,7 +559,7 @@ def test_a_model_all_in_blocks_computes_trains_and_writes_in_either_precision(dt
     model.to(dtype)
     monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 64)  # the head is read in three slices
     inject(model, LoRAConfig(rank=4, alpha=6, targets=targets))
-    randomise(model)
+    randomise(model, size=0.15)
     exact = dense_twin(model.train())
     names = list(model.state_dict())
     rewire(model, Lean(checkpoint=True))

@@ -11,19 +11,10 @@ from torch import nn
 from lora_lab import Llama, load_pretrained
 from lora_lab.models import llama
 from lora_lab.models.llama import KeyValueCache, LlamaConfig, RopeScaling, rotary_frequencies
+from tests.helpers import enlarge, logits, random_ids
 
 PROMPTS = ["Once upon a time", "def fibonacci(n):\n", "The capital of France is"]
 NEW = 64
-
-
-def random_ids(batch, length, vocabulary=49152, seed=0):
-    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **more):
-    out = model(ids, **more)
-    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 # Logits
@@ -33,7 +24,7 @@ def logits(model, ids, **more):
 @pytest.mark.parametrize("length", [1, 2, 17, 128, 300])
 def test_logits_are_bit_identical_to_transformers(smollm2, hf_smollm2, length, batch):
     model, _ = smollm2
-    ids = random_ids(batch, length, seed=length)
+    ids = random_ids(batch, length, 49152, seed=length)
     ours = logits(model, ids)
     assert ours.shape == (batch, length, 49152)
     assert torch.equal(ours, logits(hf_smollm2, ids))
@@ -48,7 +39,7 @@ def test_logits_of_texts_are_bit_identical_to_transformers(smollm2, hf_smollm2, 
 
 def test_logits_differ_when_one_token_or_one_weight_differs(smollm2, hf_smollm2):
     model, _ = smollm2
-    ids = random_ids(1, 9)
+    ids = random_ids(1, 9, 49152)
     theirs = logits(hf_smollm2, ids)
     other_ids = ids.clone()
     other_ids[0, 4] += 1
@@ -119,16 +110,11 @@ def test_cached_generation_equals_the_argmax_of_one_pass_without_cache(smollm2, 
 @pytest.fixture(scope="module")
 def tiny(tiny_config):
     """A tiny model with weights large enough that its attention matters."""
-    model = Llama(tiny_config, seed=3).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(15)
-    return model
+    return enlarge(Llama(tiny_config, seed=3).eval(), 15)
 
 
 def test_generation_ends_before_the_stop_token(tiny):
-    prompt = random_ids(1, 4, 260)[0]
+    prompt = random_ids(1, 4)[0]
     written = tiny.generate(prompt, 20).tolist()
     stop = written[12]
     first = written.index(stop)
@@ -141,7 +127,7 @@ def test_generation_ends_before_the_stop_token(tiny):
 
 
 def test_prefill_in_chunks_equals_one_pass(tiny):
-    ids = random_ids(3, 20, 260)
+    ids = random_ids(3, 20)
     whole = logits(tiny, ids)
     cache, read = KeyValueCache(), []
     for chunk in ids.split([7, 1, 9, 3], dim=1):
@@ -153,7 +139,7 @@ def test_prefill_in_chunks_equals_one_pass(tiny):
 
 
 def test_prefill_in_chunks_of_a_padded_batch_equals_one_pass(tiny):
-    ids, mask = random_ids(2, 12, 260), torch.ones(2, 12)
+    ids, mask = random_ids(2, 12), torch.ones(2, 12)
     mask[0, :5] = 0
     whole = logits(tiny, ids, attention_mask=mask)
     cache = KeyValueCache()
@@ -164,7 +150,7 @@ def test_prefill_in_chunks_of_a_padded_batch_equals_one_pass(tiny):
 
 
 def test_sampling_repeats_by_seed_and_follows_the_temperature(tiny):
-    prompt = random_ids(1, 4, 260)[0]
+    prompt = random_ids(1, 4)[0]
     draw = [tiny.generate(prompt, 20, temperature=1.5, seed=seed).tolist() for seed in (0, 0, 1)]
     assert draw[0] == draw[1]
     assert draw[0] != draw[2]
@@ -174,7 +160,7 @@ def test_sampling_repeats_by_seed_and_follows_the_temperature(tiny):
 
 
 def test_sampling_draws_each_token_as_often_as_softmax_says(tiny):
-    prompt = random_ids(1, 4, 260)[0]
+    prompt = random_ids(1, 4)[0]
     temperature = 1.0
     chances = torch.softmax(logits(tiny, prompt[None])[0, -1] / temperature, dim=-1)
     draws = [int(tiny.generate(prompt, 1, temperature=temperature, seed=seed)[0]) for seed in range(400)]
@@ -242,7 +228,7 @@ def test_tied_head_and_embedding_stay_one_tensor(smollm2, tiny):
     copied = copy.deepcopy(tiny).to(torch.bfloat16)
     for each in (model, tiny, copied):
         assert each.lm_head.weight is each.model.embed_tokens.weight
-    ids = random_ids(1, 5, 260)
+    ids = random_ids(1, 5)
     before = logits(copied, ids)
     with torch.no_grad():
         copied.model.embed_tokens.weight[7] += 1
@@ -257,7 +243,7 @@ def test_untied_head_is_a_tensor_of_its_own(tiny_config):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert torch.equal(model.model.embed_tokens.weight, before)
-    assert torch.equal(logits(model, random_ids(1, 3, 260)), torch.zeros(1, 3, 260))
+    assert torch.equal(logits(model, random_ids(1, 3)), torch.zeros(1, 3, 260))
 
 
 def test_initial_weights_repeat_by_seed(tiny_config):
@@ -333,7 +319,7 @@ def test_variants_are_bit_identical_to_transformers(tiny_hf, hf_folder, changes)
     ours, _ = load_pretrained(hf_folder(theirs), device="cpu")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for batch, length in ((1, 1), (2, 50), (3, 100)):
-        ids = random_ids(batch, length, 260)
+        ids = random_ids(batch, length)
         assert torch.equal(logits(ours, ids), logits(theirs, ids))
 
 
@@ -360,7 +346,7 @@ def test_each_variant_matters(tiny_hf, hf_folder, changes, undone):
             for name, parameter in ours.named_parameters():
                 if name.endswith("bias"):
                     parameter.zero_()
-    ids = random_ids(2, 50, 260)
+    ids = random_ids(2, 50)
     assert (logits(ours, ids) - logits(theirs, ids)).abs().max() > 1e-3
 
 
@@ -377,7 +363,7 @@ def test_llama3_stretching_keeps_fast_pairs_divides_slow_ones_and_blends_between
 def test_gradients_equal_those_of_transformers(tiny_hf, hf_folder):
     theirs = tiny_hf(tie_word_embeddings=False, attention_bias=True)
     ours, _ = load_pretrained(hf_folder(theirs), device="cpu")
-    ids = random_ids(2, 30, 260)
+    ids = random_ids(2, 30)
     for model in (ours, theirs):
         out = model(ids)
         out = out if isinstance(out, torch.Tensor) else out.logits
@@ -414,7 +400,7 @@ def passes(model):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "padded"])
 def test_checkpointing_gives_the_same_logits_and_gradients_bit_for_bit(tiny, masked):
-    ids, mask = random_ids(2, 9, 260), torch.ones(2, 9, dtype=torch.long)
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     found = []
     for again in (False, True):
@@ -433,7 +419,7 @@ def test_checkpointing_gives_the_same_logits_and_gradients_bit_for_bit(tiny, mas
 
 
 def test_blocks_are_computed_again_in_training_only(tiny, monkeypatch):
-    ids = random_ids(1, 5, 260)
+    ids = random_ids(1, 5)
     model = copy.deepcopy(tiny)
     model.gradient_checkpointing_enable()
     for mode in (True, False):
@@ -468,7 +454,7 @@ def test_checkpointing_is_one_models_and_keeps_less(tiny):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = each(random_ids(2, 30, 260))
+            result = each(random_ids(2, 30))
         kept.append(sum(sizes.values()))
         del result
     assert kept[1] < kept[0] / 2

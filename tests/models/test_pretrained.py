@@ -29,19 +29,10 @@ from lora_lab.models.llama import RopeScaling
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import cross_entropy
+from tests.helpers import logits, names, random_ids, randomise, randomise_all
 
 ENTRY = "smollm2-135m-v1"
 TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
-
-
-def random_ids(batch, length, vocabulary=260, seed=0):
-    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids):
-    out = model(ids)
-    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def same_logits(one, other):
@@ -51,10 +42,6 @@ def same_logits(one, other):
 def same_weights(one, other):
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def hf_load(folder):
@@ -772,12 +759,7 @@ def tiny(tiny_config):
     """Makes a tiny random Llama of ours, with weights large enough that its attention matters."""
 
     def make(**changes):
-        model = Llama(dataclasses.replace(tiny_config, **changes)).eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        return model
+        return randomise_all(Llama(dataclasses.replace(tiny_config, **changes)).eval())
 
     return make
 
@@ -873,11 +855,7 @@ def adapted(tiny):
     """A tiny model with adapters that have learned something."""
     model = tiny()
     inject(model, LoRAConfig(rank=2, alpha=6.0))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.3)
-    return model
+    return randomise(model)
 
 
 def test_a_model_with_adapters_is_not_saved(adapted, tmp_path):

@@ -5,8 +5,6 @@ import dataclasses
 import itertools
 import math
 import pickle
-import subprocess
-import sys
 
 import gguf
 import numpy as np
@@ -49,6 +47,7 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import Stopped, randomise, randomise_all, run_python, snapshot
 
 KINDS = sorted(BYTES_PER_BLOCK)
 
@@ -340,12 +339,6 @@ def test_a_block_that_is_no_even_number_is_refused(block):
 
 
 # Layers
-
-
-def snapshot(model):
-    """Everything that a refused call must leave alone."""
-    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-    return modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]
 
 
 def in_blocks(weight, kind, bias=None, dtype=torch.float32):
@@ -754,17 +747,6 @@ def adapted(model, layer=None, **config):
     return randomise(model)
 
 
-@torch.no_grad()
-def randomise(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for layer in lora_layers(model).values():
-        for part in layer.parts:
-            if part.startswith("lora_") and getattr(layer, part).ndim == 2:
-                value = getattr(layer, part)
-                value.add_(torch.randn(value.shape, generator=generator) * 0.1)
-    return model
-
-
 def to_blocks(model, kind):
     """Put the matrices of a Llama into blocks; GGUF's kinds with embedding and head, as load_pretrained does."""
     if kind not in BYTES_PER_BLOCK:
@@ -797,12 +779,7 @@ def llama(tiny_config):
     """Makes a small Llama in blocks, with weights large enough that its attention matters."""
 
     def make(kind):
-        model = Llama(dataclasses.replace(tiny_config, intermediate_size=64)).eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        return to_blocks(model, kind)
+        return to_blocks(randomise_all(Llama(dataclasses.replace(tiny_config, intermediate_size=64)).eval()), kind)
 
     return make
 
@@ -925,10 +902,6 @@ def text_task():
     return Task("small", part(12, 0), part(4, 1), part(4, 2), part(4, 3))
 
 
-class Stopped(BaseException):
-    """Stands for whatever ends a run."""
-
-
 @ALL_KINDS
 def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop(llama, kind, tmp_path):
     options = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3, "checkpoint_every": 2}
@@ -992,5 +965,5 @@ import lora_lab.models.quantize
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(*sorted(new - set(sys.stdlib_module_names)))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = run_python(script)
     assert done.stdout.split() == ["lazy_loader", "lora_lab"]

@@ -24,10 +24,7 @@ from lora_lab.system.files import (
     settle,
     write_json,
 )
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from tests.helpers import names
 
 
 def run_until_killed(code, *arguments):

@@ -31,19 +31,9 @@ from lora_lab.tasks import datasets as trades
 from lora_lab.tasks.generate import answers, choices, classes
 from lora_lab.tasks.instruction import Padded
 from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
+from tests.helpers import enlarge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}"
-    "{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def chatter(tiny_tokenizer):
-    return Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +44,7 @@ def model(tiny_config):
 @pytest.fixture(scope="module")
 def talker(tiny_config):
     """A model with something to say: large weights, so that its logits are far apart."""
-    model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(20)
-    return model
+    return enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 20)
 
 
 def sums(count=40):

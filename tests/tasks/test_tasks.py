@@ -3,10 +3,6 @@
 import copy
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -20,18 +16,12 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.task import described
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error, planted
 from lora_lab.tasks.python_docs import _related
+from tests.helpers import ROOT, ByteTokenizer, run_python
 
 PARTS = ("train", "validation", "test", "off_domain")
 
 
-class Bytes:
-    """The simplest tokenizer: a token is a byte."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-
-class Recorder(Bytes):
+class Recorder(ByteTokenizer):
     """Keeps what it was asked to encode."""
 
     def __init__(self):
@@ -143,11 +133,10 @@ def test_fingerprint_is_the_same_in_every_build_and_process():
         "class Bytes:\n    encode = lambda self, text: list(text.encode())\n"
         "print(docs(Bytes(), 64).fingerprint, digits('adapt', seed=3).fingerprint)"
     )
-    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONHASHSEED": "7"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = run_python(script, PYTHONHASHSEED="7")
     torch.manual_seed(8)
     for _ in range(2):
-        assert done.stdout.split() == [docs(Bytes(), 64).fingerprint, digits("adapt", seed=3).fingerprint]
+        assert done.stdout.split() == [docs(ByteTokenizer(), 64).fingerprint, digits("adapt", seed=3).fingerprint]
 
 
 def test_description_gives_sizes_shapes_units_source_and_fingerprint():
@@ -307,12 +296,12 @@ def test_off_domain_text_is_about_data_sets(manual):
 @pytest.mark.parametrize("seq_len", [1, 0, -5])
 def test_examples_of_less_than_two_tokens_are_refused(seq_len):
     with pytest.raises(ValueError, match=f"seq_len is {seq_len}, .*at least 2"):
-        docs(Bytes(), seq_len)
+        docs(ByteTokenizer(), seq_len)
 
 
 def test_examples_longer_than_a_part_are_refused():
     with pytest.raises(ValueError, match="The validation part of task 'docs' is empty"):
-        docs(Bytes(), 200_000)
+        docs(ByteTokenizer(), 200_000)
 
 
 # digits
@@ -645,8 +634,7 @@ def test_the_fingerprint_of_an_unusual_loss_is_the_same_in_another_process():
         "from tests.tasks.test_tasks import *\n"
         "print(*(tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]))"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parents[2])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_python(script, ROOT)
     assert done.stdout.split() == [tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]]
 
 
