@@ -17,17 +17,18 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 	$(BIN)/lora-lab demo $(ARGS)
 
 # The course and what guards the rest: seconds each.
-QUICK := lora layers variants targets methods rank tasks train layering package files
+QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_train tasks/test_tasks \
+  system/test_files guards/test_layering guards/test_package
 
 check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/test_%.py) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/%.py) $(ARGS)
 
 test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every notebook
 	$(BIN)/lora-lab fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder notebooks tests $(ARGS)
 
 hostile: $(VENV)/.ready-test ## stop saves at 200 random moments each, where make test does so at 20
-	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/test_kills.py $(ARGS)
+	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/guards/test_kills.py $(ARGS)
 
 lint: $(VENV)/.ready-test ## check style, notebooks too
 	$(BIN)/python -m ruff check .

@@ -642,10 +642,10 @@ def test_the_fingerprint_of_an_unusual_loss_is_the_same_in_another_process():
     # Addresses and the order of sets differ between processes.
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_tasks import *\n"
+        "from tests.tasks.test_tasks import *\n"
         "print(*(tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]))"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[2])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]]
 

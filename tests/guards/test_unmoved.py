@@ -57,7 +57,7 @@ from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, mean_squared_error
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CHECKPOINT = "checkpoint.safetensors"
 BF16 = torch.bfloat16
 

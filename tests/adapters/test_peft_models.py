@@ -21,12 +21,12 @@ import transformers as hf
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
-from tiny_models import falcon, gpt2, llama, original
 from torch import nn
 
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, merge, save_adapter
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection
 from lora_lab.variants import RsLoRALinear
+from tests.tiny_models import falcon, gpt2, llama, original
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`:UserWarning",

@@ -14,11 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import simulated_cuda as simulation
 import torch
-from simulated_cuda import WORKSPACE, simulated_cuda
 
 import lora_lab as ll
+import tests.simulated_cuda as simulation
 from lora_lab import Lean, memory, quantize, rank, speed
 from lora_lab.ablation import Grid, studies
 from lora_lab.ablation.packed import Run, fit_packed
@@ -29,6 +28,7 @@ from lora_lab.models import shapes
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.task import IGNORE, Examples, Task
+from tests.simulated_cuda import WORKSPACE, simulated_cuda
 
 if simulation.missing() and not torch.__version__.startswith("2.13"):
     pytest.skip(f"torch {torch.__version__} has no {simulation.missing()}", allow_module_level=True)
@@ -41,7 +41,7 @@ PARTS = [Examples(ids[:, :-1], ids[:, 1:].clone()) for ids in IDS.split([32, 8, 
 TASK = Task("tokens", *PARTS, unit="tokens")
 OPTIONS = {"steps": 2, "lr": 1e-3, "batch_size": 8, "eval_every": 2, "progress": False}
 BF16 = torch.bfloat16
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def seeded(seed):

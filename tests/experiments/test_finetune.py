@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from test_pairs import TEMPLATE
 
 from lora_lab import FullFineTuning, Llama, LoRA, cli, load_adapter, load_pretrained, save_model
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import PairTask, sentiment
+from tests.tasks.test_instruction import TEMPLATE
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from tiny_models import SHAPE, falcon, gemma3, gpt2, llama, original, qwen3
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,6 +28,7 @@ from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.instruction import PARTS
+from tests.tiny_models import SHAPE, falcon, gemma3, gpt2, llama, original, qwen3
 
 VOCABULARY, LENGTH, STEPS, BATCH, LR = 40, 8, 6, 4, 0.003
 FAMILIES = {"Llama": llama, "Qwen3": qwen3, "Gemma 3": gemma3, "GPT-2": gpt2}

@@ -181,7 +181,7 @@ import torch
 import torch._dynamo  # the first step of an optimiser imports it, which takes a second
 
 sys.path.insert(0, sys.argv[1])
-import test_resume as here
+import tests.test_checkpoint as here
 from lora_lab import checkpoint, train
 
 kind = sys.argv[2]
@@ -247,7 +247,7 @@ def start():
 
     def server(kind):
         if kind not in servers:
-            command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), kind]
+            command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1]), kind]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             servers[kind] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
         return servers[kind]

@@ -8,7 +8,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from test_ablate import MODEL
 
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
@@ -25,6 +24,7 @@ from lora_lab.ablation.overfitting import (
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
 from lora_lab.tasks import Examples, Task
+from tests.ablation.test_run import MODEL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

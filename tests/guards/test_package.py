@@ -15,7 +15,7 @@ from packaging.version import Version
 
 import lora_lab
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IN_CONDA = {"torch": "pytorch"}  # what conda-forge calls a package that pip calls otherwise
 

@@ -10,7 +10,6 @@ from functools import cache
 import pandas
 import pytest
 import torch
-from test_pairs import TEMPLATE
 
 from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
 from lora_lab.ablation import packing, run, studies
@@ -21,6 +20,7 @@ from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, trivial
+from tests.tasks.test_instruction import TEMPLATE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = trade_records.plan  # the fixture puts another in its place

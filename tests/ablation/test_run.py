@@ -962,8 +962,8 @@ def test_a_killed_process_loses_no_more_than_the_running_trial(tmp_path, monkeyp
     trials = grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100)
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_ablate import apart, grid
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.ablation.test_run import apart, grid
 apart(grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100), {str(tmp_path)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
