@@ -275,7 +275,11 @@ def test_a_wheel_takes_every_package_and_the_records():
     assert set(setuptools["packages"]) == code | {"lora_lab.recorded"}
     assert setuptools["package-dir"] == {"lora_lab.recorded": "records"}
     # The folder must be in the wheel even when it holds no record.
-    data = {"lora_lab": ["*.pyi"], "lora_lab.recorded": ["*.json", "README.md"], "lora_lab.tasks": ["data/*"]}
+    data = {
+        "lora_lab": ["*.pyi", "py.typed"],
+        "lora_lab.recorded": ["*.json", "README.md"],
+        "lora_lab.tasks": ["data/*"],
+    }
     assert setuptools["package-data"] == data
     assert (ROOT / "records" / "README.md").is_file()
 
