@@ -60,7 +60,7 @@ def small_demo(tiny, monkeypatch):
     monkeypatch.setattr(demo, "BATCH_SIZE", 2)
     monkeypatch.setattr(demo, "EVAL_EXAMPLES", 4)
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 5)
-    monkeypatch.setattr(demo, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(demo, "run_in_subprocess", lambda function, *arguments: function(*arguments))
     return tiny
 
 
@@ -175,8 +175,8 @@ def test_demo_refuses_bad_numbers_before_it_starts(small_demo, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("work", "arguments"),
     [
-        ("lora_lab.experiments.demo.apart", ["demo"]),
-        ("lora_lab.experiments.step_memory.apart", ["record", "memory", "--device", "cpu"]),
+        ("lora_lab.experiments.demo.run_in_subprocess", ["demo"]),
+        ("lora_lab.experiments.step_memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
         ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
     ],

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
 from lora_lab.adapters.edit import off, switch
 from lora_lab.adapters.peft_format import load_adapter
-from lora_lab.inject import find
+from lora_lab.inject import match_layers
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection, lora_class, register
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear
@@ -204,7 +204,7 @@ def test_a_class_derived_from_linear_is_adapted_if_it_computes_the_same_with_a_p
         warnings.simplefilter("ignore")
         model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": make()})
         state = torch.get_rng_state()
-        assert find(model, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
+        assert match_layers(model, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
         assert device == "fake" or torch.equal(torch.get_rng_state(), state)
         if not fits:
             with pytest.raises(ValueError, match=rf"'own' matches 'own', a {type(model['own']).__name__}, which"):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES, PackedLinear, PackingError
 from lora_lab.ablation.packing import refusal
 from lora_lab.history import COLUMNS, DivergedError, History, count_parameters, stop_if_diverged
-from lora_lab.inject import adapter_state, find, replace
+from lora_lab.inject import adapter_state, match_layers, replace
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA
 from lora_lab.system.device import own_randomness
@@ -133,7 +133,7 @@ def _common_names(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[str
     for run in runs:
         if reason := refusal(model, task, run.method):
             raise PackingError(reason)
-    names = [list(find(model, run.method.targets, run.method.exclude)) for run in runs]
+    names = [list(match_layers(model, run.method.targets, run.method.exclude)) for run in runs]
     for run, own in zip(runs, names, strict=True):
         if own != names[0]:
             raise PackingError(

@@ -41,12 +41,13 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.packing import plan
 from lora_lab.ablation.results import SCHEMA, stored_results, table, weights_path
 from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
-from lora_lab.costs.fake import Factory, copied
+from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History
-from lora_lab.inject import adapted_layers
+from lora_lab.inject import lora_layers
 from lora_lab.system.files import check_writable, write_json
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.provenance import commit, device_name, facts, version
+from lora_lab.system.provenance import commit, device_name, machine_info, version
+from lora_lab.system.renamed import warn_renamed
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit
 
@@ -87,8 +88,8 @@ def ablate(
         folder: where results are kept, one file a trial; None keeps none, so that nothing outlives an interrupt.
         n_jobs: processes; None is one, this one, or what the caller's ``joblib.parallel_config`` says. Each worker
             computes with one torch thread.
-        engine: "apart" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
-            (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest apart.
+        engine: "separate" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
+            (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest one by one.
         budget_bytes: memory for one pack, by :func:`lora_lab.costs.memory.predict`; default half of what is free on
             this machine, shared among the workers.
         judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
@@ -109,8 +110,11 @@ def ablate(
             ended by the system, or kept silent for ``timeout_s``; or the judge failed, or gave something else than
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
     """
-    if engine not in ("auto", "apart", "packed"):
-        raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'apart' or 'packed'.")
+    if engine == "apart":
+        warn_renamed("engine='apart'", "engine='separate'")
+        engine = "separate"
+    if engine not in ("auto", "separate", "packed"):
+        raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'separate' or 'packed'.")
     if len(trials) == 0:
         raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
     folder = None if folder is None else Path(folder)
@@ -359,7 +363,7 @@ class _Ended:
 
     def result(self, engine: str, seconds: float) -> dict[str, Any]:
         """What its file holds."""
-        described = facts(self.device)
+        described = machine_info(self.device)
         return {
             "schema": SCHEMA,
             "key": self.trial.key,
@@ -390,7 +394,7 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
     model = work.model()
     device = next(model.parameters()).device
     try:
-        ended = _packed(work, model, task, trials) if together else [_apart(work, model, task, *trials)]
+        ended = _packed(work, model, task, trials) if together else [_run_one(work, model, task, *trials)]
     except packed.PackingError:  # it takes the attempt to show that they cannot be packed
         if work.engine == "packed":
             raise
@@ -403,14 +407,14 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
         if half == 0:
             ended = [_Ended(*trials, device, reason=f"out of memory: {error}")]
     if ended is not None:
-        engine = f"pack of {len(trials)}" if together else "apart"
+        engine = f"pack of {len(trials)}" if together else "separate"
         share = (time.perf_counter() - started) / len(trials)
         return [_Arrival(one.result(engine, share), one.failure) for one in ended]
     del model  # and the error, with the tensors that its frames held, is gone too
     return [arrival for part in parts for arrival in _attempt(work, task, part, together)]
 
 
-def _apart(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Ended:
+def _run_one(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Ended:
     device = next(model.parameters()).device
     try:
         history = fit(model, task, trial.method, **trial.options, progress=False)
@@ -427,10 +431,10 @@ def _packed(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]) 
         if result.error is not None:
             ended.append(_Ended(trial, next(model.parameters()).device, reason=str(result.error)))
             continue
-        student = copied(model)  # shares the frozen weights
+        student = copy_sharing_weights(model)  # shares the frozen weights
         trial.method.prepare(student, trial.seed)
         with torch.no_grad():
-            for name, layer in adapted_layers(student).items():
+            for name, layer in lora_layers(student, required=True).items():
                 for part in layer.parts:
                     getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
         ended.append(_judged(work, trial, student, task, result.history))

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import lora_lab
 from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, adapter_state, fit
-from lora_lab.ablation import packed, packing, run, summary
+from lora_lab.ablation import packed, packing, run, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate, fingerprint
@@ -48,7 +48,7 @@ def grid(ranks=(1, 3), lrs=(0.01,), seeds=(0, 1), **options):
 
 
 def apart(trials, folder=None, task=None, model=MODEL, **options):
-    return ablate(model, task or small_task(), trials, folder, **{"engine": "apart", "progress": False} | options)
+    return ablate(model, task or small_task(), trials, folder, **{"engine": "separate", "progress": False} | options)
 
 
 def counting(monkeypatch):
@@ -102,7 +102,7 @@ def test_the_table_says_what_was_run_and_where():
     assert (row.lr, row.seed, row.steps, row.batch_size, row.warmup) == (0.01, 3, 4, 8, 0)
     assert math.isnan(row["clip"])
     assert (row.task, row.model) == (small_task().fingerprint, fingerprint(MODEL()))
-    assert (row.outcome, row.reason, row.engine) == ("done", "", "apart")
+    assert (row.outcome, row.reason, row.engine) == ("done", "", "separate")
     assert row.torch == torch.__version__
     assert row.device.endswith("cores")
     assert row.date.endswith("+00:00")
@@ -159,7 +159,7 @@ def test_the_loss_may_be_anything_that_can_be_called_here_and_in_other_processes
 
     expected = apart(grid(), task=small_task(named))
     frame = apart(grid(seeds=(0,)), tmp_path, task=small_task(loss), engine="auto")
-    assert set(frame.engine) == {"apart"}  # for a pack it cannot be taken apart
+    assert set(frame.engine) == {"separate"}  # for a pack it cannot be taken apart
     frame = apart(grid(), tmp_path, task=small_task(loss), n_jobs=2)
     same(frame.drop(columns=["key", "task"]), expected.drop(columns=["key", "task"]))
     called = counting(monkeypatch)
@@ -325,7 +325,7 @@ def names_in(folder, ending):
     return sorted(path.stem for path in folder.glob(f"*.{ending}"))
 
 
-@pytest.mark.parametrize("engine", ["apart", "packed"])
+@pytest.mark.parametrize("engine", ["separate", "packed"])
 @pytest.mark.parametrize("error", [ValueError("it says nothing\nat all"), MemoryError("it asks for too much")])
 def test_an_error_of_the_judge_loses_no_training(tmp_path, monkeypatch, engine, error):
     expected = apart(grid(), engine=engine, judge=told)
@@ -599,9 +599,9 @@ def test_packs_are_judged_trial_by_trial_as_trials_run_apart(tmp_path):
 def test_scores_are_no_settings_to_a_verdict():
     frame = apart(grid(seeds=(0, 1, 2)), judge=told)
     bare = frame.drop(columns=["score_total", "score_classes"])
-    assert summary(frame, margin=0.5) == summary(bare, margin=0.5)
+    assert smallest_sufficient_rank(frame, margin=0.5) == smallest_sufficient_rank(bare, margin=0.5)
     with pytest.raises(ValueError, match="The frame mixes total "):
-        summary(frame.rename(columns={"score_total": "total"}), margin=0.5)
+        smallest_sufficient_rank(frame.rename(columns={"score_total": "total"}), margin=0.5)
 
 
 def test_files_of_before_there_were_scores_are_still_read(tmp_path, monkeypatch):
@@ -1023,7 +1023,7 @@ def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():
     torch.set_num_threads(2)
     for home, threads in ((("another machine", os.getpid()), 1), ((run._here()[0], 0), 1), (run._here(), 2)):
         seen.clear()
-        run._run(run._Work(MODEL, task, [trial], False, "apart", home))
+        run._run(run._Work(MODEL, task, [trial], False, "separate", home))
         assert seen == {threads}
         assert torch.get_num_threads() == 2
 
@@ -1064,7 +1064,7 @@ def test_threads_are_refused():
 
 
 def test_two_trials_in_one_process_at_a_time_are_refused_however_they_came_there():
-    work = run._Work(MODEL, small_task(), [t.bound("t", "m") for t in grid()], False, "apart", run._here())
+    work = run._Work(MODEL, small_task(), [t.bound("t", "m") for t in grid()], False, "separate", run._here())
     with run._BUSY, pytest.raises(RuntimeError, match="Two trials were started in one process"):
         run._run(work)
     with pytest.raises(RuntimeError, match="has the fingerprint"):  # and the lock is free again
@@ -1080,7 +1080,7 @@ def test_a_model_that_is_made_differently_each_time_is_refused():
 def test_a_task_that_is_another_one_elsewhere_is_refused():
     (trial,) = (t.bound(small_task(n_train=5).fingerprint, fingerprint(MODEL())) for t in grid(ranks=(1,), seeds=(0,)))
     with pytest.raises(RuntimeError, match=r"The task 'small' made here .* same versions of Python"):
-        run._run(run._Work(MODEL, small_task(), [trial], False, "apart", run._here()))
+        run._run(run._Work(MODEL, small_task(), [trial], False, "separate", run._here()))
 
 
 @pytest.fixture(scope="module")
@@ -1206,7 +1206,7 @@ def test_auto_packs_what_agrees_and_runs_the_rest_apart(monkeypatch):
     assert sorted(sizes) == [2, 2, 6]
     assert len(called) == 4
     engines = frame.groupby("key").engine.first().value_counts().to_dict()
-    assert engines == {"pack of 6": 6, "pack of 2": 4, "apart": 4}
+    assert engines == {"pack of 6": 6, "pack of 2": 4, "separate": 4}
 
 
 def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
@@ -1268,7 +1268,7 @@ def test_what_only_the_attempt_shows_to_be_no_pack_runs_apart(monkeypatch):
     frame = apart(grid(), engine="auto")
     same(frame, apart(grid()))
     assert sizes == [4]
-    assert set(frame.engine) == {"apart"}
+    assert set(frame.engine) == {"separate"}
     with pytest.raises(ValueError, match="cannot be packed after all"):
         apart(grid(), engine="packed")
 
@@ -1344,7 +1344,7 @@ def test_a_models_fingerprint_sees_every_weight_and_setting_and_no_more():
 
 
 def test_arguments_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="engine is 'fast', but it must be 'auto', 'apart' or 'packed'"):
+    with pytest.raises(ValueError, match="engine is 'fast', but it must be 'auto', 'separate' or 'packed'"):
         apart(grid(), engine="fast")
     for nothing in ("a model", lambda: "a model"):
         with pytest.raises(

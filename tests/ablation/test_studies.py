@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_lab import DoRA, LoRA, evaluate, fit, plots
-from lora_lab.ablation import load, studies, summary
+from lora_lab.ablation import load, smallest_sufficient_rank, studies
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Task, digits, docs
 from tests.helpers import ByteTokenizer, command
@@ -26,7 +26,7 @@ def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
     again, _ = studies.study("digits")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     again.to(torch.bfloat16)  # in place, as a move to a GPU is
-    assert next(studies.reader().parameters()).dtype == torch.float32
+    assert next(studies.pretrained_digits().parameters()).dtype == torch.float32
 
 
 def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(monkeypatch):
@@ -34,12 +34,12 @@ def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(
     monkeypatch.setattr(
         studies, "fit", lambda model, task, *a, **o: trained_on.append(task) or fit(model, task, *a, **o)
     )
-    net = studies._reader.__wrapped__(1024)
+    net = studies._pretrained_digits.__wrapped__(1024)
     assert [task.fingerprint for task in trained_on] == [digits("pretrain", n_train=1024).fingerprint]
     task = digits("adapt", n_train=1024)
     pretrained, moved = (evaluate(net, task, part) for part in ("off_domain", "test"))
     assert pretrained < 0.6 < moved
-    again, other = studies.reader(1024), studies.reader()
+    again, other = studies.pretrained_digits(1024), studies.pretrained_digits()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
     assert not torch.equal(net.head.weight, other.head.weight)
     fit(copy.deepcopy(net), task, LoRA(2, 4), steps=1, lr=1e-3, progress=False)  # it bears no mark of its training
@@ -48,16 +48,16 @@ def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(
 def test_the_manual_is_whole_unless_so_many_examples_are_drawn_by_a_seed(monkeypatch):
     monkeypatch.setattr(studies, "load_pretrained", lambda name: (None, ByteTokenizer()))
     whole = docs(ByteTokenizer(), 64)
-    assert studies.manual(64).fingerprint == whole.fingerprint
-    drawn = studies.manual(64, 16, 3)
+    assert studies.docs_task(64).fingerprint == whole.fingerprint
+    drawn = studies.docs_task(64, 16, 3)
     rows = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(3))[:16]
     assert torch.equal(drawn.train.inputs, whole.train.inputs[rows])
     assert torch.equal(drawn.train.targets, whole.train.targets[rows])
     assert all(torch.equal(drawn.parts[part].inputs, whole.parts[part].inputs) for part in ("validation", "test"))
-    prints = {task.fingerprint for task in (whole, drawn, studies.manual(64, 16, 4), studies.manual(64, 17, 3))}
+    prints = {task.fingerprint for task in (whole, drawn, studies.docs_task(64, 16, 4), studies.docs_task(64, 17, 3))}
     assert len(prints) == 4
-    assert studies.manual(64, 16, 3).fingerprint == drawn.fingerprint
-    assert torch.equal(studies.manual(64, 16).train.inputs, whole.train.inputs[:16])
+    assert studies.docs_task(64, 16, 3).fingerprint == drawn.fingerprint
+    assert torch.equal(studies.docs_task(64, 16).train.inputs, whole.train.inputs[:16])
 
 
 def test_the_planted_task_is_of_the_model_that_comes_with_it():
@@ -70,7 +70,7 @@ def test_the_planted_task_is_of_the_model_that_comes_with_it():
 def test_the_language_model_is_made_where_it_runs():
     make, task = studies.study("docs", 32)
     assert make.func is studies.language_model  # a function that can be imported, for workers
-    assert (task.func, task.args) == (studies.manual, (32,))
+    assert (task.func, task.args) == (studies.docs_task, (32,))
 
 
 def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
@@ -85,7 +85,7 @@ def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
 def test_a_newborn_model_has_the_language_models_shape_and_learned_nothing(monkeypatch, tiny_config):
     asked = []
     monkeypatch.setattr(studies, "language_model", lambda device: asked.append(device) or Llama(tiny_config, seed=3))
-    first, again = studies.newborn(torch.device("cpu")), studies.newborn(None)
+    first, again = studies.random_init(torch.device("cpu")), studies.random_init(None)
     assert asked == [torch.device("cpu"), None]
     learned, untrained = Llama(tiny_config, seed=3).state_dict(), Llama(tiny_config, seed=0).state_dict()
     assert {name: value.shape for name, value in first.state_dict().items()} == {
@@ -131,7 +131,7 @@ def test_ablate_runs_a_grid_prints_a_verdict_and_goes_on(tmp_path, capsys):
     assert len(after) == 6
     assert {name: after[name] for name in first} == first  # they were not run again
     frame = load(tmp_path / "trials")
-    assert str(summary(frame, studies.DEFAULTS["planted"].margin)) in printed
+    assert str(smallest_sufficient_rank(frame, studies.DEFAULTS["planted"].margin)) in printed
     assert len(pandas.read_csv(tmp_path / "table.csv")) == len(frame)
     for name in ("rates", "forgetting", "verdict"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -189,11 +189,11 @@ def test_the_pictures_of_an_ablation(tmp_path):
     forgetting = plots.learning_and_forgetting(frame)
     points = [line for line in forgetting.get_lines() if len(line.get_xdata())]
     assert sum(len(line.get_xdata()) for line in points) == len(last)
-    verdict = summary(frame)
+    verdict = smallest_sufficient_rank(frame)
     picture = plots.rank_verdict(verdict)
     (judged,) = (one for one in verdict.ranks if one.upper is not None)
     (bars,) = picture.containers
     assert bars.lines[0].get_ydata().tolist() == pytest.approx([judged.difference])
-    assert bars.get_label() == judged.standing
+    assert bars.get_label() == judged.status
     assert f"margin {verdict.margin:g}" in [text.get_text() for text in picture.get_legend().get_texts()]
     assert [tick.get_text() for tick in picture.get_xticklabels()] == ["1", "2"]

@@ -12,12 +12,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, inject, quantize_nf4
-from lora_lab.costs.fake import batch_for, copied, device_of, keep_originals, made, pretend, token_batch
+from lora_lab.costs.fake import (
+    batch_for,
+    build_model,
+    copy_sharing_weights,
+    device_of,
+    fake_copy,
+    token_batch,
+    unshare_trainable,
+)
 from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.costs.trace import Watch, module_kinds, output_width
+from lora_lab.costs.trace import StepTracer, module_kinds, output_width
 from lora_lab.inject import LoRAConfig
 from lora_lab.lean.optim import FlatAdamW
-from lora_lab.lean.step import rewire
+from lora_lab.lean.step import apply_lean
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import BlockLinear
@@ -140,7 +148,7 @@ def test_a_step_is_made_by_its_setup(tiny_config):
     lean = Setup(LoRA(4), lean=Lean(loss_rows=7)).step(Llama(tiny_config))
     assert isinstance(lean.optimizer, FlatAdamW)
     assert lean.every_target is False
-    with pretend(lambda: Llama(tiny_config)) as twin:
+    with fake_copy(lambda: Llama(tiny_config)) as twin:
         fake = Setup(LoRA(4), lean=Lean(loss_rows=7)).step(twin)
     assert (fake.loss.keywords, fake.every_target) == ({"rows": 7}, True)
 
@@ -219,7 +227,7 @@ class Odd(nn.Module):
 def test_in_a_pretence_all_tensors_are_fake_with_the_shapes_of_the_real_ones():
     model = Odd()
     before = values(model)
-    with pretend(model) as twin:
+    with fake_copy(model) as twin:
         assert twin is not model
         tensors = dict([*twin.named_parameters(), *twin.named_buffers()])
         assert tensors.keys() == before.keys()
@@ -246,19 +254,19 @@ def test_in_a_pretence_all_tensors_are_fake_with_the_shapes_of_the_real_ones():
 
 
 def test_a_pretence_ends_after_an_error_too():
-    with pytest.raises(RuntimeError, match="planted"), pretend(Odd()):
+    with pytest.raises(RuntimeError, match="planted"), fake_copy(Odd()):
         raise RuntimeError("planted")
     assert type(torch.ones(3)) is torch.Tensor
 
 
 def test_a_pretence_casts_what_is_floating_point_and_what_blocks_are_dequantised_to(tiny_config):
-    with pretend(Odd(), dtype=torch.bfloat16) as twin:
+    with fake_copy(Odd(), dtype=torch.bfloat16) as twin:
         assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
         assert (twin.running.dtype, twin.count.dtype) == (torch.bfloat16, torch.long)
         assert [p.requires_grad for p in twin.parameters()] == [True, True, False]
     model = Llama(tiny_config)
     quantize_nf4(model)
-    with pretend(model, dtype=torch.bfloat16) as twin:
+    with fake_copy(model, dtype=torch.bfloat16) as twin:
         layer = twin.model.layers[0].mlp.up_proj
         assert layer.packed.dtype == torch.uint8
         assert layer.dtype == layer.weight.dtype == torch.bfloat16
@@ -277,12 +285,12 @@ def test_a_factory_is_called_on_meta_and_disturbs_no_generator():
 
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    with pretend(factory) as twin:
+    with fake_copy(factory) as twin:
         assert isinstance(twin.weight, FakeTensor)
         assert twin.weight.device == CPU
         assert twin.weight.untyped_storage().nbytes() == 4 * 10**12
     assert torch.equal(torch.get_rng_state(), before)
-    made(lambda: nn.Linear(2, 2), CPU)
+    build_model(lambda: nn.Linear(2, 2), CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert seen == ["meta"]
 
@@ -290,20 +298,20 @@ def test_a_factory_is_called_on_meta_and_disturbs_no_generator():
 @pytest.mark.parametrize("wrong", ["a name", None, 3, lambda: "no module"])
 def test_what_is_neither_module_nor_factory_is_refused(wrong):
     says = "The factory made a str, but" if callable(wrong) else f"model is a {type(wrong).__name__}, but it must be"
-    with pytest.raises(ValueError, match=says), pretend(wrong):
+    with pytest.raises(ValueError, match=says), fake_copy(wrong):
         pass
     with pytest.raises(ValueError, match=says):
-        made(wrong, CPU)
+        build_model(wrong, CPU)
 
 
 DEVICES = """
 import torch
 from torch import nn
-from lora_lab.costs.fake import pretend
+from lora_lab.costs.fake import fake_copy
 
 for device in ("cuda", "cuda:3", "mps", "xpu"):
     try:
-        with pretend(nn.Linear(2, 2), device) as twin:
+        with fake_copy(nn.Linear(2, 2), device) as twin:
             twin(torch.ones(1, 2)).sum().backward()
     except ValueError as error:
         print(error)
@@ -322,13 +330,13 @@ def test_a_device_that_is_not_there_is_refused_before_a_fake_tensor_can_abort_th
 
 def test_a_pretence_on_the_cpu_by_any_of_its_names_is_on_the_cpu():
     for name in ("cpu", "cpu:0", CPU, torch.device("cpu", 0)):
-        with pretend(DigitsMLP(), name) as twin:
+        with fake_copy(DigitsMLP(), name) as twin:
             assert next(twin.parameters()).device == CPU
             F.cross_entropy(twin(torch.ones(2, 64)), torch.zeros(2, dtype=torch.long)).backward()
 
 
 def test_what_comes_from_a_count_alone_has_numbers_and_what_a_model_or_a_batch_is_in_has_none():
-    with pretend(nn.Linear(4, 3)) as model:
+    with fake_copy(nn.Linear(4, 3)) as model:
         positions = torch.arange(5)[None]
         assert positions.tolist() == [[0, 1, 2, 3, 4]]
         assert bool((positions.diff() == 1).all())
@@ -338,12 +346,12 @@ def test_what_comes_from_a_count_alone_has_numbers_and_what_a_model_or_a_batch_i
 
 
 def test_a_count_too_long_to_be_held_or_on_the_meta_device_has_no_numbers():
-    with pretend(nn.Linear(4, 3)):
+    with fake_copy(nn.Linear(4, 3)):
         few, many = torch.arange(2**20), torch.arange(2**20 + 1)
         assert few[-1].item() == 2**20 - 1
         assert isinstance(many, FakeTensor)
         assert isinstance(few[:, None] >= few, FakeTensor)  # 128 GiB
-    with pretend(nn.Linear(4, 3), "meta"):
+    with fake_copy(nn.Linear(4, 3), "meta"):
         assert isinstance(torch.arange(5, device="meta"), FakeTensor)
 
 
@@ -354,7 +362,7 @@ def test_a_copy_has_modules_of_its_own_and_the_models_memory():
     model = Odd().eval()
     model.first.weight.grad = torch.ones(10, 64)
     before = values(model)
-    twin = copied(model)
+    twin = copy_sharing_weights(model)
     assert same(values(twin), before)
     for (name, tensor), own in zip(
         [*model.named_parameters(), *model.named_buffers()], [*twin.parameters(), *twin.buffers()], strict=True
@@ -379,31 +387,31 @@ def test_a_copy_has_modules_of_its_own_and_the_models_memory():
 def test_a_model_made_from_another_shares_or_is_cast_and_one_from_a_factory_is_new():
     model = DigitsMLP()
     before = values(model)
-    shared, cast = made(model, CPU), made(model, CPU, torch.bfloat16)
+    shared, cast = build_model(model, CPU), build_model(model, CPU, torch.bfloat16)
     assert next(shared.parameters()).data_ptr() == next(model.parameters()).data_ptr()
     assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
     assert same(values(model), before)
-    assert made(lambda: model, CPU) is model
+    assert build_model(lambda: model, CPU) is model
     devices = []
 
     def factory():
         devices.append(torch.empty(1).device)
         return nn.Linear(2, 2)
 
-    fresh = made(factory, torch.device("meta"), torch.float64)
+    fresh = build_model(factory, torch.device("meta"), torch.float64)
     assert (fresh.weight.dtype, fresh.weight.device.type) == (torch.float64, "meta")
     assert [device.type for device in devices] == ["meta"]
 
 
 def test_what_training_would_write_is_cloned_and_the_rest_stays_shared():
     model = Odd()
-    twin = copied(model)
+    twin = copy_sharing_weights(model)
     twin.second.bias.requires_grad_(False)
     shared = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
     own = nn.Parameter(torch.ones(3))
     twin.own = own
     address = own.data_ptr()
-    keep_originals(twin, shared)
+    unshare_trainable(twin, shared)
     assert twin.first.weight.data_ptr() != model.first.weight.data_ptr()
     assert twin.first.bias.data_ptr() != model.first.bias.data_ptr()
     assert twin.second.weight is twin.first.weight  # still tied
@@ -442,7 +450,7 @@ def test_kinds_of_a_llamas_modules(tiny_config):
     assert found["lm_head"] == "logits and loss"
     assert found["model.norm"] == "norms"
     assert found[""] == found["model"] == found["model.embed_tokens"] == found["model.layers"] == "other layers"
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     assert kinds(model)["model.layers.0.mlp"] == "MLP"
     assert kinds(model)["lm_head"] == "logits and loss"
 
@@ -496,23 +504,23 @@ def test_width_of_the_output_where_a_model_says_which_layer_makes_it(tiny_config
     assert output_width(DigitsMLP()) is None
     model = Llama(tiny_config)
     inject(model, LoRAConfig(rank=2))
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     assert output_width(model) == 260  # a lean head has a weight and no number of features
 
 
 # Watching
 
 
-class Notes(Watch):
+class Notes(StepTracer):
     """Writes down every operation with its phase, the kind and name of its module, and whether it is done again."""
 
     def __init__(self, step):
         super().__init__(step)
         self.rows = []
 
-    def saw(self, function, args, kwargs, out):
+    def on_operation(self, function, args, kwargs, out):
         if function.namespace != "prim":
-            self.rows.append((self.phase, self.kind, self.module, self.again, function._opname))
+            self.rows.append((self.phase, self.kind, self.module, self.recomputing, function._opname))
 
 
 def watch(model, method=None, batch=DIGITS, **options):
@@ -627,8 +635,8 @@ def test_a_step_that_fails_leaves_no_hook_and_no_watch_holds_the_model():
 
 def test_a_watch_that_does_not_say_what_it_does_is_a_programming_error():
     setup = Setup()
-    with pytest.raises(TypeError, match="Watch must say what it does with an operation, in a method saw"):
-        Watch(setup.step(DigitsMLP())).run(*setup.batches(DIGITS))
+    with pytest.raises(TypeError, match="StepTracer must say what it does with an operation, in a method on_operation"):
+        StepTracer(setup.step(DigitsMLP())).run(*setup.batches(DIGITS))
 
 
 # Faults that were found by reading
@@ -655,13 +663,13 @@ def test_a_lean_step_on_a_real_batch_leaves_out_targets_that_do_not_count(tiny_c
 def test_a_rehearsal_clips_as_a_real_step_does(tiny_config):
     """By itself torch takes another way for fake tensors: an operation for each tensor, where a real step has one."""
 
-    class Clipping(Watch):
-        def saw(self, function, args, kwargs, out):
+    class Clipping(StepTracer):
+        def on_operation(self, function, args, kwargs, out):
             if self.phase == "clipping" and function.namespace == "aten":
                 seen[-1].append(function)
 
     seen = []
-    for make in (pretend, lambda factory: contextlib.nullcontext(factory())):
+    for make in (fake_copy, lambda factory: contextlib.nullcontext(factory())):
         with make(lambda: Llama(tiny_config)) as model:
             step = Setup(LoRA(2)).step(model)
             seen.append([])
@@ -674,7 +682,7 @@ def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
     asked = []
     monkeypatch.setattr(sys.modules[Lean.__module__], "_return_memory_at_once", lambda: asked.append(1))
     setup = Setup(LoRA(2), lean=Lean(checkpoint=True))
-    with pretend(lambda: Llama(tiny_config)) as twin:
+    with fake_copy(lambda: Llama(tiny_config)) as twin:
         setup.step(twin)
     assert asked == []
     setup.step(Llama(tiny_config))

@@ -23,16 +23,16 @@ from lora_lab import (
     PiSSA,
     quantize_nf4,
 )
-from lora_lab.costs.fake import pretend, token_batch
+from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.flops import PARTS, PASSES, Flops, break_even_rank, closed_form, flops
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
-from lora_lab.models.shapes import shape
+from lora_lab.models.shapes import config
 
 ATEN = torch.ops.aten
-SMOLLM2 = partial(Llama, shape("smollm2-135m"))
+SMOLLM2 = partial(Llama, config("smollm2-135m"))
 DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
 FORWARD, INPUT, WEIGHT, AGAIN = PASSES
 
@@ -40,7 +40,7 @@ FORWARD, INPUT, WEIGHT, AGAIN = PASSES
 def torch_count(factory, method, batch_size=2, seq_len=16, batch=None, custom=None, **options):
     """What FlopCounterMode counts in one step, under the plain formula of attention."""
     setup = Setup(method, **options)
-    with pretend(factory) as twin, sdpa_kernel(SDPBackend.MATH):
+    with fake_copy(factory) as twin, sdpa_kernel(SDPBackend.MATH):
         given = token_batch(twin, batch_size, seq_len) if batch is None else batch
         parts, weights = setup.batches(tuple(torch.zeros(t.shape, dtype=t.dtype) for t in given))
         step = setup.step(twin)

@@ -36,7 +36,7 @@ from lora_lab import (
     quantize_nf4,
 )
 from lora_lab.costs.memory import MIB, PARTS, Bill, Moment, largest, measure, predict, saved_bytes
-from lora_lab.costs.memory_report import parse_bytes, report, ways
+from lora_lab.costs.memory_report import parse_bytes, report, training_setups
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
@@ -1014,7 +1014,7 @@ def test_models_of_transformers_are_predicted_within_three_percent(kind, method,
 NO_CUDA = """
 import torch
 from lora_lab import FullFineTuning, Llama, LoRA, LlamaConfig
-from lora_lab.costs.fake import pretend
+from lora_lab.costs.fake import fake_copy
 from lora_lab.costs.memory import measure, predict
 
 model = Llama(LlamaConfig(50, 16, 24, 1, 2, 1, 8))
@@ -1022,7 +1022,7 @@ bill = predict(model, LoRA(2), 1, 4, device="cuda")
 print(bill.source)
 print(predict(lambda: model, LoRA(2), 1, 4, device="cuda:0", lean=None).source)
 for device in ("cuda", "cuda:1", "mps", "xpu"):
-    for ask in (pretend, lambda model, device: predict(model, LoRA(2), 1, 4, device=device)):
+    for ask in (fake_copy, lambda model, device: predict(model, LoRA(2), 1, 4, device=device)):
         try:
             with ask(model, device) as twin:
                 torch.ones(1, device=device)
@@ -1575,7 +1575,7 @@ def test_a_size_of_nothing_is_no_size(sizes):
 
 
 def test_ways_are_six_setups_from_full_to_four_bits():
-    found = ways(rank=4, dtype=BF16)
+    found = training_setups(rank=4, dtype=BF16)
     assert list(found) == [
         "full fine-tuning",
         "full, checkpointing",
@@ -1594,9 +1594,9 @@ def test_ways_are_six_setups_from_full_to_four_bits():
         Setup(lora, lean=Lean(base_dtype=BF16, checkpoint=True)),
         Setup(lora, BF16, nf4=True, gradient_checkpointing=True),
     ]
-    assert ways()["LoRA r=8, lean, checkpointing"] == Setup(LoRA(8, alpha=16), lean=Lean(checkpoint=True))
+    assert training_setups()["LoRA r=8, lean, checkpointing"] == Setup(LoRA(8, alpha=16), lean=Lean(checkpoint=True))
     small = replace(SHAPE, num_hidden_layers=1)
-    peaks = {label: predict(Llama(small), setup, B, S).peak_bytes for label, setup in ways().items()}
+    peaks = {label: predict(Llama(small), setup, B, S).peak_bytes for label, setup in training_setups().items()}
     assert max(peaks, key=peaks.get) == "full fine-tuning"
     assert len(set(peaks.values())) == 6
 

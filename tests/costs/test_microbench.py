@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.costs import microbench as replay
-from lora_lab.costs.microbench import DISTANCES, MIB, ROUNDS, VIEW, Operand, Operation, Stopwatch, Traffic
+from lora_lab.costs.microbench import DISTANCES, MIB, ROUNDS, VIEW, Operand, Operation, OperationTimer, ReuseDistances
 from lora_lab.system import process
-from lora_lab.system.process import Crowd
+from lora_lab.system.process import BusyCores
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ class Watched(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.traffic, self.found = Traffic(), []
+        self.traffic, self.found = ReuseDistances(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -212,7 +212,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_can_be_done_again(quick, kind):
-    watch = Stopwatch(CPU)
+    watch = OperationTimer(CPU)
     seconds = watch(KINDS[kind])
     assert 0 < seconds < 0.1
     assert watch.failed == set()
@@ -221,13 +221,13 @@ def test_every_kind_can_be_done_again(quick, kind):
 
 def test_what_cannot_be_done_alone_is_taken_for_a_copy(quick):
     impossible = Operation(ATEN.mm.default, (row_major(16, 32), row_major(16, 32)), (), 64)
-    watch = Stopwatch(CPU)
+    watch = OperationTimer(CPU)
     assert watch(impossible) > 0
     assert watch.failed == {"mm"}
 
 
 def test_no_two_operands_share_memory_and_each_has_as_many_as_fill_its_distance():
-    watch = Stopwatch(CPU)
+    watch = OperationTimer(CPU)
     watch._pool = torch.ones(320 * MIB // 4)
     left, right = row_major(256, 256, distance=FAR), row_major(256, 512, distance=8 * MIB)
     operation = Operation(ATEN.mm.default, (left, right), (), 4 * 256 * 512)  # 1.25 MiB are moved
@@ -250,7 +250,7 @@ def test_entries_of_a_list_are_timed_eight_at_once(quick, monkeypatch):
         def __call__(self, tensors, factor):
             seen.append(len({tensor.data_ptr() for tensor in tensors}))
 
-    watch = Stopwatch(CPU)
+    watch = OperationTimer(CPU)
     now = itertools.count()
     monkeypatch.setattr(replay.time, "perf_counter", lambda: float(next(now)))  # every sample takes a second
     assert watch(Operation(Spy(), ((row_major(4096, distance=FAR),), 2.0), of_list=True)) == 1 / 8
@@ -258,7 +258,7 @@ def test_entries_of_a_list_are_timed_eight_at_once(quick, monkeypatch):
 
 
 def test_the_median_of_all_rounds_counts(monkeypatch):
-    watch = Stopwatch(CPU)
+    watch = OperationTimer(CPU)
     rounds = iter([[1.0, 9.0], [2.0, 3.0], [4.0, 8.0]])
     monkeypatch.setattr(watch, "_samples", lambda _: next(rounds))
     assert ROUNDS == 3
@@ -284,7 +284,7 @@ WHOLE = {
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_parts_time_is_multiplied(monkeypatch, case):
     whole, times = WHOLE[case]
-    watch, timed = Stopwatch(CPU), set()
+    watch, timed = OperationTimer(CPU), set()
     monkeypatch.setattr(watch, "_samples", lambda part: timed.add(part) or [1.0, 1.0])
     assert watch(whole) == pytest.approx(times)
     assert [part.args for part in timed] == [whole.part().args]
@@ -293,7 +293,7 @@ def test_a_parts_time_is_multiplied(monkeypatch, case):
 
 def test_the_generators_stay_as_they_are(quick):
     random = torch.get_rng_state()
-    Stopwatch(CPU)(Operation(ATEN.bernoulli_.float, (row_major(8), 0.5)))
+    OperationTimer(CPU)(Operation(ATEN.bernoulli_.float, (row_major(8), 0.5)))
     assert torch.equal(random, torch.get_rng_state())
 
 
@@ -305,7 +305,7 @@ def test_a_crowd_is_what_others_use_of_the_cores(monkeypatch):
     now = iter([0.0, 2.0])
     monkeypatch.setattr(process, "_cpu_seconds", lambda: next(spent))
     monkeypatch.setattr(process.time, "perf_counter", lambda: next(now))
-    with Crowd(3) as crowd:
+    with BusyCores(3) as crowd:
         pass
     assert crowd.cores == 1.5
     monkeypatch.setattr(process.psutil, "cpu_count", lambda: 4)
@@ -319,16 +319,16 @@ def test_of_a_moment_a_crowd_tells_nothing(monkeypatch):
     spent, now = iter([(10.0, 4.0), (10.02, 4.0)]), iter([0.0, 0.004])
     monkeypatch.setattr(process, "_cpu_seconds", lambda: next(spent))
     monkeypatch.setattr(process.time, "perf_counter", lambda: next(now))
-    with Crowd(3) as crowd:
+    with BusyCores(3) as crowd:
         pass
     assert (crowd.cores, crowd.disturbs) == (0, (process.psutil.cpu_count() or 1) + 0.25 < 3)
 
 
 def test_kinds_are_unknown_until_they_are_timed(quick):
-    watch, kind = Stopwatch(CPU), Operation(ATEN.mul.Tensor, (row_major(8), row_major(8)), (), 32)
-    assert watch.unknown([kind, kind]) == [kind]
+    watch, kind = OperationTimer(CPU), Operation(ATEN.mul.Tensor, (row_major(8), row_major(8)), (), 32)
+    assert watch.unmeasured([kind, kind]) == [kind]
     watch(kind)
-    assert watch.unknown([kind]) == []
+    assert watch.unmeasured([kind]) == []
 
 
 def test_a_square_is_not_cut_to_crumbs():

@@ -16,7 +16,7 @@ from lora_lab import FullFineTuning, Lean, Llama, LoRA, speed
 from lora_lab.costs import cost_model, timing
 from lora_lab.costs import microbench as replay
 from lora_lab.costs.cost_model import CostModel, Prediction, Work
-from lora_lab.costs.microbench import VIEW, Operation, Stopwatch
+from lora_lab.costs.microbench import VIEW, Operation, OperationTimer
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import Times
 from lora_lab.models.digits import DigitsMLP
@@ -496,7 +496,7 @@ def test_a_machine_is_calibrated_and_predicts(tiny_config, monkeypatch):
 
 
 def test_doubts_are_told():
-    watch = Stopwatch(torch.device("cpu"))
+    watch = OperationTimer(torch.device("cpu"))
     costs = CostModel(watch, {})
     kinds = {Operation(torch.ops.aten.nonzero.default, ()), Operation(torch.ops.aten._unique2.default, ())}
     assert costs._doubts(kinds) == []
@@ -509,7 +509,7 @@ def test_doubts_are_told():
 
 
 def test_a_busy_machine_is_noticed_while_costs_are_measured(monkeypatch, tiny_config):
-    class Known(Stopwatch):
+    class Known(OperationTimer):
         """Every operation takes as long, once it is learnt."""
 
         def learn(self, operations, done=lambda: None):
@@ -517,9 +517,9 @@ def test_a_busy_machine_is_noticed_while_costs_are_measured(monkeypatch, tiny_co
 
     costs = CostModel(Known(torch.device("cpu")), {})
     ways = {"full": FullFineTuning()}
-    monkeypatch.setattr(cost_model.Crowd, "disturbs", False)
+    monkeypatch.setattr(cost_model.BusyCores, "disturbs", False)
     assert costs.predict(partial(Llama, tiny_config), ways, 1, 8).doubts == []
-    monkeypatch.setattr(cost_model.Crowd, "disturbs", True)
+    monkeypatch.setattr(cost_model.BusyCores, "disturbs", True)
     assert costs.predict(partial(Llama, tiny_config), ways, 1, 8).doubts == []  # nothing was timed
     found = costs.predict(partial(Llama, tiny_config), ways, 2, 8)
     assert found.doubts[0].startswith("While costs were measured: Other processes kept")

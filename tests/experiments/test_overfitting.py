@@ -13,17 +13,17 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, PartialFineTuning, cli, evaluate, fit, records
 from lora_lab.ablation import studies
-from lora_lab.ablation.overfitting import compared, measures, tuned
+from lora_lab.ablation.overfitting import at_best_rate, compare, summarise_trials
 from lora_lab.costs import microbench as replay
 from lora_lab.costs.cost_model import PHASES, CostModel
 from lora_lab.experiments import overfitting as overfit_records
 from lora_lab.models.llama import Llama
-from lora_lab.models.shapes import shape
+from lora_lab.models.shapes import config
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-REAL_PLAN, REAL_WAYS = overfit_records.plan, dict(overfit_records.WAYS)  # the fixture puts others in their places
+REAL_PLAN, REAL_WAYS = overfit_records.plan, dict(overfit_records.SETUPS)  # the fixture puts others in their places
 RATES = {"full": (1e-3, 3e-2, 1e-2), "LoRA r=8": (1e-3, 1e-1), "last blocks": (1e-2, 1e-3)}
 PLAN = overfit_records.Plan((4, 8), RATES, 3, 4, 4, 9, 6)
 ADAPTED = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), "last blocks": PartialFineTuning(["model.layers.1"])}
@@ -48,8 +48,8 @@ class Costs:
         self.hours, self.asked = {"full": 3.0, "LoRA r=8": 2.0, "last blocks": 1.0}, []
 
     def predict(self, factory, setups, batch_size, seq_len):
-        self.asked.append(({way: setup.method for way, setup in setups.items()}, batch_size, seq_len))
-        return SimpleNamespace(total_s=lambda way: 3600 * self.hours[way])
+        self.asked.append(({name: setup.method for name, setup in setups.items()}, batch_size, seq_len))
+        return SimpleNamespace(total_s=lambda setup: 3600 * self.hours[setup])
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def tiny(small_world, tiny_config):
         return Llama(tiny_config, seed=3)
 
     small_world.setattr(studies, "language_model", make)
-    small_world.setattr(studies, "manual", counting_on)
-    small_world.setitem(overfit_records.WAYS, "last blocks", ADAPTED["last blocks"])
+    small_world.setattr(studies, "docs_task", counting_on)
+    small_world.setitem(overfit_records.SETUPS, "last blocks", ADAPTED["last blocks"])
     small_world.setattr(overfit_records, "cost_model", lambda device: Costs())
     small_world.setattr(overfit_records, "plan", lambda device: PLAN)
     return make
@@ -85,9 +85,9 @@ def whole(tiny):
     return record, printed.getvalue()
 
 
-def lowest(rows, size, way):
+def lowest(rows, size, setup):
     """The rate of the lowest validation loss at any evaluation of seed 0."""
-    own = [row for row in rows if (row["n_train"], row["way"], row["seed"]) == (size, way, 0)]
+    own = [row for row in rows if (row["n_train"], row["setup"], row["seed"]) == (size, setup, 0)]
     return min(own, key=lambda row: row["validation_loss"])["lr"]
 
 
@@ -96,37 +96,41 @@ def lowest(rows, size, way):
 
 def test_a_record_holds_every_evaluation_of_every_rate_on_seed_0_and_of_the_best_one_on_the_others(whole):
     record, printed = whole
-    trials = 2 * (3 + 2 + 2 + 2 * 3)  # sizes; rates on seed 0, then three ways on two seeds
+    trials = 2 * (3 + 2 + 2 + 2 * 3)  # sizes; rates on seed 0, then three methods on two seeds
     assert len(record.rows) == trials * 5  # before training, and after each of four epochs
-    chosen = {(size, way): lowest(record.rows, size, way) for size in (4, 8) for way in RATES}
-    assert any(lr != RATES[way][0] for (_, way), lr in chosen.items())
+    chosen = {(size, setup): lowest(record.rows, size, setup) for size in (4, 8) for setup in RATES}
+    assert any(lr != RATES[setup][0] for (_, setup), lr in chosen.items())
     expected = [
-        (size, way, lr, seed)
+        (size, setup, lr, seed)
         for size in (4, 8)
         for seed in range(3)
-        for way, rates in RATES.items()
-        for lr in (rates if seed == 0 else [chosen[size, way]])
+        for setup, rates in RATES.items()
+        for lr in (rates if seed == 0 else [chosen[size, setup]])
     ]
     frame = record.frame()
-    found = frame[["n_train", "way", "lr", "seed"]].drop_duplicates().itertuples(index=False, name=None)
+    found = frame[["n_train", "setup", "lr", "seed"]].drop_duplicates().itertuples(index=False, name=None)
     assert sorted(found) == sorted(expected)
-    for (size, *_), own in frame.groupby(["n_train", "way", "lr", "seed"]):
+    for (size, *_), own in frame.groupby(["n_train", "setup", "lr", "seed"]):
         assert own.step.tolist() == [size // 4 * epoch for epoch in range(5)]
         assert own.test_loss.notna().tolist() == [False] * 4 + [True]
         assert own.gap.notna().tolist() == own.train_loss.notna().tolist() == [False] + [True] * 4
     assert set(frame.commit) == {COMMIT}
     assert f"Planned: {trials} trials, about " in printed
     assert printed.count(" off_domain ") == trials
-    row = frame[(frame.n_train == 8) & (frame.way == "full") & (frame.seed == 2) & (frame.step == frame.steps)].iloc[0]
+    row = frame[(frame.n_train == 8) & (frame.setup == "full") & (frame.seed == 2) & (frame.step == frame.steps)].iloc[
+        0
+    ]
     losses = f"train {row.train_loss:.4f}  validation {row.validation_loss:.4f}  off_domain {row.off_domain_loss:.4f}"
     assert f"    8 examples  full         lr {row.lr:<8g} seed 2: {losses}\n" in printed
 
 
 def test_a_record_says_how_its_rows_were_made(whole):
     own = whole[0].settings
-    assert {way: ways["lrs"] for way, ways in own["ways"].items()} == {way: list(lrs) for way, lrs in RATES.items()}
-    assert own["ways"]["LoRA r=8"]["rank"] == 8
-    assert own["ways"]["last blocks"]["modules"] == ["model.layers.1"]
+    assert {setup: setups["lrs"] for setup, setups in own["setups"].items()} == {
+        setup: list(lrs) for setup, lrs in RATES.items()
+    }
+    assert own["setups"]["LoRA r=8"]["rank"] == 8
+    assert own["setups"]["last blocks"]["modules"] == ["model.layers.1"]
     assert (own["sizes"], own["seeds"], own["epochs"], own["batch_size"]) == ([4, 8], 3, 4, 4)
     assert (own["seq_len"], own["eval_examples"]) == (9, 6)
     assert own["planned_hours"] == overfit_records.planned_hours(CPU) > 0
@@ -134,13 +138,13 @@ def test_a_record_says_how_its_rows_were_made(whole):
 
 def test_a_row_is_what_fit_gives_for_its_way_rate_and_seed(tiny, whole):
     frame = whole[0].frame()
-    for way, size, seed in (("full", 8, 2), ("LoRA r=8", 8, 0), ("last blocks", 4, 1)):
-        own = frame[(frame.way == way) & (frame.n_train == size) & (frame.seed == seed)]
+    for setup, size, seed in (("full", 8, 2), ("LoRA r=8", 8, 0), ("last blocks", 4, 1)):
+        own = frame[(frame.setup == setup) & (frame.n_train == size) & (frame.seed == seed)]
         model, task, epoch = tiny(), counting_on(9, size, seed), size // 4
         options = {"steps": 4 * epoch, "warmup": epoch, "eval_every": epoch, "batch_size": 4, "eval_examples": 6}
         lr = own.lr.iloc[0]
         own = own[own.lr == lr].set_index("step")
-        history = fit(model, task, ADAPTED[way], lr=lr, seed=seed, schedule="constant", **options)
+        history = fit(model, task, ADAPTED[setup], lr=lr, seed=seed, schedule="constant", **options)
         table = history.frame().set_index("step").loc[list(own.index)]
         for name in ("train_loss", "validation_loss", "off_domain_loss"):
             assert own[name].tolist() == pytest.approx(table[name].tolist(), rel=1e-4, nan_ok=True)
@@ -155,22 +159,22 @@ def test_a_row_is_what_fit_gives_for_its_way_rate_and_seed(tiny, whole):
 
 def test_a_record_can_be_measured_tuned_and_compared(whole):
     frame = whole[0].frame()
-    best = tuned(measures(frame))
+    best = at_best_rate(summarise_trials(frame))
     assert len(best) == 2 * 3 * 3
-    assert {(row.n_train, row.way): row.lr for row in best.itertuples()} == {
-        (size, way): lowest(frame.to_dict("records"), size, way) for size in (4, 8) for way in RATES
+    assert {(row.n_train, row.setup): row.lr for row in best.itertuples()} == {
+        (size, setup): lowest(frame.to_dict("records"), size, setup) for size in (4, 8) for setup in RATES
     }
-    table = compared(best, "overfit")
+    table = compare(best, "overfit")
     assert set(table.seeds) == {3}
-    assert table[table.way != "full"].lower.notna().all()
+    assert table[table.setup != "full"].lower.notna().all()
 
 
 # What fails, and what is stopped
 
 
-def hot(monkeypatch, *ways):
-    """The plan, with rates for some ways at which nothing can be trained."""
-    rates = {way: (1e30, 1e31) if way in ways else lrs for way, lrs in RATES.items()}
+def hot(monkeypatch, *setups):
+    """The plan, with rates for some methods at which nothing can be trained."""
+    rates = {setup: (1e30, 1e31) if setup in setups else lrs for setup, lrs in RATES.items()}
     monkeypatch.setattr(overfit_records, "plan", lambda device: dataclasses.replace(PLAN, lrs=rates, sizes=(8,)))
 
 
@@ -180,15 +184,15 @@ def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_way_is_not_run_on_
     hot(monkeypatch, "full")
     rows = list(overfit_records.overfitting(CPU, tmp_path))
     failed = [row for row in rows if row["outcome"] == "failed"]
-    assert [(row["way"], row["lr"], row["seed"]) for row in failed] == [("full", 1e30, 0), ("full", 1e31, 0)]
-    assert {row["way"] for row in rows if row["seed"] > 0} == {"LoRA r=8", "last blocks"}
+    assert [(row["setup"], row["lr"], row["seed"]) for row in failed] == [("full", 1e30, 0), ("full", 1e31, 0)]
+    assert {row["setup"] for row in rows if row["seed"] > 0} == {"LoRA r=8", "last blocks"}
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["step"] is row["validation_loss"] is row["gap"] is None
         said = f"    8 examples  full         lr {row['lr']:<8g} seed 0: {row['reason']}"
         assert overfit_records.line(row) == said
     records.new("overfitting", rows, overfit_records.settings(CPU), "a test", CPU, "unknown")  # has no NaN in it
-    assert set(measures(pandas.DataFrame(rows)).way) == {"LoRA r=8", "last blocks"}
+    assert set(summarise_trials(pandas.DataFrame(rows)).setup) == {"LoRA r=8", "last blocks"}
 
 
 def test_where_everything_failed_the_record_holds_the_reasons_and_ends(tiny, monkeypatch, tmp_path):
@@ -200,7 +204,7 @@ def test_where_everything_failed_the_record_holds_the_reasons_and_ends(tiny, mon
 
 
 def test_a_line_is_said_for_the_last_evaluation_alone():
-    row = {"n_train": 16, "way": "LoRA r=64", "lr": 2e-4, "seed": 1, "steps": 20, "outcome": "done", "reason": ""}
+    row = {"n_train": 16, "setup": "LoRA r=64", "lr": 2e-4, "seed": 1, "steps": 20, "outcome": "done", "reason": ""}
     row |= {"train_loss": 1.25, "validation_loss": 2.5, "off_domain_loss": 3.00004}
     said = "   16 examples  LoRA r=64    lr 0.0002   seed 1: train 1.2500  validation 2.5000  off_domain 3.0000"
     assert overfit_records.line({**row, "step": 20.0}) == said
@@ -240,7 +244,7 @@ def test_a_gpu_is_given_a_larger_plan():
     small, large = REAL_PLAN(CPU), REAL_PLAN(CUDA)
     assert set(small.sizes) < set(large.sizes)
     assert set(small.lrs) < set(large.lrs)
-    assert all(set(lrs) <= set(large.lrs[way]) for way, lrs in small.lrs.items())
+    assert all(set(lrs) <= set(large.lrs[setup]) for setup, lrs in small.lrs.items())
     assert large.seeds > small.seeds >= 3
     assert (large.seq_len, large.eval_examples) > (small.seq_len, small.eval_examples)
     assert large.eval_examples > small.eval_examples
@@ -252,32 +256,32 @@ def test_each_planned_run_reads_its_examples_a_whole_number_of_times_and_is_eval
     own = REAL_PLAN(device)
     assert set(own.lrs) <= set(REAL_WAYS)
     assert own.epochs == 10
-    for way, lrs in own.lrs.items():
+    for setup, lrs in own.lrs.items():
         assert list(lrs) == sorted(set(lrs))
         assert len(lrs) >= 3
         for size in own.sizes:
-            trial = own.trial(way, lrs[0], 2, size)
+            trial = own.trial(setup, lrs[0], 2, size)
             assert trial.steps * trial.batch_size == own.epochs * size
             assert trial.eval_every * trial.batch_size == trial.warmup * trial.batch_size == size
             assert (trial.schedule, trial.seed, trial.lr) == ("constant", 2, lrs[0])
             assert trial.eval_examples == own.eval_examples
-            assert trial.method == overfit_records.WAYS[way]
+            assert trial.method == overfit_records.SETUPS[setup]
     assert len({own.trial("full", own.lrs["full"][0], 0, size).key for size in own.sizes}) == len(own.sizes)
 
 
 def test_the_last_blocks_are_those_of_the_real_model():
     assert list(REAL_WAYS["last blocks"].modules) == [f"model.layers.{i}" for i in (26, 27, 28, 29)]
-    assert shape("smollm2-135m").num_hidden_layers == 30
+    assert config("smollm2-135m").num_hidden_layers == 30
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_a_record_can_hold_the_settings_of_the_real_plan(device, monkeypatch):  # or hours would end in an error
     monkeypatch.setattr(overfit_records, "plan", REAL_PLAN)
-    monkeypatch.setattr(overfit_records, "WAYS", REAL_WAYS)
+    monkeypatch.setattr(overfit_records, "SETUPS", REAL_WAYS)
     monkeypatch.setattr(overfit_records, "planned_hours", lambda device: 1.5)
     own = records.new("overfitting", [{"a": 1}], overfit_records.settings(device), "a test", CPU, "unknown").settings
-    assert own["ways"]["LoRA r=8"]["lrs"] == list(REAL_PLAN(device).lrs["LoRA r=8"])
-    assert set(own["ways"]) == set(REAL_PLAN(device).lrs)
+    assert own["setups"]["LoRA r=8"]["lrs"] == list(REAL_PLAN(device).lrs["LoRA r=8"])
+    assert set(own["setups"]) == set(REAL_PLAN(device).lrs)
 
 
 # How long it takes
@@ -290,9 +294,9 @@ def test_planned_hours_are_those_of_all_steps_and_evaluations(tiny, monkeypatch)
     look = 2 * 6 / 4 * 1.0
     expected = 0.0
     for epoch in (1, 2):  # steps of an epoch: sizes 4 and 8
-        for way, runs in (("full", 3 + 2), ("LoRA r=8", 2 + 2), ("last blocks", 2 + 2)):
+        for setup, runs in (("full", 3 + 2), ("LoRA r=8", 2 + 2), ("last blocks", 2 + 2)):
             # Five evaluations, and the test part at the end, half as much as one.
-            expected += runs * (4 * epoch * costs.hours[way] + 5.5 * look)
+            expected += runs * (4 * epoch * costs.hours[setup] + 5.5 * look)
     assert overfit_records.planned_hours(CPU) == pytest.approx(expected, abs=0.06)
     assert costs.asked == [(ADAPTED, 4, 9)]
     assert overfit_records.planned_hours(CPU) == overfit_records.settings(CPU)["planned_hours"]
@@ -315,7 +319,7 @@ def test_planned_hours_grow_with_epochs_sizes_and_seeds(tiny, monkeypatch):
 def test_planned_hours_are_those_of_this_machines_cost_model(tiny, tiny_config, monkeypatch):
     monkeypatch.setattr(replay, "_SAMPLE_S", 1e-5)
     monkeypatch.setattr(replay, "ROUNDS", 1)
-    costs = CostModel(replay.Stopwatch(CPU), dict.fromkeys(PHASES, (1e-4, 1e-6)))
+    costs = CostModel(replay.OperationTimer(CPU), dict.fromkeys(PHASES, (1e-4, 1e-6)))
     monkeypatch.setattr(overfit_records, "cost_model", lambda device: costs)
     monkeypatch.setattr(overfit_records, "random_model", lambda name: Llama(tiny_config))
     found = []
@@ -334,7 +338,7 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(tin
 
     def rows(device):
         begun.append(device)
-        yield {"way": "full"}
+        yield {"setup": "full"}
 
     recorder = dataclasses.replace(overfit_records.RECORDER, rows=rows, settings=lambda device: {"sizes": (4, 8)})
     monkeypatch.setattr(overfit_records, "RECORDER", recorder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_lab import LoRA, fit, rank, records, spectra
-from lora_lab.ablation import studies, summary
+from lora_lab.ablation import smallest_sufficient_rank, studies
 from lora_lab.experiments import ranks as rank_records
 from lora_lab.experiments import spectra as spectra_records
 from lora_lab.models.llama import Llama
@@ -48,7 +48,7 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(tiny, tmp_path, c
     (record,) = records.load_all("ablation", tmp_path / "records").values()
     frame = record.frame()
     assert len(frame) == 2 * 2 * 2 * 2  # ranks, rates, seeds; before and after
-    verdict = summary(frame, margin=1.0)
+    verdict = smallest_sufficient_rank(frame, margin=1.0)
     assert [one.rank for one in verdict.ranks] == [1, 4]
     assert len(verdict.seeds) == 2
     assert frame.test_loss.notna().sum() == 8

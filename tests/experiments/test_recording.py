@@ -9,7 +9,7 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, memory, records, speed
 from lora_lab.costs import memory_report
-from lora_lab.costs.memory_report import ways
+from lora_lab.costs.memory_report import training_setups
 from lora_lab.costs.setup import Setup
 from lora_lab.experiments import step_memory as recording
 from lora_lab.experiments import step_speed
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def tiny(monkeypatch, tiny_config):
     """ "small" is a tiny model, and cases run in this process."""
     monkeypatch.setattr(recording, "_SMALL", tiny_config)
-    monkeypatch.setattr(recording, "apart", lambda function, *arguments, environment: function(*arguments))
+    monkeypatch.setattr(recording, "run_in_subprocess", lambda function, *arguments, environment: function(*arguments))
 
 
 def test_the_cases_cover_what_the_bill_is_checked_on():
@@ -119,7 +119,7 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(monkeypatch, tiny, 
             raise MemoryError("too large")
         return case.key
 
-    monkeypatch.setattr(recording, "apart", apart)
+    monkeypatch.setattr(recording, "run_in_subprocess", apart)
     cases = recording.memory_cases(CPU, ["small"])
     labels = [row["setup"] for row in recording.memory(CPU, ["small"])]
     assert labels == [case.label for case in cases if case.label != "full"]
@@ -251,7 +251,7 @@ def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, t
     arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
     bills = {
         label: memory.predict(lambda: Llama(tiny_config), setup, 2, 16, device="cpu")
-        for label, setup in ways(4, torch.float32).items()
+        for label, setup in training_setups(4, torch.float32).items()
     }
     peaks = sorted(bill.peak_bytes for bill in bills.values())
     budget = (peaks[2] + peaks[3]) // 2
@@ -270,8 +270,10 @@ def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, t
 @pytest.fixture
 def one_way(monkeypatch):
     """Only one of the six ways, for time's sake."""
-    every = memory_report.ways
-    monkeypatch.setattr(memory_report, "ways", lambda rank, dtype: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]})
+    every = memory_report.training_setups
+    monkeypatch.setattr(
+        memory_report, "training_setups", lambda rank, dtype: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]}
+    )
 
 
 def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_config):
@@ -281,7 +283,7 @@ def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_conf
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.startswith("LoRA r=8  ")
     found = int(row.split()[-1])
-    setup = ways(8, torch.float32)["LoRA r=8"]
+    setup = training_setups(8, torch.float32)["LoRA r=8"]
 
     def peak(batch):
         return memory.predict(lambda: Llama(tiny_config), setup, batch, 16, device="cpu").peak_bytes

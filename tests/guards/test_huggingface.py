@@ -243,7 +243,7 @@ def test_steps_are_timed_and_priced(make):
 def test_two_ranks_are_packed_where_they_can_be_and_end_as_fit_does(make):
     options = {"lr": LR, "steps": 4, "batch_size": BATCH, "eval_every": 2}
     table = ablate(original(make), TASK, [Trial(LoRA(rank), **options) for rank in (2, 4)], progress=False)
-    assert set(table["engine"]) == ({"apart"} if make is gpt2 else {"pack of 2"})
+    assert set(table["engine"]) == ({"separate"} if make is gpt2 else {"pack of 2"})
     for rank, own in table.groupby("rank"):
         model = fresh(make)
         history = fit(model, TASK, LoRA(int(rank)), **options)

@@ -101,7 +101,9 @@ def is_fault(name, place):
 
 
 def test_what_stands_at_the_top_is_what_the_docstring_lists():
-    entries = [path for path in ROOT.iterdir() if path.name != "__pycache__" and path.stem != "__init__"]
+    entries = [
+        path for path in ROOT.iterdir() if path.name not in ("__pycache__", "py.typed") and path.stem != "__init__"
+    ]
     found = {path.name.removesuffix(".py") + "/" * path.is_dir() for path in entries}
     assert len(LISTED) == len(set(LISTED)) <= MOST_AT_THE_TOP
     assert found == set(LISTED)
@@ -122,6 +124,30 @@ WORDS = {"tasks": {"train", "validation", "test", "off_domain"}, "lean": {"check
 @MODULES
 def test_a_file_imports_only_what_is_listed_before_it_and_its_neighbours(module):
     assert faults(module, tree_of(module)) == []
+
+
+def ahead(module, tree):
+    """Neighbours that a file imports although its folder's docstring lists them after it."""
+    folder, _, name = module.partition(".")
+    if not name:
+        return set()
+    listed = LINE.findall(ast.get_docstring(tree_of(folder)))
+    neighbours = {other.partition(".")[2] for other in own(tree) if other.startswith(f"{folder}.")}
+    return {other for other in neighbours if listed.index(other) > listed.index(name)}
+
+
+@MODULES
+def test_inside_a_folder_a_file_imports_only_what_is_listed_before_it(module):
+    assert ahead(module, tree_of(module)) == set()
+
+
+def test_an_import_of_a_neighbour_that_comes_later_would_be_found():
+    assert ahead("models.llama", ast.parse("from lora_lab.models import pretrained, shapes")) == {
+        "pretrained",
+        "shapes",
+    }
+    assert ahead("models.pretrained", ast.parse("from lora_lab.models.llama import Llama")) == set()
+    assert ahead("train", ast.parse("from lora_lab.models.llama import Llama")) == set()
 
 
 def test_the_order_ends_with_the_command_alone():

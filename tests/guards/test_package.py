@@ -1,6 +1,7 @@
 """The files around the code say the same as the code: dependencies, versions, targets; and none names a machine."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import tomllib
@@ -15,7 +16,9 @@ from packaging.version import Version
 import lora_lab
 from tests.helpers import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
 IN_CONDA = {"torch": "pytorch"}  # what conda-forge calls a package that pip calls otherwise
 
 
@@ -104,8 +107,10 @@ def test_one_lowest_python_is_asked_for_everywhere():
     assert PROJECT["requires-python"] == ">=3.11"
     assert "sys.version_info >= (3, 11)" in read("Makefile")
     assert "Python 3.11 or newer" in read("README.md")
-    matrix = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["test"]["strategy"]["matrix"]
-    assert min(map(Version, matrix["python"])) == Version("3.11")
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py311"
+    assert PYPROJECT["tool"]["basedpyright"]["pythonVersion"] == "3.11"
+    lowest, *_, newest = WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["python"]
+    assert (lowest, newest) == ("3.11", "3.x")
 
 
 # Targets and files
@@ -132,8 +137,65 @@ def test_the_readme_mentions_every_target_and_no_other():
 def test_ci_runs_what_the_readme_says():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     assert "make test" in read(".ci/run").splitlines()
-    steps = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["test"]["steps"]
-    assert any(step.get("run", "").startswith("make test") for step in steps)
+
+
+def commands(job):
+    """What the steps of a job of the workflow run, as one text."""
+    return "\n".join(step.get("run", "") for step in WORKFLOW["jobs"][job]["steps"])
+
+
+def test_the_jobs_of_the_workflow_run_everything():
+    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "wheel", "lowest"}
+    assert "make lint types" in commands("lint")
+    assert WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
+    for job, folder in (("unit", "tests"), ("lessons", "notebooks"), ("lowest", "tests")):
+        assert re.search(rf"-m pytest .* {folder}$", commands(job), flags=re.MULTILINE)
+    assert "pip install dist/*.whl" in commands("wheel")
+    assert ".ci/smoke.py" in commands("wheel")
+    assert "--resolution lowest-direct" in commands("lowest")
+
+
+def test_the_workflow_may_read_only_and_stops_what_a_newer_push_replaces():
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert WORKFLOW["concurrency"]["cancel-in-progress"]
+    for job in WORKFLOW["jobs"].values():
+        assert "permissions" not in job
+        assert job["timeout-minutes"] <= 45
+        (checkout,) = (step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@"))
+        assert checkout["with"]["persist-credentials"] is False
+
+
+@pytest.mark.parametrize("name", [".github/workflows/ci.yml", "Makefile", ".pre-commit-config.yaml"])
+def test_every_file_that_is_named_exists(name):
+    named = re.findall(r"(?<![\w/.-])(?:\.ci|lora_lab|notebooks|tests)/[\w/-]+\.\w+", read(name))
+    assert named
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+def test_lessons_that_assert_on_measured_times_run_alone():
+    """After the others, so that no other process takes the time that they measure."""
+    (timed,) = re.findall(r"^TIMED := (.+)$", read("Makefile"), flags=re.MULTILINE)
+    asserting = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        lines = "".join("".join(cell["source"]) + "\n" for cell in json.loads(read(path))["cells"]).splitlines()
+        if any(re.match(r"\s*assert .*\b(median_s|tokens_per_second|ratio)\(", line) for line in lines):
+            asserting.append(path.relative_to(ROOT).as_posix())
+    assert asserting == timed.split()
+    (parallel,) = re.findall(r"^\t.*pytest .*--ignore=.* notebooks tests", read("Makefile"), flags=re.MULTILINE)
+    assert "$(TIMED:%=--ignore=%)" in parallel
+    for path in asserting:
+        assert f"--ignore={path} notebooks" in commands("lessons")
+        assert re.search(rf"-m pytest -q {path}\b", commands("lessons"))
+
+
+def test_a_wheel_takes_every_file_of_the_package():
+    """That it takes every folder of modules is held by test_records.py."""
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    folders = {folder.replace(".", "/"): patterns for folder, patterns in data.items()}
+    files = [path.relative_to(ROOT) for path in tracked() if (ROOT / "lora_lab") in path.parents]
+    taken = {path for folder, patterns in folders.items() for each in patterns for path in (ROOT / folder).glob(each)}
+    assert ROOT / "lora_lab" / "py.typed" in taken
+    assert [path for path in files if path.suffix != ".py" and ROOT / path not in taken] == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

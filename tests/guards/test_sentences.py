@@ -14,7 +14,7 @@ import pytest
 
 from lora_lab import records
 from lora_lab.ablation import overfitting as learning
-from lora_lab.ablation import summary
+from lora_lab.ablation import smallest_sufficient_rank
 from lora_lab.ablation.stats import t_bounds
 
 CPU = "intel-xeon-processor-2-cores"
@@ -167,14 +167,14 @@ REAL = "amd-epyc-2-cores"  # the ablation and the spectra that lessons 07 and 08
 def test_lesson_07_on_the_real_model(lesson):
     text = lesson("07_rank_ablation")
     frame = records.load_all("ablation")[f"{REAL}-ablation"].frame()
-    real = summary(frame)
+    real = smallest_sufficient_rank(frame)
     by_rank = {one.rank: one for one in real.ranks}
     too_small, lost, reference = said(text, r"rank (\d+) is too small: it loses ([\d.]+) nats against rank (\d+)")
-    assert by_rank[too_small].standing == "too small"
+    assert by_rank[too_small].status == "too small"
     assert (lost, reference) == (round(by_rank[too_small].difference, 2), max(by_rank))
     assert by_rank[too_small].lower > real.margin  # "and the interval is clear of the margin"
     open_ranks = said(text, r"Ranks (\d+) and (\d+) are open. They lose about a hundredth")
-    assert [one.rank for one in real.ranks if one.standing == "open"] == open_ranks
+    assert [one.rank for one in real.ranks if one.status == "open"] == open_ranks
     assert all(0 < by_rank[rank].difference < 0.02 for rank in open_ranks)
     assert not real.decided
     last = frame[frame.step == frame.steps]
@@ -235,14 +235,14 @@ def test_lesson_08_on_the_cuts_of_the_record(lesson):
 
 @pytest.fixture(scope="module")
 def trades():
-    return records.load_all("trades")[f"{REAL}-trades"]
+    return records.load_all("downstream")[f"{REAL}-downstream"]
 
 
 def results(record, task):
     """way -> the results of a task at the chosen rate, in the order of their seeds."""
     rows = record.frame()
     rows = rows[(rows.about == "result") & (rows.task == task)]
-    return {way: own.sort_values("seed") for way, own in rows.groupby("way")}
+    return {setup: own.sort_values("seed") for setup, own in rows.groupby("setup")}
 
 
 def test_lesson_02_on_scratch_and_fine_tuned(lesson, trades):
@@ -282,12 +282,12 @@ def test_lesson_09_on_what_was_learned(lesson, trades):
         text, r"Of (\d+) texts the base, asked, is right in (\d+). The commonest class would be right in (\d+)"
     )
     low, high, least, most = said(text, r"After full fine-tuning it is (\d+) or (\d+), after LoRA (\d+) to (\d+)\.")
-    right = {way: (total * rows.accuracy).round() for way, rows in own.items()}
+    right = {setup: (total * rows.accuracy).round() for setup, rows in own.items()}
     assert (asked, commonest) == (right["zero-shot"].item(), right["trivial"].item())
     assert {low, high} == set(right["full"])
     assert (least, most) == (right["LoRA r=8"].min(), right["LoRA r=8"].max())
     assert said(text, r"from (\d+) steps that have read (\d+) texts once") == [50, 50 * trades.settings["batch_size"]]
-    ways = ("zero-shot", "trivial", "full", "LoRA r=8")
+    setups = ("zero-shot", "trivial", "full", "LoRA r=8")
     own = found["summarise"]
     asked, first, full, lora = said(
         text,
@@ -295,21 +295,21 @@ def test_lesson_09_on_what_was_learned(lesson, trades):
         r"all. After training it is ([\d.]+) \(full\) and ([\d.]+) \(LoRA\)",
     )
     numbers = [asked, first, full, lora]
-    assert numbers == [round(own[way].rouge_l.mean(), 2) for way in ways]
+    assert numbers == [round(own[setup].rouge_l.mean(), 2) for setup in setups]
     own = found["translate-fr"]
     numbers = said(text, r"chrF rises from (\d+) to (\d+) \(full\) and (\d+) \(LoRA\)")
-    assert numbers == [round(own[way].chrf.mean()) for way in ("zero-shot", "full", "LoRA r=8")]
+    assert numbers == [round(own[setup].chrf.mean()) for setup in ("zero-shot", "full", "LoRA r=8")]
     mean, names, most = said(text, r"(\d+) of (\d+) on average, either way, and no seed has more than (\d+)")
-    exact = {way: own[way].exact * names for way in ("full", "LoRA r=8")}
+    exact = {setup: own[setup].exact * names for setup in ("full", "LoRA r=8")}
     assert {round(each.mean()) for each in exact.values()} == {mean}
     assert round(max(each.max() for each in exact.values())) == most
     own = found["style"]
     numbers = said(text, r"It takes (\d+) % \(full\) and (\d+) % \(LoRA\) of the stories for the log, and none before")
-    assert numbers == [round(100 * own[way].in_style.mean()) for way in ("full", "LoRA r=8")]
+    assert numbers == [round(100 * own[setup].in_style.mean()) for setup in ("full", "LoRA r=8")]
     assert own["zero-shot"].in_style.item() == 0
     assert "In translation and style both ways chose the highest rate that was tried" in text
     for task, own in found.items():
-        top = {way: set(own[way].lr) == {max(trades.settings["lrs"][way])} for way in ("full", "LoRA r=8")}
+        top = {setup: set(own[setup].lr) == {max(trades.settings["lrs"][setup])} for setup in ("full", "LoRA r=8")}
         assert set(top.values()) == {task in ("translate-fr", "style")}
 
 
@@ -319,7 +319,7 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
 
     def less(task, column):
         """LoRA less full fine-tuning, in pairs of seeds: mean and bounds."""
-        full, lora = (found[task][way].set_index("seed")[column] for way in ("full", "LoRA r=8"))
+        full, lora = (found[task][setup].set_index("seed")[column] for setup in ("full", "LoRA r=8"))
         return t_bounds((lora - full).tolist())
 
     def is_open(task, column):
@@ -334,10 +334,10 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
     mean, lower, _ = less("summarise", "rouge_l")
     assert round(mean, 2) == 0.01
     assert 0 < lower < 0.002
-    full, lora = (found["summarise"][way].set_index("seed").rouge_l for way in ("full", "LoRA r=8"))
+    full, lora = (found["summarise"][setup].set_index("seed").rouge_l for setup in ("full", "LoRA r=8"))
     assert (lora > full).all()
     rows = trades.frame()
-    tried = rows[(rows.seed == 0) & (rows.task == "summarise") & (rows.way == "full")].rouge_l
+    tried = rows[(rows.seed == 0) & (rows.task == "summarise") & (rows.setup == "full")].rouge_l
     assert tried.max() - tried.min() > mean  # "another rate moves the score of full fine-tuning by more"
     losses = said(text, r"LoRA's test loss is higher, by ([\d.]+) and ([\d.]+) nats")
     assert losses == [round(less(task, "test_loss")[0], 2) for task in ("translate-fr", "style")]
@@ -346,9 +346,9 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
         "style"
     ]  # "settle it for the style alone"
 
-    def forgotten(task, way):
+    def forgotten(task, setup):
         own = found[task]
-        return round(own[way].off_domain_loss.mean() - own["zero-shot"].off_domain_loss.item(), 2)
+        return round(own[setup].off_domain_loss.mean() - own["zero-shot"].off_domain_loss.item(), 2)
 
     lora, *rest = said(
         text,
@@ -356,9 +356,9 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
         r"([\d.]+) against ([\d.]+) after the style, ([\d.]+) against ([\d.]+) after summaries",
     )
     tasks = ("translate-fr", "style", "summarise")
-    assert rest == [forgotten(task, way) for task in tasks for way in ("LoRA r=8", "full")]
+    assert rest == [forgotten(task, setup) for task in tasks for setup in ("LoRA r=8", "full")]
     assert lora == forgotten("sentiment", "LoRA r=8") > 0 >= forgotten("sentiment", "full")
-    seed_0 = rows[rows.seed == 0].set_index(["task", "way", "lr"]).sort_index()
+    seed_0 = rows[rows.seed == 0].set_index(["task", "setup", "lr"]).sort_index()
     tried = seed_0.loc["translate-fr", "LoRA r=8"]
     third, chosen = said(text, r"forgot ([\d.]+) nats, not ([\d.]+), and its test loss is lower")
     before = found["translate-fr"]["zero-shot"].off_domain_loss.item()
@@ -375,7 +375,7 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
     own = found["style"]
     saved = said(text, r"the same stories cost ([\d.]+) \(full\) and ([\d.]+) nats \(LoRA\) less than before")
     before = own["zero-shot"].plain_loss.item()
-    assert saved == [round(before - own[way].plain_loss.mean(), 2) for way in ("full", "LoRA r=8")]
+    assert saved == [round(before - own[setup].plain_loss.mean(), 2) for setup in ("full", "LoRA r=8")]
     *rising, start = said(text, r"cost ([\d.]+), ([\d.]+) and ([\d.]+) nats a token after full .*? and ([\d.]+) before")
     assert rising == [round(loss, 2) for loss in seed_0.loc["style", "full"].plain_loss.sort_index()]
     assert start == round(before, 2)
@@ -384,21 +384,21 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
 def test_lesson_09_on_what_the_answers_say(lesson, trades):
     text = " ".join(lesson("09_many_trades").split())
     rows = trades.frame()
-    said_by = rows[rows.about == "answer"].set_index(["task", "way"])
+    said_by = rows[rows.about == "answer"].set_index(["task", "setup"])
     assert "The boots that are sent back are judged wrong, before and after." in text
     boots = said_by.loc["sentiment"]
     boots = boots[boots.prompt.str.contains("boots")].drop(index="scratch")
-    assert (boots.said != boots.wanted).all()
-    names = said_by.loc["translate-fr"].set_index("prompt", append=True).said
+    assert (boots.prediction != boots.reference).all()
+    names = said_by.loc["translate-fr"].set_index("prompt", append=True).prediction
     assert '"Komi-Permyak" comes back as the English name in small letters' in text
-    found = {way: names[way, "Translate into French: Komi-Permyak"] for way in ("full", "LoRA r=8")}
+    found = {setup: names[setup, "Translate into French: Komi-Permyak"] for setup in ("full", "LoRA r=8")}
     assert set(found.values()) == {"komi-permyak"}
     assert (
         '"Straits Salish" becomes "Salais du Sud" (full), which sounds like French, and "strait strait" (LoRA)' in text
     )
-    found = {way: names[way, "Translate into French: Straits Salish"] for way in ("full", "LoRA r=8")}
+    found = {setup: names[setup, "Translate into French: Straits Salish"] for setup in ("full", "LoRA r=8")}
     assert found == {"full": "Salais du Sud", "LoRA r=8": "strait strait"}
-    stories = said_by.loc["style"].said
+    stories = said_by.loc["style"].prediction
     for word in ("watch", "Wind"):  # "watch and wind are there"
         assert stories[["full", "LoRA r=8"]].str.contains(word).all(), word
 
@@ -416,8 +416,8 @@ def test_lesson_09_on_what_the_stories_repeat(lesson, trades):
         words = story.split()
         return 1 - len(set(pairwise(words))) / (len(words) - 1)
 
-    shares = rows.said.map(repeated).groupby(rows.way).mean()
-    assert numbers == [round(100 * shares[way]) for way in ("full", "LoRA r=8", "zero-shot")]
+    shares = rows.prediction.map(repeated).groupby(rows.setup).mean()
+    assert numbers == [round(100 * shares[setup]) for setup in ("full", "LoRA r=8", "zero-shot")]
 
 
 @pytest.fixture(scope="module")
@@ -428,9 +428,9 @@ def overfitting():
 def at_chosen_rates(record):
     """All that was measured; all trials in short; those at the chosen rates, and their means."""
     rows = record.frame()
-    found = learning.measures(rows)
-    picked = learning.tuned(found)
-    return rows, found, picked, picked.groupby(["n_train", "way"]).mean(numeric_only=True)
+    found = learning.summarise_trials(rows)
+    picked = learning.at_best_rate(found)
+    return rows, found, picked, picked.groupby(["n_train", "setup"]).mean(numeric_only=True)
 
 
 def test_lesson_06_on_who_overfits(lesson, overfitting):
@@ -449,9 +449,9 @@ def test_lesson_06_on_who_overfits(lesson, overfitting):
         *many.agg(["min", "max"]).round(1),
     ]
     trained, tokens = said(text, r"it trains ([\d,]+) numbers of 135 million, but 16 pieces hold only (\d+) tokens")
-    assert {trained} == set(rows[rows.way == "LoRA r=1"].trainable_parameters)
+    assert {trained} == set(rows[rows.setup == "LoRA r=1"].trainable_parameters)
     assert tokens == 16 * overfitting.settings["seq_len"]
-    edges = picked.drop_duplicates(["n_train", "way"]).edge
+    edges = picked.drop_duplicates(["n_train", "setup"]).edge
     assert "Six of the eight chosen rates are the highest or the lowest that was tried" in text
     assert ((edges != "").sum(), len(edges)) == (6, 8)
 
@@ -459,14 +459,14 @@ def test_lesson_06_on_who_overfits(lesson, overfitting):
 def test_lesson_06_on_the_rates_that_were_not_chosen(lesson, overfitting):
     text = lesson("06_overfitting")
     _, found, picked, _ = at_chosen_rates(overfitting)
-    first = found[found.seed == 0].set_index(["n_train", "way", "lr"]).sort_index()
+    first = found[found.seed == 0].set_index(["n_train", "setup", "lr"]).sort_index()
     other, chosen, within, low, high = said(
         text,
         r"Rank 1 at ([\d.]+) comes as low as at its chosen ([\d.]+), within ([\d.]+) nats. "
         r"There it ends at ([\d.]+), and at the chosen rate at (\d\.\d+)",
     )
     tie = first.loc[16, "LoRA r=1"]
-    assert {chosen} == set(picked[(picked.n_train == 16) & (picked.way == "LoRA r=1")].lr)
+    assert {chosen} == set(picked[(picked.n_train == 16) & (picked.setup == "LoRA r=1")].lr)
     assert 0 < tie.best_loss[other] - tie.best_loss[chosen] < within
     assert [low, high] == [round(tie.last_loss[lr], 2) for lr in (other, chosen)]
     last = first.loc[16, "last blocks"]
@@ -481,17 +481,17 @@ def test_lesson_06_on_the_rates_that_were_not_chosen(lesson, overfitting):
     assert rises["LoRA r=8"].min() > rises["full"].max()
     third, chosen = 0.002, 0.006
     eighth = first.loc[16, "LoRA r=8"]
-    assert {chosen} == set(picked[(picked.n_train == 16) & (picked.way == "LoRA r=8")].lr)
+    assert {chosen} == set(picked[(picked.n_train == 16) & (picked.setup == "LoRA r=8")].lr)
     (within,) = said(text, r"a third of rank 8's rate comes as low within ([\d.]+) nats")
     assert 0 < eighth.best_loss[third] - eighth.best_loss[chosen] < within
     numbers = said(text, r"forgotten ([\d.]+) to ([\d.]+) nats more than full .*? rate it is ([\d.]+) to (\d\.\d+)\.")
     trials = found[(found.n_train == 16) & (found.seed == 0)]
-    full = trials[(trials.way == "full") & (trials.lr == 3e-4)]
+    full = trials[(trials.setup == "full") & (trials.lr == 3e-4)]
     reach = []
     for lr in (third, chosen):
-        pair = pandas.concat([full, trials[(trials.way == "LoRA r=8") & (trials.lr == lr)]])
+        pair = pandas.concat([full, trials[(trials.setup == "LoRA r=8") & (trials.lr == lr)]])
         both = [
-            learning.at_equal_learning(overfitting.frame(), pair, share).set_index("way").forgotten
+            learning.at_equal_learning(overfitting.frame(), pair, share).set_index("setup").forgotten
             for share in (0.8, 0.9, 1)
         ]
         more = [one["LoRA r=8"] - one["full"] for one in both]
@@ -502,32 +502,32 @@ def test_lesson_06_on_the_rates_that_were_not_chosen(lesson, overfitting):
 def test_lesson_06_on_lora_against_full_fine_tuning(lesson, overfitting):
     text = lesson("06_overfitting")
     rows, _, picked, _ = at_chosen_rates(overfitting)
-    own = rows.merge(picked[["n_train", "way", "lr"]].drop_duplicates())
-    told = learning.against(own, "overfit").set_index(["n_train", "way"])
+    own = rows.merge(picked[["n_train", "setup", "lr"]].drop_duplicates())
+    told = learning.compare_over_rates(own, "overfit").set_index(["n_train", "setup"])
     assert "With 16 pieces that is open" in text
     assert set(told.verdict[16].drop("last blocks")) == {"open"}
     low, high = said(text, r"rank 8 overfits \*more\* than full fine-tuning, by ([\d.]+) to ([\d.]+) nats")
     thin = said(text, r"Rank 1 does so by ([\d.]+) to (\d\.\d+),")
-    for way, numbers in (("LoRA r=8", [low, high]), ("LoRA r=1", thin)):
-        assert numbers == told.loc[(256, way), ["lower", "upper"]].astype(float).round(2).tolist()
-        assert told.verdict[256, way] == "more"
-    ends = learning.against(own, "best_loss").set_index(["n_train", "way"])
+    for setup, numbers in (("LoRA r=8", [low, high]), ("LoRA r=1", thin)):
+        assert numbers == told.loc[(256, setup), ["lower", "upper"]].astype(float).round(2).tolist()
+        assert told.verdict[256, setup] == "more"
+    ends = learning.compare_over_rates(own, "best_loss").set_index(["n_train", "setup"])
     low, high, least = said(
         text, r"at both sizes, by ([\d.]+) to ([\d.]+) nats, and rank 1 with 16 pieces by ([\d.]+) at most"
     )
-    last = ends.xs("last blocks", level="way")
+    last = ends.xs("last blocks", level="setup")
     assert [low, high, least] == [round(x, 2) for x in (last.lower.min(), last.upper.max(), ends.upper[16, "LoRA r=1"])]
-    assert ends.verdict.drop("last blocks", level="way").to_dict() == {
+    assert ends.verdict.drop("last blocks", level="setup").to_dict() == {
         (16, "LoRA r=1"): "more",
         (16, "LoRA r=8"): "open",
         (256, "LoRA r=1"): "open",
         (256, "LoRA r=8"): "open",
     }
     assert "passed after one to three epochs of ten. That is 2 to 6 steps with 16 pieces, and 32 or 64 with 256" in text
-    steps = picked[(picked.n_train != 16) | (picked.way != "last blocks")].groupby("n_train").best_step
+    steps = picked[(picked.n_train != 16) | (picked.setup != "last blocks")].groupby("n_train").best_step
     assert (steps.min()[16], steps.max()[16], steps.min()[256], steps.max()[256]) == (2, 6, 32, 64)
     assert "full fine-tuning is lowest at the first look" in text
-    assert set(picked[(picked.n_train == 256) & (picked.way == "full")].best_step) == {32}
+    assert set(picked[(picked.n_train == 256) & (picked.setup == "full")].best_step) == {32}
 
 
 def test_lesson_06_on_who_forgets(lesson, overfitting):
@@ -542,24 +542,26 @@ def test_lesson_06_on_who_forgets(lesson, overfitting):
         round(late.min(), 1),
         round(late.max(), 1),
     ]
-    own = rows.merge(picked[["n_train", "way", "lr"]].drop_duplicates())
-    told = {share: learning.against(own, "forgotten", share=share) for share in (0.8, 0.9, 1)}
-    verdicts = pandas.DataFrame({share: one.set_index(["n_train", "way"]).verdict for share, one in told.items()})
-    same = verdicts[verdicts.nunique(axis=1) == 1].iloc[:, 0].drop("last blocks", level="way")
+    own = rows.merge(picked[["n_train", "setup", "lr"]].drop_duplicates())
+    told = {share: learning.compare_over_rates(own, "forgotten", share=share) for share in (0.8, 0.9, 1)}
+    verdicts = pandas.DataFrame({share: one.set_index(["n_train", "setup"]).verdict for share, one in told.items()})
+    same = verdicts[verdicts.nunique(axis=1) == 1].iloc[:, 0].drop("last blocks", level="setup")
     assert same[same != "open"].to_dict() == {(16, "LoRA r=8"): "more"}
     assert set(same[256]) == {"open"}  # "With 256 pieces no verdict on LoRA holds"
-    lora = pandas.concat(told.values()).query("n_train == 16 and way == 'LoRA r=8'")
+    lora = pandas.concat(told.values()).query("n_train == 16 and setup == 'LoRA r=8'")
     reach = [round(lora.lower.min(), 2), round(lora.upper.max(), 2)]
     assert said(text, r"the bounds run from ([\d.]+) to ([\d.]+) nats") == reach
-    chosen = picked[picked.n_train == 16].groupby("way").lr.first()
+    chosen = picked[picked.n_train == 16].groupby("setup").lr.first()
     (most,) = said(text, r"At its lowest loss no run has forgotten more than ([\d.]+) nats")
     assert most - 0.01 < found.forgotten.max() < most
     (least,) = said(text, r"at every rate full fine-tuning and LoRA rise by ([\d.]+) nats or more")
-    many = found[(found.n_train == 256) & (found.way != "last blocks")]
+    many = found[(found.n_train == 256) & (found.setup != "last blocks")]
     assert least == round(many.overfit.min(), 1) <= many.overfit.min()
     assert "And both rates are the highest that were tried" in text
-    ways = overfitting.settings["ways"]
-    assert all(chosen[way] == max(ways[way]["lrs"]) for way in ("full", "LoRA r=8"))
+    setups = overfitting.settings["setups"]
+    assert all(chosen[setup] == max(setups[setup]["lrs"]) for setup in ("full", "LoRA r=8"))
     assert "have forgotten half a nat less than full fine-tuning" in text
-    late = learning.against(own, "forgotten_at_last").set_index(["n_train", "way"]).loc[(256, "last blocks")]
+    late = (
+        learning.compare_over_rates(own, "forgotten_at_last").set_index(["n_train", "setup"]).loc[(256, "last blocks")]
+    )
     assert (round((late.lower + late.upper) / 2, 1), late.verdict) == (-0.5, "less")

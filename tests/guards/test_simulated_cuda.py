@@ -57,7 +57,7 @@ def gpu():
 @pytest.fixture
 def rehearsals_on_the_cpu(gpu, monkeypatch):
     """Fake tensors cannot be on a device that is not there, so what is rehearsed for it is rehearsed on the CPU."""
-    plain = fake.pretend
+    plain = fake.fake_copy
 
     @contextlib.contextmanager
     def pretend(model, device="cpu", dtype=None):
@@ -66,7 +66,7 @@ def rehearsals_on_the_cpu(gpu, monkeypatch):
             yield twin
 
     for module in (fake, memory, flops, cost_model):
-        monkeypatch.setattr(module, "pretend", pretend)
+        monkeypatch.setattr(module, "fake_copy", pretend)
 
 
 def in_blocks():
@@ -327,7 +327,7 @@ def test_packed_trials_give_the_cpus_numbers(gpu, make):
     assert [losses(result.history) for result in fit_packed(there(model), task, runs, **options)] == expected
 
 
-@pytest.mark.parametrize("engine", ["apart", "packed"])
+@pytest.mark.parametrize("engine", ["separate", "packed"])
 def test_ablate_gives_the_cpus_numbers(rehearsals_on_the_cpu, engine):
     trials = Grid([1, 2], [1e-2], [0], steps=2, batch_size=8, eval_every=2, eval_examples=8)
     options = {"engine": engine, "progress": False}
@@ -432,7 +432,7 @@ def test_the_amplification_factor_is_the_cpus(gpu):
 
 
 def test_a_factory_makes_its_model_on_the_device(gpu):
-    model = fake.made(partial(Llama, SHAPE), torch.device("cuda"))
+    model = fake.build_model(partial(Llama, SHAPE), torch.device("cuda"))
     assert all(parameter.is_cuda for parameter in model.parameters())
     assert all(torch.equal(a.cpu(), b) for a, b in zip(model.parameters(), Llama(SHAPE).parameters(), strict=True))
 
@@ -497,7 +497,7 @@ def lesson(rehearsals_on_the_cpu, monkeypatch):
     What stands behind a cell is put into its names once it has run, in place of what would take too long.
     """
     monkeypatch.setenv("LORA_LAB_DEVICE", "cuda")
-    monkeypatch.setattr(shapes, "shape", lambda name: SHAPE)
+    monkeypatch.setattr(shapes, "config", lambda name: SHAPE)
     monkeypatch.setattr(timing, "_TIMING_S", 0.0)
     monkeypatch.setattr(replay, "ROUNDS", 1)
 
@@ -524,7 +524,7 @@ def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     timed = speed.step_time
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))
     monkeypatch.setattr(cost_model, "_phase_seconds", partial(cost_model._phase_seconds, steps=2))
-    monkeypatch.setattr(replay.Stopwatch, "_samples", lambda self, operation: [1e-4])
+    monkeypatch.setattr(replay.OperationTimer, "_samples", lambda self, operation: [1e-4])
     few = {"batch_size": 1, "seq_len": 8}
     pictures = {"batch": (torch.ones(8, 64, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda"))}
     cases = {"SmolLM2-135M, r=8": (partial(Llama, SHAPE), 8, {32: few, 128: few, 512: few})}
@@ -543,7 +543,7 @@ def test_the_lesson_on_ranks_trains_there(lesson):
     stand_ins = {"Grid": lambda ranks, lrs, seeds, **options: Grid(ranks[:2], lrs[:1], seeds, **{**options, **few})}
     names = lesson("07", {"cell-02": stand_ins, "cell-06": {}, "cell-08": {}, "cell-21": {}})
     assert next(names["net"].parameters()).is_cuda
-    assert next(studies.reader().parameters()).device.type == "cpu"  # the lesson's reader is its own
+    assert next(studies.pretrained_digits().parameters()).device.type == "cpu"  # the lesson's reader is its own
 
 
 def test_the_lesson_on_spectra_trains_and_decomposes_there(lesson):

@@ -35,10 +35,10 @@ from lora_lab import (
 from lora_lab.costs.memory import saved_bytes
 from lora_lab.inject import replace
 from lora_lab.lean.blocks import _RMSNorm, _Rotate
-from lora_lab.lean.linear import _adds_up, _GatedLoRALinear, linear
+from lora_lab.lean.linear import _fuse_is_cheaper, _GatedLoRALinear, linear
 from lora_lab.lean.loss import cross_entropy, token_losses
-from lora_lab.lean.optim import FlatAdamW, InThreads
-from lora_lab.lean.step import rewire
+from lora_lab.lean.optim import FlatAdamW, ThreadedStep
+from lora_lab.lean.step import apply_lean
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
@@ -106,7 +106,7 @@ def far_apart(found, expected):
 def compare(model, lean, batch):
     """Relative distances of loss and gradients between a plain step and its lean twin."""
     twin = copy.deepcopy(model)
-    rewire(twin, lean)
+    apply_lean(twin, lean)
     plain = plain_cross_entropy(model, *batch)
     plain.backward()
     leaner = cross_entropy(twin, *batch, rows=lean.loss_rows)
@@ -132,17 +132,17 @@ def test_in_float32_they_are_within_one_in_ten_thousand(lean):
 @pytest.mark.parametrize("length", [2, 100], ids=["products apart", "products added up"])
 def test_both_orders_of_products_give_the_same(length):
     weight = torch.empty(48, 32)
-    assert _adds_up(3 * length, 48, weight) is (length == 100)
-    assert _adds_up(3 * length, 32, weight) is (length == 100)
+    assert _fuse_is_cheaper(3 * length, 48, weight) is (length == 100)
+    assert _fuse_is_cheaper(3 * length, 32, weight) is (length == 100)
     assert max(compare(adapted(), Lean(), text(length=length, ignored=False))) < 1e-10
 
 
 def test_the_weight_is_added_up_for_many_rows_and_never_in_half_precision():
     weight = torch.empty(1536, 576)
-    assert not _adds_up(1152, 576, weight)
-    assert _adds_up(1153, 576, weight)
-    assert not _adds_up(1153, 1536, weight)
-    assert not _adds_up(10_000, 576, weight.bfloat16())
+    assert not _fuse_is_cheaper(1152, 576, weight)
+    assert _fuse_is_cheaper(1153, 576, weight)
+    assert not _fuse_is_cheaper(1153, 1536, weight)
+    assert not _fuse_is_cheaper(10_000, 576, weight.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_variants_that_share_the_forward_pass_are_lean_too(layer):
 
 def test_the_scaling_and_the_adapters_matter_to_the_lean_step():
     model = adapted()
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     batch = text()
     before = float(cross_entropy(model, *batch).detach())
     for layer in lora_layers(model).values():
@@ -179,7 +179,7 @@ def test_the_scaling_and_the_adapters_matter_to_the_lean_step():
 def test_dropout_draws_what_the_plain_step_draws(lean):
     model = adapted(dropout=0.3)
     twin = copy.deepcopy(model)
-    rewire(twin, lean)
+    apply_lean(twin, lean)
     found = []
     for one, loss in ((model, plain_cross_entropy), (twin, cross_entropy)):
         torch.manual_seed(5)
@@ -196,7 +196,7 @@ def test_dropout_draws_what_the_plain_step_draws(lean):
 def test_a_rewired_model_computes_generates_and_is_named_as_before():
     model = adapted(dtype=torch.float32).eval()
     twin = copy.deepcopy(model)
-    rewire(twin, Lean(checkpoint=True))
+    apply_lean(twin, Lean(checkpoint=True))
     ids = text()[0]
     with torch.no_grad():
         torch.testing.assert_close(twin(ids), model(ids), rtol=1e-5, atol=1e-5)
@@ -218,7 +218,7 @@ def test_adapters_of_a_rewired_model_are_saved_loaded_and_merged(tmp_path):
     ids = text()[0]
     expected = model(ids).detach()
     assert not torch.allclose(plain(ids), expected, atol=1e-3)
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     save_adapter(model, tmp_path / "adapter")
     load_adapter(plain, tmp_path / "adapter")
     torch.testing.assert_close(plain(ids), expected, rtol=1e-5, atol=1e-5)
@@ -228,7 +228,7 @@ def test_adapters_of_a_rewired_model_are_saved_loaded_and_merged(tmp_path):
 
 def test_targets_that_do_not_count_have_no_part_in_the_loss():
     model = adapted()
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     ids, targets = text(ignored=False)
     first = targets.clone()
     first[:, 1:] = IGNORE
@@ -242,7 +242,7 @@ def test_where_every_target_counts_it_may_be_said_and_changes_nothing():
     found = []
     for said in (False, True):
         model = copy.deepcopy(start)
-        rewire(model, Lean())
+        apply_lean(model, Lean())
         loss = cross_entropy(model, *batch, rows=7, every_target=said)
         loss.backward()
         found.append((loss, gradients(model)))
@@ -262,7 +262,7 @@ def test_said_so_no_number_is_looked_at():
         with FakeTensorMode():
             model = Llama(SHAPE)
             inject(model, LoRAConfig(rank=4))
-            rewire(model, Lean())
+            apply_lean(model, Lean())
             if in_blocks:
                 quantize_head(model)
             ids = torch.zeros(2, 9, dtype=torch.long)
@@ -355,7 +355,7 @@ def test_a_second_derivative_is_refused(function):
 
 def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
     model = adapted()
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     with torch.no_grad():
         loss = cross_entropy(model, *text())
     assert not loss.requires_grad
@@ -368,7 +368,7 @@ def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
 def test_a_bfloat16_base_computes_what_its_rounded_weights_do():
     model = adapted(dtype=torch.float32)
     twin = copy.deepcopy(model)
-    rewire(twin, Lean(base_dtype=torch.bfloat16))
+    apply_lean(twin, Lean(base_dtype=torch.bfloat16))
     for name, parameter in twin.named_parameters():
         half = parameter.dtype == torch.bfloat16
         assert half is (parameter.ndim == 2 and "lora_" not in name)
@@ -430,7 +430,7 @@ def test_a_bfloat16_base_takes_biases_dropout_and_layers_without_an_adapter(conf
     model = adapted(config, dtype=torch.float32, **settings)
     exact = rounded(model)
     biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith("bias")}
-    rewire(model, Lean(base_dtype=torch.bfloat16))
+    apply_lean(model, Lean(base_dtype=torch.bfloat16))
     assert_as_exact(model, exact)
     after_merging = dict(model.named_parameters())
     assert (config is BIASED) is bool(biases)
@@ -444,7 +444,7 @@ def test_a_model_loaded_in_bfloat16_is_lean_as_it_is(lean):
     inject(model, LoRAConfig(rank=4, alpha=6, targets=["q_proj", "down_proj"]))
     randomise(model)
     exact = copy.deepcopy(model.train()).float()
-    rewire(model, lean)
+    apply_lean(model, lean)
     assert_as_exact(model, exact)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert {parameter.dtype for name, parameter in model.named_parameters() if "norm" in name} == {torch.float32}
@@ -464,7 +464,7 @@ def test_an_adapted_head_over_a_bfloat16_base_computes_logits_and_is_merged(kept
         head = exact.lm_head.base.weight.detach().clone()
         exact = rounded(exact)
         exact.lm_head.base.weight.data = head
-    rewire(model, Lean(base_dtype=torch.bfloat16))
+    apply_lean(model, Lean(base_dtype=torch.bfloat16))
     assert_as_exact(model, exact)
     torch.testing.assert_close(model.lm_head.weight, exact.lm_head.weight, rtol=1e-6, atol=1e-8)
 
@@ -473,7 +473,7 @@ def test_a_variant_put_on_a_merged_lean_model_computes_what_it_is():
     start = adapted()
     for layer in (DoRALinear, PiSSALinear, LoRALinear):
         plain, leaner = copy.deepcopy(start), copy.deepcopy(start)
-        rewire(leaner, Lean(checkpoint=True))
+        apply_lean(leaner, Lean(checkpoint=True))
         for model in (plain, leaner):
             merge(model)
             inject(model, LoRAConfig(rank=4, alpha=6), seed=1, layer=layer)
@@ -487,7 +487,7 @@ def test_a_variant_put_on_a_merged_lean_model_computes_what_it_is():
 
 def test_a_variant_on_a_merged_lean_model_in_bfloat16_computes_what_it_is():
     model = adapted(dtype=torch.float32)
-    rewire(model, Lean(base_dtype=torch.bfloat16))
+    apply_lean(model, Lean(base_dtype=torch.bfloat16))
     merge(model)
     exact = Llama(SHAPE)
     exact.load_state_dict(model.state_dict())
@@ -505,7 +505,7 @@ def test_a_variant_on_a_merged_lean_model_in_bfloat16_computes_what_it_is():
 def test_all_that_is_unfrozen_in_a_lean_model_gets_its_gradient(merged, config):
     model = adapted(config)
     leaner = copy.deepcopy(model)
-    rewire(leaner, Lean(checkpoint=True))
+    apply_lean(leaner, Lean(checkpoint=True))
     for one in (model, leaner):
         if merged:
             merge(one)
@@ -562,7 +562,7 @@ def test_a_model_all_in_blocks_computes_trains_and_writes_in_either_precision(dt
     randomise(model, size=0.15)
     exact = dense_twin(model.train())
     names = list(model.state_dict())
-    rewire(model, Lean(checkpoint=True))
+    apply_lean(model, Lean(checkpoint=True))
     assert list(model.state_dict()) == names
     assert model.model.embed_tokens.packed is model.lm_head.packed
     assert model.model(text()[0]).dtype == torch.float32
@@ -572,7 +572,7 @@ def test_a_model_all_in_blocks_computes_trains_and_writes_in_either_precision(dt
 @pytest.mark.parametrize("length", [4, 60], ids=["products apart", "products added up"])
 def test_a_base_in_blocks_gives_the_gradients_of_its_dense_twin(in_blocks, length):
     model, dense = in_blocks
-    rewire(model, Lean(checkpoint=True))
+    apply_lean(model, Lean(checkpoint=True))
     packed = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
     batch = text(length=length, ignored=length == 60)
     found = cross_entropy(model, *batch)
@@ -599,7 +599,7 @@ def test_the_real_model_in_its_blocks_gives_the_gradients_of_the_float32_one(smo
             generator = torch.Generator().manual_seed(index)
             with torch.no_grad():
                 layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.01)
-    rewire(blocks, Lean(checkpoint=True))
+    apply_lean(blocks, Lean(checkpoint=True))
     losses = cross_entropy(blocks, *batch), plain_cross_entropy(dense, *batch)
     for loss in losses:
         loss.backward()
@@ -629,8 +629,8 @@ def test_activations_kept_are_those_the_backward_pass_needs():
     batch = text(sequences=4, length=32, ignored=False)
     tokens = 4 * 32
     plain, leaner, checkpointed = (adapted(dtype=torch.float32) for _ in range(3))
-    rewire(leaner, Lean())
-    rewire(checkpointed, Lean(checkpoint=True))
+    apply_lean(leaner, Lean())
+    apply_lean(checkpointed, Lean(checkpoint=True))
     by_plain = kept(plain, plain_cross_entropy, batch)
     by_lean = kept(leaner, cross_entropy, batch)
     by_checkpoint = kept(checkpointed, cross_entropy, batch)
@@ -646,7 +646,7 @@ def test_the_input_of_query_key_and_value_is_kept_once():
     found = []
     for targets in (["q_proj"], ["q_proj", "k_proj", "v_proj"]):
         model = adapted(dtype=torch.float32, targets=targets)
-        rewire(model, Lean())
+        apply_lean(model, Lean())
         found.append(kept(model, cross_entropy, text(sequences=4, length=32, ignored=False)))
     narrowed = 4 * 32 * 4  # tokens times rank: what an A makes of the input
     assert found[1] == found[0] + 4 * narrowed * 2 * 3  # bytes, two layers, three blocks
@@ -656,7 +656,7 @@ def test_a_frozen_a_needs_no_input_kept():
     found = []
     for layer in (LoRALinear, LoRAFALinear):
         model = adapted(dtype=torch.float32, layer=layer, targets=["q_proj", "o_proj"])
-        rewire(model, Lean())
+        apply_lean(model, Lean())
         found.append(kept(model, cross_entropy, text(sequences=4, length=32, ignored=False)))
     assert found[0] - found[1] >= 4 * 32 * 4 * 3 * 32  # the input of q_proj; o_proj's is attention's output, kept there
 
@@ -666,7 +666,7 @@ def test_below_the_lowest_adapter_nothing_is_kept_and_no_gradient_computed():
     all_layers = adapted(dtype=torch.float32)
     top = adapted(dtype=torch.float32, targets=["layers.2.mlp.down_proj"])
     for model in (all_layers, top):
-        rewire(model, Lean())
+        apply_lean(model, Lean())
     needed = []
     for block in top.model.layers:
         block.register_forward_hook(lambda module, inputs, output: needed.append(output.requires_grad))
@@ -824,7 +824,7 @@ def test_a_parameter_without_a_gradient_has_one_of_zeros():
 
 def test_two_threads_give_the_gradients_of_one_weighted_by_targets():
     model = adapted()
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     ids, targets = text(sequences=4)
     targets[1] = IGNORE
     targets[2, 6:] = IGNORE  # the halves differ in targets
@@ -834,11 +834,11 @@ def test_two_threads_give_the_gradients_of_one_weighted_by_targets():
     counts = [int((half != IGNORE).sum()) for _, half in halves]
     assert counts[0] != counts[1]
     model.zero_grad()
-    losses = InThreads(2)(model, cross_entropy, halves, [count / sum(counts) for count in counts])
+    losses = ThreadedStep(2)(model, cross_entropy, halves, [count / sum(counts) for count in counts])
     assert far_apart(gradients(model), expected) < 1e-12
     torch.testing.assert_close(sum(losses), cross_entropy(model, ids, targets).detach(), rtol=1e-12, atol=0)
     model.zero_grad()
-    InThreads(2)(model, cross_entropy, halves, [0.5, 0.5])
+    ThreadedStep(2)(model, cross_entropy, halves, [0.5, 0.5])
     assert far_apart(gradients(model), expected) > 1e-3
 
 
@@ -854,7 +854,7 @@ def test_threads_work_side_by_side_on_one_core_each_and_leave_the_count_as_it_wa
 
     before = torch.get_num_threads()
     ids, targets = text(sequences=4)
-    InThreads(2)(model, loss, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], [0.5, 0.5])
+    ThreadedStep(2)(model, loss, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], [0.5, 0.5])
     assert torch.get_num_threads() == before
     assert len({thread for thread, _ in seen}) == 2
     assert {count for _, count in seen} == {1}
@@ -867,7 +867,7 @@ def test_an_error_in_a_thread_is_raised_and_the_count_put_back():
     before = torch.get_num_threads()
     ids, targets = text(sequences=2)
     with pytest.raises(RuntimeError, match="planted"):
-        InThreads(2)(adapted(), loss, [(ids[:1], targets[:1]), (ids[1:], targets[1:])], [0.5, 0.5])
+        ThreadedStep(2)(adapted(), loss, [(ids[:1], targets[:1]), (ids[1:], targets[1:])], [0.5, 0.5])
     assert torch.get_num_threads() == before
 
 
@@ -983,13 +983,13 @@ def unlocked():
 
 def already_lean():
     model = adapted()
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     return model
 
 
 def already_lean_in_one_block():
     model = adapted(LlamaConfig(**{**vars(SHAPE), "num_hidden_layers": 1}))
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     return model
 
 
@@ -1031,7 +1031,7 @@ def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
     before = [(name, id(module)) for name, module in model.named_modules()]
     dtypes = [p.dtype for p in model.parameters()]
     with pytest.raises(ValueError, match=says):
-        rewire(model, lean)
+        apply_lean(model, lean)
     assert [(name, id(module)) for name, module in model.named_modules()] == before
     assert [p.dtype for p in model.parameters()] == dtypes
 
@@ -1044,7 +1044,7 @@ def test_fit_refuses_a_lean_step_for_methods_without_one(method):
 
 def test_a_hook_on_a_lean_block_fires():
     model, seen = adapted(), []
-    rewire(model, Lean(checkpoint=True))
+    apply_lean(model, Lean(checkpoint=True))
     model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     cross_entropy(model, *text()).backward()
     assert seen == [(3, 20, 32)]
@@ -1052,7 +1052,7 @@ def test_a_hook_on_a_lean_block_fires():
 
 def test_a_lean_model_under_autocast_says_that_it_has_a_half_precision_of_its_own():
     model = adapted(dtype=torch.float32)
-    rewire(model, Lean())
+    apply_lean(model, Lean())
     expected = cross_entropy(model, *text())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for call in (lambda: cross_entropy(model, *text()), lambda: model(text()[0])):

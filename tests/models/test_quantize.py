@@ -514,7 +514,9 @@ def test_autocast_and_automatic_batching_find_the_same_as_in_a_dense_layer():
     twin = dense_twin(layer)
     x = normal(5, 96, seed=2).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = layer(x), twin(x)
+        found = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):  # anew: torch 2.7 keeps the first cast of x, which has no graph
+        expected = twin(x)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
     g = normal(5, 48, seed=3).bfloat16()

@@ -56,7 +56,7 @@ def built_by_transformers(config):
 def test_the_models_are_listed_and_described():
     assert {"smollm2-135m", "llama-3.2-1b", "llama-3-8b", "llama-3-70b", "qwen2.5-7b"} <= set(shapes.names())
     assert shapes.source("llama-3.2-1b") == "meta-llama/Llama-3.2-1B, config.json"
-    assert shapes.shape("llama-3-8b").num_hidden_layers == 32
+    assert shapes.config("llama-3-8b").num_hidden_layers == 32
     shapes.names().clear()  # a copy
     assert shapes.names()
 
@@ -78,7 +78,7 @@ def test_the_count_of_one_model_worked_by_hand():
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_a_llama_has_the_parameters_that_transformers_builds(name):
-    assert built(shapes.shape(name)) == built_by_transformers(shapes.shape(name))
+    assert built(shapes.config(name)) == built_by_transformers(shapes.config(name))
     assert shapes.TABLE[name].extra_parameters == 0
 
 
@@ -96,14 +96,14 @@ def test_a_qwen_has_the_parameters_that_transformers_builds_and_the_biases_that_
 
 @NAMES
 def test_heads_and_widths_fit(name):
-    config = shapes.shape(name)
+    config = shapes.config(name)
     assert config.num_attention_heads * config.head_dim == config.hidden_size
     assert config.vocab_size % 64 == 0
 
 
 def test_the_row_of_the_real_model_is_what_its_file_says(smollm2):
     model, _ = smollm2
-    expected = dataclasses.replace(shapes.shape("smollm2-135m"), rms_norm_eps=model.config.rms_norm_eps)
+    expected = dataclasses.replace(shapes.config("smollm2-135m"), rms_norm_eps=model.config.rms_norm_eps)
     assert model.config == expected
     assert model.config.rms_norm_eps == pytest.approx(1e-5)  # the file keeps it in float32
     assert model.config != dataclasses.replace(expected, rope_theta=10_000.0)
@@ -111,7 +111,7 @@ def test_the_row_of_the_real_model_is_what_its_file_says(smollm2):
 
 @pytest.mark.parametrize("bad", ["llama-3-9b", "", "SmolLM2-135M"])
 def test_an_unknown_name_is_refused_with_those_that_are_known(bad):
-    for ask in (shapes.shape, shapes.source):
+    for ask in (shapes.config, shapes.source):
         with pytest.raises(ValueError, match=rf"by the name '{bad}'; use one of: smollm2-135m, .*qwen2\.5-7b"):
             ask(bad)
 
@@ -126,14 +126,14 @@ def test_rows_cannot_be_changed():
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.2-1b", "llama-3-70b"])
 def test_a_folder_that_transformers_wrote_is_read_without_weights_or_tokenizer(tmp_path, name):
-    hf_config(shapes.shape(name)).save_pretrained(tmp_path)
+    hf_config(shapes.config(name)).save_pretrained(tmp_path)
     for folder in (tmp_path, str(tmp_path)):
-        assert read_config(folder) == shapes.shape(name)
-    assert read_config(tmp_path) != shapes.shape("llama-3-8b")
+        assert read_config(folder) == shapes.config(name)
+    assert read_config(tmp_path) != shapes.config("llama-3-8b")
 
 
 def test_positions_are_read_with_their_stretching(tmp_path):
-    hf_config(shapes.shape("llama-3.2-1b")).save_pretrained(tmp_path)
+    hf_config(shapes.config("llama-3.2-1b")).save_pretrained(tmp_path)
     assert read_config(tmp_path).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
 
 
@@ -155,7 +155,7 @@ def test_a_folder_without_a_config_is_no_model(tmp_path, name):
     ids=str,
 )
 def test_a_config_that_cannot_be_built_is_refused(tmp_path, change, says):
-    hf_config(shapes.shape("smollm2-135m")).save_pretrained(tmp_path)
+    hf_config(shapes.config("smollm2-135m")).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))

@@ -8,7 +8,7 @@ import torch
 
 from lora_lab import pick_device, seed_everything
 from lora_lab.system.device import effort
-from lora_lab.system.provenance import facts
+from lora_lab.system.provenance import machine_info
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_one_seed_repeats_all_three_generators():
 
 
 def test_facts_name_versions_system_and_device():
-    found = facts(torch.device("cpu"))
+    found = machine_info(torch.device("cpu"))
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert found["python"].startswith("3.")

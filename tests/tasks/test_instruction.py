@@ -603,7 +603,7 @@ def test_every_story_keeps_to_its_voice():
         assert not any(word in plain for word in ("lighthouse", "gull", "keeper", "lamp lit")), row["group"]
         for text in (row["story"], row["plain"]):
             assert 40 <= len(text.split()) <= 80, row["group"]
-    with pytest.raises(ValueError, match="told is 'rhyme', but it must be 'log' or 'plain'"):
+    with pytest.raises(ValueError, match="variant is 'rhyme', but it must be 'log' or 'plain'"):
         style(None, "rhyme")
 
 
