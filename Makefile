@@ -42,7 +42,7 @@ lint: $(VENV)/.ready-test ## check style, notebooks too
 	$(BIN)/python -m ruff format --check .
 
 types: $(VENV)/.ready-test ## check the types of the package
-	$(BIN)/python -m basedpyright $(ARGS)
+	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python $(ARGS)
 
 lab: $(VENV)/.ready ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
