@@ -176,8 +176,14 @@ class Grid(Sequence[Trial]):
                 for rank in map(index, ranks)
             ]
 
-        choices = itertools.product(itertools.chain.from_iterable(map(of_each_rank, methods)), lrs, seeds)
-        self._trials = tuple(dict.fromkeys(Trial(*choice, **options) for choice in choices))
+        trials = (
+            Trial(method, lr, seed, **options)
+            for template in methods
+            for method in of_each_rank(template)
+            for lr in lrs
+            for seed in seeds
+        )
+        self._trials = tuple(dict.fromkeys(trials))
 
     def __len__(self) -> int:
         return len(self._trials)
@@ -210,7 +216,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and math.isfinite(value):
-        return int(value) if float(value).is_integer() else float(value)
+        number = float(value)
+        return int(number) if number.is_integer() else number
     if isinstance(value, Mapping):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, Sequence):

@@ -245,6 +245,7 @@ class PackedStep(TrainingStep):
     def __init__(self, model: nn.Module, loss: Loss, adapters: PackedAdapters, config: TrainConfig) -> None:
         self.trials = len(adapters.runs)
         self.adapters, self.weight_decay = adapters, config.weight_decay
+        self.rates = adapters.values.new_zeros(self.trials, 1)  # (20, 1)
         # torch's AdamW has one rate, and trials have many. So it steps at rate 1 from zero, which gives the
         # direction, and each trial goes along it at its own rate.
         self.direction = nn.Parameter(torch.zeros_like(adapters.values))  # (20, N)

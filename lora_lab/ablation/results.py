@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load(folder: str | Path):
 
 
 def stored_results(
-    folder: Path | None, trials: Sequence[Trial], judged: bool
+    folder: Path | None, trials: Iterable[Trial], judged: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
 
@@ -135,7 +135,7 @@ def _is_score(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def table(results: Sequence[dict[str, Any]]):
+def table(results: Iterable[dict[str, Any]]):
     """The table that :func:`load` describes."""
     import pandas
 

@@ -394,20 +394,22 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
     started = time.perf_counter()
     model = work.model()
     device = next(model.parameters()).device
+    outcomes, parts = [], []
     try:
         outcomes = _run_pack(work, model, task, trials) if together else [_run_one(work, model, task, trials[0])]
     except packed.PackingError:  # only the attempt shows that they cannot be packed
         if work.engine == "packed":
             raise
-        outcomes, parts, together = None, [[trial] for trial in trials], False
+        parts, together = [[trial] for trial in trials], False
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
         half = len(trials) // 2
-        outcomes, parts = None, [trials[:half], trials[half:]]
-        if half == 0:
+        if half:
+            parts = [trials[:half], trials[half:]]
+        else:
             outcomes = [_Outcome(trials[0], device, reason=f"out of memory: {error}")]
-    if outcomes is not None:
+    if not parts:
         engine = f"pack of {len(trials)}" if together else "apart"
         share = (time.perf_counter() - started) / len(trials)
         return [_Arrival(outcome.result(engine, share), outcome.failure) for outcome in outcomes]
