@@ -37,14 +37,14 @@ hostile: $(VENV)/.ready-test ## stop saves at 200 random moments each, where mak
 
 coverage: $(VENV)/.ready-test ## print which lines and branches of the package the unit tests miss
 	$(BIN)/lora-lab fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --cov tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile tests $(ARGS) --cov
 
 lint: $(VENV)/.ready-test ## check style, notebooks too
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
 types: $(VENV)/.ready-test ## check the types of the package
-	$(BIN)/python -m basedpyright $(ARGS)
+	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python $(ARGS)
 
 lab: $(VENV)/.ready ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

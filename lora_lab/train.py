@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,18 +80,22 @@ class TrainConfig:
     lean: LeanStepMaker | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every"):
+        for option in fields(TrainConfig):
+            value = getattr(self, option.name)
+            if isinstance(value, Real) and not isinstance(value, int):  # numpy's numbers become Python's
+                object.__setattr__(self, option.name, int(value) if isinstance(value, Integral) else float(value))
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_examples"):
             value = getattr(self, name)
-            default = name == "eval_every" and value is None
+            default = name.startswith("eval_") and value is None
             self._require(name, default or (isinstance(value, int) and value >= 1), "a whole number of at least 1")
+        self._require("seed", isinstance(self.seed, int), "a whole number")
         self._require("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number, such as 1e-4")
         self._require("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
-        self._require("warmup", 0 <= self.warmup_steps <= self.steps, f"between 0 and steps, {self.steps}")
+        whole = isinstance(self.warmup_steps, int) and 0 <= self.warmup_steps <= self.steps
+        self._require("warmup", whole, f"a whole number between 0 and steps, {self.steps}")
         self._require("weight_decay", self.weight_decay >= 0, "0 or more")
         self._require("clip", self.clip is None or self.clip > 0, "positive, or None for no clipping")
         self._require("accumulate", self.accumulate <= self.batch_size, f"at most batch_size, {self.batch_size}")
-        few = self.eval_examples is not None and self.eval_examples < 1
-        self._require("eval_examples", not few, "at least 1, or None for all")
         if self.gradient_checkpointing and self.lean is not None:
             raise ValueError("gradient_checkpointing is the plain step's; with a lean step use Lean(checkpoint=True).")
 
@@ -116,9 +121,16 @@ class TrainConfig:
         """Whether the losses on unseen data are taken after this step."""
         return step % self.evaluation_interval == 0 or step == self.steps
 
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """Those of the options that say how a step is computed, and not what it gives, where they are in use."""
+        names = ("accumulate", "gradient_checkpointing", "lean")
+        defaults = {option.name: option.default for option in fields(TrainConfig)}
+        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
+
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for a History: defaults filled in, those of the kind of step only where in use."""
-        settings = {each.name: getattr(self, each.name) for each in fields(self)}
+        settings = {option.name: getattr(self, option.name) for option in fields(TrainConfig)}
         settings |= {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}
         if not self.gradient_checkpointing:
             del settings["gradient_checkpointing"]
@@ -346,7 +358,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, steps - warmup)))
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, task: Task, part: str = "validation", batch_size: int = 8, limit: int | None = None
 ) -> float:
@@ -356,21 +367,27 @@ def evaluate(
         part: "train", "validation", "test" or "off_domain".
         limit: only the first ``limit`` examples (parts are in random order).
     """
+    return mean_loss(model, task, part, batch_size, limit).item()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, task: Task, part: str, batch_size: int, limit: int | None) -> Tensor:
+    """As :func:`evaluate`, in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64."""
     if part not in task.parts:
         raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
     examples = task.parts[part][:limit]
     training = model.training
     model.eval()
-    total = count = 0.0
+    total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     try:
         for start in range(0, len(examples), batch_size):
             batch = examples[slice(start, start + batch_size)]
             if counted := task.counted(batch):
-                total += float(task.loss(model, *to_device(batch, model))) * counted
+                total = total + task.loss(model, *to_device(batch, model)).cpu().double() * counted
                 count += counted
     finally:
         model.train(training)
-    return total / count if count else math.nan
+    return total / count  # NaN if no target counts
 
 
 class DataOrder:

@@ -1,4 +1,4 @@
-"""Trials as data: what a run is, said so completely that the same words always name the same run.
+"""Trials as data: a run described so completely that equal descriptions always mean the same run.
 
 A :class:`Trial` is one call of :func:`lora_lab.fit`, written down. Its ``key`` is a hash of its content, the same on
 every machine, so that a folder of results can be resumed, extended, and put together from several machines.
@@ -13,7 +13,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
@@ -22,17 +22,34 @@ from typing import Any
 from lora_lab.methods import LoRA, Method
 from lora_lab.train import TrainConfig
 
+# What decides a run's result, in the order of a trial's file.
+_OPTIONS = (
+    *("lr", "seed", "steps", "batch_size", "schedule", "warmup", "weight_decay", "clip"),
+    *("eval_every", "eval_examples"),
+)
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
 
+@dataclass(frozen=True)
+class Run:
+    """What may differ between the runs of a pack: a method, its peak learning rate, and its seed."""
+
+    method: Method
+    lr: float
+    seed: int = 0
+
+
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """One training run as data. Two trials are equal if their content is: lists and tuples, 1 and 1.0 are the same.
+class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(method, lr, seed, steps=...)
+    """One training run as data. Trials are equal if their content is: a list equals a tuple, and 1 equals 1.0.
+
+    A config becomes a trial by ``Trial(method, **vars(config))``.
 
     Args:
         method: FullFineTuning(), LoRA(...), ...
         lr, seed, steps, batch_size, schedule, warmup, weight_decay, clip, eval_every, eval_examples: as for
-            :func:`lora_lab.fit`. The defaults of ``warmup`` and ``eval_every`` are filled in.
+            :class:`lora_lab.train.TrainConfig`. The defaults of ``warmup`` and ``eval_every`` are filled in.
+        accumulate, gradient_checkpointing, lean: at their defaults only, for they change no result.
         task: the task's fingerprint, and
         model: the model's, filled in when the trial joins a sweep (see :meth:`bound`).
 
@@ -40,50 +57,30 @@ class Trial:
         ValueError: the method is no Method, or has no name of its own, or a number is out of range.
     """
 
-    method: Method
-    lr: float
+    lr: float  # these two again, since here they may be given by position
     seed: int = 0
-    steps: int = field(kw_only=True)
-    batch_size: int = field(default=8, kw_only=True)
-    schedule: str = field(default="cosine", kw_only=True)
-    warmup: int | None = field(default=None, kw_only=True)
-    weight_decay: float = field(default=0.0, kw_only=True)
-    clip: float | None = field(default=1.0, kw_only=True)
-    eval_every: int | None = field(default=None, kw_only=True)
-    eval_examples: int | None = field(default=None, kw_only=True)
     task: str | None = field(default=None, kw_only=True)
     model: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.method, Method):
             raise ValueError(f"method is {self.method!r}, but it must be one such as LoRA(rank=8) or FullFineTuning().")
         name = getattr(self.method, "name", None)
         if _address(_methods().get(name)) != _address(type(self.method)):
             raise ValueError(
                 f"The class {type(self.method).__name__} has the name {name!r}, which is not its own, so its results "
-                "could not be told from another method's; give the class a name of its own."
+                "would be indistinguishable from another method's; give the class a name of its own."
             )
-        for name in ("seed", "steps", "batch_size", "warmup", "eval_every", "eval_examples"):
-            self._normalise(name, index)
-        for name in ("lr", "weight_decay", "clip"):
-            self._normalise(name, float)
-        settings = TrainConfig(**self.options).settings()
-        for name in ("warmup", "eval_every"):  # the defaults that fit fills in
-            object.__setattr__(self, name, settings[name])
-
-    def _normalise(self, name: str, kind: Any) -> None:
-        """numpy's numbers become Python's; what is no number is left for the check."""
-        value = getattr(self, name)
-        if isinstance(value, Real) and not isinstance(value, bool):
-            try:
-                object.__setattr__(self, name, kind(value))
-            except TypeError:
-                raise ValueError(f"{name} is {value!r}, but it must be a whole number.") from None
+        for name, value in self.step_options.items():
+            raise ValueError(f"{name} is {value!r}, but a trial is run with the plain step; leave it out, or use fit.")
+        for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def options(self) -> dict[str, Any]:
         """The keywords of :func:`lora_lab.fit`, all of them but those that change no result."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "task", "model")}
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     @cached_property
     def key(self) -> str:
@@ -103,20 +100,19 @@ class Trial:
         Raises:
             ValueError: it is bound to others already.
         """
-        for name, given in {"task": task, "model": model}.items():
-            own = getattr(self, name)
-            if own not in (None, given):
+        for name, fingerprint in {"task": task, "model": model}.items():
+            bound_to = getattr(self, name)
+            if bound_to not in (None, fingerprint):
                 raise ValueError(
-                    f"Trial {self.key} belongs to the {name} {own}, but this sweep's is {given}; make it anew with "
-                    f"{name}=None, or sweep with that {name}."
+                    f"Trial {self.key} belongs to the {name} {bound_to}, but this sweep's is {fingerprint}; make it "
+                    f"anew with {name}=None, or sweep with that {name}."
                 )
         return replace(self, task=task, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         """The content in values of JSON, each in one form only."""
-        return {"method": _plain(self.method.settings())} | {
-            f.name: _plain(getattr(self, f.name)) for f in fields(self)[1:]
-        }
+        content = {"method": self.method.settings(), **self.options, "task": self.task, "model": self.model}
+        return {name: _plain(value) for name, value in content.items()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Trial:
@@ -147,7 +143,7 @@ class Grid(Sequence[Trial]):
         methods: templates; their rank is replaced, and their alpha too if a rule is given.
         alpha: one alpha for all ranks (the update's scaling alpha / rank then falls with the rank), or
         alpha_per_rank: alpha as a multiple of the rank (the scaling is then the same for all ranks). Without
-            either the templates' own alpha holds.
+            either, the templates keep their alpha.
         **options: ``steps`` and what else a :class:`Trial` takes, the same for all.
 
     Raises:
@@ -171,52 +167,57 @@ class Grid(Sequence[Trial]):
             if len(values) == 0 and (name != "ranks" or any(isinstance(method, LoRA) for method in methods)):
                 raise ValueError(f"{name} is empty, so there is nothing to try; give at least one value.")
 
-        def variants(method: Method) -> list[Method]:
-            if not isinstance(method, LoRA):
-                return [method]
-            found = []
-            for rank in map(index, ranks):
-                strength = method.alpha if alpha is None else alpha
-                strength = strength if alpha_per_rank is None else alpha_per_rank * rank
-                found.append(replace(method, rank=rank, alpha=strength))
-            return found
+        def of_each_rank(template: Method) -> list[Method]:
+            if not isinstance(template, LoRA):
+                return [template]
+            fixed = template.alpha if alpha is None else alpha
+            return [
+                replace(template, rank=rank, alpha=fixed if alpha_per_rank is None else alpha_per_rank * rank)
+                for rank in map(index, ranks)
+            ]
 
-        ready = [variant for method in methods for variant in variants(method)]
-        made = (Trial(*choice, **options) for choice in itertools.product(ready, lrs, seeds))
-        self._trials = tuple(dict.fromkeys(made))
+        trials = (
+            Trial(method, lr, seed, **options)
+            for template in methods
+            for method in of_each_rank(template)
+            for lr in lrs
+            for seed in seeds
+        )
+        self._trials = tuple(dict.fromkeys(trials))
 
     def __len__(self) -> int:
         return len(self._trials)
 
-    def __getitem__(self, place: int | slice) -> Trial | tuple[Trial, ...]:
-        return self._trials[place]
+    def __getitem__(self, position: int | slice) -> Trial | tuple[Trial, ...]:
+        return self._trials[position]
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"
 
 
 def _methods() -> dict[str, type[Method]]:
-    """The classes of methods by name, those that users have written too; of one name, the latest counts."""
+    """The classes of methods by name, users' own included; where two share a name, the later one counts."""
 
-    def below(kind: type[Method]) -> list[type[Method]]:
-        return [kind, *itertools.chain.from_iterable(below(child) for child in kind.__subclasses__())]
+    def family(parent: type[Method]) -> list[type[Method]]:
+        return [parent, *itertools.chain.from_iterable(map(family, parent.__subclasses__()))]
 
-    return {kind.name: kind for kind in below(Method) if "name" in vars(kind)}
+    return {each.name: each for each in family(Method) if "name" in vars(each)}
 
 
-def _address(kind: type | None) -> tuple[str, str] | None:
-    """Where a class is defined: a notebook's cell that is run again makes another class of the same address."""
-    return kind and (kind.__module__, kind.__qualname__)
+def _address(method: type[Method] | None) -> tuple[str, str] | None:
+    """Where a class is defined: running a notebook's cell again makes a new class with the same address."""
+    return method and (method.__module__, method.__qualname__)
 
 
 def _plain(value: Any) -> Any:
-    """A value in JSON's types, one form for what is equal: 16.0 is 16, -0.0 is 0, a tuple is a list."""
+    """A value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and math.isfinite(value):
-        return int(value) if float(value).is_integer() else float(value)
+        number = float(value)
+        return int(number) if number.is_integer() else number
     if isinstance(value, Mapping):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, Sequence):

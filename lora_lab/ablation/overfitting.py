@@ -115,7 +115,7 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
         curve = curve.sort_values("step")
         first, last = curve.iloc[0], curve.iloc[-1]
         if first["step"] != 0 or curve["step"].duplicated().any():
-            raise ValueError(f"The trial {dict(zip(by, values, strict=True))} needs one row for each step, from 0 on.")
+            raise ValueError(f"The trial {first[by].to_dict()} needs one row for each step, from 0 on.")
         best = curve.loc[curve["validation_loss"].idxmin()]
         row = {
             "best_step": int(best["step"]),

@@ -5,37 +5,36 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import psutil
 import torch
 from torch import nn
 
-from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES
 from lora_lab.costs.memory import predict
 from lora_lab.inject import match_layers, require_no_adapters
 from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.task import Task, described
 
-_MOST_PACKED = 32  # the gain of a pack flattens long before, and a kill loses the whole pack
+AnyRun = TypeVar("AnyRun", bound=Run)
+_MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
 
 
 def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     """Why a run cannot be packed, in a sentence, or None if it can.
 
-    Only what is plain from outside is looked at; ``packed.fit_packed`` tries the model too, before it trains.
+    It looks at modules and settings only; ``packed.fit_packed`` also tries the model, before it trains.
     """
     if type(method) not in (LoRA, RsLoRA):  # the two differ in scaling alone
         name = getattr(method, "name", method)
-        return f"Method {name!r} trains something else than plain LoRA, which alone can be packed; use fit."
+        return f"Method {name!r} cannot be packed, only LoRA and RsLoRA can; use fit."
     if method.dropout > 0:
-        return (
-            f"The method's dropout is {method.dropout:g}, but trials in one pass must draw nothing at random; use fit."
-        )
+        return f"The method's dropout is {method.dropout:g}, but trials in one pass must not draw at random; use fit."
     if not any(task.loss is loss for loss in TRIAL_LOSSES):  # a loss need not be hashable
         return (
-            f"The loss {described(task.loss)!r} cannot be taken apart by trial; use fit, or "
+            f"The loss {described(task.loss)!r} cannot be computed for each trial of a pack; use fit, or "
             f"{' or '.join(loss.__name__ for loss in TRIAL_LOSSES)} of lora_lab.tasks."
         )
     if mark := getattr(model, MARK, None):
@@ -50,16 +49,16 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
             return f"Layer {name!r} is a {type(layer).__name__}, but only adapters of nn.Linear can be packed; use fit."
     weights = {name: model.get_submodule(name).weight for name in names}
     if len({torch.promote_types(weight.dtype, torch.float32) for weight in weights.values()}) > 1:
-        kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
-        return f"The layers to adapt are in {' and '.join(kinds)}, but a pack lies in one tensor of one dtype; use fit."
+        dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+        return f"The layers to adapt are in {' and '.join(dtypes)}, but a pack needs adapters of one dtype; use fit."
     for name, module in model.named_modules():
-        if reason := _mixes(module):
+        if reason := _mixing(module):
             return f"Module {name!r} ({type(module).__name__}) {reason}; use fit."
     return None
 
 
-def _mixes(module: nn.Module) -> str | None:
-    """How a module lets trials touch that share a pass, if it does."""
+def _mixing(module: nn.Module) -> str | None:
+    """Why a module would mix the trials of a pack, or None."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "takes the statistics of the whole batch in training, so trials in one pass would mix"
     if getattr(module, "track_running_stats", False):
@@ -69,19 +68,19 @@ def _mixes(module: nn.Module) -> str | None:
     dropout = isinstance(module, nn.modules.dropout._DropoutNd)
     for name, value in vars(module).items():
         if ("drop" in name or (dropout and name == "p")) and isinstance(value, float) and value > 0:
-            return f"has dropout {value:g}, but trials in one pass must draw nothing at random"
+            return f"has dropout {value:g}, but trials in one pass must not draw at random"
     return None
 
 
-def shares(model: nn.Module, runs: Sequence[Any], count: int, most: int) -> list[list[Any]]:
+def shares(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> list[list[AnyRun]]:
     """Cut runs into packs that take about the same time.
 
-    Neighbours in rank go together, for they pad each other least. What a run costs is counted in multiply-adds for
+    Runs of similar rank go together, for they pad each other least. What a run costs is counted in multiply-adds for
     one row of an adapted layer's input: twice in * out for the frozen weight, 3 rank (in + out) for the adapter.
 
     Args:
         model: what they are to be trained on.
-        runs: trials or :class:`lora_lab.ablation.packed.Run` objects: anything with a ``method``.
+        runs: at least one.
         count: how many packs, at most one for each run.
         most: the most runs of a pack; ``count`` packs must be able to hold all.
     """
@@ -90,10 +89,10 @@ def shares(model: nn.Module, runs: Sequence[Any], count: int, most: int) -> list
         model.get_submodule(name).weight for name in match_layers(model, runs[0].method.targets, runs[0].method.exclude)
     ]
     frozen, sides = sum(2 * weight.numel() for weight in weights), sum(sum(weight.shape) for weight in weights)
-    done = [0, *itertools.accumulate(frozen + 3 * run.method.rank * sides for run in runs)]
+    work = [0, *itertools.accumulate(frozen + 3 * run.method.rank * sides for run in runs)]  # of the first 0, 1, ...
     cuts = [0]
-    for left in range(count - 1, 0, -1):
-        ideal = min(range(len(done)), key=lambda at: abs(done[at] - done[-1] * (count - left) / count))
+    for left in range(count - 1, 0, -1):  # packs still to be cut off
+        ideal = min(range(len(work)), key=lambda cut: abs(work[cut] - work[-1] * (count - left) / count))
         lowest, highest = max(cuts[-1] + 1, len(runs) - left * most), min(cuts[-1] + most, len(runs) - left)
         cuts.append(min(max(ideal, lowest), highest))
     return [runs[low:high] for low, high in itertools.pairwise([*cuts, len(runs)])]
@@ -102,45 +101,45 @@ def shares(model: nn.Module, runs: Sequence[Any], count: int, most: int) -> list
 def plan(
     model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
 ) -> list[tuple[list[Trial], bool]]:
-    """The trials in parcels, and for each whether it is packed."""
+    """The trials in parcels, and whether each parcel is a pack."""
     if engine == "separate":
         return [([trial], False) for trial in trials]
     refusals: dict[str, str | None] = {}
     groups: dict[str, list[Trial]] = {}
-    alone = []
+    separate = []
     for trial in trials:
         method = str(trial.method)
         if method not in refusals:
             refusals[method] = refusal(model, task, trial.method)
         if refusals[method] is None:
-            groups.setdefault(_agreement(trial), []).append(trial)
+            groups.setdefault(_common_settings(trial), []).append(trial)
         elif engine == "auto":
-            alone.append(([trial], False))
+            separate.append(([trial], False))
         else:
             raise ValueError(f"engine is 'packed', but {method} cannot be packed: {refusals[method]}")
     parcels = []
     for group in groups.values():
         most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)
         parcels += shares(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
-    return [(parcel, engine == "packed" or len(parcel) > 1) for parcel in parcels] + alone
+    return [(parcel, engine == "packed" or len(parcel) > 1) for parcel in parcels] + separate
 
 
-def _agreement(trial: Trial) -> str:
-    """What trials of one pack have in common: all but rank, alpha, learning rate and seed."""
+def _common_settings(trial: Trial) -> str:
+    """What the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
     content = trial.to_dict()
     method = {name: value for name, value in content["method"].items() if name not in ("rank", "alpha")}
     return str(sorted({**content, "method": sorted(method.items()), "lr": None, "seed": None}.items()))
 
 
 def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:
-    """How many trials fit into the budget: the frozen weights count once, the rest for each trial."""
+    """How many trials fit into the budget: the frozen weights count once, all else for each trial."""
     device = next(model.parameters()).device
     if budget_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         budget_bytes = free // 2 // workers
     widest = max(trials, key=lambda trial: trial.method.rank)
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
-    batch = task.train.inputs[rows], task.train.targets[rows]  # with all padding: no batch is longer
+    batch = task.train.inputs[rows], task.train.targets[rows]  # padded in full: no batch is longer
     bill = predict(model, widest.method, batch=batch, loss=task.loss, clip=widest.clip)
     shared = bill.parts.get("frozen weights", 0)
     return max(1, (budget_bytes - shared) // (bill.peak_bytes - shared))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from lora_lab.history import History, is_number
 from lora_lab.system.files import read_json
 
 SCHEMA = 1
-# Columns of the table: losses, how a trial went, and where it ran; all others say what it was.
+# Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
 OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
-SCORE = "score_"  # what a column begins with that the caller's judge gave
+SCORE = "score_"  # how the columns of a judge's scores begin
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
 
 
@@ -24,11 +24,11 @@ def load(folder: str | Path):
 
     Returns:
         A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
-        seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and what else the method sets; the trial's
+        seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and the method's other settings; the trial's
         options; ``outcome`` ("done" or "failed") and, if failed or not judged, the ``reason``; ``step``;
         ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
-        :meth:`lora_lab.history.History.curve`) at that step, and after the last one ``test_loss`` and what the caller's
-        judge gave; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
+        :meth:`lora_lab.history.History.curve`) at that step, and after the last one ``test_loss`` and the judge's
+        scores; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
         ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
         losses.
 
@@ -44,22 +44,27 @@ def load(folder: str | Path):
 
 
 def stored_results(
-    folder: Path | None, trials: Sequence[Trial], judged: bool
+    folder: Path | None, trials: Iterable[Trial], judged: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
 
-    If scores are asked for, a result that has neither scores nor weights is passed over.
+    Args:
+        judged: whether scores are needed; results that have neither scores nor weights are then left out.
     """
     if folder is None:
         return {}, {}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
-    found = {key: _read(path) for key, path in paths.items() if path.is_file()}
+    results = {key: _read(path) for key, path in paths.items() if path.is_file()}
     if not judged:
-        return found, {}
-    whole = {key: one for key, one in found.items() if one["scores"] is not None or one["outcome"] == "failed"}
-    waiting = {key: one for key, one in found.items() if key not in whole and weights_path(folder, key).is_file()}
-    return whole, waiting
+        return results, {}
+    complete = {
+        key: result for key, result in results.items() if result["scores"] is not None or result["outcome"] == "failed"
+    }
+    unjudged = {
+        key: result for key, result in results.items() if key not in complete and weights_path(folder, key).is_file()
+    }
+    return complete, unjudged
 
 
 def weights_path(folder: Path, key: str) -> Path:
@@ -80,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: it is not JSON; {advice}.") from None
     expected = {"schema", "key", "trial", "outcome", "reason", "history", "test_loss", "scores", "provenance"}
     if isinstance(result, dict):
-        result.setdefault("scores", None)  # of before there were any
+        result.setdefault("scores", None)  # absent from the first versions' files
     if not isinstance(result, dict) or set(result) != expected or result["schema"] != SCHEMA:
         raise ValueError(f"{path} is not a result in this version's format (schema {SCHEMA}); {advice}.")
     try:
@@ -102,7 +107,7 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
     """Check all of a result but its trial.
 
     Raises:
-        ValueError: it is not what a trial's end looks like.
+        ValueError: an entry is not of the kind that ablate writes.
     """
     if not isinstance(result["provenance"], dict):
         raise ValueError(f"provenance is {reprlib.repr(result['provenance'])}, but it must be an object")
@@ -130,7 +135,7 @@ def _is_score(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def table(results: Sequence[dict[str, Any]]):
+def table(results: Iterable[dict[str, Any]]):
     """The table that :func:`load` describes."""
     import pandas
 
@@ -141,12 +146,12 @@ def table(results: Sequence[dict[str, Any]]):
     between = [name for name in names if name not in (*first, *last)]
     frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
     numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
-    frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials: what one lacks is NaN
+    frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials are; missing values are NaN
     return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
 
 
 def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    trial = Trial.from_dict(result["trial"]).to_dict()  # in its own order, which a file does not keep
+    trial = Trial.from_dict(result["trial"]).to_dict()  # in one order, whatever the file's
     method = dict(trial.pop("method"))
     method["method"] = method.pop("name")
     texts = {name: ", ".join(value) for name, value in method.items() if isinstance(value, list)}

@@ -3,8 +3,8 @@
     frame = ablate(DigitsMLP, task, Grid(ranks=[1, 2, 4], lrs=[1e-2], seeds=range(5), steps=200), "runs/ranks")
 
 A trial that has ended is one file, ``<key>.json``, which appears whole or not at all. What is there is not run again,
-so a sweep can be stopped at any moment and goes on when it is called once more, with more trials if need be; folders
-of several machines are merged by copying their files into one. Where the trials run is the caller's choice: inside
+so a sweep can be stopped at any moment and continues when it is called again, with more trials if need be. Folders
+from several machines are merged by copying their files into one. Where the trials run is the caller's choice: inside
 ``joblib.parallel_config(backend="dask")`` they run on that Dask cluster.
 """
 
@@ -71,21 +71,20 @@ def ablate(
     """Run the trials that the folder does not hold yet, and return all of them as a table.
 
     A trial that diverges or runs out of memory is stored as "failed", with the reason, and the others go on; delete
-    its file to try it again. Any other error stops the sweep, and so does Ctrl-C: what has ended by then is kept.
+    its file to try it again. Any other error stops the sweep, as does Ctrl-C; trials that have ended by then are kept.
 
-    An error of the caller's judge comes after a training that may have taken hours, so no training is lost by it: the
-    trial's losses are stored, with the error as their reason; what was trained goes into ``<key>.safetensors`` beside
-    them; the other trials go on; and in the end the first error is raised. The next call with a judge has it judge
-    these weights, in this process and without training, and removes the file. (An adapter's is small; that of full
-    fine-tuning is as large as the model.)
+    If the judge raises an error, no training is lost, which may have taken hours. The trial's losses are stored with
+    the error as their reason, and what was trained in ``<key>.safetensors`` beside them (small for an adapter, as
+    large as the model for full fine-tuning). The other trials go on, and the first error is raised at the end. The
+    next call with a judge scores the stored weights, in this process and without training, and removes the file.
 
     Args:
         model_factory: makes the model that every trial starts from, the same each time, on the device where it is
-            to be trained; or such a model, which is copied for each trial and left as it is. To workers the model
-            travels with every trial; a function that can be imported there travels as its name.
+            to be trained; or such a model, which is copied for each trial and left as it is. A model is sent to
+            workers with every trial, a function that can be imported there only by its name.
         task: data and loss; or a function that makes it, which is called once in each process.
         trials: a :class:`~lora_lab.ablation.grid.Grid` or a list of trials. Repeats are run once.
-        folder: where results are kept, one file a trial; None keeps none, so that nothing outlives an interrupt.
+        folder: where results are kept, one file a trial; None keeps none, and an interrupt then loses all.
         n_jobs: processes; None is one, this one, or what the caller's ``joblib.parallel_config`` says. Each worker
             computes with one torch thread.
         engine: "separate" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
@@ -94,10 +93,10 @@ def ablate(
             this machine, shared among the workers.
         judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
             the trial's result, and is in the table as ``score_<name>``. Stored trials with neither scores nor
-            weights are run anew; whose scores they are is not asked, so give another judge another folder.
+            weights are run anew. Results do not record which judge scored them: give another judge another folder.
         progress: show a bar; default only where a person is looking.
-        timeout_s: how long to wait for workers while no trial ends, in seconds, before it is an error; default a
-            day. It ends the wait for a worker that joined a cluster later and cannot answer.
+        timeout_s: seconds without any trial ending after which to give up on the workers; default a day. It ends
+            the wait for a worker that joined a cluster later and cannot answer.
 
     Returns:
         The DataFrame that :func:`lora_lab.ablation.load` describes, of these trials alone.
@@ -107,7 +106,7 @@ def ablate(
             task or model, a damaged file, a backend of threads, or ``engine="packed"`` and a trial that cannot be
             packed.
         RuntimeError: a worker cannot import lora_lab, has another version of it, makes another model or task, was
-            ended by the system, or kept silent for ``timeout_s``; or the judge failed, or gave something else than
+            ended by the system, or did not answer for ``timeout_s``; or the judge failed, or returned anything but
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
     """
     if engine == "apart":
@@ -119,25 +118,25 @@ def ablate(
         raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
     folder = None if folder is None else Path(folder)
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
-    model, own_task = make() if callable(make) else make, _task(task)
+    model, data = make() if callable(make) else make, _task(task)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model_factory gave a {type(model).__name__}, but it must be a torch.nn.Module, or a function that makes "
             "one anew at every call."
         )
-    identity = {"task": own_task.fingerprint, "model": fingerprint(model)}
+    identity = {"task": data.fingerprint, "model": fingerprint(model)}
     wanted = dict.fromkeys(trial.bound(**identity) for trial in trials)
     results, unjudged = stored_results(folder, wanted, judge is not None)
-    left = [trial for trial in wanted if trial.key not in results and trial.key not in unjudged]
+    missing = [trial for trial in wanted if trial.key not in results and trial.key not in unjudged]
     works, timeout = [], None
-    if left:
+    if missing:
         if folder is not None:
             check_writable(folder)
         workers, timeout = _workers(n_jobs, timeout_s)
-        parcels = plan(model, own_task, left, engine, budget_bytes, workers)
+        parcels = plan(model, data, missing, engine, budget_bytes, workers)
         works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in parcels]
     del model  # each process makes its own
-    again = (
+    rescored = (
         _judge_again(_Work(make, task, [trial], False, engine, _here(), judge), unjudged[trial.key], folder)
         for trial in wanted
         if trial.key in unjudged
@@ -145,14 +144,14 @@ def ablate(
     failures = []
     bar = progress_bar(len(wanted), "trials", progress, unit="trial", done=len(results))
     with bar, closing(_results(works, n_jobs, timeout)) as arriving:
-        for arrival in itertools.chain(again, arriving):
+        for arrival in itertools.chain(rescored, arriving):
             results[arrival.result["key"]] = arrival.result
             if arrival.failure is not None:
                 failures.append(arrival)
             if folder is not None:
                 _keep(folder, arrival)
             elif failures:
-                raise _judge_error(failures, "mend it, and give a folder, so that no training is lost by it")
+                raise _judge_error(failures, "mend it, and give a folder, so that no training is lost")
             bar.update()
     if failures:
         raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
@@ -179,7 +178,9 @@ def fingerprint(model: nn.Module) -> str:
 def _workers(n_jobs: int | None, timeout_s: float) -> tuple[int, float | None]:
     """How many trials run at a time, and how long to wait for one (None in this process, where there is no waiting).
 
-    First it makes sure that trials can run there at all.
+    Raises:
+        ValueError: trials would run in threads of one process.
+        RuntimeError: a worker of a Dask cluster cannot run trials.
     """
     backend, _ = get_active_backend()
     workers = joblib.effective_n_jobs(n_jobs)  # on a Dask cluster it waits for the first worker
@@ -195,7 +196,7 @@ def _workers(n_jobs: int | None, timeout_s: float) -> tuple[int, float | None]:
 
 
 def _preflight(client: Any) -> None:
-    """Ask every worker of a Dask cluster for its lora_lab: without it, joblib would wait for results for ever."""
+    """Ask every worker of a Dask cluster for its lora_lab: without it, joblib would wait for results forever."""
 
     def their_version() -> str:
         # Not one of this module's functions by name: a worker without lora_lab could not even load it.
@@ -204,16 +205,16 @@ def _preflight(client: Any) -> None:
         return lora_lab.__version__
 
     try:
-        found = client.run(their_version)
+        versions = client.run(their_version)
     except Exception as error:
         raise RuntimeError(
             f"A worker of the Dask cluster cannot import lora_lab ({type(error).__name__}: {error}); install the same "
             "lora_lab on every worker, and start the sweep again."
         ) from error
-    for worker, theirs in found.items():
-        if theirs != version():
+    for worker, installed in versions.items():
+        if installed != version():
             raise RuntimeError(
-                f"Worker {worker} has lora_lab {theirs}, but this process has {version()}; install the same."
+                f"Worker {worker} has lora_lab {installed}, but this process has {version()}; install the same."
             )
     for worker, threads in client.nthreads().items():
         if threads > 1:
@@ -225,18 +226,18 @@ def _preflight(client: Any) -> None:
 
 def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None) -> Iterator[_Arrival]:
     """The trials' results as they end."""
-    # One parcel at a time: joblib would put quick ones together, and a killed worker would lose more than it runs.
+    # One parcel at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
     parallel = joblib.Parallel(n_jobs, return_as="generator_unordered", batch_size=1, timeout=timeout_s)
     try:
         with closing(parallel(joblib.delayed(_run)(work) for work in works)) as parcels:
             for parcel in parcels:
                 yield from parcel
     except (TimeoutError, multiprocessing.TimeoutError):
-        if timeout_s is None:  # it is a trial's own
+        if timeout_s is None:  # raised by a trial itself
             raise
         raise RuntimeError(
-            f"No trial ended for {timeout_s:g} s, so a worker may have lost its way; look at the workers, or give a "
-            "longer timeout_s. What has ended is kept: start the sweep again to go on."
+            f"No trial ended for {timeout_s:g} s, so a worker may hang; look at the workers, or give a longer "
+            "timeout_s. What has ended is kept: start the sweep again to go on."
         ) from None
     except BrokenProcessPool as error:
         raise RuntimeError(
@@ -251,10 +252,10 @@ def _here() -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What travels to a worker: a parcel of trials, and what they need.
+    """What is sent to a worker: a parcel of trials, and what they need.
 
     It is one object on purpose: joblib's Dask backend sends large arguments ahead and keeps them on workers, where a
-    kill can lose them, while what is inside a small object travels with each trial.
+    kill can lose them, whereas the content of one small object is sent with each parcel.
     """
 
     make: Factory
@@ -266,36 +267,37 @@ class _Work:
     judge: Judge | None = None
 
     def model(self) -> nn.Module:
-        """A fresh model, and it is the sweep's.
+        """A fresh model.
 
         Raises:
-            RuntimeError: it is another one.
+            RuntimeError: it is not the sweep's.
         """
         model = self.make()
-        if (found := fingerprint(model)) != self.trials[0].model:
+        if (made := fingerprint(model)) != self.trials[0].model:
             raise RuntimeError(
-                f"The model made here ({':'.join(map(str, _here()))}) has the fingerprint {found}, not the sweep's, "
+                f"The model made here ({':'.join(map(str, _here()))}) has the fingerprint {made}, not the sweep's, "
                 f"{self.trials[0].model}; seed its weights, and use the same files and versions everywhere."
             )
         return model
 
 
 @functools.lru_cache(maxsize=1)
-def _made(factory: Callable[[], Task]) -> Task:
+def _call_factory(factory: Callable[[], Task]) -> Task:
     return factory()
 
 
 def _task(task: Task | Callable[[], Task]) -> Task:
-    return task if isinstance(task, Task) else _made(task)
+    return task if isinstance(task, Task) else _call_factory(task)
 
 
 def _run(work: _Work) -> list[_Arrival]:
     """Run a parcel of trials in this process, and return their results."""
     with _alone(), _threads(None if _here() == work.home else 1):
         task = _task(work.task)
-        if (found := task.fingerprint) != work.trials[0].task:
+        if task.fingerprint != work.trials[0].task:
             raise RuntimeError(
-                f"The task {task.name!r} made here ({':'.join(map(str, _here()))}) has the fingerprint {found}, "
+                f"The task {task.name!r} made here ({':'.join(map(str, _here()))}) has the fingerprint "
+                f"{task.fingerprint}, "
                 f"not the sweep's, {work.trials[0].task}; use the same versions of Python and packages everywhere."
             )
         return _attempt(work, task, work.trials, work.together)
@@ -329,12 +331,12 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @dataclass
 class _Failure:
-    """What went wrong when a trial was judged, and all that is needed to judge it once more."""
+    """What went wrong when a trial was judged, and all that is needed to judge it again."""
 
     words: str
     trace: str
     weights: dict[str, Tensor] | None = None  # None: they are in the folder already
-    frozen: str = ""  # the hash of all that was not trained
+    frozen: str = ""  # the hash of what was not trained
 
     @property
     def reason(self) -> str:
@@ -343,15 +345,15 @@ class _Failure:
 
 @dataclass
 class _Arrival:
-    """What comes back from where a trial ran: its file's content, and what is for the caller alone."""
+    """What comes back from where a trial ran: the content of its file, and what only the caller is to know."""
 
     result: dict[str, Any]
     failure: _Failure | None = None
 
 
 @dataclass
-class _Ended:
-    """How a trial ended: with a history and a test loss, or for a reason."""
+class _Outcome:
+    """How a trial ended: with a history and a test loss, or early, for a reason."""
 
     trial: Trial
     device: torch.device
@@ -389,47 +391,50 @@ _commit = functools.cache(commit)  # asked once: the code that runs does not cha
 
 
 def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -> list[_Arrival]:
-    """Run trials as one parcel; a pack that turns out too large for the memory, or no pack at all, is parted."""
+    """Run a parcel of trials.
+
+    A pack that does not fit into memory is split in two; the trials of one that cannot be packed run one by one.
+    """
     started = time.perf_counter()
     model = work.model()
     device = next(model.parameters()).device
+    outcomes, parts = [], []
     try:
-        ended = _packed(work, model, task, trials) if together else [_run_one(work, model, task, *trials)]
-    except packed.PackingError:  # it takes the attempt to show that they cannot be packed
+        outcomes = _run_pack(work, model, task, trials) if together else [_run_one(work, model, task, trials[0])]
+    except packed.PackingError:  # only the attempt shows that they cannot be packed
         if work.engine == "packed":
             raise
-        ended, parts, together = None, [[trial] for trial in trials], False
+        parts, together = [[trial] for trial in trials], False
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
         half = len(trials) // 2
-        ended, parts = None, [trials[:half], trials[half:]]
-        if half == 0:
-            ended = [_Ended(*trials, device, reason=f"out of memory: {error}")]
-    if ended is not None:
+        if half:
+            parts = [trials[:half], trials[half:]]
+        else:
+            outcomes = [_Outcome(trials[0], device, reason=f"out of memory: {error}")]
+    if not parts:
         engine = f"pack of {len(trials)}" if together else "separate"
         share = (time.perf_counter() - started) / len(trials)
-        return [_Arrival(one.result(engine, share), one.failure) for one in ended]
-    del model  # and the error, with the tensors that its frames held, is gone too
+        return [_Arrival(outcome.result(engine, share), outcome.failure) for outcome in outcomes]
+    del model  # the error is gone too, with the tensors that its frames held
     return [arrival for part in parts for arrival in _attempt(work, task, part, together)]
 
 
-def _run_one(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Ended:
-    device = next(model.parameters()).device
+def _run_one(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Outcome:
     try:
-        history = fit(model, task, trial.method, **trial.options, progress=False)
+        history = fit(model, task, trial.method, config=trial, progress=False)
     except DivergedError as error:
-        return _Ended(trial, device, reason=str(error))
+        return _Outcome(trial, next(model.parameters()).device, reason=str(error))
     return _judged(work, trial, model, task, history)
 
 
-def _packed(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Ended]:
-    runs = [packed.Run(trial.method, trial.lr, trial.seed) for trial in trials]
-    options = {name: value for name, value in trials[0].options.items() if name not in ("lr", "seed")}
-    ended = []
-    for trial, result in zip(trials, packed.fit_packed(model, task, runs, **options, progress=False), strict=True):
-        if result.error is not None:
-            ended.append(_Ended(trial, next(model.parameters()).device, reason=str(result.error)))
+def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Outcome]:
+    outcomes = []
+    results = packed.fit_packed(model, task, trials, config=trials[0], progress=False)
+    for trial, result in zip(trials, results, strict=True):
+        if result.history is None:
+            outcomes.append(_Outcome(trial, next(model.parameters()).device, reason=str(result.error)))
             continue
         student = copy_sharing_weights(model)  # shares the frozen weights
         trial.method.prepare(student, trial.seed)
@@ -437,33 +442,33 @@ def _packed(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]) 
             for name, layer in lora_layers(student, required=True).items():
                 for part in layer.parts:
                     getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
-        ended.append(_judged(work, trial, student, task, result.history))
-    return ended
+        outcomes.append(_judged(work, trial, student, task, result.history))
+    return outcomes
 
 
-def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Ended:
+def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Outcome:
     device = next(model.parameters()).device
     loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples)
     if not math.isfinite(loss):
-        return _Ended(trial, device, reason=f"The test loss is {loss} after the last step.")
+        return _Outcome(trial, device, reason=f"The test loss is {loss} after the last step.")
     if work.judge is None:
-        return _Ended(trial, device, history, loss)
-    # Before it is judged: a judge may change the model, as by merging its adapters.
+        return _Outcome(trial, device, history, loss)
+    # Copied first: a judge may change the model, as by merging its adapters.
     weights = {name: value.detach().cpu().clone() for name, value in trained(model).items()}
     frozen = frozen_hash(model)
     scores, failure = _scores(work.judge, model, task)
     if failure is not None:
         failure = replace(failure, weights=weights, frozen=frozen)
-    return _Ended(trial, device, history, loss, scores, failure=failure)
+    return _Outcome(trial, device, history, loss, scores, failure=failure)
 
 
 def _scores(judge: Judge, model: nn.Module, task: Task) -> tuple[dict[str, Any] | None, _Failure | None]:
-    """What the judge says, in values of JSON, or what went wrong."""
+    """The judge's scores, in values of JSON, or what went wrong."""
     try:
-        said = judge(model, task)
-        if not isinstance(said, Mapping):
-            raise TypeError(f"it gave a {type(said).__name__}, but it must give numbers and texts by name")
-        return {name: _score(name, value) for name, value in said.items()}, None
+        scores = judge(model, task)
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"it gave a {type(scores).__name__}, but it must give numbers and texts by name")
+        return {name: _score(name, value) for name, value in scores.items()}, None
     except Exception as error:
         return None, _Failure(f"{type(error).__name__}: {' '.join(str(error).split())}", traceback.format_exc())
 
@@ -473,7 +478,7 @@ def _score(name: Any, value: Any) -> Any:
         raise TypeError(f"it gave the name {name!r}, but names must be texts")
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, Real):  # numpy's are no values of JSON
+    if isinstance(value, Real):  # JSON cannot hold numpy's
         return int(value) if isinstance(value, Integral) else float(value)
     raise TypeError(
         f"it gave {reprlib.repr(value)}, a {type(value).__name__}, as {name!r}, but it must be a number or a text, "
@@ -482,7 +487,7 @@ def _score(name: Any, value: Any) -> Any:
 
 
 def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
-    """The stored result of a trial with what the judge says of the weights that were kept.
+    """The stored result of a trial with the judge's scores of the weights that were kept.
 
     Raises:
         ValueError: the file of the weights is damaged, or they are not those of this trial.
@@ -496,8 +501,8 @@ def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
             weights, note = load_tensors(path, {"key", "frozen"})
             if note != {"key": trial.key, "frozen": frozen_hash(model)}:
                 raise ValueError("It is of another trial, or what is frozen comes out differently here.")
-            if found := misfit(weights, trained(model)):
-                raise ValueError(f"It does not fit the model: {found}.")
+            if mismatch := misfit(weights, trained(model)):
+                raise ValueError(f"It does not fit the model: {mismatch}.")
         except ValueError as error:
             reason = str(error).removesuffix(".")
             raise ValueError(f"{path} cannot be judged ({reason}); delete it to train its trial again.") from None
@@ -509,10 +514,10 @@ def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
 
 
 def _judge_error(failures: Sequence[_Arrival], what_to_do: str) -> RuntimeError:
-    """The error that says what the judge did."""
+    """The error to raise when the judge has failed on some trials."""
     first = failures[0]
-    many = f"{len(failures)} trials, first on " if len(failures) > 1 else ""
-    error = RuntimeError(f"The judge failed on {many}{first.result['key']} ({first.failure.words}); {what_to_do}.")
+    count = f"{len(failures)} trials, first on " if len(failures) > 1 else ""
+    error = RuntimeError(f"The judge failed on {count}{first.result['key']} ({first.failure.words}); {what_to_do}.")
     error.add_note(first.failure.trace)
     return error
 
@@ -525,9 +530,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _keep(folder: Path, arrival: _Arrival) -> None:
-    """Write a result; and what was trained too, as long as it waits to be judged."""
+    """Write a result; and what was trained too, while it waits to be judged."""
     key, failure = arrival.result["key"], arrival.failure
-    write_json(folder / f"{key}.json", arrival.result)  # first: the losses are worth more than the scores
+    write_json(folder / f"{key}.json", arrival.result)  # first: losses are worth more than scores
     if failure is None:
         weights_path(folder, key).unlink(missing_ok=True)
     elif failure.weights is not None:

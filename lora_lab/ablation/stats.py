@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 
 CONFIDENCE = 0.95
@@ -10,12 +10,10 @@ CONFIDENCE = 0.95
 
 def t_bounds(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean of the values, and its one-sided lower and upper 95 % bounds by Student's t; None for a single value."""
-    from scipy.stats import t
+    from scipy.stats import sem, t  # ttest_1samp would warn where all values are equal
 
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
         return mean, None, None
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(t.ppf(CONFIDENCE, n - 1)) * sd / math.sqrt(n)
-    return mean, mean - half, mean + half
+    distance = float(t.ppf(CONFIDENCE, len(values) - 1) * sem(values))
+    return mean, mean - distance, mean + distance

@@ -98,14 +98,14 @@ def grid(
     methods = {kind.name: kind for kind in (LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
     if method not in methods:
         raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(methods)}.")
-    own = DEFAULTS[name]
+    defaults = DEFAULTS[name]
     return Grid(
         ranks,
-        own.lrs if lrs is None else lrs,
+        defaults.lrs if lrs is None else lrs,
         seeds,
         [methods[method]()],
-        steps=own.steps if steps is None else steps,
-        batch_size=own.batch_size if batch_size is None else batch_size,
+        steps=defaults.steps if steps is None else steps,
+        batch_size=defaults.batch_size if batch_size is None else batch_size,
         **options,
     )
 

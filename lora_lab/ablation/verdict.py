@@ -3,9 +3,9 @@ r"""Which rank is enough? The statistics of an ablation, in a form that stands u
     print(summary(load("runs/ranks"), margin=0.01))
 
 1. For each rank, the learning rate is chosen by the mean VALIDATION loss over the seeds. A rate counts only if it has
-   a result for every seed: one that diverged for some seeds would otherwise be judged by those that it suits.
+   a result for every seed: one that diverged for some seeds would otherwise be judged by those that suit it.
 2. At those rates, ranks are judged by the TEST loss, which took no part in the choice.
-3. Trials are paired by seed (the same order of the data), which takes the noise that they share out of the comparison:
+3. Trials are paired by seed (the same order of the data), which removes the noise that they share:
 
        d_s = loss(rank, seed s) - loss(largest rank, seed s)
 
@@ -26,6 +26,7 @@ this number of steps.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,45 +120,46 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
         method: which method, where the frame has several with ranks.
 
     Raises:
-        ValueError: the margin is not positive, the frame lacks columns, mixes settings, holds a trial twice, or has
-            several methods and none was named, or it has fewer than two ranks.
+        ValueError: the margin is not positive; or the frame lacks columns, mixes settings, holds a trial twice, has
+            fewer than two ranks, or has several methods and none was named.
     """
     check_margin(margin)
     trials = _last_rows(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    names = sorted(int(rank) for rank in trials["rank"].unique())
-    if len(names) < 2:
-        raise ValueError(f"The frame has only rank {names[0]}; ranks are compared, so it takes at least two.")
-    chosen = {rank: _choose(trials[trials["rank"] == rank], seeds) for rank in names}
-    largest = chosen[names[-1]]
-    ranks = tuple(_judge(rank, chosen[rank], largest, rank == names[-1], margin) for rank in names)
+    tried = sorted(int(rank) for rank in trials["rank"].unique())
+    if len(tried) < 2:
+        raise ValueError(f"The frame has only rank {tried[0]}; ranks are compared, so it takes at least two.")
+    choices = {rank: _choose(trials[trials["rank"] == rank], seeds) for rank in tried}
+    largest = choices[tried[-1]]
+    ranks = tuple(_judge(rank, choice, largest, margin) for rank, choice in choices.items())
     rank, reason = _answer(ranks, seeds, margin)
-    notes = [f"rank {name}: {choice.note}." for name, choice in chosen.items() if choice.note and choice.losses]
-    better = [one.rank for one in ranks if one.upper is not None and one.upper < -margin]
+    notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.losses]
+    better = [result.rank for result in ranks if result.upper is not None and result.upper < -margin]
     if better:
         notes.append(
             f"rank {', '.join(map(str, better))} is better than the largest by more than the margin, so that one was "
             "most likely trained badly and is no fair reference; try more learning rates."
         )
     for edge in ("smallest", "largest"):
-        if at := ", ".join(str(name) for name, choice in chosen.items() if choice.edge == edge):
+        if at := ", ".join(str(each) for each, choice in choices.items() if choice.edge == edge):
             notes.append(f"the best learning rate of rank {at} is the {edge} tried, so a better one may lie beyond.")
-    if at := ", ".join(str(name) for name, choice in chosen.items() if choice.edge == "only"):
-        notes.append(f"one learning rate only was tried for rank {at}, so it may not be the best.")
+    if untuned := ", ".join(str(each) for each, choice in choices.items() if choice.edge == "only"):
+        notes.append(f"one learning rate only was tried for rank {untuned}, so it may not be the best.")
     return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 
 def check_margin(margin: float) -> None:
-    """Raise ValueError if it is no positive number: to be asked before a long run whose end needs it."""
+    """Raise ValueError if it is no positive number: to be called before a long run whose verdict needs it."""
     if not (math.isfinite(margin) and margin > 0):
         raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A rank's best rate: test losses by seed at that rate, or none; which rates do not count, and why.
+    """A rank's best learning rate, and the test losses by seed at that rate; all None if no rate counts.
 
-    ``edge`` says if it is the "smallest", "largest" or "only" rate that was tried.
+    ``note`` lists the rates that do not count, with the reason. ``edge`` is "smallest", "largest" or "only" where the
+    best rate is at the edge of those tried.
     """
 
     lr: float | None = None
@@ -182,10 +184,10 @@ def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     for name in [name for name in rows if name not in _MAY_VARY and not name.startswith(SCORE)]:
         _one_value(rows, name, "")
     if "alpha" in rows:
-        for rank, own in rows.groupby("rank"):
-            _one_value(own, "alpha", f" for rank {rank:g}")
-    if (twice := rows.duplicated(["rank", "lr", "seed"])).any():
-        first = rows[twice].iloc[0]
+        for rank, of_rank in rows.groupby("rank"):
+            _one_value(of_rank, "alpha", f" for rank {rank:g}")
+    if (repeated := rows.duplicated(["rank", "lr", "seed"])).any():
+        first = rows[repeated].iloc[0]
         raise ValueError(
             f"The frame holds rank {first['rank']:g}, lr {first['lr']:g}, seed {first['seed']:g} twice; "
             "drop_duplicates removes repeated rows."
@@ -204,43 +206,43 @@ def _one_value(rows: pandas.DataFrame, name: str, where: str) -> None:
 
 def _choose(rows: pandas.DataFrame, seeds: Sequence[int]) -> _Choice:
     """The rate of the lowest mean validation loss among those that have a result for every seed."""
-    whole, problems = [], []
-    for lr, own in rows.groupby("lr"):
-        done = own[(own["outcome"] == "done") & own["test_loss"].notna() & own["validation_loss"].notna()]
-        have = {int(row.seed): (row.validation_loss, row.test_loss) for row in done.itertuples()}
-        failed = sorted({int(seed) for seed in own["seed"]} - set(have))
-        absent = sorted(set(seeds) - set(have) - set(failed))
-        told = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (absent, "missing")) if part]
-        if told:
-            problems.append(f"lr {lr:g} does not count ({', '.join(told)})")
+    complete, incomplete = [], []
+    for lr, trials in rows.groupby("lr"):
+        done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
+        losses = {int(row.seed): (row.validation_loss, row.test_loss) for row in done.itertuples()}
+        failed = sorted({int(seed) for seed in trials["seed"]} - set(losses))
+        missing = sorted(set(seeds) - set(losses) - set(failed))
+        gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
+        if gaps:
+            incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
         else:
-            mean = math.fsum(validation for validation, _ in have.values()) / len(have)
-            whole.append((mean, float(lr), {seed: float(have[seed][1]) for seed in seeds}))
-    note = ", ".join(problems)
-    if not whole:
+            mean = statistics.fmean(validation for validation, _ in losses.values())
+            complete.append((mean, float(lr), {seed: float(losses[seed][1]) for seed in seeds}))
+    note = ", ".join(incomplete)
+    if not complete:
         return _Choice(note=note)
-    validation, lr, losses = min(whole, key=lambda one: one[:2])  # of equal means, the smaller rate
+    validation, lr, test = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
     tried = sorted(rows["lr"].unique())
     edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
-    return _Choice(lr, validation, losses, note, edge)
+    return _Choice(lr, validation, test, note, edge)
 
 
 def _listed(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _judge(rank: int, choice: _Choice, largest: _Choice, is_largest: bool, margin: float) -> RankResult:
+def _judge(rank: int, choice: _Choice, largest: _Choice, margin: float) -> RankResult:
     if choice.losses is None:
         return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
-    own = list(choice.losses.values())
-    known = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": math.fsum(own) / len(own)}
-    if is_largest:
+    mean = statistics.fmean(choice.losses.values())
+    known = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": mean}
+    if choice is largest:
         return RankResult(rank, "reference", **known)
     if largest.losses is None:
         return RankResult(rank, "not judged", **known, note="the largest rank has no result to compare it with")
     differences = [loss - largest.losses[seed] for seed, loss in choice.losses.items()]
     mean, lower, upper = t_bounds(differences)
-    if lower is None:
+    if lower is None or upper is None:
         return RankResult(rank, "open", **known, difference=mean, note="one seed has no spread to judge by")
     status = "enough" if upper < margin else "too small" if lower > margin else "open"
     return RankResult(rank, status, **known, difference=mean, lower=lower, upper=upper)

@@ -1,6 +1,8 @@
 """Trials as data: one identity for one content, everywhere, and grids of them."""
 
+import copy
 import dataclasses
+import fractions
 import itertools
 import json
 import subprocess
@@ -8,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, fit
+from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, TrainConfig, fit
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.methods import AsItIs, LoRAFA
 from lora_lab.models.digits import DigitsMLP
@@ -93,7 +95,7 @@ def test_every_part_of_the_content_changes_the_key():
         "task": "0123",
         "model": "4567",
     }
-    assert set(changes) == {field.name for field in dataclasses.fields(Trial)}
+    assert set(changes) == set(trial().to_dict())
     keys = [trial().key, *(dataclasses.replace(trial(), **{name: value}).key for name, value in changes.items())]
     assert len(set(keys)) == len(keys)
     assert dataclasses.replace(trial(), lr=0.02) != trial()
@@ -179,6 +181,12 @@ def test_content_that_is_no_trial_is_refused(content, message):
         ({"clip": 0}, "clip is 0"),
         ({"eval_every": 0}, "eval_every is 0"),
         ({"eval_examples": 0}, "eval_examples is 0"),
+        ({"seed": 1.5}, "seed is 1.5, but it must be a whole number"),
+        ({"warmup": 1.5}, "warmup is 1.5, but it must be a whole number between 0 and steps, 100"),
+        ({"eval_examples": np.float32(3)}, "eval_examples is 3.0, but it must be a whole number"),
+        ({"accumulate": 2}, "accumulate is 2, but a trial is run with the plain step; leave it out, or use fit"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is True, but a trial is run with the plain step"),
+        ({"lean": Lean()}, r"lean is Lean\(.*\), but a trial is run with the plain step"),
     ],
 )
 def test_a_wrong_value_is_told_when_the_trial_is_made_and_not_in_the_night(change, message):
@@ -193,6 +201,27 @@ def test_a_trial_says_what_fit_would_have_done(steps):
     task = planted(model, rank=1, n_train=16)
     history = fit(model, task, one.method, steps=steps, lr=0.01)
     assert {**one.options, "accumulate": 1} == history.settings
+
+
+def test_a_trial_is_a_method_and_a_config():
+    config = TrainConfig(lr=0.01, steps=100, clip=None)
+    one = Trial(LoRA(rank=4), **vars(config))
+    assert one == trial(clip=None) != trial()
+    model = DigitsMLP(width=4)
+    task = planted(model, rank=1, n_train=16)
+    small = trial(steps=3, seed=2)
+    histories = [
+        fit(copy.deepcopy(model), task, LoRA(rank=4), each) for each in (small, TrainConfig(**small.settings()))
+    ]
+    assert histories[0].settings == histories[1].settings == small.settings() == {**small.options, "accumulate": 1}
+    assert [row["train_loss"] for row in histories[0].rows] == [row["train_loss"] for row in histories[1].rows]
+
+
+def test_numpys_numbers_become_pythons():
+    one = trial(lr=np.float32(0.5), seed=np.int64(3), steps=np.int32(100), clip=fractions.Fraction(1, 4))
+    assert [type(value) for value in (one.lr, one.seed, one.steps, one.clip)] == [float, int, int, float]
+    assert one == trial(lr=0.5, seed=3, clip=0.25)
+    json.dumps(one.settings())
 
 
 def test_a_trial_belongs_to_one_task_and_one_model():

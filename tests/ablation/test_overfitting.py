@@ -512,7 +512,7 @@ def seeds_run(monkeypatch):
     called = []
 
     def counted(*arguments, **options):
-        called.append(options["seed"])
+        called.append(options["config"].seed)
         return fit(*arguments, **options)
 
     monkeypatch.setattr(run, "fit", counted)

@@ -56,7 +56,7 @@ def counting(monkeypatch):
     called = []
 
     def counted(model, task, method, **options):
-        called.append((method.rank, options["seed"]))
+        called.append((method.rank, options["config"].seed))
         return fit(model, task, method, **options)
 
     monkeypatch.setattr(run, "fit", counted)
@@ -929,7 +929,7 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(tmp_path, monkeypatch):
     whole = apart(grid())
 
     def interrupted(model, task, method, **options):
-        if (method.rank, options["seed"]) == (3, 0):
+        if (method.rank, options["config"].seed) == (3, 0):
             raise KeyboardInterrupt
         return fit(model, task, method, **options)
 

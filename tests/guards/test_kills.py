@@ -6,7 +6,6 @@ What is left must be the old files or the new ones, all of one save. ``make host
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import statistics
@@ -41,6 +40,7 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.models.tokenizer import Tokenizer
 
+resource = pytest.importorskip("resource", reason="Windows has neither its limits nor fork nor SIGKILL")
 KILLS = int(os.environ.get("LORA_LAB_KILLS", "20"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 pytestmark = [
