@@ -31,7 +31,7 @@ def figures_are_closed():
 
 @pytest.fixture
 def seeded():
-    """torch's global generator begins each test alike."""
+    """Seeds torch's global generator before each test."""
     torch.manual_seed(0)
 
 

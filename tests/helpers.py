@@ -1,4 +1,4 @@
-"""What several test files need. What two of them share stands here, or, if it is a fixture, in a conftest.py."""
+"""What several test files share. Fixtures that several share are in the conftest.py of their folder."""
 
 import copy
 import json
@@ -103,7 +103,7 @@ def small_task(loss=None, n_train=12, dtype=torch.float32):
 
 
 def sums(count=40):
-    """Prompts and responses: pairs of a sum and what it comes to."""
+    """Pairs of a question and its answer: "3 plus one?", "4"."""
     return [Pair(f"{i} plus one?", str(i + 1)) for i in range(count)]
 
 
@@ -140,7 +140,7 @@ def command(*arguments):
 
 
 def error_line(capsys):
-    """What a command that was refused printed: one line on stderr; nothing may be on stdout."""
+    """The one line that a refused command printed to stderr; it must print nothing to stdout."""
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1

@@ -12,15 +12,7 @@ import pytest
 import torch
 
 import lora_lab
-from lora_lab import (
-    Llama,
-    LoRAConfig,
-    cli,
-    inject,
-    load_pretrained,
-    save_adapter,
-    save_model,
-)
+from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
 from lora_lab.experiments.registry import NAMES, recorders
 from lora_lab.models import pretrained
 from tests.helpers import ROOT, command, error_line, randomise

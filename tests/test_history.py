@@ -1,4 +1,4 @@
-"""A history made by hand: its curves, its file, and what is none."""
+"""Histories made by hand: their curves, their file, and files that are refused."""
 
 import dataclasses
 import json

@@ -212,8 +212,6 @@ UNUSUAL = {
 
 
 LETTERS = functools.partial(focal, weights=set("abcdefgh"))
-
-
 EACH = pytest.mark.parametrize("loss", UNUSUAL.values(), ids=UNUSUAL)
 
 

@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lab import (
-    LoRAConfig,
-    LoRALinear,
-    adapter_state,
-    extract,
-    inject,
-    load_adapter,
-    lora_layers,
-    save_adapter,
-)
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.edit import off, resize, switch
 from lora_lab.adapters.peft_format import read_adapter
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding

@@ -72,14 +72,8 @@ def test_the_model_and_the_generators_stay_as_they_are(tiny_config, training):
 
 
 M = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)  # weights of the tiny Llama's layers,
-
-
 E = 260 * 32  # of its head,
-
-
 P = 2 * (2 * 64 + 2 * 48 + 3 * 80)  # and of adapters for each rank
-
-
 FIRST = 32 * 32 + 2 * 16 * 32  # q, k and v of the first block, under which LoRA trains nothing
 
 
@@ -181,8 +175,6 @@ def by_hand(full, lora):
 
 
 FULL = {speed.FORWARD: (0.010, 7), speed.WEIGHT: (0.005, 7), speed.UPDATE: (0.002, 20), speed.PYTHON: (0.003, 100)}
-
-
 SLOW = {speed.FORWARD: (0.010, 7), speed.ADAPTERS: (0.006, 42), speed.UPDATE: (0.001, 28), speed.PYTHON: (0.007, 300)}
 
 

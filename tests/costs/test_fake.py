@@ -20,11 +20,7 @@ from lora_lab.models.digits import DigitsMLP
 from tests.helpers import run_python
 
 CPU = torch.device("cpu")
-
-
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-
-
 DIGITS = X, torch.arange(6)
 
 

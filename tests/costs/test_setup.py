@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, LoRAPlus, PartialFineTuning
-from lora_lab.costs.fake import (
-    fake_copy,
-)
+from lora_lab.costs.fake import fake_copy
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.lean.optim import FlatAdamW
 from lora_lab.methods import AsItIs
@@ -18,14 +16,7 @@ from lora_lab.tasks import cross_entropy
 from lora_lab.train import TrainingStep
 
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-
-
 DIGITS = X, torch.arange(6)
-
-
-def values(model):
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (tensor.detach().clone(), tensor.requires_grad) for name, tensor in tensors}
 
 
 def test_a_setup_says_in_a_few_words_how_a_model_is_trained():

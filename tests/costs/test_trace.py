@@ -9,10 +9,7 @@ import torch
 from torch import nn
 
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, inject
-from lora_lab.costs.fake import (
-    fake_copy,
-    token_batch,
-)
+from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.trace import StepTracer, module_kinds, output_width
 from lora_lab.inject import LoRAConfig
@@ -20,8 +17,6 @@ from lora_lab.lean.step import apply_lean
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-
-
 DIGITS = X, torch.arange(6)
 
 

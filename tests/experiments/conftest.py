@@ -1,4 +1,4 @@
-"""The world in which the long runs behind the records become short ones."""
+"""Small models, tasks and plans, with which the runs behind the records take seconds."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from tests.helpers import COMMIT
 def small_world(tmp_path_factory):
     """Trials run in this process, on one thread, four to a pack, as of one commit, in a folder of the module's own.
 
-    What it yields puts a module's small models, tasks and plans in the place of the real ones, until the module ends.
+    Yields a MonkeyPatch, with which a module replaces models, tasks and plans by small ones until it ends.
     """
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +33,7 @@ def small_world(tmp_path_factory):
 
 @pytest.fixture
 def no_trial_runs(monkeypatch):
-    """Whoever trains anything raises an error that says so."""
+    """Makes training a trial an error."""
 
     def attempt(*arguments):
         raise AssertionError("a trial is run again")

@@ -7,14 +7,7 @@ import re
 import pytest
 import torch
 
-from lora_lab import (
-    History,
-    evaluate,
-    load_adapter,
-    load_pretrained,
-    lora_layers,
-    save_adapter,
-)
+from lora_lab import History, evaluate, load_adapter, load_pretrained, lora_layers, save_adapter
 from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
 from lora_lab.models import pretrained

@@ -1,4 +1,4 @@
-"""A cache for models that may be spoilt."""
+"""An empty cache for the real model."""
 
 import pytest
 

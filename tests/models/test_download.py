@@ -1,4 +1,4 @@
-"""The file of the real model: where it is kept, how it comes there, and what is refused."""
+"""Downloading the real model: where its file is kept, and which files are refused."""
 
 import filecmp
 import hashlib

@@ -29,8 +29,6 @@ from lora_lab.tasks import cross_entropy
 from tests.helpers import logits, names, random_ids, randomise, randomise_all
 
 ENTRY = "smollm2-135m-v1"
-
-
 TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
 
 

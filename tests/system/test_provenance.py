@@ -1,4 +1,4 @@
-"""Which code computed something, by its commit, and on which machine."""
+"""The commit of the code that computes, and the name of the machine on which it does."""
 
 import os
 import re

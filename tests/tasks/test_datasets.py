@@ -8,14 +8,7 @@ import pytest
 
 from lora_lab import cli
 from lora_lab.models.pretrained import load_pretrained
-from lora_lab.tasks import (
-    IGNORE,
-    sentiment,
-    style,
-    summarise,
-    translate,
-    tweets,
-)
+from lora_lab.tasks import IGNORE, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks import datasets as trades
 from lora_lab.tasks.metrics import StyleJudge, score, trivial
 

@@ -8,11 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_lab import Llama
-from lora_lab.tasks import (
-    IGNORE,
-    Pair,
-    from_pairs,
-)
+from lora_lab.tasks import IGNORE, Pair, from_pairs
 from lora_lab.tasks.generate import answers, choices, classes
 from tests.helpers import enlarge, sums
 

@@ -13,14 +13,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.task import cross_entropy
-from lora_lab.tasks import (
-    IGNORE,
-    Examples,
-    Pair,
-    from_jsonl,
-    from_pairs,
-    from_text,
-)
+from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_text
 from lora_lab.tasks.instruction import Padded
 from tests.helpers import sums
 

@@ -2,10 +2,7 @@
 
 import pytest
 
-from lora_lab.tasks import (
-    Pair,
-    from_pairs,
-)
+from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from tests.helpers import sums
 
