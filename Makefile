@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test hostile lab lab-gpu notebooks lint mutation clean
+.PHONY: help demo check test hostile coverage lab lab-gpu notebooks lint types mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -17,21 +17,33 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 	$(BIN)/lora-lab demo $(ARGS)
 
 # The course and what guards the rest: seconds each.
-QUICK := lora layers variants targets methods rank tasks train layering package files
+QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_train tasks/test_tasks \
+  system/test_files guards/test_layering guards/test_package
 
 check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/test_%.py) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/%.py) $(ARGS)
+
+# Asserts on measured times, so it runs alone, after all that runs in parallel.
+TIMED := notebooks/05_speed.ipynb
 
 test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every notebook
 	$(BIN)/lora-lab fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder notebooks tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(TIMED:%=--ignore=%) notebooks tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TIMED)
 
 hostile: $(VENV)/.ready-test ## stop saves at 200 random moments each, where make test does so at 20
-	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/test_kills.py $(ARGS)
+	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/guards/test_kills.py $(ARGS)
+
+coverage: $(VENV)/.ready-test ## print which lines and branches of the package the unit tests miss
+	$(BIN)/lora-lab fetch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile tests $(ARGS) --cov
 
 lint: $(VENV)/.ready-test ## check style, notebooks too
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+types: $(VENV)/.ready-test ## check the types of the package
+	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python $(ARGS)
 
 lab: $(VENV)/.ready ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

@@ -32,10 +32,10 @@ import lora_lab as ll
 from lora_lab.ablation import fit_packed, studies
 from lora_lab.ablation.packed import Run
 from lora_lab.ablation.packing import shares
-from lora_lab.costs.fake import copied
+from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
-from lora_lab.system.provenance import facts
+from lora_lab.system.provenance import machine_info
 from lora_lab.tasks import Examples, Task
 
 RANKS, SEEDS, STEPS, PICTURES = (1, 2, 4, 8, 16), 4, 200, 32
@@ -102,7 +102,7 @@ class Packs:
     def __init__(self, device: torch.device, threads: int) -> None:
         torch.set_num_threads(threads)
         with device:
-            self.base = ll.Llama(shapes.shape("smollm2-135m"))
+            self.base = ll.Llama(shapes.config("smollm2-135m"))
         ids = torch.randint(49152, (64, TOKENS + 1), generator=torch.Generator().manual_seed(0))
         self.examples = Examples(ids[:, :-1], ids[:, 1:])
         few = self.examples[:1]
@@ -134,7 +134,7 @@ def smollm2(rounds: int) -> None:
     batch = tuple(part[:1].to(device) for part in (examples.inputs, examples.targets))
     steps = []
     for _ in range(ADAPTERS):
-        model = copied(base)  # shares the frozen weights
+        model = copy_sharing_weights(base)  # shares the frozen weights
         steps.append(Setup(METHOD).step(model))
     pool = ThreadPoolExecutor(2)
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["digits", "smollm2"], default=["digits", "smollm2"])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    for key, value in facts(ll.pick_device()[0]).items():
+    for key, value in machine_info(ll.pick_device()[0]).items():
         print(f"{key}: {value}")
     threads = torch.get_num_threads()
     if "digits" in options.only:

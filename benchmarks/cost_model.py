@@ -40,11 +40,11 @@ def factory(name: str) -> Callable:
     """What makes the model."""
     from lora_lab.models.digits import DigitsMLP
     from lora_lab.models.llama import Llama, LlamaConfig
-    from lora_lab.models.shapes import shape
+    from lora_lab.models.shapes import config
 
     if name == "digits":
         return DigitsMLP
-    return partial(Llama, LlamaConfig(**SMALL) if name == "small" else shape(name))
+    return partial(Llama, LlamaConfig(**SMALL) if name == "small" else config(name))
 
 
 def batch(name: str, tokens: int) -> dict:
@@ -186,11 +186,11 @@ def torch_count(make: Callable, method) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lora_lab.costs.fake import pretend, token_batch
+    from lora_lab.costs.fake import fake_copy, token_batch
     from lora_lab.costs.setup import Setup
 
     setup = Setup(method)
-    with pretend(make) as twin, sdpa_kernel(SDPBackend.MATH):
+    with fake_copy(make) as twin, sdpa_kernel(SDPBackend.MATH):
         parts, weights = setup.batches(token_batch(twin, 1, 128))
         step = setup.step(twin)
         with FlopCounterMode(display=False) as counter:
@@ -241,10 +241,10 @@ def make_depth(name: str) -> int:
     """How many blocks a model has."""
     import torch
 
-    from lora_lab.inject import blocks
+    from lora_lab.inject import transformer_blocks
 
     with torch.device("meta"):
-        return len(blocks(factory(name)()))
+        return len(transformer_blocks(factory(name)()))
 
 
 def main() -> None:
@@ -263,9 +263,9 @@ def main() -> None:
         sys.exit(subprocess.run(command, env=os.environ | ENVIRONMENT | KEEP_HEAP, check=False).returncode)
     import lora_lab as ll
     from lora_lab import speed
-    from lora_lab.system.provenance import facts
+    from lora_lab.system.provenance import machine_info
 
-    for key, value in facts(ll.pick_device()[0]).items():
+    for key, value in machine_info(ll.pick_device()[0]).items():
         print(f"{key}: {value}")
     costs = speed.cost_model()
     print(f"\n{costs}", flush=True)

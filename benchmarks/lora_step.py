@@ -142,7 +142,7 @@ def our_model(name: str, own_model: bool):
         loss_rows=64 if "ckpt" in name else 256,
         threads=2 if name.endswith("2 threads") else 1,
     )
-    lean.rewire(model, options)
+    lean.apply_lean(model, options)
     return model, functools.partial(lean.cross_entropy, rows=options.loss_rows)
 
 
@@ -401,9 +401,9 @@ def main() -> None:
         )
         return
     import lora_lab as ll
-    from lora_lab.system.provenance import facts
+    from lora_lab.system.provenance import machine_info
 
-    for key, value in facts(ll.pick_device()[0]).items():
+    for key, value in machine_info(ll.pick_device()[0]).items():
         print(f"{key}: {value}")
     for table in options.table:
         if "time" in options.only:

@@ -14,7 +14,7 @@ import argparse
 
 from lora_lab.experiments import step_memory as recording
 from lora_lab.system.device import pick_device
-from lora_lab.system.provenance import facts
+from lora_lab.system.provenance import machine_info
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     options = parser.parse_args()
     device, _ = pick_device(options.device)
-    for key, value in facts(device).items():
+    for key, value in machine_info(device).items():
         print(f"{key}: {value}")
     rows = []
     for row in recording.memory(device, options.models):

@@ -29,7 +29,7 @@ import lora_lab as ll
 from lora_lab import rank, spectra
 from lora_lab.inject import lora_layers
 from lora_lab.models import shapes
-from lora_lab.system.provenance import facts
+from lora_lab.system.provenance import machine_info
 
 FEW = 14  # of 210 dense matrices, two blocks: the slow ways are timed on these alone
 
@@ -51,7 +51,7 @@ def timed(ways: dict[str, Callable], rounds: int) -> None:
 
 def adapters(rounds: int) -> None:
     """Exact spectra of all adapters."""
-    model = ll.Llama(shapes.shape("smollm2-135m"))
+    model = ll.Llama(shapes.config("smollm2-135m"))
     ll.inject(model, ll.LoRAConfig(8))
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -80,7 +80,7 @@ def full(rounds: int) -> None:
     """Singular values of a full fine-tune."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        model = ll.Llama(shapes.shape("smollm2-135m"))
+        model = ll.Llama(shapes.config("smollm2-135m"))
     names = [name for name in dict(model.named_parameters()) if "proj" in name]
     sizes = {name: model.get_parameter(name).shape for name in names}
     before = {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    for key, value in facts(torch.device("cpu")).items():
+    for key, value in machine_info(torch.device("cpu")).items():
         print(f"{key}: {value}")
     adapters(options.rounds)
     full(options.rounds)

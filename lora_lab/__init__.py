@@ -1,6 +1,6 @@
 """lora_lab: low-rank adaptation, put to the test on your own machine.
 
-In reading order. A file imports only from what is listed before it, and inside a folder also from its neighbours:
+In reading order. A file imports only from what is listed before it: here, and inside a folder in its own docstring:
 
     system/      the machine: device, files that appear whole or not at all, processes, progress, provenance
 

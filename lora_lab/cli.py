@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_lab import __version__
-from lora_lab.experiments.registry import NAMES, recorders
+from lora_lab.experiments.registry import NAMES, current_name, recorders
 
 # A waiting thread gives its core back; set before torch starts its threads. With another busy process on
 # the machine, spinning threads make small matrix products several times slower.
@@ -140,7 +140,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     _add_ablate(commands)
 
     record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
-    record.add_argument("what", choices=NAMES, help="what to measure")
+    record.add_argument("what", choices=NAMES, type=current_name, help="what to measure")
     record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     record.add_argument("--models", nargs="+", help="only these models (of memory and speed; default: all)")
     record.add_argument("--out", help="folder for the record (default: records/)")
@@ -168,7 +168,7 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--seq", type=int, default=64, help="tokens an example, for docs")
     ablate.add_argument("--eval-examples", type=int, help="examples of each part to judge by (default: all)")
     ablate.add_argument("--margin", type=float, help="a loss this much higher is as good (default: by task)")
-    ablate.add_argument("--engine", default="auto", help="auto, apart or packed")
+    ablate.add_argument("--engine", default="auto", help="auto, separate or packed")
     ablate.add_argument("--jobs", type=int, default=1, help="processes")
     ablate.add_argument("--out", default="runs/ranks", help="folder of results; if it has some, they are not run again")
     ablate.set_defaults(run=_ablate)
@@ -228,7 +228,7 @@ def _config_of(model: str):
     from lora_lab.models import shapes
     from lora_lab.models.pretrained import read_config
 
-    return read_config(model) if Path(model).is_dir() else shapes.shape(model)
+    return read_config(model) if Path(model).is_dir() else shapes.config(model)
 
 
 def _speed(options: argparse.Namespace) -> None:
@@ -265,7 +265,7 @@ def _memory(options: argparse.Namespace) -> None:
     memory_report.report(
         lambda: Llama(config),
         options.model,
-        memory_report.ways(options.rank, _dtype(dtypes[options.dtype])),
+        memory_report.training_setups(options.rank, _dtype(dtypes[options.dtype])),
         options.batch,
         options.seq,
         options.device,
@@ -306,7 +306,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     from lora_lab import plots
-    from lora_lab.ablation import ablate, studies, summary
+    from lora_lab.ablation import ablate, smallest_sufficient_rank, studies
     from lora_lab.ablation.verdict import check_margin
     from lora_lab.system.files import atomic_file, check_writable
 
@@ -337,7 +337,7 @@ def _ablate(options: argparse.Namespace) -> None:
     for name, draw in pictures.items():
         print(f"Written: {plots.save(draw(frame).figure, out / f'{name}.png')}")
     if len(options.ranks) > 1:
-        verdict = summary(frame, options.margin or studies.DEFAULTS[options.task].margin)
+        verdict = smallest_sufficient_rank(frame, options.margin or studies.DEFAULTS[options.task].margin)
         print(f"Written: {plots.save(plots.rank_verdict(verdict).figure, out / 'verdict.png')}")
         print(f"\n{verdict}")
 
@@ -390,13 +390,13 @@ def _doctor(options: argparse.Namespace) -> None:
     from lora_lab.models.download import cache_folder
     from lora_lab.models.pretrained import is_cached
     from lora_lab.system.device import effort, pick_device
-    from lora_lab.system.provenance import facts
+    from lora_lab.system.provenance import machine_info
 
     device, why = pick_device()
     memory = psutil.virtual_memory()
     lines = {
         "lora_lab": __version__,
-        **facts(device),
+        **machine_info(device),
         "why this device": why,
         "effort": f"{effort()} (LORA_LAB_EFFORT=quick or full changes it)",
         "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}; the demo needs about 4",

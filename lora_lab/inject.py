@@ -48,9 +48,19 @@ class LoRAConfig:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers of ``model`` by name, in the model's own order (empty if there are none)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer]:
+    """The adapted layers of ``model`` by name, in the model's own order.
+
+    Args:
+        required: a model without adapters is an error, in place of an empty dictionary.
+
+    Raises:
+        ValueError: there are none, and they are required.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    if required and not layers:
+        raise ValueError("The model has no adapters; call inject(model, LoRAConfig(...)) first.")
+    return layers
 
 
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRALayer] | None = None) -> list[str]:
@@ -72,8 +82,8 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
             something that cannot be adapted, or a matched weight belongs to two modules. The
             model is then left as it was.
     """
-    check_unadapted(model)
-    classes = find(model, config.targets, config.exclude, layer)
+    require_no_adapters(model)
+    classes = match_layers(model, config.targets, config.exclude, layer)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     adapted = {}
@@ -92,7 +102,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     return list(adapted)
 
 
-def check_unadapted(model: nn.Module) -> None:
+def require_no_adapters(model: nn.Module) -> None:
     """Raise ValueError if the model has adapters, because a second set would train on top of the first."""
     if present := lora_layers(model):
         raise ValueError(
@@ -107,7 +117,7 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no adapters.
     """
-    layers = adapted_layers(model)
+    layers = lora_layers(model, required=True)
     for name, layer in layers.items():
         replace(model, name, layer.merged())
     return list(layers)
@@ -121,19 +131,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         ValueError: the model has no adapters.
     """
     state = {}
-    for name, layer in adapted_layers(model).items():
+    for name, layer in lora_layers(model, required=True).items():
         state |= {f"{name}.{part}": getattr(layer, part).detach().clone() for part in layer.parts}
         for number in ("alpha", "scaling"):  # a variant may make another scaling of the same alpha
             state[f"{name}.{number}"] = torch.tensor(getattr(layer, number), dtype=torch.float64)  # ()
     return state
-
-
-def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """As :func:`lora_layers`, for callers that need some: raises ValueError if there are none."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("The model has no adapters; call inject(model, LoRAConfig(...)) first.")
-    return layers
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -144,7 +146,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def find(
+def match_layers(
     model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str], layer: type[nn.Module] | None = None
 ) -> dict[str, type[nn.Module]]:
     """Names of the layers to adapt and the class that adapts each, in the model's own order.
@@ -168,7 +170,7 @@ def find(
             for name in classes
             if is_linear(modules[name])
             and modules[name] is not head
-            and not any(matches(name, ending) for ending in exclude)
+            and not any(name_matches(name, ending) for ending in exclude)
         ]
         if not names:
             raise ValueError(
@@ -179,23 +181,23 @@ def find(
             {
                 name: module
                 for name, module in modules.items()
-                if name not in classes and not any(matches(name, ending) for ending in exclude)
+                if name not in classes and not any(name_matches(name, ending) for ending in exclude)
             }
         )
     else:
         for target in targets:
             _check_target(target, modules, classes)
-        names = [name for name in classes if any(matches(name, target) for target in targets)]
+        names = [name for name in classes if any(name_matches(name, target) for target in targets)]
     _check_unshared(model, modules, names)
     return {name: classes[name] for name in names}
 
 
-def matches(name: str, ending: str) -> bool:
+def name_matches(name: str, ending: str) -> bool:
     """Whether a module's full name is ``ending``, or ends in it after a dot."""
     return name == ending or name.endswith("." + ending)
 
 
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks that a model is a stack of, lowest first: the entries of its longest ``nn.ModuleList``, by name."""
     lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
@@ -208,20 +210,20 @@ def last_blocks(model: nn.Module, count: int) -> list[str]:
     Raises:
         ValueError: the model is no stack of blocks, or has fewer.
     """
-    names = list(blocks(model))
+    names = list(transformer_blocks(model))
     if not 1 <= count <= len(names):
         raise ValueError(
             f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks; use 1 to that."
         )
     return [
         layer
-        for layer in find(model, "all-linear", ())
+        for layer in match_layers(model, "all-linear", ())
         if any(layer.startswith(f"{name}.") for name in names[len(names) - count :])
     ]
 
 
 def _check_target(target: str, modules: dict[str, nn.Module], classes: dict[str, type[nn.Module]]) -> None:
-    hits = [name for name in modules if matches(name, target)]
+    hits = [name for name in modules if name_matches(name, target)]
     if not hits:
         endings = sorted({name.rpartition(".")[2] for name in classes})
         raise ValueError(f"Target {target!r} matches no module; the layers that can be adapted here end in {endings}.")

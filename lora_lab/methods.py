@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_lab.inject import LoRAConfig, adapted_layers, check_unadapted, inject
+from lora_lab.inject import LoRAConfig, inject, lora_layers, require_no_adapters
 from lora_lab.lora import LoRALayer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
@@ -38,7 +38,7 @@ class Method:
             raise ValueError(
                 f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
             )
-        check_unadapted(model)
+        require_no_adapters(model)
         self._prepare(model, seed)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
@@ -202,7 +202,7 @@ class LoRAPlus(LoRA):
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Two groups: every A, and every B with the ratio as its ``lr_factor``."""
-        layers = adapted_layers(model).values()
+        layers = lora_layers(model, required=True).values()
         return [
             {"params": [layer.lora_A for layer in layers]},
             {"params": [layer.lora_B for layer in layers], "lr_factor": self.ratio},

@@ -221,8 +221,8 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots()[1]
     judged = [one for one in verdict.ranks if one.upper is not None]
     styles = {"enough": (COLOURS[2], "o"), "too small": (COLOURS[1], "v"), "open": (COLOURS[6], "s")}
-    for standing, (colour, marker) in styles.items():
-        chosen = [one for one in judged if one.standing == standing]
+    for status, (colour, marker) in styles.items():
+        chosen = [one for one in judged if one.status == status]
         if chosen:
             differences = np.array([one.difference for one in chosen])
             reach = [
@@ -230,7 +230,7 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
                 np.array([one.upper for one in chosen]) - differences,
             ]
             ranks = [one.rank for one in chosen]
-            ax.errorbar(ranks, differences, reach, fmt=marker, color=colour, capsize=3, label=standing)
+            ax.errorbar(ranks, differences, reach, fmt=marker, color=colour, capsize=3, label=status)
     ax.axhline(0, color="#000000", linewidth=0.8)
     ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:g}")
     ticks = [one.rank for one in verdict.ranks]
@@ -287,24 +287,24 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
-    """From the start, how each way's validation loss falls while its off-domain loss rises: mean over seeds.
+    """From the start, how each method's validation loss falls while its off-domain loss rises: mean over seeds.
 
     A filled marker is where early stopping stops (at the mean of its steps), a hollow one the last step.
 
     Args:
-        frame: as for :func:`lora_lab.ablation.overfitting.measures`, of one size of the training set.
-        best: the trials to draw, as :func:`lora_lab.ablation.overfitting.tuned` returns them.
+        frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size of the training set.
+        best: the trials to draw, as :func:`lora_lab.ablation.overfitting.at_best_rate` returns them.
     """
     ax = ax or plt.subplots()[1]
-    for i, (way, trials) in enumerate(best.groupby("way", sort=False)):
-        own = frame[(frame.way == way) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
+    for i, (setup, trials) in enumerate(best.groupby("setup", sort=False)):
+        own = frame[(frame.setup == setup) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
         mean = own.groupby("step")[["validation_loss", "off_domain_loss"]].mean()
         forgotten = mean.off_domain_loss - mean.off_domain_loss.iloc[0]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         line = LINES[i % len(LINES)]
         ax.plot(forgotten, mean.validation_loss, line, color=style["color"], linewidth=1.2)
         stop = int(np.abs(mean.index - trials.best_step.mean()).argmin())
-        ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=way, linestyle=line, **style)
+        ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=setup, linestyle=line, **style)
         ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **style)
     ax.set_xlabel("rise of the off-domain loss (forgetting)")
     ax.set_ylabel("validation loss (learning)")
@@ -312,18 +312,18 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
-    """A number against the size of the training set, a line for each way: mean over seeds, least and most.
+    """A number against the size of the training set, a line for each method: mean over seeds, least and most.
 
     Args:
-        table: what :func:`lora_lab.ablation.overfitting.compared` returns, with sizes.
+        table: what :func:`lora_lab.ablation.overfitting.compare` returns, with sizes.
         ylabel: what was compared, with its unit.
     """
     ax = ax or plt.subplots()[1]
-    for i, (way, rows) in enumerate(table.groupby("way", sort=False)):
+    for i, (setup, rows) in enumerate(table.groupby("setup", sort=False)):
         reach = [rows["mean"] - rows.least, rows.most - rows["mean"]]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
         shifted = rows.n_train * 1.06**i  # so that bars do not hide each other
-        ax.errorbar(shifted, rows["mean"], reach, linestyle=LINES[i % len(LINES)], label=way, **style)
+        ax.errorbar(shifted, rows["mean"], reach, linestyle=LINES[i % len(LINES)], label=setup, **style)
     sizes = sorted(table.n_train.unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [f"{size:,}" for size in sizes])

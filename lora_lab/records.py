@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lora_lab.system.files import read_json, write_json
-from lora_lab.system.provenance import checkout, device_name, driver_version, facts, slug
+from lora_lab.system.provenance import checkout, device_name, driver_version, machine_info, slug
 
 SCHEMA = 1
 _TEXTS = {  # field -> (pattern, what it stands for)
@@ -28,6 +28,10 @@ _TEXTS = {  # field -> (pattern, what it stands for)
     "date": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day, such as '2026-11-24'"),
     "command": (r".*\S.*", "the one line that was run"),
 }
+# Names in records of earlier versions -> what they are called now.
+_KINDS = {"trades": "downstream"}
+_SETTINGS = {"ways": "setups"}
+_COLUMNS = {"way": "setup", "wanted": "reference", "said": "prediction"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Record:
     Args:
         what: what was measured, one word: "memory", "speed".
         device: the device's name, as people say it.
-        facts: machine and software, as :func:`lora_lab.system.provenance.facts` tells them; on CUDA the driver too.
+        facts: machine and software, from :func:`lora_lab.system.provenance.machine_info`; on CUDA the driver too.
         commit: git commit of the code that ran; "+changes" is appended if tracked files differed from it, and
             it is "unknown" outside a checkout.
         date: the day in UTC, such as "2026-11-24".
@@ -99,7 +103,7 @@ class Record:
         return pandas.DataFrame(self.rows).sort_index(axis="columns")
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
     """A table's row as a record's: what is no number is None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
@@ -123,7 +127,7 @@ def new(
     Raises:
         ValueError: as :meth:`Record.validate`.
     """
-    described = facts(device)
+    described = machine_info(device)
     if device.type == "cuda":
         described["driver"] = driver_version()
     return Record(
@@ -212,7 +216,19 @@ def _from_json(stored: Any) -> Record:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if unknown := stored.keys() - expected:
         raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))}")
+    if stored["what"] in ("overfitting", *_KINDS):
+        stored = _with_current_names(stored)
     return Record(**stored)
+
+
+def _with_current_names(stored: dict[str, Any]) -> dict[str, Any]:
+    """A record's entries, as an earlier version may have named them, under the names of today."""
+    rows, settings = stored["rows"], stored["settings"]
+    if isinstance(rows, list) and all(map(_is_dict, rows)):
+        rows = [{_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
+    if _is_dict(settings):
+        settings = {_SETTINGS.get(name, name): value for name, value in settings.items()}
+    return stored | {"what": _KINDS.get(stored["what"], stored["what"]), "rows": rows, "settings": settings}
 
 
 def _check_rows(rows: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 IGNORE = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
 
-class Encoder(Protocol):
+class TextTokenizer(Protocol):
     """All that a text task needs of a tokenizer."""
 
     def encode(self, text: str) -> list[int]: ...

@@ -4,6 +4,7 @@ Models of session scope are for reading: a test that changes one works on a deep
 """
 
 import functools
+import gc
 import sys
 
 import gguf
@@ -16,6 +17,7 @@ from lora_lab.models.download import fetch_smollm2
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer
+from tests.helpers import randomise_all
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,20 @@ def figures_are_closed():
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture
+def seeded():
+    """torch's global generator begins each test alike."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def frozen_heap():
+    """``measure`` collects garbage; what was imported and made before need not be looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -90,6 +106,17 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def chatter(tiny_tokenizer):
+    """The tiny tokenizer with a chat template."""
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    return Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=template)
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     """The shape of a Llama that computes in milliseconds, and knows the tiny tokenizer's tokens."""
     return LlamaConfig(
@@ -127,13 +154,7 @@ def tiny_hf():
             "bos_token_id": 258,
             "eos_token_id": 259,
         }
-        model = LlamaForCausalLM(HFConfig(**(shape | changes))).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                centre = 1.0 if name.endswith("norm.weight") else 0.0
-                parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.3)
-        return model
+        return randomise_all(LlamaForCausalLM(HFConfig(**(shape | changes))).eval(), seed)
 
     return make
 

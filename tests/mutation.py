@@ -50,26 +50,26 @@ GOAL, MOST_EQUIVALENT = 0.95, 0.08
 
 # Each module and its tests, the quick ones first: the first failure ends a run.
 TARGETS = {
-    "lora": ["lora", "targets", "layers", "methods"],
-    "layers": ["layers", "targets", "lora", "adapters"],
-    "variants": ["variants", "methods", "adapters"],
-    "inject": ["lora", "targets", "layers", "methods"],
-    "methods": ["methods", "variants", "train"],
-    "rank": ["rank", "spectra", "extract"],
-    "history": ["train", "resume"],
-    "checkpoint": ["train", "resume", "methods", "lean"],
-    "train": ["train", "resume", "methods"],
-    "adapters/peft_format": ["adapters", "extract", "layers"],
-    "adapters/edit": ["adapters", "extract", "layers"],
-    "lean/linear": ["lean"],
-    "lean/blocks": ["lean"],
-    "lean/loss": ["lean"],
-    "lean/optim": ["lean"],
-    "lean/step": ["lean"],
-    "costs/memory": ["rehearse", "memory"],
-    "ablation/packed_layer": ["packed", "ablate"],
-    "ablation/packed": ["packed", "ablate"],
-    "ablation/verdict": ["verdict", "rank_records"],
+    "lora": ["test_lora", "test_inject", "test_layers", "test_methods"],
+    "layers": ["test_layers", "test_inject", "test_lora", "adapters/test_peft_format"],
+    "variants": ["test_variants", "test_methods", "adapters/test_peft_format"],
+    "inject": ["test_lora", "test_inject", "test_layers", "test_methods"],
+    "methods": ["test_methods", "test_variants", "test_train"],
+    "rank": ["test_rank", "analysis/test_spectra", "adapters/test_edit"],
+    "history": ["test_train", "test_checkpoint"],
+    "checkpoint": ["test_train", "test_checkpoint", "test_methods", "lean/test_lean"],
+    "train": ["test_train", "test_checkpoint", "test_methods"],
+    "adapters/peft_format": ["adapters/test_peft_format", "adapters/test_edit", "test_layers"],
+    "adapters/edit": ["adapters/test_peft_format", "adapters/test_edit", "test_layers"],
+    "lean/linear": ["lean/test_lean"],
+    "lean/blocks": ["lean/test_lean"],
+    "lean/loss": ["lean/test_lean"],
+    "lean/optim": ["lean/test_lean"],
+    "lean/step": ["lean/test_lean"],
+    "costs/memory": ["costs/test_fake", "costs/test_memory"],
+    "ablation/packed_layer": ["ablation/test_packed", "ablation/test_run"],
+    "ablation/packed": ["ablation/test_packed", "ablation/test_run"],
+    "ablation/verdict": ["ablation/test_verdict", "experiments/test_ranks"],
 }
 
 
@@ -205,7 +205,7 @@ def _path(root: Path, module: str) -> Path:
 
 def tests_of(module: str) -> list[str]:
     """The files that test a module, the quick ones first."""
-    return [f"tests/test_{name}.py" for name in TARGETS[module]]
+    return [f"tests/{name}.py" for name in TARGETS[module]]
 
 
 def _pytest(folder: str, files: list[str], log: str) -> None:

@@ -16,28 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
 from lora_lab.adapters.edit import off, switch
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection
+from tests.helpers import randomise, relative_error
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 HALF = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@torch.no_grad()
-def randomise(model, seed=1, size=0.5):
-    """Give every A and B random numbers, so that the adapters do something."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return model
-
-
-def relative_error(found, expected):
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm())
 
 
 def copies(layer):

@@ -13,13 +13,9 @@ from torch.nn import functional as F
 
 from lora_lab import Llama, LlamaConfig, LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from tests.helpers import PIXELS, randomise, relative_error, snapshot
 
-PIXELS = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def linear(width_in, width_out, bias=True, dtype=torch.float32, seed=0):
@@ -29,30 +25,6 @@ def linear(width_in, width_out, bias=True, dtype=torch.float32, seed=0):
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(width_in))
     return layer
-
-
-@torch.no_grad()
-def randomise(model, seed=1, size=0.3):
-    """Give every B random numbers, so that the adapters do something."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.lora_B.copy_(torch.randn(module.lora_B.shape, generator=generator) * size)
-    return model
-
-
-def snapshot(model):
-    """Everything that a refused call must leave alone: modules, trainability, values."""
-    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-    parameters = [
-        (name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters(remove_duplicate=False)
-    ]
-    return modules, parameters
-
-
-def relative_error(found, expected):
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm())
 
 
 # The layer

@@ -33,14 +33,11 @@ from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import quantize_nf4
 from lora_lab.tasks import Examples, Task, mean_squared_error, planted
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import Stopped, snapshot
 
 
 def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def snapshot(model):
-    return [(name, id(m)) for name, m in model.named_modules()], trainable(model), model.state_dict().keys()
 
 
 @pytest.fixture
@@ -312,10 +309,6 @@ def test_a_variant_learns_and_the_base_keeps_its_bits(kind):
     assert history.trainable_parameters == sum(p.numel() for p in start.parameters() if p.requires_grad)
     untrained_loss = mean_squared_error(before, TASK.validation.inputs, TASK.validation.targets)
     assert history.rows[0]["validation_loss"] == pytest.approx(untrained_loss.item(), rel=1e-6)
-
-
-class Stopped(BaseException):
-    """Stands for whatever ends a run."""
 
 
 @KINDS

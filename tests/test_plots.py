@@ -12,8 +12,7 @@ from lora_lab import FullFineTuning, History, LoRA, plots
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, predict
 from lora_lab.history import COLUMNS
 from lora_lab.models.digits import DigitsMLP
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from tests.helpers import PNG
 
 
 def history(validation, train=None):
@@ -271,11 +270,11 @@ def test_a_statistic_over_depth_has_a_line_a_kind_and_the_band_of_chance():
     assert not plain.patches
 
 
-def walk(way, lr, seed, validation, off_domain):
+def walk(setup, lr, seed, validation, off_domain):
     """The rows of one trial, evaluated every ten steps."""
     steps = [10.0 * i for i in range(len(validation))]
     columns = {"step": steps, "validation_loss": validation, "off_domain_loss": off_domain}
-    return pandas.DataFrame({"way": way, "lr": lr, "seed": seed, "outcome": "done", **columns})
+    return pandas.DataFrame({"setup": setup, "lr": lr, "seed": seed, "outcome": "done", **columns})
 
 
 WALKS = pandas.concat(
@@ -290,7 +289,7 @@ WALKS = pandas.concat(
     ignore_index=True,
 )
 BEST = pandas.DataFrame(
-    {"way": ["LoRA", "LoRA", "full", "full"], "lr": [1e-2, 1e-2, 1e-3, 1e-3], "seed": [0, 1] * 2}
+    {"setup": ["LoRA", "LoRA", "full", "full"], "lr": [1e-2, 1e-2, 1e-3, 1e-3], "seed": [0, 1] * 2}
     | {"best_step": [20, 30, 10, 14]}
 )
 
@@ -343,10 +342,10 @@ def test_paths_are_named_in_one_order_and_drawn_on_the_axes_they_are_given():
 
 SIZES = pandas.DataFrame(
     [
-        {"n_train": 16, "way": "full", "mean": 2.0, "least": 1.5, "most": 2.25},
-        {"n_train": 16, "way": "LoRA", "mean": 1.0, "least": 0.5, "most": 3.0},
-        {"n_train": 1024, "way": "full", "mean": 0.5, "least": 0.25, "most": 0.75},
-        {"n_train": 1024, "way": "LoRA", "mean": 0.75, "least": 0.75, "most": 1.0},
+        {"n_train": 16, "setup": "full", "mean": 2.0, "least": 1.5, "most": 2.25},
+        {"n_train": 16, "setup": "LoRA", "mean": 1.0, "least": 0.5, "most": 3.0},
+        {"n_train": 1024, "setup": "full", "mean": 0.5, "least": 0.25, "most": 0.75},
+        {"n_train": 1024, "setup": "LoRA", "mean": 0.75, "least": 0.75, "most": 1.0},
     ]
 )
 
@@ -362,9 +361,9 @@ def test_a_number_over_the_size_of_the_training_set_has_a_line_a_way_and_reaches
     assert len(ax.xaxis.get_minorticklocs()) == 0
     assert [container.get_label() for container in ax.containers] == ["full", "LoRA"]
     assert legend(ax) == ["LoRA", "full"]
-    for i, (container, way) in enumerate(zip(ax.containers, ("full", "LoRA"), strict=True)):
+    for i, (container, setup) in enumerate(zip(ax.containers, ("full", "LoRA"), strict=True)):
         line, _, (bars,) = container.lines
-        own = SIZES[SIZES.way == way]
+        own = SIZES[SIZES.setup == setup]
         assert line.get_ydata().tolist() == own["mean"].tolist()
         assert line.get_xdata().tolist() == pytest.approx((own.n_train * 1.06**i).tolist())
         ends = [(low[1], high[1]) for low, high in bars.get_segments()]

@@ -21,19 +21,13 @@ from lora_lab.history import COLUMNS, DivergedError, is_number
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
 from lora_lab.train import TrainConfig, TrainingStep, learning_rate, make_step
+from tests.helpers import small_task
 
 
 def examples(n, features, classes, seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(n, features, generator=generator, dtype=dtype)
     return Examples(inputs, torch.randint(0, classes, (n,), generator=generator))
-
-
-def small_task(n_train=12, dtype=torch.float32, loss=None):
-    """Random numbers in the shape of the digits."""
-    parts = {"train": (n_train, 0), "validation": (7, 1), "test": (4, 2), "off_domain": (5, 3)}
-    parts = {part: examples(n, 64, 10, seed, dtype) for part, (n, seed) in parts.items()}
-    return Task("small", **parts, **({"loss": loss} if loss else {}))
 
 
 def double_cross_entropy(model, inputs, targets):

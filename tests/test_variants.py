@@ -24,6 +24,10 @@ from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS
 from lora_lab.costs.memory import saved_bytes
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import randomise, relative_error
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 RANK, ALPHA = 3, 5.0
 KINDS = {"rslora": RsLoRALinear, "lora-fa": LoRAFALinear, "pissa": PiSSALinear, "dora": DoRALinear}
@@ -50,11 +54,6 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def inputs(dtype=torch.float32, seed=7):
     return torch.randn(20, 12, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -64,18 +63,6 @@ def net(kind=None, bias=True, dtype=torch.float32, rank=RANK, alpha=ALPHA, dropo
     model = Net(bias, seed).to(dtype)
     if kind is not None:
         inject(model, LoRAConfig(rank, alpha, dropout), layer=KINDS.get(kind))
-    return model
-
-
-@torch.no_grad()
-def randomise(model, seed=1):
-    """Change all that makes up the adapters: A and B by random numbers, lengths by a factor from 0.5 to 1.5."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "magnitude" in name:
-            parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
-        elif "lora_" in name:
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 
@@ -100,11 +87,6 @@ def copy_parameters(model, parameters):
     assert ours.keys() == parameters.keys()
     for name, parameter in parameters.items():
         parameter.copy_(ours[name])
-
-
-def relative_error(found, expected):
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm())
 
 
 def update(model, x):

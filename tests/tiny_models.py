@@ -1,11 +1,14 @@
 """Small random models of transformers that several test files build."""
 
+import copy
 import functools
 from collections.abc import Callable
 
 import torch
 import transformers as hf
 from torch import nn
+
+from tests.helpers import randomise_all
 
 SHAPE = {
     "vocab_size": 40,
@@ -46,13 +49,52 @@ def falcon() -> nn.Module:
     return hf.FalconForCausalLM(config)
 
 
+def bert() -> nn.Module:
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = hf.BertConfig(**shape, **without, num_attention_heads=2, max_position_embeddings=16, num_labels=3)
+    return hf.BertForSequenceClassification(config)
+
+
+def t5() -> nn.Module:
+    shape = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def vit() -> nn.Module:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf.ViTForImageClassification(hf.ViTConfig(**shape, **without, image_size=16, patch_size=4, num_labels=3))
+
+
+def whisper() -> nn.Module:
+    sides = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in [("layers", 1), ("attention_heads", 2), ("ffn_dim", 24)]
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = hf.WhisperConfig(
+        **sides,
+        **tokens,
+        vocab_size=40,
+        num_mel_bins=8,
+        d_model=16,
+        max_source_positions=10,
+        max_target_positions=16,
+        dropout=0.0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return hf.WhisperForConditionalGeneration(config)
+
+
 @functools.cache
 def original(make: Callable[[], nn.Module]) -> nn.Module:
     """A model with random numbers everywhere, biases and norms too."""
-    model = make().eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-            parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.25)
-    return model
+    return randomise_all(make().eval(), seed=3, size=0.25)
+
+
+def fresh(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of it that may be changed."""
+    return copy.deepcopy(original(make)).to(dtype)

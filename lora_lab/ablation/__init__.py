@@ -1,4 +1,4 @@
-"""Ablations: many runs, packed or apart, and which rank they show to be enough.
+"""Ablations: many runs, packed or separate, and which rank they show to be enough.
 
 In reading order:
 
@@ -20,8 +20,10 @@ from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.packed import fit_packed
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.verdict import Verdict, summary
+from lora_lab.ablation.verdict import Verdict, smallest_sufficient_rank
+from lora_lab.system.renamed import renamed
 
-__all__ = ["Grid", "Trial", "Verdict", "ablate", "fit_packed", "load", "summary"]
+__all__ = ["Grid", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
 
-__getattr__, _, _ = lazy_loader.attach(__name__, ["overfitting", "studies"])  # the other files are loaded already
+_lazy, _, _ = lazy_loader.attach(__name__, ["overfitting", "studies"])  # the other files are loaded already
+__getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"}, _lazy)

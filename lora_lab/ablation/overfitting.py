@@ -1,18 +1,18 @@
 """What curves tell of learning, overfitting and forgetting: where early stopping would have stopped, and at what price.
 
-    frame = pandas.concat(by_size(...))     # ways x sizes of the training set x rates on one seed, then all seeds
-    found = measures(frame)                 # one row a trial: what it learned, lost again, and forgot
-    best = tuned(found)                     # each way to train at its own best rate
-    compared(best, "overfit")               # against full fine-tuning, paired by seed
+    frame = pandas.concat(by_size(...))     # methods x sizes of the training set x rates on one seed, then all seeds
+    trials = summarise_trials(frame)        # one row a trial: what it learned, lost again, and forgot
+    best = at_best_rate(trials)             # each setup at its own best rate
+    compare(best, "overfit")                # with full fine-tuning, paired by seed
     equal = at_equal_learning(frame, best)  # what each had forgotten when all had learned as much
-    against(frame, "overfit")               # over all rates in the frame: does the choice of a rate decide?
+    compare_over_rates(frame, "overfit")    # over all rates in the frame: does the choice of a rate decide?
 
-A frame is what :func:`lora_lab.ablation.ablate` returns, with one column more: ``way``, a name for how it was trained.
-With a column ``n_train`` as well, all is done for each size of the training set by itself.
+A frame is what :func:`lora_lab.ablation.ablate` returns, with one more column: ``setup``, a name for how it trained.
+With a column ``n_train`` as well, each size of the training set is treated by itself.
 
 To stop early is not another run: a run that was evaluated often holds every shorter one, where the rate does not
 depend on the number of steps (``schedule="constant"``). The loss at the best evaluation is the lowest of several, so it
-is a little too good; all ways have that in common.
+is a little too good; all methods have that in common.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
 from lora_lab.costs.fake import Factory
+from lora_lab.system.renamed import renamed
 from lora_lab.task import Task
 
 if TYPE_CHECKING:
     import pandas
 
 
-_NEEDED = ("way", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap")
+_NEEDED = ("setup", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap")
 
 
 def by_size(
@@ -49,22 +50,22 @@ def by_size(
     choose: int = 1,
     **options: Any,
 ) -> Iterator[pandas.DataFrame]:
-    """For each size of the training set choose each way's learning rate on the first seeds, and run all others at it.
+    """For each size of the training set choose each setup's learning rate on the first seeds, and run the rest at it.
 
-    A way of which no rate ends well on a choosing seed is not run on the others.
+    A method of which no rate ends well on a choosing seed is not run on the others.
 
     Args:
         model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
-        trial_of: (way, lr, seed, size) -> the trial.
-        lrs: the rates that each way tries.
+        trial_of: (method, lr, seed, size) -> the trial.
+        lrs: the rates that each method tries.
         choose: how many of the seeds choose. One is cheap, and its choice hangs by a thread where rates nearly tie.
 
     Yields:
-        A frame with the columns ``way`` and ``n_train`` for each size and seed, in this order, as it is done.
+        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order, as it is done.
 
     Raises:
-        ValueError: ``choose`` is out of range, or two ways make the same trial.
+        ValueError: ``choose`` is out of range, or two methods make the same trial.
     """
     import pandas
 
@@ -73,27 +74,29 @@ def by_size(
     for size in sizes:
         chosen, tried = lrs, []
         for place, seed in enumerate(seeds):
-            trials = {way: [trial_of(way, lr, seed, size) for lr in rates] for way, rates in chosen.items()}
+            trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in chosen.items()}
             every = [*chain.from_iterable(trials.values())]
             frame = ablate(model_factory, task_of(size, seed), every, folder, **options)
             identity = {"task": frame["task"].iloc[0], "model": frame["model"].iloc[0]}
-            way_of = {trial.bound(**identity).key: way for way, group in trials.items() for trial in group}
-            if len(way_of) < sum(len(set(group)) for group in trials.values()):
-                raise ValueError("Two ways make the same trial, so their results could not be told apart; name one.")
-            frame = frame.assign(way=frame["key"].map(way_of), n_train=size)
+            setup_of = {trial.bound(**identity).key: setup for setup, group in trials.items() for trial in group}
+            if len(setup_of) < sum(len(set(group)) for group in trials.values()):
+                raise ValueError("Two methods make the same trial, so their results could not be told apart; name one.")
+            frame = frame.assign(setup=frame["key"].map(setup_of), n_train=size)
             yield frame
             tried.append(frame)
             if place == choose - 1:
                 so_far = pandas.concat(tried, ignore_index=True)
                 if not (so_far["outcome"] == "done").any():
                     break
-                chosen = {row["way"]: (row["lr"],) for row in tuned(measures(so_far)).to_dict("records")}
+                chosen = {
+                    row["setup"]: (row["lr"],) for row in at_best_rate(summarise_trials(so_far)).to_dict("records")
+                }
 
 
-def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
+def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
     """One row for each trial that ended well.
 
-    Columns: those of the trial (``n_train`` if there is one, ``way``, ``lr``, ``seed``); ``best_step``, the evaluation
+    Columns: those of the trial (``n_train`` if there is one, ``setup``, ``lr``, ``seed``); ``best_step``, the step
     of the lowest validation loss, where early stopping stops; ``best_loss`` there; ``learned``, how far below the loss
     before training that is; ``last_loss``; ``overfit``, how far the loss rose again by the last step; ``gap``, the
     generalisation gap then; ``forgotten`` and ``forgotten_at_last``, how much higher the off-domain loss is than before
@@ -106,13 +109,13 @@ def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
     import pandas
 
     if missing := [name for name in _NEEDED if name not in frame]:
-        raise ValueError(f"The frame lacks the columns {missing}; give what ablate returns, with a column 'way'.")
+        raise ValueError(f"The frame lacks the columns {missing}; give what ablate returns, with a column 'setup'.")
     by, rows = _identity(frame), []
     for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
         curve = curve.sort_values("step")
         first, last = curve.iloc[0], curve.iloc[-1]
         if first["step"] != 0 or curve["step"].duplicated().any():
-            raise ValueError(f"The trial {dict(zip(by, values, strict=True))} needs one row for each step, from 0 on.")
+            raise ValueError(f"The trial {first[by].to_dict()} needs one row for each step, from 0 on.")
         best = curve.loc[curve["validation_loss"].idxmin()]
         row = {
             "best_step": int(best["step"]),
@@ -130,8 +133,8 @@ def measures(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def tuned(found: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows at each way's best rate: the lowest mean of ``best_loss`` over the seeds that all its rates have.
+def at_best_rate(found: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows at each method's best rate: the lowest mean of ``best_loss`` over the seeds that all its rates have.
 
     A column ``edge`` is added: whether that rate is the "smallest" or "largest" of those that ended well, so that a
     better one may lie beyond, or the "only" one.
@@ -140,7 +143,7 @@ def tuned(found: pandas.DataFrame) -> pandas.DataFrame:
         found: what :func:`measures` returns.
 
     Raises:
-        ValueError: there are no trials, or the rates of a way have no seed in common.
+        ValueError: there are no trials, or the rates of a method have no seed in common.
     """
     import pandas
 
@@ -157,17 +160,17 @@ def near_ties(found: pandas.DataFrame, slack: float) -> pandas.DataFrame:
     """The rates that are as good as the best: a mean of ``best_loss`` that is at most ``slack`` above the best rate's.
 
     A few seeds cannot tell such rates apart, and what is compared later may differ much between them. So train them all
-    on other seeds, and see whether a verdict holds for each (:func:`against`).
+    on other seeds, and see whether a verdict holds for each (:func:`compare_over_rates`).
 
     Args:
         found: what :func:`measures` returns, of the seeds that choose.
         slack: in the units of the loss; 0 leaves the best rate.
 
     Returns:
-        Columns ``n_train`` (if there is one), ``way``, ``lr``.
+        Columns ``n_train`` (if there is one), ``setup``, ``lr``.
 
     Raises:
-        ValueError: the slack is negative; or as :func:`tuned`.
+        ValueError: the slack is negative; or as :func:`at_best_rate`.
     """
     import pandas
 
@@ -181,7 +184,7 @@ def near_ties(found: pandas.DataFrame, slack: float) -> pandas.DataFrame:
 
 
 def _by_rate(found: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, pandas.Series]]:
-    """For each way (and size) its trials, and the mean of ``best_loss`` of each rate over the seeds that all have."""
+    """Each setup's trials (at each size), and each rate's mean ``best_loss`` over the seeds that all rates have."""
     if found.empty:
         raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
     for values, own in found.groupby(_shared(found), sort=False):
@@ -191,16 +194,16 @@ def _by_rate(found: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, pandas
         yield own, table.mean()
 
 
-def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
-    """Each way's mean of a column, and its difference from one way's, paired by seed, with one-sided 95 % bounds.
+def compare(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
+    """Each method's mean of a column, and its difference from one method's, paired by seed, with one-sided 95 % bounds.
 
     Args:
-        best: one row for each way and seed (and ``n_train``): of :func:`tuned` or :func:`at_equal_learning`.
+        best: one row for each setup and seed (and ``n_train``): of :func:`at_best_rate` or :func:`at_equal_learning`.
         column: what is compared.
-        reference: the way that the others are held against; at a size where it has no result, they have no difference.
+        reference: the setup that the others are compared with; where it has no result, they have no difference.
 
     Returns:
-        Columns ``n_train`` (if there is one), ``way``, ``mean``, ``least``, ``most``, ``seeds``, and for all but the
+        Columns ``n_train`` (if there is one), ``setup``, ``mean``, ``least``, ``most``, ``seeds``, and for all but the
         reference ``difference``, ``lower`` and ``upper``; bounds need two seeds.
 
     Raises:
@@ -208,23 +211,23 @@ def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pa
     """
     import pandas
 
-    if reference not in set(best["way"]):
-        raise ValueError(f"There is no way {reference!r} to compare with; there are {sorted(set(best['way']))}.")
+    if reference not in set(best["setup"]):
+        raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(best['setup']))}.")
     rows = []
     for size, own in best.groupby("n_train") if "n_train" in best else [(None, best)]:
-        table = own.pivot(index="seed", columns="way", values=column)
-        for way in dict.fromkeys(own["way"]):
-            values = table[way].dropna()
+        table = own.pivot(index="seed", columns="setup", values=column)
+        for setup in dict.fromkeys(own["setup"]):
+            values = table[setup].dropna()
             row = {} if size is None else {"n_train": size}
             row |= {
-                "way": way,
+                "setup": setup,
                 "mean": values.mean(),
                 "least": values.min(),
                 "most": values.max(),
                 "seeds": len(values),
             }
-            if way != reference and reference in table:
-                paired = (table[way] - table[reference]).dropna().tolist()
+            if setup != reference and reference in table:
+                paired = (table[setup] - table[reference]).dropna().tolist()
                 if paired:
                     row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
             rows.append(row)
@@ -232,22 +235,22 @@ def compared(best: pandas.DataFrame, column: str, reference: str = "full") -> pa
 
 
 def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: float = 1.0) -> pandas.DataFrame:
-    """What each way had forgotten when all had learned as much: a fair price for the same good.
+    """What each method had forgotten when all had learned as much: a fair price for the same good.
 
-    For each seed the amount is what the way that learned least had learned at its best. Each curve is followed from
-    the start to where it first gets there, on straight lines between evaluations. A seed for which some way learned
+    For each seed the amount is what the method that learned least had learned at its best. Each curve is followed from
+    the start to where it first gets there, on straight lines between evaluations. A seed for which some method learned
     nothing has no such amount and is left out.
 
-    Near its best a curve is flat and its way goes on forgetting, so the way that learned least is read late. A smaller
-    ``share`` of the amount is read where all curves are still steep; trust what holds for several shares.
+    Near its best a curve is flat while its setup goes on forgetting, so the setup that learned least is read late. A
+    smaller ``share`` of the amount is read where all curves are still steep; trust what holds for several shares.
 
     Args:
         frame: as for :func:`measures`.
-        best: the trials to compare, as :func:`tuned` returns them.
+        best: the trials to compare, as :func:`at_best_rate` returns them.
         share: of the amount, above 0 and at most 1.
 
     Returns:
-        Columns ``n_train`` (if there is one), ``seed``, ``way``, ``learned`` (the same for all ways), ``forgotten``.
+        Columns ``n_train`` (if there is one), ``seed``, ``setup``, ``learned`` (the same for all), ``forgotten``.
 
     Raises:
         ValueError: the share is out of range.
@@ -257,7 +260,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
     by, rows = _identity(frame), []
-    common = [name for name in by if name not in ("way", "lr")]  # what the ways that are compared share
+    common = [name for name in by if name not in ("setup", "lr")]  # what the methods that are compared share
     curves = {values: curve.sort_values("step") for values, curve in frame.groupby(by)}
     for values, own in best.groupby(common):
         amount = share * own["learned"].min()
@@ -267,49 +270,49 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
             curve = curves[tuple(trial[name] for name in by)]
             learned = (curve["validation_loss"].iloc[0] - curve["validation_loss"]).tolist()
             lost = (curve["off_domain_loss"] - curve["off_domain_loss"].iloc[0]).tolist()
-            row = {**dict(zip(common, values, strict=True)), "way": trial["way"], "learned": amount}
-            rows.append({**row, "forgotten": _where(learned, lost, amount)})
-    return pandas.DataFrame(rows, columns=[*common, "way", "learned", "forgotten"])
+            row = {**dict(zip(common, values, strict=True)), "setup": trial["setup"], "learned": amount}
+            rows.append({**row, "forgotten": interpolate_at(learned, lost, amount)})
+    return pandas.DataFrame(rows, columns=[*common, "setup", "learned", "forgotten"])
 
 
-def against(
+def compare_over_rates(
     frame: pandas.DataFrame, column: str, reference: str = "full", share: float | None = None
 ) -> pandas.DataFrame:
-    """Each way held against one, over all pairs of their rates: does a difference hang on which rate was chosen?
+    """Each method held against one, over all pairs of their rates: does a difference hang on which rate was chosen?
 
     Args:
-        frame: as for :func:`measures`; each way at the rates that could have been chosen, see :func:`near_ties`.
+        frame: as for :func:`measures`; each method at the rates that could have been chosen, see :func:`near_ties`.
         column: one that :func:`measures` returns, or with a ``share`` one of :func:`at_equal_learning`.
-        reference: the way that the others are held against.
+        reference: the method that the others are held against.
         share: None compares at each trial's own best or last step.
 
     Returns:
-        Columns ``n_train`` (if there is one), ``way``, ``pairs`` (of rates), ``lower`` and ``upper`` (the outermost of
-        the one-sided 95 % bounds of the paired differences) and ``verdict``: "less" or "more" if each pair's bounds say
-        so, "turns" if some say less and some more, else "open".
+        Columns ``n_train`` (if there is one), ``setup``, ``pairs`` (of rates), ``lower`` and ``upper`` (the outermost
+        of the one-sided 95 % bounds of the paired differences) and ``verdict``: "less" or "more" if each pair's bounds
+        say so, "turns" if some say less and some more, else "open".
 
     Raises:
         ValueError: the reference is not there, or a pair of rates has fewer than two seeds in common.
     """
     import pandas
 
-    found, rows = measures(frame), []
-    if reference not in set(found["way"]):
-        raise ValueError(f"There is no way {reference!r} to compare with; there are {sorted(set(found['way']))}.")
+    found, rows = summarise_trials(frame), []
+    if reference not in set(found["setup"]):
+        raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(found['setup']))}.")
     for size, trials in found.groupby("n_train") if "n_train" in found else [(None, found)]:
-        references = [one for _, one in trials[trials["way"] == reference].groupby("lr")]
-        for way, own in trials[trials["way"] != reference].groupby("way", sort=False):
+        references = [one for _, one in trials[trials["setup"] == reference].groupby("lr")]
+        for setup, own in trials[trials["setup"] != reference].groupby("setup", sort=False):
             pairs = [pandas.concat([one, other]) for one in references for _, other in own.groupby("lr")]
             if not pairs:
                 continue
             if share is not None:
-                curves = frame[frame["way"].isin([reference, way])]
+                curves = frame[frame["setup"].isin([reference, setup])]
                 pairs = [at_equal_learning(curves, pair, share) for pair in pairs]
-            told = pandas.concat([compared(pair, column, reference) for pair in pairs]).query("way == @way")
+            told = pandas.concat([compare(pair, column, reference) for pair in pairs]).query("setup == @setup")
             if "lower" not in told or told["lower"].isna().any():
-                raise ValueError(f"{way!r} and {reference!r} need two seeds in common at each rate to be compared.")
+                raise ValueError(f"{setup!r} and {reference!r} need two seeds in common at each rate to be compared.")
             row = {} if size is None else {"n_train": size}
-            row |= {"way": way, "pairs": len(pairs), "lower": told["lower"].min(), "upper": told["upper"].max()}
+            row |= {"setup": setup, "pairs": len(pairs), "lower": told["lower"].min(), "upper": told["upper"].max()}
             rows.append({**row, "verdict": _over_all(told["lower"], told["upper"])})
     return pandas.DataFrame(rows)
 
@@ -322,7 +325,7 @@ def _over_all(lower: pandas.Series, upper: pandas.Series) -> str:
     return "less" if less.all() else "more" if more.all() else "open"
 
 
-def _where(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
+def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
     """What was lost where ``amount`` is first learned."""
     after = next(i for i, value in enumerate(learned) if value >= amount)
     if after == 0:
@@ -334,9 +337,15 @@ def _where(learned: Sequence[float], lost: Sequence[float], amount: float) -> fl
 
 def _identity(frame: pandas.DataFrame) -> list[str]:
     """The columns that tell trials apart."""
-    return [name for name in ("n_train", "way", "lr", "seed") if name in frame]
+    return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
 
 
 def _shared(frame: pandas.DataFrame) -> list[str]:
-    """The columns that the rates and seeds of a way have in common."""
+    """The columns that the rates and seeds of a method have in common."""
     return [name for name in _identity(frame) if name not in ("lr", "seed")]
+
+
+__getattr__ = renamed(
+    __name__,
+    {"measures": "summarise_trials", "tuned": "at_best_rate", "compared": "compare", "against": "compare_over_rates"},
+)

@@ -35,7 +35,7 @@ from lora_lab.ablation.grid import Run
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES, PackedLinear, PackingError
 from lora_lab.ablation.packing import refusal
 from lora_lab.history import DivergedError, History, count_parameters
-from lora_lab.inject import adapter_state, find, replace
+from lora_lab.inject import adapter_state, match_layers, replace
 from lora_lab.lora import LoRALinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
@@ -150,7 +150,7 @@ def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[st
     for run in runs:
         if reason := refusal(model, task, run.method):
             raise PackingError(reason)
-    names = [list(find(model, run.method.targets, run.method.exclude)) for run in runs]
+    names = [list(match_layers(model, run.method.targets, run.method.exclude)) for run in runs]
     for run, adapted in zip(runs, names, strict=True):
         if adapted != names[0]:
             raise PackingError(

@@ -14,7 +14,7 @@ from torch import nn
 from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES
 from lora_lab.costs.memory import predict
-from lora_lab.inject import check_unadapted, find
+from lora_lab.inject import match_layers, require_no_adapters
 from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.task import Task, described
 
@@ -40,8 +40,8 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     if mark := getattr(model, MARK, None):
         return f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
     try:
-        check_unadapted(model)
-        names = find(model, method.targets, method.exclude)
+        require_no_adapters(model)
+        names = match_layers(model, method.targets, method.exclude)
     except ValueError as error:  # fit would say the same
         return str(error)
     for name in names:
@@ -85,7 +85,9 @@ def shares(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> l
         most: the most runs of a pack; ``count`` packs must be able to hold all.
     """
     runs = sorted(runs, key=lambda run: run.method.rank, reverse=True)
-    weights = [model.get_submodule(name).weight for name in find(model, runs[0].method.targets, runs[0].method.exclude)]
+    weights = [
+        model.get_submodule(name).weight for name in match_layers(model, runs[0].method.targets, runs[0].method.exclude)
+    ]
     frozen, sides = sum(2 * weight.numel() for weight in weights), sum(sum(weight.shape) for weight in weights)
     work = [0, *itertools.accumulate(frozen + 3 * run.method.rank * sides for run in runs)]  # of the first 0, 1, ...
     cuts = [0]
@@ -100,7 +102,7 @@ def plan(
     model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
 ) -> list[tuple[list[Trial], bool]]:
     """The trials in parcels, and whether each parcel is a pack."""
-    if engine == "apart":
+    if engine == "separate":
         return [([trial], False) for trial in trials]
     refusals: dict[str, str | None] = {}
     groups: dict[str, list[Trial]] = {}

@@ -41,12 +41,13 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.packing import plan
 from lora_lab.ablation.results import SCHEMA, stored_results, table, weights_path
 from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
-from lora_lab.costs.fake import Factory, copied
+from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History
-from lora_lab.inject import adapted_layers
+from lora_lab.inject import lora_layers
 from lora_lab.system.files import check_writable, write_json
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.provenance import commit, device_name, facts, version
+from lora_lab.system.provenance import commit, device_name, machine_info, version
+from lora_lab.system.renamed import warn_renamed
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit
 
@@ -86,8 +87,8 @@ def ablate(
         folder: where results are kept, one file a trial; None keeps none, and an interrupt then loses all.
         n_jobs: processes; None is one, this one, or what the caller's ``joblib.parallel_config`` says. Each worker
             computes with one torch thread.
-        engine: "apart" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
-            (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest apart.
+        engine: "separate" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
+            (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest one by one.
         budget_bytes: memory for one pack, by :func:`lora_lab.costs.memory.predict`; default half of what is free on
             this machine, shared among the workers.
         judge: called with each trained model and the task; what it returns (numbers and texts by name) is kept with
@@ -108,8 +109,11 @@ def ablate(
             ended by the system, or did not answer for ``timeout_s``; or the judge failed, or returned anything but
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
     """
-    if engine not in ("auto", "apart", "packed"):
-        raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'apart' or 'packed'.")
+    if engine == "apart":
+        warn_renamed("engine='apart'", "engine='separate'")
+        engine = "separate"
+    if engine not in ("auto", "separate", "packed"):
+        raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'separate' or 'packed'.")
     if len(trials) == 0:
         raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
     folder = None if folder is None else Path(folder)
@@ -361,7 +365,7 @@ class _Outcome:
 
     def result(self, engine: str, seconds: float) -> dict[str, Any]:
         """What its file holds."""
-        described = facts(self.device)
+        described = machine_info(self.device)
         return {
             "schema": SCHEMA,
             "key": self.trial.key,
@@ -410,7 +414,7 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
         else:
             outcomes = [_Outcome(trials[0], device, reason=f"out of memory: {error}")]
     if not parts:
-        engine = f"pack of {len(trials)}" if together else "apart"
+        engine = f"pack of {len(trials)}" if together else "separate"
         share = (time.perf_counter() - started) / len(trials)
         return [_Arrival(outcome.result(engine, share), outcome.failure) for outcome in outcomes]
     del model  # the error is gone too, with the tensors that its frames held
@@ -432,10 +436,10 @@ def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]
         if result.history is None:
             outcomes.append(_Outcome(trial, next(model.parameters()).device, reason=str(result.error)))
             continue
-        student = copied(model)  # shares the frozen weights
+        student = copy_sharing_weights(model)  # shares the frozen weights
         trial.method.prepare(student, trial.seed)
         with torch.no_grad():
-            for name, layer in adapted_layers(student).items():
+            for name, layer in lora_layers(student, required=True).items():
                 for part in layer.parts:
                     getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
         outcomes.append(_judged(work, trial, student, task, result.history))

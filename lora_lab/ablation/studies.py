@@ -22,6 +22,7 @@ from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PiSSA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+from lora_lab.system.renamed import renamed
 from lora_lab.task import Task
 from lora_lab.train import fit
 
@@ -63,11 +64,11 @@ def study(
     if name == "planted":
         return DigitsMLP(), tasks.planted(DigitsMLP())
     if name == "digits":
-        return reader(), tasks.digits()
+        return pretrained_digits(), tasks.digits()
     if name == "docs":
         if seq_len < 2:
             raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
-        return partial(language_model, device), partial(manual, seq_len)
+        return partial(language_model, device), partial(docs_task, seq_len)
     raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
 
 
@@ -109,17 +110,17 @@ def grid(
     )
 
 
-def reader(n_train: int = 500) -> nn.Module:
+def pretrained_digits(n_train: int = 500) -> nn.Module:
     """A small net that has learned the digits as they are, in about a second: the caller's own, equal on every call.
 
     Args:
         n_train: as for :func:`lora_lab.tasks.digits`: which digits those are.
     """
-    return copy.deepcopy(_reader(n_train))
+    return copy.deepcopy(_pretrained_digits(n_train))
 
 
 @cache
-def _reader(n_train: int) -> nn.Module:
+def _pretrained_digits(n_train: int) -> nn.Module:
     model = DigitsMLP()
     fit(
         model,
@@ -140,13 +141,13 @@ def language_model(device: torch.device | None = None) -> nn.Module:
     return load_pretrained(SMOLLM2, device=device)[0]
 
 
-def newborn(device: torch.device | None = None) -> nn.Module:
+def random_init(device: torch.device | None = None) -> nn.Module:
     """A model of the same shape that has learned nothing: random weights, the same on every call."""
     model = language_model(device)
     return Llama(model.config, seed=0).to(next(model.parameters()).device)
 
 
-def manual(seq_len: int, n_train: int | None = None, seed: int | None = None) -> Task:
+def docs_task(seq_len: int, n_train: int | None = None, seed: int | None = None) -> Task:
     """The task "docs" for that model; with ``n_train`` only so many training examples, drawn by the seed."""
     task = tasks.docs(load_pretrained(SMOLLM2)[1], seq_len)
     return task if n_train is None else task.limited(n_train, seed)
@@ -155,3 +156,6 @@ def manual(seq_len: int, n_train: int | None = None, seed: int | None = None) ->
 def processes(device: torch.device) -> int:
     """How many trials of the language model run at a time: two on a CPU, each with one thread; one on a GPU."""
     return 1 if device.type == "cuda" else 2
+
+
+__getattr__ = renamed(__name__, {"reader": "pretrained_digits", "newborn": "random_init", "manual": "docs_task"})

@@ -36,6 +36,7 @@ from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
 if TYPE_CHECKING:
     import pandas
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
+from lora_lab.system.renamed import renamed
 
 _NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
 # All else is a setting, and settings must be equal for a comparison to be one.
@@ -48,12 +49,12 @@ class RankResult:
 
     ``difference`` is the mean over seeds of loss(rank) - loss(largest rank) on the test part, in the task's unit of
     loss, and ``lower`` and ``upper`` are its one-sided 95 % bounds; they are None for the largest rank, for one seed,
-    and for a rank that could not be judged. ``standing`` is "reference" (the largest rank), "enough", "too small",
+    and for a rank that could not be judged. ``status`` is "reference" (the largest rank), "enough", "too small",
     "open" (more seeds are needed) or "not judged", and ``note`` says why, where that is not plain.
     """
 
     rank: int
-    standing: str
+    status: str
     lr: float | None = None
     validation_loss: float | None = None
     test_loss: float | None = None
@@ -90,7 +91,7 @@ class Verdict:
             f"{self.method}: {head}: {self.reason}",
             f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}, margin {self.margin:g}; losses on the test "
             f"part; differences from the largest rank, with one-sided {CONFIDENCE:.0%} bounds",
-            f"{'rank':>6}{'rate':>10}{'loss':>10}{'difference':>12}{'lower':>10}{'upper':>10}  standing",
+            f"{'rank':>6}{'rate':>10}{'loss':>10}{'difference':>12}{'lower':>10}{'upper':>10}  status",
         ]
         for one in self.ranks:
             numbers = [
@@ -101,7 +102,7 @@ class Verdict:
                 _number(one.upper, 10, "+.4f"),
             ]
             note = f": {one.note}" if one.note else ""
-            lines.append(f"{one.rank:>6}{''.join(numbers)}  {one.standing}{note}")
+            lines.append(f"{one.rank:>6}{''.join(numbers)}  {one.status}{note}")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -109,7 +110,7 @@ def _number(value: float | None, width: int, form: str) -> str:
     return f"{'-' if value is None else format(value, form):>{width}}"
 
 
-def summary(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = None) -> Verdict:
+def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = None) -> Verdict:
     """The smallest rank whose loss is at most ``margin`` above the largest rank's, as far as the seeds can tell.
 
     Args:
@@ -243,19 +244,19 @@ def _judge(rank: int, choice: _Choice, largest: _Choice, margin: float) -> RankR
     mean, lower, upper = t_bounds(differences)
     if lower is None or upper is None:
         return RankResult(rank, "open", **known, difference=mean, note="one seed has no spread to judge by")
-    standing = "enough" if upper < margin else "too small" if lower > margin else "open"
-    return RankResult(rank, standing, **known, difference=mean, lower=lower, upper=upper)
+    status = "enough" if upper < margin else "too small" if lower > margin else "open"
+    return RankResult(rank, status, **known, difference=mean, lower=lower, upper=upper)
 
 
 def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) -> tuple[int | None, str]:
     """The rank, or None, and why."""
     largest = ranks[-1].rank
-    if ranks[-1].standing == "not judged":
+    if ranks[-1].status == "not judged":
         return None, f"the largest rank, {largest}, has no learning rate with a result for every seed: run those first."
     if len(seeds) < 2:
         return None, "more seeds needed: one seed cannot tell a difference from chance."
-    enough = [one.rank for one in ranks if one.standing == "enough"]
-    unsettled = [one.rank for one in ranks if one.standing in ("open", "not judged")]
+    enough = [one.rank for one in ranks if one.status == "enough"]
+    unsettled = [one.rank for one in ranks if one.status in ("open", "not judged")]
     if enough:
         smaller = [str(rank) for rank in unsettled if rank < enough[0]]
         still = f"; rank {', '.join(smaller)} is not settled by these seeds" if smaller else ""
@@ -266,3 +267,6 @@ def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) ->
         names = ", ".join(map(str, unsettled))
         return None, f"more seeds needed: no smaller rank is shown to be enough, and rank {names} may be."
     return largest, f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."
+
+
+__getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"})

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lab.inject import LoRAConfig, adapted_layers, check_unadapted, find, inject, lora_layers, replace
+from lora_lab.inject import LoRAConfig, inject, lora_layers, match_layers, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
@@ -26,7 +26,7 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
         ValueError: the model has no adapters; or the state is of other layers or shapes (for PiSSA also of
             another rank, because of its start). The model is then left as it was.
     """
-    layers = adapted_layers(model)
+    layers = lora_layers(model, required=True)
     wanted = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
     if wrong := sorted(wanted ^ state.keys()):
         raise ValueError(
@@ -100,9 +100,9 @@ def extract(
     if (rank is None) == (energy is None):
         raise ValueError(f"rank is {rank} and energy {energy}; give one of them.")
     state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
-    check_unadapted(base)
+    require_no_adapters(base)
     parts, errors = {}, {}
-    for name, made in find(base, "all-linear", ()).items():
+    for name, made in match_layers(base, "all-linear", ()).items():
         weight = base.get_submodule(name).weight  # (48, 64)
         after = state.get(f"{name}.weight")
         if after is None or after.shape != weight.shape:
@@ -139,7 +139,7 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
             scaling * B A (PiSSA, DoRA). The model is then left as it was.
     """
     check_numbers(rank)  # checks it
-    layers = adapted_layers(model)
+    layers = lora_layers(model, required=True)
     for name, layer in layers.items():
         if isinstance(layer, PiSSALinear | DoRALinear):
             raise ValueError(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.adapters.edit import factor_shape, set_factors
-from lora_lab.inject import LoRAConfig, adapted_layers, check_unadapted, inject, lora_layers, matches, replace
+from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.system.files import atomic_files, read_json, settle, write_json
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     folder = Path(folder)
     layers = {
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
-        for name, layer in adapted_layers(model).items()
+        for name, layer in lora_layers(model, required=True).items()
     }
     for name, layer in layers.items():
         _check_kind(name, layer)
@@ -93,7 +93,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = _NEUTRAL | {
-        "alpha_pattern": _pattern(alphas, alpha),
+        "alpha_pattern": _exceptions_to(alphas, alpha),
         "base_model_name_or_path": base,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "inference_mode": True,
@@ -102,8 +102,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         "lora_dropout": dropout,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": _pattern(ranks, rank),
-        "target_modules": _endings(model, list(layers)),
+        "rank_pattern": _exceptions_to(ranks, rank),
+        "target_modules": _shortest_targets(model, list(layers)),
         "task_type": "CAUSAL_LM" if _is_causal(model) else None,
     }
     if variant:
@@ -115,7 +115,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     }
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _NOTE: _note(config)})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _NOTE: _config_digest(config)})
     return folder
 
 
@@ -128,11 +128,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             fit this model; or the model has adapters already. The model is then left as it was.
     """
     folder = Path(folder)
-    check_unadapted(model)
+    require_no_adapters(model)
     config, tensors = _read(folder)
     variant = next((layer for name, layer in _VARIANTS.items() if config.get(name)), None)
     names = _check_names(model, tensors, variant, folder)
-    numbers = {name: (_by_pattern(config, "r", name), _by_pattern(config, "lora_alpha", name)) for name in names}
+    numbers = {name: (_value_for(config, "r", name), _value_for(config, "lora_alpha", name)) for name in names}
     for rank, alpha in numbers.values():
         check_numbers(rank, alpha)
     start = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names)
@@ -162,9 +162,9 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
     """
     config, tensors = _read(Path(folder))
     state: dict[str, Tensor] = {}
-    for name in sorted(tensors, key=_in_order):
+    for name in sorted(tensors, key=_natural_key):
         parts = tensors[name]
-        rank, alpha = _by_pattern(config, "r", name), _by_pattern(config, "lora_alpha", name)
+        rank, alpha = _value_for(config, "r", name), _value_for(config, "lora_alpha", name)
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items() if part != _BASE}
         numbers = {"alpha": alpha, "scaling": alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)}
         state |= {f"{name}.{key}": torch.tensor(number, dtype=torch.float64) for key, number in numbers.items()}  # ()
@@ -210,15 +210,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """The settings, and the parts of each layer, if both are of one save."""
     config = read_config(folder)
     tensors, note = _read_weights(folder / WEIGHTS)
-    if note is not None and note != _note(config):
+    if note is not None and note != _config_digest(config):
         raise ValueError(
             f"{folder}: weights and config are of two different saves (rank, alpha and targets {note} against "
-            f"{_note(config)}); save the adapter anew."
+            f"{_config_digest(config)}); save the adapter anew."
         )
     return config, tensors
 
 
-def _note(config: dict[str, Any]) -> str:
+def _config_digest(config: dict[str, Any]) -> str:
     more = {name: config[name] for name in (*_PATTERNS.values(), *_VARIANTS) if config.get(name)}
     numbers = [config["r"], config["lora_alpha"], config.get("target_modules")]
     return json.dumps([*numbers, more] if more else numbers, sort_keys=True)
@@ -251,23 +251,23 @@ def _keys(layer: LoRALayer) -> dict[str, str]:
     return _EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else _KEYS
 
 
-def _in_order(name: str) -> str:
+def _natural_key(name: str) -> str:
     """Sorts layer 2 before layer 10."""
     return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
 
 
-def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+def _exceptions_to(values: dict[str, float], default: float) -> dict[str, float]:
     """The layers of another value than the default, by regular expressions that match each one's whole name."""
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
-def _by_pattern(config: dict[str, Any], setting: str, name: str) -> float:
+def _value_for(config: dict[str, Any], setting: str, name: str) -> float:
     """PEFT's rule: the first key that the name ends in, as a regular expression, gives the layer's own value."""
     pattern = config.get(_PATTERNS[setting]) or {}
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), config[setting])
 
 
-def _endings(model: nn.Module, names: list[str]) -> list[str]:
+def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
     """The shortest list that names exactly these layers: last parts of names if they do, else whole names."""
     endings = {name.rpartition(".")[2] for name in names}
     inner = tuple(f"{name}." for name in names)  # what LoRALinear itself holds
@@ -323,7 +323,7 @@ def _check_names(
         if table is not None and not torch.equal(table, modules[name].weight.detach().cpu().to(table.dtype)):
             raise ValueError(f"{folder} brings its own weight of {name!r}, which is not the model's; load that first.")
     for other in modules.keys() - tensors.keys():
-        if ending := next((name for name in names if matches(other, name)), None):
+        if ending := next((name for name in names if name_matches(other, name)), None):
             raise ValueError(f"{folder} adapts {ending!r}, but a target of that name would also adapt {other!r}.")
     return names
 

@@ -29,8 +29,8 @@ from lora_lab.costs.fake import (
     Batch,
     Factory,
     batch_for,
-    made,
-    pretend,
+    build_model,
+    fake_copy,
     shape_of,
 )
 from lora_lab.costs.flops import (
@@ -45,14 +45,14 @@ from lora_lab.costs.flops import (
     FlopCounter,
     size_of,
 )
-from lora_lab.costs.microbench import DISTANCES, ROUNDS, VIEW, Operand, Operation, Stopwatch, Traffic
+from lora_lab.costs.microbench import DISTANCES, ROUNDS, VIEW, Operand, Operation, OperationTimer, ReuseDistances
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.timing import disturbance, synchronize, thread_count
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.digits import PIXELS, DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
-from lora_lab.system.process import Crowd
+from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
 from lora_lab.train import TrainingStep
 
@@ -71,17 +71,17 @@ class StepTrace(FlopCounter):
 
     def __init__(self, step: TrainingStep) -> None:
         super().__init__(step)
-        self._traffic = Traffic()
+        self._traffic = ReuseDistances()
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and list it, anew."""
         self._entries: list[tuple[str, int | None, Operation]] = []
         super().run(batches, weights)
 
-    def saw(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Enter the operation."""
         before = len(self.products)
-        super().saw(function, args, kwargs, out)
+        super().on_operation(function, args, kwargs, out)
         if function.namespace == "aten":
             product = before if len(self.products) > before else None
             self._entries += [
@@ -294,7 +294,7 @@ class CostModel:
     The first sum is what is computed; the second is what Python, modules and autograd take to call it.
 
     Args:
-        seconds: of an operation. A :class:`lora_lab.costs.microbench.Stopwatch` times what it has not met before.
+        seconds: of an operation. A :class:`lora_lab.costs.microbench.OperationTimer` times what it has not met before.
         overhead: (fixed, each) in seconds for each phase.
         device: where steps are to run.
         overlaps: the device computes while Python goes on, as CUDA does, and the longer of the two sums counts.
@@ -341,7 +341,7 @@ class CostModel:
         for name, method in variants.items():
             setup = as_setup(method, options)
             setup.check_watchable()
-            with pretend(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
+            with fake_copy(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
                 given = batch_for(twin, batch_size, seq_len, batch)
                 parts, weights = setup.batches(given)
                 trace = StepTrace(setup.step(twin))
@@ -357,11 +357,11 @@ class CostModel:
 
     def _learn(self, kinds: set[Operation], progress: bool | None) -> None:
         """Time the kinds of operation that are not known yet, and note whether others disturbed."""
-        if not isinstance(self.seconds, Stopwatch) or not (new := self.seconds.unknown(kinds)):
+        if not isinstance(self.seconds, OperationTimer) or not (new := self.seconds.unmeasured(kinds)):
             return
         bar = progress_bar(ROUNDS * len(new), "timing operations", progress, "operation")
-        with bar as shown, Crowd(thread_count(self.device)) as crowd:
-            self.seconds.learn(new, shown.update)
+        with bar as shown, BusyCores(thread_count(self.device)) as crowd:
+            self.seconds.measure(new, shown.update)
         self.disturbance = self.disturbance or disturbance(crowd)
 
     def _priced(self, works: Mapping[str, Work]) -> dict[str, dict[str, float]]:
@@ -460,14 +460,14 @@ def cost_model(device: torch.device | str | None = None) -> CostModel:
     """
     started = time.perf_counter()
     place = pick_device(device)[0]
-    watch = Stopwatch(place)
+    watch = OperationTimer(place)
     overlaps = place.type == "cuda"
-    with Crowd(thread_count(place)) as crowd:
+    with BusyCores(thread_count(place)) as crowd:
         rates, overhead = _rates(watch), _overhead(watch, overlaps)
     return CostModel(watch, overhead, place, overlaps, rates, time.perf_counter() - started, disturbance(crowd))
 
 
-def _rates(watch: Stopwatch) -> dict[str, str]:
+def _rates(watch: OperationTimer) -> dict[str, str]:
     """Some costs that a reader may know from elsewhere."""
     operations = {}
     for rows, dtype in ((512, torch.float32), (512, torch.bfloat16), (32, torch.float32)):
@@ -481,7 +481,7 @@ def _rates(watch: Stopwatch) -> dict[str, str]:
         operations[f"copy of 1 MiB in {place}"] = Operation(_ATEN.clone.default, (whole,), (), 2**20, distance)
     small = Operand((64,), (1,), torch.float32)
     operations["operation on 64 numbers"] = Operation(_ATEN.mul.Tensor, (small, small), (), 256)
-    watch.learn(operations.values())
+    watch.measure(operations.values())
     return {label: _rate(operation, watch(operation)) for label, operation in operations.items()}
 
 
@@ -493,7 +493,7 @@ def _rate(operation: Operation, seconds: float) -> str:
     return f"{seconds * 1e6:,.1f} us"
 
 
-def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]]:
+def _overhead(watch: OperationTimer, overlaps: bool) -> dict[str, tuple[float, float]]:
     """For each phase seconds once and for each operation, by least squares over tiny steps.
 
     What the operations themselves take is subtracted, but for a device that computes while Python goes on.
@@ -503,16 +503,16 @@ def _overhead(watch: Stopwatch, overlaps: bool) -> dict[str, tuple[float, float]
     runs = []
     for factory, given in ((partial(DigitsMLP, 16), digits), (partial(Llama, shape), None)):
         for method in (FullFineTuning(), LoRA(rank=2)):
-            with pretend(factory, watch.device) as twin:
+            with fake_copy(factory, watch.device) as twin:
                 trace = StepTrace(Setup(method).step(twin))
                 for _ in range(2):
                     trace.run([batch_for(twin, 1, 4, given)], [1.0])
                 work = trace.work()
             with own_randomness(watch.device, 0):
-                model = made(factory, watch.device)
+                model = build_model(factory, watch.device)
                 runs.append((work, _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, given))))
     if not overlaps:
-        watch.learn({kind for work, _ in runs for kind in work.kinds()})
+        watch.measure({kind for work, _ in runs for kind in work.kinds()})
     found = {}
     for phase in PHASES:
         points = []

@@ -45,7 +45,7 @@ def token_batch(model: nn.Module, batch_size: int, seq_len: int) -> Batch:
 def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
     """Zeros of the batch's shapes and dtypes, or token ids if there is none, on the model's device.
 
-    Inside :func:`pretend` they are fake.
+    Inside :func:`fake_copy` they are fake.
 
     Raises:
         ValueError: as for :func:`token_batch`.
@@ -77,7 +77,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 @contextmanager
-def pretend(
+def fake_copy(
     model: nn.Module | Factory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[nn.Module]:
     """A model of fake tensors, which have shapes, dtypes and storages' sizes, but no numbers and no memory.
@@ -100,7 +100,7 @@ def pretend(
     if device.type not in ("cpu", "meta"):
         pick_device(device)  # raises if it is not there
     if not isinstance(model, nn.Module):
-        model = _made(model, "meta")
+        model = _call_factory(model, "meta")
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold tensors that are no parameters and no buffers
     converter = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -142,25 +142,25 @@ class _RealPositions(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copy_sharing_weights(model: nn.Module) -> nn.Module:
     """The model's modules copied, its weights shared: what is later replaced, frozen or marked is the copy's."""
     shared = {id(tensor): _same_kind(tensor, tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 
 
-def made(model: nn.Module | Factory, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+def build_model(model: nn.Module | Factory, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A model to train for real, without harm to the one given.
 
     Args:
-        model: a module, which is copied as by :func:`copied`; or a function that makes one.
+        model: a module, which is copied as by :func:`copy_sharing_weights`; or a function that makes one.
         device: where a factory's model is made.
         dtype: cast floating-point weights to it; None leaves them as they are.
     """
-    model = copied(model) if isinstance(model, nn.Module) else _made(model, device)
+    model = copy_sharing_weights(model) if isinstance(model, nn.Module) else _call_factory(model, device)
     return model if dtype is None else model.to(dtype)
 
 
-def _made(factory: Factory, device: torch.device | str) -> nn.Module:
+def _call_factory(factory: Factory, device: torch.device | str) -> nn.Module:
     if not callable(factory):
         raise ValueError(f"model is a {type(factory).__name__}, but it must be a torch.nn.Module or make one.")
     with torch.device(device), torch.random.fork_rng(devices=[]):
@@ -174,8 +174,8 @@ def _same_kind(like: Tensor, tensor: Tensor) -> Tensor:
     return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
 
 
-def keep_originals(model: nn.Module, shared: set[int]) -> None:
-    """Give a :func:`copied` model, made ready to train, tensors of its own where training would write.
+def unshare_trainable(model: nn.Module, shared: set[int]) -> None:
+    """Give a :func:`copy_sharing_weights` model, made ready to train, tensors of its own where training would write.
 
     Args:
         shared: the storages (:func:`storage_of`) that it shares.

@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.costs.fake import Batch, Factory, batch_for, pretend, storage_of
+from lora_lab.costs.fake import Batch, Factory, batch_for, fake_copy, storage_of
 from lora_lab.costs.setup import Setup, as_setup, setting_of
-from lora_lab.costs.trace import Watch
-from lora_lab.inject import blocks, lora_layers
+from lora_lab.costs.trace import StepTracer
+from lora_lab.inject import lora_layers, transformer_blocks
 from lora_lab.lora import LoRALayer, LoRALinear
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockLinear
@@ -120,7 +120,7 @@ class _Made:
     products: frozenset[int] = frozenset()
 
 
-class FlopCounter(Watch):
+class FlopCounter(StepTracer):
     """Counts the products of a step, and says of each whose it is.
 
     It follows through all operations what every tensor was made from. A product with something made from weights
@@ -152,7 +152,7 @@ class FlopCounter(Watch):
             found[part, pass_] += count
         return found
 
-    def saw(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation if it multiplies, and note what its results are made from."""
         if function.namespace != "aten" or self.phase not in ("forward", "backward"):
             return  # there are no products there, and a gradient must stay known for what it was made from
@@ -186,7 +186,7 @@ class FlopCounter(Watch):
             self.products.append((part, self._pass(name), count))
 
     def _pass(self, backward: str) -> str:
-        return FORWARD if self.phase == "forward" else AGAIN if self.again else backward
+        return FORWARD if self.phase == "forward" else AGAIN if self.recomputing else backward
 
     def _source(self, tensor: Tensor) -> _Made:
         return self._made.get(storage_of(tensor), _Made())
@@ -253,7 +253,7 @@ def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> di
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient, so it is not made ready to train.")
-    owners, names = weight_owners(model), list(blocks(model))
+    owners, names = weight_owners(model), list(transformer_blocks(model))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     matrices, trained, depth = [], [], -1  # the depth is a block's number, -1 below the blocks, their count above
     for name, module in model.named_modules():
@@ -322,7 +322,7 @@ def flops(
     setup = as_setup(method, options)
     setup.check_watchable()
     cpu = torch.device("cpu")
-    with pretend(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
+    with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
         given = batch_for(twin, batch_size, seq_len, batch)
         parts, weights = setup.batches(given)
         counter = FlopCounter(setup.step(twin))
@@ -379,4 +379,4 @@ def _of_plain_blocks(model: nn.Module) -> bool:
     """Whether it is a stack of blocks without convolutions, and its adapters, if any, are two plain factors each."""
     convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
     plain = all(type(layer) in (LoRALinear, RsLoRALinear, LoRAFALinear) for layer in lora_layers(model).values())
-    return bool(blocks(model)) and plain and not convolutions
+    return bool(transformer_blocks(model)) and plain and not convolutions

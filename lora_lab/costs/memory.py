@@ -32,9 +32,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lora_lab.costs.fake import Batch, Factory, batch_for, device_of, keep_originals, made, pretend, storage_of
+from lora_lab.costs.fake import (
+    Batch,
+    Factory,
+    batch_for,
+    build_model,
+    device_of,
+    fake_copy,
+    storage_of,
+    unshare_trainable,
+)
 from lora_lab.costs.setup import Setup, as_setup, setting_of
-from lora_lab.costs.trace import ADAPTERS, LOGITS, Watch, output_width
+from lora_lab.costs.trace import ADAPTERS, LOGITS, StepTracer, output_width
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.train import TrainingStep
@@ -163,7 +172,7 @@ class _Life:
     phase: str
     kind: str
     module: str
-    again: bool
+    recomputing: bool
     wide: bool
     died: float = math.inf
     keepers: set[str] = field(default_factory=set)
@@ -174,7 +183,7 @@ class _Life:
         """The part of the bill that it belongs to, as far as is known by the end of the step."""
         if self.named is not None:
             return self.named
-        if self.again:
+        if self.recomputing:
             return "recomputed activations"
         if self.wide or LOGITS in self.keepers:
             return LOGITS
@@ -184,7 +193,7 @@ class _Life:
         return LOGITS if self.kind == LOGITS and self.phase == "forward" else "temporaries"
 
 
-class StorageLog(Watch):
+class StorageLog(StepTracer):
     """Follows every storage of a step: when it is born and dies, for whom, and who keeps it for the backward pass.
 
     Args:
@@ -202,7 +211,7 @@ class StorageLog(Watch):
         self._given: set[int] = set()
         self._name()
 
-    def saw(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation, and enter the storages that it made."""
         if function.namespace == "prim":  # a question to a fake tensor, such as on which device it is
             return
@@ -257,7 +266,7 @@ class StorageLog(Watch):
     def _describe(self, time: int) -> str:
         times = [t for t in range(self._start, len(self.phases)) if self.phases[t] == self.phases[time]]
         born = [life for life in self.lives if life.born == time]
-        where = next((life.module or life.kind for life in born if life.phase == "forward" or life.again), "")
+        where = next((life.module or life.kind for life in born if life.phase == "forward" or life.recomputing), "")
         place = f"{self.phases[time]}, operation {times.index(time) + 1:,} of {len(times):,}: {self.names[time]}"
         return f"{place} in {where}" if where else place
 
@@ -284,7 +293,7 @@ class StorageLog(Watch):
         size = -(-storage.nbytes() // self.block) * self.block
         wide = self.width is not None and tensor.ndim > 1 and tensor.shape[-1] == self.width
         time = max(0, len(self.phases) - 1)
-        life = _Life(size, time, self.phase, self.kind, self.module, self.again, wide)
+        life = _Life(size, time, self.phase, self.kind, self.module, self.recomputing, wide)
         self.lives.append(life)
 
         def dead(_: weakref.ref) -> None:
@@ -340,7 +349,7 @@ def predict(
     setup.check_watchable()
     place, estimated = place_of(model, device)
     on_cuda = estimated or place.type == "cuda"
-    with pretend(model, place, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
+    with fake_copy(model, place, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
         given = batch_for(twin, batch_size, seq_len, batch)
         parts, weights = setup.batches(given)
         step = setup.step(twin)
@@ -392,7 +401,7 @@ def measure(
     if device.type == "meta":
         raise ValueError("The model is on the meta device, where nothing is ever allocated; use predict.")
     with own_randomness(device, 0):
-        twin = made(model, device, setup.dtype)
+        twin = build_model(model, device, setup.dtype)
         # Held until the meter is off: a freed address could be given to a tensor of the step's own.
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
         there = {storage_of(tensor) for tensor in held}
@@ -402,7 +411,7 @@ def measure(
         with _meter(device) as meter:
             step = setup.step(twin)
             if isinstance(model, nn.Module):
-                keep_originals(twin, there)
+                unshare_trainable(twin, there)
             step(parts, weights)
             with meter.second_step():
                 step(parts, weights)

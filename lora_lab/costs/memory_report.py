@@ -14,9 +14,10 @@ from lora_lab.costs.memory import GIB, MIB, Bill, largest, place_of, predict
 from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
+from lora_lab.system.renamed import renamed
 
 
-def ways(rank: int = 8, dtype: torch.dtype | None = None) -> dict[str, Setup]:
+def training_setups(rank: int = 8, dtype: torch.dtype | None = None) -> dict[str, Setup]:
     """Ways to train a Llama of ours, from the most memory to the least.
 
     Args:
@@ -51,7 +52,7 @@ def report(
     Args:
         model, batch_size, seq_len, device: as for :func:`predict`.
         name: of the model, for the heading.
-        setups: label -> setup, such as :func:`ways` gives.
+        setups: label -> setup, such as :func:`training_setups` gives.
         budget_bytes: the card's memory; None compares with nothing.
         look_for: "batch" or "seq": also find the largest that fits, with the other as it is.
         with_bills: print each bill, part by part, after the table.
@@ -60,7 +61,7 @@ def report(
         ValueError: there is no setup, a size is looked for in no budget, or as for :func:`predict`.
     """
     if not setups:
-        raise ValueError("setups is empty, so there is nothing to report; give some, such as memory.ways(8).")
+        raise ValueError("setups is empty, so there is nothing to report; give some, such as training_setups(8).")
     if look_for and budget_bytes is None:
         raise ValueError(f"look_for is {look_for!r}, but there is no budget_bytes to look for what fits into.")
     bills: dict[str, Bill] = {}
@@ -97,3 +98,6 @@ def parse_bytes(text: str) -> int:
     if not found or float(found[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
     return int(float(found[1]) * units[found[2].upper()])
+
+
+__getattr__ = renamed(__name__, {"ways": "training_setups"})

@@ -5,8 +5,8 @@ also depends on where these lie: what a step touched a moment ago is still in a 
 is not. So every tensor has a *distance*: how many bytes the step has moved since it last touched that memory. In the
 replay it is one of as many tensors as fill this distance, used in turn, and caches treat it as they do in the step.
 
-:class:`Traffic` describes a step's operations with their distances, on fake tensors too; a :class:`Stopwatch` does
-one of them again.
+:class:`ReuseDistances` describes a step's operations with their distances, on fake tensors too; an
+:class:`OperationTimer` runs one of them again.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Operation:
 VIEW = Operation(_ATEN.t.default, (Operand((8, 8), (8, 1), torch.float32),))
 
 
-class Traffic:
+class ReuseDistances:
     """Follows what a step touches, and describes its operations.
 
     A tensor's distance is counted from the last operation that had its storage. For a new tensor it is counted from
@@ -240,7 +240,7 @@ def _entries(operation: Operation, count: int) -> list[Operation]:
     ]
 
 
-class Stopwatch:
+class OperationTimer:
     """Times operations by doing them again on tensors of its own, each kind once.
 
     The median of several samples counts. They are taken in rounds over all kinds, so that a disturbance meets no kind
@@ -262,24 +262,24 @@ class Stopwatch:
         One that cannot be done alone, such as one that looks at its numbers, is taken to last as long as a copy of
         as many bytes, and its name is entered in ``failed``.
         """
-        self.learn([operation])
+        self.measure([operation])
         return self._known[operation]
 
-    def unknown(self, operations: Iterable[Operation]) -> list[Operation]:
+    def unmeasured(self, operations: Iterable[Operation]) -> list[Operation]:
         """Those that are not known yet, each once."""
         return list(dict.fromkeys(kind for kind in operations if kind not in self._known))
 
-    def learn(self, operations: Iterable[Operation], done: Callable[[], Any] = lambda: None) -> None:
+    def measure(self, operations: Iterable[Operation], done: Callable[[], Any] = lambda: None) -> None:
         """Time those that are not known yet.
 
         Args:
             done: called ``ROUNDS`` times for each of them.
         """
-        samples: dict[Operation, list[float]] = {kind: [] for kind in self.unknown(operations)}
+        samples: dict[Operation, list[float]] = {kind: [] for kind in self.unmeasured(operations)}
         # Ones, so that no number grows small enough to be slow; freed when all are timed.
         self._pool = torch.ones((DISTANCES[-1] + 4 * _PART_BYTES) // 4 if samples else 0, device=self.device)
         with own_randomness(self.device, 0), torch.no_grad():
-            parts = {kind: self._doable(kind) for kind in samples}
+            parts = {kind: self._runnable_part(kind) for kind in samples}
             for _ in range(ROUNDS):
                 for kind, (part, factor) in parts.items():
                     samples[kind] += [factor * second for second in self._samples(part)]
@@ -288,7 +288,7 @@ class Stopwatch:
         for kind, found in samples.items():
             self._known[kind] = statistics.median(found)
 
-    def _doable(self, operation: Operation) -> tuple[Operation, float]:
+    def _runnable_part(self, operation: Operation) -> tuple[Operation, float]:
         """What to time in place of an operation, and what to multiply its time by."""
         for candidate in (operation.part(), operation):
             try:
@@ -306,7 +306,7 @@ class Stopwatch:
             return part, work[0] / work[1]
         self.failed.add(operation.name)
         half = Operand((max(1, operation.moved_bytes // 8),), (1,), torch.float32, DISTANCES[-1])
-        return self._doable(Operation(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
+        return self._runnable_part(Operation(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
 
     def _samples(self, operation: Operation) -> list[float]:
         """Seconds of one call, twice; of quick ones as the mean over about a millisecond of calls."""

@@ -61,7 +61,7 @@ class Setup:
         """Make ``model`` ready, in place; a fake one for batches in which every target counts.
 
         Args:
-            model: from :func:`pretend` or :func:`made`, which have cast it to ``dtype``.
+            model: from :func:`fake_copy` or :func:`made`, which have cast it to ``dtype``.
         """
         if self.nf4:
             quantize_nf4(model)

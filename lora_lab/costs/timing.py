@@ -15,12 +15,12 @@ from torch import nn
 from lora_lab.costs.fake import (
     Batch,
     Factory,
+    build_model,
     device_of,
-    keep_originals,
-    made,
     shape_of,
     storage_of,
     token_batch,
+    unshare_trainable,
 )
 from lora_lab.costs.flops import (
     size_of,
@@ -29,7 +29,7 @@ from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.trace import output_width
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
-from lora_lab.system.process import Crowd
+from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
 
 _TIMING_S = 0.05  # a timing lasts no less
@@ -190,7 +190,7 @@ def step_time(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, but it must be at least 1.")
     place = _device_of(model, device)
-    with own_randomness(place, 0), Crowd(thread_count(place)) as crowd:
+    with own_randomness(place, 0), BusyCores(thread_count(place)) as crowd:
         runs = {name: _Run(model, as_setup(method, options), place) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
         given = _random_batch(twin, batch_size, seq_len) if batch is None else batch
@@ -209,7 +209,7 @@ def step_time(
     return Times(seconds, size_of(given)[0], setting, disturbance(crowd))
 
 
-def disturbance(crowd: Crowd) -> str:
+def disturbance(crowd: BusyCores) -> str:
     """A sentence about other processes that kept the cores busy, or an empty text."""
     if not crowd.disturbs:
         return ""
@@ -230,12 +230,12 @@ class _Run:
 
     def __init__(self, model: nn.Module | Factory, setup: Setup, device: torch.device) -> None:
         self.device, self.setup = device, setup
-        twin = made(model, device, setup.dtype)
+        twin = build_model(model, device, setup.dtype)
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
         shared = {storage_of(tensor) for tensor in held}
         self.step = setup.step(twin)
         if isinstance(model, nn.Module):
-            keep_originals(twin, shared)
+            unshare_trainable(twin, shared)
 
     def warm_up(self, batch: Batch) -> None:
         """Take a first step, in which memory is found and code is loaded; a quick one again, to see how quick."""

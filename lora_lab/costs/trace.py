@@ -48,11 +48,11 @@ def output_width(model: nn.Module) -> int | None:
     return getattr(head, "out_features", None) or head.weight.shape[0]
 
 
-class Watch(TorchDispatchMode):
+class StepTracer(TorchDispatchMode):
     """Sees every operation of a step, with its phase and the module it belongs to.
 
     A subclass says in :meth:`saw` what it makes of them. The phases are "forward", "backward", "clipping" and
-    "optimiser step"; the backward pass of a checkpointed block runs modules again, which :attr:`again` tells.
+    "optimiser step"; the backward pass of a checkpointed block runs modules again, which :attr:`recomputing` tells.
     """
 
     def __init__(self, step: TrainingStep) -> None:
@@ -62,9 +62,9 @@ class Watch(TorchDispatchMode):
         self._names = {id(module): name for name, module in step.model.named_modules()}
         self._stack: list[int] = []
 
-    def saw(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Called after each operation, with torch's name of it, what went in and what came out."""
-        raise TypeError(f"{type(self).__name__} must say what it does with an operation, in a method saw.")
+        raise TypeError(f"{type(self).__name__} must say what it does with an operation, in a method on_operation.")
 
     @property
     def kind(self) -> str:
@@ -79,7 +79,7 @@ class Watch(TorchDispatchMode):
         return self._names.get(self._stack[-1], "") if self._stack else ""
 
     @property
-    def again(self) -> bool:
+    def recomputing(self) -> bool:
         """Whether a module is computed again in the backward pass."""
         return self.phase == "backward" and bool(self._stack)
 
@@ -125,5 +125,5 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.saw(func, args, kwargs or {}, out)
+        self.on_operation(func, args, kwargs or {}, out)
         return out

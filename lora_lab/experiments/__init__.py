@@ -7,7 +7,7 @@ ranks        lora-lab record ablation: which rank is enough
 spectra      lora-lab record spectra: what training writes into the weights
 overfitting  lora-lab record overfitting: who overfits, and who forgets
 finetune     lora-lab finetune: a trade, or your own data
-downstream   lora-lab record trades: can the model learn one?
+downstream   lora-lab record downstream: can the model learn one?
 registry     all recorders, by name
 demo         lora-lab demo: LoRA beside full fine-tuning
 """

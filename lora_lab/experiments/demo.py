@@ -17,8 +17,8 @@ from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, rescued, write_json
-from lora_lab.system.process import apart, peak_bytes
-from lora_lab.system.provenance import facts
+from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.provenance import machine_info
 from lora_lab.tasks.python_docs import docs
 from lora_lab.train import evaluate, fit
 
@@ -119,17 +119,17 @@ def run(
         check_writable(folder)
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training, continues:")
-    before = apart(sample, device)
+    before = run_in_subprocess(sample, device)
     print(_quote(before))
     results = []
     for number, (label, method, lr, folder) in enumerate(contenders, start=2):
         print(f"\n[{number}/4] {label}: {steps} steps of {BATCH_SIZE} x {SEQ_LEN} tokens at learning rate {lr:g}")
-        results.append(apart(train, label, method, lr, steps, seed, device, folder))
+        results.append(run_in_subprocess(train, label, method, lr, steps, seed, device, folder))
         print(_quote(results[-1].sample))
     print("\n[4/4] Side by side\n")
     print(table(results))
     picture = draw(results, out / "demo.png")
-    write_json(out / "demo.json", {"machine": facts(chosen), "results": [_plain(result) for result in results]})
+    write_json(out / "demo.json", {"machine": machine_info(chosen), "results": [_plain(result) for result in results]})
     lora, full = contenders
     print(
         f"""

@@ -17,29 +17,29 @@ from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, Metho
 from lora_lab.models.pretrained import FILES, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
-from lora_lab.system.provenance import facts
+from lora_lab.system.provenance import machine_info
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.generate import answers
-from lora_lab.tasks.instruction import Chatter, PairTask, from_jsonl, from_text
+from lora_lab.tasks.instruction import ChatTokenizer, PairTask, from_jsonl, from_text
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.tasks.python_docs import docs
 from lora_lab.train import evaluate, fit
 
 METHODS = {kind.name: kind for kind in (FullFineTuning, LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
-TASKS: dict[str, Callable[[Chatter], Task]] = {
+TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
     "docs": docs,
     "summarise": summarise,
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
     "sentiment": sentiment,
     "tweets": tweets,
     "style": style,
-    "style-plain": partial(style, told="plain"),
+    "style-plain": partial(style, variant="plain"),
 }
 SHOWN = 3  # answers printed before and after
 
 
-def task_of(name: str, tokenizer: Chatter) -> Task:
+def task_of(name: str, tokenizer: ChatTokenizer) -> Task:
     """The task of a name in :data:`TASKS`, or of a file: ``.jsonl`` of prompts and answers, ``.txt`` of plain text.
 
     Raises:
@@ -130,7 +130,7 @@ def run(
         "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
         "method": method.settings(),
         "settings": history.settings,
-        "machine": facts(chosen),
+        "machine": machine_info(chosen),
         "before": before,
         "after": after,
     }

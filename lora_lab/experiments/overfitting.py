@@ -1,7 +1,7 @@
 """What ``lora-lab record overfitting`` runs on the real model: who overfits, from which step, and who forgets more.
 
 Small training sets are read ten times over, by full fine-tuning, LoRA of several ranks and the last blocks alone. Each
-way's learning rate is chosen on one seed, for each size of the training set, and then all seeds are run at it; a seed
+setup's learning rate is chosen on one seed, for each size of the training set, and all seeds are run at it; a seed
 draws the training examples, their order and the adapter. Losses are taken after every epoch, and the rate is constant
 after the warm-up, so that early stopping can be read off the curves (see :mod:`lora_lab.ablation.overfitting`).
 
@@ -27,11 +27,11 @@ from lora_lab.costs.setup import Setup
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.experiments.step_memory import random_model
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
-from lora_lab.records import plain
+from lora_lab.records import json_safe
 
 FOLDER = Path("runs/record-overfitting")  # where a stopped run goes on
 LAST = 4  # blocks of "last blocks"; of 30
-WAYS: dict[str, Method] = {
+SETUPS: dict[str, Method] = {
     "full": FullFineTuning(),
     "LoRA r=1": LoRA(1, 2),
     "LoRA r=8": LoRA(8, 16),
@@ -39,14 +39,14 @@ WAYS: dict[str, Method] = {
     "last blocks": PartialFineTuning([f"model.layers.{i}" for i in range(30 - LAST, 30)]),
 }
 _COLUMNS = (
-    *("n_train", "way", "lr", "seed", "steps", "outcome", "reason", "step"),
+    *("n_train", "setup", "lr", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. ``lrs`` holds the rates that each way tries; losses are of ``eval_examples`` of a part."""
+    """How much is trained. ``lrs``: the rates that each setup tries. Losses are of ``eval_examples`` of a part."""
 
     sizes: tuple[int, ...]
     lrs: Mapping[str, tuple[float, ...]]
@@ -56,11 +56,11 @@ class Plan:
     seq_len: int
     eval_examples: int
 
-    def trial(self, way: str, lr: float, seed: int, size: int) -> Trial:
+    def trial(self, setup: str, lr: float, seed: int, size: int) -> Trial:
         """One run: evaluated after every epoch, with the first one for the warm-up."""
         epoch = size // self.batch_size
         return Trial(
-            WAYS[way],
+            SETUPS[setup],
             lr,
             seed,
             steps=self.epochs * epoch,
@@ -88,7 +88,7 @@ def settings(device: torch.device) -> dict[str, Any]:
     return {
         "study": "docs",
         "sizes": list(own.sizes),
-        "ways": {way: {"lrs": list(lrs), **_plain_method(own, way)} for way, lrs in own.lrs.items()},
+        "setups": {setup: {"lrs": list(lrs), **_plain_method(own, setup)} for setup, lrs in own.lrs.items()},
         "seeds": own.seeds,
         "epochs": own.epochs,
         "batch_size": own.batch_size,
@@ -99,8 +99,8 @@ def settings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _plain_method(own: Plan, way: str) -> dict[str, Any]:
-    return own.trial(way, own.lrs[way][0], 0, own.sizes[0]).to_dict()["method"]
+def _plain_method(own: Plan, setup: str) -> dict[str, Any]:
+    return own.trial(setup, own.lrs[setup][0], 0, own.sizes[0]).to_dict()["method"]
 
 
 @cache
@@ -109,16 +109,16 @@ def planned_hours(device: torch.device) -> float:
     own = plan(device)
     steps = cost_model(device).predict(
         partial(random_model, "smollm2-135m"),
-        {way: Setup(WAYS[way]) for way in own.lrs},
+        {setup: Setup(SETUPS[setup]) for setup in own.lrs},
         own.batch_size,
         own.seq_len,
     )
     look = 2 * own.eval_examples / own.batch_size * steps.total_s("full") / 3  # two parts
     seconds = 0.0
     for size in own.sizes:
-        for way, lrs in own.lrs.items():
-            trial = own.trial(way, lrs[0], 0, size)
-            one = trial.steps * steps.total_s(way) + (own.epochs + 1.5) * look  # and the test part
+        for setup, lrs in own.lrs.items():
+            trial = own.trial(setup, lrs[0], 0, size)
+            one = trial.steps * steps.total_s(setup) + (own.epochs + 1.5) * look  # and the test part
             seconds += (len(lrs) + own.seeds - 1) * one
     return round(seconds / 3600, 1)
 
@@ -134,7 +134,7 @@ def overfitting(device: torch.device, folder: str | Path = FOLDER) -> Iterator[d
     print(f"Planned: {count} trials, about {planned_hours(device)} hours.", flush=True)
     frames = by_size(
         partial(studies.language_model, device),
-        lambda size, seed: partial(studies.manual, own.seq_len, size, seed),
+        lambda size, seed: partial(studies.docs_task, own.seq_len, size, seed),
         own.trial,
         own.lrs,
         own.sizes,
@@ -143,12 +143,12 @@ def overfitting(device: torch.device, folder: str | Path = FOLDER) -> Iterator[d
         n_jobs=studies.processes(device),
     )
     for frame in frames:
-        yield from map(plain, frame[list(_COLUMNS)].to_dict("records"))
+        yield from map(json_safe, frame[list(_COLUMNS)].to_dict("records"))
 
 
 def line(row: dict[str, Any]) -> str | None:
     """A row for a person to read; None for what is before the last evaluation."""
-    what = f"{row['n_train']:>5} examples  {row['way']:<12} lr {row['lr']:<8g} seed {row['seed']}: "
+    what = f"{row['n_train']:>5} examples  {row['setup']:<12} lr {row['lr']:<8g} seed {row['seed']}: "
     if row["outcome"] == "failed":
         return what + row["reason"]
     if row["step"] != row["steps"]:

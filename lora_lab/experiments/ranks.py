@@ -17,7 +17,7 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.results import PROVENANCE
 from lora_lab.ablation.run import ablate
 from lora_lab.experiments.recorder import Recorder
-from lora_lab.records import plain
+from lora_lab.records import json_safe
 
 FOLDER = Path("runs/record-ablation")  # where a stopped ablation goes on
 
@@ -73,7 +73,7 @@ def ablation(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict
     model, task = studies.study("docs", own.seq_len, device)
     frame = ablate(model, task, trials, folder, n_jobs=studies.processes(device))
     kept = frame.drop(columns=["key", "seconds", *PROVENANCE])
-    yield from map(plain, kept.to_dict("records"))
+    yield from map(json_safe, kept.to_dict("records"))
 
 
 def line(row: dict[str, Any]) -> str | None:

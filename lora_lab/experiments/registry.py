@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_lab.system.renamed import warn_renamed
+
 if TYPE_CHECKING:
     from lora_lab.experiments.recorder import Recorder
 
-NAMES = ("memory", "speed", "ablation", "spectra", "overfitting", "trades")
+NAMES = ("memory", "speed", "ablation", "spectra", "overfitting", "downstream")
+
+
+def current_name(name: str) -> str:
+    """What a record is called now, by a name that it may have had in an earlier version."""
+    if name == "trades":
+        warn_renamed("The record 'trades'", "'downstream'", FutureWarning)
+        return "downstream"
+    return name
 
 
 def recorders() -> dict[str, Recorder]:

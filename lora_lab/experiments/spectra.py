@@ -24,7 +24,7 @@ from lora_lab.analysis.spectra import Update
 from lora_lab.experiments.ranks import Plan, plan, settings
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.history import History
-from lora_lab.inject import find, lora_layers
+from lora_lab.inject import lora_layers, match_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import SVD
 from lora_lab.system.progress import progress_bar
@@ -98,7 +98,9 @@ def _updates(base: nn.Module, model: nn.Module) -> dict[str, Update]:
     """The change of every linear layer in the blocks; embedding and head are left out, as "all-linear" leaves them."""
     if lora_layers(model):
         return whole.updates(None, model)
-    before, after = ({n: net.get_submodule(n).weight for n in find(net, "all-linear", ())} for net in (base, model))
+    before, after = (
+        {n: net.get_submodule(n).weight for n in match_layers(net, "all-linear", ())} for net in (base, model)
+    )
     return whole.updates(before, after)
 
 

@@ -28,7 +28,7 @@ from lora_lab.lean.step import Lean
 from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, PiSSA
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.system.process import apart, peak_bytes
+from lora_lab.system.process import peak_bytes, run_in_subprocess
 
 # The heap gives back what is freed: else its holes count as the process's memory, and differ from run to run.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "passive"}
@@ -50,7 +50,7 @@ _REFERENCES = Path("/proc/self/clear_refs")
 
 def random_model(name: str) -> Llama:
     """A Llama of a known shape, or "small", with random weights."""
-    return Llama(_SMALL if name == SMALL else shapes.shape(name))
+    return Llama(_SMALL if name == SMALL else shapes.config(name))
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def memory(device: torch.device, models: list[str] | None = None) -> Iterator[di
     """
     for case in with_bar(memory_cases(device, models)):
         try:
-            yield apart(memory_row, case, str(device), environment=HEAP)
+            yield run_in_subprocess(memory_row, case, str(device), environment=HEAP)
         except (MemoryError, torch.OutOfMemoryError):
             leave_out(f"{case.label} on {case.model}, {case.batch_size} x {case.seq_len}")
 

@@ -31,7 +31,10 @@ References: Hu et al. 2021, arXiv 2106.09685, equation 3; the orders of products
 """
 
 from lora_lab.lean.loss import cross_entropy, token_losses
-from lora_lab.lean.optim import FlatAdamW, InThreads
-from lora_lab.lean.step import Lean, LeanStep, rewire
+from lora_lab.lean.optim import FlatAdamW, ThreadedStep
+from lora_lab.lean.step import Lean, LeanStep, apply_lean
+from lora_lab.system.renamed import renamed
 
-__all__ = ["FlatAdamW", "InThreads", "Lean", "LeanStep", "cross_entropy", "rewire", "token_losses"]
+__all__ = ["FlatAdamW", "Lean", "LeanStep", "ThreadedStep", "apply_lean", "cross_entropy", "token_losses"]
+
+__getattr__ = renamed(__name__, {"InThreads": "ThreadedStep", "rewire": "apply_lean"})

@@ -43,16 +43,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)  # (4, 9, 128, 64)
+        return _rotate_pairs(x, cos, sin)  # (4, 9, 128, 64)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         cos, sin = ctx.saved_tensors
-        return _turn(g, cos, -sin), None, None
+        return _rotate_pairs(g, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]  # (128, 32): both halves of a head turn alike
     (first, second), turned = x.split(half, dim=-1), torch.empty_like(x)  # 2 x (4, 9, 128, 32)

@@ -27,7 +27,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if together:
         factors = [factor for layer in together for factor in (layer.lora_A, layer.lora_B)]
         outputs = iter(_LoRALinears.apply(x, [(layer.base, layer.scaling) for layer in together], *factors))
-    return [next(outputs) if layer in together else _apart(layer, x) for layer in layers]
+    return [next(outputs) if layer in together else _unfused(layer, x) for layer in layers]
 
 
 def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def is_trained(layer: nn.Module) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
-def _apart(layer: nn.Module, x: Tensor) -> Tensor:
+def _unfused(layer: nn.Module, x: Tensor) -> Tensor:
     if not is_plain_lora(layer):
         return _called(layer, x)  # (4, 128, 1536)
     narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8); dropout gives the adapter an input of its own
@@ -75,7 +75,7 @@ def _dtype(layer: nn.Module) -> torch.dtype:
     return layer.dtype if isinstance(layer, BlockLinear) else layer.weight.dtype
 
 
-def _adds_up(rows: int, width: int, weight: Tensor) -> bool:
+def _fuse_is_cheaper(rows: int, width: int, weight: Tensor) -> bool:
     """Whether to multiply ``rows`` vectors of ``width`` by W + s B A, or by W and by B A apart.
 
     B A x and B^T g are needed for the gradients in any case. What is left is one more pass: over the weight,
@@ -102,7 +102,7 @@ def _forward(x: Tensor, group: Sequence[_Adapted]) -> tuple[list[Tensor], Tensor
     outputs, rounded = [], x
     for (base, scaling, A, B), own in zip(group, narrow.split([A.shape[0] for _, _, A, _ in group]), strict=True):
         weight = base.weight  # (1536, 576)
-        if _adds_up(len(x), x.shape[1], weight):
+        if _fuse_is_cheaper(len(x), x.shape[1], weight):
             y = x @ torch.addmm(weight, B, A, alpha=scaling).T  # (512, 1536)
         else:
             if rounded.dtype != weight.dtype:
@@ -129,7 +129,7 @@ def _backward(
         if not needs_x:
             continue
         weight = base.weight  # (1536, 576)
-        if _adds_up(len(g), weight.shape[0], weight):
+        if _fuse_is_cheaper(len(g), weight.shape[0], weight):
             weight = torch.addmm(weight, B, A, alpha=scaling)  # (1536, 576)
         else:
             apart.append((narrowed[-1], A))

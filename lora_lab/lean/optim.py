@@ -111,7 +111,7 @@ class FlatAdamW(torch.optim.Optimizer):
             )
 
 
-class InThreads:
+class ThreadedStep:
     """Backward passes side by side: each micro-batch in a Python thread of its own, which computes on one core.
 
     With one product after another on all cores, each waits for the slowest core; here they meet once a step.

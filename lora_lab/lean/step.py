@@ -17,7 +17,7 @@ from lora_lab.inject import lora_layers, replace
 from lora_lab.lean.blocks import LeanBlock, LeanBlockHead, LeanEmbedding, LeanHead, at_least_float32
 from lora_lab.lean.linear import is_plain_lora
 from lora_lab.lean.loss import cross_entropy
-from lora_lab.lean.optim import FlatAdamW, InThreads
+from lora_lab.lean.optim import FlatAdamW, ThreadedStep
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
 from lora_lab.models.llama import Llama, RMSNorm
@@ -68,10 +68,10 @@ class Lean:
         """Make ``model`` ready in place, as :func:`lora_lab.train.make_step` does, and give it lean blocks.
 
         Raises:
-            ValueError: as for :func:`rewire`, or as for the method.
+            ValueError: as for :func:`apply_lean`, or as for the method.
         """
         method.prepare(model, config.seed)
-        rewire(model, self)
+        apply_lean(model, self)
         if loss is plain_cross_entropy:
             loss = partial(cross_entropy, rows=self.loss_rows)
         optimizer = FlatAdamW(parameter_groups(model, method, config))
@@ -85,7 +85,7 @@ class LeanStep(TrainingStep):
     every_target: bool = False  # whether each target of the next batches counts
 
     def __post_init__(self) -> None:
-        self._in_threads = InThreads(self.threads) if self.threads > 1 else None
+        self._in_threads = ThreadedStep(self.threads) if self.threads > 1 else None
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
         """See whether all of them count: later, on a GPU, to see it would make Python wait for the device."""
@@ -104,7 +104,7 @@ class LeanStep(TrainingStep):
         return self._in_threads(self.model, lambda _, *batch: self.batch_loss(*batch), batches, weights)
 
 
-def rewire(model: nn.Module, lean: Lean) -> None:
+def apply_lean(model: nn.Module, lean: Lean) -> None:
     """Give an adapted Llama lean blocks, in place; names, parameters and what it computes stay.
 
     The blocks read the weights of adapted layers and norms, and do not call them, so forward hooks on modules
@@ -166,7 +166,7 @@ def _check(model: nn.Module, lean: Lean) -> None:
 
 
 def _cast_base(model: Llama, dtype: torch.dtype) -> None:
-    kept = {id(parameter) for layer in lora_layers(model).values() for parameter in _own(layer)}
+    kept = {id(parameter) for layer in lora_layers(model).values() for parameter in _factors_of(layer)}
     if isinstance(model.lm_head, LoRALayer):
         kept |= {id(parameter) for parameter in model.lm_head.parameters()}
     seen = set()
@@ -195,5 +195,5 @@ def _return_memory_at_once() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
-def _own(layer: LoRALayer) -> list[Tensor]:
+def _factors_of(layer: LoRALayer) -> list[Tensor]:
     return [getattr(layer, part) for part in layer.parts]

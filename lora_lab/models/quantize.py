@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lora_lab.inject import check_unadapted, matches, replace
+from lora_lab.inject import name_matches, replace, require_no_adapters
 from lora_lab.layers import register
 from lora_lab.lora import LoRALinear
 
@@ -401,12 +401,12 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
     """
     if isinstance(exclude, str):
         raise ValueError(f"exclude is {exclude!r}, but it must be a list of names; write [{exclude!r}].")
-    check_unadapted(model)
+    require_no_adapters(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name and type(module) is nn.Linear and module is not head and not any(matches(name, e) for e in exclude)
+        if name and type(module) is nn.Linear and module is not head and not any(name_matches(name, e) for e in exclude)
     }
     if not layers:
         raise ValueError(

@@ -17,7 +17,9 @@ import psutil
 import torch
 
 
-def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+def run_in_subprocess(
+    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> Any:
     """What ``function(*arguments)`` returns, called in a fresh process.
 
     Args:
@@ -30,7 +32,7 @@ def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
     """
     context = multiprocessing.get_context("spawn")  # a forked one would share this one's memory, and torch's threads
     try:
-        with _added(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
+        with _with_variables(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise MemoryError(
@@ -40,7 +42,7 @@ def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
 
 
 @contextmanager
-def _added(environment: Mapping[str, str]) -> Iterator[None]:
+def _with_variables(environment: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -72,8 +74,8 @@ _SPARE_CORES = 0.25  # that others may use before they disturb
 _SHORTEST_CROWD_S = 0.5  # the system counts cores in hundredths of a second: of shorter times it tells nothing
 
 
-class Crowd:
-    """Whether other processes worked while a block ran, and on how many cores: ``with Crowd(2) as crowd: ...``.
+class BusyCores:
+    """Whether other processes worked while a block ran, and on how many cores: ``with BusyCores(2) as others: ...``.
 
     Args:
         threads: how many cores this process needs meanwhile.
@@ -84,7 +86,7 @@ class Crowd:
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def __enter__(self) -> Crowd:
+    def __enter__(self) -> BusyCores:
         self._started, self._busy, self._own = time.perf_counter(), *_cpu_seconds()
         return self
 

@@ -17,7 +17,7 @@ def version() -> str:
     return sys.modules["lora_lab"].__version__  # there before any of its files
 
 
-def facts(device: torch.device) -> dict[str, str]:
+def machine_info(device: torch.device) -> dict[str, str]:
     """What the machine and its software are, for reports and records."""
     described = {
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
     """What people call a device of this machine: the GPU's name, or the CPU's and how many cores it has."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = facts(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the threads of this moment
+    cpu = machine_info(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the threads of this moment
     return cpu if device.type == "cpu" else f"{cpu}, {device.type}"
 
 

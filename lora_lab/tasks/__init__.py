@@ -19,7 +19,8 @@ generated. The modules in reading order:
 
 import lazy_loader
 
-from lora_lab.task import IGNORE, Encoder, Examples, Loss, Task, cross_entropy, mean_squared_error
+from lora_lab.system.renamed import renamed
+from lora_lab.task import IGNORE, Examples, Loss, Task, TextTokenizer, cross_entropy, mean_squared_error
 from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.digits import digits
 from lora_lab.tasks.instruction import Pair, PairTask, from_jsonl, from_pairs, from_text
@@ -28,12 +29,12 @@ from lora_lab.tasks.python_docs import docs
 
 __all__ = [
     "IGNORE",
-    "Encoder",
     "Examples",
     "Loss",
     "Pair",
     "PairTask",
     "Task",
+    "TextTokenizer",
     "cross_entropy",
     "digits",
     "docs",
@@ -49,4 +50,5 @@ __all__ = [
     "tweets",
 ]
 
-__getattr__, _, _ = lazy_loader.attach(__name__, ["generate", "metrics"])  # the other files are loaded already
+_lazy, _, _ = lazy_loader.attach(__name__, ["generate", "metrics"])  # the other files are loaded already
+__getattr__ = renamed(__name__, {"Encoder": "TextTokenizer"}, _lazy)

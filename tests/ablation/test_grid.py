@@ -1,0 +1,285 @@
+"""Trials as data: one identity for one content, everywhere, and grids of them."""
+
+import copy
+import dataclasses
+import fractions
+import itertools
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, TrainConfig, fit
+from lora_lab.ablation.grid import Grid, Trial
+from lora_lab.methods import AsItIs, LoRAFA
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import planted
+from tests.helpers import run_python
+
+METHODS = [
+    FullFineTuning(),
+    PartialFineTuning(("head", "hidden1")),
+    AsItIs(),
+    LoRA(rank=4, alpha=8, dropout=0.1, targets=["q_proj", "v_proj"], exclude=("head",)),
+    RsLoRA(rank=4),
+    LoRAFA(rank=4),
+    PiSSA(rank=4),
+    DoRA(rank=4),
+    LoRAPlus(rank=4, ratio=3.0),
+]
+
+
+def trial(method=None, lr=0.01, seed=0, **options):
+    return Trial(method or LoRA(rank=4), lr, seed, **{"steps": 100} | options)
+
+
+# Identity
+
+
+def test_the_key_is_the_hash_of_this_text():
+    # Written out, so that no change of the code can make the results of older folders strangers unnoticed.
+    text = (
+        '{"batch_size":8,"clip":1,"eval_every":10,"eval_examples":null,"lr":0.01,'
+        '"method":{"alpha":16,"dropout":0,"exclude":[],"name":"lora","rank":4,"targets":"all-linear"},'
+        '"model":null,"schedule":"cosine","seed":0,"steps":100,"task":null,"warmup":10,"weight_decay":0}'
+    )
+    hashed = subprocess.run(["sha256sum"], input=text, capture_output=True, text=True, check=True).stdout
+    assert trial().key == hashed[:16]
+
+
+def test_the_key_is_the_same_in_another_process_whatever_its_hash_seed():
+    script = (
+        "from lora_lab import LoRA; from lora_lab.ablation.grid import Trial\n"
+        "print(Trial(LoRA(rank=4, targets=['q', 'v']), 0.1 + 0.2, 3, steps=50, task='t', model='m').key)"
+    )
+    keys = set()
+    for hash_seed in ("0", "1"):
+        keys.add(run_python(script, PYTHONHASHSEED=hash_seed).stdout.strip())
+    assert keys == {trial(LoRA(rank=4, targets=["q", "v"]), 0.1 + 0.2, 3, steps=50, task="t", model="m").key}
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        trial(LoRA(rank=4, alpha=16)),
+        trial(LoRA(rank=4, exclude=[])),
+        trial(lr=np.float64(0.01), seed=np.int64(0), steps=np.int32(100)),
+        trial(weight_decay=0),
+        trial(weight_decay=-0.0),
+        trial(clip=1),
+        trial(warmup=10, eval_every=10),
+        trial(batch_size=8, schedule="cosine", eval_examples=None),
+    ],
+    ids=["int alpha", "list", "numpy", "int", "minus zero", "int clip", "defaults of steps", "defaults"],
+)
+def test_equal_contents_have_equal_keys(twin):
+    assert twin.key == trial().key
+    assert twin == trial()
+    assert len({twin, trial()}) == 1
+
+
+def test_every_part_of_the_content_changes_the_key():
+    changes = {
+        "method": LoRA(rank=5),
+        "lr": 0.02,
+        "seed": 1,
+        "steps": 101,
+        "batch_size": 9,
+        "schedule": "constant",
+        "warmup": 11,
+        "weight_decay": 0.1,
+        "clip": None,
+        "eval_every": 5,
+        "eval_examples": 3,
+        "task": "0123",
+        "model": "4567",
+    }
+    assert set(changes) == set(trial().to_dict())
+    keys = [trial().key, *(dataclasses.replace(trial(), **{name: value}).key for name, value in changes.items())]
+    assert len(set(keys)) == len(keys)
+    assert dataclasses.replace(trial(), lr=0.02) != trial()
+
+
+def test_methods_of_the_same_numbers_differ_in_key():
+    kinds = (LoRA, RsLoRA, LoRAFA, PiSSA, DoRA, LoRAPlus)
+    assert len({trial(kind(rank=4)).key for kind in kinds}) == len(kinds)
+    assert trial(LoRA(rank=4)) != "a trial"
+
+
+# Plain data and back
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_trial_comes_back_from_json(method):
+    one = trial(method, lr=1 / 3, clip=None, task="t", model="m")
+    back = Trial.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert back == one
+    assert type(back.method) is type(method)
+    assert back.options == one.options
+    other = Trial.from_dict({**one.to_dict(), "seed": 9})
+    assert other != one
+    assert other.seed == 9
+
+
+def test_a_method_that_a_user_has_written_comes_back_too():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(LoRA):
+        name = "mine, for this test"
+
+    one = trial(Mine(rank=3))
+    assert type(Trial.from_dict(one.to_dict()).method) is Mine
+
+
+def test_a_method_without_a_name_of_its_own_is_refused():
+    class Nameless(LoRA):
+        """Its results would look like LoRA's."""
+
+    with pytest.raises(ValueError, match=r"The class Nameless has the name 'lora', which is not its own, .*a name"):
+        trial(Nameless(rank=4))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"method": {"name": "lorra"}}, "'lorra' is not known here; import the module"),
+        ({}, "not a trial's content"),
+        (None, "not a trial's content .*: None"),
+        ("lora", "not a trial's content .*: 'lora'"),
+        ([], "not a trial's content"),
+        ({"method": None, "lr": 1, "steps": 2}, "not a trial's content"),
+        ({"method": "lora", "lr": 1, "steps": 2}, "not a trial's content"),
+        ({"method": {"name": ["lora"]}, "lr": 1, "steps": 2}, "not a trial's content"),
+        ({"method": {"name": "lora", "rank": "4"}, "lr": 1, "steps": 2}, "not a trial's content|rank is '4'"),
+        ({"method": {"name": "lora"}, "lr": "1", "steps": 2}, "not a trial's content|lr is '1'"),
+        ({"method": {"name": "lora"}, "lr": 10**400, "steps": 2}, "not a trial's content"),
+        ({"method": {"name": "lora", "rang": 4}, "lr": 1, "steps": 2}, "not a trial's content .*rang"),
+        ({"method": {"name": "lora"}, "lr": 1, "steps": 2, "colour": 3}, "not a trial's content .*colour"),
+    ],
+)
+def test_content_that_is_no_trial_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        Trial.from_dict(content)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "lora"}, "method is 'lora', but it must be one such as"),
+        ({"lr": -1.0}, "lr is -1.0, but it must be a positive number"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"steps": 0}, "steps is 0, but"),
+        ({"steps": 2.0}, "steps is 2.0, but it must be a whole number"),
+        ({"steps": "many"}, "steps is 'many', but"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"warmup": 101}, "warmup is 101"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"clip": 0}, "clip is 0"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"eval_examples": 0}, "eval_examples is 0"),
+        ({"seed": 1.5}, "seed is 1.5, but it must be a whole number"),
+        ({"warmup": 1.5}, "warmup is 1.5, but it must be a whole number between 0 and steps, 100"),
+        ({"eval_examples": np.float32(3)}, "eval_examples is 3.0, but it must be a whole number"),
+        ({"accumulate": 2}, "accumulate is 2, but a trial is run with the plain step; leave it out, or use fit"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is True, but a trial is run with the plain step"),
+        ({"lean": Lean()}, r"lean is Lean\(.*\), but a trial is run with the plain step"),
+    ],
+)
+def test_a_wrong_value_is_told_when_the_trial_is_made_and_not_in_the_night(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(trial(), **change)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_a_trial_says_what_fit_would_have_done(steps):
+    one = trial(LoRA(rank=2), steps=steps)
+    model = DigitsMLP(width=4)
+    task = planted(model, rank=1, n_train=16)
+    history = fit(model, task, one.method, steps=steps, lr=0.01)
+    assert {**one.options, "accumulate": 1} == history.settings
+
+
+def test_a_trial_is_a_method_and_a_config():
+    config = TrainConfig(lr=0.01, steps=100, clip=None)
+    one = Trial(LoRA(rank=4), **vars(config))
+    assert one == trial(clip=None) != trial()
+    model = DigitsMLP(width=4)
+    task = planted(model, rank=1, n_train=16)
+    small = trial(steps=3, seed=2)
+    histories = [
+        fit(copy.deepcopy(model), task, LoRA(rank=4), each) for each in (small, TrainConfig(**small.settings()))
+    ]
+    assert histories[0].settings == histories[1].settings == small.settings() == {**small.options, "accumulate": 1}
+    assert [row["train_loss"] for row in histories[0].rows] == [row["train_loss"] for row in histories[1].rows]
+
+
+def test_numpys_numbers_become_pythons():
+    one = trial(lr=np.float32(0.5), seed=np.int64(3), steps=np.int32(100), clip=fractions.Fraction(1, 4))
+    assert [type(value) for value in (one.lr, one.seed, one.steps, one.clip)] == [float, int, int, float]
+    assert one == trial(lr=0.5, seed=3, clip=0.25)
+    json.dumps(one.settings())
+
+
+def test_a_trial_belongs_to_one_task_and_one_model():
+    bound = trial().bound(task="t", model="m")
+    assert (bound.task, bound.model) == ("t", "m")
+    assert bound != trial()
+    assert bound.bound(task="t", model="m") == bound
+    with pytest.raises(ValueError, match="belongs to the task t, but this sweep's is u"):
+        bound.bound(task="u", model="m")
+    with pytest.raises(ValueError, match="belongs to the model m, but this sweep's is n"):
+        bound.bound(task="t", model="n")
+
+
+# Grids
+
+
+def test_a_grid_is_the_product():
+    grid = Grid([1, 2, 4], [0.01, 0.1], range(3), steps=20, batch_size=4)
+    expected = itertools.product([1, 2, 4], [0.01, 0.1], range(3))
+    assert [(one.method.rank, one.lr, one.seed) for one in grid] == list(expected)
+    assert len(grid) == 18
+    assert {(one.steps, one.batch_size, type(one.method)) for one in grid} == {(20, 4, LoRA)}
+    assert grid[5] == list(grid)[5]
+    assert grid[5] in grid
+    assert trial() not in grid
+    assert repr(grid) == "Grid of 18 trials"
+
+
+@pytest.mark.parametrize(
+    ("rule", "alphas"),
+    [({}, [5, 5, 5]), ({"alpha": 16}, [16, 16, 16]), ({"alpha_per_rank": 2}, [2, 4, 8])],
+    ids=["the template's", "fixed", "per rank"],
+)
+def test_alpha_follows_the_rule(rule, alphas):
+    grid = Grid([1, 2, 4], [0.01], [0], [LoRA(alpha=5)], steps=20, **rule)
+    assert [one.method.alpha for one in grid] == alphas
+
+
+def test_methods_keep_what_is_not_the_grids_and_those_without_a_rank_are_tried_once():
+    templates = [LoRAPlus(ratio=3, targets=["a"]), FullFineTuning()]
+    grid = Grid(np.array([1, 2]), [0.01], [0, 1], templates, steps=20, alpha_per_rank=2)
+    found = [(one.method, one.seed) for one in grid]
+    plus = [LoRAPlus(rank=rank, alpha=2 * rank, ratio=3, targets=["a"]) for rank in (1, 2)]
+    assert found == [(method, seed) for method in (*plus, FullFineTuning()) for seed in (0, 1)]
+    assert len(Grid([], [0.01], [0], [FullFineTuning()], steps=20)) == 1
+
+
+def test_repeats_are_left_out():
+    assert len(Grid([4, 4], [0.1, 0.1], [0, 0, 1], steps=20)) == 2
+
+
+@pytest.mark.parametrize("empty", ["ranks", "lrs", "seeds", "methods"])
+def test_an_empty_list_is_refused(empty):
+    lists = {"ranks": [1], "lrs": [0.1], "seeds": [0], "methods": [LoRA()]} | {empty: []}
+    with pytest.raises(ValueError, match=f"{empty} is empty"):
+        Grid(**lists, steps=20)
+
+
+def test_two_rules_for_alpha_are_one_too_many():
+    with pytest.raises(ValueError, match="alpha is 16 and alpha_per_rank 2; give one of them"):
+        Grid([1], [0.1], [0], steps=20, alpha=16, alpha_per_rank=2)

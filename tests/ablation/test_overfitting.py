@@ -1,0 +1,730 @@
+"""What curves tell of learning, overfitting and forgetting: against numbers found by hand, by numpy and by ``fit``."""
+
+import math
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, LoRA, fit
+from lora_lab.ablation import run
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.overfitting import (
+    at_best_rate,
+    at_equal_learning,
+    by_size,
+    compare,
+    compare_over_rates,
+    near_ties,
+    summarise_trials,
+)
+from lora_lab.ablation.results import load
+from lora_lab.ablation.run import ablate
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import Examples, Task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = partial(DigitsMLP, width=16)
+
+
+def curve(setup, lr, seed, validation, off_domain=None, gap=None, **columns):
+    """The rows of one trial, evaluated every ten steps."""
+    count = len(validation)
+    return pandas.DataFrame(
+        {
+            "setup": setup,
+            "lr": lr,
+            "seed": seed,
+            "outcome": "done",
+            "step": [10.0 * i for i in range(count)],
+            "validation_loss": validation,
+            "off_domain_loss": off_domain or [1.0] * count,
+            "gap": gap or [math.nan] + [0.0] * (count - 1),
+            **columns,
+        }
+    )
+
+
+def failed(setup, lr, seed, **columns):
+    """The one row of a trial that failed."""
+    lost = dict.fromkeys(["step", "validation_loss", "off_domain_loss", "gap"], math.nan)
+    return pandas.DataFrame([{"setup": setup, "lr": lr, "seed": seed, "outcome": "failed", **lost, **columns}])
+
+
+def together(*curves):
+    return pandas.concat(curves, ignore_index=True)
+
+
+def largest_of_three(n_train=24):
+    """Which of its first three numbers is the largest: something that can be learned in a few steps."""
+
+    def part(n, seed):
+        inputs = torch.randn(n, 64, generator=torch.Generator().manual_seed(seed))
+        return Examples(inputs, inputs[:, :3].argmax(1))
+
+    return Task("largest", part(n_train, 0), part(20, 1), part(5, 2), part(6, 3))
+
+
+OVERFITS = {
+    "validation": [3.0, 2.0, 1.5, 1.75, 2.25],
+    "off_domain": [1.0, 1.125, 1.25, 1.5, 2.0],
+    "gap": [math.nan, 0.125, 0.25, 0.5, 0.875],
+}
+STILL_LEARNS = {
+    "validation": [3.0, 2.75, 2.5],
+    "off_domain": [1.0, 0.75, 0.5],
+    "gap": [math.nan, -0.25, 0.125],
+}
+
+
+# What one trial learned, lost and forgot
+
+
+def test_a_trial_is_measured_at_its_best_step_and_at_its_last():
+    frame = together(curve("full", 1e-3, 0, **OVERFITS), curve("LoRA", 1e-2, 4, **STILL_LEARNS))
+    found = summarise_trials(frame.sample(frac=1, random_state=3)).set_index("setup")  # in any order of rows
+    assert found.loc["full"].to_dict() == {
+        "lr": 1e-3,
+        "seed": 0,
+        "best_step": 20,
+        "best_loss": 1.5,
+        "learned": 1.5,
+        "last_loss": 2.25,
+        "overfit": 0.75,
+        "gap": 0.875,
+        "forgotten": 0.25,
+        "forgotten_at_last": 1.0,
+    }
+    assert found.loc["LoRA"].to_dict() == {
+        "lr": 1e-2,
+        "seed": 4,
+        "best_step": 20,
+        "best_loss": 2.5,
+        "learned": 0.5,
+        "last_loss": 2.5,
+        "overfit": 0.0,
+        "gap": 0.125,
+        "forgotten": -0.5,
+        "forgotten_at_last": -0.5,
+    }
+
+
+def test_of_two_evaluations_as_good_the_earlier_is_the_best():
+    (row,) = summarise_trials(curve("a", 1.0, 0, [3.0, 2.0, 2.5, 2.0], [1.0, 1.5, 2.0, 4.0])).to_dict("records")
+    assert (row["best_step"], row["forgotten"], row["forgotten_at_last"]) == (10, 0.5, 3.0)
+
+
+def test_a_trial_that_only_got_worse_is_best_before_training():
+    (row,) = summarise_trials(curve("a", 1.0, 0, [2.0, 2.5, 4.0], [1.0, 1.5, 3.0])).to_dict("records")
+    assert (row["best_step"], row["learned"], row["overfit"]) == (0, 0.0, 2.0)
+    assert (row["forgotten"], row["forgotten_at_last"]) == (0.0, 2.0)
+
+
+def test_the_test_loss_is_that_after_the_last_step_if_there_is_one():
+    without, having = curve("a", 1.0, 0, [3.0, 1.0, 2.0]), curve("a", 1.0, 0, [3.0, 1.0, 2.0])
+    having["test_loss"] = [math.nan, math.nan, 2.5]
+    assert summarise_trials(having)["test_loss"].tolist() == [2.5]
+    assert "test_loss" not in summarise_trials(without)
+
+
+def test_the_scores_of_a_judge_are_those_after_the_last_step():
+    frame = curve("full", 1e-3, 0, **STILL_LEARNS, score_right=[math.nan, math.nan, 0.75])
+    assert summarise_trials(frame).score_right.tolist() == [0.75]
+    assert "score_right" not in summarise_trials(curve("full", 1e-3, 0, **STILL_LEARNS))
+
+
+def test_trials_are_told_apart_by_size_way_rate_and_seed():
+    names = [
+        (n, setup, lr, seed) for n in (16, 64) for setup in ("full", "LoRA") for lr in (1e-3, 1e-2) for seed in (0, 1)
+    ]
+    best = {name: 1.0 + 0.125 * place for place, name in enumerate(names)}
+    frame = together(*(curve(*name[1:], [5.0, loss, 4.0], n_train=name[0]) for name, loss in best.items()))
+    found = summarise_trials(frame).set_index(["n_train", "setup", "lr", "seed"])
+    assert found["best_loss"].to_dict() == best
+    assert len(summarise_trials(frame[frame.n_train == 16].drop(columns="n_train"))) == 8
+
+
+def test_trials_that_failed_are_left_out():
+    frame = together(failed("full", 1.0, 0), curve("full", 1e-3, 0, **OVERFITS), failed("LoRA", 1e-2, 0))
+    found = summarise_trials(frame)
+    assert found[["setup", "lr"]].values.tolist() == [["full", 1e-3]]
+    assert found.notna().all(axis=None)
+
+
+@pytest.mark.parametrize(
+    "name", ["setup", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap"]
+)
+def test_a_column_that_is_missing_is_named(name):
+    with pytest.raises(ValueError, match=rf"The frame lacks the columns \['{name}'\]; .* a column 'setup'"):
+        summarise_trials(curve("full", 1e-3, 0, **OVERFITS).drop(columns=name))
+
+
+def test_a_trial_without_its_evaluation_before_training_is_named():
+    whole = together(curve("full", 1e-3, 0, **OVERFITS), curve("LoRA", 1e-2, 1, **OVERFITS))
+    assert len(summarise_trials(whole)) == 2
+    late = whole[~((whole.setup == "LoRA") & (whole.step == 0))]
+    with pytest.raises(
+        ValueError, match=r"'setup': 'LoRA', 'lr': 0.01, 'seed': 1.* needs one row for each step, from 0"
+    ):
+        summarise_trials(late)
+
+
+def test_a_trial_with_two_rows_for_a_step_is_named():
+    twice = together(curve("full", 1e-3, 0, **OVERFITS), curve("full", 1e-3, 0, **OVERFITS).iloc[2:3])
+    with pytest.raises(ValueError, match=r"'setup': 'full'.* needs one row for each step"):
+        summarise_trials(twice)
+
+
+def test_of_trials_that_were_run_the_measures_are_those_of_fits_histories():
+    setups = {"full": FullFineTuning(), "lora": LoRA(2, 4)}
+    options = {"steps": 40, "batch_size": 4, "eval_every": 5, "schedule": "constant"}
+    trials = [Trial(method, lr=0.03, seed=seed, **options) for method in setups.values() for seed in (0, 1)]
+    task = largest_of_three(8)
+    frame = ablate(MODEL, task, trials, engine="separate", progress=False)
+    found = summarise_trials(frame.assign(setup=frame["method"])).set_index(["setup", "seed"])
+    assert len(found) == 4
+    for setup, method in setups.items():
+        for seed in (0, 1):
+            history = fit(MODEL(), task, method, lr=0.03, seed=seed, **options)
+            table = history.frame().set_index("step")
+            row, losses = found.loc[setup, seed], table["validation_loss"]
+            assert 0 < row.best_step == history.best_step < 40
+            assert row.overfit == losses[40] - losses[history.best_step] > 0
+            assert row.learned == losses[0] - losses.min()
+            off = table["off_domain_loss"]
+            assert row.forgotten == off[history.best_step] - off[0] != row.forgotten_at_last
+            assert row.forgotten_at_last == off[40] - off[0]
+            assert row.gap == pytest.approx(losses[40] - np.mean(table["train_loss"][36:]), rel=1e-12)
+    assert found["best_loss"].nunique() == 4
+
+
+# Each method at its own best rate
+
+
+def losses(*rows):
+    """What ``measures`` would return of (method, rate, seed, best loss)."""
+    return pandas.DataFrame(rows, columns=["setup", "lr", "seed", "best_loss"])
+
+
+def test_a_rate_is_judged_on_the_seeds_that_all_rates_of_its_way_have():
+    rows = [("full", 1e-4, 0, 1.1), ("full", 3e-4, 0, 1.0), ("full", 3e-4, 1, 9.0), ("full", 3e-4, 2, 9.5)]
+    best = at_best_rate(losses(*rows))
+    assert best[["lr", "seed", "best_loss"]].values.tolist() == [[3e-4, 0, 1.0], [3e-4, 1, 9.0], [3e-4, 2, 9.5]]
+    shared = at_best_rate(losses(*rows, ("full", 1e-4, 1, 1.2)))  # on two seeds the other rate is better
+    assert shared[["lr", "seed"]].values.tolist() == [[1e-4, 0], [1e-4, 1]]
+
+
+def test_the_mean_over_seeds_decides_and_not_the_best_seed():
+    steady = [("full", 1e-4, seed, 1.0) for seed in range(3)]
+    lucky = [("full", 3e-4, 0, 0.5), ("full", 3e-4, 1, 1.5), ("full", 3e-4, 2, 1.5)]
+    assert set(at_best_rate(losses(*steady, *lucky)).lr) == {1e-4}
+    assert set(at_best_rate(losses(*steady, *lucky[:1], *[(*row[:3], 1.1) for row in lucky[1:]])).lr) == {3e-4}
+
+
+@pytest.mark.parametrize(
+    ("found", "edge"),
+    [((1.0, 1.5, 2.0), "smallest"), ((1.5, 1.0, 2.0), ""), ((2.0, 1.5, 1.0), "largest"), ((1.0,), "only")],
+)
+def test_a_best_rate_at_the_edge_of_those_tried_is_marked(found, edge):
+    rates = (1e-4, 3e-4, 1e-3)
+    rows = [("full", lr, 0, loss) for lr, loss in zip(rates, found, strict=False)]
+    for order in (rows, rows[::-1]):
+        best = at_best_rate(losses(*order))
+        assert best.edge.tolist() == [edge]
+        assert best.lr.tolist() == [rates[found.index(1.0)]]
+
+
+def test_of_rates_as_good_the_smaller_one_is_taken():
+    rows = [("full", 3e-4, 0, 1.0), ("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 1.0)]
+    assert at_best_rate(losses(*rows)).lr.tolist() == [1e-4]
+
+
+def test_each_way_has_its_own_rate_and_keeps_its_place():
+    rows = [("late", 1e-2, 0, 1.0), ("late", 1e-3, 0, 2.0), ("early", 1e-2, 0, 2.0), ("early", 1e-3, 0, 1.0)]
+    best = at_best_rate(losses(*rows))
+    assert best[["setup", "lr", "edge"]].values.tolist() == [["late", 1e-2, "largest"], ["early", 1e-3, "smallest"]]
+
+
+def test_each_size_of_the_training_set_has_its_own_rate():
+    few = losses(("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 2.0)).assign(n_train=16)
+    many = losses(("full", 1e-4, 0, 2.0), ("full", 1e-3, 0, 1.0)).assign(n_train=64)
+    best = at_best_rate(together(few, many))
+    assert best[["n_train", "lr"]].values.tolist() == [[16, 1e-4], [64, 1e-3]]
+
+
+def test_what_is_chosen_lacks_no_number_though_other_rates_lack_seeds_or_failed():
+    frame = together(
+        *(curve("full", 1e-3, seed, **OVERFITS) for seed in range(3)),
+        curve("full", 1e-4, 0, [3.0, 2.0, 2.5]),
+        failed("full", 1.0, 0),
+        curve("LoRA", 1e-2, 0, **STILL_LEARNS),
+        failed("LoRA", 1e-2, 1),
+    )
+    best = at_best_rate(summarise_trials(frame))
+    assert best[["setup", "seed"]].values.tolist() == [["full", 0], ["full", 1], ["full", 2], ["LoRA", 0]]
+    assert set(best.lr[best.setup == "full"]) == {1e-3}
+    assert best.notna().all(axis=None)
+
+
+def test_rates_that_share_no_seed_cannot_be_compared():
+    rows = [("full", 1e-4, 0, 1.0), ("LoRA", 1e-4, 0, 1.0), ("LoRA", 1e-3, 1, 1.0)]
+    with pytest.raises(ValueError, match=r"The rates of \('LoRA',\) have no seed in common; run each of them"):
+        at_best_rate(losses(*rows))
+    assert len(at_best_rate(losses(*rows, ("LoRA", 1e-3, 0, 2.0)))) == 2
+
+
+# Rates that tie
+
+
+def test_rates_within_the_slack_of_the_best_are_near_ties():
+    rows = [("full", lr, seed, loss) for lr, loss in ((1e-3, 1.0), (3e-4, 1.25), (3e-3, 1.5)) for seed in (0, 1)]
+    found = losses(*rows, ("LoRA", 1e-2, 0, 4.0), ("LoRA", 3e-2, 0, 3.0))
+
+    def ties(slack):
+        return near_ties(found, slack).values.tolist()
+
+    assert ties(0) == [["full", 1e-3], ["LoRA", 3e-2]]
+    assert ties(0.25) == [["full", 3e-4], ["full", 1e-3], ["LoRA", 3e-2]]
+    assert ties(0.5) == [["full", 3e-4], ["full", 1e-3], ["full", 3e-3], ["LoRA", 3e-2]]
+    assert ties(1) == [["full", 3e-4], ["full", 1e-3], ["full", 3e-3], ["LoRA", 1e-2], ["LoRA", 3e-2]]
+
+
+def test_without_slack_the_best_rate_is_the_tuned_one():
+    rows = [("full", 1e-4, 0, 1.1), ("full", 3e-4, 0, 1.0), ("full", 3e-4, 1, 9.0)]  # one seed in common
+    found = losses(*rows)
+    assert near_ties(found, 0).lr.tolist() == at_best_rate(found).lr.unique().tolist() == [3e-4]
+
+
+def test_each_size_has_its_own_near_ties():
+    few = losses(("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 2.0)).assign(n_train=16)
+    many = losses(("full", 1e-4, 0, 1.5), ("full", 1e-3, 0, 1.0)).assign(n_train=64)
+    assert near_ties(together(few, many), 0.5).values.tolist() == [
+        [16, "full", 1e-4],
+        [64, "full", 1e-4],
+        [64, "full", 1e-3],
+    ]
+
+
+@pytest.mark.parametrize("slack", [-0.1, math.nan])
+def test_a_slack_below_nothing_is_refused(slack):
+    with pytest.raises(ValueError, match=r"slack is .*, but it must be 0 or a positive loss"):
+        near_ties(losses(("full", 1e-4, 0, 1.0)), slack)
+
+
+# Ways against one of them
+
+
+def numbers(values, **columns):
+    """A table of what each method has for the seeds 0, 1, ..."""
+    return pandas.DataFrame(
+        {"setup": setup, "seed": seed, "overfit": value, **columns}
+        for setup, own in values.items()
+        for seed, value in enumerate(own)
+    )
+
+
+FULL = (1.0, 5.0, 3.0)
+T_OF_TWO = 2.919986  # Student's t, 0.95, two degrees of freedom: from a printed table
+
+
+def test_ways_are_compared_seed_by_seed_with_students_bounds():
+    # Differences 0.1, 0.3, 0.2: mean 0.2, standard deviation 0.1.
+    best = numbers({"full": FULL, "LoRA": (1.1, 5.3, 3.2)}).sample(frac=1, random_state=1)
+    table = compare(best, "overfit").set_index("setup")
+    half = T_OF_TWO * 0.1 / math.sqrt(3)
+    row = table.loc["LoRA"]
+    assert (row.difference, row.lower, row.upper) == pytest.approx((0.2, 0.2 - half, 0.2 + half), rel=1e-6)
+    assert (row["mean"], row.least, row.most, row.seeds) == (pytest.approx(3.2), 1.1, 5.3, 3)
+    reference = table.loc["full"]
+    assert (reference["mean"], reference.least, reference.most, reference.seeds) == (3.0, 1.0, 5.0, 3)
+    assert reference[["difference", "lower", "upper"]].isna().all()
+    unpaired = numbers({"full": FULL, "LoRA": (3.2, 1.1, 5.3)})  # the same values, of other seeds
+    other = compare(unpaired, "overfit").set_index("setup").loc["LoRA"]
+    assert other.difference == pytest.approx(0.2)
+    assert other.upper - other.lower > 10 * (row.upper - row.lower)
+
+
+def test_another_way_can_be_the_reference():
+    best = numbers({"full": FULL, "LoRA": (1.1, 5.3, 3.2)})
+    table = compare(best, "overfit", reference="LoRA").set_index("setup")
+    assert table.loc["full"].difference == pytest.approx(-0.2)
+    assert math.isnan(table.loc["LoRA"].difference)
+
+
+def test_only_seeds_that_both_ways_have_are_paired():
+    best = numbers({"full": FULL, "LoRA": (1.5, 5.75, 99.0)})
+    best = best[~((best.setup == "full") & (best.seed == 2))]
+    row = compare(best, "overfit").set_index("setup").loc["LoRA"]
+    assert row.difference == 0.625  # of 0.5 and 0.75
+    assert (row.seeds, row.most) == (3, 99.0)
+
+
+def test_one_seed_gives_a_difference_and_no_bounds():
+    one = compare(numbers({"full": (1.0,), "LoRA": (1.5,)}), "overfit").set_index("setup").loc["LoRA"]
+    assert one.difference == 0.5
+    assert one[["lower", "upper"]].isna().all()
+    two = compare(numbers({"full": (1.0, 1.0), "LoRA": (1.5, 1.75)}), "overfit").set_index("setup").loc["LoRA"]
+    assert two.lower < two.difference < two.upper
+
+
+def test_ways_that_share_no_seed_have_no_difference():
+    best = numbers({"full": (1.0,), "LoRA": (9.0, 1.5)}).query("setup == 'full' or seed == 1")
+    table = compare(best, "overfit").set_index("setup")
+    assert table.loc["LoRA", "mean"] == 1.5
+    assert "difference" not in table or math.isnan(table.loc["LoRA", "difference"])
+
+
+def test_each_size_is_compared_by_itself_and_ways_keep_their_places():
+    few = numbers({"full": FULL, "b": (2.0, 6.0, 4.5), "a": FULL}, n_train=16)
+    many = numbers({"full": FULL, "b": (0.0, 4.0, 2.5), "a": FULL}, n_train=64)
+    table = compare(together(many, few), "overfit")
+    assert table[["n_train", "setup"]].values.tolist() == [[n, setup] for n in (16, 64) for setup in ("full", "b", "a")]
+    found = table.set_index(["n_train", "setup"])["difference"]
+    assert found[16, "b"] == pytest.approx(7 / 6)
+    assert found[64, "b"] == pytest.approx(-5 / 6)
+    assert found[16, "a"] == found[64, "a"] == 0
+    assert "n_train" not in compare(few.drop(columns="n_train"), "overfit")
+
+
+def test_a_reference_that_is_not_there_is_told_with_those_that_are():
+    best = numbers({"full": FULL, "LoRA": FULL})
+    with pytest.raises(ValueError, match=r"There is no method 'dora' to compare with; there are \['LoRA', 'full'\]"):
+        compare(best, "overfit", reference="dora")
+
+
+# The price of the same good
+
+FAST = {"validation": [3.0, 2.0, 1.0], "off_domain": [1.0, 1.5, 2.5]}  # learned 0, 1, 2; forgot 0, 0.5, 1.5
+SLOW = {"validation": [3.0, 2.5, 2.25, 2.75], "off_domain": [1.0, 1.2, 1.4, 1.9]}  # at its best 0.75, for 0.4
+DIPS = {"validation": [3.0, 3.5, 2.0, 2.5, 1.0], "off_domain": [1.0, 2.0, 3.0, 9.0, 9.0]}  # -0.5, then 1 for 2
+
+
+def at_equal(*curves):
+    frame = together(*curves)
+    return at_equal_learning(frame, at_best_rate(summarise_trials(frame)))
+
+
+def test_forgetting_is_read_where_all_had_learned_as_much():
+    found = at_equal(curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW)).set_index("setup")
+    assert found.learned.tolist() == [0.75, 0.75]
+    assert found.forgotten["full"] == pytest.approx(0.375)  # three quarters of the method to the first evaluation
+    assert found.forgotten["LoRA"] == pytest.approx(0.4)  # at its best, though it forgot 0.9 by the end
+
+
+def test_a_share_of_what_all_learned_is_read_earlier():
+    frame = together(curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW))
+    found = at_equal_learning(frame, at_best_rate(summarise_trials(frame)), share=2 / 3).set_index("setup")
+    assert found.learned.tolist() == [0.5, 0.5]
+    assert found.forgotten.to_dict() == pytest.approx({"full": 0.25, "LoRA": 0.2})
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, math.nan])
+def test_a_share_that_is_none_is_refused(share):
+    frame = curve("full", 1e-3, 0, **FAST)
+    with pytest.raises(ValueError, match=r"share is .*, but it must be above 0 and at most 1"):
+        at_equal_learning(frame, at_best_rate(summarise_trials(frame)), share)
+
+
+def test_a_curve_is_followed_to_where_it_first_gets_there():
+    found = at_equal(curve("dips", 1e-3, 0, **DIPS), curve("LoRA", 1e-2, 0, **SLOW)).set_index("setup")
+    # From -0.5 for 1 to 1 for 2: at 0.75 five sixths of the method.
+    assert found.forgotten["dips"] == pytest.approx(1 + 5 / 6)
+
+
+def test_the_least_that_any_way_learned_is_the_amount_for_all():
+    least = {"validation": [3.0, 2.75], "off_domain": [1.0, 1.3]}
+    fast, slow = curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW)
+    found = at_equal(fast, slow, curve("last", 1e-3, 0, **least)).set_index("setup")
+    assert found.learned.tolist() == [0.25] * 3
+    assert found.forgotten.to_dict() == pytest.approx({"full": 0.125, "LoRA": 0.1, "last": 0.3})
+
+
+def test_a_seed_in_which_a_way_learned_nothing_is_left_out():
+    curves = [curve(setup, lr, 0, **own) for setup, lr, own in (("full", 1e-3, FAST), ("LoRA", 1e-2, SLOW))]
+    curves += [curve("full", 1e-3, 1, **FAST), curve("LoRA", 1e-2, 1, [3.0, 3.25, 3.5])]
+    assert set(at_equal(*curves).seed) == {0}
+    curves[-1] = curve("LoRA", 1e-2, 1, [3.0, 2.875, 3.5])
+    found = at_equal(*curves)
+    assert found[["seed", "setup"]].values.tolist() == [[0, "full"], [0, "LoRA"], [1, "full"], [1, "LoRA"]]
+    assert found.learned.tolist() == [0.75, 0.75, 0.125, 0.125]
+
+
+def test_curves_of_rates_that_were_not_chosen_play_no_part():
+    # Better nowhere, and with another price: what was chosen must be looked up by its rate.
+    others = [curve("full", 1e-4, 0, [3.0, 2.9], [1.0, 9.0]), curve("LoRA", 1e-3, 0, [3.0, 2.9], [1.0, 9.0])]
+    chosen = [curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW)]
+    expected = at_equal(*chosen)
+    pandas.testing.assert_frame_equal(at_equal(*others, *chosen), expected)
+    assert not at_equal(*chosen[:1], *others[1:]).equals(expected)
+
+
+def test_the_order_of_rows_does_not_matter():
+    frame = together(curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW))
+    best = at_best_rate(summarise_trials(frame))
+    mixed = at_equal_learning(frame.sample(frac=1, random_state=5), best)
+    pandas.testing.assert_frame_equal(mixed, at_equal_learning(frame, best))
+
+
+def test_each_size_has_its_own_amount_and_the_result_can_be_compared():
+    few = [curve("full", 1e-3, s, **FAST, n_train=16) for s in (0, 1)]
+    few += [curve("LoRA", 1e-2, s, **SLOW, n_train=16) for s in (0, 1)]
+    many = [curve("full", 1e-3, s, **FAST, n_train=64) for s in (0, 1)]
+    many += [curve("LoRA", 1e-2, s, **DIPS, n_train=64) for s in (0, 1)]
+    found = at_equal(*many, *few)
+    assert found.groupby("n_train").learned.unique().map(list).to_dict() == {16: [0.75], 64: [2.0]}
+    table = compare(found, "forgotten").set_index(["n_train", "setup"])
+    assert table.difference[16, "LoRA"] == pytest.approx(0.4 - 0.375)
+    assert table.difference[64, "LoRA"] == pytest.approx(8 - 1.5)
+
+
+# Rates chosen on the first seed, for each size
+
+METHODS = {"full": FullFineTuning(), "LoRA": LoRA(2, 4)}
+RATES = {"full": (1e-4, 1e-2), "LoRA": (0.1, 1e-3, 3e-2)}
+OPTIONS = {"steps": 6, "batch_size": 4, "eval_every": 2, "schedule": "constant", "warmup": 0}
+
+
+def task_of(size, seed):
+    """Other examples for each seed, and as many as the size says."""
+    return largest_of_three().limited(size, seed)
+
+
+def trial_of(setup, lr, seed, size, spoilt=()):
+    return Trial(METHODS[setup], 1e30 if (setup, size) in spoilt else lr, seed, **OPTIONS)
+
+
+def sweep(folder=None, lrs=RATES, sizes=(8, 12), seeds=(5, 0, 1), spoilt=(), **more):
+    options = {"engine": "separate", "progress": False, **more}
+    return by_size(MODEL, task_of, partial(trial_of, spoilt=spoilt), lrs, sizes, seeds, folder, **options)
+
+
+def tried(frame):
+    """(method, rate) of a frame's trials."""
+    return sorted({(row.setup, row.lr) for row in frame.itertuples()})
+
+
+def seeds_run(monkeypatch):
+    """The seed of each call of ``fit`` from now on."""
+    called = []
+
+    def counted(*arguments, **options):
+        called.append(options["config"].seed)
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(run, "fit", counted)
+    return called
+
+
+def best_by_fit(setup, size, seed):
+    """The rate of the lowest loss at any evaluation."""
+    lowest = {}
+    for lr in RATES[setup]:
+        history = fit(MODEL(), task_of(size, seed), METHODS[setup], lr=lr, seed=seed, **OPTIONS)
+        lowest[lr] = min(loss for loss in history.frame()["validation_loss"].dropna())
+    return min(lowest, key=lowest.get)
+
+
+def test_all_rates_are_run_on_the_first_seed_and_the_best_ones_alone_on_the_others():
+    frames = list(sweep())
+    assert [(frame.n_train.unique().tolist(), frame.seed.unique().tolist()) for frame in frames] == [
+        ([size], [seed]) for size in (8, 12) for seed in (5, 0, 1)
+    ]
+    chosen = {size: {setup: best_by_fit(setup, size, 5) for setup in METHODS} for size in (8, 12)}
+    every = [(setup, lr) for setup, lrs in RATES.items() for lr in lrs]
+    for frame in frames:
+        size, seed = int(frame.n_train.iloc[0]), int(frame.seed.iloc[0])
+        assert tried(frame) == (sorted(every) if seed == 5 else sorted(chosen[size].items()))
+        assert set(frame.task) == {task_of(size, seed).fingerprint}
+    assert any(chosen[8][setup] != rates[0] for setup, rates in RATES.items())
+    best = at_best_rate(summarise_trials(pandas.concat(frames)))
+    assert (best.learned > 0).all()
+    assert best.groupby(["n_train", "setup"]).lr.unique().map(list).to_dict() == {
+        (size, setup): [lr] for size, own in chosen.items() for setup, lr in own.items()
+    }
+
+
+def test_a_row_says_how_its_trial_was_trained():
+    (frame,) = sweep(sizes=(8,), seeds=(0,))
+    methods = {setup: method.name for setup, method in METHODS.items()}
+    assert (frame["method"] == frame.setup.map(methods)).all()
+    history = fit(MODEL(), task_of(8, 0), METHODS["LoRA"], lr=3e-2, seed=0, **OPTIONS)
+    row = frame[(frame.setup == "LoRA") & (frame.lr == 3e-2)]
+    assert row.validation_loss.tolist() == history.frame()["validation_loss"].dropna().tolist()
+    assert row.validation_loss.tolist() != frame[(frame.setup == "LoRA") & (frame.lr == 0.1)].validation_loss.tolist()
+
+
+def test_a_way_of_which_every_rate_failed_is_not_run_again():
+    first, second = sweep(sizes=(8,), seeds=(0, 1), spoilt={("full", 8)})
+    assert set(first.setup[first.outcome == "failed"]) == {"full"}
+    assert set(first.setup[first.outcome == "done"]) == {"LoRA"}
+    assert set(second.setup) == {"LoRA"}
+
+
+def test_a_rate_that_failed_is_not_chosen():
+    rates = {"full": (1e30, 1e-3), "LoRA": (1e-2,)}
+    first, second = sweep(lrs=rates, sizes=(8,), seeds=(0, 1))
+    assert first.lr[first.outcome == "failed"].tolist() == [1e30]
+    assert tried(second) == [("LoRA", 1e-2), ("full", 1e-3)]
+
+
+def test_where_everything_failed_no_other_seed_is_run_and_the_next_size_begins_anew():
+    frames = list(sweep(spoilt={("full", 8), ("LoRA", 8)}, seeds=(0, 1)))
+    assert [(frame.n_train.iloc[0], frame.seed.iloc[0]) for frame in frames] == [(8, 0), (12, 0), (12, 1)]
+    assert set(frames[0].outcome) == {"failed"}
+    assert set(frames[0].setup) == {"full", "LoRA"}
+    assert set(frames[2].outcome) == {"done"}
+
+
+def test_a_frame_is_there_before_the_next_one_is_run(monkeypatch):
+    seeds = seeds_run(monkeypatch)
+    frames = sweep(sizes=(8,), seeds=(0, 1))
+    next(frames)
+    assert set(seeds) == {0}
+    next(frames)
+    assert set(seeds) == {0, 1}
+
+
+def test_what_was_stopped_goes_on_from_its_folder(tmp_path, monkeypatch):
+    whole = list(sweep(tmp_path / "whole", sizes=(8,)))
+    stopped = sweep(tmp_path / "part", sizes=(8,))
+    list(islice(stopped, 1))
+    stopped.close()
+    assert load(tmp_path / "part").key.nunique() == 5
+    seeds = seeds_run(monkeypatch)
+    again = list(sweep(tmp_path / "part", sizes=(8,)))
+    assert sorted(seeds) == [0, 0, 1, 1]  # both methods at the rates that were chosen before
+    varying = ["seconds", "date", "commit"]
+    for one, other in zip(again, whole, strict=True):
+        pandas.testing.assert_frame_equal(one.drop(columns=varying), other.drop(columns=varying))
+    seeds.clear()
+    for one, other in zip(sweep(tmp_path / "part", sizes=(8,)), again, strict=True):
+        pandas.testing.assert_frame_equal(one, other)
+    assert seeds == []
+
+
+def test_two_ways_that_make_the_same_trial_are_refused():
+    def alike(setup, lr, seed, size):
+        return trial_of("full", lr, seed, size)
+
+    rates = {"full": (1e-3,), "LoRA": (1e-3,)}
+    with pytest.raises(ValueError, match="Two methods make the same trial"):
+        next(by_size(MODEL, task_of, alike, rates, (8,), (0,), engine="separate", progress=False))
+
+
+def test_a_reference_that_failed_at_one_size_leaves_that_size_without_differences():
+    rows = [(16, "LoRA", 0, 1.0), (64, "full", 0, 1.0), (64, "LoRA", 0, 3.0)]
+    found = compare(pandas.DataFrame(rows, columns=["n_train", "setup", "seed", "overfit"]), "overfit")
+    differences = found.set_index(["n_train", "setup"])["difference"]
+    assert np.isnan(differences[16, "LoRA"])
+    assert differences[64, "LoRA"] == 2.0
+
+
+def test_without_a_trial_that_ended_well_no_rate_can_be_chosen():
+    with pytest.raises(ValueError, match="no trial that ended well"):
+        at_best_rate(pandas.DataFrame())
+
+
+def test_several_seeds_may_choose_and_the_others_run_what_they_chose():
+    rates = {"full": (1e-4, 1e-3), "LoRA": (1e-3, 1e-2)}
+    frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2))
+    assert [len(tried(frame)) for frame in frames] == [4, 4, 2]
+    both = pandas.concat(frames[:2])
+    lowest = both.groupby(["setup", "lr", "seed"]).validation_loss.min().groupby(["setup", "lr"]).mean()
+    assert dict(tried(frames[2])) == {setup: lowest[setup].idxmin() for setup in rates}
+
+
+def test_no_more_seeds_can_choose_than_there_are():
+    for choose in (0, 3):
+        with pytest.raises(ValueError, match="from 1 to the number of seeds, 2"):
+            next(sweep(seeds=(0, 1), choose=choose))
+
+
+# Over all pairs of rates
+
+
+def rising(setup, lr, rises, **columns):
+    """Trials of several seeds whose validation loss falls to 1 and rises again by so much."""
+    curves = [curve(setup, lr, seed, [2.0, 1.0, 1.0 + rise], **columns) for seed, rise in enumerate(rises)]
+    return together(*curves)
+
+
+GENTLE = rising("full", 1e-3, [0.5, 0.625, 0.5])
+STEEP = rising("full", 3e-3, [1.0, 1.125, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict"),
+    [
+        ({1e-3: [0.25, 0.375, 0.125]}, "less"),
+        ({1e-3: [0.25, 0.375, 0.125], 1e-2: [0.125, 0.125, 0.25]}, "less"),
+        ({1e-3: [0.25, 0.375, 0.125], 1e-2: [0.5, 0.5, 0.625]}, "open"),
+        ({1e-3: [0.75, 0.875, 0.875]}, "more"),
+        ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.5, 0.5, 0.625]}, "open"),
+        ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.25, 0.375, 0.125]}, "turns"),
+        ({1e-3: [0.75, 0.875, 0.875], 3e-3: [0.5, 0.5, 0.625], 1e-2: [0.25, 0.375, 0.125]}, "turns"),
+    ],
+)
+def test_a_verdict_has_to_hold_for_each_pair_of_rates(rates, verdict):
+    told = compare_over_rates(together(GENTLE, *(rising("LoRA", lr, rises) for lr, rises in rates.items())), "overfit")
+    assert told[["setup", "pairs", "verdict"]].values.tolist() == [["LoRA", len(rates), verdict]]
+
+
+def test_the_bounds_are_the_outermost_of_all_pairs():
+    lora = [rising("LoRA", lr, rises) for lr, rises in ((1e-3, [0.25, 0.375, 0.125]), (1e-2, [0.75, 0.875, 0.875]))]
+    told = compare_over_rates(together(GENTLE, STEEP, *lora), "overfit").squeeze()
+    alone = [
+        compare(summarise_trials(together(full, other)), "overfit").set_index("setup").loc["LoRA"]
+        for full in (GENTLE, STEEP)
+        for other in lora
+    ]
+    assert told.pairs == 4
+    assert told.lower == min(one.lower for one in alone)
+    assert told.upper == max(one.upper for one in alone)
+
+
+def test_a_way_against_itself_turns_where_its_rates_differ():
+    alone = together(GENTLE, GENTLE.assign(setup="full again"))
+    assert compare_over_rates(alone, "overfit").verdict.tolist() == ["open"]
+    both = together(GENTLE, STEEP)
+    assert compare_over_rates(together(both, both.assign(setup="full again")), "overfit").verdict.tolist() == ["turns"]
+
+
+def test_a_share_compares_at_equal_learning():
+    curves = [curve("full", 1e-3, seed, **FAST) for seed in (0, 1)] + [
+        curve("LoRA", 1e-2, seed, **SLOW) for seed in (0, 1)
+    ]
+    frame = together(*curves)
+    at_best, equal, early = (
+        compare_over_rates(frame, "forgotten", share=share).squeeze() for share in (None, 1, 2 / 3)
+    )
+    assert at_best.lower == at_best.upper == pytest.approx(0.4 - 1.5)
+    assert equal.lower == pytest.approx(0.4 - 0.375)
+    assert early.lower == pytest.approx(0.2 - 0.25)
+    assert (equal.verdict, early.verdict) == ("more", "less")
+
+
+def test_each_size_and_each_reference_is_compared_by_itself():
+    few = together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.375, 0.125])).assign(n_train=16)
+    many = together(GENTLE, rising("LoRA", 1e-3, [0.75, 0.875, 0.875])).assign(n_train=64)
+    told = compare_over_rates(together(few, many), "overfit")
+    assert told[["n_train", "setup", "verdict"]].values.tolist() == [[16, "LoRA", "less"], [64, "LoRA", "more"]]
+    told = compare_over_rates(together(few, many), "overfit", "LoRA")
+    assert told[["n_train", "setup", "verdict"]].values.tolist() == [[16, "full", "more"], [64, "full", "less"]]
+    lone = together(few, rising("LoRA", 1e-3, [0.75, 0.875, 0.875]).assign(n_train=64))
+    assert compare_over_rates(lone, "overfit").n_train.tolist() == [16]  # at 64 there is nothing to compare with
+
+
+def test_what_cannot_be_compared_over_rates_is_named():
+    with pytest.raises(ValueError, match=r"There is no method 'head' to compare with; there are \['full'\]"):
+        compare_over_rates(GENTLE, "overfit", "head")
+    with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
+        compare_over_rates(together(GENTLE, rising("LoRA", 1e-3, [0.25])), "overfit")
+    with pytest.raises(ValueError, match="share is 0"):
+        compare_over_rates(together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.5])), "forgotten", share=0)
+    other = rising("LoRA", 1e-3, [0.25, 0.5]).assign(seed=lambda rows: rows.seed + 7)
+    with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
+        compare_over_rates(together(GENTLE, other), "overfit")

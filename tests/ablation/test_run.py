@@ -1,0 +1,1366 @@
+"""ablate: what it runs, what it keeps through kills and interrupts, and that where it runs changes no number."""
+
+import copy
+import dataclasses
+import fractions
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import nn
+from torch.nn import functional as F
+
+import lora_lab
+from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, adapter_state, fit
+from lora_lab.ablation import packed, packing, run, smallest_sufficient_rank
+from lora_lab.ablation.grid import Grid, Trial
+from lora_lab.ablation.results import load
+from lora_lab.ablation.run import ablate, fingerprint
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.system.progress import progress_bar
+from lora_lab.tasks import Examples, Task, mean_squared_error
+from tests.helpers import small_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = functools.partial(DigitsMLP, width=16)
+VARYING = ["seconds", "date", "engine", "commit"]  # the checkout may get a commit while the tests run
+
+
+def grid(ranks=(1, 3), lrs=(0.01,), seeds=(0, 1), **options):
+    return Grid(ranks, lrs, seeds, **{"steps": 6, "batch_size": 4, "alpha_per_rank": 2} | options)
+
+
+def apart(trials, folder=None, task=None, model=MODEL, **options):
+    return ablate(model, task or small_task(), trials, folder, **{"engine": "separate", "progress": False} | options)
+
+
+def counting(monkeypatch):
+    """The methods that ``fit`` is called with from now on."""
+    called = []
+
+    def counted(model, task, method, **options):
+        called.append((method.rank, options["config"].seed))
+        return fit(model, task, method, **options)
+
+    monkeypatch.setattr(run, "fit", counted)
+    return called
+
+
+def same(frame, other):
+    assert_frame_equal(frame.drop(columns=VARYING), other.drop(columns=VARYING))
+
+
+# The table
+
+
+def test_each_trial_is_what_fit_gives():
+    methods = [LoRA(dropout=0.2), DoRA(), FullFineTuning()]
+    frame = apart(grid(ranks=(1, 3), seeds=(5,), methods=methods, eval_every=2))
+    assert len(frame) == 5 * 4
+    for method in (LoRA(1, 2, 0.2), LoRA(3, 6, 0.2), DoRA(1, 2), DoRA(3, 6), FullFineTuning()):
+        model = MODEL()
+        history = fit(model, small_task(), method, steps=6, lr=0.01, batch_size=4, seed=5, eval_every=2)
+        rank = getattr(method, "rank", math.nan)
+        own = frame[(frame.method == method.name) & ((frame["rank"] == rank) | math.isnan(rank))]
+        assert own.step.tolist() == [0, 2, 4, 6]
+        expected = history.frame().set_index("step").loc[[0, 2, 4, 6]]
+        for column in ("train_loss", "validation_loss", "off_domain_loss"):
+            np.testing.assert_array_equal(own[column], expected[column])
+        with torch.no_grad():
+            test = small_task().test
+            by_hand = F.cross_entropy(model.eval()(test.inputs), test.targets).item()
+        assert own.test_loss.isna().tolist() == [True, True, True, False]
+        assert own.test_loss.iloc[-1] == pytest.approx(by_hand, rel=1e-6)
+        assert (own.trainable_parameters == history.trainable_parameters).all()
+        assert own.seconds.iloc[0] == 0
+        assert own.seconds.is_monotonic_increasing
+        assert own.seconds.iloc[-1] > 0
+    assert frame[frame.step == 6].test_loss.nunique() == 5
+
+
+def test_the_table_says_what_was_run_and_where():
+    frame = apart([Trial(LoRA(2, 4, targets=["hidden1", "head"]), 0.01, 3, steps=4, clip=None)])
+    row = frame.iloc[-1]
+    assert (row.method, row["rank"], row.alpha, row.targets, row.exclude) == ("lora", 2, 4, "hidden1, head", "")
+    assert (row.lr, row.seed, row.steps, row.batch_size, row.warmup) == (0.01, 3, 4, 8, 0)
+    assert math.isnan(row["clip"])
+    assert (row.task, row.model) == (small_task().fingerprint, fingerprint(MODEL()))
+    assert (row.outcome, row.reason, row.engine) == ("done", "", "separate")
+    assert row.torch == torch.__version__
+    assert row.device.endswith("cores")
+    assert row.date.endswith("+00:00")
+
+
+def test_eval_examples_limits_the_test_part_too():
+    few, all_of_them = (apart(grid(ranks=(2,), seeds=(0,), eval_examples=n)) for n in (2, None))
+    for n, frame in ((2, few), (5, all_of_them)):
+        model = MODEL()
+        fit(model, small_task(), LoRA(2, 4), steps=6, lr=0.01, batch_size=4)
+        inputs, targets = small_task().test.inputs[:n], small_task().test.targets[:n]
+        with torch.no_grad():
+            assert frame.test_loss.iloc[-1] == pytest.approx(F.cross_entropy(model(inputs), targets).item(), rel=1e-6)
+
+
+def test_order_and_repeats_of_trials_do_not_matter():
+    trials = list(grid())
+    same(apart(trials), apart(trials[::-1] + trials[:2]))
+
+
+def test_a_model_serves_as_its_own_factory_and_stays_as_it_was():
+    model = MODEL()
+    before = copy.deepcopy(model.state_dict())
+    same(apart(grid(), model=model), apart(grid()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert "LoRA" not in repr(model)
+
+
+def smoothed(model, inputs, targets, smoothing=0.0):
+    return F.cross_entropy(model(inputs), targets, label_smoothing=smoothing)
+
+
+@dataclasses.dataclass
+class Smoothed:
+    smoothing: float
+
+    def __call__(self, model, inputs, targets):
+        return smoothed(model, inputs, targets, self.smoothing)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(smoothed, smoothing=0.1),
+        Smoothed(0.1),
+        lambda model, inputs, targets: smoothed(model, inputs, targets, 0.1),
+    ],
+    ids=["partial", "object", "lambda"],
+)
+def test_the_loss_may_be_anything_that_can_be_called_here_and_in_other_processes(loss, tmp_path, monkeypatch):
+    def named(model, inputs, targets):
+        return smoothed(model, inputs, targets, 0.1)
+
+    expected = apart(grid(), task=small_task(named))
+    frame = apart(grid(seeds=(0,)), tmp_path, task=small_task(loss), engine="auto")
+    assert set(frame.engine) == {"separate"}  # for a pack it cannot be taken apart
+    frame = apart(grid(), tmp_path, task=small_task(loss), n_jobs=2)
+    same(frame.drop(columns=["key", "task"]), expected.drop(columns=["key", "task"]))
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path, task=small_task(loss)), frame)
+    assert called == []
+
+
+def test_a_task_may_come_from_a_function_which_is_called_once():
+    calls = []
+
+    def make():
+        calls.append(1)
+        return small_task()
+
+    same(apart(grid(), task=make), apart(grid()))
+    assert len(calls) == 1
+
+
+def test_ablate_neither_uses_nor_disturbs_the_global_generator():
+    torch.manual_seed(1)
+    first = apart(grid(methods=(LoRA(dropout=0.3),)))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    same(apart(grid(methods=(LoRA(dropout=0.3),))), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_bar_counts_trials_and_starts_at_what_is_there(tmp_path, monkeypatch, capsys):
+    bars, starts = [], []
+
+    def watched(*arguments, **options):
+        bars.append(progress_bar(*arguments, **options))
+        starts.append(options["done"])
+        return bars[-1]
+
+    monkeypatch.setattr(run, "progress_bar", watched)
+    apart(grid(seeds=(0,)), tmp_path)
+    apart(grid(seeds=(0, 1)), tmp_path, progress=True)
+    assert starts == [0, 2]
+    assert [bar.total for bar in bars] == [2, 4]
+    assert bars[1].n == 4
+    assert "2/4" in capsys.readouterr().err
+
+
+def test_the_gap_is_that_of_a_fit_with_the_same_settings():
+    frame = apart(grid(ranks=(3,), seeds=(5,), methods=[LoRA(), FullFineTuning()], eval_every=3, steps=7))
+    for method in (LoRA(3, 6), FullFineTuning()):
+        history = fit(MODEL(), small_task(), method, steps=7, lr=0.01, batch_size=4, seed=5, eval_every=3)
+        table = history.frame().set_index("step")
+        own = frame[frame.method == method.name].set_index("step")
+        assert own.index.tolist() == [0, 3, 6, 7]
+        assert math.isnan(own.gap[0])
+        for end, steps in ((3, [1, 2, 3]), (6, [4, 5, 6]), (7, [7])):
+            expected = table.validation_loss[end] - table.train_loss[steps].mean()
+            assert own.gap[end] == pytest.approx(expected, rel=1e-12)
+            if end > 3:  # it is not the mean over all steps
+                assert own.gap[end] != pytest.approx(
+                    table.validation_loss[end] - table.train_loss[:end].mean(), rel=1e-6
+                )
+    assert frame.gap.dropna().nunique() == 6
+
+
+# What the caller's judge says
+
+
+def told(model, task):
+    """A judge: a number and a text that tell models apart."""
+    with torch.no_grad():
+        said = model(task.test.inputs)  # (5, 10)
+    return {"total": float(said.double().sum()), "classes": " ".join(map(str, said.argmax(1).tolist()))}
+
+
+def by_hand(trial, model=MODEL, task=None):
+    """What the judge says of the trial's model, trained here."""
+    net, task = model(), task or small_task()
+    fit(net, task, trial.method, **trial.options)
+    return told(net, task)
+
+
+def test_a_judges_scores_are_those_of_the_trained_model_and_stand_in_its_last_row():
+    trials = list(grid(ranks=(1, 3), lrs=(0.1,), eval_every=2))
+    frame = apart(trials, judge=told)
+    for trial in trials:
+        own = frame[(frame["rank"] == trial.method.rank) & (frame.seed == trial.seed)]
+        assert own.step.tolist() == [0, 2, 4, 6]
+        for name, expected in by_hand(trial).items():
+            assert own[f"score_{name}"].isna().tolist() == [True, True, True, False]
+            assert own[f"score_{name}"].iloc[-1] == expected
+    assert frame.score_total.dropna().nunique() == 4
+    assert told(MODEL(), small_task())["total"] not in set(frame.score_total)
+    columns = list(frame.columns)
+    assert columns[columns.index("trainable_parameters") :][:4] == [
+        "trainable_parameters",
+        "score_classes",
+        "score_total",
+        "engine",
+    ]
+
+
+def test_a_judge_changes_no_other_number_and_without_one_there_are_no_scores():
+    judged, plain = apart(grid(), judge=told), apart(grid())
+    assert [name for name in judged if name.startswith("score_")] == ["score_classes", "score_total"]
+    assert not [name for name in plain if name.startswith("score_")]
+    same(judged.drop(columns=["score_total", "score_classes"]), plain)
+
+
+def test_scores_are_kept_in_the_folder_and_read_again(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path, judge=told)
+    assert_frame_equal(load(tmp_path), frame)
+    last = frame[frame.step == frame.steps].set_index("key")
+    for path in tmp_path.glob("*.json"):
+        scores = json.loads(path.read_text())["scores"]
+        assert scores == {"total": last.score_total[path.stem], "classes": last.score_classes[path.stem]}
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path, judge=told), frame)
+    assert_frame_equal(apart(grid(), tmp_path), frame)  # who asks for none still sees what there is
+    assert called == []
+
+
+def test_stored_trials_without_scores_are_run_anew_when_a_judge_is_given_and_only_then(tmp_path, monkeypatch):
+    first = apart(grid(), tmp_path)
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path), first)
+    assert called == []
+    judged = apart(grid(ranks=(1,)), tmp_path, judge=told)
+    assert called == [(1, 0), (1, 1)]
+    apart(grid(ranks=(1, 3)), tmp_path, judge=told)
+    assert called == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    same(judged, apart(grid(ranks=(1,)), judge=told))
+    assert load(tmp_path).score_total.notna().sum() == 4
+
+
+def test_a_trial_that_failed_has_no_scores_and_is_not_run_again_for_them(tmp_path, monkeypatch):
+    trials = grid(ranks=(1,), lrs=(1e30, 0.01), seeds=(0,), warmup=0)
+    apart(trials, tmp_path)
+    called, judged = counting(monkeypatch), []
+    frame = apart(trials, tmp_path, judge=lambda model, task: judged.append(1) or told(model, task))
+    assert called == [(1, 0)]
+    assert len(judged) == 1
+    failed = frame[frame.outcome == "failed"]
+    assert failed.lr.tolist() == [1e30]
+    assert failed[["score_total", "score_classes"]].isna().all(axis=None)
+    assert frame[frame.step == 6].score_total.notna().tolist() == [True]
+    assert_frame_equal(apart(trials, tmp_path, judge=told), frame)
+    assert len(called) == 1
+
+
+def failing_on(*ranks, error=None):
+    """A judge that fails on adapters of these ranks, and the ranks that it was asked about."""
+    asked = []
+    error = error or ValueError("it says nothing at all")
+
+    def judge(model, task):
+        asked.append(model.hidden1.rank)
+        if model.hidden1.rank in ranks:
+            raise error
+        return told(model, task)
+
+    return judge, asked
+
+
+def names_in(folder, ending):
+    return sorted(path.stem for path in folder.glob(f"*.{ending}"))
+
+
+@pytest.mark.parametrize("engine", ["separate", "packed"])
+@pytest.mark.parametrize("error", [ValueError("it says nothing\nat all"), MemoryError("it asks for too much")])
+def test_an_error_of_the_judge_loses_no_training(tmp_path, monkeypatch, engine, error):
+    expected = apart(grid(), engine=engine, judge=told)
+    judge, asked = failing_on(1, error=error)
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    with pytest.raises(RuntimeError, match="The judge failed on 2 trials, first on") as caught:
+        apart(grid(), tmp_path, engine=engine, judge=judge)
+    frame = load(tmp_path)
+    first, second = frame[frame["rank"] == 1].key.unique()
+    assert re.fullmatch(
+        rf"The judge failed on 2 trials, first on ({first}|{second}) \({words}\); "
+        rf"mend it and start the sweep again: what was trained is kept in {re.escape(str(tmp_path))}\.",
+        str(caught.value),
+    )
+    assert "in judge\n    raise error" in caught.value.__notes__[0]  # the way to the error
+    assert sorted(asked) == [1, 1, 3, 3]  # the others went on
+    assert names_in(tmp_path, "safetensors") == sorted([first, second])
+    failed = frame["rank"] == 1
+    assert set(frame[failed].reason) == {f"The judge failed ({words})."}
+    assert set(frame[~failed].reason) == {""}
+    assert set(frame.outcome) == {"done"}
+    left_out = ["score_total", "score_classes", "reason"]
+    same(frame.drop(columns=left_out), expected.drop(columns=left_out))  # all losses are there
+    assert frame[failed][left_out[:2]].isna().all(axis=None)
+
+    called, date = counting(monkeypatch), frame.date.copy()
+    monkeypatch.setattr(packed, "fit_packed", lambda *_, **__: pytest.fail("trained again"))
+    assert_frame_equal(apart(grid(), tmp_path), frame)  # who does not ask for scores is told of no error
+    judged = apart(grid(), tmp_path, engine=engine, judge=told)
+    same(judged, expected)
+    assert judged.score_total.tolist()[-1] == expected.score_total.tolist()[-1]
+    assert (judged.date == date).all()  # of the training
+    assert called == []
+    assert names_in(tmp_path, "safetensors") == []
+    assert_frame_equal(load(tmp_path), judged)
+
+
+def test_a_judge_that_fails_again_may_try_once_more(tmp_path, monkeypatch):
+    trials = grid(ranks=(1, 3), seeds=(0,))
+    expected = apart(trials, judge=told)
+    for ranks, found in (((1, 3), 2), ((3,), 1), ((3,), 1), ((), 0)):
+        judge, asked = failing_on(*ranks)
+        if ranks:
+            with pytest.raises(RuntimeError, match=rf"failed on ({found} trials, first on )?\w+ \(ValueError: it says"):
+                apart(trials, tmp_path, judge=judge)
+            called = counting(monkeypatch)
+        else:
+            same(apart(trials, tmp_path, judge=judge), expected)
+        assert len(names_in(tmp_path, "safetensors")) == found
+    assert asked == [3]
+    assert called == []
+
+
+class Normed(nn.Module):
+    """A net with buffers that change in training."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.norm, self.head = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=2, dropout=0.3),
+        DoRA(rank=2),
+        PiSSA(rank=2),
+        LoRAPlus(rank=2),
+        FullFineTuning(),
+        PartialFineTuning(("head", "norm")),
+    ],
+    ids=lambda method: method.name,
+)
+def test_what_is_judged_later_is_the_trained_model_to_the_last_bit(tmp_path, monkeypatch, method):
+    trials = [Trial(method, 0.05, 3, steps=5, batch_size=4)]
+
+    def spoils(model, task):
+        for value in model.state_dict().values():
+            value.zero_()
+        raise KeyError("scores")
+
+    def judge(model, task):
+        return told(model.eval(), task)  # without dropout, and with the statistics of training
+
+    with pytest.raises(RuntimeError, match=r"The judge failed on \w+ \(KeyError: 'scores'\)"):
+        apart(trials, tmp_path, model=Normed, judge=spoils)
+    called = counting(monkeypatch)
+    frame = apart(trials, tmp_path, model=Normed, judge=judge)
+    assert called == []
+    model = Normed()
+    before = judge(model, small_task())["total"]
+    fit(model.train(), small_task(), method, **trials[0].options)
+    assert frame.score_total.iloc[-1] == judge(model, small_task())["total"] != before
+
+
+def test_without_a_folder_an_error_of_the_judge_is_told_at_once(monkeypatch):
+    called = counting(monkeypatch)
+    with pytest.raises(
+        RuntimeError, match=r"failed on \w+ \(ValueError: it says nothing at all\); mend it, and give a f"
+    ):
+        apart(grid(), judge=failing_on(1)[0])
+    assert called == [(1, 0)]
+
+
+def test_an_error_of_the_judge_in_another_process_loses_no_training_either(tmp_path, monkeypatch):
+    def judge(model, task):
+        if model.hidden1.rank == 1:
+            raise ValueError("it says nothing at all")
+        return told(model, task)
+
+    with pytest.raises(RuntimeError, match=r"failed on 2 trials, .* \(ValueError: it says nothing at all\)"):
+        apart(grid(), tmp_path, judge=judge, n_jobs=2)
+    called = counting(monkeypatch)
+    same(apart(grid(), tmp_path, judge=told), apart(grid(), judge=told))
+    assert [rank for rank, _ in called] == [1, 1, 3, 3]  # those of the second call
+
+
+def kept(tmp_path):
+    """A folder with one trial that was not judged: the trials, and the path of its weights."""
+    trials = grid(ranks=(1,), seeds=(0,))
+    with pytest.raises(RuntimeError, match="The judge failed"):
+        apart(trials, tmp_path, judge=failing_on(1)[0])
+    return trials, next(tmp_path.glob("*.safetensors"))
+
+
+def test_weights_that_were_lost_are_trained_anew(tmp_path, monkeypatch):
+    trials, path = kept(tmp_path)
+    path.unlink()
+    called = counting(monkeypatch)
+    same(apart(trials, tmp_path, judge=told), apart(trials, judge=told))
+    assert called == [(1, 0), (1, 0)]
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_trial(path):
+    trials = grid(ranks=(1,), seeds=(1,))
+    with pytest.raises(RuntimeError, match="The judge failed"):
+        apart(trials, path.parent / "other", judge=failing_on(1)[0])
+    shutil.copy(next((path.parent / "other").glob("*.safetensors")), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (flipped, "The content does not have the checksum"),
+        (lambda path: path.write_bytes(b""), "The file cannot be read"),
+        (of_another_trial, "It is of another trial"),
+    ],
+    ids=["flipped", "empty", "another trial"],
+)
+def test_weights_that_are_not_what_they_were_are_refused(tmp_path, harm, says):
+    trials, path = kept(tmp_path)
+    harm(path)
+    with pytest.raises(ValueError, match=rf"{path} cannot be judged \({says}.*\); delete it to train its trial again"):
+        apart(trials, tmp_path, judge=told)
+    path.unlink()
+    same(apart(trials, tmp_path, judge=told), apart(trials, judge=told))
+
+
+def test_weights_over_another_base_are_refused(tmp_path, monkeypatch):
+    trials, _ = kept(tmp_path)
+    prepare = LoRA.prepare
+
+    def other(method, model, seed):
+        prepare(method, model, seed)
+        with torch.no_grad():
+            model.head.base.bias[0] += 1e-6  # as the parts of PiSSA may come out on another machine
+
+    monkeypatch.setattr(LoRA, "prepare", other)
+    with pytest.raises(ValueError, match=r"or what is frozen comes out differently here\); delete it"):
+        apart(trials, tmp_path, judge=told)
+
+
+def test_a_judge_may_give_numbers_of_any_kind(tmp_path):
+    given = {
+        "single": np.float32(0.1),
+        "double": np.float64(0.1),
+        "half": np.float16(0.5),
+        "count": np.int64(7),
+        "fraction": fractions.Fraction(1, 4),
+        "whole": 3,
+        "word": np.str_("yes"),
+        "true": True,
+        "none": None,
+        "nan": math.nan,
+    }
+    frame = apart(grid(ranks=(1,), seeds=(0,)), tmp_path, judge=lambda model, task: given)
+    (path,) = tmp_path.glob("*.json")
+    scores = json.loads(path.read_text())["scores"]
+    assert math.isnan(scores.pop("nan"))
+    single = 0.100000001490116119384765625  # the number nearest to 0.1 in single precision
+    assert scores == {
+        "single": single,
+        "double": 0.1,
+        "half": 0.5,
+        "count": 7,
+        "fraction": 0.25,
+        "whole": 3,
+        "word": "yes",
+        "true": True,
+        "none": None,
+    }
+    assert [type(scores[name]) for name in ("single", "count", "fraction", "whole")] == [float, int, float, int]
+    assert frame.score_single.iloc[-1] == single
+    assert_frame_equal(load(tmp_path), frame)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (0.5, "TypeError: it gave a float, but it must give numbers and texts by name"),
+        (None, "TypeError: it gave a NoneType"),
+        ([("a", 1)], "TypeError: it gave a list"),
+        ({1: 2}, "TypeError: it gave the name 1, but names must be texts"),
+        ({"a": [1, 2]}, r"TypeError: it gave \[1, 2\], a list, as 'a', but it must be a number or a text"),
+        (
+            {"a": torch.tensor(0.5)},
+            r"TypeError: it gave tensor\(0.5\w*\), a Tensor, as 'a', but .* such as float\(...\)",
+        ),
+        ({"a": 1j}, "TypeError: it gave 1j, a complex"),
+        ({"a": np.zeros(9)}, "TypeError: it gave array.*, a ndarray"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_a_judge_may_not_give_is_told_and_no_training_lost(tmp_path, monkeypatch, given, says):
+    trials = grid(ranks=(1,), seeds=(0,))
+    with pytest.raises(RuntimeError, match=rf"The judge failed on \w+ \({says}.*\); mend it and start the sweep again"):
+        apart(trials, tmp_path, judge=lambda model, task: given)
+    called = counting(monkeypatch)
+    assert apart(trials, tmp_path, judge=told).score_total.notna().sum() == 1
+    assert called == []
+
+
+def test_a_judge_that_says_nothing_is_not_asked_again(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path, judge=lambda model, task: {})
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path, judge=lambda model, task: pytest.fail("asked")), frame)
+    assert called == []
+
+
+def test_packs_are_judged_trial_by_trial_as_trials_run_apart(tmp_path):
+    def make():
+        return MODEL().double()
+
+    trials = grid(ranks=(1, 3), lrs=(0.1, 1e200), seeds=(0, 1), steps=20, warmup=0)
+    separate = apart(trials, task=double_task(), model=make, judge=told)
+    together = apart(trials, tmp_path, task=double_task(), model=make, engine="packed", judge=told)
+    assert set(together.engine) == {"pack of 8"}
+    np.testing.assert_allclose(together.score_total, separate.score_total, rtol=1e-9)
+    assert together.score_classes.fillna("").tolist() == separate.score_classes.fillna("").tolist()
+    assert together.score_total.dropna().nunique() == 4
+    for trial in trials:
+        if trial.lr < 1:
+            own = together[(together["rank"] == trial.method.rank) & (together.seed == trial.seed)]
+            assert own.score_total.dropna().tolist() == pytest.approx(
+                [by_hand(trial, make, double_task())["total"]], rel=1e-9
+            )
+    assert_frame_equal(load(tmp_path), together, check_like=True)
+
+
+def test_scores_are_no_settings_to_a_verdict():
+    frame = apart(grid(seeds=(0, 1, 2)), judge=told)
+    bare = frame.drop(columns=["score_total", "score_classes"])
+    assert smallest_sufficient_rank(frame, margin=0.5) == smallest_sufficient_rank(bare, margin=0.5)
+    with pytest.raises(ValueError, match="The frame mixes total "):
+        smallest_sufficient_rank(frame.rename(columns={"score_total": "total"}), margin=0.5)
+
+
+def test_files_of_before_there_were_scores_are_still_read(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path)
+    for path in tmp_path.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert content.pop("scores") is None
+        path.write_text(json.dumps(content))
+    assert_frame_equal(load(tmp_path), frame)
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(), tmp_path), frame)
+    assert called == []
+    assert apart(grid(), tmp_path, judge=told).score_total.notna().sum() == 4
+    assert len(called) == 4
+    content = json.loads(path.read_text())
+    del content["test_loss"]  # what has always been there may not be missing
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not a result in this version's format"):
+        load(tmp_path)
+
+
+# The folder
+
+
+def test_one_file_a_trial_and_load_returns_the_same_table(tmp_path):
+    frame = apart(grid(), tmp_path / "runs")
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {f"{key}.json" for key in frame.key.unique()}
+    assert len(names) == 4
+    assert_frame_equal(load(tmp_path / "runs"), frame)
+    content = json.loads((tmp_path / "runs" / f"{frame.key[0]}.json").read_text())
+    assert Trial.from_dict(content["trial"]).key == frame.key[0]
+    assert [row["step"] for row in content["history"]["rows"]] == list(range(7))
+
+
+def test_what_is_there_is_not_run_again_and_a_sweep_can_be_extended(tmp_path, monkeypatch):
+    first = apart(grid(seeds=(0, 1)), tmp_path)
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(grid(seeds=(0, 1)), tmp_path), first)
+    assert called == []
+    more = apart(grid(ranks=(1, 2, 3), seeds=(0, 1, 2)), tmp_path)
+    assert sorted(called) == [(1, 2), (2, 0), (2, 1), (2, 2), (3, 2)]
+    old = more[more.key.isin(first.key)].reset_index(drop=True)
+    assert_frame_equal(old, first)  # dates and seconds too
+    assert_frame_equal(load(tmp_path), more)
+    assert_frame_equal(apart(grid(seeds=(0, 1)), tmp_path), first)  # of a larger folder, only what was asked for
+
+
+def test_another_task_model_or_setting_is_another_trial(tmp_path, monkeypatch):
+    apart(grid(ranks=(2,), seeds=(0,)), tmp_path)
+    called = counting(monkeypatch)
+    apart(grid(ranks=(2,), seeds=(0,)), tmp_path, model=functools.partial(DigitsMLP, width=16, seed=1))
+    apart(grid(ranks=(2,), seeds=(0,)), tmp_path, task=small_task(n_train=11))
+    apart(grid(ranks=(2,), seeds=(0,), clip=0.5), tmp_path)
+    assert len(called) == 3
+    assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def test_folders_of_two_machines_merge_by_copying(tmp_path, monkeypatch):
+    whole = apart(grid(seeds=(0, 1)), tmp_path / "whole")
+    apart(grid(seeds=(0,)), tmp_path / "a")
+    apart(grid(seeds=(1,)), tmp_path / "b")
+    for path in (tmp_path / "b").iterdir():
+        shutil.copy(path, tmp_path / "a")
+    called = counting(monkeypatch)
+    same(apart(grid(seeds=(0, 1)), tmp_path / "a"), whole)
+    same(load(tmp_path / "a"), whole)
+    assert called == []
+
+
+def cut(path):
+    path.write_text(path.read_text()[:200])
+
+
+def change_seed(path):
+    content = json.loads(path.read_text())
+    content["trial"]["seed"] += 7
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (cut, r"damaged: it is not JSON; delete it to run its trial again"),
+        (lambda path: path.write_bytes(b"\xff\x00"), r"damaged: it is not JSON; delete it"),
+        (lambda path: path.write_text("[" * 100_000), r"damaged: it is not JSON; delete it"),
+        (lambda path: path.write_text("9" * 5000), r"damaged: it is not JSON; delete it"),
+        (lambda path: path.write_text("[]"), r"not a result in this version's format"),
+        (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), r"schema 1\); delete"),
+        (lambda path: path.write_text(path.read_text().replace('"name": "lora"', '"name": "x"')), "'x' is not known"),
+        (change_seed, r"holds trial \w+, which is not what its name and key say; delete it"),
+    ],
+    ids=["cut", "bytes", "deep", "long", "list", "schema", "method", "edited"],
+)
+def test_a_damaged_file_is_named_with_what_to_do_and_deleting_it_helps(tmp_path, harm, message):
+    frame = apart(grid(), tmp_path)
+    path = tmp_path / f"{frame.key[0]}.json"
+    harm(path)
+    for call in (lambda: load(tmp_path), lambda: apart(grid(), tmp_path)):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert str(path) in str(caught.value)
+    path.unlink()
+    same(apart(grid(), tmp_path), frame)
+
+
+HOSTILE = [None, True, "banana", -1.5, math.nan, math.inf, 10**400, [], {}, [[1]], {"a": {}}]
+
+
+def places(content, path=()):
+    """Every place in nested dicts; of rows the last one's."""
+    if path == ("history", "rows"):
+        content = {-1: content[-1]}
+    for name in content if isinstance(content, dict) else ():
+        yield (*path, name)
+        yield from places(content[name], (*path, name))
+
+
+def harmless(path, value, before):
+    """Whether a result is still one with this value in this place."""
+    number = type(value) is float and math.isfinite(value)
+    match path:
+        case ("trial", "eval_every" | "warmup") if value is None:  # the defaults, which these are
+            return True
+        case ("trial", *_) | ("key",) | ("outcome",) | ("history",):
+            return type(value) is type(before) and value == before
+        case ("schema",):
+            return value is True  # which equals 1
+        case ("reason",):
+            return value is None or isinstance(value, str)
+        case ("test_loss",):
+            return number
+        case ("scores",):
+            return value in (None, {})
+        case ("scores", _):
+            return not isinstance(value, list | dict)
+        case ("provenance",) | ("history", "task" | "method" | "settings"):
+            return isinstance(value, dict)
+        case ("history", "rows", -1, "off_domain_loss"):
+            return number or value is None
+        case ("history", "rows", -1, "grad_norm"):
+            return number or value == math.inf
+        case ("history", "rows", -1, name) if name != "step":
+            return number
+        case ("history", _) | ("history", "rows", *_):
+            return False
+    return True  # what is within provenance, task, method and settings
+
+
+def test_whatever_stands_in_a_result_it_is_read_or_refused_in_a_sentence(tmp_path):
+    frame = apart(grid(ranks=(1,), seeds=(0,), steps=2), tmp_path, judge=told)
+    (path,) = tmp_path.glob("*.json")
+    whole = json.loads(path.read_text())
+    wrong, tried = [], 0
+    for place, value in itertools.product(list(places(whole)), HOSTILE):
+        changed = copy.deepcopy(whole)
+        inner = functools.reduce(lambda entry, name: entry[name], place[:-1], changed)
+        accepted = harmless(place, value, inner[place[-1]])
+        inner[place[-1]] = value
+        path.write_text(json.dumps(changed))
+        tried += 1
+        try:
+            assert len(load(tmp_path)) == len(frame)
+            found = True
+        except Exception as error:
+            sentence = type(error) is ValueError and str(error).startswith(str(path)) and str(error).endswith(".")
+            found = False if sentence and len(str(error)) < 1000 and "delete it" in str(error) else repr(error)
+        if found is not accepted:
+            wrong.append((place, value, found))
+    assert not wrong, wrong
+    assert tried > 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"outcome": "banana"}, "outcome is 'banana', but it must be 'done' or 'failed'"),
+        ({"test_loss": None}, "test_loss is None, but it must be a finite number"),
+        ({"test_loss": math.nan}, "test_loss is nan"),
+        ({"history": None}, "The content is a NoneType, but it must be an object"),
+        ({"provenance": None}, "provenance is None, but it must be an object"),
+        ({"reason": 5}, "reason is 5, but it must be a text or nothing"),
+        ({"scores": {"a": [1]}}, r"scores are \{'a': \[1\]\}, but they must be numbers and texts by name"),
+        ({"outcome": "failed"}, "a trial that failed must have a reason, and neither history, test_loss nor scores"),
+        ({"trial": None}, "cannot be read: This is not a trial's content .*: None; if that is no help"),
+        ({"trial": "lora"}, "cannot be read: This is not a trial's content .*: 'lora'; if that is no help"),
+    ],
+)
+def test_a_result_that_is_none_says_what_is_wrong_with_it(tmp_path, changes, says):
+    apart(grid(), tmp_path)
+    path = min(tmp_path.glob("*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for call in (lambda: load(tmp_path), lambda: apart(grid(), tmp_path)):
+        with pytest.raises(ValueError, match=rf"{path} .*{says}.* delete it to run its trial again"):
+            call()
+
+
+def test_a_history_of_fewer_steps_than_the_trial_has_is_refused(tmp_path):
+    apart(grid(), tmp_path)
+    path = min(tmp_path.glob("*.json"))
+    whole = json.loads(path.read_text())
+    for count, says in ((7, None), (6, "the history has 6 rows, but 6 steps make 7"), (0, "the history has 0 rows")):
+        path.write_text(json.dumps(whole | {"history": whole["history"] | {"rows": whole["history"]["rows"][:count]}}))
+        if says is None:
+            assert len(load(tmp_path)) > 4
+        else:
+            with pytest.raises(ValueError, match=f"is damaged: {says}.*; delete it to run"):
+                load(tmp_path)
+    whole["history"]["rows"][-1]["validation_loss"] = None
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="the last row of the history has no validation_loss; delete it"):
+        load(tmp_path)
+
+
+def test_a_result_under_another_name_is_not_counted_twice(tmp_path):
+    frame = apart(grid(), tmp_path)
+    shutil.copy(tmp_path / f"{frame.key[0]}.json", tmp_path / f"{frame.key[0]} (copy).json")
+    with pytest.raises(ValueError, match="is not what its name and key say"):
+        load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training_and_may_be_read(tmp_path, monkeypatch):
+    frame = apart(grid(), tmp_path)
+
+    def refuse(folder):
+        raise OSError(f"{folder} cannot be written to")
+
+    monkeypatch.setattr("lora_lab.ablation.run.check_writable", refuse)
+    assert_frame_equal(apart(grid(), tmp_path), frame)  # nothing is left to be trained
+    next(tmp_path.glob("*.json")).unlink()
+    monkeypatch.setattr("lora_lab.ablation.run.fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(OSError, match="cannot be written to"):
+        apart(grid(), tmp_path)
+
+
+def test_hidden_files_of_killed_writes_are_passed_over(tmp_path):
+    frame = apart(grid(), tmp_path)
+    (tmp_path / ".0123-abc.json").write_text("{")
+    assert_frame_equal(load(tmp_path), frame)
+
+
+def test_a_folder_without_results_is_told(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"holds no results .* run ablate with this folder first"):
+            load(folder)
+
+
+# Trials that fail
+
+
+def test_a_diverged_trial_is_recorded_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    trials = grid(lrs=(1e30, 0.01), seeds=(0,), warmup=0)
+    frame = apart(trials, tmp_path)
+    failed, done = frame[frame.outcome == "failed"], frame[frame.outcome == "done"]
+    assert len(failed) == 2
+    assert failed.lr.tolist() == [1e30, 1e30]
+    assert failed.reason.str.contains("loss is (?:nan|inf) at step .*lower the learning rate").all()
+    assert failed[["step", "validation_loss", "test_loss"]].isna().all(axis=None)
+    same(done.reset_index(drop=True), apart(grid(lrs=(0.01,), seeds=(0,), warmup=0)))
+    called = counting(monkeypatch)
+    assert_frame_equal(apart(trials, tmp_path), frame)
+    assert called == []  # a failure is a result
+    for key in failed.key:
+        (tmp_path / f"{key}.json").unlink()
+    apart(trials, tmp_path)
+    assert called == [(1, 0), (3, 0)]  # until its file is deleted
+
+
+def test_a_loss_that_is_no_number_on_the_test_part_is_a_failure():
+    task = small_task()
+    task.test.inputs[0] = math.inf
+    frame = apart(grid(seeds=(0,)), task=task)
+    assert frame.outcome.tolist() == ["failed", "failed"]
+    assert frame.reason.str.startswith("The test loss is nan").all()
+
+
+def out_of_memory_of_python():
+    raise MemoryError("Python's own")
+
+
+def out_of_memory_of_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_of_memory_of_a_cpu():
+    torch.empty(2**55)  # torch's own error, whatever it is
+
+
+@pytest.mark.parametrize("exhaust", [out_of_memory_of_python, out_of_memory_of_a_gpu, out_of_memory_of_a_cpu])
+def test_out_of_memory_is_recorded_and_the_others_go_on(exhaust, tmp_path, monkeypatch):
+    def greedy(model, task, method, **options):
+        if method.rank == 3:
+            exhaust()
+        return fit(model, task, method, **options)
+
+    monkeypatch.setattr(run, "fit", greedy)
+    frame = apart(grid(ranks=(1, 3, 5), seeds=(0,)), tmp_path)
+    assert frame.groupby("rank").outcome.first().tolist() == ["done", "failed", "done"]
+    assert frame[frame["rank"] == 3].reason.str.startswith("out of memory: ").all()
+
+
+def test_a_trials_own_timeout_is_not_taken_for_a_workers(monkeypatch):
+    def slow(model, task, method, **options):
+        raise TimeoutError("the disk is slow")
+
+    monkeypatch.setattr(run, "fit", slow)
+    with pytest.raises(TimeoutError, match="the disk is slow"):
+        apart(grid())
+
+
+def test_any_other_error_stops_the_sweep_and_what_had_ended_is_kept(tmp_path, monkeypatch):
+    trials = [*grid(ranks=(1,)), *grid(ranks=(2,), methods=[LoRA(targets=["nowhere"])]), *grid(ranks=(3,))]
+    with pytest.raises(ValueError, match="nowhere"):
+        apart(trials, tmp_path)
+    assert load(tmp_path)["rank"].unique().tolist() == [1]
+    called = counting(monkeypatch)
+    apart([*trials[:2], *trials[4:]], tmp_path)
+    assert sorted(called) == [(3, 0), (3, 1)]
+
+
+# Interrupts and kills
+
+
+def test_ctrl_c_leaves_a_folder_that_goes_on(tmp_path, monkeypatch):
+    whole = apart(grid())
+
+    def interrupted(model, task, method, **options):
+        if (method.rank, options["config"].seed) == (3, 0):
+            raise KeyboardInterrupt
+        return fit(model, task, method, **options)
+
+    monkeypatch.setattr(run, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apart(grid(), tmp_path)
+    assert len(load(tmp_path).key.unique()) == 2
+    called = counting(monkeypatch)
+    same(apart(grid(), tmp_path), whole)
+    assert called == [(3, 0), (3, 1)]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_killed_process_loses_no_more_than_the_running_trial(tmp_path, monkeypatch):
+    trials = grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.ablation.test_run import apart, grid
+apart(grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100), {str(tmp_path)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: len(list(tmp_path.glob("[!.]*.json"))) >= 3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    left = load(tmp_path)  # every file is whole
+    count = left.key.nunique()
+    assert 3 <= count < 8
+    called = counting(monkeypatch)
+    frame = apart(trials, tmp_path)
+    assert len(called) == 8 - count
+    assert_frame_equal(frame[frame.key.isin(left.key)].reset_index(drop=True), left)
+    same(frame, apart(trials))
+
+
+# Elsewhere
+
+
+def test_joblib_processes_give_the_same_numbers_as_this_one(tmp_path):
+    here = os.getpid()
+
+    def make():  # a function of a notebook: it travels by its value
+        if os.getpid() != here:
+            (tmp_path / f"pid{os.getpid()}").touch()
+            time.sleep(0.1)  # so that no worker can do it all
+        return small_task()
+
+    trials = grid(ranks=(1, 3), lrs=(0.01, 1e30), seeds=(0, 1), warmup=0, methods=[LoRA(dropout=0.2)])
+    expected = apart(trials, task=make)
+    assert not list(tmp_path.glob("pid*"))
+    frame = apart(trials, tmp_path / "runs", task=make, n_jobs=2)
+    same(frame, expected)
+    assert_frame_equal(load(tmp_path / "runs"), frame)
+    assert list(tmp_path.glob("pid*"))
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        same(apart(trials, task=make), expected)
+
+
+def test_a_judge_goes_with_the_trials_to_other_processes(tmp_path):
+    here = os.getpid()
+
+    def elsewhere(model, task):
+        (tmp_path / f"pid{os.getpid()}").touch()
+        return told(model, task) | {"where": "here" if os.getpid() == here else "there"}
+
+    expected = apart(grid(), judge=elsewhere)
+    assert [path.name for path in tmp_path.glob("pid*")] == [f"pid{here}"]
+    assert set(expected.score_where.dropna()) == {"here"}
+    frame = apart(grid(), n_jobs=2, judge=elsewhere)
+    assert set(frame.score_where.dropna()) == {"there"}
+    same(frame.drop(columns="score_where"), expected.drop(columns="score_where"))
+    assert len(list(tmp_path.glob("pid*"))) > 1
+
+
+def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():
+    seen = set()
+
+    def loss(model, inputs, targets):
+        seen.add(torch.get_num_threads())
+        return F.cross_entropy(model(inputs), targets)
+
+    task = small_task(loss)
+    identity = {"task": task.fingerprint, "model": fingerprint(MODEL())}
+    (trial,) = (t.bound(**identity) for t in grid(ranks=(1,), seeds=(0,)))
+    torch.set_num_threads(2)
+    for home, threads in ((("another machine", os.getpid()), 1), ((run._here()[0], 0), 1), (run._here(), 2)):
+        seen.clear()
+        run._run(run._Work(MODEL, task, [trial], False, "separate", home))
+        assert seen == {threads}
+        assert torch.get_num_threads() == 2
+
+
+def test_a_silent_worker_is_an_error_in_the_end(tmp_path):
+    here = os.getpid()
+
+    def make():
+        if os.getpid() != here and (tmp_path / "go").exists():
+            time.sleep(30)
+        return MODEL()
+
+    apart(grid(seeds=(0,)), tmp_path, model=make, n_jobs=2, timeout_s=30)
+    (tmp_path / "go").touch()
+    with pytest.raises(RuntimeError, match=r"No trial ended for 0\.5 s.*What has ended is kept"):
+        apart(grid(), tmp_path, model=make, n_jobs=2, timeout_s=0.5)
+    assert load(tmp_path).seed.unique().tolist() == [0]
+
+
+def test_a_worker_ended_by_the_system_is_told():
+    here = os.getpid()
+
+    def make():
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return MODEL()
+
+    with pytest.raises(RuntimeError, match="The system ended a worker, most likely for lack of memory"):
+        apart(grid(), model=make, n_jobs=2)
+
+
+def test_threads_are_refused():
+    with (
+        joblib.parallel_config(backend="threading", n_jobs=2),
+        pytest.raises(ValueError, match=r"ThreadingBackend runs trials in threads of one process.* use processes"),
+    ):
+        apart(grid())
+
+
+def test_two_trials_in_one_process_at_a_time_are_refused_however_they_came_there():
+    work = run._Work(MODEL, small_task(), [t.bound("t", "m") for t in grid()], False, "separate", run._here())
+    with run._BUSY, pytest.raises(RuntimeError, match="Two trials were started in one process"):
+        run._run(work)
+    with pytest.raises(RuntimeError, match="has the fingerprint"):  # and the lock is free again
+        run._run(work)
+
+
+def test_a_model_that_is_made_differently_each_time_is_refused():
+    seeds = iter(range(99))
+    with pytest.raises(RuntimeError, match=r"The model made here .* has the fingerprint .* seed its weights"):
+        apart(grid(), model=lambda: DigitsMLP(width=16, seed=next(seeds)))
+
+
+def test_a_task_that_is_another_one_elsewhere_is_refused():
+    (trial,) = (t.bound(small_task(n_train=5).fingerprint, fingerprint(MODEL())) for t in grid(ranks=(1,), seeds=(0,)))
+    with pytest.raises(RuntimeError, match=r"The task 'small' made here .* same versions of Python"):
+        run._run(run._Work(MODEL, small_task(), [trial], False, "separate", run._here()))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """(cluster, client) of two worker processes."""
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit=0
+        ) as made,
+        distributed.Client(made) as client,
+    ):
+        yield made, client
+
+
+def on_dask(client, *arguments, **options):
+    with joblib.parallel_config(backend="dask", client=client):
+        return apart(*arguments, **options)
+
+
+def test_a_dask_worker_without_lora_lab_is_told_at_once(cluster):
+    _, client = cluster
+    (poor, *_) = client.nthreads()
+    client.run(exec, "import sys; sys.modules['lora_lab'] = None", workers=[poor])
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot import lora_lab \(ModuleNotFoundError.*install the same"):
+            on_dask(client, grid())
+    finally:
+        client.run(exec, "import sys; del sys.modules['lora_lab']", workers=[poor])
+
+
+def test_a_dask_worker_with_another_version_is_told(cluster, monkeypatch):
+    monkeypatch.setattr(lora_lab, "__version__", "99.0")
+    with pytest.raises(RuntimeError, match=r"has lora_lab \d.*, but this process has 99\.0; install the same"):
+        on_dask(cluster[1], grid())
+
+
+def test_a_dask_cluster_loses_a_worker_in_mid_sweep_and_gives_every_result(cluster, tmp_path):
+    _, client = cluster
+    here, starts, runs = os.getpid(), tmp_path / "starts", tmp_path / "runs"
+    starts.mkdir()
+    victim = next(iter(client.run(os.getpid).values()))
+    assert victim != here
+
+    def make():
+        if os.getpid() != here:
+            (starts / f"{os.getpid()}-{time.time_ns()}").touch()
+        if os.getpid() == victim:
+            time.sleep(60)  # its first trial goes on until it is killed
+        return MODEL()
+
+    def kill():
+        wait_for(lambda: list(starts.glob(f"{victim}-*")) and len(list(runs.glob("[!.]*.json"))) >= 2)
+        os.kill(victim, signal.SIGKILL)
+
+    trials = grid(ranks=(1, 3), seeds=range(4))
+    expected = apart(trials)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    frame = on_dask(client, trials, runs, model=make)
+    killer.join()
+    same(frame, expected)
+    assert_frame_equal(load(runs), frame)
+    assert len(list(starts.iterdir())) == len(trials) + 1  # the lost trial, and no other, was started once more
+
+
+def test_a_dask_worker_of_several_threads_is_refused():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0", memory_limit=0
+        ) as made,
+        distributed.Client(made, set_as_default=False) as client,
+        pytest.raises(ValueError, match=r"runs 2 trials at a time in threads .* --nthreads 1"),
+    ):
+        on_dask(client, grid())
+
+
+# Packing
+
+
+def fake_packs(monkeypatch, most=99, refuse=lambda trials: False):
+    """A pack that runs its trials one by one, and the sizes of the packs that were asked for."""
+    sizes = []
+
+    def fit_packed(model, task, runs, *, progress, **options):
+        sizes.append(len(runs))
+        if refuse(runs):
+            raise packed.PackingError("these cannot be packed after all")
+        if len(runs) > most:
+            raise MemoryError(f"{len(runs)} are too many")
+        results = []
+        for one in runs:
+            own = copy.deepcopy(model)
+            try:
+                history = fit(own, task, one.method, lr=one.lr, seed=one.seed, **options)
+            except run.DivergedError as error:
+                results.append(packed.Result(error=error))
+            else:
+                results.append(packed.Result(history, adapter_state(own)))
+        return results
+
+    monkeypatch.setattr(packed, "fit_packed", fit_packed)
+    return sizes
+
+
+def test_auto_packs_what_agrees_and_runs_the_rest_apart(monkeypatch):
+    trials = [
+        *grid(ranks=(1, 3), seeds=(0, 1)),  # these four and
+        *grid(ranks=(2,), lrs=(0.03, 1e30), seeds=(2,)),  # these two agree
+        *grid(ranks=(1, 3), seeds=(0,), steps=4),
+        *grid(ranks=(1, 3), seeds=(0,), methods=[LoRA(targets=["head"])]),
+        *grid(ranks=(1,), seeds=(0,), methods=[DoRA(), LoRA(dropout=0.1), FullFineTuning()]),
+        *grid(ranks=(2,), seeds=(0,), batch_size=3),  # alone
+    ]
+    expected = apart(trials)
+    called, sizes = counting(monkeypatch), fake_packs(monkeypatch)
+    monkeypatch.setattr(
+        run, "fit", lambda model, task, method, **o: called.append(method) or fit(model, task, method, **o)
+    )
+    frame = apart(trials, engine="auto")
+    same(frame, expected)
+    assert sorted(sizes) == [2, 2, 6]
+    assert len(called) == 4
+    engines = frame.groupby("key").engine.first().value_counts().to_dict()
+    assert engines == {"pack of 6": 6, "pack of 2": 4, "separate": 4}
+
+
+def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
+    sizes = fake_packs(monkeypatch)
+    trials = grid(ranks=(1, 4), seeds=range(6))
+    task, model = small_task(), MODEL()
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters())
+    bill = packing.predict(model, LoRA(4, 8), batch=(task.train.inputs[:4], task.train.targets[:4]))
+    assert bill.parts["frozen weights"] == frozen
+    own = bill.peak_bytes - frozen
+    for count, expected in ((12, [12]), (11, [5, 7]), (5, [3, 4, 5]), (2, [2] * 6), (1, [])):
+        sizes.clear()
+        apart(trials, engine="auto", budget_bytes=frozen + count * own)
+        assert sizes == expected
+    sizes.clear()
+    apart(trials, engine="auto", budget_bytes=frozen + 2 * own - 1)
+    assert sizes == []
+    apart(trials, engine="auto")
+    assert sizes == [12]  # by default half of the memory, which is plenty
+    sizes.clear()
+    monkeypatch.setattr(packing.psutil, "virtual_memory", lambda: type("M", (), {"available": 2 * (frozen + 4 * own)}))
+    apart(trials, engine="auto")
+    assert sizes == [4, 4, 4]
+
+
+def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
+    model, task = MODEL(), small_task()
+
+    def sizes(count, workers, **options):
+        trials = grid(ranks=(1, 4), seeds=range(count // 2), **options)
+        plan = packing.plan(model, task, list(trials), "auto", None, workers)
+        assert sorted(t.key for parcel, _ in plan for t in parcel) == sorted(t.key for t in trials)
+        assert all(together == (len(parcel) > 1) for parcel, together in plan)
+        return [len(parcel) for parcel, _ in plan]
+
+    assert sizes(12, 1) == [12]
+    assert sizes(12, 2) == [5, 7]  # of rank 4, and of both: about the same work
+    assert sizes(12, 5) == [2, 2, 2, 3, 3]
+    assert sizes(12, 12) == [1] * 12
+    assert sizes(100, 1) == [22, 21, 27, 30]
+    plan = packing.plan(model, task, list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
+    assert [[t.method.rank for t in parcel] for parcel, _ in plan] == [
+        [4] * 5,
+        [4] + [1] * 6,
+    ]  # ranks that pad each other little
+
+
+def test_a_pack_too_large_for_the_memory_is_halved(monkeypatch):
+    sizes = fake_packs(monkeypatch, most=2)
+    same(apart(grid(seeds=range(4)), engine="auto"), apart(grid(seeds=range(4))))
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    fake_packs(monkeypatch, most=0)
+    frame = apart(grid(), engine="packed")
+    assert frame.reason.tolist() == ["out of memory: 1 are too many"] * 4
+
+
+def test_what_only_the_attempt_shows_to_be_no_pack_runs_apart(monkeypatch):
+    sizes = fake_packs(monkeypatch, refuse=lambda runs: True)
+    frame = apart(grid(), engine="auto")
+    same(frame, apart(grid()))
+    assert sizes == [4]
+    assert set(frame.engine) == {"separate"}
+    with pytest.raises(ValueError, match="cannot be packed after all"):
+        apart(grid(), engine="packed")
+
+
+def test_packed_refuses_with_the_reason_and_packs_even_one():
+    with pytest.raises(ValueError, match=r"engine is 'packed', but DoRA\(rank=1.* cannot be packed: Method 'dora'"):
+        apart(grid(methods=[LoRA(), DoRA()]), engine="packed")
+    frame = apart(grid(ranks=(2,), seeds=(0,)), engine="packed")
+    assert set(frame.engine) == {"pack of 1"}
+
+
+def double_task():
+    task = small_task()
+    parts = {
+        part: Examples(examples.inputs.double(), F.one_hot(examples.targets, 10).double())
+        for part, examples in task.parts.items()
+    }
+    return Task("double", **parts, loss=mean_squared_error)
+
+
+def test_the_real_packs_give_the_numbers_of_trials_run_apart(tmp_path):
+    def make():
+        return MODEL().double()
+
+    trials = grid(ranks=(1, 3), lrs=(0.01, 1e200), seeds=(0, 1), steps=20, warmup=0)
+    separate = apart(trials, task=double_task(), model=make)
+    together = apart(trials, tmp_path, task=double_task(), model=make, engine="packed")
+    assert set(together.engine) == {"pack of 8"}
+    assert (separate.outcome == together.outcome).all()
+    assert (separate.key == together.key).all()
+    losses = ["train_loss", "validation_loss", "off_domain_loss", "test_loss"]
+    np.testing.assert_allclose(together[losses], separate[losses], rtol=1e-9)
+    assert_frame_equal(load(tmp_path), together)
+    done = separate[separate.outcome == "done"]
+    assert done.groupby("key").test_loss.last().nunique() == 4
+
+
+# What a model is
+
+
+def test_a_models_fingerprint_sees_every_weight_and_setting_and_no_more():
+    class Net(nn.Module):
+        def __init__(self, p=0.1):
+            super().__init__()
+            self.layer, self.drop, self.norm = nn.Linear(3, 2), nn.Dropout(p), nn.BatchNorm1d(2)
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.fill_(0.5)
+
+    def of(change=lambda net: None, **options):
+        net = Net(**options)
+        change(net)
+        return fingerprint(net)
+
+    def nudge(net):
+        with torch.no_grad():
+            net.layer.weight[1, 2] = float(np.nextafter(np.float32(0.5), 1))
+
+    others = [
+        of(nudge),
+        of(lambda net: net.double()),
+        of(lambda net: net.bfloat16()),
+        of(lambda net: net.norm.running_mean.add_(1)),
+        of(lambda net: net.layer.requires_grad_(False)),
+        of(lambda net: setattr(net, "drop", nn.AlphaDropout(0.1))),
+        of(p=0.2),
+    ]
+    assert len({of(), *others}) == len(others) + 1
+    assert of() == of(lambda net: net.eval()) == of(lambda net: net.layer.weight.sum().backward())
+
+
+# Arguments
+
+
+def test_arguments_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="engine is 'fast', but it must be 'auto', 'separate' or 'packed'"):
+        apart(grid(), engine="fast")
+    for nothing in ("a model", lambda: "a model"):
+        with pytest.raises(
+            ValueError, match=r"model_factory gave a str, but it must be a torch\.nn\.Module, or a func"
+        ):
+            apart(grid(), model=nothing)
+    with pytest.raises(ValueError, match="no trials to run"):
+        apart([])
+    (other,) = (dataclasses.replace(t, task="elsewhere") for t in grid(ranks=(1,), seeds=(0,)))
+    with pytest.raises(ValueError, match="belongs to the task elsewhere, but this sweep's is"):
+        apart([other])
+
+
+def test_columns_have_the_same_types_whatever_the_trials_are():
+    plain, odd = apart(grid()), apart(grid(methods=[FullFineTuning()], lrs=(1e30,), warmup=0, clip=None))
+    assert isinstance(plain, pandas.DataFrame)
+    assert set(odd.outcome) == {"failed"}
+    for column in ("rank", "alpha", "lr", "clip", "step", "validation_loss", "test_loss", "seconds"):
+        assert plain[column].dtype == odd[column].dtype == "float64"

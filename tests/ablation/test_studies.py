@@ -1,0 +1,199 @@
+"""lora-lab ablate and what it begins with: models, tasks and grids by name, a run that goes on, and what is refused."""
+
+import copy
+import json
+
+import pandas
+import pytest
+import torch
+
+from lora_lab import DoRA, LoRA, evaluate, fit, plots
+from lora_lab.ablation import load, smallest_sufficient_rank, studies
+from lora_lab.models.llama import Llama
+from lora_lab.tasks import Task, digits, docs
+from tests.helpers import ByteTokenizer, command
+
+
+def ablate(*arguments):
+    return command("ablate", *arguments)
+
+
+def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
+    model, task = studies.study("digits")
+    assert isinstance(task, Task)
+    pretrained, moved = (evaluate(model, task, part) for part in ("off_domain", "test"))
+    assert pretrained < 0.3 < moved
+    again, _ = studies.study("digits")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    again.to(torch.bfloat16)  # in place, as a move to a GPU is
+    assert next(studies.pretrained_digits().parameters()).dtype == torch.float32
+
+
+def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(monkeypatch):
+    trained_on = []
+    monkeypatch.setattr(
+        studies, "fit", lambda model, task, *a, **o: trained_on.append(task) or fit(model, task, *a, **o)
+    )
+    net = studies._pretrained_digits.__wrapped__(1024)
+    assert [task.fingerprint for task in trained_on] == [digits("pretrain", n_train=1024).fingerprint]
+    task = digits("adapt", n_train=1024)
+    pretrained, moved = (evaluate(net, task, part) for part in ("off_domain", "test"))
+    assert pretrained < 0.6 < moved
+    again, other = studies.pretrained_digits(1024), studies.pretrained_digits()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(net.head.weight, other.head.weight)
+    fit(copy.deepcopy(net), task, LoRA(2, 4), steps=1, lr=1e-3, progress=False)  # it bears no mark of its training
+
+
+def test_the_manual_is_whole_unless_so_many_examples_are_drawn_by_a_seed(monkeypatch):
+    monkeypatch.setattr(studies, "load_pretrained", lambda name: (None, ByteTokenizer()))
+    whole = docs(ByteTokenizer(), 64)
+    assert studies.docs_task(64).fingerprint == whole.fingerprint
+    drawn = studies.docs_task(64, 16, 3)
+    rows = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(3))[:16]
+    assert torch.equal(drawn.train.inputs, whole.train.inputs[rows])
+    assert torch.equal(drawn.train.targets, whole.train.targets[rows])
+    assert all(torch.equal(drawn.parts[part].inputs, whole.parts[part].inputs) for part in ("validation", "test"))
+    prints = {task.fingerprint for task in (whole, drawn, studies.docs_task(64, 16, 4), studies.docs_task(64, 17, 3))}
+    assert len(prints) == 4
+    assert studies.docs_task(64, 16, 3).fingerprint == drawn.fingerprint
+    assert torch.equal(studies.docs_task(64, 16).train.inputs, whole.train.inputs[:16])
+
+
+def test_the_planted_task_is_of_the_model_that_comes_with_it():
+    model, task = studies.study("planted")
+    assert task.name == "planted-rank4"
+    with torch.no_grad():
+        torch.testing.assert_close(model(task.off_domain.inputs), task.off_domain.targets)
+
+
+def test_the_language_model_is_made_where_it_runs():
+    make, task = studies.study("docs", 32)
+    assert make.func is studies.language_model  # a function that can be imported, for workers
+    assert (task.func, task.args) == (studies.docs_task, (32,))
+
+
+def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(studies, "load_pretrained", lambda name, device: asked.append(device) or ("a model", None))
+    for device in (torch.device("cpu"), torch.device("meta"), None):
+        make, _ = studies.study("docs", 32, device)
+        assert make() == "a model"
+        assert asked.pop() == device
+
+
+def test_a_newborn_model_has_the_language_models_shape_and_learned_nothing(monkeypatch, tiny_config):
+    asked = []
+    monkeypatch.setattr(studies, "language_model", lambda device: asked.append(device) or Llama(tiny_config, seed=3))
+    first, again = studies.random_init(torch.device("cpu")), studies.random_init(None)
+    assert asked == [torch.device("cpu"), None]
+    learned, untrained = Llama(tiny_config, seed=3).state_dict(), Llama(tiny_config, seed=0).state_dict()
+    assert {name: value.shape for name, value in first.state_dict().items()} == {
+        name: value.shape for name, value in learned.items()
+    }
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+        assert torch.equal(value, untrained[name])
+        assert torch.equal(value, learned[name]) == ("norm" in name)
+
+
+def test_a_grid_has_the_studys_own_numbers_unless_others_are_given():
+    lrs, steps, batch, _ = studies.DEFAULTS["digits"]
+    own = studies.grid("digits", "lora", [1, 2], None, range(2), alpha_per_rank=2)
+    assert len(own) == 2 * len(lrs) * 2
+    assert {trial.lr for trial in own} == set(lrs)
+    assert {(trial.steps, trial.batch_size) for trial in own} == {(steps, batch)}
+    assert {trial.method for trial in own} == {LoRA(1, 2), LoRA(2, 4)}
+    other = studies.grid("docs", "dora", [4], [1e-3], [7], steps=9, batch_size=2, alpha=8)
+    (trial,) = other
+    assert (trial.method, trial.lr, trial.seed, trial.steps, trial.batch_size) == (DoRA(4, 8), 1e-3, 7, 9, 2)
+
+
+def test_names_that_are_not_known_are_refused():
+    for call in (lambda: studies.study("cats"), lambda: studies.grid("cats", "lora", [1], None, [0])):
+        with pytest.raises(ValueError, match="no study 'cats'; there are planted, digits, docs"):
+            call()
+    with pytest.raises(ValueError, match="no method 'full' with ranks"):
+        studies.grid("digits", "full", [1], None, [0])
+    with pytest.raises(ValueError, match="seq_len is 1"):
+        studies.study("docs", 1)
+
+
+def test_ablate_runs_a_grid_prints_a_verdict_and_goes_on(tmp_path, capsys):
+    arguments = ["--task", "planted", "--ranks", "1,4", "--lrs", "1e-2", "--steps", 20, "--out", tmp_path]
+    assert ablate(*arguments, "--seeds", 1) == 0
+    assert "undecided: more seeds needed" in capsys.readouterr().out
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
+    assert len(first) == 2
+    assert ablate(*arguments, "--seeds", 3) == 0
+    printed = capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
+    assert len(after) == 6
+    assert {name: after[name] for name in first} == first  # they were not run again
+    frame = load(tmp_path / "trials")
+    assert str(smallest_sufficient_rank(frame, studies.DEFAULTS["planted"].margin)) in printed
+    assert len(pandas.read_csv(tmp_path / "table.csv")) == len(frame)
+    for name in ("rates", "forgetting", "verdict"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_rank_has_no_verdict(tmp_path):
+    assert (
+        ablate("--task", "planted", "--ranks", "2", "--lrs", "1e-2", "--steps", 5, "--seeds", 2, "--out", tmp_path) == 0
+    )
+    assert not (tmp_path / "verdict.png").exists()
+
+
+def test_one_alpha_for_all_ranks(tmp_path):
+    arguments = ["--task", "planted", "--ranks", "1,2", "--lrs", "1e-2", "--steps", 5, "--seeds", 1, "--alpha", 8]
+    assert ablate(*arguments, "--out", tmp_path) == 0
+    trials = [json.loads(path.read_text())["trial"] for path in (tmp_path / "trials").glob("*.json")]
+    assert {trial["method"]["alpha"] for trial in trials} == {8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--task", "cats"], "no study 'cats'"),
+        (["--method", "full"], "no method 'full'"),
+        (["--seeds", 0], "seeds is empty"),
+        (["--engine", "fast"], "engine is 'fast'"),
+        (["--ranks", "0,1"], "rank is 0"),
+        (["--margin", "-1"], "margin is -1"),
+    ],
+)
+def test_ablate_refuses_what_makes_no_sense_in_one_sentence(tmp_path, capsys, arguments, says):
+    settings = ["--task", "planted", "--lrs", "1e-2", "--steps", 2, "--seeds", 2, "--ranks", "1,2", "--out", tmp_path]
+    assert ablate(*settings, *arguments) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_a_list_that_is_none_is_argparses_to_refuse(capsys):
+    with pytest.raises(SystemExit):
+        ablate("--ranks", "1,two")
+    assert "invalid list of int value: '1,two'" in capsys.readouterr().err
+
+
+def test_the_pictures_of_an_ablation(tmp_path):
+    ablate("--task", "planted", "--ranks", "1,2", "--lrs", "3e-3,1e-2", "--steps", 5, "--seeds", 3, "--out", tmp_path)
+    frame = load(tmp_path / "trials")
+    last = frame[frame.step == frame.steps]
+    rates = plots.loss_by_rate(frame)
+    for container, rank in zip(rates.containers, (1, 2), strict=True):
+        expected = last[last["rank"] == rank].groupby("lr").validation_loss.mean()
+        assert container.lines[0].get_xdata().tolist() == pytest.approx(expected.index.tolist())
+        assert container.lines[0].get_ydata().tolist() == pytest.approx(expected.tolist())
+    assert rates.get_xscale() == "log"
+    forgetting = plots.learning_and_forgetting(frame)
+    points = [line for line in forgetting.get_lines() if len(line.get_xdata())]
+    assert sum(len(line.get_xdata()) for line in points) == len(last)
+    verdict = smallest_sufficient_rank(frame)
+    picture = plots.rank_verdict(verdict)
+    (judged,) = (one for one in verdict.ranks if one.upper is not None)
+    (bars,) = picture.containers
+    assert bars.lines[0].get_ydata().tolist() == pytest.approx([judged.difference])
+    assert bars.get_label() == judged.status
+    assert f"margin {verdict.margin:g}" in [text.get_text() for text in picture.get_legend().get_texts()]
+    assert [tick.get_text() for tick in picture.get_xticklabels()] == ["1", "2"]

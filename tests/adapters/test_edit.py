@@ -1,0 +1,271 @@
+"""Adapters made by decomposition: extract from a full fine-tune, resize; and read_adapter, which needs no model."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from lora_lab import LoRAConfig, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
+from lora_lab.adapters.edit import resize
+from lora_lab.adapters.peft_format import read_adapter
+from lora_lab.layers import LoRAConv2d, LoRAEmbedding
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import PIXELS, randomise
+
+
+def tuned(base, seed=1, rank=None):
+    """A copy whose every parameter has changed; its linear layers by matrices of that rank, or of full rank."""
+    model, generator = copy.deepcopy(base), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) / 10
+            if parameter.ndim == 2 and rank is not None:
+                U, S, Vh = np.linalg.svd(noise.numpy(), full_matrices=False)
+                noise = torch.from_numpy(U[:, :rank] * S[:rank] @ Vh[:rank])
+            parameter.add_(noise)
+    return model
+
+
+def change(name, base, model):
+    return (model.get_submodule(name).weight - base.get_submodule(name).weight).detach().numpy()
+
+
+# Extract
+
+
+@pytest.mark.parametrize("rank", [1, 3, 100])
+def test_an_extracted_adapter_is_the_nearest_of_its_rank(rank):
+    base = DigitsMLP()
+    model = tuned(base)
+    original = copy.deepcopy(base)
+    errors = extract(base, model, rank)
+    assert list(errors) == list(lora_layers(base))
+    for name, layer in lora_layers(base).items():
+        delta = change(name, original, model)
+        U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+        assert layer.rank == min(rank, len(S))
+        np.testing.assert_allclose(layer.delta(), U[:, :rank] * S[:rank] @ Vh[:rank], atol=1e-5)
+        assert errors[name] == pytest.approx(np.linalg.norm(S[rank:]) / np.linalg.norm(S), abs=1e-5)
+        torch.testing.assert_close(layer.base.weight, original.get_submodule(name).weight, rtol=0, atol=0)
+        assert layer.lora_A.requires_grad
+        assert not layer.base.weight.requires_grad
+
+
+def test_a_change_of_low_rank_is_kept_whole_and_the_model_computes_it():
+    base = DigitsMLP()
+    model = tuned(base, rank=2)
+    with torch.no_grad():  # what is no linear layer's weight is not in an adapter
+        for parameter, original in zip(model.parameters(), base.parameters(), strict=True):
+            if parameter.ndim == 1:
+                parameter.copy_(original)
+        last = [name for name, _ in base.named_modules()][-1]
+        assert change(last, base, model).any()
+    errors = extract(base, model.state_dict(), 2)
+    assert max(errors.values()) < 1e-5
+    torch.testing.assert_close(base(PIXELS), model(PIXELS), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(base(PIXELS), DigitsMLP()(PIXELS), atol=1e-2)
+
+
+def test_each_layer_gets_the_rank_that_holds_the_energy(tiny_config):
+    base = Llama(tiny_config)
+    model, original = tuned(base), copy.deepcopy(base)
+    extract(base, model, energy=0.5)
+    ranks = set()
+    for name, layer in lora_layers(base).items():
+        S = np.linalg.svd(change(name, original, model), compute_uv=False)
+        share = np.cumsum(S**2) / np.sum(S**2)
+        assert layer.rank == np.argmax(share >= 0.5) + 1
+        ranks.add(layer.rank)
+    assert len(ranks) > 1
+
+
+def test_an_extracted_adapter_is_saved_and_read_like_any_other(tiny_config, tmp_path):
+    base = Llama(tiny_config)
+    original, ids = copy.deepcopy(base), torch.arange(12)[None]
+    extract(base, tuned(base), energy=0.6)
+    layer = next(iter(lora_layers(base).values()))
+    layer.lora_A.data = layer.lora_A.data.T.contiguous().T  # numbers in another order in memory
+    save_adapter(base, tmp_path)
+    load_adapter(original, tmp_path)
+    torch.testing.assert_close(original(ids), base(ids))
+    assert {layer.scaling for layer in lora_layers(original).values()} == {1.0}
+
+
+def test_layers_that_did_not_change_get_no_adapter():
+    base = DigitsMLP()
+    model, names = copy.deepcopy(base), [name for name, module in base.named_modules() if hasattr(module, "weight")]
+    with torch.no_grad():
+        model.get_submodule(names[1]).weight.add_(torch.eye(*base.get_submodule(names[1]).weight.shape))
+    assert list(extract(base, model, 4)) == [names[1]]
+
+
+def test_a_change_that_the_bases_precision_does_not_hold_is_none():
+    base = DigitsMLP().bfloat16()
+    model = copy.deepcopy(base).float()
+    with torch.no_grad():
+        model.hidden1.weight.mul_(1 + 2**-12)  # bfloat16 has 8 bits
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="nothing to extract"):
+        extract(base, model, 4)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    with torch.no_grad():
+        model.hidden1.weight.mul_(1.5)
+    assert list(extract(base, model, 4)) == ["hidden1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda base: (tuned(base),), "rank is None and energy None; give one"),
+        (lambda base: (tuned(base), 4, 0.5), "give one of them"),
+        (lambda base: (tuned(base), 0), "rank is 0"),
+        (lambda base: (tuned(base), None, 1.5), r"share is 1\.5"),
+        (lambda base: (copy.deepcopy(base), 4), "nothing to extract"),
+        (lambda base: (DigitsMLP(32), 4), "is it of this base"),
+        (lambda base: ({}, 4), "is missing in the tuned model"),
+    ],
+)
+def test_what_cannot_be_extracted_leaves_the_base_alone(arguments, words):
+    base = DigitsMLP()
+    before = copy.deepcopy(base.state_dict())
+    given, *numbers = arguments(base)
+    rank, energy = (*numbers, None, None)[:2]
+    with pytest.raises(ValueError, match=words):
+        extract(base, given, rank, energy=energy)
+    assert not lora_layers(base)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+
+def test_a_base_with_adapters_is_refused():
+    base = DigitsMLP()
+    model = tuned(base)
+    inject(base, LoRAConfig(2))
+    with pytest.raises(ValueError, match="already has adapters"):
+        extract(base, model, 4)
+
+
+# Resize
+
+
+@pytest.mark.parametrize("kind", [None, RsLoRALinear, LoRAFALinear])
+def test_a_resized_adapter_is_the_nearest_of_its_rank(kind):
+    model = DigitsMLP()
+    inject(model, LoRAConfig(8, 24), layer=kind)
+    randomise(model)
+    before = {name: (layer.delta().numpy(), layer.scaling) for name, layer in lora_layers(model).items()}
+    errors = resize(model, 3)
+    for name, layer in lora_layers(model).items():
+        delta, scaling = before[name]
+        U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+        assert layer.rank == 3
+        assert layer.scaling == pytest.approx(scaling)
+        np.testing.assert_allclose(layer.delta(), U[:, :3] * S[:3] @ Vh[:3], atol=1e-4 * S[0])
+        assert errors[name] == pytest.approx(np.linalg.norm(S[3:]) / np.linalg.norm(S), rel=1e-3)
+        assert 0.05 < errors[name] < 1
+
+
+def test_a_resized_adapter_is_saved_and_read(tmp_path):
+    model = DigitsMLP()
+    original = copy.deepcopy(model)
+    inject(model, LoRAConfig(8))
+    resize(randomise(model), 2)
+    save_adapter(model, tmp_path)
+    load_adapter(original, tmp_path)
+    torch.testing.assert_close(original(PIXELS), model(PIXELS))
+
+
+def test_an_adapter_as_low_already_stays_as_it_is():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(4))
+    before = adapter_state(randomise(model))
+    assert set(resize(model, 4).values()) == {0.0}
+    assert all(torch.equal(before[name], value) for name, value in adapter_state(model).items())
+
+
+def test_embeddings_and_convolutions_are_resized():
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 12), torch.nn.Flatten(), torch.nn.Conv2d(3, 8, 3))
+    model[0], model[2] = LoRAEmbedding(model[0], 6, 6), LoRAConv2d(model[2], 6, 6)
+    randomise(model)
+    for name, error in resize(model, 2).items():
+        assert 0 < error < 1
+        assert lora_layers(model)[name].rank == 2
+    assert model[2](torch.randn(1, 3, 8, 8)).shape == (1, 8, 6, 6)
+    assert model[0](torch.arange(5)).shape == (5, 12)
+
+
+def test_a_layer_smaller_than_the_rank_gets_all_it_can_hold():
+    model = DigitsMLP()
+    inject(model, LoRAConfig(64, 128))
+    before = randomise(model).head.delta()
+    errors = resize(model, 32)
+    assert {name: layer.rank for name, layer in lora_layers(model).items()} == {
+        "hidden1": 32,
+        "hidden2": 32,
+        "head": 10,
+    }
+    assert errors["head"] == 0
+    torch.testing.assert_close(model.head.delta(), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PiSSALinear, DoRALinear])
+def test_kinds_whose_update_is_more_than_b_a_are_refused(kind):
+    model = DigitsMLP()
+    inject(model, LoRAConfig(4), layer=kind)
+    before = adapter_state(model)
+    with pytest.raises(ValueError, match=f"of type {kind.__name__}"):
+        resize(model, 2)
+    assert all(torch.equal(before[name], value) for name, value in adapter_state(model).items())
+
+
+def test_bad_ranks_and_models_are_refused():
+    model = DigitsMLP()
+    with pytest.raises(ValueError, match="no adapters"):
+        resize(model, 2)
+    inject(model, LoRAConfig(4))
+    with pytest.raises(ValueError, match="rank"):
+        resize(model, 0)
+
+
+# Read
+
+
+@pytest.mark.parametrize("kind", [None, RsLoRALinear])
+def test_a_saved_adapter_is_read_without_its_model(tmp_path, kind):
+    model = DigitsMLP()
+    inject(model, LoRAConfig(4, 12), layer=kind)
+    save_adapter(randomise(model), tmp_path)
+    expected, found = adapter_state(model), read_adapter(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_pefts_adapters_are_read_with_their_own_ranks(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], rank_pattern={"2": 2}, use_rslora=True)
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)), config
+    )
+    model.save_pretrained(tmp_path)
+    found = read_adapter(tmp_path)
+    assert {name: tuple(value.shape) for name, value in found.items() if "lora" in name} == {
+        "0.lora_A": (4, 6),
+        "0.lora_B": (5, 4),
+        "2.lora_A": (2, 5),
+        "2.lora_B": (3, 2),
+    }
+    for name in ("0", "2"):
+        theirs = model.base_model.model.get_submodule(name).scaling["default"]
+        assert float(found[f"{name}.scaling"]) == pytest.approx(theirs)
+
+
+def test_layers_are_read_in_the_order_of_their_numbers(tmp_path):
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(12))})
+    inject(model, LoRAConfig(2))
+    save_adapter(model, tmp_path)
+    names = [name.removesuffix(".lora_A") for name in read_adapter(tmp_path) if name.endswith(".lora_A")]
+    assert names == [f"layers.{number}" for number in range(12)]

@@ -1,0 +1,1093 @@
+"""Adapters as states (switch, off) and as files: both ways with peft, and every way in which a folder can be wrong."""
+
+import copy
+import json
+import re
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_lab import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_state,
+    inject,
+    load_adapter,
+    load_pretrained,
+    lora_layers,
+    save_adapter,
+)
+from lora_lab.adapters.edit import off, switch
+from lora_lab.adapters.peft_format import CONFIG, WEIGHTS
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import PIXELS, randomise, snapshot
+
+IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:The following .*_pattern keys did not match:RuntimeWarning",
+    "ignore:Model has `tie_word_embeddings=True`:UserWarning",
+)
+TARGETS = pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all-linear"])
+# What peft writes beside the numbers, as of its version 0.21; none of it changes what an adapter computes.
+HARMLESS = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": {"base_model_class": "DigitsMLP", "parent_library": "lora_lab.models.digits"},
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "rank_pattern": {},
+    "revision": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+}
+
+
+def adapted(seed=1, rank=3, alpha=5.0, targets="all-linear", dropout=0.0):
+    """A small net with random adapters."""
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(rank=rank, alpha=alpha, targets=targets, dropout=dropout))
+    return randomise(model, seed)
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    out = model.eval()(ids)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@pytest.fixture
+def pair(tiny_hf, hf_folder):
+    """A tiny Llama of transformers, and a function that loads the same as ours."""
+    theirs = tiny_hf(seed=3)
+    folder = hf_folder(theirs)
+    return theirs, lambda: load_pretrained(folder, device="cpu")[0]
+
+
+class Pictures(nn.Module):
+    """A convolution, an embedding and two linear layers: every kind of weight that stands the usual way round."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.patches = nn.Conv2d(1, 6, 4, stride=4)
+        self.places = nn.Embedding(4, 6)
+        self.hidden = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+
+    def forward(self, x):
+        seen = self.patches(x.view(-1, 1, 8, 8)).flatten(2).mT + self.places(torch.arange(4))
+        return self.head(torch.relu(self.hidden(seen)).sum(1))
+
+
+PICTURES = ["patches", "places", "hidden", "head"]
+
+
+def pictures(seed=1, rank=2, alpha=3.0, targets=PICTURES, **options):
+    model = Pictures()
+    inject(model, LoRAConfig(rank, alpha, targets=targets), **options)
+    return randomise(model, seed)
+
+
+# switch
+
+
+def test_a_switched_adapter_is_the_other_one_bit_for_bit_and_the_base_and_the_parameters_stay():
+    model, first, other = (pictures(seed, alpha=alpha) for seed, alpha in [(1, 3.0), (1, 3.0), (2, 0.7)])
+    parameters = dict(model.named_parameters())
+    bases = {name: value.clone() for name, value in model.state_dict().items() if ".base." in name}
+    assert len(bases) == 7
+    state = adapter_state(other)
+    switch(model, state)
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+    assert not torch.equal(logits(model, PIXELS), logits(first, PIXELS))
+    assert model.head.alpha == 0.7
+    assert model.head.scaling == 0.35
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in bases.items())
+    switch(model, adapter_state(first))
+    assert torch.equal(logits(model, PIXELS), logits(first, PIXELS))
+
+
+def test_a_switched_adapter_of_another_rank_is_the_other_one_in_new_parameters():
+    model, other = pictures(1, rank=2), pictures(2, rank=5, alpha=0.7)
+    parameters = dict(model.named_parameters())
+    base_ids = {name: id(p) for name, p in parameters.items() if ".base." in name}
+    switch(model, adapter_state(other))
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+    assert {layer.rank for layer in lora_layers(model).values()} == {5}
+    assert model.patches.lora_A.shape == (5, 1, 4, 4)
+    assert model.places.lora_A.shape == (5, 4)
+    for name, parameter in model.named_parameters():
+        assert (parameter is parameters[name]) is (name in base_ids)
+        assert parameter.requires_grad is (name not in base_ids)
+    switch(model, adapter_state(pictures(1, rank=2)))
+    assert torch.equal(logits(model, PIXELS), logits(pictures(1, rank=2), PIXELS))
+
+
+def test_an_optimiser_goes_on_after_a_switch_of_equal_rank_and_not_after_one_of_another():
+    def step(model, optimizer):
+        before = adapter_state(model)
+        optimizer.zero_grad()
+        model(PIXELS).square().mean().backward()
+        optimizer.step()
+        return [name for name, value in adapter_state(model).items() if not torch.equal(value, before[name])]
+
+    model = pictures(1)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    learnt = [f"{name}.{part}" for name in PICTURES for part in ("lora_A", "lora_B")]
+    assert step(model, optimizer) == learnt
+    switch(model, adapter_state(pictures(2)))
+    assert step(model, optimizer) == learnt
+    switch(model, adapter_state(pictures(3, rank=4)))
+    assert step(model, optimizer) == []
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_switched_adapter_shares_no_memory_with_the_state(rank):
+    model = pictures(1)
+    state = adapter_state(pictures(2, rank=rank))
+    kept = {name: value.clone() for name, value in state.items()}
+    switch(model, state)
+    before = logits(model, PIXELS)
+    randomise(model, 7)
+    assert all(torch.equal(value, kept[name]) for name, value in state.items())
+    switch(model, state)
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(logits(model, PIXELS), before)
+
+
+def test_layers_may_be_switched_to_several_ranks_and_keep_their_dtype():
+    model = pictures(1)
+    state = adapter_state(pictures(2)) | {
+        name: value
+        for name, value in adapter_state(pictures(3, rank=1, alpha=9.0)).items()
+        if name.startswith("hidden")
+    }
+    switch(model, {name: value.double() for name, value in state.items()})
+    assert [layer.rank for layer in lora_layers(model).values()] == [2, 2, 1, 2]
+    assert [layer.scaling for layer in lora_layers(model).values()] == [1.5, 1.5, 9.0, 1.5]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_what_was_frozen_or_added_by_a_variant_is_so_after_a_switch(rank):
+    model, other = (pictures(seed, r, targets=["head"], layer=LoRAFALinear) for seed, r in [(1, 2), (2, rank)])
+    switch(model, adapter_state(other))
+    assert not model.head.lora_A.requires_grad
+    assert model.head.lora_B.requires_grad
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+    model, other = (pictures(seed, r, targets=["head"], layer=DoRALinear) for seed, r in [(1, 2), (2, rank)])
+    switch(model, adapter_state(other))
+    assert torch.equal(model.head.lora_magnitude_vector, other.head.lora_magnitude_vector)
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+
+
+def changed(state, **values):
+    return state | {name.replace("__", "."): value for name, value in values.items()}
+
+
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: without(adapter_state(pictures()), "head.lora_B"), r"differ in 'head\.lora_B'; switch takes"),
+        (lambda: without(adapter_state(pictures()), "head.alpha"), r"differ in 'head\.alpha'"),
+        (lambda: adapter_state(pictures(targets=["head"])), r"differ in 'hidden\.alpha' and 11 more"),
+        (lambda: changed(adapter_state(pictures()), tail__lora_A=torch.ones(2, 8)), r"differ in 'tail\.lora_A'"),
+        (lambda: adapter_state(pictures(targets=["head"], layer=DoRALinear)), "differ in 'head.lora_magnitude_vector'"),
+        (lambda: {}, "differ in .* and 15 more"),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(2, 7)),
+            r"head\.lora_A has shape \(2, 7\), but the model asks for \(2, 8\)",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_B=torch.ones(3, 1)),
+            r"head\.lora_B has shape \(3, 1\), but the model asks for \(3, 2\)",
+        ),
+        (lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(16)), r"lora_A has shape \(16,\)"),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_A=torch.tensor(1.0)),
+            r"shape \(\), but .* for \(2, 8\)",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), patches__lora_A=torch.ones(2, 16)),
+            r"patches\.lora_A has shape \(2, 16\), but the model asks for \(2, 1, 4, 4\)",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(0, 8), head__lora_B=torch.ones(3, 0)),
+            "rank is 0",
+        ),
+        (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(torch.nan)), "alpha is nan"),
+        (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(-1.0)), r"alpha is -1\.0"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays(make, says):
+    model = pictures(5)
+    before, state = snapshot(model), adapter_state(model)
+    with pytest.raises(ValueError, match=says):
+        switch(model, make())
+    assert snapshot(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("rank", [2, 3], ids=["same rank", "other rank"])
+@pytest.mark.parametrize("kinds", [(RsLoRALinear, LoRALinear), (LoRALinear, RsLoRALinear)], ids=["from rs", "to rs"])
+def test_a_state_keeps_its_scaling_in_layers_that_make_another_of_the_same_alpha(kinds, rank):
+    targets = ["hidden", "head"]
+    other = pictures(2, rank, 3.0, targets=targets, layer=kinds[0])
+    model = pictures(1, 2, 3.0, targets=targets, layer=kinds[1])
+    switch(model, adapter_state(other))
+    assert model.head.scaling == pytest.approx(other.head.scaling, rel=1e-15)
+    assert model.head.alpha != pytest.approx(other.head.alpha)  # with the same alpha it would be another function
+    torch.testing.assert_close(logits(model, PIXELS), logits(other, PIXELS), rtol=1e-6, atol=1e-6)
+
+
+def test_pissa_is_switched_with_its_start():
+    def pissa(seed, rank=2, alpha=3.0):
+        return pictures(seed, rank, alpha, targets=["head"], layer=PiSSALinear)
+
+    model = pissa(1)
+    switch(model, adapter_state(pissa(2, alpha=4.0)))
+    assert torch.equal(logits(model, PIXELS), logits(pissa(2, alpha=4.0), PIXELS))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"head\.start_A has shape \(1, 8\), but the model asks for \(2, 8\)"):
+        switch(model, adapter_state(pissa(3, rank=1)))
+    assert snapshot(model) == before
+
+
+def test_a_model_without_adapters_has_nothing_to_switch_or_take_off():
+    with pytest.raises(ValueError, match="no adapters; call inject"):
+        switch(Pictures(), adapter_state(pictures()))
+    with pytest.raises(ValueError, match="no adapters to take off; call inject"), off(Pictures()):
+        pass
+
+
+# off
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_off_is_bitwise_the_base_and_then_the_adapter_again(training):
+    model, base = pictures().train(training), Pictures().requires_grad_(False)
+    before = snapshot(model)
+    adapted_out, base_out = model(PIXELS), base(PIXELS)
+    with off(model) as same:
+        assert same is model
+        assert torch.equal(model(PIXELS), base_out)
+        assert not model(PIXELS).requires_grad
+        assert lora_layers(model) == {}
+    assert torch.equal(model(PIXELS), adapted_out)
+    assert not torch.equal(adapted_out, base_out)
+    assert snapshot(model) == before
+
+
+def test_off_reaches_weights_that_are_read_and_never_called():
+    torch.manual_seed(0)
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 1).eval()
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="in_proj_weight"):
+        assert len(inject(model, LoRAConfig(rank=2))) == 3
+    randomise(model)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        adapted_out = model(x)
+        with off(model):
+            assert torch.equal(model(x), base(x))
+        assert torch.equal(model(x), adapted_out)
+        assert not torch.equal(adapted_out, base(x))
+
+
+def test_off_puts_the_adapters_back_after_an_error():
+    model = pictures()
+    before = snapshot(model)
+    with pytest.raises(KeyError, match="inside"), off(model):
+        raise KeyError("inside")
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["to train", "to eval"])
+def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(training):
+    model = adapted(dropout=0.5).train(not training)
+    with off(model):
+        model.train(training)
+    assert {module.training for module in model.modules()} == {training}
+    assert any(isinstance(module, nn.Dropout) for module in model.modules())
+    part = adapted(dropout=0.5).train(not training)
+    with off(part):
+        part.head.train(training)
+    assert [layer.dropout.training for layer in lora_layers(part).values()] == [not training, not training, training]
+
+
+def test_off_within_off_is_refused_and_the_adapters_come_back():
+    model = pictures()
+    before = snapshot(model)
+    with off(model), pytest.raises(ValueError, match="do not put off within off"), off(model):
+        pass
+    assert snapshot(model) == before
+
+
+# Both ways with peft
+
+
+@TARGETS
+def test_peft_reads_what_is_saved_here_and_gives_the_same_logits(pair, tmp_path, targets):
+    theirs, load = pair
+    base = logits(theirs)
+    ours = load()
+    names = inject(ours, LoRAConfig(rank=3, alpha=5, targets=targets))
+    randomise(ours)
+    folder = save_adapter(ours, tmp_path / "adapter")
+    read = peft.PeftModel.from_pretrained(theirs, folder)
+    layers = [name for name, module in read.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
+    assert [name.removeprefix("base_model.model.") for name in layers] == names
+    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=1e-5)
+    assert (logits(read) - base).abs().max() > 0.1
+
+
+@TARGETS
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_what_peft_saved_is_read_here_and_gives_the_same_logits(pair, tmp_path, targets, init):
+    theirs, load = pair
+    base = logits(theirs)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=0.25, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=init
+    )
+    saved = randomise(peft.get_peft_model(theirs, config))
+    saved.save_pretrained(tmp_path / "adapter")
+    ours = load()
+    names = load_adapter(ours, tmp_path / "adapter")
+    assert len(names) == (14 if targets == "all-linear" else 4)
+    assert all(layer.dropout.p == 0.25 for layer in ours.modules() if isinstance(layer, LoRALinear))
+    torch.testing.assert_close(logits(ours), logits(saved), rtol=0, atol=1e-5)
+    assert (logits(ours) - base).abs().max() > 0.1
+
+
+def test_peft_reads_an_adapter_of_the_real_model(smollm2, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, tokenizer = smollm2
+    ids = torch.tensor([tokenizer.encode("The with statement is used to")])
+    ours = copy.deepcopy(model)
+    inject(ours, LoRAConfig(rank=8, alpha=16))
+    randomise(ours)
+    save_adapter(ours, tmp_path)
+    shape = {name: value for name, value in vars(model.config).items() if name != "rope_theta"}
+    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta})
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(config)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    base = logits(theirs, ids)
+    assert torch.equal(base, logits(model, ids))
+    expected = logits(ours, ids)
+    found = logits(peft.PeftModel.from_pretrained(theirs, tmp_path), ids)
+    assert (expected - base).abs().max() > 1
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_peft_reads_adapters_named_in_full_and_adapts_no_other_layer(pair, tmp_path):
+    theirs, load = pair
+    ours = load()
+    names = inject(ours, LoRAConfig(rank=2, alpha=5, exclude=["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"]))
+    randomise(ours)
+    save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == names
+    read = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    layers = [name for name, module in read.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
+    assert [name.removeprefix("base_model.model.") for name in layers] == names
+    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=1e-5)
+
+
+class SameEnding(nn.Module):
+    """A linear layer and another kind of module whose names end alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"proj": nn.Linear(64, 6)})
+        self.outer = nn.ModuleDict({"proj": nn.LayerNorm(6)})
+
+    def forward(self, x):
+        return self.outer["proj"](self.inner["proj"](x))
+
+
+def test_peft_reads_adapters_beside_another_kind_of_module_of_the_same_ending(tmp_path):
+    torch.manual_seed(0)
+    ours = SameEnding()
+    theirs = copy.deepcopy(ours)
+    inject(ours, LoRAConfig(rank=2, alpha=5))
+    save_adapter(randomise(ours), tmp_path)
+    read = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    torch.testing.assert_close(logits(read, PIXELS), logits(ours, PIXELS), rtol=0, atol=1e-5)
+
+
+# The files
+
+
+def test_config_has_pefts_keys(tmp_path):
+    model = adapted(rank=3, alpha=5.0, dropout=0.1, targets=["hidden1", "head"])
+    assert save_adapter(model, tmp_path / "new" / "folder", base="some-model") == tmp_path / "new" / "folder"
+    config = json.loads((tmp_path / "new" / "folder" / CONFIG).read_text())
+    expected = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 5.0,
+        "lora_dropout": 0.1,
+        "target_modules": ["head", "hidden1"],
+        "base_model_name_or_path": "some-model",
+        "task_type": None,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert config.keys() <= {field.name for field in peft.LoraConfig.__dataclass_fields__.values()}
+
+
+def test_a_language_model_is_noted_as_one(pair, tmp_path):
+    _, load = pair
+    model = load()
+    inject(model, LoRAConfig(rank=1))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_weights_have_pefts_names_and_hold_the_adapters(tmp_path):
+    model = adapted(targets=["hidden1"])
+    save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert set(stored) == {f"base_model.model.hidden1.lora_{part}.weight" for part in "AB"}
+    assert torch.equal(stored["base_model.model.hidden1.lora_A.weight"], model.hidden1.lora_A)
+    assert torch.equal(stored["base_model.model.hidden1.lora_B.weight"], model.hidden1.lora_B)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"targets": ["q_proj", "v_proj"]}, ["q_proj", "v_proj"]),
+        ({}, ["down_proj", "embed", "head", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ({"targets": ["layers.1.q_proj"]}, ["layers.1.q_proj"]),
+        ({"targets": ["layers.0.q_proj", "v_proj"]}, ["layers.0.q_proj", "layers.0.v_proj", "layers.1.v_proj"]),
+    ],
+)
+def test_targets_are_endings_where_they_name_exactly_these_layers_and_full_names_elsewhere(tmp_path, config, expected):
+    model = DigitsTransformer()
+    inject(model, LoRAConfig(rank=1, **config))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == expected
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["hidden2"]])
+def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path, targets):
+    model = adapted(rank=3, alpha=5.0, dropout=0.25, targets=targets)
+    save_adapter(model, tmp_path)
+    back = DigitsMLP(width=16)
+    base = logits(back, PIXELS)
+    names = load_adapter(back, tmp_path)
+    assert names == [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+    assert not torch.equal(logits(back, PIXELS), base)
+    for name, value in adapter_state(model).items():
+        assert torch.equal(value, adapter_state(back)[name])
+    trainable = {name for name, p in back.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.{part}" for name in names for part in ("lora_A", "lora_B")}
+    assert back.hidden2.scaling == 5 / 3
+    assert back.hidden2.dropout.p == 0.25
+
+
+def test_adapters_of_a_half_precision_model_are_stored_in_float32(tmp_path):
+    model = DigitsMLP(width=16).bfloat16()
+    inject(model, LoRAConfig(rank=2))
+    save_adapter(randomise(model), tmp_path)
+    back = DigitsMLP(width=16).bfloat16()
+    load_adapter(back, tmp_path)
+    assert back.head.lora_B.dtype == torch.float32
+    assert torch.equal(back.head.lora_B, model.head.lora_B)
+
+
+def test_saving_over_an_older_adapter_leaves_only_the_new_one(tmp_path):
+    save_adapter(adapted(seed=1, rank=2), tmp_path)
+    newer = adapted(seed=2, rank=4, targets=["hidden1"])
+    save_adapter(newer, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    back = DigitsMLP(width=16)
+    assert load_adapter(back, tmp_path) == ["hidden1"]
+    assert torch.equal(logits(back, PIXELS), logits(newer, PIXELS))
+
+
+def test_a_model_without_adapters_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="no adapters"):
+        save_adapter(DigitsMLP(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("kind", "dropout"), [(LoRALinear, 0.5), (RsLoRALinear, 0.0), (DoRALinear, 0.0)])
+def test_adapters_of_several_variants_or_dropouts_cannot_be_saved(tmp_path, kind, dropout):
+    model = adapted(rank=3, alpha=5.0, targets=["hidden1", "head"])
+    model.hidden2 = kind(model.hidden2, 3, 5.0, dropout)
+    with pytest.raises(ValueError, match=r"differ in \(variant, dropout\)"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# Ranks and alphas by layer, variants, kinds of layer
+
+
+def several(tmp_path):
+    """A model whose layers have several ranks and alphas, saved, and its config."""
+    model = pictures(1)
+    more = adapter_state(pictures(2, rank=4, alpha=5.0, targets=["hidden"]))
+    switch(model, adapter_state(model) | more)
+    save_adapter(model, tmp_path)
+    return model, json.loads((tmp_path / CONFIG).read_text())
+
+
+def test_ranks_and_alphas_by_layer_are_saved_and_come_back(tmp_path):
+    model, config = several(tmp_path)
+    assert (config["r"], config["lora_alpha"]) == (2, 3.0)
+    assert config["rank_pattern"] == {"^hidden": 4}
+    assert config["alpha_pattern"] == {"^hidden": 5.0}
+    back = Pictures()
+    assert load_adapter(back, tmp_path) == PICTURES
+    assert [layer.rank for layer in lora_layers(back).values()] == [2, 2, 4, 2]
+    assert [layer.alpha for layer in lora_layers(back).values()] == [3.0, 3.0, 5.0, 3.0]
+    assert all(layer.lora_A.requires_grad for layer in lora_layers(back).values())
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+    read = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
+    torch.testing.assert_close(logits(read, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(logits(model, PIXELS), logits(Pictures(), PIXELS))
+
+
+class Nested(nn.Module):
+    """Two layers, the name of one of which ends in the other's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(64, 6)
+        self.inner = nn.ModuleDict({"proj": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        return self.inner["proj"](self.proj(x))
+
+
+def test_a_rank_of_one_layer_is_not_that_of_another_whose_name_ends_alike(tmp_path):
+    def nested(rank, alpha):
+        model = Nested()
+        inject(model, LoRAConfig(rank, alpha))
+        return randomise(model)
+
+    model = nested(2, 3.0)
+    state = {name: value for name, value in adapter_state(nested(4, 5.0)).items() if name.startswith("proj")}
+    switch(model, adapter_state(model) | state)
+    assert [layer.rank for layer in lora_layers(model).values()] == [4, 2]
+    save_adapter(model, tmp_path)
+    back = Nested()
+    load_adapter(back, tmp_path)
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+    read = peft.PeftModel.from_pretrained(Nested(), tmp_path)
+    torch.testing.assert_close(logits(read, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "alphas", "scaling"),
+    [
+        ({"hidden1": 1}, {}, [3.0, 1.5, 1.5]),
+        ({"hidden[12]": 3}, {"hidden2": 6.0}, [1.0, 2.0, 1.5]),
+        ({".*": 1}, {"^head": 0.5}, [3.0, 3.0, 0.5]),
+        ({"idden1": 1}, {"hidden": 9.0}, [1.5, 1.5, 1.5]),
+        ({}, {"hidden|head": 8.0}, [1.5, 1.5, 4.0]),
+        ({}, {"h.*": 8.0, "head": 1.0}, [4.0, 4.0, 4.0]),
+        ({}, {"head": 1.0, "hidden2": 2.0}, [1.5, 1.0, 0.5]),
+    ],
+)
+def test_patterns_of_peft_mean_here_what_they_mean_there(tmp_path, ranks, alphas, scaling):
+    names = ["hidden1", "hidden2", "head"]
+    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)
+    theirs = randomise(peft.get_peft_model(DigitsMLP(width=16), config))
+    theirs.save_pretrained(tmp_path)
+    ours = DigitsMLP(width=16)
+    load_adapter(ours, tmp_path)
+    assert [layer.scaling for layer in lora_layers(ours).values()] == scaling
+    torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pattern_matches_the_end_of_a_name_after_a_dot(tmp_path):
+    ranks, alphas = {"proj": 3}, {"inner.proj": 6.0}
+    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=["proj"], rank_pattern=ranks, alpha_pattern=alphas)
+    theirs = randomise(peft.get_peft_model(Nested(), config))
+    theirs.save_pretrained(tmp_path)
+    ours = Nested()
+    load_adapter(ours, tmp_path)
+    assert [(layer.rank, layer.scaling) for layer in lora_layers(ours).values()] == [(3, 1.0), (3, 2.0)]
+    torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
+
+
+def test_of_two_patterns_that_match_the_first_of_the_file_counts_as_in_peft(tmp_path):
+    # peft sorts them as it writes, so that what it reads back may be another function than what it saved.
+    patterns = {"head": 1.0, ".*": 6.0}
+    names = ["hidden1", "hidden2", "head"]
+    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=names, alpha_pattern=patterns)
+    theirs = randomise(peft.get_peft_model(DigitsMLP(width=16), config))
+    theirs.save_pretrained(tmp_path)
+    read = peft.PeftModel.from_pretrained(DigitsMLP(width=16), tmp_path)
+    assert (theirs.base_model.model.head.scaling, read.base_model.model.head.scaling) == (
+        {"default": 0.5},
+        {"default": 3.0},
+    )
+    ours = DigitsMLP(width=16)
+    load_adapter(ours, tmp_path)
+    assert ours.head.scaling == 3.0
+    torch.testing.assert_close(logits(ours, PIXELS), logits(read, PIXELS), rtol=1e-5, atol=1e-5)
+
+
+VARIANTS = pytest.mark.parametrize(
+    ("setting", "kind"), [("use_rslora", RsLoRALinear), ("use_dora", DoRALinear)], ids=["rsLoRA", "DoRA"]
+)
+
+
+def test_several_patterns_stand_in_the_file_sorted_and_still_fit_the_weights(tmp_path):
+    model = pictures(1)
+    state = adapter_state(model)
+    for name, rank, alpha in [("places", 1, 2.0), ("hidden", 4, 5.0)]:  # sorted they stand the other way round
+        state |= adapter_state(pictures(2, rank, alpha, targets=[name]))
+    switch(model, state)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert list(config["rank_pattern"].items()) == [("^hidden", 4), ("^places", 1)]
+    back = Pictures()
+    load_adapter(back, tmp_path)
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+
+
+def test_layers_called_base_are_saved_by_their_ending_as_others_are(tmp_path):
+    model = nn.ModuleDict({"base": nn.Linear(4, 4), "inner": nn.ModuleDict({"base": nn.Linear(4, 4)})})
+    inject(model, LoRAConfig(rank=2))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == ["base"]
+    assert load_adapter(
+        nn.ModuleDict({"base": nn.Linear(4, 4), "inner": nn.ModuleDict({"base": nn.Linear(4, 4)})}), tmp_path
+    )
+
+
+@VARIANTS
+def test_variants_that_peft_knows_are_saved_as_what_they_are(tmp_path, setting, kind):
+    model = pictures(targets=["hidden", "head"], layer=kind)
+    switch(model, adapter_state(model) | adapter_state(pictures(2, rank=4, targets=["head"], layer=kind)))
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert {name for name in ("use_dora", "use_rslora") if config[name]} == {setting}
+    back = Pictures()
+    load_adapter(back, tmp_path)
+    assert {type(layer) for layer in lora_layers(back).values()} == {kind}
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+    read = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
+    torch.testing.assert_close(logits(read, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+    edit(tmp_path, use_dora=False, use_rslora=False)
+    with pytest.raises(ValueError, match="two different saves"):
+        load_adapter(Pictures(), tmp_path)
+
+
+@VARIANTS
+def test_variants_of_peft_are_read(tmp_path, setting, kind):
+    config = peft.LoraConfig(r=3, lora_alpha=2.0, target_modules=["hidden", "head"], **{setting: True})
+    theirs = randomise(peft.get_peft_model(Pictures(), config))
+    theirs.save_pretrained(tmp_path)
+    ours = Pictures()
+    load_adapter(ours, tmp_path)
+    assert {type(layer) for layer in lora_layers(ours).values()} == {kind}
+    torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
+    plain = pictures(targets=["hidden", "head"], rank=3, alpha=2.0)
+    switch(plain, {name: value for name, value in adapter_state(ours).items() if "magnitude" not in name})
+    for layer in lora_layers(plain).values():
+        layer.alpha = 2.0  # as the file says, and plain LoRA makes another scaling of it
+    assert (logits(plain, PIXELS) - logits(ours, PIXELS)).abs().max() > 0.01
+
+
+@VARIANTS
+@pytest.mark.parametrize("target", ["places", "patches"])
+def test_variants_of_peft_on_layers_that_have_them_not_here_are_refused(tmp_path, setting, kind, target):
+    config = peft.LoraConfig(r=3, lora_alpha=2.0, target_modules=[target], **{setting: True})
+    randomise(peft.get_peft_model(Pictures(), config)).save_pretrained(tmp_path)
+    model = Pictures()
+    before = snapshot(model)
+    # An embedding's magnitude has yet another name.
+    with pytest.raises(ValueError, match=f"which {kind.__name__} does not adapt|belongs to no adapter known"):
+        load_adapter(model, tmp_path)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("kind", "rank"), [(LoRAFALinear, 2), (PiSSALinear, 4)])
+def test_variants_that_peft_does_not_know_are_saved_as_plain_lora_of_the_same_function(tmp_path, kind, rank):
+    model = pictures(targets=["hidden", "head"], layer=kind)
+    save_adapter(model, tmp_path)
+    back = Pictures()
+    load_adapter(back, tmp_path)
+    assert {(type(layer), layer.rank) for layer in lora_layers(back).values()} == {(LoRALinear, rank)}
+    read = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
+    for other in (back, read):
+        torch.testing.assert_close(logits(other, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(model, PIXELS), logits(Pictures(), PIXELS), atol=0.1)
+
+
+def test_embeddings_and_convolutions_have_pefts_names_and_shapes(tmp_path):
+    save_adapter(pictures(targets=["patches", "places"]), tmp_path)
+    shapes = {name.removeprefix("base_model.model."): v.shape for name, v in load_file(tmp_path / WEIGHTS).items()}
+    assert shapes == {
+        "patches.lora_A.weight": (2, 1, 4, 4),
+        "patches.lora_B.weight": (6, 2, 1, 1),
+        "places.lora_embedding_A": (2, 4),
+        "places.lora_embedding_B": (6, 2),
+    }
+    assert json.loads((tmp_path / CONFIG).read_text())["fan_in_fan_out"] is False
+
+
+def with_table(pair, folder):
+    """An adapter of a language model's embedding, with which peft saves the embedding itself."""
+    theirs, load = pair
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
+    saved = randomise(peft.get_peft_model(theirs, config))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        saved.save_pretrained(folder)
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(folder / WEIGHTS)
+    return saved, load
+
+
+def untied(load):
+    model = load()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def test_the_table_that_peft_saves_beside_an_adapted_embedding_is_accepted_if_it_is_the_models(pair, tmp_path):
+    saved, load = with_table(pair, tmp_path)
+    ours = untied(load)
+    base = logits(ours)
+    assert load_adapter(ours, tmp_path) == ["model.embed_tokens"]
+    torch.testing.assert_close(logits(ours), logits(saved), rtol=1e-5, atol=1e-5)
+    assert (logits(ours) - base).abs().max() > 0.1
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / WEIGHTS).items()}  # the file changes
+    save_file(tensors | {key: tensors[key].bfloat16()}, tmp_path / WEIGHTS)
+    assert load_adapter(untied(load), tmp_path) == ["model.embed_tokens"]  # rounded as the file is, it is the same
+    save_file(tensors, tmp_path / WEIGHTS)
+    other = untied(load)
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3, 3] += 1e-3
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"brings its own weight of 'model\.embed_tokens', which is not the model's"):
+        load_adapter(other, tmp_path)
+    assert snapshot(other) == before
+
+
+def test_an_adapter_of_one_side_of_tied_weights_is_refused(pair, tmp_path):
+    _, load = with_table(pair, tmp_path)
+    model = load()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"weight of 'model\.embed_tokens' is shared"):
+        load_adapter(model, tmp_path)
+    assert snapshot(model) == before
+
+
+# Refusals
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter of a small net."""
+    return save_adapter(adapted(), tmp_path / "adapter")
+
+
+def refuse(folder, says, error=ValueError, model=None):
+    """Loading must fail with one sentence and leave the model as it was."""
+    model = model if model is not None else DigitsMLP(width=16)
+    model.hidden1.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(error, match=says):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def edit(folder, **values):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | values))
+
+
+def rewrite(folder, without=(), **more):
+    """Store the weights anew, some left out or replaced, and without the header's note, as peft's files are."""
+    names = {f"base_model.model.{name}.weight" for name in without}
+    tensors = {name: value for name, value in load_file(folder / WEIGHTS).items() if name not in names}
+    save_file(tensors | {f"base_model.model.{name}": value for name, value in more.items()}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_dora", "yes"),
+        ("use_rslora", 1),
+        ("use_qalora", True),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["head"]),
+        ("layer_replication", [[0, 1]]),
+        ("trainable_token_indices", [1, 2]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 1e-4, "gamma": 1e-3}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("target_parameters", ["hidden1.weight"]),
+        ("use_bdlora", {"nblocks": 2}),
+        ("a_setting_of_a_later_peft", {"strength": 2}),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "lora_ga"),
+    ],
+)
+def test_settings_of_peft_that_change_the_result_are_refused_by_name(saved, name, value):
+    edit(saved, **{name: value})
+    refuse(saved, rf"sets {name} to .*not built here")
+
+
+@pytest.mark.parametrize("values", [{"rank_pattern": {"head": 2}}, {"alpha_pattern": {"head": 9.0}}])
+def test_patterns_edited_after_the_save_are_refused(saved, values):
+    edit(saved, **values)
+    refuse(saved, "two different saves")
+
+
+def test_the_weights_header_notes_no_more_than_it_must(saved, tmp_path):
+    # Adapters of older versions of this package have only these three.
+    with safe_open(saved / WEIGHTS, framework="pt") as file:
+        assert json.loads(file.metadata()["lora_lab.config"]) == [3, 5.0, ["head", "hidden1", "hidden2"]]
+    several(tmp_path / "several")
+    with safe_open(tmp_path / "several" / WEIGHTS, framework="pt") as file:
+        *_, more = json.loads(file.metadata()["lora_lab.config"])
+    assert more == {"alpha_pattern": {"^hidden": 5.0}, "rank_pattern": {"^hidden": 4}}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank_pattern": {"head": 2}}, r"lora_A of 'head' has shape \(3, 16\), but this model and rank 2 ask"),
+        ({"rank_pattern": {"head": 3.0}}, r"rank is 3\.0"),
+        ({"rank_pattern": {"head": 0}}, "rank is 0"),
+        ({"rank_pattern": {"head": "3"}}, "rank is '3'"),
+        ({"rank_pattern": [3]}, r"sets rank_pattern to \[3\], but it must map names to numbers"),
+        ({"alpha_pattern": {"head": -1}}, "alpha is -1"),
+        ({"alpha_pattern": "head"}, "sets alpha_pattern to 'head'"),
+        ({"r": 0}, "rank is 0"),
+        ({"r": 3.0}, r"rank is 3\.0"),
+        ({"lora_alpha": 0}, "alpha is 0"),
+        ({"lora_dropout": 1.5}, r"dropout is 1\.5"),
+        ({"use_dora": True, "use_rslora": True}, "sets use_dora and use_rslora, which are not built here together"),
+        ({"use_dora": True}, "lacks lora_magnitude_vector of 'hidden1'"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(saved, values, says):
+    rewrite(saved)
+    edit(saved, **values)
+    refuse(saved, says)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused(saved):
+    rewrite(saved)
+    edit(saved, alpha_pattern={"(": 2})
+    refuse(saved, "unterminated", error=re.error)
+
+
+def test_settings_of_peft_that_change_nothing_are_accepted(saved):
+    edit(saved, **HARMLESS)
+    back = DigitsMLP(width=16)
+    load_adapter(back, saved)
+    assert torch.equal(logits(back, PIXELS), logits(adapted(), PIXELS))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_of_peft_that_also_changed_the_base_are_refused(tmp_path, init):
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["hidden1", "head"], init_lora_weights=init)
+    randomise(peft.get_peft_model(DigitsMLP(width=16), config)).save_pretrained(tmp_path)
+    refuse(tmp_path, "init_lora_weights")
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "PROMPT_TUNING", None])
+def test_other_types_of_adapter_are_refused(saved, kind):
+    edit(saved, peft_type=kind)
+    refuse(saved, f"type {kind!r}, but only 'LORA'")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    refuse(saved, f"lacks the file {name}", FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+def test_a_missing_entry_of_the_config_is_named(saved, name):
+    config = json.loads((saved / CONFIG).read_text())
+    del config[name]
+    (saved / CONFIG).write_text(json.dumps(config))
+    refuse(saved, f"lacks the entry '{name}'")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"LORA"'])
+def test_a_damaged_config_is_refused(saved, content):
+    (saved / CONFIG).write_bytes(content)
+    refuse(saved, CONFIG)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_damaged_weights_are_refused(saved, keep):
+    whole = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(whole[:keep])
+    refuse(saved, f"{WEIGHTS} is damaged")
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_missing_half_of_an_adapter_is_named(saved, part):
+    rewrite(saved, without=[f"hidden2.{part}"])
+    refuse(saved, f"lacks {part} of 'hidden2'")
+
+
+@pytest.mark.parametrize(("part", "shape"), [("lora_A", (3, 7)), ("lora_A", (2, 16)), ("lora_B", (16, 1))])
+def test_a_wrong_shape_is_named(saved, part, shape):
+    rewrite(saved, **{f"hidden2.{part}.weight": torch.zeros(shape)})
+    refuse(saved, rf"{part} of 'hidden2' has shape \({shape[0]}, {shape[1]}\)")
+
+
+def test_a_rank_in_the_config_that_the_weights_do_not_have_is_refused(saved):
+    rewrite(saved)
+    edit(saved, r=2)
+    refuse(saved, r"lora_A of '\w+' has shape \(3, \d+\), but this model and rank 2 ask for \(2, \d+\)")
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 50.0}, {"r": 2}])
+def test_weights_and_config_of_two_saves_are_refused(saved, change):
+    edit(saved, **change)
+    refuse(saved, "two different saves")
+
+
+def test_an_adapter_of_another_model_is_refused(saved):
+    refuse(saved, "base model", model=DigitsMLP(width=24))
+    other = DigitsMLP(width=16)
+    del other.hidden2
+    refuse(saved, "'hidden2', but the model has no such layer", model=other)
+    other = DigitsMLP(width=16)
+    other.hidden2 = nn.Identity()
+    refuse(saved, "'hidden2', but the model has a Identity there", model=other)
+
+
+def test_a_name_that_would_also_match_another_layer_is_refused(tmp_path):
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+    inject(model, LoRAConfig(rank=2))
+    save_adapter(model, tmp_path)
+    other = nn.ModuleDict({"proj": nn.Linear(4, 4), "inner": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"adapts 'proj', but a target of that name would also adapt 'inner\.proj'"):
+        load_adapter(other, tmp_path)
+    assert snapshot(other) == before
+
+
+def test_magnitudes_that_the_config_does_not_ask_for_are_refused(saved):
+    rewrite(saved)
+    tensors = load_file(saved / WEIGHTS)
+    save_file(tensors | {"base_model.model.hidden1.lora_magnitude_vector": torch.ones(16)}, saved / WEIGHTS)
+    refuse(saved, "holds lora_magnitude_vector of 'hidden1', which its config does not ask for")
+
+
+@pytest.mark.parametrize("key", ["hidden1.lora_magnitude_vector.weight", "hidden1.weight", "hidden1.lora_B.bias"])
+def test_tensors_of_another_kind_are_refused(saved, key):
+    rewrite(saved, **{key: torch.zeros(16)})
+    refuse(saved, f"{key}' that belongs to no adapter known here")
+
+
+def test_weights_without_tensors_are_refused(saved):
+    save_file({}, saved / WEIGHTS)
+    refuse(saved, "holds no tensors")
+
+
+def test_a_second_load_is_refused(saved):
+    model = DigitsMLP(width=16)
+    load_adapter(model, saved)
+    with pytest.raises(ValueError, match="already has adapters on 3 layers"):
+        load_adapter(model, saved)
+    assert torch.equal(logits(model, PIXELS), logits(adapted(), PIXELS))
+    other = DigitsMLP(width=16)
+    inject(other, LoRAConfig(targets=["head"]))
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="already has adapters on 1 layers"):
+        load_adapter(other, saved)
+    assert snapshot(other) == before
+
+
+class Halved(LoRALinear):
+    """A variant that no file has a name for."""
+
+    @property
+    def scaling(self):
+        return self.alpha / self.rank / 2
+
+
+def test_a_variant_that_no_file_can_name_is_not_saved_as_plain_lora(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, LoRAConfig(rank=2), layer=Halved)
+    with pytest.raises(ValueError, match="'0' is a Halved, which no file can name"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+class Orthogonal(LoRALinear):
+    """A start of its own, which is plain LoRA once it is there."""
+
+    def init_factors(self, rank, generator):
+        A, B = super().init_factors(rank, generator)
+        return nn.init.orthogonal_(A, generator=generator), B
+
+
+def test_another_start_of_plain_lora_is_saved_as_plain_lora(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    base = copy.deepcopy(model)
+    inject(model, LoRAConfig(rank=2), layer=Orthogonal)
+    nn.init.normal_(model[0].lora_B)
+    load_adapter(base, save_adapter(model, tmp_path))
+    x = torch.randn(5, 4)
+    assert torch.equal(base(x), model(x))
+    assert type(base[0]) is LoRALinear

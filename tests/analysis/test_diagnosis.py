@@ -1,0 +1,771 @@
+"""diagnose: each check meets the fault that it is for, as users had it, and a healthy twin; on our models and PEFT's.
+
+The threads are those of the public issue trackers: peft#137 is issue 137 of huggingface/peft.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections import OrderedDict, namedtuple
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from lora_lab import DoRA, LoRA, LoRAConfig, LoRAFA, LoRALinear, PiSSA, RsLoRA, adapter_state, inject, merge
+from lora_lab.adapters.edit import switch
+from lora_lab.analysis.diagnosis import Diagnosis, Finding, diagnose
+from lora_lab.variants import PiSSALinear
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+CHECKS = ["adapters", "trainable", "dtype", "optimizer", "update", "base", "loading"]
+WHOSE = pytest.mark.parametrize("whose", ["ours", "peft"])
+Report = namedtuple("Report", ["missing_keys", "unexpected_keys"])
+
+
+class Net(nn.Module):
+    """Two linear layers and a norm with running statistics; the first may be computed under a checkpoint."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.norm, self.second = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
+            hidden = torch.tanh(self.first(x))
+        else:
+            hidden = checkpoint(lambda x: torch.tanh(self.first(x)), x, use_reentrant=self.reentrant)
+        return self.second(self.norm(hidden))
+
+
+class Words(nn.Module):
+    """An embedding under a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.words, self.head = nn.Embedding(7, 5), nn.Linear(5, 4)
+
+    def forward(self, ids):
+        return self.head(self.words(ids))
+
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+IDS = torch.arange(7)
+
+
+def adapted(whose, net=None, targets=("first", "second"), **options):
+    """A net with adapters, ours or peft's, in eval mode, so that the norm's statistics stay."""
+    net = net if net is not None else Net()
+    if whose == "ours":
+        inject(net, LoRAConfig(rank=2, alpha=4, targets=list(targets)), **options)
+        return net.eval()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), **options)
+    torch.manual_seed(0)  # peft draws A from the global generator
+    return peft.get_peft_model(net, config).eval()
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+def train(model, optimizer, inputs=X, steps=3):
+    """As many steps as peft's page on troubleshooting has one wait before looking whether weights changed."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def trained(whose, net=None, inputs=X, **options):
+    model = adapted(whose, net, **options)
+    return train(model, adamw(model), inputs)
+
+
+def statuses(diagnosis):
+    return {finding.check: finding.status for finding in diagnosis.findings}
+
+
+def text(diagnosis, check):
+    return next(finding.text for finding in diagnosis.findings if finding.check == check)
+
+
+def problems(diagnosis):
+    return [finding.check for finding in diagnosis.problems]
+
+
+def adapters_of(model):
+    return {name: value for name, value in model.state_dict().items() if "lora_" in name}
+
+
+# A healthy model
+
+
+@WHOSE
+def test_a_trained_model_is_healthy_in_every_check(whose):
+    base, model = Net(), adapted(whose)
+    optimizer = adamw(model)
+    train(model, optimizer)
+    fresh = adapted(whose)
+    report = fresh.load_state_dict(adapters_of(model), strict=False)
+    assert len(report.missing_keys) > 0  # the base's, which an adapter's file does not hold
+    diagnosis = diagnose(model, optimizer, base, report)
+    assert statuses(diagnosis) == dict.fromkeys(CHECKS, "ok"), str(diagnosis)
+    assert diagnosis.ok
+    assert diagnosis.problems == ()
+    assert diagnose(fresh, base=base, load_report=report).ok
+    assert text(diagnosis, "adapters") == "2 layers of the model have adapters."
+    assert text(diagnosis, "trainable") == "4 parameters (40 numbers) can be trained, all of them in adapters."
+    assert text(diagnosis, "base") == "9 frozen tensors have base's values."
+    assert text(diagnosis, "update") == "The update is zero in none of 2 layers."
+
+
+@WHOSE
+def test_what_lacks_its_argument_is_not_checked_and_never_ok(whose):
+    diagnosis = diagnose(trained(whose))
+    not_checked = {check: "not checked" for check in ("optimizer", "base", "loading")}
+    assert statuses(diagnosis) == dict.fromkeys(CHECKS, "ok") | not_checked
+    assert "optimizer=" in text(diagnosis, "optimizer")
+    assert "base=" in text(diagnosis, "base")
+    assert "load_report=" in text(diagnosis, "loading")
+
+
+@pytest.mark.parametrize("method", [LoRA, RsLoRA, LoRAFA, PiSSA, DoRA], ids=lambda method: method.name)
+def test_every_variant_is_healthy_once_it_is_trained_and_zero_before(method):
+    model = Net().eval()
+    method(rank=2, alpha=4).prepare(model, seed=0)
+    untrained = diagnose(model, base=Net())
+    assert problems(untrained) == ["update"]
+    assert "zero in 2 of 2 layers (in 'first' " in text(untrained, "update")
+    optimizer = adamw(model)
+    assert diagnose(model, optimizer, Net()).ok  # but the update is not checked yet
+    train(model, optimizer)
+    diagnosis = diagnose(model, optimizer, Net())
+    assert set(statuses(diagnosis).values()) == {"ok", "not checked"}
+    assert statuses(diagnosis)["update"] == statuses(diagnosis)["base"] == statuses(diagnosis)["optimizer"] == "ok"
+
+
+# No adapters
+
+
+@WHOSE
+def test_a_model_whose_adapters_were_merged_or_never_put_on_has_none(whose):
+    model = trained(whose)
+    assert diagnose(model).ok
+    if whose == "ours":
+        merge(model)
+    else:
+        model = model.merge_and_unload()
+    for plain in (model, Net()):
+        diagnosis = diagnose(plain)
+        assert "adapters" in problems(diagnosis)
+        assert "This Net has no adapters" in text(diagnosis, "adapters")
+        assert statuses(diagnosis)["update"] == "not checked"
+
+
+def test_half_of_a_pair_is_no_adapter():
+    half = Net()
+    half.first.lora_A = nn.Parameter(torch.zeros(2, 6))
+    assert problems(diagnose(half)) == ["adapters"]
+    half.first.lora_B = nn.Parameter(torch.ones(5, 2))
+    assert "zero in 1 of 1 layer (in 'first' A is all zeros)" in text(diagnose(half), "update")
+
+
+class Gated(LoRALinear):
+    """A layer of one's own, with a part that no other has."""
+
+    parts = (*LoRALinear.parts, "gate")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.base(x) + self.gate * (super().forward(x) - self.base(x))
+
+
+def test_the_parts_of_a_layer_of_ones_own_belong_to_the_adapter():
+    model = trained("ours", layer=Gated)
+    assert diagnose(model, base=Net()).ok
+    assert text(diagnose(model), "trainable") == "6 parameters (42 numbers) can be trained, all of them in adapters."
+    without_gates = torch.optim.SGD([p for name, p in model.named_parameters() if "lora_" in name], lr=0.1)
+    assert "It lacks 2 of the adapters' 6 trained ones, such as 'first.gate'" in text(
+        diagnose(model, without_gates), "optimizer"
+    )
+
+
+# Nothing trainable
+
+
+def test_peft_184_an_adapter_loaded_without_is_trainable_trains_nothing(tmp_path):
+    trained("peft").save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        model = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=is_trainable)
+        diagnosis = diagnose(model, base=Net())
+        assert problems(diagnosis) == ([] if is_trainable else ["trainable"])
+        assert statuses(diagnosis)["dtype"] == ("ok" if is_trainable else "not checked")
+        if not is_trainable:
+            assert text(diagnosis, "trainable").startswith("Nothing can be trained")
+            assert "is_trainable=True" in text(diagnosis, "trainable")
+
+
+@WHOSE
+def test_a_model_that_was_frozen_after_the_adapters_were_put_on_trains_nothing(whose):
+    model = trained(whose)
+    model.requires_grad_(False)
+    assert problems(diagnose(model)) == ["trainable"]
+    factor = next(p for name, p in model.named_parameters() if "lora_" in name)
+    factor.requires_grad_(True)
+    assert diagnose(model).ok
+    assert text(diagnose(model), "trainable").startswith(f"1 parameter ({factor.numel()} numbers) can be trained, all")
+
+
+@WHOSE
+def test_adapters_that_are_frozen_beside_a_trained_head_are_named(whose):
+    model = trained(whose)
+    model.requires_grad_(False)
+    head = next(p for name, p in model.named_parameters() if name.endswith("norm.bias"))
+    head.requires_grad_(True)
+    diagnosis = diagnose(model)
+    assert problems(diagnosis) == ["trainable"]
+    assert "Only 1 parameter outside the adapters" in text(diagnosis, "trainable")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
+    assert diagnose(model).ok
+    assert "5 parameters (45 numbers) can be trained, 1 of them outside the adapters" in text(
+        diagnose(model), "trainable"
+    )
+
+
+def test_a_plain_model_that_is_frozen_trains_nothing():
+    diagnosis = diagnose(Net().requires_grad_(False))
+    assert problems(diagnosis) == ["adapters", "trainable"]
+    assert "Nothing can be trained: call requires_grad_(True)" in text(diagnosis, "trainable")
+    assert problems(diagnose(Net())) == ["adapters"]
+    assert text(diagnose(Net()), "trainable") == "6 parameters (69 numbers) can be trained."
+
+
+# float16
+
+
+@WHOSE
+def test_diffusers_6086_adapters_in_float16_are_refused_by_a_grad_scaler(whose):
+    """diffusers#6086, "Attempting to unscale FP16 gradients"."""
+    if whose == "ours":
+        faulty, healthy = adapted("ours").half(), adapted("ours", Net().half())
+    else:
+        faulty = peft.get_peft_model(
+            Net().half(), peft.LoraConfig(target_modules=["first", "second"]), autocast_adapter_dtype=False
+        ).eval()
+        healthy = adapted("peft", Net().half())
+    for model, is_faulty in ((faulty, True), (healthy, False)):
+        optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu")
+        scaler.scale(model(X.half()).float().square().mean()).backward()
+        if is_faulty:
+            with pytest.raises(ValueError, match="FP16 gradients"):
+                scaler.unscale_(optimizer)
+        else:
+            scaler.step(optimizer)
+        diagnosis = diagnose(model, optimizer, Net().half())
+        assert problems(diagnosis) == (["dtype"] if is_faulty else [])
+        if is_faulty:
+            assert text(diagnosis, "dtype").startswith("4 of 4 trained parameters are in float16, such as ")
+        else:
+            assert text(diagnosis, "dtype") == "What is trained is kept in float32."
+
+
+@WHOSE
+def test_one_parameter_in_float16_is_enough_and_frozen_ones_may_be(whose):
+    model = trained(whose)
+    name, factor = [(name, p) for name, p in model.named_parameters() if "lora_B" in name][-1]
+    factor.data = factor.data.half()
+    diagnosis = diagnose(model)
+    assert problems(diagnosis) == ["dtype"]
+    assert f"1 of 4 trained parameters is in float16, such as {name!r}" in text(diagnosis, "dtype")
+    factor.requires_grad_(False)
+    assert diagnose(model).ok
+
+
+# The optimiser
+
+
+@WHOSE
+def test_an_optimizer_made_before_the_adapters_does_not_know_them(whose):
+    """peft's page on troubleshooting: the training runs, and the model does not improve."""
+    net = Net()
+    early = torch.optim.AdamW(net.parameters(), lr=0.05)
+    model = adapted(whose, net)
+    before = model(X)
+    train(model, early)
+    assert torch.equal(model(X), before)
+    diagnosis = diagnose(model, early, Net())
+    assert problems(diagnosis) == ["optimizer"]
+    assert text(diagnosis, "optimizer").startswith("It lacks 4 of the adapters' 4 trained ones, such as ")
+    late = adamw(model)
+    train(model, late)
+    assert not torch.equal(model(X), before)
+    assert statuses(diagnose(model, late, Net()))["optimizer"] == "ok"
+
+
+@WHOSE
+def test_an_optimizer_made_before_the_model_was_moved_holds_other_parameters(whose):
+    """peft's page on troubleshooting; a move makes new parameters on some devices, and here as torch's setting asks."""
+    model = adapted(whose)
+    before_the_move = adamw(model)
+    assert statuses(diagnose(model, before_the_move))["optimizer"] == "ok"
+    try:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    diagnosis = diagnose(model, before_the_move, Net())
+    assert problems(diagnosis) == ["optimizer"]
+    assert text(diagnosis, "optimizer").startswith(
+        "It holds 4 parameters that the model does not have, and lacks 4 of the adapters' 4 trained ones, such as "
+    )
+    assert statuses(diagnose(model, adamw(model)))["optimizer"] == "ok"
+
+
+@WHOSE
+def test_an_optimizer_may_hold_frozen_parameters_but_none_of_another_model_and_every_adapters(whose):
+    model, other = trained(whose), nn.Linear(2, 2)
+    everything = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert diagnose(model, everything).ok
+    everything.add_param_group({"params": [other.weight]})
+    assert "It holds 1 parameter that the model does not have: make" in text(diagnose(model, everything), "optimizer")
+    all_but_one = torch.optim.SGD([p for p in model.parameters() if p.requires_grad][:-1], lr=0.1)
+    assert "It lacks 1 of the adapters' 4 trained ones" in text(diagnose(model, all_but_one), "optimizer")
+    assert problems(diagnose(model, all_but_one)) == ["optimizer"]
+
+
+def test_after_a_switch_to_another_rank_the_optimizer_holds_the_old_parameters():
+    model, other = trained("ours"), Net()
+    inject(other, LoRAConfig(rank=3, targets=["first", "second"]))
+    train(other, adamw(other))
+    optimizer = adamw(model)
+    switch(model, adapter_state(trained("ours")))
+    assert diagnose(model, optimizer).ok
+    switch(model, adapter_state(other))
+    assert problems(diagnose(model, optimizer)) == ["optimizer"]
+
+
+# An update of zero
+
+
+@WHOSE
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_peft_137_a_reentrant_checkpoint_lets_no_gradient_through_to_the_adapters(whose):
+    """peft#137, and open-unlearning#178, where all lora_B were zero after training."""
+    losses = []
+    for reentrant, inputs in ((True, X), (False, X), (True, X.clone().requires_grad_())):
+        model = adapted(whose, Net(reentrant))
+        optimizer = adamw(model)
+        train(model, optimizer, inputs)
+        losses.append(float(model(X).square().mean().detach()))
+        diagnosis = diagnose(model, optimizer, Net())
+        is_faulty = reentrant and not inputs.requires_grad
+        assert problems(diagnosis) == (["update"] if is_faulty else [])
+        if is_faulty:
+            assert "zero in 1 of 2 layers (in 'first' B is all zeros)" in text(diagnosis, "update")
+            assert "use_reentrant=False" in text(diagnosis, "update")
+    assert losses[0] > losses[1] == losses[2]  # the layer above learned, so the loss fell all the same
+
+
+@WHOSE
+def test_an_embeddings_adapter_is_zero_by_its_a(whose):
+    fresh = diagnose(adapted(whose, Words(), targets=["words", "head"]))
+    assert "zero in 2 of 2 layers (in 'words' A is all zeros)" in text(fresh, "update")
+    model = trained(whose, Words(), IDS, targets=["words", "head"])
+    assert diagnose(model, base=Words()).ok
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "words" in name and p.shape == (2, 7)).zero_()
+    diagnosis = diagnose(model, base=Words())
+    assert problems(diagnosis) == ["update"]
+    assert "zero in 1 of 2 layers (in 'words' A is all zeros)" in text(diagnosis, "update")
+
+
+@WHOSE
+def test_before_the_first_step_an_update_of_zero_is_as_it_should_be_and_without_an_optimizer_a_problem(whose):
+    model = adapted(whose)
+    optimizer = adamw(model)
+    assert problems(diagnose(model)) == ["update"]
+    fresh = diagnose(model, optimizer)
+    assert fresh.ok
+    assert statuses(fresh)["update"] == "not checked"
+    assert "no step on record" in text(fresh, "update")
+    assert not any(optimizer.state[p] for p in model.parameters())  # looking makes empty entries
+    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
+    for p in model.parameters():  # as an optimiser has it that makes its state at once
+        if p.requires_grad:
+            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
+    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
+    optimizer.state.clear()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()  # a step in which nothing came to the adapters
+    assert problems(diagnose(model, optimizer)) == ["update"]
+
+
+def test_momentum_counts_as_a_step_on_record():
+    model = adapted("ours")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    assert statuses(diagnose(model, optimizer))["update"] == "problem"
+
+
+def test_pissas_update_is_zero_where_a_and_b_are_where_they_started():
+    model = adapted("ours", layer=PiSSALinear)
+    assert "(in 'first' A and B are where they started)" in text(diagnose(model), "update")
+    start = model.first.lora_B.detach().clone()
+    with torch.no_grad():
+        model.first.lora_B.add_(0.1)
+    assert "zero in 1 of 2 layers (in 'second' " in text(diagnose(model), "update")
+    with torch.no_grad():
+        model.second.lora_A.add_(0.1)
+    assert diagnose(model).ok
+    with torch.no_grad():
+        model.first.lora_B.copy_(start)
+    assert "zero in 1 of 2 layers (in 'first' " in text(diagnose(model), "update")
+
+
+@pytest.mark.parametrize(("start", "expected"), [("pissa", "not checked"), ("orthogonal", "not checked"), (True, "ok")])
+def test_whether_pefts_adapters_learned_cannot_be_told_where_they_did_not_start_from_zeros(start, expected):
+    model = trained("peft", init_lora_weights=start)
+    diagnosis = diagnose(model)
+    assert statuses(diagnosis)["update"] == expected
+    assert (f"init_lora_weights is {start}" in text(diagnosis, "update")) is (expected == "not checked")
+
+
+@WHOSE
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_adapters_on_the_meta_device_have_no_values(whose, part):
+    model = trained(whose)
+    for module in list(model.modules()):
+        if whose == "ours" and isinstance(module, LoRALinear):
+            setattr(module, part, nn.Parameter(getattr(module, part).to("meta")))
+        elif isinstance(module, peft.tuners.lora.Linear):
+            getattr(module, part).to("meta")
+    assert "zero in 2 of 2 layers (in 'first' A or B is on the meta device" in text(diagnose(model), "update")
+
+
+@WHOSE
+def test_single_zeros_in_a_and_b_are_no_update_of_zero(whose):
+    model = trained(whose)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter[0, :] = 0
+    assert diagnose(model).ok
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "second.lora_A" in name).zero_()
+    assert "zero in 1 of 2 layers (in 'second' A is all zeros)" in text(diagnose(model), "update")
+
+
+def test_each_of_pefts_adapters_on_a_layer_is_looked_at_by_its_name():
+    model = trained("peft")
+    model.add_adapter("spare", peft.LoraConfig(r=2, target_modules=["first", "second"]))
+    diagnosis = diagnose(model)
+    assert text(diagnosis, "adapters") == "2 layers of the model have adapters."
+    assert "zero in 2 of 4 adapters (in 'first', adapter 'spare', B is all zeros)" in text(diagnosis, "update")
+    model.delete_adapter("spare")
+    assert diagnose(model).ok
+
+
+# The base
+
+
+@WHOSE
+def test_peft_1836_a_merge_in_place_changes_the_base_and_taking_it_back_does_not_restore_its_bits(whose):
+    """peft#1836 and #1904, microsoft/LoRA#190: weights that a merge in place, or its reversal, left changed."""
+    model = trained(whose)
+    assert statuses(diagnose(model, base=Net()))["base"] == "ok"
+    if whose == "peft":
+        model.merge_adapter()
+        merged = diagnose(model, base=Net())
+        model.unmerge_adapter()
+    else:
+        deltas = {name: model.get_submodule(name).delta() for name in ("first", "second")}
+        with torch.no_grad():
+            for name, delta in deltas.items():
+                model.get_submodule(name).base.weight.add_(delta)
+            merged = diagnose(model, base=Net())
+            for name, delta in deltas.items():
+                model.get_submodule(name).base.weight.sub_(delta)
+    assert problems(merged) == ["base"]
+    assert text(merged, "base").startswith("2 of 9 frozen tensors differ from base's, such as 'first.weight': ")
+    assert problems(diagnose(model, base=Net())) == ["base"]
+
+
+@WHOSE
+@pytest.mark.parametrize("name", ["first.weight", "second.bias", "norm.weight", "norm.running_mean"])
+def test_one_changed_number_anywhere_in_the_frozen_part_is_found_and_named(whose, name):
+    model, base = trained(whose), Net()
+    for given in (base, base.state_dict(), dict(base.state_dict())):
+        assert statuses(diagnose(model, base=given))["base"] == "ok"
+    with torch.no_grad():
+        base.state_dict()[name].view(-1)[-1].add_(1e-3)
+    diagnosis = diagnose(model, base=base.state_dict())
+    assert problems(diagnosis) == ["base"]
+    assert f"1 of 9 frozen tensors differs from base's, such as {name!r}: " in text(diagnosis, "base")
+
+
+@WHOSE
+def test_running_statistics_that_moved_in_train_mode_are_a_changed_base(whose):
+    model = adapted(whose).train()
+    optimizer = adamw(model)
+    train(model, optimizer)
+    diagnosis = diagnose(model, optimizer, Net())
+    assert problems(diagnosis) == ["base"]
+    assert "3 of 9 frozen tensors differ from base's, such as 'norm.running_mean'" in text(diagnosis, "base")
+
+
+@WHOSE
+def test_a_base_that_is_inside_the_model_cannot_show_a_change(whose):
+    net = Net()
+    same_memory = net.state_dict()
+    copied = copy.deepcopy(same_memory)
+    model = trained(whose, net)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("norm.bias")).add_(1.0)
+    for inside in (net, same_memory):
+        finding = next(found for found in diagnose(model, base=inside).findings if found.check == "base")
+        assert finding.status == "not checked"
+        assert "9 of 9 frozen tensors are base's very memory, such as " in finding.text
+    assert problems(diagnose(model, base=copied)) == ["base"]
+
+
+@WHOSE
+def test_a_base_of_other_names_is_not_compared_and_one_that_lacks_a_name_is_not_called_ok(whose):
+    model, values = trained(whose), Net().state_dict()
+    foreign = diagnose(model, base={f"model.{name}": value for name, value in values.items()})
+    assert statuses(foreign)["base"] == "not checked"
+    assert "9 of 9 frozen tensors have no counterpart in base, such as 'first.weight'" in text(foreign, "base")
+    lacking = diagnose(model, base={name: value for name, value in values.items() if name != "second.bias"})
+    assert statuses(lacking)["base"] == "not checked"
+    assert "1 of 9 frozen tensors has no counterpart in base, such as 'second.bias'" in text(lacking, "base")
+    empty = {name: value.to("meta") for name, value in values.items()}
+    assert "9 of 9 frozen tensors have no counterpart" in text(diagnose(model, base=empty), "base")
+    model.get_submodule("first" if whose == "ours" else "base_model.model.first").to("meta")
+    assert "2 of 9 frozen tensors have no counterpart" in text(diagnose(model, base=values), "base")
+    model = trained(whose)
+    other_shape = values | {"second.weight": torch.zeros(4, 6)}
+    assert problems(diagnose(model, base=other_shape)) == ["base"]
+
+
+@WHOSE
+def test_the_bases_values_are_compared_in_the_models_own_dtype(whose):
+    model, base = trained(whose, Net().bfloat16(), X.bfloat16()), Net()
+    assert statuses(diagnose(model, base=base))["base"] == "ok"
+    with torch.no_grad():
+        base.first.weight[0, 0] += 0.1
+    assert problems(diagnose(model, base=base)) == ["base"]
+
+
+@WHOSE
+def test_a_copy_of_the_adapted_model_from_before_training_is_a_base_too(whose):
+    model = adapted(whose)
+    before = copy.deepcopy(model)
+    train(model, adamw(model))
+    assert statuses(diagnose(model, base=before))["base"] == "ok"
+    with torch.no_grad():
+        next(p for name, p in before.named_parameters() if name.endswith("norm.weight")).add_(1.0)
+    assert problems(diagnose(model, base=before)) == ["base"]
+
+
+def test_a_head_that_peft_trains_beside_the_adapters_is_no_change_of_the_base():
+    model = trained("peft", targets=["first"], modules_to_save=["second"])
+    diagnosis = diagnose(model, base=Net())
+    assert diagnosis.ok
+    assert text(diagnosis, "base") == "9 frozen tensors have base's values."
+    model.requires_grad_(False)  # as it is loaded for use
+    assert text(diagnose(model, base=Net()), "base") == "9 frozen tensors have base's values."
+    with torch.no_grad():
+        model.base_model.model.second.original_module.weight.add_(1.0)
+    assert "such as 'second.weight'" in text(diagnose(model, base=Net()), "base")
+
+
+def test_an_empty_tensor_is_not_taken_for_shared_memory():
+    model, base = Net(), Net()
+    for net in (model, base):
+        net.register_buffer("nothing", torch.empty(0))
+    assert text(diagnose(trained("ours", model), base=base), "base") == "10 frozen tensors have base's values."
+
+
+@WHOSE
+def test_a_layer_whose_name_begins_with_that_of_an_adapted_one_is_compared_too(whose):
+    def net():
+        torch.manual_seed(0)
+        layers = {name: nn.Linear(6, 6) for name in ("proj", "proj2")}
+        return nn.Sequential(OrderedDict(layers))
+
+    model, base = trained(whose, net(), targets=["proj"]), net()
+    assert text(diagnose(model, base=base), "base") == "4 frozen tensors have base's values."
+    with torch.no_grad():
+        base.proj2.weight.add_(1.0)
+    assert "1 of 4 frozen tensors differs from base's, such as 'proj2.weight'" in text(
+        diagnose(model, base=base), "base"
+    )
+
+
+def test_without_a_frozen_tensor_there_is_nothing_to_compare():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert statuses(diagnose(model, base=nn.Sequential(nn.Linear(2, 2))))["base"] == "not checked"
+    assert "no frozen tensor" in text(diagnose(model, base=nn.Sequential(nn.Linear(2, 2))), "base")
+
+
+def test_an_adapted_layer_by_itself_is_a_model_too():
+    base = nn.Linear(6, 5)
+    layer = LoRALinear(copy.deepcopy(base), rank=2, alpha=4)
+    optimizer = adamw(layer)
+    train(layer, optimizer)
+    diagnosis = diagnose(layer, optimizer, base)
+    assert set(statuses(diagnosis).values()) == {"ok", "not checked"}
+    assert text(diagnosis, "base") == "2 frozen tensors have base's values."
+    with torch.no_grad():
+        layer.base.bias.add_(1.0)
+    assert problems(diagnose(layer, optimizer, base)) == ["base"]
+
+
+# Loading
+
+
+@WHOSE
+def test_transformers_36594_an_adapter_of_another_class_of_model_leaves_every_b_at_zero(whose):
+    """transformers#36594 (lora_B stays zero with AutoModel) and peft#1389: the keys differ by a level of names."""
+    source = trained(whose)
+    if whose == "ours":
+        state = adapters_of(source)
+        load = nn.Module.load_state_dict
+        shifted = {f"model.{name}": value for name, value in state.items()}
+        options = {"strict": False}
+    else:
+        state = peft.get_peft_model_state_dict(source)
+        load = peft.set_peft_model_state_dict
+        shifted = {name.replace("base_model.model.", "base_model.model.model."): v for name, v in state.items()}
+        options = {}
+    model = adapted(whose)
+    diagnosis = diagnose(model, base=Net(), load_report=load(model, shifted, **options))
+    assert problems(diagnosis) == ["update", "loading"]
+    assert "4 adapter tensors of the model not filled, such as " in text(diagnosis, "loading")
+    assert ", and 4 stored tensors not used, such as " in text(diagnosis, "loading")
+    assert "zero in 2 of 2 layers" in text(diagnosis, "update")
+    healthy = diagnose(model, base=Net(), load_report=load(model, dict(state), **options))
+    assert healthy.ok
+    assert statuses(healthy)["loading"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("missing", "unexpected", "says"),
+    [
+        (["model.embed.weight", "x.base_layer.weight"], [], None),
+        (
+            ["x.lora_B.default.weight"],
+            [],
+            "1 adapter tensor of the model not filled, such as 'x.lora_B.default.weight': ",
+        ),
+        (["x.lora_embedding_A.default"], [], "1 adapter tensor of the model not filled"),
+        (["x.lora_embedding_B.default"], [], "1 adapter tensor of the model not filled"),
+        (["x.weight", "x.lora_A"], [], "1 adapter tensor of the model not filled, such as 'x.lora_A': "),
+        (["x.lora_magnitude_vector.default.weight"], [], "1 adapter tensor of the model not filled"),
+        ([], ["y.weight", "z.weight"], "2 stored tensors not used, such as 'y.weight': "),
+        ([], ["y.lora_A.weight"], "1 stored tensor not used"),
+    ],
+)
+def test_only_adapter_keys_count_as_missing_and_every_key_counts_as_left_over(missing, unexpected, says):
+    diagnosis = diagnose(trained("ours"), load_report=Report(missing, unexpected))
+    assert problems(diagnosis) == ([] if says is None else ["loading"])
+    assert statuses(diagnosis)["loading"] == ("ok" if says is None else "problem")
+    if says is not None:
+        assert text(diagnosis, "loading").startswith(says)
+
+
+@pytest.mark.parametrize("report", [{"missing_keys": []}, ([], []), True])
+def test_a_report_of_another_kind_is_refused(report):
+    with pytest.raises(TypeError, match=f"load_report is a {type(report).__name__}, but it must have missing_keys"):
+        diagnose(trained("ours"), load_report=report)
+
+
+# What a diagnosis is, and what it leaves alone
+
+
+def test_as_text_it_is_one_aligned_line_a_check():
+    model = adapted("ours").requires_grad_(False)
+    diagnosis = diagnose(model, base=Net())
+    lines = str(diagnosis).splitlines()
+    assert [line[:11].strip() for line in lines] == list(statuses(diagnosis).values())
+    assert {"ok", "problem", "not checked"} == set(statuses(diagnosis).values())
+    assert [line[13:22].strip() for line in lines] == CHECKS
+    assert [line[24:] for line in lines] == [finding.text for finding in diagnosis.findings]
+    assert all(
+        finding.text.endswith(".") and finding.text[0].isupper() | finding.text[0].isdigit()
+        for finding in diagnosis.findings
+    )
+
+
+def test_a_finding_and_a_diagnosis_are_frozen_and_ok_means_no_problem():
+    good, bad, unknown = (Finding("update", status, "Text.") for status in ("ok", "problem", "not checked"))
+    assert Diagnosis((good, unknown)).ok
+    assert not Diagnosis((good, bad, unknown)).ok
+    assert Diagnosis((good, bad, unknown)).problems == (bad,)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        good.status = "problem"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Diagnosis((good,)).findings = ()
+
+
+@WHOSE
+def test_nothing_about_the_model_the_optimizer_the_base_or_the_generators_changes(whose):
+    model, base = adapted(whose, Net()).train(), Net()
+    optimizer = adamw(model)
+    model(X).square().mean().backward()
+    optimizer.step()
+
+    def snapshot():
+        modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+        tensors = [
+            (name, id(p), p._version, p.requires_grad, None if p.grad is None else (id(p.grad), p.grad._version))
+            for name, p in [*model.named_parameters(), *base.named_parameters()]
+        ]
+        buffers = [(name, id(b), b._version) for name, b in [*model.named_buffers(), *base.named_buffers()]]
+        state = [
+            (id(p), sorted((key, float(value.sum())) for key, value in s.items())) for p, s in optimizer.state.items()
+        ]
+        return modules, tensors, buffers, state, torch.get_rng_state().tolist(), torch.is_grad_enabled()
+
+    before = snapshot()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diagnose(model, optimizer, base, Report([], []))
+    assert snapshot() == before
+
+
+@WHOSE
+def test_no_operation_makes_a_copy_of_the_model(whose):
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not function.is_view:
+                made.append((str(function), result.numel() * result.element_size()))
+            return result
+
+    model, base = trained(whose), Net()
+    optimizer = adamw(model)
+    with Watch():
+        diagnose(model, optimizer, base)
+    assert made
+    assert max(size for _, size in made) <= 8, made

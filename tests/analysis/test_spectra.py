@@ -1,0 +1,327 @@
+"""lora_lab.spectra: rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
+
+import copy
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from lora_lab import (
+    LoRAConfig,
+    adapter_state,
+    cli,
+    inject,
+    lora_layers,
+    merge,
+    plots,
+    quantize_nf4,
+    rank,
+    save_adapter,
+    save_model,
+    spectra,
+)
+from lora_lab.layers import LoRAConv2d, LoRAEmbedding
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import perturbed, randomise
+
+
+def trained(model, kind=None, r=3):
+    """The model with adapters that do something."""
+    inject(model, LoRAConfig(r, 2 * r), layer=kind)
+    return randomise(model, size=0.1)
+
+
+def dense_row(delta, W):
+    """What the row must hold, by numpy from the whole matrices."""
+    delta, W = delta.detach().double().numpy(), W.detach().double().numpy()
+    U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+    energy = np.cumsum(S**2) / np.sum(S**2)
+    share = S / S.sum()
+    k = min(8, np.count_nonzero(S / S[0] > 1e-6))
+    return {
+        "out": delta.shape[0],
+        "in": delta.shape[1],
+        "norm": np.linalg.norm(delta),
+        "spectral_norm": S[0],
+        "effective_rank": np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()),
+        "stable_rank": (S**2).sum() / S[0] ** 2,
+        "energy_rank": np.argmax(energy >= 0.9) + 1,
+        "relative_norm": np.linalg.norm(delta) / np.linalg.norm(W),
+        "amplification": np.linalg.norm(delta) / np.linalg.norm(U[:, :k].T @ W @ Vh[:k].T),
+    }
+
+
+@pytest.mark.parametrize("kind", [None, RsLoRALinear, LoRAFALinear, PiSSALinear])
+def test_rows_are_those_of_the_dense_updates(tiny_config, kind):
+    model = Llama(tiny_config)
+    base = copy.deepcopy(model)
+    trained(model, kind)
+    merged = copy.deepcopy(model)
+    names = merge(merged)
+    frame = spectra.report(None, model).set_index("layer")
+    assert list(frame.index) == names
+    for name in names:
+        W = base.get_submodule(name).weight
+        expected = dense_row(merged.get_submodule(name).weight - W, W)
+        if kind is PiSSALinear:  # twice the rank, the start taken off
+            assert frame["rank"][name] == 6
+        assert {key: float(frame[key][name]) for key in expected} == pytest.approx(expected, rel=2e-3)
+    assert set(frame.kind) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(frame.depth) == set(range(tiny_config.num_hidden_layers))
+
+
+def test_the_same_adapter_from_model_state_and_folder(tmp_path):
+    model = DigitsMLP()
+    base = copy.deepcopy(model)
+    save_adapter(trained(model), tmp_path)
+    sources = [(None, model), (base, adapter_state(model)), (base.state_dict(), tmp_path), (base, str(tmp_path))]
+    first, *others = (spectra.report(*source) for source in sources)
+    for other in others:
+        assert list(other.columns) == list(first.columns)
+        np.testing.assert_allclose(
+            other.select_dtypes("number").astype(float), first.select_dtypes("number").astype(float), rtol=1e-4
+        )
+    alone = spectra.report(None, tmp_path)
+    assert "amplification" not in alone
+    np.testing.assert_allclose(alone.norm.sort_values(), first.norm.sort_values(), rtol=1e-5)
+
+
+def test_two_models_are_compared_matrix_by_matrix():
+    base = DigitsMLP()
+    model = perturbed(base, size=1)
+    frame = spectra.report(base, model).set_index("layer")
+    assert list(frame.index) == ["hidden1", "hidden2", "head"]
+    assert frame["rank"].isna().all()
+    for name in frame.index:
+        W = base.get_submodule(name).weight
+        expected = dense_row(model.get_submodule(name).weight - W, W)
+        assert {key: float(frame[key][name]) for key in expected} == pytest.approx(expected, rel=2e-3)
+    again = spectra.report(base.state_dict(), model.state_dict())
+    np.testing.assert_allclose(again.norm, frame.norm)
+
+
+def test_singular_values_alone():
+    base, threads = DigitsMLP(), torch.get_num_threads()
+    model = perturbed(base, size=1)
+    found = spectra.singular_values(base, model, progress=False)
+    assert list(found) == ["hidden1", "hidden2", "head"]
+    for name, S in found.items():
+        delta = (model.get_submodule(name).weight - base.get_submodule(name).weight).detach().double()
+        np.testing.assert_allclose(S, np.linalg.svd(delta.numpy(), compute_uv=False), atol=1e-6)
+    assert torch.get_num_threads() == threads
+    model.head.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        spectra.singular_values(base, model)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_change_without_signal_lies_within_its_band_and_one_with_signal_does_not():
+    base = DigitsMLP()
+    noise, signal = perturbed(base), copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in signal.parameters():
+            if parameter.ndim == 2:
+                parameter.add_(torch.outer(*(torch.randn(n, generator=generator) for n in parameter.shape)))
+    inside, outside = spectra.report(base, noise), spectra.report(base, signal)
+    for statistic in spectra.STATISTICS:
+        low, high = (inside[f"{statistic}_{side}"] for side in ("low", "high"))
+        assert (low <= high).all()
+        assert (inside[statistic] >= 0.97 * low).all()
+        assert (inside[statistic] <= 1.03 * high).all()
+        assert (outside[statistic] < 0.7 * outside[f"{statistic}_low"]).all()
+
+
+def test_a_random_adapter_lies_within_the_band_of_its_rank_and_not_of_a_full_matrix(tiny_config):
+    frame = spectra.report(None, trained(Llama(tiny_config), r=4))
+    inside = (frame.stable_rank >= frame.stable_rank_low) & (frame.stable_rank <= frame.stable_rank_high)
+    assert inside.mean() > 0.6  # A is uniform, not Gaussian
+    full = spectra.null_bands((32, 32))
+    assert float(full["stable_rank"].low) > frame.stable_rank_high.max()
+
+
+def test_bands_are_computed_once_a_shape_and_do_not_disturb():
+    before = torch.get_rng_state()
+    assert spectra.null_bands((20, 30), 2) is spectra.null_bands((20, 30), 2)
+    assert spectra.null_bands((20, 30), 2) != spectra.null_bands((20, 30), 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_band_of_amplification_is_that_of_random_directions():
+    base = DigitsMLP()
+    frame = spectra.report(None, trained(base))
+    for row in frame.itertuples():
+        assert row.amplification_low < row.amplification_high
+        W = base.get_submodule(row.layer).base.weight.detach().double()
+        generator = torch.Generator().manual_seed(99)
+        others = []
+        for _ in range(200):
+            U, V = (rank.orthonormal(n, 3, generator=generator) for n in W.shape)
+            others.append(row.norm / float((U.T @ W @ V).norm()))
+        outside = np.mean([not row.amplification_low <= other <= row.amplification_high for other in others])
+        assert outside < 0.15
+
+
+def test_dora_is_reported_with_its_lengths():
+    model = trained(DigitsMLP(), DoRALinear)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_magnitude_vector.mul_(1.5)
+    frame = spectra.report(None, model).set_index("layer")
+    layer = model.hidden1
+    expected = (layer.merged().weight - layer.base.weight).detach()
+    assert float(frame.norm["hidden1"]) == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert frame["rank"].isna().all()
+
+
+def test_embeddings_convolutions_and_a_base_in_4_bits(tiny_config):
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 12), torch.nn.Flatten(), torch.nn.Conv2d(3, 8, 3))
+    model[0], model[2] = LoRAEmbedding(model[0], 2, 4), LoRAConv2d(model[2], 2, 4)
+    frame = spectra.report(None, randomise(model)).set_index("layer")
+    assert (frame["out"].tolist(), frame["in"].tolist()) == ([12, 8], [20, 27])
+    for name, layer in lora_layers(model).items():
+        W = layer.base.weight.flatten(1)
+        delta = layer.delta().flatten(1)
+        if name == "0":
+            W, delta = W.T, delta.T
+        expected = dense_row(delta, W)
+        assert {key: float(frame[key][name]) for key in expected} == pytest.approx(expected, rel=2e-3)
+    model = Llama(tiny_config)
+    quantize_nf4(model)
+    assert spectra.report(None, trained(model)).relative_norm.between(0, 10).all()
+
+
+def test_groups_are_medians():
+    frame = spectra.report(None, trained(DigitsMLP()))
+    by_kind = spectra.group(frame)
+    assert by_kind.layers.tolist() == [1, 1, 1]
+    assert by_kind.norm.tolist() == pytest.approx(frame.norm.tolist())
+
+
+def test_groups_by_kind_and_depth(tiny_config):
+    frame = spectra.report(None, trained(Llama(tiny_config)))
+    by_kind, by_depth = spectra.group(frame), spectra.group(frame, "depth")
+    assert by_kind.layers.tolist() == [tiny_config.num_hidden_layers] * 7
+    assert by_depth.layers.tolist() == [7] * tiny_config.num_hidden_layers
+    expected = frame[frame.kind == "q_proj"].stable_rank.median()
+    assert by_kind.stable_rank["q_proj"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="by is 'layer'"):
+        spectra.group(frame, "layer")
+
+
+def test_intruders_beside_those_of_noise_as_large():
+    base = DigitsMLP()
+    model = copy.deepcopy(base)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        W = model.hidden2.weight
+        W.add_(torch.outer(torch.randn(128, generator=g), torch.randn(128, generator=g)) / 5)  # one strong direction
+    frame = spectra.intruders(base, model, ["hidden2", "head"], top=5, epsilon=0.5).set_index("layer")
+    old, new = (m.hidden2.weight.detach().double().numpy() for m in (base, model))
+    X, Y = (np.linalg.svd(m)[0] for m in (old, new))
+    assert frame.intruders["hidden2"] == (np.abs(Y[:, :5].T @ X).max(1) < 0.5).sum()
+    assert frame.intruders["head"] == 0  # it did not change
+    assert frame.intruders_high["head"] == 0
+    assert frame.intruders_low["hidden2"] <= frame.intruders_high["hidden2"] <= 5
+    assert 0 < frame.floor["hidden2"] < 0.5
+    with pytest.raises(ValueError, match="no update of 'tail'"):
+        spectra.intruders(base, model, ["tail"])
+
+
+def test_an_adapters_intruders_need_the_weights(tmp_path):
+    model = trained(DigitsMLP())
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="not known; give the model before"):
+        spectra.intruders(None, tmp_path, ["head"], top=2)
+    assert len(spectra.intruders(None, model, ["head"], top=2)) == 1
+
+
+def test_what_cannot_be_reported_is_one_clear_error(tiny_config, tmp_path):
+    model = DigitsMLP()
+    other = DigitsMLP(32)
+    with pytest.raises(ValueError, match="after has no adapters"):
+        spectra.report(None, model)
+    with pytest.raises(ValueError, match="'hidden1' has shape"):
+        spectra.report(model, other)
+    with pytest.raises(ValueError, match="no matrix of the same name"):
+        spectra.report(model, Llama(tiny_config))
+    with pytest.raises(ValueError, match="load it first"):
+        spectra.report("folder", model)
+    with pytest.raises(FileNotFoundError):
+        spectra.report(None, tmp_path)
+    dora = trained(DigitsMLP(), DoRALinear)
+    with pytest.raises(ValueError, match="DoRA's"):
+        spectra.report(None, adapter_state(dora))
+    broken = trained(DigitsMLP())
+    with torch.no_grad():
+        broken.head.lora_A[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        spectra.report(None, broken)
+
+
+def test_nothing_of_the_model_changes():
+    model = trained(DigitsMLP())
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    spectra.report(None, model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# The command
+
+
+def test_a_table_has_each_statistic_with_its_null(tiny_config):
+    frame = spectra.report(None, trained(Llama(tiny_config)))
+    heading, columns, *rows = spectra.table(frame).splitlines()
+    assert "95 %" in heading
+    assert columns.split()[0] == "kind"
+    assert len(rows) == 7
+    (row,) = (row for row in rows if row.startswith("q_proj "))
+    medians = spectra.group(frame).loc["q_proj"]
+    assert f"{medians.stable_rank:.3g} [{medians.stable_rank_low:.3g}-{medians.stable_rank_high:.3g}]" in row
+    assert len({len(line) for line in [columns, *rows]}) == 1
+    assert "stable_rank_low" not in columns
+    assert len(spectra.table(frame, "depth").splitlines()) == 2 + tiny_config.num_hidden_layers
+
+
+def test_analyze_prints_tables_and_writes_layers_and_pictures(tiny_config, tiny_tokenizer, tmp_path, capsys):
+    model = Llama(tiny_config)
+    save_model(model, tmp_path / "base", tiny_tokenizer)
+    save_adapter(trained(model), tmp_path / "adapter")
+    arguments = ["analyze", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    frame = spectra.report(None, model)
+    for by in ("kind", "depth"):
+        assert spectra.table(frame, by) in printed
+    written = pandas.read_csv(tmp_path / "out" / "layers.csv")
+    assert sorted(written.layer) == sorted(frame.layer)
+    for statistic in plots.STATISTICS:
+        assert (tmp_path / "out" / f"{statistic}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{statistic}.png" in printed
+
+
+def test_analyze_without_the_base_leaves_out_what_needs_it(tmp_path, capsys):
+    save_adapter(trained(DigitsMLP()), tmp_path / "adapter")
+    assert cli.main(["analyze", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
+    assert "amplification" not in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["layers.csv"]  # no depths to draw over
+
+
+def test_analyze_compares_two_models(tiny_config, tiny_tokenizer, tmp_path, capsys):
+    model = Llama(tiny_config)
+    save_model(model, tmp_path / "base", tiny_tokenizer)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    save_model(model, tmp_path / "tuned", tiny_tokenizer)
+    arguments = ["analyze", str(tmp_path / "tuned"), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--base", str(tmp_path / "base")]) == 0
+    frame = pandas.read_csv(tmp_path / "out" / "layers.csv").set_index("layer")
+    assert frame.stable_rank["model.layers.0.mlp.up_proj"] == pytest.approx(1, rel=1e-3)
+    assert frame.norm["model.layers.1.mlp.up_proj"] == 0
+    capsys.readouterr()
+    assert cli.main(arguments) == 1
+    assert "is no adapter" in capsys.readouterr().err

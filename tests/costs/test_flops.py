@@ -1,0 +1,417 @@
+"""FLOPs of a step against torch's own counter and against cases by hand."""
+
+import copy
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_lab import (
+    DoRA,
+    FullFineTuning,
+    Lean,
+    Llama,
+    LlamaConfig,
+    LoRA,
+    LoRAFA,
+    PartialFineTuning,
+    PiSSA,
+    quantize_nf4,
+)
+from lora_lab.costs.fake import fake_copy, token_batch
+from lora_lab.costs.flops import PARTS, PASSES, Flops, break_even_rank, closed_form, flops
+from lora_lab.costs.setup import Setup
+from lora_lab.inject import last_blocks
+from lora_lab.methods import AsItIs
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.models.shapes import config
+
+ATEN = torch.ops.aten
+SMOLLM2 = partial(Llama, config("smollm2-135m"))
+DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
+FORWARD, INPUT, WEIGHT, AGAIN = PASSES
+
+
+def torch_count(factory, method, batch_size=2, seq_len=16, batch=None, custom=None, **options):
+    """What FlopCounterMode counts in one step, under the plain formula of attention."""
+    setup = Setup(method, **options)
+    with fake_copy(factory) as twin, sdpa_kernel(SDPBackend.MATH):
+        given = token_batch(twin, batch_size, seq_len) if batch is None else batch
+        parts, weights = setup.batches(tuple(torch.zeros(t.shape, dtype=t.dtype) for t in given))
+        step = setup.step(twin)
+        with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+            step(parts, weights)
+    return counter.get_total_flops()
+
+
+def mean_square(model, inputs, targets):
+    return F.mse_loss(model(inputs), targets)
+
+
+# FLOPs by hand
+
+
+def test_one_layer_of_two_by_three_by_hand():
+    batch = (torch.zeros(4, 3), torch.zeros(4, 2))
+    found = flops(lambda: nn.Sequential(nn.Linear(3, 2)), FullFineTuning(), batch=batch, loss=mean_square)
+    product = 2 * 4 * 3 * 2  # two operations, four examples, six weights
+    # Nobody wants the input's gradient.
+    assert found.counts == {("layers", FORWARD): product, ("layers", WEIGHT): product}
+    assert found.total == 96
+    assert found.tokens == 4
+
+
+def test_two_layers_with_adapters_by_hand():
+    def net():
+        return nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 5))
+
+    batch = (torch.zeros(4, 3), torch.zeros(4, 5))
+    found = flops(net, LoRA(rank=7), batch=batch, loss=mean_square)
+    once = 2 * 4  # operations and examples
+    assert found.counts == {
+        ("layers", FORWARD): once * (6 + 10),
+        ("layers", INPUT): once * 10,  # of the second layer alone
+        ("adapters", FORWARD): once * 7 * (3 + 2 + 2 + 5),
+        ("adapters", INPUT): once * 7 * (2 + 2 + 5),  # of both B, and of the second A
+        ("adapters", WEIGHT): once * 7 * (3 + 2 + 2 + 5),
+    }
+
+
+def test_the_digits_net_by_hand():
+    found = flops(partial(DigitsMLP, 16), FullFineTuning(), batch=DIGITS)
+    first, second, third = 64 * 16, 16 * 16, 16 * 10
+    assert found.counts == {
+        ("layers", FORWARD): 10 * (first + second + third),
+        ("layers", INPUT): 10 * (second + third),
+        ("layers", WEIGHT): 10 * (first + second + third),
+    }
+    assert found.closed is None  # it is no stack of blocks, and paper does not know that pixels need no gradient
+    assert (found.causal, found.fused) == (None, None)
+
+
+# The tiny Llama: width 32, inner 48, 2 blocks, 4 heads of 8 with 2 for keys and values, 260 tokens.
+M = 2 * (32 * 32 + 16 * 32 + 16 * 32 + 32 * 32 + 3 * 32 * 48)
+E = 260 * 32
+P = 2 * (64 + 48 + 48 + 64 + 3 * 80)  # for each rank
+FIRST = 32 * 32 + 2 * 16 * 32  # q, k and v of the first block, under which LoRA trains nothing
+
+
+def T(s):
+    return 2 * s * 32 * 2
+
+
+@pytest.mark.parametrize("s", [3, 16])
+def test_full_fine_tuning_of_the_tiny_llama_is_the_formula_exactly(tiny_config, s):
+    found = flops(partial(Llama, tiny_config), FullFineTuning(), 2, s)
+    once = 2 * 2 * s
+    assert found.counts == {
+        ("layers", FORWARD): once * M,
+        ("layers", INPUT): once * M,
+        ("layers", WEIGHT): once * M,
+        ("head", FORWARD): once * E,
+        ("head", INPUT): once * E,
+        ("head", WEIGHT): once * E,
+        ("attention", FORWARD): once * T(s),
+        ("attention", INPUT): once * 2 * T(s),
+    }
+    assert found.total == sum(found.closed.values()) == once * (3 * M + 3 * E + 3 * T(s))
+    assert (found.tokens, found.seq_len) == (2 * s, s)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_lora_on_the_tiny_llama_is_the_formula_less_the_first_blocks_inputs(tiny_config, rank):
+    found = flops(partial(Llama, tiny_config), LoRA(rank), 2, 16)
+    once = 2 * 32
+    assert sum(found.closed.values()) == once * (2 * M + 2 * E + 3 * T(16) + 3 * P * rank)
+    assert found.total == sum(found.closed.values()) - once * (FIRST + 3 * 32 * rank)
+    assert found.counts["adapters", WEIGHT] == once * P * rank
+    assert found.part("attention") == once * 3 * T(16)
+    assert ("layers", WEIGHT) not in found.counts
+
+
+def test_a_frozen_a_has_no_gradient(tiny_config):
+    both, one = (flops(partial(Llama, tiny_config), method, 2, 16) for method in (LoRA(4), LoRAFA(4)))
+    A = 4 * 2 * (4 * 32 + 2 * 32 + 48)  # its numbers: all layers read 32, down_proj 48
+    assert both.counts["adapters", WEIGHT] - one.counts["adapters", WEIGHT] == 2 * 32 * A
+    assert one.closed["adapters"] == both.closed["adapters"] - 2 * 32 * A
+    assert one.closed["layers"] == both.closed["layers"]
+
+
+# FLOPs, torch's own counter
+
+
+def in_blocks(config):
+    model = Llama(config)
+    quantize_nf4(model)
+    return model
+
+
+WAYS = {
+    "full": (FullFineTuning(), {}),
+    "LoRA": (LoRA(4), {}),
+    "LoRA with dropout": (LoRA(4, dropout=0.1), {}),
+    "LoRA-FA": (LoRAFA(4), {}),
+    "DoRA": (DoRA(4), {}),
+    "PiSSA": (PiSSA(4), {}),
+    "one block": (PartialFineTuning(["model.layers.1"]), {}),
+    "queries": (LoRA(4, targets=["q_proj"]), {}),
+    "head": (LoRA(4, targets=["lm_head", "q_proj"]), {}),
+    "full, checkpointing": (FullFineTuning(), {"gradient_checkpointing": True}),
+    "LoRA, checkpointing": (LoRA(4), {"gradient_checkpointing": True}),
+    "LoRA, bfloat16": (LoRA(4), {"dtype": torch.bfloat16}),
+    "LoRA, NF4": (LoRA(4), {"nf4": True}),
+    "full, two micro-batches": (FullFineTuning(), {"accumulate": 2}),
+    "full, SGD": (FullFineTuning(), {"optimizer": "sgd"}),
+}
+
+
+# Attention's backward pass goes to what is trained, or to what is below: of four products queries alone want two.
+PASSED = {"one block": 1 / 2, "queries": 3 / 4, "head": 3 / 4}
+SEPARATE = LlamaConfig(260, 32, 48, 2, 4, 2, 8, attention_bias=True)  # an untied head may have an adapter
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_total_is_torchs_and_the_parts_are_whose_they_are(way):
+    method, options = WAYS[way]
+    found = flops(partial(Llama, SEPARATE), method, 2, 16, **options)
+    assert found.total == torch_count(partial(Llama, SEPARATE), method, **options)
+    assert found.total == sum(map(found.part, PARTS)) == sum(map(found.in_pass, PASSES))
+    assert found.part("other") == 0
+    once = 2 * 32
+    assert found.counts["layers", FORWARD] == once * M
+    assert found.counts["head", FORWARD] == found.counts["head", INPUT] == once * E
+    assert found.counts["attention", FORWARD] == once * T(16)
+    assert found.counts["attention", INPUT] == once * 2 * T(16) * PASSED.get(way, 1)
+    full = way.startswith("full")
+    assert found.counts.get(("layers", WEIGHT), 0) == once * M * (1 if full else 0.5 if way == "one block" else 0)
+    assert found.counts.get(("head", WEIGHT), 0) == once * E * full
+    assert (found.in_pass(AGAIN) > 0) == ("checkpointing" in way)
+    assert (found.closed is None) == ("checkpointing" in way or way in ("DoRA", "PiSSA"))
+    assert (found.part("adapters") > 0) == (not full and way != "one block")
+
+
+def test_the_lean_step_is_counted_whole_though_torch_leaves_out_its_sums_in_place(tiny_config):
+    factory, lean = partial(Llama, tiny_config), {"lean": Lean()}
+    found, plain = flops(factory, LoRA(4), 2, 16, **lean), flops(factory, LoRA(4), 2, 16)
+    assert torch_count(factory, LoRA(4), **lean) < found.total
+    in_place = {ATEN.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1]}  # of shapes
+    assert found.total == torch_count(factory, LoRA(4), custom=in_place, **lean)
+    for part in ("layers", "head", "attention"):
+        assert found.part(part) == plain.part(part)
+    assert found.counts["adapters", WEIGHT] == plain.counts["adapters", WEIGHT]
+
+
+def test_with_many_rows_the_lean_step_multiplies_by_the_sum_and_it_is_the_layers(tiny_config):
+    found = flops(partial(Llama, tiny_config), LoRA(4), 8, 64, lean=Lean())  # 512 rows, over twice the width
+    plain = flops(partial(Llama, tiny_config), LoRA(4), 8, 64)
+    assert found.part("layers") == plain.part("layers")
+    assert found.counts["adapters", FORWARD] < plain.counts["adapters", FORWARD]
+
+
+def test_weights_in_blocks_stay_their_layers_and_the_factory_may_put_them_there(tiny_config):
+    quantized = flops(partial(in_blocks, tiny_config), LoRA(4), 2, 16)
+    assert quantized.counts == flops(partial(Llama, tiny_config), LoRA(4), 2, 16).counts
+    assert quantized.closed == flops(partial(Llama, tiny_config), LoRA(4), 2, 16).closed
+
+
+def test_a_model_that_another_library_made_ready(tiny_hf):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_hf()
+    alone = flops(model, LoRA(4), 2, 16, loss=hf_loss)
+    ready = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    found = flops(ready, AsItIs(), 2, 16, loss=hf_loss)
+    assert found.counts == alone.counts
+    assert found.closed == alone.closed
+
+
+def hf_loss(model, inputs, targets):
+    return model(input_ids=inputs, labels=targets, use_cache=False).loss
+
+
+def test_convolutions_are_counted_by_pass_and_have_no_closed_form():
+    def net():
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten())
+
+    batch = (torch.zeros(5, 1, 8, 8), torch.zeros(5, 32))
+    found = flops(net, FullFineTuning(), batch=batch, loss=mean_square)
+    first, second = 2 * 5 * 36 * 9 * 4, 2 * 5 * 16 * 9 * 8  # places, numbers a patch, channels
+    assert found.counts["layers", FORWARD] == first + second
+    assert found.counts["layers", INPUT] == second
+    assert found.total == torch_count(net, FullFineTuning(), batch=batch, loss=mean_square)
+    assert found.closed is None
+
+
+def test_attention_without_a_config_has_no_closed_form():
+    found = flops(DigitsTransformer, FullFineTuning(), batch=DIGITS)
+    assert found.counts["attention", FORWARD] == 2 * 2 * 2 * 5 * 8 * 8 * 48  # two products in each of two blocks
+    assert found.total == torch_count(DigitsTransformer, FullFineTuning(), batch=DIGITS)
+    assert found.closed is None
+
+
+class Biased(nn.Module):
+    """Attention with a learnt number for each pair of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8, bias=False)
+        self.places = nn.Parameter(torch.zeros(5, 5))
+
+    def forward(self, x):
+        x = self.project(x)
+        return (x @ x.transpose(1, 2) + self.places).softmax(-1) @ x
+
+
+def test_a_product_that_is_summed_into_a_gradient_is_no_weight_gradient():
+    batch = (torch.zeros(3, 5, 8), torch.zeros(3, 5, 8))
+    found = flops(Biased, FullFineTuning(), batch=batch, loss=mean_square)
+    assert found.counts == {
+        ("layers", FORWARD): 2 * 15 * 64,
+        ("layers", WEIGHT): 2 * 15 * 64,
+        ("attention", FORWARD): 2 * 2 * 15 * 5 * 8,
+        ("attention", INPUT): 2 * 4 * 15 * 5 * 8,
+    }
+
+
+# FLOPs, the real shape
+
+
+@pytest.mark.parametrize("s", [128, 2048])
+@pytest.mark.parametrize(("method", "weights"), [(FullFineTuning(), 3), (LoRA(8), 2)], ids=["full", "LoRA"])
+def test_smollm2_is_within_one_per_cent_of_the_formula(s, method, weights):
+    M, E, P, T = 106_168_320, 28_311_552, 305_280 * 8, 2 * s * 576 * 30
+    found = flops(SMOLLM2, method, 1, s)
+    expected = 2 * s * (weights * (M + E) + 3 * T + (3 * P if weights == 2 else 0))
+    assert found.total == pytest.approx(expected, rel=0.01)
+    assert sum(found.closed.values()) == expected
+    assert found.part("attention") == 2 * s * 3 * T
+    assert found.part("attention") / found.total > {128: 0.03, 2048: 0.3}[s]
+
+
+def test_lora_on_smollm2_has_more_flops_than_full_fine_tuning_above_rank_147():
+    assert break_even_rank(SMOLLM2, 1, 8) == 147
+
+
+def test_the_break_even_rank_of_the_tiny_llama_by_hand(tiny_config):
+    # 2 (M + E) - FIRST + 3 T + (3 P - 3 * 32) r <= 3 (M + E) + 3 T
+    assert break_even_rank(partial(Llama, tiny_config), 2, 16) == (M + E + FIRST) // (3 * P - 96) == 9
+    # Queries alone have less to add, and of the first block also o's and the MLP's inputs keep their gradients.
+    few = break_even_rank(partial(Llama, tiny_config), 2, 16, targets=["q_proj"])
+    full, *beside = (
+        flops(partial(Llama, tiny_config), method, 2, 16).total
+        for method in (FullFineTuning(), LoRA(few, targets=["q_proj"]), LoRA(few + 1, targets=["q_proj"]))
+    )
+    assert few > 9
+    assert beside[0] <= full < beside[1]
+
+
+def test_no_rank_breaks_even_where_an_adapter_is_more_than_its_layer():
+    def net():
+        return nn.Sequential(nn.Linear(64, 1), nn.Linear(1, 64))
+
+    batch = (torch.zeros(4, 64), torch.zeros(4, 64))
+    assert break_even_rank(net, batch=batch, loss=mean_square) == 0
+
+
+@pytest.mark.parametrize(("bend", "expected"), [(5, 73), (-1, 112)])
+def test_the_rank_is_counted_again_where_the_line_missed_it(monkeypatch, bend, expected):
+    def count(model, method, *sizes, **options):  # from ranks 1 and 2 one would expect 100
+        if method.name == "full":
+            return Flops({("layers", FORWARD): 100_000}, 1, "")
+        return Flops({("layers", FORWARD): 1000 * method.rank + bend * (method.rank - 1) * (method.rank - 2)}, 1, "")
+
+    monkeypatch.setattr(sys.modules["lora_lab.costs.flops"], "flops", count)
+    assert break_even_rank(None) == expected
+
+
+DEEP = LlamaConfig(64, 32, 64, 10, 4, 4, 8)
+
+
+@pytest.mark.parametrize("n", [1, 5, 10])
+def test_adapters_in_the_top_blocks_end_the_backward_pass_there(n):
+    with torch.device("meta"):
+        names = last_blocks(Llama(DEEP), n)
+    assert len(names) == 7 * n
+    assert names[0] == f"model.layers.{10 - n}.self_attn.q_proj"
+    found = flops(partial(Llama, DEEP), LoRA(2, targets=names), 2, 16)
+    full = flops(partial(Llama, DEEP), FullFineTuning(), 2, 16)
+    block = 2 * 32 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert found.counts["layers", FORWARD] == 10 * block
+    assert found.counts["layers", INPUT] == n * block - 2 * 32 * 3 * 32 * 32  # less q, k and v of the lowest
+    assert found.closed["layers"] == (10 + n) * block
+    assert found.closed["layers"] / full.part("layers") == pytest.approx((1 + n / 10) / 3)
+    assert found.counts["attention", INPUT] == full.counts["attention", INPUT] * n / 10
+    assert found.closed["attention"] == found.part("attention")
+
+
+def test_last_blocks_refuses_what_is_not_there(tiny_config):
+    with torch.device("meta"):
+        model = Llama(tiny_config)
+    with pytest.raises(ValueError, match="count is 3, but Llama is a stack of 2 blocks; use 1 to that"):
+        last_blocks(model, 3)
+    with pytest.raises(ValueError, match="count is 1, but DigitsMLP is a stack of 0 blocks"):
+        last_blocks(DigitsMLP(), 1)
+
+
+def test_what_kernels_skip_and_do_again_by_hand(tiny_config):
+    found = flops(partial(Llama, tiny_config), FullFineTuning(), 2, 4)
+    attention = 2 * 8 * 3 * T(4)
+    seen = (1 + 2 + 3 + 4) / 16  # of 4 x 4 scores
+    assert found.causal == found.total - attention * (1 - seen)
+    assert found.fused == found.total - attention + attention * seen * 7 / 6  # 2 + 5 products for 2 + 4
+    assert found.causal < found.fused < found.total
+
+
+def test_a_table_names_parts_passes_and_conventions(tiny_config):
+    text = str(flops(partial(Llama, tiny_config), LoRA(4), 2, 16))
+    assert "Llama, lora r=4, batch 2 x 16" in text
+    for word in ("forward", "input gradients", "weight gradients", "closed form", "adapters", "attention", "causal"):
+        assert word in text
+    assert "recomputed" not in text
+    assert f"{2 * 32 * M / 1e9:,.3f}" in text
+    assert "causal" not in str(flops(DigitsMLP, FullFineTuning(), batch=DIGITS))
+
+
+# What is refused, and what is left alone
+
+
+def test_refusals(tiny_config):
+    factory = partial(Llama, tiny_config)
+    with pytest.raises(ValueError, match=r"lean\.threads is 2, but .* one thread only"):
+        flops(factory, LoRA(4), 2, 16, lean=Lean(threads=2))
+    with pytest.raises(ValueError, match="seq_len is None, but it must be a whole number"):
+        flops(factory, LoRA(4), 2)
+    with pytest.raises(ValueError, match="batch_size is 0, but"):
+        flops(factory, LoRA(4), 0, 16)
+    with pytest.raises(ValueError, match=r"model is a str, but it must be a torch\.nn\.Module or make one"):
+        flops("smollm2", LoRA(4), 2, 16)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_generators_stay_as_they_are(tiny_config, training):
+    model = Llama(tiny_config).train(training)
+    model.model.norm.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modules, random = {name: type(module) for name, module in model.named_modules()}, torch.get_rng_state()
+    flops(model, LoRA(2, dropout=0.1), 2, 8)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert model.training == training
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("method", [PiSSA(4), DoRA(4), LoRA(4, targets=["embed_tokens"])])
+def test_adapters_that_are_more_than_two_products_have_no_closed_form(method):
+    assert flops(partial(Llama, SEPARATE), method, 1, 8).closed is None
+
+
+def test_a_model_that_is_not_made_ready_has_no_closed_form(tiny_config):
+    with pytest.raises(ValueError, match="not made ready to train"):
+        closed_form(Llama(tiny_config).requires_grad_(False), 8, 8)

@@ -1,0 +1,193 @@
+"""`lora-lab finetune`, on a tiny model: what it prints, keeps and refuses."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained, save_model
+from lora_lab.experiments import finetune
+from lora_lab.methods import RsLoRA
+from lora_lab.tasks import PairTask, sentiment
+from tests.helpers import command
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, chatter, tiny_config):
+    """Loading gives a tiny Llama; the working directory is the test's own, with a file of sums in it."""
+    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=3), chatter))
+    monkeypatch.setattr("lora_lab.models.pretrained.load_pretrained", finetune.load_pretrained)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} plus one?", "answer": str(i + 1)} for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return chatter
+
+
+def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, tiny_config, capsys):
+    assert command("finetune", "--task", "sums.jsonl", "--rank", 4, "--steps", 20, "--lr", 3e-2, "--out", "kept") == 0
+    printed = capsys.readouterr().out
+    assert "plus one?" in printed
+    assert "wanted" in printed
+    result = json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))
+    assert result["after"]["validation loss"] < result["before"]["validation loss"]
+    assert result["method"]["rank"] == 4
+    assert result["method"]["alpha"] == 8
+    assert len(result["before"]["samples"]) == finetune.SHOWN
+    history = json.loads((tmp_path / "kept" / "history.json").read_text(encoding="utf-8"))
+    assert history["rows"][-1]["step"] == 20
+    model = Llama(tiny_config, seed=3)
+    load_adapter(model, tmp_path / "kept")
+    task = finetune.task_of("sums.jsonl", tiny)
+    assert finetune._judged(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
+    assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
+
+
+def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
+    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
+    assert (tmp_path / "kept" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("methods", [("lora", "full"), ("full", "dora")])
+def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, tmp_path, methods):
+    for method in (*methods, methods[0]):
+        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+        (tmp_path / "kept" / "notes.txt").write_text("mine")
+        own = MODEL if method == "full" else ADAPTER
+        assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+            *own,
+            "history.json",
+            "result.json",
+            "notes.txt",
+        }
+        for name in ("history", "result"):
+            assert json.loads((tmp_path / "kept" / f"{name}.json").read_text())["method"]["name"] == method
+
+
+def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_path, tiny_config):
+    save_model(Llama(tiny_config, seed=5), "mine", tiny)  # by the user, not by a run
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--model", "kept", "--out", "./kept") == 0
+    for folder in ("mine", "kept"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {
+            *MODEL,
+            *ADAPTER,
+            "history.json",
+            "result.json",
+        }
+        load_pretrained(folder, device="cpu")
+
+
+def test_what_an_earlier_run_kept_is_asked_of_its_last_save_even_if_that_was_stopped(tmp_path):
+    (tmp_path / ".lora_lab-ready").mkdir()
+    for folder, name in ((tmp_path, "lora"), (tmp_path / ".lora_lab-ready", "full")):
+        (folder / "result.json").write_text(json.dumps({"method": {"name": name}}))
+    assert set(finetune._outdated(tmp_path, LoRA(2), "base")) == MODEL
+
+
+@pytest.mark.parametrize("content", [None, "?", "[]", "{}", '{"method": 5}'])
+def test_without_a_result_of_a_run_nothing_gives_way(tmp_path, content):
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    assert finetune._outdated(tmp_path, FullFineTuning(), "base") == ()
+
+
+@pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tiny, capsys, monkeypatch, out):
+    monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))
+    assert command("finetune", "--task", "sums.jsonl", "--out", out) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"lora-lab: {out} cannot be written to (")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, capsys, monkeypatch, method):
+    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    capsys.readouterr()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write = finetune.write_json
+
+    def full(path, value):
+        if path.parent.parent.name == "kept":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(finetune, "write_json", full)
+    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept") == 1
+    (spare,) = tmp_path.glob("lora_lab-*")
+    said = capsys.readouterr()
+    assert said.err == (
+        "lora-lab: kept could not be written (No space left on device), and what was there before is unchanged; make "
+        f"room, or choose another place. What was to be kept is in {spare} instead.\n"
+    )
+    assert "test loss" in said.out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
+    assert {path.name for path in spare.iterdir()} == before.keys()
+    assert len(json.loads((spare / "history.json").read_text())["rows"]) == 3
+
+
+def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "fit", None)
+    assert command("finetune", "--task", "sums.jsonl", "--preview", "--out", "kept") == 0
+    assert "'<s>user: " in capsys.readouterr().out
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_text_is_a_task_too(tiny, tmp_path):
+    text = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    assert command("finetune", "--task", "book.txt", "--steps", 2, "--out", "kept") == 0
+    assert "samples" not in json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))["after"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--task", "nothing"], "task is 'nothing', but it must be one of docs, summarise"),
+        (["--task", "missing.jsonl"], "There is no file missing.jsonl"),
+        (["--task", "bad.jsonl"], "bad.jsonl has 1 malformed line: line 1: not JSON"),
+        (["--task", "sums.jsonl", "--method", "lorra"], "method is 'lorra', but it must be one of full, lora"),
+        (["--task", "sums.jsonl", "--rank", 0], "rank"),
+        (["--task", "sums.jsonl", "--steps", 0], "steps is 0"),
+        (["--task", "sums.jsonl", "--lr", -1], "lr is -1.0"),
+        (["--task", "sums.jsonl", "--device", "tpu"], "tpu"),
+    ],
+    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device"],
+)
+def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
+    (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")
+    assert command("finetune", *options, "--out", "kept") == 1
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "kept").exists()
+
+
+def test_methods_by_name():
+    assert finetune.method_of("full", 8) == FullFineTuning()
+    assert finetune.method_of("lora", 4) == LoRA(4, 8)
+    assert finetune.method_of("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)
+
+
+def test_the_table_shows_what_there_is_without_a_model():
+    one = {"test loss": 2.0, "accuracy": 0.4, "samples": [{"prompt": "p", "wanted": "w", "said": "s"}]}
+    other = {"test loss": 1.0, "accuracy": 0.9, "samples": [{"prompt": "p", "wanted": "w", "said": "t" * 999}]}
+    told = finetune.table({"before": one, "after": other, "trivial": {"accuracy": 0.333}})
+    assert "accuracy               0.400     0.900     0.333" in told
+    assert "after   ttt" in told
+    assert len(told) < 700
+
+
+def test_every_trade_can_be_named(smollm2):
+    assert set(finetune.TASKS) >= {"summarise", "translate-fr", "sentiment", "style", "docs"}
+    task = finetune.task_of("sentiment", smollm2[1])
+    assert isinstance(task, PairTask)
+    assert task.fingerprint == sentiment(smollm2[1]).fingerprint
+    assert torch.is_tensor(task.train.inputs)

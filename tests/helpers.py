@@ -1,0 +1,133 @@
+"""What several test files need. What two of them share stands here, or, if it is a fixture, in a conftest.py."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lora_lab import cli
+from lora_lab.tasks import Examples, Task
+
+ROOT = Path(__file__).parents[1]  # the repository
+COMMIT = 20 * "5a"  # has the form of a git commit
+PIXELS = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))  # five inputs in the shape of the digits
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+
+
+# Models and adapters
+
+
+@torch.no_grad()
+def randomise(model, seed=1, size=0.3):
+    """Give every adapter random numbers, ours or PEFT's, so that it does something; returns the model.
+
+    A and B are drawn, DoRA's lengths multiplied by a factor from 0.5 to 1.5.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+        elif "lora_" in name:
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def randomise_all(model, seed=1, size=0.3):
+    """Give every parameter random numbers, biases too, and those of norms numbers around 1; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+        parameter.copy_(centre + size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def enlarge(model, factor):
+    """Multiply every matrix, so that attention matters and logits are far apart; returns the model."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(factor)
+    return model
+
+
+@torch.no_grad()
+def perturbed(model, seed=1, size=0.1):
+    """A copy with random numbers added to every parameter."""
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for parameter in twin.parameters():
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return twin
+
+
+def snapshot(model):
+    """Everything that a refused call must leave alone: modules and their modes, tensors, trainability and values."""
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return modules, [(name, id(t), t.requires_grad, t._version, t.detach().clone().tolist()) for name, t in tensors]
+
+
+@torch.no_grad()
+def logits(model, *inputs, **options):
+    """What a model returns, transformers' or ours, without a graph."""
+    out = model(*inputs, **options)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def relative_error(found, expected):
+    """The norm of the difference over the norm of what is expected, in float64."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+# Data
+
+
+def random_ids(batch, length, vocabulary=260, seed=0):
+    """Token ids (batch, length); the tiny Llama knows 260."""
+    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def small_task(loss=None, n_train=12, dtype=torch.float32):
+    """Random numbers in the shape of the digits."""
+    parts = {}
+    for seed, (part, n) in enumerate({"train": n_train, "validation": 7, "test": 5, "off_domain": 6}.items()):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(n, 64, generator=generator, dtype=dtype)
+        parts[part] = Examples(inputs, torch.randint(0, 10, (n,), generator=generator))
+    return Task("small", **parts, **({"loss": loss} if loss else {}))
+
+
+class ByteTokenizer:
+    """The simplest tokenizer: a token is a byte."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a run."""
+
+
+# Files, commands, processes
+
+
+def names(folder):
+    """The names of a folder's files, in order."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def command(*arguments):
+    """The exit status of ``lora-lab`` with these arguments, run in this process."""
+    return cli.main(list(map(str, arguments)))
+
+
+def run_python(code, *arguments, **environment):
+    """Run code in a Python process of its own, which must end well, with environment variables by keyword."""
+    call = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done

@@ -1,0 +1,1087 @@
+"""The lean step against the plain one: losses, gradients, what it keeps, and what it refuses."""
+
+import copy
+import sys
+import threading
+
+import gguf
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import (
+    DoRA,
+    FullFineTuning,
+    Lean,
+    LoRA,
+    LoRAConfig,
+    LoRAFA,
+    LoRALinear,
+    LoRAPlus,
+    PiSSA,
+    RsLoRA,
+    adapter_state,
+    evaluate,
+    fit,
+    inject,
+    load_adapter,
+    load_pretrained,
+    lora_layers,
+    merge,
+    quantize,
+    save_adapter,
+)
+from lora_lab.costs.memory import saved_bytes
+from lora_lab.inject import replace
+from lora_lab.lean.blocks import _RMSNorm, _Rotate
+from lora_lab.lean.linear import _fuse_is_cheaper, _GatedLoRALinear, linear
+from lora_lab.lean.loss import cross_entropy, token_losses
+from lora_lab.lean.optim import FlatAdamW, ThreadedStep
+from lora_lab.lean.step import apply_lean
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
+from lora_lab.tasks import IGNORE, Examples, Task
+from lora_lab.tasks import cross_entropy as plain_cross_entropy
+from lora_lab.train import TrainingStep
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import randomise
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+SHAPE = LlamaConfig(
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+BIASED = LlamaConfig(**{**vars(SHAPE), "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False})
+OPTIONS = pytest.mark.parametrize(
+    "lean", [Lean(), Lean(checkpoint=True), Lean(loss_rows=7)], ids=["plain", "checkpoint", "small slices"]
+)
+
+
+def adapted(config=SHAPE, dtype=torch.float64, layer=None, seed=0, **settings):
+    """A Llama with adapters that do something, in training mode."""
+    model = Llama(config, seed=seed).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    inject(model, LoRAConfig(**({"rank": 4, "alpha": 6} | settings)), layer=layer)
+    with torch.no_grad():
+        for adapter in lora_layers(model).values():
+            adapter.lora_B.copy_(torch.randn_like(adapter.lora_B) * 0.2)
+    return model.train()
+
+
+def text(sequences=3, length=20, ignored=True, seed=1):
+    """Token ids and targets, some of which do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 260, (sequences, length), generator=generator)
+    targets = torch.randint(0, 260, (sequences, length), generator=generator)
+    if ignored:
+        targets[0, :5], targets[-1, 3] = IGNORE, IGNORE
+    return ids, targets
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def far_apart(found, expected):
+    """The largest relative distance between tensors of equal names."""
+    assert found.keys() == expected.keys()
+    assert len(found) > 1
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+def compare(model, lean, batch):
+    """Relative distances of loss and gradients between a plain step and its lean twin."""
+    twin = copy.deepcopy(model)
+    apply_lean(twin, lean)
+    plain = plain_cross_entropy(model, *batch)
+    plain.backward()
+    leaner = cross_entropy(twin, *batch, rows=lean.loss_rows)
+    leaner.backward()
+    assert all(float(gradient.norm()) > 0 for gradient in gradients(model).values())
+    return abs(float(leaner.detach() / plain.detach()) - 1), far_apart(gradients(twin), gradients(model))
+
+
+# The same numbers
+
+
+@OPTIONS
+@pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
+def test_in_float64_loss_and_every_gradient_equal_the_plain_steps(lean, config):
+    assert max(compare(adapted(config), lean, text())) < 1e-10
+
+
+@OPTIONS
+def test_in_float32_they_are_within_one_in_ten_thousand(lean):
+    assert max(compare(adapted(dtype=torch.float32), lean, text())) < 1e-4
+
+
+@pytest.mark.parametrize("length", [2, 100], ids=["products apart", "products added up"])
+def test_both_orders_of_products_give_the_same(length):
+    weight = torch.empty(48, 32)
+    assert _fuse_is_cheaper(3 * length, 48, weight) is (length == 100)
+    assert _fuse_is_cheaper(3 * length, 32, weight) is (length == 100)
+    assert max(compare(adapted(), Lean(), text(length=length, ignored=False))) < 1e-10
+
+
+def test_the_weight_is_added_up_for_many_rows_and_never_in_half_precision():
+    weight = torch.empty(1536, 576)
+    assert not _fuse_is_cheaper(1152, 576, weight)
+    assert _fuse_is_cheaper(1153, 576, weight)
+    assert not _fuse_is_cheaper(1153, 1536, weight)
+    assert not _fuse_is_cheaper(10_000, 576, weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj"], ["o_proj", "up_proj"]], ids=lambda names: names[0]
+)
+def test_layers_without_an_adapter_stay_frozen_and_right(targets):
+    model = adapted(targets=targets)
+    assert max(compare(model, Lean(), text())) < 1e-10
+    assert len(gradients(model)) == 2 * 3 * len(targets)
+
+
+@pytest.mark.parametrize("layer", [RsLoRALinear, LoRAFALinear])
+def test_variants_that_share_the_forward_pass_are_lean_too(layer):
+    model = adapted(layer=layer)
+    assert max(compare(model, Lean(checkpoint=True), text())) < 1e-10
+    assert ("model.layers.0.self_attn.q_proj.lora_A" in gradients(model)) is (layer is RsLoRALinear)
+
+
+def test_the_scaling_and_the_adapters_matter_to_the_lean_step():
+    model = adapted()
+    apply_lean(model, Lean())
+    batch = text()
+    before = float(cross_entropy(model, *batch).detach())
+    for layer in lora_layers(model).values():
+        layer.alpha *= 3
+    louder = float(cross_entropy(model, *batch).detach())
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.zero_()
+    assert len({round(value, 6) for value in (before, louder, float(cross_entropy(model, *batch).detach()))}) == 3
+
+
+@OPTIONS
+def test_dropout_draws_what_the_plain_step_draws(lean):
+    model = adapted(dropout=0.3)
+    twin = copy.deepcopy(model)
+    apply_lean(twin, lean)
+    found = []
+    for one, loss in ((model, plain_cross_entropy), (twin, cross_entropy)):
+        torch.manual_seed(5)
+        loss(one, *text()).backward()
+        found.append(gradients(one))
+    assert far_apart(found[1], found[0]) < 1e-10
+    torch.manual_seed(6)
+    other = copy.deepcopy(model)
+    other.zero_grad()
+    plain_cross_entropy(other, *text()).backward()
+    assert far_apart(gradients(other), found[0]) > 1e-3
+
+
+def test_a_rewired_model_computes_generates_and_is_named_as_before():
+    model = adapted(dtype=torch.float32).eval()
+    twin = copy.deepcopy(model)
+    apply_lean(twin, Lean(checkpoint=True))
+    ids = text()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(twin(ids), model(ids), rtol=1e-5, atol=1e-5)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert torch.equal(twin.generate(ids[0], 8), model.generate(ids[0], 8))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    torch.testing.assert_close(twin(ids, mask), model(ids, mask), rtol=1e-5, atol=1e-5)
+    assert twin.get_output_embeddings() is twin.lm_head
+
+
+def test_adapters_of_a_rewired_model_are_saved_loaded_and_merged(tmp_path):
+    model = adapted(dtype=torch.float32).eval()
+    plain = Llama(SHAPE).eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "norm" in name:
+                parameter.copy_(model.get_parameter(name))
+    ids = text()[0]
+    expected = model(ids).detach()
+    assert not torch.allclose(plain(ids), expected, atol=1e-3)
+    apply_lean(model, Lean())
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(plain(ids), expected, rtol=1e-5, atol=1e-5)
+    assert len(merge(model)) == 21
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_that_do_not_count_have_no_part_in_the_loss():
+    model = adapted()
+    apply_lean(model, Lean())
+    ids, targets = text(ignored=False)
+    first = targets.clone()
+    first[:, 1:] = IGNORE
+    expected = F.cross_entropy(model(ids)[:, 0], targets[:, 0])
+    torch.testing.assert_close(cross_entropy(model, ids, first), expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(cross_entropy(model, ids, targets), expected, rtol=1e-3)
+
+
+def test_where_every_target_counts_it_may_be_said_and_changes_nothing():
+    batch, start = text(ignored=False), adapted()
+    found = []
+    for said in (False, True):
+        model = copy.deepcopy(start)
+        apply_lean(model, Lean())
+        loss = cross_entropy(model, *batch, rows=7, every_target=said)
+        loss.backward()
+        found.append((loss, gradients(model)))
+    (loss, ours), (said, theirs) = found
+    assert torch.equal(loss, said)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert float(loss.detach()) == pytest.approx(float(plain_cross_entropy(start, *batch).detach()), rel=1e-10)
+    with pytest.raises((RuntimeError, IndexError)):  # where it is not true, the target -100 is looked up
+        cross_entropy(model, *text(ignored=True), every_target=True)
+
+
+def test_said_so_no_number_is_looked_at():
+    from torch._subclasses.fake_tensor import DataDependentOutputException as LookedAt
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    for in_blocks in (False, True):
+        with FakeTensorMode():
+            model = Llama(SHAPE)
+            inject(model, LoRAConfig(rank=4))
+            apply_lean(model, Lean())
+            if in_blocks:
+                quantize_head(model)
+            ids = torch.zeros(2, 9, dtype=torch.long)
+            loss = cross_entropy(model, ids, ids, every_target=True)
+            loss.backward()
+            assert loss.shape == ()
+            with pytest.raises((LookedAt, DynamicOutputShapeException)):
+                cross_entropy(model, ids, ids)
+
+
+def quantize_head(model):
+    """Put the head into blocks, as a GGUF file's is."""
+    weight = model.lm_head.weight
+    packed, _ = quantize.nf4(weight, 64, double=False)
+    model.lm_head = BlockLinear(packed, "NF4", weight.shape, dtype=weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [100, 130, 260, 1], ids=["uneven", "two", "one", "a row each"])
+def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_targets_lie(size, dtype, monkeypatch):
+    width, vocabulary = 32, 260
+    monkeypatch.setattr(quantize, "_AT_ONCE", size * width)
+    packed, _ = quantize.nf4(torch.randn(vocabulary, width), 64, double=False)
+    head = BlockLinear(packed, "NF4", (vocabulary, width), dtype=dtype)
+    starts = [start for start, _ in head.slices()]
+    assert starts == list(range(0, vocabulary, size))
+    assert head.slices()[-1][1] == vocabulary
+    edges = sorted({at for start in [*starts, vocabulary] for at in (start - 1, start) if 0 <= at < vocabulary})
+    targets = torch.tensor([*edges, 0, 0, 259, 259, 131])  # first and last of each slice, and some twice
+    hidden = torch.randn(len(targets), width, dtype=dtype, requires_grad=True)
+    loss = token_losses(hidden, targets, head).mean()
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ head.weight.double().T, targets)
+    expected.backward()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert float((hidden.grad - exact.grad).norm() / exact.grad.norm()) < tolerance
+    elsewhere = token_losses(hidden, (targets + 1) % vocabulary, head).mean().detach()
+    assert abs(float(elsewhere) / expected.item() - 1) > 1e-4
+
+
+def test_the_loss_over_slices_takes_logits_of_any_size(monkeypatch):
+    monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 32)
+    packed, _ = quantize.nf4(torch.randn(260, 32), 64, double=False)
+    head = BlockLinear(packed, "NF4", (260, 32), dtype=torch.float64)
+    hidden = 100 * torch.randn(5, 32, dtype=torch.float64)  # exponentials of these are infinite
+    targets = torch.tensor([3, 103, 203, 259, 0])
+    loss = token_losses(hidden, targets, head).mean()
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ head.weight.T, targets), rtol=1e-12, atol=0)
+
+
+def test_an_adapted_head_learns_too():
+    model = adapted(BIASED, targets=["lm_head", "q_proj"])
+    assert max(compare(model, Lean(), text())) < 1e-10
+    assert "lm_head.lora_A" in gradients(model)
+
+
+def by_layer(x, layer):
+    return linear(layer, x)
+
+
+def by_gate(x, layer):
+    return _GatedLoRALinear.apply(x, x.flip(1), layer.lora_A, layer.lora_B, layer.base, layer.scaling)
+
+
+def by_norm(x, layer):
+    return _RMSNorm.apply(x, torch.ones(6, dtype=torch.float64), 1e-5)
+
+
+def by_rotation(x, layer):
+    return _Rotate.apply(x, torch.ones(4, 6, dtype=torch.float64), torch.ones(4, 6, dtype=torch.float64))
+
+
+def by_losses(x, layer):
+    return token_losses(x, torch.tensor([0, 3, 1, 2]), layer.base)
+
+
+@pytest.mark.parametrize("function", [by_layer, by_gate, by_norm, by_rotation, by_losses])
+def test_a_second_derivative_is_refused(function):
+    layer = LoRALinear(nn.Linear(6, 5, bias=False, dtype=torch.float64), rank=2, alpha=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    (once,) = torch.autograd.grad(function(x, layer).square().sum(), x, create_graph=True)
+    assert bool(once.any())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.square().sum().backward()
+
+
+def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
+    model = adapted()
+    apply_lean(model, Lean())
+    with torch.no_grad():
+        loss = cross_entropy(model, *text())
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, cross_entropy(model, *text()).detach(), rtol=0, atol=0)
+
+
+# A base in half precision
+
+
+def test_a_bfloat16_base_computes_what_its_rounded_weights_do():
+    model = adapted(dtype=torch.float32)
+    twin = copy.deepcopy(model)
+    apply_lean(twin, Lean(base_dtype=torch.bfloat16))
+    for name, parameter in twin.named_parameters():
+        half = parameter.dtype == torch.bfloat16
+        assert half is (parameter.ndim == 2 and "lora_" not in name)
+        assert parameter.requires_grad is ("lora_" in name)
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.ndim == 2 and "lora_" not in name:
+                parameter.copy_(parameter.bfloat16())
+    ids, targets = text()
+    with torch.no_grad():
+        exact, found = rounded(ids), twin(ids)
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+    cross_entropy(twin, ids, targets).backward()
+    plain_cross_entropy(rounded, ids, targets).backward()
+    assert far_apart(gradients(twin), gradients(rounded)) < 0.1
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(twin).values())
+
+
+def rounded(model):
+    """The model with frozen matrices that bfloat16 holds exactly, still in float32."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if parameter.ndim == 2 and "lora_" not in name:
+                parameter.copy_(parameter.bfloat16())
+    return twin
+
+
+def assert_as_exact(model, exact, tolerance=0.1):
+    """A lean model against a float32 one of the same numbers: gradients, and before and after merging loss and logits.
+
+    Gradients may be apart by the tolerance, logits by a fifth of it, and the loss by a tenth.
+    """
+    for one, loss in ((model, cross_entropy), (exact, plain_cross_entropy)):
+        torch.manual_seed(5)  # for dropout
+        loss(one, *text()).backward()
+    assert far_apart(gradients(model), gradients(exact)) < tolerance
+    ids = text()[0]
+    for change in (nn.Module.eval, merge):
+        change(model)
+        change(exact)
+        with torch.no_grad():
+            logits, expected = model(ids), exact(ids)
+            loss, by_exact = cross_entropy(model, *text()), plain_cross_entropy(exact, *text())
+        assert logits.dtype == torch.float32
+        assert float((logits - expected).norm() / expected.norm()) < tolerance / 5
+        assert loss.item() == pytest.approx(by_exact.item(), rel=tolerance / 10)
+        assert model.generate(ids[0], 3).shape == (3,)
+
+
+@pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"targets": ["q_proj"]}, {"targets": ["layers.1.mlp.up_proj"]}, {"dropout": 0.3}], ids=str
+)
+def test_a_bfloat16_base_takes_biases_dropout_and_layers_without_an_adapter(config, settings):
+    model = adapted(config, dtype=torch.float32, **settings)
+    exact = rounded(model)
+    biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    apply_lean(model, Lean(base_dtype=torch.bfloat16))
+    assert_as_exact(model, exact)
+    after_merging = dict(model.named_parameters())
+    assert (config is BIASED) is bool(biases)
+    for name, bias in biases.items():
+        assert torch.equal(after_merging[name.replace("base.", "")], bias)
+
+
+@pytest.mark.parametrize("lean", [Lean(), Lean(base_dtype=torch.bfloat16)], ids=["as it is", "cast"])
+def test_a_model_loaded_in_bfloat16_is_lean_as_it_is(lean):
+    model = Llama(BIASED).bfloat16()
+    inject(model, LoRAConfig(rank=4, alpha=6, targets=["q_proj", "down_proj"]))
+    randomise(model)
+    exact = copy.deepcopy(model.train()).float()
+    apply_lean(model, lean)
+    assert_as_exact(model, exact)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "norm" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "blocks", "blocks in bfloat16"])
+def test_an_adapted_head_over_a_bfloat16_base_computes_logits_and_is_merged(kept):
+    model = Llama(BIASED)
+    if "blocks" in kept:
+        quantize_head(model)
+    if "bfloat16" in kept:
+        model.bfloat16()
+    inject(model, LoRAConfig(rank=4, alpha=6, targets=["lm_head", "q_proj"]))
+    randomise(model)
+    exact = dense_twin(model.train())
+    if kept == "float32":  # an adapted head is not cast, or the merged one would be
+        head = exact.lm_head.base.weight.detach().clone()
+        exact = rounded(exact)
+        exact.lm_head.base.weight.data = head
+    apply_lean(model, Lean(base_dtype=torch.bfloat16))
+    assert_as_exact(model, exact)
+    torch.testing.assert_close(model.lm_head.weight, exact.lm_head.weight, rtol=1e-6, atol=1e-8)
+
+
+def test_a_variant_put_on_a_merged_lean_model_computes_what_it_is():
+    start = adapted()
+    for layer in (DoRALinear, PiSSALinear, LoRALinear):
+        plain, leaner = copy.deepcopy(start), copy.deepcopy(start)
+        apply_lean(leaner, Lean(checkpoint=True))
+        for model in (plain, leaner):
+            merge(model)
+            inject(model, LoRAConfig(rank=4, alpha=6), seed=1, layer=layer)
+            randomise(model)
+        plain_cross_entropy(plain, *text()).backward()
+        cross_entropy(leaner, *text()).backward()
+        assert far_apart(gradients(leaner), gradients(plain)) < 1e-10
+        ids = text()[0]
+        torch.testing.assert_close(leaner(ids), plain(ids), rtol=1e-10, atol=1e-10)
+
+
+def test_a_variant_on_a_merged_lean_model_in_bfloat16_computes_what_it_is():
+    model = adapted(dtype=torch.float32)
+    apply_lean(model, Lean(base_dtype=torch.bfloat16))
+    merge(model)
+    exact = Llama(SHAPE)
+    exact.load_state_dict(model.state_dict())
+    for one in (model, exact):
+        inject(one, LoRAConfig(rank=4, alpha=6), layer=DoRALinear)
+        randomise(one)
+    ids = text()[0]
+    with torch.no_grad():
+        logits, expected = model(ids), exact(ids)
+    assert float((logits - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "with adapters"])
+@pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
+def test_all_that_is_unfrozen_in_a_lean_model_gets_its_gradient(merged, config):
+    model = adapted(config)
+    leaner = copy.deepcopy(model)
+    apply_lean(leaner, Lean(checkpoint=True))
+    for one in (model, leaner):
+        if merged:
+            merge(one)
+        one.requires_grad_(True)
+    plain_cross_entropy(model, *text()).backward()
+    cross_entropy(leaner, *text()).backward()
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+    assert far_apart(gradients(leaner), gradients(model)) < 1e-10
+
+
+# A base in blocks
+
+
+@pytest.fixture
+def in_blocks():
+    """A model whose linear layers are in NF4, and the same with those weights dense."""
+    config = LlamaConfig(**{**vars(SHAPE), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    model = Llama(config)
+    quantize_nf4(model)
+    dense = dense_twin(model)
+    for one in (model, dense):
+        inject(one, LoRAConfig(rank=4, alpha=6))
+        randomise(one)
+        one.train()
+    return model, dense
+
+
+def dense_twin(model):
+    """The same weights in float32, with nothing in blocks."""
+    twin = copy.deepcopy(model).float()
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, BlockLinear | BlockEmbedding):
+            weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+            rows, columns = weight.shape
+            dense = nn.Linear(columns, rows, False) if isinstance(module, BlockLinear) else nn.Embedding(rows, columns)
+            dense.weight = weight
+            replace(twin, name, dense)
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=str)
+def test_a_model_all_in_blocks_computes_trains_and_writes_in_either_precision(dtype, targets, monkeypatch):
+    config = LlamaConfig(**{**vars(SHAPE), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    model = Llama(config)
+    quantize_nf4(model)
+    table = gguf.quantize(model.model.embed_tokens.weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
+    blocks = nn.Parameter(torch.from_numpy(table).view(-1, 34), requires_grad=False)
+    model.model.embed_tokens = BlockEmbedding(blocks, "Q8_0", (260, 64))
+    model.lm_head = BlockLinear(blocks, "Q8_0", (260, 64))
+    model.to(dtype)
+    monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 64)  # the head is read in three slices
+    inject(model, LoRAConfig(rank=4, alpha=6, targets=targets))
+    randomise(model, size=0.15)
+    exact = dense_twin(model.train())
+    names = list(model.state_dict())
+    apply_lean(model, Lean(checkpoint=True))
+    assert list(model.state_dict()) == names
+    assert model.model.embed_tokens.packed is model.lm_head.packed
+    assert model.model(text()[0]).dtype == torch.float32
+    assert_as_exact(model, exact, 1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("length", [4, 60], ids=["products apart", "products added up"])
+def test_a_base_in_blocks_gives_the_gradients_of_its_dense_twin(in_blocks, length):
+    model, dense = in_blocks
+    apply_lean(model, Lean(checkpoint=True))
+    packed = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    batch = text(length=length, ignored=length == 60)
+    found = cross_entropy(model, *batch)
+    found.backward()
+    expected = plain_cross_entropy(dense, *batch)
+    expected.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert far_apart(gradients(model), gradients(dense)) < 1e-4
+    assert packed
+    for name, value in packed.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+def test_the_real_model_in_its_blocks_gives_the_gradients_of_the_float32_one(smollm2):
+    ids = torch.tensor(
+        [smollm2[1].encode("Low-rank adaptation changes a model by a product of two thin matrices. " * 3)]
+    )
+    batch = ids[:, :-1], ids[:, 1:]
+    blocks = load_pretrained(keep_blocks=True, device="cpu")[0]
+    dense = copy.deepcopy(smollm2[0])
+    for model in (dense, blocks):
+        inject(model, LoRAConfig(rank=8))
+        for index, layer in enumerate(lora_layers(model).values()):
+            generator = torch.Generator().manual_seed(index)
+            with torch.no_grad():
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.01)
+    apply_lean(blocks, Lean(checkpoint=True))
+    losses = cross_entropy(blocks, *batch), plain_cross_entropy(dense, *batch)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    together = [torch.cat([g.flatten() for g in gradients(model).values()]) for model in (blocks, dense)]
+    assert float((together[0] - together[1]).norm() / together[1].norm()) < 1e-4
+
+
+def test_a_run_on_blocks_counts_the_weights_they_stand_for():
+    config = LlamaConfig(**{**vars(SHAPE), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    dense, blocks = Llama(config), Llama(config)
+    quantize_nf4(blocks)
+    settings = {"steps": 1, "lr": 0.01, "batch_size": 2}
+    counted = [fit(model, toy_task(), LoRA(rank=4), **settings).total_parameters for model in (dense, blocks)]
+    assert counted[0] == counted[1]
+    assert counted[0] > sum(parameter.numel() for parameter in blocks.parameters())
+
+
+# What it keeps
+
+
+def kept(model, loss, batch):
+    return saved_bytes(lambda: loss(model, *batch), model)
+
+
+def test_activations_kept_are_those_the_backward_pass_needs():
+    batch = text(sequences=4, length=32, ignored=False)
+    tokens = 4 * 32
+    plain, leaner, checkpointed = (adapted(dtype=torch.float32) for _ in range(3))
+    apply_lean(leaner, Lean())
+    apply_lean(checkpointed, Lean(checkpoint=True))
+    by_plain = kept(plain, plain_cross_entropy, batch)
+    by_lean = kept(leaner, cross_entropy, batch)
+    by_checkpoint = kept(checkpointed, cross_entropy, batch)
+    # Of logits (260 a token) and of silu(gate), silu(gate) * up in three blocks nothing is kept any more; what the
+    # loss keeps instead is the gradient of its input (32).
+    assert by_plain - by_lean >= 4 * tokens * (260 + 3 * 2 * 48 - 32)
+    # A checkpointed block keeps its input (32 numbers); beside them stand the last norm and the loss's gradient.
+    assert by_checkpoint <= 4 * tokens * (3 * 32 + 3 * 32 + 64)
+    assert by_checkpoint < by_lean / 3
+
+
+def test_the_input_of_query_key_and_value_is_kept_once():
+    found = []
+    for targets in (["q_proj"], ["q_proj", "k_proj", "v_proj"]):
+        model = adapted(dtype=torch.float32, targets=targets)
+        apply_lean(model, Lean())
+        found.append(kept(model, cross_entropy, text(sequences=4, length=32, ignored=False)))
+    narrowed = 4 * 32 * 4  # tokens times rank: what an A makes of the input
+    assert found[1] == found[0] + 4 * narrowed * 2 * 3  # bytes, two layers, three blocks
+
+
+def test_a_frozen_a_needs_no_input_kept():
+    found = []
+    for layer in (LoRALinear, LoRAFALinear):
+        model = adapted(dtype=torch.float32, layer=layer, targets=["q_proj", "o_proj"])
+        apply_lean(model, Lean())
+        found.append(kept(model, cross_entropy, text(sequences=4, length=32, ignored=False)))
+    assert found[0] - found[1] >= 4 * 32 * 4 * 3 * 32  # the input of q_proj; o_proj's is attention's output, kept there
+
+
+def test_below_the_lowest_adapter_nothing_is_kept_and_no_gradient_computed():
+    batch = text(sequences=4, length=32, ignored=False)
+    all_layers = adapted(dtype=torch.float32)
+    top = adapted(dtype=torch.float32, targets=["layers.2.mlp.down_proj"])
+    for model in (all_layers, top):
+        apply_lean(model, Lean())
+    needed = []
+    for block in top.model.layers:
+        block.register_forward_hook(lambda module, inputs, output: needed.append(output.requires_grad))
+    cross_entropy(top, *batch).backward()
+    assert needed == [False, False, True]
+    assert set(gradients(top)) == {"model.layers.2.mlp.down_proj.lora_A", "model.layers.2.mlp.down_proj.lora_B"}
+    assert kept(top, cross_entropy, batch) < kept(all_layers, cross_entropy, batch) / 2
+
+
+# Optimiser
+
+
+def test_flat_adamw_takes_the_steps_of_torchs_adamw():
+    model = adapted(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    groups = [
+        [[getattr(layer, part) for layer in lora_layers(one).values()] for part in ("lora_A", "lora_B")]
+        for one in (model, twin)
+    ]
+    settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    reference = torch.optim.AdamW([{"params": groups[0][0]}, {"params": groups[0][1], "lr": 0.05}], **settings)
+    flat = FlatAdamW([{"params": groups[1][0]}, {"params": groups[1][1], "lr": 0.05}], **settings)
+    before = adapter_state(model)
+    assert far_apart(adapter_state(twin), before) == 0
+    for step in range(4):
+        for one, optimizer in ((model, reference), (twin, flat)):
+            optimizer.zero_grad()
+            plain_cross_entropy(one, *text(seed=step)).backward()
+            optimizer.step()
+    assert far_apart(adapter_state(twin), adapter_state(model)) < 1e-12
+    assert far_apart(adapter_state(twin), before | {k: v + 1e-9 for k, v in before.items()}) > 1e-3
+    for one, other in zip(*([*A, *B] for A, B in groups), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(flat.state[other][key].double(), reference.state[one][key].double())
+
+
+def test_parameters_and_gradients_stay_views_of_one_tensor():
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = FlatAdamW([{"params": trained}])
+    plain_cross_entropy(model, *text()).backward()
+    optimizer.zero_grad(set_to_none=True)
+    assert len({p.untyped_storage().data_ptr() for p in trained}) == 1
+    assert len({p.grad.untyped_storage().data_ptr() for p in trained}) == 1
+    assert all(float(p.grad.abs().max()) == 0 for p in trained)
+
+
+def test_parameters_of_two_dtypes_fit_no_flat_group():
+    pair = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    with pytest.raises(ValueError, match="several dtypes"):
+        FlatAdamW([{"params": pair}])
+
+
+def quadratic(parameters):
+    return sum(parameter.square().sum() for parameter in parameters)
+
+
+def two_groups():
+    """Three parameters in two groups, and the groups as an optimiser takes them."""
+    parameters = [nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((3, 4), (5,), (2, 2))]
+    return parameters, [{"params": parameters[:2], "lr": 0.05}, {"params": parameters[2:], "weight_decay": 0.1}]
+
+
+def steps_of(parameters, optimizer, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        quadratic(parameters).backward()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.parametrize("other", [FlatAdamW, torch.optim.AdamW])
+def test_a_stored_state_is_taken_up_and_the_steps_go_on(other):
+    parameters, groups = two_groups()
+    stored = other(groups, lr=0.01)
+    kept = steps_of(parameters, stored, 3)
+    state = copy.deepcopy(stored.state_dict())
+    expected = steps_of(parameters, stored, 2)
+    fresh, groups = two_groups()
+    with torch.no_grad():
+        for parameter, value in zip(fresh, kept, strict=True):
+            parameter.copy_(value)
+    optimizer = FlatAdamW([group | {"lr": 1.0} for group in groups])
+    optimizer.load_state_dict(state)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
+    assert len({optimizer.state[p]["exp_avg"].untyped_storage().data_ptr() for p in fresh[:2]}) == 1
+    torch.testing.assert_close(steps_of(fresh, optimizer, 2), expected, rtol=1e-12, atol=1e-12)
+    unloaded = FlatAdamW([{"params": two_groups()[0]}])
+    assert all(float(state["step"]) == 5 for state in optimizer.state_dict()["state"].values())
+    assert all(float(state["step"]) == 0 for state in unloaded.state_dict()["state"].values())
+
+
+def without_states(state):
+    state.clear()
+
+
+def without_a_moment(state):
+    del state[1]["exp_avg_sq"]
+
+
+def of_two_steps(state):
+    state[0]["step"] = torch.tensor(7.0)
+
+
+@pytest.mark.parametrize("spoil", [without_states, without_a_moment, of_two_steps])
+def test_a_state_that_does_not_fit_a_flat_group_is_refused_and_nothing_changed(spoil):
+    parameters, groups = two_groups()
+    optimizer = FlatAdamW(groups, lr=0.01)
+    steps_of(parameters, optimizer, 1)
+    stored = copy.deepcopy(optimizer.state_dict())
+    steps_of(parameters, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    spoil(stored["state"])
+    with pytest.raises(ValueError, match="need a state each, all at one step"):
+        optimizer.load_state_dict(stored)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zeroed_by", ["the model", "both"])
+def test_gradients_that_are_no_views_any_more_are_stepped_along_all_the_same(zeroed_by):
+    ends = []
+    for kind in (torch.optim.AdamW, FlatAdamW):
+        torch.manual_seed(0)
+        parameters, groups = two_groups()
+        model, optimizer = nn.ParameterList(parameters), kind(groups, lr=0.01)
+        for _ in range(3):
+            model.zero_grad()  # sets them to None
+            quadratic(parameters).backward()
+            if zeroed_by == "both":  # what was there is not to be added to what comes
+                optimizer.zero_grad()
+                quadratic(parameters).backward()
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in parameters])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_without_a_gradient_has_one_of_zeros():
+    ends = []
+    for kind in (torch.optim.AdamW, FlatAdamW):
+        torch.manual_seed(0)
+        parameters, groups = two_groups()
+        optimizer = kind(groups, lr=0.01)
+        steps_of(parameters, optimizer, 2)
+        nn.ParameterList(parameters).zero_grad()
+        quadratic(parameters[1:]).backward()
+        if kind is torch.optim.AdamW:  # which would leave it out
+            parameters[0].grad = torch.zeros_like(parameters[0])
+        optimizer.step()
+        ends.append([parameter.detach() for parameter in parameters])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+# Threads
+
+
+def test_two_threads_give_the_gradients_of_one_weighted_by_targets():
+    model = adapted()
+    apply_lean(model, Lean())
+    ids, targets = text(sequences=4)
+    targets[1] = IGNORE
+    targets[2, 6:] = IGNORE  # the halves differ in targets
+    cross_entropy(model, ids, targets).backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    halves = [(ids[:2], targets[:2]), (ids[2:], targets[2:])]
+    counts = [int((half != IGNORE).sum()) for _, half in halves]
+    assert counts[0] != counts[1]
+    model.zero_grad()
+    losses = ThreadedStep(2)(model, cross_entropy, halves, [count / sum(counts) for count in counts])
+    assert far_apart(gradients(model), expected) < 1e-12
+    torch.testing.assert_close(sum(losses), cross_entropy(model, ids, targets).detach(), rtol=1e-12, atol=0)
+    model.zero_grad()
+    ThreadedStep(2)(model, cross_entropy, halves, [0.5, 0.5])
+    assert far_apart(gradients(model), expected) > 1e-3
+
+
+def test_threads_work_side_by_side_on_one_core_each_and_leave_the_count_as_it_was():
+    model = adapted()
+    meeting = threading.Barrier(2, timeout=20)
+    seen = []
+
+    def loss(model, inputs, targets):
+        meeting.wait()  # passes only if both are here at once
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return plain_cross_entropy(model, inputs, targets)
+
+    before = torch.get_num_threads()
+    ids, targets = text(sequences=4)
+    ThreadedStep(2)(model, loss, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], [0.5, 0.5])
+    assert torch.get_num_threads() == before
+    assert len({thread for thread, _ in seen}) == 2
+    assert {count for _, count in seen} == {1}
+
+
+def test_an_error_in_a_thread_is_raised_and_the_count_put_back():
+    def loss(model, inputs, targets):
+        raise RuntimeError("planted")
+
+    before = torch.get_num_threads()
+    ids, targets = text(sequences=2)
+    with pytest.raises(RuntimeError, match="planted"):
+        ThreadedStep(2)(adapted(), loss, [(ids[:1], targets[:1]), (ids[1:], targets[1:])], [0.5, 0.5])
+    assert torch.get_num_threads() == before
+
+
+# In fit
+
+
+def toy_task(loss=plain_cross_entropy, n=24):
+    """Eight tokens, each followed by one and the same other."""
+    ids = torch.randint(0, 8, (n, 12), generator=torch.Generator().manual_seed(1))
+    rows = Examples(ids, (ids * 3 + 1) % 8)
+    parts = {"train": rows, "validation": rows[:6], "test": rows[6:9], "off_domain": rows[9:12]}
+    return Task(name="toy", **parts, loss=loss, unit="tokens", about="made up")
+
+
+def train(lean=None, method=None, steps=6, **settings):
+    model = Llama(SHAPE)
+    history = fit(
+        model,
+        toy_task(),
+        method or LoRA(rank=4),
+        steps=steps,
+        lr=0.01,
+        batch_size=4,
+        eval_every=3,
+        lean=lean,
+        **settings,
+    )
+    return model, history
+
+
+@pytest.mark.parametrize(
+    "lean",
+    [Lean(), Lean(checkpoint=True), Lean(threads=2), Lean(base_dtype=torch.bfloat16)],
+    ids=["lean", "checkpoint", "threads", "bfloat16"],
+)
+def test_fit_learns_the_same_with_a_lean_step(lean):
+    _, plain = train()
+    model, history = train(lean)
+    for column in ("train_loss", "validation_loss", "grad_norm"):
+        tolerance = 1e-3 if lean.base_dtype is None else 0.2 if column == "grad_norm" else 0.02
+        assert history.curve(column)[1] == pytest.approx(plain.curve(column)[1], rel=tolerance)
+    assert history.curve("train_loss")[1][-1] < history.curve("train_loss")[1][0]
+    assert history.settings["lean"] == lean.settings()
+    assert "lean" not in plain.settings
+    assert history.optimizer_bytes == plain.optimizer_bytes
+    assert evaluate(model, toy_task()) == pytest.approx(history.curve("validation_loss")[1][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [LoRAPlus(rank=4, ratio=4.0), RsLoRA(rank=4), LoRAFA(rank=4)], ids=lambda m: m.name)
+def test_fit_takes_a_lean_step_for_variants(method):
+    _, plain = train(method=method)
+    _, history = train(Lean(), method)
+    assert history.curve("validation_loss")[1] == pytest.approx(plain.curve("validation_loss")[1], rel=1e-3)
+
+
+def test_accumulation_and_threads_together_change_no_result():
+    _, plain = train()
+    _, history = train(Lean(threads=2), accumulate=2)
+    assert history.curve("train_loss")[1] == pytest.approx(plain.curve("train_loss")[1], rel=1e-3)
+
+
+def test_a_lean_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole, first = train(Lean(checkpoint=True))
+    settings = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3, "lean": Lean(checkpoint=True)}
+    calls = []
+
+    def stops_after_five(model, inputs, targets, rows, **options):
+        calls.append(1)
+        if len(calls) > 9:  # two evaluations of two parts, five steps
+            raise KeyboardInterrupt
+        return cross_entropy(model, inputs, targets, rows, **options)
+
+    task = toy_task()
+    monkeypatch.setattr(sys.modules[Lean.__module__], "cross_entropy", stops_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Llama(SHAPE), task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
+    monkeypatch.undo()
+    resumed = Llama(SHAPE)
+    history = fit(resumed, task, LoRA(rank=4), checkpoint_dir=tmp_path, checkpoint_every=2, **settings)
+    assert history.curve("train_loss") == first.curve("train_loss")
+    for name, value in adapter_state(whole).items():
+        assert torch.equal(adapter_state(resumed)[name], value)
+
+
+def test_a_loss_of_the_tasks_own_is_left_to_it():
+    called = []
+
+    def loss(model, inputs, targets):
+        called.append(1)
+        return plain_cross_entropy(model, inputs, targets)
+
+    fit(Llama(SHAPE), toy_task(loss), LoRA(rank=2), steps=1, lr=0.01, batch_size=2, lean=Lean())
+    assert called
+
+
+# What it refuses
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"base_dtype is torch\.float16"):
+        Lean(base_dtype=torch.float16)
+    for name in ("threads", "loss_rows"):
+        for wrong in (0, 1.5, True):
+            with pytest.raises(ValueError, match=f"{name} is {wrong}"):
+                Lean(**{name: wrong})
+
+
+def unlocked():
+    model = adapted()
+    model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+def already_lean():
+    model = adapted()
+    apply_lean(model, Lean())
+    return model
+
+
+def already_lean_in_one_block():
+    model = adapted(LlamaConfig(**{**vars(SHAPE), "num_hidden_layers": 1}))
+    apply_lean(model, Lean())
+    return model
+
+
+def hooked(name, kind):
+    model = adapted()
+    getattr(model.get_submodule(name), f"register_{kind}_hook")(lambda *_: None)
+    return model
+
+
+def with_class(layer):
+    class Other(LoRALinear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    return adapted(layer=layer or Other)
+
+
+@pytest.mark.parametrize(
+    ("make", "lean", "says"),
+    [
+        (lambda: DigitsMLP(width=8), Lean(), "built for lora_lab's Llama, but the model is a DigitsMLP"),
+        (lambda: Llama(SHAPE), Lean(), "the model has no adapters"),
+        (lambda: with_class(None), Lean(), "is a Other, whose forward pass has no lean form"),
+        (unlocked, Lean(), "'model.norm.weight' is trained"),
+        (already_lean, Lean(), "lean already"),
+        (already_lean_in_one_block, Lean(), "lean already"),
+        (lambda: hooked("model.layers.1", "forward"), Lean(), "'model.layers.1' has a hook"),
+        (lambda: hooked("model.layers.0.mlp.up_proj", "forward_pre"), Lean(), "'model.layers.0.mlp.up_proj' has a"),
+        (lambda: hooked("model.layers.0.self_attn", "full_backward"), Lean(), "'model.layers.0.self_attn' has a"),
+        (lambda: hooked("lm_head", "full_backward_pre"), Lean(), "'lm_head' has a hook"),
+        (lambda: hooked("", "forward"), Lean(torch.bfloat16), "'the model' has a hook"),
+        (lambda: adapted(dropout=0.1), Lean(torch.bfloat16, threads=2), "threads is 2, but the adapters have dropout"),
+    ],
+    ids=["no Llama", "no adapters", "own forward", "trained base", "twice", "twice, one block", "hook on a block",
+         "hook on an adapter", "hook of gradients", "hook on the head", "hook on the model", "threads and dropout"],
+)  # fmt: skip
+def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
+    model = make()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    dtypes = [p.dtype for p in model.parameters()]
+    with pytest.raises(ValueError, match=says):
+        apply_lean(model, lean)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    assert [p.dtype for p in model.parameters()] == dtypes
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), PiSSA(rank=2), DoRA(rank=2)], ids=lambda method: method.name)
+def test_fit_refuses_a_lean_step_for_methods_without_one(method):
+    with pytest.raises(ValueError, match=r"no adapters|has no lean form"):
+        train(Lean(), method)
+
+
+def test_a_hook_on_a_lean_block_fires():
+    model, seen = adapted(), []
+    apply_lean(model, Lean(checkpoint=True))
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    cross_entropy(model, *text()).backward()
+    assert seen == [(3, 20, 32)]
+
+
+def test_a_lean_model_under_autocast_says_that_it_has_a_half_precision_of_its_own():
+    model = adapted(dtype=torch.float32)
+    apply_lean(model, Lean())
+    expected = cross_entropy(model, *text())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call in (lambda: cross_entropy(model, *text()), lambda: model(text()[0])):
+            with pytest.raises(RuntimeError, match=r"under torch\.autocast; leave autocast, and use Lean\(base_dtype="):
+                call()
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(cross_entropy(model, *text()), expected)
+
+
+def test_one_adapted_layer_equals_its_own_forward_pass():
+    layer = LoRALinear(nn.Linear(6, 5, dtype=torch.float64), rank=2, alpha=3)
+    nn.init.normal_(layer.lora_B)
+    for rows in (1, 50):
+        x = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+        torch.testing.assert_close(linear(layer, x), layer(x), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(lambda x: linear(layer, x), (x,))
+
+
+def test_the_step_is_the_plain_one_but_for_its_parts():
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    loss, norm = TrainingStep(model, plain_cross_entropy, optimizer, 1.0)([text()], [1.0])
+    assert float(norm) > 0
+    assert float(loss) > 0
+
+
+def test_the_defaults_of_the_flat_optimiser_are_those_of_adamw():
+    weight = nn.Parameter(torch.ones(2))
+    flat, plain = FlatAdamW([{"params": [weight]}]), torch.optim.AdamW([weight])
+    assert flat.defaults == {name: plain.defaults[name] for name in flat.defaults}
+    assert {"lr", "betas", "eps", "weight_decay"} <= flat.defaults.keys()

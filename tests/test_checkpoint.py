@@ -1,0 +1,689 @@
+"""A run that is stopped at any moment and started again ends, bit for bit, where one that was not stopped ends."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, checkpoint, fit
+from lora_lab.history import DivergedError
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.tasks import Examples, Task
+from tests.helpers import Stopped
+
+CHECKPOINT = "checkpoint.safetensors"
+STEPS, EVERY = 9, 2  # batches of 4 from 10 examples: nine steps cross three ends of an epoch
+
+
+class Normed(nn.Module):
+    """A net with buffers that change in training, and with dropout."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.hidden, self.norm = nn.Linear(64, width), nn.BatchNorm1d(width)
+            self.dropout, self.head = nn.Dropout(0.2), nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.dropout(F.relu(self.norm(self.hidden(x)))))
+
+
+KINDS = {
+    "lora": (lambda: DigitsTransformer(width=16, layers=1, heads=2), LoRA(rank=2, alpha=6, dropout=0.2)),
+    "full": (Normed, FullFineTuning()),
+    "lora on batch norm": (Normed, LoRA(rank=2, dropout=0.2)),
+    "partial": (Normed, PartialFineTuning(("head",))),
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+
+
+def task(loss=None, shift=0.0):
+    def part(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(n, 64, generator=generator) + shift
+        return Examples(inputs, torch.randint(0, 10, (n,), generator=generator))
+
+    return Task("small", part(10, 0), part(5, 1), part(5, 2), part(5, 3), **({"loss": loss} if loss else {}))
+
+
+def stopping(step=None, calls=None):
+    """A loss that ends the run in the forward pass of one training step, and notes each training step."""
+    calls = calls if calls is not None else []
+
+    def loss(model, inputs, targets):
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if len(calls) == step:
+                raise Stopped
+        return F.cross_entropy(model(inputs), targets)
+
+    return loss
+
+
+def run(kind, folder=None, loss=None, model=None, method=None, **options):
+    make, usual = KINDS[kind]
+    model = model if model is not None else make()
+    options = {"steps": STEPS, "lr": 0.01, "batch_size": 4, "eval_every": 3, "checkpoint_every": EVERY} | options
+    data = options.pop("task", None) or task(loss or stopping())
+    return model, fit(model, data, method or usual, checkpoint_dir=folder, **options)
+
+
+def interrupt(kind, folder, step, **options):
+    with pytest.raises(Stopped):
+        run(kind, folder, stopping(step), **options)
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_end(one, other):
+    (model, history), (twin, again) = one, other
+    assert without_seconds(history.rows) == without_seconds(again.rows)
+    assert (history.method, history.settings, history.task) == (again.method, again.settings, again.task)
+    assert history.optimizer_bytes == again.optimizer_bytes > 0
+    state, twins = model.state_dict(), twin.state_dict()
+    assert state.keys() == twins.keys()
+    assert [name for name in state if not torch.equal(state[name], twins[name])] == []
+
+
+# Stopped by an exception, at every step
+
+
+@ALL
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_within_any_step_ends_bit_identical(tmp_path, kind, step):
+    interrupt(kind, tmp_path, step)
+    calls = []
+    torch.manual_seed(step)  # what happened outside must not matter
+    resumed = run(kind, tmp_path, stopping(calls=calls))
+    assert len(calls) == STEPS - (step - 1) // EVERY * EVERY  # it went on, and did not begin anew
+    assert_same_end(resumed, run(kind))
+
+
+@ALL
+def test_a_run_stopped_again_and_again_ends_bit_identical(tmp_path, kind):
+    for step in (3, 3, 1, 4):  # counted from each start
+        interrupt(kind, tmp_path, step)
+    assert_same_end(run(kind, tmp_path), run(kind))
+
+
+@ALL
+def test_checkpoints_change_nothing_in_an_uninterrupted_run(tmp_path, kind):
+    assert_same_end(run(kind, tmp_path, checkpoint_every=1), run(kind))
+
+
+def test_ends_of_runs_differ_where_their_seeds_do():
+    with pytest.raises(AssertionError):
+        assert_same_end(run("lora"), run("lora", seed=1))
+
+
+def test_dropout_and_batch_statistics_take_part():
+    model, _ = run("full")
+    assert model.norm.num_batches_tracked == STEPS
+    assert (model.norm.running_mean - Normed().norm.running_mean).abs().min() > 1e-4
+    plain = LoRA(rank=2, alpha=6)
+    assert run("lora")[1].rows[2]["train_loss"] != run("lora", method=plain)[1].rows[2]["train_loss"]
+
+
+def test_buffers_come_back_from_the_checkpoint(tmp_path):
+    whole = load_after(tmp_path / "whole", "full")
+    interrupt("full", tmp_path / "cut", 6)
+    cut = load_file(tmp_path / "cut" / CHECKPOINT)
+    assert cut["buffer.norm.num_batches_tracked"] == 4
+    assert whole["buffer.norm.num_batches_tracked"] == STEPS
+    assert not torch.equal(cut["buffer.norm.running_var"], whole["buffer.norm.running_var"])
+
+
+def load_after(folder, kind):
+    run(kind, folder)
+    return load_file(folder / CHECKPOINT)
+
+
+@ALL
+def test_a_finished_run_returns_at_once_with_the_same_history(tmp_path, kind):
+    model, history = run(kind, tmp_path)
+    calls = []
+    again, same = run(kind, tmp_path, stopping(1, calls))  # one training step would raise
+    assert calls == []
+    assert same == history  # seconds too
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    assert again.training is model.training is True
+
+
+def test_how_often_checkpoints_are_written_may_change(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    assert_same_end(run("lora", tmp_path, checkpoint_every=5), run("lora"))
+
+
+# Killed
+
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # the first step of an optimiser imports it, which takes a second
+
+sys.path.insert(0, sys.argv[1])
+import tests.test_checkpoint as here
+from lora_lab import checkpoint, train
+
+kind = sys.argv[2]
+
+
+def child(folder, point, at):
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def loss(model, inputs, targets):
+        value = here.F.cross_entropy(model(inputs), targets)
+        within = "within the step" if torch.is_grad_enabled() else "within the evaluation"
+        if point == within and steps[-1] == at:
+            die()
+        return value
+
+    def micro_batches(task, order, number, *rest):
+        steps.append(number)
+        return original_batches(task, order, number, *rest)
+
+    def add(history, number, **values):
+        original_add(history, number, **values)
+        if point == "after the step" and number == at:
+            die()
+
+    def save_file(tensors, path, metadata):
+        original_save(tensors, path, metadata=metadata)
+        if point == "within the writing" and steps[-1] == at:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) * 2 // 3])
+            die()
+
+    def save(*run):
+        original_checkpoint(*run)
+        if point == "after the writing" and steps[-1] == at:
+            die()
+
+    steps = [0]
+    original_batches, original_add = train.micro_batches, train.History.add
+    train.micro_batches, train.History.add = micro_batches, add
+    original_save, original_checkpoint = checkpoint.save_file, checkpoint.save
+    checkpoint.save_file, checkpoint.save = save_file, save
+    model, history = here.run(kind, folder, loss)
+    history.save(folder / "history.json")
+    original_save(model.state_dict(), folder / "model.safetensors")
+    (folder / "steps.json").write_text(json.dumps(steps[1:]))
+
+
+for line in sys.stdin:  # each line starts one process, which needs no imports of its own
+    process = os.fork()
+    if process == 0:
+        folder, point, at = json.loads(line)
+        child(Path(folder), point, at)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def start():
+    """Runs the training in a process of its own, ended at the point that is asked for; returns the exit status."""
+    servers = {}
+
+    def server(kind):
+        if kind not in servers:
+            command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1]), kind]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            servers[kind] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+        return servers[kind]
+
+    def run_apart(kind, folder, point="never", at=0):
+        folder.mkdir(exist_ok=True)
+        process = server(kind)
+        print(json.dumps([str(folder), point, at]), file=process.stdin, flush=True)
+        return int(process.stdout.readline())
+
+    yield run_apart
+    for process in servers.values():
+        process.stdin.close()
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+def rows_in(folder):
+    """The rows of the folder's checkpoint, after reading all of it."""
+    if not (folder / CHECKPOINT).exists():
+        return []
+    assert load_file(folder / CHECKPOINT)
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        return json.loads(file.metadata()["history"])["rows"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_killed_at_one_point_after_another_ends_bit_identical(start, tmp_path, kind):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(kind, whole) == 0
+    expected = without_seconds(rows_in(whole))
+    assert [row["step"] for row in expected] == list(range(STEPS + 1))
+    kills = [
+        ("within the step", 2, 0),
+        ("within the writing", 2, 0),
+        ("after the step", 3, 2),
+        ("within the evaluation", 6, 4),
+        ("within the writing", 6, 4),
+        ("after the writing", 6, 6),
+        ("within the step", 9, 8),
+    ]
+    for point, at, stored in kills:
+        assert start(kind, cut, point, at) == -signal.SIGKILL
+        found = without_seconds(rows_in(cut))
+        assert found == (expected[: stored + 1] if stored else []), f"killed {point} {at}"
+    assert start(kind, cut) == 0
+    assert json.loads((whole / "steps.json").read_text()) == list(range(1, STEPS + 1))
+    assert json.loads((cut / "steps.json").read_text()) == [STEPS]
+    assert without_seconds(rows_in(cut)) == expected
+    ends = [load_file(folder / "model.safetensors") for folder in (whole, cut)]
+    checkpoints = [load_file(folder / CHECKPOINT) for folder in (whole, cut)]  # optimiser and random state too
+    for one, other in (ends, checkpoints):
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (whole, cut)]
+    assert [without_seconds(history.pop("rows")) for history in histories] == [expected, expected]
+    assert histories[0] == histories[1]
+
+
+# What a checkpoint holds, and which ones are refused
+
+
+def test_a_checkpoint_is_one_safetensors_file_with_json_and_no_pickle(tmp_path):
+    run("lora", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    content = (tmp_path / CHECKPOINT).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    note = header.pop("__metadata__")
+    assert json.loads(note["history"])["rows"][-1]["step"] == STEPS
+    assert {name.split(".")[0] for name in header} == {"parameter", "optimizer", "random"}
+    assert all(entry["dtype"] in ("F32", "U8") for entry in header.values())
+    trained = {name for name in header if name.startswith("parameter.")}
+    assert len(trained) == 2 * 8
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)  # the frozen base is not stored
+
+
+def test_the_folder_is_made(tmp_path):
+    run("lora", tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder" / CHECKPOINT).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lr": 0.02}, "settings's lr is 0.01, not 0.02"),
+        ({"seed": 1}, "settings's seed is 0, not 1"),
+        ({"steps": 12}, "settings's steps is 9, not 12"),
+        ({"batch_size": 5}, "settings's batch_size is 4, not 5"),
+        ({"accumulate": 2}, "settings's accumulate is 1, not 2"),
+        ({"clip": None}, "settings's clip is 1.0, not None"),
+        ({"schedule": "constant"}, "settings's schedule is 'cosine', not 'constant'"),
+        ({"weight_decay": 0.1}, r"settings's weight_decay is 0\.0, not 0\.1"),
+        ({"method": LoRA(rank=3, alpha=6, dropout=0.2)}, "method's rank is 2, not 3"),
+        ({"method": LoRA(rank=2, alpha=6, dropout=0.3)}, r"method's dropout is 0\.2, not 0\.3"),
+        ({"method": LoRA(rank=2, alpha=6, dropout=0.2, targets=["q_proj"])}, "method's targets is 'all-linear', not"),
+        ({"method": FullFineTuning()}, "method's name is 'lora', not 'full'"),
+        ({"task": task(stopping(), shift=0.5)}, "task's fingerprint is"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_told_apart(tmp_path, options, says):
+    interrupt("lora", tmp_path, 6)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match=rf"of another run: its {says}"):
+        run("lora", tmp_path, **options)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize("way", [{"lean": Lean()}, {"gradient_checkpointing": True}], ids=["lean", "checkpointing"])
+def test_a_checkpoint_of_another_kind_of_step_is_refused_both_ways(tmp_path, tiny_config, way):
+    ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
+    rows = Examples(ids[:, :-1], ids[:, 1:])
+    data = Task("text", rows[:6], rows[6:7], rows[7:8], rows[8:], unit="tokens")
+    options = {"steps": 2, "lr": 0.01, "batch_size": 3, "checkpoint_every": 1}
+    for name, first, then in (("with", way, {}), ("without", {}, way)):
+        fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
+        with pytest.raises(ValueError, match=rf"of another run: its settings's {next(iter(way))} is "):
+            fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **then)
+        history = fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
+        assert history.rows[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "cpu")])
+def test_the_gpus_random_state_is_stored_and_put_back_on_a_gpu_only(tmp_path, monkeypatch, first, then):
+    """On no GPU: the run is told that it has one, and what it would ask of it is noted."""
+    state, given = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: given.append(value))
+
+    class Elsewhere:
+        """The model, whose parameters are said to be on another device."""
+
+        def __init__(self, model, device):
+            self.model, self.device = model, torch.device(device)
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+        def parameters(self):
+            return iter([self])
+
+    save, resume = checkpoint.save, checkpoint.resume
+
+    def on(device):
+        for name, function in (("save", save), ("resume", resume)):
+
+            def told(folder, model, *rest, function=function):
+                return function(folder, Elsewhere(model, device), *rest)
+
+            monkeypatch.setattr(checkpoint, name, told)
+
+    on(first)
+    interrupt("lora", tmp_path, 6)
+    on(then)
+    ended = run("lora", tmp_path)
+    monkeypatch.undo()
+    assert len(given) == (first == then == "cuda")
+    assert all(torch.equal(value, state) for value in given)
+    assert_same_end(ended, run("lora"))
+
+
+def test_targets_given_as_a_tuple_are_the_same_run(tmp_path):
+    method = LoRA(rank=2, targets=("q_proj", "v_proj"))
+    interrupt("lora", tmp_path, 6, method=method)
+    assert_same_end(run("lora", tmp_path, method=method), run("lora", method=method))
+
+
+def test_an_adapters_checkpoint_is_refused_on_other_frozen_weights(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    with pytest.raises(ValueError, match="other frozen weights"):
+        run("lora", tmp_path, model=DigitsTransformer(width=16, layers=1, heads=2, seed=1))
+    changed = DigitsTransformer(width=16, layers=1, heads=2)
+    with torch.no_grad():
+        changed.norm.bias[3] += 1e-6
+    with pytest.raises(ValueError, match="other frozen weights"):
+        run("lora", tmp_path, model=changed)
+
+
+@pytest.mark.parametrize(("stored", "width"), [(16, 24), (16, 1), (1, 16)])
+def test_a_checkpoint_of_a_model_of_another_shape_is_refused(tmp_path, stored, width):
+    interrupt("full", tmp_path, 6, model=Normed(width=stored))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        run("full", tmp_path, model=Normed(width=width))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        run("full", tmp_path, model=DigitsMLP())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
+    interrupt("lora", tmp_path, 6)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to start the run anew"):
+        run("lora", tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    run("lora", tmp_path)
+
+
+@pytest.mark.parametrize("note", [None, {}, {"history": "{"}, {"history": "[1]"}, {"frozen": ""}])
+def test_another_file_in_the_checkpoints_place_is_refused(tmp_path, note):
+    save_file({"parameter.x": torch.zeros(2)}, tmp_path / CHECKPOINT, metadata=note)
+    with pytest.raises(ValueError, match=r"damaged|another run"):
+        run("lora", tmp_path)
+
+
+A, B = "parameter.head.lora_A", "parameter.head.lora_B"
+
+
+def content_of(path):
+    """The texts and the tensors of a checkpoint."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), load_file(path)
+
+
+def without_checksum(path):
+    """Write the checkpoint as it was written before there were checksums."""
+    note, tensors = content_of(path)
+    del note["sha256"]
+    save_file(tensors, path, metadata=note)
+
+
+def assert_left_alone(kind, folder, says):
+    """A run on this checkpoint is refused, and neither the model nor torch's generator has anything of it."""
+    make, method = KINDS[kind]
+    model, untouched = make(), make()
+    method.prepare(untouched, 0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=says) as caught:
+        run(kind, folder, model=model)
+    assert type(caught.value) is ValueError
+    assert str(caught.value).count("\n") == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    state, expected = model.state_dict(), untouched.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+
+
+@ALL
+def test_a_checkpoint_of_before_there_were_checksums_is_resumed(tmp_path, kind):
+    interrupt(kind, tmp_path, 6)
+    without_checksum(tmp_path / CHECKPOINT)
+    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"history", "frozen"}
+    calls = []
+    assert_same_end(run(kind, tmp_path, stopping(calls=calls)), run(kind))
+    assert len(calls) == STEPS - 4
+    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"history", "frozen", "sha256"}
+
+
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    del header["__metadata__"]
+    ends = [8 + (end - 8) * part // 16 for part in range(17)]
+    spans = [(0, 8), *itertools.pairwise(ends)]  # the header's length, and the header in 16 pieces
+    spans += [(end + low, end + high) for low, high in (entry["data_offsets"] for entry in header.values())]
+    assert sum(high - low for low, high in spans) == len(whole)  # no byte lies outside
+    assert len(spans) == 17 + 16 * 4 + 1
+    generator = torch.Generator().manual_seed(0)
+    for low, high in spans:
+        place, bit = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((low, high), (0, 8)))
+        changed = bytearray(whole)
+        changed[place] ^= 1 << bit
+        (tmp_path / CHECKPOINT).write_bytes(changed)
+        assert_left_alone(
+            "lora", tmp_path, r"checkpoint\.safetensors is damaged \(.+\); delete it to start the run anew"
+        )
+
+
+@ALL
+def test_what_is_refused_leaves_the_model_and_the_generator_alone(tmp_path, kind):
+    interrupt(kind, tmp_path, 6)
+    content = bytearray((tmp_path / CHECKPOINT).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    assert_left_alone(kind, tmp_path, r"is damaged \(The content does not have the checksum .*delete it")
+
+
+def test_a_checksum_cannot_be_lost_unnoticed(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    note["sha257"] = note.pop("sha256")
+    save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
+    assert_left_alone("lora", tmp_path, r"damaged \(The header has the entries .*sha257.*not .*sha256")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({B: tensors[B].view(2, 10)}),
+        lambda tensors: tensors.update({B: tensors[B].view(torch.int32)}),
+        lambda tensors: tensors.update({f"{B}.more": tensors.pop(B)}),
+        lambda tensors: tensors.update({A: tensors["optimizer.head.lora_A.exp_avg"].clone()}),
+        lambda tensors: tensors.pop(B),
+    ],
+    ids=["shape", "dtype", "another name", "another tensor", "lost"],
+)
+def test_the_checksum_is_of_names_shapes_and_dtypes_too(tmp_path, change):
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    change(tensors)
+    save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
+    assert_left_alone("lora", tmp_path, r"damaged \(The content does not have the checksum")
+
+
+def of_row(number, **changes):
+    return lambda history, tensors: history["rows"][number].update(changes)
+
+
+def of_history(**changes):
+    return lambda history, tensors: history.update(changes)
+
+
+def of_tensor(name, change):
+    return lambda history, tensors: tensors.update({name: change(tensors[name])})
+
+
+def without(*names):
+    def lose(history, tensors):
+        for name in names:
+            del (tensors if name in tensors else history)[name]
+
+    return lose
+
+
+def with_rows(choose):
+    return lambda history, tensors: history.update(rows=choose(history["rows"]))
+
+
+LAST = "optimizer.head.lora_B.exp_avg_sq"
+DAMAGES = {
+    "last step far out": (of_row(-1, step=100), "Row 4 is of step 100"),
+    "last step below 0": (of_row(-1, step=-1), "Row 4 is of step -1"),
+    "step is a text": (of_row(2, step="2"), "Row 2 is of step '2'"),
+    "step is a truth value": (of_row(1, step=True), "Row 1 is of step True"),
+    "row lost": (with_rows(lambda rows: rows[:2] + rows[3:]), "Row 2 is of step 3"),
+    "row twice": (with_rows(lambda rows: rows[:2] + rows[1:]), "Row 2 is of step 1"),
+    "first row lost": (with_rows(lambda rows: rows[1:]), "Row 0 is of step 1"),
+    "no rows": (with_rows(lambda rows: []), "it is at step -1 of 9"),
+    "no step done": (with_rows(lambda rows: rows[:1]), "it is at step 0 of 9"),
+    "too many steps": (
+        with_rows(lambda rows: rows + [rows[-1] | {"step": step} for step in range(5, 11)]),
+        "it is at step 10 of 9",
+    ),
+    "rows are none": (of_history(rows=None), "rows are None, but they must be a list"),
+    "rows missing": (without("rows"), "lacks, or should not have, rows"),
+    "row is a number": (with_rows(lambda rows: [*rows[:-1], 4]), "Row 4 is 4"),
+    "row without loss": (with_rows(lambda rows: [*rows[:-1], {"step": 4}]), "Row 4 is {'step': 4}, but it must have"),
+    "loss is a text": (of_row(3, train_loss="2.3"), "Row 3 has '2.3' as train_loss"),
+    "loss is NaN": (of_row(3, train_loss=float("nan")), "Row 3 has nan as train_loss"),
+    "loss is none": (of_row(3, train_loss=None), "Row 3 has None as train_loss"),
+    "loss is beyond floats": (of_row(3, validation_loss=10**400), "Row 3 has 10+.* as validation_loss"),
+    "seconds are none": (of_row(0, seconds=None), "Row 0 has None as seconds"),
+    "optimizer_bytes missing": (without("optimizer_bytes"), "lacks, or should not have, optimizer_bytes"),
+    "optimizer_bytes a text": (of_history(optimizer_bytes="9"), "optimizer_bytes is '9'"),
+    "settings a list": (of_history(settings=[]), r"settings is \[\], but it must be an object"),
+    "unknown entry": (of_history(colour=1), "should not have, colour"),
+    "whole numbers for weights": (
+        of_tensor("parameter.head.lora_B", lambda value: value.to(torch.int32)),
+        r"parameter.head.lora_B has shape \(10, 2\) of int32, not shape \(10, 2\) of float32; use another folder, or",
+    ),
+    "double weights": (of_tensor("parameter.head.lora_B", torch.Tensor.double), "lora_B has .* of float64, not"),
+    "double moments": (of_tensor(LAST, torch.Tensor.double), "lora_B.exp_avg_sq has .* of float64, not"),
+    "flat moments": (of_tensor(LAST, torch.Tensor.flatten), r"exp_avg_sq has shape \(20,\) of float32, not"),
+    "whole number of steps": (
+        of_tensor("optimizer.head.lora_B.step", torch.Tensor.long),
+        r"step has shape \(\) of int64, not",
+    ),
+    "weight missing": (without("parameter.head.lora_B"), "parameter.head.lora_B is missing; use another folder, or"),
+    "moment missing": (without("optimizer.head.lora_A.exp_avg"), "optimizer.head.lora_A.exp_avg is missing"),
+    "generator missing": (without("random.cpu"), "random.cpu is missing"),
+    "generator cut": (of_tensor("random.cpu", lambda state: state[:-1]), r"random.cpu has shape \(5055,\)"),
+    "generator in floats": (of_tensor("random.cpu", torch.Tensor.float), "random.cpu has .* of float32, not"),
+    "generator without a state": (of_tensor("random.cpu", torch.zeros_like), "no state of a random generator"),
+    "one tensor more": (
+        lambda history, tensors: tensors.update({"parameter.more": torch.ones(2)}),
+        "the model has no parameter.more",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_without_a_checksum_is_looked_through_before_anything_is_changed(tmp_path, damage):
+    change, says = DAMAGES[damage]
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    history = json.loads(note["history"])
+    change(history, tensors)
+    save_file(tensors, tmp_path / CHECKPOINT, metadata={"history": json.dumps(history), "frozen": note["frozen"]})
+    assert_left_alone("lora", tmp_path, rf"checkpoint\.safetensors .*{says}")
+
+
+def test_a_state_of_the_gpus_generator_is_no_hindrance_where_there_is_no_gpu(tmp_path):
+    interrupt("lora", tmp_path, 6)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    del note["sha256"]
+    save_file(tensors | {"random.cuda": torch.zeros(16, dtype=torch.uint8)}, tmp_path / CHECKPOINT, metadata=note)
+    assert_same_end(run("lora", tmp_path), run("lora"))
+
+
+def test_the_checkpoint_of_a_deeper_model_is_refused(tmp_path):
+    deep, shallow = (DigitsTransformer(width=16, layers=layers, heads=2) for layers in (2, 1))
+    run("full", tmp_path, model=deep)
+    with pytest.raises(ValueError, match=r"does not fit this model: the model has no optimizer\.\S+; use another"):
+        run("full", tmp_path, model=shallow)
+
+
+def test_a_run_with_a_layer_that_takes_no_part_goes_on_too(tmp_path):
+    def make():
+        model = Normed()
+        model.spare = nn.Linear(3, 2, bias=False)  # its gradient is None, so the optimiser holds nothing of it
+        with torch.no_grad():
+            model.spare.weight.fill_(0.5)
+        return model
+
+    interrupt("full", tmp_path, 6, model=make())
+    assert_same_end(run("full", tmp_path, model=make()), run("full", model=make()))
+
+
+def test_a_frozen_scalar_is_part_of_the_base(tmp_path):
+    def make(scale):
+        model = Normed()
+        model.scale = nn.Parameter(torch.tensor(scale))
+        return model
+
+    interrupt("lora on batch norm", tmp_path, 6, model=make(1.0))
+    with pytest.raises(ValueError, match="other frozen weights"):
+        run("lora on batch norm", tmp_path, model=make(2.0))
+    assert_same_end(*(run("lora on batch norm", folder, model=make(1.0)) for folder in (tmp_path, None)))
+
+
+def test_a_diverged_run_leaves_the_last_good_checkpoint(tmp_path):
+    interrupt("lora", tmp_path, 4)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def loss(model, inputs, targets):
+        return model(inputs).sum() * float("nan")
+
+    with pytest.raises(DivergedError, match="at step 3 "):
+        run("lora", tmp_path, loss)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before

@@ -1,0 +1,556 @@
+"""Which layers are adapted and by what: the registry, refusals, tied weights, and what "all-linear" does not reach."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
+from lora_lab.adapters.edit import off, switch
+from lora_lab.adapters.peft_format import load_adapter
+from lora_lab.inject import match_layers
+from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection, lora_class, register
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.quantize import BlockLinear
+from lora_lab.variants import DoRALinear, RsLoRALinear
+from tests.helpers import randomise, run_python, snapshot
+from tests.tiny_models import SHAPE, bert, gpt2, llama, t5, vit, whisper
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(layers, "_REGISTERED", dict(layers._REGISTERED))
+    torch.manual_seed(0)
+
+
+class EveryKind(nn.Module):
+    """One layer of each kind that is known from the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.words = nn.Embedding(7, 4)
+        self.image = nn.Conv2d(2, 3, 3)
+        self.gpt = hf.pytorch_utils.Conv1D(5, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.blocks = BlockLinear(torch.zeros(2, 20, dtype=torch.uint8), "Q4_1", (2, 32))
+        self.norm = nn.LayerNorm(4)
+
+
+# The registry
+
+
+def test_each_kind_of_layer_has_its_class_and_others_have_none():
+    found = {name: lora_class(module) for name, module in EveryKind().named_modules() if name}
+    assert found == {
+        "linear": LoRALinear,
+        "words": LoRAEmbedding,
+        "image": LoRAConv2d,
+        "gpt": LoRAConv1D,
+        "attention": None,
+        "attention.out_proj": LoRAOutProjection,
+        "blocks": LoRALinear,
+        "norm": None,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:'all-linear' does not reach")
+def test_all_linear_means_layers_registered_as_linear_and_names_mean_any():
+    assert inject(EveryKind(), LoRAConfig(rank=2)) == ["linear", "gpt", "attention.out_proj", "blocks"]
+    named = ["words", "image", "linear"]
+    model = EveryKind()
+    assert inject(model, LoRAConfig(rank=2, targets=named)) == ["linear", "words", "image"]
+    assert [type(layer) for layer in lora_layers(model).values()] == [LoRALinear, LoRAEmbedding, LoRAConv2d]
+
+
+def test_a_variant_is_put_only_where_it_derives_from_the_class_of_the_kind():
+    model = EveryKind()
+    fits = {name for name, module in model.named_modules() if name and lora_class(module, RsLoRALinear)}
+    assert fits == {"linear", "blocks"}
+    with pytest.raises(ValueError, match="'words' matches 'words', a Embedding, which cannot be adapted here"):
+        inject(model, LoRAConfig(rank=2, targets=["linear", "words"]), layer=DoRALinear)
+
+    class Louder(LoRAEmbedding):
+        @property
+        def scaling(self):
+            return 2 * super().scaling
+
+    inject(model, LoRAConfig(rank=2, alpha=3, targets=["words"]), layer=Louder)
+    assert type(model.words) is Louder
+    assert model.words.scaling == 3.0
+
+
+def test_the_class_of_a_layer_counts_and_not_what_it_derives_from():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = nn.ModuleDict({"odd": Odd(4, 4), "plain": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="'odd' matches 'odd', a Odd, which cannot be adapted here"):
+        inject(model, LoRAConfig(targets=["odd"]))
+    with pytest.warns(UserWarning, match=r"does not reach .*: odd\.weight stay as they are"):
+        assert inject(model, LoRAConfig()) == ["plain"]
+
+
+class Named(nn.Linear):
+    """Computes as nn.Linear does, and has a constructor of its own."""
+
+    def __init__(self, width):
+        super().__init__(width, 5, bias=False)
+
+
+class Apart(nn.Linear):
+    """Computes as nn.Linear does, by a forward of its own."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else self.bias + y
+
+
+class Packed(nn.Parameter):
+    """As a library keeps a matrix in a few bits, once it is on the device."""
+
+
+class InBytes(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
+
+
+class ToBePacked(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = Packed(self.weight.detach())
+
+
+class WithScales(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.register_buffer("scales", torch.ones(8))
+
+
+class InEightBits(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Stacked(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(self.weight.detach()[None].repeat(2, 1, 1))
+
+    def forward(self, x):
+        return x @ self.weight.mT + self.bias
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores.sigmoid(), scores
+
+
+class Grouped(nn.Linear):
+    def forward(self, x):
+        return (x.unflatten(-1, (2, -1)) @ self.weight.unflatten(0, (2, -1)).mT).flatten(-2)
+
+
+class WithoutBias(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class Rounding(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.sign(), self.bias)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
+@pytest.mark.parametrize(
+    ("make", "fits"),
+    [
+        (lambda: Named(8), True),
+        (lambda: Apart(8, 5), True),
+        (lambda: Apart(8, 5, bias=False), True),
+        (lambda: Apart(8, 5, dtype=torch.float16), True),
+        (lambda: hf.models.falcon.modeling_falcon.FalconLinear(8, 5), True),
+        (lambda: WithoutBias(8, 5, bias=False), True),
+        (lambda: WithoutBias(8, 5), False),
+        (lambda: Dropping(8, 5), True),
+        (Stacked, False),
+        (InBytes, False),
+        (WithScales, False),
+        (InEightBits, False),
+        (lambda: Router(8, 5), False),
+        (lambda: Grouped(4, 8), False),
+        (lambda: Rounding(8, 5), False),
+        (lambda: hf.integrations.bitnet.AutoBitLinear(8, 8), False),
+        (lambda: hf.integrations.finegrained_fp8.FP8Linear(8, 8), False),
+        (lambda: torch.nn.utils.parametrizations.weight_norm(Named(8)), False),
+    ],
+)
+def test_a_class_derived_from_linear_is_adapted_if_it_computes_the_same_with_a_plain_matrix(make, fits, device):
+    with FakeTensorMode() if device == "fake" else torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": make()})
+        state = torch.get_rng_state()
+        assert match_layers(model, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
+        assert device == "fake" or torch.equal(torch.get_rng_state(), state)
+        if not fits:
+            with pytest.raises(ValueError, match=rf"'own' matches 'own', a {type(model['own']).__name__}, which"):
+                inject(model, LoRAConfig(targets=["own"]))
+
+
+def test_a_matrix_of_a_class_of_its_own_is_refused_before_it_is_quantised_too():
+    model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": ToBePacked()})
+    assert type(model["own"].weight) is Packed
+    with pytest.raises(ValueError, match="'own' matches 'own', a ToBePacked, which cannot be adapted here"):
+        inject(model, LoRAConfig(targets=["own"]))
+
+
+@pytest.mark.parametrize("layer", [LoRALinear, RsLoRALinear, DoRALinear])
+def test_a_merged_layer_of_a_derived_class_keeps_its_class_and_what_it_carries(layer):
+    base = Apart(4, 3)
+    base.note = "kept"
+    model, x = nn.ModuleDict({"own": base}), torch.randn(6, 4)
+    inject(model, LoRAConfig(rank=2), layer=layer)
+    nn.init.normal_(model["own"].lora_B)
+    before, expected = base.weight.clone(), model["own"](x)
+    merge(model)
+    assert type(model["own"]) is Apart
+    assert model["own"].note == "kept"
+    torch.testing.assert_close(model["own"](x), expected)
+    assert (base(x) - expected).abs().max() > 0.1
+    assert torch.equal(base.weight, before)
+    assert model["own"].bias is not base.bias
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Doubling(nn.Linear):
+    """A layer that computes twice what nn.Linear does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LoRADoubling(LoRALinear):
+    def forward(self, x):
+        narrow = nn.functional.linear(self.dropout(x), self.lora_A)
+        return self.base(x) + 2 * self.scaling * nn.functional.linear(narrow, self.lora_B)
+
+    def merged(self):
+        plain = copy.deepcopy(self.base)
+        plain.weight = nn.Parameter(self.weight.detach(), requires_grad=False)
+        return plain
+
+
+@pytest.mark.parametrize("base", [Doubling, f"{__name__}.Doubling"], ids=["class", "name"])
+def test_a_layer_of_ones_own_joins_by_register(base, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 5), Doubling(5, 3))
+    original, x = copy.deepcopy(model), torch.randn(6, 4)
+    register(base, LoRADoubling, linear=True)
+    assert inject(model, LoRAConfig(rank=2, alpha=3)) == ["0", "1"]
+    assert type(model[1]) is LoRADoubling
+    assert torch.equal(model(x), original(x))
+    nn.init.normal_(model[1].lora_B)
+    changed = model(x)
+    assert (changed - original(x)).abs().max() > 0.1
+    with off(model):
+        assert torch.equal(model(x), original(x))
+    state = adapter_state(model)
+    save_adapter(model, tmp_path)
+    back = copy.deepcopy(original)
+    load_adapter(back, tmp_path)
+    assert torch.equal(back(x), changed)
+    nn.init.zeros_(back[1].lora_B)
+    switch(back, state)
+    assert torch.equal(back(x), changed)
+    assert merge(model) == ["0", "1"]
+    assert type(model[1]) is Doubling
+    torch.testing.assert_close(model(x), changed)
+
+
+def test_a_registered_kind_is_linear_only_if_it_says_so():
+    model = nn.Sequential(nn.Linear(4, 5), Doubling(5, 3))
+    register(Doubling, LoRADoubling)
+    assert inject(copy.deepcopy(model), LoRAConfig(rank=2)) == ["0"]
+    assert inject(model, LoRAConfig(rank=2, targets=["1"])) == ["1"]
+
+
+def test_every_kind_is_known_even_if_only_the_heart_was_imported_and_no_library_of_theirs_is():
+    script = """
+import sys, types
+from lora_lab.inject import LoRAConfig, inject, lora_layers
+from torch import nn
+library = types.ModuleType("transformers.pytorch_utils")  # stands for one that is not installed
+class Conv1D(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(3, 4).weight.detach())
+        self.bias = None
+Conv1D.__module__ = library.__name__
+parts = {"words": nn.Embedding(5, 4), "image": nn.Conv2d(1, 2, 3), "gpt": Conv1D(), "plain": nn.Linear(3, 2)}
+model = nn.ModuleDict(parts | {"attention": nn.MultiheadAttention(4, 2)})
+inject(model, LoRAConfig(rank=2, targets=["words", "image", "gpt", "plain", "out_proj"]))
+print(*(type(layer).__name__ for layer in lora_layers(model).values()))
+print(*({"transformers", "peft"} & set(sys.modules)))
+"""
+    assert run_python(script, PYTHONWARNINGS="error").stdout.split() == [
+        "LoRAEmbedding",
+        "LoRAConv2d",
+        "LoRAConv1D",
+        "LoRALinear",
+        "LoRAOutProjection",
+    ]
+
+
+# All or nothing
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_constructor_that_fails_leaves_the_model_as_it_was(error, at):
+    made = []
+
+    class Failing(LoRALinear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+            if len(made) == at:
+                raise error("no more")
+
+    model = DigitsMLP(width=4)
+    model.hidden1.bias.requires_grad_(False)
+    model.hidden2.eval()
+    before = snapshot(model)
+    with pytest.raises(error, match="no more"):
+        inject(model, LoRAConfig(rank=2), layer=Failing)
+    assert len(made) == at
+    assert made[0].base is model.hidden1
+    assert snapshot(model) == before
+    made.clear()
+    assert inject(model, LoRAConfig(rank=2)) == ["hidden1", "hidden2", "head"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (nn.Embedding(5, 3, max_norm=1.0), r"max_norm=1\.0 rescales"),
+        (nn.Conv2d(4, 4, 3, groups=2), "groups=2 is 2 separate ones"),
+    ],
+)
+def test_a_layer_that_its_own_class_refuses_leaves_the_model_as_it_was(layer, says):
+    model = nn.ModuleDict({"first": nn.Linear(3, 3), "second": nn.Linear(3, 3), "third": layer})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=says):
+        inject(model, LoRAConfig(rank=2, targets=["first", "second", "third"]))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("again", [{}, {"targets": ["hidden1"]}, {"targets": ["base"]}, {"targets": ["head"]}])
+def test_a_second_inject_is_refused_and_changes_nothing(again):
+    model = DigitsMLP(width=4)
+    inject(model, LoRAConfig(rank=2, targets=["hidden1", "hidden2"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already has adapters on 2 layers; merge them"):
+        inject(model, LoRAConfig(rank=3, **again))
+    assert snapshot(model) == before
+    merge(model)
+    inject(model, LoRAConfig(rank=3))
+
+
+def test_a_bare_layer_cannot_be_merged_or_taken_off_in_place():
+    layer = LoRALinear(nn.Linear(3, 2), rank=1, alpha=1)
+    nn.init.normal_(layer.lora_B)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match="The model is itself a LoRALinear"):
+        merge(layer)
+    with pytest.raises(ValueError, match="The model is itself a LoRALinear"), off(layer):
+        pass
+    assert snapshot(layer) == before
+
+
+# Tied weights
+
+
+def shared_parameter():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    return model, ["a", "b"]
+
+
+def shared_module():
+    layer = nn.Linear(3, 3)
+    return nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(3, 3)}), ["a"]
+
+
+def shared_with_an_embedding():
+    model = nn.ModuleDict({"words": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "c": nn.Linear(3, 3)})
+    model["head"].weight = model["words"].weight
+    return model, ["words", "head"]
+
+
+def shared_with_a_parent():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model.register_parameter("kept", model["a"].weight)
+    return model, ["a"]
+
+
+def shared_blocks():
+    model = nn.ModuleDict(
+        {name: BlockLinear(torch.zeros(2, 20, dtype=torch.uint8), "Q4_1", (2, 32)) for name in ("a", "b", "c")}
+    )
+    model["b"].packed = model["a"].packed
+    return model, ["a", "b"]
+
+
+def tied_llama():
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, tie_word_embeddings=True)), ["embed_tokens", "lm_head"]
+
+
+def tied_gpt2():
+    return gpt2(tied=True), ["wte", "lm_head"]
+
+
+def tied_t5():
+    return t5(), ["shared"]
+
+
+TIED = [
+    shared_parameter,
+    shared_module,
+    shared_with_an_embedding,
+    shared_with_a_parent,
+    shared_blocks,
+    tied_llama,
+    tied_gpt2,
+    tied_t5,
+]
+
+
+@pytest.mark.parametrize("make", TIED)
+def test_neither_side_of_a_tied_pair_is_adapted(make):
+    model, tied = make()
+    for target in tied:
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=rf"weight of '[\w.]*{target}' is shared with another module"):
+            inject(model, LoRAConfig(rank=2, targets=[target]))
+        assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "free"),
+    [
+        (shared_parameter, ["c"]),
+        (shared_module, ["c"]),
+        (shared_with_an_embedding, ["c"]),
+        (shared_with_a_parent, ["c"]),
+        (tied_llama, ["q_proj", "up_proj"]),
+        (tied_gpt2, ["c_attn", "wpe"]),
+        (tied_t5, ["q", "wi", "relative_attention_bias"]),
+    ],
+)
+def test_merging_changes_the_weights_of_adapted_layers_only_and_unties_none(make, free):
+    model, _ = make()
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: parameter.detach().clone() for name, parameter in before.items()}
+    names = inject(model, LoRAConfig(rank=2, targets=free))
+    assert merge(randomise(model)) == names
+    after = dict(model.named_parameters(remove_duplicate=False))
+    adapted = {f"{name}.weight" for name in names}
+    assert after.keys() == before.keys()
+    assert {name for name in after if not torch.equal(after[name], values[name])} == adapted
+    own = adapted | {f"{name}.bias" for name in names}
+    assert all((after[name] is before[name]) for name in after if name not in own)
+    assert len(set(map(id, after.values()))) < len(after)  # the pair is tied still
+
+
+def test_untied_embedding_and_head_are_adapted_and_merged_each_on_its_own():
+    model = llama().eval()
+    ids = torch.arange(10).view(2, 5)
+    base = copy.deepcopy(model)
+    assert inject(model, LoRAConfig(rank=2, targets=["embed_tokens"])) == ["model.embed_tokens"]
+    nn.init.normal_(model.model.embed_tokens.lora_A)
+    expected = model(ids).logits
+    merge(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - base(ids).logits).abs().max() > 0.01
+    assert torch.equal(model.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+# What "all-linear" does not reach
+
+
+def reached(model, **options):
+    """(names, warnings) of an inject with "all-linear"."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        names = inject(model, LoRAConfig(rank=2, **options))
+    return names, caught
+
+
+def mixtral():
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
+
+
+def test_experts_of_a_mixture_are_named_as_not_adapted():
+    names, (warning,) = reached(mixtral())
+    assert all("self_attn" in name for name in names)
+    first = "model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj"
+    assert f": {first}, model.layers.1.mlp.experts.gate_up_proj and 1 more stay as they are" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_what_is_named_or_excluded_gives_no_warning():
+    assert reached(mixtral(), exclude=["experts"])[1] == []
+    assert reached(mixtral(), targets=["q_proj"])[1] == []
+
+
+def test_the_joint_projection_of_torchs_attention_is_named():
+    names, (warning,) = reached(nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4)))
+    assert names == ["0.out_proj", "1"]
+    assert ": 0.in_proj_weight stay as they are" in str(warning.message)
+    _, (warning,) = reached(nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3, vdim=5, add_bias_kv=True)))
+    assert ": 0.q_proj_weight, 0.k_proj_weight, 0.v_proj_weight stay as they are" in str(warning.message)
+
+
+def test_layers_that_a_variant_leaves_out_are_named():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "gpt": hf.pytorch_utils.Conv1D(5, 4)})
+    model["plain"] = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match=r": attention\.in_proj_weight, attention\.out_proj\.weight, gpt\.weight stay"):
+        assert inject(model, LoRAConfig(rank=2), layer=DoRALinear) == ["plain"]
+
+
+@pytest.mark.parametrize(
+    "make", [llama, bert, vit, whisper, lambda: tied_gpt2()[0], lambda: tied_t5()[0], lambda: DigitsMLP(width=4)]
+)
+def test_models_whose_every_linear_layer_is_reached_give_no_warning(make):
+    model = make()
+    modules = dict(model.named_modules())
+    names, caught = reached(model)
+    assert [str(warning.message) for warning in caught] == []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kinds = (nn.Linear, hf.pytorch_utils.Conv1D)
+    assert set(names) == {name for name, m in modules.items() if isinstance(m, kinds) and m is not head}
+    assert any(parameter.ndim == 3 for parameter in model.parameters()) is (make in (vit, whisper))
+
+
+def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="does not reach"):
+            inject(model, LoRAConfig(rank=2))
+    assert snapshot(model) == before
