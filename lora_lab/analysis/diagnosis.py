@@ -149,8 +149,8 @@ def _check_trainable(parameters: dict[str, nn.Parameter], adapter_parameters: di
     outside = [name for name in trainable if name not in adapter_parameters]
     inside = len(trainable) - len(outside)
     counts = (
-        f"Trainable tensors in adapters: {inside} of {len(adapter_parameters)}; outside the adapters: {_count(outside)}; "
-        f"trainable parameters: {sum(parameter.numel() for parameter in trainable.values()):,}"
+        f"Trainable tensors in adapters: {inside} of {len(adapter_parameters)}; outside the adapters: "
+        f"{_count(outside)}; trainable parameters: {sum(parameter.numel() for parameter in trainable.values()):,}"
     )
     if adapter_parameters and not inside:
         return Finding(
