@@ -120,8 +120,8 @@ def test_a_change_that_the_bases_precision_does_not_hold_is_none():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (lambda base: (tuned(base),), "rank is None and energy None; give one"),
-        (lambda base: (tuned(base), 4, 0.5), "give one of them"),
+        (lambda base: (tuned(base),), "rank is None and energy None; pass one"),
+        (lambda base: (tuned(base), 4, 0.5), "pass one of them"),
         (lambda base: (tuned(base), 0), "rank is 0"),
         (lambda base: (tuned(base), None, 1.5), r"share is 1\.5"),
         (lambda base: (copy.deepcopy(base), 4), "nothing to extract"),
