@@ -1,4 +1,4 @@
-"""What can I do with an adapter? Save and load it in PEFT's format; switch it, turn it off, extract it, reduce its rank.
+"""What can I do with an adapter? Save and load it in PEFT's format, switch it, turn it off, extract it, lower its rank.
 
 edit         switch, off, extract, resize
 peft_format  adapters as files, in the format of the PEFT library
