@@ -404,7 +404,7 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
 
 
 def _update_of(layer: LoRALayer) -> _Factors | Update:
-    before = cast(Tensor, layer.base.weight).flatten(1)  # (192, 576)
+    before = layer.base.weight.flatten(1)  # (192, 576)
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
     if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
