@@ -1,4 +1,4 @@
-"""lora_lab.analysis.spectra: rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
+"""Rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
 
 import copy
 
