@@ -514,7 +514,7 @@ def test_fit_says_which_number_is_out_of_range_and_leaves_the_model_alone(option
 
 def test_fit_refuses_a_model_that_was_trained_before():
     model, _ = run()
-    with pytest.raises(ValueError, match="already been made ready for 'full'"):
+    with pytest.raises(ValueError, match="already been prepared for 'full'"):
         run(model=model)
 
 

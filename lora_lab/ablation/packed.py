@@ -108,8 +108,8 @@ def fit_packed(
 
         def judge() -> None:
             for part in ("validation", "off_domain"):
-                losses = mean_loss(model, judged, part, config.batch_size, config.eval_examples)  # (20,)
-                history.add_evaluation(part, losses.expand(len(runs)).tolist())
+                losses = mean_loss(model, judged, part, config.batch_size, config.eval_examples)
+                history.add_evaluation(part, losses.expand(len(runs)).tolist())  # (20,); it is () if no target counts
 
         model.train()
         with progress_bar(config.steps, f"{len(runs)} adapters", progress) as bar:
@@ -219,7 +219,7 @@ class PackedAdapters:
 
     @torch.no_grad()
     def unpack(self, k: int) -> dict[str, Tensor]:
-        """Put the adapter of trial k into the model in place of all, and return its state."""
+        """Put trial k's adapter alone into the model, and return its state."""
         for name, adapter in self.unpacked[k].items():
             packed = self.layers[name]
             adapter.lora_A.copy_(packed.lora_A[k, : adapter.rank])  # (r, in)

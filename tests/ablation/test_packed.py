@@ -28,7 +28,7 @@ from lora_lab import (
     merge,
     quantize_nf4,
 )
-from lora_lab.ablation import packed, packed_layer
+from lora_lab.ablation import Trial, packed, packed_layer
 from lora_lab.ablation.packed import Run, fit_packed
 from lora_lab.ablation.packed_layer import PackedLinear, PackingError
 from lora_lab.ablation.packing import refusal, shares
@@ -36,6 +36,7 @@ from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import BlockLinear, nf4
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error, planted
+from lora_lab.train import TrainConfig
 
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss")
 OPTIONS = {"steps": 6, "batch_size": 4, "eval_every": 3}
@@ -193,6 +194,17 @@ def test_a_pack_of_one_equals_its_own_run():
     model, task = digits_net()
     (result,) = fit_packed(model, task, RUNS[:1], **OPTIONS)
     assert_as_separate(result, *separate(model, task, RUNS[0], **OPTIONS), rtol=1e-12)
+
+
+def test_trials_and_a_config_say_the_same_as_runs_and_keywords():
+    model, task = digits_net()
+    expected = fit_packed(model, task, RUNS, **OPTIONS)
+    config = TrainConfig(lr=9.0, seed=9, **OPTIONS | {"batch_size": 5})  # a run has a rate and a seed of its own
+    trials = [Trial(run.method, run.lr, run.seed, **OPTIONS) for run in RUNS]
+    for results in (fit_packed(model, task, RUNS, config, batch_size=4), fit_packed(model, task, trials, trials[0])):
+        assert all(map(same_bits, results, expected))
+        assert [result.history.settings for result in results] == [result.history.settings for result in expected]
+    assert not any(map(same_bits, fit_packed(model, task, RUNS, config), expected))
 
 
 def test_lora_and_rslora_share_a_pack():
@@ -418,6 +430,14 @@ def test_a_model_that_gives_nan_from_the_start_ends_every_trial_before_training(
     results = fit_packed(model, pictures(), RUNS, **OPTIONS)
     assert {str(result.error) for result in results} == {message(model, pictures(), RUNS[0], **OPTIONS)}
     assert "at step 0 " in str(results[0].error)
+
+
+def test_a_part_in_which_nothing_counts_ends_every_trial_as_it_ends_fit(tiny_config):
+    model, task = Llama(tiny_config, seed=3), sentences()
+    task.off_domain.targets[:] = IGNORE
+    results = fit_packed(model, task, RUNS[:3], **OPTIONS)
+    assert {str(result.error) for result in results} == {message(model, task, RUNS[0], **OPTIONS)}
+    assert "The off_domain loss is nan at step 0" in str(results[0].error)
 
 
 # What is left behind

@@ -122,8 +122,8 @@ def test_a_change_that_the_bases_precision_does_not_hold_is_none():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (lambda base: (tuned(base),), "rank is None and energy None; give one"),
-        (lambda base: (tuned(base), 4, 0.5), "give one of them"),
+        (lambda base: (tuned(base),), "rank is None and energy None; pass one"),
+        (lambda base: (tuned(base), 4, 0.5), "pass one of them"),
         (lambda base: (tuned(base), 0), "rank is 0"),
         (lambda base: (tuned(base), None, 1.5), r"share is 1\.5"),
         (lambda base: (copy.deepcopy(base), 4), "nothing to extract"),
@@ -389,20 +389,20 @@ def without(state, *names):
         (lambda: {}, "differ in .* and 15 more"),
         (
             lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(2, 7)),
-            r"head\.lora_A has shape \(2, 7\), but the model asks for \(2, 8\)",
+            r"head\.lora_A has shape \(2, 7\), but the model expects \(2, 8\)",
         ),
         (
             lambda: changed(adapter_state(pictures()), head__lora_B=torch.ones(3, 1)),
-            r"head\.lora_B has shape \(3, 1\), but the model asks for \(3, 2\)",
+            r"head\.lora_B has shape \(3, 1\), but the model expects \(3, 2\)",
         ),
         (lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(16)), r"lora_A has shape \(16,\)"),
         (
             lambda: changed(adapter_state(pictures()), head__lora_A=torch.tensor(1.0)),
-            r"shape \(\), but .* for \(2, 8\)",
+            r"shape \(\), but the model expects \(2, 8\)",
         ),
         (
             lambda: changed(adapter_state(pictures()), patches__lora_A=torch.ones(2, 16)),
-            r"patches\.lora_A has shape \(2, 16\), but the model asks for \(2, 1, 4, 4\)",
+            r"patches\.lora_A has shape \(2, 16\), but the model expects \(2, 1, 4, 4\)",
         ),
         (
             lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(0, 8), head__lora_B=torch.ones(3, 0)),
@@ -441,7 +441,7 @@ def test_pissa_is_switched_with_its_start():
     switch(model, adapter_state(pissa(2, alpha=4.0)))
     assert torch.equal(logits(model, PIXELS), logits(pissa(2, alpha=4.0), PIXELS))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"head\.start_A has shape \(1, 8\), but the model asks for \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"head\.start_A has shape \(1, 8\), but the model expects \(2, 8\)"):
         switch(model, adapter_state(pissa(3, rank=1)))
     assert snapshot(model) == before
 
@@ -449,7 +449,7 @@ def test_pissa_is_switched_with_its_start():
 def test_a_model_without_adapters_has_nothing_to_switch_or_take_off():
     with pytest.raises(ValueError, match="no adapters; call inject"):
         switch(Pictures(), adapter_state(pictures()))
-    with pytest.raises(ValueError, match="no adapters to take off; call inject"), off(Pictures()):
+    with pytest.raises(ValueError, match="no adapters to turn off; call inject"), off(Pictures()):
         pass
 
 
@@ -513,6 +513,6 @@ def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(traini
 def test_off_within_off_is_refused_and_the_adapters_come_back():
     model = pictures()
     before = snapshot(model)
-    with off(model), pytest.raises(ValueError, match="do not put off within off"), off(model):
+    with off(model), pytest.raises(ValueError, match="do not nest off within off"), off(model):
         pass
     assert snapshot(model) == before

@@ -484,7 +484,7 @@ def test_variants_of_peft_on_layers_that_have_them_not_here_are_refused(tmp_path
     model = Pictures()
     before = snapshot(model)
     # An embedding's magnitude has yet another name.
-    with pytest.raises(ValueError, match=f"which {kind.__name__} does not adapt|belongs to no adapter known"):
+    with pytest.raises(ValueError, match=f"which {kind.__name__} does not adapt|not part of any adapter known"):
         load_adapter(model, tmp_path)
     assert snapshot(model) == before
 
@@ -547,7 +547,7 @@ def test_the_table_that_peft_saves_beside_an_adapted_embedding_is_accepted_if_it
     with torch.no_grad():
         other.model.embed_tokens.weight[3, 3] += 1e-3
     before = snapshot(other)
-    with pytest.raises(ValueError, match=r"brings its own weight of 'model\.embed_tokens', which is not the model's"):
+    with pytest.raises(ValueError, match=r"has its own weight for 'model\.embed_tokens', which is not the model's"):
         load_adapter(other, tmp_path)
     assert snapshot(other) == before
 
@@ -621,7 +621,7 @@ def rewrite(folder, without=(), **more):
 )
 def test_settings_of_peft_that_change_the_result_are_refused_by_name(saved, name, value):
     edit(saved, **{name: value})
-    refuse(saved, rf"sets {name} to .*not built here")
+    refuse(saved, rf"sets {name} to .*not supported here")
 
 
 @pytest.mark.parametrize("values", [{"rank_pattern": {"head": 2}}, {"alpha_pattern": {"head": 9.0}}])
@@ -643,7 +643,7 @@ def test_the_weights_header_notes_no_more_than_it_must(saved, tmp_path):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"rank_pattern": {"head": 2}}, r"lora_A of 'head' has shape \(3, 16\), but this model and rank 2 ask"),
+        ({"rank_pattern": {"head": 2}}, r"lora_A of 'head' has shape \(3, 16\), but this model and rank 2 need"),
         ({"rank_pattern": {"head": 3.0}}, r"rank is 3\.0"),
         ({"rank_pattern": {"head": 0}}, "rank is 0"),
         ({"rank_pattern": {"head": "3"}}, "rank is '3'"),
@@ -654,7 +654,7 @@ def test_the_weights_header_notes_no_more_than_it_must(saved, tmp_path):
         ({"r": 3.0}, r"rank is 3\.0"),
         ({"lora_alpha": 0}, "alpha is 0"),
         ({"lora_dropout": 1.5}, r"dropout is 1\.5"),
-        ({"use_dora": True, "use_rslora": True}, "sets use_dora and use_rslora, which are not built here together"),
+        ({"use_dora": True, "use_rslora": True}, "sets use_dora and use_rslora, which are not supported together"),
         ({"use_dora": True}, "lacks lora_magnitude_vector of 'hidden1'"),
     ],
 )
@@ -732,7 +732,7 @@ def test_a_wrong_shape_is_named(saved, part, shape):
 def test_a_rank_in_the_config_that_the_weights_do_not_have_is_refused(saved):
     rewrite(saved)
     edit(saved, r=2)
-    refuse(saved, r"lora_A of '\w+' has shape \(3, \d+\), but this model and rank 2 ask for \(2, \d+\)")
+    refuse(saved, r"lora_A of '\w+' has shape \(3, \d+\), but this model and rank 2 need \(2, \d+\)")
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 50.0}, {"r": 2}])
@@ -772,7 +772,7 @@ def test_magnitudes_that_the_config_does_not_ask_for_are_refused(saved):
 @pytest.mark.parametrize("key", ["hidden1.lora_magnitude_vector.weight", "hidden1.weight", "hidden1.lora_B.bias"])
 def test_tensors_of_another_kind_are_refused(saved, key):
     rewrite(saved, **{key: torch.zeros(16)})
-    refuse(saved, f"{key}' that belongs to no adapter known here")
+    refuse(saved, f"{key}' that is not part of any adapter known here")
 
 
 def test_weights_without_tensors_are_refused(saved):
@@ -805,7 +805,7 @@ class Halved(LoRALinear):
 def test_a_variant_that_no_file_can_name_is_not_saved_as_plain_lora(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3))
     inject(model, LoRAConfig(rank=2), layer=Halved)
-    with pytest.raises(ValueError, match="'0' is a Halved, which no file can name"):
+    with pytest.raises(ValueError, match="'0' is a Halved, for which the format has no name"):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
