@@ -80,8 +80,8 @@ def stored(**changes):
     [
         ([], "The content is a list, but it must be an object"),
         (None, "The content is a NoneType"),
-        ({}, "The content lacks, or should not have, method, optimizer_bytes, rows, settings, task, total_param"),
-        (stored(colour=1, size=2), "The content lacks, or should not have, colour, size"),
+        ({}, "The content has missing or unknown entries: method, optimizer_bytes, rows, settings, task, total_param"),
+        (stored(colour=1, size=2), "The content has missing or unknown entries: colour, size"),
         (stored(task="digits"), "task is 'digits', but it must be an object"),
         (stored(method=None), "method is None"),
         (stored(settings=1), "settings is 1"),

@@ -314,11 +314,11 @@ def pretend(monkeypatch):
 def test_a_cpu_is_named_with_its_cores_and_a_gpu_as_its_maker_does(pretend):
     pretend("Intel(R) Xeon(R) Processor", 2)
     assert provenance.device_name(CPU) == "Intel(R) Xeon(R) Processor, 2 cores"
-    assert provenance.name_of(CPU) == "intel-xeon-processor-2-cores"
+    assert provenance.slug("Intel(R) Xeon(R) Processor, 2 cores") == "intel-xeon-processor-2-cores"
     assert provenance.device_name(torch.device("cuda:1")) == "NVIDIA H100 1"
-    assert provenance.name_of(torch.device("cuda:1")) == "nvidia-h100-1"
+    assert provenance.slug("NVIDIA H100 1") == "nvidia-h100-1"
     pretend("Apple M2", 8)
-    assert provenance.name_of(torch.device("mps")) == "apple-m2-8-cores-mps"
+    assert provenance.device_name(torch.device("mps")) == "Apple M2, 8 cores, mps"
 
 
 # Provenance

@@ -147,7 +147,7 @@ def test_limited_draws_by_seed():
 
 @pytest.mark.parametrize("n_train", [0, -1, 3])
 def test_limited_says_how_many_there_are(n_train):
-    with pytest.raises(ValueError, match=f"n_train is {n_train}, but task 'tiny' has 1 to 2"):
+    with pytest.raises(ValueError, match=f"n_train is {n_train}, but it must be from 1 to 2"):
         tiny().limited(n_train)
 
 

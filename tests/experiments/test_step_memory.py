@@ -133,7 +133,7 @@ def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tm
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command("record", "memory", "--device", "cpu", "--out", out) == 1
     (spare,) = tmp_path.glob("lora_lab-*")
-    assert capsys.readouterr().err.endswith(f"What was to be kept is in {spare} instead.\n")
+    assert capsys.readouterr().err.endswith(f"The files are in {spare} instead.\n")
     (record,) = records.load_all("memory", spare).values()
     assert record.rows[0]["measured_bytes"] == 5
 

@@ -21,12 +21,12 @@ def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = provenance.name_of(CPU)
+        name = provenance.device_name(CPU)
         torch.set_num_threads(2)
-        assert provenance.name_of(CPU) == one
+        assert provenance.device_name(CPU) == name
     finally:
         torch.set_num_threads(threads)
-    assert one.endswith(f"-{os.cpu_count()}-cores")
+    assert name.endswith(f", {os.cpu_count()} cores")
     assert machine_info(CPU)["cpu"].startswith(provenance.device_name(CPU).rpartition(", ")[0])
 
 
