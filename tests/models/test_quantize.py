@@ -437,8 +437,8 @@ def test_rows_are_those_of_the_weight_where_blocks_end_within_them_too(kind, wid
 def test_a_few_rows_are_read_from_a_few_blocks(monkeypatch):
     layer = in_blocks(WEIGHT, "NF4")
     read = []
-    numbers = BlockLinear._numbers
-    monkeypatch.setattr(BlockLinear, "_numbers", lambda layer, *which: read.append(which) or numbers(layer, *which))
+    decode = BlockLinear._decode
+    monkeypatch.setattr(BlockLinear, "_decode", lambda layer, *which: read.append(which) or decode(layer, *which))
     layer.rows(40, 42)
     assert read == [(60, 63)]  # weights 3840 to 4032, of 64 a block
 
