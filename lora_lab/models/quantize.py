@@ -148,7 +148,7 @@ def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
     count, rest = divmod(row_bytes, BYTES_PER_BLOCK[kind])
     if rest:
         raise ValueError(
-            f"A row of {row_bytes} bytes is no whole number of {kind} blocks of {BYTES_PER_BLOCK[kind]} bytes."
+            f"A row of {row_bytes} bytes is not a whole number of {kind} blocks of {BYTES_PER_BLOCK[kind]} bytes."
         )
     return rows, count * BLOCK
 
@@ -281,7 +281,7 @@ class BlockWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, dequantised anew: (1536, 576). The tensor is new, so a caller may write into it."""
+        """The dequantised matrix, (1536, 576): a new tensor at each access, into which the caller may write."""
         return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
