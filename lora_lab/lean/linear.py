@@ -29,7 +29,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     fused = [layer for layer in layers if _is_fusible(layer)]
     outputs: dict[nn.Module, Tensor] = {}
     if fused:
-        bases = [(_base_of(layer), layer.scaling) for layer in fused]
+        bases = [(layer.base, layer.scaling) for layer in fused]
         factors = [factor for layer in fused for factor in (layer.lora_A, layer.lora_B)]
         outputs = dict(zip(fused, _LoRALinears.apply(x, bases, *factors), strict=True))
     return [outputs[layer] if layer in outputs else _unfused(layer, x) for layer in layers]  # 3 x (4, 128, 1536)
@@ -39,7 +39,7 @@ def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """``layer(silu(gate) * up)``, whose input the backward pass recomputes, so that it is not saved."""
     if not _is_fusible(layer):
         return linear(layer, F.silu(gate) * up)  # (4, 128, 576)
-    return _GatedLoRALinear.apply(gate, up, layer.lora_A, layer.lora_B, _base_of(layer), layer.scaling)  # (4, 128, 576)
+    return _GatedLoRALinear.apply(gate, up, layer.lora_A, layer.lora_B, layer.base, layer.scaling)  # (4, 128, 576)
 
 
 def is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALinear]:
@@ -58,10 +58,6 @@ def is_trained(layer: nn.Module) -> bool:
     """Whether a parameter of the layer itself requires a gradient."""
     # Called some hundred times per step, and parameters() takes twice the time.
     return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
-
-
-def _base_of(layer: LoRALinear) -> nn.Linear | BlockLinear:
-    return cast(nn.Linear | BlockLinear, layer.base)
 
 
 def _unfused(layer: nn.Module, x: Tensor) -> Tensor:

@@ -88,10 +88,10 @@ class LeanStep(TrainingStep):
         self._threaded = ThreadedStep(self.threads) if self.threads > 1 else None
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """Find out whether every target of the next batches counts, so that a GPU need not be asked in the step.
+        """Find out whether every target of the next batches counts, so that the step need not wait for a GPU to know.
 
-        Without a call the step reads the targets itself. A step on later batches, with targets of -100, raises an error
-        or has a loss of NaN: see :func:`lora_lab.lean.cross_entropy`.
+        Without a call each step reads its targets itself. After a call, a step on other batches with targets of -100
+        raises an error or has a loss of NaN: see :func:`lora_lab.lean.cross_entropy`.
         """
         self.every_target = all(bool((part != IGNORE).all()) for part in targets)
 
@@ -194,8 +194,8 @@ def _raise_to_float32(module: nn.Module) -> None:
 def _return_memory_at_once() -> None:
     """Make Linux's C library return tensors of 256 KiB and more to the system as soon as they are freed.
 
-    By default it keeps freed memory in its heap, where the saved inputs of the blocks prevent the gaps between them,
-    left by the activations, from being reused: for SmolLM2 at 4 x 128 tokens more than all memory in use.
+    By default freed tensors stay in its heap, which the saved inputs of the blocks fragment: for SmolLM2 at 4 x 128
+    tokens the gaps are larger than all memory in use.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)

@@ -70,7 +70,8 @@ class LlamaConfig:
                 raise ValueError(f"{name} is {value}, but it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} query heads cannot evenly share {self.num_key_value_heads} key-value heads"
+                f"num_attention_heads is {self.num_attention_heads}, but it must be a multiple of num_key_value_heads, "
+                f"{self.num_key_value_heads}."
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but it must be even, because positions rotate pairs.")

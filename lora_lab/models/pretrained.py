@@ -320,4 +320,6 @@ def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
     except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} has an entry that is no number ({error}); copy it anew.") from None
+        raise ValueError(
+            f"{folder / 'config.json'} has an entry that is not a number ({error}); copy it anew."
+        ) from None

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lora_lab.inject import name_matches, replace, require_no_adapters
+from lora_lab.inject import name_matches, output_head, replace, require_no_adapters
 from lora_lab.layers import register
 from lora_lab.lora import LoRALinear
 
@@ -148,7 +148,7 @@ def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
     count, rest = divmod(row_bytes, BYTES_PER_BLOCK[kind])
     if rest:
         raise ValueError(
-            f"A row of {row_bytes} bytes is no whole number of {kind} blocks of {BYTES_PER_BLOCK[kind]} bytes."
+            f"A row of {row_bytes} bytes is not a whole number of {kind} blocks of {BYTES_PER_BLOCK[kind]} bytes."
         )
     return rows, count * BLOCK
 
@@ -281,7 +281,7 @@ class BlockWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, dequantised anew: (1536, 576). The tensor is new, so a caller may write into it."""
+        """The dequantised matrix, (1536, 576): a new tensor at each access, into which the caller may write."""
         return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -420,8 +420,8 @@ register(BlockLinear, LoRALinear, linear=True)
 def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude: Sequence[str] = ()) -> list[str]:
     """Replace the ``nn.Linear`` layers of ``model`` by frozen ones in NF4, in place.
 
-    The output head (what ``model.get_output_embeddings()`` returns, if the model has that method) stays dense, because
-    it often shares its weight with the embedding. So do subclasses of ``nn.Linear``, because the modules around them
+    The output head (see :func:`lora_lab.inject.output_head`) stays dense, because it often shares its weight with the
+    embedding. So do subclasses of ``nn.Linear``, because the modules around them
     may read their weights directly.
 
     Args:
@@ -438,8 +438,7 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
     if isinstance(exclude, str):
         raise ValueError(f"exclude is {exclude!r}, but it must be a list of names; write [{exclude!r}].")
     require_no_adapters(model)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = None if get_head is None else get_head()
+    head = output_head(model)
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -217,7 +217,7 @@ def source(name: str) -> str:
 
 def _row(name: str) -> KnownModel:
     if name not in TABLE:
-        raise ValueError(f"There is no shape {name!r} in the table; use one of: {', '.join(TABLE)}.")
+        raise ValueError(f"No shape is known by the name {name!r}; use one of: {', '.join(TABLE)}.")
     return TABLE[name]
 
 

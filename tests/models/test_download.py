@@ -30,11 +30,11 @@ def test_the_cache_is_where_the_variable_says_or_where_the_system_keeps_caches(m
     assert fetch.cache_folder() == usual
 
 
-def test_a_file_cut_short_in_the_cache_is_refused(empty_cache, smollm2_gguf):
+def test_a_truncated_file_in_the_cache_is_refused(empty_cache, smollm2_gguf):
     empty_cache.mkdir()
     with open(smollm2_gguf, "rb") as whole:
         (empty_cache / fetch.FILE).write_bytes(whole.read(1_000_000))
-    with pytest.raises(ValueError, match=r"cut short \(1,000,000 of 98,362,432 bytes\); delete it and try again"):
+    with pytest.raises(ValueError, match=r"truncated \(1,000,000 of 98,362,432 bytes\); delete it and try again"):
         load_pretrained()
     assert ENTRY not in names(empty_cache)
 

@@ -415,7 +415,7 @@ def test_other_factors_in_a_gguf_file_are_refused(tiny_hf, write_gguf, factors):
             "tensor 'blk.0.ffn_gate_inp.weight' that a Llama does not have",
         ),
         ({"extra": {"blk.1.ffn_up.weight": None}}, r"lacks the tensor model.layers.1.mlp.up_proj.weight.*incomplete"),
-        ({"header": {"llama.feed_forward_length": 47}}, r"mlp.\w+_proj.weight has shape .*48.*asks for .*47"),
+        ({"header": {"llama.feed_forward_length": 47}}, r"mlp.\w+_proj.weight has shape .*48.*requires .*47"),
         (
             {"extra": {"output_norm.weight": (np.zeros(32, np.float64), gguf.GGMLQuantizationType.F64)}},
             "output_norm.weight.*F64",
@@ -434,14 +434,14 @@ def test_a_gguf_file_without_stretching_may_say_so(tiny_hf, write_gguf):
     assert same_logits(ours, theirs)
 
 
-def test_a_gguf_file_cut_short_anywhere_is_refused(tiny_hf, write_gguf):
+def test_a_gguf_file_truncated_anywhere_is_refused(tiny_hf, write_gguf):
     path = write_gguf(tiny_hf(intermediate_size=64), "Q8_0")
     whole = path.read_bytes()
     last = gguf.GGUFReader(path).tensors[-1]
     end = last.data_offset + last.n_bytes
     for length in (0, 1, 4, 23, *range(24, end, end // 40), end - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"no GGUF file or is cut short.*copy or download it anew"):
+        with pytest.raises(ValueError, match=r"not a GGUF file or is truncated.*copy or download it again"):
             load_pretrained(path)
     path.write_bytes(whole[:end])
     load_pretrained(path)
@@ -450,7 +450,7 @@ def test_a_gguf_file_cut_short_anywhere_is_refused(tiny_hf, write_gguf):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "text.gguf"
     path.write_text("This is a text, and not a model. " * 100)
-    with pytest.raises(ValueError, match=r"text.gguf is no GGUF file.*copy or download it anew"):
+    with pytest.raises(ValueError, match=r"text.gguf is not a GGUF file.*copy or download it again"):
         load_pretrained(path)
 
 
@@ -463,7 +463,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (
             "smollm3",
             FileNotFoundError,
-            r"no model 'smollm3'.*expected 'smollm2-135m', the path of a .gguf file, or a Hugg",
+            r"no model 'smollm3'; use 'smollm2-135m', the path of a .gguf file, or a Hugg",
         ),
         ("nowhere/model.gguf", FileNotFoundError, "no file nowhere/model.gguf"),
         ("weights.bin", ValueError, "weights.bin is neither a folder nor a .gguf file"),
@@ -542,8 +542,8 @@ def test_damaged_json_is_refused(tiny_hf, hf_folder, name):
     [
         ({"model.norm.weight": None}, "lacks the tensor model.norm.weight.*incomplete; copy or make it anew"),
         ({"model.embed_tokens.weight": None}, r"lacks the tensor .*weight.*incomplete; copy or make it anew"),
-        ({"model.norm.bias": torch.zeros(32)}, "holds a tensor model.norm.bias that its config has no place for"),
-        ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \(31,\).*asks for \(32,\)"),
+        ({"model.norm.bias": torch.zeros(32)}, "holds a tensor model.norm.bias that its config does not have"),
+        ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \(31,\).*requires \(32,\)"),
     ],
     ids=["one lacks", "the embedding lacks", "one too many", "another shape"],
 )
@@ -737,7 +737,7 @@ def adapted(tiny):
 
 
 def test_a_model_with_adapters_is_not_saved(adapted, tmp_path):
-    with pytest.raises(ValueError, match=r"carries adapters; merge\(model\) first, or .*save_adapter"):
+    with pytest.raises(ValueError, match=r"has adapters; merge\(model\) first, or .*save_adapter"):
         save_model(adapted, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -960,7 +960,7 @@ def test_errors_in_a_file_are_found_in_blocks_too(tiny_hf, write_gguf):
     theirs = tiny_hf(**NARROW)
     for options, says in (
         ({"extra": {"blk.1.ffn_up.weight": None}}, r"lacks the tensor model.layers.1.mlp.up_proj.weight"),
-        ({"header": {"llama.feed_forward_length": 128}}, r"mlp.\w+_proj.weight has shape .*96.*asks for .*128"),
+        ({"header": {"llama.feed_forward_length": 128}}, r"mlp.\w+_proj.weight has shape .*96.*requires .*128"),
     ):
         with pytest.raises(ValueError, match=says):
             load_pretrained(write_gguf(theirs, "Q8_0", **options), device="cpu", keep_blocks=True)
