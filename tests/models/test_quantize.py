@@ -515,7 +515,7 @@ def test_autocast_and_automatic_batching_find_the_same_as_in_a_dense_layer():
     x = normal(5, 96, seed=2).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):  # anew: torch 2.7 keeps the first cast of x, which has no graph
+    with torch.autocast("cpu", torch.bfloat16):  # anew: torch 2.9 keeps the first cast of x, which has no graph
         expected = twin(x)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
