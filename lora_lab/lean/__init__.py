@@ -14,8 +14,8 @@ What it changes in a LoRA step of our Llama, and what each change saves:
     checkpoint               only the input of each block is saved, and the block is computed again
     threads=2                two halves of the batch on one core each, which wait for each other once per step
 
-Adapters, norms, an adapted head and all sums stay in float32. Of a base in 4-bit blocks (``lora_lab.models.quantize``)
-each matrix is dequantised where it is used, and that of the head in slices.
+Adapters, norms, an adapted head and all sums stay in float32. Over a base in 4-bit blocks
+(``lora_lab.models.quantize``), each matrix is dequantised where it is used, and that of the head in slices.
 
 In reading order:
 
