@@ -27,7 +27,7 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
 
     It looks at modules and settings only; ``packed.fit_packed`` also tries the model, before it trains.
     """
-    if type(method) not in (LoRA, RsLoRA):  # the two differ in scaling alone
+    if type(method) is not LoRA and type(method) is not RsLoRA:  # the two differ in scaling alone
         name = getattr(method, "name", method)
         return f"Method {name!r} cannot be packed, only LoRA and RsLoRA can; use fit."
     if method.dropout > 0:
