@@ -1,4 +1,4 @@
-"""Stop a run at any moment and continue it, bit for bit, from one checked file."""
+"""Checkpoints: a run that was stopped at any moment continues, bit for bit, from one file with a checksum."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
-    """Write all that a run needs to continue: one file, so that weights and history can never be of two moments.
+    """Write all that a run needs to continue, into one file, so that weights and history are always of the same step.
 
     Raises:
-        DivergedError: a weight is no finite number; the older checkpoint stays.
+        DivergedError: a weight is NaN or infinite; the previous checkpoint stays.
         OSError: the file cannot be written.
     """
     device = next(model.parameters()).device
@@ -45,33 +45,33 @@ def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> int:
-    """Put a run where its checkpoint stands, and return the steps done (0 without a checkpoint).
+    """Restore a run from its checkpoint, and return the number of steps done (0 without a checkpoint).
 
-    All of the checkpoint is checked before anything is changed. torch's random generators become the checkpoint's, so
-    it is to be called within :func:`lora_lab.system.device.own_randomness`, as ``fit`` does.
+    The whole checkpoint is checked before anything is changed. The states of torch's global random generators are
+    restored too, so call it within :func:`lora_lab.system.device.own_randomness`, as ``fit`` does.
 
     Raises:
-        ValueError: the file is damaged, or of another run or other frozen weights.
+        ValueError: the file is damaged, or belongs to another run or to other frozen weights.
     """
     if folder is None or not (Path(folder) / _CHECKPOINT).is_file():
         return 0
     path, device = Path(folder) / _CHECKPOINT, next(model.parameters()).device
-    advice = "delete it to start the run anew"
+    advice = "delete it to restart the run"
     try:
         tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
         stored = json.loads(note["history"])
         History.from_dict(stored)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {advice}.") from None
-    _same_run(path, asdict(history), stored)
+    _check_same_run(path, asdict(history), stored)
     done, steps = len(stored["rows"]) - 1, history.settings["steps"]
     if not 1 <= done <= steps:
         raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {advice}.")
     if note["frozen"] != frozen_hash(model):
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
-    if found := misfit(tensors, _wanted(model, optimizer, tensors)):
-        raise ValueError(f"{path} does not fit this model: {found}; use another folder, or delete it.")
-    try:  # first, for these may refuse; what they were before, own_randomness puts back
+    if difference := misfit(tensors, _expected_tensors(model, optimizer, tensors)):
+        raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
+    try:  # first, because these may raise; own_randomness restores the previous states
         torch.set_rng_state(tensors["random.cpu"])
         if device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
@@ -84,7 +84,7 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
         if parameter.requires_grad and f"optimizer.{name}.step" in tensors:
             for key in _ADAMW_STATE:
                 value, state = tensors[f"optimizer.{name}.{key}"], optimizer.state[parameter]
-                if key in state:  # a view of the flat optimiser's tensor
+                if key in state:  # a view of the lean optimiser's flat tensor
                     state[key].copy_(value)
                 else:
                     state[key] = value.to(parameter.device)
@@ -93,46 +93,48 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
     return done
 
 
-def _wanted(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the checkpoint's tensors must look like."""
-    wanted = trained(model)
+def _expected_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors with the names, shapes and dtypes that those of the checkpoint must have."""
+    expected = trained(model)
     for name, parameter in model.named_parameters():
         state = {f"optimizer.{name}.{key}": parameter.detach() for key in _ADAMW_STATE}
-        # The optimiser knows nothing of a parameter that took no part in the loss.
+        # The optimiser has no state for a parameter that took no part in the loss.
         if parameter.requires_grad and not tensors.keys().isdisjoint(state):
             step = optimizer.state.get(parameter, {}).get("step", torch.zeros((), dtype=torch.float32))
-            wanted |= state | {f"optimizer.{name}.step": step}
-    wanted["random.cpu"] = torch.get_rng_state()
-    if "random.cuda" in tensors:  # the run may go on where there is no GPU
-        wanted["random.cuda"] = tensors["random.cuda"]
-    return wanted
+            expected |= state | {f"optimizer.{name}.step": step}
+    expected["random.cpu"] = torch.get_rng_state()
+    if "random.cuda" in tensors:  # a run may be resumed on a machine without a GPU
+        expected["random.cuda"] = tensors["random.cuda"]
+    return expected
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors that training changes, by the names they have in a checkpoint."""
-    changing = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return changing | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
+    """The model's tensors that training changes, trainable parameters and buffers, by their names in a checkpoint."""
+    parameters = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
 
 
-def misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
-    """How tensors differ from those that are wanted, in names, shapes and dtypes; None if they do not."""
+def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The first difference from the expected tensors in names, shapes and dtypes, as text; None if there is none."""
 
-    def looks(tensor: Tensor) -> str:
+    def form(tensor: Tensor) -> str:
         return f"shape {tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if name not in tensors:
             return f"{name} is missing"
-        if looks(tensors[name]) != looks(value):
-            return f"{name} has {looks(tensors[name])}, not {looks(value)}"
-    if unknown := tensors.keys() - wanted.keys():
+        if form(tensors[name]) != form(value):
+            return f"{name} has {form(tensors[name])}, not {form(value)}"
+    if unknown := tensors.keys() - expected.keys():
         return f"the model has no {min(unknown)}"
     return None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
-    """Write tensors and a note as one safetensors file, with a SHA-256 over both in its header."""
-    # Copies: a tensor that shares memory with another cannot be stored.
+    """Write tensors and a note as one safetensors file, with a SHA-256 checksum of both in its header."""
+    # Copies, because safetensors refuses tensors that share memory.
     copies = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
     }
@@ -141,20 +143,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, s
 
 
 def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what :func:`save_tensors` wrote: tensors on the CPU, and the note.
+    """Read a file that :func:`save_tensors` wrote: tensors on the CPU, and the note.
 
     Args:
-        names: the note's entries.
-        unsigned: a file without a checksum will do, as the first versions wrote it.
+        names: of the note's entries.
+        unsigned: accept a file without a checksum too, as the first versions wrote it.
 
     Raises:
-        ValueError: it is no safetensors file, has another note, or any bit of it has changed. The sentence does not
-            name the file.
+        ValueError: the file is no safetensors file, its note has other entries, or its content has changed. The
+            message does not name the file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             note = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The file cannot be read: {error}.") from None
     expected = {"sha256", *names}
@@ -162,12 +164,12 @@ def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[d
         raise ValueError(f"The header has the entries {sorted(note)}, not {sorted(expected)}.")
     checksum = note.pop("sha256", None)
     if checksum is not None and checksum != _checksum(tensors, note):
-        raise ValueError("The content does not have the checksum that was written with it.")
+        raise ValueError("The content does not match the checksum in the header.")
     return tensors, note
 
 
 def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
-    """SHA-256 over the note and over each tensor's name, dtype, shape and numbers."""
+    """SHA-256 of the note and of each tensor's name, dtype, shape and values."""
     digest = hashlib.sha256(json.dumps(note, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -175,20 +177,19 @@ def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _same_run(path: Path, ours: dict[str, Any], stored: dict[str, Any]) -> None:
-    ours = json.loads(json.dumps(ours))  # as the file has it: tuples are lists there
+def _check_same_run(path: Path, expected: dict[str, Any], stored: dict[str, Any]) -> None:
+    expected = json.loads(json.dumps(expected))  # tuples become lists, as in the file
     for group in ("task", "method", "settings"):
-        for name in {**ours[group], **stored[group]}:  # some settings are there only where they are in use
-            mine, theirs = ours[group].get(name), stored[group].get(name)
-            if mine != theirs:
+        for name in {**expected[group], **stored[group]}:  # some settings are stored only if they are in use
+            if stored[group].get(name) != expected[group].get(name):
                 raise ValueError(
-                    f"{path} is of another run: its {group}'s {name} is {theirs!r}, "
-                    f"not {mine!r}; use another folder, or delete it."
+                    f"{path} is from another run: its {group}.{name} is {stored[group].get(name)!r}, "
+                    f"not {expected[group].get(name)!r}; use another folder, or delete it."
                 )
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """A hash of all that is not trained: a resumed adapter must meet the base it was trained on."""
+    """A hash of the frozen parameters: an adapter must be resumed on the base that it was trained on."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

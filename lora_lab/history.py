@@ -1,4 +1,4 @@
-"""What a run did, step by step, and how it ends early when its loss diverges."""
+"""The record of a training run, step by step, and the error that ends a run whose loss diverges."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lora_lab.system.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
 
@@ -23,11 +26,11 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class History:
-    """What a run did, step by step.
+    """The settings of a run and what it did, step by step.
 
-    ``rows`` holds one dict a step with the keys of ``COLUMNS``; row 0 is the model before training. Losses
-    are in nats (or the task's unit), ``seconds`` is the time of the step without evaluation, ``tokens``
-    counts the task's unit. A loss that was not evaluated at a step is None.
+    ``rows`` has one dict per step with the keys of ``COLUMNS``; row 0 is the model before training. Losses are in nats
+    (or the unit of the task's loss), ``seconds`` is the time of the step without evaluation, and ``tokens`` is the
+    number of targets that count, in the task's unit. A loss that was not evaluated at a step is None.
     """
 
     task: dict[str, str]
@@ -39,39 +42,39 @@ class History:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def start(self) -> None:
-        """Begin with row 0, the model before training."""
+        """Append row 0, the model before training."""
         self.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
 
     def add(self, step: int, **values: float) -> None:
         """Append the row of a step.
 
         Raises:
-            DivergedError: its training loss is no finite number.
+            DivergedError: the training loss is NaN or infinite.
         """
         row = {**dict.fromkeys(COLUMNS), "step": step, **values}
         stop_if_diverged("loss", row["train_loss"], row)
         self.rows.append(row)
 
     def add_evaluation(self, part: str, loss: float) -> None:
-        """Fill in the last row's ``<part>_loss``.
+        """Set ``<part>_loss`` of the last row.
 
         Raises:
-            DivergedError: the loss is no finite number.
+            DivergedError: the loss is NaN or infinite.
         """
         stop_if_diverged(f"{part} loss", loss, self.rows[-1])
         self.rows[-1][f"{part}_loss"] = loss
 
-    def frame(self):
-        """A pandas DataFrame, one row a step, one column for each of ``COLUMNS``."""
+    def frame(self) -> DataFrame:
+        """A pandas DataFrame with one row per step and the columns ``COLUMNS``."""
         import pandas
 
         return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[1:-1], float))
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one column, where it has values; or of "gap", the generalisation gap.
+        """Steps and values of a column, without the steps where it is None; or of "gap", the generalisation gap.
 
-        The gap is the validation loss less the mean training loss over the steps since the evaluation before. Losses
-        of training are taken before each step, so it lags a little: a gap at 0 is no proof that there is none.
+        The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. A
+        training loss is computed before its step, so the gap lags behind: a gap of 0 does not prove that there is none.
         """
         if column == "gap":
             return self._gap()
@@ -90,7 +93,7 @@ class History:
 
     @property
     def best_step(self) -> int:
-        """The step of the lowest validation loss: where early stopping would have stopped."""
+        """The step with the lowest validation loss, where early stopping would have stopped."""
         steps, losses = self.curve("validation_loss")
         return steps[losses.index(min(losses))]
 
@@ -101,20 +104,20 @@ class History:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median speed, in the task's unit (tokens or examples) a second."""
+        """Median speed, in the task's unit (tokens or examples) per second."""
         return statistics.median(row["tokens"] / row["seconds"] for row in self.rows[1:])
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the history as a JSON file."""
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: it is not there.
-            ValueError: it holds something else, or is damaged.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, or holds something else.
         """
         stored = read_json(path)
         try:
@@ -125,15 +128,16 @@ class History:
 
     @classmethod
     def from_dict(cls, content: Any) -> History:
-        """The history that ``dataclasses.asdict`` has turned into ``content``, and perhaps JSON into a text and back.
+        """The inverse of ``dataclasses.asdict``, also after a round trip through JSON.
 
         Raises:
-            ValueError: an entry is missing, unknown or of another kind, or the rows are not those of steps 0, 1, 2, ...
+            ValueError: an entry is missing, unknown or of the wrong type, or the rows are not those of steps
+                0, 1, 2, ...
         """
         if not isinstance(content, dict):
             raise ValueError(f"The content is a {type(content).__name__}, but it must be an object.")
-        if odd := content.keys() ^ {each.name for each in fields(cls)}:
-            raise ValueError(f"The content lacks, or should not have, {', '.join(sorted(map(str, odd)))}.")
+        if mismatched := content.keys() ^ {entry.name for entry in fields(cls)}:
+            raise ValueError(f"The content has missing or unknown entries: {', '.join(sorted(map(str, mismatched)))}.")
         for name in ("task", "method", "settings"):
             if not isinstance(content[name], dict):
                 raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be an object.")
@@ -152,17 +156,17 @@ def _check_row(step: int, row: Any) -> None:
         raise ValueError(f"Row {step} is {reprlib.repr(row)}, but it must have the values {', '.join(COLUMNS)}.")
     if type(row["step"]) is not int or row["step"] != step:
         raise ValueError(f"Row {step} is of step {reprlib.repr(row['step'])}, but rows must be of steps 0, 1, 2, ...")
-    # Losses are not evaluated at every step, and no step led to row 0.
+    # Losses are not evaluated at every step, and row 0 is before the first step.
     optional = {"validation_loss", "off_domain_loss"} | ({"train_loss", "lr", "grad_norm"} if step == 0 else set())
     for name in COLUMNS[1:]:
         value = row[name]
-        endless = name == "grad_norm" and value == math.inf  # its squares overflow; clipping survives that
-        if not (is_number(value) or endless or (value is None and name in optional)):
+        overflow = name == "grad_norm" and value == math.inf  # the sum of squares overflows; clipping handles that
+        if not (is_number(value) or overflow or (value is None and name in optional)):
             raise ValueError(f"Row {step} has {reprlib.repr(value)} as {name}, but it must be a finite number.")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a number that a float can hold: no NaN, no infinity, no truth value."""
+    """Whether a value read from JSON is a finite number within the range of a float, and not a bool."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
 
@@ -171,18 +175,22 @@ def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
     """Raise DivergedError if a loss is NaN or infinite.
 
     Args:
-        what: which loss it is.
-        row: the step's: its number and its learning rate.
+        what: which loss it is, for the message.
+        row: of the step, with its number and its learning rate.
     """
     if not math.isfinite(loss):
         raise DivergedError(
             f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "
-            "lower the learning rate, and load the model anew, because its weights are spoilt."
+            "lower the learning rate, and reload the model, because its weights are unusable."
         )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The model's numbers. A layer whose weight is stored in another form says in ``stands_for`` how many those are."""
+    """The number of parameters of ``model``.
+
+    A module that stores a weight in another form, such as 4-bit blocks, has a property ``stands_for``: a dictionary
+    from the ``id`` of each stored parameter to the number of elements of the weight that it represents.
+    """
     sizes: dict[int, int] = {}
     for module in model.modules():
         sizes |= getattr(module, "stands_for", {})

@@ -1,4 +1,4 @@
-"""Put adapters onto a model and take them off again: which layers, with which settings."""
+"""Put adapters on the layers of a model, merge them, and copy their tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_lab.lora import LoRALayer, check_numbers
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt, and how strongly.
+    """Which layers to adapt, and the settings of their adapters.
 
     Args:
         rank: inner dimension r of the update B A, at least 1.
-        alpha: strength; the update is multiplied by ``alpha / rank``.
+        alpha: strength of the update, which is multiplied by ``alpha / rank``.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1).
         targets: "all-linear", or module names or endings of names, such as ``["q_proj", "v_proj"]``.
-        exclude: names or endings of names that "all-linear" leaves alone.
+        exclude: names or endings of names that "all-linear" leaves out.
 
     Raises:
         ValueError: a value is out of range, or a list of names is empty.
@@ -49,13 +49,13 @@ class LoRAConfig:
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer]:
-    """The adapted layers of ``model`` by name, in the model's own order.
+    """The adapted layers of ``model`` by name, in the model's order.
 
     Args:
-        required: a model without adapters is an error, in place of an empty dictionary.
+        required: raise an error for a model without adapters, in place of returning an empty dictionary.
 
     Raises:
-        ValueError: there are none, and they are required.
+        ValueError: ``required`` is true and the model has no adapters.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     if required and not layers:
@@ -66,53 +66,53 @@ def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRALayer] | None = None) -> list[str]:
     """Freeze ``model`` and put an adapter on each layer that ``config`` names, in place.
 
-    "all-linear" means every linear layer but the output head (what ``model.get_output_embeddings()``
-    returns, if the model has that method) and the names in ``config.exclude``.
+    "all-linear" means every linear layer except the output head (see :func:`output_head`) and the names in
+    ``config.exclude``.
 
     Args:
-        seed: seeds a generator of its own, from which every A is drawn in the model's order.
-        layer: the class of the adapters, such as a variant of ``lora_lab.variants``; None takes the
-            one that ``lora_lab.layers`` has registered for each kind of layer.
+        seed: of the generator that every A is drawn from, in the model's order.
+        layer: the class of the adapters, such as a variant of ``lora_lab.variants``; by default the class
+            that ``lora_lab.layers`` has registered for each kind of layer.
 
     Returns:
-        The names of the layers now adapted.
+        The names of the adapted layers.
 
     Raises:
-        ValueError: the model has adapters already, nothing matches, a target matches nothing or
-            something that cannot be adapted, or a matched weight belongs to two modules. The
-            model is then left as it was.
+        ValueError: the model already has adapters, nothing matches, a target matches nothing or a module
+            that cannot be adapted, or a matched weight is shared by two modules. The model is then left
+            unchanged.
     """
     require_no_adapters(model)
     classes = match_layers(model, config.targets, config.exclude, layer)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    adapted = {}
+    adapters = {}
     try:
-        for name, made in classes.items():
+        for name, adapter_class in classes.items():
             base = model.get_submodule(name)
-            adapter = made(base, config.rank, config.alpha, config.dropout, generator)
-            adapted[name] = adapter.train(base.training)
-    except BaseException:  # an interrupt by the keyboard too
+            adapter = adapter_class(base, config.rank, config.alpha, config.dropout, generator)
+            adapters[name] = adapter.train(base.training)
+    except BaseException:  # KeyboardInterrupt too
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
     model.requires_grad_(False)
-    for name, adapter in adapted.items():
+    for name, adapter in adapters.items():
         replace(model, name, adapter)
-    return list(adapted)
+    return list(adapters)
 
 
 def require_no_adapters(model: nn.Module) -> None:
-    """Raise ValueError if the model has adapters, because a second set would train on top of the first."""
-    if present := lora_layers(model):
+    """Raise ValueError if the model has adapters, because a second set would be trained on top of the first."""
+    if layers := lora_layers(model):
         raise ValueError(
-            f"The model already has adapters on {len(present)} layers; merge them with merge(model) "
+            f"The model already has adapters on {len(layers)} layers; merge them with merge(model) "
             "or start from a freshly loaded model."
         )
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Replace each adapted layer by its :meth:`LoRALinear.merged` twin, in place, and return their names.
+    """Replace each adapted layer by what its :meth:`LoRALayer.merged` returns, in place, and return the layers' names.
 
     Raises:
         ValueError: the model has no adapters.
@@ -124,22 +124,32 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that makes up the adapters: ``<layer>.lora_A`` (rank, in), ``.lora_B`` (out, rank), and
-    ``.alpha`` and ``.scaling`` ().
+    """Copies of the adapters' tensors: ``<layer>.lora_A`` (rank, in), ``<layer>.lora_B`` (out, rank), a variant's
+    further ones, and the scalars ``<layer>.alpha`` and ``<layer>.scaling``.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, layer in lora_layers(model, required=True).items():
         state |= {f"{name}.{part}": getattr(layer, part).detach().clone() for part in layer.parts}
-        for number in ("alpha", "scaling"):  # a variant may make another scaling of the same alpha
-            state[f"{name}.{number}"] = torch.tensor(getattr(layer, number), dtype=torch.float64)  # ()
+        for scalar in ("alpha", "scaling"):  # both, because variants differ in the scaling of an alpha
+            state[f"{name}.{scalar}"] = torch.tensor(getattr(layer, scalar), dtype=torch.float64)  # ()
     return state
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What ``model.get_output_embeddings()`` returns, as in transformers; None if the model has no such method."""
+    method = getattr(model, "get_output_embeddings", None)
+    return None if method is None else method()
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` where the model has the one of that name."""
+    """Replace the submodule called ``name`` by ``module``.
+
+    Raises:
+        ValueError: the name is empty, which means the model itself.
+    """
     if not name:
         raise ValueError(f"The model is itself a {type(model).__name__}; only layers inside a model can be replaced.")
     parent, _, child = name.rpartition(".")
@@ -147,24 +157,23 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def match_layers(
-    model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str], layer: type[nn.Module] | None = None
-) -> dict[str, type[nn.Module]]:
-    """Names of the layers to adapt and the class that adapts each, in the model's own order.
+    model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str], layer: type[LoRALayer] | None = None
+) -> dict[str, type[LoRALayer]]:
+    """Names of the layers to adapt and the class that adapts each, in the model's order.
 
     Args:
-        targets: "all-linear" (all layers registered as linear but the output head, which
-            ``model.get_output_embeddings()`` returns), or names and endings of names.
-        exclude: names or endings of names that "all-linear" leaves alone.
+        targets: "all-linear" (all layers registered as linear, except the output head), or names and endings of names.
+        exclude: names or endings of names that "all-linear" leaves out.
         layer: as in :func:`lora_class`.
 
     Raises:
-        ValueError: nothing matches, a target matches nothing or something that cannot be adapted, or a
-            matched weight belongs to two modules.
+        ValueError: nothing matches, a target matches nothing or a module that cannot be adapted, or a
+            matched weight is shared by two modules.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    classes = {name: made for name, module in modules.items() if (made := lora_class(module, layer)) is not None}
+    classes = {name: kind for name, module in modules.items() if (kind := lora_class(module, layer)) is not None}
     if targets == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = output_head(model)
         names = [
             name
             for name in classes
@@ -177,7 +186,7 @@ def match_layers(
                 f"{type(model).__name__} has no linear layer inside it to adapt, "
                 f"besides its output head and what exclude={list(exclude)} leaves out."
             )
-        _warn_of_the_unreached(
+        _warn_of_unadapted_weights(
             {
                 name: module
                 for name, module in modules.items()
@@ -193,27 +202,28 @@ def match_layers(
 
 
 def name_matches(name: str, ending: str) -> bool:
-    """Whether a module's full name is ``ending``, or ends in it after a dot."""
+    """Whether a module's full name is ``ending`` or ends in a dot and ``ending``."""
     return name == ending or name.endswith("." + ending)
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that a model is a stack of, lowest first: the entries of its longest ``nn.ModuleList``, by name."""
+    """A model's stack of blocks by name, lowest first: the entries of its longest ``nn.ModuleList``."""
     lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
     return {name: m for name, m in model.named_modules() if longest and name.rpartition(".")[0] == longest}
 
 
 def last_blocks(model: nn.Module, count: int) -> list[str]:
-    """The linear layers of the last ``count`` blocks, as ``targets``: below them no gradient is computed.
+    """The linear layers of the last ``count`` blocks, for use as ``targets``: no gradient is computed below them.
 
     Raises:
-        ValueError: the model is no stack of blocks, or has fewer.
+        ValueError: the model has fewer blocks, or none.
     """
     names = list(transformer_blocks(model))
     if not 1 <= count <= len(names):
         raise ValueError(
-            f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks; use 1 to that."
+            f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks; "
+            "use at least 1 and at most as many as it has."
         )
     return [
         layer
@@ -222,16 +232,16 @@ def last_blocks(model: nn.Module, count: int) -> list[str]:
     ]
 
 
-def _check_target(target: str, modules: dict[str, nn.Module], classes: dict[str, type[nn.Module]]) -> None:
-    hits = [name for name in modules if name_matches(name, target)]
-    if not hits:
+def _check_target(target: str, modules: dict[str, nn.Module], classes: dict[str, type[LoRALayer]]) -> None:
+    matches = [name for name in modules if name_matches(name, target)]
+    if not matches:
         endings = sorted({name.rpartition(".")[2] for name in classes})
         raise ValueError(f"Target {target!r} matches no module; the layers that can be adapted here end in {endings}.")
-    if other := [name for name in hits if name not in classes]:
+    if unsupported := [name for name in matches if name not in classes]:
         kinds = sorted({type(modules[name]).__name__ for name in classes})
         raise ValueError(
-            f"Target {target!r} matches {other[0]!r}, a {type(modules[other[0]]).__name__}, which cannot be "
-            f"adapted here; the kinds of layer of this model that can be are {kinds}."
+            f"Target {target!r} matches {unsupported[0]!r}, a {type(modules[unsupported[0]]).__name__}, which cannot "
+            f"be adapted here; the kinds of layer in this model that can be adapted are {kinds}."
         )
 
 
@@ -239,26 +249,25 @@ def _check_unshared(model: nn.Module, modules: dict[str, nn.Module], names: list
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = Counter(id(tensor) for _, tensor in tensors)
     for name in names:
-        own = [*modules[name].parameters(recurse=False), *modules[name].buffers(recurse=False)]
-        if any(owners[id(tensor)] > 1 for tensor in own):
+        tensors_of_layer = [*modules[name].parameters(recurse=False), *modules[name].buffers(recurse=False)]
+        if any(owners[id(tensor)] > 1 for tensor in tensors_of_layer):
             raise ValueError(
-                f"The weight of {name!r} is shared with another module, so an adapter on one side would "
-                "silently leave the other as it was; leave it out of targets."
+                f"The weight of {name!r} is shared with another module, so an adapter would change one of the two "
+                "and not the other; leave it out of targets."
             )
 
 
-def _warn_of_the_unreached(modules: dict[str, nn.Module]) -> None:
-    """Matrices in modules that get no adapter: experts' (3-D), attention's joint projection, unknown linear layers."""
-    found = [
-        f"{name}.{own}"
-        for name, module in modules.items()
-        for own, parameter in module.named_parameters(recurse=False)
-        if (parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d))
-        or (parameter.ndim == 2 and (isinstance(module, nn.MultiheadAttention) or is_linear(module)))
-    ]
-    if found:
-        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
+    weights = []
+    for name, module in modules.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            experts = parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d)
+            joint_projection = parameter.ndim == 2 and isinstance(module, nn.MultiheadAttention)
+            unknown_linear = parameter.ndim == 2 and is_linear(module)
+            if experts or joint_projection or unknown_linear:
+                weights.append(f"{name}.{parameter_name}")
+    if weights:
+        listed = ", ".join(weights[:3]) + (f" and {len(weights) - 3} more" if len(weights) > 3 else "")
         warnings.warn(
-            f"'all-linear' does not reach weights that stand in no layer it can adapt: {shown} stay as they are.",
-            stacklevel=4,
+            f"'all-linear' does not reach weights outside the layers it can adapt: {listed} stay frozen.", stacklevel=4
         )

@@ -1,10 +1,10 @@
 """LoRA for layers that are not ``nn.Linear``: embeddings, convolutions, GPT-2's Conv1D, attention's output.
 
-Each class says what its factors are at the start and how they meet the input; all else is
-``lora_lab.lora``'s. A layer of your own joins by ``register(its_class, your_lora_class)``.
+Each class defines the initial factors and the forward pass; everything else is inherited from
+``lora_lab.lora``. ``register(layer_class, lora_class)`` adds a kind of layer.
 
-Shapes in the comments: 1000 tokens of width 64; a convolution from 3 to 16 channels by windows of
-5 x 5 on images of 32 x 32; rank = 4.
+Shapes in the comments: a vocabulary of 1000 tokens, width 64; a convolution from 3 to 16 channels
+with a 5 x 5 kernel on 8 images of 32 x 32; rank = 4.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lora_lab.lora import LoRALayer, LoRALinear, uniform
 
 
 class LoRAEmbedding(LoRALayer):
-    """A frozen ``nn.Embedding`` whose table gets the update ``scaling * (B @ A).T``.
+    """A frozen ``nn.Embedding`` plus the update ``scaling * (B @ A).T`` of its table.
 
-    Looking a token up is multiplying by a one-hot vector, so A x is a column of A. Here A starts at
-    zero and B is drawn from a normal distribution, as in PEFT and in Hu et al.'s code: with A random
-    and B zero only the columns of tokens that occur would differ in their start. Dropout has nothing
-    to act on, for the input is an index.
+    Looking up a token multiplies by a one-hot vector, so A x is a column of A. Here A starts at zero
+    and B is drawn from a normal distribution, as in PEFT and in Hu et al.'s code: with a random A and
+    a zero B, every token would start with a different random column. Dropout has no effect, because
+    the input is an index.
 
     Args: as for :class:`lora_lab.LoRALinear`.
 
@@ -33,6 +33,8 @@ class LoRAEmbedding(LoRALayer):
         ValueError: rank, alpha or dropout is out of range, or the table has ``max_norm``, which
             rescales frozen rows at every look-up.
     """
+
+    base: nn.Embedding
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A (rank, tokens), zero, and B (width, rank), normal."""
@@ -58,10 +60,10 @@ class LoRAEmbedding(LoRALayer):
 
 
 class LoRAConv2d(LoRALayer):
-    """A frozen ``nn.Conv2d`` beside a narrow path: a convolution to ``rank`` channels, then one of 1 x 1.
+    """A frozen ``nn.Conv2d`` plus a low-rank path: a convolution to ``rank`` channels, then a 1 x 1 convolution.
 
-    The weight (out, in, height, width) is a matrix (out, in * height * width) that multiplies each
-    window; ``delta()`` is scaling * B A in that form.
+    A convolution multiplies each window of its input by the weight (out, in, height, width) as a matrix
+    (out, in * height * width); ``delta()`` is scaling * B A in the shape of the weight.
 
     Args: as for :class:`lora_lab.LoRALinear`.
 
@@ -69,12 +71,14 @@ class LoRAConv2d(LoRALayer):
         ValueError: rank, alpha or dropout is out of range, or the convolution has several groups.
     """
 
+    base: nn.Conv2d
+
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A (rank, in, height, width), uniform, and B (out, rank, 1, 1), zero."""
         if self.base.groups != 1:
             raise ValueError(
-                f"A convolution with groups={self.base.groups} is {self.base.groups} separate ones, and only groups=1 "
-                "can be adapted here; leave it out of targets."
+                f"A convolution with groups={self.base.groups} cannot be adapted, only one with groups=1; "
+                "leave it out of targets."
             )
         window = self.base.weight.shape[1:]  # (3, 5, 5)
         A = uniform(rank, window.numel(), self.base.weight.dtype, generator).view(rank, *window)  # (4, 3, 5, 5)
@@ -82,14 +86,14 @@ class LoRAConv2d(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.base(x)  # (8, 3, 32, 32) -> (8, 16, 28, 28)
-        # By the base's own method, so that stride, padding and its mode are those of the base.
+        # The base's method, so that stride, padding and padding mode are the base's.
         narrow = self.base._conv_forward(self.dropout(x).to(self.lora_A.dtype), self.lora_A, None)  # (8, 4, 28, 28)
         update = F.conv2d(narrow, self.lora_B) * self.scaling  # (8, 16, 28, 28)
         return frozen + update.to(frozen.dtype)  # (8, 16, 28, 28)
 
     def _delta(self) -> Tensor:
-        product = self.lora_B.flatten(1) @ self.lora_A.flatten(1)  # (16, 4) @ (4, 75) -> (16, 75)
-        return self.scaling * product.view(self.base.weight.shape)  # (16, 3, 5, 5)
+        update = self.lora_B.flatten(1) @ self.lora_A.flatten(1)  # (16, 4) @ (4, 75) -> (16, 75)
+        return self.scaling * update.view(self.base.weight.shape)  # (16, 3, 5, 5)
 
 
 class LoRAConv1D(LoRALinear):
@@ -98,7 +102,7 @@ class LoRAConv1D(LoRALinear):
     Args: as for :class:`lora_lab.LoRALinear`.
     """
 
-    merged = LoRALayer.merged  # of the base's own class, which is no nn.Linear
+    merged = LoRALayer.merged  # a layer of the base's class, which is not derived from nn.Linear
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A (rank, in), uniform, and B (out, rank), zero."""
@@ -111,14 +115,14 @@ class LoRAConv1D(LoRALinear):
 
 
 class LoRAOutProjection(LoRALinear):
-    """The output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
+    """The output projection of ``nn.MultiheadAttention``, which reads the projection's weight and never calls it.
 
-    What it reads is :attr:`lora_lab.LoRALayer.weight`, the adapted one, so the adapter acts and learns.
+    It reads :attr:`lora_lab.LoRALayer.weight`, W0 plus the update, so the adapter takes effect and is trained.
 
     Args: as for :class:`lora_lab.LoRALinear`.
 
     Raises:
-        ValueError: dropout is above 0, for nothing would be dropped where only the weight is read.
+        ValueError: dropout is above 0, which has no effect where only the weight is read.
     """
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -139,35 +143,34 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Entry:
-    lora_class: type[nn.Module]
+    lora_class: type[LoRALayer]
     linear: bool
 
 
 _REGISTERED: dict[str, _Entry] = {}
 
 
-def register(base_class: type[nn.Module] | str, lora_class: type[nn.Module], linear: bool = False) -> None:
+def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], linear: bool = False) -> None:
     """Let ``inject`` put ``lora_class`` on layers whose class is exactly ``base_class``.
 
-    A class derived from ``nn.Linear`` counts as ``nn.Linear``, without being registered, if its layers keep one plain
-    matrix W and compute x W^T + b, as Falcon's do. Others, such as routers and quantised layers, are refused.
+    A subclass of ``nn.Linear`` counts as ``nn.Linear``, without being registered, if its layers hold one plain matrix W
+    and compute x W^T + b, as Falcon's do. Other subclasses, such as routers and quantised layers, are refused.
 
     Args:
         base_class: a class, or its full name ("transformers.pytorch_utils.Conv1D"), so that its library
             need not be imported.
         lora_class: called with (base, rank, alpha, dropout, generator).
-        linear: whether "all-linear" means such layers.
+        linear: whether "all-linear" includes such layers.
     """
     name = base_class if isinstance(base_class, str) else _full_name(base_class)
     _REGISTERED[name] = _Entry(lora_class, linear)
 
 
-def lora_class(base: nn.Module, layer: type[nn.Module] | None = None) -> type[nn.Module] | None:
-    """The class that adapts ``base``, or None.
+def lora_class(base: nn.Module, layer: type[LoRALayer] | None = None) -> type[LoRALayer] | None:
+    """The class that adapts ``base``, or None if no class does.
 
     Args:
-        layer: a variant, used where it derives from the class registered for the base; other bases then
-            have none.
+        layer: a variant. It adapts the bases whose registered class it derives from, and no others.
     """
     entry = _entry(base)
     if entry is None:
@@ -179,48 +182,48 @@ def lora_class(base: nn.Module, layer: type[nn.Module] | None = None) -> type[nn
 
 def _entry(module: nn.Module) -> _Entry | None:
     entry = _REGISTERED.get(_full_name(type(module)))
-    if entry is None and isinstance(module, nn.Linear) and _multiplies(module):
+    if entry is None and isinstance(module, nn.Linear) and _is_plain_linear(module):
         return _REGISTERED.get(_full_name(nn.Linear))
     return entry
 
 
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _full_name(layer_class: type) -> str:
+    return f"{layer_class.__module__}.{layer_class.__qualname__}"
 
 
-def _multiplies(layer: nn.Linear) -> bool:
-    """Whether a layer of a class derived from ``nn.Linear`` has one plain matrix W and computes x W^T + b with it.
+def _is_plain_linear(layer: nn.Linear) -> bool:
+    """Whether a layer of a subclass of ``nn.Linear`` holds one plain matrix W and computes x W^T + b.
 
-    Quantised layers keep a matrix of a class or a dtype of their own, or scales beside it. What a class computes by a
-    forward of its own is found by trying, with a small W, for a layer on the meta device has no numbers.
+    Quantised layers hold a matrix of a special class or dtype, or scales in addition to it. A forward that a class
+    overrides is tried on a small W, because the values of a layer on the meta device do not exist.
     """
-    own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+    names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     weight = layer._parameters.get("weight")
-    if not own <= {"weight", "bias"} or type(weight) not in (nn.Parameter, FakeTensor):
+    if not names <= {"weight", "bias"} or weight is None or type(weight) not in (nn.Parameter, FakeTensor):
         return False
     if weight.dtype not in _DTYPES or weight.shape != (layer.out_features, layer.in_features):
         return False
-    return type(layer).forward is nn.Linear.forward or _multiplies_small(layer)
+    return type(layer).forward is nn.Linear.forward or _forward_is_linear(layer)
 
 
 @torch.no_grad()
-def _multiplies_small(layer: nn.Linear) -> bool:
+def _forward_is_linear(layer: nn.Linear) -> bool:
     with unset_fake_temporarily():
-        # Numbers whose products and sums no order and no dtype rounds.
+        # Values whose products and sums are exact, in any order and in every dtype.
         weight = torch.tensor([[0.5, -2.0, 1.0], [1.5, 0.25, -1.0]], dtype=torch.float32, device="cpu")  # (2, 3)
         bias, x = None if layer.bias is None else weight[:, 0], weight.flip(0)[None]  # (2,), (1, 2, 3)
         small = object.__new__(type(layer))
         small.__dict__ |= vars(layer) | {"in_features": 3, "out_features": 2, "training": False}
         small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
         try:
-            found = type(layer).forward(small, x)  # (1, 2, 2)
-        except Exception:  # it needs more than a W and a b
+            output = type(layer).forward(small, x)  # (1, 2, 2)
+        except Exception:  # the forward needs more than W and b
             return False
-        return type(found) is Tensor and torch.equal(found, F.linear(x, weight, bias))
+        return type(output) is Tensor and torch.equal(output, F.linear(x, weight, bias))
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means such a layer, if it can be adapted."""
+    """Whether "all-linear" includes this layer, provided that it can be adapted."""
     entry = _entry(module)
     return isinstance(module, nn.Linear) if entry is None else entry.linear
 

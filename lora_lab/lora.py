@@ -10,7 +10,7 @@ r"""LoRA: a frozen layer plus a small trainable update of low rank.
     |  (out, in)  |   .--'--.
     |             |   |  A  |      (rank, in)    starts random
     '--------.----'   '--.--'
-             |           |         trained: rank * (in + out) numbers in place of in * out
+             |           |         trained: rank * (in + out) parameters in place of in * out
              '-----.-----'
                    x
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +32,26 @@ from torch.nn import functional as F
 
 
 class LoRALayer(nn.Module):
-    """A frozen layer with the update ``scaling * B @ A`` beside it.
+    """A frozen layer plus the trainable update ``scaling * B @ A``.
 
-    A kind of layer says two things: :meth:`init_factors`, what A and B are at the start, and ``forward``, how they
-    meet the input. :class:`LoRALinear` below is the one to read; ``lora_lab.layers`` has the others.
+    A subclass for a kind of layer defines two methods: :meth:`init_factors`, which makes the initial A and B, and
+    ``forward``, which applies them to the input. Start with :class:`LoRALinear` below; ``lora_lab.layers`` has the
+    other kinds of layer.
 
     Args:
-        base: the layer to adapt. It is kept as ``base`` and frozen.
+        base: the layer to adapt. It is stored as ``base`` and frozen.
         rank: inner dimension r of the update B A, at least 1.
-        alpha: strength; the update is multiplied by ``alpha / rank``.
+        alpha: strength of the update, which is multiplied by ``alpha / rank``.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1).
-        generator: a CPU generator to draw from; the same one gives the same factors on every device.
+        generator: a CPU generator for the random factor; with the same seed it gives the same factor on every device.
 
     Raises:
-        ValueError: rank, alpha or dropout is out of range, or this kind of layer cannot be adapted so. The base is
-            then left as it was.
+        ValueError: rank, alpha or dropout is out of range, or this class cannot adapt ``base``. The base is then
+            left unchanged.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # the tensors that make up an adapter
+    parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # names of the tensors that make up an adapter
+    base: Any  # a module with a weight; its class depends on the kind of layer
 
     def __init__(
         self,
@@ -64,13 +66,13 @@ class LoRALayer(nn.Module):
         self.base, self.alpha = base, alpha
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))  # (4, 64)
-        self.lora_B = nn.Parameter(B.to(base.weight.device))  # (48, 4)
-        base.requires_grad_(False)  # last, so that a refused layer is left as it was
+        self.lora_A = nn.Parameter(A.to(self.base.weight.device))  # (4, 64)
+        self.lora_B = nn.Parameter(B.to(self.base.weight.device))  # (48, 4)
+        base.requires_grad_(False)  # last, so that an error above leaves the base unchanged
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A and B at the start; the rank is the first dimension of A and the second of B."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its factors start, in init_factors.")
+        """The initial A and B; the rank is the first dimension of A and the second of B."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_factors, which returns the initial A and B.")
 
     @property
     def rank(self) -> int:
@@ -79,14 +81,14 @@ class LoRALayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """What the update B A is multiplied by."""
+        """The factor of the update B A: alpha / rank."""
         return self.alpha / self.rank
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, ``scaling * B @ A``, in the weight's shape: (out, in), without a graph.
+        """The update of the weight, ``scaling * B @ A``, in the weight's shape (out, in), outside autograd's graph.
 
-        A kind of layer with another update overrides ``_delta``, which keeps the graph.
+        A subclass with a different update overrides ``_delta``, which is part of the graph.
         """
         return self._delta()
 
@@ -95,20 +97,20 @@ class LoRALayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W0 + update, with autograd's graph, for parent modules that read a layer's weight and never call the layer.
+        """W0 + update, in autograd's graph, for parent modules that read a layer's weight without calling the layer.
 
-        ``nn.MultiheadAttention`` and the fast path of ``nn.TransformerEncoderLayer`` do.
+        ``nn.MultiheadAttention`` and the fast path of ``nn.TransformerEncoderLayer`` do this.
         """
         return (self.base.weight + self._delta()).to(self.base.weight.dtype)  # (48, 64)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias, which no adapter changes."""
+        """The base's bias, which adapters leave unchanged."""
         return self.base.bias  # (48,)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new layer of the base's own class, frozen, that computes the same function; this layer stays as it is."""
+        """A new frozen layer of the base's class that computes the same function; this layer does not change."""
         plain = copy.deepcopy(self.base, {id(self.base.weight): self.base.weight})  # shares W0
         plain.weight = nn.Parameter(self.weight)  # (48, 64)
         return plain.requires_grad_(False).train(self.training)
@@ -118,11 +120,11 @@ class LoRALayer(nn.Module):
 
 
 class LoRALinear(LoRALayer):
-    """A frozen ``nn.Linear`` with a trainable update ``scaling * B @ A`` beside it.
+    """A frozen ``nn.Linear`` plus the trainable update ``scaling * B @ A``.
 
-    A is drawn as ``nn.Linear`` draws its weight (kaiming-uniform with a = sqrt(5), which is uniform
-    in +-1/sqrt(in); the paper says Gaussian, its released code does this), B is zero. A and B are
-    kept in float32 under a half-precision base, because their updates are too small for it.
+    A starts like the weight of an ``nn.Linear``: Kaiming-uniform with a = sqrt(5), which is uniform in
+    +-1/sqrt(in). The paper draws it from a Gaussian; its released code does this. B starts at zero. Over a
+    half-precision base, A and B are float32, because their updates are too small for half precision.
 
     Args: as for :class:`LoRALayer`.
     """
@@ -140,7 +142,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new ``nn.Linear``, or of the base's class if that derives from it, frozen, that computes the same."""
+        """A new frozen ``nn.Linear``, or subclass of it if the base is one, that computes the same function."""
         if isinstance(self.base, nn.Linear) and type(self.base) is not nn.Linear:
             return super().merged()
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
@@ -151,13 +153,13 @@ class LoRALinear(LoRALayer):
 
 
 def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """A fresh A (rank, width), uniform in +-1/sqrt(width), in ``dtype``, but in float32 at least."""
+    """A new A (rank, width), uniform in +-1/sqrt(width), in ``dtype`` or float32, whichever is more precise."""
     A = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))  # (4, 64)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
 
 
 def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
-    """Raise ValueError for a rank, alpha or dropout that makes no sense."""
+    """Raise ValueError if rank, alpha or dropout is out of range."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is {rank!r}, but it must be a whole number of at least 1, such as 8.")
     if not (math.isfinite(alpha) and alpha > 0):

@@ -1,12 +1,13 @@
-"""How a model is made ready to train. ``fit`` is the same for all; only this object differs.
+"""Training methods: full fine-tuning, LoRA and its variants. ``fit`` is the same for all; only the method differs.
 
-A method is a frozen record with a ``name``, ``prepare(model, seed)``, which decides what is trainable,
-and ``groups(model)``, which hands the trainable parameters to the optimiser.
+A method is a frozen dataclass with a ``name``, ``prepare(model, seed)``, which decides what is trainable,
+and ``groups(model)``, which returns the trainable parameters as groups for the optimiser.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -17,26 +18,27 @@ from lora_lab.inject import LoRAConfig, inject, lora_layers, require_no_adapters
 from lora_lab.lora import LoRALayer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
-MARK = "_lora_lab_method"  # the attribute of a model that says which method made it ready
+MARK = "_lora_lab_method"  # the attribute of a prepared model that holds the method's name
 
 
-class Method:
-    """What every method shares: the mark that says a model has been made ready, and the optimiser's groups."""
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base class of the methods. A subclass is a frozen dataclass with a ``name`` and a ``_prepare``."""
 
     name: ClassVar[str]
 
     def prepare(self, model: nn.Module, seed: int) -> None:
-        """Make ``model`` ready, in place, and mark it.
+        """Prepare ``model`` for training, in place, and mark it as prepared.
 
         Args:
-            seed: for whatever the method draws at random.
+            seed: of all that the method draws at random.
 
         Raises:
-            ValueError: the model carries adapters or another method's mark, or nothing would be trained.
+            ValueError: the model has adapters, has been prepared before, or would have no trainable parameter.
         """
         if mark := getattr(model, MARK, None):
             raise ValueError(
-                f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
+                f"The model has already been prepared for {mark!r}; start each run from a freshly loaded model."
             )
         require_no_adapters(model)
         self._prepare(model, seed)
@@ -44,13 +46,14 @@ class Method:
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
         setattr(model, MARK, self.name)
 
+    @abstractmethod
     def _prepare(self, model: nn.Module, seed: int) -> None:
-        raise TypeError(f"{type(self).__name__} must say how it makes a model ready, in a method _prepare.")
+        """Freeze what is not trained, and add adapters if the method has any."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups: here one, with all that is trainable.
+        """The optimiser's parameter groups; by default one group of all trainable parameters.
 
-        A group may carry ``lr_factor``, which multiplies the learning rate.
+        A group may have an entry ``lr_factor``, which multiplies the learning rate.
         """
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
@@ -72,38 +75,44 @@ class FullFineTuning(Method):
 
 @dataclass(frozen=True)
 class PartialFineTuning(Method):
-    """Train only the named modules (such as a new head, or the last blocks), and freeze the rest.
+    """Train only the named modules, such as a new head or the last blocks, and freeze all others.
 
     Args:
-        modules: exact names, as ``model.named_modules()`` gives them.
+        modules: exact names, as in ``model.named_modules()``.
     """
 
     modules: Sequence[str] = ("head",)
     name: ClassVar[str] = "partial"
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
-        known = dict(model.named_modules())
+        modules = dict(model.named_modules())
         for name in self.modules:
-            if name not in known or not name:
-                raise ValueError(f"There is no module {name!r} in this model; the top ones are {[*model._modules]}.")
-        _check_trainable([known[name] for name in self.modules])
+            if name not in modules or not name:
+                raise ValueError(
+                    f"The model has no module {name!r}; choose names from model.named_modules(), whose top level is "
+                    f"{[*model._modules]}."
+                )
+        _check_trainable([modules[name] for name in self.modules])
         model.requires_grad_(False)
         for name in self.modules:
-            known[name].requires_grad_(True)
+            modules[name].requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class AsItIs(Method):
-    """Train what already requires gradients: for measuring models that another library has made ready."""
+    """Train the parameters that already require gradients: for measuring models that another library has prepared."""
 
     name: ClassVar[str] = "as it is"
 
     def prepare(self, model: nn.Module, seed: int) -> None:
-        """Change nothing, and check that there is something to train.
+        """Check that a parameter is trainable, and leave the model unchanged and unmarked.
 
         Raises:
             ValueError: no parameter requires a gradient.
         """
+        self._prepare(model, seed)
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("No parameter of the model requires a gradient, so nothing would be trained.")
 
@@ -111,7 +120,7 @@ class AsItIs(Method):
 def _check_trainable(modules: Sequence[nn.Module]) -> None:
     if any(not parameter.is_floating_point() for module in modules for parameter in module.parameters()):
         raise ValueError(
-            "The weights to train are in blocks of bytes, which have no gradient; "
+            "The weights to train are quantised blocks, which have no gradient; "
             "use a LoRA method, or load the model without keep_blocks."
         )
 
@@ -135,7 +144,7 @@ class LoRA(Method):
         self.config()
 
     def config(self) -> LoRAConfig:
-        """The adapter's settings."""
+        """The settings of the adapters."""
         return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.exclude)
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
@@ -152,7 +161,7 @@ class RsLoRA(LoRA):
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA):
-    """LoRA that trains B alone: see :class:`lora_lab.variants.LoRAFALinear`."""
+    """LoRA that trains only B: see :class:`lora_lab.variants.LoRAFALinear`."""
 
     name: ClassVar[str] = "lora-fa"
     layer: ClassVar[type[LoRALayer] | None] = LoRAFALinear
@@ -160,9 +169,9 @@ class LoRAFA(LoRA):
 
 @dataclass(frozen=True)
 class PiSSA(LoRA):
-    """LoRA that starts from the largest singular directions: see :class:`lora_lab.variants.PiSSALinear`.
+    """LoRA that starts from the leading singular directions: see :class:`lora_lab.variants.PiSSALinear`.
 
-    ``prepare`` takes an SVD of each layer: 0.15 s for one of 576 x 1536 on two CPU cores.
+    ``prepare`` computes the SVD of each layer: 0.15 s for a layer of 576 x 1536 on two CPU cores.
     """
 
     name: ClassVar[str] = "pissa"
@@ -171,7 +180,7 @@ class PiSSA(LoRA):
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """LoRA of the direction, with trained lengths: see :class:`lora_lab.variants.DoRALinear`."""
+    """LoRA of each row's direction, with a trained length: see :class:`lora_lab.variants.DoRALinear`."""
 
     name: ClassVar[str] = "dora"
     layer: ClassVar[type[LoRALayer] | None] = DoRALinear
@@ -179,17 +188,17 @@ class DoRA(LoRA):
 
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
-    """LoRA+: B learns ``ratio`` times as fast as A.
+    """LoRA+: the learning rate of B is ``ratio`` times that of A.
 
-    In the limit of wide layers one rate for both cannot make A and B each change what the layer gives by as
-    much as the other; lr_B / lr_A growing with the width can. ``fit``'s ``lr`` is A's. An adapted embedding's B
-    takes the ratio too, though the theory is of linear layers.
+    In the limit of wide layers, updates of A and of B change the layer's output by amounts of the same order only
+    if lr_B / lr_A grows with the width. ``fit``'s ``lr`` is the rate of A. The ratio applies to an adapted
+    embedding's B too, although the theory covers linear layers only.
 
     Reference: Hayou et al. 2024, arXiv 2402.12354, section 4, theorem 1; the ratio: section 5.3.
 
     Args:
-        ratio: lr_B / lr_A, positive. The paper found about 16 best for RoBERTa where A starts at zero, 4 to 8
-            where B does, as here, and 2 to 4 for Llama: a number to tune.
+        ratio: lr_B / lr_A, positive; to be tuned. The paper reports as best about 16 for RoBERTa if A starts at
+            zero, 4 to 8 if B starts at zero, as here, and 2 to 4 for Llama.
     """
 
     ratio: float = 4.0
@@ -201,7 +210,7 @@ class LoRAPlus(LoRA):
             raise ValueError(f"ratio is {self.ratio!r}, but it must be a positive number, such as 4.")
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Two groups: every A, and every B with the ratio as its ``lr_factor``."""
+        """Two groups: every A, and every B with ``ratio`` as its ``lr_factor``."""
         layers = lora_layers(model, required=True).values()
         return [
             {"params": [layer.lora_A for layer in layers]},

@@ -1,4 +1,4 @@
-"""Singular values and what they say: ranks, subspaces, and how much of it chance alone would show.
+"""Singular values, ranks and subspaces of matrices, and the values that they take by chance.
 
     U, S, Vh = product_svd(B, A, scaling)          # of scaling * B @ A, from the factors
     effective_rank(S), stable_rank(S), energy_rank(S)
@@ -6,13 +6,14 @@
     intruder_dimensions(before, after)             # Shuttleworth et al. 2024
     by_chance(lambda g: stable_rank(singular_values(gaussian((192, 576), generator=g))))
 
-Tensors come in, tensors go out; matrices of one shape may be stacked, (..., out, in), and are then worked on together.
-Half precision is computed in float32, everything else as it is given. A matrix may be replaced by its decomposition
-(U, S, Vh), as ``torch.linalg.svd(W, full_matrices=False)`` names it, which saves doing it again.
+All functions take and return tensors. Matrices of one shape may be stacked, (..., out, in), and are then processed as
+a batch. Half precision is computed in float32, other dtypes in their own precision. In place of a matrix its
+decomposition (U, S, Vh) may be passed, as ``torch.linalg.svd(W, full_matrices=False)`` returns it, to avoid computing
+it again.
 
-No statistic means anything by itself. A rank-8 product of Gaussian factors has 90 % of its energy in 7 directions
-and a Gaussian matrix of 576 x 576 has it in 294, with nothing learned in either: :func:`by_chance` says what numbers
-come from no signal at all.
+No statistic means anything without a baseline. A Gaussian matrix of 576 x 576 has 90 % of its energy in 294 directions,
+the product of Gaussian factors of rank 8 in 7, and neither contains any signal: :func:`by_chance` returns the range of
+a statistic without signal.
 
 Shapes in the comments: an update of a weight from 576 to 192 (W is 192 x 576, k = 192) by an adapter of rank 8.
 """
@@ -20,14 +21,14 @@ Shapes in the comments: an update of a weight from 576 to 192 (W is 192 x 576, k
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class SVD(NamedTuple):
-    """A = U diag(S) Vh with orthonormal columns of U and rows of Vh, S falling."""
+    """U diag(S) Vh, where the columns of U and the rows of Vh are orthonormal and S is in descending order."""
 
     U: Tensor
     S: Tensor
@@ -41,22 +42,23 @@ Matrix = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
-    r"""The exact SVD of scaling * B A, from the factors; the product itself is never made.
+    r"""The exact SVD of scaling * B A, computed from the factors without forming their product.
 
-    With B = Q_B R_B and A^T = Q_A R_A, all that is left to decompose is the small R_B R_A^T.
+    With the QR decompositions B = Q_B R_B and A^T = Q_A R_A, only the small matrix R_B R_A^T remains to be decomposed.
 
     Args:
         B: (..., out, rank).
         A: (..., rank, in).
-        scaling: of the adapter; positive. For a stack it may be a tensor (...), one for each.
+        scaling: the adapter's, positive; for a stack also a tensor (...) with one value per matrix.
 
     Returns:
         U (..., out, k), S (..., k), Vh (..., k, in), where k is the smallest of out, rank and in.
 
     Raises:
-        ValueError: the shapes do not fit, or a factor has entries that are not finite.
+        ValueError: the shapes do not match, or a factor has entries that are not finite.
     """
-    _check(B, "B"), _check(A, "A")
+    _check(B, "B")
+    _check(A, "A")
     if B.shape[:-2] != A.shape[:-2] or B.shape[-1] != A.shape[-2]:
         raise ValueError(
             f"B has shape {tuple(B.shape)} and A {tuple(A.shape)}, but B must be (out, rank) and A (rank, in)."
@@ -74,41 +76,42 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
 
 
 def svd(W: Matrix) -> SVD:
-    """The exact SVD of a matrix (..., out, in), or the one that was given.
+    """The exact SVD of a matrix (..., out, in); a decomposition is checked and returned.
 
     Raises:
-        ValueError: not a matrix, not of floating-point numbers, on the meta device, or not finite; or a tuple of other
-            tensors than U, S and Vh.
+        ValueError: W is no matrix of floating-point numbers, is on the meta device, or has entries that are not
+            finite; or it is a tuple other than (U, S, Vh).
     """
     if isinstance(W, tuple):
-        return _given(W)
+        return _check_decomposition(W)
     _check(W, "W")
     return SVD(*torch.linalg.svd(W.to(_work_dtype(W)), full_matrices=False))  # (192, 192), (192,), (192, 576)
 
 
 def singular_values(W: Matrix) -> Tensor:
-    r"""Only the singular values (..., k), in float64, through the eigenvalues of the smaller of W W^T and W^T W.
+    r"""The singular values (..., k) alone, in float64, from the eigenvalues of the smaller of W W^T and W^T W.
 
-    Several times as fast as :func:`svd`. Squaring halves the digits: values below about 1e-8 of the largest are
-    noise. That is why product and eigenvalues are in float64 (float32 would lose all below 3e-4).
+    Several times as fast as :func:`svd`. Squaring halves the number of correct digits: values below about 1e-8 of the
+    largest are noise. So W W^T and its eigenvalues are computed in float64 (in float32, values below 3e-4 would be
+    noise).
 
     Raises:
         ValueError: as for :func:`svd`.
     """
     if isinstance(W, tuple):
-        return _given(W).S
+        return _check_decomposition(W).S
     _check(W, "W")
     wide = W.double()  # (192, 576)
     if wide.shape[-2] > wide.shape[-1]:
         wide = wide.mT
     scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)  # (1, 1)
     wide = wide / scale  # so that squares neither overflow nor vanish
-    eigenvalues = torch.linalg.eigvalsh(wide @ wide.mT)  # (192,) rising
+    eigenvalues = torch.linalg.eigvalsh(wide @ wide.mT)  # (192,) ascending
     return eigenvalues.flip(-1).clamp_min(0).sqrt() * scale[..., 0]  # (192,)
 
 
 class Approximation(NamedTuple):
-    """W is about B @ A, of rank r; ``error`` is the Frobenius norm of what is missing over that of W."""
+    """Factors B (..., out, r) and A (..., r, in) of an approximation of W, and ``error``, ||W - B A||_F / ||W||_F."""
 
     B: Tensor
     A: Tensor
@@ -118,16 +121,16 @@ class Approximation(NamedTuple):
 def truncate(
     W: Matrix, rank: int, *, randomized: bool = False, generator: torch.Generator | None = None
 ) -> Approximation:
-    """The best approximation of a rank, as factors of like size: B = U sqrt(S), A = sqrt(S) Vh.
+    """The best approximation of rank r, as factors of the same scale: B = U sqrt(S), A = sqrt(S) Vh.
 
-    No matrix of that rank is nearer to W, in Frobenius and in spectral norm (Eckart and Young 1936).
+    No matrix of rank r is closer to W, in the Frobenius or the spectral norm (Eckart and Young 1936).
 
     Args:
         W: (..., out, in), or its SVD.
         rank: r, from 1 to the smaller of out and in.
-        randomized: look for the leading directions with random vectors (Halko et al. 2011, algorithm 4.4, 6 power
-            iterations). Worth it for large matrices with quickly falling spectra; see ``error``, which is always exact.
-        generator: of the random vectors; default one of its own, seeded with 0.
+        randomized: compute the leading directions from random vectors (Halko et al. 2011, algorithm 4.4, 6 power
+            iterations). Use it for large matrices whose singular values decay fast, and check ``error``: it is exact.
+        generator: for the random vectors; default: a new one with seed 0.
 
     Returns:
         B (..., out, r), A (..., r, in), error (...).
@@ -152,10 +155,10 @@ def truncate(
 
 
 def _randomized_svd(W: Tensor, rank: int, generator: torch.Generator | None) -> SVD:
-    """The leading part of the SVD, from what W does to random vectors, sharpened by six passes forth and back."""
+    """The leading part of the SVD, from the products of W and random vectors, refined by six power iterations."""
     generator = generator or torch.Generator(W.device).manual_seed(0)
-    more = min(rank + 20, *W.shape[-2:])  # vectors; the surplus makes it likely that none is missed
-    shape = (*W.shape[:-2], W.shape[-1], more)
+    count = min(rank + 20, *W.shape[-2:])  # 20 vectors more than the rank make it unlikely that a direction is missed
+    shape = (*W.shape[:-2], W.shape[-1], count)
     X = torch.randn(shape, generator=generator, device=W.device, dtype=W.dtype)  # (576, 28)
     Q = torch.linalg.qr(W @ X).Q  # (192, 28)
     for _ in range(6):
@@ -165,25 +168,25 @@ def _randomized_svd(W: Tensor, rank: int, generator: torch.Generator | None) -> 
     return SVD((Q @ U)[..., :rank], S[..., :rank], Vh[..., :rank, :])  # (192, 8), (8,), (8, 576)
 
 
-# What singular values say. All take S (..., k), in any order, and give (...); all are 0 for a matrix of zeros.
+# Statistics of singular values. Each takes S (..., k), in any order, returns (...), and is 0 for a matrix of zeros.
 
 
 def effective_rank(S: Tensor) -> Tensor:
     """exp(entropy) of S / sum(S): k equal values give k (Roy and Vetterli 2007, definition 1)."""
     S = _spectrum(S)  # (192,)
     share = _ratio(S, S.sum(-1, keepdim=True))  # (192,)
-    some = S.sum(-1) > 0  # ()
-    return torch.special.entr(share).sum(-1).exp() * some
+    nonzero = S.sum(-1) > 0  # ()
+    return torch.special.entr(share).sum(-1).exp() * nonzero
 
 
 def stable_rank(S: Tensor) -> Tensor:
-    """Squared Frobenius norm over squared spectral norm: never above the rank, and hardly moved by small values."""
+    """Squared Frobenius norm over squared spectral norm: at most the rank, and hardly affected by small values."""
     S = _spectrum(S)  # (192,)
     return _ratio(S, S.amax(-1, keepdim=True)).square().sum(-1)
 
 
 def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
-    """How many directions hold that share of the energy, the sum of squared singular values; a whole number.
+    """The smallest number of directions that hold the given share of the energy, the sum of squared singular values.
 
     Raises:
         ValueError: the share is not above 0 and at most 1.
@@ -193,13 +196,13 @@ def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
     S = _spectrum(S).sort(-1, descending=True).values  # (192,)
     energy = _ratio(S, S[..., :1]).square().cumsum(-1)  # (192,), in units of the largest
     total = energy[..., -1:]  # (1,)
-    # What rounding leaves out of the last sums is no direction of its own.
+    # With a tolerance, so that rounding in the last sums does not add directions.
     enough = share * total * (1 - S.shape[-1] * torch.finfo(S.dtype).eps)  # (1,)
     return (energy < enough).sum(-1) + (total[..., 0] > 0)
 
 
 class Norms(NamedTuple):
-    """Of a matrix, from its singular values: root of the sum of squares, the largest, the sum."""
+    """Norms of a matrix from its singular values: the root of the sum of squares, the largest, the sum."""
 
     frobenius: Tensor
     spectral: Tensor
@@ -218,8 +221,8 @@ def norms(S: Tensor) -> Norms:
 def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
     r"""phi(i, j) = ||V1[:, :i]^T V2[:, :j]||_F^2 / min(i, j) for all i and j at once (Hu et al. 2021, equation 4).
 
-    1 where the smaller subspace lies within the larger, 0 where they are orthogonal. Subspaces by chance have
-    max(i, j) / n on average.
+    1 if the smaller subspace lies within the larger one, 0 if they are orthogonal, and max(i, j) / n on average for
+    random subspaces.
 
     Args:
         V1: (..., n, i), orthonormal columns, the most important first.
@@ -229,7 +232,7 @@ def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
         (..., i, j).
 
     Raises:
-        ValueError: other shapes, or columns that are not orthonormal.
+        ValueError: the shapes do not match, or the columns are not orthonormal.
     """
     _check_bases(V1, V2)
     shared = (V1.mT @ V2).square().cumsum(-1).cumsum(-2)  # (8, 64)
@@ -239,10 +242,10 @@ def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
 
 
 def principal_angles(V1: Tensor, V2: Tensor) -> Tensor:
-    """Angles between two subspaces in radians, the smallest first: (..., min(i, j)).
+    """Angles between two subspaces in radians, in ascending order: (..., min(i, j)).
 
-    Small ones come from sines and large ones from cosines, so that each keeps its digits (Knyazev and Argentati 2002,
-    algorithm 3.1).
+    Small angles are computed from sines and large ones from cosines, so that all are accurate (Knyazev and Argentati
+    2002, algorithm 3.1).
 
     Raises:
         ValueError: as for :func:`subspace_similarity`.
@@ -251,16 +254,17 @@ def principal_angles(V1: Tensor, V2: Tensor) -> Tensor:
     if V1.shape[-1] < V2.shape[-1]:
         V1, V2 = V2, V1
     cross = V1.mT @ V2  # (64, 8)
-    cosines = torch.linalg.svdvals(cross).clamp(0, 1)  # (8,) falling
-    sines = torch.linalg.svdvals(V2 - V1 @ cross).clamp(0, 1).flip(-1)  # (8,) rising
+    cosines = torch.linalg.svdvals(cross).clamp(0, 1)  # (8,) descending
+    sines = torch.linalg.svdvals(V2 - V1 @ cross).clamp(0, 1).flip(-1)  # (8,) ascending
     return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())  # (8,)
 
 
 class Amplification(NamedTuple):
-    """How much an update strengthens what the weight does in the update's own directions (Hu et al. 2021, table 7).
+    """How much an update amplifies the weight along the update's leading directions (Hu et al. 2021, table 7).
 
     ``factor`` is ||delta||_F over ``projected``, the norm of U^T W V with the update's leading directions U and V.
-    Beside it the norms with W's own leading directions (no others have more) and with random ones (no signal).
+    For comparison, ``largest`` is this norm with W's leading directions, the maximum over all directions, and
+    ``random`` the norm with random directions, which carry no signal.
     """
 
     factor: Tensor
@@ -271,61 +275,60 @@ class Amplification(NamedTuple):
 
 
 def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Generator | None = None) -> Amplification:
-    """Whether an update amplifies directions that the weight has, but does not stress (Hu et al. 2021, section 7.3).
+    """Whether an update amplifies directions that the weight has but does not emphasise (Hu et al. 2021, section 7.3).
 
     Args:
         delta: the update (..., out, in), or its SVD.
-        W: the weight before (..., out, in), or its SVD.
-        rank: how many leading directions.
-        generator: of the random directions, which are drawn on the CPU; default one of its own, seeded with 0.
+        W: the weight before the update (..., out, in), or its SVD.
+        rank: number of leading directions.
+        generator: a CPU generator for the random directions; default: a new one with seed 0.
 
     Raises:
         ValueError: the shapes differ, the rank is out of range, or as for :func:`svd`.
     """
     U, S, Vh = svd(delta)
     _check_rank(rank, S.shape[-1])
-    own = singular_values(W)  # (192,)
+    singular_values_of_W = singular_values(W)  # (192,)
     if isinstance(W, tuple):
         W = (W[0] * W[1][..., None, :]) @ W[2]  # (192, 576)
     W = W.to(torch.promote_types(_work_dtype(W), S.dtype))
     if W.shape != (*U.shape[:-1], Vh.shape[-1]):
         raise ValueError(
-            f"The weight has shape {tuple(W.shape)} and the update {(*U.shape[:-1], Vh.shape[-1])}; they must be alike."
+            f"The weight has shape {tuple(W.shape)} and the update {(*U.shape[:-1], Vh.shape[-1])}; they must be equal."
         )
     U, Vh = U[..., :rank].to(W.dtype), Vh[..., :rank, :].to(W.dtype)  # (192, 8), (8, 576)
     generator = generator or torch.Generator().manual_seed(0)
     left, right = (orthonormal(n, rank, generator=generator).to(W) for n in W.shape[-2:])  # (192, 8), (576, 8)
     norm = torch.linalg.matrix_norm
     projected, size = norm(U.mT @ W @ Vh.mT), S.to(W.dtype).norm(dim=-1)  # (), ()
-    return Amplification(
-        _ratio(size, projected), size, projected, own[..., :rank].norm(dim=-1).to(W.dtype), norm(left.T @ W @ right)
-    )
+    largest = singular_values_of_W[..., :rank].norm(dim=-1).to(W.dtype)  # ()
+    return Amplification(_ratio(size, projected), size, projected, largest, norm(left.T @ W @ right))
 
 
 class Intruders(NamedTuple):
-    """Which leading directions of a tuned weight the weight before does not have.
+    """Leading directions of a tuned weight that the weight before training does not have.
 
-    ``count`` of the ``cosines`` (one for each leading direction of the tuned weight, the strongest first: how much it
-    resembles the direction of the old weight that it resembles most) are below epsilon. ``energy_share`` is the part
-    of the tuned weight's energy in them. ``floor`` is the cosine that a random direction has on average: where
-    epsilon is not well above it, the count says nothing, and every direction that is spread out evenly is "intruding",
-    though it lies in the old weight's span like any other.
+    ``cosines`` has one entry for each leading direction of the tuned weight, the strongest first: its cosine with the
+    most similar direction of the old weight. ``count`` of them are below epsilon, and ``energy_share`` is the share of
+    the tuned weight's energy in those directions. ``floor`` is the average cosine of a random direction: unless epsilon
+    is well above it, the count means nothing. A direction that is spread evenly over the old ones counts as an
+    intruder, although it lies in their span.
     """
 
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.count, which has no use here
     energy_share: Tensor
     cosines: Tensor
     floor: float
 
 
 def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: float = 0.5) -> Intruders:
-    """Leading left singular vectors of the tuned weight that resemble none of the old one (Shuttleworth et al. 2024).
+    """Leading left singular vectors of the tuned weight similar to none of the old weight's (Shuttleworth et al. 2024).
 
     Args:
-        before: the weight (..., out, in) before training, or its SVD, whole.
-        after: the weight after it, update included, or its SVD.
-        top: how many leading directions are looked at.
-        epsilon: a direction whose every cosine is below intrudes.
+        before: the weight (..., out, in) before training, or its full SVD.
+        after: the weight after training, update included, or its SVD.
+        top: number of leading directions to examine.
+        epsilon: a direction is an intruder if all its cosines are below this.
 
     Raises:
         ValueError: the shapes differ, ``top`` or ``epsilon`` is out of range, or as for :func:`svd`.
@@ -336,33 +339,38 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     if old.U.shape[:-1] != new.U.shape[:-1] or old.Vh.shape[-1] != new.Vh.shape[-1]:
         raise ValueError(
             f"The weights have {tuple(old.U.shape[:-1])} and {tuple(new.U.shape[:-1])} rows and {old.Vh.shape[-1]} and "
-            f"{new.Vh.shape[-1]} columns; they must be alike."
+            f"{new.Vh.shape[-1]} columns; their shapes must be equal."
         )
     _check_rank(top, new.S.shape[-1], "top")
     dtype = torch.promote_types(old.U.dtype, new.U.dtype)
     cosines = (new.U[..., :top].mT.to(dtype) @ old.U.to(dtype)).abs().amax(-1)  # (10, 192) -> (10,)
-    foreign = cosines < epsilon  # (10,)
+    intrudes = cosines < epsilon  # (10,)
     energy = new.S.square()  # (192,)
-    share = _ratio((energy[..., :top] * foreign).sum(-1), energy.sum(-1))  # ()
-    return Intruders(foreign.sum(-1), share, cosines, random_cosine(old.U.shape[-2], old.U.shape[-1]))
+    share = _ratio((energy[..., :top] * intrudes).sum(-1), energy.sum(-1))  # ()
+    return Intruders(intrudes.sum(-1), share, cosines, random_cosine(old.U.shape[-2], old.U.shape[-1]))
 
 
 def random_cosine(width: int, directions: int | None = None, *, draws: int = 200) -> float:
-    """The largest cosine between a random direction and the axes of an orthonormal basis, on average.
+    """The largest cosine between a random direction and the vectors of an orthonormal basis, on average.
 
-    About sqrt(2 ln(n) / n) for n directions of a space as wide: 0.137 of 576, 0.328 of 64.
+    About sqrt(2 ln(n) / n) for a basis of n vectors in n dimensions: 0.137 for n = 576, 0.328 for n = 64.
+
+    Args:
+        width: dimensions of the space.
+        directions: vectors of the basis; default: ``width``.
+        draws: random directions to average over.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(draws, width, generator=generator, dtype=torch.float64)  # (200, 192)
-    # The basis may as well be the first axes: a random direction looks the same from everywhere.
-    return float((drawn[:, : directions or width].abs().amax(-1) / drawn.norm(dim=-1)).mean())
+    vectors = torch.randn(draws, width, generator=generator, dtype=torch.float64)  # (200, 192)
+    # The basis is the first axes, which loses nothing: all bases are alike to a random direction.
+    return float((vectors[:, : directions or width].abs().amax(-1) / vectors.norm(dim=-1)).mean())
 
 
-# Chance
+# Random matrices, and the range of a statistic by chance
 
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """A matrix (or a stack of them) without signal: independent normal entries, scaled to a Frobenius norm."""
+    """A matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
     W = torch.randn(shape, generator=generator, dtype=torch.float64)  # (192, 576)
     return W * (norm / torch.linalg.matrix_norm(W, keepdim=True))
 
@@ -370,7 +378,7 @@ def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Gene
 def gaussian_factors(
     shape: tuple[int, int], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """B (out, r) and A (r, in) without signal, whose product has a Frobenius norm: the null of an adapter."""
+    """An adapter's null model: B (out, r) and A (r, in) without signal, scaled so that ||B A||_F is ``norm``."""
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)
     size = product_svd(B, A).S.norm()  # ()
@@ -378,42 +386,42 @@ def gaussian_factors(
 
 
 def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """A random subspace of n dimensions: (n, k), orthonormal columns, every direction as likely as any other."""
+    """A random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
     _check_rank(k, n, "k")
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 
 
 class Band(NamedTuple):
-    """What chance gives: 95 of 100 draws lie between low and high; ``mean`` of the draws."""
+    """The range by chance: 95 % of draws lie between ``low`` and ``high``; ``mean`` is the mean of the draws."""
 
     low: Tensor
     mean: Tensor
     high: Tensor
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return bool(((self.low <= value) & (value <= self.high)).all())
 
 
 def by_chance(draw: Callable[[torch.Generator], Tensor], draws: int = 39, seed: int = 0) -> Band:
-    """The band in which a statistic lies with 95 % when there is no signal, from draws of it.
+    """The band that contains a statistic with 95 % probability if there is no signal, from draws of the statistic.
 
-    A next draw is below all of n or above all of n with a probability of 2 / (n + 1), whatever the distribution. So
-    the k-th lowest and k-th highest of 40 k - 1 draws bound 95 % exactly, and 39 are the fewest that do.
+    Another draw lies below or above all of n draws with probability 2 / (n + 1), whatever the distribution. So the
+    k-th lowest and the k-th highest of 40 k - 1 draws bound exactly 95 %, and 39 is the smallest number of draws.
 
     Args:
-        draw: computes the statistic of something random, drawn with the generator it is given.
+        draw: computes the statistic of a random matrix, drawn with the generator passed to it.
         draws: 39 or more.
         seed: of the generator.
 
     Raises:
-        ValueError: too few draws.
+        ValueError: fewer than 39 draws.
     """
     if draws < 39:
-        raise ValueError(f"draws is {draws}, but a band of 95 % needs 39 at least.")
+        raise ValueError(f"draws is {draws}, but a band of 95 % needs at least 39.")
     generator = torch.Generator().manual_seed(seed)
-    found = torch.stack([torch.as_tensor(draw(generator)) for _ in range(draws)]).double()  # (39, ...)
-    ordered, k = found.sort(0).values, (draws + 1) // 40
-    return Band(ordered[k - 1], found.mean(0), ordered[-k])
+    values = torch.stack([torch.as_tensor(draw(generator)) for _ in range(draws)]).double()  # (39, ...)
+    ordered, k = values.sort(0).values, (draws + 1) // 40
+    return Band(ordered[k - 1], values.mean(0), ordered[-k])
 
 
 # Checks
@@ -424,61 +432,63 @@ def _work_dtype(W: Tensor) -> torch.dtype:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 0 where the whole is 0."""
+    """part / whole, or 0 where the whole is 0."""
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0)
 
 
 def _check(W: Tensor, name: str) -> None:
     if not isinstance(W, Tensor) or not W.dtype.is_floating_point or W.ndim < 2 or 0 in W.shape:
-        given = f"{tuple(W.shape)} of {W.dtype}" if isinstance(W, Tensor) else type(W).__name__
-        raise ValueError(f"{name} is {given}, but it must be a matrix (..., out, in) of floating-point numbers.")
+        actual = f"{tuple(W.shape)} of {W.dtype}" if isinstance(W, Tensor) else type(W).__name__
+        raise ValueError(f"{name} is {actual}, but it must be a matrix (..., out, in) of floating-point numbers.")
     if W.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device, where there are no numbers; give a matrix that has some.")
-    least, most = W.aminmax()  # one pass, and NaN comes through
-    if not (least.isfinite() and most.isfinite()):
+        raise ValueError(f"{name} is on the meta device, which stores no values; pass a matrix on another device.")
+    smallest, largest = W.aminmax()  # one pass; NaN propagates
+    if not (smallest.isfinite() and largest.isfinite()):
         raise ValueError(
-            f"{name} has {int((~W.isfinite()).sum())} entries that are NaN or infinite; training diverged?"
+            f"{name} has {int((~W.isfinite()).sum())} entries that are NaN or infinite, but all must be finite; "
+            "check whether training diverged."
         )
 
 
-def _given(decomposed: tuple) -> SVD:
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else part for part in decomposed]
+def _check_decomposition(decomposition: tuple) -> SVD:
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else part for part in decomposition]
     try:
-        (*several, _, k), spectrum, (*others, rows, _) = shapes
-        fits = several == others and (*several, k) == spectrum and rows == k
+        (*stack_U, _, k), shape_S, (*stack_Vh, rows, _) = shapes
+        fits = stack_U == stack_Vh and (*stack_U, k) == shape_S and rows == k
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(
-            f"A tuple of {shapes} was given, but a decomposition is U (..., out, k), S (..., k), Vh (..., k, in)."
+            f"The tuple has the shapes {shapes}, but a decomposition is U (..., out, k), S (..., k), Vh (..., k, in)."
         )
-    return SVD(*decomposed)
+    return SVD(*decomposition)
 
 
 def _spectrum(S: Tensor) -> Tensor:
+    """S in the dtype to compute in, after checks."""
     if not isinstance(S, Tensor) or not S.dtype.is_floating_point or S.ndim < 1 or S.shape[-1] == 0:
-        given = f"{tuple(S.shape)} of {S.dtype}" if isinstance(S, Tensor) else type(S).__name__
-        raise ValueError(f"S is {given}, but it must be singular values (..., k), as svd(W).S gives them.")
+        actual = f"{tuple(S.shape)} of {S.dtype}" if isinstance(S, Tensor) else type(S).__name__
+        raise ValueError(f"S is {actual}, but it must be singular values (..., k), such as svd(W).S.")
     if S.device.type == "meta":
-        raise ValueError("S is on the meta device, where there are no numbers; give singular values that are some.")
+        raise ValueError("S is on the meta device, which stores no values; pass singular values on another device.")
     if not (S.isfinite() & (S >= 0)).all():
-        raise ValueError("S has entries that are negative, NaN or infinite, so it holds no singular values.")
+        raise ValueError("S has entries that are negative, NaN or infinite, so they are no singular values.")
     return S.to(_work_dtype(S))
 
 
-def _check_rank(rank: int, most: int, name: str = "rank") -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
-        raise ValueError(f"{name} is {rank!r}, but this matrix allows whole numbers from 1 to {most}.")
+def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
+        raise ValueError(f"{name} is {rank!r}, but for this matrix it must be a whole number from 1 to {largest}.")
 
 
 def _check_bases(V1: Tensor, V2: Tensor) -> None:
     for V, name in ((V1, "V1"), (V2, "V2")):
         _check(V, name)
-        far = (V.mT @ V - torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)).abs().max()
-        if far > 1e3 * torch.finfo(V.dtype).eps:
+        deviation = (V.mT @ V - torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)).abs().max()
+        if deviation > 1e3 * torch.finfo(V.dtype).eps:
             raise ValueError(
-                f"The columns of {name} {tuple(V.shape)} are not orthonormal (off by {float(far):.1e}); give U or "
-                "Vh.mT of an SVD, or the Q of torch.linalg.qr."
+                f"The columns of {name} {tuple(V.shape)} are not orthonormal (off by {float(deviation):.1e}); pass U "
+                "or Vh.mT of an SVD, or the Q of torch.linalg.qr."
             )
     if V1.shape[-2] != V2.shape[-2]:
-        raise ValueError(f"V1 has columns of {V1.shape[-2]} numbers and V2 of {V2.shape[-2]}; they must be alike.")
+        raise ValueError(f"V1 has columns of length {V1.shape[-2]} and V2 of {V2.shape[-2]}; they must be equal.")

@@ -29,9 +29,9 @@ _TEXTS = {  # field -> (pattern, what it stands for)
     "command": (r".*\S.*", "the one line that was run"),
 }
 # Names in records of earlier versions -> what they are called now.
-_KINDS = {"trades": "downstream"}
+_KINDS = {"trades": "downstream"}  # old name
 _SETTINGS = {"ways": "setups"}
-_COLUMNS = {"way": "setup", "wanted": "reference", "said": "prediction"}
+_COLUMNS = {"way": "setup", "wanted": "reference", "said": "prediction"}  # old name
 
 
 @dataclass(frozen=True)

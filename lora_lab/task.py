@@ -1,4 +1,4 @@
-"""A task: examples in four parts, and the loss that goes with them."""
+"""A task: examples in four parts, and the loss to train and evaluate with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,18 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORE = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
+IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
 
 
 class TextTokenizer(Protocol):
-    """All that a text task needs of a tokenizer."""
+    """The part of a tokenizer's interface that text tasks use."""
 
     def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs and targets, one row an example: (n, ...) each, on the CPU."""
+    """Inputs and targets, (n, ...) each, one row per example, on the CPU.
+
+    Raises:
+        ValueError: the numbers of inputs and targets differ.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -42,15 +46,16 @@ class Examples:
         return Examples(self.inputs[rows], self.targets[rows])
 
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Batch = tuple[Tensor, Tensor]  # inputs and targets, on the model's device
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> mean loss of the batch, ()
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What a model says of a batch as one tensor, such as (batch, length, vocabulary), however it is wrapped.
+    """The logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
 
-    A model may return the tensor itself, a tuple that begins with it, or an object that has it as ``logits``, as the
-    models of transformers do. Those are told by ``use_cache=False`` to keep no keys and values for later tokens, which
-    neither a loss nor its gradient needs. That goes with the call, so that no setting of the model is changed.
+    The model may return the tensor, a tuple that begins with it, or an object with an attribute ``logits``, as the
+    models of transformers do. Those are called with ``use_cache=False``, because neither a loss nor its gradient needs
+    a cache of keys and values. It is an argument of the call, so that the model's config is not changed.
 
     Args:
         model: takes the inputs as its first argument.
@@ -59,21 +64,22 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         TypeError: the model returns something else, such as the hidden states of a model without a head.
     """
-    outputs = model(inputs, use_cache=False) if _takes(model, "use_cache") else model(inputs)
-    found = getattr(outputs, "logits", outputs)
-    if isinstance(found, tuple) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
+    outputs = model(inputs, use_cache=False) if _accepts(model, "use_cache") else model(inputs)
+    result = getattr(outputs, "logits", outputs)
+    if isinstance(result, tuple) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
         raise TypeError(
             f"A {type(model).__name__} returned a {type(outputs).__name__}, but it must return a tensor, a tuple that "
             "begins with one, or an object that has one as logits; use a model with a head, or a loss of your own."
         )
-    return found
+    return result
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    # Wrappers, of peft and of torch.compile, hand on whatever they are given.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_orig_mod", model)
+def _accepts(model: nn.Module, argument: str) -> bool:
+    # Wrappers of peft and of torch.compile pass all arguments on, so the wrapped model decides.
+    unwrap = getattr(model, "get_base_model", None)
+    inner = getattr(model, "_orig_mod", model) if unwrap is None else unwrap()
     try:
         return argument in inspect.signature(getattr(inner, "forward", inner)).parameters
     except ValueError:  # a traced module has no signature
@@ -81,25 +87,25 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss in nats over the targets that count, for classes and for next tokens alike."""
-    found = logits(model, inputs)  # (batch, classes), or (batch, length, vocabulary)
-    found = found.to(torch.promote_types(found.dtype, torch.float32))  # in half precision the sum would be rounded
-    return F.cross_entropy(found.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
+    """Mean cross-entropy in nats over the targets other than ``IGNORE``, for classes and for next tokens."""
+    scores = logits(model, inputs)  # (batch, classes), or (batch, length, vocabulary)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
+    return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
 
 def mean_squared_error(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error over all numbers of the batch."""
+    """Mean squared error over all elements of the batch."""
     return F.mse_loss(logits(model, inputs), targets)  # ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data in four parts, and the loss that goes with it.
+    """Data in four parts, and the loss to train and evaluate with.
 
     Args:
         name: a short name.
         train, validation, test, off_domain: see ``lora_lab.tasks``.
-        loss: (model, inputs, targets) -> mean loss of a batch: a function, or anything else that can be called so.
+        loss: (model, inputs, targets) -> mean loss of a batch; a function or another callable.
         unit: what is counted for speed: "tokens" or "examples".
         about: one sentence on where the data comes from.
 
@@ -124,14 +130,15 @@ class Task:
     @property
     def parts(self) -> dict[str, Examples]:
         """The four parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:5]}
+        return {name: getattr(self, name) for name in ("train", "validation", "test", "off_domain")}
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content. Texts differ between versions of Python; equal fingerprints mean equal data.
+        """A hash of name, data and loss. Tasks with equal fingerprints have equal data.
 
-        Of the loss it knows what :func:`described` says and no more: its code is not looked at, so two lambdas, or a
-        function before and after a change, look the same. Give a task with another loss another name.
+        The texts of a task may depend on the version of Python. The hash covers the loss as :func:`described` describes
+        it, without its code: two lambdas, or a function before and after a change, have the same description. Give a
+        task with another loss another name.
         """
         digest = hashlib.sha256(f"{self.name} {described(self.loss)}".encode())
         for part, examples in self.parts.items():
@@ -141,11 +148,11 @@ class Task:
         return digest.hexdigest()[:16]
 
     def counted(self, examples: Examples) -> int:
-        """How many targets of a batch count: tokens for text, examples otherwise."""
+        """The number of targets that count in a batch: tokens for text, examples otherwise."""
         return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
 
     def describe(self) -> str:
-        """A few lines a person can read: sizes, shapes, source, fingerprint."""
+        """A summary in a few lines of text: sizes, shapes, source, fingerprint."""
         lines = [f"{self.name}: {self.about}"]
         for part, examples in self.parts.items():
             shape = " x ".join(str(n) for n in examples.inputs.shape[1:])
@@ -156,34 +163,37 @@ class Task:
         """The same task with only ``n_train`` training examples.
 
         Args:
-            n_train: how many.
-            seed: draws them; None takes the first ones (a part is in random order already).
+            n_train: number of training examples.
+            seed: for a random selection; None takes the first examples, which are in random order already.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: ``n_train`` is below 1 or above the number of training examples.
         """
         return replace(self, train=self.train[drawn(self, n_train, seed)])
 
 
 def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
-    """Which training examples :meth:`Task.limited` keeps: (n_train,).
+    """Indices of the training examples that :meth:`Task.limited` selects: (n_train,).
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: ``n_train`` is below 1 or above the number of training examples.
     """
     if not 1 <= n_train <= len(task.train):
-        raise ValueError(f"n_train is {n_train}, but task {task.name!r} has 1 to {len(task.train)} examples.")
+        raise ValueError(
+            f"n_train is {n_train}, but it must be from 1 to {len(task.train)}, the number of training examples of "
+            f"task {task.name!r}."
+        )
     if seed is None:
         return torch.arange(n_train)  # (n_train,)
     return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
 
 
 def described(value: Any) -> str:
-    """What a loss is called, or an argument of one, in the same words in every process.
+    """A text that describes a loss, or an argument of one, and is the same in every process.
 
-    A function has its own name. A partial has its function's name and the arguments that it holds, tensors and arrays
-    with all their numbers. Any other object has its ``repr`` without addresses: the fields of a dataclass are in it,
-    what a plain object holds is not.
+    For a function it is the name; for a partial the function's name and the arguments, with all values of tensors and
+    arrays; for any other object its ``repr`` without addresses, which includes the fields of a dataclass but not the
+    attributes of a plain object.
     """
     if name := getattr(value, "__name__", None):
         return name
@@ -197,13 +207,13 @@ def described(value: Any) -> str:
         return described(sorted(value, key=repr))
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {described(value.tolist())}"
-    if isinstance(value, Tensor):  # its repr leaves numbers out
+    if isinstance(value, Tensor):  # the repr of a large tensor omits values
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
     if type(value).__repr__ is object.__repr__:
         return type(value).__qualname__
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
 
 
-def bytes_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's numbers as bytes, without a copy where they lie in order on the CPU: (bytes,)."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values in row-major order, without a copy if the tensor is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

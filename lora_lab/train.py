@@ -1,8 +1,8 @@
-"""``fit``: one loop that trains everything, so that every comparison is like for like.
+"""``fit``: one training loop for all methods, so that every comparison is like for like.
 
-Full fine-tuning, LoRA and its variants differ in one object, the method. Order of data, optimiser,
-schedule and evaluation are the same code. A run stopped at any moment continues from its last
-checkpoint, and ends with the same numbers.
+Full fine-tuning, LoRA and its variants differ in one object, the method. Data order, optimiser, schedule
+and evaluation are the same code. A run that was stopped at any moment continues from its last checkpoint
+and ends with the same results.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from lora_lab.history import History, count_parameters
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
-from lora_lab.task import Examples, Loss, Task
-
-Batch = tuple[Tensor, Tensor]  # inputs and targets
+from lora_lab.task import Batch, Examples, Loss, Task
 
 
 class LeanStepMaker(Protocol):
-    """What ``fit`` takes as ``lean``: something that makes a step of its own, as :class:`lora_lab.lean.Lean` does."""
+    """What ``fit`` accepts as ``lean``: an object that makes a training step, such as :class:`lora_lab.lean.Lean`."""
 
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for a History."""
@@ -42,27 +40,27 @@ class LeanStepMaker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train: everything about a run but its model, task and method.
+    """How to train: all options of a run except its model, task and method.
 
     Args:
         lr: peak learning rate.
-        seed: of adapter weights, order of data and dropout.
-        weight_decay: AdamW's; on adapters it pulls the weights to the pre-trained ones.
-        clip: largest norm of the gradient (None: any).
-        steps: steps of the optimiser.
-        batch_size: examples a step.
-        schedule: after the warm-up, "cosine" (falling towards 0) or "constant".
-        warmup: steps of linear rise; default a tenth of ``steps``.
-        accumulate: micro-batches that a batch is computed in; saves memory, changes no result.
-        eval_every: steps between evaluations; default a tenth of ``steps``. Step 0 and the last always are.
-        eval_examples: examples of each part to evaluate on; default all.
-        gradient_checkpointing: keep of each block only its input, and compute the block again in the backward pass:
-            less memory, about a third more time, the same numbers (Chen et al. 2016, arXiv 1604.06174).
-        lean: take the leaner step of ``lora_lab.lean`` (for LoRA on our Llama): the same numbers in less time
-            and memory. The model keeps its lean blocks, which compute the same.
+        seed: of adapter weights, data order and dropout.
+        weight_decay: of AdamW; on adapters it pulls the weights towards the pre-trained ones.
+        clip: maximum norm of the gradient; None for no clipping.
+        steps: number of optimiser steps.
+        batch_size: examples per step.
+        schedule: after the warm-up, "cosine" (decaying towards 0) or "constant".
+        warmup: steps of linear warm-up; default: a tenth of ``steps``.
+        accumulate: number of micro-batches per batch; saves memory and does not change the result.
+        eval_every: steps between evaluations; default: a tenth of ``steps``. Step 0 and the last are always evaluated.
+        eval_examples: examples of each part to evaluate on; default: all.
+        gradient_checkpointing: save only the input of each block, and compute the block again in the backward pass:
+            less memory, about a third more time, the same results (Chen et al. 2016, arXiv 1604.06174).
+        lean: use the training step of ``lora_lab.lean`` (for LoRA on our Llama): the same results in less time and
+            memory. The model's blocks stay replaced by lean ones, which compute the same function.
 
     Raises:
-        ValueError: a number is out of range, or two options exclude each other.
+        ValueError: an option is out of range, or two options exclude each other.
     """
 
     lr: float
@@ -82,7 +80,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for option in fields(TrainConfig):
             value = getattr(self, option.name)
-            if isinstance(value, Real) and not isinstance(value, int):  # numpy's numbers become Python's
+            if isinstance(value, Real) and not isinstance(value, int):  # convert numpy's scalars to Python's
                 object.__setattr__(self, option.name, int(value) if isinstance(value, Integral) else float(value))
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_examples"):
             value = getattr(self, name)
@@ -97,10 +95,10 @@ class TrainConfig:
         self._require("clip", self.clip is None or self.clip > 0, "positive, or None for no clipping")
         self._require("accumulate", self.accumulate <= self.batch_size, f"at most batch_size, {self.batch_size}")
         if self.gradient_checkpointing and self.lean is not None:
-            raise ValueError("gradient_checkpointing is the plain step's; with a lean step use Lean(checkpoint=True).")
+            raise ValueError("gradient_checkpointing cannot be combined with lean; use Lean(checkpoint=True).")
 
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
             raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be {expected}.")
 
     @property
@@ -114,22 +112,25 @@ class TrainConfig:
         return max(1, self.steps // 10) if self.eval_every is None else self.eval_every
 
     def rate_factor(self, step: int) -> float:
-        """The learning rate of step 1 .. ``steps`` as a share of the peak."""
+        """The learning rate of step 1 .. ``steps``, divided by the peak."""
         return learning_rate(step, self.steps, 1.0, self.warmup_steps, self.schedule)
 
     def evaluates(self, step: int) -> bool:
-        """Whether the losses on unseen data are taken after this step."""
+        """Whether the validation and off-domain losses are evaluated after this step."""
         return step % self.evaluation_interval == 0 or step == self.steps
 
     @property
     def step_options(self) -> dict[str, Any]:
-        """Those of the options that say how a step is computed, and not what it gives, where they are in use."""
+        """The options in use that determine how a step is computed, but not its result."""
         names = ("accumulate", "gradient_checkpointing", "lean")
         defaults = {option.name: option.default for option in fields(TrainConfig)}
         return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
 
     def settings(self) -> dict[str, Any]:
-        """The options as plain data, for a History: defaults filled in, those of the kind of step only where in use."""
+        """The options as plain data, for a History, with defaults filled in.
+
+        ``gradient_checkpointing`` and ``lean`` are included only if they are in use.
+        """
         settings = {option.name: getattr(self, option.name) for option in fields(TrainConfig)}
         settings |= {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}
         if not self.gradient_checkpointing:
@@ -143,24 +144,24 @@ class TrainConfig:
 
 @dataclass
 class TrainingStep:
-    """A model made ready to train: calling it with micro-batches takes one step of its optimiser.
+    """A model prepared for training: calling it with micro-batches takes one step of the optimiser.
 
-    It is what ``fit`` repeats, and what ``lora_lab.costs`` measures and rehearses: it reads no tensor's value, so it
-    runs on fake tensors too, which have none.
+    ``fit`` calls it in a loop, and ``lora_lab.costs`` measures it and runs it on fake tensors, which have no values: so
+    it never reads the value of a tensor.
     """
 
     model: nn.Module
     loss: Loss
     optimizer: torch.optim.Optimizer
     clip: float | None = 1.0
-    threads: int = 1  # micro-batches computed at the same time: more than one only in a lean step
+    threads: int = 1  # micro-batches computed at the same time; more than one only in a lean step
 
     def __call__(self, batches: Sequence[Batch], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """One step: forward, backward, clip, step.
+        """Take one step: forward, backward, clip, update.
 
         Args:
             batches: micro-batches (inputs, targets) on the model's device, whose gradients are summed.
-            weights: each micro-batch's share of the whole batch; they sum to 1.
+            weights: of the micro-batches, each one's share of the whole batch; they sum to 1.
 
         Returns:
             The batch's loss and the norm of its gradient before clipping, both scalars.
@@ -168,10 +169,10 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.backward(batches, weights)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        # Set explicitly: torch's default differs for fake tensors, so a rehearsal would follow other operations.
+        # Set explicitly: torch's default differs for fake tensors, on which the step would then run other operations.
         foreach = True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
-        largest = math.inf if self.clip is None else self.clip
-        norm = nn.utils.clip_grad_norm_(parameters, largest, foreach=foreach)  # ()
+        max_norm = math.inf if self.clip is None else self.clip
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=foreach)  # ()
         self.optimizer.step()
         return torch.stack(losses).sum(), norm  # (), ()
 
@@ -189,15 +190,15 @@ class TrainingStep:
         return self.loss(self.model, inputs, targets)  # ()
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """Called with the targets of the next micro-batches while they are still on the CPU.
+        """Called before each new batch, with the targets of its micro-batches while they are still on the CPU.
 
-        To be called again whenever the batch changes. It is here for the lean step, which asks whether all of them
-        count: on a GPU the answer would make Python wait.
+        The plain step ignores them. The lean step checks whether all of them count, which on a GPU would make Python
+        wait for the device.
         """
 
 
 def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> TrainingStep:
-    """Make ``model`` ready in place, by ``method``, with AdamW.
+    """Prepare ``model`` in place with ``method``, and return its training step with AdamW.
 
     Raises:
         ValueError: as for :func:`fit`.
@@ -211,8 +212,9 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
         )
     method.prepare(model, config.seed)
     if config.gradient_checkpointing:
-        # transformers 5 has a new name for it, and warns of the old one.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        # transformers 5 has renamed the method, and warns of the old name.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        getattr(model, next(name for name in names if hasattr(model, name)))()
     return TrainingStep(model, loss, make_adamw(parameter_groups(model, method, config)), config.clip)
 
 
@@ -225,8 +227,8 @@ def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> l
 
 
 def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where it can be."""
-    # On a CPU one fused pass over 134 million parameters takes a fifth of the loop's time.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused if the device supports it."""
+    # On a CPU, fused AdamW takes a fifth of the time of torch's default for 134 million parameters.
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, fused=fused)
 
@@ -242,35 +244,35 @@ def fit(
     progress: bool | None = None,
     **options: Any,
 ) -> History:
-    """Train ``model`` in place on ``task`` by ``method``, with AdamW.
+    """Train ``model`` in place on ``task`` with ``method`` and AdamW.
 
         fit(model, task, LoRA(rank=8), steps=40, lr=2e-3, batch_size=4)
 
-    All randomness (adapter weights, order of data, dropout) comes from ``seed``; nothing outside is
-    disturbed. The model ends in the mode, train or eval, in which it came.
+    All randomness (adapter weights, data order, dropout) comes from ``seed``, and the global generators
+    are left unchanged. The model ends in the mode, train or eval, that it was passed in.
 
     Args:
-        model: a freshly loaded model, on the device where it is to be trained.
+        model: a freshly loaded model, on the device to train on.
         task: data and loss.
         method: FullFineTuning(), LoRA(...), ...
         config: how to train; or its fields as keywords.
-        checkpoint_dir: a folder of this run's own. If it holds a checkpoint of the same run, the run continues there.
-        checkpoint_every: steps between checkpoints; default as ``eval_every``.
-        progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+        checkpoint_dir: a folder for this run alone. If it holds a checkpoint of this run, the run continues from it.
+        checkpoint_every: steps between checkpoints; default: as ``eval_every``.
+        progress: show a progress bar; default: only in a terminal or notebook, and unless LORA_LAB_PROGRESS is 0.
         **options: the fields of :class:`TrainConfig`, such as ``steps`` and ``lr``; they override ``config``.
 
     Raises:
-        ValueError: the model already carries adapters or was made ready before, a number is out of
+        ValueError: the model already has adapters or has been prepared before, an option is out of
             range, the lean step or gradient checkpointing does not fit the model or the method, or the
-            folder's checkpoint is damaged or of another run (nothing of it is in the model then).
+            folder's checkpoint is damaged or from another run (its weights are then not loaded).
         DivergedError: the loss became NaN or infinite.
         TypeError: an option is missing or unknown.
     """
     config = TrainConfig(**options) if config is None else replace(config, **options)
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, but it must be at least 1, or None.")
-    every = config.evaluation_interval if checkpoint_every is None else checkpoint_every
-    step = make_step(model, task.loss, method, config)
+    checkpoint_interval = config.evaluation_interval if checkpoint_every is None else checkpoint_every
+    training_step = make_step(model, task.loss, method, config)
     history = History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
         method=method.settings(),
@@ -279,36 +281,36 @@ def fit(
         total_parameters=count_parameters(model),
     )
     order = DataOrder(len(task.train), config.seed)
-    peaks = [group["lr"] for group in step.optimizer.param_groups]
-    judged = replace(task, loss=step.loss)  # evaluated with the loss that it is trained with
+    peaks = [group["lr"] for group in training_step.optimizer.param_groups]
+    task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
 
-    def judge() -> None:
+    def add_evaluations() -> None:
         for part in ("validation", "off_domain"):
-            loss = evaluate(model, judged, part, config.batch_size, config.eval_examples)
+            loss = evaluate(model, task_of_step, part, config.batch_size, config.eval_examples)
             history.add_evaluation(part, loss)
-        history.optimizer_bytes = state_bytes(step.optimizer)
+        history.optimizer_bytes = state_bytes(training_step.optimizer)
 
     training = model.training
     model.train()
     try:
         with own_randomness(next(model.parameters()).device, config.seed):
-            done = checkpoint.resume(checkpoint_dir, model, step.optimizer, history)
+            done = checkpoint.resume(checkpoint_dir, model, training_step.optimizer, history)
             with progress_bar(config.steps, method.name, progress, done=done) as bar:
                 if not history.rows:
                     bar.set_postfix_str("evaluating")
                     history.start()
-                    judge()
-                for number in range(done + 1, config.steps + 1):
+                    add_evaluations()
+                for step in range(done + 1, config.steps + 1):
                     started = time.perf_counter()
-                    parts, counts = micro_batches(task, order, number, config, step.threads)
-                    factor = config.rate_factor(number)
-                    for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
+                    parts, counts = micro_batches(task, order, step, config, training_step.threads)
+                    factor = config.rate_factor(step)
+                    for group, peak in zip(training_step.optimizer.param_groups, peaks, strict=True):
                         group["lr"] = peak * factor
-                    step.read_targets([part.targets for part in parts])
+                    training_step.read_targets([part.targets for part in parts])
                     batches = [to_device(part, model) for part in parts]
-                    loss, norm = step(batches, [count / sum(counts) for count in counts])
+                    loss, norm = training_step(batches, [count / sum(counts) for count in counts])
                     history.add(
-                        number,
+                        step,
                         train_loss=float(loss),  # waits for the device
                         grad_norm=float(norm),
                         lr=config.lr * factor,
@@ -316,10 +318,10 @@ def fit(
                         seconds=time.perf_counter() - started,
                     )
                     bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
-                    if config.evaluates(number):
-                        judge()
-                    if checkpoint_dir is not None and (number % every == 0 or number == config.steps):
-                        checkpoint.save(checkpoint_dir, model, step.optimizer, history)
+                    if config.evaluates(step):
+                        add_evaluations()
+                    if checkpoint_dir is not None and (step % checkpoint_interval == 0 or step == config.steps):
+                        checkpoint.save(checkpoint_dir, model, training_step.optimizer, history)
                     bar.update()
     finally:
         model.train(training)
@@ -329,7 +331,7 @@ def fit(
 def micro_batches(
     task: Task, order: DataOrder, step: int, config: TrainConfig, threads: int = 1
 ) -> tuple[list[Examples], list[int]]:
-    """The batch of a step in parts, ``accumulate`` for each thread, and how many targets of each part count.
+    """The micro-batches of a step, ``accumulate`` per thread, and the number of targets that count in each.
 
     Raises:
         ValueError: no target counts.
@@ -339,12 +341,12 @@ def micro_batches(
     parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
     parts = [part for part in parts if task.counted(part)]  # a mean over no target would be NaN
     if not parts:
-        raise ValueError(f"No target of the batch at step {step} counts, so it teaches nothing; use larger batches.")
+        raise ValueError(f"No target of the batch at step {step} counts in the loss; use larger batches.")
     return parts, [task.counted(part) for part in parts]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What the optimiser keeps for the parameters, in bytes."""
+    """The size of the optimiser's state, in bytes."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -365,7 +367,7 @@ def evaluate(
 
     Args:
         part: "train", "validation", "test" or "off_domain".
-        limit: only the first ``limit`` examples (parts are in random order).
+        limit: use only the first ``limit`` examples, which are in random order.
     """
     return mean_loss(model, task, part, batch_size, limit).item()
 
@@ -391,9 +393,9 @@ def mean_loss(model: nn.Module, task: Task, part: str, batch_size: int, limit: i
 
 
 class DataOrder:
-    """The order of training examples: one random permutation after another.
+    """The order of training examples: a new random permutation in each epoch.
 
-    It is a function of seed and position alone, so a resumed run needs to remember neither.
+    It depends on nothing but the seed and the position, so that a run can be resumed without stored state.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -402,19 +404,19 @@ class DataOrder:
 
     def rows(self, position: int, count: int) -> Tensor:
         """Indices of the ``count`` examples from ``position`` on, counted over all epochs: (count,)."""
-        found = []
+        rows = []
         while count:
-            epoch, place = divmod(position, self.n)
+            epoch, start = divmod(position, self.n)
             if epoch != self._epoch:
-                # A generator of its own for each epoch; the large odd factor keeps the seeds of runs apart.
+                # A new generator for each epoch; the large odd factor keeps epochs of runs with near seeds distinct.
                 generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
                 self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
-            found.append(self._permutation[place : place + count])
-            position, count = position + len(found[-1]), count - len(found[-1])
-        return torch.cat(found)
+            rows.append(self._permutation[start : start + count])
+            position, count = position + len(rows[-1]), count - len(rows[-1])
+        return torch.cat(rows)
 
 
-def to_device(examples: Examples, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Inputs and targets where the model is."""
+def to_device(examples: Examples, model: nn.Module) -> Batch:
+    """Inputs and targets on the model's device."""
     device = next(model.parameters()).device
     return examples.inputs.to(device), examples.targets.to(device)

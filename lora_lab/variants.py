@@ -1,13 +1,13 @@
-r"""Variants of LoRA: what each changes, in a few lines over LoRALinear.
+r"""Variants of LoRA: each changes a few lines of LoRALinear.
 
     inject(model, LoRAConfig(rank=8), layer=DoRALinear)
 
-    rsLoRA    scaling = alpha / sqrt(rank)                  Kalajdzievski 2023, arXiv 2312.03732
-    LoRA-FA   A stays as drawn, only B is trained           Zhang et al. 2023, arXiv 2308.03303
-    PiSSA     A and B start as the largest part of W0       Meng et al. 2024, arXiv 2404.02948
-    DoRA      length and direction of each row of W apart   Liu et al. 2024, arXiv 2402.09353
-    LoRA+     B learns faster than A                        Hayou et al. 2024, arXiv 2402.12354
-              (no other layer, but other groups of the optimiser: ``lora_lab.methods.LoRAPlus``)
+    rsLoRA    scaling = alpha / sqrt(rank)                              Kalajdzievski 2023, arXiv 2312.03732
+    LoRA-FA   A is frozen at its random start, only B is trained        Zhang et al. 2023, arXiv 2308.03303
+    PiSSA     A and B start as the leading singular directions of W0    Meng et al. 2024, arXiv 2404.02948
+    DoRA      length and direction of each row of W, separately         Liu et al. 2024, arXiv 2402.09353
+    LoRA+     a higher learning rate for B than for A                   Hayou et al. 2024, arXiv 2402.12354
+              (the same layer with other optimiser groups: ``lora_lab.methods.LoRAPlus``)
 
 Shapes in the comments are those of ``lora_lab.lora``: a batch of 32, in = 64, out = 48, rank = 4.
 """
@@ -24,23 +24,23 @@ from lora_lab.lora import LoRALinear
 
 
 class RsLoRALinear(LoRALinear):
-    """rsLoRA: h = W0 x + alpha / sqrt(rank) B A x, so that the update keeps its size as the rank grows.
+    """rsLoRA: h = W0 x + alpha / sqrt(rank) B A x, so that the size of the update does not shrink as the rank grows.
 
-    With alpha / rank, gradients shrink as the rank grows, and high ranks stop paying.
+    With alpha / rank, gradients shrink as the rank grows, and high ranks bring no gain.
 
     Reference: Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2.
     """
 
     @property
     def scaling(self) -> float:
-        """What the update B A is multiplied by: alpha / sqrt(rank)."""
+        """The factor of the update B A: alpha / sqrt(rank)."""
         return self.alpha / math.sqrt(self.rank)
 
 
 class LoRAFALinear(LoRALinear):
-    """LoRA-FA: A is frozen as drawn, so the update stays in the span of its rows and the input need not be kept.
+    """LoRA-FA: A is frozen at its random start, which confines the rows of the update to the span of A's rows.
 
-    Autograd keeps A x (rank numbers a token) in place of x (in numbers), and the mask of a dropout.
+    For the backward pass autograd saves A x (rank values a token) in place of x (in values), and dropout's mask if any.
 
     Reference: Zhang et al. 2023, arXiv 2308.03303, section 3.1.
     """
@@ -55,13 +55,14 @@ class PiSSALinear(LoRALinear):
 
         W0 = U S V^T;   B0 = U[:, :r] S[:r]^(1/2),   A0 = S[:r]^(1/2) V[:, :r]^T;   h = (W0 - B0 A0) x + B A x
 
-    With alpha other than rank, B0 A0 carries 1 / scaling, so that scaling * B0 A0 is the same part of W0.
-    W0 is kept as it is, and B0 A0 is subtracted beside it: so the base stays the pre-trained model, a new
-    layer computes what it does bit for bit, and the update scaling * (B A - B0 A0) has rank up to 2 r.
-    Dropout acts on the input of the whole update. A direction in which W0 is zero starts as zero and stays so.
+    The equations are for alpha = rank; otherwise B0 A0 is divided by the scaling, so that scaling * B0 A0 is the
+    same part of W0. W0 is stored unchanged and B0 A0 is subtracted in the forward pass: so the base stays the
+    pre-trained layer, a new adapter computes what the base does bit for bit, and the update
+    scaling * (B A - B0 A0) has rank up to 2 r. Dropout acts on the input of the whole update. A singular direction
+    whose singular value is zero starts at zero and stays there.
 
-    A0 and B0 belong to the adapter's state, for without them A and B mean nothing. To be saved, the update is
-    written as plain LoRA of rank 2 r: see :meth:`difference`.
+    A0 and B0 are part of the adapter's state, because A and B mean nothing without them. Adapter files hold the
+    update as plain LoRA of rank 2 r: see :meth:`difference`.
 
     Reference: Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 5; the difference: its appendix
     on converting PiSSA into LoRA.
@@ -71,6 +72,8 @@ class PiSSALinear(LoRALinear):
     """
 
     parts = (*LoRALinear.parts, "start_A", "start_B")
+    start_A: Tensor
+    start_B: Tensor
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -84,28 +87,28 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("start_B", self.lora_B.detach().clone())  # (48, 4)
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """As for LoRALinear, and replaced by the singular directions once the scaling is known."""
-        if rank > (most := min(self.base.in_features, self.base.out_features)):
+        """As for LoRALinear; the constructor replaces them by the singular directions, which need the scaling."""
+        if rank > (largest := min(self.base.in_features, self.base.out_features)):
             raise ValueError(
-                f"rank is {rank}, but a layer from {self.base.in_features} to {self.base.out_features} has only {most} "
-                "singular directions; choose a smaller rank, or leave the layer out of targets."
+                f"rank is {rank}, but a layer from {self.base.in_features} to {self.base.out_features} has only "
+                f"{largest} singular directions; choose a smaller rank, or leave the layer out of targets."
             )
         return super().init_factors(rank, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.base(x)  # (32, 64) -> (32, 48)
         x = self.dropout(x).to(self.lora_A.dtype)  # (32, 64)
-        now = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (32, 64) -> (32, 48)
+        trained = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (32, 64) -> (32, 48)
         start = F.linear(F.linear(x, self.start_A), self.start_B)  # (32, 64) -> (32, 48)
-        return frozen + ((now - start) * self.scaling).to(frozen.dtype)  # (32, 48)
+        return frozen + ((trained - start) * self.scaling).to(frozen.dtype)  # (32, 48)
 
     def _delta(self) -> Tensor:
         return self.scaling * (self.lora_B @ self.lora_A - self.start_B @ self.start_A)  # (48, 64)
 
     @torch.no_grad()
     def difference(self) -> LoRALinear:
-        """A plain LoRALinear over the same base that computes the same: its rank is 2 r, its scaling this one."""
-        # A generator of its own, so that saving a model draws nothing from the global one.
+        """A LoRALinear over the same base that computes the same function, with rank 2 r and the same scaling."""
+        # With its own generator, so that saving a model draws nothing from the global one.
         plain = LoRALinear(self.base, 2 * self.rank, 2 * self.alpha, getattr(self.dropout, "p", 0.0), torch.Generator())
         plain.lora_A.copy_(torch.cat((self.lora_A, self.start_A)))  # (8, 64)
         plain.lora_B.copy_(torch.cat((self.lora_B, -self.start_B), dim=1))  # (48, 8)
@@ -113,12 +116,12 @@ class PiSSALinear(LoRALinear):
 
 
 class DoRALinear(LoRALinear):
-    """DoRA: the length of each row of the weight is trained apart from its direction.
+    """DoRA: the length and the direction of each row of the weight are trained separately.
 
-        V = W0 + scaling * B A;   h = m * V / ||V|| x     (m and ||V|| one number for each output; m starts as ||W0||)
+        V = W0 + scaling * B A;   h = m * V / ||V|| x     (m and ||V|| have one value per output; m starts as ||W0||)
 
-    ||V|| is treated as a constant in the backward pass, as the paper proposes. Dropout acts on the
-    input of A alone (PEFT drops W0's part of the change too). A row of zeros has no direction and stays zero.
+    ||V|| is treated as a constant in the backward pass, as the paper proposes. Dropout acts on the input of A only;
+    PEFT applies it to the term (m / ||V|| - 1) W0 x as well. A row of zeros has no direction and stays zero.
 
     Reference: Liu et al. 2024, arXiv 2402.09353, equation 5; the constant norm: section 4.3, equation 11.
     """
@@ -132,12 +135,12 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.base(x)  # (32, 64) -> (32, 48)
-        turned = frozen if self.bias is None else frozen - self.bias  # (32, 48)
+        without_bias = frozen if self.bias is None else frozen - self.bias  # (32, 48)
         narrow = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (32, 64) -> (32, 4)
         update = F.linear(narrow, self.lora_B) * self.scaling  # (32, 4) -> (32, 48)
         stretch = self._stretch(self._direction())  # (48,)
-        # As a change of what the base gives: at the start the stretch is 1, and not a bit is changed.
-        return frozen + ((stretch - 1) * turned + stretch * update).to(frozen.dtype)  # (32, 48)
+        # As a change of the base's output: at the start the stretch is 1, and the output is the base's bit for bit.
+        return frozen + ((stretch - 1) * without_bias + stretch * update).to(frozen.dtype)  # (32, 48)
 
     def _direction(self) -> Tensor:
         return self.base.weight + super()._delta()  # (48, 64)

@@ -13,9 +13,10 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from lora_lab.models import pretrained
 from lora_lab.models.download import fetch_smollm2
-from lora_lab.models.llama import LlamaConfig
-from lora_lab.models.pretrained import load_pretrained
+from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.models.pretrained import load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from tests.helpers import randomise_all
 
@@ -30,7 +31,7 @@ def figures_are_closed():
 
 @pytest.fixture
 def seeded():
-    """torch's global generator begins each test alike."""
+    """Seeds torch's global generator before each test."""
     torch.manual_seed(0)
 
 
@@ -170,3 +171,16 @@ def hf_folder(tmp_path, tiny_tokenizer):
         return folder
 
     return save
+
+
+@pytest.fixture
+def tiny_smollm2(tmp_path, monkeypatch, tiny_config, tiny_tokenizer):
+    """A folder with a tiny random Llama, which takes the place of SmolLM2 wherever that is asked for."""
+    folder = save_model(Llama(tiny_config, seed=1).eval(), tmp_path / "tiny", tiny_tokenizer)
+    real = pretrained.load_pretrained
+
+    def load(source=pretrained.SMOLLM2, dtype=torch.float32, device=None):
+        return real(folder if source == pretrained.SMOLLM2 else source, dtype, device)
+
+    monkeypatch.setattr(pretrained, "load_pretrained", load)
+    return folder

@@ -1,6 +1,7 @@
-"""What several test files need. What two of them share stands here, or, if it is a fixture, in a conftest.py."""
+"""What several test files share. Fixtures that several share are in the conftest.py of their folder."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_lab import cli
-from lora_lab.tasks import Examples, Task
+from lora_lab.tasks import Examples, Pair, Task
 
 ROOT = Path(__file__).parents[1]  # the repository
 COMMIT = 20 * "5a"  # has the form of a git commit
@@ -101,6 +102,11 @@ def small_task(loss=None, n_train=12, dtype=torch.float32):
     return Task("small", **parts, **({"loss": loss} if loss else {}))
 
 
+def sums(count=40):
+    """Pairs of a question and its answer: "3 plus one?", "4"."""
+    return [Pair(f"{i} plus one?", str(i + 1)) for i in range(count)]
+
+
 class ByteTokenizer:
     """The simplest tokenizer: a token is a byte."""
 
@@ -120,9 +126,26 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def llama_folder(folder, config):
+    """The folder, with a config.json of a Llama without weights in it."""
+    heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    stored = {name: value for name, value in vars(config).items() if value is not None} | heads
+    (folder / "config.json").write_text(json.dumps(stored | {"model_type": "llama"}))
+    return folder
+
+
 def command(*arguments):
     """The exit status of ``lora-lab`` with these arguments, run in this process."""
     return cli.main(list(map(str, arguments)))
+
+
+def error_line(capsys):
+    """The one line that a refused command printed to stderr; it must print nothing to stdout."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("lora-lab: ")
+    return captured.err
 
 
 def run_python(code, *arguments, **environment):

@@ -115,7 +115,7 @@ def test_a_convolutions_a_is_uniform_by_the_size_of_its_window_and_b_is_zero():
 
 def test_a_convolution_in_groups_is_refused():
     base = nn.Conv2d(4, 6, 3, groups=2)
-    with pytest.raises(ValueError, match="groups=2 is 2 separate ones, and only groups=1 can be adapted"):
+    with pytest.raises(ValueError, match="groups=2 cannot be adapted, only one with groups=1"):
         LoRAConv2d(base, rank=2, alpha=2)
     assert base.weight.requires_grad
     with pytest.raises(ValueError, match="groups=4"):

@@ -140,10 +140,10 @@ def test_a_model_can_be_made_ready_once_only(method, second):
     model = DigitsMLP()
     method.prepare(model, seed=0)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"already been made ready for '{re.escape(method.name)}'.*freshly loaded"):
+    with pytest.raises(ValueError, match=rf"already been prepared for '{re.escape(method.name)}'.*freshly loaded"):
         second.prepare(model, seed=0)
     assert snapshot(model) == before
-    with pytest.raises(ValueError, match="already been made ready"):
+    with pytest.raises(ValueError, match="already been prepared"):
         second.prepare(copy.deepcopy(model), seed=0)
 
 
@@ -206,12 +206,12 @@ def test_a_failed_injection_leaves_no_mark():
     LoRA(targets=["head"]).prepare(model, seed=0)
 
 
-def test_a_method_that_does_not_say_how_is_a_programming_error():
-    class Nameless(Method):
-        name = "nameless"
+def test_a_method_without_a_prepare_of_its_own_is_abstract():
+    class Incomplete(Method):
+        name = "incomplete"
 
-    with pytest.raises(TypeError, match="Nameless must say how"):
-        Nameless().prepare(DigitsMLP(), seed=0)
+    with pytest.raises(TypeError, match=r"abstract class Incomplete .*_prepare"):
+        Incomplete()
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_weights_in_blocks_cannot_be_trained_but_adapted(method):
     model = DigitsMLP(width=64)
     quantize_nf4(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    with pytest.raises(ValueError, match="in blocks of bytes, which have no gradient; use a LoRA method"):
+    with pytest.raises(ValueError, match="are quantised blocks, which have no gradient; use a LoRA method"):
         method.prepare(model, seed=0)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     LoRA(rank=2).prepare(model, seed=0)

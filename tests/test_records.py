@@ -1,10 +1,9 @@
-"""Records: what is let in, what is written and read back, where they are kept, and which code they name."""
+"""Records: what is let in, what is written and read back, where they are kept, and how they are named."""
 
 import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from lora_lab.system.provenance import machine_info
 from tests.helpers import COMMIT, ROOT, names
 
 CPU = torch.device("cpu")
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 def a_record(**changes):
@@ -316,24 +314,11 @@ def pretend(monkeypatch):
 def test_a_cpu_is_named_with_its_cores_and_a_gpu_as_its_maker_does(pretend):
     pretend("Intel(R) Xeon(R) Processor", 2)
     assert provenance.device_name(CPU) == "Intel(R) Xeon(R) Processor, 2 cores"
-    assert provenance.name_of(CPU) == "intel-xeon-processor-2-cores"
+    assert provenance.slug("Intel(R) Xeon(R) Processor, 2 cores") == "intel-xeon-processor-2-cores"
     assert provenance.device_name(torch.device("cuda:1")) == "NVIDIA H100 1"
-    assert provenance.name_of(torch.device("cuda:1")) == "nvidia-h100-1"
+    assert provenance.slug("NVIDIA H100 1") == "nvidia-h100-1"
     pretend("Apple M2", 8)
-    assert provenance.name_of(torch.device("mps")) == "apple-m2-8-cores-mps"
-
-
-def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = provenance.name_of(CPU)
-        torch.set_num_threads(2)
-        assert provenance.name_of(CPU) == one
-    finally:
-        torch.set_num_threads(threads)
-    assert one.endswith(f"-{os.cpu_count()}-cores")
-    assert machine_info(CPU)["cpu"].startswith(provenance.device_name(CPU).rpartition(", ")[0])
+    assert provenance.device_name(torch.device("mps")) == "Apple M2, 8 cores, mps"
 
 
 # Provenance
@@ -384,99 +369,6 @@ def test_without_nvidias_program_the_driver_is_unknown(pretend, monkeypatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
     assert record.facts["driver"] == "unknown"
-
-
-def git(folder, *arguments):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    identity = ["-c", "user.name=Someone", "-c", "user.email=someone@example.org", "-c", "commit.gpgsign=false"]
-    command = ["git", "-C", str(folder), *identity, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A git repository with one commit of two files, one of them a record."""
-    folder = tmp_path / "checkout"
-    (folder / "records").mkdir(parents=True)
-    (folder / "code.py").write_text("1\n")
-    (folder / "records" / "gpu-memory.json").write_text("{}\n")
-    git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "--message", "first")
-    return folder
-
-
-@needs_git
-def test_a_clean_checkout_gives_its_commit(checkout):
-    first = provenance.commit_of(checkout)
-    assert first == git(checkout, "rev-parse", "HEAD")
-    assert re.fullmatch("[0-9a-f]{40}", first)
-    (checkout / "code.py").write_text("2\n")
-    git(checkout, "commit", "--quiet", "--all", "--message", "second")
-    assert provenance.commit_of(str(checkout)) == git(checkout, "rev-parse", "HEAD") != first
-
-
-@needs_git
-@pytest.mark.parametrize("change", ["changed", "added", "deleted"])
-def test_tracked_files_that_differ_are_noted(checkout, change):
-    clean = provenance.commit_of(checkout)
-    if change == "deleted":
-        (checkout / "code.py").unlink()
-    else:
-        (checkout / "code.py").write_text("2\n")
-    if change == "added":
-        git(checkout, "add", ".")
-    assert provenance.commit_of(checkout) == f"{clean}+changes"
-    git(checkout, "reset", "--quiet", "--hard")
-    assert provenance.commit_of(checkout) == clean
-
-
-@needs_git
-def test_untracked_files_and_records_are_no_changes_of_the_code(checkout):
-    clean = provenance.commit_of(checkout)
-    (checkout / "notes.txt").write_text("new\n")
-    (checkout / "records" / "gpu-memory.json").write_text('{"measured": "again"}\n')
-    assert provenance.commit_of(checkout) == clean
-    assert git(checkout, "status", "--porcelain") != ""
-
-
-@needs_git
-def test_a_worktree_is_a_checkout_too(checkout, tmp_path):
-    git(checkout, "worktree", "add", "--quiet", str(tmp_path / "other"))
-    assert provenance.commit_of(tmp_path / "other") == git(checkout, "rev-parse", "HEAD")
-
-
-@needs_git
-def test_where_there_is_no_commit_none_is_named(checkout, tmp_path):
-    assert provenance.commit_of(tmp_path) == "unknown"
-    assert provenance.commit_of(tmp_path / "none") == "unknown"
-    (checkout / "venv" / "site-packages").mkdir(parents=True)
-    assert provenance.commit_of(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
-    git(tmp_path, "init", "--quiet", "empty")
-    assert provenance.commit_of(tmp_path / "empty") == "unknown"
-
-
-@needs_git
-def test_without_git_the_commit_is_unknown(checkout, tmp_path, monkeypatch):
-    assert provenance.commit_of(checkout) != "unknown"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance.commit_of(checkout) == "unknown"
-
-
-@needs_git
-def test_the_variables_of_gits_hooks_do_not_lead_to_another_repository(checkout, tmp_path, monkeypatch):
-    other = tmp_path / "other"
-    other.mkdir()
-    git(other, "init", "--quiet")
-    (other / "a").write_text("1")
-    git(other, "add", ".")
-    git(other, "commit", "--quiet", "--message", "another")
-    clean = git(checkout, "rev-parse", "HEAD")
-    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    monkeypatch.setenv("GIT_WORK_TREE", str(other))
-    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
-    assert provenance.commit_of(checkout) == clean
-    assert provenance.commit_of(other) != clean
 
 
 # The records of this repository

@@ -1,4 +1,4 @@
-"""Small random models of transformers that several test files build."""
+"""Small random models that several test files build: of transformers, and one of plain torch."""
 
 import copy
 import functools
@@ -8,7 +8,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tests.helpers import randomise_all
+from lora_lab import LoRAConfig, inject
+from tests.helpers import randomise, randomise_all
 
 SHAPE = {
     "vocab_size": 40,
@@ -98,3 +99,32 @@ def original(make: Callable[[], nn.Module]) -> nn.Module:
 def fresh(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy of it that may be changed."""
     return copy.deepcopy(original(make)).to(dtype)
+
+
+class Pictures(nn.Module):
+    """A convolution, an embedding and two linear layers: every kind of weight that stands the usual way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.patches = nn.Conv2d(1, 6, 4, stride=4)
+        self.places = nn.Embedding(4, 6)
+        self.hidden = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.patches(x.view(-1, 1, 8, 8)).flatten(2).mT + self.places(torch.arange(4))
+        return self.head(torch.relu(self.hidden(seen)).sum(1))
+
+
+PICTURES = ["patches", "places", "hidden", "head"]
+
+
+def pictures(seed=1, rank=2, alpha=3.0, targets=PICTURES, **options):
+    """A net of that kind with random adapters."""
+    model = Pictures()
+    inject(model, LoRAConfig(rank, alpha, targets=targets), **options)
+    return randomise(model, seed)

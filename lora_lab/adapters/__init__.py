@@ -1,7 +1,7 @@
-"""What can I do with an adapter? Save and load it in PEFT's format; switch, take off, extract, resize it.
+"""What can I do with an adapter? Save and load it in PEFT's format, switch it, turn it off, extract it, lower its rank.
 
 edit         switch, off, extract, resize
-peft_format  adapters as files, which the PEFT library reads and writes
+peft_format  adapters as files, in the format of the PEFT library
 """
 
 from lora_lab.adapters.edit import extract, off, resize, switch

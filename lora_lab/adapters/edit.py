@@ -1,9 +1,10 @@
-"""Change the adapters of a model: switch, take off, extract from a full fine-tune, lower the rank."""
+"""Change a model's adapters: switch them, turn them off, extract them from a full fine-tune, lower their rank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,127 +19,129 @@ from lora_lab.variants import DoRALinear, PiSSALinear
 def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put another adapter, as :func:`lora_lab.adapter_state` returned it, into the model's adapted layers.
 
-    A, B and scaling become the state's; the base is not touched. The rank may be another one: then the
-    parameters are new ones, which an optimiser made before does not know. Where the state's layers make
-    another scaling of an alpha than the model's (rsLoRA does), alpha is set so that the scaling is the state's.
+    A, B and scaling become the state's; the base does not change. The rank may differ: the parameters are then new
+    ones, which an existing optimizer does not hold. If the model's layers derive a different scaling from the same
+    alpha (rsLoRA does), alpha is set so that the scaling is the state's.
 
     Raises:
-        ValueError: the model has no adapters; or the state is of other layers or shapes (for PiSSA also of
-            another rank, because of its start). The model is then left as it was.
+        ValueError: the model has no adapters; or the state belongs to other layers or has other shapes (for PiSSA also
+            another rank, because of its start). The model is then left unchanged.
     """
     layers = lora_layers(model, required=True)
-    wanted = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
-    if wrong := sorted(wanted ^ state.keys()):
+    expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
+    if wrong := sorted(expected_names ^ state.keys()):
         raise ValueError(
             f"The state and the model's adapters differ in {wrong[0]!r}"
             + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
         )
-    numbers = {}
+    alphas, scalings = ({name: float(state[f"{name}.{key}"]) for name in layers} for key in ("alpha", "scaling"))
     for name, layer in layers.items():
         A = state[f"{name}.lora_A"]
         rank = A.shape[0] if A.ndim else layer.rank
         for part in layer.parts:
-            expected = factor_shape(layer, part, rank)
-            if (found := tuple(state[f"{name}.{part}"].shape)) != expected:
-                raise ValueError(f"The state's {name}.{part} has shape {found}, but the model asks for {expected}.")
-        numbers[name] = [float(state[f"{name}.{number}"]) for number in ("alpha", "scaling")]
-        for number in numbers[name]:
-            check_numbers(rank, number)  # checks that both are positive
+            shape, expected = tuple(state[f"{name}.{part}"].shape), factor_shape(layer, part, rank)
+            if shape != expected:
+                raise ValueError(f"The state's {name}.{part} has shape {shape}, but the model expects {expected}.")
+        check_numbers(rank, alphas[name])
+        check_numbers(rank, scalings[name])  # must be positive, as alpha
     for name, layer in layers.items():
-        alpha, scaling = numbers[name]
-        set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alpha)
-        if layer.scaling != scaling:
-            layer.alpha *= scaling / layer.scaling
+        set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
+        if layer.scaling != scalings[name]:
+            layer.alpha *= scalings[name] / layer.scaling
 
 
 @contextmanager
 def off(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block, the model is the base: ``with off(model): model(x)``.
 
-    The adapted layers are taken out and put back, so nothing of them acts, whoever reads what. Do not
-    move, save or inject within the block.
+    The base layers take the places of the adapted ones, which are put back when the block ends. Do not move, save or
+    inject within the block.
 
     Raises:
-        ValueError: the model has no adapters, or they are off already.
+        ValueError: the model has no adapters, or they are already off.
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("The model has no adapters to take off; call inject first, and do not put off within off.")
+        raise ValueError("The model has no adapters to turn off; call inject first, and do not nest off within off.")
     try:
         for name, layer in layers.items():
             replace(model, name, layer.base)
         yield model
     finally:
         for name, layer in layers.items():
-            replace(model, name, layer.train(layer.base.training))  # the mode may have been changed meanwhile
+            replace(
+                model, name, layer.train(layer.base.training)
+            )  # train or eval may have been called within the block
 
 
 @torch.no_grad()
 def extract(
     base: nn.Module, tuned: nn.Module | dict[str, Tensor], rank: int | None = None, *, energy: float | None = None
 ) -> dict[str, float]:
-    """Turn a full fine-tune into adapters on ``base``, in place: each linear layer's change, cut to its largest part.
+    """Turn a full fine-tune into adapters on ``base``, in place: the change of each linear layer, cut to a low rank.
 
-    For every layer W_tuned - W_base is replaced by the nearest matrix of low rank (:func:`lora_lab.rank.truncate`), as
-    B A with scaling 1. Layers that did not change get no adapter. What changed elsewhere (embeddings, norms, biases,
-    the output head) is not in the adapters.
+    Each layer's W_tuned - W_base is replaced by the nearest matrix of that rank (:func:`lora_lab.rank.truncate`), as
+    B A with scaling 1. Layers that did not change get no adapter. Changes elsewhere (embeddings, norms, biases, the
+    output head) are not in the adapters.
 
     Args:
         base: the model before fine-tuning.
-        tuned: the same after it, or its state dict.
-        rank: the same for all layers (or all that a layer has), or
-        energy: each layer's own: as few directions as hold this share of the change's squared norm.
+        tuned: the model after it, or its state dict.
+        rank: of all adapters (at most the rank that a layer's shape allows), or
+        energy: share of the change's squared norm, from which each layer's rank follows: the smallest that holds it.
 
     Returns:
         The relative error ||change - B A|| / ||change|| (Frobenius) of each adapted layer.
 
     Raises:
-        ValueError: not one of rank and energy is given, a number is out of range, the models differ in shape, nothing
-            changed, or ``base`` has adapters. ``base`` is then left as it was.
+        ValueError: both or none of rank and energy are given, a number is out of range, the models differ in shape,
+            nothing changed, or ``base`` has adapters. ``base`` is then left unchanged.
     """
     if (rank is None) == (energy is None):
-        raise ValueError(f"rank is {rank} and energy {energy}; give one of them.")
+        raise ValueError(f"rank is {rank} and energy {energy}; pass one of them.")
     state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
     require_no_adapters(base)
-    parts, errors = {}, {}
-    for name, made in match_layers(base, "all-linear", ()).items():
-        weight = base.get_submodule(name).weight  # (48, 64)
+    factors, errors = {}, {}
+    for name, lora_class in match_layers(base, "all-linear", ()).items():
+        layer: Any = base.get_submodule(name)
+        before = layer.weight  # (48, 64)
         after = state.get(f"{name}.weight")
-        if after is None or after.shape != weight.shape:
-            found = "missing" if after is None else f"of shape {tuple(after.shape)}"
+        if after is None or after.shape != before.shape:
+            problem = "missing" if after is None else f"of shape {tuple(after.shape)}"
             raise ValueError(
-                f"{name}.weight is {found} in the tuned model, but must be {tuple(weight.shape)}; is it of this base?"
+                f"{name}.weight is {problem} in the tuned model, but must be {tuple(before.shape)}; is it of this base?"
             )
-        difference = after.to(weight).float() - weight.float()  # (48, 64)
-        change = svd(difference.T if issubclass(made, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
+        difference = after.to(before).float() - before.float()  # (48, 64)
+        change = svd(difference.T if issubclass(lora_class, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():
             continue
-        own = min(rank, len(change.S)) if energy is None else int(energy_rank(change.S, energy))
-        kept = truncate(change, own)
-        parts[name], errors[name] = {"lora_A": kept.A, "lora_B": kept.B}, float(kept.error)
-    if not parts:
+        most = len(change.S) if rank is None else min(rank, len(change.S))
+        layer_rank = most if energy is None else int(energy_rank(change.S, energy))
+        B, A, error = truncate(change, layer_rank)  # (48, 4), (4, 64), ()
+        factors[name], errors[name] = {"lora_A": A, "lora_B": B}, float(error)
+    if not factors:
         raise ValueError("No linear layer of the tuned model differs from the base, so there is nothing to extract.")
-    inject(base, LoRAConfig(1, 1, targets=list(parts)))
+    inject(base, LoRAConfig(1, 1, targets=list(factors)))
     for name, layer in lora_layers(base).items():
-        set_factors(layer, parts[name], parts[name]["lora_A"].shape[0])
+        set_factors(layer, factors[name], alpha=len(factors[name]["lora_A"]))  # alpha = rank, so that scaling is 1
     return errors
 
 
 @torch.no_grad()
 def resize(model: nn.Module, rank: int) -> dict[str, float]:
-    """Shrink the model's adapters to a lower rank, in place: the nearest update of that rank in every layer.
+    """Reduce the model's adapters to a lower rank, in place: the nearest update of that rank in every layer.
 
-    Layers of that rank or lower stay as they are. The scaling stays too, and the factors take up the rest.
+    Adapters that have this rank or a lower one do not change. The scaling does not change either.
 
     Returns:
         The relative error (Frobenius) of each layer's update.
 
     Raises:
         ValueError: the rank is below 1, the model has no adapters, or they are of a kind whose update is more than
-            scaling * B A (PiSSA, DoRA). The model is then left as it was.
+            scaling * B A (PiSSA, DoRA). The model is then left unchanged.
     """
-    check_numbers(rank)  # checks it
+    check_numbers(rank)
     layers = lora_layers(model, required=True)
     for name, layer in layers.items():
         if isinstance(layer, PiSSALinear | DoRALinear):
@@ -151,31 +154,30 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
         change = product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1))
         if layer.rank <= rank:
             continue
-        kept = truncate(change, min(rank, len(change.S)))  # a small layer's update has no more directions than its size
-        shapes = {part: factor_shape(layer, part, len(kept.A)) for part in layer.parts}
-        parts = {"lora_A": kept.A.view(shapes["lora_A"]), "lora_B": kept.B.view(shapes["lora_B"])}
+        B, A, error = truncate(change, min(rank, len(change.S)))  # a small layer may hold fewer directions
+        shapes = {part: factor_shape(layer, part, len(A)) for part in layer.parts}
         scaling = layer.scaling
-        set_factors(layer, parts, layer.alpha)
+        set_factors(layer, {"lora_A": A.view(shapes["lora_A"]), "lora_B": B.view(shapes["lora_B"])}, layer.alpha)
         layer.alpha *= scaling / layer.scaling
-        errors[name] = float(kept.error)
+        errors[name] = float(error)
     return errors
 
 
 @torch.no_grad()
 def set_factors(layer: LoRALayer, tensors: dict[str, Tensor], alpha: float) -> None:
-    """Give a layer other factors, of another rank too, and another alpha, in place."""
+    """Replace a layer's factors, which may be of another rank, and its alpha, in place."""
     for part, value in tensors.items():
         current = getattr(layer, part)
         if current.shape == value.shape:
             current.copy_(value)
         else:
-            fresh = value.to(current.device, current.dtype, copy=True)
-            setattr(layer, part, nn.Parameter(fresh, requires_grad=current.requires_grad))
+            new = value.to(current.device, current.dtype, copy=True)
+            setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
     layer.alpha = alpha
 
 
 def factor_shape(layer: LoRALayer, part: str, rank: int) -> tuple[int, ...]:
-    """The shape that a part of this layer has at another rank."""
+    """The shape that a part of this layer's adapter has at another rank."""
     shape = list(getattr(layer, part).shape)
     if part in ("lora_A", "lora_B"):
         shape[0 if part == "lora_A" else 1] = rank

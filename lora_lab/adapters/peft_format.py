@@ -1,8 +1,8 @@
 """Adapters as files: save, load, read.
 
-Files are in the format of the ``peft`` library: it reads ours, and we read its. A folder holds
-``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B of each
-layer, named ``base_model.model.<layer>.lora_A.weight``).
+The format is that of the ``peft`` library, which reads the files saved here and whose files are read here. A folder
+holds ``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B of each layer, named
+``base_model.model.<layer>.lora_A.weight``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +29,27 @@ from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_NOTE = "lora_lab.config"  # in the weights' header: rank, alpha and targets of the config they were saved with
-# Entries of PEFT's config that change nothing in what a saved adapter computes, or are read here.
-_HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-# Ways of starting A and B that leave the base as it was. Others (pissa, olora, ...) subtract from it.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Settings that this package writes for PEFT's sake, with the value by which they change nothing.
-_NEUTRAL = {
-    "alpha_pattern": {},
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "use_dora": False,
-    "use_rslora": False,
-}
-# The variants that PEFT has a name for, and the layers whose tensors have other names there.
+_DIGEST = "lora_lab.config"  # in the header of the weights: rank, alpha and targets of the config saved with them
+# PEFT's settings for the variants that it knows too.
 _VARIANTS: dict[str, type[LoRALayer]] = {"use_dora": DoRALinear, "use_rslora": RsLoRALinear}
-_KEYS = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-}
-_EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # settings that may differ by layer, and where
-_BASE = "base"  # what stands for an adapted layer's own weight among the parts of a file
+# PEFT's settings that may differ by layer, and the settings that hold the exceptions.
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
     """Write the model's adapters to ``folder``, and return it.
 
-    An older adapter there stays whole until the new one is: see :func:`lora_lab.system.files.atomic_files`.
-    Plain LoRA, rsLoRA and DoRA are saved as what they are, LoRA-FA as LoRA. PiSSA is saved as plain LoRA of
-    twice the rank, the difference to the pre-trained weights, so that it needs no changed base; training
-    cannot go on from it as PiSSA.
+    An older adapter there stays intact until the new one is complete: see :func:`lora_lab.system.files.atomic_files`.
+    Plain LoRA, rsLoRA and DoRA are saved as themselves, LoRA-FA as plain LoRA. PiSSA is saved as plain LoRA of twice
+    the rank, the difference to the pre-trained weights, so that it fits the unchanged base; training cannot resume from
+    it as PiSSA.
 
     Args:
-        base: name or path of the model they belong to, kept in the config as a note.
+        base: name or path of the model that the adapters belong to, stored in the config as a note.
 
     Raises:
-        ValueError: the model has no adapters, or they are of several variants or differ in dropout, or of a variant
-            that the format has no name for.
+        ValueError: the model has no adapters; they are of several variants, or differ in dropout; or the format has no
+            name for their variant.
         OSError: the folder cannot be written to, or the disk is full.
     """
     folder = Path(folder)
@@ -81,9 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
         for name, layer in lora_layers(model, required=True).items()
     }
-    for name, layer in layers.items():
-        _check_kind(name, layer)
-    settings = {(_variant(layer), getattr(layer.dropout, "p", 0.0)) for layer in layers.values()}
+    settings = {(_variant(name, layer), getattr(layer.dropout, "p", 0.0)) for name, layer in layers.items()}
     if len(settings) > 1:
         raise ValueError(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
@@ -92,22 +66,23 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config = _NEUTRAL | {
+    config = {
         "alpha_pattern": _exceptions_to(alphas, alpha),
         "base_model_name_or_path": base,
+        "bias": "none",
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
+        "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": _exceptions_to(ranks, rank),
         "target_modules": _shortest_targets(model, list(layers)),
         "task_type": "CAUSAL_LM" if _is_causal(model) else None,
+        **{setting: setting == variant for setting in _VARIANTS},
     }
-    if variant:
-        config[variant] = True
     tensors = {
         f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().clone().cpu().contiguous()
         for name, layer in layers.items()
@@ -115,33 +90,34 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
     }
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _NOTE: _config_digest(config)})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _DIGEST: _config_digest(config)})
     return folder
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Put a saved adapter on ``model`` (which is frozen by it), and return the names of the adapted layers.
+    """Put a saved adapter on ``model``, which is frozen, and return the names of the adapted layers.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: a file is damaged; the adapter uses a setting of PEFT that is not built here; it does not
-            fit this model; or the model has adapters already. The model is then left as it was.
+        ValueError: a file is damaged; the adapter uses a setting of PEFT that is not supported here; it does not fit
+            this model; or the model already has adapters. The model is then left unchanged.
     """
     folder = Path(folder)
     require_no_adapters(model)
     config, tensors = _read(folder)
-    variant = next((layer for name, layer in _VARIANTS.items() if config.get(name)), None)
+    variant = next((layer_class for setting, layer_class in _VARIANTS.items() if config.get(setting)), None)
     names = _check_names(model, tensors, variant, folder)
-    numbers = {name: (_value_for(config, "r", name), _value_for(config, "lora_alpha", name)) for name in names}
-    for rank, alpha in numbers.values():
-        check_numbers(rank, alpha)
+    ranks = {name: _value_for(config, "r", name) for name in names}
+    alphas = {name: _value_for(config, "lora_alpha", name) for name in names}
+    for name in names:
+        check_numbers(ranks[name], alphas[name])
     start = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject(model, start, layer=variant)
     layers = lora_layers(model)
     try:
         for name, layer in layers.items():
-            _check_fit(name, layer, tensors[name], numbers[name][0], folder)
+            _check_fit(name, layer, tensors[name], ranks[name], folder)
     except ValueError:
         for name, layer in layers.items():
             replace(model, name, layer.base)
@@ -149,7 +125,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             parameter.requires_grad_(True)
         raise
     for name, layer in layers.items():
-        set_factors(layer, tensors[name], numbers[name][1])
+        set_factors(layer, tensors[name], alphas[name])
     return names
 
 
@@ -158,17 +134,31 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: a file is damaged or of another save, or the adapter uses a setting that is not built here.
+        ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
     config, tensors = _read(Path(folder))
     state: dict[str, Tensor] = {}
     for name in sorted(tensors, key=_natural_key):
-        parts = tensors[name]
         rank, alpha = _value_for(config, "r", name), _value_for(config, "lora_alpha", name)
-        state |= {f"{name}.{part}": tensor for part, tensor in parts.items() if part != _BASE}
-        numbers = {"alpha": alpha, "scaling": alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)}
-        state |= {f"{name}.{key}": torch.tensor(number, dtype=torch.float64) for key, number in numbers.items()}  # ()
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        state |= {f"{name}.{part}": tensor for part, tensor in tensors[name].items() if part != _BASE}
+        state[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float64)  # ()
+        state[f"{name}.scaling"] = torch.tensor(scaling, dtype=torch.float64)  # ()
     return state
+
+
+# The config
+
+
+# Entries of PEFT's config that do not change what a saved adapter computes, or that are read here.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+# Values of init_lora_weights that leave the base unchanged. Others (pissa, olora, ...) subtract from it.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -176,13 +166,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is damaged, or uses a setting of PEFT that is not built here.
+        ValueError: it is damaged, or uses a setting of PEFT that is not supported here.
     """
     folder = Path(folder)
     settle(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it anew.")
+        raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
     if config.get("peft_type") != "LORA":
         raise ValueError(
             f"{folder} holds an adapter of type {config.get('peft_type')!r}, but only 'LORA' is read here."
@@ -191,113 +181,95 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         if name not in config:
             raise ValueError(f"{folder / CONFIG} lacks the entry {name!r}.")
     for name, value in config.items():
-        neutral = not value or value == _NEUTRAL.get(name)
-        if name == "init_lora_weights":
-            neutral = value in _PLAIN_STARTS
         if name in _VARIANTS:
-            neutral = isinstance(value, bool)
-        if not neutral and name not in _HARMLESS:
-            raise ValueError(f"{folder} sets {name} to {value!r}, which changes the result and is not built here.")
+            supported = isinstance(value, bool)
+        elif name == "init_lora_weights":
+            supported = value in _PLAIN_STARTS
+        elif name == "bias":
+            supported = not value or value == "none"
+        else:
+            supported = not value or name in _HARMLESS
+        if not supported:
+            raise ValueError(f"{folder} sets {name} to {value!r}, which changes the result and is not supported here.")
     for name in _PATTERNS.values():
         if not isinstance(config.get(name) or {}, dict):
             raise ValueError(f"{folder} sets {name} to {config[name]!r}, but it must map names to numbers.")
-    if len(both := [name for name in _VARIANTS if config.get(name)]) > 1:
-        raise ValueError(f"{folder} sets {' and '.join(both)}, which are not built here together.")
+    if all(config.get(name) for name in _VARIANTS):
+        raise ValueError(f"{folder} sets {' and '.join(_VARIANTS)}, which are not supported together.")
     return config
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The settings, and the parts of each layer, if both are of one save."""
-    config = read_config(folder)
-    tensors, note = _read_weights(folder / WEIGHTS)
-    if note is not None and note != _config_digest(config):
-        raise ValueError(
-            f"{folder}: weights and config are of two different saves (rank, alpha and targets {note} against "
-            f"{_config_digest(config)}); save the adapter anew."
-        )
-    return config, tensors
-
-
 def _config_digest(config: dict[str, Any]) -> str:
-    more = {name: config[name] for name in (*_PATTERNS.values(), *_VARIANTS) if config.get(name)}
-    numbers = [config["r"], config["lora_alpha"], config.get("target_modules")]
-    return json.dumps([*numbers, more] if more else numbers, sort_keys=True)
+    """Rank, alpha and targets as text, and the exceptions and variant if there are any."""
+    digest = [config["r"], config["lora_alpha"], config.get("target_modules")]
+    optional = {name: config[name] for name in (*_PATTERNS.values(), *_VARIANTS) if config.get(name)}
+    return json.dumps([*digest, optional] if optional else digest, sort_keys=True)
 
 
 def _is_causal(model: nn.Module) -> bool:
-    """Whether it is a language model of the kind for which PEFT has a class that generates."""
+    """Whether PEFT would load the model as a causal language model."""
     config = getattr(model, "config", None)
     return hasattr(model, "generate") and not getattr(config, "is_encoder_decoder", False)
 
 
-def _check_kind(name: str, layer: LoRALayer) -> None:
-    """Refuse a variant that a file has no name for: it would be loaded as another kind of layer."""
-    own = type(layer)
-    for kind in (lora_class(layer.base), *_VARIANTS.values()):
-        if kind and all(getattr(own, part) is getattr(kind, part) for part in ("forward", "_delta", "scaling")):
-            return
+def _variant(name: str, layer: LoRALayer) -> str:
+    """PEFT's setting for the layer's variant, or "" for plain LoRA.
+
+    Raises:
+        ValueError: the format has no name for the variant, so it would be loaded as a different kind of layer.
+    """
+    for setting, layer_class in {**_VARIANTS, "": lora_class(layer.base)}.items():
+        methods = ("forward", "_delta", "scaling")
+        if layer_class and all(getattr(type(layer), method) is getattr(layer_class, method) for method in methods):
+            return setting
     raise ValueError(
-        f"{name!r} is a {own.__name__}, which no file can name, so it would be loaded as another kind; keep "
-        "adapter_state(model), or register the class for its kind of layer."
+        f"{name!r} is a {type(layer).__name__}, for which the format has no name, so it would be loaded as a different "
+        "kind of layer; store adapter_state(model), or register the class for its kind of layer."
     )
 
 
-def _variant(layer: LoRALayer) -> str:
-    """PEFT's setting for the layer's variant, "" for plain LoRA."""
-    return next((name for name, kind in _VARIANTS.items() if isinstance(layer, kind)), "")
+def _exceptions_to(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """The layers whose value is not the default, by regular expressions that match a layer's whole name."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def _value_for(config: dict[str, Any], setting: str, name: str) -> Any:
+    """A layer's value of a setting, as the config has it."""
+    for ending, value in (config.get(_PATTERNS[setting]) or {}).items():
+        # PEFT's rule: the first regular expression that matches the end of the name, after a dot.
+        if re.match(rf"(.*\.)?({ending})$", name):
+            return value
+    return config[setting]
+
+
+def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest list that matches exactly these layers: the last parts of names if possible, or whole names."""
+    endings = {name.rpartition(".")[2] for name in names}
+    inside_adapters = tuple(f"{name}." for name in names)
+    modules = [name for name, _ in model.named_modules() if not name.startswith(inside_adapters)]
+    matches = {name for name in modules if name.rpartition(".")[2] in endings}
+    return sorted(endings) if matches == set(names) else names
+
+
+# The weights
+
+
+# The names of an adapter's tensors in a file.
+_KEYS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+_EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+_BASE = "base"  # stands for an adapted layer's original weight among the tensors of a file
 
 
 def _keys(layer: LoRALayer) -> dict[str, str]:
     return _EMBEDDING_KEYS if isinstance(layer, LoRAEmbedding) else _KEYS
 
 
-def _natural_key(name: str) -> str:
-    """Sorts layer 2 before layer 10."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
-
-
-def _exceptions_to(values: dict[str, float], default: float) -> dict[str, float]:
-    """The layers of another value than the default, by regular expressions that match each one's whole name."""
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
-
-
-def _value_for(config: dict[str, Any], setting: str, name: str) -> float:
-    """PEFT's rule: the first key that the name ends in, as a regular expression, gives the layer's own value."""
-    pattern = config.get(_PATTERNS[setting]) or {}
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), config[setting])
-
-
-def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest list that names exactly these layers: last parts of names if they do, else whole names."""
-    endings = {name.rpartition(".")[2] for name in names}
-    inner = tuple(f"{name}." for name in names)  # what LoRALinear itself holds
-    modules = [name for name, _ in model.named_modules() if not name.startswith(inner)]
-    named = {name for name in modules if name.rpartition(".")[2] in endings}
-    return sorted(endings) if named == set(names) else names
-
-
-def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(_NOTE)
-            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, value in stored.items():
-        name, part = _parse(key)
-        if part is None:
-            raise ValueError(f"{path} holds a tensor {key!r} that belongs to no adapter known here.")
-        tensors.setdefault(name, {})[part] = value
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors, so it would adapt nothing.")
-    return tensors, note
-
-
 def _parse(key: str) -> tuple[str, str | None]:
-    """The layer's name and the part that a key of the file stands for; None for a part that is not known."""
+    """The layer and the part of its adapter that a name in a file stands for; None for an unknown part."""
     name = key.removeprefix(_PREFIX)
     for part, ending in [*_KEYS.items(), *_EMBEDDING_KEYS.items(), (_BASE, "base_layer.weight")]:
         if name.endswith(f".{ending}"):
@@ -305,26 +277,70 @@ def _parse(key: str) -> tuple[str, str | None]:
     return name, None
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The settings, and each layer's tensors by part, if both are from the same save."""
+    config = read_config(folder)
+    tensors, digest = _read_weights(folder / WEIGHTS)
+    if digest is not None and digest != _config_digest(config):
+        raise ValueError(
+            f"{folder}: weights and config are from two different saves (rank, alpha and targets {digest} against "
+            f"{_config_digest(config)}); save the adapter again."
+        )
+    return config, tensors
+
+
+def _natural_key(name: str) -> str:
+    """Sorts layer 2 before layer 10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get(_DIGEST)
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); make or copy it again.") from None
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, value in stored.items():
+        name, part = _parse(key)
+        if part is None:
+            raise ValueError(f"{path} holds a tensor {key!r} that is not part of any adapter known here.")
+        tensors.setdefault(name, {})[part] = value
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors, so it would adapt nothing.")
+    return tensors, digest
+
+
 def _check_names(
     model: nn.Module, tensors: dict[str, dict[str, Tensor]], variant: type[LoRALayer] | None, folder: Path
 ) -> list[str]:
-    """The names of the layers that the file adapts, in the model's order, if the model has them all."""
+    """The names of the layers that the file adapts, in the model's order, if the model has all of them."""
     modules = dict(model.named_modules())
     names = [name for name in modules if name in tensors] + sorted(tensors.keys() - modules.keys())
     for name in names:
-        if name not in modules or lora_class(modules[name], variant) is None:
-            found = "has no such layer"
-            if name in modules:
-                kind = (variant or LoRALayer).__name__
-                found = f"has a {type(modules[name]).__name__} there, which {kind} does not adapt"
-            raise ValueError(f"{folder} adapts {name!r}, but the model {found}; is it the adapter's own base model?")
-        # PEFT saves an adapted embedding's frozen table too; it may be that of a model with more tokens.
+        if name not in modules:
+            raise ValueError(
+                f"{folder} adapts {name!r}, but the model has no such layer; is it the adapter's own base model?"
+            )
+        if lora_class(modules[name], variant) is None:
+            raise ValueError(
+                f"{folder} adapts {name!r}, but the model has a {type(modules[name]).__name__} there, which "
+                f"{(variant or LoRALayer).__name__} does not adapt; is it the adapter's own base model?"
+            )
+        # PEFT also saves the frozen table of an adapted embedding; it may be that of a model with more tokens.
         table = tensors[name].pop(_BASE, None)
-        if table is not None and not torch.equal(table, modules[name].weight.detach().cpu().to(table.dtype)):
-            raise ValueError(f"{folder} brings its own weight of {name!r}, which is not the model's; load that first.")
-    for other in modules.keys() - tensors.keys():
-        if ending := next((name for name in names if name_matches(other, name)), None):
-            raise ValueError(f"{folder} adapts {ending!r}, but a target of that name would also adapt {other!r}.")
+        if table is not None:
+            weight = modules[name].weight
+            if not (isinstance(weight, Tensor) and torch.equal(table, weight.detach().cpu().to(table.dtype))):
+                raise ValueError(
+                    f"{folder} has its own weight for {name!r}, which is not the model's; load that first."
+                )
+    for name in modules.keys() - tensors.keys():
+        if target := next((target for target in names if name_matches(name, target)), None):
+            raise ValueError(f"{folder} adapts {target!r}, but a target of that name would also adapt {name!r}.")
     return names
 
 
@@ -333,10 +349,10 @@ def _check_fit(name: str, layer: LoRALayer, tensors: dict[str, Tensor], rank: in
         raise ValueError(f"{folder} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
     for part in layer.parts:
         if part not in tensors:
-            raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save it anew.")
-        expected = factor_shape(layer, part, rank)
-        if (found := tuple(tensors[part].shape)) != expected:
+            raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save the adapter again.")
+        shape, expected = tuple(tensors[part].shape), factor_shape(layer, part, rank)
+        if shape != expected:
             raise ValueError(
-                f"{folder}: {part} of {name!r} has shape {found}, but this model and rank {rank} "
-                f"ask for {expected}; is it the adapter's own base model?"
+                f"{folder}: {part} of {name!r} has shape {shape}, but this model and rank {rank} need {expected}; "
+                "is it the adapter's own base model?"
             )

@@ -1,11 +1,11 @@
-"""Why does my adapter do nothing? :func:`diagnose` looks for the faults that people meet again and again.
+"""Why does my adapter do nothing? :func:`diagnose` checks for the usual mistakes.
 
     print(diagnose(model, optimizer, base=pretrained))
 
-An adapter that matched no layer, is frozen, was never reached by a gradient, is unknown to the optimiser or
-was not filled from its file raises no error: the model trains, or loads, and computes what its base does.
-Most of it can be read off the model at any moment, and here is, for our models and for those of the ``peft``
-library, whose parameters are known by their names.
+An adapter that matched no layer, is frozen, received no gradient, is missing from the optimizer or was not filled from
+its file raises no error: the model trains, or loads, and computes what its base computes. Most of these mistakes can be
+read off the model at any time, both for models adapted by this package and for those of the ``peft`` library, whose
+adapter parameters are recognized by their names.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magn
 # Ours: "<layer>.lora_A". PEFT's: "<layer>.lora_A.<adapter>.weight" and "<layer>.lora_embedding_A.<adapter>".
 _FACTOR = re.compile(r"(?:(?P<layer>.+)\.)?lora_(?:embedding_)?(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?")
 _PEFT_PREFIX = "base_model.model."
-# PEFT's ways of starting A and B by which a changed update is one that is not zero.
+# Values of PEFT's init_lora_weights with which A or B starts at zero, so that an update of zero means an untrained one.
 _ZERO_STARTS = (True, False, "gaussian", "eva")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Args:
-        check: what was looked at, in a word.
-        status: "not checked" where the check lacks an argument, or has nothing to look at.
-        text: one sentence: what was found and, for a problem, what to do.
+        check: what was checked, in one word.
+        status: "not checked" if an argument that the check needs is missing, or if there is nothing to check.
+        text: one sentence: the result and, for a problem, what to do about it.
     """
 
     check: str
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings of all checks. As text, it has one line for each."""
+    """The findings of all checks. As text, one line for each."""
 
     findings: tuple[Finding, ...]
 
@@ -56,26 +56,26 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem in what was checked."""
+        """Whether the checks that ran found no problem."""
         return not self.problems
 
     def __str__(self) -> str:
         width = max(len(finding.check) for finding in self.findings)
-        return "\n".join(f"{found.status:<11}  {found.check:<{width}}  {found.text}" for found in self.findings)
+        return "\n".join(f"{finding.status:<11}  {finding.check:<{width}}  {finding.text}" for finding in self.findings)
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """The factors of one layer's adapter; with PEFT a layer may have several, by name."""
+class _Adapter:
+    """The factors of one layer's adapter; in PEFT a layer may have several adapters, by name."""
 
     layer: str
-    adapter: str | None
+    name: str | None
     A: Tensor  # (rank, in)
     B: Tensor  # (out, rank)
 
     def __str__(self) -> str:
-        name = repr(self.layer.removeprefix(_PEFT_PREFIX))
-        return name if self.adapter in (None, "default") else f"{name}, adapter {self.adapter!r},"
+        layer = repr(self.layer.removeprefix(_PEFT_PREFIX))
+        return layer if self.name in (None, "default") else f"{layer}, adapter {self.name!r},"
 
 
 def diagnose(
@@ -84,167 +84,170 @@ def diagnose(
     base: nn.Module | Mapping[str, Tensor] | None = None,
     load_report: Any = None,
 ) -> Diagnosis:
-    """Look for what makes an adapter do nothing, or not what it should. Nothing is changed.
+    """Find out why an adapter does nothing, or not what it should. Nothing is changed.
 
-    The checks, in this order: adapters (are there any?), trainable (are they?), dtype (float16 among what is
-    trained?), optimizer (does it hold the adapters, and nothing of another model?), update (is it still zero?),
-    base (does what is frozen still have its pre-trained values?), loading (was every adapter tensor filled,
-    and every stored one used?).
+    The checks, in this order: adapters (does the model have any?), trainable (can they be trained?), dtype (is anything
+    trained in float16?), optimizer (does it hold the adapters, and nothing of another model?), update (is it still
+    zero?), base (do the frozen tensors still have their pre-trained values?), loading (was every adapter tensor filled,
+    and every stored tensor used?).
 
     Args:
-        model: ours, or one of the ``peft`` library's.
-        optimizer: the one that trains it. It also tells a model before its first step from one in which
-            nothing was learned.
-        base: the pre-trained model, or its state dict, loaded anew: not the one that is inside ``model``.
+        model: a model adapted by this package or by the ``peft`` library.
+        optimizer: the optimizer that trains it. Its state also distinguishes a model before its first step from a
+            model that has learned nothing.
+        base: the pre-trained model, or its state dict, loaded separately: not the one inside ``model``.
         load_report: what ``model.load_state_dict(..., strict=False)`` or peft's ``set_peft_model_state_dict``
             returned.
 
     Raises:
         TypeError: load_report has no ``missing_keys`` and ``unexpected_keys``.
     """
-    ours = lora_layers(model)
-    own = {f"{name}.{part}" for name, layer in ours.items() for part in layer.parts}
+    layers = lora_layers(model)
+    our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())
-    adapters = {name: p for name, p in parameters.items() if name in own or not _PARTS.isdisjoint(name.split("."))}
-    pairs = _pairs(adapters)
-    inner = {pair.layer: "base_layer." for pair in pairs} | dict.fromkeys(ours, "base.")
+    adapter_parameters = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name in our_names or not _PARTS.isdisjoint(name.split("."))
+    }
+    adapters = _pair_factors(adapter_parameters)
+    base_prefix = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
     return Diagnosis(
         (
-            _adapters(model, pairs),
-            _trainable(parameters, adapters),
-            _dtype(parameters),
-            _optimizer(parameters, adapters, optimizer),
-            _update(model, pairs, optimizer),
-            _base(model, inner, base),
-            _loading(load_report),
+            _check_adapters(model, adapters),
+            _check_trainable(parameters, adapter_parameters),
+            _check_dtype(parameters),
+            _check_optimizer(parameters, adapter_parameters, optimizer),
+            _check_update(model, adapters, optimizer),
+            _check_base(model, base_prefix, base),
+            _check_loading(load_report),
         )
     )
 
 
-def _pairs(adapters: dict[str, nn.Parameter]) -> list[_Pair]:
-    found: dict[tuple[str, str | None], dict[str, Tensor]] = {}
-    for name, parameter in adapters.items():
+def _pair_factors(adapter_parameters: dict[str, nn.Parameter]) -> list[_Adapter]:
+    factors: dict[tuple[str, str | None], dict[str, Tensor]] = {}
+    for name, parameter in adapter_parameters.items():
         if match := _FACTOR.fullmatch(name):
-            found.setdefault((match["layer"] or "", match["adapter"]), {})[match["part"]] = parameter
-    return [_Pair(*key, **parts) for key, parts in found.items() if parts.keys() == {"A", "B"}]
+            factors.setdefault((match["layer"] or "", match["adapter"]), {})[match["part"]] = parameter
+    return [_Adapter(*key, **parts) for key, parts in factors.items() if parts.keys() == {"A", "B"}]
 
 
-def _adapters(model: nn.Module, pairs: list[_Pair]) -> Finding:
-    if pairs:
-        count = len({pair.layer for pair in pairs})
-        return Finding("adapters", "ok", f"{_count(count, 'layer')} of the model {_have(count)} adapters.")
+def _check_adapters(model: nn.Module, adapters: list[_Adapter]) -> Finding:
+    if adapters:
+        return Finding("adapters", "ok", f"Layers with adapters: {len({adapter.layer for adapter in adapters})}.")
     return Finding(
         "adapters",
         "problem",
-        f"This {type(model).__name__} has no adapters: none were put on, or they were merged; call "
+        f"This {type(model).__name__} has no adapters: either none were injected, or they were merged; call "
         "inject(model, LoRAConfig(...)), or peft's get_peft_model.",
     )
 
 
-def _trainable(parameters: dict[str, nn.Parameter], adapters: dict[str, nn.Parameter]) -> Finding:
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    others = [name for name in trained if name not in adapters]
-    example = f"such as {others[0]!r}" if others else ""
-    if trained and (len(others) < len(trained) or not adapters):
-        numbers = f"{sum(parameter.numel() for parameter in trained.values()):,} numbers"
-        place = f", {len(others)} of them outside the adapters, {example}" if others else ", all of them in adapters"
-        found = f"{_count(len(trained), 'parameter')} ({numbers}) can be trained{place if adapters else ''}."
-        return Finding("trainable", "ok", found)
-    found = f"Only {_count(len(others), 'parameter')} outside the adapters, {example}, can" if others else "Nothing can"
-    remedy = "call requires_grad_(True) on what is to be trained."
-    if adapters:
-        remedy = (
-            "call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in peft "
-            "(for use without training this is as it should be)."
+def _check_trainable(parameters: dict[str, nn.Parameter], adapter_parameters: dict[str, nn.Parameter]) -> Finding:
+    trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    outside = [name for name in trainable if name not in adapter_parameters]
+    inside = len(trainable) - len(outside)
+    counts = (
+        f"Trainable tensors in adapters: {inside} of {len(adapter_parameters)}; outside the adapters: "
+        f"{_count(outside)}; trainable parameters: {sum(parameter.numel() for parameter in trainable.values()):,}"
+    )
+    if adapter_parameters and not inside:
+        return Finding(
+            "trainable",
+            "problem",
+            f"{counts}; call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in "
+            "peft (for inference, frozen adapters are fine).",
         )
-    return Finding("trainable", "problem", f"{found} be trained: {remedy}")
+    if not trainable:
+        return Finding("trainable", "problem", f"{counts}; call requires_grad_(True) on the parameters to train.")
+    return Finding("trainable", "ok", f"{counts}.")
 
 
-def _dtype(parameters: dict[str, nn.Parameter]) -> Finding:
-    trained = {name: parameter.dtype for name, parameter in parameters.items() if parameter.requires_grad}
-    if not trained:
-        return Finding("dtype", "not checked", "Nothing is trained whose dtype could be looked at.")
-    if half := [name for name, dtype in trained.items() if dtype == torch.float16]:
+def _check_dtype(parameters: dict[str, nn.Parameter]) -> Finding:
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items() if parameter.requires_grad}
+    if not dtypes:
+        return Finding("dtype", "not checked", "Nothing is trainable, so there is no dtype to check.")
+    if half := [name for name, dtype in dtypes.items() if dtype == torch.float16]:
         return Finding(
             "dtype",
             "problem",
-            f"{len(half)} of {_count(len(trained), 'trained parameter')} {_have(len(half), 'is', 'are')} in float16, "
-            f"such as {half[0]!r}: a GradScaler refuses them and small steps are rounded away, so keep them in float32 "
-            "(parameter.data = parameter.data.float()) and let autocast compute in float16.",
+            f"Trainable tensors in float16: {_count(half, len(dtypes))}; a GradScaler refuses them and small updates "
+            "are lost to rounding, so store them in float32 (parameter.data = parameter.data.float()) and let autocast "
+            "compute in float16.",
         )
-    kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in trained.values()}))
-    return Finding("dtype", "ok", f"What is trained is kept in {kinds}.")
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
+    return Finding("dtype", "ok", f"Trainable tensors are stored in {', '.join(names)}.")
 
 
-def _optimizer(
+def _check_optimizer(
     parameters: dict[str, nn.Parameter],
-    adapters: dict[str, nn.Parameter],
+    adapter_parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
 ) -> Finding:
     if optimizer is None:
-        return Finding("optimizer", "not checked", "Give optimizer= to see whether it holds the model's parameters.")
+        return Finding("optimizer", "not checked", "Pass optimizer= to check that it holds the model's parameters.")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    stale = held - {id(parameter) for parameter in parameters.values()}
-    needed = [name for name, parameter in adapters.items() if parameter.requires_grad]
-    lacking = [name for name in needed if id(adapters[name]) not in held]
-    if not stale and not lacking:
-        count = _count(len(needed), "trained parameter")
-        return Finding("optimizer", "ok", f"It holds the adapters' {count}, and none that the model does not have.")
-    found = [f"holds {_count(len(stale), 'parameter')} that the model does not have"] if stale else []
-    if lacking:
-        found.append(f"lacks {len(lacking)} of the adapters' {len(needed)} trained ones, such as {lacking[0]!r}")
+    foreign = held - {id(parameter) for parameter in parameters.values()}
+    trainable = [name for name, parameter in adapter_parameters.items() if parameter.requires_grad]
+    missing = [name for name in trainable if id(adapter_parameters[name]) not in held]
+    counts = (
+        f"Adapter tensors that the optimizer lacks: {_count(missing, len(trainable))}; "
+        f"tensors that it holds and the model does not: {len(foreign)}"
+    )
+    if not foreign and not missing:
+        return Finding("optimizer", "ok", f"{counts}.")
     return Finding(
         "optimizer",
         "problem",
-        f"It {', and '.join(found)}: make the optimiser when the model is complete and in its place, after inject, "
-        "load, switch and to().",
+        f"{counts}; create the optimizer after inject, load, switch and to(), all of which may replace parameters.",
     )
 
 
-def _update(model: nn.Module, pairs: list[_Pair], optimizer: torch.optim.Optimizer | None) -> Finding:
-    if not pairs:
-        return Finding("update", "not checked", "There is no adapter whose update could be looked at.")
+def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.optim.Optimizer | None) -> Finding:
+    if not adapters:
+        return Finding("update", "not checked", "There is no adapter whose update could be checked.")
     buffers = dict(model.named_buffers())
-    zero = {str(pair): why for pair in pairs if (why := _why_zero(pair, buffers))}
-    total = _count(len(pairs), "layer" if len(pairs) == len({pair.layer for pair in pairs}) else "adapter")
+    zero = {str(adapter): reason for adapter in adapters if (reason := _why_zero(adapter, buffers))}
+    count = f"Adapters with an update of zero: {len(zero)} of {len(adapters)}"
     if not zero:
         starts = {str(config.init_lora_weights) for config in _peft_configs(model) if _starts_elsewhere(config)}
         if starts:
             return Finding(
                 "update",
                 "not checked",
-                f"Neither A nor B started as zeros (init_lora_weights is {', '.join(sorted(starts))}), so their values "
-                "do not tell whether they were trained.",
+                f"Neither A nor B started at zero (init_lora_weights is {', '.join(sorted(starts))}), so their values "
+                "do not show whether they were trained.",
             )
-        return Finding("update", "ok", f"The update is zero in none of {total}.")
-    first, why = next(iter(zero.items()))
-    found = f"The update is zero in {len(zero)} of {total} (in {first} {why})"
+        return Finding("update", "ok", f"{count}.")
+    layer, reason = next(iter(zero.items()))
+    count += f" (in {layer} {reason})"
     if optimizer is not None and not _has_stepped(optimizer):
         return Finding(
             "update",
             "not checked",
-            f"{found}, as before training, and the optimiser has no step on record: look again after one.",
+            f"{count}, as expected before training: the optimizer has not taken a step yet; check again after one.",
         )
     return Finding(
         "update",
         "problem",
-        f"{found}, so there the model computes what its base does, which is right before training only: see that "
-        "the loss's gradient comes to them (a checkpoint needs use_reentrant=False, or inputs with a gradient), "
-        "or that the names in the loaded file are the model's.",
+        f"{count}, so the model computes what its base computes, which is right only before training; check that "
+        "gradients reach the adapters (a checkpoint needs use_reentrant=False, or inputs that require gradients), or "
+        "that the names in the loaded file match the model's.",
     )
 
 
-def _why_zero(pair: _Pair, buffers: dict[str, Tensor]) -> str:
-    """Why the update of a layer is zero, "" if it is not."""
-    if pair.A.is_meta or pair.B.is_meta:
+def _why_zero(adapter: _Adapter, buffers: dict[str, Tensor]) -> str:
+    """Why the update of a layer is zero, or "" if it is not."""
+    if adapter.A.is_meta or adapter.B.is_meta:
         return "A or B is on the meta device, where it has no values"
-    start_A, start_B = (buffers.get(f"{pair.layer}.start_{part}") for part in "AB")  # of our PiSSA
+    start_A, start_B = (buffers.get(f"{adapter.layer}.start_{part}") for part in "AB")  # of our PiSSA
     if start_A is not None and start_B is not None:
-        same = torch.equal(pair.A, start_A) and torch.equal(pair.B, start_B)
-        return "A and B are where they started" if same else ""
-    if not bool(pair.B.any()):
+        unchanged = torch.equal(adapter.A, start_A) and torch.equal(adapter.B, start_B)
+        return "A and B are equal to their start" if unchanged else ""
+    if not bool(adapter.B.any()):
         return "B is all zeros"
-    return "" if bool(pair.A.any()) else "A is all zeros"
+    return "" if bool(adapter.A.any()) else "A is all zeros"
 
 
 def _peft_configs(model: nn.Module) -> list[Any]:
@@ -260,93 +263,92 @@ def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)
 
 
-def _base(model: nn.Module, inner: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Finding:
+def _check_base(
+    model: nn.Module, base_prefix: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None
+) -> Finding:
     if base is None:
-        return Finding("base", "not checked", "Give base= to see whether what is frozen still has its values.")
-    values = base.state_dict() if isinstance(base, nn.Module) else base
-    changed, unknown, shared, equal = [], [], [], []
-    for name, plain, tensor in _frozen(model, inner):
-        keys = (plain, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
-        expected = next((values[key] for key in keys if key in values), None)
-        if not isinstance(expected, Tensor) or expected.is_meta or tensor.is_meta:
-            unknown.append(plain)
-        elif expected.data_ptr() == tensor.data_ptr() and tensor.numel():
-            shared.append(plain)
-        elif not torch.equal(tensor, expected.to(tensor.device, tensor.dtype)):
-            changed.append(plain)
+        return Finding("base", "not checked", "Pass base= to check that the frozen tensors have its values.")
+    expected = base.state_dict() if isinstance(base, nn.Module) else base
+    changed, unmatched, shared, equal = [], [], [], []
+    for name, base_name, tensor in _frozen_tensors(model, base_prefix):
+        keys = (base_name, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
+        value = next((expected[key] for key in keys if key in expected), None)
+        if not isinstance(value, Tensor) or value.is_meta or tensor.is_meta:
+            unmatched.append(base_name)
+        elif value.data_ptr() == tensor.data_ptr() and tensor.numel():
+            shared.append(base_name)
+        elif not torch.equal(tensor, value.to(tensor.device, tensor.dtype)):
+            changed.append(base_name)
         else:
-            equal.append(plain)
-    total = _count(len(changed) + len(unknown) + len(shared) + len(equal), "frozen tensor")
+            equal.append(base_name)
+    total = len(changed) + len(unmatched) + len(shared) + len(equal)
     if changed:
         return Finding(
             "base",
             "problem",
-            f"{len(changed)} of {total} {_have(len(changed), 'differs', 'differ')} from base's, such as "
-            f"{changed[0]!r}: a saved adapter would not give this model again, so start from the base loaded anew, and "
-            "merge into new layers, never in place.",
+            f"Frozen tensors that differ from base: {_count(changed, total)}; a saved adapter "
+            "would not reproduce this model, so start again from a freshly loaded base, and merge into new layers, "
+            "never in place.",
         )
     if shared:
         text = (
-            f"{len(shared)} of {total} {_have(len(shared), 'is', 'are')} base's very memory, such as {shared[0]!r}, so "
-            "no change could show: give a model loaded anew, or a deep copy made before."
+            f"Frozen tensors that share base's memory: {_count(shared, total)}, so a change "
+            "would not show; pass a freshly loaded model, or a deep copy made before training."
         )
-    elif unknown:
+    elif unmatched:
         text = (
-            f"{len(unknown)} of {total} {_have(len(unknown))} no counterpart in base, such as {unknown[0]!r}: give the "
-            "model that the adapters were put on."
+            f"Frozen tensors without a counterpart in base: {_count(unmatched, total)}; pass "
+            "the model that the adapters were injected into."
         )
     elif not equal:
-        text = "There is no frozen tensor that could be compared."
+        text = "There is no frozen tensor to compare."
     else:
-        return Finding("base", "ok", f"{total} {_have(len(equal))} base's values.")
+        return Finding("base", "ok", f"Frozen tensors equal to base's: {len(equal)} of {total}.")
     return Finding("base", "not checked", text)
 
 
-def _frozen(model: nn.Module, inner: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, name in the pre-trained model, and value of every tensor that is not trained and in no adapter."""
+def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
+    """Name, name in the pre-trained model, and value of every tensor that is neither trained nor part of an adapter.
+
+    ``base_prefix`` maps the name of an adapted layer to the name by which it holds the pre-trained one.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.requires_grad or ".modules_to_save." in name:
             continue
-        layer = next((layer for layer in inner if name.startswith(f"{layer}." if layer else "")), None)
+        layer = next((layer for layer in base_prefix if name.startswith(f"{layer}." if layer else "")), None)
         if layer is None:
-            plain = name
+            base_name = name
         else:
-            own = name.removeprefix(f"{layer}." if layer else "")
-            if not own.startswith(inner[layer]):
-                continue  # a part of the adapter
-            plain = f"{layer}.{own.removeprefix(inner[layer])}".removeprefix(".")
-        yield name, plain.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
+            inside = name.removeprefix(f"{layer}." if layer else "")
+            if not inside.startswith(base_prefix[layer]):
+                continue  # a tensor of the adapter
+            base_name = f"{layer}.{inside.removeprefix(base_prefix[layer])}".removeprefix(".")
+        yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
 
 
-def _loading(report: Any) -> Finding:
+def _check_loading(report: Any) -> Finding:
     if report is None:
-        return Finding("loading", "not checked", "Give load_report= to see whether all keys fitted.")
+        return Finding("loading", "not checked", "Pass load_report= to check that all names matched.")
     try:
         missing = [key for key in report.missing_keys if not _PARTS.isdisjoint(key.split("."))]
         unexpected = list(report.unexpected_keys)
     except AttributeError:
         raise TypeError(
-            f"load_report is a {type(report).__name__}, but it must have missing_keys and unexpected_keys, as what "
-            "load_state_dict(..., strict=False) returns."
+            f"load_report is a {type(report).__name__}, but it must have missing_keys and unexpected_keys, like the "
+            "result of load_state_dict(..., strict=False)."
         ) from None
+    counts = f"Adapter tensors not filled: {_count(missing)}; stored tensors not used: {_count(unexpected)}"
     if not missing and not unexpected:
-        return Finding("loading", "ok", "Every adapter tensor was filled, and every stored one used.")
-    found = []
-    if missing:
-        found.append(f"{_count(len(missing), 'adapter tensor')} of the model not filled, such as {missing[0]!r}")
-    if unexpected:
-        found.append(f"{_count(len(unexpected), 'stored tensor')} not used, such as {unexpected[0]!r}")
+        return Finding("loading", "ok", f"{counts}.")
     return Finding(
         "loading",
         "problem",
-        f"{', and '.join(found)}: the stored names are not this model's, so rename them, or load onto the class of "
-        "model that the adapter was trained on.",
+        f"{counts}; the stored names are not this model's, so rename them, or load into the class of model that the "
+        "adapter was trained on.",
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _have(number: int, one: str = "has", many: str = "have") -> str:
-    return one if number == 1 else many
+def _count(names: list[str], total: int | None = None) -> str:
+    """How many names there are, of how many, and the first of them: "2 of 9, such as 'first.weight'"."""
+    count = str(len(names)) if total is None else f"{len(names)} of {total}"
+    return f"{count}, such as {names[0]!r}" if names else count

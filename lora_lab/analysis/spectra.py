@@ -2,11 +2,12 @@
 
     report(base, tuned)        # two models, or their state dicts: the difference of every matrix
     report(None, adapted)      # a model with adapters, an adapter_state, or the folder of a saved adapter
-    group(frame, "kind")       # medians over the layers of a kind; or over those of a depth
+    group(frame, "kind")       # medians over the layers of each kind, or of each depth
 
-The numbers are those of :mod:`lora_lab.rank`. Beside each stands its null, as ``<statistic>_low`` and ``_high``:
-between these lie 95 of 100 updates without signal. For an adapter that is a product of Gaussian factors of its shape
-and rank, for the difference of two matrices a Gaussian matrix; both of the update's own norm where that matters.
+The statistics are those of :mod:`lora_lab.rank`. Each comes with its null band, in the columns ``<statistic>_low`` and
+``<statistic>_high``, which holds 95 % of updates without signal. An adapter without signal is a product of Gaussian
+factors of the same shape and rank; a difference of two matrices without signal is a Gaussian matrix. Where the norm
+matters, both have the norm of the update.
 """
 
 from __future__ import annotations
@@ -18,17 +19,32 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab import rank as spectral
 from lora_lab.adapters.peft_format import read_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
-from lora_lab.rank import SVD, Band
+from lora_lab.rank import (
+    SVD,
+    Band,
+    amplification,
+    by_chance,
+    effective_rank,
+    energy_rank,
+    gaussian,
+    gaussian_factors,
+    intruder_dimensions,
+    norms,
+    orthonormal,
+    product_svd,
+    stable_rank,
+    svd,
+)
+from lora_lab.rank import singular_values as matrix_singular_values
 from lora_lab.system.progress import progress_bar
 from lora_lab.variants import DoRALinear, PiSSALinear
 
@@ -36,20 +52,18 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-Source = nn.Module | Mapping[str, Tensor] | str | Path
-STATISTICS = {
-    "effective_rank": spectral.effective_rank,
-    "stable_rank": spectral.stable_rank,
-    "energy_rank": spectral.energy_rank,
-}
+STATISTICS = {"effective_rank": effective_rank, "stable_rank": stable_rank, "energy_rank": energy_rank}
 _DRAWS = 39
 
 
 @dataclass(frozen=True)
 class Update:
-    """What was added to one weight, decomposed, and the weight before, where it is known: (out, in).
+    """The change of one weight, decomposed.
 
-    ``rank`` is the adapter's; None for the difference of two matrices.
+    Args:
+        svd: of the change (out, in).
+        rank: of the adapter; None for the difference of two matrices.
+        before: the weight before the change (out, in), if it is known.
     """
 
     svd: SVD
@@ -64,60 +78,69 @@ class Update:
 
 @dataclass(frozen=True)
 class _Factors:
-    """An update scaling * B A, and the weight it is added to, if that is at hand."""
+    """An update scaling * B A, and the weight before it (out, in), if it is known."""
 
-    B: Tensor
-    A: Tensor
+    B: Tensor  # (out, rank)
+    A: Tensor  # (rank, in)
     scaling: float
     before: Tensor | None = None
 
 
-@torch.no_grad()
-def updates(before: Source | None, after: Source, *, progress: bool | None = None) -> dict[str, Update]:
-    """The change of every weight, by layer; of adapters exactly and from the factors alone.
+Weights = nn.Module | Mapping[str, Tensor]
+Source = Weights | str | Path | Mapping[str, Update]
 
-    Matrices lie as an adapter's B A does, (out, in), and a convolution's is (out, in * window).
+
+@torch.no_grad()
+def updates(before: Weights | None, after: Source, *, progress: bool | None = None) -> dict[str, Update]:
+    """The change of every weight, by layer. The change of an adapter is exact and computed from its factors alone.
+
+    Matrices are (out, in), as an adapter's B A is; a convolution's is (out, in * window).
 
     Args:
-        before: the model before, or its state dict. With an adapter it may be None: a model holds its base itself, and
-            of others what needs the weights is left out.
-        after: a tuned model or its state dict; or an adapter: a model that has one, what ``adapter_state`` returned, or
-            the folder it was saved in (by PEFT too). What this function has returned is given back as it is, so that
-            whatever takes ``after`` can be asked several things and decompose but once.
-        progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+        before: the model before training, or its state dict. With an adapter it may be None: a model with adapters
+            holds its base itself; for other sources, results that need the weights are then left out.
+        after: one of
+
+            - the tuned model, or its state dict, which needs ``before``;
+            - a model with adapters;
+            - what ``adapter_state`` returned;
+            - the folder of a saved adapter (PEFT's too);
+            - what this function returned, so that several functions can share one decomposition.
+        progress: show a progress bar; by default only on a terminal or in a notebook (and if LORA_LAB_PROGRESS is
+            not 0).
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: no matrix is in both, shapes differ, or an adapter cannot be read without its model (DoRA's).
+        ValueError: the two have no matrix in common, shapes differ, or an adapter cannot be read without its model
+            (DoRA).
     """
     if isinstance(after, Mapping) and any(isinstance(value, Update) for value in after.values()):
-        return dict(after)
+        return {name: value for name, value in after.items() if isinstance(value, Update)}
+    after = cast(Weights | str | Path, after)
     weights = {} if before is None else _matrices(before)
-    factors = _adapter(after)
-    if factors is not None:
-        return _decomposed(factors, weights)
+    adapter = _read_adapter(after)
+    if adapter:
+        return _decompose(adapter, weights)
     if before is None:
-        raise ValueError("after has no adapters, so its change shows only beside the model before; give that too.")
+        raise ValueError("after has no adapters, so before is needed to compute the change; pass the model before.")
     tuned = _matrices(after)
-    common = _common(weights, tuned)
-    found = {}
-    with progress_bar(len(common), "decomposing", progress, "matrix") as bar:
-        for name in common:
+    names = _common_names(weights, tuned)
+    result = {}
+    with progress_bar(len(names), "decomposing", progress, "matrix") as bar:
+        for name in names:
             old, new = weights[name], tuned[name]
             dtype = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
-            found[name] = Update(spectral.svd(new.to(dtype) - old.to(dtype)), None, old)
+            result[name] = Update(svd(new.to(dtype) - old.to(dtype)), None, old)
             bar.update()
-    return found
+    return result
 
 
 @torch.no_grad()
-def singular_values(
-    before: nn.Module | Mapping[str, Tensor], after: nn.Module | Mapping[str, Tensor], *, progress: bool | None = None
-) -> dict[str, Tensor]:
+def singular_values(before: Weights, after: Weights, *, progress: bool | None = None) -> dict[str, Tensor]:
     """The singular values (k,) of every matrix's change, in float64: several times as fast as :func:`updates`.
 
-    Each matrix is one thread's work (the eigenvalues of small matrices gain nothing from a second), and as many are
-    worked on at once as torch has threads. On a GPU all are this thread's: more of them would take turns there.
+    On the CPU, each matrix is computed by one thread (a second one does not speed up the eigenvalues of small
+    matrices), and as many matrices in parallel as torch has threads. On a GPU they are computed one after another.
 
     Args:
         before, after: two models, or their state dicts.
@@ -127,12 +150,12 @@ def singular_values(
         ValueError: as for :func:`updates`.
     """
     old, new = _matrices(before), _matrices(after)
-    names, threads = _common(old, new), torch.get_num_threads()
+    names, threads = _common_names(old, new), torch.get_num_threads()
 
     def work(name: str) -> Tensor:
-        found = spectral.singular_values(new[name].double() - old[name].double())  # (192,)
+        S = matrix_singular_values(new[name].double() - old[name].double())  # (192,)
         bar.update()
-        return found
+        return S
 
     on_cpu = all(matrices[name].device.type == "cpu" for matrices in (old, new) for name in names)
     with progress_bar(len(names), "singular values", progress, "matrix") as bar, ThreadPoolExecutor(threads) as pool:
@@ -143,18 +166,18 @@ def singular_values(
             torch.set_num_threads(threads)
 
 
-def report(before: Source | None, after: Source, *, directions: int = 8, progress: bool | None = None) -> DataFrame:
-    """One row a layer: how large the update is, how many directions it has, and what chance would give.
+def report(before: Weights | None, after: Source, *, directions: int = 8, progress: bool | None = None) -> DataFrame:
+    """One row per layer: how large the update is, how many directions it has, and what chance would give.
 
     Columns: ``layer``; ``kind``, the last part of its name; ``depth``, the number in its name; ``out`` and ``in``;
-    ``rank`` of the adapter; ``norm`` (Frobenius) and ``spectral_norm`` of the update; each of effective_rank,
-    stable_rank and energy_rank (of 90 %) with its band; and, where the weight before is known, ``relative_norm`` (to
-    that weight's) and ``amplification`` of the leading directions (Hu et al. 2021, section 7.3) with the band of random
-    ones.
+    ``rank`` of the adapter; ``norm`` (Frobenius) and ``spectral_norm`` of the update; effective_rank, stable_rank and
+    energy_rank (of 90 %), each with its null band; and, if the weight before is known, ``relative_norm`` (relative to
+    that weight's norm) and ``amplification`` of the leading directions (Hu et al. 2021, section 7.3) with the band of
+    random directions.
 
     Args:
         before, after, progress: as for :func:`updates`.
-        directions: how many are looked at for the amplification, where the update has so many.
+        directions: how many leading directions the amplification uses, at most.
 
     Raises:
         FileNotFoundError, ValueError: as for :func:`updates`.
@@ -164,7 +187,7 @@ def report(before: Source | None, after: Source, *, directions: int = 8, progres
     rows = []
     for name, update in updates(before, after, progress=progress).items():
         S = update.svd.S
-        sizes = spectral.norms(S)
+        sizes = norms(S)
         row = {
             "layer": name,
             "kind": name.rpartition(".")[2],
@@ -180,58 +203,61 @@ def report(before: Source | None, after: Source, *, directions: int = 8, progres
         if update.before is not None:
             row["relative_norm"] = row["norm"] / max(float(update.before.float().norm()), 1e-30)
             rounding = len(S) * torch.finfo(S.dtype).eps * S[0]
-            there = int((rounding < S).sum())  # the vectors of others point anywhere
-            row |= _amplified(update, max(1, min(directions, there)))
+            nonzero = int((rounding < S).sum())  # singular vectors of zero singular values are arbitrary
+            row |= _amplification(update.svd, update.before, max(1, min(directions, nonzero)))
         rows.append(row)
     return pandas.DataFrame(rows).astype({"depth": "Int64", "rank": "Int64"})
 
 
 def depth(layer: str) -> int | None:
-    """The number in a layer's name, or None: which block it is in."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
-    return int(found[1]) if found else None
+    """The number in a layer's name, which is the index of its block, or None."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
+    return int(match[1]) if match else None
 
 
 def _with_band(statistic: str, value: float, band: Band) -> dict[str, float]:
     return {statistic: value, f"{statistic}_low": float(band.low), f"{statistic}_high": float(band.high)}
 
 
-def _amplified(update: Update, directions: int) -> dict[str, float]:
-    """The amplification factor, and what random directions of the same number give."""
-    W = update.before.to(update.svd.U.dtype)  # (192, 576)
-    size = update.svd.S.norm()  # ()
+def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, float]:
+    """The amplification factor of the update's leading directions, and that of as many random ones."""
+    W = before.to(update.U.dtype)  # (192, 576)
     left, right = _random_directions(*W.shape, directions)  # (39, 192, 8), (39, 576, 8)
-    by_chance = torch.linalg.matrix_norm(left.mT.to(W) @ W @ right.to(W))  # (39,)
-    factors = (size / by_chance).sort().values  # (39,)
-    factor = spectral.amplification(update.svd, W, directions).factor
-    return _with_band("amplification", float(factor), Band(factors[0], factors.mean(), factors[-1]))
+    projected = torch.linalg.matrix_norm(left.mT.to(W) @ W @ right.to(W))  # (39,)
+    random_factors = (update.S.norm() / projected).sort().values  # (39,)
+    factor = amplification(update, W, directions).factor
+    band = Band(random_factors[0], random_factors.mean(), random_factors[-1])
+    return _with_band("amplification", float(factor), band)
 
 
 @cache
-def _random_directions(out: int, width: int, count: int) -> tuple[Tensor, Tensor]:
+def _random_directions(out_features: int, in_features: int, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    draws = [[spectral.orthonormal(n, count, generator=generator).float() for n in (out, width)] for _ in range(_DRAWS)]
+    draws = [
+        [orthonormal(size, count, generator=generator).float() for size in (out_features, in_features)]
+        for _ in range(_DRAWS)
+    ]
     left, right = zip(*draws, strict=True)
     return torch.stack(left), torch.stack(right)  # (39, 192, 8), (39, 576, 8)
 
 
 @cache
 def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Band]:
-    """For each of :data:`STATISTICS` the band of updates without signal: of an adapter's rank, or of full rank."""
+    """The null band of each of :data:`STATISTICS`, for an adapter of this rank, or of full rank if it is None."""
 
     def draw(generator: torch.Generator) -> Tensor:
         if rank is not None:
-            S = spectral.product_svd(*spectral.gaussian_factors(shape, rank, generator=generator)).S  # (8,)
+            S = product_svd(*gaussian_factors(shape, rank, generator=generator)).S  # (8,)
         else:
-            S = spectral.singular_values(spectral.gaussian(shape, generator=generator))  # (192,)
+            S = matrix_singular_values(gaussian(shape, generator=generator))  # (192,)
         return torch.stack([statistic(S).double() for statistic in STATISTICS.values()])  # (3,)
 
-    band = spectral.by_chance(draw, _DRAWS)
-    return {name: Band(*(edge[place] for edge in band)) for place, name in enumerate(STATISTICS)}
+    band = by_chance(draw, _DRAWS)
+    return {name: Band(*(edge[index] for edge in band)) for index, name in enumerate(STATISTICS)}
 
 
 def intruders(
-    before: Source | None,
+    before: Weights | None,
     after: Source,
     layers: Sequence[str] | None = None,
     *,
@@ -239,57 +265,60 @@ def intruders(
     epsilon: float = 0.5,
     progress: bool | None = None,
 ) -> DataFrame:
-    """Intruder dimensions of each layer (Shuttleworth et al. 2024), beside those of equally large noise.
+    """Intruder dimensions of each layer (Shuttleworth et al. 2024), with those of noise of the same norm.
 
-    Columns: ``layer``; ``intruders``, how many of the ``top`` leading directions of the tuned weight have no cosine of
-    ``epsilon`` with any of the old one, with the band of Gaussian updates of the same norm and rank; ``energy_share``
-    of the intruders in the tuned weight; ``floor``, the cosine that a random direction has.
+    Columns: ``layer``; ``intruders``, how many of the ``top`` leading directions of the tuned weight have a cosine
+    below ``epsilon`` with every direction of the old weight, with the band of Gaussian updates of the same norm and
+    rank; ``energy_share`` of the intruders in the tuned weight; ``floor``, the cosine of a random direction.
 
-    It takes 40 decompositions a layer, half a minute for 40 of 576 x 1536, so name some.
+    Each layer takes about 40 decompositions, half a minute if it is 576 x 1536, so select a few layers.
 
     Args:
         before, after, progress: as for :func:`updates`.
-        layers: names; None takes all.
+        layers: names of the layers; None for all.
+        top: number of leading directions to check.
+        epsilon: cosine below which a direction counts as new.
 
     Raises:
-        FileNotFoundError, ValueError: as for :func:`updates`; or a name is unknown, or the weights before are.
+        FileNotFoundError, ValueError: as for :func:`updates`; also if a layer or its weight before is unknown.
     """
     import pandas
 
-    found = updates(before, after, progress=progress)
-    chosen = list(found) if layers is None else list(layers)
-    if unknown := [name for name in chosen if name not in found]:
-        raise ValueError(f"There is no update of {unknown[0]!r}; the layers are such as {next(iter(found))!r}.")
+    by_layer = updates(before, after, progress=progress)
+    names = list(by_layer) if layers is None else list(layers)
+    if unknown := [name for name in names if name not in by_layer]:
+        raise ValueError(f"There is no update of {unknown[0]!r}; name layers such as {next(iter(by_layer))!r}.")
     rows = []
-    with progress_bar(len(chosen), "intruders", progress, "layer") as bar:
-        for name in chosen:
-            if found[name].before is None:
-                raise ValueError(f"The weight of {name!r} before training is not known; give the model before.")
-            rows.append({"layer": name, **_intruders(found[name], top, epsilon)})
+    with progress_bar(len(names), "intruders", progress, "layer") as bar:
+        for name in names:
+            update = by_layer[name]
+            if update.before is None:
+                raise ValueError(f"The weight of {name!r} before training is not known; pass the model before.")
+            rows.append({"layer": name, **_intruders(update, update.before, top, epsilon)})
             bar.update()
     return pandas.DataFrame(rows)
 
 
-def _intruders(update: Update, top: int, epsilon: float) -> dict[str, float]:
+def _intruders(update: Update, before: Tensor, top: int, epsilon: float) -> dict[str, float]:
     U, S, Vh = update.svd
-    W = update.before.to(U.dtype)  # (192, 576)
-    old, size = spectral.svd(W), float(S.norm())
-    seen = spectral.intruder_dimensions(old, W + U * S @ Vh, top, epsilon)
+    W = before.to(U.dtype)  # (192, 576)
+    old, size = svd(W), float(S.norm())
+    result = intruder_dimensions(old, W + U * S @ Vh, top, epsilon)
 
     def draw(generator: torch.Generator) -> Tensor:
         if update.rank is None:
-            noise = spectral.gaussian(update.shape, norm=size, generator=generator)  # (192, 576)
+            noise = gaussian(update.shape, norm=size, generator=generator)  # (192, 576)
         else:
-            B, A = spectral.gaussian_factors(update.shape, update.rank, norm=size, generator=generator)
+            B, A = gaussian_factors(update.shape, update.rank, norm=size, generator=generator)
             noise = B @ A  # (192, 576)
-        return spectral.intruder_dimensions(old, W + noise.to(W), top, epsilon).count
+        return intruder_dimensions(old, W + noise.to(W), top, epsilon).count
 
-    row = _with_band("intruders", int(seen.count), spectral.by_chance(draw, _DRAWS))
-    return {**row, "energy_share": float(seen.energy_share), "floor": seen.floor}
+    row = _with_band("intruders", int(result.count), by_chance(draw, _DRAWS))
+    return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 
 def group(frame: DataFrame, by: str = "kind") -> DataFrame:
-    """Medians of a report over the layers of each ``kind`` or ``depth``, with their number.
+    """Medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are.
 
     Raises:
         ValueError: ``by`` is another column.
@@ -297,111 +326,108 @@ def group(frame: DataFrame, by: str = "kind") -> DataFrame:
     if by not in ("kind", "depth"):
         raise ValueError(f"by is {by!r}, but layers are grouped by 'kind' or by 'depth'.")
     groups = frame.groupby(by, sort=by == "depth", dropna=False)
-    senseless = ["depth", *(["out", "in"] if by == "depth" else [])]  # layers of a block have other shapes
-    medians = groups.median(numeric_only=True).drop(columns=senseless, errors="ignore")
+    # A median depth says nothing, nor does a median shape over the layers of one block.
+    meaningless = ["depth"] if by == "kind" else ["depth", "out", "in"]
+    medians = groups.median(numeric_only=True).drop(columns=meaningless, errors="ignore")
     medians.insert(0, "layers", groups.size())
     return medians
 
 
 def table(frame: DataFrame, by: str = "kind") -> str:
-    """The medians of :func:`group` as text, each statistic with its null in brackets.
+    """The medians of :func:`group` as text, each statistic with its null band in brackets.
 
     Raises:
         ValueError: as for :func:`group`.
     """
-    medians, columns = group(frame, by), {}
-    for name in medians:
+    import pandas
+
+    medians = group(frame, by)
+    cells = {}
+    for name in medians.columns.astype(str):
         if f"{name}_low" in medians:
-            rows = medians[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
-            columns[name] = [f"{value:.3g} [{low:.3g}-{high:.3g}]" for value, low, high in rows]
+            bands = medians[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+            cells[name] = [f"{value:.3g} [{low:.3g}-{high:.3g}]" for value, low, high in bands]
         elif not name.endswith(("_low", "_high")):
-            columns[name] = [f"{value:.4g}" for value in medians[name]]
-    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
-    labels = [by, *map(str, medians.index)]
-    first = max(map(len, labels))
-    lines = ["  ".join([labels[0].ljust(first), *(name.rjust(width) for name, width in widths.items())])]
-    for place, label in enumerate(labels[1:]):
-        cells = (columns[name][place].rjust(width) for name, width in widths.items())
-        lines.append("  ".join([label.ljust(first), *cells]))
-    return "\n".join(["Medians over layers; in brackets 95 % of what updates without signal give.", *lines])
+            cells[name] = [f"{value:.4g}" for value in medians[name]]
+    rows = pandas.DataFrame(cells, index=medians.index.rename(None)).rename_axis(columns=by)
+    return f"Medians over layers; in brackets 95 % of what updates without signal give.\n{rows.to_string()}"
 
 
 # Reading
 
 
-def _matrices(source: Source) -> dict[str, Tensor]:
+def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
     """The weights with two dimensions or more, by layer, as matrices; each tensor once."""
     if isinstance(source, str | Path):
         raise ValueError(f"before is {str(source)!r}; load it first, with load_pretrained(...).")
-    state = dict(source.named_parameters()) if isinstance(source, nn.Module) else dict(source)
-    found = {}
-    for name, tensor in state.items():
-        if tensor.ndim >= 2 and tensor.dtype.is_floating_point:
-            layer = name.removesuffix(".weight").replace(".base", "")
-            found[layer] = tensor.detach().flatten(1)
-    return found
+    state = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
+    return {
+        name.removesuffix(".weight").replace(".base", ""): tensor.detach().flatten(1)
+        for name, tensor in state.items()
+        if tensor.ndim >= 2 and tensor.dtype.is_floating_point
+    }
 
 
-def _common(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """The names of the matrices that both have, if they are of like shapes."""
+def _common_names(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """The names of the matrices that both have, if their shapes agree."""
     names = [name for name in before if name in after]
     if not names:
         raise ValueError(
             f"The two have no matrix of the same name (such as {next(iter(before), 'none')!r} and "
-            f"{next(iter(after), 'none')!r}); give two states of one model."
+            f"{next(iter(after), 'none')!r}); pass two states of one model."
         )
     for name in names:
         if before[name].shape != after[name].shape:
             raise ValueError(
                 f"{name!r} has shape {tuple(before[name].shape)} before and {tuple(after[name].shape)} after; "
-                "give two states of one model."
+                "pass two states of one model."
             )
     return names
 
 
-def _adapter(source: Source) -> dict[str, _Factors | Update] | None:
-    """The update of each layer as factors (or whole, where it is none of low rank), if it is an adapter or has one."""
+def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
+    """The update of each adapted layer, as factors if it has low rank; empty if the source has no adapters."""
     if isinstance(source, nn.Module):
-        layers = lora_layers(source)
-        return {name: _of_layer(layer) for name, layer in layers.items()} if layers else None
+        return {name: _update_of(layer) for name, layer in lora_layers(source).items()}
     state = read_adapter(source) if isinstance(source, str | Path) else source
-    found = {}
+    factors: dict[str, _Factors | Update] = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")
         if part == "lora_magnitude_vector":
             raise ValueError(
-                f"The adapter of {layer!r} is DoRA's, which is no update by itself; give the model it is on."
+                f"The adapter of {layer!r} is DoRA's, whose update depends on the base; pass the model that it is on."
             )
         if part == "lora_A":
             B, scaling = state[f"{layer}.lora_B"], float(state[f"{layer}.scaling"])
-            found[layer] = _Factors(B.flatten(1), tensor.flatten(1), scaling)
-    return found or None
+            factors[layer] = _Factors(B.flatten(1), tensor.flatten(1), scaling)
+    return factors
 
 
-def _of_layer(layer: LoRALayer) -> _Factors | Update:
+def _update_of(layer: LoRALayer) -> _Factors | Update:
     before = layer.base.weight.flatten(1)  # (192, 576)
-    if isinstance(layer, DoRALinear):  # the lengths of all rows change too
-        return Update(spectral.svd(layer.weight - before), None, before)
-    if isinstance(layer, PiSSALinear):  # its B A starts as a part of the weight, which is no update
+    if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
+        return Update(svd(layer.weight - before), None, before)
+    if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
         layer = layer.difference()
-    if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these keep their weight as (in, out)
+    if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
     return _Factors(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.scaling, before)
 
 
-def _decomposed(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
-    """The adapter's updates, those of one shape all at once."""
-    alike = defaultdict(list)
-    for name, update in adapter.items():
-        if isinstance(update, _Factors):
-            alike[update.B.shape, update.A.shape, update.B.dtype].append(name)
-    found = {name: update for name, update in adapter.items() if isinstance(update, Update)}
-    for names in alike.values():
-        B, A = (torch.stack([getattr(adapter[name], part) for name in names]) for part in "BA")  # (30, 192, 8), ...
-        scaling = torch.tensor([adapter[name].scaling for name in names])  # (30,)
-        U, S, Vh = spectral.product_svd(B, A, scaling)  # (30, 192, 8), (30, 8), (30, 8, 576)
-        for place, name in enumerate(names):
-            before = weights.get(name, adapter[name].before)
-            found[name] = Update(SVD(U[place], S[place], Vh[place]), adapter[name].A.shape[0], before)
-    order = [name for name in weights if name in found]
-    return {name: found[name] for name in [*order, *(name for name in adapter if name not in order)]}
+def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
+    """The adapter's updates. Factors of the same shape are stacked and decomposed together."""
+    result = {name: update for name, update in adapter.items() if isinstance(update, Update)}
+    stacks: dict[tuple, dict[str, _Factors]] = defaultdict(dict)
+    for name, factors in adapter.items():
+        if isinstance(factors, _Factors):
+            stacks[factors.B.shape, factors.A.shape, factors.B.dtype][name] = factors
+    for stack in stacks.values():
+        B = torch.stack([factors.B for factors in stack.values()])  # (30, 192, 8)
+        A = torch.stack([factors.A for factors in stack.values()])  # (30, 8, 576)
+        scaling = torch.tensor([factors.scaling for factors in stack.values()])  # (30,)
+        U, S, Vh = product_svd(B, A, scaling)  # (30, 192, 8), (30, 8), (30, 8, 576)
+        for index, (name, factors) in enumerate(stack.items()):
+            before = weights.get(name, factors.before)
+            result[name] = Update(SVD(U[index], S[index], Vh[index]), factors.A.shape[0], before)
+    order = [name for name in weights if name in result]
+    return {name: result[name] for name in [*order, *(name for name in adapter if name not in order)]}

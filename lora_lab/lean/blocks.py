@@ -1,4 +1,7 @@
-"""Norm, rotation, attention and SwiGLU that keep less for the backward pass."""
+"""Norm, rotation, attention and SwiGLU that save fewer activations for the backward pass."""
+
+# torch declares Function.backward(ctx, *grad_outputs), which each backward below narrows to its own outputs.
+# pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
@@ -14,31 +17,31 @@ from lora_lab.models.quantize import BlockLinear
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, or float32 if that is finer."""
+    """The dtype, or float32 if that is more precise."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight with a frozen weight; it keeps x and one number a row."""
+    """x / sqrt(mean(x^2) + eps) * weight with a frozen weight; saves x and one number per row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (4, 128, 1)
-        root = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # (4, 128, 1)
-        ctx.save_for_backward(x, weight, root)
-        return (x * root).mul_(weight)  # (4, 128, 576)
+        inverse_rms = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # (4, 128, 1)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (x * inverse_rms).mul_(weight)  # (4, 128, 576)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, weight, root = ctx.saved_tensors
+        x, weight, inverse_rms = ctx.saved_tensors
         g = g * weight  # (4, 128, 576)
-        along = (g * x).sum(dim=-1, keepdim=True).mul_(root.pow(3)).div_(x.shape[-1])  # (4, 128, 1)
-        return g.mul_(root).addcmul_(x, along, value=-1), None, None  # (4, 128, 576)
+        along_x = (g * x).sum(dim=-1, keepdim=True).mul_(inverse_rms.pow(3)).div_(x.shape[-1])  # (4, 128, 1)
+        return g.mul_(inverse_rms).addcmul_(x, along_x, value=-1), None, None  # (4, 128, 576)
 
 
 class _Rotate(torch.autograd.Function):
-    """``lora_lab.models.llama.rotate`` in four passes over half the numbers; it keeps the angles alone."""
+    """``lora_lab.models.llama.rotate`` in four passes over half the entries; saves only the angles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,18 +57,18 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]  # (128, 32): both halves of a head turn alike
-    (first, second), turned = x.split(half, dim=-1), torch.empty_like(x)  # 2 x (4, 9, 128, 32)
-    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)  # (4, 9, 128, 32)
-    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin)  # (4, 9, 128, 32)
-    return turned  # (4, 9, 128, 64)
+    cos, sin = cos[..., :half], sin[..., :half]  # (128, 32): both halves of a head rotate by the same angles
+    (first, second), rotated = x.split(half, dim=-1), torch.empty_like(x)  # 2 x (4, 9, 128, 32)
+    torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)  # (4, 9, 128, 32)
+    torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)  # (4, 9, 128, 32)
+    return rotated  # (4, 9, 128, 64)
 
 
 # The blocks
 
 
 class LeanBlock(nn.Module):
-    """A block whose parts are lean; its children are those of the block it stands for."""
+    """A block with lean attention and MLP; it replaces a block, and shares its layers."""
 
     def __init__(self, block: Block, checkpoint: bool) -> None:
         super().__init__()
@@ -78,14 +81,14 @@ class LeanBlock(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(
-                "A lean block computes in the dtypes that its weights have, and was called under torch.autocast; "
-                "leave autocast, and use Lean(base_dtype=torch.bfloat16) for products in half precision."
+                "A lean block computes in the dtypes of its weights, and was called under torch.autocast; "
+                "leave autocast, and use Lean(base_dtype=torch.bfloat16) to multiply in half precision."
             )
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
-        dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
+        has_dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
         return checkpoint(
-            self._compute, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=dropout
+            self._compute, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=has_dropout
         )  # (4, 128, 576)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
@@ -99,36 +102,29 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, norm.weight, norm.eps)  # (4, 128, 576)
 
 
-class _LeanAttention(nn.Module):
-    """Attention with lean projections."""
+class _LeanAttention(Attention):
+    """Attention with lean projections and rotation."""
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without the projections that Attention makes
         self.layer, self.head_dim = attention.layer, attention.head_dim
         for name, child in attention.named_children():
             self.add_module(name, child)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        batch, length, _ = x.shape
-        by_head = (batch, length, -1, self.head_dim)
         query, key, value = (
-            projected.view(by_head).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 3, 128, 64)
+            self.split_heads(projected)  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 128, 192) -> (4, 3, 128, 64)
             for projected in project([self.q_proj, self.k_proj, self.v_proj], x)
         )
         query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=True
-        )  # (4, 9, 128, 64)
-        return linear(self.o_proj, mixed.transpose(1, 2).reshape(batch, length, -1))  # (4, 128, 576)
+        return linear(self.o_proj, self.attend(query, key, value, mask, cache))  # (4, 128, 576)
 
 
-class _LeanMLP(nn.Module):
-    """SwiGLU that keeps gate and up alone."""
+class _LeanMLP(MLP):
+    """SwiGLU that saves only gate and up."""
 
     def __init__(self, mlp: MLP) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without the projections that MLP makes
         for name, child in mlp.named_children():
             self.add_module(name, child)
 
@@ -138,7 +134,7 @@ class _LeanMLP(nn.Module):
 
 
 class LeanEmbedding(nn.Module):
-    """An embedding whose rows come out in float32, in whatever they are kept."""
+    """An embedding that returns its rows in float32, whatever the dtype of its table."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -150,7 +146,7 @@ class LeanEmbedding(nn.Module):
 
 
 class LeanHead(nn.Module):
-    """A head that multiplies in its own dtype."""
+    """A head that multiplies in the dtype of its weight, and returns logits in the dtype of its input."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -161,7 +157,7 @@ class LeanHead(nn.Module):
 
 
 class LeanBlockHead(BlockLinear):
-    """The same for a head in blocks."""
+    """A :class:`LeanHead` for a head in blocks."""
 
     def __init__(self, head: BlockLinear) -> None:
         super().__init__(head.packed, head.kind, head.shape, head.bias, head.steps, head.dtype)

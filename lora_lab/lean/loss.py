@@ -1,5 +1,8 @@
 """Cross-entropy of a language model whose logits never exist as a whole."""
 
+# torch declares Function.backward(ctx, *grad_outputs), which the backward below narrows to its one output.
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import math
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_lab.lean.linear import add_product, is_trained, linear, multiply
+from lora_lab.lean.linear import cast_addmm_, cast_matmul, is_trained, linear
 from lora_lab.lora import LoRALayer
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear
@@ -19,15 +22,17 @@ from lora_lab.task import IGNORE
 
 
 def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256, every_target: bool = False) -> Tensor:
-    """As ``lora_lab.tasks.cross_entropy``, without ever holding all logits: the mean in nats over targets that count.
+    """``lora_lab.tasks.cross_entropy`` without ever holding all logits: the mean in nats over the targets that count.
 
-    The gradient of a slice's logits is multiplied into the hidden state's as soon as it is there, so nothing
-    of (tokens, vocabulary) is kept.
+    The forward pass computes the gradient of each slice's logits and multiplies it by the head at once, so that no
+    tensor of (tokens, vocabulary) is saved.
 
     Args:
         inputs, targets: token ids (batch, length); a target of -100 does not count.
-        rows: tokens whose logits exist at one moment.
-        every_target: say so if every target counts, and no number is looked at to find out.
+        rows: tokens whose logits exist at the same time.
+        every_target: whether every target is known to count. Otherwise the targets are read, for which Python waits on
+            a GPU. If it is wrong, the head's targets of -100 raise an error, or make the loss NaN over a head in
+            blocks.
     """
     hidden = model.model(inputs).flatten(0, 1)  # (512, 576)
     targets = targets.flatten()  # (512,)
@@ -41,13 +46,13 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, rows: int = 256) -> Tensor:
-    """Cross-entropy of softmax(hidden W^T), token by token, without ever holding all logits.
+    """Cross-entropy of softmax(hidden W^T) for each token, without ever holding all logits.
 
     Args:
         hidden: (tokens, hidden size).
         targets: token ids (tokens,), each of which counts.
         head: a frozen ``nn.Linear`` without bias, or a BlockLinear.
-        rows: tokens whose logits exist at one moment.
+        rows: tokens whose logits exist at the same time.
 
     Returns:
         Losses in nats, (tokens,).
@@ -56,14 +61,14 @@ def token_losses(hidden: Tensor, targets: Tensor, head: nn.Module, rows: int = 2
 
 
 class _HeadLosses(torch.autograd.Function):
-    """The losses of tokens; keeps their gradients by the hidden state, made in the forward pass."""
+    """The losses of tokens; saves their gradients by the hidden state, computed in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Module, rows: int) -> Tensor:
         if isinstance(head, BlockLinear):
             losses, gradient = _by_vocabulary(hidden, targets, head, ctx.needs_input_grad[0])
         else:
-            losses, gradient = _by_rows(hidden, targets, head, rows, ctx.needs_input_grad[0])
+            losses, gradient = _by_rows(hidden, targets, head.get_parameter("weight"), rows, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return losses  # (512,)
 
@@ -75,62 +80,62 @@ class _HeadLosses(torch.autograd.Function):
 
 
 def _by_rows(
-    hidden: Tensor, targets: Tensor, head: nn.Module, rows: int, with_gradient: bool
+    hidden: Tensor, targets: Tensor, weight: Tensor, rows: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Slices of tokens, all of the vocabulary at once."""
-    weight = head.weight  # (49152, 576)
+    """Slices of tokens, each over the whole vocabulary of the head's weight (49152, 576)."""
     losses = hidden.new_empty(len(hidden), 1)  # (512, 1)
     gradient = torch.empty_like(hidden) if with_gradient else None  # (512, 576)
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         target = targets[part, None]  # (256, 1)
-        logits = multiply(hidden[part], weight.T)  # (256, 576) @ (576, 49152) -> (256, 49152)
-        own = logits.gather(1, target)  # (256, 1)
+        logits = cast_matmul(hidden[part], weight.T)  # (256, 576) @ (576, 49152) -> (256, 49152)
+        target_logit = logits.gather(1, target)  # (256, 1)
         top = logits.amax(1, keepdim=True)  # (256, 1)
         total = logits.sub_(top).exp_().sum(1, keepdim=True)  # (256, 1); logits hold exp(logit - top) now
-        losses[part] = total.log() + top - own  # (256, 1)
+        losses[part] = total.log() + top - target_logit  # (256, 1)
         if gradient is not None:
             logits.div_(total)  # the probabilities
-            logits.scatter_add_(1, target, torch.full_like(own, -1.0))  # minus 1 at the target
-            gradient[part] = multiply(logits, weight)  # (256, 49152) @ (49152, 576) -> (256, 576)
-        del logits  # before the next slice's are made
+            logits.scatter_add_(1, target, torch.full_like(target_logit, -1.0))  # minus 1 at the target
+            gradient[part] = cast_matmul(logits, weight)  # (256, 49152) @ (49152, 576) -> (256, 576)
+        del logits  # before the logits of the next slice are allocated
     return losses[:, 0], gradient
 
 
 def _by_vocabulary(
     hidden: Tensor, targets: Tensor, head: BlockLinear, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Slices of the vocabulary, all tokens at once, so that no more than a slice of the weight is dequantised.
+    """Slices of the vocabulary, each for all tokens, so that only a slice of the weight is dequantised at a time.
 
-    Twice over the vocabulary: first for the sum of exponentials of each token, then for the gradient.
+    Two passes over the vocabulary: the first for each token's sum of exponentials, the second for the gradient.
     """
     top = hidden.new_full((len(hidden), 1), -math.inf)  # (512, 1)
-    total, own = torch.zeros_like(top), torch.zeros_like(top)  # (512, 1)
+    total = torch.zeros_like(top)  # (512, 1)
+    target_logit = torch.full_like(top, math.nan)  # (512, 1); stays NaN for a target outside the vocabulary
     for start, stop in head.slices():
-        logits = multiply(hidden, head.rows(start, stop).T)  # (512, 576) @ (576, 3072) -> (512, 3072)
-        here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
-        own = torch.where(here, logits.gather(1, place), own)  # (512, 1)
+        logits = cast_matmul(hidden, head.rows(start, stop).T)  # (512, 576) @ (576, 3072) -> (512, 3072)
+        in_slice, index = _in_slice(targets, start, stop)  # (512, 1), (512, 1)
+        target_logit = torch.where(in_slice, logits.gather(1, index), target_logit)  # (512, 1)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))  # (512, 1)
         total.mul_((top - higher).exp()).add_(logits.sub_(higher).exp_().sum(1, keepdim=True))  # (512, 1)
         top = higher  # (512, 1)
-    level = top + total.log()  # (512, 1)
-    losses = (level - own)[:, 0]  # (512,)
+    log_sum = top + total.log()  # (512, 1)
+    losses = (log_sum - target_logit)[:, 0]  # (512,)
     if not with_gradient:
         return losses, None
     gradient = torch.zeros_like(hidden)  # (512, 576)
     for start, stop in head.slices():
         weight = head.rows(start, stop)  # (3072, 576)
-        chances = multiply(hidden, weight.T).sub_(level).exp_()  # (512, 3072)
-        here, place = _within(targets, start, stop)  # (512, 1), (512, 1)
-        chances.scatter_add_(1, place, -here.to(chances.dtype))  # minus 1 at the target
-        add_product(gradient, chances, weight)  # (512, 576)
+        probabilities = cast_matmul(hidden, weight.T).sub_(log_sum).exp_()  # (512, 3072)
+        in_slice, index = _in_slice(targets, start, stop)  # (512, 1), (512, 1)
+        probabilities.scatter_add_(1, index, -in_slice.to(probabilities.dtype))  # minus 1 at the target
+        cast_addmm_(gradient, probabilities, weight)  # (512, 576)
     return losses, gradient
 
 
-def _within(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a slice of the vocabulary, and where in it (anywhere, if they do not): (512, 1) each.
+def _in_slice(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Whether each target lies in a slice of the vocabulary, and its index there (if not, any valid index): (512, 1).
 
-    Without picking those tokens out: how many there are nobody knows before the numbers are there.
+    Masked, not indexed, so that shapes do not depend on the data, which fake tensors do not have.
     """
-    here = (targets >= start) & (targets < stop)  # (512,)
-    return here[:, None], (targets - start).clamp(0, stop - start - 1)[:, None]  # (512, 1), (512, 1)
+    in_slice = (targets >= start) & (targets < stop)  # (512,)
+    return in_slice[:, None], (targets - start).clamp(0, stop - start - 1)[:, None]  # (512, 1), (512, 1)

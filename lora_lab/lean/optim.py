@@ -1,4 +1,4 @@
-"""AdamW over one flat tensor, and halves of a batch in threads."""
+"""AdamW over one flat tensor, and micro-batches in parallel threads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from lora_lab.task import Loss
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """AdamW over one tensor for each group: 420 adapter matrices cost one pass, not 420.
+    """AdamW over one flat tensor per group: 420 adapter matrices take one pass instead of 420.
 
-    Parameters become views of the flat tensor, and keep names, shapes and values. ``state`` holds each
-    parameter's views, as ``torch.optim.AdamW`` would hold its tensors.
+    Parameters become views of the flat tensor; their names, shapes and values do not change. ``state`` holds views
+    for each parameter where ``torch.optim.AdamW`` holds tensors.
 
     Args: as for ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: the parameters of a group are of several dtypes or devices.
     """
 
     def __init__(
@@ -39,7 +42,10 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
         if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
-            raise ValueError("The parameters of a group are of several dtypes or devices, so they fit no one tensor.")
+            raise ValueError(
+                "The parameters of a group are of several dtypes or devices, so they do not fit into one tensor; "
+                "put them into several groups."
+            )
         values = torch.cat([parameter.detach().flatten() for parameter in parameters])  # (2442240,)
         flat = {"values": values} | {
             name: torch.zeros_like(values) for name in ("gradients", "exp_avg", "exp_avg_sq")
@@ -56,40 +62,40 @@ class FlatAdamW(torch.optim.Optimizer):
         return flat
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set all gradients to zero; they stay views, whatever ``set_to_none`` says."""
+        """Set all gradients to zero; they remain views, whatever ``set_to_none`` is."""
         for parameter, view in self._gradients.items():
             parameter.grad = view
         for flat in self._flat:
             flat["gradients"].zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what ``state_dict()`` gave, or that of a ``torch.optim.AdamW`` with the same groups.
+        """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups.
 
         Raises:
-            ValueError: a parameter has no state, or those of a group are not at one step.
+            ValueError: a parameter has no state, or the parameters of a group are at different steps.
         """
         for group in state_dict["param_groups"]:
             states = [state_dict["state"].get(index, {}) for index in group["params"]]
             complete = all({"step", "exp_avg", "exp_avg_sq"} <= state.keys() for state in states)
             if not complete or len({float(state["step"]) for state in states}) > 1:
                 raise ValueError(
-                    "The parameters of a group need a state each, all at one step, for a FlatAdamW counts a group's "
-                    "steps once; load what state_dict() gave after a step on all of them."
+                    "The parameters of a group need a state each, all at one step, because a FlatAdamW counts the "
+                    "steps of a group once; load what state_dict() returned after a step on all of them."
                 )
         views = dict(self.state)
-        super().load_state_dict(state_dict)  # which puts copies where the views were
+        super().load_state_dict(state_dict)  # which replaces the views by copies
         loaded, self.state = self.state, defaultdict(dict, views)
         for parameter, state in views.items():
             for name, view in state.items():
                 view.copy_(loaded[parameter][name])
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - the closure is optional in torch too
         """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
         for parameter, view in self._gradients.items():
             if parameter.grad is None:
                 view.zero_()
-            elif parameter.grad is not view:  # after the model's own zero_grad(), which drops the views
+            elif parameter.grad is not view:  # after the zero_grad() of the model, which drops the views
                 view.copy_(parameter.grad)
         for group, flat in zip(self.param_groups, self._flat, strict=True):
             beta1, beta2 = group["betas"]
@@ -112,10 +118,10 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class ThreadedStep:
-    """Backward passes side by side: each micro-batch in a Python thread of its own, which computes on one core.
+    """Forward and backward passes in parallel: each micro-batch in a Python thread, which computes on one core.
 
-    With one product after another on all cores, each waits for the slowest core; here they meet once a step.
-    Gradients are those of the micro-batches one after another, up to the order of the sum.
+    When every operation runs on all cores, each one waits for the slowest core; here the cores wait once per step.
+    Gradients are those of the micro-batches in sequence, up to the order of the sum.
 
     Args:
         threads: how many.
@@ -127,21 +133,21 @@ class ThreadedStep:
     def __call__(
         self, model: nn.Module, loss: Loss, batches: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
     ) -> list[Tensor]:
-        """Add the weighted losses' gradients to the parameters' ``grad``, and return the losses."""
+        """Add the gradients of the weighted losses to the parameters' ``grad``, and return the losses."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-        def one(batch: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Sequence[Tensor]]:
-            part = loss(model, *batch) * weight  # ()
-            return part.detach(), torch.autograd.grad(part, parameters, allow_unused=True)
+        def loss_and_gradients(batch: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Sequence[Tensor]]:
+            weighted = loss(model, *batch) * weight  # ()
+            return weighted.detach(), torch.autograd.grad(weighted, parameters, allow_unused=True)
 
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
-            parts = list(self.pool.map(one, batches, weights))
+            results = list(self.pool.map(loss_and_gradients, batches, weights))
         finally:
             torch.set_num_threads(before)
-        for _, gradients in parts:
+        for _, gradients in results:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return [part for part, _ in parts]
+        return [weighted for weighted, _ in results]

@@ -1,4 +1,4 @@
-"""Give an adapted Llama lean blocks, and make the step that trains it: see :mod:`lora_lab.lean`."""
+"""Lean blocks for an adapted Llama, and the step that trains it: see :mod:`lora_lab.lean`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lora_lab.lean.loss import cross_entropy
 from lora_lab.lean.optim import FlatAdamW, ThreadedStep
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
-from lora_lab.models.llama import Llama, RMSNorm
+from lora_lab.models.llama import Block, Llama, RMSNorm
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
@@ -31,17 +31,17 @@ _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
 
 @dataclass(frozen=True)
 class Lean:
-    """How to make a step lean.
+    """Options of a lean step.
 
     Args:
-        base_dtype: keep the frozen matrices in this dtype (``torch.bfloat16``), all but that of an adapted head;
-            None leaves them as they are.
-        checkpoint: keep of each block only its input, and compute the block again in the backward pass:
-            about a third more time, a fraction of the activations. For the whole process, memory that
-            is freed goes back to the system at once from then on (on Linux).
-        threads: 2 computes each half of a batch in a Python thread of its own, on one core. For a CPU
-            with two cores; without dropout.
-        loss_rows: tokens whose logits exist at one moment.
+        base_dtype: dtype of the frozen matrices (``torch.bfloat16``), except that of an adapted head; None leaves them
+            as they are.
+        checkpoint: save only the input of each block, and recompute the block in the backward pass: about a third
+            more time, a fraction of the activations. On Linux the whole process then returns freed memory to the
+            system at once.
+        threads: 2 computes each half of a batch in a separate Python thread, on one core. For a CPU with two cores;
+            without dropout.
+        loss_rows: tokens whose logits exist at the same time.
 
     Raises:
         ValueError: a value is out of range.
@@ -65,7 +65,7 @@ class Lean:
         return asdict(self) | {"base_dtype": None if self.base_dtype is None else str(self.base_dtype)}
 
     def make_step(self, model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> LeanStep:
-        """Make ``model`` ready in place, as :func:`lora_lab.train.make_step` does, and give it lean blocks.
+        """Prepare ``model`` in place, as :func:`lora_lab.train.make_step` does, with lean blocks.
 
         Raises:
             ValueError: as for :func:`apply_lean`, or as for the method.
@@ -73,22 +73,26 @@ class Lean:
         method.prepare(model, config.seed)
         apply_lean(model, self)
         if loss is plain_cross_entropy:
-            loss = partial(cross_entropy, rows=self.loss_rows)
+            loss = cast(Loss, partial(cross_entropy, rows=self.loss_rows))  # apply_lean has checked for a Llama
         optimizer = FlatAdamW(parameter_groups(model, method, config))
         return LeanStep(model, loss, optimizer, config.clip, self.threads)
 
 
 @dataclass
 class LeanStep(TrainingStep):
-    """A training step with the lean loss, whose micro-batches are computed side by side if there are threads."""
+    """A training step with the lean loss, whose micro-batches are computed in parallel if ``threads`` is above 1."""
 
-    every_target: bool = False  # whether each target of the next batches counts
+    every_target: bool = False  # whether every target of the next batches is known to count
 
     def __post_init__(self) -> None:
-        self._in_threads = ThreadedStep(self.threads) if self.threads > 1 else None
+        self._threaded = ThreadedStep(self.threads) if self.threads > 1 else None
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """See whether all of them count: later, on a GPU, to see it would make Python wait for the device."""
+        """Find out whether every target of the next batches counts, so that the step need not wait for a GPU to know.
+
+        Without a call each step reads its targets itself. After a call, a step on other batches with targets of -100
+        raises an error or has a loss of NaN: see :func:`lora_lab.lean.cross_entropy`.
+        """
         self.every_target = all(bool((part != IGNORE).all()) for part in targets)
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -98,23 +102,26 @@ class LeanStep(TrainingStep):
         return self.loss(self.model, inputs, targets)  # ()
 
     def backward(self, batches: Sequence[Batch], weights: Sequence[float]) -> list[Tensor]:
-        """As the plain step does, or in threads."""
-        if self._in_threads is None:
+        """Add the gradients of the weighted losses to the parameters' ``grad``, and return those losses."""
+        if self._threaded is None:
             return super().backward(batches, weights)
-        return self._in_threads(self.model, lambda _, *batch: self.batch_loss(*batch), batches, weights)
+        return self._threaded(self.model, lambda _, *batch: self.batch_loss(*batch), batches, weights)
 
 
 def apply_lean(model: nn.Module, lean: Lean) -> None:
-    """Give an adapted Llama lean blocks, in place; names, parameters and what it computes stay.
+    """Replace the blocks, embedding and head of an adapted Llama by lean ones, in place.
 
-    The blocks read the weights of adapted layers and norms, and do not call them, so forward hooks on modules
-    inside a block do not fire; those on the new blocks do. Under ``torch.autocast`` a block raises RuntimeError.
+    Names and parameters stay, and so does what the model computes. The blocks read the weights of adapted layers and
+    norms without calling them, so forward hooks on modules inside a block do not fire; hooks on the new blocks do.
+    Under ``torch.autocast`` a block raises RuntimeError.
 
     Raises:
-        ValueError: the model is no Llama of ours, has no adapters or some of a variant with a forward of
-            its own (PiSSA, DoRA), trains more than adapters, has hooks, or ``threads`` meets dropout or a GPU.
-            The model is then left as it was.
+        ValueError: the model is not a Llama of ours, has no adapters or adapters of a variant with another forward
+            pass (DoRA, PiSSA), trains more than adapters, or has hooks; or ``threads`` is above 1 with dropout or on a
+            GPU. The model is then left as it was.
     """
+    if not isinstance(model, Llama):
+        raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
     _check(model, lean)
     if lean.checkpoint and not isinstance(next(model.parameters()), FakeTensor):  # a rehearsal frees nothing
         _return_memory_at_once()
@@ -122,62 +129,61 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         _cast_base(model, lean.base_dtype)
     trunk, head = model.model, model.lm_head
     for index, block in enumerate(trunk.layers):
-        replace(trunk, f"layers.{index}", LeanBlock(block, lean.checkpoint))
+        replace(trunk, f"layers.{index}", LeanBlock(cast(Block, block), lean.checkpoint))
     for module in trunk.modules():
         if isinstance(module, RMSNorm | BlockEmbedding):
             _raise_to_float32(module)
     if isinstance(trunk.embed_tokens, nn.Embedding):
-        trunk.embed_tokens = LeanEmbedding(trunk.embed_tokens)
+        replace(trunk, "embed_tokens", LeanEmbedding(trunk.embed_tokens))
     if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
         _raise_to_float32(head.base)
-    elif isinstance(head, nn.Linear | BlockLinear):
-        model.lm_head = LeanHead(head) if isinstance(head, nn.Linear) else LeanBlockHead(head)
+    elif isinstance(head, BlockLinear):
+        replace(model, "lm_head", LeanBlockHead(head))
+    elif isinstance(head, nn.Linear):
+        replace(model, "lm_head", LeanHead(head))
 
 
-def _check(model: nn.Module, lean: Lean) -> None:
-    if not isinstance(model, Llama):
-        raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
+def _check(model: Llama, lean: Lean) -> None:
     if isinstance(model.model.layers[0], LeanBlock):
         raise ValueError("The model's blocks are lean already; start each run from a freshly loaded model.")
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("The lean step is one of LoRA, but the model has no adapters; use a LoRA method.")
+        raise ValueError("The lean step trains adapters, but the model has no adapters; use a LoRA method.")
     for name, layer in layers.items():
         if not is_plain_lora(layer):
             raise ValueError(f"{name!r} is a {type(layer).__name__}, whose forward pass has no lean form.")
-    own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    in_adapted_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own:
+        if parameter.requires_grad and id(parameter) not in in_adapted_layers:
             raise ValueError(f"{name!r} is trained, but the lean step is for a frozen base; freeze it.")
     for name, module in model.named_modules():
         if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
             raise ValueError(
-                f"{name or 'the model'!r} has a hook, which the lean step would not call; remove it, or put it on a "
-                "block once the model is lean."
+                f"{name or 'the model'!r} has a hook, which the lean step would not call; remove it, or register it on "
+                "a block once the model is lean."
             )
     if lean.threads > 1:
         if any(isinstance(layer.dropout, nn.Dropout) for layer in layers.values()):
             raise ValueError(
-                f"threads is {lean.threads}, but the adapters have dropout, whose draws would depend on the threads' "
-                "timing; use dropout=0 or threads=1."
+                f"threads is {lean.threads}, but the adapters have dropout, whose random numbers would depend on the "
+                "timing of the threads; use dropout=0 or threads=1."
             )
         if next(model.parameters()).device.type != "cpu":
-            raise ValueError(f"threads is {lean.threads}, but it is for the CPU; use threads=1 on a GPU.")
+            raise ValueError(f"threads is {lean.threads}, but threads are for the CPU; use threads=1 on a GPU.")
 
 
 def _cast_base(model: Llama, dtype: torch.dtype) -> None:
-    kept = {id(parameter) for layer in lora_layers(model).values() for parameter in _factors_of(layer)}
+    """Cast all matrices to ``dtype``, except the factors of adapters and an adapted head."""
+    excluded = {id(getattr(layer, part)) for layer in lora_layers(model).values() for part in layer.parts}
     if isinstance(model.lm_head, LoRALayer):
-        kept |= {id(parameter) for parameter in model.lm_head.parameters()}
-    seen = set()
+        excluded |= {id(parameter) for parameter in model.lm_head.parameters()}
     for parameter in model.parameters():
-        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in kept | seen:
+        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in excluded:
             parameter.data = parameter.data.to(dtype)
-            seen.add(id(parameter))
 
 
 def _raise_to_float32(module: nn.Module) -> None:
-    """Let a module compute in float32, or in what is finer, in place."""
+    """Let a module compute in float32, or in a more precise dtype that it has, in place."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
@@ -186,14 +192,10 @@ def _raise_to_float32(module: nn.Module) -> None:
 
 
 def _return_memory_at_once() -> None:
-    """Let Linux's C library give tensors of 256 KiB and more back to the system when they are freed.
+    """Make Linux's C library return tensors of 256 KiB and more to the system as soon as they are freed.
 
-    By itself it keeps them in a heap, where the inputs kept of each block stand between the holes that the
-    block's own tensors leave: for SmolLM2 at 4 x 128 tokens more than all that is in use.
+    By default freed tensors stay in its heap, which the saved inputs of the blocks fragment: for SmolLM2 at 4 x 128
+    tokens the gaps are larger than all memory in use.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
-
-
-def _factors_of(layer: LoRALayer) -> list[Tensor]:
-    return [getattr(layer, part) for part in layer.parts]

@@ -5,9 +5,9 @@ shapes       shapes of well-known models, for questions that need no weights
 digits       two small nets for experiments that take seconds
 quantize     a frozen base in 4 bits: GGUF's blocks, NF4
 tokenizer    text to token ids and back, and conversations to text
-gguf_reader  a GGUF file, with Hugging Face's names
+gguf_reader  reads a GGUF file, with Hugging Face's names
 download     SmolLM2-135M from a Python package, into a cache
-pretrained   real weights into our Llama, and back to a folder
+pretrained   loads pre-trained weights into our Llama, and saves them to a folder
 """
 
 import lazy_loader

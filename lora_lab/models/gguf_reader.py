@@ -1,14 +1,14 @@
-"""A GGUF file of the Llama family, read by the ``gguf`` library and given Hugging Face's names.
+"""A GGUF file of the Llama family, read by the ``gguf`` library, with Hugging Face's names.
 
-Matrices in the two block formats of ``lora_lab.quantize`` stay in their blocks; all others are
-dequantised to float32 by the library.
+Matrices in the two GGUF formats of ``lora_lab.models.quantize`` stay in their blocks; the library dequantises all
+others to float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from lora_lab.models.llama import LlamaConfig, RopeScaling, rotary_frequencies
 from lora_lab.models.quantize import BYTES_PER_BLOCK
 from lora_lab.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
@@ -33,8 +36,15 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class GGUFModel:
-    """What a GGUF file holds: the model's shape, its tensors, which of them are blocks, its tokenizer."""
+class StoredModel:
+    """What a GGUF file or a folder holds.
+
+    Args:
+        config: the model's shape.
+        tensors: by Hugging Face's names; matrices in blocks as uint8 (rows, bytes).
+        kinds: the format of each tensor in blocks, such as "Q4_1", by the same names.
+        tokenizer: the model's tokenizer.
+    """
 
     config: LlamaConfig
     tensors: dict[str, Tensor]
@@ -42,24 +52,24 @@ class GGUFModel:
     tokenizer: Tokenizer
 
 
-def read_gguf(path: str | Path) -> GGUFModel:
+def read_gguf(path: str | Path) -> StoredModel:
     """Read a whole file (some seconds for a small model).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no GGUF file, is cut short, or holds another architecture, an unknown tensor,
-            an unknown tokenizer or an unknown stretching of positions.
+        ValueError: it is not a GGUF file, is truncated, or holds another architecture, an unknown tensor,
+            an unknown tokenizer or an unknown scaling of positions.
     """
-    import gguf  # here, because it takes a tenth of a second and a converted model does not need it
+    import gguf  # here, because the import takes a tenth of a second, and a converted model does not need it
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # the library meets damage in many ways: ValueError, IndexError, KeyError, ...
+    except Exception as error:  # damage makes the library raise ValueError, IndexError, KeyError and others
         raise ValueError(
-            f"{path} is no GGUF file or is cut short ({type(error).__name__}: {error}); copy or download it anew."
+            f"{path} is not a GGUF file or is truncated ({type(error).__name__}: {error}); copy or download it again."
         ) from None
     fields = {key: field.contents() for key, field in reader.fields.items()}
     architecture = fields.get("general.architecture")
@@ -79,20 +89,27 @@ def read_gguf(path: str | Path) -> GGUFModel:
             value = torch.from_numpy(tensor.data.copy())  # (rows, bytes), uint8
             kinds[new_name] = kind
         else:
-            try:
-                dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError:
-                raise ValueError(
-                    f"The tensor {name} is of kind {kind}, which the gguf library cannot dequantise; "
-                    "use a file with another quantisation, such as Q8_0."
-                ) from None
-            value = torch.from_numpy(dense.astype("float32", copy=True))  # (rows, columns), or (n,)
+            value = _dense(tensor)  # (rows, columns), or (n,)
         if ".attn_q." in name:
             value = _half_split(value, config.num_attention_heads)
         elif ".attn_k." in name:
             value = _half_split(value, config.num_key_value_heads)
         tensors[new_name] = value.contiguous()
-    return GGUFModel(config, tensors, kinds, tokenizer)
+    return StoredModel(config, tensors, kinds, tokenizer)
+
+
+def _dense(tensor: ReaderTensor) -> Tensor:
+    """A tensor dequantised to float32."""
+    from gguf.quants import dequantize
+
+    try:
+        dense = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise ValueError(
+            f"The tensor {tensor.name} is of kind {tensor.tensor_type.name}, which the gguf library cannot dequantise; "
+            "use a file with another quantisation, such as Q8_0."
+        ) from None
+    return torch.from_numpy(dense.astype("float32", copy=True))
 
 
 def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
@@ -120,8 +137,8 @@ def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
     )
     if fields.get("llama.rope.scaling.type", "none") != "none":
         raise ValueError(
-            f"The GGUF file stretches positions by {fields['llama.rope.scaling.type']!r}, which is not built here; "
-            "load the model's Hugging Face folder if it says rope_type 'llama3' or 'default'."
+            f"The GGUF file scales positions by {fields['llama.rope.scaling.type']!r}, which is not built here; "
+            "load the model's Hugging Face folder if its rope_type is 'llama3' or 'default'."
         )
     if _ROPE_FACTORS in raw:
         config = _with_rope_factors(config, torch.from_numpy(raw[_ROPE_FACTORS].data.copy()).float())
@@ -129,29 +146,29 @@ def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
 
 
 def _with_rope_factors(config: LlamaConfig, factors: Tensor) -> LlamaConfig:
-    """GGUF keeps Llama 3's stretching as one divisor a frequency; find the rule that made them."""
+    """GGUF stores Llama 3's scaling of positions as one divisor per frequency; find the rule that they follow."""
     scaling = RopeScaling(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-    stretched = LlamaConfig(**{**vars(config), "rope_scaling": scaling})
-    expected = rotary_frequencies(config) / rotary_frequencies(stretched)  # (head_dim / 2,)
+    scaled = replace(config, rope_scaling=scaling)
+    expected = rotary_frequencies(config) / rotary_frequencies(scaled)  # (head_dim / 2,)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
         raise ValueError(
             "The GGUF file's rope_freqs do not follow Llama 3's rule with 8192 original positions; "
             "load the model's Hugging Face folder, which states the rule."
         )
-    return stretched
+    return scaled
 
 
 def _hf_name(name: str) -> str:
     stem, _, part = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{part}"
-    pieces = stem.split(".")
-    if len(pieces) == 3 and pieces[0] == "blk" and pieces[2] in _IN_BLOCK:
-        return f"model.layers.{pieces[1]}.{_IN_BLOCK[pieces[2]]}.{part}"
+    match stem.split("."):
+        case ["blk", block, layer] if layer in _IN_BLOCK:
+            return f"model.layers.{block}.{_IN_BLOCK[layer]}.{part}"
     raise ValueError(f"The GGUF file holds a tensor {name!r} that a Llama does not have.")
 
 
 def _half_split(rows: Tensor, heads: int) -> Tensor:
-    """From llama.cpp's order of a head's rows (pairs side by side) to Hugging Face's (halves)."""
+    """Reorder the rows of each head from llama.cpp's order (adjacent pairs) to Hugging Face's (two halves)."""
     by_pair = rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1)  # (9, 32, 2, columns)
     return by_pair.transpose(1, 2).reshape(rows.shape)  # (576, columns)

@@ -9,7 +9,7 @@ Module names are those of Hugging Face's ``LlamaForCausalLM``, so weights and ad
 interchangeable with it. Logits in float32 are bit-identical to it on the same machine.
 
 Shapes in the comments follow SmolLM2-135M with a batch of 4 sequences of 128 tokens: width 576,
-9 query heads that share 3 key-value heads, 64 numbers a head, inner width 1536, 49152 tokens known.
+9 query heads that share 3 key-value heads, heads of width 64, inner width 1536, a vocabulary of 49152 tokens.
 
 References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm: Zhang and Sennrich
 2019, 1910.07467; rotary positions: Su et al. 2021, 2104.09864; grouped queries: Ainslie et al. 2023,
@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 class RopeScaling:
     """Llama 3's stretching of rotary positions beyond the context it was pre-trained on.
 
-    Frequencies with a wavelength above ``original_context / low_freq_factor`` are divided by ``factor``,
-    those below ``original_context / high_freq_factor`` are kept, those between are blended.
+    Frequencies with a wavelength above ``original_context / low_freq_factor`` are divided by ``factor``, those
+    below ``original_context / high_freq_factor`` are unchanged, and those between are interpolated.
     """
 
     factor: float
@@ -70,20 +70,21 @@ class LlamaConfig:
                 raise ValueError(f"{name} is {value}, but it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} query heads cannot evenly share {self.num_key_value_heads} key-value heads"
+                f"num_attention_heads is {self.num_attention_heads}, but it must be a multiple of num_key_value_heads, "
+                f"{self.num_key_value_heads}."
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, but it must be even, for positions turn pairs.")
+            raise ValueError(f"head_dim is {self.head_dim}, but it must be even, because positions rotate pairs.")
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """How far each pair of a head turns per position, in radians: (head_dim / 2,), always float32."""
+    """The angle by which each pair of a head rotates per position, in radians: (head_dim / 2,), always float32."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")  # (32,) on the CPU: equal everywhere
     exponent = pairs / config.head_dim  # (32,)
     frequencies = 1.0 / config.rope_theta**exponent  # (32,)
     if (scaling := config.rope_scaling) is None:
         return frequencies  # (32,)
-    wavelength = 2 * math.pi / frequencies  # (32,) positions for one full turn
+    wavelength = 2 * math.pi / frequencies  # (32,) positions for one full rotation
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = (scaling.original_context / wavelength - low) / (high - low)  # (32,)
     blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies  # (32,)
@@ -92,7 +93,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim/2]) by its position's angle."""
+    """Rotate each pair (x[i], x[i + head_dim/2]) by the angle of its position."""
     first, second = x.chunk(2, dim=-1)  # (4, 9, 128, 64) -> 2 x (4, 9, 128, 32)
     turned = torch.cat((-second, first), dim=-1)  # (4, 9, 128, 64)
     return x * cos + turned * sin  # (4, 9, 128, 64)
@@ -111,18 +112,18 @@ class RMSNorm(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of the positions already read, so that generation reads each token once."""
+    """Keys and values of past positions, so that generation runs the model on each token once."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:
-        """Positions held."""
+        """Number of cached positions."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv heads, new, head_dim) to a layer and return all of it."""
+        """Append (batch, kv heads, new, head_dim) to the cache of a layer, and return all its keys and values."""
         if layer in self.layers:
             old_key, old_value = self.layers[layer]  # (4, 3, past, 64)
             key = torch.cat((old_key, key), dim=2)  # (4, 3, past + new, 64)
@@ -144,19 +145,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, width, bias=config.attention_bias)  # 576 -> 576
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        batch, length, _ = x.shape
-        by_head = (batch, length, -1, self.head_dim)
-        query = self.q_proj(x).view(by_head).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
-        key = self.k_proj(x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
-        value = self.v_proj(x).view(by_head).transpose(1, 2)  # (4, 128, 192) -> (4, 3, 128, 64)
+        query = self.split_heads(self.q_proj(x))  # (4, 128, 576) -> (4, 9, 128, 64)
+        key = self.split_heads(self.k_proj(x))  # (4, 128, 192) -> (4, 3, 128, 64)
+        value = self.split_heads(self.v_proj(x))  # (4, 128, 192) -> (4, 3, 128, 64)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
+        return self.o_proj(self.attend(query, key, value, mask, cache))  # (4, 128, 576)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """softmax(Q K^T / sqrt(head_dim)) V, with the heads concatenated: (batch, length, heads * head_dim)."""
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
-        causal = mask is None and length > 1
+        causal = mask is None and query.shape[2] > 1
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
         )  # (4, 9, 128, 64)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))  # (4, 128, 576)
+        return mixed.transpose(1, 2).flatten(2)  # (4, 128, 576)
 
 
 class MLP(nn.Module):
@@ -189,18 +198,18 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Everything but the head: token ids in, the last hidden state out."""
+    """Everything except the head: token ids in, last hidden states out."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        # From an empty matrix, because nn.Embedding's own draw takes most of a second on the meta device.
+        # From an empty matrix, because nn.Embedding's own initialisation takes most of a second on the meta device.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
-        # By device, and no buffer: a cast to bfloat16 would round them.
+        # Copies by device, not a buffer, which a cast to bfloat16 would round.
         self.frequencies = {torch.device("cpu"): rotary_frequencies(config)}  # (32,)
         self.gradient_checkpointing = False
 
@@ -213,16 +222,16 @@ class Trunk(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)  # (128, 64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (128, 64)
         mask = _mask(past, new, attention_mask, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
-            if again:  # only x is kept of the block, which is computed again in the backward pass
+            if checkpointed:  # of the block only x is saved, and the backward pass recomputes it
                 x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)  # (4, 128, 576)
             else:
                 x = layer(x, cos, sin, mask, cache)  # (4, 128, 576)
         return self.norm(x)  # (4, 128, 576)
 
     def frequencies_on(self, device: torch.device) -> Tensor:
-        """The rotary frequencies (32,) on a device: copied there once, for a copy makes Python wait for a GPU."""
+        """The rotary frequencies (32,) on a device, copied once, because each copy makes Python wait for the GPU."""
         if device not in self.frequencies:
             self.frequencies[device] = self.frequencies[torch.device("cpu")].to(device)  # (32,)
         return self.frequencies[device]  # (32,)
@@ -231,11 +240,12 @@ class Trunk(nn.Module):
 class Llama(nn.Module):
     """A causal language model: logits of the next token at every position.
 
-    Its weights are random, drawn as in Hugging Face; :func:`lora_lab.load_pretrained` fills one from a file.
+    Its weights are random, from the distribution that Hugging Face uses; :func:`lora_lab.load_pretrained` reads
+    pre-trained ones.
 
     Args:
         config: the shape.
-        seed: seeds a generator of its own for the weights.
+        seed: of the weights; the global random generator is not used.
     """
 
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
@@ -254,29 +264,29 @@ class Llama(nn.Module):
         Args:
             ids: token ids (batch, length), integers.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding, on either side.
-            cache: what earlier calls have read; ``ids`` then continue it, and it is extended.
+            cache: keys and values of the past positions, which ``ids`` continue; it is extended in place.
         """
         return self.lm_head(self.model(ids, attention_mask, cache))  # (4, 128, 49152)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head, which "all-linear" leaves alone."""
+        """The head, which "all-linear" does not adapt."""
         return self.lm_head
 
     def gradient_checkpointing_enable(self) -> None:
-        """In training keep of each block only its input, and compute the block again in the backward pass.
+        """Save only the input of each block in training, and recompute the block in the backward pass.
 
         Reference: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
         """
         self.model.gradient_checkpointing = True
 
     def tie(self) -> None:
-        """Let head and embedding be one matrix, if the config says so."""
+        """Share one matrix between head and embedding, if the config ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        # Matrices normal with deviation 0.02, biases 0, norms 1.
+        # Matrices are normal with standard deviation 0.02, biases 0, norms 1.
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -284,8 +294,8 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                drawn = torch.randn(parameter.shape, generator=generator, device="cpu")  # whatever torch.device says
-                parameter.copy_(drawn * 0.02)
+                normal = torch.randn(parameter.shape, generator=generator, device="cpu")  # equal on all devices
+                parameter.copy_(normal * 0.02)
 
     @torch.no_grad()
     def generate(
@@ -300,11 +310,11 @@ class Llama(nn.Module):
 
         Args:
             ids: the prompt, (length,), at least one token.
-            max_new_tokens: how many tokens to add at most.
+            max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            temperature: 0 takes the likeliest token each time; above 0 it is drawn from
+            temperature: 0 always takes the most probable token (greedy); above 0 tokens are sampled from
                 softmax(logits / temperature).
-            seed: seeds the draws.
+            seed: of the samples.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -321,27 +331,27 @@ class Llama(nn.Module):
         training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)
-        cache, fresh, written = KeyValueCache(), ids[None], []  # fresh: (1, length), then (1, 1)
+        cache, inputs, generated = KeyValueCache(), ids[None], []  # inputs: (1, length), then (1, 1)
         try:
             for _ in range(max_new_tokens):
-                hidden = self.model(fresh, cache=cache)[:, -1]  # (1, 576)
+                hidden = self.model(inputs, cache=cache)[:, -1]  # (1, 576)
                 logits = self.lm_head(hidden)[0]  # (49152,)
                 if temperature == 0:
                     token = logits.argmax()  # ()
                 else:
-                    chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # (49152,)
-                    token = torch.multinomial(chances, 1, generator=generator)[0]  # ()
+                    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # (49152,)
+                    token = torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
                 if int(token) == stop:
                     break
-                written.append(int(token))
-                fresh = token.to(ids.device).view(1, 1)  # (1, 1)
+                generated.append(int(token))
+                inputs = token.to(ids.device).view(1, 1)  # (1, 1)
         finally:
             self.train(training)
-        return torch.tensor(written, dtype=torch.long)  # (new,)
+        return torch.tensor(generated, dtype=torch.long)  # (new,)
 
 
 def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """True where a query may look: None when plain causal attention (or one last token) says it all."""
+    """True where a query may attend to a key; None where causal attention, or a single last query, needs no mask."""
     if attention_mask is None and (past == 0 or new == 1):
         return None
     queries = torch.arange(past, past + new, device=device)[:, None]  # (new, 1)
@@ -349,6 +359,6 @@ def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.devi
     allowed = (keys <= queries)[None, None]  # (1, 1, new, past + new)
     if attention_mask is not None:
         real = attention_mask.bool()[:, None, None, :]  # (4, 1, 1, past + new)
-        # A padded query looks at itself, for a row with nothing to look at would be NaN, and spread.
+        # A padded query attends to itself, because a row without any key would be NaN, and NaN would spread.
         allowed = (allowed & real) | (keys == queries)  # (4, 1, new, past + new)
     return allowed

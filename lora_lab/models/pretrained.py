@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab.inject import lora_layers, replace
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
-from lora_lab.models.gguf_reader import GGUFModel, read_gguf
+from lora_lab.models.gguf_reader import StoredModel, read_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
 from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
@@ -23,12 +23,13 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 
 SMOLLM2 = "smollm2-135m"
-# Raise the number when what is written to the cache changes, so that old entries are left alone.
+# Raise the number when what is written to the cache changes, so that old entries are not read.
 _CACHE_ENTRY = f"{SMOLLM2}-v1"
-_KINDS = "lora_lab.block_kinds"  # the safetensors header's note of which tensors are blocks
+_KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each tensor in blocks
 # What save_model writes with a tokenizer.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-_SAVE = "lora_lab_save"  # in the config and in the weights' header: a hash that tells whether they are of one save
+_SAVE = "lora_lab_save"  # in the config and in the weights' header: a hash, equal if both are of the same save
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_pretrained(
@@ -40,50 +41,49 @@ def load_pretrained(
     """A pre-trained Llama and its tokenizer, ready to use or to train.
 
     Args:
-        source: "smollm2-135m" (SmolLM2-135M-Instruct; downloaded once, 98 MB, then kept in the cache
-            in its 4-bit blocks); or the path of a ``.gguf`` file; or of a Hugging Face folder
-            (config.json, \\*.safetensors, tokenizer.json). All must be of the Llama family.
+        source: "smollm2-135m" (SmolLM2-135M-Instruct; downloaded once, 98 MB, and cached in its 4-bit blocks);
+            or the path of a ``.gguf`` file; or of a Hugging Face folder (config.json, \\*.safetensors,
+            tokenizer.json). All must be of the Llama family.
         dtype: a floating-point dtype for the weights.
         device: as in :func:`lora_lab.pick_device`.
-        keep_blocks: leave matrices in the blocks in which the source ships them (SmolLM2: 98 MB in place of
-            538), frozen; they are dequantised to ``dtype`` where they are used, see ``lora_lab.quantize``.
-            Matrices that the source has in another form are loaded as usual.
+        keep_blocks: leave matrices in the blocks of the source (SmolLM2: 98 MB instead of 538), frozen; they are
+            dequantised to ``dtype`` where they are used, see ``lora_lab.models.quantize``. Other matrices are loaded
+            as usual.
 
     Raises:
         FileNotFoundError: the path, or a file of the folder, is not there.
         ValueError: the source is unknown, damaged, of another architecture, or has no blocks to keep; or
-            dtype is no float.
-        RuntimeError: the model must be downloaded and cannot be.
+            dtype is not a floating-point one.
+        RuntimeError: the model cannot be downloaded.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
     device = pick_device(device)[0]
-    if str(source) == SMOLLM2:
-        return _load_folder(_smollm2_folder(), dtype, device, keep_blocks)
-    path = Path(source)
+    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
     if path.is_dir():
-        return _load_folder(path, dtype, device, keep_blocks)
-    if path.suffix == ".gguf":
-        found = read_gguf(path)
-        return _build(found.config, found.tensors, found.kinds, dtype, device, keep_blocks, path), found.tokenizer
-    if path.exists():
+        stored = _read_folder(path)
+    elif path.suffix == ".gguf":
+        stored = read_gguf(path)
+    elif path.exists():
         raise ValueError(f"{path} is neither a folder nor a .gguf file.")
-    raise FileNotFoundError(
-        f"There is no model {str(source)!r}: expected {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
-    )
+    else:
+        raise FileNotFoundError(
+            f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
+        )
+    return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a Hugging Face folder, from its config.json alone: no weights are needed.
+    """The shape of the model in a Hugging Face folder, from its config.json alone.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
         ValueError: the file is damaged, lacks a size, or describes a model that cannot be built here.
     """
-    return _config_from_hf(_entries(Path(folder)), Path(folder))
+    return _config_from_hf(_config_entries(Path(folder)), Path(folder))
 
 
-def _entries(folder: Path) -> dict[str, Any]:
+def _config_entries(folder: Path) -> dict[str, Any]:
     settle(folder)
     path = folder / "config.json"
     config = read_json(path)
@@ -93,19 +93,19 @@ def _entries(folder: Path) -> dict[str, Any]:
 
 
 def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if given).
+    """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if there is one).
 
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
-    :func:`load_pretrained` once a tokenizer is in it. Matrices in blocks are written as the dense ones they
-    stand for. An older model there stays whole until the new one is: see :func:`lora_lab.system.files.atomic_files`.
+    :func:`load_pretrained` if a tokenizer is in it. Matrices in blocks are written dequantised. An older model in the
+    folder stays complete until the new one is: see :func:`lora_lab.system.files.atomic_files`.
 
     Raises:
-        ValueError: the model carries adapters that are not merged.
+        ValueError: the model has adapters that are not merged.
         OSError: the folder cannot be written to, or the disk is full.
     """
     if lora_layers(model):
         raise ValueError(
-            "The model carries adapters; merge(model) first, or keep them alone with save_adapter(model, folder)."
+            "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
     folder = Path(folder)
     state = _dense_state(model)
@@ -129,8 +129,8 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
 
 
 def _dense_state(model: Llama) -> dict[str, Tensor]:
-    """The model's tensors by Hugging Face's names; what is in blocks is dequantised."""
-    tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is kept once
+    """The model's tensors by Hugging Face's names; matrices in blocks are dequantised."""
+    tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is written once
     state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
     for name, module in model.named_modules():
         if isinstance(module, BlockWeight) and f"{name}.packed" in state:
@@ -146,120 +146,117 @@ def is_cached() -> bool:
 
 
 def _smollm2_folder() -> Path:
-    """The cache's folder of SmolLM2, made at first use: raw blocks, config and tokenizer."""
+    """The folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
     folder = cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
         return folder
     with cache_lock(_CACHE_ENTRY):
         if not folder.is_dir():
-            for half in folder.parent.glob(f".{folder.name}-*"):  # nobody is writing it now, so its maker was killed
-                shutil.rmtree(half, ignore_errors=True)
-            found = read_gguf(fetch_smollm2())
+            for incomplete in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+                shutil.rmtree(incomplete, ignore_errors=True)
+            stored = read_gguf(fetch_smollm2())
             with atomic_folder(folder) as temporary:
-                _write_blocks(found, temporary)
+                _write_blocks(stored, temporary)
     return folder
 
 
-def _write_blocks(found: GGUFModel, folder: Path) -> None:
-    found.tokenizer.save(folder)
-    write_json(folder / "config.json", _config_to_hf(found.config, torch.float32))
+def _write_blocks(stored: StoredModel, folder: Path) -> None:
+    stored.tokenizer.save(folder)
+    write_json(folder / "config.json", _config_to_hf(stored.config, torch.float32))
     with atomic_file(folder / "model.safetensors") as temporary:
-        save_file(found.tensors, temporary, metadata={_KINDS: json.dumps(found.kinds)})
+        save_file(stored.tensors, temporary, metadata={_KINDS: json.dumps(stored.kinds)})
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> tuple[Llama, Tokenizer]:
-    entries = _entries(folder)
+def _read_folder(folder: Path) -> StoredModel:
+    entries = _config_entries(folder)
     config = _config_from_hf(entries, folder)
-    tokenizer = Tokenizer.load(folder)
-    tensors: dict[str, Tensor] = {}
-    kinds: dict[str, str] = {}
+    stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
     for path in _weight_files(folder):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks the file {path.name}.")
         try:
             with safe_open(path, framework="pt") as file:
-                note = file.metadata() or {}
-                kinds |= json.loads(note.get(_KINDS, "{}"))
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                metadata = file.metadata() or {}
+                stored.kinds.update(json.loads(metadata.get(_KINDS, "{}")))
+                for name in file.keys():  # noqa: SIM118 - it is not a dict
+                    if not name.endswith("rotary_emb.inv_freq"):  # in old folders, and computed from the config here
+                        stored.tensors[name] = file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
-        if note.get(_SAVE) != entries.get(_SAVE) and _SAVE in note and _SAVE in entries:
+        if metadata.get(_SAVE) != entries.get(_SAVE) and _SAVE in metadata and _SAVE in entries:
             raise ValueError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
-    return _build(config, tensors, kinds, dtype, device, keep_blocks, folder), tokenizer
+    return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    # As in transformers, a single file has precedence over an index of several.
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():  # as in transformers, the one file comes first
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [folder / "model.safetensors"]
 
 
-def _build(
-    config: LlamaConfig,
-    tensors: dict[str, Tensor],
-    kinds: dict[str, str],
-    dtype: torch.dtype,
-    device: torch.device,
-    keep_blocks: bool,
-    origin: Path,
-) -> Llama:
-    """A model around the given tensors; none is allocated twice."""
+def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> Llama:
+    """A model with the stored tensors; copying one removes it from ``stored``, so that no weight is held twice."""
+    tensors, kinds = stored.tensors, stored.kinds
     if keep_blocks and not kinds:
         raise ValueError(
             f"{origin} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
-            "load it without keep_blocks and then call lora_lab.quantize.quantize_nf4(model)."
+            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
         )
     with torch.device("meta"):
-        model = Llama(config)
-    state: dict[str, nn.Parameter] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    while tensors:  # each one is let go as soon as it is dequantised
+        model = Llama(stored.config)
+    if stored.config.tie_word_embeddings:
+        tensors.pop(_HEAD, None)  # it is the embedding's matrix
+    _check_shapes(stored, model, origin)
+    dense: dict[str, Tensor] = {}
+    while tensors:
         name, value = tensors.popitem()
-        if name.endswith("rotary_emb.inv_freq"):  # old folders store what the config says already
-            continue
-        # A tensor of a file is a view of the mapped file: it would change with it, and lies unaligned in
-        # memory, by which the product of a matrix with one row rounds. So it is copied.
-        if keep_blocks and name in kinds:
-            shapes[name] = shape_of(value, kinds[name])
+        in_blocks = keep_blocks and name in kinds
+        # A tensor read from a file is a view of the mapped file: it would change with the file, and it is not aligned
+        # in memory, which changes the rounding of a matrix-vector product. So it is copied.
+        if in_blocks:
             packed = value.to(device, copy=True).view(-1, BYTES_PER_BLOCK[kinds[name]])
-            state[name] = nn.Parameter(packed, requires_grad=False)
+            weight = nn.Parameter(packed, requires_grad=False)
+        elif name in kinds:
+            weight = nn.Parameter(dequantize(value, kinds[name]).to(device, dtype))
         else:
-            value = dequantize(value, kinds[name]) if name in kinds else value
-            shapes[name] = tuple(value.shape)
-            state[name] = nn.Parameter(value.to(device, dtype, copy=name not in kinds))
-    if config.tie_word_embeddings:
-        for known in (state, shapes, kinds):
-            if "model.embed_tokens.weight" in known:
-                known["lm_head.weight"] = known["model.embed_tokens.weight"]
-    _check_shapes(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, origin)
-    if keep_blocks:
-        for name, kind in kinds.items():
-            _put_blocks(model, name.removesuffix(".weight"), state.pop(name), kind, dtype)
-    model.load_state_dict(state, assign=True, strict=False)  # all but what the blocks have put there already
+            weight = nn.Parameter(value.to(device, dtype, copy=True))
+        tied = stored.config.tie_word_embeddings and name == _EMBEDDING
+        for target in (name, _HEAD) if tied else (name,):
+            if in_blocks:
+                _put_blocks(model, target.removesuffix(".weight"), weight, kinds[name], dtype)
+            else:
+                dense[target] = weight
+    model.load_state_dict(dense, assign=True, strict=False)  # the blocks are in the model already
     return model.eval()
 
 
-def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], origin: Path) -> None:
-    for name in wanted.keys() | found.keys():
-        if name not in found:
+def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
+    """Raise ValueError if the stored tensors are not those of the model, by name and shape."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if stored.config.tie_word_embeddings:
+        del expected[_HEAD]
+    for name in expected.keys() | stored.tensors.keys():
+        if name not in stored.tensors:
             raise ValueError(f"{origin} lacks the tensor {name}, so it is incomplete; copy or make it anew.")
-        if name not in wanted:
-            raise ValueError(f"{origin} holds a tensor {name} that its config has no place for.")
-        if found[name] != wanted[name]:
-            raise ValueError(
-                f"{origin}: tensor {name} has shape {found[name]}, but its config asks for {wanted[name]}."
-            )
+        if name not in expected:
+            raise ValueError(f"{origin} holds a tensor {name} that its config does not have; copy or make it anew.")
+        value = stored.tensors[name]
+        shape = shape_of(value, stored.kinds[name]) if name in stored.kinds else tuple(value.shape)
+        if shape != expected[name]:
+            raise ValueError(f"{origin}: tensor {name} has shape {shape}, but its config requires {expected[name]}.")
 
 
 def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype: torch.dtype) -> None:
-    """Replace the layer of that name by one in blocks; its bias, if it has one, is still to be loaded."""
-    dense = model.get_submodule(name)
-    if isinstance(dense, nn.Embedding):
-        layer = BlockEmbedding(packed, kind, dense.weight.shape, dtype=dtype)
+    """Replace the layer of that name by one in blocks; its bias, if it has one, must still be loaded."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, nn.Embedding):
+        in_blocks = BlockEmbedding(packed, kind, layer.weight.shape, dtype=dtype)
     else:
-        layer = BlockLinear(packed, kind, dense.weight.shape, dense.bias, dtype=dtype)
-    replace(model, name, layer)
+        linear = cast(nn.Linear, layer)
+        in_blocks = BlockLinear(packed, kind, linear.weight.shape, linear.bias, dtype=dtype)
+    replace(model, name, in_blocks)
 
 
 def _config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -289,11 +286,11 @@ def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
         )
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{folder} uses the activation {hf['hidden_act']!r}, but only 'silu' is built here.")
-    # transformers 5 keeps all about positions in one entry, older ones in two.
+    # transformers 5 has one entry for all settings of positions, older versions have two.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{folder} stretches positions by {kind!r}, but only 'default' and 'llama3' are built here.")
+        raise ValueError(f"{folder} scales positions by {kind!r}, but only 'default' and 'llama3' are built here.")
     try:
         scaling = None
         if kind == "llama3":
@@ -323,4 +320,6 @@ def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
     except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} has an entry that is no number ({error}); copy it anew.") from None
+        raise ValueError(
+            f"{folder / 'config.json'} has an entry that is not a number ({error}); copy it anew."
+        ) from None

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Backend
 
 from lora_lab.system.files import atomic_files, read_json, settle, write_json
 
-TEMPLATE = "chat_template.jinja"  # of newer folders; it counts before the one in tokenizer_config.json
-# How text is cut before byte pairs are merged, by the name a GGUF file gives it (as llama.cpp defines them).
+TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
+# How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,9 +36,9 @@ class Tokenizer:
     """A byte-level tokenizer with the few special tokens that training and chatting need.
 
     Args:
-        backend: the ``tokenizers`` object that does the work.
-        eos_id, bos_id, pad_id: ids that end a text, begin one, and fill up a batch (None: there is none).
-        chat_template: the model's own Jinja template for conversations (None: it has none).
+        backend: the tokenizer of the ``tokenizers`` library.
+        eos_id, bos_id, pad_id: ids of the tokens that end a text, begin a text, and pad a batch (None: no such token).
+        chat_template: the model's Jinja template for conversations (None: the model has none).
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``; with ``add_special_tokens`` also what the model wants before it (often nothing)."""
+        """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``.
 
         A byte that the vocabulary lacks is lost. SmolLM2 lacks six control characters (04, 06, 13, 14, 16 and
-        1D in hexadecimal) and all of Unicode's planes 4 to 11, where nothing is assigned.
+        1D in hexadecimal) and Unicode's planes 4 to 11, in which no character is assigned.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text that the model was trained to see for a conversation.
+        """The text of a conversation in the format that the model was trained on.
 
         Args:
             messages: ``[{"role": "user", "content": "..."}, ...]``.
-            add_generation_prompt: end where the assistant's turn begins.
+            add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
@@ -102,7 +102,7 @@ class Tokenizer:
                 config[f"{name}_token"] = self.backend.id_to_token(token)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # another model's, which would be read first
+        with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first
             self.backend.save(str(temporary / "tokenizer.json"), pretty=False)
             write_json(temporary / "tokenizer_config.json", config)
 
@@ -122,7 +122,7 @@ class Tokenizer:
             backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({error}).") from None
-        backend.no_truncation()  # some folders carry the limits of their last training run
+        backend.no_truncation()  # some folders contain the limits of their last training run
         backend.no_padding()
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         ids = {}
@@ -160,7 +160,7 @@ class Tokenizer:
                 )
         tokens = fields["tokenizer.ggml.tokens"]
         merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        # Llama 3 takes a word that is a token whole, whatever the merges would make of it.
+        # Llama 3 does not split a word that is a token, whatever the merges would make of it.
         vocabulary = {token: i for i, token in enumerate(tokens)}
         backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]
@@ -175,7 +175,7 @@ class Tokenizer:
             short: fields.get(f"tokenizer.ggml.{long}_token_id")
             for short, long in (("eos_id", "eos"), ("bos_id", "bos"), ("pad_id", "padding"))
         }
-        # llama.cpp puts the begin token before a Llama 3 text unless the file says no.
+        # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
         if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and ids["bos_id"] is not None:
             bos = tokens[ids["bos_id"]]
             backend.post_processor = processors.TemplateProcessing(
@@ -186,10 +186,10 @@ class Tokenizer:
 
 @cache
 def _template(text: str) -> jinja2.Template:
-    """A chat template, compiled once: that takes longer than to fill it in."""
+    """A chat template, compiled once, because compiling takes longer than rendering."""
 
-    def refuse(why: str) -> None:
-        raise jinja2.TemplateError(why)
+    def refuse(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -1,10 +1,10 @@
-"""The machine below everything else: it knows no LoRA and no model.
+"""The machine: what all other modules may use, and what knows nothing of LoRA or models.
 
-device      where to compute, how much to do, and how to make randomness repeat
-files       files that appear whole or not at all
-process     a fresh process for each thing measured; peak memory; are the cores busy?
-progress    one progress bar
-provenance  where a number comes from: commit, machine, device, versions
+device      which device to compute on, how much work to do, and reproducible randomness
+files       atomic writes: files that appear whole or not at all
+process     fresh processes for measurements; peak memory; cores used by other processes
+progress    the progress bar
+provenance  where a result comes from: commit, machine, device, versions
 renamed     old names that are still accepted
 """
 

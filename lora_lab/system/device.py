@@ -1,8 +1,8 @@
-"""Where to compute, how much to do, and how to make randomness repeat.
+"""Which device to compute on, how much work to do, and reproducible randomness.
 
-Two environment variables steer every lesson and command:
+Two environment variables control every lesson and command:
 
-    LORA_LAB_DEVICE   cpu, cuda, cuda:1, mps, ...   (default: the best there is)
+    LORA_LAB_DEVICE   cpu, cuda, cuda:1, mps, ...   (default: cuda if there is a CUDA GPU, otherwise cpu)
     LORA_LAB_EFFORT   quick or full                 (default: full on a CUDA GPU, quick elsewhere)
 """
 
@@ -17,50 +17,50 @@ import torch
 
 
 def pick_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
-    """The device to use and one sentence that says why.
+    """The device to use, and the reason as text.
 
     Args:
-        device: a wish, such as "cpu" or "cuda:0"; None asks LORA_LAB_DEVICE, then the machine.
+        device: such as "cpu" or "cuda:0"; by default the value of LORA_LAB_DEVICE, or else the first CUDA GPU, or else
+            the CPU.
 
     Raises:
-        ValueError: the wish names no device that torch knows, or one that is not there.
+        ValueError: torch does not know the device, or this machine does not have it.
     """
-    asked = device if device is not None else os.environ.get("LORA_LAB_DEVICE") or None
-    who = "it was asked for" if device is not None else "LORA_LAB_DEVICE asks for it"
-    if asked is not None:
+    requested = device if device is not None else os.environ.get("LORA_LAB_DEVICE") or None
+    reason = "it was asked for" if device is not None else "LORA_LAB_DEVICE asks for it"
+    if requested is not None:
         try:
-            found = torch.device(asked)
-            torch.empty(1, device=found)
+            available = torch.device(requested)
+            torch.empty(1, device=available)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"Device {str(asked)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'."
+                f"Device {str(requested)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'."
             ) from None
-        if found.type == "meta":
-            raise ValueError("Device 'meta' holds shapes but no numbers, so nothing can be trained on it; try 'cpu'.")
-        return found, f"{found} because {who}"
+        if available.type == "meta":
+            raise ValueError("Device 'meta' stores shapes but no values, so it cannot be trained on; try 'cpu'.")
+        return available, f"{available} because {reason}"
     if torch.cuda.is_available():
         return torch.device("cuda"), f"cuda because a GPU is there: {torch.cuda.get_device_name()}"
-    # Apple's mps is left to those who ask for it: it computes in float32 with other roundings,
-    # and nothing here has been measured on it.
+    # Apple's mps is used on request only: it rounds differently, and nothing has been measured on it.
     return torch.device("cpu"), f"cpu because torch sees no CUDA GPU; {torch.get_num_threads()} threads"
 
 
 def effort() -> str:
-    """How much a lesson does: "quick" (minutes on two CPU cores) or "full" (for a GPU).
+    """How much work a lesson does: "quick" (minutes on two CPU cores) or "full" (for a GPU).
 
     Raises:
-        ValueError: LORA_LAB_EFFORT is set to something else.
+        ValueError: LORA_LAB_EFFORT has another value.
     """
-    asked = os.environ.get("LORA_LAB_EFFORT") or ("full" if pick_device()[0].type == "cuda" else "quick")
-    if asked not in ("quick", "full"):
-        raise ValueError(f"LORA_LAB_EFFORT is {asked!r}, but it must be 'quick' or 'full'.")
-    return asked
+    level = os.environ.get("LORA_LAB_EFFORT") or ("full" if pick_device()[0].type == "cuda" else "quick")
+    if level not in ("quick", "full"):
+        raise ValueError(f"LORA_LAB_EFFORT is {level!r}, but it must be 'quick' or 'full'.")
+    return level
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's (if it is in use) and torch's global generators.
+    """Seed the global random generators of Python, numpy and torch.
 
-    ``fit`` and ``inject`` need no call of this: they draw from generators of their own.
+    ``fit`` and ``inject`` do not need this: they seed their own generators.
     """
     import numpy
 
@@ -71,7 +71,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's global generators for the block (dropout draws from them), and put them back after it."""
+    """Seed torch's global generators, which dropout uses, for a block, and restore their states at its end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A process of its own for each thing measured, so that one's memory is not counted with another's."""
+"""Fresh processes, so that the memory of each measurement is counted separately; and cores that others keep busy."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ import torch
 def run_in_subprocess(
     function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """What ``function(*arguments)`` returns, called in a fresh process.
+    """Return ``function(*arguments)``, called in a fresh process.
 
     Args:
-        function: importable by name, as are the classes of arguments and result.
-        environment: variables that the process has besides this one's.
+        function: importable by name, as are the classes of its arguments and its result.
+        environment: variables to set in the process, in addition to those of this process.
 
     Raises:
         MemoryError: the system ended the process, most likely for lack of memory.
-        Exception: whatever the function raises.
+        Exception: raised by the function.
     """
-    context = multiprocessing.get_context("spawn")  # a forked one would share this one's memory, and torch's threads
+    context = multiprocessing.get_context("spawn")  # a forked process would share memory and torch's threads with this
     try:
         with _with_variables(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise MemoryError(
-            "The process that trains was ended by the system, most likely for lack of memory: "
-            "full fine-tuning of SmolLM2-135M needs about 4 GiB free."
+            "The subprocess was ended by the system, most likely for lack of memory; free memory, or choose a smaller "
+            "model or batch."
         ) from None
 
 
@@ -56,11 +56,11 @@ def _with_variables(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory ever held: torch's allocator on a CUDA device, the whole process (resident) elsewhere."""
+    """The peak memory of this process, in bytes: of torch's allocator on a CUDA device, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux; getrusage would count the parent's memory in a process that it started
+    if status.is_file():  # Linux, where getrusage would include the peak of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     if sys.platform == "win32":
@@ -70,15 +70,15 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-_SPARE_CORES = 0.25  # that others may use before they disturb
-_SHORTEST_CROWD_S = 0.5  # the system counts cores in hundredths of a second: of shorter times it tells nothing
+_TOLERATED_CORES = 0.25  # that other processes may use without disturbing a measurement
+_SHORTEST_BLOCK_S = 0.5  # the system counts CPU time in hundredths of a second, too coarse for shorter blocks
 
 
 class BusyCores:
-    """Whether other processes worked while a block ran, and on how many cores: ``with BusyCores(2) as others: ...``.
+    """The number of cores that other processes used while a block ran: ``with BusyCores(2) as others: ...``.
 
     Args:
-        threads: how many cores this process needs meanwhile.
+        threads: number of cores that this process needs in the block.
     """
 
     cores = 0.0
@@ -87,22 +87,22 @@ class BusyCores:
         self.threads = threads
 
     def __enter__(self) -> BusyCores:
-        self._started, self._busy, self._own = time.perf_counter(), *_cpu_seconds()
+        self._started, self._all_before, self._this_before = time.perf_counter(), *_cpu_seconds()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        busy, own = _cpu_seconds()
+        all_after, this_after = _cpu_seconds()
         wall = time.perf_counter() - self._started
-        if wall >= _SHORTEST_CROWD_S:
-            self.cores = max(0.0, (busy - self._busy - (own - self._own)) / wall)
+        if wall >= _SHORTEST_BLOCK_S:
+            self.cores = max(0.0, (all_after - self._all_before - (this_after - self._this_before)) / wall)
 
     @property
     def disturbs(self) -> bool:
-        """Whether they and this process together had too few cores."""
-        return self.cores + self.threads > (psutil.cpu_count() or 1) + _SPARE_CORES
+        """Whether other processes left this process fewer cores than it needs."""
+        return self.cores + self.threads > (psutil.cpu_count() or 1) + _TOLERATED_CORES
 
 
 def _cpu_seconds() -> tuple[float, float]:
-    """Seconds that all processes, and this one, have used of all cores."""
-    everything, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    return sum(everything) - everything.idle - getattr(everything, "iowait", 0.0), own.user + own.system
+    """CPU time in seconds, summed over all cores: of all processes, and of this process."""
+    system, this = psutil.cpu_times(), psutil.Process().cpu_times()
+    return sum(system) - system.idle - getattr(system, "iowait", 0.0), this.user + this.system

@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, machine, device and versions."""
+"""Where a result comes from: commit, machine, device and versions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 def version() -> str:
     """The version of this lora_lab, which may be a checkout that is not installed."""
-    return sys.modules["lora_lab"].__version__  # there before any of its files
+    return sys.modules["lora_lab"].__version__  # the package is loaded before any of its modules
 
 
 def machine_info(device: torch.device) -> dict[str, str]:
-    """What the machine and its software are, for reports and records."""
-    described = {
+    """Descriptions of the machine and its software by name, for reports and records."""
+    info = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
@@ -28,8 +28,8 @@ def machine_info(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        described["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return described
+        info["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    return info
 
 
 def _cpu_name() -> str:
@@ -41,42 +41,37 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this lora_lab, to be asked for when a run begins."""
+    """The commit of this lora_lab, as :func:`commit_of`; to be read when a run begins, before files change."""
     return commit_of(checkout())
 
 
 def device_name(device: torch.device) -> str:
-    """What people call a device of this machine: the GPU's name, or the CPU's and how many cores it has."""
+    """The name of a device of this machine: that of the GPU, or that of the CPU and its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = machine_info(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the threads of this moment
+    cpu = machine_info(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the number of threads
     return cpu if device.type == "cpu" else f"{cpu}, {device.type}"
 
 
-def name_of(device: torch.device) -> str:
-    """A device of this machine as its records' names begin: ``nvidia-h100-80gb-hbm3``."""
-    return slug(device_name(device))
-
-
 def slug(name: str) -> str:
-    """A name for files: lower-case letters and digits, hyphens between; trade marks are left out."""
+    """A name for files, such as ``nvidia-h100-80gb-hbm3``: lower case, hyphens between words, without (R) and (TM)."""
     bare = re.sub(r"\((r|tm|c)\)", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", bare).strip("-")
 
 
 def commit_of(folder: str | Path) -> str:
-    """The git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from it.
+    """The git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from the commit.
 
-    Records themselves do not count as changes: measuring again does not change the code.
+    Changed records do not count, because they do not change the code.
 
     Returns:
-        The full commit, or "unknown": no checkout, no commit yet, or no git.
+        The full commit, or "unknown" if there is no checkout, no commit or no git.
     """
-    if not (Path(folder) / ".git").exists():  # a parent folder's repository says nothing of this code
+    if not (Path(folder) / ".git").exists():  # the repository of a parent folder is not that of this code
         return "unknown"
-    # Set inside git's hooks, these would lead to another repository.
-    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {name: value for name, value in os.environ.items() if name not in misleading}
+    # Git sets these variables in hooks, and they would redirect it to another repository.
+    redirecting = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {name: value for name, value in os.environ.items() if name not in redirecting}
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
@@ -91,15 +86,15 @@ def commit_of(folder: str | Path) -> str:
 
 
 def checkout() -> Path:
-    """The checkout, if there is one."""
+    """The folder that contains the package: the checkout, if it is run from one."""
     return Path(__file__).parents[2]
 
 
 def driver_version() -> str:
-    """The version of NVIDIA's driver, which torch does not tell."""
+    """The version of NVIDIA's driver, which torch does not report; "unknown" without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
-        said = []
-    return said[0] if said else "unknown"
+        versions = []
+    return versions[0] if versions else "unknown"

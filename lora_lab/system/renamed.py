@@ -1,4 +1,4 @@
-"""Names and values that have changed, and are still accepted with a DeprecationWarning."""
+"""Old names and values that are still accepted, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 def renamed(
     module: str, new_names: Mapping[str, str], otherwise: Callable[[str], Any] | None = None
 ) -> Callable[[str], Any]:
-    """A ``__getattr__`` for a module, which answers to its old names.
+    """A ``__getattr__`` for a module that resolves the module's old names.
 
         __getattr__ = renamed(__name__, {"shape": "config"})
 
     Args:
         module: its ``__name__``.
         new_names: old name -> new name.
-        otherwise: the ``__getattr__`` that answers for all other names, if the module has one.
+        otherwise: the ``__getattr__`` for all other names, if the module has one.
     """
 
     def old_name(name: str) -> Any:
@@ -33,9 +33,9 @@ def renamed(
 
 
 def warn_renamed(old: str, new: str, category: type[Warning] = DeprecationWarning) -> None:
-    """Warn the caller's caller that ``old`` is now called ``new``.
+    """Warn that ``old`` is now called ``new``; the warning points to the caller of this function's caller.
 
     Args:
-        category: FutureWarning is shown in a shell too, where Python hides a DeprecationWarning.
+        category: FutureWarning for users of a command line, from whom Python hides a DeprecationWarning.
     """
-    warnings.warn(f"{old} is now called {new}; the old name will go in version 0.4.", category, stacklevel=3)
+    warnings.warn(f"{old} is now called {new}; the old name will be removed in version 0.4.", category, stacklevel=3)

@@ -223,7 +223,11 @@ def _tweets() -> list[tuple[str, str, str]]:
 
 
 def style(
-    tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224, *, told: str | None = None
+    tokenizer: ChatTokenizer,
+    variant: str = "log",
+    max_tokens: int = 224,
+    *,
+    told: str | None = None,  # old name
 ) -> PairTask:
     """Very short stories, told as a lighthouse keeper's log, or plainly; written for this project (CC0).
 

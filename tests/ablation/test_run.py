@@ -480,7 +480,7 @@ def of_another_trial(path):
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (flipped, "The content does not have the checksum"),
+        (flipped, "The content does not match the checksum"),
         (lambda path: path.write_bytes(b""), "The file cannot be read"),
         (of_another_trial, "It is of another trial"),
     ],

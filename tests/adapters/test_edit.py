@@ -1,4 +1,4 @@
-"""Adapters made by decomposition: extract from a full fine-tune, resize; and read_adapter, which needs no model."""
+"""Adapters edited in memory: switched, taken off, made by decomposition (extract, resize); and read_adapter."""
 
 import copy
 
@@ -6,15 +6,17 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch import nn
 
-from lora_lab import LoRAConfig, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
-from lora_lab.adapters.edit import resize
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
+from lora_lab.adapters.edit import off, resize, switch
 from lora_lab.adapters.peft_format import read_adapter
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PIXELS, randomise
+from tests.helpers import PIXELS, logits, randomise, snapshot
+from tests.tiny_models import PICTURES, Pictures, pictures
 
 
 def tuned(base, seed=1, rank=None):
@@ -120,8 +122,8 @@ def test_a_change_that_the_bases_precision_does_not_hold_is_none():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (lambda base: (tuned(base),), "rank is None and energy None; give one"),
-        (lambda base: (tuned(base), 4, 0.5), "give one of them"),
+        (lambda base: (tuned(base),), "rank is None and energy None; pass one"),
+        (lambda base: (tuned(base), 4, 0.5), "pass one of them"),
         (lambda base: (tuned(base), 0), "rank is 0"),
         (lambda base: (tuned(base), None, 1.5), r"share is 1\.5"),
         (lambda base: (copy.deepcopy(base), 4), "nothing to extract"),
@@ -269,3 +271,248 @@ def test_layers_are_read_in_the_order_of_their_numbers(tmp_path):
     save_adapter(model, tmp_path)
     names = [name.removesuffix(".lora_A") for name in read_adapter(tmp_path) if name.endswith(".lora_A")]
     assert names == [f"layers.{number}" for number in range(12)]
+
+
+# switch
+
+
+def test_a_switched_adapter_is_the_other_one_bit_for_bit_and_the_base_and_the_parameters_stay():
+    model, first, other = (pictures(seed, alpha=alpha) for seed, alpha in [(1, 3.0), (1, 3.0), (2, 0.7)])
+    parameters = dict(model.named_parameters())
+    bases = {name: value.clone() for name, value in model.state_dict().items() if ".base." in name}
+    assert len(bases) == 7
+    state = adapter_state(other)
+    switch(model, state)
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+    assert not torch.equal(logits(model, PIXELS), logits(first, PIXELS))
+    assert model.head.alpha == 0.7
+    assert model.head.scaling == 0.35
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in bases.items())
+    switch(model, adapter_state(first))
+    assert torch.equal(logits(model, PIXELS), logits(first, PIXELS))
+
+
+def test_a_switched_adapter_of_another_rank_is_the_other_one_in_new_parameters():
+    model, other = pictures(1, rank=2), pictures(2, rank=5, alpha=0.7)
+    parameters = dict(model.named_parameters())
+    base_ids = {name: id(p) for name, p in parameters.items() if ".base." in name}
+    switch(model, adapter_state(other))
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+    assert {layer.rank for layer in lora_layers(model).values()} == {5}
+    assert model.patches.lora_A.shape == (5, 1, 4, 4)
+    assert model.places.lora_A.shape == (5, 4)
+    for name, parameter in model.named_parameters():
+        assert (parameter is parameters[name]) is (name in base_ids)
+        assert parameter.requires_grad is (name not in base_ids)
+    switch(model, adapter_state(pictures(1, rank=2)))
+    assert torch.equal(logits(model, PIXELS), logits(pictures(1, rank=2), PIXELS))
+
+
+def test_an_optimiser_goes_on_after_a_switch_of_equal_rank_and_not_after_one_of_another():
+    def step(model, optimizer):
+        before = adapter_state(model)
+        optimizer.zero_grad()
+        model(PIXELS).square().mean().backward()
+        optimizer.step()
+        return [name for name, value in adapter_state(model).items() if not torch.equal(value, before[name])]
+
+    model = pictures(1)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    learnt = [f"{name}.{part}" for name in PICTURES for part in ("lora_A", "lora_B")]
+    assert step(model, optimizer) == learnt
+    switch(model, adapter_state(pictures(2)))
+    assert step(model, optimizer) == learnt
+    switch(model, adapter_state(pictures(3, rank=4)))
+    assert step(model, optimizer) == []
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_switched_adapter_shares_no_memory_with_the_state(rank):
+    model = pictures(1)
+    state = adapter_state(pictures(2, rank=rank))
+    kept = {name: value.clone() for name, value in state.items()}
+    switch(model, state)
+    before = logits(model, PIXELS)
+    randomise(model, 7)
+    assert all(torch.equal(value, kept[name]) for name, value in state.items())
+    switch(model, state)
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(logits(model, PIXELS), before)
+
+
+def test_layers_may_be_switched_to_several_ranks_and_keep_their_dtype():
+    model = pictures(1)
+    state = adapter_state(pictures(2)) | {
+        name: value
+        for name, value in adapter_state(pictures(3, rank=1, alpha=9.0)).items()
+        if name.startswith("hidden")
+    }
+    switch(model, {name: value.double() for name, value in state.items()})
+    assert [layer.rank for layer in lora_layers(model).values()] == [2, 2, 1, 2]
+    assert [layer.scaling for layer in lora_layers(model).values()] == [1.5, 1.5, 9.0, 1.5]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_what_was_frozen_or_added_by_a_variant_is_so_after_a_switch(rank):
+    model, other = (pictures(seed, r, targets=["head"], layer=LoRAFALinear) for seed, r in [(1, 2), (2, rank)])
+    switch(model, adapter_state(other))
+    assert not model.head.lora_A.requires_grad
+    assert model.head.lora_B.requires_grad
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+    model, other = (pictures(seed, r, targets=["head"], layer=DoRALinear) for seed, r in [(1, 2), (2, rank)])
+    switch(model, adapter_state(other))
+    assert torch.equal(model.head.lora_magnitude_vector, other.head.lora_magnitude_vector)
+    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
+
+
+def changed(state, **values):
+    return state | {name.replace("__", "."): value for name, value in values.items()}
+
+
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: without(adapter_state(pictures()), "head.lora_B"), r"differ in 'head\.lora_B'; switch takes"),
+        (lambda: without(adapter_state(pictures()), "head.alpha"), r"differ in 'head\.alpha'"),
+        (lambda: adapter_state(pictures(targets=["head"])), r"differ in 'hidden\.alpha' and 11 more"),
+        (lambda: changed(adapter_state(pictures()), tail__lora_A=torch.ones(2, 8)), r"differ in 'tail\.lora_A'"),
+        (lambda: adapter_state(pictures(targets=["head"], layer=DoRALinear)), "differ in 'head.lora_magnitude_vector'"),
+        (lambda: {}, "differ in .* and 15 more"),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(2, 7)),
+            r"head\.lora_A has shape \(2, 7\), but the model expects \(2, 8\)",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_B=torch.ones(3, 1)),
+            r"head\.lora_B has shape \(3, 1\), but the model expects \(3, 2\)",
+        ),
+        (lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(16)), r"lora_A has shape \(16,\)"),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_A=torch.tensor(1.0)),
+            r"shape \(\), but the model expects \(2, 8\)",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), patches__lora_A=torch.ones(2, 16)),
+            r"patches\.lora_A has shape \(2, 16\), but the model expects \(2, 1, 4, 4\)",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(0, 8), head__lora_B=torch.ones(3, 0)),
+            "rank is 0",
+        ),
+        (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(torch.nan)), "alpha is nan"),
+        (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(-1.0)), r"alpha is -1\.0"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays(make, says):
+    model = pictures(5)
+    before, state = snapshot(model), adapter_state(model)
+    with pytest.raises(ValueError, match=says):
+        switch(model, make())
+    assert snapshot(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("rank", [2, 3], ids=["same rank", "other rank"])
+@pytest.mark.parametrize("kinds", [(RsLoRALinear, LoRALinear), (LoRALinear, RsLoRALinear)], ids=["from rs", "to rs"])
+def test_a_state_keeps_its_scaling_in_layers_that_make_another_of_the_same_alpha(kinds, rank):
+    targets = ["hidden", "head"]
+    other = pictures(2, rank, 3.0, targets=targets, layer=kinds[0])
+    model = pictures(1, 2, 3.0, targets=targets, layer=kinds[1])
+    switch(model, adapter_state(other))
+    assert model.head.scaling == pytest.approx(other.head.scaling, rel=1e-15)
+    assert model.head.alpha != pytest.approx(other.head.alpha)  # with the same alpha it would be another function
+    torch.testing.assert_close(logits(model, PIXELS), logits(other, PIXELS), rtol=1e-6, atol=1e-6)
+
+
+def test_pissa_is_switched_with_its_start():
+    def pissa(seed, rank=2, alpha=3.0):
+        return pictures(seed, rank, alpha, targets=["head"], layer=PiSSALinear)
+
+    model = pissa(1)
+    switch(model, adapter_state(pissa(2, alpha=4.0)))
+    assert torch.equal(logits(model, PIXELS), logits(pissa(2, alpha=4.0), PIXELS))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"head\.start_A has shape \(1, 8\), but the model expects \(2, 8\)"):
+        switch(model, adapter_state(pissa(3, rank=1)))
+    assert snapshot(model) == before
+
+
+def test_a_model_without_adapters_has_nothing_to_switch_or_take_off():
+    with pytest.raises(ValueError, match="no adapters; call inject"):
+        switch(Pictures(), adapter_state(pictures()))
+    with pytest.raises(ValueError, match="no adapters to turn off; call inject"), off(Pictures()):
+        pass
+
+
+# off
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_off_is_bitwise_the_base_and_then_the_adapter_again(training):
+    model, base = pictures().train(training), Pictures().requires_grad_(False)
+    before = snapshot(model)
+    adapted_out, base_out = model(PIXELS), base(PIXELS)
+    with off(model) as same:
+        assert same is model
+        assert torch.equal(model(PIXELS), base_out)
+        assert not model(PIXELS).requires_grad
+        assert lora_layers(model) == {}
+    assert torch.equal(model(PIXELS), adapted_out)
+    assert not torch.equal(adapted_out, base_out)
+    assert snapshot(model) == before
+
+
+def test_off_reaches_weights_that_are_read_and_never_called():
+    torch.manual_seed(0)
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 1).eval()
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="in_proj_weight"):
+        assert len(inject(model, LoRAConfig(rank=2))) == 3
+    randomise(model)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        adapted_out = model(x)
+        with off(model):
+            assert torch.equal(model(x), base(x))
+        assert torch.equal(model(x), adapted_out)
+        assert not torch.equal(adapted_out, base(x))
+
+
+def test_off_puts_the_adapters_back_after_an_error():
+    model = pictures()
+    before = snapshot(model)
+    with pytest.raises(KeyError, match="inside"), off(model):
+        raise KeyError("inside")
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["to train", "to eval"])
+def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(training):
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(dropout=0.5))
+    model.train(not training)
+    with off(model):
+        model.train(training)
+    assert {module.training for module in model.modules()} == {training}
+    assert any(isinstance(module, nn.Dropout) for module in model.modules())
+    model.train(not training)
+    with off(model):
+        model.head.train(training)
+    assert [layer.dropout.training for layer in lora_layers(model).values()] == [not training, not training, training]
+
+
+def test_off_within_off_is_refused_and_the_adapters_come_back():
+    model = pictures()
+    before = snapshot(model)
+    with off(model), pytest.raises(ValueError, match="do not nest off within off"), off(model):
+        pass
+    assert snapshot(model) == before

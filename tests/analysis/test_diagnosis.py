@@ -124,10 +124,17 @@ def test_a_trained_model_is_healthy_in_every_check(whose):
     assert diagnosis.ok
     assert diagnosis.problems == ()
     assert diagnose(fresh, base=base, load_report=report).ok
-    assert text(diagnosis, "adapters") == "2 layers of the model have adapters."
-    assert text(diagnosis, "trainable") == "4 parameters (40 numbers) can be trained, all of them in adapters."
-    assert text(diagnosis, "base") == "9 frozen tensors have base's values."
-    assert text(diagnosis, "update") == "The update is zero in none of 2 layers."
+    assert text(diagnosis, "adapters") == "Layers with adapters: 2."
+    assert text(diagnosis, "trainable") == (
+        "Trainable tensors in adapters: 4 of 4; outside the adapters: 0; trainable parameters: 40."
+    )
+    assert text(diagnosis, "dtype") == "Trainable tensors are stored in float32."
+    assert text(diagnosis, "optimizer") == (
+        "Adapter tensors that the optimizer lacks: 0 of 4; tensors that it holds and the model does not: 0."
+    )
+    assert text(diagnosis, "update") == "Adapters with an update of zero: 0 of 2."
+    assert text(diagnosis, "base") == "Frozen tensors equal to base's: 9 of 9."
+    assert text(diagnosis, "loading") == "Adapter tensors not filled: 0; stored tensors not used: 0."
 
 
 @WHOSE
@@ -146,7 +153,7 @@ def test_every_variant_is_healthy_once_it_is_trained_and_zero_before(method):
     method(rank=2, alpha=4).prepare(model, seed=0)
     untrained = diagnose(model, base=Net())
     assert problems(untrained) == ["update"]
-    assert "zero in 2 of 2 layers (in 'first' " in text(untrained, "update")
+    assert "zero: 2 of 2 (in 'first' " in text(untrained, "update")
     optimizer = adamw(model)
     assert diagnose(model, optimizer, Net()).ok  # but the update is not checked yet
     train(model, optimizer)
@@ -178,7 +185,7 @@ def test_half_of_a_pair_is_no_adapter():
     half.first.lora_A = nn.Parameter(torch.zeros(2, 6))
     assert problems(diagnose(half)) == ["adapters"]
     half.first.lora_B = nn.Parameter(torch.ones(5, 2))
-    assert "zero in 1 of 1 layer (in 'first' A is all zeros)" in text(diagnose(half), "update")
+    assert "zero: 1 of 1 (in 'first' A is all zeros)" in text(diagnose(half), "update")
 
 
 class Gated(LoRALinear):
@@ -197,9 +204,11 @@ class Gated(LoRALinear):
 def test_the_parts_of_a_layer_of_ones_own_belong_to_the_adapter():
     model = trained("ours", layer=Gated)
     assert diagnose(model, base=Net()).ok
-    assert text(diagnose(model), "trainable") == "6 parameters (42 numbers) can be trained, all of them in adapters."
+    assert text(diagnose(model), "trainable") == (
+        "Trainable tensors in adapters: 6 of 6; outside the adapters: 0; trainable parameters: 42."
+    )
     without_gates = torch.optim.SGD([p for name, p in model.named_parameters() if "lora_" in name], lr=0.1)
-    assert "It lacks 2 of the adapters' 6 trained ones, such as 'first.gate'" in text(
+    assert "that the optimizer lacks: 2 of 6, such as 'first.gate'; " in text(
         diagnose(model, without_gates), "optimizer"
     )
 
@@ -215,7 +224,9 @@ def test_peft_184_an_adapter_loaded_without_is_trainable_trains_nothing(tmp_path
         assert problems(diagnosis) == ([] if is_trainable else ["trainable"])
         assert statuses(diagnosis)["dtype"] == ("ok" if is_trainable else "not checked")
         if not is_trainable:
-            assert text(diagnosis, "trainable").startswith("Nothing can be trained")
+            assert text(diagnosis, "trainable").startswith(
+                "Trainable tensors in adapters: 0 of 4; outside the adapters: 0; "
+            )
             assert "is_trainable=True" in text(diagnosis, "trainable")
 
 
@@ -227,7 +238,9 @@ def test_a_model_that_was_frozen_after_the_adapters_were_put_on_trains_nothing(w
     factor = next(p for name, p in model.named_parameters() if "lora_" in name)
     factor.requires_grad_(True)
     assert diagnose(model).ok
-    assert text(diagnose(model), "trainable").startswith(f"1 parameter ({factor.numel()} numbers) can be trained, all")
+    assert text(diagnose(model), "trainable") == (
+        f"Trainable tensors in adapters: 1 of 4; outside the adapters: 0; trainable parameters: {factor.numel()}."
+    )
 
 
 @WHOSE
@@ -238,21 +251,32 @@ def test_adapters_that_are_frozen_beside_a_trained_head_are_named(whose):
     head.requires_grad_(True)
     diagnosis = diagnose(model)
     assert problems(diagnosis) == ["trainable"]
-    assert "Only 1 parameter outside the adapters" in text(diagnosis, "trainable")
+    assert text(diagnosis, "trainable").startswith(
+        "Trainable tensors in adapters: 0 of 4; outside the adapters: 1, such as "
+    )
+    assert "trainable parameters: 5; call requires_grad_(True) on the adapters' parameters" in text(
+        diagnosis, "trainable"
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
     assert diagnose(model).ok
-    assert "5 parameters (45 numbers) can be trained, 1 of them outside the adapters" in text(
-        diagnose(model), "trainable"
+    assert text(diagnose(model), "trainable").startswith(
+        "Trainable tensors in adapters: 4 of 4; outside the adapters: 1, such as '"
     )
 
 
 def test_a_plain_model_that_is_frozen_trains_nothing():
     diagnosis = diagnose(Net().requires_grad_(False))
     assert problems(diagnosis) == ["adapters", "trainable"]
-    assert "Nothing can be trained: call requires_grad_(True)" in text(diagnosis, "trainable")
+    assert text(diagnosis, "trainable") == (
+        "Trainable tensors in adapters: 0 of 0; outside the adapters: 0; trainable parameters: 0; "
+        "call requires_grad_(True) on the parameters to train."
+    )
     assert problems(diagnose(Net())) == ["adapters"]
-    assert text(diagnose(Net()), "trainable") == "6 parameters (69 numbers) can be trained."
+    assert text(diagnose(Net()), "trainable") == (
+        "Trainable tensors in adapters: 0 of 0; outside the adapters: 6, such as 'first.weight'; "
+        "trainable parameters: 69."
+    )
 
 
 # float16
@@ -279,9 +303,9 @@ def test_diffusers_6086_adapters_in_float16_are_refused_by_a_grad_scaler(whose):
         diagnosis = diagnose(model, optimizer, Net().half())
         assert problems(diagnosis) == (["dtype"] if is_faulty else [])
         if is_faulty:
-            assert text(diagnosis, "dtype").startswith("4 of 4 trained parameters are in float16, such as ")
+            assert text(diagnosis, "dtype").startswith("Trainable tensors in float16: 4 of 4, such as ")
         else:
-            assert text(diagnosis, "dtype") == "What is trained is kept in float32."
+            assert text(diagnosis, "dtype") == "Trainable tensors are stored in float32."
 
 
 @WHOSE
@@ -291,7 +315,7 @@ def test_one_parameter_in_float16_is_enough_and_frozen_ones_may_be(whose):
     factor.data = factor.data.half()
     diagnosis = diagnose(model)
     assert problems(diagnosis) == ["dtype"]
-    assert f"1 of 4 trained parameters is in float16, such as {name!r}" in text(diagnosis, "dtype")
+    assert f"Trainable tensors in float16: 1 of 4, such as {name!r}; " in text(diagnosis, "dtype")
     factor.requires_grad_(False)
     assert diagnose(model).ok
 
@@ -310,7 +334,7 @@ def test_an_optimizer_made_before_the_adapters_does_not_know_them(whose):
     assert torch.equal(model(X), before)
     diagnosis = diagnose(model, early, Net())
     assert problems(diagnosis) == ["optimizer"]
-    assert text(diagnosis, "optimizer").startswith("It lacks 4 of the adapters' 4 trained ones, such as ")
+    assert text(diagnosis, "optimizer").startswith("Adapter tensors that the optimizer lacks: 4 of 4, such as ")
     late = adamw(model)
     train(model, late)
     assert not torch.equal(model(X), before)
@@ -330,9 +354,8 @@ def test_an_optimizer_made_before_the_model_was_moved_holds_other_parameters(who
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     diagnosis = diagnose(model, before_the_move, Net())
     assert problems(diagnosis) == ["optimizer"]
-    assert text(diagnosis, "optimizer").startswith(
-        "It holds 4 parameters that the model does not have, and lacks 4 of the adapters' 4 trained ones, such as "
-    )
+    assert text(diagnosis, "optimizer").startswith("Adapter tensors that the optimizer lacks: 4 of 4, such as ")
+    assert "; tensors that it holds and the model does not: 4; create" in text(diagnosis, "optimizer")
     assert statuses(diagnose(model, adamw(model)))["optimizer"] == "ok"
 
 
@@ -342,9 +365,11 @@ def test_an_optimizer_may_hold_frozen_parameters_but_none_of_another_model_and_e
     everything = torch.optim.SGD(model.parameters(), lr=0.1)
     assert diagnose(model, everything).ok
     everything.add_param_group({"params": [other.weight]})
-    assert "It holds 1 parameter that the model does not have: make" in text(diagnose(model, everything), "optimizer")
+    assert "lacks: 0 of 4; tensors that it holds and the model does not: 1; create" in text(
+        diagnose(model, everything), "optimizer"
+    )
     all_but_one = torch.optim.SGD([p for p in model.parameters() if p.requires_grad][:-1], lr=0.1)
-    assert "It lacks 1 of the adapters' 4 trained ones" in text(diagnose(model, all_but_one), "optimizer")
+    assert "that the optimizer lacks: 1 of 4, such as " in text(diagnose(model, all_but_one), "optimizer")
     assert problems(diagnose(model, all_but_one)) == ["optimizer"]
 
 
@@ -376,7 +401,7 @@ def test_peft_137_a_reentrant_checkpoint_lets_no_gradient_through_to_the_adapter
         is_faulty = reentrant and not inputs.requires_grad
         assert problems(diagnosis) == (["update"] if is_faulty else [])
         if is_faulty:
-            assert "zero in 1 of 2 layers (in 'first' B is all zeros)" in text(diagnosis, "update")
+            assert "zero: 1 of 2 (in 'first' B is all zeros)" in text(diagnosis, "update")
             assert "use_reentrant=False" in text(diagnosis, "update")
     assert losses[0] > losses[1] == losses[2]  # the layer above learned, so the loss fell all the same
 
@@ -384,14 +409,14 @@ def test_peft_137_a_reentrant_checkpoint_lets_no_gradient_through_to_the_adapter
 @WHOSE
 def test_an_embeddings_adapter_is_zero_by_its_a(whose):
     fresh = diagnose(adapted(whose, Words(), targets=["words", "head"]))
-    assert "zero in 2 of 2 layers (in 'words' A is all zeros)" in text(fresh, "update")
+    assert "zero: 2 of 2 (in 'words' A is all zeros)" in text(fresh, "update")
     model = trained(whose, Words(), IDS, targets=["words", "head"])
     assert diagnose(model, base=Words()).ok
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "words" in name and p.shape == (2, 7)).zero_()
     diagnosis = diagnose(model, base=Words())
     assert problems(diagnosis) == ["update"]
-    assert "zero in 1 of 2 layers (in 'words' A is all zeros)" in text(diagnosis, "update")
+    assert "zero: 1 of 2 (in 'words' A is all zeros)" in text(diagnosis, "update")
 
 
 @WHOSE
@@ -402,7 +427,7 @@ def test_before_the_first_step_an_update_of_zero_is_as_it_should_be_and_without_
     fresh = diagnose(model, optimizer)
     assert fresh.ok
     assert statuses(fresh)["update"] == "not checked"
-    assert "no step on record" in text(fresh, "update")
+    assert "has not taken a step yet" in text(fresh, "update")
     assert not any(optimizer.state[p] for p in model.parameters())  # looking makes empty entries
     assert statuses(diagnose(model, optimizer))["update"] == "not checked"
     for p in model.parameters():  # as an optimiser has it that makes its state at once
@@ -428,17 +453,17 @@ def test_momentum_counts_as_a_step_on_record():
 
 def test_pissas_update_is_zero_where_a_and_b_are_where_they_started():
     model = adapted("ours", layer=PiSSALinear)
-    assert "(in 'first' A and B are where they started)" in text(diagnose(model), "update")
+    assert "(in 'first' A and B are equal to their start)" in text(diagnose(model), "update")
     start = model.first.lora_B.detach().clone()
     with torch.no_grad():
         model.first.lora_B.add_(0.1)
-    assert "zero in 1 of 2 layers (in 'second' " in text(diagnose(model), "update")
+    assert "zero: 1 of 2 (in 'second' " in text(diagnose(model), "update")
     with torch.no_grad():
         model.second.lora_A.add_(0.1)
     assert diagnose(model).ok
     with torch.no_grad():
         model.first.lora_B.copy_(start)
-    assert "zero in 1 of 2 layers (in 'first' " in text(diagnose(model), "update")
+    assert "zero: 1 of 2 (in 'first' " in text(diagnose(model), "update")
 
 
 @pytest.mark.parametrize(("start", "expected"), [("pissa", "not checked"), ("orthogonal", "not checked"), (True, "ok")])
@@ -458,7 +483,7 @@ def test_adapters_on_the_meta_device_have_no_values(whose, part):
             setattr(module, part, nn.Parameter(getattr(module, part).to("meta")))
         elif isinstance(module, peft.tuners.lora.Linear):
             getattr(module, part).to("meta")
-    assert "zero in 2 of 2 layers (in 'first' A or B is on the meta device" in text(diagnose(model), "update")
+    assert "zero: 2 of 2 (in 'first' A or B is on the meta device" in text(diagnose(model), "update")
 
 
 @WHOSE
@@ -471,15 +496,15 @@ def test_single_zeros_in_a_and_b_are_no_update_of_zero(whose):
     assert diagnose(model).ok
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "second.lora_A" in name).zero_()
-    assert "zero in 1 of 2 layers (in 'second' A is all zeros)" in text(diagnose(model), "update")
+    assert "zero: 1 of 2 (in 'second' A is all zeros)" in text(diagnose(model), "update")
 
 
 def test_each_of_pefts_adapters_on_a_layer_is_looked_at_by_its_name():
     model = trained("peft")
     model.add_adapter("spare", peft.LoraConfig(r=2, target_modules=["first", "second"]))
     diagnosis = diagnose(model)
-    assert text(diagnosis, "adapters") == "2 layers of the model have adapters."
-    assert "zero in 2 of 4 adapters (in 'first', adapter 'spare', B is all zeros)" in text(diagnosis, "update")
+    assert text(diagnosis, "adapters") == "Layers with adapters: 2."
+    assert "zero: 2 of 4 (in 'first', adapter 'spare', B is all zeros)" in text(diagnosis, "update")
     model.delete_adapter("spare")
     assert diagnose(model).ok
 
@@ -505,7 +530,7 @@ def test_peft_1836_a_merge_in_place_changes_the_base_and_taking_it_back_does_not
             for name, delta in deltas.items():
                 model.get_submodule(name).base.weight.sub_(delta)
     assert problems(merged) == ["base"]
-    assert text(merged, "base").startswith("2 of 9 frozen tensors differ from base's, such as 'first.weight': ")
+    assert text(merged, "base").startswith("Frozen tensors that differ from base: 2 of 9, such as 'first.weight'; ")
     assert problems(diagnose(model, base=Net())) == ["base"]
 
 
@@ -519,7 +544,7 @@ def test_one_changed_number_anywhere_in_the_frozen_part_is_found_and_named(whose
         base.state_dict()[name].view(-1)[-1].add_(1e-3)
     diagnosis = diagnose(model, base=base.state_dict())
     assert problems(diagnosis) == ["base"]
-    assert f"1 of 9 frozen tensors differs from base's, such as {name!r}: " in text(diagnosis, "base")
+    assert f"Frozen tensors that differ from base: 1 of 9, such as {name!r}; " in text(diagnosis, "base")
 
 
 @WHOSE
@@ -529,7 +554,7 @@ def test_running_statistics_that_moved_in_train_mode_are_a_changed_base(whose):
     train(model, optimizer)
     diagnosis = diagnose(model, optimizer, Net())
     assert problems(diagnosis) == ["base"]
-    assert "3 of 9 frozen tensors differ from base's, such as 'norm.running_mean'" in text(diagnosis, "base")
+    assert "that differ from base: 3 of 9, such as 'norm.running_mean'" in text(diagnosis, "base")
 
 
 @WHOSE
@@ -543,7 +568,7 @@ def test_a_base_that_is_inside_the_model_cannot_show_a_change(whose):
     for inside in (net, same_memory):
         finding = next(found for found in diagnose(model, base=inside).findings if found.check == "base")
         assert finding.status == "not checked"
-        assert "9 of 9 frozen tensors are base's very memory, such as " in finding.text
+        assert "Frozen tensors that share base's memory: 9 of 9, such as " in finding.text
     assert problems(diagnose(model, base=copied)) == ["base"]
 
 
@@ -552,14 +577,14 @@ def test_a_base_of_other_names_is_not_compared_and_one_that_lacks_a_name_is_not_
     model, values = trained(whose), Net().state_dict()
     foreign = diagnose(model, base={f"model.{name}": value for name, value in values.items()})
     assert statuses(foreign)["base"] == "not checked"
-    assert "9 of 9 frozen tensors have no counterpart in base, such as 'first.weight'" in text(foreign, "base")
+    assert "without a counterpart in base: 9 of 9, such as 'first.weight'" in text(foreign, "base")
     lacking = diagnose(model, base={name: value for name, value in values.items() if name != "second.bias"})
     assert statuses(lacking)["base"] == "not checked"
-    assert "1 of 9 frozen tensors has no counterpart in base, such as 'second.bias'" in text(lacking, "base")
+    assert "without a counterpart in base: 1 of 9, such as 'second.bias'" in text(lacking, "base")
     empty = {name: value.to("meta") for name, value in values.items()}
-    assert "9 of 9 frozen tensors have no counterpart" in text(diagnose(model, base=empty), "base")
+    assert "without a counterpart in base: 9 of 9" in text(diagnose(model, base=empty), "base")
     model.get_submodule("first" if whose == "ours" else "base_model.model.first").to("meta")
-    assert "2 of 9 frozen tensors have no counterpart" in text(diagnose(model, base=values), "base")
+    assert "without a counterpart in base: 2 of 9" in text(diagnose(model, base=values), "base")
     model = trained(whose)
     other_shape = values | {"second.weight": torch.zeros(4, 6)}
     assert problems(diagnose(model, base=other_shape)) == ["base"]
@@ -589,9 +614,9 @@ def test_a_head_that_peft_trains_beside_the_adapters_is_no_change_of_the_base():
     model = trained("peft", targets=["first"], modules_to_save=["second"])
     diagnosis = diagnose(model, base=Net())
     assert diagnosis.ok
-    assert text(diagnosis, "base") == "9 frozen tensors have base's values."
+    assert text(diagnosis, "base") == "Frozen tensors equal to base's: 9 of 9."
     model.requires_grad_(False)  # as it is loaded for use
-    assert text(diagnose(model, base=Net()), "base") == "9 frozen tensors have base's values."
+    assert text(diagnose(model, base=Net()), "base") == "Frozen tensors equal to base's: 9 of 9."
     with torch.no_grad():
         model.base_model.model.second.original_module.weight.add_(1.0)
     assert "such as 'second.weight'" in text(diagnose(model, base=Net()), "base")
@@ -601,7 +626,7 @@ def test_an_empty_tensor_is_not_taken_for_shared_memory():
     model, base = Net(), Net()
     for net in (model, base):
         net.register_buffer("nothing", torch.empty(0))
-    assert text(diagnose(trained("ours", model), base=base), "base") == "10 frozen tensors have base's values."
+    assert text(diagnose(trained("ours", model), base=base), "base") == "Frozen tensors equal to base's: 10 of 10."
 
 
 @WHOSE
@@ -612,12 +637,10 @@ def test_a_layer_whose_name_begins_with_that_of_an_adapted_one_is_compared_too(w
         return nn.Sequential(OrderedDict(layers))
 
     model, base = trained(whose, net(), targets=["proj"]), net()
-    assert text(diagnose(model, base=base), "base") == "4 frozen tensors have base's values."
+    assert text(diagnose(model, base=base), "base") == "Frozen tensors equal to base's: 4 of 4."
     with torch.no_grad():
         base.proj2.weight.add_(1.0)
-    assert "1 of 4 frozen tensors differs from base's, such as 'proj2.weight'" in text(
-        diagnose(model, base=base), "base"
-    )
+    assert "that differ from base: 1 of 4, such as 'proj2.weight'" in text(diagnose(model, base=base), "base")
 
 
 def test_without_a_frozen_tensor_there_is_nothing_to_compare():
@@ -633,7 +656,7 @@ def test_an_adapted_layer_by_itself_is_a_model_too():
     train(layer, optimizer)
     diagnosis = diagnose(layer, optimizer, base)
     assert set(statuses(diagnosis).values()) == {"ok", "not checked"}
-    assert text(diagnosis, "base") == "2 frozen tensors have base's values."
+    assert text(diagnosis, "base") == "Frozen tensors equal to base's: 2 of 2."
     with torch.no_grad():
         layer.base.bias.add_(1.0)
     assert problems(diagnose(layer, optimizer, base)) == ["base"]
@@ -659,9 +682,9 @@ def test_transformers_36594_an_adapter_of_another_class_of_model_leaves_every_b_
     model = adapted(whose)
     diagnosis = diagnose(model, base=Net(), load_report=load(model, shifted, **options))
     assert problems(diagnosis) == ["update", "loading"]
-    assert "4 adapter tensors of the model not filled, such as " in text(diagnosis, "loading")
-    assert ", and 4 stored tensors not used, such as " in text(diagnosis, "loading")
-    assert "zero in 2 of 2 layers" in text(diagnosis, "update")
+    assert "Adapter tensors not filled: 4, such as " in text(diagnosis, "loading")
+    assert "; stored tensors not used: 4, such as " in text(diagnosis, "loading")
+    assert "zero: 2 of 2 (in" in text(diagnosis, "update")
     healthy = diagnose(model, base=Net(), load_report=load(model, dict(state), **options))
     assert healthy.ok
     assert statuses(healthy)["loading"] == "ok"
@@ -674,14 +697,18 @@ def test_transformers_36594_an_adapter_of_another_class_of_model_leaves_every_b_
         (
             ["x.lora_B.default.weight"],
             [],
-            "1 adapter tensor of the model not filled, such as 'x.lora_B.default.weight': ",
+            "Adapter tensors not filled: 1, such as 'x.lora_B.default.weight'; ",
         ),
-        (["x.lora_embedding_A.default"], [], "1 adapter tensor of the model not filled"),
-        (["x.lora_embedding_B.default"], [], "1 adapter tensor of the model not filled"),
-        (["x.weight", "x.lora_A"], [], "1 adapter tensor of the model not filled, such as 'x.lora_A': "),
-        (["x.lora_magnitude_vector.default.weight"], [], "1 adapter tensor of the model not filled"),
-        ([], ["y.weight", "z.weight"], "2 stored tensors not used, such as 'y.weight': "),
-        ([], ["y.lora_A.weight"], "1 stored tensor not used"),
+        (["x.lora_embedding_A.default"], [], "Adapter tensors not filled: 1, such as "),
+        (["x.lora_embedding_B.default"], [], "Adapter tensors not filled: 1, such as "),
+        (["x.weight", "x.lora_A"], [], "Adapter tensors not filled: 1, such as 'x.lora_A'; "),
+        (["x.lora_magnitude_vector.default.weight"], [], "Adapter tensors not filled: 1, such as "),
+        (
+            [],
+            ["y.weight", "z.weight"],
+            "Adapter tensors not filled: 0; stored tensors not used: 2, such as 'y.weight'; ",
+        ),
+        ([], ["y.lora_A.weight"], "Adapter tensors not filled: 0; stored tensors not used: 1, such as "),
     ],
 )
 def test_only_adapter_keys_count_as_missing_and_every_key_counts_as_left_over(missing, unexpected, says):

@@ -1,4 +1,4 @@
-"""lora_lab.spectra: rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
+"""Rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
 
 import copy
 
@@ -234,7 +234,7 @@ def test_intruders_beside_those_of_noise_as_large():
 def test_an_adapters_intruders_need_the_weights(tmp_path):
     model = trained(DigitsMLP())
     save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="not known; give the model before"):
+    with pytest.raises(ValueError, match="not known; pass the model before"):
         spectra.intruders(None, tmp_path, ["head"], top=2)
     assert len(spectra.intruders(None, model, ["head"], top=2)) == 1
 

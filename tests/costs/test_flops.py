@@ -352,7 +352,7 @@ def test_adapters_in_the_top_blocks_end_the_backward_pass_there(n):
 def test_last_blocks_refuses_what_is_not_there(tiny_config):
     with torch.device("meta"):
         model = Llama(tiny_config)
-    with pytest.raises(ValueError, match="count is 3, but Llama is a stack of 2 blocks; use 1 to that"):
+    with pytest.raises(ValueError, match="count is 3, but Llama is a stack of 2 blocks; use at least 1"):
         last_blocks(model, 3)
     with pytest.raises(ValueError, match="count is 1, but DigitsMLP is a stack of 0 blocks"):
         last_blocks(DigitsMLP(), 1)

@@ -1,9 +1,16 @@
-"""The world in which the long runs behind the records become short ones."""
+"""Small models, tasks and plans, with which the runs behind the records take seconds."""
+
+from functools import partial
 
 import pytest
 import torch
 
 from lora_lab.ablation import packing, run, studies
+from lora_lab.experiments import ranks as rank_records
+from lora_lab.experiments import spectra as spectra_records
+from lora_lab.experiments import step_memory
+from lora_lab.models.llama import Llama
+from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
 
@@ -11,7 +18,7 @@ from tests.helpers import COMMIT
 def small_world(tmp_path_factory):
     """Trials run in this process, on one thread, four to a pack, as of one commit, in a folder of the module's own.
 
-    What it yields puts a module's small models, tasks and plans in the place of the real ones, until the module ends.
+    Yields a MonkeyPatch, with which a module replaces models, tasks and plans by small ones until it ends.
     """
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -26,9 +33,41 @@ def small_world(tmp_path_factory):
 
 @pytest.fixture
 def no_trial_runs(monkeypatch):
-    """Whoever trains anything raises an error that says so."""
+    """Makes training a trial an error."""
 
     def attempt(*arguments):
         raise AssertionError("a trial is run again")
 
     monkeypatch.setattr(run, "_attempt", attempt)
+
+
+@pytest.fixture
+def small_is_tiny(monkeypatch, tiny_config):
+    """ "small" is a tiny model, and cases run in this process."""
+    monkeypatch.setattr(step_memory, "_SMALL", tiny_config)
+    monkeypatch.setattr(step_memory, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
+
+
+def sentences(vocabulary):
+    def part(n, seed):
+        ids = torch.randint(0, vocabulary, (n, 9), generator=torch.Generator().manual_seed(seed))
+        return Examples(ids[:, :-1], ids[:, 1:])
+
+    return Task("sentences", part(24, 0), part(5, 1), part(6, 2), part(7, 3), unit="tokens")
+
+
+@pytest.fixture
+def small_study(monkeypatch, tiny_config, tmp_path):
+    """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""
+    study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
+    monkeypatch.setattr(studies, "study", lambda name, seq_len, device: study)
+    plan = rank_records.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
+    for module in (rank_records, spectra_records):
+        monkeypatch.setattr(module, "plan", lambda device: plan)
+    monkeypatch.setattr(rank_records, "ablate", partial(here, rank_records.ablate))
+    monkeypatch.chdir(tmp_path)
+    return study
+
+
+def here(ablate, *arguments, n_jobs):
+    return ablate(*arguments, n_jobs=1)

@@ -124,8 +124,8 @@ def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, caps
     (spare,) = tmp_path.glob("lora_lab-*")
     said = capsys.readouterr()
     assert said.err == (
-        "lora-lab: kept could not be written (No space left on device), and what was there before is unchanged; make "
-        f"room, or choose another place. What was to be kept is in {spare} instead.\n"
+        "lora-lab: kept could not be written (No space left on device), and the previous content is unchanged; make "
+        f"room, or choose another folder. The files are in {spare} instead.\n"
     )
     assert "test loss" in said.out
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before

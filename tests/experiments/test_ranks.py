@@ -1,49 +1,19 @@
-"""What `lora-lab record ablation` and `record spectra` run, on a tiny model, and what they write and refuse."""
+"""What `lora-lab record ablation` runs, on a tiny model, and what it writes and refuses."""
 
 from dataclasses import replace
-from functools import partial
 
-import pandas
 import pytest
 import torch
 
-from lora_lab import LoRA, fit, rank, records, spectra
-from lora_lab.ablation import smallest_sufficient_rank, studies
+from lora_lab import LoRA, fit, records
+from lora_lab.ablation import smallest_sufficient_rank
 from lora_lab.experiments import ranks as rank_records
-from lora_lab.experiments import spectra as spectra_records
-from lora_lab.models.llama import Llama
-from lora_lab.tasks import Examples, Task
 from tests.helpers import command
 
 CPU = torch.device("cpu")
 
 
-def sentences(vocabulary):
-    def part(n, seed):
-        ids = torch.randint(0, vocabulary, (n, 9), generator=torch.Generator().manual_seed(seed))
-        return Examples(ids[:, :-1], ids[:, 1:])
-
-    return Task("sentences", part(24, 0), part(5, 1), part(6, 2), part(7, 3), unit="tokens")
-
-
-@pytest.fixture
-def tiny(monkeypatch, tiny_config, tmp_path):
-    """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""
-    study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
-    monkeypatch.setattr(studies, "study", lambda name, seq_len, device: study)
-    plan = rank_records.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
-    for module in (rank_records, spectra_records):
-        monkeypatch.setattr(module, "plan", lambda device: plan)
-    monkeypatch.setattr(rank_records, "ablate", partial(here, rank_records.ablate))
-    monkeypatch.chdir(tmp_path)
-    return study
-
-
-def here(ablate, *arguments, n_jobs):
-    return ablate(*arguments, n_jobs=1)
-
-
-def test_an_ablations_record_can_be_judged_as_the_table_itself(tiny, tmp_path, capsys):
+def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_path, capsys):
     assert command("record", "ablation", "--device", "cpu", "--out", tmp_path / "records") == 0
     (record,) = records.load_all("ablation", tmp_path / "records").values()
     frame = record.frame()
@@ -58,12 +28,12 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(tiny, tmp_path, c
     assert printed.count("test ") == 8
     row = frame[(frame.step == 4) & (frame["rank"] == 4) & (frame.lr == 1e-2) & (frame.seed == 1)].iloc[0]
     assert f"validation {row.validation_loss:.4f}  test {row.test_loss:.4f}" in printed
-    make, task = tiny
+    make, task = small_study
     history = fit(make(), task(), LoRA(4, 8), lr=1e-2, seed=1, steps=4, batch_size=4, eval_every=4, eval_examples=5)
     assert row.validation_loss == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-4)
 
 
-def test_a_stopped_ablation_goes_on_where_it_was(tiny, tmp_path):
+def test_a_stopped_ablation_goes_on_where_it_was(small_study, tmp_path):
     first = list(rank_records.ablation(CPU))
     files = sorted((tmp_path / rank_records.FOLDER).glob("*.json"))
     assert len(files) == 8
@@ -75,7 +45,7 @@ def test_a_stopped_ablation_goes_on_where_it_was(tiny, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in files[1:]} == kept
 
 
-def test_a_failed_trial_is_a_row_with_its_reason(tiny, monkeypatch):
+def test_a_failed_trial_is_a_row_with_its_reason(small_study, monkeypatch):
     plan = rank_records.plan(CPU)
     monkeypatch.setattr(rank_records, "plan", lambda device: _hot(plan))
     rows = list(rank_records.ablation(CPU))
@@ -89,100 +59,9 @@ def _hot(plan):
     return replace(plan, lrs=dict.fromkeys(plan.lrs, (1e30,)), seeds=1)
 
 
-def test_a_record_of_spectra_tells_of_every_layer(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 4, 1), "LoRA r=64": (4, 1)})
-    assert command("record", "spectra", "--device", "cpu", "--out", tmp_path / "records") == 0
-    (record,) = records.load_all("spectra", tmp_path / "records").values()
-    make, _ = tiny
-    layers = 7 * make().config.num_hidden_layers
-    about = {name: rows for name, rows in record.frame().groupby("about")}
-    assert {name: len(rows) for name, rows in about.items()} == {
-        "run": 5,
-        "layer": 4 * layers,
-        "intruders": 2 * layers,
-        "cut": 5,
-        "pair": 2 * layers,
-    }
-    full = about["layer"][about["layer"].run == "full"].set_index("layer")
-    assert full["rank"].isna().all()
-    lora = about["layer"][about["layer"].run == "LoRA r=8"]
-    assert set(lora["rank"]) == {8}
-    assert (lora.stable_rank <= 8).all()
-    assert full.relative_norm.between(1e-6, 1).all()
-    printed = capsys.readouterr().out
-    assert printed.count("test ") == 10
-
-
-def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(tiny, monkeypatch):
-    monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 1), "LoRA r=64": (64, 1)})
-    rows = list(spectra_records.spectra(CPU))
-    run = {row["run"]: row for row in rows if row["about"] == "run"}
-    cut = {(row["run"], row["rank"]): row for row in rows if row["about"] == "cut"}
-    assert cut["LoRA r=64", 64]["test_loss"] == pytest.approx(run["LoRA r=64"]["test_loss"], rel=1e-6)
-    assert cut["LoRA r=64", 64]["energy"] == cut["full", 64]["energy"] == 1.0
-    assert cut["full", 1]["energy"] < 0.9
-    assert cut["full", 1]["test_loss"] != pytest.approx(cut["full", 64]["test_loss"], rel=1e-5)
-    assert run["base"]["test_loss"] != pytest.approx(run["full"]["test_loss"], rel=1e-7)
-
-
-def test_what_is_recorded_of_a_layer_is_what_the_report_says(tiny):
-    rows = list(spectra_records.spectra(CPU))
-    make, task = tiny
-    model = make()
-    run, own = spectra_records.RUNS["LoRA r=8"], rank_records.plan(CPU)
-    options = {"steps": own.steps, "batch_size": own.batch_size, "eval_every": own.steps, "eval_examples": 4}
-    fit(model, task(), run.method, lr=run.lr, seed=run.seed, **options)
-    report = spectra.report(None, model).set_index("layer")
-    found = pandas.DataFrame([row for row in rows if row["about"] == "layer" and row["run"] == "LoRA r=8"])
-    found = found.set_index("layer")
-    for name in ("norm", "effective_rank", "stable_rank", "amplification", "stable_rank_low"):
-        torch.testing.assert_close(
-            torch.tensor(found[name].to_numpy()), torch.tensor(report[name].to_numpy()), rtol=1e-3, atol=0
-        )
-    pairs = [row for row in rows if row["about"] == "pair"]
-    assert all(0 <= row[name] <= 1 for row in pairs for name in ("inputs_1", "inputs_8", "outputs_1", "outputs_8"))
-    alone = next(row for row in rows if row["about"] == "intruders" and row.get("intruders_low") is None)
-    assert alone["floor"] == pytest.approx(spectra.intruders(None, model, [alone["layer"]]).floor[0], rel=1e-3)
-
-
-def test_models_are_not_for_what_is_of_one_model(tmp_path, capsys):
-    assert command("record", "spectra", "--models", "small", "--out", tmp_path) == 1
-    assert "--models is for memory and speed" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_gpu_is_given_a_larger_plan():
     small, large = rank_records.plan(CPU), rank_records.plan(torch.device("cuda"))
     assert set(small.lrs) < set(large.lrs)
     assert all(set(rates) <= set(large.lrs[rank]) for rank, rates in small.lrs.items())
     assert large.seeds > small.seeds >= 3
     assert large.steps > small.steps
-
-
-def test_overlaps_are_taken_on_each_side_by_itself():
-    draw = torch.Generator().manual_seed(0)
-    U, V, other = (rank.orthonormal(n, 8, generator=draw) for n in (40, 30, 30))
-    S = torch.arange(8, 0, -1.0, dtype=torch.float64)
-    first, second = (spectra.Update(rank.SVD(U, S, W.mT), 8) for W in (V, other))
-    (row,) = spectra_records._overlaps({"layer": first}, {"layer": second})
-    assert (row["outputs_1"], row["outputs_8"]) == (1.0, 1.0)
-    assert row["inputs_8"] == pytest.approx(float((V.mT @ other).square().sum() / 8), rel=1e-3)
-    assert row["inputs_8"] < 0.6
-    assert (row["out"], row["in"]) == (40, 30)
-
-
-def test_intruders_are_counted_in_every_block_and_noise_beside_the_middle_one():
-    updates = {}
-    for block in range(3):
-        draw = torch.Generator().manual_seed(block)
-        before = rank.gaussian((48, 32), norm=4.0, generator=draw)
-        change = rank.gaussian_factors((48, 32), 2, norm=40.0, generator=draw)  # ten times the weight, 2 new directions
-        updates[f"layers.{block}.up_proj"] = spectra.Update(rank.product_svd(*change), 2, before)
-    rows = list(spectra_records._intruders(updates))
-    assert [row["layer"] for row in rows] == list(updates)
-    assert all(row["intruders"] >= 2 for row in rows)
-    assert [row.get("intruders_high") is not None for row in rows] == [False, True, False]
-    alone = spectra.intruders(None, updates)
-    assert [row["intruders"] for row in rows] == alone.intruders.tolist()
-    assert [row["energy_share"] for row in rows] == pytest.approx(alone.energy_share.tolist(), rel=1e-3)
-    assert all(row["relative_norm"] == pytest.approx(10, rel=1e-3) for row in rows)

@@ -298,7 +298,7 @@ def test_without_room_the_old_files_stay_and_one_sentence_says_where(arena):
     for size in (0, 10, *(size + more for size in sizes for more in (-1, 0, 200))):
         arena.prepare()
         fits = size >= sizes[-1]
-        says = r"folder could not be written \(File too large\), and what was there before is unchanged; make room"
+        says = r"folder could not be written \(File too large\), and the previous content is unchanged; make room"
         with nullcontext() if fits else pytest.raises(OSError, match=says), room(size):
             arena.save()
         assert arena.outcome() == ("new" if fits else "old")

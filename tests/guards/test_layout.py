@@ -47,6 +47,13 @@ def test_the_tests_lie_in_the_folders_of_the_code():
     assert all((TESTS / folder / "__init__.py").is_file() for folder in folders)
 
 
+def test_each_test_file_is_named_after_a_module_or_its_folder():
+    for path in FILES:
+        folder, name = path.parent.relative_to(TESTS), path.stem.removeprefix("test_")
+        if folder.name != "guards":
+            assert name == folder.name or (ROOT / "lora_lab" / folder / f"{name}.py").is_file(), path.name
+
+
 def test_test_files_that_are_named_elsewhere_exist():
     named = set()
     for name in ("CONTRIBUTING.md", "README.md", "Makefile", "environment.yml", ".pre-commit-config.yaml"):

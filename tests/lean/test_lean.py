@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+from functools import partial
 
 import gguf
 import pytest
@@ -38,7 +39,7 @@ from lora_lab.lean.blocks import _RMSNorm, _Rotate
 from lora_lab.lean.linear import _fuse_is_cheaper, _GatedLoRALinear, linear
 from lora_lab.lean.loss import cross_entropy, token_losses
 from lora_lab.lean.optim import FlatAdamW, ThreadedStep
-from lora_lab.lean.step import apply_lean
+from lora_lab.lean.step import LeanStep, apply_lean
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
@@ -252,6 +253,29 @@ def test_where_every_target_counts_it_may_be_said_and_changes_nothing():
     assert float(loss.detach()) == pytest.approx(float(plain_cross_entropy(start, *batch).detach()), rel=1e-10)
     with pytest.raises((RuntimeError, IndexError)):  # where it is not true, the target -100 is looked up
         cross_entropy(model, *text(ignored=True), every_target=True)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_step_on_other_targets_than_it_has_read_makes_no_loss_that_looks_right(in_blocks):
+    model = adapted(dtype=torch.float32)
+    if in_blocks:
+        quantize_head(model)
+    apply_lean(model, Lean())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    step = LeanStep(model, partial(cross_entropy, rows=7), torch.optim.AdamW(trained, lr=0.01))
+    full, padded = text(ignored=False), text(ignored=True)
+    expected = plain_cross_entropy(copy.deepcopy(model), *padded)
+    torch.testing.assert_close(step([padded], [1.0])[0], expected.detach(), rtol=1e-5, atol=0)  # nothing was read
+    step.read_targets([full[1]])
+    assert torch.isfinite(step([full], [1.0])[0])
+    if in_blocks:
+        assert step([padded], [1.0])[0].isnan()
+    else:
+        with pytest.raises((RuntimeError, IndexError)):
+            step([padded], [1.0])
+    step.read_targets([padded[1]])
+    step.model = adapted(dtype=torch.float32)  # the steps above have changed the other one
+    torch.testing.assert_close(step.batch_loss(*padded), plain_cross_entropy(step.model, *padded), rtol=1e-5, atol=0)
 
 
 def test_said_so_no_number_is_looked_at():

@@ -123,8 +123,8 @@ def test_the_blocks_are_left_as_they_were():
     [
         ("Q4_0", 18, r"'Q4_0' are not read here.*Q4_1.*Q8_0"),
         ("q8_0", 34, r"'q8_0' are not read here.*Q4_1.*Q8_0"),
-        ("Q4_1", 34, "row of 34 bytes is no whole number of Q4_1 blocks of 20 bytes"),
-        ("Q8_0", 20, "row of 20 bytes is no whole number of Q8_0 blocks of 34 bytes"),
+        ("Q4_1", 34, "row of 34 bytes is not a whole number of Q4_1 blocks of 20 bytes"),
+        ("Q8_0", 20, "row of 20 bytes is not a whole number of Q8_0 blocks of 34 bytes"),
     ],
 )
 def test_other_kinds_and_broken_rows_are_refused(kind, row_bytes, says):
@@ -437,8 +437,8 @@ def test_rows_are_those_of_the_weight_where_blocks_end_within_them_too(kind, wid
 def test_a_few_rows_are_read_from_a_few_blocks(monkeypatch):
     layer = in_blocks(WEIGHT, "NF4")
     read = []
-    numbers = BlockLinear._numbers
-    monkeypatch.setattr(BlockLinear, "_numbers", lambda layer, *which: read.append(which) or numbers(layer, *which))
+    decode = BlockLinear._decode
+    monkeypatch.setattr(BlockLinear, "_decode", lambda layer, *which: read.append(which) or decode(layer, *which))
     layer.rows(40, 42)
     assert read == [(60, 63)]  # weights 3840 to 4032, of 64 a block
 
@@ -515,7 +515,7 @@ def test_autocast_and_automatic_batching_find_the_same_as_in_a_dense_layer():
     x = normal(5, 96, seed=2).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):  # anew: torch 2.7 keeps the first cast of x, which has no graph
+    with torch.autocast("cpu", torch.bfloat16):  # anew: torch 2.9 keeps the first cast of x, which has no graph
         expected = twin(x)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)

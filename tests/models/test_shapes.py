@@ -148,8 +148,8 @@ def test_a_folder_without_a_config_is_no_model(tmp_path, name):
     [
         ({"model_type": "qwen2"}, "model of type 'qwen2'.*only 'llama'"),
         ({"hidden_size": ...}, "lacks the entry 'hidden_size'"),
-        ({"hidden_size": "64"}, "config.json has an entry that is no number .*copy it anew"),
-        ({"num_attention_heads": None}, "config.json has an entry that is no number .*copy it anew"),
+        ({"hidden_size": "64"}, "config.json has an entry that is not a number .*copy it anew"),
+        ({"num_attention_heads": None}, "config.json has an entry that is not a number .*copy it anew"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0.*at least 1"),
     ],
     ids=str,

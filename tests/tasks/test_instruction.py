@@ -1,13 +1,11 @@
-"""Tasks of questions and answers: what counts, what is split, what is refused; the four trades; scores."""
+"""Tasks of prompts and responses: what counts, how batches are cut, what is split and what is refused."""
 
 import copy
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from lora_lab import Llama, LoRA, evaluate, fit
 from lora_lab.ablation import packing
@@ -15,23 +13,9 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.task import cross_entropy
-from lora_lab.tasks import (
-    IGNORE,
-    Examples,
-    Pair,
-    from_jsonl,
-    from_pairs,
-    from_text,
-    sentiment,
-    style,
-    summarise,
-    translate,
-)
-from lora_lab.tasks import datasets as trades
-from lora_lab.tasks.generate import answers, choices, classes
+from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_text
 from lora_lab.tasks.instruction import Padded
-from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
-from tests.helpers import enlarge
+from tests.helpers import sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,16 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model(tiny_config):
     return Llama(tiny_config, seed=3)
-
-
-@pytest.fixture(scope="module")
-def talker(tiny_config):
-    """A model with something to say: large weights, so that its logits are far apart."""
-    return enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 20)
-
-
-def sums(count=40):
-    return [Pair(f"{i} plus one?", str(i + 1)) for i in range(count)]
 
 
 # What a model sees
@@ -406,230 +380,3 @@ def test_a_text_becomes_a_task_whose_parts_share_no_paragraph(chatter, tmp_path)
         assert all(mark not in text for part, text in told.items() if part != own), paragraph
     assert task.unit == "tokens"
     assert task.name == "book"
-
-
-# Answers and scores
-
-
-def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker):
-    task = from_pairs(chatter, [Pair("x" * (1 + 7 * i % 30), "abc") for i in range(30)])
-    said = answers(talker, task, "train", max_new_tokens=12, batch_size=5)
-    assert len(said) == len(task.pairs["train"])
-    for pair, own in zip(task.pairs["train"], said, strict=True):
-        alone = talker.generate(torch.tensor(task.prompt_ids(pair)), 12, stop=chatter.eos_id)
-        assert own == chatter.decode(alone.tolist()).strip()
-    assert len(set(said)) > 1
-
-
-def test_an_answer_ends_with_its_turn(chatter, model):
-    class Ends(torch.nn.Module):
-        def forward(self, hidden):
-            logits = torch.zeros(*hidden.shape[:-1], 260)
-            logits[..., 259] = 1.0
-            return logits
-
-    ending = copy.deepcopy(model)
-    ending.lm_head = Ends()
-    task = from_pairs(chatter, sums())
-    assert answers(ending, task, "test") == [""] * len(task.pairs["test"])
-
-
-def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker):
-    labels = ["no", "perhaps it is so", "yes indeed"]
-    task = from_pairs(chatter, [Pair(f"Is {i} even?", labels[i % 3]) for i in range(90)], metric="classification")
-    assert classes(task) == labels
-
-    def losses(prompt, label):
-        filler = {"validation": [Pair("x", "y")], "test": [Pair("z", "y")]}
-        one = from_pairs(chatter, {"train": [Pair(prompt, label)], **filler}).train
-        counted = one.targets[one.targets != IGNORE]
-        with torch.no_grad():
-            return F.cross_entropy(talker(one.inputs)[0, -len(counted) :], counted, reduction="none")
-
-    longest, otherwise = labels[1:], 0
-    for pair, own in zip(task.pairs["train"], choices(talker, task, task.pairs["train"], longest, 7), strict=True):
-        each = {label: losses(pair.prompt, label) for label in longest}
-        assert own == min(longest, key=lambda label: float(each[label].sum()))
-        otherwise += own != min(longest, key=lambda label: float(each[label].max()))
-    assert otherwise  # the worst token alone would have chosen another
-    said = answers(talker, task, "test")
-    assert set(said) <= set(labels)
-    assert choices(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
-
-
-def test_scores_are_those_of_hand_computed_cases():
-    assert METRICS["classification"](["a", "b", "a", "a"], ["a", "b", "b", "a"]) == {
-        "accuracy": 0.75,
-        "macro_f1": pytest.approx((0.8 + 2 / 3) / 2),
-    }
-    assert METRICS["summary"](["the cat sat"], ["the cat sat"])["rouge_l"] == 1.0
-    # of three words and four, two in a row: precision 2/3, recall 1/2
-    assert METRICS["summary"](["the dog sat"], ["the cat sat down"])["rouge_l"] == pytest.approx(
-        2 * 2 / 3 * 0.5 / (2 / 3 + 0.5)
-    )
-    found = METRICS["translation"](["Autriche", "Allemagne"], ["autriche", "France"])
-    assert found["exact"] == 0.5
-    assert 0 < found["chrf"] < 100
-    assert METRICS["translation"](["Autriche"], ["Autriche"])["chrf"] == pytest.approx(100)
-
-
-def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
-    task = from_pairs(chatter, sums())
-    with pytest.raises(ValueError, match="has the metric ''; scores are for summary, translation"):
-        score(task, ["1"])
-    with pytest.raises(ValueError, match="has no trivial baseline"):
-        trivial(task)
-    named = from_pairs(chatter, sums(), metric="translation")
-    with pytest.raises(ValueError, match="There are 99 answers to the 4 prompts of test"):
-        score(named, ["1"] * 99)
-
-
-def test_the_dictionary_knows_what_training_pairs_say_word_for_word(chatter):
-    def ask(name):
-        return f"Translate into French: {name}"
-
-    pairs = {
-        "train": [
-            Pair(ask("red house"), "rouge maison"),
-            Pair(ask("red"), "rouge"),
-            Pair(ask("big tree"), "un grand arbre"),
-        ],
-        "validation": [Pair(ask("blue"), "bleu")],
-        "test": [Pair(ask("Red tree house"), "?")],
-    }
-    assert trivial(from_pairs(chatter, pairs, metric="translation")) == ["rouge tree maison"]
-
-
-# The four trades
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return smollm2[1]
-
-
-@pytest.fixture(scope="module")
-def tasks(tokenizer):
-    return {
-        "summarise": summarise(tokenizer),
-        "translate-fr": translate(tokenizer),
-        "translate-de": translate(tokenizer, "de"),
-        "translate-es": translate(tokenizer, "es"),
-        "sentiment": sentiment(tokenizer),
-        "style": style(tokenizer),
-        "style-plain": style(tokenizer, "plain"),
-    }
-
-
-NAMES = ["summarise", "translate-fr", "translate-de", "translate-es", "sentiment", "style", "style-plain"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_trades_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentence(tasks, name):
-    task = tasks[name]
-    assert task.name == name
-    assert task.licence
-    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        a, b = task.pairs[one], task.pairs[other]
-        assert not {pair.group for pair in a} & {pair.group for pair in b}
-        assert not {pair.prompt for pair in a} & {pair.prompt for pair in b}
-        if name in ("summarise", "style", "style-plain"):
-            assert not {pair.answer for pair in a} & {pair.answer for pair in b}
-    total = sum(map(len, task.pairs.values()))
-    for part in ("validation", "test"):
-        assert 0.05 * total <= len(task.pairs[part]) == len(task.parts[part]) <= 0.15 * total
-    assert len(task.pairs["train"]) == len(task.train) >= 200
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_trades_examples_say_what_its_pairs_say(tasks, tokenizer, name):
-    task = tasks[name]
-    for part in ("train", "validation", "test"):
-        assert (task.parts[part].targets[:, -1] != IGNORE).any()  # padded no further than the longest that is kept
-        for row in (0, len(task.pairs[part]) - 1):
-            targets = task.parts[part].targets[row]
-            assert tokenizer.decode(targets[targets != IGNORE].tolist()) == task.pairs[part][row].answer + "<|im_end|>"
-
-
-def test_summaries_come_from_many_modules(tasks):
-    pairs = [pair for own in tasks["summarise"].pairs.values() for pair in own]
-    assert len(pairs) > 700
-    assert len({pair.group for pair in pairs}) > 80
-    assert {"asyncio", "email"} <= {pair.group for pair in pairs}
-    assert all(pair.answer.endswith(".") for pair in pairs)
-    assert not any(">>>" in pair.prompt for pair in pairs)
-
-
-def test_translations_are_no_copies_and_families_stay_together(tasks):
-    for code in ("fr", "de", "es"):
-        pairs = [pair for own in tasks[f"translate-{code}"].pairs.values() for pair in own]
-        assert len(pairs) > 500
-        names = {pair.prompt.partition(": ")[2]: pair for pair in pairs}
-        assert all(name.casefold() != pair.answer.casefold() for name, pair in names.items())
-    names = {pair.prompt.partition(": ")[2]: pair for own in tasks["translate-de"].pairs.values() for pair in own}
-    assert names["South Korea"].answer == "Südkorea"
-    families = trades._families(["Samoa", "American Samoa", "Samoan", "Mali"])
-    assert families["Samoa"] == families["American Samoa"]
-    assert len(set(families.values())) == 3
-    with pytest.raises(ValueError, match="language is 'it', but it must be one of fr, de, es"):
-        translate(None, "it")
-
-
-def test_the_sentiments_are_balanced_and_checked_over():
-    rows = trades._read("sentiment.jsonl")
-    counts = {label: sum(row["label"] == label for row in rows) for label in trades.SENTIMENTS}
-    assert len(rows) >= 600
-    assert max(counts.values()) <= 1.02 * min(counts.values())
-    assert len({row["text"] for row in rows}) == len(rows)
-    assert {"plain", "negation", "mixed", "irony", "implicit"} == {row["kind"] for row in rows}
-    assert len({row["domain"] for row in rows}) >= 12
-    lengths = {label: sorted(len(row["text"].split()) for row in rows if row["label"] == label) for label in counts}
-    middles = [own[len(own) // 2] for own in lengths.values()]
-    assert max(middles) - min(middles) <= 2
-    for domain in {row["domain"] for row in rows}:
-        own = [row["label"] for row in rows if row["domain"] == domain]
-        assert max(map(own.count, counts)) - min(map(own.count, counts)) <= 2
-
-
-def test_every_story_keeps_to_its_voice():
-    rows = trades._read("style.jsonl")
-    assert len(rows) >= 240
-    assert len({row["instruction"] for row in rows}) == len(rows)
-    for row in rows:
-        words = [word.strip(".,;:!?'\"").casefold() for word in row["story"].split()]
-        assert "Lamp lit" in row["story"].splitlines()[-1], row["group"]
-        assert not {"i", "me", "my"} & set(words), row["group"]
-        plain = row["plain"].casefold()
-        assert not any(word in plain for word in ("lighthouse", "gull", "keeper", "lamp lit")), row["group"]
-        for text in (row["story"], row["plain"]):
-            assert 40 <= len(text.split()) <= 80, row["group"]
-    with pytest.raises(ValueError, match="variant is 'rhyme', but it must be 'log' or 'plain'"):
-        style(None, "rhyme")
-
-
-def test_the_plain_stories_are_split_as_those_in_style(tasks):
-    for part in ("train", "validation", "test"):
-        assert [p.prompt for p in tasks["style"].pairs[part]] == [p.prompt for p in tasks["style-plain"].pairs[part]]
-
-
-def test_the_judge_of_style_tells_the_two_apart_and_says_how_well(tasks):
-    judge = StyleJudge(tasks["style"], tasks["style-plain"])
-    assert judge.accuracy > 0.9
-    assert judge.share([pair.answer for pair in tasks["style"].pairs["train"]]) > 0.9
-    assert judge.share([pair.answer for pair in tasks["style-plain"].pairs["train"]]) < 0.1
-
-
-@pytest.mark.parametrize("name", ["summarise", "translate-fr", "sentiment"])
-def test_trivial_answers_score_low_and_the_wanted_ones_perfectly(tasks, name):
-    task = tasks[name]
-    perfect = score(task, [pair.answer for pair in task.pairs["test"]])
-    for number, value in score(task, trivial(task)).items():
-        assert value < 0.5 * perfect[number]
-        assert perfect[number] == pytest.approx(100 if number == "chrf" else 1)
-
-
-def test_the_data_has_a_licence():
-    told = (Path(trades.__file__).parent / "data" / "README.md").read_text(encoding="utf-8")
-    assert "CC0 1.0" in told
-    for name in ("sentiment.jsonl", "style.jsonl"):
-        assert name in told

@@ -1,0 +1,90 @@
+"""What `lora-lab memory` prints and refuses."""
+
+import pytest
+import torch
+
+from lora_lab import memory
+from lora_lab.costs import memory_report
+from lora_lab.costs.memory_report import training_setups
+from lora_lab.models.llama import Llama
+from tests.helpers import command, llama_folder
+
+
+def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, tiny_config):
+    folder = llama_folder(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
+    bills = {
+        label: memory.predict(lambda: Llama(tiny_config), setup, 2, 16, device="cpu")
+        for label, setup in training_setups(4, torch.float32).items()
+    }
+    peaks = sorted(bill.peak_bytes for bill in bills.values())
+    budget = (peaks[2] + peaks[3]) // 2
+    assert command("memory", *arguments, "--budget", f"{budget / 2**10}KiB", "--bills") == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert "2 x 16 tokens" in lines[0]
+    assert "predicted" in lines[0]
+    for label, bill in bills.items():
+        (line,) = (line for line in lines if line.startswith(f"{label}  "))
+        assert ("yes" in line) == (bill.peak_bytes <= budget), label
+        assert str(bill) in printed
+    assert "CUDA" not in printed
+
+
+@pytest.fixture
+def one_way(monkeypatch):
+    """Only one of the six ways, for time's sake."""
+    every = memory_report.training_setups
+    monkeypatch.setattr(
+        memory_report, "training_setups", lambda rank, dtype: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]}
+    )
+
+
+def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_config):
+    folder = llama_folder(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--seq", 16, "--dtype", "float32", "--device", "cpu"]
+    assert command("memory", *arguments, "--budget", "1MiB", "--largest", "batch") == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.startswith("LoRA r=8  ")
+    found = int(row.split()[-1])
+    setup = training_setups(8, torch.float32)["LoRA r=8"]
+
+    def peak(batch):
+        return memory.predict(lambda: Llama(tiny_config), setup, batch, 16, device="cpu").peak_bytes
+
+    assert peak(found) <= 2**20 < peak(found + 1)
+
+
+def test_without_a_gpu_a_card_is_estimated_and_said_to_be(one_way, tmp_path, capsys, tiny_config):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command("memory", "--model", llama_folder(tmp_path, tiny_config), "--seq", 8) == 0
+    printed = capsys.readouterr().out
+    assert "estimated for CUDA, not measured" in printed
+    assert "CUDA's own context" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "gpt-5"], "No shape is known by the name 'gpt-5'; use one of: smollm2-135m"),
+        (["--budget", "24"], "'24' is no size; write a number with its unit"),
+        (["--batch", 0], "batch_size is 0"),
+        (["--seq", 0], "seq_len is 0"),
+        (["--rank", 0], "rank is 0"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--largest", "batch"], "--largest needs --budget"),
+        (["--device", "banana"], "banana"),
+    ],
+)
+def test_memory_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
+    assert command("memory", *arguments) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
+    assert command("memory", "--model", tmp_path) == 1
+    assert "config.json" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""Real steps timed in turn, on a clock that the tests set."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, speed
+from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import Times
+from lora_lab.models.digits import DigitsMLP
+
+DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
+
+
+def times(full, lora, **options):
+    return Times({"full": full, "LoRA": lora}, 512, **options)
+
+
+def test_statistics_by_hand():
+    found = times([1.0, 2.0, 4.0, 3.0], [2.0, 2.0, 2.0, 6.0])
+    assert found.median_s("full") == 2.5
+    assert found.quartiles_s("full") == (1.75, 3.25)
+    assert found.tokens_per_second("full") == 512 / 2.5
+    assert found.ratios("LoRA") == [2.0, 1.0, 0.5, 2.0]
+    assert found.ratio("LoRA") == 1.5  # of the medians it would be 0.8
+    assert found.ratio("full") == 1.0
+    row = found.frame().set_index("variant").loc["LoRA"]
+    assert (row["seconds"], row["ratio"], row["tokens_per_second"]) == (2.0, 1.5, 256.0)
+
+
+@pytest.mark.parametrize("rounds", range(1, 40))
+def test_the_interval_is_the_narrowest_that_holds_the_median_19_times_in_20(rounds):
+    found = times([1.0] * rounds, [float(i) for i in range(rounds)]).interval("LoRA")
+    # The k-th lowest of the rounds lies above the median with the chance of fewer than k tails.
+    fits = [k for k in range(1, rounds // 2 + 1) if 2 * stats.binom.cdf(k - 1, rounds, 0.5) <= 0.05]
+    assert found == ((fits[-1] - 1, rounds - fits[-1]) if fits else None)
+    assert (found is None) == (rounds < 6)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([0.8] * 9, "faster: 0.80 to 0.80 of full's time"),
+        ([1.2] * 9, "slower: 1.20 to 1.20"),
+        ([0.5, *[1.2] * 7, 0.5], "cannot be told, because the times jump: 0.50 to 1.20"),
+        ([0.5, *[1.2] * 8], "slower: 1.20 to 1.20"),  # one outlier does no harm
+        ([0.97, 1.01] * 4 + [1.0], "no difference that this run can show: 0.97 to 1.01"),
+        ([0.8] * 5, "5 rounds will not tell; take 6 or more"),
+    ],
+)
+def test_verdicts(ratios, verdict):
+    assert times([1.0] * len(ratios), ratios).verdict("LoRA").startswith(verdict)
+
+
+def test_no_verdict_on_a_busy_machine():
+    found = times([1.0] * 9, [0.8] * 9, disturbance="Other processes kept 1.5 cores busy meanwhile.")
+    assert found.verdict("LoRA") == "cannot be told on a busy machine: 0.80 to 0.80 of full's time"
+    assert "1.5 cores busy" in str(found)
+    assert "cannot be told" in str(found)
+    assert "busy" not in str(times([1.0] * 9, [0.8] * 9))
+
+
+def test_steps_are_timed_in_turn_each_round_from_another_one(clock):
+    log = []
+    variants = {name: Setup(FullFineTuning(), loss=clock.loss(s, log, name)) for name, s in (("a", 1.0), ("b", 3.0))}
+    found = speed.step_time(DigitsMLP, variants, batch=DIGITS, rounds=3)
+    assert found.seconds == {"a": [1.0] * 3, "b": [3.0] * 3}
+    assert found.ratio("b") == 3.0
+    assert log == ["a", "b", "a", "b", "b", "a", "a", "b"]  # the first two warm up
+    assert found.tokens == 5
+
+
+def test_quick_steps_are_repeated_until_a_timing_lasts(clock):
+    log = []
+    seconds = {"a": 1 / 64, "b": 0.25}
+    variants = {name: Setup(FullFineTuning(), loss=clock.loss(s, log, name)) for name, s in seconds.items()}
+    found = speed.step_time(DigitsMLP, variants, batch=DIGITS, rounds=2)
+    assert found.seconds == {"a": [1 / 64] * 2, "b": [0.25] * 2}
+    assert Counter(log) == {"a": 2 + 2 * 4, "b": 1 + 2}  # 4 / 64 s is over 50 ms
+
+
+def test_two_threads_have_a_part_of_the_batch_each(tiny_config):
+    seen = []
+
+    def loss(model, inputs, targets):
+        seen.append(len(inputs))
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    variants = {"threads": Setup(LoRA(2), lean=Lean(threads=2), accumulate=2, loss=loss)}
+    speed.step_time(partial(Llama, tiny_config), variants, 8, 4, rounds=1)
+    assert set(seen) == {2}
+    with pytest.raises(ValueError, match="accumulate is 2, but the batch has only 3 examples for 2 threads"):
+        speed.step_time(partial(Llama, tiny_config), variants, 3, 4, rounds=1)

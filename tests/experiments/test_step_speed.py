@@ -1,0 +1,83 @@
+"""What `lora-lab record speed` and `lora-lab speed` run, on small models, and what they print and refuse."""
+
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, LoRA, records, speed
+from lora_lab.costs.setup import Setup
+from lora_lab.experiments import step_memory as recording
+from lora_lab.experiments import step_speed
+from lora_lab.models.llama import Llama
+from tests.helpers import command, llama_folder
+
+CPU = torch.device("cpu")
+
+
+def test_the_speed_cases_cover_tokens_ranks_and_blocks():
+    cases = step_speed.speed_cases(CPU)
+    for model in ("small", "smollm2-135m"):
+        own = [case for case in cases if case.model == model]
+        assert {case.batch_size * case.seq_len for case in own} == {32, 128, 512, 2048, 4096}
+        labels = {label for case in own for label in case.setups}
+        assert {"full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256"} <= labels
+        assert any("last 1 block" in label for label in labels)
+        assert all(next(iter(case.setups)) == "full" for case in own)
+    last = next(setup for label, setup in cases[0].setups.items() if label.endswith("last 1 block"))
+    assert len(last.method.targets) == 7
+    assert all(name.startswith("model.layers.7.") for name in last.method.targets)
+    on_gpu = step_speed.speed_cases(torch.device("cuda"))
+    assert {"llama-3.2-1b", "llama-3-8b"} <= {case.model for case in on_gpu}
+
+
+@pytest.fixture
+def priced(monkeypatch):
+    """A cost model by hand, for calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
+    costs = speed.CostModel(
+        lambda operation: 1e-9 * operation.moved_bytes, dict.fromkeys(("forward", "backward"), (0.0, 1e-8))
+    )
+    for module in (step_speed, speed):
+        monkeypatch.setattr(module, "cost_model", lambda device: costs)
+
+
+def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
+    small_is_tiny, priced, monkeypatch, tmp_path, capsys
+):
+    setups = {"full": Setup(FullFineTuning()), "LoRA r=2": Setup(LoRA(2, 4))}
+    monkeypatch.setattr(
+        step_speed, "speed_cases", lambda device, models: [step_speed.Comparison("small", 2, 8, setups, 2)]
+    )
+    assert command("record", "speed", "--device", "cpu", "--out", tmp_path) == 0
+    (record,) = records.load_all("speed", tmp_path).values()
+    full, lora = record.rows
+    assert (full["setup"], full["ratio"], full["predicted_ratio"], full["verdict"]) == ("full", 1.0, 1.0, "")
+    assert lora["verdict"] == "2 rounds will not tell; take 6 or more"
+    assert lora["tokens"] == 16
+    assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
+    assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
+    assert lora["flops"] == speed.flops(lambda: Llama(recording._SMALL), LoRA(2, 4), 2, 8).total
+    printed = capsys.readouterr().out
+    assert f"ratio {lora['ratio']:.3f}" in printed
+    assert f"predicted {lora['predicted_ratio']:.3f}" in printed
+
+
+def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_asked(
+    priced, tmp_path, capsys, tiny_config
+):
+    folder = llama_folder(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--batch", 2, "--seq", 8, "--rank", 2, 4, "--device", "cpu", "--measure", 2]
+    assert command("speed", *arguments) == 0
+    printed = capsys.readouterr().out
+    for words in ("closed form", "Device: cpu", "LoRA r=2 takes", "LoRA r=4 takes", "small products with the adapters"):
+        assert words in printed, words
+    assert "of 2 rounds" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--model", "gpt-5"], "No shape is known"), (["--seq", 0], "seq_len is 0"), (["--rank", 0], "rank is 0")],
+)
+def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
+    assert command("speed", *arguments) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert len(captured.err.strip().splitlines()) == 1

@@ -1,0 +1,123 @@
+"""The commit of the code that computes, and the name of the machine on which it does."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from lora_lab.system import provenance
+from lora_lab.system.provenance import machine_info
+
+CPU = torch.device("cpu")
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        name = provenance.device_name(CPU)
+        torch.set_num_threads(2)
+        assert provenance.device_name(CPU) == name
+    finally:
+        torch.set_num_threads(threads)
+    assert name.endswith(f", {os.cpu_count()} cores")
+    assert machine_info(CPU)["cpu"].startswith(provenance.device_name(CPU).rpartition(", ")[0])
+
+
+def git(folder, *arguments):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    identity = ["-c", "user.name=Someone", "-c", "user.email=someone@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git repository with one commit of two files, one of them a record."""
+    folder = tmp_path / "checkout"
+    (folder / "records").mkdir(parents=True)
+    (folder / "code.py").write_text("1\n")
+    (folder / "records" / "gpu-memory.json").write_text("{}\n")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "first")
+    return folder
+
+
+@needs_git
+def test_a_clean_checkout_gives_its_commit(checkout):
+    first = provenance.commit_of(checkout)
+    assert first == git(checkout, "rev-parse", "HEAD")
+    assert re.fullmatch("[0-9a-f]{40}", first)
+    (checkout / "code.py").write_text("2\n")
+    git(checkout, "commit", "--quiet", "--all", "--message", "second")
+    assert provenance.commit_of(str(checkout)) == git(checkout, "rev-parse", "HEAD") != first
+
+
+@needs_git
+@pytest.mark.parametrize("change", ["changed", "added", "deleted"])
+def test_tracked_files_that_differ_are_noted(checkout, change):
+    clean = provenance.commit_of(checkout)
+    if change == "deleted":
+        (checkout / "code.py").unlink()
+    else:
+        (checkout / "code.py").write_text("2\n")
+    if change == "added":
+        git(checkout, "add", ".")
+    assert provenance.commit_of(checkout) == f"{clean}+changes"
+    git(checkout, "reset", "--quiet", "--hard")
+    assert provenance.commit_of(checkout) == clean
+
+
+@needs_git
+def test_untracked_files_and_records_are_no_changes_of_the_code(checkout):
+    clean = provenance.commit_of(checkout)
+    (checkout / "notes.txt").write_text("new\n")
+    (checkout / "records" / "gpu-memory.json").write_text('{"measured": "again"}\n')
+    assert provenance.commit_of(checkout) == clean
+    assert git(checkout, "status", "--porcelain") != ""
+
+
+@needs_git
+def test_a_worktree_is_a_checkout_too(checkout, tmp_path):
+    git(checkout, "worktree", "add", "--quiet", str(tmp_path / "other"))
+    assert provenance.commit_of(tmp_path / "other") == git(checkout, "rev-parse", "HEAD")
+
+
+@needs_git
+def test_where_there_is_no_commit_none_is_named(checkout, tmp_path):
+    assert provenance.commit_of(tmp_path) == "unknown"
+    assert provenance.commit_of(tmp_path / "none") == "unknown"
+    (checkout / "venv" / "site-packages").mkdir(parents=True)
+    assert provenance.commit_of(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
+    git(tmp_path, "init", "--quiet", "empty")
+    assert provenance.commit_of(tmp_path / "empty") == "unknown"
+
+
+@needs_git
+def test_without_git_the_commit_is_unknown(checkout, tmp_path, monkeypatch):
+    assert provenance.commit_of(checkout) != "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit_of(checkout) == "unknown"
+
+
+@needs_git
+def test_the_variables_of_gits_hooks_do_not_lead_to_another_repository(checkout, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "--quiet")
+    (other / "a").write_text("1")
+    git(other, "add", ".")
+    git(other, "commit", "--quiet", "--message", "another")
+    clean = git(checkout, "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    assert provenance.commit_of(checkout) == clean
+    assert provenance.commit_of(other) != clean

@@ -1,0 +1,67 @@
+"""What a model answers: many prompts at once as each alone, and classes by their likelihood."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lora_lab import Llama
+from lora_lab.tasks import IGNORE, Pair, from_pairs
+from lora_lab.tasks.generate import answers, choices, classes
+from tests.helpers import enlarge, sums
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def talker(tiny_config):
+    """A model with something to say: large weights, so that its logits are far apart."""
+    return enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 20)
+
+
+def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker):
+    task = from_pairs(chatter, [Pair("x" * (1 + 7 * i % 30), "abc") for i in range(30)])
+    said = answers(talker, task, "train", max_new_tokens=12, batch_size=5)
+    assert len(said) == len(task.pairs["train"])
+    for pair, own in zip(task.pairs["train"], said, strict=True):
+        alone = talker.generate(torch.tensor(task.prompt_ids(pair)), 12, stop=chatter.eos_id)
+        assert own == chatter.decode(alone.tolist()).strip()
+    assert len(set(said)) > 1
+
+
+def test_an_answer_ends_with_its_turn(chatter, talker):
+    class Ends(torch.nn.Module):
+        def forward(self, hidden):
+            logits = torch.zeros(*hidden.shape[:-1], 260)
+            logits[..., 259] = 1.0
+            return logits
+
+    ending = copy.deepcopy(talker)
+    ending.lm_head = Ends()
+    task = from_pairs(chatter, sums())
+    assert answers(ending, task, "test") == [""] * len(task.pairs["test"])
+
+
+def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker):
+    labels = ["no", "perhaps it is so", "yes indeed"]
+    task = from_pairs(chatter, [Pair(f"Is {i} even?", labels[i % 3]) for i in range(90)], metric="classification")
+    assert classes(task) == labels
+
+    def losses(prompt, label):
+        filler = {"validation": [Pair("x", "y")], "test": [Pair("z", "y")]}
+        one = from_pairs(chatter, {"train": [Pair(prompt, label)], **filler}).train
+        counted = one.targets[one.targets != IGNORE]
+        with torch.no_grad():
+            return F.cross_entropy(talker(one.inputs)[0, -len(counted) :], counted, reduction="none")
+
+    longest, otherwise = labels[1:], 0
+    for pair, own in zip(task.pairs["train"], choices(talker, task, task.pairs["train"], longest, 7), strict=True):
+        each = {label: losses(pair.prompt, label) for label in longest}
+        assert own == min(longest, key=lambda label: float(each[label].sum()))
+        otherwise += own != min(longest, key=lambda label: float(each[label].max()))
+    assert otherwise  # the worst token alone would have chosen another
+    said = answers(talker, task, "test")
+    assert set(said) <= set(labels)
+    assert choices(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)

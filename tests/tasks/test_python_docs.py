@@ -1,0 +1,136 @@
+"""The task docs: parts that share no page and no paragraph."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from lora_lab.tasks import docs
+from lora_lab.tasks.python_docs import _related
+from tests.helpers import ByteTokenizer
+
+PARTS = ("train", "validation", "test", "off_domain")
+
+
+class Recorder(ByteTokenizer):
+    """Keeps what it was asked to encode."""
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, text):
+        self.texts.append(text)
+        return super().encode(text)
+
+
+@pytest.fixture(scope="module")
+def manual():
+    """(the task of 64 bytes an example, the text of each part)."""
+    recorder = Recorder()
+    task = docs(recorder, seq_len=64)
+    return task, dict(zip(PARTS, recorder.texts, strict=True))
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def paragraphs(text):
+    """Paragraphs of 60 characters or more."""
+    return {paragraph for paragraph in map(one_line, text.split("\n\n")) if len(paragraph) >= 60}
+
+
+def test_targets_are_the_inputs_one_token_ahead_and_rows_are_cut_from_the_text(manual):
+    task, texts = manual
+    for part, examples in task.parts.items():
+        data = texts[part].encode()
+        rows = (len(data) - 1) // 64
+        assert examples.inputs.shape == examples.targets.shape == (rows, 64)
+        assert torch.equal(examples.inputs[:, 1:], examples.targets[:, :-1])
+        expected = sorted((data[i * 64 : i * 64 + 64], data[i * 64 + 1 : i * 64 + 65]) for i in range(rows))
+        pairs = zip(examples.inputs.tolist(), examples.targets.tolist(), strict=True)
+        assert sorted((bytes(inputs), bytes(targets)) for inputs, targets in pairs) == expected
+        first = [bytes(row) for row in examples.inputs[:20].tolist()]
+        assert first != [data[i * 64 : i * 64 + 64] for i in range(20)]  # in random order
+    assert task.unit == "tokens"
+    assert task.counted(task.train) == task.train.targets.numel()
+
+
+def test_every_page_of_the_manual_is_in_one_part_only(manual):
+    _, texts = manual
+    pages = set(topics.values())
+    found = {page: [part for part in PARTS if page in texts[part]] for page in pages}
+    assert all(len(parts) == 1 for parts in found.values())
+    sizes = {part: sum(len(page) for page in pages if found[page] == [part]) for part in PARTS}
+    assert sizes["off_domain"] == 0
+    assert sizes["train"] > 5 * sizes["validation"] > 0
+    assert sizes["test"] > 0.03 * sizes["train"]
+    assert sum(sizes.values()) + 2 * (len(pages) - 3) == sum(len(texts[part]) for part in PARTS[:3])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "read"), [("validation", "train"), ("test", "train"), ("test", "validation"), ("train", "validation")]
+)
+def test_no_paragraph_of_one_part_is_in_the_pages_of_another(manual, held_out, read):
+    _, texts = manual
+    unseen, seen = paragraphs(texts[held_out]), one_line(texts[read])
+    assert len(unseen) >= 50
+    assert [paragraph for paragraph in unseen if paragraph in seen] == []
+
+
+def test_a_paragraph_that_is_shared_would_be_found(manual):
+    _, texts = manual
+    pages = sorted(set(topics.values()))
+    shared = [page for page in pages if any(paragraphs(page) & paragraphs(other) for other in pages if other != page)]
+    assert len(shared) >= 2  # so cutting by page alone would leak
+    assert all(page in texts["train"] or page in texts["validation"] or page in texts["test"] for page in shared)
+
+
+def test_pages_that_quote_each_other_form_one_group_even_by_way_of_a_third():
+    quote, other = "a sentence of more than sixty characters, which several pages have " * 2, "another of them " * 8
+    wrapped = quote.replace(" ", "\n")
+    pages = [
+        f"first\n\n{quote}",
+        "alone\n\nshort",
+        f"third\n\n{other}",
+        f"{wrapped}\n\n{other}",
+        "alone too",
+    ]
+    assert _related(pages) == [[pages[0], pages[2], pages[3]], [pages[1]], [pages[4]]]
+    assert _related(["x\n\nshort", "y\n\nshort"]) == [["x\n\nshort"], ["y\n\nshort"]]
+
+
+def test_a_large_group_of_related_pages_is_for_training_and_a_small_one_stays_whole(monkeypatch):
+    def related(letter, n):
+        quote = f"a paragraph of more than sixty characters, which all pages of {letter} quote"
+        return {f"{letter}{i}": f"{letter}{i} begins\n\n{quote}\n\nand ends" for i in range(n)}
+
+    alone = {letter: f"{letter} stands alone " * 9 for letter in "acefg"}
+    pages = alone | related("b", 8) | related("d", 7)
+    monkeypatch.setattr("pydoc_data.topics.topics", pages)
+    recorder = Recorder()
+    docs(recorder, seq_len=8)
+    train, validation, test, _ = recorder.texts
+    # Groups 1, 6, ... are for validation and 3, 8, ... for testing, in the order of names.
+    assert {name for name, page in pages.items() if page in validation} == {"g"}
+    assert {name for name, page in pages.items() if page in test} == set(related("d", 7))
+    assert {name for name, page in pages.items() if page in train} == {*"acef", *related("b", 8)}
+
+
+def test_off_domain_text_is_about_data_sets(manual):
+    _, texts = manual
+    assert "iris" in texts["off_domain"].lower()
+    assert "wine" in texts["off_domain"].lower()
+    assert len(paragraphs(texts["off_domain"])) > 50
+    assert not paragraphs(texts["off_domain"]) & set().union(*(paragraphs(texts[part]) for part in PARTS[:3]))
+
+
+@pytest.mark.parametrize("seq_len", [1, 0, -5])
+def test_examples_of_less_than_two_tokens_are_refused(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len is {seq_len}, .*at least 2"):
+        docs(ByteTokenizer(), seq_len)
+
+
+def test_examples_longer_than_a_part_are_refused():
+    with pytest.raises(ValueError, match="The validation part of task 'docs' is empty"):
+        docs(ByteTokenizer(), 200_000)
