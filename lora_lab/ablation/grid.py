@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
-from typing import Any
+from typing import Any, overload
 
 from lora_lab.methods import LoRA, Method
 from lora_lab.train import TrainConfig
@@ -66,7 +66,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         super().__post_init__()
         if not isinstance(self.method, Method):
             raise ValueError(f"method is {self.method!r}, but it must be one such as LoRA(rank=8) or FullFineTuning().")
-        name = getattr(self.method, "name", None)
+        name = getattr(self.method, "name", "")
         if _address(_methods().get(name)) != _address(type(self.method)):
             raise ValueError(
                 f"The class {type(self.method).__name__} has the name {name!r}, which is not its own, so its results "
@@ -188,6 +188,10 @@ class Grid(Sequence[Trial]):
     def __len__(self) -> int:
         return len(self._trials)
 
+    @overload
+    def __getitem__(self, position: int) -> Trial: ...
+    @overload
+    def __getitem__(self, position: slice) -> tuple[Trial, ...]: ...
     def __getitem__(self, position: int | slice) -> Trial | tuple[Trial, ...]:
         return self._trials[position]
 

@@ -1,4 +1,4 @@
-"""What curves tell of learning, overfitting and forgetting: where early stopping would have stopped, and at what price.
+"""Learning, overfitting and forgetting, read off the curves: where early stopping would have stopped, and the price.
 
     frame = pandas.concat(by_size(...))     # methods x sizes of the training set x rates on one seed, then all seeds
     trials = summarise_trials(frame)        # one row a trial: what it learned, lost again, and forgot
@@ -10,15 +10,15 @@
 A frame is what :func:`lora_lab.ablation.ablate` returns, with one more column: ``setup``, a name for how it trained.
 With a column ``n_train`` as well, each size of the training set is treated by itself.
 
-To stop early is not another run: a run that was evaluated often holds every shorter one, where the rate does not
-depend on the number of steps (``schedule="constant"``). The loss at the best evaluation is the lowest of several, so it
-is a little too good; all methods have that in common.
+Stopping early needs no other run: a run that was evaluated often contains every shorter one, if the learning rate does
+not depend on the number of steps (``schedule="constant"``). The loss at the best evaluation is the lowest of several,
+so it is a little too good; this holds for all methods alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +59,10 @@ def by_size(
         task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
         trial_of: (method, lr, seed, size) -> the trial.
         lrs: the rates that each method tries.
-        choose: how many of the seeds choose. One is cheap, and its choice hangs by a thread where rates nearly tie.
+        choose: how many of the seeds choose. One is cheap, but unreliable where rates nearly tie.
 
     Yields:
-        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order, as it is done.
+        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order, as soon as it is done.
 
     Raises:
         ValueError: ``choose`` is out of range, or two methods make the same trial.
@@ -72,25 +72,23 @@ def by_size(
     if not 1 <= choose <= len(seeds):
         raise ValueError(f"choose is {choose}, but it must be from 1 to the number of seeds, {len(seeds)}.")
     for size in sizes:
-        chosen, tried = lrs, []
-        for place, seed in enumerate(seeds):
+        chosen, frames = lrs, []
+        for number, seed in enumerate(seeds, start=1):
             trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in chosen.items()}
-            every = [*chain.from_iterable(trials.values())]
-            frame = ablate(model_factory, task_of(size, seed), every, folder, **options)
+            frame = ablate(model_factory, task_of(size, seed), [*chain(*trials.values())], folder, **options)
             identity = {"task": frame["task"].iloc[0], "model": frame["model"].iloc[0]}
             setup_of = {trial.bound(**identity).key: setup for setup, group in trials.items() for trial in group}
             if len(setup_of) < sum(len(set(group)) for group in trials.values()):
-                raise ValueError("Two methods make the same trial, so their results could not be told apart; name one.")
+                raise ValueError("Two methods make the same trial, so their results are indistinguishable; name one.")
             frame = frame.assign(setup=frame["key"].map(setup_of), n_train=size)
             yield frame
-            tried.append(frame)
-            if place == choose - 1:
-                so_far = pandas.concat(tried, ignore_index=True)
+            frames.append(frame)
+            if number == choose:
+                so_far = pandas.concat(frames, ignore_index=True)
                 if not (so_far["outcome"] == "done").any():
                     break
-                chosen = {
-                    row["setup"]: (row["lr"],) for row in at_best_rate(summarise_trials(so_far)).to_dict("records")
-                }
+                best = at_best_rate(summarise_trials(so_far))
+                chosen = {setup: (lr,) for setup, lr in zip(best["setup"], best["lr"], strict=True)}
 
 
 def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -116,7 +114,7 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
         first, last = curve.iloc[0], curve.iloc[-1]
         if first["step"] != 0 or curve["step"].duplicated().any():
             raise ValueError(f"The trial {first[by].to_dict()} needs one row for each step, from 0 on.")
-        best = curve.loc[curve["validation_loss"].idxmin()]
+        best = curve.iloc[int(curve["validation_loss"].argmin())]
         row = {
             "best_step": int(best["step"]),
             "best_loss": best["validation_loss"],
@@ -127,20 +125,19 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
             "forgotten": best["off_domain_loss"] - first["off_domain_loss"],
             "forgotten_at_last": last["off_domain_loss"] - first["off_domain_loss"],
         }
-        after = [name for name in curve if name == "test_loss" or name.startswith(SCORE)]
-        row |= {name: last[name] for name in after}
+        row |= {name: last[name] for name in map(str, curve) if name == "test_loss" or name.startswith(SCORE)}
         rows.append(dict(zip(by, values, strict=True)) | row)
     return pandas.DataFrame(rows)
 
 
-def at_best_rate(found: pandas.DataFrame) -> pandas.DataFrame:
+def at_best_rate(trials: pandas.DataFrame) -> pandas.DataFrame:
     """The rows at each method's best rate: the lowest mean of ``best_loss`` over the seeds that all its rates have.
 
     A column ``edge`` is added: whether that rate is the "smallest" or "largest" of those that ended well, so that a
     better one may lie beyond, or the "only" one.
 
     Args:
-        found: what :func:`measures` returns.
+        trials: what :func:`summarise_trials` returns.
 
     Raises:
         ValueError: there are no trials, or the rates of a method have no seed in common.
@@ -148,22 +145,22 @@ def at_best_rate(found: pandas.DataFrame) -> pandas.DataFrame:
     import pandas
 
     parts = []
-    for own, means in _by_rate(found):
-        rates = [float(rate) for rate in means.index]
-        rate = float(means.idxmin())
+    for of_setup, means in _by_rate(trials):
+        rates = means.index.tolist()
+        rate = rates[means.argmin()]
         edge = "only" if len(rates) == 1 else {rates[0]: "smallest", rates[-1]: "largest"}.get(rate, "")
-        parts.append(own[own["lr"] == rate].assign(edge=edge))
+        parts.append(of_setup[of_setup["lr"] == rate].assign(edge=edge))
     return pandas.concat(parts, ignore_index=True)
 
 
-def near_ties(found: pandas.DataFrame, slack: float) -> pandas.DataFrame:
+def near_ties(trials: pandas.DataFrame, slack: float) -> pandas.DataFrame:
     """The rates that are as good as the best: a mean of ``best_loss`` that is at most ``slack`` above the best rate's.
 
-    A few seeds cannot tell such rates apart, and what is compared later may differ much between them. So train them all
-    on other seeds, and see whether a verdict holds for each (:func:`compare_over_rates`).
+    On a few seeds such rates are indistinguishable, and what is compared later may differ much between them. So train
+    them all on other seeds, and see whether a verdict holds for each (:func:`compare_over_rates`).
 
     Args:
-        found: what :func:`measures` returns, of the seeds that choose.
+        trials: what :func:`summarise_trials` returns, of the seeds that choose.
         slack: in the units of the loss; 0 leaves the best rate.
 
     Returns:
@@ -177,21 +174,21 @@ def near_ties(found: pandas.DataFrame, slack: float) -> pandas.DataFrame:
     if not slack >= 0:
         raise ValueError(f"slack is {slack}, but it must be 0 or a positive loss.")
     parts = []
-    for own, means in _by_rate(found):
-        ties = means.index[means <= means.min() + slack]
-        parts.append(own[own["lr"].isin(ties)].sort_values("lr")[[*_shared(own), "lr"]].drop_duplicates())
+    for of_setup, means in _by_rate(trials):
+        ties = of_setup[of_setup["lr"].isin(means.index[means <= means.min() + slack])]
+        parts.append(ties.sort_values("lr")[[*_shared(ties), "lr"]].drop_duplicates())
     return pandas.concat(parts, ignore_index=True)
 
 
-def _by_rate(found: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, pandas.Series]]:
+def _by_rate(trials: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, pandas.Series]]:
     """Each setup's trials (at each size), and each rate's mean ``best_loss`` over the seeds that all rates have."""
-    if found.empty:
+    if trials.empty:
         raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
-    for values, own in found.groupby(_shared(found), sort=False):
-        table = own.pivot(index="seed", columns="lr", values="best_loss").dropna()
+    for values, of_setup in trials.groupby(_shared(trials), sort=False):
+        table = of_setup.pivot(index="seed", columns="lr", values="best_loss").dropna()
         if table.empty:
             raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
-        yield own, table.mean()
+        yield of_setup, table.mean()
 
 
 def compare(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
@@ -214,9 +211,9 @@ def compare(best: pandas.DataFrame, column: str, reference: str = "full") -> pan
     if reference not in set(best["setup"]):
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(best['setup']))}.")
     rows = []
-    for size, own in best.groupby("n_train") if "n_train" in best else [(None, best)]:
-        table = own.pivot(index="seed", columns="setup", values=column)
-        for setup in dict.fromkeys(own["setup"]):
+    for size, of_size in best.groupby("n_train") if "n_train" in best else [(None, best)]:
+        table = of_size.pivot(index="seed", columns="setup", values=column)
+        for setup in of_size["setup"].unique():
             values = table[setup].dropna()
             row = {} if size is None else {"n_train": size}
             row |= {
@@ -235,7 +232,7 @@ def compare(best: pandas.DataFrame, column: str, reference: str = "full") -> pan
 
 
 def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: float = 1.0) -> pandas.DataFrame:
-    """What each method had forgotten when all had learned as much: a fair price for the same good.
+    """What each method had forgotten when all had learned as much: the price of the same gain.
 
     For each seed the amount is what the method that learned least had learned at its best. Each curve is followed from
     the start to where it first gets there, on straight lines between evaluations. A seed for which some method learned
@@ -245,7 +242,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
     smaller ``share`` of the amount is read where all curves are still steep; trust what holds for several shares.
 
     Args:
-        frame: as for :func:`measures`.
+        frame: as for :func:`summarise_trials`.
         best: the trials to compare, as :func:`at_best_rate` returns them.
         share: of the amount, above 0 and at most 1.
 
@@ -262,11 +259,11 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
     by, rows = _identity(frame), []
     common = [name for name in by if name not in ("setup", "lr")]  # what the methods that are compared share
     curves = {values: curve.sort_values("step") for values, curve in frame.groupby(by)}
-    for values, own in best.groupby(common):
-        amount = share * own["learned"].min()
+    for values, compared in best.groupby(common):
+        amount = share * compared["learned"].min()
         if not amount > 0:
             continue
-        for trial in own.to_dict("records"):
+        for trial in compared.to_dict("records"):
             curve = curves[tuple(trial[name] for name in by)]
             learned = (curve["validation_loss"].iloc[0] - curve["validation_loss"]).tolist()
             lost = (curve["off_domain_loss"] - curve["off_domain_loss"].iloc[0]).tolist()
@@ -278,12 +275,12 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
 def compare_over_rates(
     frame: pandas.DataFrame, column: str, reference: str = "full", share: float | None = None
 ) -> pandas.DataFrame:
-    """Each method held against one, over all pairs of their rates: does a difference hang on which rate was chosen?
+    """Each method compared with one, over all pairs of their rates: does a difference depend on the rate chosen?
 
     Args:
-        frame: as for :func:`measures`; each method at the rates that could have been chosen, see :func:`near_ties`.
-        column: one that :func:`measures` returns, or with a ``share`` one of :func:`at_equal_learning`.
-        reference: the method that the others are held against.
+        frame: as for :func:`summarise_trials`; each method at the rates that might be chosen, see :func:`near_ties`.
+        column: one that :func:`summarise_trials` returns, or with a ``share`` one of :func:`at_equal_learning`.
+        reference: the method that the others are compared with.
         share: None compares at each trial's own best or last step.
 
     Returns:
@@ -296,29 +293,30 @@ def compare_over_rates(
     """
     import pandas
 
-    found, rows = summarise_trials(frame), []
-    if reference not in set(found["setup"]):
-        raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(found['setup']))}.")
-    for size, trials in found.groupby("n_train") if "n_train" in found else [(None, found)]:
-        references = [one for _, one in trials[trials["setup"] == reference].groupby("lr")]
-        for setup, own in trials[trials["setup"] != reference].groupby("setup", sort=False):
-            pairs = [pandas.concat([one, other]) for one in references for _, other in own.groupby("lr")]
+    trials, rows = summarise_trials(frame), []
+    if reference not in set(trials["setup"]):
+        raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(trials['setup']))}.")
+    for size, of_size in trials.groupby("n_train") if "n_train" in trials else [(None, trials)]:
+        references = [at_rate for _, at_rate in of_size[of_size["setup"] == reference].groupby("lr")]
+        for setup, of_setup in of_size[of_size["setup"] != reference].groupby("setup", sort=False):
+            others = [at_rate for _, at_rate in of_setup.groupby("lr")]
+            pairs = [pandas.concat(pair) for pair in product(references, others)]
             if not pairs:
                 continue
             if share is not None:
                 curves = frame[frame["setup"].isin([reference, setup])]
                 pairs = [at_equal_learning(curves, pair, share) for pair in pairs]
-            told = pandas.concat([compare(pair, column, reference) for pair in pairs]).query("setup == @setup")
-            if "lower" not in told or told["lower"].isna().any():
+            bounds = pandas.concat([compare(pair, column, reference) for pair in pairs]).query("setup == @setup")
+            if "lower" not in bounds or bounds["lower"].isna().any():
                 raise ValueError(f"{setup!r} and {reference!r} need two seeds in common at each rate to be compared.")
             row = {} if size is None else {"n_train": size}
-            row |= {"setup": setup, "pairs": len(pairs), "lower": told["lower"].min(), "upper": told["upper"].max()}
-            rows.append({**row, "verdict": _over_all(told["lower"], told["upper"])})
+            row |= {"setup": setup, "pairs": len(pairs), "lower": bounds["lower"].min(), "upper": bounds["upper"].max()}
+            rows.append({**row, "verdict": _over_all(bounds["lower"], bounds["upper"])})
     return pandas.DataFrame(rows)
 
 
 def _over_all(lower: pandas.Series, upper: pandas.Series) -> str:
-    """What the bounds of several differences say together."""
+    """The verdict of several differences' bounds together."""
     less, more = upper < 0, lower > 0
     if less.any() and more.any():
         return "turns"
@@ -326,7 +324,7 @@ def _over_all(lower: pandas.Series, upper: pandas.Series) -> str:
 
 
 def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
-    """What was lost where ``amount`` is first learned."""
+    """What is lost where ``amount`` is first learned, on straight lines between evaluations."""
     after = next(i for i, value in enumerate(learned) if value >= amount)
     if after == 0:
         return lost[0]
@@ -336,7 +334,7 @@ def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: floa
 
 
 def _identity(frame: pandas.DataFrame) -> list[str]:
-    """The columns that tell trials apart."""
+    """The columns that identify a trial."""
     return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
 
 

@@ -26,14 +26,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.ablation.grid import Run
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES, PackedLinear, PackingError
-from lora_lab.ablation.packing import refusal
+from lora_lab.ablation.packing import lora_of, refusal
 from lora_lab.history import DivergedError, History, count_parameters
 from lora_lab.inject import adapter_state, match_layers, replace
 from lora_lab.lora import LoRALinear
@@ -150,7 +150,7 @@ def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[st
     for run in runs:
         if reason := refusal(model, task, run.method):
             raise PackingError(reason)
-    names = [list(match_layers(model, run.method.targets, run.method.exclude)) for run in runs]
+    names = [list(match_layers(model, lora_of(run).targets, lora_of(run).exclude)) for run in runs]
     for run, adapted in zip(runs, names, strict=True):
         if adapted != names[0]:
             raise PackingError(
@@ -200,8 +200,8 @@ class PackedAdapters:
         self.frozen_parameters = count_parameters(model)
         self.unpacked = [_new_adapters(model, names, run) for run in runs]
         model.requires_grad_(False)
-        rank = max(run.method.rank for run in runs)
-        bases = {name: model.get_submodule(name) for name in names}
+        rank = max(lora_of(run).rank for run in runs)
+        bases = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
         shapes = [shape for base in bases.values() for shape in ((rank, base.in_features), (base.out_features, rank))]
         sizes = [math.prod(shape) for shape in shapes]
         like = self.unpacked[0][names[0]].lora_A  # for its dtype and device
@@ -231,8 +231,8 @@ class PackedAdapters:
 def _new_adapters(model: nn.Module, names: Sequence[str], run: Run) -> dict[str, LoRALinear]:
     """The adapters of one run as ``inject`` makes them: one generator, layers in the model's order."""
     generator = torch.Generator().manual_seed(run.seed)
-    method = run.method
-    layer = method.layer or LoRALinear
+    method = lora_of(run)
+    layer = cast(type[LoRALinear], method.layer or LoRALinear)
     return {name: layer(model.get_submodule(name), method.rank, method.alpha, generator=generator) for name in names}
 
 

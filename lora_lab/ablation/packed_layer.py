@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from lora_lab.lean.loss import token_losses
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear
-from lora_lab.task import IGNORE, cross_entropy, logits, mean_squared_error
+from lora_lab.task import IGNORE, Loss, cross_entropy, logits, mean_squared_error
 
 _LOSS_ROWS = 128  # tokens whose logits exist at one moment: 25 MB for SmolLM2, memory that the C library keeps
 
@@ -28,6 +30,8 @@ class PackedLinear(nn.Module):
         B: (K, out, R), zero in those columns.
         scaling: (K,), alpha / rank of each trial.
     """
+
+    scaling: Tensor
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, scaling: Tensor) -> None:
         super().__init__()
@@ -81,7 +85,7 @@ class _AddUpdates(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] - one output
         x, narrow, A, B = ctx.saved_tensors
         per_trial = g.reshape(*x.shape[:2], -1).to(A.dtype)  # (640, 128) -> (20, 32, 128)
         narrowed = torch.bmm(B.mT, per_trial.mT).mul_(ctx.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
@@ -129,4 +133,4 @@ def _squared_errors(model: nn.Module, inputs: Tensor, targets: Tensor, trials: i
 
 
 # The losses of lora_lab.tasks, and how to compute them for each trial of a joined batch.
-TRIAL_LOSSES = {cross_entropy: _cross_entropies, mean_squared_error: _squared_errors}
+TRIAL_LOSSES: dict[Loss, Callable[..., Tensor]] = {cross_entropy: _cross_entropies, mean_squared_error: _squared_errors}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES
@@ -27,7 +27,7 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
 
     It looks at modules and settings only; ``packed.fit_packed`` also tries the model, before it trains.
     """
-    if type(method) not in (LoRA, RsLoRA):  # the two differ in scaling alone
+    if type(method) is not LoRA and type(method) is not RsLoRA:  # the two differ in scaling alone
         name = getattr(method, "name", method)
         return f"Method {name!r} cannot be packed, only LoRA and RsLoRA can; use fit."
     if method.dropout > 0:
@@ -47,14 +47,24 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     for name in names:
         if type(layer := model.get_submodule(name)) is not nn.Linear:
             return f"Layer {name!r} is a {type(layer).__name__}, but only adapters of nn.Linear can be packed; use fit."
-    weights = {name: model.get_submodule(name).weight for name in names}
-    if len({torch.promote_types(weight.dtype, torch.float32) for weight in weights.values()}) > 1:
-        dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    weights = _weights(model, method)
+    if len({torch.promote_types(weight.dtype, torch.float32) for weight in weights}) > 1:
+        dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
         return f"The layers to adapt are in {' and '.join(dtypes)}, but a pack needs adapters of one dtype; use fit."
     for name, module in model.named_modules():
         if reason := _mixing(module):
             return f"Module {name!r} ({type(module).__name__}) {reason}; use fit."
     return None
+
+
+def lora_of(run: Run) -> LoRA:
+    """The run's method, after :func:`refusal` has found that it is one of LoRA."""
+    return cast(LoRA, run.method)
+
+
+def _weights(model: nn.Module, method: LoRA) -> list[Tensor]:
+    names = match_layers(model, method.targets, method.exclude)
+    return [cast(nn.Linear, model.get_submodule(name)).weight for name in names]
 
 
 def _mixing(module: nn.Module) -> str | None:
@@ -84,12 +94,10 @@ def shares(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> l
         count: how many packs, at most one for each run.
         most: the most runs of a pack; ``count`` packs must be able to hold all.
     """
-    runs = sorted(runs, key=lambda run: run.method.rank, reverse=True)
-    weights = [
-        model.get_submodule(name).weight for name in match_layers(model, runs[0].method.targets, runs[0].method.exclude)
-    ]
+    runs = sorted(runs, key=lambda run: lora_of(run).rank, reverse=True)
+    weights = _weights(model, lora_of(runs[0]))
     frozen, sides = sum(2 * weight.numel() for weight in weights), sum(sum(weight.shape) for weight in weights)
-    work = [0, *itertools.accumulate(frozen + 3 * run.method.rank * sides for run in runs)]  # of the first 0, 1, ...
+    work = [0, *itertools.accumulate(frozen + 3 * lora_of(run).rank * sides for run in runs)]  # of the first 0, 1, ...
     cuts = [0]
     for left in range(count - 1, 0, -1):  # packs still to be cut off
         ideal = min(range(len(work)), key=lambda cut: abs(work[cut] - work[-1] * (count - left) / count))
@@ -136,8 +144,8 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
     device = next(model.parameters()).device
     if budget_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        budget_bytes = free // 2 // workers
-    widest = max(trials, key=lambda trial: trial.method.rank)
+        budget_bytes = int(free) // 2 // workers
+    widest = max(trials, key=lambda trial: lora_of(trial).rank)
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
     batch = task.train.inputs[rows], task.train.targets[rows]  # padded in full: no batch is longer
     bill = predict(model, widest.method, batch=batch, loss=task.loss, clip=widest.clip)

@@ -22,7 +22,7 @@ import reprlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -137,17 +137,18 @@ def ablate(
         works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in parcels]
     del model  # each process makes its own
     rescored = (
-        _judge_again(_Work(make, task, [trial], False, engine, _here(), judge), unjudged[trial.key], folder)
+        _judge_again(_Work(make, task, [trial], False, engine, _here()), judge, unjudged[trial.key], folder)
         for trial in wanted
-        if trial.key in unjudged
+        if folder is not None and judge is not None and trial.key in unjudged
     )
-    failures = []
+    failures: dict[str, _Failure] = {}
     bar = progress_bar(len(wanted), "trials", progress, unit="trial", done=len(results))
     with bar, closing(_results(works, n_jobs, timeout)) as arriving:
         for arrival in itertools.chain(rescored, arriving):
-            results[arrival.result["key"]] = arrival.result
+            key = arrival.result["key"]
+            results[key] = arrival.result
             if arrival.failure is not None:
-                failures.append(arrival)
+                failures[key] = arrival.failure
             if folder is not None:
                 _keep(folder, arrival)
             elif failures:
@@ -183,7 +184,8 @@ def _workers(n_jobs: int | None, timeout_s: float) -> tuple[int, float | None]:
         RuntimeError: a worker of a Dask cluster cannot run trials.
     """
     backend, _ = get_active_backend()
-    workers = joblib.effective_n_jobs(n_jobs)  # on a Dask cluster it waits for the first worker
+    # On a Dask cluster it waits for the first worker. (Joblib has no annotations: checkers infer narrower ones.)
+    workers: int = joblib.effective_n_jobs(n_jobs)  # pyright: ignore[reportArgumentType]
     if getattr(backend, "uses_threads", False) and workers > 1:
         raise ValueError(
             f"joblib's backend {type(backend).__name__} runs trials in threads of one process, which share torch's "
@@ -224,10 +226,11 @@ def _preflight(client: Any) -> None:
             )
 
 
-def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None) -> Iterator[_Arrival]:
+def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None) -> Generator[_Arrival]:
     """The trials' results as they end."""
     # One parcel at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
-    parallel = joblib.Parallel(n_jobs, return_as="generator_unordered", batch_size=1, timeout=timeout_s)
+    options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
+    parallel: Any = joblib.Parallel(n_jobs, **options)
     try:
         with closing(parallel(joblib.delayed(_run)(work) for work in works)) as parcels:
             for parcel in parcels:
@@ -486,7 +489,7 @@ def _score(name: Any, value: Any) -> Any:
     )
 
 
-def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
+def _judge_again(work: _Work, judge: Judge, stored: dict[str, Any], folder: Path) -> _Arrival:
     """The stored result of a trial with the judge's scores of the weights that were kept.
 
     Raises:
@@ -509,16 +512,16 @@ def _judge_again(work: _Work, stored: dict[str, Any], folder: Path) -> _Arrival:
         with torch.no_grad():
             for name, value in trained(model).items():
                 value.copy_(weights[name])
-        scores, failure = _scores(work.judge, model, _task(work.task))
+        scores, failure = _scores(judge, model, _task(work.task))
     return _Arrival(stored | {"scores": scores, "reason": failure and failure.reason}, failure)
 
 
-def _judge_error(failures: Sequence[_Arrival], what_to_do: str) -> RuntimeError:
-    """The error to raise when the judge has failed on some trials."""
-    first = failures[0]
+def _judge_error(failures: Mapping[str, _Failure], what_to_do: str) -> RuntimeError:
+    """The error to raise when the judge has failed on some trials, whose keys are given."""
+    key, first = next(iter(failures.items()))
     count = f"{len(failures)} trials, first on " if len(failures) > 1 else ""
-    error = RuntimeError(f"The judge failed on {count}{first.result['key']} ({first.failure.words}); {what_to_do}.")
-    error.add_note(first.failure.trace)
+    error = RuntimeError(f"The judge failed on {count}{key} ({first.words}); {what_to_do}.")
+    error.add_note(first.trace)
     return error
 
 

@@ -136,7 +136,7 @@ def _pretrained_digits(n_train: int) -> nn.Module:
     return fresh
 
 
-def language_model(device: torch.device | None = None) -> nn.Module:
+def language_model(device: torch.device | None = None) -> Llama:
     """SmolLM2-135M-Instruct, loaded anew, on the best device there is if none is given."""
     return load_pretrained(SMOLLM2, device=device)[0]
 

@@ -181,8 +181,9 @@ def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     of_method = with_ranks[with_ranks["method"] == method]
     rows = of_method[(of_method["outcome"] == "failed") | (of_method["step"] == of_method["steps"])]
-    for name in [name for name in rows if name not in _MAY_VARY and not name.startswith(SCORE)]:
-        _one_value(rows, name, "")
+    for name in map(str, rows):
+        if name not in _MAY_VARY and not name.startswith(SCORE):
+            _one_value(rows, name, "")
     if "alpha" in rows:
         for rank, of_rank in rows.groupby("rank"):
             _one_value(of_rank, "alpha", f" for rank {rank:g}")
@@ -206,25 +207,25 @@ def _one_value(rows: pandas.DataFrame, name: str, where: str) -> None:
 
 def _choose(rows: pandas.DataFrame, seeds: Sequence[int]) -> _Choice:
     """The rate of the lowest mean validation loss among those that have a result for every seed."""
+    tried = sorted(map(float, rows["lr"].unique()))
     complete, incomplete = [], []
-    for lr, trials in rows.groupby("lr"):
+    for lr in tried:
+        trials = rows[rows["lr"] == lr]
         done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
-        losses = {int(row.seed): (row.validation_loss, row.test_loss) for row in done.itertuples()}
-        failed = sorted({int(seed) for seed in trials["seed"]} - set(losses))
+        losses = dict(zip(map(int, done["seed"]), map(float, done["test_loss"]), strict=True))
+        failed = sorted(set(map(int, trials["seed"])) - set(losses))
         missing = sorted(set(seeds) - set(losses) - set(failed))
         gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
         if gaps:
             incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
         else:
-            mean = statistics.fmean(validation for validation, _ in losses.values())
-            complete.append((mean, float(lr), {seed: float(losses[seed][1]) for seed in seeds}))
+            complete.append((statistics.fmean(done["validation_loss"]), lr, {seed: losses[seed] for seed in seeds}))
     note = ", ".join(incomplete)
     if not complete:
         return _Choice(note=note)
-    validation, lr, test = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
-    tried = sorted(rows["lr"].unique())
+    validation_loss, lr, losses = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
     edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
-    return _Choice(lr, validation, test, note, edge)
+    return _Choice(lr, validation_loss, losses, note, edge)
 
 
 def _listed(seeds: Sequence[int]) -> str:
@@ -235,7 +236,7 @@ def _judge(rank: int, choice: _Choice, largest: _Choice, margin: float) -> RankR
     if choice.losses is None:
         return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
     mean = statistics.fmean(choice.losses.values())
-    known = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": mean}
+    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": mean}
     if choice is largest:
         return RankResult(rank, "reference", **known)
     if largest.losses is None:
