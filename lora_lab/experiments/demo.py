@@ -124,7 +124,11 @@ def run(
     results = []
     for number, (label, method, lr, folder) in enumerate(contenders, start=2):
         print(f"\n[{number}/4] {label}: {steps} steps of {BATCH_SIZE} x {SEQ_LEN} tokens at learning rate {lr:g}")
-        results.append(run_in_subprocess(train, label, method, lr, steps, seed, device, folder))
+        try:
+            results.append(run_in_subprocess(train, label, method, lr, steps, seed, device, folder))
+        except MemoryError as error:
+            reason = str(error).partition(";")[0].rstrip(".")
+            raise MemoryError(f"{reason}; full fine-tuning of SmolLM2-135M needs about 4 GiB of free memory.") from None
         print(_quote(results[-1].sample))
     print("\n[4/4] Side by side\n")
     print(table(results))

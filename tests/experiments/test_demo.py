@@ -165,6 +165,16 @@ RESULTS = [
 ]
 
 
+def test_lack_of_memory_comes_with_what_full_fine_tuning_needs(small_demo, tmp_path, capsys, monkeypatch):
+    def ended(*arguments, **options):
+        raise MemoryError("The subprocess was ended by the system; do something.")
+
+    monkeypatch.setattr(demo, "train", ended)
+    assert command("demo", "--steps", 1, "--device", "cpu:0", "--out", tmp_path) == 1
+    says = "The subprocess was ended by the system; full fine-tuning of SmolLM2-135M needs about 4 GiB of free memory."
+    assert capsys.readouterr().err == f"lora-lab: {says}\n"
+
+
 def test_table_of_two_results():
     expected = """
                             LoRA r=8  full fine-tuning
