@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.lean.linear import gated_linear, linear, project
-from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, RMSNorm
+from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, RMSNorm, attend, split_heads
 from lora_lab.models.quantize import BlockLinear
 
 
@@ -102,29 +102,40 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, norm.weight, norm.eps)  # (4, 128, 576)
 
 
-class _LeanAttention(Attention):
+class _LeanAttention(nn.Module):
     """Attention with lean projections and rotation."""
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, attention: Attention) -> None:
-        nn.Module.__init__(self)  # without the projections that Attention makes
+        super().__init__()
         self.layer, self.head_dim = attention.layer, attention.head_dim
         for name, child in attention.named_children():
             self.add_module(name, child)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         query, key, value = (
-            self.split_heads(projected)  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 128, 192) -> (4, 3, 128, 64)
+            split_heads(projected, self.head_dim)  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 3, 128, 64)
             for projected in project([self.q_proj, self.k_proj, self.v_proj], x)
         )
         query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
-        return linear(self.o_proj, self.attend(query, key, value, mask, cache))  # (4, 128, 576)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
+        return linear(self.o_proj, attend(query, key, value, mask))  # (4, 128, 576)
 
 
-class _LeanMLP(MLP):
+class _LeanMLP(nn.Module):
     """SwiGLU that saves only gate and up."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def __init__(self, mlp: MLP) -> None:
-        nn.Module.__init__(self)  # without the projections that MLP makes
+        super().__init__()
         for name, child in mlp.named_children():
             self.add_module(name, child)
 

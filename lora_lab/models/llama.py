@@ -99,6 +99,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin  # (4, 9, 128, 64)
 
 
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(Q K^T / sqrt(head_dim)) V, with the heads concatenated: (batch, length, heads * head_dim)."""
+    causal = mask is None and query.shape[2] > 1
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
+    )  # (4, 9, 128, 64)
+    return mixed.transpose(1, 2).flatten(2)  # (4, 128, 576)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
 
@@ -145,27 +159,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, width, bias=config.attention_bias)  # 576 -> 576
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        query = self.split_heads(self.q_proj(x))  # (4, 128, 576) -> (4, 9, 128, 64)
-        key = self.split_heads(self.k_proj(x))  # (4, 128, 192) -> (4, 3, 128, 64)
-        value = self.split_heads(self.v_proj(x))  # (4, 128, 192) -> (4, 3, 128, 64)
+        query = split_heads(self.q_proj(x), self.head_dim)  # (4, 128, 576) -> (4, 9, 128, 64)
+        key = split_heads(self.k_proj(x), self.head_dim)  # (4, 128, 192) -> (4, 3, 128, 64)
+        value = split_heads(self.v_proj(x), self.head_dim)  # (4, 128, 192) -> (4, 3, 128, 64)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)
-        return self.o_proj(self.attend(query, key, value, mask, cache))  # (4, 128, 576)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """softmax(Q K^T / sqrt(head_dim)) V, with the heads concatenated: (batch, length, heads * head_dim)."""
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
-        causal = mask is None and query.shape[2] > 1
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
-        )  # (4, 9, 128, 64)
-        return mixed.transpose(1, 2).flatten(2)  # (4, 128, 576)
+        return self.o_proj(attend(query, key, value, mask))  # (4, 128, 576)
 
 
 class MLP(nn.Module):
