@@ -118,9 +118,7 @@ class _LeanAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         query, key, value = (
-            split_heads(
-                projected, self.head_dim
-            )  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 128, 192) -> (4, 3, 128, 64)
+            split_heads(projected, self.head_dim)  # (4, 128, 576) -> (4, 9, 128, 64), and 2 x (4, 3, 128, 64)
             for projected in project([self.q_proj, self.k_proj, self.v_proj], x)
         )
         query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # (4, 9, 128, 64), (4, 3, 128, 64)

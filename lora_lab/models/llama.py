@@ -99,6 +99,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin  # (4, 9, 128, 64)
 
 
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(Q K^T / sqrt(head_dim)) V, with the heads concatenated: (batch, length, heads * head_dim)."""
+    causal = mask is None and query.shape[2] > 1
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
+    )  # (4, 9, 128, 64)
+    return mixed.transpose(1, 2).flatten(2)  # (4, 128, 576)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
 
@@ -152,20 +166,6 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)  # (4, 3, past + 128, 64)
         return self.o_proj(attend(query, key, value, mask))  # (4, 128, 576)
-
-
-def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(Q K^T / sqrt(head_dim)) V, with the heads concatenated: (batch, length, heads * head_dim)."""
-    causal = mask is None and query.shape[2] > 1
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
-    )  # (4, 9, 128, 64)
-    return mixed.transpose(1, 2).flatten(2)  # (4, 128, 576)
 
 
 class MLP(nn.Module):
