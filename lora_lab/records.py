@@ -103,10 +103,10 @@ class Record:
         return pandas.DataFrame(self.rows).sort_index(axis="columns")
 
 
-def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's row as a record's: what is no number is None."""
+def json_safe(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """The row with NaN and infinity replaced by None, which JSON lacks."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
 
 
