@@ -41,6 +41,8 @@ SCRATCH = "scratch"
 SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
 FROM_SCRATCH = ("sentiment",)  # tasks that are also learned from scratch
 SHOWN = 3  # answers per method in the record
+# The columns of a trial's answers in the table; earlier versions stored them as said_0 and so on.
+_PREDICTIONS = [f"{SCORE}{name}_{i}" for name in ("prediction", "said") for i in range(SHOWN)]
 _LOSSES = ("validation_loss", "off_domain_loss", "test_loss")
 
 
@@ -149,14 +151,9 @@ def judge(model: nn.Module, task: Task) -> dict[str, float | str]:
     return test_scores | {f"prediction_{i}": prediction for i, prediction in enumerate(predictions)}
 
 
-def _stored_predictions(row: Mapping[str, Any]) -> list[str]:
-    """The answers that :func:`judge` stored with a trial, from the trial's row of the table."""
-    predictions = []
-    for i in range(SHOWN):
-        for name in (f"{SCORE}prediction_{i}", f"{SCORE}said_{i}"):  # earlier versions wrote said_0, ...
-            if isinstance(row.get(name), str):  # a column that other trials have is NaN here
-                predictions.append(row[name])
-    return predictions
+def _stored_predictions(trial: Mapping[str, Any]) -> list[str]:
+    """The answers that :func:`judge` stored, from a trial's row of the table; NaN where only other trials have one."""
+    return [trial[name] for name in _PREDICTIONS if isinstance(trial.get(name), str)]
 
 
 def _task_rows(planned: Plan, name: str, device: torch.device, folder: str | Path) -> Iterator[dict[str, Any]]:
@@ -242,7 +239,7 @@ def _row(trial: Mapping[str, Any], name: str, about: str) -> dict[str, Any]:
     trial_scores = {
         column.removeprefix(SCORE): value
         for column, value in trial.items()
-        if column.startswith(SCORE) and not isinstance(value, str)
+        if column.startswith(SCORE) and column not in _PREDICTIONS
     }
     return json_safe({"about": about, "task": name} | {column: trial[column] for column in columns} | trial_scores)
 
