@@ -41,8 +41,8 @@ SCRATCH = "scratch"
 SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
 FROM_SCRATCH = ("sentiment",)  # tasks that are also learned from scratch
 SHOWN = 3  # answers per method in the record
-# The columns of a trial's answers in the table; earlier versions stored them as said_0 and so on.
-_PREDICTIONS = [f"{SCORE}{name}_{i}" for name in ("prediction", "said") for i in range(SHOWN)]
+# The columns of a trial's answers in the table, under their present and their former names.
+_PREDICTIONS = [f"{SCORE}{name}_{i}" for name in ("prediction", "said") for i in range(SHOWN)]  # old name
 _LOSSES = ("validation_loss", "off_domain_loss", "test_loss")
 
 

@@ -244,7 +244,6 @@ def style(
         tokenizer: of the model.
         variant: "log", or "plain" for the same stories without the style, split in the same way, to compare with.
         max_tokens: longer examples are left out.
-        told: the old name of ``variant``.
 
     Raises:
         ValueError: ``variant`` is neither "log" nor "plain".
@@ -263,7 +262,7 @@ def style(
         max_tokens=max_tokens,
         skip_long=True,
         metric="style",
-        about="very short stories " + ("as a lighthouse keeper's log" if variant == "log" else "told plainly"),
+        about="very short stories " + ("as a lighthouse keeper's log" if variant == "log" else "in plain style"),
         licence="CC0-1.0",
     )
 
