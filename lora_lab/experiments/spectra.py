@@ -144,11 +144,11 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[dict[str, Any]]:
         for name, update in updates.items():
             before = cast(torch.Tensor, update.before)  # known for every update from _updates: (192, 576)
             if name in block:
-                row = with_noise[name]
+                row: dict[Any, Any] = with_noise[name]
             else:
-                intruders = intruder_dimensions(before, before + _matrix(update.svd))
-                row = {"intruders": int(intruders.count), "energy_share": float(intruders.energy_share)}
-                row["floor"] = intruders.floor
+                result = intruder_dimensions(before, before + _matrix(update.svd))
+                row = {"intruders": int(result.count), "energy_share": float(result.energy_share)}
+                row["floor"] = result.floor
             yield _rounded({"layer": name, **row, "relative_norm": float(update.svd.S.norm() / before.norm())})
             bar.update()
 
