@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_lab.experiments import step_memory as recording
+from lora_lab.experiments import memory
 from lora_lab.system.device import pick_device
 from lora_lab.system.provenance import machine_info
 
@@ -29,17 +29,17 @@ def main() -> None:
     for key, value in machine_info(device).items():
         print(f"{key}: {value}")
     rows = []
-    for row in recording.memory(device, options.models):
+    for row in memory.rows(device, options.models):
         rows.append(row)
-        print(recording.line(row), flush=True)
-    off = {recording.name(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
+        print(memory.line(row), flush=True)
+    off = {memory.describe(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
     worst = max(off, key=lambda name: abs(off[name]))
     within = sum(abs(value) <= GOAL[device.type] for value in off.values())
     print(f"\n{len(rows)} configurations, {within} within {GOAL[device.type]:.0%}; worst {off[worst]:+.2%}: {worst}")
     if all(row["process_bytes"] is not None for row in rows):
-        over = {recording.name(row): row["process_bytes"] - row["measured_bytes"] for row in rows}
+        over = {memory.describe(row): row["process_bytes"] - row["measured_bytes"] for row in rows}
         most = max(over, key=over.__getitem__)
-        near = sum(over[recording.name(row)] <= 0.1 * row["measured_bytes"] for row in rows)
+        near = sum(over[memory.describe(row)] <= 0.1 * row["measured_bytes"] for row in rows)
         print(
             f"the process grew by at most 10 % more than that in {near} of {len(rows)}; "
             f"libraries and heap took {min(over.values()) / 2**20:.0f} to {over[most] / 2**20:.0f} MiB (most: {most})"

@@ -7,24 +7,37 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__
-from lora_lab.experiments.registry import NAMES, current_name, recorders
+from lora_lab.experiments.registry import NAMES, OF_MODELS, current_name, recorder
 
-# A waiting thread gives its core back; set before torch starts its threads. With another busy process on
-# the machine, spinning threads make small matrix products several times slower.
+if TYPE_CHECKING:
+    from lora_lab import plots
+    from lora_lab.models.llama import LlamaConfig
+
+# Waiting threads yield their cores; set before torch starts its threads. While another process is busy, spinning
+# threads make small matrix multiplications several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+DEVICE_HELP = "cpu, cuda, ... (default: the best available)"
+
+
 class _WithDefaults(argparse.HelpFormatter):
-    """Help that ends in the option's default, wherever there is one to name."""
+    """Appends the default of each option to its help text."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         value, text = action.default, action.help or ""
         if not action.option_strings or value is None or value is False or value is argparse.SUPPRESS:
             return text
-        shown = ",".join(map(str, value)) if isinstance(value, list) else value
-        return f"{text} (default: {shown})"
+        default = ",".join(map(str, value)) if isinstance(value, list) else value
+        return f"{text} (default: {default})"
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_WithDefaults, **options)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,102 +61,114 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands",
         metavar="COMMAND",
-        parser_class=partial(argparse.ArgumentParser, formatter_class=_WithDefaults),
+        parser_class=_Parser,
     )
     _add_training(commands)
     _add_measuring(commands)
-    doctor = commands.add_parser("doctor", help="what this machine has, and what the lab will use, and why")
+    doctor = commands.add_parser(
+        "doctor", help="show the software and hardware of this machine, and which device is used, and why"
+    )
     doctor.set_defaults(run=_doctor)
-    fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there")
+    fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there yet")
     fetch.set_defaults(run=_fetch)
     return parser
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
-    demo = commands.add_parser("demo", help="LoRA beside full fine-tuning of a real language model, measured")
+    demo = commands.add_parser("demo", help="compare LoRA with full fine-tuning on a real language model")
     demo.add_argument("--steps", type=int, default=40, help="training steps of each method")
-    demo.add_argument("--seed", type=int, default=0, help="of adapters and data order")
+    demo.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
     demo.add_argument("--rank", type=int, default=8, help="LoRA's rank")
-    demo.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    demo.add_argument("--device", help=DEVICE_HELP)
     demo.add_argument("--out", default="runs/demo", help="folder for the results")
     demo.set_defaults(run=_demo)
 
     tune = commands.add_parser(
-        "finetune", help="teach a model a trade, or your own data, and judge it before and after"
+        "finetune", help="fine-tune a model on a task or on your own data, and evaluate it before and after"
     )
     tune.add_argument(
         "--task",
         required=True,
-        help="summarise, translate-fr (-de, -es), sentiment, tweets, style, docs; or a .jsonl or .txt",
+        help="summarise, translate-fr (-de, -es), sentiment, tweets, style, docs; or a .jsonl or .txt file",
     )
     tune.add_argument("--method", default="lora", help="lora, rslora, lora+, lora-fa, pissa, dora, full")
-    tune.add_argument("--rank", type=int, default=8, help="the adapters' rank")
-    tune.add_argument("--alpha", type=float, help="strength of the update (default: twice the rank)")
+    tune.add_argument("--rank", type=int, default=8, help="rank of the adapters")
+    tune.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank (default: twice the rank)")
     tune.add_argument("--steps", type=int, default=200, help="training steps")
     tune.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; 1e-4 for full)")
-    tune.add_argument("--batch", type=int, default=8, help="examples a step")
-    tune.add_argument("--seed", type=int, default=0, help="of adapters and data order")
-    tune.add_argument("--model", default="smollm2-135m", help="a folder or .gguf file")
-    tune.add_argument("--eval-examples", type=int, default=64, help="of each part to judge by")
-    tune.add_argument("--preview", action="store_true", help="only show what the model would see")
-    tune.add_argument("--out", default="runs/finetune", help="folder for what is kept")
-    tune.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    tune.add_argument("--batch", type=int, default=8, help="examples per step")
+    tune.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
+    tune.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file")
+    tune.add_argument("--eval-examples", type=int, default=64, help="examples of each part to evaluate on")
+    tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
+    tune.add_argument("--out", default="runs/finetune", help="folder for the results")
+    tune.add_argument("--device", help=DEVICE_HELP)
     tune.set_defaults(run=_finetune)
 
-    generate = commands.add_parser("generate", help="let a model write, with or without what was trained")
+    generate = commands.add_parser("generate", help="generate text with a model, with or without an adapter")
     generate.add_argument("prompt", help="the text to continue")
     which = generate.add_mutually_exclusive_group()
     which.add_argument("--adapter", metavar="DIR", help="a folder with an adapter")
     which.add_argument("--model", metavar="DIR", help="a model's folder or .gguf file (default: smollm2-135m)")
-    generate.add_argument("--tokens", type=int, default=60, help="how many to add at most")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws, above temperature 0")
-    generate.add_argument(
-        "--chat", action="store_true", help="put the prompt as a question, in the model's chat format"
-    )
-    generate.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    generate.add_argument("--tokens", type=int, default=60, help="the most tokens to generate")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    generate.add_argument("--device", help=DEVICE_HELP)
     generate.set_defaults(run=_generate)
 
 
 def _add_measuring(commands: argparse._SubParsersAction) -> None:
-    memory = commands.add_parser("memory", help="which ways to train a model fit into a card's memory")
+    memory = commands.add_parser("memory", help="which training setups of a model fit into a GPU's memory")
     memory.add_argument(
-        "--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)"
+        "--model", default="smollm2-135m", help="name of a known model, or a Hugging Face folder (config.json)"
     )
-    memory.add_argument("--budget", help="the card's memory, such as 24GiB or 80GB")
-    memory.add_argument("--batch", type=int, default=1, help="sequences a step")
-    memory.add_argument("--seq", type=int, default=512, help="tokens a sequence")
+    memory.add_argument("--budget", help="memory of the GPU, such as 24GiB or 80GB")
+    memory.add_argument("--batch", type=int, default=1, help="sequences per step")
+    memory.add_argument("--seq", type=int, default=512, help="tokens per sequence")
     memory.add_argument("--rank", type=int, default=8, help="LoRA's rank")
-    memory.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 or float32")
-    memory.add_argument("--device", default="cuda", help="cuda (estimated where there is none) or cpu")
+    memory.add_argument("--dtype", default="bfloat16", help="type of the weights: bfloat16 or float32")
+    memory.add_argument("--device", default="cuda", help="cuda (estimated if there is no GPU) or cpu")
     memory.add_argument(
-        "--largest", choices=["batch", "seq"], help="also look for the largest batch or context that fits (minutes)"
+        "--largest",
+        choices=["batch", "seq"],
+        help="also search for the largest batch or context that fits (takes minutes)",
     )
-    memory.add_argument("--bills", action="store_true", help="also print each bill, part by part")
+    memory.add_argument("--bills", action="store_true", help="also print the memory of each setup, part by part")
     memory.set_defaults(run=_memory)
 
-    speed = commands.add_parser("speed", help="will LoRA be faster than full fine-tuning here, and why")
-    speed.add_argument("--model", default="smollm2-135m", help="a shape's name, or a Hugging Face folder (config.json)")
-    speed.add_argument("--batch", type=int, default=1, help="sequences a step")
-    speed.add_argument("--seq", type=int, default=128, help="tokens a sequence")
+    speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
+    speed.add_argument(
+        "--model", default="smollm2-135m", help="name of a known model, or a Hugging Face folder (config.json)"
+    )
+    speed.add_argument("--batch", type=int, default=1, help="sequences per step")
+    speed.add_argument("--seq", type=int, default=128, help="tokens per sequence")
     speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
-    speed.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
-    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also take real steps, so many rounds of each")
+    speed.add_argument("--device", help=DEVICE_HELP)
+    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
     speed.set_defaults(run=_speed)
 
-    analyze = commands.add_parser("analyze", help="what training wrote into the weights, beside what chance would give")
-    analyze.add_argument("tuned", metavar="DIR", help="the folder of an adapter, or of a fine-tuned model")
-    analyze.add_argument("--base", help="the model before: a folder, or smollm2-135m; a fine-tuned model needs it")
-    analyze.add_argument("--out", default="runs/analyze", help="folder for table and pictures")
+    analyze = commands.add_parser(
+        "analyze", help="spectra of what training wrote into the weights, and of random updates"
+    )
+    analyze.add_argument("tuned", metavar="DIR", help="folder of an adapter or of a fine-tuned model")
+    analyze.add_argument(
+        "--base", help="the model before training: a folder, or smollm2-135m; required for a fine-tuned model"
+    )
+    analyze.add_argument("--out", default="runs/analyze", help="folder for the table and the pictures")
     analyze.set_defaults(run=_analyze)
 
     _add_ablate(commands)
 
-    record = commands.add_parser("record", help="measure everything on this machine, and keep it in records/")
+    record = commands.add_parser(
+        "record", help="measure on this machine what the lessons show, and save it in records/"
+    )
     record.add_argument("what", choices=NAMES, type=current_name, help="what to measure")
-    record.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
-    record.add_argument("--models", nargs="+", help="only these models (of memory and speed; default: all)")
-    record.add_argument("--out", help="folder for the record (default: records/)")
+    record.add_argument("--device", help=DEVICE_HELP)
+    record.add_argument(
+        "--models", nargs="+", help=f"measure only these models; for {' and '.join(OF_MODELS)} (default: all)"
+    )
+    record.add_argument("--out", help="folder of the record (default: records/)")
     record.set_defaults(run=_record)
 
 
@@ -152,25 +177,27 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
         def parse(text: str) -> list:
             return [kind(number) for number in text.split(",")]
 
-        parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its error
+        parse.__name__ = f"list of {kind.__name__}"  # for argparse's error message
         return parse
 
-    ablate = commands.add_parser("ablate", help="which rank is enough: ranks x rates x seeds; can be stopped and go on")
+    ablate = commands.add_parser(
+        "ablate", help="which rank is enough: ranks x rates x seeds; continues if it was stopped"
+    )
     ablate.add_argument("--task", default="digits", help="planted, digits or docs")
     ablate.add_argument("--method", default="lora", help="lora, rslora, lora-fa, lora+, pissa or dora")
     ablate.add_argument("--ranks", type=numbers(int), default=[1, 2, 4, 8, 16], help="ranks to try")
-    ablate.add_argument("--lrs", type=numbers(float), help="learning rates (default: by task)")
-    ablate.add_argument("--seeds", type=int, default=5, help="how many")
-    ablate.add_argument("--alpha-per-rank", type=float, default=2.0, help="alpha over rank")
-    ablate.add_argument("--alpha", type=float, help="one alpha for all ranks, in its place")
+    ablate.add_argument("--lrs", type=numbers(float), help="learning rates to try (default: by task)")
+    ablate.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    ablate.add_argument("--alpha-per-rank", type=float, default=2.0, help="alpha divided by the rank")
+    ablate.add_argument("--alpha", type=float, help="one alpha for all ranks instead")
     ablate.add_argument("--steps", type=int, help="training steps (default: by task)")
-    ablate.add_argument("--batch", type=int, help="examples a step (default: by task)")
-    ablate.add_argument("--seq", type=int, default=64, help="tokens an example, for docs")
-    ablate.add_argument("--eval-examples", type=int, help="examples of each part to judge by (default: all)")
-    ablate.add_argument("--margin", type=float, help="a loss this much higher is as good (default: by task)")
+    ablate.add_argument("--batch", type=int, help="examples per step (default: by task)")
+    ablate.add_argument("--seq", type=int, default=64, help="tokens per example, for docs")
+    ablate.add_argument("--eval-examples", type=int, help="examples of each part to evaluate on (default: all)")
+    ablate.add_argument("--margin", type=float, help="difference in loss that does not matter (default: by task)")
     ablate.add_argument("--engine", default="auto", help="auto, separate or packed")
-    ablate.add_argument("--jobs", type=int, default=1, help="processes")
-    ablate.add_argument("--out", default="runs/ranks", help="folder of results; if it has some, they are not run again")
+    ablate.add_argument("--jobs", type=int, default=1, help="number of processes")
+    ablate.add_argument("--out", default="runs/ranks", help="folder of results; finished trials are not run again")
     ablate.set_defaults(run=_ablate)
 
 
@@ -183,15 +210,19 @@ def _demo(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     from lora_lab.experiments import finetune
     from lora_lab.models.pretrained import load_pretrained
+    from lora_lab.tasks import PairTask
 
     method = finetune.method_of(options.method, options.rank, options.alpha)
     if options.preview:
         task = finetune.task_of(options.task, load_pretrained(options.model, device="cpu")[1])
         print(task.describe())
-        print(task.preview(3) if hasattr(task, "preview") else "")
+        if isinstance(task, PairTask):
+            print(task.preview(3))
         return
     finetune.run(
-        *(options.task, method, options.out),
+        options.task,
+        method,
+        options.out,
         steps=options.steps,
         lr=options.lr,
         batch_size=options.batch,
@@ -219,12 +250,12 @@ def _generate(options: argparse.Namespace) -> None:
     text = tokenizer.chat([{"role": "user", "content": options.prompt}]) if options.chat else options.prompt
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=not options.chat), dtype=torch.long)
     ids = ids.to(next(model.parameters()).device)
-    written = model.generate(ids, options.tokens, tokenizer.eos_id, options.temperature, options.seed)
-    print(("" if options.chat else options.prompt) + tokenizer.decode(written.tolist()))
+    new_ids = model.generate(ids, options.tokens, tokenizer.eos_id, options.temperature, options.seed)
+    print(("" if options.chat else options.prompt) + tokenizer.decode(new_ids.tolist()))
 
 
-def _config_of(model: str):
-    """The shape of a folder's model, or the known one of that name."""
+def _config_of(model: str) -> LlamaConfig:
+    """The config of the model in a folder, or of a known model by name."""
     from lora_lab.models import shapes
     from lora_lab.models.pretrained import read_config
 
@@ -232,8 +263,6 @@ def _config_of(model: str):
 
 
 def _speed(options: argparse.Namespace) -> None:
-    from functools import partial
-
     from lora_lab import FullFineTuning, Llama, LoRA
     from lora_lab.costs import speed
     from lora_lab.system.device import pick_device
@@ -252,26 +281,26 @@ def _speed(options: argparse.Namespace) -> None:
 
 
 def _memory(options: argparse.Namespace) -> None:
+    import torch
+
     from lora_lab.costs import memory_report
     from lora_lab.models.llama import Llama
 
-    dtypes = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+    dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
     if options.dtype not in dtypes:
         raise ValueError(f"--dtype is {options.dtype!r}, but it must be bfloat16 or float32.")
     if options.largest and not options.budget:
-        raise ValueError("--largest needs --budget, such as --budget 24GiB, to look for what fits into it.")
-    budget = memory_report.parse_bytes(options.budget) if options.budget else None
-    config = _config_of(options.model)
+        raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     memory_report.report(
-        lambda: Llama(config),
+        partial(Llama, _config_of(options.model)),
         options.model,
-        memory_report.training_setups(options.rank, _dtype(dtypes[options.dtype])),
-        options.batch,
-        options.seq,
-        options.device,
-        budget,
-        options.largest,
-        options.bills,
+        memory_report.training_setups(options.rank, dtypes[options.dtype]),
+        batch_size=options.batch,
+        seq_len=options.seq,
+        device=options.device,
+        budget_bytes=memory_report.parse_bytes(options.budget) if options.budget else None,
+        look_for=options.largest,
+        with_bills=options.bills,
     )
 
 
@@ -288,7 +317,7 @@ def _analyze(options: argparse.Namespace) -> None:
     settle(options.tuned)
     is_adapter = (Path(options.tuned) / CONFIG).is_file()
     if not is_adapter and options.base is None:
-        raise ValueError(f"{options.tuned} is no adapter (it lacks {CONFIG}); for a fine-tuned model give --base too.")
+        raise ValueError(f"{options.tuned} is no adapter (it lacks {CONFIG}); a fine-tuned model needs --base as well.")
     out = Path(options.out)
     check_writable(out)
     before = None if options.base is None else load(options.base)
@@ -301,7 +330,14 @@ def _analyze(options: argparse.Namespace) -> None:
     plots.use_style()
     for statistic in plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
-            print(f"Written: {plots.save(plots.by_depth(frame, statistic).figure, out / f'{statistic}.png')}")
+            _save_picture(plots.by_depth(frame, statistic), out / f"{statistic}.png")
+
+
+def _save_picture(axes: plots.Axes, path: Path) -> None:
+    from lora_lab import plots
+
+    plots.save(axes.figure, path)  # pyright: ignore[reportArgumentType]  # no plot is drawn on a SubFigure
+    print(f"Written: {path}")
 
 
 def _ablate(options: argparse.Namespace) -> None:
@@ -327,7 +363,7 @@ def _ablate(options: argparse.Namespace) -> None:
     )
     check_writable(out)
     model, task = studies.study(options.task, options.seq)
-    print(f"{len(grid)} trials; results in {out / 'trials'}, from where a stopped run goes on")
+    print(f"{len(grid)} trials; results in {out / 'trials'}, from which a run that was stopped continues")
     frame = ablate(model, task, grid, out / "trials", n_jobs=options.jobs, engine=options.engine)
     with atomic_file(out / "table.csv") as temporary:
         frame.to_csv(temporary, index=False)
@@ -335,10 +371,10 @@ def _ablate(options: argparse.Namespace) -> None:
     plots.use_style()
     pictures = {"rates": plots.loss_by_rate, "forgetting": plots.learning_and_forgetting}
     for name, draw in pictures.items():
-        print(f"Written: {plots.save(draw(frame).figure, out / f'{name}.png')}")
+        _save_picture(draw(frame), out / f"{name}.png")
     if len(options.ranks) > 1:
         verdict = smallest_sufficient_rank(frame, options.margin or studies.DEFAULTS[options.task].margin)
-        print(f"Written: {plots.save(plots.rank_verdict(verdict).figure, out / 'verdict.png')}")
+        _save_picture(plots.rank_verdict(verdict), out / "verdict.png")
         print(f"\n{verdict}")
 
 
@@ -348,38 +384,29 @@ def _record(options: argparse.Namespace) -> None:
     from lora_lab.system.files import check_writable, rescued
     from lora_lab.system.provenance import commit as current_commit
 
-    recorder = recorders()[options.what]
-    if options.models and not recorder.of_models:
-        able = " and ".join(name for name, each in recorders().items() if each.of_models)
-        raise ValueError(f"--models is for {able}; {options.what} is of SmolLM2-135M. Leave it out.")
+    if options.models and options.what not in OF_MODELS:
+        names = " and ".join(OF_MODELS)
+        raise ValueError(f"--models is for {names}, but {options.what} is about SmolLM2-135M only; leave it out.")
     if options.models and not options.out:
-        raise ValueError(
-            "A record of some models would take the place of the whole one; name another folder with --out."
-        )
+        raise ValueError("A record of some models would replace the whole one; name another folder with --out.")
+    chosen = recorder(options.what)
     device, why = pick_device(options.device)
     print(f"Device: {why}")
     command = "lora-lab record " + options.what
     command += f" --device {options.device}" if options.device else ""
     command += f" --models {' '.join(options.models)}" if options.models else ""
-    commit = current_commit()  # of the code that runs, whatever is committed meanwhile
-    found = recorder.rows(device, options.models) if recorder.of_models else recorder.rows(device)
-    settings = recorder.settings(device)
+    commit = current_commit()  # of the code that runs, even if something is committed meanwhile
+    settings = chosen.settings(device)
     records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # validate now, not after hours
     folder = records.destination(options.out)
     check_writable(folder)
     rows = []
-    for row in found:
+    for row in chosen.rows(device, options.models) if options.what in OF_MODELS else chosen.rows(device):
         rows.append(row)
-        if text := recorder.line(row):
+        if text := chosen.line(row):
             print(text, flush=True)
     record = records.new(options.what, rows, settings, command, device, commit)
-    print(f"Written: {rescued(lambda place: records.write(record, place), folder)}")
-
-
-def _dtype(name: str):
-    import torch
-
-    return getattr(torch, name)
+    print(f"Written: {rescued(lambda path: records.write(record, path), folder)}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

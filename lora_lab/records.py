@@ -1,7 +1,7 @@
-"""Measured runs with their provenance, so that a number seen on another machine can be traced and repeated.
+"""Measured runs with their provenance, so that a number from another machine can be traced and reproduced.
 
-A record is a JSON file, ``records/<device>-<what>.json``, that says what was run, on which machine, with
-which code, and what was measured. Commands write it; nobody edits it.
+A record is a JSON file, ``records/<device>-<what>.json``. It states what was run, on which machine and with which code,
+and what was measured. Commands write records; nobody edits them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.provenance import checkout, device_name, driver_version, machine_info, slug
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 SCHEMA = 1
-_TEXTS = {  # field -> (pattern, what it stands for)
+_TEXTS = {  # field -> (pattern, what the error says is expected)
     "what": (r"[a-z][a-z0-9_]*", "one lower-case word without a hyphen, such as 'memory'"),
     "device": (r".*[A-Za-z0-9].*", "the device's name, such as 'NVIDIA H100 80GB HBM3'"),
     "commit": (r"unknown|[0-9a-f]{40,64}(\+changes)?", "a full git commit, perhaps with '+changes', or 'unknown'"),
     "date": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day, such as '2026-11-24'"),
     "command": (r".*\S.*", "the one line that was run"),
 }
-# Names in records of earlier versions -> what they are called now.
+# Names in the records of earlier versions -> names now.
 _KINDS = {"trades": "downstream"}  # old name
 _SETTINGS = {"ways": "setups"}
 _COLUMNS = {"way": "setup", "wanted": "reference", "said": "prediction"}  # old name
@@ -39,16 +42,16 @@ class Record:
     """One measured run.
 
     Args:
-        what: what was measured, one word: "memory", "speed".
-        device: the device's name, as people say it.
-        facts: machine and software, from :func:`lora_lab.system.provenance.machine_info`; on CUDA the driver too.
-        commit: git commit of the code that ran; "+changes" is appended if tracked files differed from it, and
-            it is "unknown" outside a checkout.
+        what: the kind of record, one word such as "memory".
+        device: the device's name, as its vendor writes it.
+        facts: machine and software, from :func:`lora_lab.system.provenance.machine_info`; on CUDA also the driver.
+        commit: git commit of the code that ran; "+changes" is appended if tracked files differed from it, and it is
+            "unknown" outside a checkout.
         date: the day in UTC, such as "2026-11-24".
-        command: what was typed.
-        settings: what the run was asked to do: any values of JSON.
-        rows: what was measured, one flat dict a case: texts, numbers, booleans, None.
-        schema: the number of this format.
+        command: the command line.
+        settings: how the rows were made, in values of JSON.
+        rows: what was measured, one flat dict per case, of texts, finite numbers, booleans and None.
+        schema: version of this format.
 
     Raises:
         ValueError: as :meth:`validate`.
@@ -69,14 +72,14 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending: device and what was measured."""
+        """The file's name without its suffix: device and kind."""
         return f"{slug(self.device)}-{self.what}"
 
     def validate(self) -> None:
         """Check every field.
 
         Raises:
-            ValueError: a field is not what the format asks for, or a number is not finite.
+            ValueError: a field does not conform to the format, or a number is not finite.
         """
         if type(self.schema) is not int or self.schema != SCHEMA:
             raise ValueError(f"schema is {self.schema!r}, but it must be {SCHEMA}.")
@@ -87,26 +90,26 @@ class Record:
         try:
             date.fromisoformat(self.date)
         except ValueError:
-            raise ValueError(f"date is {self.date!r}, but there is no such day.") from None
+            raise ValueError(f"date is {self.date!r}, but it must be a day of the calendar.") from None
         if not _is_dict(self.facts) or not all(isinstance(value, str) and value for value in self.facts.values()):
             raise ValueError(f"facts are {reprlib.repr(self.facts)}, but they must be a dict of texts, none empty.")
         if not _is_dict(self.settings) or not _is_json(self.settings):
             raise ValueError(
-                f"settings are {reprlib.repr(self.settings)}, but they must be a dict of JSON's values, numbers finite."
+                f"settings are {reprlib.repr(self.settings)}, but they must be a dict of JSON values, numbers finite."
             )
         _check_rows(self.rows)
 
-    def frame(self):
+    def frame(self) -> DataFrame:
         """The rows as a pandas DataFrame, its columns in alphabetical order, as in the file."""
         import pandas
 
         return pandas.DataFrame(self.rows).sort_index(axis="columns")
 
 
-def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's row as a record's: what is no number is None."""
+def json_safe(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """The row with NaN and infinity replaced by None, which JSON lacks."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
 
 
@@ -118,7 +121,7 @@ def new(
     device: torch.device,
     commit: str,
 ) -> Record:
-    """A record of a run that has just ended on this machine.
+    """The record of a run that has just finished on this machine.
 
     Args:
         what, rows, settings, command, commit: as in :class:`Record`.
@@ -127,13 +130,13 @@ def new(
     Raises:
         ValueError: as :meth:`Record.validate`.
     """
-    described = machine_info(device)
+    facts = machine_info(device)
     if device.type == "cuda":
-        described["driver"] = driver_version()
+        facts["driver"] = driver_version()
     return Record(
         what=what,
         device=device_name(device),
-        facts=described,
+        facts=facts,
         commit=commit,
         date=datetime.now(UTC).date().isoformat(),
         command=command,
@@ -143,26 +146,26 @@ def new(
 
 
 def write(record: Record, folder: str | Path | None = None) -> Path:
-    """Write a record, whole or not at all, in the place of an older one of the same name, and return its path.
+    """Write a record atomically, replacing an older one of the same name, and return its path.
 
     Args:
         folder: as for :func:`destination`.
 
     Raises:
-        ValueError: the record was changed since it was made, and no longer holds to the format.
+        ValueError: the record was changed and no longer conforms to the format.
     """
-    record.validate()  # once more, for its fields are frozen, but not what is in its dicts and lists
+    record.validate()  # again, because its fields are frozen, but not the contents of its dicts and lists
     path = destination(folder) / f"{record.name}.json"
     write_json(path, asdict(record))
     return path
 
 
 def destination(folder: str | Path | None = None) -> Path:
-    """Where a new record goes.
+    """The folder for a new record.
 
     Args:
-        folder: None takes the checkout's ``records``; where lora_lab is installed without a checkout, it takes
-            ``records`` in the working directory, for an installed package is not ours to write into.
+        folder: None is ``records`` in the checkout; without a checkout it is ``records`` in the working directory,
+            because commands do not write into an installed package.
     """
     if folder is not None:
         return Path(folder)
@@ -173,8 +176,8 @@ def load(path: str | Path) -> Record:
     """Read one record.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is damaged, of another schema, or lacks or has entries that it should not.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or of another schema, or has missing or unknown entries.
     """
     stored = read_json(path)
     try:
@@ -185,31 +188,31 @@ def load(path: str | Path) -> Record:
 
 
 def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[str, Record]:
-    """Records by name, in alphabetical order; none if the folder has none.
+    """All records of a folder by name, in alphabetical order.
 
     Args:
-        what: only those of one kind, such as "memory".
-        folder: None takes :func:`shipped`.
+        what: only the records of this kind, such as "memory".
+        folder: None is :func:`shipped`.
 
     Raises:
         ValueError: as :func:`load`.
     """
     folder = shipped() if folder is None else Path(folder)
-    # A killed write leaves a hidden file.
+    # A write that was killed leaves a hidden file.
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-    found = {path.stem: load(path) for path in paths}
-    return {name: record for name, record in found.items() if what in (None, record.what)}
+    records = {path.stem: load(path) for path in paths}
+    return {name: record for name, record in records.items() if what in (None, record.what)}
 
 
 def shipped() -> Path:
-    """The folder of the records that came with this lora_lab: the checkout's, or the installed package's own."""
+    """The folder of the records that come with lora_lab, in the checkout or in the installed package."""
     return _packaged() if _packaged().is_dir() else checkout() / "records"
 
 
 def _from_json(stored: Any) -> Record:
     if not isinstance(stored, dict):
         raise ValueError(f"it holds a {type(stored).__name__}, not an object")
-    if stored.get("schema", SCHEMA) != SCHEMA:  # asked first, because another schema may have other entries
+    if stored.get("schema", SCHEMA) != SCHEMA:  # first, because another schema may have other entries
         raise ValueError(f"schema is {stored['schema']!r}, not {SCHEMA}")
     expected = {field.name for field in fields(Record)}
     if missing := expected - stored.keys():
@@ -222,7 +225,7 @@ def _from_json(stored: Any) -> Record:
 
 
 def _with_current_names(stored: dict[str, Any]) -> dict[str, Any]:
-    """A record's entries, as an earlier version may have named them, under the names of today."""
+    """The entries of a record with the names of earlier versions replaced by those of today."""
     rows, settings = stored["rows"], stored["settings"]
     if isinstance(rows, list) and all(map(_is_dict, rows)):
         rows = [{_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
@@ -236,7 +239,7 @@ def _check_rows(rows: Any) -> None:
         raise ValueError(f"rows are {reprlib.repr(rows)}, but they must be a list of at least one dict.")
     for i, row in enumerate(rows):
         if not _is_dict(row) or not row:
-            raise ValueError(f"row {i} is {reprlib.repr(row)}, but it must be a dict of at least one value by name.")
+            raise ValueError(f"row {i} is {reprlib.repr(row)}, but it must be a dict of at least one named value.")
         for name, value in row.items():
             if not _is_scalar(value):
                 raise ValueError(
@@ -260,5 +263,5 @@ def _is_json(value: Any) -> bool:
 
 
 def _packaged() -> Path:
-    """Where a wheel keeps the checkout's ``records``; pyproject.toml puts it there."""
+    """The folder of the records in a wheel; pyproject.toml copies the checkout's ``records`` there."""
     return Path(__file__).parent / "recorded"

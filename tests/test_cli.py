@@ -13,7 +13,8 @@ import torch
 
 import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
-from lora_lab.experiments.registry import NAMES, recorders
+from lora_lab.experiments.recorder import Recorder
+from lora_lab.experiments.registry import NAMES, recorder
 from lora_lab.models import pretrained
 from tests.helpers import ROOT, command, error_line, randomise
 
@@ -22,7 +23,7 @@ from tests.helpers import ROOT, command, error_line, randomise
     ("work", "arguments"),
     [
         ("lora_lab.experiments.demo.run_in_subprocess", ["demo"]),
-        ("lora_lab.experiments.step_memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
+        ("lora_lab.experiments.memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
         ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
     ],
@@ -183,7 +184,11 @@ def test_an_error_of_the_system_is_one_line_and_an_interruption_a_status_of_its_
 
 
 def test_only_what_has_a_recorder_can_be_recorded(capsys):
-    assert tuple(recorders()) == NAMES
+    recorders = {name: recorder(name) for name in NAMES}
+    assert all(isinstance(each, Recorder) for each in recorders.values())
+    assert len({each.rows for each in recorders.values()}) == len(NAMES)
+    with pytest.raises(ValueError, match="There is no record 'taste'; there are memory, speed"):
+        recorder("taste")
     with pytest.raises(SystemExit):
         command("record", "taste")
     assert "invalid choice: 'taste'" in capsys.readouterr().err

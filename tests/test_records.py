@@ -89,7 +89,7 @@ def test_each_field_is_checked_and_named_in_one_sentence(field, values):
 
 @pytest.mark.parametrize("row", [None, [], {}, "row", {3: 1}])
 def test_a_row_is_a_dict_by_name(row):
-    with pytest.raises(ValueError, match=r"^row 1 is .*, but it must be a dict of at least one value by name\.$"):
+    with pytest.raises(ValueError, match=r"^row 1 is .*, but it must be a dict of at least one named value\.$"):
         a_record(rows=[{"fine": 1}, row])
 
 

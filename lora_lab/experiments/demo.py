@@ -1,6 +1,6 @@
-"""The main job: LoRA beside full fine-tuning of a real language model, measured.
+"""``lora-lab demo``: LoRA beside full fine-tuning of a real language model, measured.
 
-Each method runs in a process of its own, so that one's memory is not counted with the other's.
+Each method runs in a separate process, so that their memory is measured separately.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_lab.adapters.peft_format import WEIGHTS, save_adapter
 from lora_lab.costs.memory import predict
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
+from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, rescued, write_json
 from lora_lab.system.process import peak_bytes, run_in_subprocess
@@ -29,7 +33,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Result:
-    """What one method's process reports."""
+    """The results of one method, from its process."""
 
     label: str
     history: History
@@ -42,15 +46,14 @@ class Result:
 
 
 def sample(device: str | None) -> str:
-    """What the untouched model writes."""
+    """How the model continues the prompt before any training."""
     model, tokenizer = load_pretrained(device=device)
-    return _write(model, tokenizer)
+    return _continuation(model, tokenizer)
 
 
 def train(label: str, method: Method, lr: float, steps: int, seed: int, device: str | None, out: Path) -> Result:
-    """Fine-tune a freshly loaded model, save what is to be kept, and measure."""
+    """Load a fresh model, fine-tune it, save what was trained, and measure."""
     model, tokenizer = load_pretrained(device=device)
-    device = next(model.parameters()).device
     task = docs(tokenizer, seq_len=SEQ_LEN)
 
     def train_loss() -> float:
@@ -68,13 +71,13 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
         eval_every=max(1, steps // 4),
         eval_examples=EVAL_EXAMPLES,
     )
-    peak = peak_bytes(device)  # now, because what follows is not part of training
-    bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # the model has been made ready by fit
+    peak = peak_bytes(next(model.parameters()).device)  # now, because what follows is not part of training
+    bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already
     memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
     after = train_loss()
-    kept = WEIGHTS if lora_layers(model) else "model.safetensors"
+    weights = WEIGHTS if lora_layers(model) else "model.safetensors"
 
-    def keep(folder: Path) -> None:
+    def save(folder: Path) -> None:
         with atomic_files(folder) as temporary:
             if lora_layers(model):
                 save_adapter(model, temporary, base=SMOLLM2)
@@ -82,15 +85,15 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
                 save_model(model, temporary, tokenizer)
             history.save(temporary / "history.json")
 
-    rescued(keep, out)
-    written = _write(model, tokenizer)
-    return Result(label, history, before, after, memory, peak, (out / kept).stat().st_size, written)
+    rescued(save, out)
+    text = _continuation(model, tokenizer)
+    return Result(label, history, before, after, memory, peak, (out / weights).stat().st_size, text)
 
 
 def run(
     steps: int = 40, seed: int = 0, rank: int = 8, device: str | None = None, out: str | Path = "runs/demo"
 ) -> Path:
-    """The whole job; prints as it goes, and returns the folder with the results.
+    """Run the demo, print the results, and return the folder with them.
 
     Args:
         steps: training steps of each method, of 4 x 64 tokens.
@@ -100,29 +103,29 @@ def run(
         out: folder for picture, adapter, model and numbers.
 
     Raises:
-        ValueError: steps, rank or device make no sense.
-        OSError: ``out`` cannot be written to, which is tried before anything else.
-        MemoryError: a process was ended, most likely for lack of memory.
+        ValueError: ``steps``, ``rank`` or ``device`` is invalid.
+        OSError: ``out`` cannot be written to; this is checked before anything else.
+        MemoryError: a process was killed, most likely for lack of memory.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, but at least 1 is needed.")
     out = Path(out)
     chosen, why = pick_device(device)
-    # Chosen by validation loss (32 passages) after 40 steps of seed 0. Full: 3.39, 3.25, 3.18, 3.15, 3.22 at 0.2, 0.5,
-    # 1, 2, 4e-4. LoRA: 3.27, 3.21, 3.166, 3.162 at 0.5, 1, 2, 4e-3; 2e-3 and not the lowest, which is no better by
-    # any margin that one seed shows, but raises the off-domain loss (3.81 against 3.75).
-    contenders = [
+    # Learning rates were chosen by validation loss (32 passages) after 40 steps with seed 0. Full fine-tuning: 3.39,
+    # 3.25, 3.18, 3.15, 3.22 at 0.2, 0.5, 1, 2, 4e-4. LoRA: 3.27, 3.21, 3.166, 3.162 at 0.5, 1, 2, 4e-3. One seed cannot
+    # distinguish the last two, of which 2e-3 has the lower off-domain loss (3.75 against 3.81).
+    runs = [
         (f"LoRA r={rank}", LoRA(rank=rank, alpha=2 * rank), 2e-3, out / "lora"),
         ("full fine-tuning", FullFineTuning(), 2e-4, out / "full"),
     ]
-    for folder in (out, *(contender[3] for contender in contenders)):
+    for folder in (out, *(run[3] for run in runs)):
         check_writable(folder)
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training, continues:")
     before = run_in_subprocess(sample, device)
     print(_quote(before))
     results = []
-    for number, (label, method, lr, folder) in enumerate(contenders, start=2):
+    for number, (label, method, lr, folder) in enumerate(runs, start=2):
         print(f"\n[{number}/4] {label}: {steps} steps of {BATCH_SIZE} x {SEQ_LEN} tokens at learning rate {lr:g}")
         try:
             results.append(run_in_subprocess(train, label, method, lr, steps, seed, device, folder))
@@ -134,50 +137,51 @@ def run(
     print(table(results))
     picture = draw(results, out / "demo.png")
     write_json(out / "demo.json", {"machine": machine_info(chosen), "results": [_plain(result) for result in results]})
-    lora, full = contenders
-    print(
-        f"""
-One seed is an illustration, not a comparison: which method is better takes several seeds, and rates
-tuned for each. Peak memory is that of the whole process{" (torch's allocator)" if chosen.type == "cuda" else ""}; \
-in the picture "the rest" is what its parts
-do not explain: torch itself, the logits and other temporaries, less what is never held at one moment.
-
-  picture      {picture}
-  adapter      {lora[3]}   (all that LoRA needs to keep)
-  full model   {full[3]}
-  numbers      {out / "demo.json"}
-
-Try next:
-  lora-lab generate --adapter {lora[3]} "{PROMPT}"
-  lora-lab generate --model {full[3]} "{PROMPT}"
-  make lab     opens the lessons; begin with 01_low_rank.ipynb"""
-    )
+    allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
+    paths = {"picture": picture, "adapter": out / "lora", "full": out / "full", "numbers": out / "demo.json"}
+    print(CLOSING.format(allocator=allocator, prompt=PROMPT, **paths))
     return out
 
 
+CLOSING = """
+One seed is an illustration, not a comparison: to compare the methods takes several seeds, and learning
+rates tuned for each. Peak memory is that of the whole process{allocator}. In the picture, "the rest" is
+what the parts do not explain: torch itself, the logits and other temporaries, minus what is never held
+at the same moment.
+
+  picture      {picture}
+  adapter      {adapter}   (all that LoRA needs to save)
+  full model   {full}
+  numbers      {numbers}
+
+Try next:
+  lora-lab generate --adapter {adapter} "{prompt}"
+  lora-lab generate --model {full} "{prompt}"
+  make lab     opens the lessons; begin with 01_low_rank.ipynb"""
+
+
 def table(results: list[Result]) -> str:
-    """The results as text, one column a method."""
-    rows: list[tuple[str, list[str]]] = [
-        ("", [r.label for r in results]),
-        ("trained parameters", [f"{r.history.trainable_parameters:,}" for r in results]),
-        ("file to keep, MB", [f"{r.file_bytes / 1e6:.1f}" for r in results]),
-        ("peak memory, MiB", [f"{r.peak_bytes / MIB:,.0f}" for r in results]),
-        ("median step, s", [f"{r.history.step_seconds:.2f}" for r in results]),
-        ("tokens a second", [f"{r.history.tokens_per_second:,.0f}" for r in results]),
-        ("training loss", [_change(r.train_before, r.train_after) for r in results]),
-    ]
-    for name in ("validation", "off_domain"):
-        ends = [(r.history.rows[0][f"{name}_loss"], r.history.rows[-1][f"{name}_loss"]) for r in results]
-        rows.append((f"{name.replace('_', '-')} loss", [_change(*pair) for pair in ends]))
-    width = [max(len(row[1][i]) for row in rows) for i in range(len(results))]
-    lines = [
-        f"{name:<20}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, width, strict=True)) for name, cells in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """The results as text, one column per method."""
+    import pandas
+
+    columns = {}
+    for result in results:
+        history, (first, *_, last) = result.history, result.history.rows
+        columns[result.label] = {
+            "trained parameters": f"{history.trainable_parameters:,}",
+            "file to keep, MB": f"{result.file_bytes / 1e6:.1f}",
+            "peak memory, MiB": f"{result.peak_bytes / MIB:,.0f}",
+            "median step, s": f"{history.step_seconds:.2f}",
+            "tokens a second": f"{history.tokens_per_second:,.0f}",
+            "training loss": f"{result.train_before:.3f} -> {result.train_after:.3f}",
+            "validation loss": f"{first['validation_loss']:.3f} -> {last['validation_loss']:.3f}",
+            "off-domain loss": f"{first['off_domain_loss']:.3f} -> {last['off_domain_loss']:.3f}",
+        }
+    return pandas.DataFrame(columns).to_string(col_space=17)
 
 
 def draw(results: list[Result], path: Path) -> Path:
-    """Validation curves, and what memory is made of."""
+    """Draw the validation curves and the parts of the memory."""
     from lora_lab import plots
 
     plots.use_style()
@@ -192,9 +196,8 @@ def draw(results: list[Result], path: Path) -> Path:
     return path
 
 
-def _write(model: Any, tokenizer: Any) -> str:
-    import torch
-
+def _continuation(model: Llama, tokenizer: Tokenizer) -> str:
+    """The prompt and how the model continues it."""
     prompt = torch.tensor(tokenizer.encode(PROMPT, add_special_tokens=True), device=next(model.parameters()).device)
     return PROMPT + tokenizer.decode(model.generate(prompt, SAMPLE_TOKENS, stop=tokenizer.eos_id).tolist())
 
@@ -203,9 +206,6 @@ def _quote(text: str) -> str:
     return "\n".join(f"    | {line}" for line in text.splitlines())
 
 
-def _change(before: float, after: float) -> str:
-    return f"{before:.3f} -> {after:.3f}"
-
-
 def _plain(result: Result) -> dict[str, Any]:
+    """The result in values of JSON."""
     return {name: vars(value) if isinstance(value, History) else value for name, value in vars(result).items()}

@@ -1,4 +1,4 @@
-"""``lora-lab finetune``: a trade, or your own data, taught to a base model, and judged before and after.
+"""``lora-lab finetune``: train a model on a task or on your own data, and evaluate it before and after.
 
 run("sentiment", LoRA(rank=8, alpha=16), "runs/sentiment")
 run("mine.jsonl", LoRA(rank=8, alpha=16), "runs/mine")        # {"prompt": ..., "answer": ...} on each line
@@ -6,44 +6,36 @@ run("mine.jsonl", LoRA(rank=8, alpha=16), "runs/mine")        # {"prompt": ..., 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, Method, PiSSA, RsLoRA
+from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import FILES, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.system.provenance import machine_info
 from lora_lab.task import Task
-from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
+from lora_lab.tasks import TASKS, ChatTokenizer, PairTask, from_jsonl, from_text
 from lora_lab.tasks.generate import answers
-from lora_lab.tasks.instruction import ChatTokenizer, PairTask, from_jsonl, from_text
 from lora_lab.tasks.metrics import METRICS, score, trivial
-from lora_lab.tasks.python_docs import docs
 from lora_lab.train import evaluate, fit
 
-METHODS = {kind.name: kind for kind in (FullFineTuning, LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
-TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
-    "docs": docs,
-    "summarise": summarise,
-    **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
-    "sentiment": sentiment,
-    "tweets": tweets,
-    "style": style,
-    "style-plain": partial(style, variant="plain"),
-}
+LORA_METHODS = {kind.name: kind for kind in (LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
 SHOWN = 3  # answers printed before and after
 
 
 def task_of(name: str, tokenizer: ChatTokenizer) -> Task:
-    """The task of a name in :data:`TASKS`, or of a file: ``.jsonl`` of prompts and answers, ``.txt`` of plain text.
+    """A task by its name in :data:`lora_lab.tasks.TASKS`, or from a file of prompts and answers or of plain text.
+
+    Args:
+        name: of a task, or a path that ends in ``.jsonl`` or ``.txt``.
+        tokenizer: of the model.
 
     Raises:
-        ValueError: neither, or as for the file.
+        ValueError: there is no such task, or the file cannot be read as one.
         FileNotFoundError: there is no such file.
     """
     if name in TASKS:
@@ -57,16 +49,17 @@ def task_of(name: str, tokenizer: ChatTokenizer) -> Task:
 
 
 def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
-    """A method by name; alpha is twice the rank unless given.
+    """A method by name, with alpha twice the rank by default.
 
     Raises:
-        ValueError: there is none of that name, or rank or alpha make no sense.
+        ValueError: there is no method of that name, or ``rank`` or ``alpha`` is invalid.
     """
-    if name not in METHODS:
-        raise ValueError(f"method is {name!r}, but it must be one of {', '.join(METHODS)}.")
-    if METHODS[name] is FullFineTuning:
+    if name == FullFineTuning.name:
         return FullFineTuning()
-    return METHODS[name](rank, 2 * rank if alpha is None else alpha)
+    if name not in LORA_METHODS:
+        names = ", ".join((FullFineTuning.name, *LORA_METHODS))
+        raise ValueError(f"method is {name!r}, but it must be one of {names}.")
+    return LORA_METHODS[name](rank, 2 * rank if alpha is None else alpha)
 
 
 def run(
@@ -82,26 +75,26 @@ def run(
     device: str | None = None,
     eval_examples: int | None = 64,
 ) -> dict[str, Any]:
-    """Train, print as it goes, and keep what is worth keeping in ``out``.
+    """Train, print progress, and save the results in ``out``.
 
-    Written are the adapter (or the whole model after full fine-tuning), ``history.json``, and ``result.json`` with
-    losses and scores before and after, all at once; what an earlier run kept there gives way to them.
+    These are the adapter (or the whole model after full fine-tuning), ``history.json``, and ``result.json`` with losses
+    and scores before and after. All files appear at once, and replace those of an earlier run.
 
     Args:
         task: as for :func:`task_of`.
         method: what is trained.
         out: a folder.
         steps, batch_size, seed: as for :func:`lora_lab.fit`.
-        lr: peak learning rate; default 1e-3, and 1e-4 for full fine-tuning.
+        lr: peak learning rate; defaults to 1e-4 for full fine-tuning and 1e-3 otherwise.
         model, device: as for :func:`lora_lab.load_pretrained`.
         eval_examples: of each part, for losses and scores; None takes all.
 
     Returns:
-        What result.json holds.
+        The content of result.json.
 
     Raises:
-        OSError: ``out`` cannot be written to, which is tried before anything else; or no longer at the end, and then
-            the error names another folder, in which everything is.
+        OSError: ``out`` cannot be written to. This is checked before anything else; if it happens at the end, the
+            results are saved in another folder, which the error names.
     """
     out = Path(out)
     check_writable(out)
@@ -111,21 +104,22 @@ def run(
     print(f"Device: {why}\n\n{data.describe()}\n")
     if isinstance(data, PairTask):
         print(f"{data.preview(1)}\n")
-    before = _judged(net, data, eval_examples)
-    rate = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
-    print(f"{method}: {steps} steps of {batch_size} examples at learning rate {rate:g}")
+    before = _evaluated(net, data, eval_examples)
+    if lr is None:
+        lr = 1e-4 if isinstance(method, FullFineTuning) else 1e-3
+    print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
     history = fit(
         net,
         data,
         method,
         steps=steps,
-        lr=rate,
+        lr=lr,
         batch_size=batch_size,
         seed=seed,
         eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
         eval_examples=eval_examples,
     )
-    after = _judged(net, data, eval_examples)
+    after = _evaluated(net, data, eval_examples)
     result = {
         "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
         "method": method.settings(),
@@ -137,7 +131,7 @@ def run(
     if isinstance(data, PairTask) and data.metric in METRICS:
         result["trivial"] = score(data, trivial(data)[:eval_examples])
 
-    def keep(folder: Path) -> None:
+    def save(folder: Path) -> None:
         with atomic_files(folder, remove=_outdated(folder, method, model)) as temporary:
             if lora_layers(net):
                 save_adapter(net, temporary, base=model)
@@ -147,15 +141,15 @@ def run(
             write_json(temporary / "result.json", result)
 
     print(f"\n{table(result)}")
-    rescued(keep, out)
-    print(f"\nKept in {out}")
+    rescued(save, out)
+    print(f"\nSaved in {out}")
     return result
 
 
 def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
-    """What an earlier run kept in the folder, by its result.json, that this one does not write over.
+    """Files that an earlier run saved in the folder, by its result.json, and that this run would not overwrite.
 
-    A model that the new adapter is for stays, as does all that no run has kept there.
+    A model stays if the new adapter was trained on it, and so does everything that no run saved.
     """
     settle(folder)
     try:
@@ -168,39 +162,41 @@ def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
     return FILES if was_full else (CONFIG, WEIGHTS)
 
 
-def _judged(net: Any, data: Task, limit: int | None) -> dict[str, Any]:
-    """Losses in nats, and on the test part scores and some answers."""
-    parts = ("validation", "test", "off_domain")
-    found: dict[str, Any] = {f"{part} loss": evaluate(net, data, part, limit=limit) for part in parts}
+def _evaluated(net: Llama, data: Task, limit: int | None) -> dict[str, Any]:
+    """Losses in nats; for prompts and answers also scores on the test part, and some of the predictions."""
+    result: dict[str, Any] = {}
+    for part in ("validation", "test", "off_domain"):
+        result[f"{part} loss"] = evaluate(net, data, part, limit=limit)
     if isinstance(data, PairTask):
-        said = answers(net, data, limit=limit if data.metric in METRICS else SHOWN)
+        predictions = answers(net, data, limit=limit if data.metric in METRICS else SHOWN)
         if data.metric in METRICS:
-            found |= score(data, said)
-        pairs = data.pairs["test"]
-        found["samples"] = [
-            {"prompt": pair.prompt, "wanted": pair.answer, "said": own}
-            for pair, own in zip(pairs, said[:SHOWN], strict=False)
+            result |= score(data, predictions)
+        result["samples"] = [
+            {"prompt": pair.prompt, "reference": pair.answer, "prediction": prediction}
+            for pair, prediction in zip(data.pairs["test"], predictions[:SHOWN], strict=False)
         ]
-    return found
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """Losses and scores before and after, and some answers, as text."""
-    before, after, without = result["before"], result["after"], result.get("trivial", {})
-    lines = [f"{'':<18}{'before':>10}{'after':>10}" + (f"{'trivial':>10}" if without else "")]
-    for name in (name for name in before if name != "samples"):
-        extra = f"{without[name]:>10.3f}" if name in without else ""
-        lines.append(f"{name:<18}{before[name]:>10.3f}{after[name]:>10.3f}{extra}")
-    for one, other in zip(before.get("samples", []), after.get("samples", []), strict=True):
+    """Losses and scores before and after, and some predictions, as text."""
+    import pandas
+
+    before, after = dict(result["before"]), dict(result["after"])
+    samples = zip(before.pop("samples", []), after.pop("samples", []), strict=True)
+    columns = {"before": before, "after": after} | ({"trivial": result["trivial"]} if "trivial" in result else {})
+    frame = pandas.DataFrame(columns, index=pandas.Index(list(before)))
+    lines = [frame.to_string(float_format="{:.3f}".format, na_rep="", col_space=9)]
+    for sample_before, sample_after in samples:
         lines += [
-            f"\nprompt  {_short(one['prompt'])}",
-            f"wanted  {_short(one['wanted'])}",
-            f"before  {_short(one['said'])}",
-            f"after   {_short(other['said'])}",
+            f"\nprompt     {_shortened(sample_before['prompt'])}",
+            f"reference  {_shortened(sample_before['reference'])}",
+            f"before     {_shortened(sample_before['prediction'])}",
+            f"after      {_shortened(sample_after['prediction'])}",
         ]
     return "\n".join(lines)
 
 
-def _short(text: str, most: int = 300) -> str:
+def _shortened(text: str, most: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 4] + " ..."

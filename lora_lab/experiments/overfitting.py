@@ -1,18 +1,18 @@
-"""What ``lora-lab record overfitting`` runs on the real model: who overfits, from which step, and who forgets more.
+"""``lora-lab record overfitting``: which method overfits the real model, from which step, and which forgets more?
 
-Small training sets are read ten times over, by full fine-tuning, LoRA of several ranks and the last blocks alone. Each
-setup's learning rate is chosen on one seed, for each size of the training set, and all seeds are run at it; a seed
-draws the training examples, their order and the adapter. Losses are taken after every epoch, and the rate is constant
-after the warm-up, so that early stopping can be read off the curves (see :mod:`lora_lab.ablation.overfitting`).
+Full fine-tuning, LoRA of several ranks and the last blocks alone train on small sets for ten epochs. Each setup's
+learning rate is chosen on one seed, for each size of the training set, and then run with all seeds; the seed draws the
+training examples, their order and the adapter. Losses are measured after every epoch, and the rate is constant after
+the warm-up, so that the curves show early stopping (see :mod:`lora_lab.ablation.overfitting`).
 
-On two cores it takes hours, which are said before it begins; a stopped run goes on where it was. On a GPU the sizes,
-ranks, rates and seeds are more.
+On two cores it takes hours, and prints how many before it starts; a run that was stopped continues. On a GPU there are
+more sizes, ranks, rates and seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.overfitting import by_size
 from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.setup import Setup
+from lora_lab.experiments.memory import random_model
 from lora_lab.experiments.recorder import Recorder
-from lora_lab.experiments.step_memory import random_model
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.records import json_safe
 
-FOLDER = Path("runs/record-overfitting")  # where a stopped run goes on
-LAST = 4  # blocks of "last blocks"; of 30
+FOLDER = Path("runs/record-overfitting")  # of finished trials, from which a run that was stopped continues
+LAST = 4  # of the 30 blocks, for "last blocks"
 SETUPS: dict[str, Method] = {
     "full": FullFineTuning(),
     "LoRA r=1": LoRA(1, 2),
@@ -46,7 +46,15 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. ``lrs``: the rates that each setup tries. Losses are of ``eval_examples`` of a part."""
+    """How much is trained.
+
+    Args:
+        sizes: of the training set, in examples.
+        lrs: the learning rates to try for each setup.
+        seeds: the number of them.
+        epochs, batch_size, seq_len: of a trial.
+        eval_examples: losses are those of so many examples of a part, from the first.
+    """
 
     sizes: tuple[int, ...]
     lrs: Mapping[str, tuple[float, ...]]
@@ -57,7 +65,7 @@ class Plan:
     eval_examples: int
 
     def trial(self, setup: str, lr: float, seed: int, size: int) -> Trial:
-        """One run: evaluated after every epoch, with the first one for the warm-up."""
+        """One trial: evaluated after every epoch, the first of which is the warm-up."""
         epoch = size // self.batch_size
         return Trial(
             SETUPS[setup],
@@ -73,72 +81,73 @@ class Plan:
 
 
 def plan(device: torch.device) -> Plan:
-    """What two cores do in a few hours, or a GPU in one."""
+    """What two cores can do in a few hours, or a GPU in one."""
     if device.type == "cuda":
-        rates = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "last blocks": (3e-5, 1e-4, 3e-4, 1e-3)}
-        rates |= {f"LoRA r={rank}": (2e-4, 6e-4, 2e-3, 6e-3, 2e-2) for rank in (1, 8, 64)}
-        return Plan((16, 64, 256, 1024), rates, 5, 10, 8, 64, 128)
-    rates = {"full": (3e-5, 1e-4, 3e-4), "LoRA r=1": (2e-3, 6e-3, 2e-2), "LoRA r=8": (6e-4, 2e-3, 6e-3)}
-    return Plan((16, 256), {**rates, "last blocks": (1e-4, 3e-4, 1e-3)}, 3, 10, 8, 32, 32)
+        lrs = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "last blocks": (3e-5, 1e-4, 3e-4, 1e-3)}
+        lrs |= {f"LoRA r={rank}": (2e-4, 6e-4, 2e-3, 6e-3, 2e-2) for rank in (1, 8, 64)}
+        sizes = (16, 64, 256, 1024)
+        return Plan(sizes, lrs, seeds=5, epochs=10, batch_size=8, seq_len=64, eval_examples=128)
+    lrs = {"full": (3e-5, 1e-4, 3e-4), "LoRA r=1": (2e-3, 6e-3, 2e-2), "LoRA r=8": (6e-4, 2e-3, 6e-3)}
+    lrs["last blocks"] = (1e-4, 3e-4, 1e-3)
+    return Plan((16, 256), lrs, seeds=3, epochs=10, batch_size=8, seq_len=32, eval_examples=32)
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """What a record says of how its rows were made."""
-    own = plan(device)
+    """How the rows are made, as the record states it."""
+    planned = plan(device)
+    setups = {}
+    for setup, lrs in planned.lrs.items():
+        trial = planned.trial(setup, lrs[0], 0, planned.sizes[0])
+        setups[setup] = {"lrs": list(lrs), **trial.to_dict()["method"]}
+    shared = {name: value for name, value in asdict(planned).items() if name != "lrs"}
     return {
         "study": "docs",
-        "sizes": list(own.sizes),
-        "setups": {setup: {"lrs": list(lrs), **_plain_method(own, setup)} for setup, lrs in own.lrs.items()},
-        "seeds": own.seeds,
-        "epochs": own.epochs,
-        "batch_size": own.batch_size,
-        "seq_len": own.seq_len,
-        "eval_examples": own.eval_examples,
+        "setups": setups,
+        **shared,
+        "sizes": list(planned.sizes),
         "schedule": "constant, after a warm-up of one epoch",
         "planned_hours": planned_hours(device),
     }
 
 
-def _plain_method(own: Plan, setup: str) -> dict[str, Any]:
-    return own.trial(setup, own.lrs[setup][0], 0, own.sizes[0]).to_dict()["method"]
-
-
 @cache
 def planned_hours(device: torch.device) -> float:
-    """How long it takes by :mod:`lora_lab.costs.cost_model`, with a forward pass as a third of a full step."""
-    own = plan(device)
+    """How long it takes by :mod:`lora_lab.costs.cost_model`, with a third of a full step for each forward pass."""
+    planned = plan(device)
     steps = cost_model(device).predict(
         partial(random_model, "smollm2-135m"),
-        {setup: Setup(SETUPS[setup]) for setup in own.lrs},
-        own.batch_size,
-        own.seq_len,
+        {setup: Setup(SETUPS[setup]) for setup in planned.lrs},
+        planned.batch_size,
+        planned.seq_len,
     )
-    look = 2 * own.eval_examples / own.batch_size * steps.total_s("full") / 3  # two parts
+    evaluation = 2 * planned.eval_examples / planned.batch_size * steps.total_s("full") / 3  # of two parts
     seconds = 0.0
-    for size in own.sizes:
-        for setup, lrs in own.lrs.items():
-            trial = own.trial(setup, lrs[0], 0, size)
-            one = trial.steps * steps.total_s(setup) + (own.epochs + 1.5) * look  # and the test part
-            seconds += (len(lrs) + own.seeds - 1) * one
+    for size in planned.sizes:
+        for setup, lrs in planned.lrs.items():
+            trial = planned.trial(setup, lrs[0], 0, size)
+            # One evaluation before training, one after each epoch, and half of one for the test part.
+            trial_s = trial.steps * steps.total_s(setup) + (planned.epochs + 1.5) * evaluation
+            seconds += (len(lrs) + planned.seeds - 1) * trial_s
     return round(seconds / 3600, 1)
 
 
-def overfitting(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
+def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
     """The rows of a record: one for each trial and evaluation, with the commit of the code that ran it.
 
     Args:
-        folder: keeps the trials, from where a stopped run goes on.
+        device: where to train.
+        folder: of finished trials, from which a run that was stopped continues.
     """
-    own = plan(device)
-    count = sum(len(lrs) + own.seeds - 1 for lrs in own.lrs.values()) * len(own.sizes)
+    planned = plan(device)
+    count = sum(len(lrs) + planned.seeds - 1 for lrs in planned.lrs.values()) * len(planned.sizes)
     print(f"Planned: {count} trials, about {planned_hours(device)} hours.", flush=True)
     frames = by_size(
         partial(studies.language_model, device),
-        lambda size, seed: partial(studies.docs_task, own.seq_len, size, seed),
-        own.trial,
-        own.lrs,
-        own.sizes,
-        range(own.seeds),
+        lambda size, seed: partial(studies.docs_task, planned.seq_len, size, seed),
+        planned.trial,
+        planned.lrs,
+        planned.sizes,
+        range(planned.seeds),
         folder,
         n_jobs=studies.processes(device),
     )
@@ -147,14 +156,13 @@ def overfitting(device: torch.device, folder: str | Path = FOLDER) -> Iterator[d
 
 
 def line(row: dict[str, Any]) -> str | None:
-    """A row for a person to read; None for what is before the last evaluation."""
-    what = f"{row['n_train']:>5} examples  {row['setup']:<12} lr {row['lr']:<8g} seed {row['seed']}: "
+    """A row as a line for people; None if it is not a trial's last."""
+    trial = f"{row['n_train']:>5} examples  {row['setup']:<12} lr {row['lr']:<8g} seed {row['seed']}: "
     if row["outcome"] == "failed":
-        return what + row["reason"]
+        return trial + row["reason"]
     if row["step"] != row["steps"]:
         return None
-    losses = (f"{part} {row[f'{part}_loss']:.4f}" for part in ("train", "validation", "off_domain"))
-    return what + "  ".join(losses)
+    return trial + "  ".join(f"{part} {row[f'{part}_loss']:.4f}" for part in ("train", "validation", "off_domain"))
 
 
-RECORDER = Recorder("overfitting", settings, overfitting, line)
+RECORDER = Recorder(settings, rows, line)

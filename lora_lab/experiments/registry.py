@@ -10,19 +10,31 @@ if TYPE_CHECKING:
     from lora_lab.experiments.recorder import Recorder
 
 NAMES = ("memory", "speed", "ablation", "spectra", "overfitting", "downstream")
+OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
 
 def current_name(name: str) -> str:
-    """What a record is called now, by a name that it may have had in an earlier version."""
+    """The name of a record today, from one that it may have had in an earlier version."""
     if name == "trades":
         warn_renamed("The record 'trades'", "'downstream'", FutureWarning)
         return "downstream"
     return name
 
 
-def recorders() -> dict[str, Recorder]:
-    """Every recorder by its name, in the order of :data:`NAMES`."""
-    from lora_lab.experiments import downstream, overfitting, ranks, spectra, step_memory, step_speed
-
-    modules = (step_memory, step_speed, ranks, spectra, overfitting, downstream)
-    return {module.RECORDER.name: module.RECORDER for module in modules}
+def recorder(name: str) -> Recorder:
+    """The recorder of a name in :data:`NAMES`; no other one is imported."""
+    if name == "memory":
+        from lora_lab.experiments.memory import RECORDER
+    elif name == "speed":
+        from lora_lab.experiments.speed import RECORDER
+    elif name == "ablation":
+        from lora_lab.experiments.ablation import RECORDER
+    elif name == "spectra":
+        from lora_lab.experiments.spectra import RECORDER
+    elif name == "overfitting":
+        from lora_lab.experiments.overfitting import RECORDER
+    elif name == "downstream":
+        from lora_lab.experiments.downstream import RECORDER
+    else:
+        raise ValueError(f"There is no record {name!r}; there are {', '.join(NAMES)}.")
+    return RECORDER

@@ -1,34 +1,42 @@
-"""What a model is trained on and judged by: data in four parts that do not leak into each other.
+"""What a model is trained and evaluated on: data in four parts that do not leak into each other.
 
-    train        what it learns from
-    validation   the same kind of data, for choosing (rates, steps, ranks)
+    train        the examples to learn from
+    validation   the same kind of data, to choose learning rates, steps and ranks
     test         the same kind of data, for the final verdict
     off_domain   another kind of data: does the model forget what it could do before?
 
-All data is on the machine already: it comes with Python, scikit-learn or Babel, was written for this project, or is
-generated. The modules in reading order:
+No data is downloaded: it comes with Python, scikit-learn or Babel, was written for this project, or is generated. The
+modules in reading order:
 
     digits       handwritten digits, for small nets
     planted      a hidden update of known rank, for small nets
     python_docs  docs: next tokens of Python's manual
-    instruction  questions and answers: your own, from_pairs, from_jsonl, from_text
-    datasets     summarise, translate, sentiment, style; tweets, an optional extra
+    instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
+    datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
     generate     what a model answers
-    metrics      what a person understands: scores, baselines
+    metrics      scores of answers, and baselines that need no model
+
+A new data set of prompts and answers goes into ``datasets``, any other into a file of its own; if it needs a tokenizer,
+its name in :data:`TASKS` makes it a task of the commands and of the records.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import lazy_loader
 
 from lora_lab.system.renamed import renamed
 from lora_lab.task import IGNORE, Examples, Loss, Task, TextTokenizer, cross_entropy, mean_squared_error
-from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
+from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.digits import digits
-from lora_lab.tasks.instruction import Pair, PairTask, from_jsonl, from_pairs, from_text
+from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_jsonl, from_pairs, from_text
 from lora_lab.tasks.planted import planted
 from lora_lab.tasks.python_docs import docs
 
 __all__ = [
     "IGNORE",
+    "TASKS",
+    "ChatTokenizer",
     "Examples",
     "Loss",
     "Pair",
@@ -49,6 +57,17 @@ __all__ = [
     "translate",
     "tweets",
 ]
+
+# The tasks for a language model, by the names that the commands take.
+TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
+    "docs": docs,
+    "summarise": summarise,
+    **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
+    "sentiment": sentiment,
+    "tweets": tweets,
+    "style": style,
+    "style-plain": partial(style, variant="plain"),
+}
 
 _lazy, _, _ = lazy_loader.attach(__name__, ["generate", "metrics"])  # the other files are loaded already
 __getattr__ = renamed(__name__, {"Encoder": "TextTokenizer"}, _lazy)

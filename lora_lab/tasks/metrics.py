@@ -1,11 +1,11 @@
-"""What a person understands of a task of questions and answers: what the model answers, and how good that is.
+"""Scores of a model's answers, and baselines that need no model.
 
-    said = answers(model, task)                  # the likeliest tokens, one after another
-    print(score(task, said))                     # {"rouge_l": 0.31}, {"exact": 0.4, "chrf": 55.1}, ...
-    print(score(task, trivial(task)))            # the same without a model: majority, first sentence, dictionary
+    predictions = answers(model, task)           # greedy decoding
+    print(score(task, predictions))              # {"rouge_l": 0.31}, {"exact": 0.4, "chrf": 55.1}, ...
+    print(score(task, trivial(task)))            # a baseline: majority class, first sentence, or dictionary
 
-Which numbers there are is the task's ``metric``: "summary" (ROUGE-L, Lin 2004), "translation" (exact matches, and chrF,
-Popovic 2015), "classification" (accuracy, and the mean of the classes' F1), "style" (see :class:`StyleJudge`).
+The task's ``metric`` decides which scores these are: "summary" (ROUGE-L, Lin 2004), "translation" (exact matches, and
+chrF, Popovic 2015), "classification" (accuracy and macro F1), "style" (see :class:`StyleJudge`).
 """
 
 from __future__ import annotations
@@ -16,52 +16,65 @@ from collections.abc import Callable, Sequence
 
 from lora_lab.tasks.instruction import Pair, PairTask
 
-# Judging
+# Scores
 
 
-def score(task: PairTask, said: Sequence[str], part: str = "test") -> dict[str, float]:
-    """How good answers are, by the task's metric.
+def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dict[str, float]:
+    """Score predictions by the task's metric.
 
     Args:
-        task: whose answers are the wanted ones.
-        said: answers to the first ``len(said)`` prompts of the part.
+        task: its answers are the references.
+        predictions: for the first ``len(predictions)`` prompts of the part.
         part: of the task.
 
     Raises:
-        ValueError: the task has no metric, or there are no answers, or more than prompts.
+        ValueError: the task has no metric, or there are no predictions, or more than prompts.
     """
     if task.metric not in METRICS:
-        raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}; scores are for {', '.join(METRICS)}.")
-    if not 1 <= len(said) <= len(task.pairs[part]):
-        raise ValueError(f"There are {len(said)} answers to the {len(task.pairs[part])} prompts of {part}.")
-    return METRICS[task.metric](said, [pair.answer for pair in task.pairs[part][: len(said)]])
+        raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}, but it must be {', '.join(METRICS)}.")
+    if not 1 <= len(predictions) <= len(task.pairs[part]):
+        raise ValueError(
+            f"There are {len(predictions)} predictions, but the {part} part has {len(task.pairs[part])} prompts; give "
+            "from one prediction to one for each prompt."
+        )
+    return METRICS[task.metric](predictions, [pair.answer for pair in task.pairs[part][: len(predictions)]])
 
 
-def rouge_l(said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    judge = RougeScorer(["rougeL"], use_stemmer=False)
-    found = [judge.score(right, own)["rougeL"].fmeasure for own, right in zip(said, wanted, strict=True)]
-    return {"rouge_l": sum(found) / len(found)}
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(references, predictions, strict=True)
+    f1 = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs]
+    return {"rouge_l": sum(f1) / len(f1)}
 
 
-def translation(said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """Exact matches, capitals aside, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
-    from sacrebleu.metrics import CHRF
+def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
+    from sacrebleu.metrics.chrf import CHRF
 
-    same = sum(own.strip().casefold() == right.casefold() for own, right in zip(said, wanted, strict=True))
-    return {"exact": same / len(wanted), "chrf": CHRF().corpus_score(list(said), [list(wanted)]).score}
+    pairs = zip(predictions, references, strict=True)
+    matches = sum(prediction.strip().casefold() == reference.casefold() for prediction, reference in pairs)
+    chrf = CHRF().corpus_score(list(predictions), [list(references)]).score
+    return {"exact": matches / len(references), "chrf": chrf}
 
 
-def classification(said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """Accuracy, and the mean over the classes of F1; by scikit-learn."""
+def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    labels = sorted(set(wanted))
     return {
-        "accuracy": float(accuracy_score(wanted, said)),
-        "macro_f1": float(f1_score(wanted, said, labels=labels, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(references, predictions)),
+        "macro_f1": float(
+            f1_score(
+                references,
+                predictions,
+                labels=sorted(set(references)),
+                average="macro",
+                zero_division=0,  # pyright: ignore[reportArgumentType]  # the stub knows strings only
+            )
+        ),
     }
 
 
@@ -72,57 +85,56 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] =
 }
 
 
-# Without a model
+# Baselines without a model
 
 
 def trivial(task: PairTask, part: str = "test") -> list[str]:
-    """Answers that take no language model: the commonest class, the text's first sentence, a dictionary.
+    """Answers of a baseline without a model: the majority class, the text's first sentence, or a dictionary.
 
-    The dictionary knows what the training pairs say word for word, and whole names first; what it does not know it
-    leaves as it is.
+    The dictionary translates word by word, as in the training pairs; words that it lacks stay as they are.
 
     Raises:
         ValueError: the task's metric has no such baseline.
     """
     pairs = task.pairs[part]
     if task.metric == "classification":
-        commonest = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]
-        return [commonest] * len(pairs)
+        majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]
+        return [majority_class] * len(pairs)
     if task.metric == "summary":
-        return [re.split(r"(?<=[.!?])\s", _asked_about(pair))[0] for pair in pairs]
+        return [re.split(r"(?<=[.!?])\s", _text_of(pair))[0] for pair in pairs]
     if task.metric == "translation":
-        known = _dictionary(task.pairs["train"])
-        return [" ".join(known.get(w.casefold(), w) for w in _asked_about(pair).split()) for pair in pairs]
+        dictionary = _dictionary(task.pairs["train"])
+        return [" ".join(dictionary.get(word.casefold(), word) for word in _text_of(pair).split()) for pair in pairs]
     raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}, which has no trivial baseline.")
 
 
-def _asked_about(pair: Pair) -> str:
-    """The text that a prompt is about: what follows its instruction."""
-    for mark in ("\n\n", ": "):
-        if mark in pair.prompt:
-            return pair.prompt.partition(mark)[2]
+def _text_of(pair: Pair) -> str:
+    """The text in a prompt, without the instruction before it."""
+    for separator in ("\n\n", ": "):
+        if separator in pair.prompt:
+            return pair.prompt.partition(separator)[2]
     return pair.prompt
 
 
 def _dictionary(pairs: Sequence[Pair]) -> dict[str, str]:
-    """Word by word where a training pair has as many words on both sides, the commonest translation of each."""
-    seen: dict[str, Counter] = {}
+    """word -> its most frequent translation, from the pairs that have as many words in both languages."""
+    translations: dict[str, Counter[str]] = {}
     for pair in pairs:
-        here, there = _asked_about(pair).split(), pair.answer.split()
-        if len(here) == len(there):
-            for one, other in zip(here, there, strict=True):
-                seen.setdefault(one.casefold(), Counter())[other] += 1
-    return {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
+        source, target = _text_of(pair).split(), pair.answer.split()
+        if len(source) == len(target):
+            for word, translated in zip(source, target, strict=True):
+                translations.setdefault(word.casefold(), Counter())[translated] += 1
+    return {word: counts.most_common(1)[0][0] for word, counts in translations.items()}
 
 
 class StyleJudge:
-    """A small classifier that tells a style from plain text: n-grams of characters, logistic regression.
+    """A small classifier that distinguishes a style from plain text: character n-grams and logistic regression.
 
-    It learns from the validation parts of the two tasks, which no model was trained on, and is itself judged on their
-    test parts.
+    It is trained on the validation parts of the two tasks, on which no model was trained, and evaluated on their test
+    parts.
 
     Args:
-        styled, plain: tasks of the same stories in the style and without it.
+        styled, plain: tasks of the same stories with and without the style.
 
     Attributes:
         accuracy: on the test parts, from 0 to 1; chance is 0.5.
@@ -134,8 +146,8 @@ class StyleJudge:
         from sklearn.pipeline import make_pipeline
 
         def texts(part: str) -> tuple[list[str], list[int]]:
-            both = [[pair.answer for pair in task.pairs[part]] for task in (plain, styled)]
-            return [*both[0], *both[1]], [0] * len(both[0]) + [1] * len(both[1])
+            plain_texts, styled_texts = ([pair.answer for pair in task.pairs[part]] for task in (plain, styled))
+            return plain_texts + styled_texts, [0] * len(plain_texts) + [1] * len(styled_texts)
 
         features = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
         self.pipeline = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000))
@@ -143,5 +155,5 @@ class StyleJudge:
         self.accuracy = float(self.pipeline.score(*texts("test")))
 
     def share(self, stories: Sequence[str]) -> float:
-        """Which share of stories it takes for the style."""
+        """The share of stories that it classifies as in the style, from 0 to 1."""
         return float(self.pipeline.predict(list(stories)).mean())

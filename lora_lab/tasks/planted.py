@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,22 @@ def planted(
     targets: str | Sequence[str] = "all-linear",
     seed: int = 0,
 ) -> Task:
-    """A task whose answer is known: imitate ``model`` plus a hidden update of the given rank.
+    """A task with a known solution: imitate ``model`` plus a hidden update of the given rank.
 
-    The teacher is a copy of the model with an update of exactly that rank, as large as the weight itself,
-    in each target layer. Inputs are Gaussian. Noise is added to the teacher's training answers and to no
-    others, so a student that finds the update reaches zero validation loss, however noisy its lessons.
+    The teacher is a copy of the model with an update of exactly that rank, as large as the weight itself, in each
+    target layer. Inputs are Gaussian. Noise is added to the teacher's outputs for training only, so a student that
+    finds the update reaches zero validation loss, however noisy its training targets.
 
     Args:
-        model: a net that takes (n, features); it is left as it is.
-        rank: rank of the hidden update.
-        noise: standard deviation of the noise, relative to that of the teacher's answers.
+        model: a net that takes (n, features); it is not changed.
+        rank: of the hidden update.
+        noise: standard deviation of the noise, relative to that of the teacher's outputs.
         n_train: number of training examples.
-        targets: layers that the update touches, as in :class:`lora_lab.LoRAConfig`.
-        seed: seeds all of it.
+        targets: layers with a hidden update, as in :class:`lora_lab.LoRAConfig`.
+        seed: of everything random.
 
     Raises:
-        ValueError: noise is negative, or as for :func:`lora_lab.inject`.
+        ValueError: ``noise`` is negative, or as for :func:`lora_lab.inject`.
     """
     if noise < 0:
         raise ValueError(f"noise is {noise}, but a standard deviation cannot be negative.")
@@ -50,13 +51,13 @@ def planted(
     with torch.no_grad():
         for layer in lora_layers(teacher).values():
             layer.lora_B.copy_(draw(*layer.lora_B.shape))  # (out, rank)
-            layer.lora_B.mul_(layer.base.weight.norm() / layer.delta().norm())
+            layer.lora_B.mul_(cast(Tensor, layer.base.weight).norm() / layer.delta().norm())
         inputs = draw(n_train + 3 * 256, features)
-        answers = teacher(inputs)  # (n, out)
-        answers[:n_train] += noise * answers.std() * draw(n_train, answers.shape[1])
+        outputs = teacher(inputs)  # (n, out)
+        outputs[:n_train] += noise * outputs.std() * draw(n_train, outputs.shape[1])
         off_inputs = 3 * draw(256, features)  # three times as far out
         off_domain = Examples(off_inputs, model(off_inputs))
-    rows = Examples(inputs, answers)
+    rows = Examples(inputs, outputs)
     return Task(
         name=f"planted-rank{rank}",
         train=rows[:n_train],

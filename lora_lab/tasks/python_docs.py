@@ -1,4 +1,4 @@
-"""Python's manual as a task of next tokens, and the prose that every text task is judged by for what it forgets."""
+"""Next-token prediction on Python's manual, and the prose on which every text task measures forgetting."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from lora_lab.task import Examples, Task, TextTokenizer
 
 
 def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
-    """Next tokens of Python's own reference manual (``pydoc_data.topics``, part of CPython).
+    """Next-token prediction on Python's reference manual (``pydoc_data.topics``, part of CPython).
 
-    Pages that quote each other (some repeat whole sections of others) form a group, and a group goes to one
-    part as a whole, so that nothing in validation or test was read in training. Off-domain is prose on
-    flowers, wines, houses and patients: scikit-learn's descriptions of its data sets.
+    Pages that quote each other (some repeat whole sections of others) form a group, and a whole group goes to one part,
+    so that validation and test repeat nothing from training. Off-domain is prose on flowers, wines, houses and
+    patients: scikit-learn's descriptions of its data sets.
 
     Args:
         tokenizer: turns text into token ids.
-        seq_len: tokens an example.
+        seq_len: tokens per example.
 
     Raises:
-        ValueError: seq_len is below 2, or so long that a part is left empty.
+        ValueError: ``seq_len`` is below 2, or so long that a part stays empty.
     """
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     from pydoc_data.topics import topics
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
-    split: dict[str, list[str]] = {"train": [], "validation": [], "test": [], "off_domain": off_domain_texts()}
+    split: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for i, group in enumerate(_related(pages)):
-        held_out = {1: "validation", 3: "test"}.get(i % 5) if len(group) < 8 else None  # the large one is for training
-        split[held_out or "train"] += group
+        part = {1: "validation", 3: "test"}.get(i % 5, "train")
+        split[part if len(group) < 8 else "train"] += group  # the one large group is for training
     return Task(
         name="docs",
-        **{part: windows(tokenizer, texts, seq_len) for part, texts in split.items()},
+        train=windows(tokenizer, split["train"], seq_len),
+        validation=windows(tokenizer, split["validation"], seq_len),
+        test=windows(tokenizer, split["test"], seq_len),
+        off_domain=windows(tokenizer, off_domain_texts(), seq_len),
         unit="tokens",
         about="Python's reference manual, cut by page; off-domain: scikit-learn's descriptions of data sets",
     )
 
 
 def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Examples:
-    """Texts joined and cut into rows of ``seq_len`` tokens, the targets one token ahead, in random order."""
+    """Texts joined and cut into sequences of ``seq_len`` tokens, in random order; targets are one token ahead."""
     ids = torch.tensor(tokenizer.encode("\n\n".join(texts)))  # (tokens,)
-    rows = (len(ids) - 1) // seq_len
+    rows = max(0, len(ids) - 1) // seq_len
     inputs = ids[: rows * seq_len].view(rows, seq_len)  # (rows, seq_len)
     targets = ids[1 : rows * seq_len + 1].view(rows, seq_len)  # (rows, seq_len)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))  # (rows,)
@@ -53,22 +56,30 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
 
 
 def _related(pages: Sequence[str]) -> list[list[str]]:
-    """Pages in groups: two that share a paragraph of 60 characters or more are in the same one."""
-    groups: list[tuple[set[str], list[str]]] = []
+    """Groups of pages, in order: pages that share a paragraph of at least 60 characters are in the same group."""
+    # scipy's DisjointSet forgets the order in which groups were merged, and so the order of the pages, which the data
+    # depends on. Its import would also cost every training process half a second and 28 MiB.
+    groups: list[tuple[set[str], list[str]]] = []  # paragraphs and pages of each group
     for page in pages:
         paragraphs = {" ".join(paragraph.split()) for paragraph in page.split("\n\n")}
         paragraphs = {paragraph for paragraph in paragraphs if len(paragraph) >= 60}
-        kin = [group for group in groups if group[0] & paragraphs]
-        groups = [group for group in groups if group not in kin]
-        groups.append((paragraphs.union(*(group[0] for group in kin)), [p for group in kin for p in group[1]] + [page]))
+        members: list[str] = []
+        unrelated = []
+        for group in groups:
+            if group[0].isdisjoint(paragraphs):
+                unrelated.append(group)
+            else:
+                paragraphs |= group[0]
+                members += group[1]
+        groups = [*unrelated, (paragraphs, [*members, page])]
     return sorted((members for _, members in groups), key=lambda members: pages.index(members[0]))
 
 
 def off_domain_texts() -> list[str]:
-    """scikit-learn's descriptions of its data sets, text by text: the off-domain part of all tasks of text."""
-    # Found without importing scikit-learn, which takes most of a second and 100 MB.
-    folder = Path(find_spec("sklearn").origin).parent / "datasets" / "descr"
-    pages = sorted(
-        (page.name, page.read_text(encoding="utf-8")) for page in folder.iterdir() if page.name.endswith(".rst")
-    )
-    return [text for _, text in pages]
+    """scikit-learn's descriptions of its data sets, one text each: the off-domain part of every text task."""
+    # find_spec does not import scikit-learn, which takes most of a second and 100 MB.
+    spec = find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("The off-domain texts come with scikit-learn; run pip install scikit-learn.")
+    folder = Path(spec.origin).parent / "datasets" / "descr"
+    return [page.read_text(encoding="utf-8") for page in sorted(folder.glob("*.rst"), key=lambda page: page.name)]

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from lora_lab.ablation import packing, run, studies
-from lora_lab.experiments import ranks as rank_records
-from lora_lab.experiments import spectra as spectra_records
-from lora_lab.experiments import step_memory
+from lora_lab.experiments import ablation, memory, spectra
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
@@ -44,8 +42,8 @@ def no_trial_runs(monkeypatch):
 @pytest.fixture
 def small_is_tiny(monkeypatch, tiny_config):
     """ "small" is a tiny model, and cases run in this process."""
-    monkeypatch.setattr(step_memory, "_SMALL", tiny_config)
-    monkeypatch.setattr(step_memory, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
+    monkeypatch.setattr(memory, "_SMALL", tiny_config)
+    monkeypatch.setattr(memory, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
 
 
 def sentences(vocabulary):
@@ -60,11 +58,12 @@ def sentences(vocabulary):
 def small_study(monkeypatch, tiny_config, tmp_path):
     """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
-    monkeypatch.setattr(studies, "study", lambda name, seq_len, device: study)
-    plan = rank_records.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
-    for module in (rank_records, spectra_records):
+    monkeypatch.setattr(studies, "language_model", lambda device: study[0]())
+    monkeypatch.setattr(studies, "docs_task", lambda seq_len: study[1]())
+    plan = ablation.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
+    for module in (ablation, spectra):
         monkeypatch.setattr(module, "plan", lambda device: plan)
-    monkeypatch.setattr(rank_records, "ablate", partial(here, rank_records.ablate))
+    monkeypatch.setattr(ablation, "ablate", partial(here, ablation.ablate))
     monkeypatch.chdir(tmp_path)
     return study
 

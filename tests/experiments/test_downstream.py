@@ -1,4 +1,4 @@
-"""What `lora-lab record downstream` runs, on a tiny model and small trades, and what it writes and says."""
+"""What `lora-lab record downstream` runs, on a tiny model and small tasks, and what it writes and prints."""
 
 import dataclasses
 import io
@@ -13,26 +13,25 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
 from lora_lab.ablation import studies
-from lora_lab.experiments import downstream as trade_records
-from lora_lab.experiments.finetune import TASKS
+from lora_lab.experiments import downstream
 from lora_lab.models.llama import Llama
-from lora_lab.tasks import Pair, from_pairs
+from lora_lab.tasks import TASKS, Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, trivial
 from tests.helpers import COMMIT, enlarge
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-REAL_PLAN = trade_records.plan  # the fixture puts another in its place
+REAL_PLAN = downstream.plan  # the fixture puts another in its place
 RATES = {"full": (1e-4, 1e-2), "LoRA r=8": (3e-2, 1e-3), "scratch": (1e-2, 1e-4)}
 STEPS = {"sentiment": 5, "translate-fr": 3, "style": 4}
-PLAN = trade_records.Plan(STEPS, RATES, 3, 4, 3)
+PLAN = downstream.Plan(STEPS, RATES, 3, 4, 3)
 TRAINED = {"sentiment": {"full", "LoRA r=8", "scratch"}, "translate-fr": {"full", "LoRA r=8"}}
 TRAINED["style"] = TRAINED["translate-fr"]
 WORDS = ("red", "tree", "house", "big", "sea", "old", "cat", "sun", "ship", "fox")
 
 
 def sentiment(tokenizer):
-    """Three classes, of which one is the commonest."""
+    """Three classes, of which one is the majority."""
     pairs = [Pair(f"{i} apples?", ("good", "bad", "good", "so-so")[i % 4]) for i in range(40)]
     return from_pairs(
         tokenizer, pairs, name="sentiment", metric="classification", about="apples", licence="a licence of apples"
@@ -61,7 +60,7 @@ def stories(tokenizer, variant="log"):
 
 @pytest.fixture(scope="module")
 def tiny(small_world, tiny_config, chatter):
-    """The real model is a tiny one with something to say, and its trades are small."""
+    """The real model is a tiny one with something to say, and its tasks are small."""
     config = dataclasses.replace(tiny_config, tie_word_embeddings=False)
 
     def make(device=None):
@@ -69,17 +68,17 @@ def tiny(small_world, tiny_config, chatter):
 
     small = {"sentiment": cache(sentiment), "translate-fr": cache(french), "style": cache(stories)}
     small_world.setattr(studies, "language_model", make)
-    small_world.setattr(trade_records, "TASKS", small)
-    small_world.setattr(trade_records, "style", small["style"])
-    small_world.setattr(trade_records, "load_pretrained", lambda name: (None, chatter))
-    small_world.setattr(trade_records, "plan", lambda device: PLAN)
+    small_world.setattr(downstream, "TASKS", small)
+    small_world.setattr(downstream, "style", small["style"])
+    small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))
+    small_world.setattr(downstream, "plan", lambda device: PLAN)
     return make
 
 
 @pytest.fixture(scope="module")
 def whole(tiny):
     """(the record, its rows in the order in which they came, what was printed) of one run of the command."""
-    found, recorder = [], trade_records.RECORDER
+    found, recorder = [], downstream.RECORDER
 
     def rows(device):
         for row in recorder.rows(device):
@@ -87,7 +86,7 @@ def whole(tiny):
             yield row
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(trade_records, "RECORDER", dataclasses.replace(recorder, rows=rows))
+        patch.setattr(downstream, "RECORDER", dataclasses.replace(recorder, rows=rows))
         status = cli.main(["record", "downstream", "--device", "cpu", "--out", "records"])
     assert status == 0
     (record,) = records.load_all("downstream", "records").values()
@@ -107,7 +106,7 @@ def lowest(rows, task, setup):
 # What is recorded
 
 
-def test_a_record_holds_each_trade_its_baselines_every_rate_on_seed_0_and_the_best_one_on_all_seeds(whole):
+def test_a_record_holds_each_task_its_baselines_every_rate_on_seed_0_and_the_best_one_on_all_seeds(whole):
     record, found, _ = whole
     assert record.rows == found
     assert [row["task"] for row in rows_of(found, "task")] == list(STEPS)
@@ -125,27 +124,27 @@ def test_a_record_holds_each_trade_its_baselines_every_rate_on_seed_0_and_the_be
             assert (left["lr"], left["seed"]) == (next(lr for lr in RATES[setup] if lr != chosen), 0)
             assert {row["commit"] for row in results} == {COMMIT}
     assert any(lowest(found, task, setup) != RATES[setup][0] for task in STEPS for setup in TRAINED[task])
-    assert len(list(trade_records.FOLDER.glob("*.json"))) == (3 + 2 + 2) * (2 + 2)
+    assert len(list(downstream.FOLDER.glob("*.json"))) == (3 + 2 + 2) * (2 + 2)
 
 
 def test_a_rate_is_chosen_by_its_validation_loss_and_by_no_other_number(whole, tmp_path, monkeypatch):
-    shutil.copytree(trade_records.FOLDER, tmp_path / "trials")
-    monkeypatch.setattr(trade_records, "plan", lambda device: dataclasses.replace(PLAN, steps={"sentiment": 5}))
-    ablate = trade_records.ablate
+    shutil.copytree(downstream.FOLDER, tmp_path / "trials")
+    monkeypatch.setattr(downstream, "plan", lambda device: dataclasses.replace(PLAN, steps={"sentiment": 5}))
+    ablate = downstream.ablate
 
     def turned(*arguments, **options):
         frame = ablate(*arguments, **options)
         return frame.assign(validation_loss=-frame.validation_loss)
 
-    monkeypatch.setattr(trade_records, "ablate", turned)
-    rows = list(trade_records.downstream(CPU, tmp_path / "trials"))
+    monkeypatch.setattr(downstream, "ablate", turned)
+    rows = list(downstream.rows(CPU, tmp_path / "trials"))
     for setup in RATES:
         (before,) = {row["lr"] for row in rows_of(whole[1], "result", task="sentiment", setup=setup)}
         (found,) = {row["lr"] for row in rows_of(rows, "result", task="sentiment", setup=setup)}
         assert {before, found} == set(RATES[setup])
 
 
-def test_a_trades_row_says_what_it_is_and_how_large(whole, chatter):
+def test_a_tasks_row_says_what_it_is_and_how_large(whole, chatter):
     made = {"sentiment": sentiment(chatter), "translate-fr": french(chatter), "style": stories(chatter)}
     for row in rows_of(whole[1], "task"):
         task = made[row["task"]]
@@ -277,9 +276,9 @@ def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, cha
     shares = {row["in_style"] for row in rows_of(whole[1], "result", task="style")}
     assert shares <= {i / 4 for i in range(5)}
     wanted = [pair.answer for pair in stories(chatter).pairs["test"]]
-    assert trade_records.scores(stories(chatter), wanted) == {"in_style": 1.0}
+    assert downstream.scores(stories(chatter), wanted) == {"in_style": 1.0}
     plainly = [pair.answer for pair in stories(chatter, "plain").pairs["test"]]
-    assert trade_records.scores(stories(chatter), plainly) == {"in_style": 0.0}
+    assert downstream.scores(stories(chatter), plainly) == {"in_style": 0.0}
 
 
 def test_a_record_says_how_its_rows_were_made(whole):
@@ -309,27 +308,27 @@ def test_every_result_is_printed_and_no_answer_is(whole):
 
 
 def test_a_line_of_each_kind():
-    assert trade_records.line({"about": "task", "task": "style", "says": "stories"}) == "style: stories"
-    assert trade_records.line({"about": "answer", "task": "style", "setup": "full", "prediction": "?"}) is None
+    assert downstream.line({"about": "task", "task": "style", "says": "stories"}) == "style: stories"
+    assert downstream.line({"about": "answer", "task": "style", "setup": "full", "prediction": "?"}) is None
     trivial = {"about": "result", "task": "sentiment", "setup": "trivial", "accuracy": 0.5, "macro_f1": 0.25}
-    assert trade_records.line(trivial) == f"  trivial    {'':<20}accuracy 0.500  macro_f1 0.250"
+    assert downstream.line(trivial) == f"  trivial    {'':<20}accuracy 0.500  macro_f1 0.250"
     failed = {"about": "tuning", "setup": "full", "lr": 1e-4, "seed": 0, "reason": "The loss is nan", "test_loss": None}
-    assert trade_records.line(failed) == "  full       lr 0.0001  seed 0: The loss is nan"
+    assert downstream.line(failed) == "  full       lr 0.0001  seed 0: The loss is nan"
 
 
 # What fails, and what is stopped
 
 
 def hot(monkeypatch, *setups, steps=None):
-    """The plan, for one trade, with a rate at which nothing can be trained; for some methods there is no other."""
+    """The plan, for one task, with a rate at which nothing can be trained; for some methods there is no other."""
     rates = {setup: (1e30,) if setup in setups else (*lrs, 1e30) for setup, lrs in RATES.items()}
     plan = dataclasses.replace(PLAN, lrs=rates, steps=steps or {"sentiment": 5})
-    monkeypatch.setattr(trade_records, "plan", lambda device: plan)
+    monkeypatch.setattr(downstream, "plan", lambda device: plan)
 
 
 def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatch, tmp_path):
     hot(monkeypatch, "full", "scratch")
-    rows = list(trade_records.downstream(CPU, tmp_path))
+    rows = list(downstream.rows(CPU, tmp_path))
     failed = [row for row in rows if row.get("outcome") == "failed"]
     assert [(row["about"], row["setup"], row["lr"], row["seed"]) for row in failed] == [
         ("tuning", setup, 1e30, 0) for setup in ("full", "LoRA r=8", "scratch")
@@ -337,40 +336,50 @@ def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatc
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["validation_loss"] is row["test_loss"] is None
-        assert row["reason"] in trade_records.line(row)
+        assert row["reason"] in downstream.line(row)
     results = [row["setup"] for row in rows_of(rows, "result")]
     assert results == ["trivial", "zero-shot", *["LoRA r=8"] * 3]
     assert {row["setup"] for row in rows_of(rows, "answer")} == {"zero-shot", "LoRA r=8"}
     records.new("downstream", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
 
 
-def test_where_everything_failed_the_next_trade_begins(tiny, monkeypatch, tmp_path):
+def test_where_everything_failed_the_next_task_begins(tiny, monkeypatch, tmp_path):
     hot(monkeypatch, *RATES, steps={"sentiment": 5, "style": 4})
-    rows = list(trade_records.downstream(CPU, tmp_path))
+    rows = list(downstream.rows(CPU, tmp_path))
     assert [row["task"] for row in rows_of(rows, "task")] == ["sentiment", "style"]
     assert {row["setup"] for row in rows_of(rows, "result")} == {"trivial", "zero-shot"}
     assert [row["outcome"] for row in rows_of(rows, "tuning")] == ["failed"] * 5
 
 
 def test_a_stopped_record_goes_on_where_it_was(whole, tiny, tmp_path):
-    rows = trade_records.downstream(CPU, tmp_path)
+    rows = downstream.rows(CPU, tmp_path)
     while next(rows)["about"] != "tuning":
         pass
     rows.close()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(kept) == 3 * 2
-    again = list(trade_records.downstream(CPU, tmp_path))
+    again = list(downstream.rows(CPU, tmp_path))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     frames = [pandas.DataFrame(one)[["about", "task", "setup", "lr", "seed"]] for one in (again, whole[1])]
     pandas.testing.assert_frame_equal(*frames)
 
 
 def test_of_a_record_that_is_whole_nothing_is_trained_again(whole, tmp_path, no_trial_runs):
-    shutil.copytree(trade_records.FOLDER, tmp_path / "trials")
-    assert list(trade_records.downstream(CPU, tmp_path / "trials")) == whole[1]
+    shutil.copytree(downstream.FOLDER, tmp_path / "trials")
+    assert list(downstream.rows(CPU, tmp_path / "trials")) == whole[1]
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
-        list(trade_records.downstream(CPU, tmp_path / "trials"))
+        list(downstream.rows(CPU, tmp_path / "trials"))
+
+
+def test_answers_that_an_earlier_version_stored_under_another_name_are_read(whole, tmp_path, no_trial_runs):
+    shutil.copytree(downstream.FOLDER, tmp_path / "trials")
+    paths = sorted((tmp_path / "trials").glob("*.json"))
+    for path in paths[::2]:  # so that the table has both names
+        text = path.read_text(encoding="utf-8")
+        assert '"prediction_0"' in text
+        path.write_text(text.replace('"prediction_', '"said_'), encoding="utf-8")
+    assert list(downstream.rows(CPU, tmp_path / "trials")) == whole[1]
 
 
 # What is planned
@@ -380,7 +389,7 @@ def test_a_gpu_is_given_a_larger_plan():
     small, large = REAL_PLAN(CPU), REAL_PLAN(CUDA)
     assert set(small.steps) < set(large.steps) <= set(TASKS)
     assert all(large.steps[name] > steps for name, steps in small.steps.items())
-    assert set(small.lrs) == set(large.lrs) == set(trade_records.SETUPS)
+    assert set(small.lrs) == set(large.lrs) == set(downstream.SETUPS)
     assert all(set(lrs) < set(large.lrs[setup]) for setup, lrs in small.lrs.items())
     assert large.seeds > small.seeds >= 3
     assert large.eval_examples > small.eval_examples
@@ -396,13 +405,13 @@ def test_each_planned_run_is_evaluated_before_and_after(device):
             trial = own.trial(name, setup, lrs[0], 2)
             assert (trial.steps, trial.eval_every, trial.lr, trial.seed) == (steps, steps, lrs[0], 2)
             assert (trial.batch_size, trial.eval_examples) == (own.batch_size, own.eval_examples)
-            assert trial.method == trade_records.SETUPS[setup]
-    assert trade_records.SETUPS["LoRA r=8"] == LoRA(8, 16) != LoRA(8, 8)
+            assert trial.method == downstream.SETUPS[setup]
+    assert downstream.SETUPS["LoRA r=8"] == LoRA(8, 16) != LoRA(8, 8)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_a_record_can_hold_the_settings_of_the_real_plan(device, monkeypatch):  # or hours would end in an error
-    monkeypatch.setattr(trade_records, "plan", REAL_PLAN)
-    own = records.new("downstream", [{"a": 1}], trade_records.settings(device), "a test", CPU, "unknown").settings
+    monkeypatch.setattr(downstream, "plan", REAL_PLAN)
+    own = records.new("downstream", [{"a": 1}], downstream.settings(device), "a test", CPU, "unknown").settings
     assert own["setups"]["LoRA r=8"]["rank"] == 8
     assert own["steps"] == dict(REAL_PLAN(device).steps)

@@ -31,7 +31,7 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
     assert command("finetune", "--task", "sums.jsonl", "--rank", 4, "--steps", 20, "--lr", 3e-2, "--out", "kept") == 0
     printed = capsys.readouterr().out
     assert "plus one?" in printed
-    assert "wanted" in printed
+    assert "reference" in printed
     result = json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))
     assert result["after"]["validation loss"] < result["before"]["validation loss"]
     assert result["method"]["rank"] == 4
@@ -42,7 +42,7 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
     model = Llama(tiny_config, seed=3)
     load_adapter(model, tmp_path / "kept")
     task = finetune.task_of("sums.jsonl", tiny)
-    assert finetune._judged(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
+    assert finetune._evaluated(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
     assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
 
 
@@ -177,15 +177,23 @@ def test_methods_by_name():
 
 
 def test_the_table_shows_what_there_is_without_a_model():
-    one = {"test loss": 2.0, "accuracy": 0.4, "samples": [{"prompt": "p", "wanted": "w", "said": "s"}]}
-    other = {"test loss": 1.0, "accuracy": 0.9, "samples": [{"prompt": "p", "wanted": "w", "said": "t" * 999}]}
-    told = finetune.table({"before": one, "after": other, "trivial": {"accuracy": 0.333}})
-    assert "accuracy               0.400     0.900     0.333" in told
-    assert "after   ttt" in told
-    assert len(told) < 700
+    def evaluated(loss, accuracy, prediction):
+        samples = [{"prompt": "p", "reference": "r", "prediction": prediction}]
+        return {"test loss": loss, "accuracy": accuracy, "samples": samples}
+
+    result = {"before": evaluated(2.0, 0.4, "s"), "after": evaluated(1.0, 0.9, "t" * 999)}
+    printed = finetune.table(result | {"trivial": {"accuracy": 0.333}})
+    assert [line.split() for line in printed.splitlines()[:3]] == [
+        ["before", "after", "trivial"],
+        ["test", "loss", "2.000", "1.000"],
+        ["accuracy", "0.400", "0.900", "0.333"],
+    ]
+    assert "reference  r\nbefore     s\nafter      ttt" in printed
+    assert len(printed) < 700
+    assert "trivial" not in finetune.table(result)
 
 
-def test_every_trade_can_be_named(smollm2):
+def test_every_task_can_be_named(smollm2):
     assert set(finetune.TASKS) >= {"summarise", "translate-fr", "sentiment", "style", "docs"}
     task = finetune.task_of("sentiment", smollm2[1])
     assert isinstance(task, PairTask)

@@ -16,16 +16,16 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.overfitting import at_best_rate, compare, summarise_trials
 from lora_lab.costs import microbench as replay
 from lora_lab.costs.cost_model import PHASES, CostModel
-from lora_lab.experiments import overfitting as overfit_records
+from lora_lab.experiments import overfitting
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-REAL_PLAN, REAL_WAYS = overfit_records.plan, dict(overfit_records.SETUPS)  # the fixture puts others in their places
+REAL_PLAN, REAL_SETUPS = overfitting.plan, dict(overfitting.SETUPS)  # the fixture puts others in their places
 RATES = {"full": (1e-3, 3e-2, 1e-2), "LoRA r=8": (1e-3, 1e-1), "last blocks": (1e-2, 1e-3)}
-PLAN = overfit_records.Plan((4, 8), RATES, 3, 4, 4, 9, 6)
+PLAN = overfitting.Plan((4, 8), RATES, 3, 4, 4, 9, 6)
 ADAPTED = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), "last blocks": PartialFineTuning(["model.layers.1"])}
 
 
@@ -61,18 +61,18 @@ def tiny(small_world, tiny_config):
 
     small_world.setattr(studies, "language_model", make)
     small_world.setattr(studies, "docs_task", counting_on)
-    small_world.setitem(overfit_records.SETUPS, "last blocks", ADAPTED["last blocks"])
-    small_world.setattr(overfit_records, "cost_model", lambda device: Costs())
-    small_world.setattr(overfit_records, "plan", lambda device: PLAN)
+    small_world.setitem(overfitting.SETUPS, "last blocks", ADAPTED["last blocks"])
+    small_world.setattr(overfitting, "cost_model", lambda device: Costs())
+    small_world.setattr(overfitting, "plan", lambda device: PLAN)
     return make
 
 
 @pytest.fixture(autouse=True)
 def forget_hours():
     """They are kept for each device, while plans change from test to test."""
-    overfit_records.planned_hours.cache_clear()
+    overfitting.planned_hours.cache_clear()
     yield
-    overfit_records.planned_hours.cache_clear()
+    overfitting.planned_hours.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_record_says_how_its_rows_were_made(whole):
     assert own["setups"]["last blocks"]["modules"] == ["model.layers.1"]
     assert (own["sizes"], own["seeds"], own["epochs"], own["batch_size"]) == ([4, 8], 3, 4, 4)
     assert (own["seq_len"], own["eval_examples"]) == (9, 6)
-    assert own["planned_hours"] == overfit_records.planned_hours(CPU) > 0
+    assert own["planned_hours"] == overfitting.planned_hours(CPU) > 0
 
 
 def test_a_row_is_what_fit_gives_for_its_way_rate_and_seed(tiny, whole):
@@ -175,14 +175,14 @@ def test_a_record_can_be_measured_tuned_and_compared(whole):
 def hot(monkeypatch, *setups):
     """The plan, with rates for some methods at which nothing can be trained."""
     rates = {setup: (1e30, 1e31) if setup in setups else lrs for setup, lrs in RATES.items()}
-    monkeypatch.setattr(overfit_records, "plan", lambda device: dataclasses.replace(PLAN, lrs=rates, sizes=(8,)))
+    monkeypatch.setattr(overfitting, "plan", lambda device: dataclasses.replace(PLAN, lrs=rates, sizes=(8,)))
 
 
 def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_way_is_not_run_on_other_seeds(
     tiny, monkeypatch, tmp_path
 ):
     hot(monkeypatch, "full")
-    rows = list(overfit_records.overfitting(CPU, tmp_path))
+    rows = list(overfitting.rows(CPU, tmp_path))
     failed = [row for row in rows if row["outcome"] == "failed"]
     assert [(row["setup"], row["lr"], row["seed"]) for row in failed] == [("full", 1e30, 0), ("full", 1e31, 0)]
     assert {row["setup"] for row in rows if row["seed"] > 0} == {"LoRA r=8", "last blocks"}
@@ -190,14 +190,14 @@ def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_way_is_not_run_on_
         assert "lower the learning rate" in row["reason"]
         assert row["step"] is row["validation_loss"] is row["gap"] is None
         said = f"    8 examples  full         lr {row['lr']:<8g} seed 0: {row['reason']}"
-        assert overfit_records.line(row) == said
-    records.new("overfitting", rows, overfit_records.settings(CPU), "a test", CPU, "unknown")  # has no NaN in it
+        assert overfitting.line(row) == said
+    records.new("overfitting", rows, overfitting.settings(CPU), "a test", CPU, "unknown")  # has no NaN in it
     assert set(summarise_trials(pandas.DataFrame(rows)).setup) == {"LoRA r=8", "last blocks"}
 
 
 def test_where_everything_failed_the_record_holds_the_reasons_and_ends(tiny, monkeypatch, tmp_path):
     hot(monkeypatch, *RATES)
-    rows = list(overfit_records.overfitting(CPU, tmp_path))
+    rows = list(overfitting.rows(CPU, tmp_path))
     assert len(rows) == 2 * 3
     assert {(row["outcome"], row["seed"]) for row in rows} == {("failed", 0)}
     assert all(row["reason"] for row in rows)
@@ -207,18 +207,18 @@ def test_a_line_is_said_for_the_last_evaluation_alone():
     row = {"n_train": 16, "setup": "LoRA r=64", "lr": 2e-4, "seed": 1, "steps": 20, "outcome": "done", "reason": ""}
     row |= {"train_loss": 1.25, "validation_loss": 2.5, "off_domain_loss": 3.00004}
     said = "   16 examples  LoRA r=64    lr 0.0002   seed 1: train 1.2500  validation 2.5000  off_domain 3.0000"
-    assert overfit_records.line({**row, "step": 20.0}) == said
-    assert overfit_records.line({**row, "step": 18.0}) is None
-    assert overfit_records.line({**row, "step": 0.0, "train_loss": None}) is None
+    assert overfitting.line({**row, "step": 20.0}) == said
+    assert overfitting.line({**row, "step": 18.0}) is None
+    assert overfitting.line({**row, "step": 0.0, "train_loss": None}) is None
 
 
 def test_a_stopped_record_goes_on_where_it_was(tiny, whole, tmp_path):
-    rows = overfit_records.overfitting(CPU, tmp_path)
+    rows = overfitting.rows(CPU, tmp_path)
     first = list(islice(rows, 1))
     rows.close()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(kept) == 3 + 2 + 2  # of the first size, all rates on seed 0
-    found = list(overfit_records.overfitting(CPU, tmp_path))
+    found = list(overfitting.rows(CPU, tmp_path))
     assert found[:1] == first
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(tmp_path.glob("*.json"))) == 2 * (7 + 6)
@@ -226,11 +226,11 @@ def test_a_stopped_record_goes_on_where_it_was(tiny, whole, tmp_path):
 
 
 def test_of_a_record_that_is_whole_nothing_is_run_again(whole, tmp_path, no_trial_runs):
-    shutil.copytree(overfit_records.FOLDER, tmp_path / "trials")
-    assert list(overfit_records.overfitting(CPU, tmp_path / "trials")) == whole[0].rows
+    shutil.copytree(overfitting.FOLDER, tmp_path / "trials")
+    assert list(overfitting.rows(CPU, tmp_path / "trials")) == whole[0].rows
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
-        list(overfit_records.overfitting(CPU, tmp_path / "trials"))
+        list(overfitting.rows(CPU, tmp_path / "trials"))
 
 
 # What is planned
@@ -254,7 +254,7 @@ def test_a_gpu_is_given_a_larger_plan():
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_each_planned_run_reads_its_examples_a_whole_number_of_times_and_is_evaluated_after_each(device):
     own = REAL_PLAN(device)
-    assert set(own.lrs) <= set(REAL_WAYS)
+    assert set(own.lrs) <= set(REAL_SETUPS)
     assert own.epochs == 10
     for setup, lrs in own.lrs.items():
         assert list(lrs) == sorted(set(lrs))
@@ -265,21 +265,21 @@ def test_each_planned_run_reads_its_examples_a_whole_number_of_times_and_is_eval
             assert trial.eval_every * trial.batch_size == trial.warmup * trial.batch_size == size
             assert (trial.schedule, trial.seed, trial.lr) == ("constant", 2, lrs[0])
             assert trial.eval_examples == own.eval_examples
-            assert trial.method == overfit_records.SETUPS[setup]
+            assert trial.method == overfitting.SETUPS[setup]
     assert len({own.trial("full", own.lrs["full"][0], 0, size).key for size in own.sizes}) == len(own.sizes)
 
 
 def test_the_last_blocks_are_those_of_the_real_model():
-    assert list(REAL_WAYS["last blocks"].modules) == [f"model.layers.{i}" for i in (26, 27, 28, 29)]
+    assert list(REAL_SETUPS["last blocks"].modules) == [f"model.layers.{i}" for i in (26, 27, 28, 29)]
     assert config("smollm2-135m").num_hidden_layers == 30
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_a_record_can_hold_the_settings_of_the_real_plan(device, monkeypatch):  # or hours would end in an error
-    monkeypatch.setattr(overfit_records, "plan", REAL_PLAN)
-    monkeypatch.setattr(overfit_records, "SETUPS", REAL_WAYS)
-    monkeypatch.setattr(overfit_records, "planned_hours", lambda device: 1.5)
-    own = records.new("overfitting", [{"a": 1}], overfit_records.settings(device), "a test", CPU, "unknown").settings
+    monkeypatch.setattr(overfitting, "plan", REAL_PLAN)
+    monkeypatch.setattr(overfitting, "SETUPS", REAL_SETUPS)
+    monkeypatch.setattr(overfitting, "planned_hours", lambda device: 1.5)
+    own = records.new("overfitting", [{"a": 1}], overfitting.settings(device), "a test", CPU, "unknown").settings
     assert own["setups"]["LoRA r=8"]["lrs"] == list(REAL_PLAN(device).lrs["LoRA r=8"])
     assert set(own["setups"]) == set(REAL_PLAN(device).lrs)
 
@@ -289,7 +289,7 @@ def test_a_record_can_hold_the_settings_of_the_real_plan(device, monkeypatch):  
 
 def test_planned_hours_are_those_of_all_steps_and_evaluations(tiny, monkeypatch):
     costs = Costs()
-    monkeypatch.setattr(overfit_records, "cost_model", lambda device: costs)
+    monkeypatch.setattr(overfitting, "cost_model", lambda device: costs)
     # An evaluation of two parts of 6 examples, in batches of 4, each for a third of full fine-tuning's 3 hours.
     look = 2 * 6 / 4 * 1.0
     expected = 0.0
@@ -297,17 +297,17 @@ def test_planned_hours_are_those_of_all_steps_and_evaluations(tiny, monkeypatch)
         for setup, runs in (("full", 3 + 2), ("LoRA r=8", 2 + 2), ("last blocks", 2 + 2)):
             # Five evaluations, and the test part at the end, half as much as one.
             expected += runs * (4 * epoch * costs.hours[setup] + 5.5 * look)
-    assert overfit_records.planned_hours(CPU) == pytest.approx(expected, abs=0.06)
+    assert overfitting.planned_hours(CPU) == pytest.approx(expected, abs=0.06)
     assert costs.asked == [(ADAPTED, 4, 9)]
-    assert overfit_records.planned_hours(CPU) == overfit_records.settings(CPU)["planned_hours"]
+    assert overfitting.planned_hours(CPU) == overfitting.settings(CPU)["planned_hours"]
     assert len(costs.asked) == 1  # costs are measured once
 
 
 def test_planned_hours_grow_with_epochs_sizes_and_seeds(tiny, monkeypatch):
     def hours(**changes):
-        monkeypatch.setattr(overfit_records, "plan", lambda device: dataclasses.replace(PLAN, **changes))
-        overfit_records.planned_hours.cache_clear()
-        return overfit_records.planned_hours(CPU)
+        monkeypatch.setattr(overfitting, "plan", lambda device: dataclasses.replace(PLAN, **changes))
+        overfitting.planned_hours.cache_clear()
+        return overfitting.planned_hours(CPU)
 
     assert 0 < hours() < hours(epochs=5) < hours(epochs=50)
     assert hours(seeds=4) > hours()
@@ -320,15 +320,13 @@ def test_planned_hours_are_those_of_this_machines_cost_model(tiny, tiny_config, 
     monkeypatch.setattr(replay, "_SAMPLE_S", 1e-5)
     monkeypatch.setattr(replay, "ROUNDS", 1)
     costs = CostModel(replay.OperationTimer(CPU), dict.fromkeys(PHASES, (1e-4, 1e-6)))
-    monkeypatch.setattr(overfit_records, "cost_model", lambda device: costs)
-    monkeypatch.setattr(overfit_records, "random_model", lambda name: Llama(tiny_config))
+    monkeypatch.setattr(overfitting, "cost_model", lambda device: costs)
+    monkeypatch.setattr(overfitting, "random_model", lambda name: Llama(tiny_config))
     found = []
     for epochs in (10**6, 10**7):
-        monkeypatch.setattr(
-            overfit_records, "plan", lambda device, epochs=epochs: dataclasses.replace(PLAN, epochs=epochs)
-        )
-        overfit_records.planned_hours.cache_clear()
-        found.append(overfit_records.planned_hours(CPU))
+        monkeypatch.setattr(overfitting, "plan", lambda device, epochs=epochs: dataclasses.replace(PLAN, epochs=epochs))
+        overfitting.planned_hours.cache_clear()
+        found.append(overfitting.planned_hours(CPU))
     assert found[0] > 1  # at a millisecond a step, and 33 million steps
     assert found[1] == pytest.approx(10 * found[0], rel=0.01)
 
@@ -340,8 +338,8 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(tin
         begun.append(device)
         yield {"setup": "full"}
 
-    recorder = dataclasses.replace(overfit_records.RECORDER, rows=rows, settings=lambda device: {"sizes": (4, 8)})
-    monkeypatch.setattr(overfit_records, "RECORDER", recorder)
+    recorder = dataclasses.replace(overfitting.RECORDER, rows=rows, settings=lambda device: {"sizes": (4, 8)})
+    monkeypatch.setattr(overfitting, "RECORDER", recorder)
     assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
     assert "settings are" in capsys.readouterr().err
     assert begun == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_lab import fit, rank, records, spectra
-from lora_lab.experiments import ranks as rank_records
+from lora_lab.experiments import ablation
 from lora_lab.experiments import spectra as spectra_records
 from tests.helpers import command
 
@@ -38,7 +38,7 @@ def test_a_record_of_spectra_tells_of_every_layer(small_study, tmp_path, monkeyp
 
 def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(small_study, monkeypatch):
     monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 1), "LoRA r=64": (64, 1)})
-    rows = list(spectra_records.spectra(CPU))
+    rows = list(spectra_records.rows(CPU))
     run = {row["run"]: row for row in rows if row["about"] == "run"}
     cut = {(row["run"], row["rank"]): row for row in rows if row["about"] == "cut"}
     assert cut["LoRA r=64", 64]["test_loss"] == pytest.approx(run["LoRA r=64"]["test_loss"], rel=1e-6)
@@ -49,10 +49,10 @@ def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(small_st
 
 
 def test_what_is_recorded_of_a_layer_is_what_the_report_says(small_study):
-    rows = list(spectra_records.spectra(CPU))
+    rows = list(spectra_records.rows(CPU))
     make, task = small_study
     model = make()
-    run, own = spectra_records.RUNS["LoRA r=8"], rank_records.plan(CPU)
+    run, own = spectra_records.RUNS["LoRA r=8"], ablation.plan(CPU)
     options = {"steps": own.steps, "batch_size": own.batch_size, "eval_every": own.steps, "eval_examples": 4}
     fit(model, task(), run.method, lr=run.lr, seed=run.seed, **options)
     report = spectra.report(None, model).set_index("layer")

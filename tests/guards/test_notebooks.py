@@ -24,7 +24,7 @@ NAMES = [
     "06_overfitting",
     "07_rank_ablation",
     "08_svd_of_updates",
-    "09_many_trades",
+    "09_many_tasks",
     "10_variants",
 ]
 HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]

@@ -234,7 +234,7 @@ def test_lesson_08_on_the_cuts_of_the_record(lesson):
 
 
 @pytest.fixture(scope="module")
-def trades():
+def downstream():
     return records.load_all("downstream")[f"{REAL}-downstream"]
 
 
@@ -245,19 +245,19 @@ def results(record, task):
     return {setup: own.sort_values("seed") for setup, own in rows.groupby("setup")}
 
 
-def test_lesson_02_on_scratch_and_fine_tuned(lesson, trades):
+def test_lesson_02_on_scratch_and_fine_tuned(lesson, downstream):
     text = lesson("02_fine_tuning")
     train, test = said(text, r"There are (\d+) texts to learn from and (\d+) in the test")
-    rows = trades.frame()
+    rows = downstream.frame()
     task = rows[(rows.about == "task") & (rows.task == "sentiment")].squeeze()
     assert (train, test) == (task.train, task.test)
     steps, batch = said(
         text, r"(\d+) steps of (\d+) texts, three seeds, the learning rate of each way chosen from three"
     )
-    plan = trades.settings
+    plan = downstream.settings
     assert (steps, batch, 3) == (plan["steps"]["sentiment"], plan["batch_size"], plan["seeds"])
     assert said(text, r"and (\d+) of the texts were read once, none twice") == [steps * batch] < [train]
-    found = results(trades, "sentiment")
+    found = results(downstream, "sentiment")
     low, high = said(text, r"validation loss ends at ([\d.]+) to (\d\.\d+)")
     losses = found["scratch"].validation_loss
     assert [low, high] == [round(losses.min(), 2), round(losses.max(), 2)]
@@ -274,9 +274,9 @@ def test_lesson_02_on_scratch_and_fine_tuned(lesson, trades):
     assert set(found["scratch"].lr) == {max(plan["lrs"]["scratch"])}
 
 
-def test_lesson_09_on_what_was_learned(lesson, trades):
-    text = lesson("09_many_trades")
-    found = {task: results(trades, task) for task in trades.settings["steps"]}
+def test_lesson_09_on_what_was_learned(lesson, downstream):
+    text = lesson("09_many_tasks")
+    found = {task: results(downstream, task) for task in downstream.settings["steps"]}
     own = found["sentiment"]
     total, asked, commonest = said(
         text, r"Of (\d+) texts the base, asked, is right in (\d+). The commonest class would be right in (\d+)"
@@ -286,7 +286,10 @@ def test_lesson_09_on_what_was_learned(lesson, trades):
     assert (asked, commonest) == (right["zero-shot"].item(), right["trivial"].item())
     assert {low, high} == set(right["full"])
     assert (least, most) == (right["LoRA r=8"].min(), right["LoRA r=8"].max())
-    assert said(text, r"from (\d+) steps that have read (\d+) texts once") == [50, 50 * trades.settings["batch_size"]]
+    assert said(text, r"from (\d+) steps that have read (\d+) texts once") == [
+        50,
+        50 * downstream.settings["batch_size"],
+    ]
     setups = ("zero-shot", "trivial", "full", "LoRA r=8")
     own = found["summarise"]
     asked, first, full, lora = said(
@@ -309,13 +312,13 @@ def test_lesson_09_on_what_was_learned(lesson, trades):
     assert own["zero-shot"].in_style.item() == 0
     assert "In translation and style both ways chose the highest rate that was tried" in text
     for task, own in found.items():
-        top = {setup: set(own[setup].lr) == {max(trades.settings["lrs"][setup])} for setup in ("full", "LoRA r=8")}
+        top = {setup: set(own[setup].lr) == {max(downstream.settings["lrs"][setup])} for setup in ("full", "LoRA r=8")}
         assert set(top.values()) == {task in ("translate-fr", "style")}
 
 
-def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
-    text = " ".join(lesson("09_many_trades").split())
-    found = {task: results(trades, task) for task in trades.settings["steps"]}
+def test_lesson_09_on_lora_against_full_fine_tuning(lesson, downstream):
+    text = " ".join(lesson("09_many_tasks").split())
+    found = {task: results(downstream, task) for task in downstream.settings["steps"]}
 
     def less(task, column):
         """LoRA less full fine-tuning, in pairs of seeds: mean and bounds."""
@@ -336,7 +339,7 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
     assert 0 < lower < 0.002
     full, lora = (found["summarise"][setup].set_index("seed").rouge_l for setup in ("full", "LoRA r=8"))
     assert (lora > full).all()
-    rows = trades.frame()
+    rows = downstream.frame()
     tried = rows[(rows.seed == 0) & (rows.task == "summarise") & (rows.setup == "full")].rouge_l
     assert tried.max() - tried.min() > mean  # "another rate moves the score of full fine-tuning by more"
     losses = said(text, r"LoRA's test loss is higher, by ([\d.]+) and ([\d.]+) nats")
@@ -381,9 +384,9 @@ def test_lesson_09_on_lora_against_full_fine_tuning(lesson, trades):
     assert start == round(before, 2)
 
 
-def test_lesson_09_on_what_the_answers_say(lesson, trades):
-    text = " ".join(lesson("09_many_trades").split())
-    rows = trades.frame()
+def test_lesson_09_on_what_the_answers_say(lesson, downstream):
+    text = " ".join(lesson("09_many_tasks").split())
+    rows = downstream.frame()
     said_by = rows[rows.about == "answer"].set_index(["task", "setup"])
     assert "The boots that are sent back are judged wrong, before and after." in text
     boots = said_by.loc["sentiment"]
@@ -403,11 +406,11 @@ def test_lesson_09_on_what_the_answers_say(lesson, trades):
         assert stories[["full", "LoRA r=8"]].str.contains(word).all(), word
 
 
-def test_lesson_09_on_what_the_stories_repeat(lesson, trades):
-    rows = trades.frame()
+def test_lesson_09_on_what_the_stories_repeat(lesson, downstream):
+    rows = downstream.frame()
     rows = rows[(rows.about == "answer") & (rows.task == "style")]
     numbers = said(
-        lesson("09_many_trades"),
+        lesson("09_many_tasks"),
         r"(\d+) % \(full\) and (\d+) % \(LoRA\) of the pairs of words had been said before .*? "
         r"and (\d+) % before fine-tuning",
     )

@@ -563,17 +563,17 @@ class Clock:
         return time.perf_counter()
 
 
-def test_the_lesson_on_trades_teaches_and_switches_there_and_its_clock_waits(lesson, gpu, monkeypatch, tmp_path):
+def test_the_lesson_on_many_tasks_teaches_and_switches_there_and_its_clock_waits(lesson, gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(ll, "load_pretrained", lambda name, device: (there(), None), raising=False)
-    trades = ("sentiment", "summarise", "translate", "style")
+    task_names = ("sentiment", "summarise", "translate", "style")
     pair = SimpleNamespace(prompt="asked", answer="wanted")
     task = SimpleNamespace(prompt_ids=lambda pair: [1, 2, 3], pairs={"test": [pair]})
     clock = Clock(gpu)
     begin = {
         "model": there(),
         "tokenizer": None,
-        "TRADES": dict.fromkeys(trades, task),
-        "tasks": SimpleNamespace(**dict.fromkeys(trades, lambda tokenizer, max_tokens: TASK)),
+        "TASKS": dict.fromkeys(task_names, task),
+        "tasks": SimpleNamespace(**dict.fromkeys(task_names, lambda tokenizer, max_tokens: TASK)),
         "generate": SimpleNamespace(answers=lambda model, task, **options: ["said"]),
         "time": clock,
     }

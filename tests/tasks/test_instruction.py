@@ -249,11 +249,13 @@ def test_a_group_is_never_split(chatter):
     assert sizes == {"train": 96, "validation": 12, "test": 12}
 
 
-def test_pairs_that_ask_the_same_stay_together(chatter):
+def test_pairs_with_the_same_prompt_stay_together(chatter):
     pairs = [Pair(f"Question {i % 20}?", f"answer {i}") for i in range(60)]
     task = from_pairs(chatter, pairs)
-    asked = [{pair.prompt for pair in own} for own in task.pairs.values()]
-    assert all(not one & other for i, one in enumerate(asked) for other in asked[:i])
+    train, validation, test = ({pair.prompt for pair in task.pairs[part]} for part in ("train", "validation", "test"))
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
 
 
 def test_a_split_repeats_and_another_seed_gives_another(chatter):
@@ -268,6 +270,25 @@ def test_every_part_gets_something_however_large_the_groups(chatter, sizes):
     task = from_pairs(chatter, pairs)
     assert all(task.pairs.values())
     assert sum(map(len, task.pairs.values())) == sum(sizes)
+
+
+def test_long_pairs_can_be_skipped_and_the_split_and_order_of_the_others_stay(chatter):
+    everything = from_pairs(chatter, unequal())
+    short = from_pairs(chatter, unequal(), max_tokens=60, skip_long=True)
+    for part, pairs in everything.pairs.items():
+        fits = [len(token_ids(chatter, pair)) <= 60 for pair in pairs]
+        assert short.pairs[part] == [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
+        rows = torch.tensor(fits)
+        assert torch.equal(short.parts[part].inputs, everything.parts[part][rows].inputs)
+        assert torch.equal(short.parts[part].targets, everything.parts[part][rows].targets)
+    assert len(short.train) < len(everything.train)
+    with pytest.raises(ValueError, match="All pairs of the train part have more than 5 tokens; raise max_tokens"):
+        from_pairs(chatter, unequal(), max_tokens=5, skip_long=True)
+
+
+def token_ids(tokenizer, pair):
+    turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}]
+    return tokenizer.encode(tokenizer.chat(turns, add_generation_prompt=False).rstrip("\n"))
 
 
 # Bad input
@@ -303,7 +324,7 @@ def test_a_template_that_does_not_end_where_the_answer_begins_is_refused(tiny_to
     odd = Tokenizer(
         tiny_tokenizer.backend, eos_id=259, chat_template="{{ messages | length }}{{ messages[-1].content }}"
     )
-    with pytest.raises(ValueError, match="chat template does not end a question where its answer begins"):
+    with pytest.raises(ValueError, match="chat template does not end a prompt where its answer begins"):
         from_pairs(odd, sums())
 
 
@@ -351,7 +372,7 @@ def test_a_malformed_line_is_named_with_its_reason(chatter, tmp_path, line, says
     assert says in str(raised.value)
 
 
-def test_of_many_malformed_lines_the_first_are_told_and_all_are_counted(chatter, tmp_path):
+def test_of_many_malformed_lines_the_first_are_named_and_all_are_counted(chatter, tmp_path):
     with pytest.raises(ValueError, match=r"has 9 malformed lines: line 1: .*line 5: .*; and 4 more") as raised:
         from_jsonl(chatter, write(tmp_path / "bad.jsonl", *["?"] * 9))
     assert "line 6" not in str(raised.value)
@@ -368,6 +389,8 @@ def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
         from_jsonl(chatter, write(tmp_path / "empty.jsonl", ""))
     with pytest.raises(ValueError, match="has 1 paragraphs, too few"):
         from_text(chatter, write(tmp_path / "short.txt", "A short text."))
+    with pytest.raises(ValueError, match="has 8 paragraphs, too few for a validation part of 128 tokens"):
+        from_text(chatter, write(tmp_path / "eight.txt", "\n\n".join(["A longer text. " * 20] * 8)))
 
 
 def test_a_text_becomes_a_task_whose_parts_share_no_paragraph(chatter, tmp_path):

@@ -27,12 +27,12 @@ def test_scores_are_those_of_hand_computed_cases():
 
 def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
     task = from_pairs(chatter, sums())
-    with pytest.raises(ValueError, match="has the metric ''; scores are for summary, translation"):
+    with pytest.raises(ValueError, match="has the metric '', but it must be summary, translation"):
         score(task, ["1"])
     with pytest.raises(ValueError, match="has no trivial baseline"):
         trivial(task)
     named = from_pairs(chatter, sums(), metric="translation")
-    with pytest.raises(ValueError, match="There are 99 answers to the 4 prompts of test"):
+    with pytest.raises(ValueError, match="There are 99 predictions, but the test part has 4 prompts"):
         score(named, ["1"] * 99)
 
 

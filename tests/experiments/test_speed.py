@@ -5,8 +5,8 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, records, speed
 from lora_lab.costs.setup import Setup
-from lora_lab.experiments import step_memory as recording
-from lora_lab.experiments import step_speed
+from lora_lab.experiments import memory as memory_recording
+from lora_lab.experiments import speed as recording
 from lora_lab.models.llama import Llama
 from tests.helpers import command, llama_folder
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_speed_cases_cover_tokens_ranks_and_blocks():
-    cases = step_speed.speed_cases(CPU)
+    cases = recording.speed_cases(CPU)
     for model in ("small", "smollm2-135m"):
         own = [case for case in cases if case.model == model]
         assert {case.batch_size * case.seq_len for case in own} == {32, 128, 512, 2048, 4096}
@@ -25,17 +25,17 @@ def test_the_speed_cases_cover_tokens_ranks_and_blocks():
     last = next(setup for label, setup in cases[0].setups.items() if label.endswith("last 1 block"))
     assert len(last.method.targets) == 7
     assert all(name.startswith("model.layers.7.") for name in last.method.targets)
-    on_gpu = step_speed.speed_cases(torch.device("cuda"))
+    on_gpu = recording.speed_cases(torch.device("cuda"))
     assert {"llama-3.2-1b", "llama-3-8b"} <= {case.model for case in on_gpu}
 
 
 @pytest.fixture
 def priced(monkeypatch):
-    """A cost model by hand, for calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
+    """A cost model by hand, because calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
     costs = speed.CostModel(
         lambda operation: 1e-9 * operation.moved_bytes, dict.fromkeys(("forward", "backward"), (0.0, 1e-8))
     )
-    for module in (step_speed, speed):
+    for module in (recording, speed):
         monkeypatch.setattr(module, "cost_model", lambda device: costs)
 
 
@@ -44,7 +44,7 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
 ):
     setups = {"full": Setup(FullFineTuning()), "LoRA r=2": Setup(LoRA(2, 4))}
     monkeypatch.setattr(
-        step_speed, "speed_cases", lambda device, models: [step_speed.Comparison("small", 2, 8, setups, 2)]
+        recording, "speed_cases", lambda device, models: [recording.Comparison("small", 2, 8, setups, 2)]
     )
     assert command("record", "speed", "--device", "cpu", "--out", tmp_path) == 0
     (record,) = records.load_all("speed", tmp_path).values()
@@ -54,10 +54,30 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     assert lora["tokens"] == 16
     assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
-    assert lora["flops"] == speed.flops(lambda: Llama(recording._SMALL), LoRA(2, 4), 2, 8).total
+    assert lora["flops"] == speed.flops(lambda: Llama(memory_recording._SMALL), LoRA(2, 4), 2, 8).total
     printed = capsys.readouterr().out
     assert f"ratio {lora['ratio']:.3f}" in printed
     assert f"predicted {lora['predicted_ratio']:.3f}" in printed
+
+
+def test_large_comparisons_have_fewer_rounds_and_setups():
+    cases = {(case.model, case.batch_size * case.seq_len): case for case in recording.speed_cases(CPU)}
+    assert [cases["small", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 9, 6, 6]
+    assert [cases["smollm2-135m", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 6, 3, 3]
+    assert len(cases["smollm2-135m", 512].setups) == 7
+    assert list(cases["smollm2-135m", 2048].setups) == ["full", "LoRA r=8", "LoRA r=256", "LoRA r=8, last 1 block"]
+
+
+def test_a_comparison_that_does_not_fit_into_memory_is_skipped_and_named(small_is_tiny, priced, monkeypatch, capsys):
+    case = recording.Comparison("small", 2, 8, {"full": Setup(FullFineTuning())}, 2)
+    monkeypatch.setattr(recording, "speed_cases", lambda device, models: [case])
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(recording, "step_time", out_of_memory)
+    assert list(recording.rows(CPU)) == []
+    assert capsys.readouterr().err == "skipped, because it does not fit into memory: small, 2 x 8\n"
 
 
 def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_asked(

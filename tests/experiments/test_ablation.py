@@ -7,7 +7,7 @@ import torch
 
 from lora_lab import LoRA, fit, records
 from lora_lab.ablation import smallest_sufficient_rank
-from lora_lab.experiments import ranks as rank_records
+from lora_lab.experiments import ablation
 from tests.helpers import command
 
 CPU = torch.device("cpu")
@@ -34,24 +34,24 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_
 
 
 def test_a_stopped_ablation_goes_on_where_it_was(small_study, tmp_path):
-    first = list(rank_records.ablation(CPU))
-    files = sorted((tmp_path / rank_records.FOLDER).glob("*.json"))
+    first = list(ablation.rows(CPU))
+    files = sorted((tmp_path / ablation.FOLDER).glob("*.json"))
     assert len(files) == 8
     files[0].unlink()
     kept = {path: path.stat().st_mtime_ns for path in files[1:]}
-    again = list(rank_records.ablation(CPU))
+    again = list(ablation.rows(CPU))
     assert [row["lr"] for row in again] == [row["lr"] for row in first]
     assert files[0].is_file()
     assert {path: path.stat().st_mtime_ns for path in files[1:]} == kept
 
 
 def test_a_failed_trial_is_a_row_with_its_reason(small_study, monkeypatch):
-    plan = rank_records.plan(CPU)
-    monkeypatch.setattr(rank_records, "plan", lambda device: _hot(plan))
-    rows = list(rank_records.ablation(CPU))
+    plan = ablation.plan(CPU)
+    monkeypatch.setattr(ablation, "plan", lambda device: _hot(plan))
+    rows = list(ablation.rows(CPU))
     assert {row["outcome"] for row in rows} == {"failed"}
     assert all(row["test_loss"] is None and "lower the learning rate" in row["reason"] for row in rows)
-    assert "lower the learning rate" in rank_records.line(rows[0])
+    assert "lower the learning rate" in ablation.line(rows[0])
     records.new("ablation", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
 
 
@@ -60,7 +60,7 @@ def _hot(plan):
 
 
 def test_a_gpu_is_given_a_larger_plan():
-    small, large = rank_records.plan(CPU), rank_records.plan(torch.device("cuda"))
+    small, large = ablation.plan(CPU), ablation.plan(torch.device("cuda"))
     assert set(small.lrs) < set(large.lrs)
     assert all(set(rates) <= set(large.lrs[rank]) for rank, rates in small.lrs.items())
     assert large.seeds > small.seeds >= 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_lab import memory, records
-from lora_lab.experiments import step_memory as recording
-from lora_lab.experiments import step_speed
+from lora_lab.experiments import memory as recording
+from lora_lab.experiments import speed as speed_recording
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from tests.helpers import command
@@ -65,7 +65,7 @@ def test_labels_say_what_the_setups_do():
 
 def test_a_row_holds_parts_that_add_up_to_a_peak_that_was_predicted(small_is_tiny):
     (case,) = (case for case in recording.memory_cases(CPU, ["small"]) if case.label == "LoRA r=8")
-    row = recording.memory_row(case, "cpu")
+    row = recording.measure_case(case, "cpu")
     assert (row["model"], row["batch"], row["length"], row["setup"]) == ("small", 4, 128, "LoRA r=8")
     parts = sum(row.get(part, 0) for part in memory.PARTS) + row["unexplained_bytes"]
     assert parts == row["measured_bytes"]
@@ -101,22 +101,22 @@ def test_a_record_is_written_with_its_command_and_can_be_read(small_is_tiny, tmp
     assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
 
 
-def test_what_does_not_fit_into_memory_is_left_out_and_named(monkeypatch, small_is_tiny, capsys):
-    def apart(function, case, device, environment):
+def test_what_does_not_fit_into_memory_is_skipped_and_named(monkeypatch, small_is_tiny, capsys):
+    def measure(function, case, device, environment):
         if case.label == "full":
             raise MemoryError("too large")
         return case.key
 
-    monkeypatch.setattr(recording, "run_in_subprocess", apart)
+    monkeypatch.setattr(recording, "run_in_subprocess", measure)
     cases = recording.memory_cases(CPU, ["small"])
-    labels = [row["setup"] for row in recording.memory(CPU, ["small"])]
+    labels = [row["setup"] for row in recording.rows(CPU, ["small"])]
     assert labels == [case.label for case in cases if case.label != "full"]
-    assert "left out, for it does not fit into memory: full on small, 4 x 128" in capsys.readouterr().err
+    assert "skipped, because it does not fit into memory: full on small, 4 x 128" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["memory", "speed"])
 def test_a_model_without_cases_is_refused_before_anything_is_measured(tmp_path, capsys, what, monkeypatch):
-    monkeypatch.setattr(step_speed, "cost_model", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(speed_recording, "cost_model", lambda device: pytest.fail("measured"))
     assert command("record", what, "--device", "cpu", "--models", "gpt-5", "--out", tmp_path) == 1
     assert "There are no cases of 'gpt-5' on this device; there are of small, smollm2-135m" in capsys.readouterr().err
 
@@ -140,13 +140,7 @@ def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tm
 
 def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
     assert command("record", "memory", "--device", "cpu", "--models", "small") == 1
-    assert "would take the place of the whole one; name another folder with --out" in capsys.readouterr().err
-
-
-def test_the_bar_says_which_case_runs_only_where_a_person_looks(monkeypatch, capsys):
-    cases = recording.memory_cases(CPU, ["small"])[:2]
-    assert list(recording.with_bar(cases)) == cases
-    assert capsys.readouterr().err == ""
+    assert "would replace the whole one; name another folder with --out" in capsys.readouterr().err
 
 
 def test_every_known_shape_makes_a_model():

@@ -1,6 +1,6 @@
-"""``lora-lab record memory``: predicted and measured bills of many ways to train, each in a process of its own.
+"""``lora-lab record memory``: predicted and measured memory of many training setups, each in its own process.
 
-Weights are random: how much memory and time a step takes does not depend on what the weights say.
+Weights are random, because the memory and time of a step do not depend on their values.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,18 +23,19 @@ from tqdm.auto import tqdm
 from lora_lab.costs.fake import token_batch
 from lora_lab.costs.memory import MIB, REST, measure, predict
 from lora_lab.costs.setup import Setup
-from lora_lab.experiments.recorder import Recorder, with_bar
+from lora_lab.experiments.recorder import Recorder
 from lora_lab.lean.step import Lean
 from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, PiSSA
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.progress import progress_bar
 
-# The heap gives back what is freed: else its holes count as the process's memory, and differ from run to run.
+# The heap returns freed memory: otherwise its holes count as the process's memory, and differ from run to run.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "passive"}
-SMALL = "small"  # a Llama for seconds
+SMALL = "small"  # a Llama for runs of seconds
 _SMALL = LlamaConfig(16384, 384, 1024, 8, 6, 2, 64, tie_word_embeddings=True)
-# The lessons compare these over growing contexts.
+# Compared over growing contexts.
 MAIN = ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, attention only", "LoRA r=8, checkpointing")
 CONTEXTS = (64, 256, 1024)
 _ON_SMOLLM2 = (
@@ -55,7 +56,7 @@ def random_model(name: str) -> Llama:
 
 @dataclass(frozen=True)
 class Case:
-    """One step to be measured: a model's name, a batch, a label, and how it is trained."""
+    """One training step to measure: the model's name, the size of the batch, the setup and its label."""
 
     model: str
     batch_size: int
@@ -65,14 +66,14 @@ class Case:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What names the case in a record's row."""
+        """The columns that identify the case in a record."""
         return {"model": self.model, "batch": self.batch_size, "length": self.seq_len, "setup": self.label}
 
 
 def memory_setups() -> dict[str, Setup]:
-    """Every way to train that the memory bill is checked on."""
+    """Every setup on which the memory prediction is checked, by its label."""
     lora = Setup(LoRA(8, 16))
-    plain = {
+    setups = {
         "full": Setup(FullFineTuning()),
         "LoRA r=1": Setup(LoRA(1, 2)),
         "LoRA r=8": lora,
@@ -83,39 +84,40 @@ def memory_setups() -> dict[str, Setup]:
         "DoRA r=8": Setup(DoRA(8, 16)),
         "LoRA r=8, NF4 base": replace(lora, nf4=True),
     }
-    found = dict(plain)
     for label in ("full", "LoRA r=8", "LoRA r=64", "LoRA-FA r=8", "LoRA r=8, attention only"):
-        found[f"{label}, bf16"] = replace(plain[label], dtype=BF16)
+        setups[f"{label}, bf16"] = replace(setups[label], dtype=BF16)
     for label in ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, NF4 base", "full, bf16", "LoRA r=8, bf16"):
-        found[f"{label}, checkpointing"] = replace(found[label], gradient_checkpointing=True)
-    found["full, SGD"] = Setup(FullFineTuning(), optimizer="sgd")
-    found["LoRA r=8, 2 micro-batches"] = replace(lora, accumulate=2)
-    found["LoRA r=8, lean"] = replace(lora, lean=Lean())
-    found["LoRA r=8, lean, bf16 base"] = replace(lora, lean=Lean(base_dtype=BF16))
-    found["LoRA r=8, lean, checkpointing"] = replace(lora, lean=Lean(checkpoint=True, loss_rows=64))
-    return found
+        setups[f"{label}, checkpointing"] = replace(setups[label], gradient_checkpointing=True)
+    return setups | {
+        "full, SGD": Setup(FullFineTuning(), optimizer="sgd"),
+        "LoRA r=8, 2 micro-batches": replace(lora, accumulate=2),
+        "LoRA r=8, lean": replace(lora, lean=Lean()),
+        "LoRA r=8, lean, bf16 base": replace(lora, lean=Lean(base_dtype=BF16)),
+        "LoRA r=8, lean, checkpointing": replace(lora, lean=Lean(checkpoint=True, loss_rows=64)),
+    }
 
 
-def memory_cases(device: torch.device, models: list[str] | None = None) -> list[Case]:
-    """Every setup on a small model, many on SmolLM2, the main ones over growing contexts; larger models on a GPU."""
+def memory_cases(device: torch.device, models: Sequence[str] | None = None) -> list[Case]:
+    """All setups on a small model, many on SmolLM2, the main ones over growing contexts; larger models on a GPU."""
     setups = memory_setups()
     cases = [Case(SMALL, 4, 128, label, setup) for label, setup in setups.items()]
     cases += [Case("smollm2-135m", 2, 128, label, setups[label]) for label in _ON_SMOLLM2]
     for length in CONTEXTS:
         cases += [Case("smollm2-135m", 1, length, label, setups[label]) for label in MAIN]
     if device.type == "cuda":
-        large = [label for label in setups if "bf16" in label and "lean" not in label] + ["LoRA r=8, lean, bf16 base"]
+        large = {label: setup for label, setup in setups.items() if setup.dtype == BF16}
+        large["LoRA r=8, lean, bf16 base"] = setups["LoRA r=8, lean, bf16 base"]
+        large["QLoRA r=8, bf16"] = replace(setups["LoRA r=8, NF4 base"], dtype=BF16)
         for model in ("llama-3.2-1b", "llama-3-8b"):
-            cases += [Case(model, 1, 1024, label, setups[label]) for label in large]
-            cases.append(Case(model, 1, 1024, "QLoRA r=8, bf16", replace(setups["LoRA r=8, NF4 base"], dtype=BF16)))
-    return chosen(cases, models)
+            cases += [Case(model, 1, 1024, label, setup) for label, setup in large.items()]
+    return select_models(cases, models)
 
 
-def chosen(cases: list[Any], models: list[str] | None) -> list[Any]:
-    """The cases of the given models, or all.
+def select_models(cases: Sequence[Any], models: Sequence[str] | None) -> list[Any]:
+    """The cases whose ``model`` is one of these; None selects all.
 
     Raises:
-        ValueError: there are none of one.
+        ValueError: there are no cases of one of them.
     """
     known = list(dict.fromkeys(case.model for case in cases))
     if unknown := [name for name in models or () if name not in known]:
@@ -123,16 +125,16 @@ def chosen(cases: list[Any], models: list[str] | None) -> list[Any]:
     return [case for case in cases if models is None or case.model in models]
 
 
-def memory_row(case: Case, device: str) -> dict[str, Any]:
-    """Predict, then measure, then take two steps unobserved to see what the whole process needs for them."""
-    place = torch.device(device)
+def measure_case(case: Case, device: str) -> dict[str, Any]:
+    """Predict, then take two steps unobserved for the memory of the whole process, then measure one step."""
+    target = torch.device(device)
     factory = partial(random_model, case.model)
-    predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=place)
+    predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=target)
     gc.collect()
-    process = process_bytes(factory, case, place) if place.type == "cpu" else None
+    process = process_bytes(factory, case, target) if target.type == "cpu" else None
     gc.collect()
-    batch = token_batch(nn.Linear(1, 1, device=place), case.batch_size, case.seq_len)
-    measured = measure(factory, case.setup, batch, device=place)
+    batch = token_batch(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
+    measured = measure(factory, case.setup, batch, device=target)
     return {
         **case.key,
         "predicted_bytes": predicted.peak_bytes,
@@ -148,9 +150,9 @@ def memory_row(case: Case, device: str) -> dict[str, Any]:
 
 
 def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
-    """How much larger the process is in two steps, at its highest, than without the model; None where nobody tells.
+    """Peak memory of the process in two steps, minus its memory before the model was built; None if not on Linux.
 
-    It grows by more than tensors: the heap's holes, and what libraries allocate for themselves.
+    The process grows by more than tensors: by holes in the heap, and by what libraries allocate for themselves.
     """
     if platform.system() != "Linux" or not os.access(_REFERENCES, os.W_OK):
         return None
@@ -161,14 +163,14 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     parts, weights = case.setup.batches(token_batch(model, case.batch_size, case.seq_len))
     gc.collect()
     _trim_heap()
-    _REFERENCES.write_text("5")  # the kernel's high-water mark starts anew: casting is no step
+    _REFERENCES.write_text("5")  # reset the kernel's high-water mark, so that it does not include the cast
     for _ in range(2):
         step(parts, weights)
     return peak_bytes(device) - before
 
 
 def _load_code() -> None:
-    """Take a step of AdamW on one number: the code that torch loads for its first one is 60 MB, and no step's."""
+    """Take a first step of AdamW, on one number: torch then loads 60 MB of code that belong to no step."""
     number = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([number], fused=True)
     number.square().sum().backward()
@@ -177,60 +179,66 @@ def _load_code() -> None:
 
 
 def _trim_heap() -> None:
-    """Give what the heap holds of freed memory back to the system."""
+    """Return the freed memory in the heap to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:
+    """A field of the kernel's status of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def memory(device: torch.device, models: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def rows(device: torch.device, models: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a memory record, as they are measured, each case in a fresh process.
 
-    A case that does not fit into memory is left out, and said to be on stderr.
+    A case that does not fit into memory is skipped and reported on stderr.
 
     Args:
-        models: only cases of these.
+        device: where to measure.
+        models: measure only these.
 
     Raises:
-        ValueError: there are no cases of one.
+        ValueError: there are no cases of one of the models.
     """
-    for case in with_bar(memory_cases(device, models)):
-        try:
-            yield run_in_subprocess(memory_row, case, str(device), environment=HEAP)
-        except (MemoryError, torch.OutOfMemoryError):
-            leave_out(f"{case.label} on {case.model}, {case.batch_size} x {case.seq_len}")
+    cases = memory_cases(device, models)
+    with progress_bar(len(cases), "record memory", None, "case") as bar:
+        for case in cases:
+            bar.set_postfix_str(describe(case.key))
+            try:
+                yield run_in_subprocess(measure_case, case, str(device), environment=HEAP)
+            except (MemoryError, torch.OutOfMemoryError):
+                report_skipped(describe(case.key))
+            bar.update()
 
 
-def leave_out(what: str) -> None:
-    """Say on stderr that a case is left out."""
-    tqdm.write(f"left out, for it does not fit into memory: {what}", file=sys.stderr)
+def report_skipped(what: str) -> None:
+    """Report on stderr that a case was skipped."""
+    tqdm.write(f"skipped, because it does not fit into memory: {what}", file=sys.stderr)
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """What a record says of how its rows were measured."""
+    """How the rows are measured, as the record states it."""
     return {"environment": HEAP, "optimizer": "AdamW, fused, gradients clipped to norm 1", "weights": "random"}
 
 
-def name(row: dict[str, Any]) -> str:
-    """What a row is about, in a few words."""
+def describe(row: Mapping[str, Any]) -> str:
+    """The case of a row, such as "LoRA r=8 on small, 4 x 128"."""
     return f"{row['setup']} on {row['model']}, {row['batch']} x {row['length']}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for a person to read."""
-    off = row["predicted_bytes"] / row["measured_bytes"] - 1
+    """A row as a line for people."""
+    error = row["predicted_bytes"] / row["measured_bytes"] - 1
     process = "" if row["process_bytes"] is None else f"  process {row['process_bytes'] / MIB:9,.1f}"
     predicted, measured = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
-    return f"{case_columns(row)}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({off:+.2%}){process}"
+    return f"{case_columns(row)}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({error:+.2%}){process}"
 
 
 def case_columns(row: dict[str, Any]) -> str:
-    """What a row is about, as the first columns of its line."""
+    """The case of a row as the first columns of its line."""
     return f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
 
 
-RECORDER = Recorder("memory", settings, memory, line, of_models=True)
+RECORDER = Recorder(settings, rows, line)
