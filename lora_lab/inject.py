@@ -197,6 +197,12 @@ def name_matches(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output layer, which our Llama and the models of transformers name by ``get_output_embeddings``; or None."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    return None if get_output_embeddings is None else get_output_embeddings()
+
+
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks that a model is a stack of, lowest first: the entries of its longest ``nn.ModuleList``, by name."""
     lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
