@@ -37,8 +37,9 @@ class Kind(StrEnum):
 
 # By the name of the attribute that holds a module, as in our Llama and in the models of transformers.
 _KIND_BY_ATTRIBUTE = {
-    **dict.fromkeys(("attn", "attention", "self_attn", "self_attention", "encoder_attn"), Kind.ATTENTION),
-    **dict.fromkeys(("mlp", "ffn", "feed_forward"), Kind.MLP),
+    **dict.fromkeys(("attn", "attention", "self_attn", "self_attention", "SelfAttention"), Kind.ATTENTION),
+    **dict.fromkeys(("encoder_attn", "crossattention", "EncDecAttention"), Kind.ATTENTION),
+    **dict.fromkeys(("mlp", "ffn", "feed_forward", "DenseReluDense"), Kind.MLP),
 }
 
 
