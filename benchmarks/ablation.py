@@ -17,14 +17,11 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import os
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads
-
+import common
 import joblib
 import torch
 
@@ -35,7 +32,6 @@ from lora_lab.ablation.packing import shares
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
-from lora_lab.system.provenance import machine_info
 from lora_lab.tasks import Examples, Task
 
 RANKS, SEEDS, STEPS, PICTURES = (1, 2, 4, 8, 16), 4, 200, 32
@@ -43,30 +39,20 @@ ADAPTERS, TOKENS, LLM_STEPS = 8, 64, 3
 METHOD = ll.LoRA(8, 16)
 
 
-def compare(ways: dict[str, Callable[[], object]], rounds: int, unit: str) -> None:
-    """Run each in turn; print seconds, and how many times as fast as the baselines (the ways with a star) each is."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for call in ways.values():
-        call()
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None  # calls return before a GPU is done
-    for _ in range(rounds):
-        for name, call in ways.items():
-            wait()
-            started = time.perf_counter()
-            found = call()
-            wait()
-            seconds[name].append(found if isinstance(found, float) else time.perf_counter() - started)
-    baselines = [name for name in ways if name.endswith("*")]
-    for name, own in seconds.items():
+def compare(calls: dict[str, Callable[[], object]], rounds: int, unit: str) -> None:
+    """Time each in turn; print seconds, and the speed-up over each baseline (the calls with a star)."""
+    seconds = common.interleaved(calls, rounds)
+    baselines = [name for name in calls if name.endswith("*")]
+    for name, times in seconds.items():
         speedups = []
         for baseline in baselines:
-            ratios = sorted(base / one for base, one in zip(seconds[baseline], own, strict=True))
+            ratios = sorted(base / time for base, time in zip(seconds[baseline], times, strict=True))
             speedups.append(f"{statistics.median(ratios):5.2f}x [{ratios[0]:.2f}-{ratios[-1]:.2f}]")
-        print(f"  {name:<44}{statistics.median(own):8.3f} s {unit}   {'   '.join(speedups)}", flush=True)
+        print(f"  {name:<44}{statistics.median(times):8.3f} s {unit}   {'   '.join(speedups)}", flush=True)
 
 
 def half(base: torch.nn.Module, task: Task, runs: list[Run], options: dict) -> None:
-    """What a worker does with its half of the trials."""
+    """Train a worker's half of the trials."""
     torch.set_num_threads(1)
     fit_packed(base, task, runs, **options)
 
@@ -83,21 +69,21 @@ def digits(rounds: int) -> None:
 
     torch.set_num_threads(1)
     print(f"\ndigits: {len(runs)} trials, {STEPS} steps of {PICTURES}")
-    with joblib.Parallel(2) as workers:  # kept, so that starting them is not counted
-        ways = {
+    with joblib.Parallel(2) as workers:  # started once, so that their start does not count
+        calls = {
             "one after another, 1 thread*": sequential,
             "packed, 1 thread": lambda: fit_packed(base, task, runs, **options),
             "packed, two halves in 2 processes": lambda: workers(
                 joblib.delayed(half)(base, task, part, options) for part in shares(base, runs, 2, len(runs))
             ),
         }
-        compare(ways, rounds, "a sweep")
+        compare(calls, rounds, "a sweep")
 
 
 class Packs:
-    """A language model and a task, kept in this process, and packs of adapters on it."""
+    """A language model and a task that stay in this process, and packs of adapters on it."""
 
-    kept: Packs
+    in_this_process: Packs
 
     def __init__(self, device: torch.device, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -109,21 +95,21 @@ class Packs:
         self.task = Task("tokens", self.examples, few, few, few, unit="tokens")
 
     def step_s(self, count: int) -> float:
-        """Seconds of one step of so many adapters."""
+        """Seconds of one step of ``count`` adapters."""
         runs = [Run(METHOD, 1e-4, seed) for seed in range(count)]
         options = {"steps": LLM_STEPS, "batch_size": 1, "eval_every": LLM_STEPS, "progress": False}
         history = fit_packed(self.base, self.task, runs, **options)[0].history
         return count * statistics.median(row["seconds"] for row in history.rows[1:])
 
 
-def keep_packs() -> None:
-    """Prepare a worker."""
-    Packs.kept = Packs(torch.device("cpu"), 1)
+def prepare_worker() -> None:
+    """Load the model in a worker."""
+    Packs.in_this_process = Packs(torch.device("cpu"), 1)
 
 
 def worker_step_s(count: int) -> float:
-    """In a worker."""
-    return Packs.kept.step_s(count)
+    """Seconds of one step of ``count`` adapters, in a worker."""
+    return Packs.in_this_process.step_s(count)
 
 
 def smollm2(rounds: int) -> None:
@@ -143,39 +129,38 @@ def smollm2(rounds: int) -> None:
         for step in steps:
             step([batch], [1.0])
 
-    def alone(step) -> None:
+    def on_one_thread(step) -> None:
         torch.set_num_threads(1)
         step([batch], [1.0])
 
     def two_at_a_time() -> None:
-        list(pool.map(alone, steps))
+        list(pool.map(on_one_thread, steps))
         torch.set_num_threads(threads)
 
     def packed_in_processes() -> float:
         return max(workers.map(worker_step_s, [ADAPTERS // 2] * 2))
 
     print(f"\nsmollm2 on {device}: {ADAPTERS} adapters of rank 8, 1 x {TOKENS} tokens each, {threads} threads")
-    ways = {
+    calls = {
         "one after another*": all_in_turn,
         "two at a time, 1 thread each*": two_at_a_time,
         "packed": lambda: packs.step_s(ADAPTERS),
     }
     if device.type == "cuda":
-        compare(ways, rounds, "a step of all")
+        compare(calls, rounds, "a step of all")
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn, initializer=keep_packs) as workers:
-        compare({**ways, "two packs in 2 processes": packed_in_processes}, rounds, "a step of all")
+    with ProcessPoolExecutor(2, mp_context=spawn, initializer=prepare_worker) as workers:
+        compare({**calls, "two packs in 2 processes": packed_in_processes}, rounds, "a step of all")
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=["digits", "smollm2"], default=["digits", "smollm2"])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    for key, value in machine_info(ll.pick_device()[0]).items():
-        print(f"{key}: {value}")
+    common.print_machine()
     threads = torch.get_num_threads()
     if "digits" in options.only:
         digits(options.rounds)

@@ -27,17 +27,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+import common
+
 BATCHES = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (4, 512), 4096: (8, 512)}  # tokens -> sequences, length
 SMALL = dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
              num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)  # fmt: skip
 ACCURACY = 0.15
-ALIKE = 0.03  # ratios so near to 1 have no sign
+ALIKE = 0.03  # ratios as near to 1 as this have no sign
 
 
 def factory(name: str) -> Callable:
-    """What makes the model."""
+    """A function that builds the model."""
     from lora_lab.models.digits import DigitsMLP
     from lora_lab.models.llama import Llama, LlamaConfig
     from lora_lab.models.shapes import config
@@ -48,7 +48,7 @@ def factory(name: str) -> Callable:
 
 
 def batch(name: str, tokens: int) -> dict:
-    """How to say which batch is meant."""
+    """The batch, as keywords of predict, flops and step_time."""
     import torch
 
     if name == "digits":
@@ -65,10 +65,10 @@ def variants(name: str, tokens: int, ranks: list[int]) -> dict:
 
     large = name == "smollm2-135m" and tokens > 512
     chosen = [rank for rank in ranks if rank in (8, 256)] if large else ranks
-    found = {"full": FullFineTuning(), **{f"r={rank}": LoRA(rank, 2.0 * rank) for rank in chosen}}
+    methods = {"full": FullFineTuning(), **{f"r={rank}": LoRA(rank, 2.0 * rank) for rank in chosen}}
     if name != "digits":
-        found["r=8, last block"] = LoRA(8, targets=top(name, 1))
-    return found
+        methods["r=8, last block"] = LoRA(8, targets=top(name, 1))
+    return methods
 
 
 def top(name: str, blocks: int) -> list[str]:
@@ -100,12 +100,12 @@ class Result:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a part of what was measured."""
+        """The relative error of the prediction."""
         return self.predicted / self.measured - 1
 
     @property
     def signed(self) -> bool:
-        """Whether the measurement says which of the two is faster."""
+        """Whether the measurement shows which of the two is faster."""
         low, high = self.interval
         return (low > 1 or high < 1) and abs(self.measured - 1) > ALIKE
 
@@ -134,7 +134,7 @@ def grid(costs, models: list[str], tokens: list[int], ranks: list[int], quick: b
             for variant in list(chosen)[1:]:
                 ratios = sorted(times.ratios(variant))
                 interval = times.interval(variant) or (ratios[0], ratios[-1])
-                found = Result(
+                result = Result(
                     f"{name}, {size} tokens, {variant}",
                     predicted.ratio(variant),
                     times.ratio(variant),
@@ -142,12 +142,12 @@ def grid(costs, models: list[str], tokens: list[int], ranks: list[int], quick: b
                     bool(times.disturbance),
                 )
                 print(
-                    f"  {variant:<18}predicted {found.predicted:6.3f}   measured {found.measured:6.3f} "
-                    f"[{interval[0]:.3f}-{interval[1]:.3f}]   {found.error:+6.1%}"
-                    + ("" if found.right or not found.signed else "   WRONG SIGN"),
+                    f"  {variant:<18}predicted {result.predicted:6.3f}   measured {result.measured:6.3f} "
+                    f"[{interval[0]:.3f}-{interval[1]:.3f}]   {result.error:+6.1%}"
+                    + ("" if result.right or not result.signed else "   WRONG SIGN"),
                     flush=True,
                 )
-                yield found
+                yield result
 
 
 def summary(results: list[Result]) -> None:
@@ -203,9 +203,9 @@ def token_point(costs, name: str, rank: int, quick: bool) -> None:
     from lora_lab import FullFineTuning, LoRA, speed
 
     make, full, lora = factory(name), FullFineTuning(), LoRA(rank, 2.0 * rank)
-    found = costs.break_even_tokens(make, full, lora, seq_len=32)
-    print(f"\ntokens: {name}, r={rank}, sequences of 32: predicted to change sign at {found} tokens a step", end="")
-    sides = [32, 4096] if found is None else [max(32, found // 4 // 32 * 32), max(64, min(4096, found * 4 // 32 * 32))]
+    even = costs.break_even_tokens(make, full, lora, seq_len=32)
+    print(f"\ntokens: {name}, r={rank}, sequences of 32: predicted to change sign at {even} tokens a step", end="")
+    sides = [32, 4096] if even is None else [max(32, even // 4 // 32 * 32), max(64, min(4096, even * 4 // 32 * 32))]
     ratios = {}
     for tokens in sides:
         times = speed.step_time(
@@ -214,7 +214,7 @@ def token_point(costs, name: str, rank: int, quick: bool) -> None:
         ratios[tokens] = times.ratio("LoRA")
     changes = (ratios[sides[0]] - 1) * (ratios[sides[1]] - 1) < 0
     print("; measured " + ", ".join(f"{ratio:.3f} at {tokens}" for tokens, ratio in ratios.items()), end=" ")
-    print(f"(confirmed: {changes == (found is not None)})", flush=True)
+    print(f"(confirmed: {changes == (even is not None)})", flush=True)
 
 
 def block_point(costs, name: str, tokens: int, quick: bool) -> None:
@@ -248,7 +248,7 @@ def make_depth(name: str) -> int:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["digits", "small", "smollm2-135m"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(BATCHES), choices=list(BATCHES))
@@ -260,13 +260,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.here:
         command = [sys.executable, __file__, "--here", *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env=os.environ | ENVIRONMENT | KEEP_HEAP, check=False).returncode)
-    import lora_lab as ll
+        sys.exit(subprocess.run(command, env=os.environ | common.KEEP_HEAP, check=False).returncode)
     from lora_lab import speed
-    from lora_lab.system.provenance import machine_info
 
-    for key, value in machine_info(ll.pick_device()[0]).items():
-        print(f"{key}: {value}")
+    common.print_machine()
     costs = speed.cost_model()
     print(f"\n{costs}", flush=True)
     if "grid" in options.only:

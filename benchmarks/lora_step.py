@@ -31,11 +31,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Waiting threads sleep, so that a busy neighbour does not stall every product.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-# The heap keeps what it has: giving it back costs page faults at every step, on every side.
-KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-# For memory the heap gives back what is freed: else its holes count, which differ from run to run.
+import common
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# For memory the heap gives freed memory back: otherwise its holes count, which differ from run to run.
 RETURN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 
 SAME = {
@@ -185,7 +184,7 @@ def peft_model(name: str):
 
 
 def hf_loss(model, inputs, targets):
-    """The loss that transformers computes itself; our targets are shifted already."""
+    """The loss that transformers computes; our targets are shifted already."""
     return model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
 
 
@@ -272,26 +271,22 @@ def time_table(names: dict[str, str], shapes: list[str], repeats: int, threads: 
     import torch
 
     steps = {name: stepper(name, *prepare(name, own_model=False)) for name in names}
-    found = {}
+    tables = {}
     for shape in shapes:
         inputs, targets = batch(shape)
-        times: dict[str, list[float]] = {name: [] for name in names}
+        calls = {name: functools.partial(seconds_of, step, inputs, targets) for name, step in steps.items()}
+        times = common.interleaved(calls, repeats)
         rates = {}
-        for round_number in range(repeats + 1):
-            for name, step in steps.items():
-                taken = seconds_of(step, inputs, targets)
-                if round_number:
-                    times[name].append(taken)
         for dtype in (torch.float32, torch.bfloat16):
             rates[str(dtype).removeprefix("torch.")] = matrix_rate(inputs.numel(), dtype, threads)
-        found[shape] = {"times": times, "rates": rates}
-    return found
+        tables[shape] = {"times": times, "rates": rates}
+    return tables
 
 
-def print_times(found: dict, title: str, first: str) -> None:
+def print_times(tables: dict, title: str, first: str) -> None:
     print(f"\n{title}: seconds a step, median [lowest-highest]; ratio to {first}, median of pairs [lowest-highest];")
     print("reached: the step's operations over the matrix rate measured beside it, in its base's dtype")
-    for shape, result in found.items():
+    for shape, result in tables.items():
         rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in result["rates"].items())
         print(f"\n  {shape.replace('x', ' sequences of ')} tokens; matrix rate {rates}")
         reference = result["times"][first]
@@ -354,9 +349,9 @@ def measure_memory(name: str, shape: str) -> dict[str, float]:
 
 def memory_table(names: dict[str, str], shapes: list[str]) -> dict:
     """Each variant in a fresh process, all with the same heap."""
-    found: dict[str, dict] = {}
+    tables: dict[str, dict] = {}
     for shape in shapes:
-        found[shape] = {}
+        tables[shape] = {}
         for name in names:
             command = [sys.executable, __file__, "--one", name, "--shapes", shape]
             done = subprocess.run(
@@ -364,13 +359,13 @@ def memory_table(names: dict[str, str], shapes: list[str]) -> dict:
             )
             if done.returncode:
                 raise SystemExit(f"{name} at {shape} failed:\n{done.stderr[-2000:]}")
-            found[shape][name] = json.loads(done.stdout.splitlines()[-1])
-    return found
+            tables[shape][name] = json.loads(done.stdout.splitlines()[-1])
+    return tables
 
 
-def print_memory(found: dict, title: str) -> None:
+def print_memory(tables: dict, title: str) -> None:
     print(f"\n{title}: MiB above the resident model, and of the whole process, at the peak of three steps")
-    for shape, rows in found.items():
+    for shape, rows in tables.items():
         print(f"\n  {shape.replace('x', ' sequences of ')} tokens")
         for name, row in rows.items():
             reference = rows.get("PEFT ckpt" if "ckpt" in name else "PEFT", row)
@@ -382,7 +377,7 @@ def print_memory(found: dict, title: str) -> None:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4x64", "4x128", "8x128"])
     parser.add_argument("--repeats", type=int, default=5)
@@ -400,16 +395,12 @@ def main() -> None:
             time_table(names, options.shapes, options.repeats, options.timing), f"Table {options.timing}, time", "PEFT"
         )
         return
-    import lora_lab as ll
-    from lora_lab.system.provenance import machine_info
-
-    for key, value in machine_info(ll.pick_device()[0]).items():
-        print(f"{key}: {value}")
+    common.print_machine()
     for table in options.table:
         if "time" in options.only:
             command = [sys.executable, __file__, "--timing", str(table), "--repeats", str(options.repeats)]
             subprocess.run(
-                [*command, "--shapes", *options.shapes], env=os.environ | ENVIRONMENT | KEEP_HEAP, check=True
+                [*command, "--shapes", *options.shapes], env=os.environ | ENVIRONMENT | common.KEEP_HEAP, check=True
             )
         if "memory" in options.only:
             names = {**SAME, **MEMORY_ONLY} if table == 1 else {"PEFT": SAME["PEFT"], **BEST}

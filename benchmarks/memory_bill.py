@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 
+import common
+
 from lora_lab.experiments import memory
 from lora_lab.system.device import pick_device
-from lora_lab.system.provenance import machine_info
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}
 
@@ -26,8 +27,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     options = parser.parse_args()
     device, _ = pick_device(options.device)
-    for key, value in machine_info(device).items():
-        print(f"{key}: {value}")
+    common.print_machine(device)
     rows = []
     for row in memory.rows(device, options.models):
         rows.append(row)

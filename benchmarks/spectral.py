@@ -15,13 +15,10 @@ Rounds are interleaved; medians are printed, and the extremes.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
 from collections.abc import Callable
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads
-
+import common
 import torch
 from torch import Tensor
 
@@ -29,23 +26,14 @@ import lora_lab as ll
 from lora_lab import rank, spectra
 from lora_lab.inject import lora_layers
 from lora_lab.models import shapes
-from lora_lab.system.provenance import machine_info
 
-FEW = 14  # of 210 dense matrices, two blocks: the slow ways are timed on these alone
+FEW = 14  # of 210 dense matrices, two blocks: the slow methods are timed on these only
 
 
-def timed(ways: dict[str, Callable], rounds: int) -> None:
-    """Run each in turn, and print how long each took."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for call in ways.values():
-        call()
-    for _ in range(rounds):
-        for name, call in ways.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    for name, found in seconds.items():
-        low, middle, high = (f(found) * 1e3 for f in (min, statistics.median, max))
+def timed(calls: dict[str, Callable], rounds: int) -> None:
+    """Time each in turn, and print how long each took."""
+    for name, seconds in common.interleaved(calls, rounds).items():
+        low, middle, high = (f(seconds) * 1e3 for f in (min, statistics.median, max))
         print(f"  {name:<64}{middle:10,.1f} ms [{low:,.1f}-{high:,.1f}]", flush=True)
 
 
@@ -107,8 +95,8 @@ def accuracy() -> None:
     W = U * S @ V.T
     single = W.float()
 
-    def error(found: Tensor) -> float:
-        return float((found.double() - S).abs().max() / S[0])
+    def error(computed: Tensor) -> float:
+        return float((computed.double() - S).abs().max() / S[0])
 
     in_single = torch.linalg.eigvalsh((single @ single.T).double()).flip(0).clamp_min(0).sqrt()
     print(f"\naccuracy: {n} x {n}, singular values j^-2, largest error over the largest value")
@@ -122,8 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    for key, value in machine_info(torch.device("cpu")).items():
-        print(f"{key}: {value}")
+    common.print_machine(torch.device("cpu"))
     adapters(options.rounds)
     full(options.rounds)
     accuracy()

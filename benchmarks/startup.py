@@ -10,11 +10,13 @@ the cache (`lora-lab fetch`).
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
+
+import common
 
 CASES = {
     "import torch": "import torch",
@@ -24,23 +26,17 @@ CASES = {
 
 
 def seconds(code: str) -> float:
-    """From starting the interpreter to the line after ``code``; what Python does at its end is left out."""
+    """From the start of the interpreter to the line after ``code``; Python's shutdown does not count."""
     started = time.time()
     script = f"{code}\nimport time; print(time.time())"
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return float(done.stdout) - started
 
 
 def main() -> None:
     """Run the rounds and print a table."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    times: dict[str, list[float]] = {case: [] for case in CASES}
-    for round_number in range(rounds + 1):
-        for case, code in CASES.items():
-            taken = seconds(code)
-            if round_number:  # the first one fills the system's file cache
-                times[case].append(taken)
+    times = common.interleaved({case: partial(seconds, code) for case, code in CASES.items()}, rounds)
     first = times["import torch"]
     print(f"{'':<28}{'median, s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
     for case, taken in times.items():

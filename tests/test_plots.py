@@ -9,19 +9,21 @@ from matplotlib.axes import Axes
 mpl.use("Agg")
 
 from lora_lab import FullFineTuning, History, LoRA, plots
-from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, predict
+from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
+from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
+from lora_lab.methods import Method
 from lora_lab.models.digits import DigitsMLP
 from tests.helpers import PNG
 
 
-def history(validation, train=None):
+def history(validation, train=None, method="full"):
     train = train or [None] * len(validation)
     rows = [
         {**dict.fromkeys(COLUMNS), "step": step, "train_loss": t, "validation_loss": v}
         for step, (v, t) in enumerate(zip(validation, train, strict=True))
     ]
-    return History({"name": "t"}, {"name": "full"}, {}, 1, 1, rows=rows)
+    return History({"name": "t"}, {"name": method}, {}, 1, 1, rows=rows)
 
 
 RUNS = {
@@ -56,6 +58,24 @@ def test_runs_differ_by_colour_and_marker_and_columns_by_line_style():
     assert looks[0][0] != looks[2][0]
     assert looks[0][1] != looks[2][1]
     assert looks[0][2] == looks[2][2] != looks[1][2] == looks[3][2]
+
+
+def test_curves_of_different_methods_have_the_methods_colours_whatever_their_order():
+    runs = {"b": history([1.0], method="lora"), "a": history([2.0], method="full")}
+    for order in (runs, dict(reversed(runs.items()))):
+        colours = {line.get_label(): line.get_color() for line in plots.curves(order).get_lines()}
+        assert colours == {"a": plots.METHOD_COLOURS["full"], "b": plots.METHOD_COLOURS["lora"]}
+    for others in ({"c": history([3.0], method="lora")}, {"d": history([3.0], method="unknown")}):
+        lines = plots.curves(runs | others).get_lines()
+        assert [line.get_color() for line in lines] == list(plots.COLOURS[:3])  # one method twice, or one without one
+
+
+def test_every_method_has_a_colour_of_its_own():
+    def names(kind):
+        return {vars(kind).get("name")}.union(*map(names, kind.__subclasses__())) - {None}
+
+    assert {name for name in names(Method) if "test" not in name} >= plots.METHOD_COLOURS.keys() >= {"full", "lora"}
+    assert len(set(plots.METHOD_COLOURS.values())) == len(plots.METHOD_COLOURS)
 
 
 def test_curves_of_another_column_are_labelled_by_it():
@@ -122,16 +142,42 @@ def test_bills_are_stacked_in_mebibytes_in_the_order_of_the_parts_with_the_peak_
         "saved: norms": [(576.0, 16.0), (2112.5, 0.0)],
     }
     texts = [(text.get_text(), text.get_position()) for text in ax.texts]
-    assert texts == [("592", ("LoRA", 592.0)), ("2,112", ("full", 2112.5))]
+    assert texts == [("592", (0, 592.0)), ("2,112", (1, 2112.5))]
+    assert ax.get_ylim()[1] > 1.05 * 2112.5  # room for the highest total
 
 
-def test_every_part_of_a_bill_has_a_look_of_its_own():
+def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp_path, monkeypatch):
     ax = plots.bills({"all": Bill(dict.fromkeys(PARTS, MIB), "backward", "predicted", "a")})
     assert legend(ax) == list(reversed(PARTS))
     looks = {c.get_label(): (c[0].get_facecolor(), c[0].get_hatch()) for c in ax.containers}
     assert len(set(looks.values())) == len(PARTS) == len(looks)
     assert len({looks[part][0] for part in SAVED}) == 1  # one colour, five hatches
     assert len({looks[part][1] for part in SAVED}) == len(SAVED)
+    assert len({colour for part, (colour, _) in looks.items() if part not in SAVED}) == len(PARTS) - len(SAVED)
+    assert [part for part, (_, hatch) in looks.items() if not hatch] == [Part.FROZEN]
+    timeline = [Moment("forward", dict.fromkeys(PARTS, MIB))] * 2
+    ax = plots.memory_of_a_step(Bill(dict.fromkeys(PARTS, MIB), "forward", "predicted", "a", {}, timeline))
+    areas = {a.get_label(): (tuple(a.get_facecolor()[0]), a.get_hatch()) for a in ax.collections}
+    assert areas == looks
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    few = {str(Part.GRADIENTS): MIB, str(Part.OPTIMISER): 2 * MIB}
+    results = [
+        demo.Result(label, history([1.0], method=method), 1.0, 1.0, memory, 1, 1, "")
+        for label, method, memory in (
+            ("LoRA r=8", "lora", {**few, "the rest: heap": 3 * MIB}),
+            ("full", "full", {str(Part.FROZEN): MIB, **few, "the rest: heap": MIB}),
+        )
+    ]
+    demo.draw(results, tmp_path / "demo.png")
+    bars = {c.get_label(): (c[0].get_facecolor(), c[0].get_hatch()) for c in figures[0].axes[1].containers}
+    rest = {"the rest: heap": looks[Part.REST]}
+    assert bars == {part: looks[part] for part in (Part.FROZEN, Part.GRADIENTS, Part.OPTIMISER)} | rest
+    assert list(bars) == ["frozen weights", "gradients", "optimiser state", "the rest: heap"]
+    assert [line.get_color() for line in figures[0].axes[0].get_lines()] == [
+        plots.METHOD_COLOURS["lora"],
+        plots.METHOD_COLOURS["full"],
+    ]
 
 
 def test_bills_of_real_steps_are_drawn_as_high_as_they_are(tmp_path):

@@ -1,14 +1,14 @@
-"""What does a training step cost? The same step is rehearsed on fake tensors, traced, counted, measured and timed.
+"""What does a training step cost? The step that ``fit`` takes is traced on fake tensors, counted, measured and timed.
 
 fake           models of fake tensors, and copies that share their weights
-setup          Setup: how a model is trained, as far as cost goes
-trace          every operation of a step, with its pass and module
+setup          Setup: how a model is trained, as far as its cost depends on it
+trace          every operation of a step, with its phase and module
 memory         the memory bill: predict, measure, largest
-memory_report  which ways of training fit on a card
-flops          what a step multiplies, by layer and pass
+memory_report  which training setups fit on a card
+flops          the FLOPs of a step, by part of the model and pass
 timing         real steps, timed in turn
 microbench     one operation, timed by itself
-cost_model     predicts a step's time before any training, and says why
+cost_model     predicts a step's time before any training, and gives the reason
 speed          the face of ``ll.speed``: flops, step_time, cost_model
 """
 

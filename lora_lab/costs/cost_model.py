@@ -4,35 +4,27 @@
 
 The operations of a step are rehearsed on fake tensors, and each kind of operation is timed on this machine.
 
-LoRA saves the weight gradients, so it multiplies less than full fine-tuning: never under two thirds of it, unless
-its adapters stand in the last blocks only. It adds small products and passes over results, which cost time that no
-count of FLOPs shows. Which of the two weighs more depends on the machine and on how many tokens a step has.
+LoRA skips the weight gradients of the frozen layers, so that it needs fewer FLOPs than full fine-tuning: but never less
+than two thirds, unless only the last blocks have adapters. It adds small matrix multiplications and passes over memory,
+whose time does not show in FLOPs. Which of the two weighs more depends on the machine and on the tokens in a step.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lab.costs.fake import (
-    Batch,
-    Factory,
-    batch_for,
-    build_model,
-    fake_copy,
-    shape_of,
-)
+from lora_lab.costs.fake import Factory, batch_for, build_model, fake_copy, shape_of
 from lora_lab.costs.flops import (
     ADAPTERS,
     AGAIN,
@@ -45,21 +37,43 @@ from lora_lab.costs.flops import (
     FlopCounter,
     size_of,
 )
+from lora_lab.costs.memory import MIB
 from lora_lab.costs.microbench import DISTANCES, ROUNDS, VIEW, Operand, Operation, OperationTimer, ReuseDistances
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.timing import disturbance, synchronize, thread_count
+from lora_lab.costs.trace import PHASES, phases
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.digits import PIXELS, DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
-from lora_lab.train import TrainingStep
+from lora_lab.train import Batch, TrainingStep
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 MEMORY, UPDATE, PYTHON = "passes over memory", "clipping and optimiser", "Python and autograd"
 CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE, PYTHON)
-PHASES = ("forward", "backward", "clipping", "optimiser step")
-_ALIKE = 0.03  # times that differ by less are called alike
+_ALIKE = 0.03  # times that differ by less count as equal
+# What the operations of a cause are, in sentences; other causes are named as they are.
+_OPERATIONS = {
+    ADAPTERS: "small matrix multiplications of the adapters",
+    PYTHON: "operations called by Python and autograd",
+    FORWARD: "matrix multiplications of the layers",
+    INPUT: "gradients of the layers' inputs",
+    HEAD: "matrix multiplications of the head",
+    ATTENTION: "operations of attention",
+}
+# By the outcome, and whether the variant both saves and adds.
+_CONCLUSIONS = {
+    ("alike", True): "So the two take about as long: what {name} adds costs as much as what it saves.",
+    ("alike", False): "So the two take about as long.",
+    ("slower", True): "So {name} is slower here: {added} cost more than what they replace, {saved}.",
+    ("slower", False): "So {name} is slower here: it adds {added}, and saves nothing.",
+    ("faster", True): "So {name} is faster here: what it saves, {saved}, costs more than {added}.",
+    ("faster", False): "So {name} is faster here: it saves {saved}, and adds nothing.",
+}
 _ATEN = torch.ops.aten
 
 
@@ -67,19 +81,19 @@ _ATEN = torch.ops.aten
 
 
 class StepTrace(FlopCounter):
-    """Lists the operations of a step as :mod:`lora_lab.costs.microbench` times them, with the cause of each."""
+    """Lists the operations of a step, in the form that :mod:`lora_lab.costs.microbench` times, and their causes."""
 
     def __init__(self, step: TrainingStep) -> None:
         super().__init__(step)
         self._traffic = ReuseDistances()
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """Take one step and list it, anew."""
+        """Take one step and list it; the list of an earlier step is dropped."""
         self._entries: list[tuple[str, int | None, Operation]] = []
         super().run(batches, weights)
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        """Enter the operation."""
+        """Add the operation to the list."""
         before = len(self.products)
         super().on_operation(function, args, kwargs, out)
         if function.namespace == "aten":
@@ -89,7 +103,7 @@ class StepTrace(FlopCounter):
             ]
 
     def work(self) -> Work:
-        """What the last step did."""
+        """The operations of the last step."""
         operations: dict[tuple[str, str], Counter[Operation]] = {}
         for phase, product, operation in self._entries:
             cause = self._cause(phase, product, operation)
@@ -112,17 +126,17 @@ class StepTrace(FlopCounter):
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does: how often it does which operation, by phase and cause, and how many numbers it trains."""
+    """What a step does: the count of each operation, by phase and cause, and the number of trained parameters."""
 
     operations: Mapping[tuple[str, str], Mapping[Operation, int]]
     trained: int = 0
 
     def kinds(self) -> set[Operation]:
-        """The different operations that there are."""
+        """The distinct operations."""
         return {operation for counted in self.operations.values() for operation in counted}
 
     def count(self, *, cause: str | None = None, phase: str | None = None) -> int:
-        """How many operations it has, of a cause or in a phase."""
+        """The number of operations, of a cause or in a phase."""
         return sum(
             sum(operations.values())
             for (in_phase, of_cause), operations in self.operations.items()
@@ -132,10 +146,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How long a step will take, for several ways to train, and why.
+    """How long a step of each of several variants will take, and why.
 
-    ``seconds`` has each variant's time by cause; ``works`` what it does. On a GPU Python runs ahead of the device, so
-    that (``overlaps``) the longer of the two counts, and not their sum. ``doubts`` says what may be wrong with it.
+    Args:
+        seconds: each variant's time by cause.
+        works: each variant's operations.
+        tokens: the batch's size, in tokens or examples.
+        setting: the model, the batch and the device.
+        overlaps: whether Python runs ahead of the device, as on a GPU, so that the longer of the two counts and not
+            their sum.
+        doubts: sentences about what may be wrong with the prediction.
     """
 
     seconds: Mapping[str, Mapping[str, float]]
@@ -161,97 +181,78 @@ class Prediction:
         return self.tokens / self.total_s(name)
 
     def changes(self, name: str) -> dict[str, float]:
-        """Seconds by cause that a variant takes more than the first one; negative where it takes less."""
-        own, first = self.seconds[name], self.seconds[next(iter(self.seconds))]
-        return {cause: own.get(cause, 0.0) - first.get(cause, 0.0) for cause in CAUSES if cause in {*own, *first}}
+        """A variant's seconds by cause minus the first variant's."""
+        seconds, first = self.seconds[name], self.seconds[next(iter(self.seconds))]
+        return {
+            cause: seconds.get(cause, 0.0) - first.get(cause, 0.0) for cause in CAUSES if cause in {*seconds, *first}
+        }
 
     def why(self, name: str) -> str:
-        """The reason in words: what the variant spares, what it adds, with its own counts, and which is more."""
-        first, changes, ratio = next(iter(self.seconds)), self.changes(name), self.ratio(name)
+        """The reason in words: what the variant saves and adds compared with the first one, and which is more."""
+        first, ratio, changes = next(iter(self.seconds)), self.ratio(name), self.changes(name)
         lines = [
             f"{name} takes {ratio:.2f} of the time of {first}: {_ms(self.total_s(name))} a step, "
             f"not {_ms(self.total_s(first))}."
         ]
         if self.overlaps:
-            waits = {variant: self._waits_for(variant) for variant in (name, first)}
+            longer, longer_of_first = self._longer_side(name), self._longer_side(first)
             lines.append(
-                f"Python runs ahead of the device, so only the longer of the two counts: {name} waits for "
-                f"{waits[name]}, {first} for {waits[first]}."
+                f"Python runs ahead of the device, so only the longer of the two counts: {name} waits for {longer}, "
+                f"{first} for {longer_of_first}."
             )
-            if waits[name] != waits[first]:
+            if longer != longer_of_first:
                 return "\n".join(lines)
-            changes = {cause: c for cause, c in changes.items() if (cause == PYTHON) == (waits[name] == "Python")}
-        spared = {cause: -change for cause, change in changes.items() if change < 0}
+            changes = {cause: change for cause, change in changes.items() if (cause == PYTHON) == (longer == "Python")}
+        saved = {cause: -change for cause, change in changes.items() if change < 0}
         added = {cause: change for cause, change in changes.items() if change > 0}
-        for verb, part, sign in (("spares", spared, -1), ("adds", added, 1)):
-            largest = sorted(part, key=part.__getitem__, reverse=True)[:4]
-            reasons = "; ".join(f"{self._words(cause, name, sign)}, {_ms(part[cause])}" for cause in largest)
-            lines.append(f"It {verb} {_ms(sum(part.values()))}" + (f": {reasons}." if reasons else "."))
-        more, less = self._main(added, name, 1), self._main(spared, name, -1)
-        if abs(ratio - 1) < _ALIKE:
-            balance = f": what {name} adds costs as much as what it spares" if more and less else ""
-            lines.append(f"So the two take about as long{balance}.")
-        elif ratio > 1:
-            lines.append(
-                f"So {name} is slower here: {more}"
-                + (f" cost more than what they replace, {less}." if less else ", and nothing is spared.")
-            )
-        else:
-            lines.append(
-                f"So {name} is faster here: "
-                + (
-                    f"what it spares, {less}, costs more than {more}."
-                    if more
-                    else f"it spares {less}, and adds nothing."
-                )
-            )
+        for verb, seconds, sign in (("saves", saved, -1), ("adds", added, 1)):
+            largest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:4]
+            reasons = "; ".join(f"{self._operations(cause, name, sign)}, {_ms(seconds[cause])}" for cause in largest)
+            lines.append(f"It {verb} {_ms(sum(seconds.values()))}" + (f": {reasons}." if reasons else "."))
+        outcome = "alike" if abs(ratio - 1) < _ALIKE else "slower" if ratio > 1 else "faster"
+        conclusion = _CONCLUSIONS[outcome, bool(saved and added)]
+        lines.append(conclusion.format(name=name, saved=self._main(saved, name, -1), added=self._main(added, name, 1)))
         return "\n".join(lines)
 
-    def _waits_for(self, name: str) -> str:
-        """What a step takes as long as, where Python and the device work side by side."""
+    def _longer_side(self, name: str) -> str:
+        """Which of the two takes longer, where Python and the device work at the same time."""
         python = self.seconds[name].get(PYTHON, 0.0)
         return "Python" if python > sum(self.seconds[name].values()) - python else "the device"
 
-    def _main(self, part: Mapping[str, float], name: str, sign: int) -> str:
-        """The causes that make up most of a sum, joined by "and"; what is only elsewhere in the caches is none."""
-        told = {cause: seconds for cause, seconds in part.items() if sign * self._difference(cause, name) > 0} or part
+    def _main(self, seconds: Mapping[str, float], name: str, sign: int) -> str:
+        """The causes of most of a sum; those with no more operations count only if there are no others."""
+        changed = {cause: s for cause, s in seconds.items() if sign * self._difference(cause, name) > 0} or seconds
         chosen, covered = [], 0.0
-        for cause in sorted(told, key=told.__getitem__, reverse=True):
-            if chosen and covered > 0.8 * sum(told.values()):
+        for cause in sorted(changed, key=changed.__getitem__, reverse=True):
+            if chosen and covered > 0.8 * sum(changed.values()):
                 break
-            chosen.append(self._words(cause, name, sign))
-            covered += told[cause]
+            chosen.append(self._operations(cause, name, sign))
+            covered += changed[cause]
         return " and ".join(chosen)
 
     def _difference(self, cause: str, name: str) -> int:
-        """How many operations more than the first variant's; of all causes where each is called by Python.
+        """How many more operations of a cause than the first variant has; for the optimiser, trained parameters.
 
-        Of the optimiser it is the numbers that count.
+        Python's are the operations of all causes in the forward and backward pass.
         """
-        own, first = self.works[name], self.works[next(iter(self.works))]
+        work, reference = self.works[name], self.works[next(iter(self.works))]
         if cause == UPDATE:
-            return own.trained - first.trained
+            return work.trained - reference.trained
         if cause == PYTHON:
-            return sum(own.count(phase=phase) - first.count(phase=phase) for phase in ("forward", "backward"))
-        return own.count(cause=cause) - first.count(cause=cause)
+            return sum(work.count(phase=phase) - reference.count(phase=phase) for phase in ("forward", "backward"))
+        return work.count(cause=cause) - reference.count(cause=cause)
 
-    def _words(self, cause: str, name: str, sign: int) -> str:
-        words = {
-            ADAPTERS: "small products with the adapters",
-            PYTHON: "operations to be called by Python and autograd",
-            FORWARD: "products of the layers",
-            INPUT: "gradients of the layers' inputs",
-            HEAD: "products of the head",
-            ATTENTION: "operations of attention",
-        }.get(cause, cause)
+    def _operations(self, cause: str, name: str, sign: int) -> str:
+        """How many operations of a cause are added (``sign`` 1) or saved (-1), in words."""
+        words = _OPERATIONS.get(cause, cause)
         if (difference := sign * self._difference(cause, name)) <= 0:
             return f"the same {words}"
         if cause == UPDATE:
-            own, first = self.works[name].trained, self.works[next(iter(self.works))].trained
-            return f"clipping and updating {own:,} numbers and not {first:,}"
+            trained, reference = self.works[name].trained, self.works[next(iter(self.works))].trained
+            return f"clipping and updating {trained:,} parameters instead of {reference:,}"
         return f"{difference:,} {words}"
 
-    def frame(self):
+    def frame(self) -> DataFrame:
         """A pandas DataFrame: seconds, one row a variant, one column a cause, then the whole step and the ratio."""
         import pandas
 
@@ -287,20 +288,21 @@ def _ms(seconds: float) -> str:
 
 @dataclass
 class CostModel:
-    """What operations cost on one machine, and hence how long a step of any model will take.
+    """What operations cost on one machine, and so how long a step of any model will take.
 
-        seconds(step) = sum over operations of seconds(operation) + for each phase (fixed + calls * each)
+        seconds(step) = sum over operations of seconds(operation) + sum over phases of (fixed + calls * each)
 
-    The first sum is what is computed; the second is what Python, modules and autograd take to call it.
+    The first sum is the computation itself; the second is what Python, modules and autograd take to call it.
 
     Args:
-        seconds: of an operation. A :class:`lora_lab.costs.microbench.OperationTimer` times what it has not met before.
+        seconds: operation -> seconds. A :class:`lora_lab.costs.microbench.OperationTimer` also times new operations.
         overhead: (fixed, each) in seconds for each phase.
         device: where steps are to run.
-        overlaps: the device computes while Python goes on, as CUDA does, and the longer of the two sums counts.
-        rates: what was measured, for a person to read.
-        seconds_spent: how long calibration took; :meth:`predict` adds what it needs.
-        disturbance: what others did meanwhile, if they disturbed.
+        overlaps: whether the device computes while Python goes on, as on CUDA, so that the longer of the two sums
+            counts.
+        rates: some measured rates, as text.
+        seconds_spent: how long calibration and all predictions have taken.
+        disturbance: a sentence about other processes that kept the machine busy meanwhile, or an empty string.
     """
 
     seconds: Callable[[Operation], float]
@@ -322,14 +324,14 @@ class CostModel:
         progress: bool | None = None,
         **options: Any,
     ) -> Prediction:
-        """How long a step will take, before any is taken: it is rehearsed on fake tensors, and its operations priced.
+        """How long a step will take. None is taken: it is rehearsed on fake tensors, and its operations' costs add up.
 
-        Kinds of operation that are new to the model are timed one by one, which takes some seconds.
+        Operations that this cost model has not met before are timed first, which takes some seconds.
 
         Args:
-            variants: name -> how it is trained. The first is what the others are compared with.
+            variants: name -> how it is trained. The others are compared with the first.
             model, batch_size, seq_len, batch, **options: as for :func:`flops`.
-            progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+            progress: show a bar; default only in a terminal or a notebook (and if LORA_LAB_PROGRESS is not 0).
 
         Raises:
             ValueError: there is no variant, or as for :func:`flops`.
@@ -337,51 +339,56 @@ class CostModel:
         if not variants:
             raise ValueError("variants is empty, so there is nothing to predict; give one, as {'LoRA': LoRA(8)}.")
         started = time.perf_counter()
-        works = {}
+        works: dict[str, Work] = {}
+        tokens, setting = 0, ""
         for name, method in variants.items():
             setup = as_setup(method, options)
             setup.check_watchable()
             with fake_copy(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
-                given = batch_for(twin, batch_size, seq_len, batch)
-                parts, weights = setup.batches(given)
+                fake_batch = batch_for(twin, batch_size, seq_len, batch)
+                parts, weights = setup.batches(fake_batch)
                 trace = StepTrace(setup.step(twin))
                 trace.run(parts, weights)  # the first step lacks the optimiser's state
                 trace.run(parts, weights)
                 works[name] = trace.work()
-                tokens, setting = size_of(given)[0], f"{type(twin).__name__}, batch {shape_of(given)}, {self.device}"
-                del trace, parts, given
+                tokens = size_of(fake_batch)[0]
+                setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.device}"
+                del trace, parts, fake_batch
         kinds = {kind for work in works.values() for kind in work.kinds()}
-        self._learn(kinds, progress)
+        self._measure(kinds, progress)
         self.seconds_spent += time.perf_counter() - started
-        return Prediction(self._priced(works), works, tokens, setting, self.overlaps, self._doubts(kinds))
+        return Prediction(self._costs(works), works, tokens, setting, self.overlaps, self._doubts(kinds))
 
-    def _learn(self, kinds: set[Operation], progress: bool | None) -> None:
-        """Time the kinds of operation that are not known yet, and note whether others disturbed."""
+    def _measure(self, kinds: set[Operation], progress: bool | None) -> None:
+        """Time new kinds of operation, and note whether other processes kept the machine busy."""
         if not isinstance(self.seconds, OperationTimer) or not (new := self.seconds.unmeasured(kinds)):
             return
         bar = progress_bar(ROUNDS * len(new), "timing operations", progress, "operation")
-        with bar as shown, BusyCores(thread_count(self.device)) as crowd:
+        with bar as shown, BusyCores(thread_count(self.device)) as busy:
             self.seconds.measure(new, shown.update)
-        self.disturbance = self.disturbance or disturbance(crowd)
+        self.disturbance = self.disturbance or disturbance(busy)
 
-    def _priced(self, works: Mapping[str, Work]) -> dict[str, dict[str, float]]:
+    def _costs(self, works: Mapping[str, Work]) -> dict[str, dict[str, float]]:
         """Seconds by cause of each variant's work."""
-        price = {kind: self.seconds(kind) for work in works.values() for kind in work.kinds()}
-        found = {}
+        cost = {kind: self.seconds(kind) for work in works.values() for kind in work.kinds()}
+        costs = {}
         for name, work in works.items():
-            seconds: Counter[str] = Counter()
+            seconds: defaultdict[str, float] = defaultdict(float)
             for (_, cause), operations in work.operations.items():
-                seconds[cause] += sum(count * price[operation] for operation, count in operations.items())
+                seconds[cause] += sum(count * cost[operation] for operation, count in operations.items())
             for phase, (fixed, each) in self.overhead.items():
-                beside = self.overlaps or phase in ("forward", "backward")
-                seconds[PYTHON if beside else UPDATE] += fixed + each * work.count(phase=phase)
-            found[name] = dict(seconds)
-        return found
+                separate = self.overlaps or phase in ("forward", "backward")
+                seconds[PYTHON if separate else UPDATE] += fixed + each * work.count(phase=phase)
+            costs[name] = dict(seconds)
+        return costs
 
     def _doubts(self, kinds: set[Operation]) -> list[str]:
         doubts = [f"While costs were measured: {self.disturbance}"] if self.disturbance else []
-        failed = sorted(getattr(self.seconds, "failed", set()) & {kind.name for kind in kinds})
-        return doubts + [f"Taken for copies, because they cannot be done alone: {', '.join(failed)}."] * bool(failed)
+        if isinstance(self.seconds, OperationTimer):
+            failed = sorted(self.seconds.failed & {kind.name for kind in kinds})
+            if failed:
+                doubts.append(f"Counted as copies, because they cannot run by themselves: {', '.join(failed)}.")
+        return doubts
 
     def break_even_tokens(
         self,
@@ -394,45 +401,45 @@ class CostModel:
         between: tuple[int, int] = (32, 4096),
         **options: Any,
     ) -> int | None:
-        """The tokens a step at which ``second`` stops being slower than ``first``, or starts to be.
+        """The number of tokens a step at which ``second`` stops or starts being slower than ``first``.
 
-        For models that read token ids, whose batches can grow by themselves.
+        It is for models that read token ids.
 
         Args:
-            batch_size, seq_len: one of them stays, and the other grows.
-            between: tokens to look at, from the least to the most; only whole sizes between them are.
+            batch_size, seq_len: pass one of them, which stays; the other grows.
+            between: the smallest and the largest number of tokens to consider; only whole sizes between them are.
             model, first, second, **options: as for :meth:`predict`.
 
         Returns:
-            The first such number of tokens, between sizes that were predicted in a line; None if there is none.
+            The first such number of tokens, interpolated between predicted sizes; None if there is none.
 
         Raises:
-            ValueError: both sizes or neither are given, no step lies between, or as for :meth:`predict`.
+            ValueError: both sizes or neither are passed, no step lies between, or as for :meth:`predict`.
         """
         if (batch_size is None) == (seq_len is None):
             raise ValueError(
                 f"batch_size is {batch_size} and seq_len {seq_len}; give one of them, and the other grows."
             )
-        fixed = batch_size if seq_len is None else seq_len
+        fixed = (batch_size if seq_len is None else seq_len) or 0
         if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
             raise ValueError(
                 f"between is {between}, but it must be two rising numbers of tokens, the second at least the "
                 f"{fixed} of one step, which must be 1 or more."
             )
 
-        def look(count: int) -> tuple[int, float]:
-            """The tokens of so many sequences (or so long ones), and the logarithm of the ratio there."""
+        def point(count: int) -> tuple[int, float]:
+            """The tokens of ``count`` sequences (or of sequences of length ``count``), and the ratio's logarithm."""
             sizes = (count, seq_len) if batch_size is None else (batch_size, count)
             ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
             return count * fixed, math.log(ratio)
 
         count, most = max(1, math.ceil(between[0] / fixed)), between[1] // fixed
-        low = look(count)
+        low = point(count)
         while count < most:
             further = min(4 * count, most)
-            high = look(further)
+            high = point(further)
             if low[1] * high[1] < 0:
-                middle = look(round(math.sqrt(count * further)))
+                middle = point(round(math.sqrt(count * further)))
                 low, high = (middle, high) if low[1] * middle[1] > 0 else (low, middle)
                 return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
             low, count = high, further
@@ -447,28 +454,27 @@ class CostModel:
 
 
 def cost_model(device: torch.device | str | None = None) -> CostModel:
-    """Measure what this machine needs for the parts that steps are made of; takes some seconds.
+    """Measure what the components of training steps cost on this machine, in some seconds.
 
-    It measures the rate of matrix products by dtype, memory's bandwidth, the cost of a small operation, and, from
-    tiny steps whose phases are timed, what Python and autograd take for each operation. What a model needs beyond
-    that, such as products of its shapes, is measured when it is asked about.
+    It measures the rate of matrix multiplications by dtype, the memory's bandwidth, the cost of a small operation, and,
+    from tiny steps whose phases are timed, what Python and autograd take for each operation. Whatever else a model
+    needs, such as matrix multiplications of its shapes, is measured when a prediction needs it.
 
-    On CUDA the same is done with a clock that waits for the device; this path has never been run.
+    On CUDA the clock waits for the device; this path has never been run.
 
     Args:
-        device: where steps are to run; default the best there is.
+        device: where steps are to run; default the best one.
     """
     started = time.perf_counter()
-    place = pick_device(device)[0]
-    watch = OperationTimer(place)
-    overlaps = place.type == "cuda"
-    with BusyCores(thread_count(place)) as crowd:
-        rates, overhead = _rates(watch), _overhead(watch, overlaps)
-    return CostModel(watch, overhead, place, overlaps, rates, time.perf_counter() - started, disturbance(crowd))
+    device = pick_device(device)[0]
+    timer, overlaps = OperationTimer(device), device.type == "cuda"
+    with BusyCores(thread_count(device)) as busy:
+        rates, overhead = _rates(timer), _overhead(timer, overlaps)
+    return CostModel(timer, overhead, device, overlaps, rates, time.perf_counter() - started, disturbance(busy))
 
 
-def _rates(watch: OperationTimer) -> dict[str, str]:
-    """Some costs that a reader may know from elsewhere."""
+def _rates(timer: OperationTimer) -> dict[str, str]:
+    """Some rates that a reader may know from elsewhere."""
     operations = {}
     for rows, dtype in ((512, torch.float32), (512, torch.bfloat16), (32, torch.float32)):
         left = Operand((rows, 576), (576, 1), dtype)
@@ -476,88 +482,75 @@ def _rates(watch: OperationTimer) -> dict[str, str]:
         label = f"{rows} x 576 times 576 x 1536, {str(dtype).removeprefix('torch.')}"
         made_bytes = rows * 1536 * dtype.itemsize
         operations[label] = Operation(_ATEN.mm.default, (left, right), (), made_bytes, DISTANCES[1])
-    for place, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
-        whole = Operand((2**18,), (1,), torch.float32, distance)
-        operations[f"copy of 1 MiB in {place}"] = Operation(_ATEN.clone.default, (whole,), (), 2**20, distance)
+    for where, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
+        whole = Operand((MIB // 4,), (1,), torch.float32, distance)
+        operations[f"copy of 1 MiB in {where}"] = Operation(_ATEN.clone.default, (whole,), (), MIB, distance)
     small = Operand((64,), (1,), torch.float32)
     operations["operation on 64 numbers"] = Operation(_ATEN.mul.Tensor, (small, small), (), 256)
-    watch.measure(operations.values())
-    return {label: _rate(operation, watch(operation)) for label, operation in operations.items()}
+    timer.measure(operations.values())
+    return {label: _rate(operation, timer(operation)) for label, operation in operations.items()}
 
 
 def _rate(operation: Operation, seconds: float) -> str:
     if operation.flops:
         return f"{operation.flops / seconds / GIGA:,.0f} GFLOP/s"
-    if operation.moved_bytes > 2**20:
+    if operation.moved_bytes > MIB:
         return f"{operation.moved_bytes / seconds / GIGA:,.1f} GB/s"
     return f"{seconds * 1e6:,.1f} us"
 
 
-def _overhead(watch: OperationTimer, overlaps: bool) -> dict[str, tuple[float, float]]:
-    """For each phase seconds once and for each operation, by least squares over tiny steps.
+def _overhead(timer: OperationTimer, overlaps: bool) -> dict[str, tuple[float, float]]:
+    """For each phase the fixed seconds and the seconds for each operation, by least squares over tiny steps.
 
-    What the operations themselves take is subtracted, but for a device that computes while Python goes on.
+    The time of the operations themselves is subtracted, except on a device that computes while Python goes on.
     """
     shape = LlamaConfig(64, 16, 32, 2, 2, 1, 8)
     digits = (torch.zeros(4, PIXELS), torch.zeros(4, dtype=torch.long))
     runs = []
-    for factory, given in ((partial(DigitsMLP, 16), digits), (partial(Llama, shape), None)):
+    for factory, batch in ((partial(DigitsMLP, 16), digits), (partial(Llama, shape), None)):
         for method in (FullFineTuning(), LoRA(rank=2)):
-            with fake_copy(factory, watch.device) as twin:
+            with fake_copy(factory, timer.device) as twin:
                 trace = StepTrace(Setup(method).step(twin))
                 for _ in range(2):
-                    trace.run([batch_for(twin, 1, 4, given)], [1.0])
+                    trace.run([batch_for(twin, 1, 4, batch)], [1.0])
                 work = trace.work()
-            with own_randomness(watch.device, 0):
-                model = build_model(factory, watch.device)
-                runs.append((work, _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, given))))
+            with own_randomness(timer.device, 0):
+                model = build_model(factory, timer.device)
+                runs.append((work, _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, batch))))
     if not overlaps:
-        watch.measure({kind for work, _ in runs for kind in work.kinds()})
-    found = {}
+        timer.measure({kind for work, _ in runs for kind in work.kinds()})
+    overhead = {}
     for phase in PHASES:
         points = []
         for work, seconds in runs:
             counted = [counts for (of_phase, _), counts in work.operations.items() if of_phase == phase]
-            alone = 0.0 if overlaps else sum(n * watch(kind) for counts in counted for kind, n in counts.items())
-            points.append((work.count(phase=phase), seconds[phase] - alone))
-        found[phase] = _line(points)
-    return found
+            computing = 0.0 if overlaps else sum(n * timer(kind) for counts in counted for kind, n in counts.items())
+            points.append((work.count(phase=phase), seconds[phase] - computing))
+        overhead[phase] = _line(points)
+    return overhead
 
 
 def _phase_seconds(step: TrainingStep, batch: Batch, steps: int = 60) -> dict[str, float]:
-    """How long each phase of a step takes: the median of many steps, on CUDA of Python's time alone."""
+    """How long each phase of a step takes: the median of many steps, on CUDA of Python's time only."""
     marks: list[float] = []
-    timed = copy.copy(step)
-    plain_loss, plain_backward = timed.batch_loss, timed.backward
 
-    def batch_loss(*args: Any) -> Tensor:
-        result = plain_loss(*args)
-        marks.append(time.perf_counter())
-        return result
+    def mark(phase: str) -> None:
+        if phase != "forward":  # which includes what comes before it
+            marks.append(time.perf_counter())
 
-    def backward(*args: Any) -> list[Tensor]:
-        result = plain_backward(*args)
-        marks.append(time.perf_counter())
-        return result
-
-    hook = step.optimizer.register_step_pre_hook(lambda *_: marks.append(time.perf_counter()))
-    timed.batch_loss, timed.backward = batch_loss, backward
     rows = []
-    for _ in range(steps):
-        marks[:] = [time.perf_counter()]
-        timed([batch], [1.0])
-        marks.append(time.perf_counter())
-        rows.append([stop - start for start, stop in itertools.pairwise(marks)])
-        synchronize(batch[0].device)
-    hook.remove()
+    with phases(step, mark) as marked_step:
+        for _ in range(steps):
+            marks[:] = [time.perf_counter()]
+            marked_step([batch], [1.0])
+            marks.append(time.perf_counter())
+            rows.append([stop - start for start, stop in itertools.pairwise(marks)])
+            synchronize(batch[0].device)
     return {phase: statistics.median(column) for phase, column in zip(PHASES, zip(*rows, strict=True), strict=True)}
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Intercept and slope of the line through (count, seconds) by least squares."""
+    """Intercept and slope of the line through (count, seconds) by least squares; neither is negative."""
     counts, seconds = zip(*points, strict=True)
-    mean, centre = statistics.fmean(seconds), statistics.fmean(counts)
-    spread = sum((count - centre) ** 2 for count in counts)
-    slope = sum((count - centre) * (second - mean) for count, second in points) / spread if spread else 0.0
-    slope = max(0.0, slope)  # noise may tilt the line, but nothing takes less than no time
-    return max(0.0, mean - slope * centre), slope
+    slope = max(0.0, statistics.linear_regression(counts, seconds).slope) if len(set(counts)) > 1 else 0.0
+    return max(0.0, statistics.fmean(seconds) - slope * statistics.fmean(counts)), slope

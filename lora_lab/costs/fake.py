@@ -1,4 +1,4 @@
-"""Models of fake tensors, which have shapes and no numbers, and copies of models that share their weights."""
+"""Models of fake tensors, which have shapes but no values, and copies of models that share their weights."""
 
 from __future__ import annotations
 
@@ -21,42 +21,51 @@ from torch.utils._pytree import tree_leaves
 
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import pick_device
+from lora_lab.train import Batch
 
 Factory = Callable[[], nn.Module]
-Batch = tuple[Tensor, Tensor]
-_FEW = 2**20  # numbers that a rehearsal may hold for real
+_MOST_REAL = 2**20  # elements of the largest tensor that a rehearsal computes with real values
 
 
-# A model to rehearse with
+# Batches
 
 
-def token_batch(model: nn.Module, batch_size: int, seq_len: int) -> Batch:
+def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
     """Inputs and targets (batch_size, seq_len) of token ids, all 0, on the model's device.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is missing or below 1.
     """
+    sizes = []
     for name, size in {"batch_size": batch_size, "seq_len": seq_len}.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} is {size!r}, but it must be a whole number of at least 1.")
-    return tuple(torch.zeros(batch_size, seq_len, dtype=torch.long, device=device_of(model)) for _ in range(2))
+        sizes.append(size)
+    inputs = torch.zeros(sizes, dtype=torch.long, device=device_of(model))
+    return inputs, torch.zeros_like(inputs)
 
 
 def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
-    """Zeros of the batch's shapes and dtypes, or token ids if there is none, on the model's device.
+    """Zeros of the batch's shapes and dtypes, or token ids where ``batch`` is None, on the model's device.
 
-    Inside :func:`fake_copy` they are fake.
+    Inside :func:`fake_copy` they are fake tensors.
 
     Raises:
         ValueError: as for :func:`token_batch`.
     """
     if batch is None:
         return token_batch(model, batch_size, seq_len)
-    return tuple(torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)) for tensor in batch)
+    return on_each(batch, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)))
+
+
+def on_each(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch of what ``function`` makes of the inputs and of the targets."""
+    inputs, targets = batch
+    return function(inputs), function(targets)
 
 
 def shape_of(batch: Batch) -> str:
-    """Such as "4 x 128"."""
+    """The inputs' shape as text, such as "4 x 128"."""
     return " x ".join(str(size) for size in batch[0].shape)
 
 
@@ -72,88 +81,92 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells a tensor's memory from any other's, as long as it lives."""
+    """A number that identifies a tensor's memory for as long as that memory is in use."""
     return tensor.untyped_storage()._cdata
+
+
+# Models to rehearse with, and to train
 
 
 @contextmanager
 def fake_copy(
     model: nn.Module | Factory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[nn.Module]:
-    """A model of fake tensors, which have shapes, dtypes and storages' sizes, but no numbers and no memory.
+    """A copy of a model with fake tensors, which have shapes, dtypes and sizes in bytes, but no values and no memory.
 
-    In the block, what is computed is fake too, but for positions (``torch.arange``) and what is made of them alone. The
-    model given is not touched.
+    What is computed inside the ``with`` block is fake too, except for positions (``torch.arange``) and what is
+    computed from them alone. ``model`` itself is left unchanged.
 
     Args:
-        model: a module; or a function that makes one from its shape (it is called on torch's meta device).
-        device: where the fake tensors say they are. It must be there: on a CPU build a fake CUDA tensor would
-            abort Python itself.
+        model: a module; or a function that builds one (it is called on torch's meta device).
+        device: the device that the fake tensors report. It must exist: on a CPU build of torch, a fake CUDA tensor
+            would abort Python itself.
         dtype: cast floating-point weights to it; None leaves them as they are.
 
     Raises:
-        ValueError: the device is not there, or ``model`` is neither module nor factory.
+        ValueError: the device does not exist, or ``model`` is neither a module nor a factory.
     """
     device = torch.device(device)
     if device.type == "cpu":
-        device = torch.device("cpu")  # "cpu:0" is another device to torch, on which no tensor ever is
+        device = torch.device("cpu")  # for torch "cpu:0" is another device, and no tensor is ever on it
     if device.type not in ("cpu", "meta"):
-        pick_device(device)  # raises if it is not there
+        pick_device(device)  # raises if it does not exist
     if not isinstance(model, nn.Module):
         model = _call_factory(model, "meta")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold tensors that are no parameters and no buffers
-    converter = {}
+    # A model may hold tensors that are neither parameters nor buffers.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    converter: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         fake = mode.from_tensor(tensor.detach())
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if (fake.device, fake.dtype) != (device, wanted):
+        cast_to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if (fake.device, fake.dtype) != (device, cast_to):
             with mode:
-                fake = torch.empty_strided(fake.size(), fake.stride(), dtype=wanted, device=device)
+                fake = torch.empty_strided(fake.size(), fake.stride(), dtype=cast_to, device=device)
         converter[id(tensor)] = _same_kind(tensor, fake)
     twin = copy.deepcopy(model, converter)
     for module in twin.modules():
         if dtype is not None and isinstance(module, BlockWeight):
-            module.dtype = dtype  # what to(dtype) would make of it
+            module.dtype = dtype  # as module.to(dtype) would set it
     with mode, _RealPositions():
         yield twin
 
 
 class _RealPositions(TorchDispatchMode):
-    """Gives numbers to what comes from neither the model nor the batch but from ``torch.arange``, where it is small.
+    """Computes small results of ``torch.arange`` alone with real values.
 
-    The models of transformers look for several texts in a row by their positions, and where those are fake they go
-    another way, by a mask, with other bytes and products than a step has.
+    The models of transformers detect packed sequences by their positions. Where positions are fake, they take another
+    branch, with a mask, whose bytes and FLOPs differ from those of a real step.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = not any(isinstance(tensor, FakeTensor) for tensor in inputs)
-        if not known or not (inputs or func._overloadpacket is torch.ops.aten.arange):
+        any_fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)
+        if any_fake or not (inputs or func._overloadpacket is torch.ops.aten.arange):
             return func(*args, **kwargs)
         try:
             out = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            out = None  # a number is asked for, or as many as numbers say: of what is small, as follows
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(tensor.numel() > _FEW or tensor.device.type == "meta" for tensor in made):
+            out = None  # the result or its shape depends on values, which are computed below
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(tensor.numel() > _MOST_REAL or tensor.device.type == "meta" for tensor in outputs):
             return out
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
 
 def copy_sharing_weights(model: nn.Module) -> nn.Module:
-    """The model's modules copied, its weights shared: what is later replaced, frozen or marked is the copy's."""
+    """A copy of the modules that shares the weights: replacing or freezing something later affects the copy only."""
     shared = {id(tensor): _same_kind(tensor, tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 
 
 def build_model(model: nn.Module | Factory, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model to train for real, without harm to the one given.
+    """A model to train for real; a module that is passed stays as it is.
 
     Args:
-        model: a module, which is copied as by :func:`copy_sharing_weights`; or a function that makes one.
-        device: where a factory's model is made.
+        model: a module, which is copied as by :func:`copy_sharing_weights`; or a function that builds one.
+        device: where a factory's model is built.
         dtype: cast floating-point weights to it; None leaves them as they are.
     """
     model = copy_sharing_weights(model) if isinstance(model, nn.Module) else _call_factory(model, device)
@@ -175,9 +188,10 @@ def _same_kind(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def unshare_trainable(model: nn.Module, shared: set[int]) -> None:
-    """Give a :func:`copy_sharing_weights` model, made ready to train, tensors of its own where training would write.
+    """Clone those shared tensors of a model that training would write to: trainable parameters and buffers.
 
     Args:
+        model: from :func:`copy_sharing_weights`, and ready to train since.
         shared: the storages (:func:`storage_of`) that it shares.
     """
     for parameter in model.parameters():

@@ -1,15 +1,15 @@
-"""The memory bill of a training step: which bytes are there at its peak, and for what.
+"""The memory bill of a training step: which bytes are allocated at its peak, and what for.
 
     bill = predict(model, LoRA(rank=8), batch_size=4, seq_len=128)     # nothing is allocated
     bill = measure(model, LoRA(rank=8), (inputs, targets))             # a real step, and an independent peak
 
-A model being trained holds its weights, a gradient for each trainable one, the optimiser's state (AdamW: two
-numbers for each), what autograd keeps from forward to backward, and what operations need for a moment. LoRA cuts
-the second and the third; it leaves the first and most of the fourth.
+A model in training holds its weights, a gradient for each trainable weight, the optimiser's state (for AdamW two
+numbers for each trainable weight), the activations that autograd saves for the backward pass, and temporaries of
+single operations. LoRA cuts the gradients and the optimiser's state; it leaves the weights and most activations.
 
-Both calls follow the birth and death of every storage through the code that ``fit`` runs. :func:`predict` does so
-on fake tensors, so a model of any size can be asked about. :func:`measure` takes its peak from the allocator
-itself, so the two can disagree, and what the parts do not explain is shown as a part of its own.
+Both calls follow every storage of the step that ``fit`` takes, from its allocation to its release. :func:`predict` does
+so on fake tensors, so that it works for a model of any size. :func:`measure` takes its peak from the allocator itself,
+so that the two can disagree, and what the parts do not explain is shown as a part of its own.
 """
 
 from __future__ import annotations
@@ -23,62 +23,76 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lora_lab.costs.fake import (
-    Batch,
     Factory,
     batch_for,
     build_model,
     device_of,
     fake_copy,
+    on_each,
     storage_of,
     unshare_trainable,
 )
 from lora_lab.costs.setup import Setup, as_setup, setting_of
-from lora_lab.costs.trace import ADAPTERS, LOGITS, StepTracer, output_width
+from lora_lab.costs.trace import Kind, StepTracer, output_width
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
-from lora_lab.train import TrainingStep
+from lora_lab.train import Batch, TrainingStep
 
 MIB, GIB = 2**20, 2**30
-SAVED = tuple(f"saved: {kind}" for kind in ("attention", "MLP", "norms", ADAPTERS, "other layers"))
-WORKSPACE, ENDS, REST = "cuBLAS workspace", "unused ends of blocks", "the rest, unexplained"
-PARTS = (
-    "frozen weights",
-    "trained weights",
-    "gradients",
-    "optimiser state",
-    *SAVED,
-    LOGITS,
-    "recomputed activations",
-    "temporaries",
-    WORKSPACE,
-    ENDS,
-    REST,
-)
+
+
+class Part(StrEnum):
+    """A part of a bill, in the order in which bills list them."""
+
+    FROZEN = "frozen weights"
+    TRAINED = "trained weights"
+    GRADIENTS = "gradients"
+    OPTIMISER = "optimiser state"
+    SAVED_ATTENTION = "saved: attention"
+    SAVED_MLP = "saved: MLP"
+    SAVED_NORMS = "saved: norms"
+    SAVED_ADAPTERS = "saved: adapters"
+    SAVED_OTHER = "saved: other layers"
+    LOGITS = "logits and loss"
+    RECOMPUTED = "recomputed activations"
+    TEMPORARIES = "temporaries"
+    WORKSPACE = "cuBLAS workspace"
+    ENDS = "unused ends of blocks"
+    REST = "the rest, unexplained"
+
+    __repr__ = str.__repr__  # a bill's parts print as a dictionary of plain strings
+
+
+PARTS = tuple(Part)
+STATIC = (Part.FROZEN, Part.TRAINED, Part.GRADIENTS, Part.OPTIMISER)
+SAVED = tuple(Part(f"saved: {kind}") for kind in Kind if kind != Kind.LOGITS)
 _POINTS = 400  # of a timeline
-_MOST = 2**20  # the largest batch or context looked for
-_BLOCK = 512  # bytes: CUDA's allocator gives no less, and multiples of it
+_LARGEST_SIZE = 2**20  # the largest batch or context that is considered
+_BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is there after one operation: bytes by part, and the phase of the step."""
+    """What is allocated after one operation: bytes by part, and the phase of the step."""
 
     phase: str
     parts: Mapping[str, int]
 
     @property
     def total_bytes(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
@@ -86,11 +100,15 @@ class Moment:
 class Bill:
     """What a training step needs at its peak, in bytes by part; the parts add up to the peak.
 
-    ``source`` says how it was found: "predicted", "measured", or "estimated for CUDA, not measured". ``moment``
-    says when the peak is. ``saved`` is what autograd keeps when the forward pass is over, by the kind of module
-    that keeps it: a storage that several keep counts once, and as the adapters' only if nobody else keeps it.
-    ``timeline`` holds up to 400 moments of the step in order, with the peak among them. Batches themselves
-    are not counted. ``reserved_bytes`` is what CUDA's allocator took from the device at most, None elsewhere.
+    Args:
+        parts: part -> bytes, with the names of :class:`Part`. Batches themselves are not counted.
+        moment: the operation at which the peak is reached.
+        source: "predicted", "measured", or "estimated for CUDA, not measured".
+        setting: the model, the setup and the batch.
+        saved: what autograd has saved at the end of the forward pass, by the kind of module that saved it. A storage
+            that several modules save counts once, and for adapters only if no other kind of module saves it.
+        timeline: up to 400 moments of the step in order, the peak among them.
+        reserved_bytes: the most that CUDA's allocator reserved on the device; None elsewhere.
     """
 
     parts: Mapping[str, int]
@@ -103,21 +121,21 @@ class Bill:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is there at one moment."""
+        """The most that is allocated at one moment."""
         return sum(self.parts.values())
 
     @property
     def saved_bytes(self) -> int:
-        """What autograd keeps when the forward pass is over."""
+        """What autograd has saved at the end of the forward pass."""
         return sum(self.saved.values())
 
     @property
     def static_bytes(self) -> int:
-        """Weights, gradients and optimiser's state at the peak; if it comes early, gradients are not there yet."""
-        return sum(self.parts.get(part, 0) for part in PARTS[:4])
+        """Weights, gradients and optimiser state at the peak. An early peak comes before the gradients."""
+        return sum(self.parts.get(part, 0) for part in STATIC)
 
     def plus(self, part: str, size: int) -> Bill:
-        """The same bill with one part more, of ``size`` bytes."""
+        """The same bill with one more part, of ``size`` bytes."""
         return replace(self, parts=_ordered({**self.parts, part: size}))
 
     def __sub__(self, other: Bill) -> Difference:
@@ -139,7 +157,7 @@ class Bill:
 
 @dataclass(frozen=True)
 class Difference:
-    """One bill less another, in bytes by part: what saved what. Negative where the first needs less."""
+    """One bill minus another, in bytes by part: negative where the first needs less."""
 
     parts: Mapping[str, int]
     first: str
@@ -165,39 +183,38 @@ def _mib(size: int, sign: str = "") -> str:
 
 @dataclass
 class _Life:
-    """A storage from birth to death, and what was seen of it."""
+    """A storage from its allocation to its release, and who used it."""
 
     size: int
     born: int
     phase: str
-    kind: str
+    kind: Kind
     module: str
     recomputing: bool
     wide: bool
     died: float = math.inf
-    keepers: set[str] = field(default_factory=set)
-    named: str | None = None
+    savers: set[Kind] = field(default_factory=set)
+    named: Part | None = None
 
     @property
-    def part(self) -> str:
+    def part(self) -> Part:
         """The part of the bill that it belongs to, as far as is known by the end of the step."""
         if self.named is not None:
             return self.named
         if self.recomputing:
-            return "recomputed activations"
-        if self.wide or LOGITS in self.keepers:
-            return LOGITS
-        if self.keepers:
-            others = [kind for kind in self.keepers if kind != ADAPTERS]
-            return f"saved: {min(others) if others else ADAPTERS}"
-        return LOGITS if self.kind == LOGITS and self.phase == "forward" else "temporaries"
+            return Part.RECOMPUTED
+        if self.wide or Kind.LOGITS in self.savers:
+            return Part.LOGITS
+        if self.savers:
+            return Part(f"saved: {min(self.savers - {Kind.ADAPTERS}, default=Kind.ADAPTERS)}")
+        return Part.LOGITS if self.kind == Kind.LOGITS and self.phase == "forward" else Part.TEMPORARIES
 
 
 class StorageLog(StepTracer):
-    """Follows every storage of a step: when it is born and dies, for whom, and who keeps it for the backward pass.
+    """Follows every storage of a step: when it is allocated and released, in which module, and who saves it.
 
     Args:
-        step: what is to be run.
+        step: the step to run.
         block: sizes are rounded up to multiples of this many bytes, as the device's allocator does.
     """
 
@@ -208,12 +225,12 @@ class StorageLog(StepTracer):
         self.phases: list[str] = []  # of each operation; its index is the time
         self.names: list[str] = []
         self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
-        self._given: set[int] = set()
+        self._of_batch: set[int] = set()
         self._name()
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        """Count the operation, and enter the storages that it made."""
-        if function.namespace == "prim":  # a question to a fake tensor, such as on which device it is
+        """Count the operation, and register the storages of its results."""
+        if function.namespace == "prim":  # a query of a fake tensor, such as its device
             return
         self.phases.append(self.phase)
         self.names.append(function._opname)
@@ -222,10 +239,10 @@ class StorageLog(StepTracer):
                 self._enter(tensor)
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """Take one step and follow it; what a step before it left is part of it."""
+        """Take one step and follow it; what an earlier step left behind is part of it."""
         self._start = len(self.phases)
-        self._given = {storage_of(tensor) for batch in batches for tensor in batch}
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+        self._of_batch = {storage_of(tensor) for batch in batches for tensor in batch}
+        with on_saved(self._save):
             super().run(batches, weights)
         self._name()
 
@@ -234,23 +251,24 @@ class StorageLog(StepTracer):
         totals = [sum(parts.values()) for _, parts in self._moments()]
         peak = max(range(len(totals)), key=totals.__getitem__)
         forward = [time for time in range(self._start, len(self.phases)) if self.phases[time] == "forward"]
-        wanted = {peak, *(round(i * (len(totals) - 1) / (_POINTS - 2)) for i in range(_POINTS - 1))}
-        timeline = []
+        chosen = {peak, *(round(i * (len(totals) - 1) / (_POINTS - 2)) for i in range(_POINTS - 1))}
+        timeline: list[Moment] = []
+        at_peak: dict[str, int] = {}
         for i, (time, parts) in enumerate(self._moments()):
-            if i in wanted:
+            if i in chosen:
                 timeline.append(Moment(self.phases[time], _ordered(parts)))
             if i == peak:
                 at_peak = _ordered(parts)
         saved: Counter[str] = Counter()
         for life in self.lives:
-            if life.keepers and life.named is None and life.born <= forward[-1] < life.died:
+            if life.savers and life.named is None and life.born <= forward[-1] < life.died:
                 saved[life.part] += life.size
         return Bill(at_peak, self._describe(self._start + peak), source, setting, _ordered(saved), timeline)
 
     def _moments(self) -> Iterator[tuple[int, Counter[str]]]:
-        """(time, bytes by part) after each operation of the last step; the counter is one and the same."""
+        """(time, bytes by part) after each operation of the last step; it is the same counter each time."""
         births: dict[int, list[_Life]] = {}
-        deaths: dict[int, list[_Life]] = {}
+        deaths: dict[float, list[_Life]] = {}
         for life in self.lives:
             if life.died >= self._start:
                 births.setdefault(max(life.born, self._start), []).append(life)
@@ -267,27 +285,27 @@ class StorageLog(StepTracer):
         times = [t for t in range(self._start, len(self.phases)) if self.phases[t] == self.phases[time]]
         born = [life for life in self.lives if life.born == time]
         where = next((life.module or life.kind for life in born if life.phase == "forward" or life.recomputing), "")
-        place = f"{self.phases[time]}, operation {times.index(time) + 1:,} of {len(times):,}: {self.names[time]}"
-        return f"{place} in {where}" if where else place
+        operation = f"{self.phases[time]}, operation {times.index(time) + 1:,} of {len(times):,}: {self.names[time]}"
+        return f"{operation} in {where}" if where else operation
 
     def _name(self) -> None:
-        """Remember which storages are weights, gradients and the optimiser's state by now."""
+        """Record which storages are weights, gradients and optimiser state by now."""
         parameters, buffers = list(self.step.model.parameters()), list(self.step.model.buffers())
         state = [value for values in self.step.optimizer.state.values() for value in values.values()]
         named = {
-            "frozen weights": [p for p in parameters if not p.requires_grad] + buffers,
-            "trained weights": [p for p in parameters if p.requires_grad],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
-            "optimiser state": [value for value in state if isinstance(value, Tensor)],
+            Part.FROZEN: [p for p in parameters if not p.requires_grad] + buffers,
+            Part.TRAINED: [p for p in parameters if p.requires_grad],
+            Part.GRADIENTS: [p.grad for p in parameters if p.grad is not None],
+            Part.OPTIMISER: [value for value in state if isinstance(value, Tensor)],
         }
         for part, tensors in named.items():
             for tensor in tensors:
-                self._enter(tensor)  # nobody saw those born that were there before the first step
+                self._enter(tensor)  # tensors from before the first step are registered here
                 self._alive[storage_of(tensor)][0].named = part
 
     def _enter(self, tensor: Tensor) -> None:
         key = storage_of(tensor)
-        if key in self._alive or key in self._given:
+        if key in self._alive or key in self._of_batch:
             return
         storage = tensor.untyped_storage()
         size = -(-storage.nbytes() // self.block) * self.block
@@ -302,17 +320,26 @@ class StorageLog(StepTracer):
 
         self._alive[key] = (life, weakref.ref(storage, dead))
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        if (known := self._alive.get(storage_of(tensor))) is not None:
-            known[0].keepers.add(self.kind)
-        return tensor.detach()  # an output itself would hold its own node, and a graph never run would never be freed
+    def _save(self, tensor: Tensor) -> None:
+        if (entry := self._alive.get(storage_of(tensor))) is not None:
+            entry[0].savers.add(self.kind)
+
+
+def on_saved(function: Callable[[Tensor], None]) -> saved_tensors_hooks:
+    """A context in which ``function`` is called with each tensor that autograd saves for the backward pass."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        function(tensor)
+        return tensor.detach()  # an output would hold its own node, and a graph without a backward pass never be freed
+
+    return saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
     return {part: parts[part] for part in PARTS if parts.get(part)}
 
 
-# Asking
+# Predicting and measuring
 
 
 def predict(
@@ -327,31 +354,31 @@ def predict(
 ) -> Bill:
     """The bill of a training step that is never taken: it is rehearsed on fake tensors.
 
-    Two steps are rehearsed, and the second is reported, for the first lacks the optimiser's state. The model is
-    left as it is, and so are the random generators.
+    Two steps are rehearsed, and the second is reported, because the first lacks the optimiser's state. The model and
+    the random generators stay as they are.
 
     Args:
-        model: a freshly loaded model; or a function that makes one from its shape, of any size.
-        method: how it is trained, or a whole :class:`lora_lab.costs.setup.Setup`.
+        model: a freshly loaded model; or a function that builds one, of any size.
+        method: how it is trained, or a complete :class:`lora_lab.costs.setup.Setup`.
         batch_size, seq_len: the batch, for models that read token ids.
-        batch: inputs and targets, for others; only their shapes and dtypes matter.
-        device: where the step would run; default the model's device, or for a factory the best there is. If it
-            is "cuda" and there is none, the bill is the CPU's with CUDA's sizes of blocks, cuBLAS's workspace,
-            CUDA's choice of attention kernel and its fused RMS norm: an estimate, and it says so.
+        batch: inputs and targets, for other models; only their shapes and dtypes matter.
+        device: where the step would run; default the model's device, or the best one for a factory. Where "cuda" is
+            not available, the bill is an estimate, and its ``source`` says so: the CPU's bill with CUDA's block
+            sizes, cuBLAS's workspace, CUDA's choice of attention kernel and its fused RMS norm.
         **options: ``dtype``, ``nf4``, ``optimizer``, ``gradient_checkpointing``, ``lean``, ``accumulate``, ``clip``,
             ``loss``, as in :class:`lora_lab.costs.setup.Setup`.
 
     Raises:
-        ValueError: the batch is not described, a value is out of range, the step cannot be made ready, or
-            ``lean`` has several threads.
+        ValueError: the batch is not described, a value is out of range, the model cannot be made ready, or ``lean``
+            has several threads.
     """
     setup = as_setup(method, options)
     setup.check_watchable()
-    place, estimated = place_of(model, device)
-    on_cuda = estimated or place.type == "cuda"
-    with fake_copy(model, place, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
-        given = batch_for(twin, batch_size, seq_len, batch)
-        parts, weights = setup.batches(given)
+    device, estimated = device_to_predict(model, device)
+    on_cuda = estimated or device.type == "cuda"
+    with fake_copy(model, device, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
+        batch = batch_for(twin, batch_size, seq_len, batch)
+        parts, weights = setup.batches(batch)
         step = setup.step(twin)
         if estimated:
             stack.enter_context(_cuda_attention(step, parts[0]))
@@ -359,10 +386,9 @@ def predict(
         log = StorageLog(step, _BLOCK if on_cuda else 1)
         log.run(parts, weights)
         log.run(parts, weights)
-        bill = log.bill(
-            "estimated for CUDA, not measured" if estimated else "predicted", setting_of(setup, twin, given)
-        )
-    return bill.plus(WORKSPACE, _workspace_bytes(None if estimated else place)) if on_cuda else bill
+        source = "estimated for CUDA, not measured" if estimated else "predicted"
+        bill = log.bill(source, setting_of(setup, twin, batch))
+    return bill.plus(Part.WORKSPACE, _workspace_bytes(None if estimated else device)) if on_cuda else bill
 
 
 def measure(
@@ -376,21 +402,21 @@ def measure(
     """The bill of a training step that is really taken, with a peak from the allocator itself.
 
     On the CPU the peak is the largest running sum of torch's allocation events during the second step, on CUDA
-    it is ``max_memory_allocated`` of the second step; each with the model's weights and without whatever else
-    is in memory. The parts are found in a third step, by following storages. What they leave of the peak
-    (operations' own buffers, mostly) is the part "the rest, unexplained".
+    it is ``max_memory_allocated`` of the second step. Both include the model's weights and exclude everything else in
+    memory. A third step, which follows storages, finds the parts. The remainder of the peak (mostly buffers inside
+    operations) is the part "the rest, unexplained".
 
-    On CUDA two parts are the allocator's own: cuBLAS's workspace, which stays for the life of the process and is
-    counted in every bill, and "unused ends of blocks", for a block is given whole where it is little larger than what
-    was asked for.
+    On CUDA two more parts belong to the allocator: cuBLAS's workspace, which stays allocated for the life of the
+    process and is counted in every bill, and "unused ends of blocks", because the allocator hands out a free block
+    whole if it is only a little larger than requested.
 
-    The model is left as it is, bit for bit, and so are the random generators: weights that are to be trained
-    are copied first. A function that makes a model saves that copy.
+    The model and the random generators stay as they are, bit for bit: weights that will be trained are copied first.
+    A factory avoids that copy.
 
     Args:
         model, method, **options: as for :func:`predict`.
         batch: inputs and targets.
-        device: for a factory; default the best there is.
+        device: for a factory; default the best one.
 
     Raises:
         ValueError: as for :func:`predict`, or the model is on the meta device.
@@ -402,36 +428,36 @@ def measure(
         raise ValueError("The model is on the meta device, where nothing is ever allocated; use predict.")
     with own_randomness(device, 0):
         twin = build_model(model, device, setup.dtype)
-        # Held until the meter is off: a freed address could be given to a tensor of the step's own.
+        # Held until the meter stops: otherwise the step's own tensors could reuse a freed address.
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
-        there = {storage_of(tensor) for tensor in held}
-        given = tuple(tensor.to(device) for tensor in batch)
-        parts, weights = setup.batches(given)
-        gc.collect()  # or garbage that is freed below would be taken for the step's
+        before = {storage_of(tensor) for tensor in held}
+        batch = on_each(batch, lambda tensor: tensor.to(device))
+        parts, weights = setup.batches(batch)
+        gc.collect()  # garbage that is freed during the step would be subtracted from its memory
         with _meter(device) as meter:
             step = setup.step(twin)
             if isinstance(model, nn.Module):
-                unshare_trainable(twin, there)
+                unshare_trainable(twin, before)
             step(parts, weights)
             with meter.second_step():
                 step(parts, weights)
-        stayed = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
+        after = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
         del held
-        peak = meter.peak_bytes + sum(size for key, size in stayed.items() if key in there)
+        peak = meter.peak_bytes + sum(size for key, size in after.items() if key in before)
         log = StorageLog(step)
         log.run(parts, weights)
-        bill = log.bill("measured", setting_of(setup, twin, given))
+        bill = log.bill("measured", setting_of(setup, twin, batch))
         del log, step
     gc.collect()
-    bill = bill.plus(REST, peak - bill.peak_bytes - meter.ends_bytes)
-    bill = bill.plus(ENDS, meter.ends_bytes).plus(WORKSPACE, meter.workspace_bytes)
+    bill = bill.plus(Part.REST, peak - bill.peak_bytes - meter.ends_bytes)
+    bill = bill.plus(Part.ENDS, meter.ends_bytes).plus(Part.WORKSPACE, meter.workspace_bytes)
     return replace(bill, reserved_bytes=meter.reserved_bytes)
 
 
 class _Meter:
-    """The most that the allocator gave during the second step, counted from where the meter was switched on.
+    """The most that the allocator handed out during the second step, counted from when the meter was started.
 
-    Of the peak, ``ends_bytes`` were given and not asked for. ``workspace_bytes`` are beside it.
+    The peak includes ``ends_bytes``, which were handed out but not requested. ``workspace_bytes`` come on top.
     """
 
     peak_bytes = ends_bytes = workspace_bytes = 0
@@ -444,7 +470,7 @@ class _Meter:
 
 
 class _ProfilerMeter(_Meter):
-    """On the CPU: the profiler's allocation events, which torch's allocator reports one by one."""
+    """On the CPU: the profiler's events, one for each allocation and each release."""
 
     @contextmanager
     def second_step(self) -> Iterator[None]:
@@ -453,10 +479,14 @@ class _ProfilerMeter(_Meter):
 
     def read(self, profiler: torch.profiler.profile) -> None:
         """Add up the events."""
-        events = profiler.profiler.kineto_results.events()
+        autograd_profiler = profiler.profiler
+        assert autograd_profiler is not None  # it has been started,
+        assert autograd_profiler.kineto_results is not None  # and stopped
+        events = autograd_profiler.kineto_results.events()
         (step,) = (event for event in events if event.name() == "lora_lab: second step")
         total = 0
-        for at, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        allocations: list[Any] = [event for event in events if event.name() == "[memory]"]  # the stub lacks nbytes
+        for at, size in sorted((event.start_ns(), event.nbytes()) for event in allocations):
             total += size
             if step.start_ns() <= at <= step.end_ns():
                 self.peak_bytes = max(self.peak_bytes, total)
@@ -466,10 +496,10 @@ class _CudaMeter(_Meter):
     """On CUDA: the caching allocator's own high-water mark."""
 
     def __init__(self, device: torch.device) -> None:
-        _take_workspaces(device)  # or they would be in the peak of a process's first step, and of no other
+        _take_workspaces(device)  # otherwise they would count in the first step of a process, and in no other
         self.device, self.workspace_bytes = device, _workspace_bytes(device)
         self.before = torch.cuda.memory_allocated(device)
-        self.asked_before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
+        self.requested_before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
 
     @contextmanager
     def second_step(self) -> Iterator[None]:
@@ -477,13 +507,13 @@ class _CudaMeter(_Meter):
         yield
         self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
         self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-        asked = torch.cuda.memory_stats(self.device).get("requested_bytes.all.peak", 0)
-        if asked:  # not every allocator counts it
-            self.ends_bytes = self.peak_bytes - (asked - self.asked_before)
+        requested = torch.cuda.memory_stats(self.device).get("requested_bytes.all.peak", 0)
+        if requested:  # not every allocator counts it
+            self.ends_bytes = self.peak_bytes - (requested - self.requested_before)
 
 
 def _take_workspaces(device: torch.device) -> None:
-    """Multiply once forward and once backward, as a step does, in the same two threads."""
+    """Multiply matrices once forward and once backward, in the same two threads as a step."""
     square = torch.ones(16, 16, device=device, requires_grad=True)
     (square @ square).sum().backward()
 
@@ -493,7 +523,7 @@ def _meter(device: torch.device) -> Iterator[_Meter]:
     if device.type == "cuda":
         yield _CudaMeter(device)
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes to stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler reports its start and stop on stderr
     meter = _ProfilerMeter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield meter
@@ -513,107 +543,113 @@ def largest(
     """The largest batch, or the longest context, whose step fits into ``budget_bytes``, by :func:`predict`.
 
     Args:
-        batch_size, seq_len: the one that is given stays; the other is looked for, up to 2^20.
+        batch_size, seq_len: pass one of them; the other is searched, up to 2^20.
         model, method, device, **options: as for :func:`predict`.
 
     Returns:
-        The size, 0 if not even 1 fits, and the bill of the size (of 1 if it is 0).
+        The size, and its bill; if not even a size of 1 fits, 0 and the bill of size 1.
 
     Raises:
-        ValueError: both sizes or neither are given, or as for :func:`predict`.
+        ValueError: both sizes or neither are passed, or as for :func:`predict`.
     """
     if (batch_size is None) == (seq_len is None):
         raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; give one of them, to look for the other.")
 
-    def ask(size: int) -> Bill:
-        sizes = (size if given is None else given for given in (batch_size, seq_len))
+    def bill_of(size: int) -> Bill:
+        sizes = (size if fixed is None else fixed for fixed in (batch_size, seq_len))
         return predict(model, method, *sizes, device=device, **options)
 
-    low, high = (1, ask(1)), (_MOST + 1, None)
-    if low[1].peak_bytes > budget_bytes:
-        return 0, low[1]
+    return _secant_search(bill_of, budget_bytes)
+
+
+def _secant_search(bill_of: Callable[[int], Bill], budget_bytes: int) -> tuple[int, Bill]:
+    """The largest size that fits, and its bill, as :func:`largest` returns them.
+
+    Memory grows nearly linearly with the size, so that a secant finds the size in about 4 bills. Bisection would need
+    20, and a bill takes seconds.
+    """
+    low, low_bill, high = 1, bill_of(1), _LARGEST_SIZE + 1  # low fits, high does not
+    if low_bill.peak_bytes > budget_bytes:
+        return 0, low_bill
     size = 2
-    while high[0] - low[0] > 1:
-        bill = ask(size)
-        slope = (bill.peak_bytes - low[1].peak_bytes) / (size - low[0])
-        guess = _MOST if slope <= 0 else int(size + (budget_bytes - bill.peak_bytes) / slope)
+    while high - low > 1:
+        bill = bill_of(size)
+        slope = (bill.peak_bytes - low_bill.peak_bytes) / (size - low)
+        guess = _LARGEST_SIZE if slope <= 0 else int(size + (budget_bytes - bill.peak_bytes) / slope)
         if bill.peak_bytes <= budget_bytes:
-            low, guess = (size, bill), max(guess, size + 1)
+            low, low_bill = size, bill
         else:
-            high = (size, bill)
-        # Memory grows nearly in a line, so the guess is close; a step beside it closes the gap.
-        size = min(max(guess, low[0] + 1), high[0] - 1)
-    return low
+            high = size
+        size = min(max(guess, low + 1), high - 1)  # so that each bill narrows the range
+    return low, low_bill
 
 
 def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that autograd keeps when ``forward()`` is run, parameters and buffers left out; storages count once.
+    """Bytes that autograd saves while ``forward()`` runs, without parameters and buffers; each storage counts once.
 
-    For one layer or call; :attr:`Bill.saved` has it for a whole step, by kind of module.
+    For a single layer or call; :attr:`Bill.saved` has the same for a whole step, by kind of module.
 
     Args:
-        forward: runs the model and its loss, and returns what it likes.
-        model: whose parameters do not count.
+        forward: runs the model and its loss; its result is ignored.
+        model: the module whose parameters and buffers do not count.
 
     Raises:
-        ValueError: a module of the model ran in another thread, where nobody sees what is kept.
+        ValueError: a module of the model ran in another thread, where saved tensors cannot be observed.
     """
-    own = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
+    excluded = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    sizes: dict[int, int] = {}
     threads: set[int] = set()
 
-    def pack(tensor: Tensor) -> Tensor:
-        if storage_of(tensor) not in own:
-            kept[storage_of(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # an output itself would hold its own node, so that neither would ever be freed
+    def count(tensor: Tensor) -> None:
+        if storage_of(tensor) not in excluded:
+            sizes[storage_of(tensor)] = tensor.untyped_storage().nbytes()
 
     with ExitStack() as stack:
         enter = register_module_forward_pre_hook(lambda module, args: threads.add(threading.get_ident()))
         stack.callback(enter.remove)
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        result = forward()  # held until the count is done, so that no address is used twice
+        stack.enter_context(on_saved(count))
+        result = forward()  # held until the end, so that no address is used twice
     if threads - {threading.get_ident()}:
         raise ValueError(
             "The model ran in several threads, but what autograd saves is seen by hooks that hold for one thread "
             "only; run it in this thread, with Lean(threads=1)."
         )
-    total = sum(kept.values())
     del result
-    return total
+    return sum(sizes.values())
 
 
-# CUDA, where there is none
+# CUDA's choices, on a machine without CUDA
 
 
-class _LooksForSharedKeys(TorchFunctionMode):
-    """Notes whether attention in float32 shares keys and values among heads.
+class _DetectSharedKeys(TorchFunctionMode):
+    """Detects attention in float32 whose heads share keys and values.
 
-    No fused kernel of CUDA's does that in float32, so there the scores are made whole.
+    CUDA has no fused kernel for that, so that it computes the complete matrix of scores.
     """
 
-    seen = False
+    detected = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
-            self.seen |= query.dtype == torch.float32 and query.shape[-3] != key.shape[-3]
+            self.detected |= query.dtype == torch.float32 and query.shape[-3] != key.shape[-3]
         return func(*args, **kwargs)
 
 
 def _cuda_attention(step: TrainingStep, batch: Batch) -> AbstractContextManager:
-    """A context in which attention is computed as CUDA would, as far as memory goes."""
-    with torch.no_grad(), _LooksForSharedKeys() as mode:
+    """A context in which attention allocates what it would allocate on CUDA."""
+    with torch.no_grad(), _DetectSharedKeys() as mode:
         step.batch_loss(*batch)
-    return sdpa_kernel(SDPBackend.MATH) if mode.seen else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if mode.detected else nullcontext()
 
 
 @contextmanager
 def _fused_norms() -> Iterator[None]:
-    """A block in which F.rms_norm makes and keeps what CUDA's fused kernel does, but no numbers: for a rehearsal.
+    """A context in which F.rms_norm allocates and saves what CUDA's fused kernel does, but computes nothing.
 
-    torch before 2.9 has no such kernel, and a weight of another dtype than the input's is not given to it. The function
-    itself is replaced, for blocks that are computed again in the backward pass are out of a mode's sight.
+    torch before 2.9 has no such kernel, and none takes a weight of another dtype than the input's. The function itself
+    is replaced, because a torch function mode does not see blocks that are recomputed in the backward pass.
     """
     plain = nn.functional.rms_norm
 
@@ -631,6 +667,8 @@ def _fused_norms() -> Iterator[None]:
 
 
 class _FusedNorm(torch.autograd.Function):
+    """Allocates the input's shape, and saves the input, the weight and one number a row; its values mean nothing."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, normalized: int) -> Tensor:
         rows = x.new_empty(x.shape[:-normalized], dtype=torch.promote_types(x.dtype, torch.float32))
@@ -638,16 +676,17 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=False)
-        return (*(torch.empty_like(tensor) if wanted else None for tensor, wanted in needed), None)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        return torch.empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight else None, None
 
 
-def place_of(model: nn.Module | Factory, device: torch.device | str | None) -> tuple[torch.device, bool]:
-    """Where to pretend, and whether that only stands for CUDA."""
+def device_to_predict(model: nn.Module | Factory, device: torch.device | str | None) -> tuple[torch.device, bool]:
+    """The device to rehearse on, and whether it only stands in for a CUDA device that is not available."""
     if device is None:
-        own = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")
-        device = pick_device()[0] if own.type == "meta" else own
+        device = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")
+        device = pick_device()[0] if device.type == "meta" else device
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return torch.device("cpu"), True
@@ -655,11 +694,12 @@ def place_of(model: nn.Module | Factory, device: torch.device | str | None) -> t
 
 
 def _workspace_bytes(device: torch.device | None) -> int:
-    """What cuBLAS keeps for itself on a device, twice: for the thread that goes forward, and autograd's own, backward.
+    """The workspaces that cuBLAS allocates on a device: one for the forward pass's thread, one for autograd's.
 
-    By torch's defaults (CublasHandlePool.cpp; CUBLAS_WORKSPACE_CONFIG overrides them) it is 32 MiB a thread on compute
-    capability 9.0, Hopper, and 8.1 MiB before. On 10.x and 12.x, Blackwell, torch's newest sources say 32 MiB and older
-    ones 8.1; the newest are believed. None stands for a card that is not there, and counts as one before Hopper.
+    By torch's defaults (CublasHandlePool.cpp; CUBLAS_WORKSPACE_CONFIG overrides them) each has 32 MiB on compute
+    capability 9.0, Hopper, and 8.1 MiB before. On 10.x and 12.x, Blackwell, it is 32 MiB by torch's newest sources,
+    which count here, and 8.1 MiB by older ones. None stands for a card that is not available, and counts as one before
+    Hopper.
     """
     generation = 0 if device is None else torch.cuda.get_device_capability(device)[0]
     return 2 * (32 * MIB if generation in (9, 10, 12) else 8_519_680)

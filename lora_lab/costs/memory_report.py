@@ -1,4 +1,4 @@
-"""Which ways of training fit on a card: the table behind ``lora-lab memory``."""
+"""Which training setups fit on a card: the table behind ``lora-lab memory``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_lab.costs.fake import Factory
-from lora_lab.costs.memory import GIB, MIB, Bill, largest, place_of, predict
+from lora_lab.costs.memory import GIB, MIB, Bill, device_to_predict, largest, predict
 from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
@@ -18,11 +18,11 @@ from lora_lab.system.renamed import renamed
 
 
 def training_setups(rank: int = 8, dtype: torch.dtype | None = None) -> dict[str, Setup]:
-    """Ways to train a Llama of ours, from the most memory to the least.
+    """Setups for training our Llama, from the most memory to the least.
 
     Args:
-        rank: LoRA's; alpha is twice the rank.
-        dtype: of the weights; None leaves them as they are. The lean step keeps its activations in float32.
+        rank: LoRA's rank; alpha is twice the rank.
+        dtype: of the weights; None leaves them as they are. The lean step saves its activations in float32.
     """
     full, lora = Setup(FullFineTuning(), dtype), Setup(LoRA(rank, 2 * rank), dtype)
     half = torch.bfloat16 if dtype == torch.bfloat16 else None
@@ -47,18 +47,18 @@ def report(
     look_for: str | None = None,
     with_bills: bool = False,
 ) -> dict[str, Bill]:
-    """Print which ways to train a model fit on a card, row by row as they are found, and return the bills.
+    """Print which training setups fit on a card, each row as soon as it is computed, and return the bills.
 
     Args:
         model, batch_size, seq_len, device: as for :func:`predict`.
-        name: of the model, for the heading.
-        setups: label -> setup, such as :func:`training_setups` gives.
-        budget_bytes: the card's memory; None compares with nothing.
-        look_for: "batch" or "seq": also find the largest that fits, with the other as it is.
+        name: the model's name, for the heading.
+        setups: label -> setup, such as those of :func:`training_setups`.
+        budget_bytes: the card's memory; None leaves out the comparison.
+        look_for: "batch" or "seq": also find the largest that fits, with the other unchanged.
         with_bills: print each bill, part by part, after the table.
 
     Raises:
-        ValueError: there is no setup, a size is looked for in no budget, or as for :func:`predict`.
+        ValueError: there is no setup, a size is to be found without a budget, or as for :func:`predict`.
     """
     if not setups:
         raise ValueError("setups is empty, so there is nothing to report; give some, such as training_setups(8).")
@@ -66,21 +66,21 @@ def report(
         raise ValueError(f"look_for is {look_for!r}, but there is no budget_bytes to look for what fits into.")
     bills: dict[str, Bill] = {}
     for label, setup in setups.items():
-        bills[label] = predict(model, setup, batch_size, seq_len, device=device)
-        if len(bills) == 1:  # now that everything was found to be in order
-            kind = bills[label].source
-            print(f"{name}, batch {batch_size} x {seq_len} tokens: peak of one step, {kind}")
+        bill = bills[label] = predict(model, setup, batch_size, seq_len, device=device)
+        if len(bills) == 1:  # not before predict has accepted the arguments
+            print(f"{name}, batch {batch_size} x {seq_len} tokens: peak of one step, {bill.source}")
             fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
             print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
-        row = f"{label:<32}{bills[label].peak_bytes / GIB:>6.2f} GiB"
+        row = f"{label:<32}{bill.peak_bytes / GIB:>6.2f} GiB"
         if budget_bytes is not None:
-            spare = budget_bytes - bills[label].peak_bytes
-            row += f"  {'yes' if spare >= 0 else 'no':<4}{f'({spare / GIB:+.2f} GiB)':<14}"
-        if look_for:
-            fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
-            row += f"{largest(model, setup, budget_bytes, device=device, **fixed)[0]:>13,}"
+            free = budget_bytes - bill.peak_bytes
+            row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
+            if look_for:
+                fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
+                row += f"{largest(model, setup, budget_bytes, device=device, **fixed)[0]:>13,}"
         print(row.rstrip(), flush=True)
-    if "CUDA" in kind or place_of(model, device)[0].type == "cuda":
+    predicted_for, estimated = device_to_predict(model, device)
+    if estimated or predicted_for.type == "cuda":
         print("Beside it a process keeps CUDA's own context on the card, some hundred MiB, and the allocator's gaps.")
     for bill in bills.values() if with_bills else ():
         print(f"\n{bill}")
@@ -88,16 +88,16 @@ def report(
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GiB", "512 MiB", "80GB" as bytes.
+    """A size such as "24GiB", "512 MiB" or "80GB" in bytes.
 
     Raises:
-        ValueError: it is no number with such a unit.
+        ValueError: the text is not a positive number with such a unit.
     """
     units = {"KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
-    if not found or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
+    if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
-    return int(float(found[1]) * units[found[2].upper()])
+    return int(float(match[1]) * units[match[2].upper()])
 
 
 __getattr__ = renamed(__name__, {"ways": "training_setups"})

@@ -1,9 +1,10 @@
-"""One operation of a training step, done again by itself and timed.
+"""One operation of a training step, run again by itself and timed.
 
-How long an operation takes depends on the shapes, strides and dtypes of its tensors, and hardly on their numbers. It
-also depends on where these lie: what a step touched a moment ago is still in a cache, what it touched a gigabyte ago
-is not. So every tensor has a *distance*: how many bytes the step has moved since it last touched that memory. In the
-replay it is one of as many tensors as fill this distance, used in turn, and caches treat it as they do in the step.
+How long an operation takes depends on the shapes, strides and dtypes of its tensors, and hardly on their values. It
+also depends on where they are in memory: what a step touched a moment ago is still in a cache, what it touched a
+gigabyte ago is not. So every tensor has a *reuse distance*: the bytes that the step has moved since it last touched
+that memory. The microbenchmark uses as many tensors in turn as fill this distance, so that caches treat them as in the
+step.
 
 :class:`ReuseDistances` describes a step's operations with their distances, on fake tensors too; an
 :class:`OperationTimer` runs one of them again.
@@ -23,21 +24,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lab.costs.fake import storage_of
+from lora_lab.costs.memory import MIB
+from lora_lab.costs.timing import synchronize
 from lora_lab.system.device import own_randomness
 
-MIB = 2**20
 _ATEN = torch.ops.aten
-# Distances are rounded, so that alike operations are timed once: beside each other, in a core's cache, in the
+# Distances are rounded, so that similar operations are timed once: no distance, within a core's cache, within the
 # processor's, in memory.
 DISTANCES = (0, MIB, 8 * MIB, 64 * MIB, 256 * MIB)
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
-_PART_BYTES, _PART_FLOPS = 16 * MIB, 2 * 10**9  # of a larger operation a part is timed
-_LEAST_WORK = 0.4  # of such a part
+_PART_BYTES, _PART_FLOPS = 16 * MIB, 2 * 10**9  # of a larger operation only a part is timed
+_LEAST_WORK = 0.4  # the smallest such part, as a share of the above
 _SHORTEST = 64  # no size is cut below this
-_LIST = 8  # entries of a list that is worked through at once
+_LIST = 8  # entries in a list, where an operation works on lists
 _MOST_SETS = 256  # of operands
 _LINE = 64  # bytes of a cache line
 _SAMPLE_S, ROUNDS = 1e-3, 3
@@ -55,40 +58,40 @@ class Operand:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that are really there: what is expanded counts once."""
-        there = [size for size, stride in zip(self.shape, self.stride, strict=True) if stride or not size]
-        return math.prod(there) * self.dtype.itemsize
+        """Bytes in memory: an expanded dimension counts once."""
+        stored = [size for size, stride in zip(self.shape, self.stride, strict=True) if stride or not size]
+        return math.prod(stored) * self.dtype.itemsize
 
     @property
     def extent_bytes(self) -> int:
-        """Bytes from the first number to the last, gaps included; at least one number's."""
+        """Bytes from the first element to the last, gaps included; at least one element."""
         pairs = zip(self.shape, self.stride, strict=True)
         return (1 + sum((size - 1) * stride for size, stride in pairs if size)) * self.dtype.itemsize
 
     def cut(self, size: int, to: int, first_only: bool = False) -> Operand:
-        """The same with every dimension (or the first alone, if it is) of ``size`` cut ``to`` fewer, without gaps."""
-        places = range(len(self.shape))
-        shape = tuple(to if self.shape[i] == size and not (first_only and i) else self.shape[i] for i in places)
+        """The same with dimensions of ``size`` (all, or only the first dimension) cut to ``to``, without gaps."""
+        dimensions = range(len(self.shape))
+        shape = tuple(to if self.shape[i] == size and not (first_only and i) else self.shape[i] for i in dimensions)
         stride, dense = list(self.stride), 1
-        for place in sorted(places, key=lambda i: self.stride[i]):
-            if self.stride[place]:
-                stride[place], dense = dense, dense * shape[place]
+        for i in sorted(dimensions, key=lambda i: self.stride[i]):
+            if self.stride[i]:
+                stride[i], dense = dense, dense * shape[i]
         return replace(self, shape=shape, stride=tuple(stride))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is done, to what: an operator of torch, its arguments with tensors as :class:`Operand`, and what it makes.
+    """An operator of torch, its arguments with tensors as :class:`Operand`, and the size of its new tensors.
 
     Args:
         function: such as ``torch.ops.aten.mm.default``.
-        args, kwargs: as it was called; lists are tuples here.
+        args, kwargs: as it was called, with lists as tuples.
         made_bytes: of new tensors.
-        distance: of the memory that these take.
-        of_list: it is one entry's share of an operation on lists.
+        distance: the largest reuse distance of the memory that the new tensors take.
+        of_list: whether it is the share of one entry in an operation on lists.
     """
 
-    function: Callable[..., Any]
+    function: OpOverload
     args: tuple
     kwargs: tuple[tuple[str, Any], ...] = ()
     made_bytes: int = 0
@@ -97,22 +100,22 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Such as "mm"."""
+        """The operator's name, such as "mm"."""
         return self.function._opname
 
     @property
     def operands(self) -> list[Operand]:
-        """All that goes in, in order."""
+        """All tensors among the arguments, in order."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Operand)]
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes of all that goes in and comes out."""
+        """Bytes of all operands and new tensors."""
         return sum(operand.size_bytes for operand in self.operands) + self.made_bytes
 
     @property
     def flops(self) -> int:
-        """Two for each multiplication and addition of a matrix product; 0 for all else."""
+        """Two for each multiply-add of a matrix multiplication; 0 for other operations."""
         if self.name not in _PRODUCTS:
             return 0
         left, right = self.operands[-2:]
@@ -121,65 +124,62 @@ class Operation:
     def part(self) -> Operation:
         """A smaller operation of the same kind, in place of a large one.
 
-        The largest size of all, such as the tokens or the vocabulary, is cut wherever it stands. Attention is cut by
-        sequences alone, for its work does not grow in a line with their length.
+        The largest size, such as the number of tokens or the vocabulary, is cut wherever it occurs. Attention is cut in
+        the number of sequences only, because its work is not linear in their length.
         """
         size = max((size for operand in self.operands for size in operand.shape), default=0)
         if "attention" in self.name:
             sequences = self.operands[0].shape[0]
             return self._cut(sequences, 2, True) if sequences > 2 else self
-        part, pieces = self, 1
-        while self._work > pieces and size // (2 * pieces) >= _SHORTEST and "conv" not in self.name:
-            pieces *= 2
-            smaller = self._cut(size, size // pieces)
-            if smaller._work < _LEAST_WORK:  # a square is cut on both sides, and small tensors cost more a byte
+        part, divisor = self, 1
+        while self._work > divisor and size // (2 * divisor) >= _SHORTEST and "conv" not in self.name:
+            divisor *= 2
+            smaller = self._cut(size, size // divisor)
+            if smaller._work < _LEAST_WORK:  # a square is cut on both sides, and small tensors take longer a byte
                 break
             part = smaller
         return part
 
     @property
     def _work(self) -> float:
-        """How large it is, in parts of the size that is timed."""
+        """How large it is, as a multiple of the largest operation that is timed whole."""
         return max(self.moved_bytes / _PART_BYTES, self.flops / _PART_FLOPS)
 
     def _cut(self, size: int, to: int, first_only: bool = False) -> Operation:
         def cut(value: Any) -> Any:
             if isinstance(value, Operand):
                 return value.cut(size, to, first_only)
-            if isinstance(value, tuple):
-                return tuple(cut(entry) for entry in value)
             return to if type(value) is int and value == size and not first_only else value
 
-        smaller = replace(self, args=cut(self.args), kwargs=cut(self.kwargs))
-        # What is made most likely shrinks as what goes in does; it is looked at once the part has been done.
+        smaller = replace(self, args=tree_map(cut, self.args), kwargs=tree_map(cut, self.kwargs))
+        # New tensors most likely shrink as the operands do; their true size is known once the part has run.
         before, after = (sum(operand.size_bytes for operand in each.operands) for each in (self, smaller))
         return replace(smaller, made_bytes=self.made_bytes * after // max(1, before))
 
 
-# Stands for all that move nothing, and only see a tensor in another shape, or set memory aside.
+# Stands for all operations that move no bytes: views, and allocations.
 VIEW = Operation(_ATEN.t.default, (Operand((8, 8), (8, 1), torch.float32),))
 
 
 class ReuseDistances:
-    """Follows what a step touches, and describes its operations.
+    """Follows which memory a step touches, and describes its operations.
 
-    A tensor's distance is counted from the last operation that had its storage. For a new tensor it is counted from
-    the death of the last storage of that size, whose place in memory it most likely takes.
+    A tensor's distance is counted from the last operation on its storage. For a new tensor it is counted from the last
+    operation on the storage of that size that was released last, because the tensor most likely takes that memory.
     """
 
     def __init__(self) -> None:
         self.moved_bytes = 0
         self._touched: dict[int, int] = {}  # storage -> moved_bytes when it was touched
-        self._left: dict[int, list[int]] = {}  # size of dead storages -> the same, the last to die at the end
+        self._released: dict[int, list[int]] = {}  # size of released storages -> the same, the last released at the end
         self._alive: dict[int, weakref.ref] = {}
 
     def operations(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> list[Operation]:
-        """The operation just done; one for each entry if it works through a list."""
-        given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in given]
+        """The operation that has just run; one for each entry if it works on lists."""
+        inputs, made = _inputs_and_made(args, kwargs, out)
         distances = [self._distance(self._born(tensor), tensor) for tensor in made]
-        changes = function._schema.is_mutable
-        if not changes and (not made or function._opname.startswith(("empty", "new_empty"))):
+        mutates = function._schema.is_mutable
+        if not mutates and (not made or function._opname.startswith(("empty", "new_empty"))):
             return [VIEW]
 
         def describe(value: Any) -> Any:
@@ -188,42 +188,52 @@ class ReuseDistances:
                 return Operand(tuple(value.shape), value.stride(), value.dtype, distance)
             return tuple(describe(entry) for entry in value) if isinstance(value, list | tuple) else value
 
-        found = Operation(
+        operation = Operation(
             function,
             describe(args),
             tuple((name, describe(value)) for name, value in kwargs.items()),
-            sum(tensor.untyped_storage().nbytes() for tensor in made),
+            _bytes_of(made),
             max(distances, default=0),
         )
-        self.moved_bytes += found.moved_bytes
-        self._touched |= dict.fromkeys([*given, *(storage_of(tensor) for tensor in made)], self.moved_bytes)
-        first = found.args[0] if found.args else None
-        on_lists = changes or function._opname.startswith("_foreach_")
-        return _entries(found, len(first)) if on_lists and isinstance(first, tuple) else [found]
+        self.moved_bytes += operation.moved_bytes
+        self._touched |= dict.fromkeys([*inputs, *(storage_of(tensor) for tensor in made)], self.moved_bytes)
+        first = operation.args[0] if operation.args else None
+        on_lists = mutates or function._opname.startswith("_foreach_")
+        return _entries(operation, len(first)) if on_lists and isinstance(first, tuple) else [operation]
 
     def _distance(self, touched: int | None, tensor: Tensor) -> int:
         if tensor.untyped_storage().nbytes() < _TINY_BYTES:
-            return 0  # it takes no time to fetch, and so makes no other kind of operation
+            return 0  # fetching it takes hardly any time, so that it need not be timed separately
         if touched is None:
             return DISTANCES[-1]
-        # The nearest, in ratios, or lower.
+        # The largest that is at most twice the true distance.
         return max(distance for distance in DISTANCES if distance <= 2 * (self.moved_bytes - touched))
 
     def _born(self, tensor: Tensor) -> int | None:
-        """Enter a new storage, and say when its place was last touched."""
+        """Register a new storage, and return when the memory that it most likely takes was last touched."""
         key, size = storage_of(tensor), tensor.untyped_storage().nbytes()
 
         def dead(_: weakref.ref) -> None:
             del self._alive[key]
             if key in self._touched:
-                self._left.setdefault(size, []).append(self._touched.pop(key))
+                self._released.setdefault(size, []).append(self._touched.pop(key))
 
         self._alive[key] = weakref.ref(tensor.untyped_storage(), dead)
-        return self._left[size].pop() if self._left.get(size) else None
+        return self._released[size].pop() if self._released.get(size) else None
+
+
+def _inputs_and_made(args: Any, kwargs: Any, out: Any) -> tuple[set[int], list[Tensor]]:
+    """The storages of all tensors among the arguments, and the results that have none of these storages."""
+    inputs = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    return inputs, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in inputs]
+
+
+def _bytes_of(tensors: list[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _entries(operation: Operation, count: int) -> list[Operation]:
-    """Each entry's share of an operation on lists."""
+    """The share of each entry in an operation on lists."""
 
     def share(value: Any, index: int) -> Any:
         return value[index : index + 1] if isinstance(value, tuple) and len(value) == count else value
@@ -241,13 +251,13 @@ def _entries(operation: Operation, count: int) -> list[Operation]:
 
 
 class OperationTimer:
-    """Times operations by doing them again on tensors of its own, each kind once.
+    """Times operations by running them again on tensors of its own, each kind once.
 
-    The median of several samples counts. They are taken in rounds over all kinds, so that a disturbance meets no kind
-    in all of its samples.
+    The result is the median of several samples. They are taken in rounds over all kinds, so that a disturbance does
+    not affect all samples of one kind.
 
     Args:
-        device: where to do them.
+        device: where to run them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -259,24 +269,24 @@ class OperationTimer:
     def __call__(self, operation: Operation) -> float:
         """Seconds of one operation.
 
-        One that cannot be done alone, such as one that looks at its numbers, is taken to last as long as a copy of
-        as many bytes, and its name is entered in ``failed``.
+        An operation that cannot run by itself, such as one that depends on values, counts as a copy of as many bytes,
+        and its name is added to ``failed``.
         """
         self.measure([operation])
         return self._known[operation]
 
     def unmeasured(self, operations: Iterable[Operation]) -> list[Operation]:
-        """Those that are not known yet, each once."""
+        """The operations that have not been timed yet, each once."""
         return list(dict.fromkeys(kind for kind in operations if kind not in self._known))
 
     def measure(self, operations: Iterable[Operation], done: Callable[[], Any] = lambda: None) -> None:
-        """Time those that are not known yet.
+        """Time the operations that have not been timed yet.
 
         Args:
             done: called ``ROUNDS`` times for each of them.
         """
         samples: dict[Operation, list[float]] = {kind: [] for kind in self.unmeasured(operations)}
-        # Ones, so that no number grows small enough to be slow; freed when all are timed.
+        # Ones, because repeated operations could otherwise reach denormal numbers, which are slow; freed at the end.
         self._pool = torch.ones((DISTANCES[-1] + 4 * _PART_BYTES) // 4 if samples else 0, device=self.device)
         with own_randomness(self.device, 0), torch.no_grad():
             parts = {kind: self._runnable_part(kind) for kind in samples}
@@ -285,11 +295,11 @@ class OperationTimer:
                     samples[kind] += [factor * second for second in self._samples(part)]
                     done()
         self._pool = torch.empty(0)
-        for kind, found in samples.items():
-            self._known[kind] = statistics.median(found)
+        for kind, seconds in samples.items():
+            self._known[kind] = statistics.median(seconds)
 
     def _runnable_part(self, operation: Operation) -> tuple[Operation, float]:
-        """What to time in place of an operation, and what to multiply its time by."""
+        """The operation to time in place of another, and the factor to multiply its time by."""
         for candidate in (operation.part(), operation):
             try:
                 args, kwargs = self._calls(candidate)[0]
@@ -298,10 +308,8 @@ class OperationTimer:
                 continue
             if candidate is operation:
                 return operation, 1.0
-            # What it makes may have shrunk with the size that was cut, or not.
-            given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in given]
-            part = replace(candidate, made_bytes=sum(tensor.untyped_storage().nbytes() for tensor in made))
+            # Its new tensors may have shrunk with the size that was cut, or not.
+            part = replace(candidate, made_bytes=_bytes_of(_inputs_and_made(args, kwargs, out)[1]))
             work = (operation.flops, part.flops) if part.flops else (operation.moved_bytes, part.moved_bytes)
             return part, work[0] / work[1]
         self.failed.add(operation.name)
@@ -309,48 +317,44 @@ class OperationTimer:
         return self._runnable_part(Operation(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
 
     def _samples(self, operation: Operation) -> list[float]:
-        """Seconds of one call, twice; of quick ones as the mean over about a millisecond of calls."""
+        """Two samples of the seconds of one call; for quick calls each is the mean over about a millisecond."""
         function, calls = operation.function, itertools.cycle(self._calls(operation))
-        # New tensors are kept until as many bytes have been made as lie between two uses of a place in memory.
-        kept: deque = deque(maxlen=1 + min(_MOST_SETS, operation.distance // max(1, operation.moved_bytes)))
+        # Results are held until their memory is reused at the operation's distance.
+        held: deque = deque(maxlen=1 + min(_MOST_SETS, operation.distance // max(1, operation.moved_bytes)))
 
         def sample(count: int) -> float:
-            self._wait()
+            synchronize(self.device)
             started = time.perf_counter()
             for _ in range(count):
                 args, kwargs = next(calls)
-                kept.append(function(*args, **kwargs))
-            self._wait()
+                held.append(function(*args, **kwargs))
+            synchronize(self.device)
             return (time.perf_counter() - started) / count
 
-        once = sample(1)
-        if once < _SAMPLE_S:
-            once = sample(8)
-        count = max(1, min(1000, int(_SAMPLE_S / max(once, 1e-6))))
-        once = sample(count) if count > 1 else once
+        estimate = sample(1)
+        if estimate < _SAMPLE_S:
+            estimate = sample(8)
+        count = max(1, min(1000, int(_SAMPLE_S / max(estimate, 1e-6))))
+        first = sample(count) if count > 1 else estimate
         entries = _LIST if operation.of_list else 1
-        return [once / entries, sample(count) / entries]
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return [first / entries, sample(count) / entries]
 
     def _calls(self, operation: Operation) -> list[tuple[list, dict]]:
-        """Arguments for as many calls, one after another, as it takes to move the operands' distances."""
+        """Arguments for as many successive calls as it takes to move the operands' distances."""
         entries = _LIST if operation.of_list else 1
         slots = self._slots(operation, entries)
 
         def filled(number: int) -> tuple[list, dict]:
-            places = iter(slots)
+            remaining = iter(slots)
 
             def fill(value: Any) -> Any:
                 if isinstance(value, Operand):
-                    slot = next(places)
+                    slot = next(remaining)
                     return slot[number % len(slot)]
                 if not isinstance(value, tuple):
                     return value
                 if operation.of_list and len(value) == 1 and isinstance(value[0], Operand):
-                    slot = next(places)
+                    slot = next(remaining)
                     start = number * entries % len(slot)
                     return slot[start : start + entries]
                 return [fill(entry) for entry in value]
@@ -360,10 +364,10 @@ class OperationTimer:
         return [filled(number) for number in range(max((len(slot) // entries for slot in slots), default=1))]
 
     def _slots(self, operation: Operation, entries: int) -> list[list[Tensor]]:
-        """For each operand the tensors to use in turn; no two operands share memory."""
+        """The tensors to use in turn for each operand; no two operands share memory."""
         slots, start = [], 0
         for operand in operation.operands:
-            # Of all that is moved between two uses of a tensor, this operand's others are its share.
+            # The bytes between two uses of a tensor are divided among the operands by their sizes.
             room = operand.distance * operand.size_bytes // max(1, operation.moved_bytes)
             extent = -(-operand.extent_bytes // _LINE) * _LINE
             count = entries * max(1, min(_MOST_SETS, room // (extent * entries)))
@@ -373,13 +377,13 @@ class OperationTimer:
         return slots
 
     def _tensor(self, operand: Operand, start_bytes: int) -> Tensor:
-        """Ones in the pool, so that no number grows small enough to be slow; indices are zeros."""
+        """A view of the pool of ones; for integers, which are mostly indices, zeros."""
         count = operand.extent_bytes // operand.dtype.itemsize
         start = start_bytes // operand.dtype.itemsize
         if not operand.dtype.is_floating_point:
-            start, numbers = 0, torch.zeros(count, dtype=operand.dtype, device=self.device)
-        elif start_bytes + operand.extent_bytes > self._pool.nbytes:  # a part that could not be made small
-            start, numbers = 0, torch.ones(count, dtype=operand.dtype, device=self.device)
+            start, memory = 0, torch.zeros(count, dtype=operand.dtype, device=self.device)
+        elif start_bytes + operand.extent_bytes > self._pool.nbytes:  # an operation that could not be cut
+            start, memory = 0, torch.ones(count, dtype=operand.dtype, device=self.device)
         else:
-            numbers = self._pool.view(operand.dtype)
-        return numbers.as_strided(operand.shape, operand.stride, start)
+            memory = self._pool.view(operand.dtype)
+        return memory.as_strided(operand.shape, operand.stride, start)

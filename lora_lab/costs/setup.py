@@ -1,4 +1,4 @@
-"""How a model is trained, as far as cost goes: what memory, FLOPs and time are asked about."""
+"""Setup: how a model is trained, as far as memory, FLOPs and time depend on it."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-)
+from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_lab.costs.fake import Batch, shape_of
+from lora_lab.costs.fake import shape_of
 from lora_lab.lean.step import Lean, LeanStep
 from lora_lab.methods import FullFineTuning, Method
 from lora_lab.models.quantize import quantize_nf4
 from lora_lab.task import Loss, cross_entropy
-from lora_lab.train import TrainConfig, TrainingStep, make_step
+from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained, as far as bytes and seconds go. What is left out is as in ``fit``.
+    """How a model is trained, as far as bytes and seconds depend on it. All else is as in ``fit``.
 
     Args:
-        method: FullFineTuning(), LoRA(...), ...; or ``methods.AsItIs()``, for a model that is ready already.
-        dtype: cast the model's floating-point weights to this before it is made ready (adapters stay in
-            float32 or finer); None leaves them as they are.
-        nf4: put the linear layers into 4 bits first, as QLoRA does (:func:`lora_lab.quantize_nf4`).
-        optimizer: "adamw", as ``fit`` has it, or "sgd", plain gradient descent, which has no state.
+        method: FullFineTuning(), LoRA(...), ...; or ``methods.AsItIs()``, for a model that is ready to train.
+        dtype: cast the model's floating-point weights to this first (adapters stay in float32 or finer); None leaves
+            them as they are.
+        nf4: quantise the linear layers to 4 bits first, as QLoRA does (:func:`lora_lab.quantize_nf4`).
+        optimizer: "adamw", as in ``fit``, or "sgd": plain gradient descent, which has no state.
         gradient_checkpointing, lean, clip: as in :func:`lora_lab.fit`.
-        accumulate: micro-batches that a batch is computed in.
+        accumulate: the number of micro-batches that a batch is split into.
         loss: (model, inputs, targets) -> mean loss.
 
     Raises:
-        ValueError: a value is none of those that it can be, or plain gradient descent is asked of the lean step.
+        ValueError: a value is not one of those listed, or plain gradient descent is combined with the lean step.
     """
 
     method: Method = field(default_factory=FullFineTuning)
@@ -58,10 +56,10 @@ class Setup:
             raise ValueError(f"accumulate is {self.accumulate}, but it must be at least 1.")
 
     def step(self, model: nn.Module) -> TrainingStep:
-        """Make ``model`` ready, in place; a fake one for batches in which every target counts.
+        """Make ``model`` ready to train, in place. A fake model gets a step that assumes that every target counts.
 
         Args:
-            model: from :func:`fake_copy` or :func:`made`, which have cast it to ``dtype``.
+            model: from :func:`fake_copy` or :func:`build_model`, which have cast it to ``dtype``.
         """
         if self.nf4:
             quantize_nf4(model)
@@ -77,26 +75,27 @@ class Setup:
             trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
             step.optimizer = torch.optim.SGD(trained, lr=1e-6)
         if isinstance(step, LeanStep) and isinstance(next(model.parameters()), FakeTensor):
-            step.every_target = True  # fake targets cannot be asked whether they count
+            step.every_target = True  # fake targets have no values to compare with IGNORE
         return step
 
     def batches(self, batch: Batch) -> tuple[list[Batch], list[float]]:
-        """The batch as micro-batches, as many as ``accumulate`` says for each thread, and their weights.
+        """The batch split into ``accumulate`` micro-batches for each thread, and their weights.
 
         Raises:
             ValueError: there are fewer examples than micro-batches.
         """
-        count = self.accumulate * (1 if self.lean is None else self.lean.threads)
+        threads = 1 if self.lean is None else self.lean.threads
+        count = self.accumulate * threads
         if count > len(batch[0]):
             raise ValueError(
                 f"accumulate is {self.accumulate}, but the batch has only {len(batch[0])} examples"
-                + (f" for {self.lean.threads} threads." if count > self.accumulate else ".")
+                + (f" for {threads} threads." if threads > 1 else ".")
             )
         parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
         return parts, [len(inputs) / len(batch[0]) for inputs, _ in parts]
 
     def describe(self) -> str:
-        """A few words, such as "LoRA r=8, bfloat16, checkpointing"."""
+        """A short description, such as "lora r=8, bfloat16, checkpointing"."""
         settings = self.method.settings()
         words = [self.method.name + (f" r={settings['rank']}" if "rank" in settings else "")]
         if settings.get("targets", "all-linear") != "all-linear":
@@ -119,7 +118,7 @@ class Setup:
         return ", ".join(words)
 
     def check_watchable(self) -> None:
-        """Raise ValueError if the step runs in threads, where hooks and modes, kept per thread, see nothing."""
+        """Raise ValueError if the step runs in several threads: hooks and dispatch modes see one thread only."""
         if self.lean is not None and self.lean.threads > 1:
             raise ValueError(
                 f"lean.threads is {self.lean.threads}, but what autograd saves and the operations it runs are watched "
@@ -128,10 +127,10 @@ class Setup:
 
 
 def as_setup(method: Method | Setup, options: dict[str, Any]) -> Setup:
-    """A setup from a method and keywords, or from a setup that keywords change."""
+    """A setup from a method and options, or from another setup and the options that differ."""
     return replace(method, **options) if isinstance(method, Setup) else Setup(method, **options)
 
 
 def setting_of(setup: Setup, model: nn.Module, batch: Batch) -> str:
-    """Such as "Llama, lora r=8, batch 4 x 128"."""
+    """The model's class, the setup and the batch as text, such as "Llama, lora r=8, batch 4 x 128"."""
     return f"{type(model).__name__}, {setup.describe()}, batch {shape_of(batch)}"

@@ -1,11 +1,11 @@
-"""Will LoRA be faster here? What a step multiplies, how long it takes, and a model that predicts it.
+"""Will LoRA be faster here? The FLOPs of a step, its time, and a model that predicts its time.
 
-flops(model, LoRA(rank=8), 1, 128)                 by layer and pass, beside the closed form
-step_time(model, {"full": ..., "LoRA": ...}, 1, 128)  real steps, in turn
-cost_model().predict(model, {...}, 1, 128)         before any training, with the reason
+flops(model, LoRA(rank=8), 1, 128)                     by part and pass, beside the closed form
+step_time(model, {"full": ..., "LoRA": ...}, 1, 128)   real steps, in turn
+cost_model().predict(model, {...}, 1, 128)             before any training, with the reason
 """
 
-from lora_lab.costs.cost_model import CAUSES, MEMORY, PHASES, PYTHON, UPDATE, CostModel, Prediction, cost_model
+from lora_lab.costs.cost_model import CAUSES, MEMORY, PYTHON, UPDATE, CostModel, Prediction, cost_model
 from lora_lab.costs.flops import (
     ADAPTERS,
     AGAIN,
@@ -20,6 +20,7 @@ from lora_lab.costs.flops import (
     flops,
 )
 from lora_lab.costs.timing import Times, step_time
+from lora_lab.costs.trace import PHASES
 
 __all__ = [
     "ADAPTERS",

@@ -7,33 +7,36 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lora_lab.costs.fake import (
-    Batch,
     Factory,
     build_model,
     device_of,
+    on_each,
     shape_of,
     storage_of,
     token_batch,
     unshare_trainable,
 )
-from lora_lab.costs.flops import (
-    size_of,
-)
+from lora_lab.costs.flops import size_of
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.trace import output_width
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
+from lora_lab.train import Batch
 
-_TIMING_S = 0.05  # a timing lasts no less
-_TOO_WIDE = 0.2  # an interval of ratios that says nothing
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_TIMING_S = 0.05  # the shortest timing
+_TOO_WIDE = 0.2  # an interval of ratios that shows nothing
 
 
 # Step time
@@ -41,11 +44,15 @@ _TOO_WIDE = 0.2  # an interval of ratios that says nothing
 
 @dataclass(frozen=True)
 class Times:
-    """How long the steps of several variants took, in seconds, measured in turn; variants are compared in pairs.
+    """How long the steps of several variants took, measured in turn; each variant is compared with the first.
 
-    ``seconds`` has for each variant one value a round: the mean of the round's steps. ``tokens`` is the batch's size,
-    in tokens or examples. Each variant's ratio to the first is taken round by round, so that a slow moment of the
-    machine meets both. ``disturbance`` says, if others used this machine meanwhile, how much.
+    Ratios to the first variant are taken round by round, so that a slow moment of the machine affects both.
+
+    Args:
+        seconds: for each variant one value a round: the mean over the round's steps.
+        tokens: the batch's size, in tokens or examples.
+        setting: the model, the batch and the device.
+        disturbance: a sentence about other processes that kept the machine busy meanwhile, or an empty string.
     """
 
     seconds: Mapping[str, Sequence[float]]
@@ -58,8 +65,9 @@ class Times:
         return statistics.median(self.seconds[name])
 
     def quartiles_s(self, name: str) -> tuple[float, float]:
-        """Between these lie the middle half of the rounds."""
-        return _quantile(self.seconds[name], 0.25), _quantile(self.seconds[name], 0.75)
+        """The lower and the upper quartile of the rounds."""
+        low, high = np.quantile(self.seconds[name], [0.25, 0.75])
+        return float(low), float(high)
 
     def tokens_per_second(self, name: str) -> float:
         """Median speed, in tokens (or examples)."""
@@ -68,42 +76,41 @@ class Times:
     def ratios(self, name: str) -> list[float]:
         """The variant's time over the first variant's, round by round."""
         first = next(iter(self.seconds.values()))
-        return [own / other for own, other in zip(self.seconds[name], first, strict=True)]
+        return [seconds / reference for seconds, reference in zip(self.seconds[name], first, strict=True)]
 
     def ratio(self, name: str) -> float:
         """The median of :meth:`ratios`."""
         return statistics.median(self.ratios(name))
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """Where the true median of the ratios lies with a probability of 95 % or more; None for under 6 rounds.
+        """The 95 % confidence interval of the median ratio; None for fewer than 6 rounds.
 
-        From the k-th lowest ratio to the k-th highest, with k as large as the binomial distribution allows: it
-        assumes nothing of how the machine's disturbances are distributed.
+        It reaches from the k-th lowest ratio to the k-th highest, with k as large as the binomial distribution allows,
+        and assumes nothing about the distribution of the times.
         """
-        ordered, rounds = sorted(self.ratios(name)), len(self.ratios(name))
-        outside, k = 0.0, 0
-        while (outside := outside + 2 * math.comb(rounds, k) / 2**rounds) <= 0.05:
-            k += 1
-        return (ordered[k - 1], ordered[-k]) if k else None
+        from scipy.stats import quantile_test
+
+        low, high = quantile_test(self.ratios(name), p=0.5).confidence_interval(0.95)
+        return None if math.isnan(low) or math.isnan(high) else (float(low), float(high))
 
     def verdict(self, name: str) -> str:
-        """Whether a variant is faster or slower than the first, or what keeps this run from telling."""
+        """Whether a variant is faster or slower than the first, or why this run does not show it."""
         first, interval = next(iter(self.seconds)), self.interval(name)
         if interval is None:
-            return f"{_counted(len(self.ratios(name)), 'round')} will not tell; take 6 or more"
+            return f"inconclusive after {_counted(len(self.ratios(name)), 'round')}; take 6 or more"
         low, high = interval
         between = f"{low:.2f} to {high:.2f} of {first}'s time"
         if self.disturbance:
-            return f"cannot be told on a busy machine: {between}"
+            return f"inconclusive on a busy machine: {between}"
         if high < 1:
             return f"faster: {between}"
         if low > 1:
             return f"slower: {between}"
         if high - low > _TOO_WIDE:
-            return f"cannot be told, because the times jump: {between}"
-        return f"no difference that this run can show: {between}"
+            return f"inconclusive, because the times vary too much: {between}"
+        return f"no significant difference: {between}"
 
-    def frame(self):
+    def frame(self) -> DataFrame:
         """A pandas DataFrame, one row a variant."""
         import pandas
 
@@ -128,26 +135,17 @@ class Times:
         rounds = len(next(iter(self.seconds.values())))
         title = f"{self.setting}: ms a step, median [quartiles] of {_counted(rounds, 'round')}"
         lines = [title, f"  {'':<{width}}{'ms':>11}{'':>24}{'tokens/s':>11}{'ratio':>8}"]
-        for place, name in enumerate(self.seconds):
+        for index, name in enumerate(self.seconds):
             low, high = self.quartiles_s(name)
             spread = f"[{low * 1e3:,.2f}-{high * 1e3:,.2f}]"
             numbers = f"{self.median_s(name) * 1e3:>11,.2f} {spread:<23}{self.tokens_per_second(name):>11,.0f}"
-            verdict = f"  {self.verdict(name)}" if place else ""
+            verdict = f"  {self.verdict(name)}" if index else ""
             lines.append(f"  {name:<{width}}{numbers}{self.ratio(name):>8.3f}{verdict}")
         return "\n".join([*lines, f"  {self.disturbance}"] if self.disturbance else lines)
 
 
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _quantile(values: Sequence[float], part: float) -> float:
-    """The value below which that part of them lies, in a line between neighbours."""
-    ordered = sorted(values)
-    place = part * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def step_time(
@@ -162,71 +160,72 @@ def step_time(
     progress: bool | None = None,
     **options: Any,
 ) -> Times:
-    """Measure how long a training step takes, for several ways to train, in turn.
+    """Measure how long a training step takes, for several variants in turn.
 
-    Each variant has a model of its own and takes a step to warm up. Then, round after round, each is timed, beginning
-    with another one every time; quick steps are repeated until a timing lasts 50 ms. The model given is left as it
-    is, bit for bit, and so are the random generators.
+    Each variant has a model of its own and takes a step to warm up. Then every variant is timed once a round, and each
+    round starts with another variant; quick steps are repeated until a timing lasts 50 ms. The model and the random
+    generators stay as they are, bit for bit.
 
-    Two things decide more than the code: threads that spin while another process works (set OMP_WAIT_POLICY=passive
-    before torch is imported), and two threads for small matrices (``torch.set_num_threads(1)``).
+    Two things can matter more than the code: threads that spin while another process works (set
+    OMP_WAIT_POLICY=passive before torch is imported), and two threads for small matrices
+    (``torch.set_num_threads(1)``).
 
     Args:
         model: a freshly loaded model, whose weights all variants share unless they train them; or a function that
-            makes one, for each variant anew.
-        variants: name -> how it is trained. The first is what the others are compared with.
+            builds one, which is called for each variant.
+        variants: name -> how it is trained. The others are compared with the first.
         batch_size, seq_len: the batch, of random tokens, for models that read token ids.
-        batch: inputs and targets, for others, or real ones.
-        rounds: how often each is timed. With 9, one outlier on either side does no harm to a verdict.
-        device: for a factory; default the best there is.
-        progress: show a bar; default only where a person is looking (and LORA_LAB_PROGRESS is not 0).
+        batch: inputs and targets, for other models or real data.
+        rounds: how often each is timed. With 9, one outlier on either side does not change a verdict.
+        device: for a factory; default the best one.
+        progress: show a bar; default only in a terminal or a notebook (and if LORA_LAB_PROGRESS is not 0).
         **options: as in :class:`lora_lab.costs.setup.Setup`, for all variants.
 
     Raises:
-        ValueError: there is no variant, rounds is below 1, the batch is not described, or a step cannot be made ready.
+        ValueError: there is no variant, rounds is below 1, the batch is not described, or a model cannot be made
+            ready.
     """
     if not variants:
         raise ValueError("variants is empty, so there is nothing to time; give at least one, as {'LoRA': LoRA(8)}.")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, but it must be at least 1.")
-    place = _device_of(model, device)
-    with own_randomness(place, 0), BusyCores(thread_count(place)) as crowd:
-        runs = {name: _Run(model, as_setup(method, options), place) for name, method in variants.items()}
+    device = _device_to_time(model, device)
+    with own_randomness(device, 0), BusyCores(thread_count(device)) as busy:
+        runs = {name: _Run(model, as_setup(method, options), device) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
-        given = _random_batch(twin, batch_size, seq_len) if batch is None else batch
-        given = tuple(tensor.to(place) for tensor in given)
+        batch = _random_batch(twin, batch_size, seq_len) if batch is None else batch
+        batch = on_each(batch, lambda tensor: tensor.to(device))
         names, seconds = list(runs), {name: [] for name in runs}
         with progress_bar(len(names) * (rounds + 1), "timing", progress) as bar:
             for run in runs.values():
-                run.warm_up(given)
+                run.warm_up(batch)
                 bar.update()
             for first in range(rounds):
-                for place_in_round in range(len(names)):
-                    name = names[(first + place_in_round) % len(names)]
+                for name in [*names[first % len(names) :], *names[: first % len(names)]]:
                     seconds[name].append(runs[name].seconds())
                     bar.update()
-    setting = f"{type(twin).__name__}, batch {shape_of(given)}, {place}"
-    return Times(seconds, size_of(given)[0], setting, disturbance(crowd))
+    setting = f"{type(twin).__name__}, batch {shape_of(batch)}, {device}"
+    return Times(seconds, size_of(batch)[0], setting, disturbance(busy))
 
 
-def disturbance(crowd: BusyCores) -> str:
-    """A sentence about other processes that kept the cores busy, or an empty text."""
-    if not crowd.disturbs:
+def disturbance(busy: BusyCores) -> str:
+    """A sentence about other processes that kept the cores busy, or an empty string."""
+    if not busy.disturbs:
         return ""
-    threads = _counted(crowd.threads, "thread")
+    threads = _counted(busy.threads, "thread")
     return (
-        f"Other processes kept {crowd.cores:.1f} cores busy meanwhile, so this one's {threads} had to wait; "
+        f"Other processes kept {busy.cores:.1f} cores busy meanwhile, so this one's {threads} had to wait; "
         "measure again when this machine is quiet."
     )
 
 
 def thread_count(device: torch.device) -> int:
-    """How many cores a step keeps busy: while a GPU computes, it is Python's alone."""
+    """How many cores a step keeps busy: one, that of Python, while a GPU computes."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 class _Run:
-    """A variant made ready, and its batch."""
+    """A variant that is ready to train, and its batch."""
 
     def __init__(self, model: nn.Module | Factory, setup: Setup, device: torch.device) -> None:
         self.device, self.setup = device, setup
@@ -238,7 +237,7 @@ class _Run:
             unshare_trainable(twin, shared)
 
     def warm_up(self, batch: Batch) -> None:
-        """Take a first step, in which memory is found and code is loaded; a quick one again, to see how quick."""
+        """Take a first step, which allocates memory and loads code; time a quick step again to count repetitions."""
         self.parts, self.weights = self.setup.batches(batch)
         self.step.read_targets([targets for _, targets in self.parts])
         self.count = 1
@@ -246,7 +245,7 @@ class _Run:
             self.count = math.ceil(_TIMING_S / self.seconds())
 
     def seconds(self) -> float:
-        """The mean of some steps, by a clock that waits for the device before it starts and before it stops."""
+        """The mean over ``count`` steps; the clock waits for the device before it starts and before it stops."""
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(self.count):
@@ -256,21 +255,20 @@ class _Run:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _device_of(model: nn.Module | Factory, device: torch.device | str | None) -> torch.device:
-    found = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
-    if found.type == "meta":
+def _device_to_time(model: nn.Module | Factory, device: torch.device | str | None) -> torch.device:
+    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
+    if device.type == "meta":
         raise ValueError("The model is on the meta device, where nothing is ever computed; use flops, or a factory.")
-    return found
+    return device
 
 
 def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
-    """Random tokens: with one and the same everywhere, the embedding's gradient would be summed in one row."""
-    inputs, targets = token_batch(model, batch_size, seq_len)
-    width = output_width(model) or 1
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randint(width, t.shape, generator=generator) for t in (inputs, targets))
+    """Random tokens: if all were equal, the embedding's gradient would be summed in a single row."""
+    width, generator = output_width(model) or 1, torch.Generator().manual_seed(0)
+    shapes = token_batch(model, batch_size, seq_len)
+    return on_each(shapes, lambda tensor: torch.randint(width, tensor.shape, generator=generator))

@@ -1,58 +1,128 @@
-"""Every operation of a step, with the pass and the module that it belongs to."""
+"""Every operation of a training step, with the phase and the module that it belongs to."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lab.costs.fake import Batch
-from lora_lab.lora import LoRALayer
-from lora_lab.train import TrainingStep
+from lora_lab.inject import lora_layers, output_head
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import MLP, Attention
+from lora_lab.train import Batch, TrainingStep
 
-LOGITS, ADAPTERS = "logits and loss", "adapters"
-# The kind of a module from its class or name, the first that fits; the rest are what their parent is.
-_KINDS = {"norm": "norms", "attention": "attention", "attn": "attention", "mlp": "MLP", "feedforward": "MLP"}
-
-
-# Watching
+PHASES = ("forward", "backward", "clipping", "optimiser step")
 
 
-def module_kinds(model: nn.Module) -> dict[int, str]:
-    """id of each module -> attention, MLP, norms, adapters, logits and loss (the output head), or other layers."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+# Modules
 
-    def walk(module: nn.Module, name: str, inherited: str) -> Iterator[tuple[int, str]]:
-        words = f"{name} {type(module).__name__}".lower()
-        kind = next((kind for word, kind in _KINDS.items() if word in words), inherited)
-        if module is head:
-            kind = LOGITS
-        below = ADAPTERS if name.startswith("lora_") else kind  # peft's lora_A is a dictionary of layers
+
+class Kind(StrEnum):
+    """What a module belongs to."""
+
+    ATTENTION = "attention"
+    MLP = "MLP"
+    NORMS = "norms"
+    ADAPTERS = "adapters"
+    LOGITS = "logits and loss"  # the output head, and what is computed outside all modules
+    OTHER = "other layers"
+
+
+# By the name of the attribute that holds a module, as in our Llama and in the models of transformers.
+_KIND_BY_ATTRIBUTE = {
+    **dict.fromkeys(("attn", "attention", "self_attn", "self_attention", "SelfAttention"), Kind.ATTENTION),
+    **dict.fromkeys(("encoder_attn", "crossattention", "EncDecAttention"), Kind.ATTENTION),
+    **dict.fromkeys(("mlp", "ffn", "feed_forward", "DenseReluDense"), Kind.MLP),
+}
+
+
+def module_kinds(model: nn.Module) -> dict[int, Kind]:
+    """id of each module -> its kind. A module of no kind of its own has that of the module around it."""
+    head, adapters = output_head(model), adapter_modules(model)
+    kinds: dict[int, Kind] = {}
+
+    def visit(module: nn.Module, name: str, inherited: Kind) -> None:
+        kind = Kind.LOGITS if module is head else _kind_of(module, name) or inherited
+        kinds[id(module)] = Kind.ADAPTERS if module in adapters else kind
         for child_name, child in module.named_children():
-            yield from walk(child, child_name, below)
-        yield id(module), ADAPTERS if isinstance(module, LoRALayer) or "lora" in words else kind
+            visit(child, child_name, kind)
 
-    return dict(walk(model, "", "other layers"))
+    visit(model, "", Kind.OTHER)
+    return kinds
+
+
+def _kind_of(module: nn.Module, name: str) -> Kind | None:
+    if hasattr(module, "eps") or hasattr(module, "variance_epsilon"):  # torch's norms and ours; transformers' norms
+        return Kind.NORMS
+    if isinstance(module, Attention | nn.MultiheadAttention):
+        return Kind.ATTENTION
+    if isinstance(module, MLP | DigitsMLP):
+        return Kind.MLP
+    return _KIND_BY_ATTRIBUTE.get(name)
+
+
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that hold adapters: our adapted layers; inside a layer of peft's, all but the base layer."""
+    modules: set[nn.Module] = {*lora_layers(model).values()}
+    for layer in model.modules():
+        if hasattr(layer, "adapter_layer_names"):  # as all layers of peft have
+            parts = [child for name, child in layer.named_children() if name != "base_layer"]
+            modules.update(module for part in parts for module in part.modules())
+    return modules
 
 
 def output_width(model: nn.Module) -> int | None:
-    """How many classes or tokens the model chooses among, if it says which layer is its head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The number of classes or tokens that the output head scores; None if the model does not name its head."""
+    head = output_head(model)
     if head is None:
         return None
-    return getattr(head, "out_features", None) or head.weight.shape[0]
+    return getattr(head, "out_features", None) or len(cast("Tensor", head.weight))
 
 
-class StepTracer(TorchDispatchMode):
-    """Sees every operation of a step, with its phase and the module it belongs to.
+# Steps
 
-    A subclass says in :meth:`saw` what it makes of them. The phases are "forward", "backward", "clipping" and
-    "optimiser step"; the backward pass of a checkpointed block runs modules again, which :attr:`recomputing` tells.
+
+@contextmanager
+def phases(step: TrainingStep, on_phase: Callable[[str], None]) -> Iterator[TrainingStep]:
+    """A copy of a step that calls ``on_phase`` with the name of each of the ``PHASES`` as it begins.
+
+    With several micro-batches, forward and backward alternate.
+    """
+    observed = copy.copy(step)
+    plain_loss, plain_backward = observed.batch_loss, observed.backward
+
+    def batch_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        on_phase("forward")
+        loss = plain_loss(inputs, targets)
+        on_phase("backward")
+        return loss
+
+    def backward(batches: Sequence[Batch], weights: Sequence[float]) -> list[Tensor]:
+        losses = plain_backward(batches, weights)
+        on_phase("clipping")
+        return losses
+
+    observed.batch_loss, observed.backward = batch_loss, backward
+    hook = step.optimizer.register_step_pre_hook(lambda *_: on_phase("optimiser step"))
+    try:
+        yield observed
+    finally:
+        hook.remove()
+        vars(observed).clear()  # it refers to itself, and would keep the model alive until garbage is collected
+
+
+class StepTracer(TorchDispatchMode, ABC):
+    """Passes every operation of a step to :meth:`on_operation`, and knows its phase and module.
+
+    ``phase`` is one of the ``PHASES``, or "before" or "after". The backward pass of a checkpointed block runs its
+    modules again; then :attr:`recomputing` is true.
     """
 
     def __init__(self, step: TrainingStep) -> None:
@@ -62,57 +132,41 @@ class StepTracer(TorchDispatchMode):
         self._names = {id(module): name for name, module in step.model.named_modules()}
         self._stack: list[int] = []
 
+    @abstractmethod
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        """Called after each operation, with torch's name of it, what went in and what came out."""
-        raise TypeError(f"{type(self).__name__} must say what it does with an operation, in a method on_operation.")
+        """Called after each operation with torch's operator, its arguments and its result."""
 
     @property
-    def kind(self) -> str:
-        """The kind of the innermost module at work; what no module does in the forward pass is the loss."""
+    def kind(self) -> Kind:
+        """The kind of the innermost module that is running; outside all modules, the forward pass computes the loss."""
         if self._stack:
-            return self._kinds.get(self._stack[-1], "other layers")
-        return LOGITS if self.phase == "forward" else "other layers"
+            return self._kinds.get(self._stack[-1], Kind.OTHER)
+        return Kind.LOGITS if self.phase == "forward" else Kind.OTHER
 
     @property
     def module(self) -> str:
-        """The name of the innermost module at work, or nothing."""
+        """The name of the innermost module that is running, or an empty string."""
         return self._names.get(self._stack[-1], "") if self._stack else ""
 
     @property
     def recomputing(self) -> bool:
-        """Whether a module is computed again in the backward pass."""
+        """Whether a module is being computed again in the backward pass."""
         return self.phase == "backward" and bool(self._stack)
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """Take one step and watch it."""
-        step = copy.copy(self.step)
-        plain_loss, plain_backward = step.batch_loss, step.backward
-
-        def batch_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-            self.phase = "forward"
-            result = plain_loss(inputs, targets)
-            self.phase = "backward"
-            return result
-
-        def backward(*args: Any) -> list[Tensor]:
-            result = plain_backward(*args)
-            self.phase = "clipping"
-            return result
-
-        def begin(*_: Any) -> None:
-            self.phase = "optimiser step"
-
+        """Take one step and trace it."""
+        self.phase = "before"
         with ExitStack() as stack:
-            stack.callback(step.optimizer.register_step_pre_hook(begin).remove)
+            step = stack.enter_context(phases(self.step, self._enter_phase))
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
-            # Called after an error too: a block that is computed again is left by one, once it has all it needs.
+            # Called after an error too: checkpointing leaves a block by an exception once it has recomputed enough.
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(self)
-            self.phase = "before"
-            stack.callback(vars(step).clear)  # it leads to itself now, and would keep the model until it is collected
-            step.batch_loss, step.backward = batch_loss, backward
             step(batches, weights)
-            self.phase = "after"
+        self.phase = "after"
+
+    def _enter_phase(self, phase: str) -> None:
+        self.phase = phase
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._kinds:

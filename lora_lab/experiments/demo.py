@@ -183,13 +183,17 @@ def table(results: list[Result]) -> str:
 def draw(results: list[Result], path: Path) -> Path:
     """Draw the validation curves and the parts of the memory."""
     from lora_lab import plots
+    from lora_lab.costs.memory import PARTS, Part
 
     plots.use_style()
-    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(11, 4.2))
-    plots.curves({r.label: r.history for r in results}, ax=left)
+    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(12, 4.6))
+    plots.curves({result.label: result.history for result in results}, ax=left)
     left.set_title("Both learn: loss on unseen pages (one seed)")
-    bars = {r.label: {part: size / MIB for part, size in r.memory.items()} for r in results}
-    plots.stacked_bars(bars, "memory at the peak (MiB)", ax=right)
+    present = {part for result in results for part in result.memory}
+    parts = [*(part for part in PARTS if part in present), *sorted(present.difference(PARTS))]
+    bars = {result.label: {part: result.memory.get(part, 0) / MIB for part in parts} for result in results}
+    looks = {part: plots.PART_LOOKS.get(part, plots.PART_LOOKS[Part.REST]) for part in parts}
+    plots.stacked_bars(bars, "memory at the peak (MiB)", right, looks)
     right.set_title("What the memory is for, at the peak of a step")
     plots.save(figure, path)
     plots.plt.close(figure)

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lora_lab.costs.fake import token_batch
-from lora_lab.costs.memory import MIB, REST, measure, predict
+from lora_lab.costs.memory import MIB, Part, measure, predict
 from lora_lab.costs.setup import Setup
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.lean.step import Lean
@@ -139,13 +139,13 @@ def measure_case(case: Case, device: str) -> dict[str, Any]:
         **case.key,
         "predicted_bytes": predicted.peak_bytes,
         "measured_bytes": measured.peak_bytes,
-        "unexplained_bytes": measured.parts.get(REST, 0),
+        "unexplained_bytes": measured.parts.get(Part.REST, 0),
         "saved_bytes": measured.saved_bytes,
         "static_bytes": measured.static_bytes,
         "reserved_bytes": measured.reserved_bytes,
         "process_bytes": process,
         "moment": measured.moment,
-        **{part: size for part, size in measured.parts.items() if part != REST},
+        **{part: size for part, size in measured.parts.items() if part != Part.REST},
     }
 
 

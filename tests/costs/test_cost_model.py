@@ -178,27 +178,27 @@ FULL = {speed.FORWARD: (0.010, 7), speed.WEIGHT: (0.005, 7), speed.UPDATE: (0.00
 SLOW = {speed.FORWARD: (0.010, 7), speed.ADAPTERS: (0.006, 42), speed.UPDATE: (0.001, 28), speed.PYTHON: (0.007, 300)}
 
 
-def test_the_reason_is_told_with_its_own_counts_where_lora_is_slower():
+def test_the_reason_has_the_counts_of_both_variants_where_lora_is_slower():
     slower = by_hand(FULL, SLOW)
     assert slower.ratio("LoRA") == pytest.approx(1.2)
     assert slower.why("LoRA").splitlines() == [
         "LoRA takes 1.20 of the time of full: 24.00 ms a step, not 20.00 ms.",
-        "It spares 6.00 ms: 7 weight gradients, 5.00 ms; clipping and updating 70 numbers and not 9,000, 1.00 ms.",
-        "It adds 10.00 ms: 42 small products with the adapters, 6.00 ms; "
-        "243 operations to be called by Python and autograd, 4.00 ms.",
-        "So LoRA is slower here: 42 small products with the adapters and 243 operations to be called by Python and "
-        "autograd cost more than what they replace, 7 weight gradients.",
+        "It saves 6.00 ms: 7 weight gradients, 5.00 ms; clipping and updating 70 parameters instead of 9,000, 1.00 ms.",
+        "It adds 10.00 ms: 42 small matrix multiplications of the adapters, 6.00 ms; "
+        "243 operations called by Python and autograd, 4.00 ms.",
+        "So LoRA is slower here: 42 small matrix multiplications of the adapters and 243 operations called by Python "
+        "and autograd cost more than what they replace, 7 weight gradients.",
     ]
 
 
-def test_the_reason_is_told_where_lora_is_faster():
+def test_the_reason_where_lora_is_faster():
     fast = SLOW | {speed.ADAPTERS: (0.001, 42), speed.PYTHON: (0.004, 300)}
     faster = by_hand(FULL, fast)
     lines = faster.why("LoRA").splitlines()
     assert lines[0].startswith("LoRA takes 0.80 of the time of full")
     assert lines[-1] == (
-        "So LoRA is faster here: what it spares, 7 weight gradients, costs more than 42 small products with the "
-        "adapters and 243 operations to be called by Python and autograd."
+        "So LoRA is faster here: what it saves, 7 weight gradients, costs more than 42 small matrix multiplications "
+        "of the adapters and 243 operations called by Python and autograd."
     )
 
 
@@ -206,14 +206,16 @@ def test_the_reason_is_told_where_lora_is_faster():
 def test_what_is_the_same_or_fewer_is_no_reason_for_more(count):
     found = by_hand(FULL, SLOW | {speed.FORWARD: (0.030, count)})
     lines = found.why("LoRA").splitlines()
-    assert lines[2].startswith("It adds 30.00 ms: the same products of the layers, 20.00 ms; 42 small products")
+    assert lines[2].startswith(
+        "It adds 30.00 ms: the same matrix multiplications of the layers, 20.00 ms; 42 small matrix multiplications"
+    )
     assert "the same" not in lines[3]
 
 
 def test_alike_is_neither_faster_nor_slower():
     alike = by_hand(FULL, SLOW | {speed.ADAPTERS: (0.002, 42)})
     assert alike.why("LoRA").splitlines()[-1] == (
-        "So the two take about as long: what LoRA adds costs as much as what it spares."
+        "So the two take about as long: what LoRA adds costs as much as what it saves."
     )
 
 
@@ -300,11 +302,12 @@ def test_a_range_without_a_step_is_refused():
             FREE.break_even_tokens(None, FullFineTuning(), LoRA(4), **options)
 
 
-def test_a_variant_that_only_spares_or_only_adds_is_said_to_be_so():
+def test_a_variant_that_only_saves_or_only_adds_is_described_so():
     works = {name: Work({}) for name in ("a", "b", "c")}
     found = Prediction({"a": {"head": 2.0}, "b": {"head": 1.0}, "c": {"head": 3.0}}, works, 1)
-    assert found.why("b").endswith("So b is faster here: it spares the same products of the head, and adds nothing.")
-    assert found.why("c").endswith("So c is slower here: the same products of the head, and nothing is spared.")
+    head = "the same matrix multiplications of the head"
+    assert found.why("b").endswith(f"So b is faster here: it saves {head}, and adds nothing.")
+    assert found.why("c").endswith(f"So c is slower here: it adds {head}, and saves nothing.")
 
 
 def test_where_python_runs_ahead_only_the_longer_side_is_explained():
@@ -319,13 +322,13 @@ def test_where_python_runs_ahead_only_the_longer_side_is_explained():
     found = Prediction(seconds, works, 1, overlaps=True)
     assert found.ratio("b") == 36 / 30
     assert "b waits for Python, a for Python" in found.why("b")
-    assert "products of the head" not in found.why("b")
+    assert "matrix multiplications of the head" not in found.why("b")
     assert "called by Python" in found.why("b")
     assert found.why("c").endswith("c waits for the device, a for Python.")
     by_device = Prediction(
         {"c": seconds["c"], "x": {"head": 60.0, python: 1.0}}, {"c": Work({}), "x": Work({})}, 1, overlaps=True
     )
-    assert "products of the head" in by_device.why("x")
+    assert "matrix multiplications of the head" in by_device.why("x")
     assert "called by Python" not in by_device.why("x")
 
 
@@ -337,6 +340,7 @@ def test_a_line_is_the_one_of_least_squares():
     slope, fixed = numpy.polyfit(*zip(*points, strict=True), 1)
     assert cost_model._line(points) == pytest.approx((fixed, slope))
     assert cost_model._line([(5, 2.0), (5, 4.0)]) == (3.0, 0.0)
+    assert cost_model._line([(1, 4.0), (2, 3.0), (3, 2.0)]) == (3.0, 0.0)  # no operation takes less than no time
 
 
 def test_the_phases_of_a_step_are_timed_apart(clock):
@@ -390,15 +394,15 @@ def test_doubts_are_told():
     costs.disturbance = "Other processes kept 1.5 cores busy meanwhile."
     assert costs._doubts(kinds) == [
         "While costs were measured: Other processes kept 1.5 cores busy meanwhile.",
-        "Taken for copies, because they cannot be done alone: _unique2, nonzero.",
+        "Counted as copies, because they cannot run by themselves: _unique2, nonzero.",
     ]
 
 
 def test_a_busy_machine_is_noticed_while_costs_are_measured(monkeypatch, tiny_config):
     class Known(OperationTimer):
-        """Every operation takes as long, once it is learnt."""
+        """Every operation takes as long, once it is measured."""
 
-        def learn(self, operations, done=lambda: None):
+        def measure(self, operations, done=lambda: None):
             self._known |= dict.fromkeys(operations, 1.0)
 
     costs = CostModel(Known(torch.device("cpu")), {})

@@ -46,10 +46,10 @@ def test_the_interval_is_the_narrowest_that_holds_the_median_19_times_in_20(roun
     [
         ([0.8] * 9, "faster: 0.80 to 0.80 of full's time"),
         ([1.2] * 9, "slower: 1.20 to 1.20"),
-        ([0.5, *[1.2] * 7, 0.5], "cannot be told, because the times jump: 0.50 to 1.20"),
+        ([0.5, *[1.2] * 7, 0.5], "inconclusive, because the times vary too much: 0.50 to 1.20"),
         ([0.5, *[1.2] * 8], "slower: 1.20 to 1.20"),  # one outlier does no harm
-        ([0.97, 1.01] * 4 + [1.0], "no difference that this run can show: 0.97 to 1.01"),
-        ([0.8] * 5, "5 rounds will not tell; take 6 or more"),
+        ([0.97, 1.01] * 4 + [1.0], "no significant difference: 0.97 to 1.01"),
+        ([0.8] * 5, "inconclusive after 5 rounds; take 6 or more"),
     ],
 )
 def test_verdicts(ratios, verdict):
@@ -58,9 +58,9 @@ def test_verdicts(ratios, verdict):
 
 def test_no_verdict_on_a_busy_machine():
     found = times([1.0] * 9, [0.8] * 9, disturbance="Other processes kept 1.5 cores busy meanwhile.")
-    assert found.verdict("LoRA") == "cannot be told on a busy machine: 0.80 to 0.80 of full's time"
+    assert found.verdict("LoRA") == "inconclusive on a busy machine: 0.80 to 0.80 of full's time"
     assert "1.5 cores busy" in str(found)
-    assert "cannot be told" in str(found)
+    assert "inconclusive" in str(found)
     assert "busy" not in str(times([1.0] * 9, [0.8] * 9))
 
 

@@ -229,10 +229,9 @@ def test_a_step_that_fails_leaves_no_hook_and_no_watch_holds_the_model():
     assert reference() is None
 
 
-def test_a_watch_that_does_not_say_what_it_does_is_a_programming_error():
-    setup = Setup()
-    with pytest.raises(TypeError, match="StepTracer must say what it does with an operation, in a method on_operation"):
-        StepTracer(setup.step(DigitsMLP())).run(*setup.batches(DIGITS))
+def test_a_tracer_without_on_operation_is_a_programming_error():
+    with pytest.raises(TypeError, match=r"abstract class StepTracer .*on_operation"):
+        StepTracer(Setup().step(DigitsMLP()))
 
 
 def test_a_rehearsal_clips_as_a_real_step_does(tiny_config):

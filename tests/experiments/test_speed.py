@@ -50,7 +50,7 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     (record,) = records.load_all("speed", tmp_path).values()
     full, lora = record.rows
     assert (full["setup"], full["ratio"], full["predicted_ratio"], full["verdict"]) == ("full", 1.0, 1.0, "")
-    assert lora["verdict"] == "2 rounds will not tell; take 6 or more"
+    assert lora["verdict"] == "inconclusive after 2 rounds; take 6 or more"
     assert lora["tokens"] == 16
     assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])

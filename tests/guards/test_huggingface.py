@@ -196,7 +196,7 @@ def test_the_predicted_bill_is_the_measured_one(make, method, options):
     batch = tuple(part.repeat(4, 2) for part in ONE)
     predicted = memory.predict(original(make), method, batch=batch, **options)
     measured = memory.measure(original(make), method, batch, **options)
-    assert predicted.parts == {part: size for part, size in measured.parts.items() if part != memory.REST}
+    assert predicted.parts == {part: size for part, size in measured.parts.items() if part != memory.Part.REST}
     assert predicted.moment == measured.moment
     # Each of two checkpoints keeps the random generator's state, which no operation makes: a fixed number of bytes.
     fixed = 2 * torch.get_rng_state().nbytes if options is CHECKPOINTING else 0
