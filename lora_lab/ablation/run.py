@@ -125,9 +125,9 @@ def ablate(
             "one anew at every call."
         )
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
-    wanted = dict.fromkeys(trial.bound(**identity) for trial in trials)
-    results, unjudged = stored_results(folder, wanted, judge is not None)
-    missing = [trial for trial in wanted if trial.key not in results and trial.key not in unjudged]
+    requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
+    results, unjudged = stored_results(folder, requested, judge is not None)
+    missing = [trial for trial in requested if trial.key not in results and trial.key not in unjudged]
     works, timeout = [], None
     if missing:
         if folder is not None:
@@ -138,11 +138,11 @@ def ablate(
     del model  # each process makes its own
     rescored = (
         _judge_again(_Work(make, task, [trial], False, engine, _here()), judge, unjudged[trial.key], folder)
-        for trial in wanted
+        for trial in requested
         if folder is not None and judge is not None and trial.key in unjudged
     )
     failures: dict[str, _Failure] = {}
-    bar = progress_bar(len(wanted), "trials", progress, unit="trial", done=len(results))
+    bar = progress_bar(len(requested), "trials", progress, unit="trial", done=len(results))
     with bar, closing(_results(works, n_jobs, timeout)) as arriving:
         for arrival in itertools.chain(rescored, arriving):
             key = arrival.result["key"]
