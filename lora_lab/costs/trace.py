@@ -40,6 +40,7 @@ _KIND_BY_ATTRIBUTE = {
     **dict.fromkeys(("attn", "attention", "self_attn", "self_attention", "SelfAttention"), Kind.ATTENTION),
     **dict.fromkeys(("encoder_attn", "crossattention", "EncDecAttention"), Kind.ATTENTION),
     **dict.fromkeys(("mlp", "ffn", "feed_forward", "DenseReluDense"), Kind.MLP),
+    **dict.fromkeys(("norm", "layer_norm"), Kind.NORMS),
 }
 
 

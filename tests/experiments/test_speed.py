@@ -87,7 +87,7 @@ def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_aske
     arguments = ["--model", folder, "--batch", 2, "--seq", 8, "--rank", 2, 4, "--device", "cpu", "--measure", 2]
     assert command("speed", *arguments) == 0
     printed = capsys.readouterr().out
-    for words in ("closed form", "Device: cpu", "LoRA r=2 takes", "LoRA r=4 takes", "small products with the adapters"):
+    for words in ("closed form", "Device: cpu", "LoRA r=2 takes", "LoRA r=4 takes", "multiplications of the adapters"):
         assert words in printed, words
     assert "of 2 rounds" in printed
 
