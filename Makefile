@@ -21,7 +21,7 @@ QUICK := test_lora test_layers test_variants test_inject test_methods test_rank 
   tasks/test_digits tasks/test_planted tasks/test_python_docs system/test_files \
   guards/test_layering guards/test_layout guards/test_package guards/test_words
 
-check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
+check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute and a half: before each commit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/%.py) $(ARGS)
 
 # Asserts on measured times, so it runs alone, after all that runs in parallel.
@@ -39,12 +39,10 @@ coverage: $(VENV)/.ready-test ## print which lines and branches of the package t
 	$(BIN)/lora-lab fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile tests $(ARGS) --cov
 
-lint: $(VENV)/.ready-test ## check style, notebooks too
+lint: $(VENV)/.ready-test ## check style, notebooks too, and the types of the package
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-
-types: $(VENV)/.ready-test ## check the types of the package
-	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python $(ARGS)
+	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python
 
 lab: $(VENV)/.ready ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

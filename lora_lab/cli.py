@@ -89,7 +89,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument(
         "--task",
         required=True,
-        help="summarise, translate-fr (-de, -es), sentiment, tweets, style, docs; or a .jsonl or .txt file",
+        help="docs, sentiment, style, style-plain, summarise, translate-fr (-de, -es), tweets; or a .jsonl or .txt",
     )
     tune.add_argument("--method", default="lora", help="lora, rslora, lora+, lora-fa, pissa, dora, full")
     tune.add_argument("--rank", type=int, default=8, help="rank of the adapters")
@@ -186,16 +186,22 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--task", default="digits", help="planted, digits or docs")
     ablate.add_argument("--method", default="lora", help="lora, rslora, lora-fa, lora+, pissa or dora")
     ablate.add_argument("--ranks", type=numbers(int), default=[1, 2, 4, 8, 16], help="ranks to try")
-    ablate.add_argument("--lrs", type=numbers(float), help="learning rates to try (default: by task)")
+    ablate.add_argument("--lrs", type=numbers(float), help="learning rates to try (default: depends on the task)")
     ablate.add_argument("--seeds", type=int, default=5, help="number of seeds")
     ablate.add_argument("--alpha-per-rank", type=float, default=2.0, help="alpha divided by the rank")
     ablate.add_argument("--alpha", type=float, help="one alpha for all ranks instead")
-    ablate.add_argument("--steps", type=int, help="training steps (default: by task)")
-    ablate.add_argument("--batch", type=int, help="examples per step (default: by task)")
+    ablate.add_argument("--steps", type=int, help="training steps (default: depends on the task)")
+    ablate.add_argument("--batch", type=int, help="examples per step (default: depends on the task)")
     ablate.add_argument("--seq", type=int, default=64, help="tokens per example, for docs")
     ablate.add_argument("--eval-examples", type=int, help="examples of each part to evaluate on (default: all)")
-    ablate.add_argument("--margin", type=float, help="difference in loss that does not matter (default: by task)")
-    ablate.add_argument("--engine", default="auto", help="auto, separate or packed")
+    ablate.add_argument(
+        "--margin", type=float, help="difference in loss that does not matter (default: depends on the task)"
+    )
+    ablate.add_argument(
+        "--engine",
+        default="auto",
+        help="separate: one trial after another; packed: many in one pass; auto: packed where possible",
+    )
     ablate.add_argument("--jobs", type=int, default=1, help="number of processes")
     ablate.add_argument("--out", default="runs/ranks", help="folder of results; finished trials are not run again")
     ablate.set_defaults(run=_ablate)
@@ -317,7 +323,9 @@ def _analyze(options: argparse.Namespace) -> None:
     settle(options.tuned)
     is_adapter = (Path(options.tuned) / CONFIG).is_file()
     if not is_adapter and options.base is None:
-        raise ValueError(f"{options.tuned} is no adapter (it lacks {CONFIG}); a fine-tuned model needs --base as well.")
+        raise ValueError(
+            f"{options.tuned} is not an adapter (it lacks {CONFIG}); a fine-tuned model needs --base as well."
+        )
     out = Path(options.out)
     check_writable(out)
     before = None if options.base is None else load(options.base)
@@ -388,7 +396,7 @@ def _record(options: argparse.Namespace) -> None:
         names = " and ".join(OF_MODELS)
         raise ValueError(f"--models is for {names}, but {options.what} is about SmolLM2-135M only; leave it out.")
     if options.models and not options.out:
-        raise ValueError("A record of some models would replace the whole one; name another folder with --out.")
+        raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
     chosen = recorder(options.what)
     device, why = pick_device(options.device)
     print(f"Device: {why}")
@@ -428,8 +436,10 @@ def _doctor(options: argparse.Namespace) -> None:
         "effort": f"{effort()} (LORA_LAB_EFFORT=quick or full changes it)",
         "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}; the demo needs about 4",
         "cache": f"{cache_folder()} (LORA_LAB_CACHE changes it)",
-        "model": "there" if is_cached() else "not there yet; the first use downloads 98 MB with pip",
-        "pip": "there" if importlib.util.find_spec("pip") else "missing: the model must be put into the cache by hand",
+        "model": "cached" if is_cached() else "not cached yet; the first use downloads 98 MB with pip",
+        "pip": "installed"
+        if importlib.util.find_spec("pip")
+        else "missing: the model must be put into the cache by hand",
     }
     for name, value in lines.items():
         print(f"{name:<16} {value}")

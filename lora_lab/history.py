@@ -68,7 +68,9 @@ class History:
         """A pandas DataFrame with one row per step and the columns ``COLUMNS``."""
         import pandas
 
-        return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[1:-1], float))
+        return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(
+            {name: float for name in COLUMNS if name not in ("step", "tokens")}
+        )
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
         """Steps and values of a column, without the steps where it is None; or of "gap", the generalisation gap.

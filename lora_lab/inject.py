@@ -20,7 +20,7 @@ class LoRAConfig:
 
     Args:
         rank: inner dimension r of the update B A, at least 1.
-        alpha: strength of the update, which is multiplied by ``alpha / rank``.
+        alpha: the update is multiplied by ``alpha / rank``.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1).
         targets: "all-linear", or module names or endings of names, such as ``["q_proj", "v_proj"]``.
         exclude: names or endings of names that "all-linear" leaves out.
@@ -183,8 +183,8 @@ def match_layers(
         ]
         if not names:
             raise ValueError(
-                f"{type(model).__name__} has no linear layer inside it to adapt, "
-                f"besides its output head and what exclude={list(exclude)} leaves out."
+                f"{type(model).__name__} has no linear layer inside it to adapt; "
+                f"its output head and what exclude={list(exclude)} names are left out."
             )
         _warn_of_unadapted_weights(
             {
@@ -269,5 +269,6 @@ def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
     if weights:
         listed = ", ".join(weights[:3]) + (f" and {len(weights) - 3} more" if len(weights) > 3 else "")
         warnings.warn(
-            f"'all-linear' does not reach weights outside the layers it can adapt: {listed} stay frozen.", stacklevel=4
+            f"'all-linear' does not reach weights outside the layers it can adapt, so they stay frozen: {listed}.",
+            stacklevel=4,
         )

@@ -41,7 +41,7 @@ class LoRALayer(nn.Module):
     Args:
         base: the layer to adapt. It is stored as ``base`` and frozen.
         rank: inner dimension r of the update B A, at least 1.
-        alpha: strength of the update, which is multiplied by ``alpha / rank``.
+        alpha: the update is multiplied by ``alpha / rank``.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1).
         generator: a CPU generator for the random factor; with the same seed it gives the same factor on every device.
 
@@ -123,8 +123,8 @@ class LoRALinear(LoRALayer):
     """A frozen ``nn.Linear`` plus the trainable update ``scaling * B @ A``.
 
     A starts like the weight of an ``nn.Linear``: Kaiming-uniform with a = sqrt(5), which is uniform in
-    +-1/sqrt(in). The paper draws it from a Gaussian; its released code does this. B starts at zero. Over a
-    half-precision base, A and B are float32, because their updates are too small for half precision.
+    +-1/sqrt(in). The paper describes a Gaussian; its released code uses this. B starts at zero. Over a
+    half-precision base, A and B are float32, because half precision would round an optimiser's small steps away.
 
     Args: as for :class:`LoRALayer`.
     """

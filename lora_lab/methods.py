@@ -216,3 +216,7 @@ class LoRAPlus(LoRA):
             {"params": [layer.lora_A for layer in layers]},
             {"params": [layer.lora_B for layer in layers], "lr_factor": self.ratio},
         ]
+
+
+# The LoRA methods that commands know by name.
+LORA_METHODS: dict[str, type[LoRA]] = {kind.name: kind for kind in (LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}

@@ -44,8 +44,8 @@ class TrainConfig:
 
     Args:
         lr: peak learning rate.
-        seed: of adapter weights, data order and dropout.
-        weight_decay: of AdamW; on adapters it pulls the weights towards the pre-trained ones.
+        seed: seeds adapter weights, data order and dropout.
+        weight_decay: AdamW's; on adapters it pulls the weights towards the pre-trained ones.
         clip: maximum norm of the gradient; None for no clipping.
         steps: number of optimiser steps.
         batch_size: examples per step.

@@ -13,9 +13,12 @@ import torch
 
 import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
+from lora_lab.ablation.studies import STUDIES
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.experiments.registry import NAMES, recorder
+from lora_lab.methods import LORA_METHODS
 from lora_lab.models import pretrained
+from lora_lab.tasks import TASKS
 from tests.helpers import ROOT, command, error_line, randomise
 
 
@@ -145,11 +148,11 @@ def test_doctor_says_what_there_is_and_why(monkeypatch, tmp_path, capsys):
     assert found["device"] == "cpu"
     assert found["effort"].startswith("full ")
     assert found["cache"].startswith(str(tmp_path))
-    assert found["model"].startswith("not there yet")
+    assert found["model"].startswith("not cached yet")
     (tmp_path / pretrained._CACHE_ENTRY).mkdir()
     assert command("doctor") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "model            there" in lines
+    assert "model            cached" in lines
     assert "why this device  cpu because LORA_LAB_DEVICE asks for it" in lines
 
 
@@ -278,6 +281,15 @@ def test_every_command_in_the_readme_can_be_parsed():
     assert {line[0] for line in commands} == set(named.split())
     for line in commands:
         cli._parser().parse_args(line)
+
+
+def test_the_help_lists_all_tasks_and_methods(capsys):
+    for name in ("finetune", "ablate"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out.replace(" (-de, -es)", ", translate-de, translate-es")
+        expected = {*LORA_METHODS, *(TASKS if name == "finetune" else STUDIES)}
+        assert expected <= set(re.findall(r"[\w+-]+", text)), name
 
 
 def test_the_command_is_installed():

@@ -93,7 +93,7 @@ def test_the_class_of_a_layer_counts_and_not_what_it_derives_from():
     model = nn.ModuleDict({"odd": Odd(4, 4), "plain": nn.Linear(4, 4)})
     with pytest.raises(ValueError, match="'odd' matches 'odd', a Odd, which cannot be adapted here"):
         inject(model, LoRAConfig(targets=["odd"]))
-    with pytest.warns(UserWarning, match=r"does not reach .*: odd\.weight stay frozen"):
+    with pytest.warns(UserWarning, match=r"does not reach .*, so they stay frozen: odd\.weight\."):
         assert inject(model, LoRAConfig()) == ["plain"]
 
 
@@ -508,7 +508,7 @@ def test_experts_of_a_mixture_are_named_as_not_adapted():
     names, (warning,) = reached(mixtral())
     assert all("self_attn" in name for name in names)
     first = "model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj"
-    assert f": {first}, model.layers.1.mlp.experts.gate_up_proj and 1 more stay frozen" in str(warning.message)
+    assert f"stay frozen: {first}, model.layers.1.mlp.experts.gate_up_proj and 1 more." in str(warning.message)
     assert warning.filename == __file__
 
 
@@ -520,15 +520,15 @@ def test_what_is_named_or_excluded_gives_no_warning():
 def test_the_joint_projection_of_torchs_attention_is_named():
     names, (warning,) = reached(nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4)))
     assert names == ["0.out_proj", "1"]
-    assert ": 0.in_proj_weight stay frozen" in str(warning.message)
+    assert "stay frozen: 0.in_proj_weight." in str(warning.message)
     _, (warning,) = reached(nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3, vdim=5, add_bias_kv=True)))
-    assert ": 0.q_proj_weight, 0.k_proj_weight, 0.v_proj_weight stay frozen" in str(warning.message)
+    assert "stay frozen: 0.q_proj_weight, 0.k_proj_weight, 0.v_proj_weight." in str(warning.message)
 
 
 def test_layers_that_a_variant_leaves_out_are_named():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "gpt": hf.pytorch_utils.Conv1D(5, 4)})
     model["plain"] = nn.Linear(4, 4)
-    with pytest.warns(UserWarning, match=r": attention\.in_proj_weight, attention\.out_proj\.weight, gpt\.weight stay"):
+    with pytest.warns(UserWarning, match=r": attention\.in_proj_weight, attention\.out_proj\.weight, gpt\.weight\."):
         assert inject(model, LoRAConfig(rank=2), layer=DoRALinear) == ["plain"]
 
 

@@ -6,12 +6,12 @@ Here the K batches are joined, so that the base multiplies once for all, and the
     h_k = W0 x_k + scaling_k * B_k A_k x_k,    k = 1 .. K        (Hu et al. 2021, equation 3, for K adapters)
 
 Ranks are padded with zeros to the largest, R. The padding needs no mask. Where row j of A and column j of B are
-zero, so are both gradients: dA[j] is B[:, j] times something, and dB[:, j] is A[j] times something. AdamW leaves
-a zero whose gradient is zero where it is, with or without weight decay.
+zero, so are both gradients: dA[j] is B[:, j] times something, and dB[:, j] is A[j] times something. AdamW does
+not move a parameter whose value and gradient are zero, with or without weight decay.
 
 Trials are independent. Each has the data order, learning rate, clipping and schedule that it has in ``fit``, and
 equals its run there up to rounding. A trial's numbers depend on how many trials there are, because kernels are chosen
-by size, but to the last bit not on what the other trials compute.
+by size, but are bit for bit independent of what the other trials compute.
 
 Shapes in the comments follow one running example: K = 20 trials, a batch of 32 each, in = 64, out = 128, R = 16,
 and N numbers in a padded adapter.
@@ -80,7 +80,7 @@ def fit_packed(
         task: data and loss.
         runs: a :class:`Run` or a :class:`lora_lab.Trial` for each adapter, with LoRA or RsLoRA without dropout; ranks,
             alphas, rates and seeds may differ, the adapted layers may not.
-        config: how to train, but for ``lr`` and ``seed``, which each run has of its own; or its fields as keywords.
+        config: how to train; ``lr`` and ``seed`` are each run's. Or its fields as keywords.
             ``batch_size`` is that of each trial.
         progress: as for :func:`lora_lab.fit`.
         **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``.
@@ -97,7 +97,7 @@ def fit_packed(
     names = _common_layers(model, task, runs)
     config = configs[0]  # all but lr and seed are the same for all
     for name, value in config.step_options.items():
-        raise ValueError(f"{name} is {value!r}, but a pack has no such step; leave it out, or use fit.")
+        raise ValueError(f"{name} is {value!r}, which packed training does not support; leave it out, or use fit.")
     with own_randomness(next(model.parameters()).device, 0), _restored(model, names):
         adapters = PackedAdapters(model, runs, names)
         step = PackedStep(model, task.loss, adapters, config)
@@ -154,8 +154,8 @@ def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[st
     for run, adapted in zip(runs, names, strict=True):
         if adapted != names[0]:
             raise PackingError(
-                f"{run.method} adapts other layers than {runs[0].method}, but the runs of a pack must adapt the same; "
-                "put them into different packs."
+                f"{run.method} adapts different layers from {runs[0].method}, but the runs of a pack must adapt the "
+                "same ones; put them into different packs."
             )
     return names[0]
 
@@ -185,7 +185,7 @@ def _restored(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 class PackedAdapters:
-    """The adapters of all runs in one tensor, ``values`` (K, N), a row a trial; put into the model in place.
+    """The adapters of all runs in one tensor, ``values`` (K, N), a row per trial; put into the model in place.
 
     The factors of the ``layers`` are views of it. So clipping is a norm of each row, and AdamW one call.
 
@@ -316,7 +316,7 @@ class PackedHistory:
                 settings=config.settings() | {"packed": len(configs)},
                 trainable_parameters=trainable,
                 total_parameters=adapters.frozen_parameters + trainable,
-                # What its own optimiser would hold: two moments of each number, and a float32 of steps a tensor.
+                # What its own optimiser would hold: two moments per parameter, and one float32 counter per tensor.
                 optimizer_bytes=2 * trainable * adapters.values.element_size() + 4 * len(factors),
             )
 
@@ -372,7 +372,7 @@ def joined_batch(
     """The batches of a step, trial by trial, and how many targets of each count, as in ``task.counted``.
 
     Raises:
-        ValueError: none of a live trial's, as in ``fit``.
+        ValueError: a live trial's batch has no target that counts, as in ``fit``.
     """
     batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]  # (640,) rows
     trials = len(order.seeds)
@@ -419,7 +419,7 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
             "run them separately, with fit."
         )
     layers, factors = step.adapters.layers, step.adapters.factors
-    # Some models carry on from one row of a batch to the next, so that the first is never reached; others back.
+    # Some models leak from a row to later ones, which the first trial does not notice; others leak backwards.
     for k in dict.fromkeys((0, len(losses) - 1)):
         # Change the examples and adapters of all other trials. This one's loss must neither change nor depend on them.
         others = torch.arange(len(losses)) != k  # (20,)

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation.grid import Grid
-from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA
+from lora_lab.methods import LORA_METHODS, FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
@@ -95,15 +95,14 @@ def grid(
     """
     if name not in DEFAULTS:
         raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
-    methods = {kind.name: kind for kind in (LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
-    if method not in methods:
-        raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(methods)}.")
+    if method not in LORA_METHODS:
+        raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(LORA_METHODS)}.")
     defaults = DEFAULTS[name]
     return Grid(
         ranks,
         defaults.lrs if lrs is None else lrs,
         seeds,
-        [methods[method]()],
+        [LORA_METHODS[method]()],
         steps=defaults.steps if steps is None else steps,
         batch_size=defaults.batch_size if batch_size is None else batch_size,
         **options,

@@ -1,6 +1,6 @@
 r"""Which rank is enough? The statistics of an ablation, in a form that stands up to review.
 
-    print(summary(load("runs/ranks"), margin=0.01))
+    print(smallest_sufficient_rank(load("runs/ranks"), margin=0.01))
 
 1. For each rank, the learning rate is chosen by the mean VALIDATION loss over the seeds. A rate counts only if it has
    a result for every seed: one that diverged for some seeds would otherwise be judged by those that suit it.
@@ -66,7 +66,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The smallest rank that is enough, or that it is undecided; print it to read it.
+    """The smallest sufficient rank, or that the trials do not decide it; ``print`` shows the whole table.
 
     ``rank`` is None where it is undecided. ``reason`` is one sentence, ``ranks`` holds each rank's numbers from the
     smallest to the largest, and ``notes`` are sentences on what weakens the answer.
@@ -137,19 +137,19 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     better = [result.rank for result in ranks if result.upper is not None and result.upper < -margin]
     if better:
         notes.append(
-            f"rank {', '.join(map(str, better))} is better than the largest by more than the margin, so that one was "
-            "most likely trained badly and is no fair reference; try more learning rates."
+            f"rank {', '.join(map(str, better))}: better than the largest by more than the margin, so the "
+            "largest was most likely trained badly and is not a fair reference; try more learning rates."
         )
     for edge in ("smallest", "largest"):
         if at := ", ".join(str(each) for each, choice in choices.items() if choice.edge == edge):
             notes.append(f"the best learning rate of rank {at} is the {edge} tried, so a better one may lie beyond.")
     if untuned := ", ".join(str(each) for each, choice in choices.items() if choice.edge == "only"):
-        notes.append(f"one learning rate only was tried for rank {untuned}, so it may not be the best.")
+        notes.append(f"only one learning rate was tried for rank {untuned}, so it may not be the best.")
     return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 
 def check_margin(margin: float) -> None:
-    """Raise ValueError if it is no positive number: to be called before a long run whose verdict needs it."""
+    """Raise ValueError unless ``margin`` is a positive number; call it before a long run whose verdict needs it."""
     if not (math.isfinite(margin) and margin > 0):
         raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
 

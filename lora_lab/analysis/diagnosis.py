@@ -34,7 +34,8 @@ class Finding:
 
     Args:
         check: what was checked, in one word.
-        status: "not checked" if an argument that the check needs is missing, or if there is nothing to check.
+        status: "not checked" if an argument that the check needs is missing, there is nothing to check, or what
+            there is does not decide.
         text: one sentence: the result and, for a problem, what to do about it.
     """
 

@@ -398,8 +398,11 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
                 f"The adapter of {layer!r} is DoRA's, whose update depends on the base; pass the model that it is on."
             )
         if part == "lora_A":
-            B, scaling = state[f"{layer}.lora_B"], float(state[f"{layer}.scaling"])
-            factors[layer] = _Factors(B.flatten(1), tensor.flatten(1), scaling)
+            A, B, scaling = tensor.flatten(1), state[f"{layer}.lora_B"].flatten(1), float(state[f"{layer}.scaling"])
+            if f"{layer}.start_A" in state:  # PiSSA's, whose update is B A - B0 A0
+                A = torch.cat([A, state[f"{layer}.start_A"].flatten(1)])  # (2 r, in)
+                B = torch.cat([B, -state[f"{layer}.start_B"].flatten(1)], dim=1)  # (out, 2 r)
+            factors[layer] = _Factors(B, A, scaling)
     return factors
 
 

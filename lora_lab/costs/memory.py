@@ -169,7 +169,7 @@ class Difference:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        lines = [f"{self.first}, less {self.second}"]
+        lines = [f"{self.first} minus {self.second}"]
         lines += [f"  {part:<26}{_mib(size, '+'):>12} MiB" for part, size in self.parts.items()]
         return "\n".join([*lines, f"  {'peak':<26}{_mib(self.peak_bytes, '+'):>12} MiB"])
 
@@ -330,7 +330,7 @@ def on_saved(function: Callable[[Tensor], None]) -> saved_tensors_hooks:
 
     def pack(tensor: Tensor) -> Tensor:
         function(tensor)
-        return tensor.detach()  # an output would hold its own node, and a graph without a backward pass never be freed
+        return tensor.detach()  # undetached, an output would keep its own graph alive
 
     return saved_tensors_hooks(pack, lambda tensor: tensor)
 
@@ -553,7 +553,7 @@ def largest(
         ValueError: both sizes or neither are passed, or as for :func:`predict`.
     """
     if (batch_size is None) == (seq_len is None):
-        raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; give one of them, to look for the other.")
+        raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; pass exactly one: the other is searched.")
 
     def bill_of(size: int) -> Bill:
         sizes = (size if fixed is None else fixed for fixed in (batch_size, seq_len))

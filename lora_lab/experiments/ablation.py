@@ -29,9 +29,9 @@ class Plan:
     Args:
         lrs: the learning rates to try for each rank. Alpha is always twice the rank, so a higher rank moves further at
             the same rate, and its best rate is lower.
-        seeds: the number of them.
+        seeds: how many seeds.
         steps, batch_size, seq_len: of a trial.
-        eval_examples: losses are those of so many examples of a part, from the first.
+        eval_examples: how many examples of each part the losses are of, from its first.
     """
 
     lrs: Mapping[int, tuple[float, ...]]

@@ -146,8 +146,7 @@ def run(
 CLOSING = """
 One seed is an illustration, not a comparison: to compare the methods takes several seeds, and learning
 rates tuned for each. Peak memory is that of the whole process{allocator}. In the picture, "the rest" is
-what the parts do not explain: torch itself, the logits and other temporaries, minus what is never held
-at the same moment.
+the peak of the process minus the predicted peak of a step: torch, Python and the heap.
 
   picture      {picture}
   adapter      {adapter}   (all that LoRA needs to save)

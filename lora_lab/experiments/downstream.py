@@ -53,9 +53,9 @@ class Plan:
     Args:
         steps: of each task.
         lrs: the learning rates to try for each setup.
-        seeds: the number of them.
+        seeds: how many seeds.
         batch_size: of a trial.
-        eval_examples: losses are those of so many examples of a part, from the first.
+        eval_examples: how many examples of each part the losses are of, from its first.
     """
 
     steps: Mapping[str, int]

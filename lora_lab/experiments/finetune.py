@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
-from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, LoRAPlus, Method, PiSSA, RsLoRA
+from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import FILES, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
@@ -23,7 +23,6 @@ from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.train import evaluate, fit
 
-LORA_METHODS = {kind.name: kind for kind in (LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA)}
 SHOWN = 3  # answers printed before and after
 
 

@@ -51,9 +51,9 @@ class Plan:
     Args:
         sizes: of the training set, in examples.
         lrs: the learning rates to try for each setup.
-        seeds: the number of them.
+        seeds: how many seeds.
         epochs, batch_size, seq_len: of a trial.
-        eval_examples: losses are those of so many examples of a part, from the first.
+        eval_examples: how many examples of each part the losses are of, from its first.
     """
 
     sizes: tuple[int, ...]

@@ -19,7 +19,7 @@ class Recorder:
         settings: how the rows are made on a device, as the record states it.
         rows: makes the rows on a device, and yields each as soon as it is measured. Those of
             :data:`lora_lab.experiments.registry.OF_MODELS` also take the names of models, and measure only these.
-        line: a row as a line for people, or None for a row that is one of hundreds.
+        line: a row as a line to print, or None to print nothing.
     """
 
     settings: Callable[[torch.device], dict[str, Any]]

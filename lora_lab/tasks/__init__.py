@@ -17,7 +17,7 @@ modules in reading order:
     metrics      scores of answers, and baselines that need no model
 
 A new data set of prompts and answers goes into ``datasets``, any other into a file of its own; if it needs a tokenizer,
-its name in :data:`TASKS` makes it a task of the commands and of the records.
+its name in :data:`TASKS` makes it a task of ``lora-lab finetune``.
 """
 
 from collections.abc import Callable

@@ -200,7 +200,7 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, **options) -> PairTas
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{path} has {len(problems)} malformed line{'s' if len(problems) > 1 else ''}: {shown}.")
     if not pairs:
-        raise ValueError(f"{path} has no lines; give each example one.")
+        raise ValueError(f"{path} is empty; write one example per line.")
     options = {"name": path.stem, "about": f"from the file {path.name}", **options}
     if not any(parts):
         return from_pairs(tokenizer, pairs, **options)
@@ -280,7 +280,7 @@ def _parsed(line: str) -> tuple[Pair, str]:
         raise ValueError(f"has an unknown entry {unknown[0]!r}")
     for name, value in entry.items():
         if not isinstance(value, str):
-            raise ValueError(f"{name!r} is a {type(value).__name__}, not a text")
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a string")
         if name in ("prompt", "answer") and not value.strip():
             raise ValueError(f"{name!r} is empty")
     part = entry.pop("part", "")

@@ -819,7 +819,7 @@ def test_a_layer_that_an_encoder_reads_the_weight_of_is_found_out_at_the_first_e
 
 def test_runs_of_one_pack_adapt_the_same_layers():
     runs = [Run(LoRA(rank=2, targets=["hidden1", "head"]), lr=1e-3), Run(LoRA(rank=4, targets=["head"]), lr=1e-3)]
-    with pytest.raises(PackingError, match="adapts other layers"):
+    with pytest.raises(PackingError, match="adapts different layers"):
         fit_packed(DigitsMLP(width=16), pictures(), runs, **OPTIONS)
     same = [runs[0], Run(LoRA(rank=4, exclude=["hidden2"]), lr=1e-3)]  # said in another way
     assert len(fit_packed(DigitsMLP(width=16), pictures(), same, **OPTIONS)) == 2

@@ -62,9 +62,9 @@ def statuses(verdict):
 
 def test_a_reference_that_was_trained_badly_is_noted():
     broken = smallest_sufficient_rank(frame_of(PLANTED | {16: 0.2}))
-    assert "rank 2, 4, 8 is better than the largest by more than the margin" in str(broken)
-    assert "no fair reference" in str(broken)
-    assert "no fair reference" not in str(smallest_sufficient_rank(frame_of(PLANTED)))
+    assert "rank 2, 4, 8: better than the largest by more than the margin" in str(broken)
+    assert "not a fair reference" in str(broken)
+    assert "not a fair reference" not in str(smallest_sufficient_rank(frame_of(PLANTED)))
 
 
 def test_a_planted_rank_is_found():
@@ -296,7 +296,7 @@ def test_notes_tell_of_rates_at_the_edge_and_untuned_ones():
     )
     assert "is the largest tried" in smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.003, 0.01))).notes[0]
     assert (
-        "one learning rate only was tried for rank 1, 2"
+        "only one learning rate was tried for rank 1, 2"
         in smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.01,))).notes[0]
     )
 

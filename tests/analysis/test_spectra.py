@@ -73,10 +73,11 @@ def test_rows_are_those_of_the_dense_updates(tiny_config, kind):
     assert set(frame.depth) == set(range(tiny_config.num_hidden_layers))
 
 
-def test_the_same_adapter_from_model_state_and_folder(tmp_path):
+@pytest.mark.parametrize("kind", [None, RsLoRALinear, PiSSALinear])
+def test_the_same_adapter_from_model_state_and_folder(tmp_path, kind):
     model = DigitsMLP()
     base = copy.deepcopy(model)
-    save_adapter(trained(model), tmp_path)
+    save_adapter(trained(model, kind), tmp_path)
     sources = [(None, model), (base, adapter_state(model)), (base.state_dict(), tmp_path), (base, str(tmp_path))]
     first, *others = (spectra.report(*source) for source in sources)
     for other in others:
@@ -324,4 +325,4 @@ def test_analyze_compares_two_models(tiny_config, tiny_tokenizer, tmp_path, caps
     assert frame.norm["model.layers.1.mlp.up_proj"] == 0
     capsys.readouterr()
     assert cli.main(arguments) == 1
-    assert "is no adapter" in capsys.readouterr().err
+    assert "is not an adapter" in capsys.readouterr().err

@@ -1392,7 +1392,7 @@ def test_the_difference_of_two_bills_is_that_of_every_part_that_either_has():
     assert difference.parts == {"frozen weights": 10 * MIB, "trained weights": -10 * MIB, "logits and loss": -MIB}
     assert difference.peak_bytes == first.peak_bytes - second.peak_bytes == -MIB
     assert str(difference) == (
-        "LoRA, less full\n"
+        "LoRA minus full\n"
         "  frozen weights                   +10.0 MiB\n"
         "  trained weights                  -10.0 MiB\n"
         "  logits and loss                   -1.0 MiB\n"
@@ -1563,7 +1563,7 @@ def test_the_largest_batch_of_a_llama_fits_and_one_more_does_not():
 
 @pytest.mark.parametrize("sizes", [{}, {"batch_size": 2, "seq_len": 8}])
 def test_one_size_is_given_and_the_other_looked_for(sizes):
-    with pytest.raises(ValueError, match="give one of them, to look for the other"):
+    with pytest.raises(ValueError, match="pass exactly one: the other is searched"):
         largest(Llama(ONE), LoRA(8), GIB := 2**30, **sizes)
     assert GIB
 

@@ -140,7 +140,7 @@ def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tm
 
 def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
     assert command("record", "memory", "--device", "cpu", "--models", "small") == 1
-    assert "would replace the whole one; name another folder with --out" in capsys.readouterr().err
+    assert "would replace that of all models; name another folder with --out" in capsys.readouterr().err
 
 
 def test_every_known_shape_makes_a_model():

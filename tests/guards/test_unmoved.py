@@ -299,7 +299,7 @@ def test_fit_packed_writes_the_settings_that_it_wrote_in_their_order():
 
 def test_a_pack_still_takes_no_options_of_other_steps():
     for change in ({"accumulate": 2}, {"gradient_checkpointing": True}, {"lean": Lean()}):
-        with pytest.raises(ValueError, match="but a pack has no such step"):
+        with pytest.raises(ValueError, match="which packed training does not support"):
             packed(Net(), shapes(), **change)
 
 

@@ -359,7 +359,7 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
         ({"prompt": "a"}, "line 2: lacks 'answer'"),
         ({"question": "a", "answer": "b"}, "line 2: lacks 'prompt'"),
         ({"prompt": "a", "answer": "b", "label": "c"}, "line 2: has an unknown entry 'label'"),
-        ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a text"),
+        ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a string"),
         ({"prompt": " ", "answer": "b"}, "line 2: 'prompt' is empty"),
         ({"prompt": "a", "answer": "b", "part": "dev"}, "line 2: 'part' is 'dev', not one of train"),
     ],
@@ -385,7 +385,7 @@ def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
         (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(ValueError, match=r"is not UTF-8 .* save it as UTF-8"):
             read(chatter, tmp_path / "bytes")
-    with pytest.raises(ValueError, match="has no lines"):
+    with pytest.raises(ValueError, match="is empty; write one example per line"):
         from_jsonl(chatter, write(tmp_path / "empty.jsonl", ""))
     with pytest.raises(ValueError, match="has 1 paragraphs, too few"):
         from_text(chatter, write(tmp_path / "short.txt", "A short text."))
