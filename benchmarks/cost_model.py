@@ -14,7 +14,7 @@ three break-even points, found by counting or by prediction and confirmed by ano
 A step is forward, backward, clipping to norm 1 and fused AdamW, in float32, with random weights and tokens. Waiting
 threads sleep (OMP_WAIT_POLICY=passive) and the heap keeps what it has, as in `benchmarks/lora_step.py`. A whole run
 takes about 20 minutes on two cores, 20 GB of memory, and a quiet machine: where others worked meanwhile, it says so.
-On a CUDA GPU it runs in the same way, which nobody has tried yet.
+On a CUDA GPU it runs in the same manner, which nobody has tried yet.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES
-from lora_lab.costs.memory import predict
+from lora_lab.costs.memory import Part, predict
 from lora_lab.inject import match_layers, require_no_adapters
 from lora_lab.methods import MARK, LoRA, Method, RsLoRA
 from lora_lab.task import Task, described
@@ -149,5 +149,5 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
     batch = task.train.inputs[rows], task.train.targets[rows]  # padded in full: no batch is longer
     bill = predict(model, widest.method, batch=batch, loss=task.loss, clip=widest.clip)
-    shared = bill.parts.get("frozen weights", 0)
+    shared = bill.parts.get(Part.FROZEN, 0)
     return max(1, (budget_bytes - shared) // (bill.peak_bytes - shared))
