@@ -409,7 +409,8 @@ def test_spectra_are_the_cpus(tuned):
 
 def test_singular_values_on_a_gpu_are_found_in_the_callers_thread(gpu, monkeypatch):
     seen, plain = [], rank.singular_values
-    monkeypatch.setattr(rank, "singular_values", lambda W: seen.append(threading.get_ident()) or plain(W))
+    name = "lora_lab.analysis.spectra.matrix_singular_values"
+    monkeypatch.setattr(name, lambda W: seen.append(threading.get_ident()) or plain(W))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     before, after = Llama(SHAPE), Llama(SHAPE, seed=1)
     expected = ll.spectra.singular_values(before, after, progress=False)
