@@ -300,8 +300,16 @@ KINDS = {
         lambda: nn.Conv2d(3, 5, 3, padding=1),
         torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(6)),
     ),
-    "gpt2": (LoRAConv1D, lambda: hf.pytorch_utils.Conv1D(5, 7), torch.randn(4, 7)),
-    "out_proj": (LoRAOutProjection, lambda: nn.MultiheadAttention(6, 2).out_proj, torch.randn(4, 6)),
+    "gpt2": (
+        LoRAConv1D,
+        lambda: hf.pytorch_utils.Conv1D(5, 7),
+        torch.randn(4, 7, generator=torch.Generator().manual_seed(7)),
+    ),
+    "out_proj": (
+        LoRAOutProjection,
+        lambda: nn.MultiheadAttention(6, 2).out_proj,
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(8)),
+    ),
 }
 EVERY = pytest.mark.parametrize(("kind", "make", "x"), list(KINDS.values()), ids=list(KINDS))
 

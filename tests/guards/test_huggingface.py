@@ -328,7 +328,7 @@ def test_answers_of_a_model_of_transformers_are_refused_in_one_sentence(tiny_hf,
     pairs = {part: [Pair(f"Say {n} in {part}.", a) for n, a in enumerate(("yes", "no"))] for part in PARTS}
     for metric in ("", "classification"):
         with pytest.raises(
-            ValueError, match=r"^Answers are those of lora_lab's Llama, .* a LlamaForCausalLM; load .* score\.$"
+            ValueError, match=r"^Only a lora_lab.Llama can .*, but the model is a LlamaForCausalLM; load .* score\.$"
         ):
             answers(tiny_hf(), from_pairs(tokenizer, pairs, metric=metric))
 
