@@ -21,7 +21,7 @@ QUICK := test_lora test_layers test_variants test_inject test_methods test_rank 
   tasks/test_digits tasks/test_planted tasks/test_python_docs system/test_files \
   guards/test_layering guards/test_layout guards/test_package guards/test_words
 
-check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute and a half: before each commit
+check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/%.py) $(ARGS)
 
 # Asserts on measured times, so it runs alone, after all that runs in parallel.
