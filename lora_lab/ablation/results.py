@@ -109,8 +109,12 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
     Raises:
         ValueError: an entry is not of the kind that ablate writes.
     """
-    if not isinstance(result["provenance"], dict):
-        raise ValueError(f"provenance is {reprlib.repr(result['provenance'])}, but it must be an object")
+    provenance = result["provenance"]
+    if not isinstance(provenance, dict):
+        raise ValueError(f"provenance is {reprlib.repr(provenance)}, but it must be an object")
+    for name in PROVENANCE:
+        if name in provenance and not isinstance(provenance[name], str):
+            raise ValueError(f"{name} is {reprlib.repr(provenance[name])}, but it must be a text")
     reason, scores = result["reason"], result["scores"]
     if result["outcome"] == "failed":
         if not isinstance(reason, str) or any(result[name] is not None for name in ("history", "test_loss", "scores")):
@@ -132,7 +136,7 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
 
 
 def _is_score(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | float | str) or is_number(value)  # NaN too; no int beyond floats
 
 
 def table(results: Iterable[dict[str, Any]]):

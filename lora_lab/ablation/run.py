@@ -42,7 +42,7 @@ from lora_lab.ablation.packing import plan
 from lora_lab.ablation.results import SCHEMA, stored_results, table, weights_path
 from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
 from lora_lab.costs.fake import Factory, copy_sharing_weights
-from lora_lab.history import DivergedError, History
+from lora_lab.history import DivergedError, History, is_number
 from lora_lab.inject import lora_layers
 from lora_lab.system.files import check_writable, write_json
 from lora_lab.system.progress import progress_bar
@@ -481,11 +481,13 @@ def _score(name: Any, value: Any) -> Any:
         raise TypeError(f"it gave the name {name!r}, but names must be texts")
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, Real):  # JSON cannot hold numpy's
-        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, Integral) and is_number(int(value)):  # JSON cannot hold numpy's
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return float(value)
     raise TypeError(
-        f"it gave {reprlib.repr(value)}, a {type(value).__name__}, as {name!r}, but it must be a number or a text, "
-        "such as float(...) of it"
+        f"it gave {reprlib.repr(value)}, a {type(value).__name__}, as {name!r}, but it must be a number within a "
+        "float's range or a text, such as float(...) of it"
     )
 
 
