@@ -17,15 +17,15 @@ from tests.helpers import ROOT
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [
     "01_low_rank",
-    "02_fine_tuning",
+    "02_why_fine_tune",
     "03_lora_from_scratch",
     "04_memory",
     "05_speed",
-    "06_overfitting",
-    "07_rank_ablation",
-    "08_svd_of_updates",
+    "06_which_rank",
+    "07_overfitting",
     "09_many_tasks",
     "10_variants",
+    "11_what_training_wrote",
 ]
 HEADINGS = ["Question", "Predict", "Run", "Explain", "Claims", "Your turn"]
 IGNORED = "nbval-ignore-output"

@@ -161,11 +161,11 @@ def test_a_changed_sentence_is_noticed(readme, memory, change):
         both()
 
 
-REAL = "amd-epyc-2-cores"  # the ablation and the spectra that lessons 07 and 08 tell of
+REAL = "amd-epyc-2-cores"  # the ablation and the spectra that lessons 06 and 11 tell of
 
 
 def test_lesson_07_on_the_real_model(lesson):
-    text = lesson("07_rank_ablation")
+    text = lesson("06_which_rank")
     frame = records.load_all("ablation")[f"{REAL}-ablation"].frame()
     real = smallest_sufficient_rank(frame)
     by_rank = {one.rank: one for one in real.ranks}
@@ -189,7 +189,7 @@ def test_lesson_07_on_the_real_model(lesson):
 
 
 def test_lesson_08_on_all_matrices(lesson):
-    text = lesson("08_svd_of_updates")
+    text = lesson("11_what_training_wrote")
     rows = records.load_all("spectra")[f"{REAL}-spectra"].frame()
     layers = rows[rows.about == "layer"]
     level, updates = said(text, r"by energy rank, a whole number, (\d+) of (\d+) are level with it")
@@ -215,7 +215,7 @@ def test_lesson_08_on_all_matrices(lesson):
 
 
 def test_lesson_08_on_the_cuts_of_the_record(lesson):
-    text = lesson("08_svd_of_updates")
+    text = lesson("11_what_training_wrote")
     rows = records.load_all("spectra")[f"{REAL}-spectra"].frame()
     loss = rows[rows.about == "run"].set_index("run").test_loss
     cuts = rows[rows.about == "cut"].set_index(["run", "rank"])
@@ -246,7 +246,7 @@ def results(record, task):
 
 
 def test_lesson_02_on_scratch_and_fine_tuned(lesson, downstream):
-    text = lesson("02_fine_tuning")
+    text = lesson("02_why_fine_tune")
     train, test = said(text, r"There are (\d+) texts to learn from and (\d+) in the test")
     rows = downstream.frame()
     task = rows[(rows.about == "task") & (rows.task == "sentiment")].squeeze()
@@ -437,7 +437,7 @@ def at_chosen_rates(record):
 
 
 def test_lesson_06_on_who_overfits(lesson, overfitting):
-    text = lesson("06_overfitting")
+    text = lesson("07_overfitting")
     rows, _, picked, mean = at_chosen_rates(overfitting)
     (before,) = said(text, r"Before training the loss on the manual is ([\d.]+) nats")
     assert before == round(rows[rows.step == 0].validation_loss.mean(), 2)
@@ -460,7 +460,7 @@ def test_lesson_06_on_who_overfits(lesson, overfitting):
 
 
 def test_lesson_06_on_the_rates_that_were_not_chosen(lesson, overfitting):
-    text = lesson("06_overfitting")
+    text = lesson("07_overfitting")
     _, found, picked, _ = at_chosen_rates(overfitting)
     first = found[found.seed == 0].set_index(["n_train", "setup", "lr"]).sort_index()
     other, chosen, within, low, high = said(
@@ -503,7 +503,7 @@ def test_lesson_06_on_the_rates_that_were_not_chosen(lesson, overfitting):
 
 
 def test_lesson_06_on_lora_against_full_fine_tuning(lesson, overfitting):
-    text = lesson("06_overfitting")
+    text = lesson("07_overfitting")
     rows, _, picked, _ = at_chosen_rates(overfitting)
     own = rows.merge(picked[["n_train", "setup", "lr"]].drop_duplicates())
     told = learning.compare_over_rates(own, "overfit").set_index(["n_train", "setup"])
@@ -534,7 +534,7 @@ def test_lesson_06_on_lora_against_full_fine_tuning(lesson, overfitting):
 
 
 def test_lesson_06_on_who_forgets(lesson, overfitting):
-    text = lesson("06_overfitting")
+    text = lesson("07_overfitting")
     rows, found, picked, mean = at_chosen_rates(overfitting)
     highest, worst = said(
         text, r"at most ([\d.]+) nats higher than before training, and in the worst .*? run (\d\.\d+)\."
