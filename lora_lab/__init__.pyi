@@ -6,6 +6,7 @@ from . import costs as costs
 from . import history as history
 from . import layers as layers
 from . import lean as lean
+from . import lessons as lessons
 from . import lora as lora
 from . import methods as methods
 from . import models as models

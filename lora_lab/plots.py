@@ -6,14 +6,17 @@ goes with each. A method, and a part of a memory bill, look the same in every fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 from matplotlib.rcsetup import cycler
 
 from lora_lab.costs.memory import MIB, PARTS, Bill, Part
@@ -24,8 +27,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from lora_lab.ablation.verdict import Verdict
+    from lora_lab.lora import LoRALinear
 
 
+DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
@@ -39,8 +44,10 @@ METHOD_COLOURS = {
     "lora+": COLOURS[5],
     "lora-fa": COLOURS[7],
     "pissa": COLOURS[3],
-    "dora": "#999999",
+    "dora": "#6b4c9a",
     "as it is": COLOURS[6],
+    "scratch": "#882255",
+    "chance": "#999999",
 }
 # Colour and hatch of each part of a memory bill. The saved activations share a colour: they are one kind of memory.
 PART_LOOKS: dict[str, tuple[str, str]] = {
@@ -61,6 +68,19 @@ PART_LOOKS: dict[str, tuple[str, str]] = {
     Part.REST: ("#dddddd", "xx"),
 }
 _LIGHT = (COLOURS[4], COLOURS[5], COLOURS[7], "#dddddd")  # colours on which a white hatch would not show
+# Other words for the same methods, as labels of figures begin with them.
+_SAME_METHOD = {
+    "full fine-tuning": "full",
+    "head": "partial",
+    "last blocks": "partial",
+    "first layer": "partial",
+    "untrained": "as it is",
+    "base": "as it is",
+    "zero-shot": "as it is",
+    "from scratch": "scratch",
+    "noise": "chance",
+}
+_RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
 STATISTICS = {
     "effective_rank": "effective rank of the update",
     "stable_rank": "stable rank of the update",
@@ -77,10 +97,10 @@ NAMES = {
 
 
 def use_style() -> None:
-    """One style for every figure: 100 dpi, light grid, open frame."""
+    """One style for every figure: 150 dots per inch, light grid, open frame."""
     plt.rcParams.update(
         {
-            "figure.dpi": 100,
+            "figure.dpi": DPI,
             "figure.figsize": (6.4, 4.0),
             "figure.constrained_layout.use": True,
             "axes.prop_cycle": cycler(color=COLOURS),
@@ -118,6 +138,27 @@ def curves(
     ax.set_ylabel(f"{what} ({unit})")
     ax.legend()
     return ax
+
+
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """label -> colour, marker and line style: a method has one colour in every figure, ranks a ramp of LoRA's.
+
+    Args:
+        labels: such as "full", "LoRA r=8", "LoRA rank 64", "head", "zero-shot"; several of one colour, and those of
+            unknown methods, differ in marker and line.
+    """
+    parsed = {label: re.fullmatch(r"(.*?)[\s,]*(?:(?:r ?=|rank) ?(\d+))?", label) for label in labels}
+    ranks = sorted({int(match[2]) for match in parsed.values() if match and match[2]})
+    ramp = LinearSegmentedColormap.from_list("ranks", _RANKS)
+    spread = {rank: 0.5 if len(ranks) == 1 else i / (len(ranks) - 1) for i, rank in enumerate(ranks)}
+    styles = {}
+    for i, (label, match) in enumerate(parsed.items()):
+        name, rank = (match[1].lower(), match[2]) if match else (label.lower(), None)
+        colour = METHOD_COLOURS.get(_SAME_METHOD.get(name, name), COLOURS[i % len(COLOURS)])
+        if rank and name in ("lora", ""):
+            colour = to_hex(ramp(spread[int(rank)]))
+        styles[label] = {**_style(i), "color": colour}
+    return styles
 
 
 def _method_colours(names: Sequence[str]) -> list[str]:
@@ -278,11 +319,12 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots()[1]
     failed = frame[frame.outcome == "failed"][["rank", "lr"]].drop_duplicates().itertuples(index=False, name=None)
     last = frame[frame.step == frame.steps].set_index(["rank", "lr"]).drop(list(failed), errors="ignore")
-    for i, (rank, losses) in enumerate(last.validation_loss.groupby("rank")):
+    styles = looks([f"rank {rank:g}" for rank in sorted(last.reset_index()["rank"].unique())])
+    for rank, losses in last.validation_loss.groupby("rank"):
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
         reach = [mean - by_rate.min(), by_rate.max() - mean]
-        ax.errorbar(mean.index, mean, reach, capsize=2, label=f"rank {rank:g}", **_style(i))
+        ax.errorbar(mean.index, mean, reach, capsize=2, label=f"rank {rank:g}", **styles[f"rank {rank:g}"])
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss (mean, min and max over seeds)")
@@ -299,10 +341,12 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots()[1]
     last = frame[frame.step == frame.steps]
     groups = last.groupby(["method", "rank"], dropna=False)
-    colours = _method_colours([str(method) for (method, _), _ in groups])
-    for i, ((method, rank), trials) in enumerate(groups):
-        label = method if rank != rank else f"{method}, rank {rank:g}"  # NaN: a method without a rank
-        style = {**_style(i), "color": colours[i], "linestyle": "none"}
+    labels = [  # NaN: a method without a rank
+        str(method) if rank != rank else f"{method}, rank {rank:g}" for (method, rank), _ in groups
+    ]
+    styles = looks(labels)
+    for label, (_, trials) in zip(labels, groups, strict=True):
+        style = {**styles[label], "linestyle": "none"}
         ax.plot(trials.off_domain_loss, trials.test_loss, label=label, **style)
     ax.set_xlabel("off-domain loss after training (forgetting)")
     ax.set_ylabel("test loss after training (learning)")
@@ -319,14 +363,16 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
         best: the trials to draw, as :func:`lora_lab.ablation.overfitting.at_best_rate` returns them.
     """
     ax = ax or plt.subplots()[1]
-    for i, (setup, trials) in enumerate(best.groupby("setup", sort=False)):
+    styles = looks(list(best.setup.unique()))
+    for setup, trials in best.groupby("setup", sort=False):
+        style = styles[str(setup)]
         rows = frame[(frame.setup == setup) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
         mean = rows.groupby("step")[["validation_loss", "off_domain_loss"]].mean()
         forgotten = mean.off_domain_loss - mean.off_domain_loss.iloc[0]
-        ax.plot(forgotten, mean.validation_loss, linewidth=1.2, **{**_style(i), "marker": None})
+        ax.plot(forgotten, mean.validation_loss, linewidth=1.2, **{**style, "marker": None})
         stop = int(np.abs(mean.index - trials.best_step.mean()).argmin())
-        ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=setup, **_style(i))
-        ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **_style(i))
+        ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=setup, **style)
+        ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **style)
     ax.set_xlabel("rise of the off-domain loss (forgetting)")
     ax.set_ylabel("validation loss (learning)")
     return _legend_beside(ax)
@@ -340,10 +386,11 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
         ylabel: the quantity, with its unit.
     """
     ax = ax or plt.subplots()[1]
+    styles = looks(list(table.setup.unique()))
     for i, (setup, rows) in enumerate(table.groupby("setup", sort=False)):
         reach = [rows["mean"] - rows.least, rows.most - rows["mean"]]
         shifted = rows.n_train * 1.06**i  # so that error bars do not hide each other
-        ax.errorbar(shifted, rows["mean"], reach, capsize=2, label=setup, **_style(i))
+        ax.errorbar(shifted, rows["mean"], reach, capsize=2, label=setup, **styles[str(setup)])
     sizes = sorted(table.n_train.unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -373,6 +420,94 @@ def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None =
     ax.set_xlabel("block, from the input")
     ax.set_ylabel(STATISTICS.get(statistic, statistic))
     return _legend_beside(ax)
+
+
+def schematic(
+    rank: int = 4,
+    out_features: int = 48,
+    in_features: int = 64,
+    alpha: float = 8,
+    ax: Axes | None = None,
+) -> Axes:
+    """LoRA drawn: the input goes through the frozen W0 and through A, then B; the two results are added.
+
+    The boxes of A and B are as narrow as the rank is beside the features, and the count of parameters stands below.
+
+    Args:
+        rank: r, at most the smaller number of features.
+        out_features: rows of W0 and of B.
+        in_features: columns of W0 and of A.
+        alpha: the update is scaled by alpha / rank.
+    """
+    ax = ax or plt.subplots(figsize=(6.4, 4.2))[1]
+    unit = 3.0 / max(in_features, out_features)
+    wide, tall, narrow = unit * in_features, unit * out_features, max(unit * rank, 0.06)
+    frozen, trained = "#d9d9d9", METHOD_COLOURS["lora"]
+
+    def box(x: float, y: float, corners: Sequence[tuple[float, float]], colour: str, text: str, ink: str) -> None:
+        ax.add_patch(Polygon([(x + dx, y + dy) for dx, dy in corners], facecolor=colour, edgecolor="#333333"))
+        ax.text(x, y, text, ha="center", va="center", fontsize=14, color=ink)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2})
+
+    def label(x: float, y: float, text: str, colour: str = "#000000", side: Literal["left", "center"] = "left") -> None:
+        ax.text(x, y, text, ha=side, va="center", fontsize=9.5, color=colour)
+
+    left, right, low, high = -2.2, 2.2, -1.0, 1.0
+    half = (wide + tall) / 4
+    box(left, 0, [(-half, -1.5), (half, -1.5), (half, 1.5), (-half, 1.5)], frozen, "", "#000000")
+    label(left, 0.25, "$W_0$", side="center")
+    label(left, -0.3, f"{out_features} x {in_features}, frozen", side="center")
+    funnel = [(-wide / 2, -0.5), (wide / 2, -0.5), (narrow / 2, 0.5), (-narrow / 2, 0.5)]
+    box(right, low, funnel, trained, "$A$", "#ffffff" if narrow > 0.3 else "#000000")
+    funnel = [(-narrow / 2, -0.5), (narrow / 2, -0.5), (tall / 2, 0.5), (-tall / 2, 0.5)]
+    box(right, high, funnel, trained, "$B$", "#ffffff" if narrow > 0.3 else "#000000")
+    label(right + wide / 2 + 0.15, low, f"{rank} x {in_features}, trained\nstarts random")
+    label(right + wide / 2 + 0.15, high, f"{out_features} x {rank}, trained\nstarts at zero")
+    label(right + narrow / 2 + 0.2, 0, f"{rank} number{'s' * (rank > 1)} pass{'es' * (rank == 1)}")
+    arrow((right, low + 0.5), (right, high - 0.5))
+    label(0, -2.75, f"$x$: {in_features} numbers", side="center")
+    for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
+        arrow((0, -2.5), (x, bottom))
+        arrow((x, top), (0, 2.35))
+    label(1.55, 2.1, f"x {alpha:g} / {rank} = {alpha / rank:g}", trained)
+    label(0, 2.6, r"$h = W_0\,x + \frac{\alpha}{r}\,B A\,x$", side="center")
+    count, whole = rank * (in_features + out_features), in_features * out_features
+    ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
+    ax.set(xlim=(-4.1, 6.3), ylim=(-3.1, 3.0), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+def matrices(layer: LoRALinear) -> Figure:
+    """A layer's W0, A, B and scaled B A in colour, laid out as one multiplies by hand: B left of the update, A above.
+
+    Each has its own colour scale, on which the largest 1 % of its entries are all drawn in the darkest colour.
+    """
+    parts = {"W0": layer.base.weight, "A": layer.lora_A, "B": layer.lora_B, "update": layer.delta()}
+    arrays = {name: part.detach().float().cpu().numpy() for name, part in parts.items()}
+    limits = {name: float(np.quantile(np.abs(array), 0.99)) or 1.0 for name, array in arrays.items()}
+    out_features, in_features = arrays["W0"].shape
+    rank = len(arrays["A"])
+    mosaic: Any = [[".", ".", "A"], ["W0", "B", "update"]]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 5), width_ratios=[5, 1, 5], height_ratios=[1, 4])
+    captions = {
+        "W0": f"$W_0$, frozen ({out_features} x {in_features})",
+        "A": f"$A$ ({rank} x {in_features})",
+        "B": f"$B$ ({out_features} x {rank})",
+        "update": f"update: {layer.scaling:g} $B A$ ({out_features} x {in_features})",
+    }
+    for name, array in arrays.items():
+        look: Any = {"cmap": "RdBu_r", "vmin": -limits[name], "vmax": limits[name], "aspect": "auto"}
+        image = axes[name].imshow(array, interpolation="antialiased", **look)
+        axes[name].set_title(captions[name])
+        axes[name].grid(False)
+        axes[name].set(xticks=[], yticks=[])
+        figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
+    axes["W0"].set(xlabel="input", ylabel="output")
+    axes["update"].set(xlabel="input")
+    return figure
 
 
 def save(figure: Figure, path: str | Path) -> Path:

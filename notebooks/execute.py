@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "LORA_LAB_PROGRESS": "0",
     "OMP_WAIT_POLICY": "passive",
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -38,7 +39,7 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     for number, cell in enumerate(notebook.cells, start=1):
         cell["id"] = f"cell-{number:02d}"
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {key: cell.metadata[key] for key in ("jupyter", "tags") if cell.metadata.get(key)}
     NotebookClient(
         notebook,
         timeout=600,
@@ -53,6 +54,7 @@ def execute(path: Path) -> None:
                 raise SystemExit(
                     f"{path.name}, {cell['id']}: writes to stderr, which a lesson must not:\n{output.text}"
                 )
+            output.get("data", {}).pop(WIDGET, None)  # a widget is dead without its kernel; its picture stays
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)

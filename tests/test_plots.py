@@ -4,11 +4,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas
 import pytest
+import torch
 from matplotlib.axes import Axes
 
 mpl.use("Agg")
 
-from lora_lab import FullFineTuning, History, LoRA, plots
+from lora_lab import FullFineTuning, History, LoRA, LoRALinear, plots
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
 from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
@@ -74,8 +75,41 @@ def test_every_method_has_a_colour_of_its_own():
     def names(kind):
         return {vars(kind).get("name")}.union(*map(names, kind.__subclasses__())) - {None}
 
-    assert {name for name in names(Method) if "test" not in name} >= plots.METHOD_COLOURS.keys() >= {"full", "lora"}
+    drawn = plots.METHOD_COLOURS.keys() - {"scratch", "chance"}  # a model without pre-training, and noise
+    assert {name for name in names(Method) if "test" not in name} >= drawn >= {"full", "lora"}
     assert len(set(plots.METHOD_COLOURS.values())) == len(plots.METHOD_COLOURS)
+
+
+def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_to_dark():
+    styles = plots.looks(["full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "head", "last blocks", "zero-shot", "mine"])
+    colour = {label: style["color"] for label, style in styles.items()}
+    assert colour["full"] == plots.METHOD_COLOURS["full"]
+    assert colour["head"] == colour["last blocks"] == plots.METHOD_COLOURS["partial"]
+    assert styles["head"]["marker"] != styles["last blocks"]["marker"]
+    light = [sum(mpl.colors.to_rgb(colour[f"LoRA r={rank}"])) for rank in (1, 8, 64)]
+    assert light == sorted(light, reverse=True)
+    assert len({colour[f"LoRA r={rank}"] for rank in (1, 8, 64)}) == 3
+    assert colour["zero-shot"] == plots.METHOD_COLOURS["as it is"]
+    assert plots.looks(["LoRA r=8"])["LoRA r=8"]["color"] == plots.looks(["LoRA"])["LoRA"]["color"]
+    assert plots.looks(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
+
+
+def test_the_schematic_states_shapes_scaling_and_the_count():
+    ax = plots.schematic(rank=2, out_features=48, in_features=64, alpha=8)
+    texts = "\n".join(text.get_text() for text in ax.texts)
+    assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "x 8 / 2 = 4", "2 numbers pass"))
+    assert ax.get_title() == "LoRA trains 224 parameters beside 3,072 frozen ones (7%)"
+    widths = [np.ptp(patch.get_xy()[2:4, 0]) for patch in (plots.schematic(rank).patches[1] for rank in (4, 16))]
+    assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
+
+
+def test_the_matrices_of_a_layer_are_drawn_with_their_numbers():
+    layer = LoRALinear(torch.nn.Linear(6, 5), 2, 4.0)
+    torch.nn.init.ones_(layer.lora_B)
+    axes = {ax.get_title(): ax for ax in plots.matrices(layer).axes if ax.get_title()}
+    assert list(axes) == ["$A$ (2 x 6)", "$W_0$, frozen (5 x 6)", "$B$ (5 x 2)", "update: 2 $B A$ (5 x 6)"]
+    shown = axes["update: 2 $B A$ (5 x 6)"].images[0].get_array()
+    np.testing.assert_allclose(shown, layer.delta().detach().numpy())
 
 
 def test_curves_of_another_column_are_labelled_by_it():
@@ -260,7 +294,7 @@ def test_colours_markers_and_hatches_stay_apart():
 def test_style_sets_one_look():
     with mpl.rc_context():
         plots.use_style()
-        assert mpl.rcParams["figure.dpi"] == 100
+        assert mpl.rcParams["figure.dpi"] == plots.DPI == 150
         assert mpl.rcParams["axes.spines.top"] is False
         assert mpl.rcParams["axes.prop_cycle"].by_key()["color"] == list(plots.COLOURS)
 

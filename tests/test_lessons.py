@@ -1,0 +1,146 @@
+"""What lessons show: with a kernel, on a page without one, and in a terminal."""
+
+import io
+
+import matplotlib as mpl
+import pandas
+import pytest
+from PIL import Image
+
+mpl.use("Agg")
+
+from lora_lab import lessons
+from lora_lab.plots import plt
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The outputs displayed, each as a mapping from MIME type to content."""
+    outputs = []
+    monkeypatch.setattr(lessons, "display", lambda bundle, raw, metadata=None: outputs.append(bundle))
+    return outputs
+
+
+def test_a_sentence_is_markdown_with_its_numbers(shown):
+    lessons.say(f"**{3 * 4}** parameters")
+    assert shown == [{"text/markdown": "**12** parameters", "text/plain": "**12** parameters"}]
+
+
+def test_a_figure_is_a_small_png_of_full_size_and_is_closed(shown):
+    figure, ax = plt.subplots(figsize=(4, 3), dpi=150)
+    ax.plot([1, 2])
+    lessons.show(figure, "A line that rises.")
+    assert shown[0]["text/plain"] == "A line that rises."
+    image = Image.open(io.BytesIO(shown[0]["image/png"]))
+    assert image.format == "PNG"
+    assert image.size == (600, 450)
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_a_table_has_a_caption_formats_and_empty_cells(shown):
+    lessons.table([{"rank": 4, "loss": 0.12345}, {"rank": 8, "loss": None}], "Losses <1>", {"loss": "{:.2f}"})
+    page, text = shown[0]["text/html"], shown[0]["text/plain"]
+    assert "Losses &lt;1&gt;" in page
+    assert "<td>0.12</td>" in page
+    assert "nan" not in (page + text).lower()
+    assert text.splitlines()[0] == "Losses <1>"
+    lessons.table(pandas.DataFrame({"a": [1]}, index=pandas.Index(["x"], name="row")))
+    assert "<th>x</th>" in shown[1]["text/html"]
+    with pytest.raises(ValueError, match="formats has los, but the columns are loss"):
+        lessons.table([{"loss": 1.0}], formats={"los": "{:.2f}"})
+
+
+def test_a_claim_must_be_borne_out_before_it_is_shown(shown):
+    good = lessons.Claim("LoRA is small.", "confirmed", "counted", 2 < 3)
+    lessons.claims(good)
+    assert all(part in shown[0]["text/html"] for part in ("people say", "LoRA is small.", "confirmed", "counted"))
+    with pytest.raises(AssertionError, match=r"refuted: LoRA is fast\. The numbers of this run say otherwise"):
+        lessons.claims(good, lessons.Claim("LoRA is fast.", "refuted", "timed", False))
+    assert len(shown) == 1
+    with pytest.raises(ValueError, match="verdict is 'maybe', but it must be one of confirmed, refuted, undecided"):
+        lessons.Claim("x", "maybe", "y", True)
+
+
+def test_nothing_is_predicted_beforehand_and_the_answer_is_folded_until_then(shown):
+    question = lessons.predict("How many?", "1", "10", "100")
+    assert question.chosen is None
+    assert WIDGET in shown[0]
+    assert all(option in shown[0]["text/html"] for option in ("How many?", "10", "100"))
+    question.reveal("10", "It was 9.7.")
+    assert "<details>" in shown[1]["text/html"]
+    assert "You have not predicted yet" in shown[1]["text/html"]
+    question.choose("10")
+    question.reveal("10", "It was 9.7.")
+    assert "As you predicted" in shown[2]["text/html"]
+    question.choose("1")
+    question.reveal("10", "It was 9.7.")
+    assert "You predicted <b>1</b>. It is <b>10</b>. It was 9.7." in shown[3]["text/html"]
+    assert len({output["text/plain"] for output in shown[1:]}) == 1  # what is compared does not depend on the reader
+
+
+def test_predictions_refuse_what_is_no_option(shown):
+    with pytest.raises(ValueError, match="at least two different options"):
+        lessons.predict("Why?", "a", "a")
+    question = lessons.predict("Which?", "A", "B")
+    with pytest.raises(ValueError, match="'C' is none of the options: A, B"):
+        question.reveal("C")
+    with pytest.raises(ValueError, match="'C' is none of the options"):
+        question.choose("C")
+
+
+def test_a_click_on_a_button_is_the_prediction_and_marks_it(shown, monkeypatch):
+    import ipywidgets
+
+    made = []
+    button = ipywidgets.Button
+    monkeypatch.setattr(ipywidgets, "Button", lambda **options: made.append(button(**options)) or made[-1])
+    question = lessons.predict("Which?", "A", "B")
+    made[1].click()
+    assert question.chosen == "B"
+    assert [one.icon for one in made] == ["", "check"]
+    made[0].click()
+    assert question.chosen == "A"
+    assert [one.icon for one in made] == ["check", ""]
+
+
+def test_a_control_redraws_and_each_setting_is_drawn_once(shown):
+    drawn = []
+
+    def draw(rank, with_bias):
+        drawn.append((rank, with_bias))
+        figure, ax = plt.subplots()
+        ax.bar([0], [rank])
+        return figure
+
+    view = lessons.explore(draw, "A bar.", start={"rank": 4}, rank=[2, 4, 8], with_bias=[True, False])
+    assert drawn == [(4, True)]
+    assert shown[0]["image/png"] == view.view.value
+    assert WIDGET in shown[0]
+    assert shown[0]["text/plain"] == "A bar."
+    first = view.view.value
+    view.controls["rank"].value = 8
+    assert view.view.value != first
+    view.controls["rank"].value = 4
+    assert view.view.value == first
+    view.controls["with_bias"].value = False
+    assert drawn == [(4, True), (8, True), (4, False)]
+    assert view.controls["with_bias"].description == "with bias"
+
+
+def test_texts_can_be_explored_and_are_escaped(shown):
+    view = lessons.explore(lambda strength: f"<{strength}>", "A story.", strength=[0.0, 0.5])
+    assert "&lt;0.0&gt;" in shown[0]["text/html"]
+    view.controls["strength"].value = 0.5
+    assert "&lt;0.5&gt;" in view.view.value
+    with pytest.raises(ValueError, match=r"start has strength=3, but strength is one of \[0.0, 0.5\]"):
+        lessons.explore(str, "x", start={"strength": 3}, strength=[0.0, 0.5])
+    with pytest.raises(ValueError, match="start has rank=1"):
+        lessons.explore(str, "x", start={"rank": 1}, strength=[0.0, 0.5])
+
+
+def test_handles_show_nothing_when_a_cell_ends_with_them(shown):
+    assert lessons.predict("Which?", "A", "B")._ipython_display_() is None
+    assert lessons.explore(lambda s: "t", "x", s=[1])._ipython_display_() is None
+    assert len(shown) == 2
