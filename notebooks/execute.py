@@ -39,14 +39,20 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     for number, cell in enumerate(notebook.cells, start=1):
         cell["id"] = f"cell-{number:02d}"
-        cell.metadata = {key: cell.metadata[key] for key in ("jupyter", "tags") if cell.metadata.get(key)}
+        cell.metadata = {
+            key: cell.metadata[key]
+            for key in ("jupyter", "tags")
+            if cell.metadata.get(key)
+        }
     NotebookClient(
         notebook,
         timeout=600,
         coalesce_streams=True,  # or a slow cell's output is stored in pieces that depend on the clock
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
-        config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # or each kernel warns about plain TCP
+        config=Config(
+            {"KernelManager": {"transport_encryption": "auto"}}
+        ),  # or each kernel warns about plain TCP
     ).execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -54,7 +60,9 @@ def execute(path: Path) -> None:
                 raise SystemExit(
                     f"{path.name}, {cell['id']}: writes to stderr, which a lesson must not:\n{output.text}"
                 )
-            output.get("data", {}).pop(WIDGET, None)  # a widget is dead without its kernel; its picture stays
+            output.get("data", {}).pop(
+                WIDGET, None
+            )  # a widget is dead without its kernel; its picture stays
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
@@ -64,8 +72,12 @@ def execute(path: Path) -> None:
 
 def main() -> None:
     """Run the notebooks named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="file names inside notebooks/ (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", help="file names inside notebooks/ (default: all)"
+    )
     names = parser.parse_args().names
     os.environ.update(ENVIRONMENT)
     for path in [FOLDER / name for name in names] or sorted(FOLDER.glob("*.ipynb")):
