@@ -64,7 +64,7 @@ clean: ## remove the virtual environment (the model stays in its cache)
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lora_lab needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; say which one to use: make demo PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python $(if $(TORCH_INDEX),-m pip install --index-url $(TORCH_INDEX) torch,lora_lab/system/torch_build.py)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 

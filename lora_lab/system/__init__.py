@@ -1,15 +1,16 @@
 """The machine: what all other modules may use, and what knows nothing of LoRA or models.
 
-device      which device to compute on, how much work to do, and reproducible randomness
-files       atomic writes: files that appear whole or not at all
-process     fresh processes for measurements; peak memory; cores used by other processes
-progress    the progress bar
-provenance  where a result comes from: commit, machine, device, versions
-renamed     old names that are still accepted
+device       which device to compute on, how much work to do, and reproducible randomness
+files        atomic writes: files that appear whole or not at all
+process      fresh processes for measurements; peak memory; cores used by other processes
+progress     the progress bar
+provenance   where a result comes from: commit, machine, device, versions
+renamed      old names that are still accepted
+torch_build  the build of torch that suits this machine, installed before all else
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, ["device", "files", "process", "progress", "provenance", "renamed"]
+    __name__, ["device", "files", "process", "progress", "provenance", "renamed", "torch_build"]
 )
