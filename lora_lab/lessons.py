@@ -44,26 +44,48 @@ def show(figure: Figure, alt: str) -> None:
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
-def table(rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None):
-    """Show a table.
+def table(
+    rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None
+) -> None:
+    """Show a table, numbers to the right and words to the left.
 
     Args:
-        rows: a frame, or one mapping from column to value for each row.
+        rows: a frame (a named index is shown as columns), or one mapping from column to value for each row.
         caption: stands above the table.
-        formats: column -> a format such as "{:.2f}". Missing values are left empty.
+        formats: column -> a format such as "{:.2f}"; otherwise whole numbers get commas, and other numbers three
+            digits. Missing values are left empty.
+
+    Raises:
+        ValueError: ``formats`` names a column that is not there.
     """
     import pandas
 
     frame = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(list(rows))
+    if any(frame.index.names):
+        frame = frame.reset_index()
     if unknown := set(formats or {}) - set(frame.columns):
         raise ValueError(f"formats has {', '.join(sorted(unknown))}, but the columns are {', '.join(frame.columns)}.")
-    formatters = {name: form.format for name, form in (formats or {}).items()}
-    index = frame.index.name is not None
-    shape: dict[str, Any] = {"index": index, "na_rep": "", "formatters": formatters}
+    columns = {}
+    for name, column in frame.items():
+        whole = pandas.api.types.is_integer_dtype(column)
+        numeric = pandas.api.types.is_numeric_dtype(column) and not pandas.api.types.is_bool_dtype(column)
+        form = (formats or {}).get(str(name), "{:,}" if whole else "{:.3g}" if numeric else "{}")
+        texts = ["" if pandas.isna(value) else form.format(value) for value in column]
+        columns[str(name)] = texts, "right" if numeric else "left"
+
+    def row(cells: Iterable[str], tag: str) -> str:
+        sides = [side for _, side in columns.values()]
+        inner = (
+            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = "".join(row(cells, "td") for cells in zip(*(texts for texts, _ in columns.values()), strict=True))
     heading = f"<p><b>{html.escape(caption)}</b></p>" if caption else ""
-    page = heading + frame.to_html(border=0, justify="left", **shape)
-    text = "\n".join([*([caption] if caption else []), frame.to_string(**shape)])
-    display({"text/html": page, "text/plain": text}, raw=True)
+    page = f"{heading}<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+    plain = pandas.DataFrame({name: texts for name, (texts, _) in columns.items()}).to_string(index=False)
+    display({"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}, raw=True)
 
 
 @dataclass(frozen=True)

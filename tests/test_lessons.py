@@ -40,14 +40,19 @@ def test_a_figure_is_a_small_png_of_full_size_and_is_closed(shown):
 
 
 def test_a_table_has_a_caption_formats_and_empty_cells(shown):
-    lessons.table([{"rank": 4, "loss": 0.12345}, {"rank": 8, "loss": None}], "Losses <1>", {"loss": "{:.2f}"})
+    rows = [{"setup": "LoRA", "numbers": 4096, "loss": 0.12345}, {"setup": "<full>", "numbers": 8, "loss": None}]
+    lessons.table(rows, "Losses <1>", {"loss": "{:.2f}"})
     page, text = shown[0]["text/html"], shown[0]["text/plain"]
     assert "Losses &lt;1&gt;" in page
-    assert "<td>0.12</td>" in page
+    assert '<td style="text-align: right">0.12</td>' in page
+    assert '<td style="text-align: right">4,096</td>' in page
+    assert '<td style="text-align: left">&lt;full&gt;</td>' in page
+    assert '<td style="text-align: right"></td>' in page
     assert "nan" not in (page + text).lower()
     assert text.splitlines()[0] == "Losses <1>"
-    lessons.table(pandas.DataFrame({"a": [1]}, index=pandas.Index(["x"], name="row")))
-    assert "<th>x</th>" in shown[1]["text/html"]
+    assert text.splitlines()[2].split() == ["LoRA", "4,096", "0.12"]
+    lessons.table(pandas.DataFrame({"a": [0.123456]}, index=pandas.Index(["x"], name="row")))
+    assert '<td style="text-align: left">x</td><td style="text-align: right">0.123</td>' in shown[1]["text/html"]
     with pytest.raises(ValueError, match="formats has los, but the columns are loss"):
         lessons.table([{"loss": 1.0}], formats={"los": "{:.2f}"})
 

@@ -1,0 +1,86 @@
+"""JupyterLab in a headless browser, driven as a person would: for tests/guards/test_browser.py."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+# Without the last five, Chromium looks for the network at each start.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.innerText)"
+BEGUN = f"() => {PROMPTS}.some(text => /\\[(\\*|\\d+)\\]:/.test(text))"
+DONE = f"() => !{PROMPTS}.some(text => text.includes('*'))"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextmanager
+def jupyter_lab(folder, state):
+    """A server on this machine that serves a folder; its address and token. Its settings and log are in ``state``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    settings = state / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data"}
+    places |= {"JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command += [f"--ServerApp.root_dir={folder}", "--KernelManager.transport_encryption=auto"]
+    environment = os.environ | {name: str(state / place) for name, place in places.items()}
+    with open(state / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(240):
+                assert server.poll() is None, (state / "lab.log").read_text()
+                try:
+                    urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=1)
+                    break
+                except OSError:
+                    time.sleep(0.25)
+            yield address, token
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+class Page:
+    """A notebook open in the browser."""
+
+    def __init__(self, page, address, token, name):
+        self.page, self.errors = page, []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(f"{address}/lab/tree/{name}?token={token}&reset")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        self.wait_until_idle(60)
+
+    def wait_until_idle(self, seconds):
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=1000 * seconds)
+
+    def run_all(self, seconds):
+        """Run all cells, and wait until none is running or waiting."""
+        from playwright.sync_api import TimeoutError
+
+        for _ in range(3):  # the indicator says idle before the kernel listens: then the click does nothing
+            self.page.get_by_role("menuitem", name="Run", exact=True).click()
+            self.page.get_by_text("Run All Cells", exact=True).click()
+            try:
+                self.page.wait_for_function(BEGUN, timeout=8_000)
+                break
+            except TimeoutError:
+                self.page.keyboard.press("Escape")
+        self.page.wait_for_function(DONE, timeout=1000 * seconds)
+        self.wait_until_idle(seconds)
+
+    def screenshot(self, path, width=1280, height=1400):
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.page.wait_for_timeout(500)
+        self.page.screenshot(path=str(path))
