@@ -198,10 +198,14 @@ def test_a_wheel_takes_every_file_of_the_package():
     assert [path for path in files if path.suffix != ".py" and ROOT / path not in taken] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_every_link_to_a_file_leads_to_one(name):
     links = re.findall(r"\]\(([^)#]+)\)", read(name))
-    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    folder = (ROOT / name).parent
+    missing = [link for link in links if not link.startswith("http") and not (folder / link).exists()]
     assert missing == []
 
 

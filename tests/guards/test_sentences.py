@@ -33,7 +33,9 @@ def speed():
 
 @pytest.fixture(scope="module")
 def readme(request):
-    return (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+    """The README and the pages that it leads to."""
+    root = request.config.rootpath
+    return "\n".join(path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted(root.glob("docs/*.md"))))
 
 
 @pytest.fixture(scope="module")
