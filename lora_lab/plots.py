@@ -7,6 +7,7 @@ goes with each. A method, and a part of a memory bill, look the same in every fi
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Polygon
+from matplotlib.patches import FancyBboxPatch, Polygon
 from matplotlib.rcsetup import cycler
 
 from lora_lab.costs.memory import MIB, PARTS, Bill, Part
@@ -79,6 +80,8 @@ _SAME_METHOD = {
     "zero-shot": "as it is",
     "from scratch": "scratch",
     "noise": "chance",
+    "adapter off": "as it is",
+    "with the adapter": "lora",
 }
 _RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
 STATISTICS = {
@@ -507,6 +510,41 @@ def matrices(layer: LoRALinear) -> Figure:
         figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
     axes["W0"].set(xlabel="input", ylabel="output")
     axes["update"].set(xlabel="input")
+    return figure
+
+
+def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
+    """What several models answer to one prompt, as speech bubbles one below another.
+
+    Args:
+        prompt: stands above, to the right.
+        texts: who answers -> what; a name that :func:`looks` knows gives the bubble its method's colour.
+        columns: where lines are broken.
+    """
+    styles = looks(list(texts))
+    bubbles = [("you", prompt, "#555555"), *((who, text, styles[who]["color"]) for who, text in texts.items())]
+    wrapped = [textwrap.wrap(text, columns) or [""] for _, text, _ in bubbles]
+    heights = [len(lines) + 2.4 for lines in wrapped]  # in lines of text
+    # A character of this size and font is 0.0795 inches wide, and the axes fill the figure.
+    figure = plt.figure(figsize=(0.0795 * (columns + 9.5), 0.2 * sum(heights)), layout="none")
+    ax = figure.add_axes((0, 0, 1, 1))
+    top = 0.0
+    for (who, _, colour), lines, height in zip(bubbles, wrapped, heights, strict=True):
+        right = who == "you"
+        width = max(map(len, lines))
+        left = columns + 6 - width if right else 0
+        size = (width + 2, len(lines) + 0.8)
+        box = FancyBboxPatch((left, top + 1.2), *size, boxstyle="round,pad=0,rounding_size=0.8", mutation_aspect=0.4)
+        box.set(facecolor=to_rgba(colour, 0.12), edgecolor=colour, linewidth=1.2)
+        ax.add_patch(box)
+        side: Literal["left", "right"] = "right" if right else "left"
+        x = left + width + 2 if right else left
+        ax.text(x, top + 0.7, who, ha=side, va="center", fontsize=9, fontweight="bold", color=colour)
+        text = {"ha": "left", "va": "center", "fontsize": 9.5, "family": "monospace", "linespacing": 1.25}
+        ax.text(left + 1, top + 1.6 + len(lines) / 2, "\n".join(lines), **text)
+        top += height
+    ax.set(xlim=(-0.5, columns + 9), ylim=(top + 0.3, 0))
+    ax.axis("off")
     return figure
 
 

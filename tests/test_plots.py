@@ -103,6 +103,21 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
     assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
 
 
+def test_answers_are_bubbles_in_the_colours_of_their_methods_and_no_word_is_lost():
+    long = " ".join(f"word{i}" for i in range(40))
+    figure = plots.answers("Why?", {"base": "Because.", "with the adapter": long})
+    (ax,) = figure.axes
+    assert " ".join(text.get_text() for text in ax.texts).split() == [
+        *("you", "Why?", "base", "Because.", "with", "the", "adapter", *long.split())
+    ]
+    edges = [mpl.colors.to_hex(box.get_edgecolor()) for box in ax.patches]
+    assert edges[1:] == [plots.METHOD_COLOURS["as it is"], plots.METHOD_COLOURS["lora"]]
+    heights = [box.get_height() for box in ax.patches]
+    assert heights[2] > 3 * heights[1]
+    bottoms = [box.get_y() + box.get_height() for box in ax.patches]
+    assert all(bottom < box.get_y() for bottom, box in zip(bottoms, ax.patches[1:], strict=False))
+
+
 def test_the_matrices_of_a_layer_are_drawn_with_their_numbers():
     layer = LoRALinear(torch.nn.Linear(6, 5), 2, 4.0)
     torch.nn.init.ones_(layer.lora_B)
