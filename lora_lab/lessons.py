@@ -216,6 +216,8 @@ def explore(
 ) -> Explorer:
     """Show what ``draw`` returns, with a control for each of its arguments.
 
+    Texts of one control are all on the page that has no kernel; otherwise such a page shows the start.
+
     Args:
         draw: takes a value of each control by name, and returns a figure or a text. Drawn once for each setting.
         alt: what the picture shows at the start, as in :func:`show`.
@@ -260,7 +262,12 @@ def explore(
 
     for widget in widgets.values():
         widget.observe(moved, names="value")
-    static = {"text/html": _story(first)} if isinstance(first, str) else {"image/png": first}
+    if isinstance(first, bytes):
+        static: dict[str, Any] = {"image/png": first}
+    else:
+        shown = next(iter(controls.values())) if len(controls) == 1 else []
+        stories = (f"<b>{next(iter(controls))} {_words(choice)}</b>{_story(str(frame(choice)))}" for choice in shown)
+        static = {"text/html": "".join(stories) or _story(first)}
     _display(ipywidgets.VBox([*widgets.values(), view]), static, alt)
     return Explorer(widgets, view)
 
