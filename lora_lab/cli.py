@@ -100,6 +100,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
     tune.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file")
     tune.add_argument("--eval-examples", type=int, default=64, help="examples of each part to evaluate on")
+    tune.add_argument("--half", action="store_true", help="save the adapter in half precision, in half the bytes")
     tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
     tune.add_argument("--out", default="runs/finetune", help="folder for the results")
     tune.add_argument("--device", help=DEVICE_HELP)
@@ -236,6 +237,7 @@ def _finetune(options: argparse.Namespace) -> None:
         model=options.model,
         device=options.device,
         eval_examples=options.eval_examples,
+        half=options.half,
     )
 
 
