@@ -56,6 +56,7 @@ from .system import device as device
 from .system.device import pick_device as pick_device
 from .system.device import seed_everything as seed_everything
 from .task import Task as Task
+from .tasks.generate import reply as reply
 from .train import TrainConfig as TrainConfig
 from .train import evaluate as evaluate
 from .train import fit as fit

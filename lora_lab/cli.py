@@ -100,6 +100,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
     tune.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file")
     tune.add_argument("--eval-examples", type=int, default=64, help="examples of each part to evaluate on")
+    tune.add_argument("--half", action="store_true", help="save the adapter in half precision, in half the bytes")
     tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
     tune.add_argument("--out", default="runs/finetune", help="folder for the results")
     tune.add_argument("--device", help=DEVICE_HELP)
@@ -113,6 +114,9 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--tokens", type=int, default=60, help="the most tokens to generate")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1, words that are there already are less likely"
+    )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--device", help=DEVICE_HELP)
     generate.set_defaults(run=_generate)
@@ -236,6 +240,7 @@ def _finetune(options: argparse.Namespace) -> None:
         model=options.model,
         device=options.device,
         eval_examples=options.eval_examples,
+        half=options.half,
     )
 
 
@@ -244,6 +249,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     from lora_lab.adapters.peft_format import load_adapter, read_config
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+    from lora_lab.tasks.generate import reply
 
     if options.tokens < 1:
         raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
@@ -253,11 +259,13 @@ def _generate(options: argparse.Namespace) -> None:
     model, tokenizer = load_pretrained(base, device=options.device)
     if options.adapter:
         load_adapter(model, options.adapter)
-    text = tokenizer.chat([{"role": "user", "content": options.prompt}]) if options.chat else options.prompt
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=not options.chat), dtype=torch.long)
-    ids = ids.to(next(model.parameters()).device)
-    new_ids = model.generate(ids, options.tokens, tokenizer.eos_id, options.temperature, options.seed)
-    print(("" if options.chat else options.prompt) + tokenizer.decode(new_ids.tolist()))
+    sampling = {name: getattr(options, name) for name in ("temperature", "seed", "repetition_penalty")}
+    if options.chat:
+        print(reply(model, tokenizer, options.prompt, max_new_tokens=options.tokens, **sampling))
+        return
+    ids = torch.tensor(tokenizer.encode(options.prompt, add_special_tokens=True), dtype=torch.long)
+    new_ids = model.generate(ids.to(next(model.parameters()).device), options.tokens, tokenizer.eos_id, **sampling)
+    print(options.prompt + tokenizer.decode(new_ids.tolist()))
 
 
 def _config_of(model: str) -> LlamaConfig:

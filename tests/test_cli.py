@@ -64,9 +64,9 @@ def written(capsys, *arguments):
     return captured.out
 
 
-def continuation(model, tokenizer, prompt, n, temperature=0.0, seed=0):
+def continuation(model, tokenizer, prompt, n, temperature=0.0, seed=0, penalty=1.0):
     ids = torch.tensor(tokenizer.encode(prompt))
-    return tokenizer.decode(model.generate(ids, n, tokenizer.eos_id, temperature, seed).tolist())
+    return tokenizer.decode(model.generate(ids, n, tokenizer.eos_id, temperature, seed, penalty).tolist())
 
 
 def test_generate_continues_the_prompt_with_the_default_model_a_folder_or_an_adapter(tiny_smollm2, tuned, capsys):
@@ -94,11 +94,14 @@ def test_generate_puts_an_adapter_on_the_model_that_it_was_trained_on(
     assert outputs[0] != outputs[1] == outputs[2]
 
 
-def test_generate_takes_length_temperature_and_seed(tiny_smollm2, capsys):
+def test_generate_takes_length_temperature_seed_and_penalty(tiny_smollm2, capsys):
     model, tokenizer = load_pretrained(tiny_smollm2, device="cpu")
     draws = [written(capsys, "a", "--temperature", 1.5, "--seed", seed, "--tokens", 9) for seed in (4, 4, 5)]
     assert draws[0] == draws[1] != draws[2]
     assert draws[0] == "a" + continuation(model, tokenizer, "a", 9, 1.5, 4) + "\n"
+    penalised = written(capsys, "a", "--tokens", 30, "--repetition-penalty", 50)
+    assert penalised == "a" + continuation(model, tokenizer, "a", 30, penalty=50) + "\n"
+    assert penalised != written(capsys, "a", "--tokens", 30)
     assert written(capsys, "a", "--tokens", 3) == "a" + continuation(model, tokenizer, "a", 3) + "\n"
 
 
@@ -108,7 +111,11 @@ def test_generate_answers_in_the_models_chat_format(tiny_smollm2, capsys):
     config["chat_template"] = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
     (tiny_smollm2 / "tokenizer_config.json").write_text(json.dumps(config))
     answer = continuation(model, tokenizer, "<user>the dog<answer>", 8)
-    assert written(capsys, "the dog", "--tokens", 8, "--chat") == answer + "\n"
+    assert written(capsys, "the dog", "--tokens", 8, "--chat") == answer.strip() + "\n"
+    sampled = continuation(model, tokenizer, "<user>the dog<answer>", 8, 1.5, 2, 1.3)
+    options = ("--temperature", 1.5, "--seed", 2, "--repetition-penalty", 1.3)
+    assert written(capsys, "the dog", "--tokens", 8, "--chat", *options) == sampled.strip() + "\n"
+    assert sampled != answer
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,7 @@ def test_generate_answers_in_the_models_chat_format(tiny_smollm2, capsys):
     [
         (("a", "--tokens", 0), "--tokens is 0"),
         (("a", "--temperature", -1), "temperature is -1.0"),
+        (("a", "--repetition-penalty", 0), "repetition_penalty is 0.0"),
         (("",), "non-empty"),
         (("a", "--model", "no-such-model"), "no model 'no-such-model'"),
         (("a", "--adapter", "no-such-folder"), "no-such-folder lacks the file adapter_config.json"),
@@ -214,6 +222,7 @@ def test_defaults_are_those_that_the_help_names():
         "tokens": 60,
         "temperature": 0.0,
         "seed": 0,
+        "repetition_penalty": 1.0,
         "chat": False,
         "device": None,
     }

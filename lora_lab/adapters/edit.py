@@ -1,7 +1,8 @@
-"""Change a model's adapters: switch them, turn them off, extract them from a full fine-tune, lower their rank."""
+"""Change a model's adapters: switch them, turn them off or down, extract them from a full fine-tune, lower the rank."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,44 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
             replace(
                 model, name, layer.train(layer.base.training)
             )  # train or eval may have been called within the block
+
+
+@contextmanager
+def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
+    """Within the block, the adapters' update counts ``factor`` times: ``with strength(model, 0.5): model(x)``.
+
+        h = W0 x + factor * scaling * B A x
+
+    A factor of 1 changes nothing. With 0 the model is the base, as within :func:`off`. Between 0 and 1 the adapter acts
+    less than it was trained to, above 1 more, and below 0 in the opposite direction (Ilharco et al. 2023, "Editing
+    Models with Task Arithmetic", arXiv 2212.04089). Blocks within blocks multiply their factors. When the block ends,
+    also by an error, every layer has its alpha back. Do not save, switch or inject within the block.
+
+    Raises:
+        ValueError: the factor is infinite or not a number, the model has no adapters, or they are of DoRA, whose update
+            is not proportional to its scaling.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"factor is {factor}, but it must be a finite number, such as 0.5; 1 changes nothing.")
+    layers = lora_layers(model, required=True)
+    for name, layer in layers.items():
+        if isinstance(layer, DoRALinear):
+            raise ValueError(
+                f"{name!r} has an adapter of type DoRALinear, whose update is not proportional to its scaling, so it "
+                "cannot be multiplied by a factor; use off, or an adapter of plain LoRA."
+            )
+    if factor == 0:
+        with off(model):
+            yield model
+        return
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.alpha *= factor
+        yield model
+    finally:
+        for name, layer in layers.items():
+            layer.alpha = alphas[name]
 
 
 @torch.no_grad()

@@ -36,7 +36,9 @@ _VARIANTS: dict[str, type[LoRALayer]] = {"use_dora": DoRALinear, "use_rslora": R
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, base: str | None = None, dtype: torch.dtype | None = None
+) -> Path:
     """Write the model's adapters to ``folder``, and return it.
 
     An older adapter there stays intact until the new one is complete: see :func:`lora_lab.system.files.atomic_files`.
@@ -46,10 +48,11 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
 
     Args:
         base: name or path of the model that the adapters belong to, stored in the config as a note.
+        dtype: of the tensors in the file, such as ``torch.float16`` for half the bytes; None stores them as they are.
 
     Raises:
-        ValueError: the model has no adapters; they are of several variants, or differ in dropout; or the format has no
-            name for their variant.
+        ValueError: the model has no adapters; they are of several variants, or differ in dropout; the format has no
+            name for their variant; or a number is too large for ``dtype``.
         OSError: the folder cannot be written to, or the disk is full.
     """
     folder = Path(folder)
@@ -84,10 +87,15 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None = None) 
         **{setting: setting == variant for setting in _VARIANTS},
     }
     tensors = {
-        f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().clone().cpu().contiguous()
+        f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().to("cpu", dtype, copy=True).contiguous()
         for name, layer in layers.items()
         for part in layer.parts
     }
+    if dtype is not None and (overflown := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
+        raise ValueError(
+            f"{overflown[0]} holds a number that is infinite in {dtype}, whose largest is {torch.finfo(dtype).max:g}; "
+            "save the adapter without dtype."
+        )
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _DIGEST: _config_digest(config)})

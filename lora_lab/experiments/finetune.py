@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
@@ -73,6 +75,7 @@ def run(
     model: str = SMOLLM2,
     device: str | None = None,
     eval_examples: int | None = 64,
+    half: bool = False,
 ) -> dict[str, Any]:
     """Train, print progress, and save the results in ``out``.
 
@@ -87,14 +90,19 @@ def run(
         lr: peak learning rate; defaults to 1e-4 for full fine-tuning and 1e-3 otherwise.
         model, device: as for :func:`lora_lab.load_pretrained`.
         eval_examples: of each part, for losses and scores; None takes all.
+        half: save the adapter in half precision (float16), which halves the file. The losses and scores after training
+            are those of the rounded adapter.
 
     Returns:
         The content of result.json.
 
     Raises:
+        ValueError: ``half`` is true, but the method trains no adapter.
         OSError: ``out`` cannot be written to. This is checked before anything else; if it happens at the end, the
             results are saved in another folder, which the error names.
     """
+    if half and isinstance(method, FullFineTuning):
+        raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
     out = Path(out)
     check_writable(out)
     chosen, why = pick_device(device)
@@ -118,6 +126,8 @@ def run(
         eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
         eval_examples=eval_examples,
     )
+    if half:
+        _round_adapters(net, torch.float16)
     after = _evaluated(net, data, eval_examples)
     result = {
         "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
@@ -133,7 +143,7 @@ def run(
     def save(folder: Path) -> None:
         with atomic_files(folder, remove=_outdated(folder, method, model)) as temporary:
             if lora_layers(net):
-                save_adapter(net, temporary, base=model)
+                save_adapter(net, temporary, base=model, dtype=torch.float16 if half else None)
             else:
                 save_model(net, temporary, tokenizer)
             history.save(temporary / "history.json")
@@ -143,6 +153,15 @@ def run(
     rescued(save, out)
     print(f"\nSaved in {out}")
     return result
+
+
+@torch.no_grad()
+def _round_adapters(net: Llama, dtype: torch.dtype) -> None:
+    """Round the adapters' tensors to ``dtype``, in place; they keep their own."""
+    for layer in lora_layers(net).values():
+        for part in layer.parts:
+            tensor = getattr(layer, part)
+            tensor.copy_(tensor.to(dtype))
 
 
 def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:

@@ -305,6 +305,7 @@ class Llama(nn.Module):
         stop: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
+        repetition_penalty: float = 1.0,
     ) -> Tensor:
         """Continue one prompt, and return the new tokens only.
 
@@ -315,12 +316,16 @@ class Llama(nn.Module):
             temperature: 0 always takes the most probable token (greedy); above 0 tokens are sampled from
                 softmax(logits / temperature).
             seed: of the samples.
+            repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included,
+                and multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1
+                the text repeats itself less; 1 changes nothing.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
 
         Raises:
-            ValueError: the prompt is empty or not one-dimensional, or the temperature is negative.
+            ValueError: the prompt is empty or not one-dimensional, the temperature is negative, or the penalty is not
+                positive.
         """
         if ids.ndim != 1 or len(ids) == 0:
             raise ValueError(
@@ -328,6 +333,11 @@ class Llama(nn.Module):
             )
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, but it must be 0 (greedy) or above.")
+        if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty is {repetition_penalty}, but it must be a positive number, such as 1.1; 1 changes "
+                "nothing."
+            )
         training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)
@@ -336,6 +346,12 @@ class Llama(nn.Module):
             for _ in range(max_new_tokens):
                 hidden = self.model(inputs, cache=cache)[:, -1]  # (1, 576)
                 logits = self.lm_head(hidden)[0]  # (49152,)
+                if repetition_penalty != 1:
+                    seen = torch.cat([ids, ids.new_tensor(generated)])  # (length + new,)
+                    repeated = logits[seen]  # (length + new,)
+                    logits[seen] = torch.where(
+                        repeated < 0, repeated * repetition_penalty, repeated / repetition_penalty
+                    )  # (length + new,)
                 if temperature == 0:
                     token = logits.argmax()  # ()
                 else:

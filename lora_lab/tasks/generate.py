@@ -1,4 +1,4 @@
-"""The answers of a model to the prompts of a task."""
+"""The answers of a model: to one prompt, or to the prompts of a task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,40 @@ from torch.nn import functional as F
 
 from lora_lab.models.llama import KeyValueCache, Llama
 from lora_lab.task import IGNORE
-from lora_lab.tasks.instruction import Pair, PairTask, encode
+from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode
+
+
+def reply(
+    model: Llama,
+    tokenizer: ChatTokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 80,
+    temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The model's answer to one prompt, which is put into the model's chat template.
+
+    Args:
+        model: with or without adapters.
+        tokenizer: of the model.
+        prompt: what the user writes.
+        max_new_tokens: where the answer is cut if the model does not end it before.
+        temperature, repetition_penalty, seed: as for :meth:`lora_lab.Llama.generate`.
+
+    Returns:
+        The answer, without the token that ends a turn and without white space around it.
+
+    Raises:
+        ValueError: the model is not a :class:`lora_lab.Llama`, its tokenizer has no chat template, or as for
+            :meth:`lora_lab.Llama.generate`.
+    """
+    _require_llama(model)
+    text = tokenizer.chat([{"role": "user", "content": prompt}])
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
+    new_ids = model.generate(ids, max_new_tokens, tokenizer.eos_id, temperature, seed, repetition_penalty)  # (new,)
+    return tokenizer.decode(new_ids.tolist()).strip()
 
 
 @torch.no_grad()
@@ -58,17 +91,22 @@ def answers(
     return texts
 
 
+def _require_llama(model: Llama) -> None:
+    """Raise ValueError if the model is of another class, whose ``generate`` and cache are other ones."""
+    if not isinstance(model, Llama):
+        raise ValueError(
+            f"Only a lora_lab.Llama can generate answers, but the model is a {type(model).__name__}; load its folder "
+            "with load_pretrained, or generate with the model's own library and pass the texts to score."
+        )
+
+
 def _read(model: Llama, prompts: Sequence[list[int]], stop: int | None) -> tuple[Tensor, Tensor, KeyValueCache]:
     """Run the model on a batch of prompts.
 
     Returns:
         The hidden state after each prompt (batch, hidden size), the attention mask (batch, length), and the cache.
     """
-    if not isinstance(model, Llama):
-        raise ValueError(
-            f"Only a lora_lab.Llama can generate answers, but the model is a {type(model).__name__}; load its folder "
-            "with load_pretrained, or generate with the model's own library and pass the texts to score."
-        )
+    _require_llama(model)
     device, longest = next(model.parameters()).device, max(map(len, prompts))
     # Padded on the left, so that all prompts end in the same column. This shifts positions, but rotary embeddings
     # depend on their differences only.

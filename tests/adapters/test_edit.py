@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
-from lora_lab.adapters.edit import off, resize, switch
+from lora_lab.adapters.edit import off, resize, strength, switch
 from lora_lab.adapters.peft_format import read_adapter
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
@@ -516,3 +516,113 @@ def test_off_within_off_is_refused_and_the_adapters_come_back():
     with off(model), pytest.raises(ValueError, match="do not nest off within off"), off(model):
         pass
     assert snapshot(model) == before
+
+
+# strength
+
+
+def scaled(model, factor):
+    """A plain copy whose weights hold the update times the factor, so that no adapter's forward is in it."""
+    plain = copy.deepcopy(model)
+    for name, layer in lora_layers(model).items():
+        base = copy.deepcopy(layer.base)
+        base.weight.data += factor * layer.delta()
+        setattr(plain, name, base)
+    return plain
+
+
+def alphas(model):
+    return {name: layer.alpha for name, layer in lora_layers(model).items()}
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.5, -1.0])
+@pytest.mark.parametrize("kind", [None, RsLoRALinear, LoRAFALinear, PiSSALinear])
+def test_the_update_counts_as_often_as_the_factor_says_in_every_kind_of_layer(kind, factor):
+    model = pictures() if kind is None else pictures(targets=["hidden", "head"], layer=kind)
+    before, outside = snapshot(model), logits(model, PIXELS)
+    alphas_before, deltas = alphas(model), {name: layer.delta() for name, layer in lora_layers(model).items()}
+    expected = logits(scaled(model, factor), PIXELS)
+    with strength(model, factor) as same:
+        assert same is model
+        torch.testing.assert_close(logits(model, PIXELS), expected, rtol=1e-4, atol=1e-4)
+        for name, layer in lora_layers(model).items():
+            torch.testing.assert_close(layer.delta(), factor * deltas[name])
+    assert (expected - outside).abs().max() > 0.1
+    assert torch.equal(logits(model, PIXELS), outside)
+    assert (snapshot(model), alphas(model)) == (before, alphas_before)
+
+
+@pytest.mark.parametrize("kind", [None, RsLoRALinear, PiSSALinear])
+def test_strength_0_is_the_base_and_1_the_adapter_bit_for_bit(kind):
+    model, base = pictures(targets=["hidden", "head"], layer=kind), Pictures().requires_grad_(False)
+    outside = logits(model, PIXELS)
+    with strength(model, 0):
+        assert torch.equal(logits(model, PIXELS), logits(base, PIXELS))
+        assert lora_layers(model) == {}
+    with strength(model, 1):
+        assert torch.equal(logits(model, PIXELS), outside)
+    with strength(model, 1 + 1e-3):
+        assert not torch.equal(logits(model, PIXELS), outside)
+    assert not torch.equal(outside, logits(base, PIXELS))
+
+
+def test_strength_0_is_the_base_even_of_an_adapter_that_is_not_finite():
+    model = pictures()
+    with torch.no_grad():
+        model.head.lora_B.fill_(torch.inf)
+    with strength(model, 0):
+        assert torch.equal(logits(model, PIXELS), logits(Pictures().requires_grad_(False), PIXELS))
+    assert logits(model, PIXELS).isnan().any()
+
+
+def test_strength_reaches_weights_that_are_read_and_never_called():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 1).eval()
+    inject(model, LoRAConfig(rank=2, targets=["out_proj"]))
+    randomise(model)
+    (layer,) = lora_layers(model).values()
+    weight, delta = layer.base.weight, layer.delta()
+    with strength(model, 0.5):
+        torch.testing.assert_close(layer.weight, weight + delta / 2)
+    torch.testing.assert_close(layer.weight, weight + delta)
+
+
+@pytest.mark.parametrize("factor", [0, 0.3])
+def test_strength_is_taken_back_after_an_error(factor):
+    model = pictures()
+    before, alphas_before, outside = snapshot(model), alphas(model), logits(model, PIXELS)
+    with pytest.raises(KeyError, match="inside"), strength(model, factor):
+        raise KeyError("inside" if not torch.equal(logits(model, PIXELS), outside) else "as outside")
+    assert (snapshot(model), alphas(model)) == (before, alphas_before)
+    assert torch.equal(logits(model, PIXELS), outside)
+
+
+def test_strengths_within_one_another_multiply_and_end_one_by_one():
+    model = pictures()
+    start = alphas(model)
+    with strength(model, 0.5):
+        half = alphas(model)
+        with strength(model, 0.5):
+            assert alphas(model) == {name: alpha / 4 for name, alpha in start.items()}
+        assert alphas(model) == half == {name: alpha / 2 for name, alpha in start.items()}
+    assert alphas(model) == start
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
+def test_a_factor_that_is_not_finite_is_refused(factor):
+    model = pictures()
+    before = alphas(model)
+    with pytest.raises(ValueError, match=r"factor is -?(nan|inf), but it must be a finite"), strength(model, factor):
+        pass
+    assert alphas(model) == before
+
+
+@pytest.mark.parametrize("factor", [0, 0.5])
+def test_models_without_adapters_and_dora_have_no_strength(factor):
+    with pytest.raises(ValueError, match="no adapters"), strength(Pictures(), factor):
+        pass
+    model = pictures(targets=["head"], layer=DoRALinear)
+    before = alphas(model)
+    with pytest.raises(ValueError, match="'head' has an adapter of type DoRALinear"), strength(model, factor):
+        pass
+    assert alphas(model) == before

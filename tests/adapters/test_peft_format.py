@@ -249,6 +249,39 @@ def test_targets_are_endings_where_they_name_exactly_these_layers_and_full_names
     assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == expected
 
 
+@pytest.mark.parametrize("layer", [None, DoRALinear, PiSSALinear])
+def test_an_adapter_is_stored_in_half_precision_and_comes_back_rounded_in_the_models_own(tmp_path, layer):
+    model, back = DigitsMLP(width=16), DigitsMLP(width=16)
+    inject(model, LoRAConfig(rank=3, alpha=5.0), layer=layer)
+    before, base = snapshot(randomise(model)), logits(back, PIXELS)
+    save_adapter(model, tmp_path / "whole")
+    save_adapter(model, tmp_path / "half", dtype=torch.float16)
+    assert snapshot(model) == before
+    whole, half = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    for name, tensor in half.items():
+        assert (tensor.dtype, whole[name].dtype) == (torch.float16, torch.float32)
+        assert torch.equal(tensor, whole[name].half())
+    load_adapter(back, tmp_path / "half")
+    assert {parameter.dtype for parameter in back.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(back, PIXELS), logits(model, PIXELS), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+    assert not torch.allclose(logits(back, PIXELS), base, atol=0.1)
+
+
+def test_a_number_that_half_precision_does_not_hold_is_refused_and_the_old_adapter_stays(tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        model.hidden2.lora_B[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"hidden2\.lora_B\.weight holds a number that is infinite in torch\.float16"):
+        save_adapter(model, tmp_path, dtype=torch.float16)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+    save_adapter(model, tmp_path, dtype=torch.bfloat16)
+    assert load_file(tmp_path / WEIGHTS)["base_model.model.hidden2.lora_B.weight"].max() > 9e4
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["hidden2"]])
 def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path, targets):
     model = adapted(rank=3, alpha=5.0, dropout=0.25, targets=targets)

@@ -46,6 +46,23 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
     assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
 
 
+def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(tiny, tmp_path, tiny_config):
+    results = {}
+    for name, options in {"whole": [], "half": ["--half"]}.items():
+        arguments = ["--task", "sums.jsonl", "--rank", 4, "--steps", 5, "--lr", 3e-2, *options, "--out", name]
+        assert command("finetune", *arguments) == 0
+        results[name] = json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8"))
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.7 * sizes[0]  # the header with the names stays
+    model = Llama(tiny_config, seed=3)
+    load_adapter(model, tmp_path / "half")
+    task = finetune.task_of("sums.jsonl", tiny)
+    after = results["half"]["after"]
+    assert finetune._evaluated(model, task, 64)["test loss"] == after["test loss"]
+    assert after["test loss"] != results["whole"]["after"]["test loss"]
+    assert after["test loss"] == pytest.approx(results["whole"]["after"]["test loss"], rel=1e-2)
+
+
 def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
     assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
     assert (tmp_path / "kept" / "model.safetensors").is_file()
@@ -158,8 +175,9 @@ def test_a_text_is_a_task_too(tiny, tmp_path):
         (["--task", "sums.jsonl", "--steps", 0], "steps is 0"),
         (["--task", "sums.jsonl", "--lr", -1], "lr is -1.0"),
         (["--task", "sums.jsonl", "--device", "tpu"], "tpu"),
+        (["--task", "sums.jsonl", "--method", "full", "--half"], "half precision is for adapters; leave --half out"),
     ],
-    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device"],
+    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device", "half a model"],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
     (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from lora_lab import Llama, load_pretrained
 from lora_lab.models import llama
@@ -168,6 +169,38 @@ def test_sampling_draws_each_token_as_often_as_softmax_says(tiny):
     p = float(chances[likeliest])
     assert 0.02 < p < 0.9
     assert abs(draws.count(likeliest) / 400 - p) < 5 * (p * (1 - p) / 400) ** 0.5
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repeated_tokens_are_penalised_as_in_transformers(tiny, penalty):
+    ids = random_ids(1, 9)  # (1, 9)
+    rule = RepetitionPenaltyLogitsProcessor(penalty)
+    signs = set()
+    for _ in range(30):
+        scores = logits(tiny, ids)[:, -1]  # (1, 260)
+        signs |= set(scores[0, ids[0]].sign().tolist())
+        ids = torch.cat((ids, rule(ids, scores).argmax(-1, keepdim=True)), dim=1)
+    assert signs == {-1.0, 1.0}  # so both branches of the rule counted
+    written = tiny.generate(ids[0, :9], 30, repetition_penalty=penalty)
+    assert written.tolist() == ids[0, 9:].tolist()
+    plain = tiny.generate(ids[0, :9], 30)
+    assert plain.tolist() != written.tolist()
+    assert tiny.generate(ids[0, :9], 30, repetition_penalty=1.0).tolist() == plain.tolist()
+
+
+def test_sampling_draws_from_the_penalised_logits(tiny):
+    prompt = random_ids(1, 4)[0]
+    scores = RepetitionPenaltyLogitsProcessor(3.0)(prompt[None], logits(tiny, prompt[None])[:, -1])[0]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        expected = torch.multinomial(torch.softmax(scores / 2.0, dim=-1), 1, generator=generator)
+        assert torch.equal(tiny.generate(prompt, 1, temperature=2.0, seed=seed, repetition_penalty=3.0), expected)
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_repetition_penalty_that_is_no_positive_number_is_refused(tiny, penalty):
+    with pytest.raises(ValueError, match=f"repetition_penalty is {penalty}, but it must be a positive number"):
+        tiny.generate(torch.tensor([1]), 1, repetition_penalty=penalty)
 
 
 def test_generation_leaves_the_model_and_the_global_generator_as_they_were(tiny):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lora_lab import Llama
 from lora_lab.tasks import IGNORE, Pair, from_pairs
-from lora_lab.tasks.generate import answers, choices, classes
+from lora_lab.tasks.generate import answers, choices, classes, reply
 from tests.helpers import enlarge, sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +29,34 @@ def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker
         alone = talker.generate(torch.tensor(task.prompt_ids(pair)), 12, stop=chatter.eos_id)
         assert own == chatter.decode(alone.tolist()).strip()
     assert len(set(said)) > 1
+
+
+def test_a_reply_is_the_answer_to_one_prompt_in_the_chat_template(chatter, talker):
+    ids = torch.tensor(chatter.encode("<s>user: How are you?\n<s>assistant: "))
+    assert reply(talker, chatter, "How are you?") == written(chatter, talker.generate(ids, 80, stop=259))
+    options = {"temperature": 1.5, "repetition_penalty": 1.2, "seed": 3}
+    expected = written(chatter, talker.generate(ids, 20, stop=259, **options))
+    assert reply(talker, chatter, "How are you?", max_new_tokens=20, **options) == expected
+    for name, value in {"temperature": 0.5, "repetition_penalty": 2.0, "seed": 4}.items():
+        other = reply(talker, chatter, "How are you?", max_new_tokens=20, **(options | {name: value}))
+        assert other != expected, name
+    assert reply(talker, chatter, "And you?", max_new_tokens=20, **options) != expected
+
+
+def written(tokenizer, ids):
+    return tokenizer.decode(ids.tolist()).strip()
+
+
+def test_a_reply_has_no_white_space_around_it(chatter, talker, monkeypatch):
+    monkeypatch.setattr(Llama, "generate", lambda *_, **__: torch.tensor(chatter.encode(" yes, no \n")))
+    assert reply(talker, chatter, "?") == "yes, no"
+
+
+def test_only_our_llama_replies_and_only_with_a_chat_template(chatter, talker, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"Only a lora_lab\.Llama can generate .* is a Linear; load its folder"):
+        reply(torch.nn.Linear(2, 2), chatter, "?")
+    with pytest.raises(ValueError, match="no chat template"):
+        reply(talker, tiny_tokenizer, "?")
 
 
 def test_an_answer_ends_with_its_turn(chatter, talker):
