@@ -26,6 +26,7 @@ In reading order. A file imports only from what is listed before it: here, and i
     records      measured runs with their provenance
     plots        pictures of results
     lessons      what the notebooks show: predictions, tables, claims, pictures with sliders
+    classroom/   exercises that name the mistake; the lessons in a learner's folder
     experiments/ the runs behind the records; fine-tuning and the demo
     cli          the command ``lora-lab``
 

@@ -113,6 +113,7 @@ def test_what_stands_at_the_top_is_what_the_docstring_lists():
 def test_a_folder_lists_all_its_files(folder):
     listed = LINE.findall(ast.get_docstring(tree_of(folder)))
     files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    files |= {f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")}
     assert files <= set(listed)
     assert {name for name in listed if name not in files} <= WORDS.get(folder, set())
 
@@ -131,9 +132,9 @@ def ahead(module, tree):
     folder, _, name = module.partition(".")
     if not name:
         return set()
-    listed = LINE.findall(ast.get_docstring(tree_of(folder)))
-    neighbours = {other.partition(".")[2] for other in own(tree) if other.startswith(f"{folder}.")}
-    return {other for other in neighbours if listed.index(other) > listed.index(name)}
+    listed = [each.rstrip("/") for each in LINE.findall(ast.get_docstring(tree_of(folder)))]
+    neighbours = {other.split(".")[1] for other in own(tree) if other.startswith(f"{folder}.")}
+    return {other for other in neighbours if listed.index(other) > listed.index(name.split(".")[0])}
 
 
 @MODULES

@@ -51,7 +51,9 @@ def test_each_test_file_is_named_after_a_module_or_its_folder():
     for path in FILES:
         folder, name = path.parent.relative_to(TESTS), path.stem.removeprefix("test_")
         if folder.name != "guards":
-            assert name == folder.name or (ROOT / "lora_lab" / folder / f"{name}.py").is_file(), path.name
+            assert name == folder.name or any(
+                (ROOT / "lora_lab" / folder / file).exists() for file in (name, f"{name}.py")
+            ), path.name
 
 
 def test_test_files_that_are_named_elsewhere_exist():

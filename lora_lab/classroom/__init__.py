@@ -1,0 +1,18 @@
+"""Exercises of the lessons: ``from lora_lab.classroom import check, hint, progress``.
+
+exercise    what an exercise is, and all of them by name
+exercises/  the exercises, one file for each lesson
+values      equal up to rounding, and what differs
+calls       one call of a learner's function: copies, captured output, a time limit
+judge       right, a known mistake, or what else is wrong
+learner     check, hint, progress: what is shown, and what is remembered
+course      the lessons in a folder of the learner's, with or without the solutions
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    ["calls", "course", "exercise", "exercises", "judge", "learner", "values"],
+    {"learner": ["check", "hint", "progress"]},
+)
