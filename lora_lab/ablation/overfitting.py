@@ -5,7 +5,10 @@
     best = at_best_rate(trials)             # each setup at its own best rate
     compare(best, "overfit")                # with full fine-tuning, paired by seed
     equal = at_equal_learning(frame, best)  # what each had forgotten when all had learned as much
-    compare_over_rates(frame, "overfit")    # over all rates in the frame: does the choice of a rate decide?
+    frame = at_rates(..., near_ties(trials, 0.05), seeds)  # train all rates that tie on seeds that did not choose
+    verdicts = compare_over_rates(frame, "overfit")  # over all rates in the frame: does the choice of a rate decide?
+    by_stopping_point(frame, "overfit")     # does the stopping point decide?
+    at_training_loss(frame, [1.0, 0.5])     # the validation loss where all fit the training set equally well
 
 A frame is what :func:`lora_lab.ablation.ablate` returns, with one more column: ``setup``, a name for how it trained.
 With a column ``n_train`` as well, each size of the training set is treated by itself.
@@ -89,6 +92,33 @@ def by_size(
                     break
                 best = at_best_rate(summarise_trials(so_far))
                 chosen = {setup: (lr,) for setup, lr in zip(best["setup"], best["lr"], strict=True)}
+
+
+def at_rates(
+    model_factory: nn.Module | Factory,
+    task_of: Callable[[int, int], Task | Callable[[], Task]],
+    trial_of: Callable[[str, float, int, int], Trial],
+    rates: pandas.DataFrame,
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    **options: Any,
+) -> pandas.DataFrame:
+    """Train each setup at each of its rates on each seed, such as all rates that tie on seeds that did not choose.
+
+    Args:
+        model_factory, task_of, trial_of, folder, **options: as for :func:`by_size`.
+        rates: columns ``n_train``, ``setup``, ``lr``, as :func:`near_ties` returns them.
+
+    Returns:
+        The frames of :func:`by_size`, together.
+    """
+    import pandas
+
+    frames = []
+    for size, of_size in rates.groupby("n_train"):
+        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
+        frames += by_size(model_factory, task_of, trial_of, lrs, [size], seeds, folder, choose=len(seeds), **options)
+    return pandas.concat(frames, ignore_index=True)
 
 
 def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -258,6 +288,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
     by, rows = _identity(frame), []
     common = [name for name in by if name not in ("setup", "lr")]  # what the methods that are compared share
+    frame = frame.merge(best[by].drop_duplicates())  # the other trials' curves are not needed
     curves = {values: curve.sort_values("step") for values, curve in frame.groupby(by)}
     for values, compared in best.groupby(common):
         amount = share * compared["learned"].min()
@@ -286,7 +317,7 @@ def compare_over_rates(
     Returns:
         Columns ``n_train`` (if there is one), ``setup``, ``pairs`` (of rates), ``lower`` and ``upper`` (the outermost
         of the one-sided 95 % bounds of the paired differences) and ``verdict``: "less" or "more" if each pair's bounds
-        say so, "turns" if some say less and some more, else "open".
+        say so, "flips" if some say less and some more, else "open".
 
     Raises:
         ValueError: the reference is not there, or a pair of rates has fewer than two seeds in common.
@@ -315,11 +346,93 @@ def compare_over_rates(
     return pandas.DataFrame(rows)
 
 
+def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", reference: str = "full") -> pandas.DataFrame:
+    """Each method compared with one as if training had stopped at each evaluation: does the last step decide?
+
+    The first evaluation after the start is left out: no loss has risen there, unless training did nothing but harm.
+
+    Args:
+        frame: as for :func:`summarise_trials`, of one rate for each setup (and size).
+        column: one that :func:`summarise_trials` returns.
+        reference: the method that the others are compared with.
+
+    Returns:
+        As :func:`compare`, with the columns ``step`` and ``verdict``: "less" or "more" if both bounds say so, else
+        "open". The rows of the reference are left out.
+
+    Raises:
+        ValueError: a setup has several rates, or fewer than two seeds in common with the reference; or as
+            :func:`compare`.
+    """
+    import pandas
+
+    for _, of_setup in frame.groupby(_shared(frame)):
+        if len(rates := sorted(of_setup["lr"].unique())) > 1:
+            raise ValueError(
+                f"The setup {of_setup['setup'].iloc[0]!r} has the rates {', '.join(map('{:g}'.format, rates))}, "
+                "but must have one; select the rows of one rate."
+            )
+    parts = []
+    for _, of_size in frame.groupby("n_train") if "n_train" in frame else [(None, frame)]:
+        for step in sorted(of_size["step"].dropna().unique())[2:]:
+            stopped = compare(summarise_trials(of_size[of_size["step"] <= step]), column, reference)
+            parts.append(stopped[stopped["setup"] != reference].assign(step=step))
+    table = pandas.concat(parts, ignore_index=True)
+    if "lower" not in table or table["lower"].isna().any():
+        raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
+    bounds = zip(table["lower"], table["upper"], strict=True)
+    return table.assign(verdict=["less" if upper < 0 else "more" if lower > 0 else "open" for lower, upper in bounds])
+
+
+def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas.DataFrame:
+    """The validation loss of each trial where its training loss first comes down to given values.
+
+    A higher validation loss at an equal training loss means a larger generalisation gap, whatever the rates and wherever
+    training stops. Between evaluations a straight line is followed. An evaluation's training loss is the mean over the
+    steps since the one before (the validation loss minus the gap), so it lags behind, more so where it falls fast.
+
+    Args:
+        frame: as for :func:`summarise_trials`.
+        losses: training losses.
+
+    Returns:
+        Columns ``n_train`` (if there is one), ``setup``, ``lr``, ``seed``, ``train_loss`` (one of ``losses``) and
+        ``validation_loss``. A trial has no row for a loss that it never comes down to, or is below from the first.
+    """
+    import pandas
+
+    by, rows = _identity(frame), []
+    for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
+        curve = curve.dropna(subset="gap").sort_values("step")  # before training there is no training loss
+        validation = curve["validation_loss"].tolist()
+        training = (curve["validation_loss"] - curve["gap"]).tolist()
+        for loss in losses:
+            if training[0] > loss >= min(training):
+                there = interpolate_at([-value for value in training], validation, -loss)
+                identity = dict(zip(by, values, strict=True))
+                rows.append({**identity, "train_loss": loss, "validation_loss": there})
+    return pandas.DataFrame(rows, columns=[*by, "train_loss", "validation_loss"])
+
+
+def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFrame:
+    """Bounds and verdicts for reading: a row for each setup, a column for each size of the training set.
+
+    Args:
+        compared: what :func:`compare_over_rates` returns, with sizes.
+        digits: after the decimal point.
+    """
+    cells = [
+        f"{row.lower:+.{digits}f} to {row.upper:+.{digits}f}: {row.verdict}" for row in compared.itertuples(index=False)
+    ]
+    wide = compared.assign(cell=cells).pivot(index="setup", columns="n_train", values="cell")
+    return wide.loc[compared["setup"].unique()].rename(columns="{:,} examples".format).rename_axis(columns=None)
+
+
 def _over_all(lower: pandas.Series, upper: pandas.Series) -> str:
     """The verdict of several differences' bounds together."""
     less, more = upper < 0, lower > 0
     if less.any() and more.any():
-        return "turns"
+        return "flips"
     return "less" if less.all() else "more" if more.all() else "open"
 
 

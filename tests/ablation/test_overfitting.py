@@ -15,7 +15,11 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.overfitting import (
     at_best_rate,
     at_equal_learning,
+    at_rates,
+    at_training_loss,
+    bounds_table,
     by_size,
+    by_stopping_point,
     compare,
     compare_over_rates,
     near_ties,
@@ -643,6 +647,21 @@ def test_no_more_seeds_can_choose_than_there_are():
             next(sweep(seeds=(0, 1), choose=choose))
 
 
+def test_all_rates_that_tie_are_run_on_all_seeds_at_each_size():
+    ties = pandas.DataFrame(
+        [(8, "full", 1e-2), (12, "full", 1e-4), (12, "full", 1e-2), (12, "LoRA", 3e-2)],
+        columns=["n_train", "setup", "lr"],
+    )
+    frame = at_rates(MODEL, task_of, trial_of, ties, (3, 4), engine="separate", progress=False)
+    for size, trials in ((8, [("full", 1e-2)]), (12, [("LoRA", 3e-2), ("full", 1e-4), ("full", 1e-2)])):
+        for seed in (3, 4):
+            assert tried(frame[(frame.n_train == size) & (frame.seed == seed)]) == trials
+    assert len(summarise_trials(frame)) == 2 * len(ties)
+    row = frame[(frame.n_train == 8) & (frame.seed == 4)]
+    history = fit(MODEL(), task_of(8, 4), METHODS["full"], lr=1e-2, seed=4, **OPTIONS)
+    assert row.validation_loss.tolist() == history.frame()["validation_loss"].dropna().tolist()
+
+
 # Over all pairs of rates
 
 
@@ -664,8 +683,8 @@ STEEP = rising("full", 3e-3, [1.0, 1.125, 1.0])
         ({1e-3: [0.25, 0.375, 0.125], 1e-2: [0.5, 0.5, 0.625]}, "open"),
         ({1e-3: [0.75, 0.875, 0.875]}, "more"),
         ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.5, 0.5, 0.625]}, "open"),
-        ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.25, 0.375, 0.125]}, "turns"),
-        ({1e-3: [0.75, 0.875, 0.875], 3e-3: [0.5, 0.5, 0.625], 1e-2: [0.25, 0.375, 0.125]}, "turns"),
+        ({1e-3: [0.75, 0.875, 0.875], 1e-2: [0.25, 0.375, 0.125]}, "flips"),
+        ({1e-3: [0.75, 0.875, 0.875], 3e-3: [0.5, 0.5, 0.625], 1e-2: [0.25, 0.375, 0.125]}, "flips"),
     ],
 )
 def test_a_verdict_has_to_hold_for_each_pair_of_rates(rates, verdict):
@@ -686,11 +705,11 @@ def test_the_bounds_are_the_outermost_of_all_pairs():
     assert told.upper == max(one.upper for one in alone)
 
 
-def test_a_way_against_itself_turns_where_its_rates_differ():
+def test_a_method_against_itself_flips_where_its_rates_differ():
     alone = together(GENTLE, GENTLE.assign(setup="full again"))
     assert compare_over_rates(alone, "overfit").verdict.tolist() == ["open"]
     both = together(GENTLE, STEEP)
-    assert compare_over_rates(together(both, both.assign(setup="full again")), "overfit").verdict.tolist() == ["turns"]
+    assert compare_over_rates(together(both, both.assign(setup="full again")), "overfit").verdict.tolist() == ["flips"]
 
 
 def test_a_share_compares_at_equal_learning():
@@ -728,3 +747,106 @@ def test_what_cannot_be_compared_over_rates_is_named():
     other = rising("LoRA", 1e-3, [0.25, 0.5]).assign(seed=lambda rows: rows.seed + 7)
     with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
         compare_over_rates(together(GENTLE, other), "overfit")
+
+
+def test_bounds_are_listed_by_setup_and_size():
+    compared = pandas.DataFrame(
+        [
+            (16, "LoRA", -0.126, 0.5, "open"),
+            (1024, "LoRA", -0.5, -0.25, "less"),
+            (1024, "head", 0.125, 1.0, "more"),
+        ],
+        columns=["n_train", "setup", "lower", "upper", "verdict"],
+    )
+    listed = bounds_table(compared)
+    assert listed.index.tolist() == ["LoRA", "head"]
+    assert listed.loc["LoRA"].to_dict() == {
+        "16 examples": "-0.13 to +0.50: open",
+        "1,024 examples": "-0.50 to -0.25: less",
+    }
+    assert listed["16 examples"].isna().tolist() == [False, True]
+    assert bounds_table(compared, 1).loc["head", "1,024 examples"] == "+0.1 to +1.0: more"
+
+
+# At each stopping point
+
+
+STOPS = together(
+    *(curve("full", 1e-3, seed, [3.0, 1.0, 2.0, 3.0 + seed / 8], n_train=16) for seed in (0, 1)),
+    *(curve("LoRA", 1e-2, seed, [3.0, 2.0, 1.0 + seed / 8, 3.5 + seed / 8], n_train=16) for seed in (0, 1)),
+)
+
+
+def test_a_rise_is_compared_as_if_training_had_stopped_at_each_evaluation():
+    stops = by_stopping_point(STOPS)
+    assert stops[["n_train", "setup", "step", "verdict"]].values.tolist() == [
+        [16, "LoRA", 20, "less"],
+        [16, "LoRA", 30, "more"],
+    ]
+    # Full has risen from 1.0 by 1.0, then by 2.0 and 2.125; LoRA by nothing, then by 2.5 twice.
+    assert stops.difference.tolist() == [-1.0, (0.5 + 0.375) / 2]
+    last = compare(summarise_trials(STOPS), "overfit").query("setup == 'LoRA'").iloc[0]
+    assert stops.iloc[-1][["mean", "lower", "upper"]].tolist() == last[["mean", "lower", "upper"]].tolist()
+    assert stops.seeds.tolist() == [2, 2]
+
+
+def test_a_stopping_point_of_which_seeds_disagree_is_open():
+    mixed = together(STOPS, curve("LoRA", 1e-2, 2, [3.0, 1.0, 2.5, 3.0], n_train=16))
+    mixed = together(mixed, curve("full", 1e-3, 2, [3.0, 1.0, 1.5, 2.0], n_train=16))
+    assert by_stopping_point(mixed).verdict.tolist() == ["open", "more"]
+
+
+def test_each_size_is_stopped_at_its_own_evaluations():
+    longer = together(*(curve(setup, 1e-3, seed, [3.0, 2.0, 1.0, 2.0, 3.0]) for setup in "ab" for seed in (0, 1)))
+    both = together(STOPS.replace({"setup": {"full": "a", "LoRA": "b"}}), longer.assign(n_train=64))
+    stops = by_stopping_point(both, "best_loss", reference="a")
+    assert stops.groupby("n_train").step.agg(list).to_dict() == {16: [20, 30], 64: [20, 30, 40]}
+    assert stops[stops.n_train == 64].difference.tolist() == [0, 0, 0]
+    alone = by_stopping_point(longer, reference="a")
+    assert "n_train" not in alone
+    assert alone.step.tolist() == [20, 30, 40]
+
+
+def test_what_cannot_be_compared_at_stopping_points_is_named():
+    with pytest.raises(ValueError, match="'LoRA' has the rates 0.01, 0.1, but must have one"):
+        by_stopping_point(together(STOPS, curve("LoRA", 0.1, 0, [3.0, 2.0, 1.0, 1.5], n_train=16)))
+    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
+        by_stopping_point(STOPS[STOPS.seed == 0])
+
+
+# At equal training loss
+
+
+def test_the_validation_loss_is_read_where_the_training_loss_first_comes_down_to_a_value():
+    # Training losses 2, 1, 0.5, 0.75, 0.25; before training there is none.
+    gaps = [math.nan, 0.5, 1.0, 2.0, 2.0, 3.0]
+    frame = curve("full", 1e-3, 4, [3.0, 2.5, 2.0, 2.5, 2.75, 3.25], gap=gaps)
+    rows = at_training_loss(frame.sample(frac=1, random_state=1), [1.5, 1.0, 0.625, 0.375])
+    assert rows.to_dict("records") == [
+        {"setup": "full", "lr": 1e-3, "seed": 4, "train_loss": loss, "validation_loss": there}
+        for loss, there in ((1.5, 2.25), (1.0, 2.0), (0.625, 2.375), (0.375, 2.75 + 0.5 * 0.75))
+    ]
+
+
+def test_a_training_loss_that_is_not_passed_has_no_row():
+    frame = curve("full", 1e-3, 0, [3.0, 2.5, 2.0], gap=[math.nan, 0.5, 1.0])  # training losses 2 and 1
+    rows = at_training_loss(frame, [3.0, 2.0, 1.0, 0.5])
+    assert rows.train_loss.tolist() == [1.0]  # 2.0 is where the first evaluation is already
+    empty = at_training_loss(frame, [0.5])
+    assert empty.columns.tolist() == ["setup", "lr", "seed", "train_loss", "validation_loss"]
+    assert empty.empty
+
+
+def test_each_trial_is_read_at_its_own_step_and_the_result_can_be_compared():
+    slow = [math.nan, 0.25, 0.5, 1.0]  # training losses 2.25, 1.5, 1.0
+    fast = [math.nan, 0.5, 1.5, 2.5]  # training losses 1.5, 0.5, 0.25
+    curves = [curve("full", 1e-3, s, [3.0, 2.0, 2.0 + s, 2.75], gap=fast, n_train=16) for s in (0, 1)]
+    curves += [curve("LoRA", 1e-2, s, [3.0, 2.5, 2.0, 2.0], gap=slow, n_train=16) for s in (0, 1)]
+    curves += [failed("LoRA", 1e-1, 0, n_train=16)]
+    rows = at_training_loss(together(*curves), [1.0])
+    assert rows.groupby("setup").validation_loss.agg(list).to_dict() == {
+        "full": [2.0, pytest.approx(2.9)],  # halfway from 1.5 to 0.5; two fifths from 1.5 to 0.25
+        "LoRA": [2.0, 2.0],
+    }
+    table = compare(rows, "validation_loss").set_index("setup")
+    assert table.difference["LoRA"] == pytest.approx(-0.45)
