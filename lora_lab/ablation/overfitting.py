@@ -8,7 +8,7 @@
     frame = at_rates(..., near_ties(trials, 0.05), seeds)  # train all rates that tie on seeds that did not choose
     verdicts = compare_over_rates(frame, "overfit")  # over all rates in the frame: does the choice of a rate decide?
     by_stopping_point(frame, "overfit")     # does the stopping point decide?
-    at_training_loss(frame, [1.0, 0.5])     # the validation loss where all fit the training set equally well
+    by_training_loss(frame, [1.0, 0.5])     # the validation loss where all fit the training set equally well
 
 A frame is what :func:`lora_lab.ablation.ablate` returns, with one more column: ``setup``, a name for how it trained.
 With a column ``n_train`` as well, each size of the training set is treated by itself.
@@ -357,39 +357,26 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
         reference: the method that the others are compared with.
 
     Returns:
-        As :func:`compare`, with the columns ``step`` and ``verdict``: "less" or "more" if both bounds say so, else
-        "open". The rows of the reference are left out.
+        As :func:`compare`, without the reference, with the columns ``step`` and ``verdict``: "less" or "more" if both
+        bounds say so, else "open".
 
     Raises:
         ValueError: a setup has several rates, or fewer than two seeds in common with the reference; or as
             :func:`compare`.
     """
-    import pandas
-
-    for _, of_setup in frame.groupby(_shared(frame)):
-        if len(rates := sorted(of_setup["lr"].unique())) > 1:
-            raise ValueError(
-                f"The setup {of_setup['setup'].iloc[0]!r} has the rates {', '.join(map('{:g}'.format, rates))}, "
-                "but must have one; select the rows of one rate."
-            )
     parts = []
     for _, of_size in frame.groupby("n_train") if "n_train" in frame else [(None, frame)]:
         for step in sorted(of_size["step"].dropna().unique())[2:]:
-            stopped = compare(summarise_trials(of_size[of_size["step"] <= step]), column, reference)
-            parts.append(stopped[stopped["setup"] != reference].assign(step=step))
-    table = pandas.concat(parts, ignore_index=True)
-    if "lower" not in table or table["lower"].isna().any():
-        raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
-    bounds = zip(table["lower"], table["upper"], strict=True)
-    return table.assign(verdict=["less" if upper < 0 else "more" if lower > 0 else "open" for lower, upper in bounds])
+            stopped = compare(_of_one_rate(summarise_trials(of_size[of_size["step"] <= step])), column, reference)
+            parts.append(stopped.assign(step=step))
+    return _with_verdicts(parts, reference)
 
 
 def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas.DataFrame:
     """The validation loss of each trial where its training loss first comes down to given values.
 
-    A higher validation loss at an equal training loss means a larger generalisation gap, whatever the rates and wherever
-    training stops. Between evaluations a straight line is followed. An evaluation's training loss is the mean over the
-    steps since the one before (the validation loss minus the gap), so it lags behind, more so where it falls fast.
+    Between evaluations a straight line is followed. An evaluation's training loss is the mean over the steps since the
+    one before (the validation loss minus the gap), so it lags behind, more so where it falls fast.
 
     Args:
         frame: as for :func:`summarise_trials`.
@@ -412,6 +399,57 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas
                 identity = dict(zip(by, values, strict=True))
                 rows.append({**identity, "train_loss": loss, "validation_loss": there})
     return pandas.DataFrame(rows, columns=[*by, "train_loss", "validation_loss"])
+
+
+def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference: str = "full") -> pandas.DataFrame:
+    """The validation loss of each method compared with one's at equal training losses.
+
+    A higher validation loss at the same training loss is a larger generalisation gap, wherever training stops.
+
+    Args:
+        frame: as for :func:`at_training_loss`, of one rate for each setup (and size).
+        losses: training losses. Where some method has fewer than two seeds in common with the reference that come down
+            to one, it has no row.
+        reference: the method that the others are compared with.
+
+    Returns:
+        As :func:`compare`, without the reference, with the columns ``train_loss`` and ``verdict``, as
+        :func:`by_stopping_point`.
+
+    Raises:
+        ValueError: a setup has several rates, or no method can be compared at any of the losses; or as :func:`compare`.
+    """
+    rows = _of_one_rate(at_training_loss(frame, losses))
+    parts = []
+    for loss, of_loss in rows.groupby("train_loss", sort=False):
+        if reference in set(of_loss["setup"]):
+            table = compare(of_loss, "validation_loss", reference)
+            if "lower" in table:
+                parts.append(table.dropna(subset="lower").assign(train_loss=loss))
+    return _with_verdicts(parts, reference)
+
+
+def _of_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows, after a check that each setup has one rate."""
+    for _, of_setup in rows.groupby(_shared(rows)):
+        if len(rates := sorted(of_setup["lr"].unique())) > 1:
+            raise ValueError(
+                f"The setup {of_setup['setup'].iloc[0]!r} has the rates {', '.join(map('{:g}'.format, rates))}, "
+                "but must have one; select the rows of one rate."
+            )
+    return rows
+
+
+def _with_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.DataFrame:
+    """Comparisons with one method, together, without that method's own rows and with a verdict for each."""
+    import pandas
+
+    table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=["setup"])
+    table = table[table["setup"] != reference].reset_index(drop=True)
+    if table.empty or "lower" not in table or table["lower"].isna().any():
+        raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
+    bounds = zip(table["lower"], table["upper"], strict=True)
+    return table.assign(verdict=["less" if upper < 0 else "more" if lower > 0 else "open" for lower, upper in bounds])
 
 
 def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFrame:

@@ -20,6 +20,7 @@ from lora_lab.ablation.overfitting import (
     bounds_table,
     by_size,
     by_stopping_point,
+    by_training_loss,
     compare,
     compare_over_rates,
     near_ties,
@@ -808,7 +809,7 @@ def test_each_size_is_stopped_at_its_own_evaluations():
 
 
 def test_what_cannot_be_compared_at_stopping_points_is_named():
-    with pytest.raises(ValueError, match="'LoRA' has the rates 0.01, 0.1, but must have one"):
+    with pytest.raises(ValueError, match=r"'LoRA' has the rates 0\.01, 0\.1, but must have one"):
         by_stopping_point(together(STOPS, curve("LoRA", 0.1, 0, [3.0, 2.0, 1.0, 1.5], n_train=16)))
     with pytest.raises(ValueError, match="two seeds in common with 'full'"):
         by_stopping_point(STOPS[STOPS.seed == 0])
@@ -848,5 +849,39 @@ def test_each_trial_is_read_at_its_own_step_and_the_result_can_be_compared():
         "full": [2.0, pytest.approx(2.9)],  # halfway from 1.5 to 0.5; two fifths from 1.5 to 0.25
         "LoRA": [2.0, 2.0],
     }
-    table = compare(rows, "validation_loss").set_index("setup")
-    assert table.difference["LoRA"] == pytest.approx(-0.45)
+    (row,) = by_training_loss(together(*curves[:-1]), [1.0]).to_dict("records")
+    assert (row["n_train"], row["setup"], row["train_loss"], row["seeds"]) == (16, "LoRA", 1.0, 2)
+    assert row["difference"] == pytest.approx(-0.45)
+    assert row["verdict"] == "open"
+
+
+def trained_to(setup, seed, validation, training, lr=1e-3):
+    gaps = [math.nan, *np.subtract(validation[1:], training).tolist()]
+    return curve(setup, lr, seed, validation, gap=gaps)
+
+
+def test_at_equal_training_loss_a_difference_has_bounds_and_a_verdict():
+    curves = [trained_to("full", seed, [3.0, 2.0, 2.5, 3.0], [2.0, 1.0, 0.5]) for seed in (0, 1)]
+    curves += [trained_to("LoRA", seed, [3.0, 2.0, 3.0, 4.0 + seed / 64], [2.0, 1.0, 0.5]) for seed in (0, 1)]
+    curves += [trained_to("head", seed, [3.0, 2.0, 2.0, 1.5], [2.0, 1.5, 1.0]) for seed in (0, 1)]
+    table = by_training_loss(together(*curves), [1.0, 0.5])
+    assert table[["setup", "train_loss", "difference", "verdict"]].values.tolist() == [
+        ["LoRA", 1.0, 0.5, "more"],
+        ["head", 1.0, -1.0, "less"],  # and at 0.5 it has no row: it never comes down to it
+        ["LoRA", 0.5, 1 + 1 / 128, "more"],
+    ]
+    assert table.lower.tolist()[:2] == table.upper.tolist()[:2] == [0.5, -1.0]
+    assert table.lower[2] < table.difference[2] < table.upper[2]
+
+
+def test_what_cannot_be_compared_at_equal_training_loss_is_named():
+    full, lora = (
+        [trained_to(setup, seed, [3.0, 2.0, 2.5], [2.0, 1.0]) for seed in (0, 1)] for setup in ("full", "LoRA")
+    )
+    assert by_training_loss(together(*full, *lora), [1.0]).setup.tolist() == ["LoRA"]
+    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
+        by_training_loss(together(*full, *lora), [0.5])
+    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
+        by_training_loss(together(*full, lora[0]), [1.0])
+    with pytest.raises(ValueError, match=r"'LoRA' has the rates 0\.001, 0\.01, but must have one"):
+        by_training_loss(together(*full, *lora, trained_to("LoRA", 0, [3.0, 2.0, 2.5], [2.0, 1.0], lr=1e-2)), [1.0])
