@@ -359,7 +359,8 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
 def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
     """How each method's validation loss falls while its off-domain loss rises, from the start: mean over seeds.
 
-    A filled marker shows where early stopping stops (the mean of its steps), a hollow one the last step.
+    A star shows the start, a filled marker where early stopping stops (the mean of its steps), and a hollow one the
+    last step.
 
     Args:
         frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size of the training set.
@@ -372,6 +373,7 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
         rows = frame[(frame.setup == setup) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
         mean = rows.groupby("step")[["validation_loss", "off_domain_loss"]].mean()
         forgotten = mean.off_domain_loss - mean.off_domain_loss.iloc[0]
+        ax.plot(0, mean.validation_loss.iloc[0], marker="*", markersize=12, color="#000000", zorder=3)
         ax.plot(forgotten, mean.validation_loss, linewidth=1.2, **{**style, "marker": None})
         stop = int(np.abs(mean.index - trials.best_step.mean()).argmin())
         ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=setup, **style)
@@ -379,6 +381,35 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("rise of the off-domain loss (forgetting)")
     ax.set_ylabel("validation loss (learning)")
     return _legend_beside(ax)
+
+
+def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
+    """What stronger and stronger weight decay does to weights, losses and right answers, a colour for each setup.
+
+    Args:
+        means: columns ``setup``, ``decay``; ``moved`` and ``size``, the norm of the change of the weights and of the
+            weights themselves, each over the norm at the start; ``new_loss`` and ``old_loss`` on the new and the old
+            task; ``old_right``, the share of right answers on the old task.
+        unit: of the losses.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.2))
+    panels = [
+        ("norm / norm at the start", {"size": "size of the weights", "moved": "distance from the start"}),
+        (f"loss ({unit})", {"new_loss": "new task, lowest", "old_loss": "old task, at the end"}),
+        ("share of right answers", {"old_right": "old task, at the end"}),
+    ]
+    decays = sorted(means.decay.unique())
+    styles = looks([str(setup) for setup in means.setup.unique()])
+    for ax, (ylabel, columns) in zip(axes, panels, strict=True):
+        for line, (column, what) in zip(LINES, columns.items(), strict=False):
+            for setup, rows in means.groupby("setup", sort=False):
+                values = rows.set_index("decay")[column].loc[decays]
+                ax.plot(values.tolist(), label=f"{setup}: {what}", **{**styles[str(setup)], "linestyle": line})
+        ax.set(xlabel="weight decay (not to scale)", ylabel=ylabel)
+        ax.set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    return figure
 
 
 def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
@@ -401,6 +432,156 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("training examples")
     ax.set_ylabel(ylabel)
     return _legend_beside(ax)
+
+
+def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """How a training curve is read: the lowest validation loss, the rise after it, and the gap at the end.
+
+    Args:
+        rows: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one setup, rate and size. Seeds are
+            averaged.
+        unit: of the loss.
+    """
+    ax = ax or plt.subplots()[1]
+    mean = rows.assign(training=rows.validation_loss - rows.gap).groupby("step")[["training", "validation_loss"]].mean()
+    style = looks([str(rows.setup.iloc[0])])[str(rows.setup.iloc[0])]
+    validation, training = mean.validation_loss, mean.training.dropna()
+    ax.plot(validation, color=style["color"], label="validation loss")
+    ax.plot(training, color=style["color"], linestyle=":", label="training loss")
+    stop, last, lowest = validation.idxmin(), validation.index[-1], validation.min()
+    ax.plot(stop, lowest, "o", color=style["color"])
+    note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
+    ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)
+    ends = {"rise": (last, lowest, validation[last]), "gap": (1.08 * last, training[last], validation[last])}
+    for name, (place, low, high) in ends.items():
+        arrow = {"arrowstyle": "<->", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (place, high), (place, low), arrowprops=arrow)
+        ax.annotate(f"{name} {high - low:.2f}", (place, (low + high) / 2), (5, 0), **note)
+    ax.hlines(
+        [lowest, training[last], validation[last]], [stop, last, last], [last, *[1.08 * last] * 2], "#999999", lw=0.8
+    )
+    ax.set(xlabel="training step", ylabel=f"loss ({unit}, mean of seeds)")
+    ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= last])
+    ax.set(xlim=(0, 1.22 * last))
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return ax
+
+
+def rigged(frame: DataFrame, rates: Mapping[str, float], unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """Two setups at one rate each, and the headline that their rises after the lowest loss seem to allow.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size; other setups may be in it.
+        rates: two setups -> learning rate; the headline is about the second one.
+        unit: of the loss.
+    """
+    ax = ax or plt.subplots()[1]
+    styles, rises = looks([str(setup) for setup in frame.setup.unique()]), []
+    for setup, rate in rates.items():
+        rows = frame[(frame.setup == setup) & (frame.lr == rate)]
+        mean = rows.groupby("step").validation_loss.mean()
+        ends = rows.sort_values("step").groupby("seed").validation_loss.agg(["min", "last"])
+        rises.append(float((ends["last"] - ends["min"]).mean()))
+        label = f"{setup}, rate {rate:g}: lowest {ends['min'].mean():.2f}, rise {rises[-1]:.2f}"
+        ax.plot(mean, label=label, markevery=[int(mean.argmin())], **styles[setup])
+    reference, setup = rates
+    more = "MORE" if rises[1] > rises[0] else "LESS" if rises[1] < rises[0] else "AS MUCH"
+    ax.set_title(f'"{setup} overfits {more}{" as" if more == "AS MUCH" else " than"} {reference}!"')
+    ax.set(xlabel="training step", ylabel=f"validation loss ({unit}, mean of seeds)", yscale="log", ylim=(0.4, 8))
+    ax.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    ax.minorticks_off()
+    ax.legend(loc="upper right")
+    return ax
+
+
+def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
+    """The lowest validation loss and the rise after it against the learning rate, a line for each setup.
+
+    Args:
+        trials: from :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size. Seeds are averaged.
+        unit: of the loss.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    means = trials.groupby(["setup", "lr"], sort=False)[["best_loss", "overfit"]].mean()
+    styles = looks([str(setup) for setup in trials.setup.unique()])
+    for setup, style in styles.items():
+        left.plot(means.best_loss[setup].sort_index(), label=setup, **style)
+        right.plot(means.overfit[setup].sort_index(), label=setup, **style)
+    rates = sorted(trials.lr.unique())
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="learning rate")
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.minorticks_off()
+    left.set(ylabel=f"lowest validation loss ({unit})")
+    left.set_ylim(bottom=0)
+    right.set(ylabel=f"rise after the lowest ({unit})")
+    right.set_yscale("symlog", linthresh=0.01)
+    right.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    right.set_ylim(bottom=0)
+    _legend_beside(right)
+    return figure
+
+
+def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float = 1, unit: str = "nats") -> Figure:
+    """Validation losses, and beside them how much more each setup had risen than another at each stopping point.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.overfitting.by_stopping_point`, of one size. Seeds are averaged.
+        compared: what that returns for "overfit".
+        per_epoch: steps in an epoch.
+        unit: of the loss.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    styles = looks([str(setup) for setup in frame.setup.unique()])
+    for setup, rows in frame.groupby("setup", sort=False):
+        mean = rows.groupby("step").validation_loss.mean()
+        left.plot(mean.index / per_epoch, mean, label=setup, **styles[str(setup)])
+    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        places = rows.step / per_epoch + 0.12 * i  # so that bounds do not hide each other
+        right.errorbar(places, rows.difference, reach, capsize=2, label=setup, **styles[str(setup)])
+    right.axhline(0, color="#000000", linewidth=0.8)
+    left.set(xlabel="epoch", ylabel=f"validation loss ({unit})")
+    right.set(xlabel="if training had stopped after epoch", ylabel=f"rise minus full's ({unit})")
+    left.legend()
+    right.legend()
+    return figure
+
+
+def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats") -> Figure:
+    """Validation loss against training loss, and beside it how much each setup differs from another at equal ones.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.overfitting.by_training_loss`, of one size. Seeds are averaged.
+        compared: what that returns.
+        unit: of the losses.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    styles = looks([str(setup) for setup in frame.setup.unique()])
+    for setup, rows in frame.dropna(subset="gap").groupby("setup", sort=False):
+        mean = (
+            rows.assign(training=rows.validation_loss - rows.gap)
+            .groupby("step")[["training", "validation_loss"]]
+            .mean()
+        )
+        left.plot(mean.training, mean.validation_loss, label=setup, **styles[str(setup)])
+    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        places = rows.train_loss * 1.03**i  # so that bounds do not hide each other
+        right.errorbar(places, rows.difference, reach, capsize=2, label=setup, **styles[str(setup)])
+    right.axhline(0, color="#000000", linewidth=0.8)
+    right.set_xscale("log")
+    losses = compared.train_loss.unique().tolist()
+    right.set_xticks(losses, [f"{loss:g}" for loss in losses])
+    right.minorticks_off()
+    for ax in (left, right):
+        ax.invert_xaxis()  # training goes from left to right
+        ax.set_xlabel(f"training loss ({unit}), falling to the right")
+        ax.legend()
+    left.set_ylabel(f"validation loss ({unit})")
+    right.set_ylabel(f"validation loss minus full's ({unit})")
+    return figure
 
 
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:

@@ -66,6 +66,7 @@ def by_size(
 
     Yields:
         A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order, as soon as it is done.
+        Its setups are in the order of ``lrs``.
 
     Raises:
         ValueError: ``choose`` is out of range, or two methods make the same trial.
@@ -84,6 +85,8 @@ def by_size(
             if len(setup_of) < sum(len(set(group)) for group in trials.values()):
                 raise ValueError("Two methods make the same trial, so their results are indistinguishable; name one.")
             frame = frame.assign(setup=frame["key"].map(setup_of), n_train=size)
+            place = {setup: number for number, setup in enumerate(lrs)}
+            frame = frame.sort_values("setup", key=lambda setups, place=place: setups.map(place), kind="stable")
             yield frame
             frames.append(frame)
             if number == choose:

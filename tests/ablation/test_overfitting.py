@@ -540,6 +540,9 @@ def test_all_rates_are_run_on_the_first_seed_and_the_best_ones_alone_on_the_othe
     ]
     chosen = {size: {setup: best_by_fit(setup, size, 5) for setup in METHODS} for size in (8, 12)}
     every = [(setup, lr) for setup, lrs in RATES.items() for lr in lrs]
+    assert [frame.setup.unique().tolist() for frame in frames] == [["full", "LoRA"]] * 6
+    backwards = sweep(sizes=(8,), seeds=(5,), lrs=dict(reversed(RATES.items())))
+    assert next(backwards).setup.unique().tolist() == ["LoRA", "full"]
     for frame in frames:
         size, seed = int(frame.n_train.iloc[0]), int(frame.seed.iloc[0])
         assert tried(frame) == (sorted(every) if seed == 5 else sorted(chosen[size].items()))
