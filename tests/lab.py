@@ -29,6 +29,9 @@ def jupyter_lab(folder, state):
     settings = state / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    notebooks = state / "settings" / "@jupyterlab" / "notebook-extension"
+    notebooks.mkdir()
+    (notebooks / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # keep cells out of sight
     places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data"}
     places |= {"JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
@@ -80,7 +83,52 @@ class Page:
         self.page.wait_for_function(DONE, timeout=1000 * seconds)
         self.wait_until_idle(seconds)
 
-    def screenshot(self, path, width=1280, height=1400):
+    def cell(self, text):
+        """The one code cell whose source has this text now: it stays that cell when its source changes."""
+        cells = self.page.locator(".jp-Notebook .jp-CodeCell")
+        sources = [cells.nth(i).locator(".cm-content").inner_text() for i in range(cells.count())]
+        (index,) = [i for i, source in enumerate(sources) if text in source]
+        return cells.nth(index)
+
+    def output(self, cell):
+        return cell.locator(".jp-Cell-outputWrapper").inner_text()
+
+    def picture(self, cell):
+        """The picture that a cell shows, as the address of its bytes."""
+        return cell.locator(".jp-Cell-outputWrapper img").first.get_attribute("src")
+
+    def run(self, cell, seconds=60):
+        number = cell.locator(".jp-InputPrompt").first.inner_text()
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+        prompt = cell.locator(".jp-InputPrompt").first
+        self.wait_for(lambda: (text := prompt.inner_text()) != number and "*" not in text, seconds)
+
+    def type_and_run(self, cell, source, seconds=60):
+        """Replace a cell's source by typing, and run it."""
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.insert_text(source)
+        self.run(cell, seconds)
+
+    def move_slider(self, cell, key, times):
+        cell.locator(".noUi-handle").first.focus()
+        for _ in range(times):
+            self.page.keyboard.press(key)
+
+    def wait_for(self, condition, seconds):
+        for _ in range(4 * seconds):
+            if condition():
+                return
+            self.page.wait_for_timeout(250)
+        raise AssertionError("It did not come about in time.")
+
+    def wait_for_output(self, cell, condition, seconds):
+        self.wait_for(lambda: condition(self.output(cell)), seconds)
+
+    def screenshot(self, path, width=1280, height=1600, scroll_to=None):
         self.page.set_viewport_size({"width": width, "height": height})
+        if scroll_to is not None:
+            scroll_to.scroll_into_view_if_needed()
         self.page.wait_for_timeout(500)
         self.page.screenshot(path=str(path))

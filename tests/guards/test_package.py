@@ -145,11 +145,14 @@ def commands(job):
 
 
 def test_the_jobs_of_the_workflow_run_everything():
-    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "wheel", "lowest"}
+    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "browser", "wheel", "lowest"}
     assert "make lint" in commands("lint")
     assert WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
     for job, folder in (("unit", "tests"), ("lessons", "notebooks"), ("lowest", "tests")):
         assert re.search(rf"-m pytest .* {folder}$", commands(job), flags=re.MULTILINE)
+    assert "apt-get install" in commands("browser")
+    assert "LORA_LAB_BROWSER=required" in commands("browser")
+    assert "tests/guards/test_browser.py" in commands("browser")
     assert "pip install dist/*.whl" in commands("wheel")
     assert ".ci/smoke.py" in commands("wheel")
     assert "--resolution lowest-direct" in commands("lowest")
