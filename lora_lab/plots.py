@@ -300,10 +300,7 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color="#000000", linewidth=0.8)
     ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:g}")
     ticks = [rank.rank for rank in verdict.ranks]
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [str(rank) for rank in ticks])
-    ax.minorticks_off()
-    ax.set_xlabel("rank")
+    _rank_axis(ax, ticks)
     ax.set_ylabel(f"test loss above that of rank {ticks[-1]}")
     seeds = len(verdict.seeds)
     ax.set_title(
@@ -313,11 +310,12 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def loss_by_rate(frame: DataFrame, ax: Axes | None = None) -> Axes:
+def loss_by_rate(frame: DataFrame, ax: Axes | None = None, untrained: float | None = None) -> Axes:
     """Validation loss after the last step against the learning rate, a line a rank: mean, min and max over seeds.
 
     Args:
         frame: from :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed is left out.
+        untrained: the loss before training, drawn as a line.
     """
     ax = ax or plt.subplots()[1]
     failed = frame[frame.outcome == "failed"][["rank", "lr"]].drop_duplicates().itertuples(index=False, name=None)
@@ -328,11 +326,57 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None) -> Axes:
         mean = by_rate.mean()
         reach = [mean - by_rate.min(), by_rate.max() - mean]
         ax.errorbar(mean.index, mean, reach, capsize=2, label=f"rank {rank:g}", **styles[f"rank {rank:g}"])
+    if untrained is not None:
+        ax.axhline(untrained, color=METHOD_COLOURS["as it is"], linestyle=":", linewidth=1, label="untrained")
+    rates = sorted(last.reset_index()["lr"].unique())
     ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss (mean, min and max over seeds)")
-    ax.legend()
-    return ax
+    return _legend_beside(ax)
+
+
+def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | None = None) -> Axes:
+    """A quantity against the rank, on a logarithmic axis: a line for each label.
+
+    Args:
+        lines: label -> rank -> value; the last line is drawn in black, as what the others are compared with.
+        ylabel: the quantity, with its unit.
+    """
+    ax = ax or plt.subplots()[1]
+    for i, (label, values) in enumerate(lines.items()):
+        look = _style(i) if i < len(lines) - 1 else {"color": "#000000", "marker": "P", "linestyle": "-"}
+        ax.plot(list(values), list(values.values()), label=label, **look)
+    ranks = sorted({rank for values in lines.values() for rank in values})
+    _rank_axis(ax, ranks)
+    ax.set_ylabel(ylabel)
+    return _legend_beside(ax)
+
+
+def seed_by_seed(losses: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """What each seed alone says of the ranks: a grey line and a star at its lowest loss; in colour the mean.
+
+    Args:
+        losses: a row for each seed, a column for each rank; test losses.
+        unit: of the losses.
+    """
+    ax = ax or plt.subplots()[1]
+    colour, star = METHOD_COLOURS["lora"], {"marker": "*", "markersize": 11, "linestyle": "none"}
+    for i, (_, row) in enumerate(losses.iterrows()):
+        ax.plot(losses.columns, row, color="#999999", linewidth=0.8, label=None if i else "one seed")
+        ax.plot(row.idxmin(), row.min(), color=colour, label=None if i else "its best rank", **star)
+    ax.plot(losses.columns, losses.mean(), "o-", color="#000000", label="mean of all seeds")
+    _rank_axis(ax, list(losses.columns))
+    ax.set_ylabel(f"test loss ({unit})")
+    return _legend_beside(ax)
+
+
+def _rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ranks, [str(rank) for rank in ranks])
+    ax.minorticks_off()
+    ax.set_xlabel("rank")
 
 
 def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:

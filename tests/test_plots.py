@@ -475,3 +475,23 @@ def test_a_way_that_lacks_a_size_is_drawn_where_it_has_one():
     assert [len(container.lines[0].get_xdata()) for container in axes[1].containers] == [2, 1]
     assert axes[1].get_xticks().tolist() == [16, 1024]
     assert not axes[0].containers
+
+
+def test_lines_by_rank_and_what_they_are_compared_with():
+    lines = {"all at 0.01": {1: 3.0, 4: 2.0}, "each at its own": {1: 2.5, 4: 1.0, 16: 0.5}}
+    ax = plots.by_rank(lines, "test loss (MSE)")
+    first, second = ax.get_lines()
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([1, 4], [3.0, 2.0])
+    assert (list(second.get_xdata()), second.get_color()) == ([1, 4, 16], "#000000")
+    assert first.get_color() != second.get_color()
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "4", "16"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "test loss (MSE)")
+
+
+def test_each_seed_has_its_best_rank_marked():
+    losses = pandas.DataFrame({1: [3.0, 1.0], 4: [2.0, 2.0]}, index=pandas.Index([0, 1], name="seed"))
+    ax = plots.seed_by_seed(losses)
+    stars = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "*"]
+    assert stars == [(4, 2.0), (1, 1.0)]
+    assert list(ax.get_lines()[-1].get_ydata()) == [2.0, 2.0]
+    assert sorted(legend(ax)) == ["its best rank", "mean of all seeds", "one seed"]

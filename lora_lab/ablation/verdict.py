@@ -85,6 +85,23 @@ class Verdict:
         """Whether there is an answer."""
         return self.rank is not None
 
+    @property
+    def answer(self) -> str:
+        """The verdict in a few words."""
+        return f"rank {self.rank} is enough" if self.decided else "undecided"
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """rank -> mean test loss at its chosen rate; ranks that could not be judged are left out."""
+        return {one.rank: one.test_loss for one in self.ranks if one.test_loss is not None}
+
+    def frame(self) -> pandas.DataFrame:
+        """A row for each rank: its rate and test loss, the difference from the largest rank, bounds and status."""
+        import pandas
+
+        columns = ["rank", "lr", "test_loss", "difference", "lower", "upper", "status"]
+        return pandas.DataFrame([{name: getattr(one, name) for name in columns} for one in self.ranks])
+
     def __str__(self) -> str:
         head = f"rank {self.rank}" if self.decided else "undecided"
         lines = [
