@@ -43,7 +43,7 @@ METHOD_COLOURS = {
     "partial": COLOURS[2],
     "rslora": COLOURS[4],
     "lora+": COLOURS[5],
-    "lora-fa": COLOURS[7],
+    "lora-fa": "#999933",
     "pissa": COLOURS[3],
     "dora": "#6b4c9a",
     "as it is": COLOURS[6],
@@ -313,25 +313,87 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def loss_by_rate(frame: DataFrame, ax: Axes | None = None) -> Axes:
+def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank") -> Axes:
     """Validation loss after the last step against the learning rate, a line a rank: mean, min and max over seeds.
 
     Args:
         frame: from :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed is left out.
+        by: the column that distinguishes the lines; "method" for a frame of several methods at one rank.
     """
     ax = ax or plt.subplots()[1]
-    failed = frame[frame.outcome == "failed"][["rank", "lr"]].drop_duplicates().itertuples(index=False, name=None)
-    last = frame[frame.step == frame.steps].set_index(["rank", "lr"]).drop(list(failed), errors="ignore")
-    styles = looks([f"rank {rank:g}" for rank in sorted(last.reset_index()["rank"].unique())])
-    for rank, losses in last.validation_loss.groupby("rank"):
+    failed = frame[frame.outcome == "failed"][[by, "lr"]].drop_duplicates().itertuples(index=False, name=None)
+    last = frame[frame.step == frame.steps].set_index([by, "lr"]).drop(list(failed), errors="ignore")
+    names = {value: f"rank {value:g}" if by == "rank" else str(value) for value in last.reset_index()[by].unique()}
+    styles = looks([names[value] for value in (sorted(names) if by == "rank" else names)])
+    for value, losses in last.validation_loss.groupby(by, sort=by == "rank"):
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
         reach = [mean - by_rate.min(), by_rate.max() - mean]
-        ax.errorbar(mean.index, mean, reach, capsize=2, label=f"rank {rank:g}", **styles[f"rank {rank:g}"])
+        ax.errorbar(mean.index, mean, reach, capsize=2, label=names[value], **styles[names[value]])
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss (mean, min and max over seeds)")
     ax.legend()
+    return ax
+
+
+def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = "LoRA") -> Figure:
+    """Validation loss against the learning rate, and beside it the methods ranked at one common rate.
+
+    Args:
+        frame: as for :func:`loss_by_rate`, of several methods at one rank; ``method`` holds the names to show.
+        rate: at which the methods are ranked, by their mean loss over the seeds. Those without it have no bar.
+        xlabel: whose learning rate that is.
+        reference: the method that each bar is compared with.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2])
+    loss_by_rate(frame, left, by="method").legend().remove()
+    left.axvline(rate, color="#000000", linewidth=5, alpha=0.2)
+    rates = sorted(frame.lr.unique())
+    left.set_xticks(rates[::2], [f"{each:g}" for each in rates[::2]])
+    left.set_yscale("log")
+    left.set_yticks([0.2, 0.3, 0.5, 1, 2], ["0.2", "0.3", "0.5", "1", "2"])
+    left.minorticks_off()
+    left.set(xlabel=xlabel, title="Each method at every rate")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
+    losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
+    losses = losses.sort_values(ascending=False)
+    styles = looks(list(frame.method.unique()))
+    right.barh(losses.index, losses, color=[styles[str(method)]["color"] for method in losses.index], height=0.6)
+    for position, (method, loss) in enumerate(losses.items()):
+        compared = reference in losses and method != reference
+        difference = f" ({loss / losses[reference] - 1:+.0%})" if compared else ""
+        right.text(loss, position, f" {loss:.2f}{difference}", va="center")
+    right.set(xlim=(0, 1.5 * losses.max()), xlabel="validation loss (mean over seeds)")
+    right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from {reference})")
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: Axes | None = None) -> Axes:
+    """Differences from a reference with their bounds, a row for each method and a mark for each rule of comparison.
+
+    Args:
+        table: columns ``setup``, ``rule``, ``difference``, ``lower`` and ``upper``, from
+            :func:`lora_lab.ablation.overfitting.compare` and a name for the rule.
+        xlabel: what differs from what, with its unit.
+        margin: a difference that does not matter, drawn as a grey band.
+    """
+    ax = ax or plt.subplots(figsize=(8, 3.8))[1]
+    setups, rules = list(table.setup.unique()), list(table.rule.unique())
+    if margin is not None:
+        ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
+    ax.axvline(0, color="#000000", linewidth=1)
+    shades = np.linspace(0.65, 0, len(rules)) if len(rules) > 1 else [0.0]
+    for i, rule in enumerate(rules):
+        rows = table[table.rule == rule]
+        position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        style: dict[str, Any] = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
+        ax.errorbar(rows.difference, position, xerr=reach, label=rule, **style)
+    ax.set(yticks=range(len(setups)), yticklabels=setups, ylim=(len(setups) - 0.5, -0.5), xlabel=xlabel)
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 

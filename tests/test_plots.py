@@ -475,3 +475,67 @@ def test_a_way_that_lacks_a_size_is_drawn_where_it_has_one():
     assert [len(container.lines[0].get_xdata()) for container in axes[1].containers] == [2, 1]
     assert axes[1].get_xticks().tolist() == [16, 1024]
     assert not axes[0].containers
+
+
+def sweep(losses):
+    """What ablate returns, in short: {method: {lr: [validation loss of each seed]}}."""
+    rows = [
+        {"method": method, "rank": 4, "lr": lr, "seed": seed, "steps": 9, "step": step, "outcome": "done"}
+        | {"validation_loss": loss + (9 - step)}
+        for method, by_rate in losses.items()
+        for lr, values in by_rate.items()
+        for seed, loss in enumerate(values)
+        for step in (0, 9)
+    ]
+    return pandas.DataFrame(rows)
+
+
+METHODS = {
+    "LoRA": {0.01: [0.8, 0.9], 0.02: [0.4, 0.6]},
+    "DoRA": {0.01: [0.4, 0.5], 0.02: [0.7, 0.9]},
+    "LoRA+": {0.02: [0.3, 0.35]},
+}
+
+
+def test_losses_by_rate_have_a_line_for_each_method_in_the_frames_order():
+    ax = plots.loss_by_rate(sweep(METHODS), by="method")
+    assert legend(ax) == ["LoRA", "DoRA", "LoRA+"]
+    drawn = {lines.get_label(): lines.lines[0] for lines in ax.containers}
+    assert drawn["LoRA"].get_xdata().tolist() == [0.01, 0.02]
+    assert drawn["LoRA"].get_ydata().tolist() == pytest.approx([0.85, 0.5])  # means of the last step
+    assert drawn["DoRA"].get_color() == plots.METHOD_COLOURS["dora"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "order", "texts"),
+    [
+        (0.01, ["LoRA", "DoRA"], [" 0.85", " 0.45 (-47%)"]),
+        (0.02, ["DoRA", "LoRA", "LoRA+"], [" 0.80 (+60%)", " 0.50", " 0.32 (-35%)"]),
+    ],
+)
+def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_on_top(rate, order, texts):
+    figure = plots.at_common_rate(sweep(METHODS), rate, "rate")
+    left, right = figure.axes
+    assert [label.get_text() for label in right.get_yticklabels()] == order
+    assert [text.get_text() for text in right.texts] == texts
+    widths = [bar.get_width() for bar in right.patches]
+    assert widths == sorted(widths, reverse=True)
+    assert f"At {rate:g}, {order[-1]} is ahead" in right.get_title()
+    assert rate in [line.get_xdata()[0] for line in left.get_lines()]
+    colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in right.patches]
+    assert colours == [plots.METHOD_COLOURS[method.lower()] for method in order]
+
+
+def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
+    rows = [("PiSSA", "low", -40, -60, -20), ("DoRA", "low", -4, -6, -2), ("PiSSA", "tuned", 3, 1, 5)]
+    table = pandas.DataFrame(rows, columns=["setup", "rule", "difference", "lower", "upper"])
+    ax = plots.differences(table, "difference (%)", margin=2)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["PiSSA", "DoRA"]
+    assert legend(ax) == ["margin: ±2", "low", "tuned"]
+    low, tuned = ax.containers
+    assert low.lines[0].get_xdata().tolist() == [-40, -4]
+    ends = [segment[:, 0].tolist() for segment in low.lines[2][0].get_segments()]
+    assert ends == [[-60, -20], [-6, -2]]
+    assert tuned.lines[0].get_xdata().tolist() == [3]
+    marks = {(lines.lines[0].get_marker(), lines.lines[0].get_color()) for lines in (low, tuned)}
+    assert len(marks) == len({marker for marker, _ in marks}) == 2
