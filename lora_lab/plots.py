@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from matplotlib.rcsetup import cycler
 
 from lora_lab.costs.memory import MIB, PARTS, Bill, Part
 from lora_lab.history import History
+from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ _SAME_METHOD = {
     "noise": "chance",
     "adapter off": "as it is",
     "with the adapter": "lora",
+    "random directions": "chance",
 }
 _RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
 STATISTICS = {
@@ -789,6 +792,95 @@ def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
     ax.set(xlim=(-0.5, columns + 9), ylim=(top + 0.3, 0))
     ax.axis("off")
     return figure
+
+
+def numbers(matrices: Mapping[str, Any]) -> Figure:
+    """Small matrices side by side below their names, coloured and with their entries written on them.
+
+    Args:
+        matrices: name -> (rows, columns). All share one colour scale, white at zero.
+    """
+    arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
+    limit = max(np.abs(array).max() for array in arrays.values())
+    figure, axes = plt.subplots(1, len(arrays), figsize=(2.3 * len(arrays), 2.9), squeeze=False)
+    for ax, (name, array) in zip(axes.flat, arrays.items(), strict=True):
+        ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
+        for (i, j), entry in np.ndenumerate(array):
+            ink = "#ffffff" if abs(entry) > 0.7 * limit else "#000000"
+            ax.text(j, i, f"{entry:.0f}", ha="center", va="center", color=ink)
+        ax.set(title=name, xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
+        ax.grid(visible=False)
+    axes[0, 0].set_ylabel("row")
+    return figure
+
+
+def pictures(
+    images: Mapping[str, Any], columns: int = 3, limits: tuple[float, float] = (0, 255), ink: bool = False
+) -> Figure:
+    """Grey pictures below their names, all on one scale.
+
+    Args:
+        images: name -> (rows, columns) of brightness; all of one shape.
+        columns: number of pictures side by side.
+        limits: the values at which black and white begin.
+        ink: large values are dark, as on paper, instead of bright.
+    """
+    arrays = {name: np.asarray(image, dtype=float) for name, image in images.items()}
+    rows = -(-len(arrays) // columns)
+    height, width = next(iter(arrays.values())).shape
+    size = 8 / columns
+    shape: Any = {"figsize": (8, rows * (size * height / width + 0.35)), "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **shape)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (name, array) in zip(axes.flat, arrays.items(), strict=False):
+        ax.imshow(array, cmap="gray_r" if ink else "gray", vmin=limits[0], vmax=limits[1])
+        ax.set_title(name)
+    return figure
+
+
+def energy(spectra: Mapping[str, Sequence[float]], share: float = 0.9, ax: Axes | None = None) -> Axes:
+    """The energy (sum of squared singular values) in the first terms, with a mark where it reaches a share.
+
+    Args:
+        spectra: label -> singular values, the largest first.
+        share: of the energy, from 0 to 1.
+    """
+    ax = ax or plt.subplots()[1]
+    styles = looks(list(spectra))
+    for label, values in spectra.items():
+        S = torch.as_tensor(np.asarray(values, dtype=float))
+        percent = 100 * (S.square().cumsum(0) / S.square().sum()).numpy()
+        count = int(energy_rank(S, share))
+        style = {**styles[label], "markevery": [count - 1]}
+        ax.plot(np.arange(1, len(S) + 1), percent, label=f"{label}: {count} of {len(S)} terms", **style)
+    ax.axhline(100 * share, color="#000000", linestyle=":", linewidth=0.8)
+    ax.set_xlabel("terms kept, largest first")
+    ax.set_ylabel("energy held (%)")
+    ax.legend(title=f"{share:.0%} of the energy in")
+    return ax
+
+
+def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str, ax: Axes | None = None) -> Axes:
+    """Shares in per cent against the rank: a line through the means of the draws, a band from min to max.
+
+    Args:
+        shares: label -> rank -> one share for each draw; 1 is the whole.
+        ylabel: what the shares are of, with "(%)".
+    """
+    ax = ax or plt.subplots(figsize=(9, 4))[1]
+    styles = looks(list(shares))
+    for label, by_rank in shares.items():
+        draws = 100 * np.array([list(values) for values in by_rank.values()])  # (ranks, draws)
+        ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
+        ax.plot(list(by_rank), draws.mean(1), label=label, **styles[label])
+    ticks = sorted({rank for by_rank in shares.values() for rank in by_rank})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(rank) for rank in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("rank")
+    ax.set_ylabel(ylabel)
+    return _legend_beside(ax)
 
 
 def save(figure: Figure, path: str | Path) -> Path:

@@ -539,3 +539,53 @@ def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
     assert tuned.lines[0].get_xdata().tolist() == [3]
     marks = {(lines.lines[0].get_marker(), lines.lines[0].get_color()) for lines in (low, tuned)}
     assert len(marks) == len({marker for marker, _ in marks}) == 2
+
+
+def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
+    figure = plots.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("M", "term")
+    assert [text.get_text() for text in first.texts] == ["3", "-1", "0", "2", "6", "1"]
+    assert [text.get_position() for text in first.texts][:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]  # x is the column
+    assert {ax.images[0].get_clim() for ax in figure.axes} == {(-6, 6)}
+    inks = {text.get_text(): text.get_color() for text in first.texts}
+    assert inks["6"] == "#ffffff" != inks["3"]  # on a dark cell
+
+
+def test_pictures_share_a_scale_and_stand_in_rows():
+    images = {f"rank {r}": np.full((4, 6), 10.0 * r) for r in range(1, 5)}
+    figure = plots.pictures(images, columns=3)
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in drawn] == list(images)
+    assert [ax.images[0].get_array().mean() for ax in drawn] == [10, 20, 30, 40]
+    assert {ax.images[0].get_clim() for ax in drawn} == {(0, 255)}
+    assert {ax.images[0].get_cmap().name for ax in drawn} == {"gray"}
+    rows = [ax.get_subplotspec().rowspan.start for ax in drawn]
+    assert rows == [0, 0, 0, 1]
+    assert not any(ax.axison for ax in figure.axes)
+    on_paper = plots.pictures(images, columns=2, limits=(0, 1), ink=True)
+    assert {(ax.images[0].get_cmap().name, ax.images[0].get_clim()) for ax in on_paper.axes} == {("gray_r", (0, 1))}
+
+
+def test_energy_is_marked_where_it_reaches_the_share():
+    ax = plots.energy({"weight": [2, 1, 1, 1, 1], "noise": torch.ones(5)}, share=0.6)
+    weight, noise, share = ax.get_lines()
+    assert weight.get_ydata().tolist() == pytest.approx([50, 62.5, 75, 87.5, 100])
+    assert weight.get_xdata().tolist() == [1, 2, 3, 4, 5]
+    assert (weight.get_markevery(), noise.get_markevery()) == ([1], [2])
+    assert share.get_ydata()[0] == 60
+    assert legend(ax) == ["weight: 2 of 5 terms", "noise: 3 of 5 terms"]
+    assert noise.get_color() == plots.METHOD_COLOURS["chance"] != weight.get_color()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("terms kept, largest first", "energy held (%)")
+
+
+def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
+    shares = {"gain": {1: [0.5, 0.7], 8: [0.8, 1.0]}, "random directions": {1: [0.0, 0.1], 8: [0.1, 0.3]}}
+    ax = plots.shares_by_rank(shares, "share of the gain (%)")
+    gain, by_chance = ax.get_lines()
+    assert (gain.get_xdata().tolist(), gain.get_ydata().tolist()) == ([1, 8], pytest.approx([60, 90]))
+    assert by_chance.get_color() == plots.METHOD_COLOURS["chance"]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(corner) for corner in band.round(6)} == {(1, 50), (1, 70), (8, 80), (8, 100)}
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "8"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "share of the gain (%)")
