@@ -409,7 +409,10 @@ def test_a_path_leads_from_the_start_through_the_mean_of_the_chosen_trials():
 
 def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_one_at_the_end():
     ax = plots.paths(WALKS, BEST)
-    marks = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    points_of = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    starts = [line for line in points_of if line.get_marker() == "*"]
+    assert [points(line) for line in starts] == [[(0, 5.0)], [(0, 5.0)]]
+    marks = [line for line in points_of if line not in starts]
     filled = [line for line in marks if line.get_fillstyle() == "full"]
     hollow = [line for line in marks if line.get_fillstyle() == "none"]
     # The mean of 20 and 30 is as near to one evaluation as to the other, and that of 10 and 14 nearest to 10.
@@ -421,7 +424,8 @@ def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_on
         assert (one.get_marker(), one.get_color()) == (other.get_marker(), other.get_color())
     assert filled[0].get_marker() != filled[1].get_marker()
     later = plots.paths(WALKS, BEST.assign(best_step=[20, 20, 10, 30]))
-    found = [line for line in later.get_lines() if len(line.get_xdata()) == 1 and line.get_fillstyle() == "full"]
+    one_point = [line for line in later.get_lines() if len(line.get_xdata()) == 1 and line.get_marker() != "*"]
+    found = [line for line in one_point if line.get_fillstyle() == "full"]
     assert [points(line) for line in found] == [[(1.0, 2.0)], [(4.0, 2.0)]]
 
 
