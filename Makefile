@@ -44,8 +44,12 @@ lint: $(VENV)/.ready-test ## check style, notebooks too, and the types of the pa
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python
 
-lab: $(VENV)/.ready ## open the lessons in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+# The learner's copy of the lessons: ignored by git, and never overwritten where it was changed.
+LESSONS ?= my_lessons
+
+lab: $(VENV)/.ready ## open your copy of the lessons in JupyterLab, with the exercises for you to solve
+	$(BIN)/lora-lab course $(LESSONS)
+	$(BIN)/jupyter lab "$$(ls $(LESSONS)/[0-9]*.ipynb | head -n 1)" $(ARGS)
 
 lab-gpu: $(VENV)/.ready-test ## run every lesson at full effort on a GPU; assertions only, nothing compared
 	LORA_LAB_DEVICE=cuda LORA_LAB_EFFORT=full $(BIN)/python -m pytest -q --override-ini="addopts=-ra" --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks

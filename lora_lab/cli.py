@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_training(commands)
     _add_measuring(commands)
+    course = commands.add_parser("course", help="copy the lessons into a folder of yours, with the exercises open")
+    course.add_argument("folder", metavar="DIR", help="is made if it does not exist; what you have changed there stays")
+    course.set_defaults(run=_lessons, solved=False)
+    lessons = commands.add_parser("lessons", help="copy the lessons into a folder of yours, with solutions and outputs")
+    lessons.add_argument("folder", metavar="DIR", help="as for course")
+    lessons.set_defaults(run=_lessons, solved=True)
     doctor = commands.add_parser(
         "doctor", help="show the software and hardware of this machine, and which device is used, and why"
     )
@@ -423,6 +429,12 @@ def _record(options: argparse.Namespace) -> None:
             print(text, flush=True)
     record = records.new(options.what, rows, settings, command, device, commit)
     print(f"Written: {rescued(lambda path: records.write(record, path), folder)}")
+
+
+def _lessons(options: argparse.Namespace) -> None:
+    from lora_lab.classroom.course import copy_lessons
+
+    print(copy_lessons(options.folder, options.solved))
 
 
 def _doctor(options: argparse.Namespace) -> None:

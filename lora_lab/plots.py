@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from matplotlib.rcsetup import cycler
 
 from lora_lab.costs.memory import MIB, PARTS, Bill, Part
 from lora_lab.history import History
+from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ METHOD_COLOURS = {
     "partial": COLOURS[2],
     "rslora": COLOURS[4],
     "lora+": COLOURS[5],
-    "lora-fa": COLOURS[7],
+    "lora-fa": "#999933",
     "pissa": COLOURS[3],
     "dora": "#6b4c9a",
     "as it is": COLOURS[6],
@@ -82,6 +84,7 @@ _SAME_METHOD = {
     "noise": "chance",
     "adapter off": "as it is",
     "with the adapter": "lora",
+    "random directions": "chance",
 }
 _RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
 STATISTICS = {
@@ -298,34 +301,34 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
             ranks = [rank.rank for rank in chosen]
             ax.errorbar(ranks, differences, reach, fmt=marker, color=colour, capsize=3, label=status)
     ax.axhline(0, color="#000000", linewidth=0.8)
-    ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:g}")
+    ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:.3g}")
     ticks = [rank.rank for rank in verdict.ranks]
     _rank_axis(ax, ticks)
     ax.set_ylabel(f"test loss above that of rank {ticks[-1]}")
     seeds = len(verdict.seeds)
-    ax.set_title(
-        f"{verdict.method}: " + (f"rank {verdict.rank}" if verdict.decided else "undecided") + f", {seeds} seeds"
-    )
+    ax.set_title(f"{seeds} seeds: {verdict.answer}")
     ax.legend()
     return ax
 
 
-def loss_by_rate(frame: DataFrame, ax: Axes | None = None, untrained: float | None = None) -> Axes:
+def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", untrained: float | None = None) -> Axes:
     """Validation loss after the last step against the learning rate, a line a rank: mean, min and max over seeds.
 
     Args:
         frame: from :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed is left out.
+        by: the column that distinguishes the lines; "method" for a frame of several methods at one rank.
         untrained: the loss before training, drawn as a line.
     """
     ax = ax or plt.subplots()[1]
-    failed = frame[frame.outcome == "failed"][["rank", "lr"]].drop_duplicates().itertuples(index=False, name=None)
-    last = frame[frame.step == frame.steps].set_index(["rank", "lr"]).drop(list(failed), errors="ignore")
-    styles = looks([f"rank {rank:g}" for rank in sorted(last.reset_index()["rank"].unique())])
-    for rank, losses in last.validation_loss.groupby("rank"):
+    failed = frame[frame.outcome == "failed"][[by, "lr"]].drop_duplicates().itertuples(index=False, name=None)
+    last = frame[frame.step == frame.steps].set_index([by, "lr"]).drop(list(failed), errors="ignore")
+    names = {value: f"rank {value:g}" if by == "rank" else str(value) for value in last.reset_index()[by].unique()}
+    styles = looks([names[value] for value in (sorted(names) if by == "rank" else names)])
+    for value, losses in last.validation_loss.groupby(by, sort=by == "rank"):
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
         reach = [mean - by_rate.min(), by_rate.max() - mean]
-        ax.errorbar(mean.index, mean, reach, capsize=2, label=f"rank {rank:g}", **styles[f"rank {rank:g}"])
+        ax.errorbar(mean.index, mean, reach, capsize=2, label=names[value], **styles[names[value]])
     if untrained is not None:
         ax.axhline(untrained, color=METHOD_COLOURS["as it is"], linestyle=":", linewidth=1, label="untrained")
     rates = sorted(last.reset_index()["lr"].unique())
@@ -334,7 +337,10 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, untrained: float | No
     ax.minorticks_off()
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss (mean, min and max over seeds)")
-    return _legend_beside(ax)
+    if by == "rank":
+        return _legend_beside(ax)
+    ax.legend()
+    return ax
 
 
 def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | None = None) -> Axes:
@@ -377,6 +383,66 @@ def _rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     ax.set_xticks(ranks, [str(rank) for rank in ranks])
     ax.minorticks_off()
     ax.set_xlabel("rank")
+
+
+def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = "LoRA") -> Figure:
+    """Validation loss against the learning rate, and beside it the methods ranked at one common rate.
+
+    Args:
+        frame: as for :func:`loss_by_rate`, of several methods at one rank; ``method`` holds the names to show.
+        rate: at which the methods are ranked, by their mean loss over the seeds. Those without it have no bar.
+        xlabel: whose learning rate that is.
+        reference: the method that each bar is compared with.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2])
+    loss_by_rate(frame, left, by="method").legend().remove()
+    left.axvline(rate, color="#000000", linewidth=5, alpha=0.2)
+    rates = sorted(frame.lr.unique())
+    left.set_xticks(rates[::2], [f"{each:g}" for each in rates[::2]])
+    left.set_yscale("log")
+    left.set_yticks([0.2, 0.3, 0.5, 1, 2], ["0.2", "0.3", "0.5", "1", "2"])
+    left.minorticks_off()
+    left.set(xlabel=xlabel, title="Each method at every rate")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
+    losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
+    losses = losses.sort_values(ascending=False)
+    styles = looks(list(frame.method.unique()))
+    right.barh(losses.index, losses, color=[styles[str(method)]["color"] for method in losses.index], height=0.6)
+    for position, (method, loss) in enumerate(losses.items()):
+        compared = reference in losses and method != reference
+        difference = f" ({loss / losses[reference] - 1:+.0%})" if compared else ""
+        right.text(loss, position, f" {loss:.2f}{difference}", va="center")
+    right.set(xlim=(0, 1.5 * losses.max()), xlabel="validation loss (mean over seeds)")
+    right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from {reference})")
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: Axes | None = None) -> Axes:
+    """Differences from a reference with their bounds, a row for each method and a mark for each rule of comparison.
+
+    Args:
+        table: columns ``setup``, ``rule``, ``difference``, ``lower`` and ``upper``, from
+            :func:`lora_lab.ablation.overfitting.compare` and a name for the rule.
+        xlabel: what differs from what, with its unit.
+        margin: a difference that does not matter, drawn as a grey band.
+    """
+    ax = ax or plt.subplots(figsize=(8, 3.8))[1]
+    setups, rules = list(table.setup.unique()), list(table.rule.unique())
+    if margin is not None:
+        ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
+    ax.axvline(0, color="#000000", linewidth=1)
+    shades = np.linspace(0.65, 0, len(rules)) if len(rules) > 1 else [0.0]
+    for i, rule in enumerate(rules):
+        rows = table[table.rule == rule]
+        position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        style: dict[str, Any] = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
+        ax.errorbar(rows.difference, position, xerr=reach, label=rule, **style)
+    ax.set(yticks=range(len(setups)), yticklabels=setups, ylim=(len(setups) - 0.5, -0.5), xlabel=xlabel)
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
 
 
 def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
@@ -771,6 +837,95 @@ def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
     ax.set(xlim=(-0.5, columns + 9), ylim=(top + 0.3, 0))
     ax.axis("off")
     return figure
+
+
+def numbers(matrices: Mapping[str, Any]) -> Figure:
+    """Small matrices side by side below their names, coloured and with their entries written on them.
+
+    Args:
+        matrices: name -> (rows, columns). All share one colour scale, white at zero.
+    """
+    arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
+    limit = max(np.abs(array).max() for array in arrays.values())
+    figure, axes = plt.subplots(1, len(arrays), figsize=(2.3 * len(arrays), 2.9), squeeze=False)
+    for ax, (name, array) in zip(axes.flat, arrays.items(), strict=True):
+        ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
+        for (i, j), entry in np.ndenumerate(array):
+            ink = "#ffffff" if abs(entry) > 0.7 * limit else "#000000"
+            ax.text(j, i, f"{entry:.0f}", ha="center", va="center", color=ink)
+        ax.set(title=name, xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
+        ax.grid(visible=False)
+    axes[0, 0].set_ylabel("row")
+    return figure
+
+
+def pictures(
+    images: Mapping[str, Any], columns: int = 3, limits: tuple[float, float] = (0, 255), ink: bool = False
+) -> Figure:
+    """Grey pictures below their names, all on one scale.
+
+    Args:
+        images: name -> (rows, columns) of brightness; all of one shape.
+        columns: number of pictures side by side.
+        limits: the values at which black and white begin.
+        ink: large values are dark, as on paper, instead of bright.
+    """
+    arrays = {name: np.asarray(image, dtype=float) for name, image in images.items()}
+    rows = -(-len(arrays) // columns)
+    height, width = next(iter(arrays.values())).shape
+    size = 8 / columns
+    shape: Any = {"figsize": (8, rows * (size * height / width + 0.35)), "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **shape)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (name, array) in zip(axes.flat, arrays.items(), strict=False):
+        ax.imshow(array, cmap="gray_r" if ink else "gray", vmin=limits[0], vmax=limits[1])
+        ax.set_title(name)
+    return figure
+
+
+def energy(spectra: Mapping[str, Sequence[float]], share: float = 0.9, ax: Axes | None = None) -> Axes:
+    """The energy (sum of squared singular values) in the first terms, with a mark where it reaches a share.
+
+    Args:
+        spectra: label -> singular values, the largest first.
+        share: of the energy, from 0 to 1.
+    """
+    ax = ax or plt.subplots()[1]
+    styles = looks(list(spectra))
+    for label, values in spectra.items():
+        S = torch.as_tensor(np.asarray(values, dtype=float))
+        percent = 100 * (S.square().cumsum(0) / S.square().sum()).numpy()
+        count = int(energy_rank(S, share))
+        style = {**styles[label], "markevery": [count - 1]}
+        ax.plot(np.arange(1, len(S) + 1), percent, label=f"{label}: {count} of {len(S)} terms", **style)
+    ax.axhline(100 * share, color="#000000", linestyle=":", linewidth=0.8)
+    ax.set_xlabel("terms kept, largest first")
+    ax.set_ylabel("energy held (%)")
+    ax.legend(title=f"{share:.0%} of the energy in")
+    return ax
+
+
+def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str, ax: Axes | None = None) -> Axes:
+    """Shares in per cent against the rank: a line through the means of the draws, a band from min to max.
+
+    Args:
+        shares: label -> rank -> one share for each draw; 1 is the whole.
+        ylabel: what the shares are of, with "(%)".
+    """
+    ax = ax or plt.subplots(figsize=(9, 4))[1]
+    styles = looks(list(shares))
+    for label, by_rank in shares.items():
+        draws = 100 * np.array([list(values) for values in by_rank.values()])  # (ranks, draws)
+        ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
+        ax.plot(list(by_rank), draws.mean(1), label=label, **styles[label])
+    ticks = sorted({rank for by_rank in shares.values() for rank in by_rank})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(rank) for rank in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("rank")
+    ax.set_ylabel(ylabel)
+    return _legend_beside(ax)
 
 
 def save(figure: Figure, path: str | Path) -> Path:

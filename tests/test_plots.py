@@ -409,7 +409,10 @@ def test_a_path_leads_from_the_start_through_the_mean_of_the_chosen_trials():
 
 def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_one_at_the_end():
     ax = plots.paths(WALKS, BEST)
-    marks = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    points_of = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    starts = [line for line in points_of if line.get_marker() == "*"]
+    assert [points(line) for line in starts] == [[(0, 5.0)], [(0, 5.0)]]
+    marks = [line for line in points_of if line not in starts]
     filled = [line for line in marks if line.get_fillstyle() == "full"]
     hollow = [line for line in marks if line.get_fillstyle() == "none"]
     # The mean of 20 and 30 is as near to one evaluation as to the other, and that of 10 and 14 nearest to 10.
@@ -421,7 +424,8 @@ def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_on
         assert (one.get_marker(), one.get_color()) == (other.get_marker(), other.get_color())
     assert filled[0].get_marker() != filled[1].get_marker()
     later = plots.paths(WALKS, BEST.assign(best_step=[20, 20, 10, 30]))
-    found = [line for line in later.get_lines() if len(line.get_xdata()) == 1 and line.get_fillstyle() == "full"]
+    one_point = [line for line in later.get_lines() if len(line.get_xdata()) == 1 and line.get_marker() != "*"]
+    found = [line for line in one_point if line.get_fillstyle() == "full"]
     assert [points(line) for line in found] == [[(1.0, 2.0)], [(4.0, 2.0)]]
 
 
@@ -495,3 +499,117 @@ def test_each_seed_has_its_best_rank_marked():
     assert stars == [(4, 2.0), (1, 1.0)]
     assert list(ax.get_lines()[-1].get_ydata()) == [2.0, 2.0]
     assert sorted(legend(ax)) == ["its best rank", "mean of all seeds", "one seed"]
+
+
+def sweep(losses):
+    """What ablate returns, in short: {method: {lr: [validation loss of each seed]}}."""
+    rows = [
+        {"method": method, "rank": 4, "lr": lr, "seed": seed, "steps": 9, "step": step, "outcome": "done"}
+        | {"validation_loss": loss + (9 - step)}
+        for method, by_rate in losses.items()
+        for lr, values in by_rate.items()
+        for seed, loss in enumerate(values)
+        for step in (0, 9)
+    ]
+    return pandas.DataFrame(rows)
+
+
+METHODS = {
+    "LoRA": {0.01: [0.8, 0.9], 0.02: [0.4, 0.6]},
+    "DoRA": {0.01: [0.4, 0.5], 0.02: [0.7, 0.9]},
+    "LoRA+": {0.02: [0.3, 0.35]},
+}
+
+
+def test_losses_by_rate_have_a_line_for_each_method_in_the_frames_order():
+    ax = plots.loss_by_rate(sweep(METHODS), by="method")
+    assert legend(ax) == ["LoRA", "DoRA", "LoRA+"]
+    drawn = {lines.get_label(): lines.lines[0] for lines in ax.containers}
+    assert drawn["LoRA"].get_xdata().tolist() == [0.01, 0.02]
+    assert drawn["LoRA"].get_ydata().tolist() == pytest.approx([0.85, 0.5])  # means of the last step
+    assert drawn["DoRA"].get_color() == plots.METHOD_COLOURS["dora"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "order", "texts"),
+    [
+        (0.01, ["LoRA", "DoRA"], [" 0.85", " 0.45 (-47%)"]),
+        (0.02, ["DoRA", "LoRA", "LoRA+"], [" 0.80 (+60%)", " 0.50", " 0.32 (-35%)"]),
+    ],
+)
+def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_on_top(rate, order, texts):
+    figure = plots.at_common_rate(sweep(METHODS), rate, "rate")
+    left, right = figure.axes
+    assert [label.get_text() for label in right.get_yticklabels()] == order
+    assert [text.get_text() for text in right.texts] == texts
+    widths = [bar.get_width() for bar in right.patches]
+    assert widths == sorted(widths, reverse=True)
+    assert f"At {rate:g}, {order[-1]} is ahead" in right.get_title()
+    assert rate in [line.get_xdata()[0] for line in left.get_lines()]
+    colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in right.patches]
+    assert colours == [plots.METHOD_COLOURS[method.lower()] for method in order]
+
+
+def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
+    rows = [("PiSSA", "low", -40, -60, -20), ("DoRA", "low", -4, -6, -2), ("PiSSA", "tuned", 3, 1, 5)]
+    table = pandas.DataFrame(rows, columns=["setup", "rule", "difference", "lower", "upper"])
+    ax = plots.differences(table, "difference (%)", margin=2)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["PiSSA", "DoRA"]
+    assert legend(ax) == ["margin: ±2", "low", "tuned"]
+    low, tuned = ax.containers
+    assert low.lines[0].get_xdata().tolist() == [-40, -4]
+    ends = [segment[:, 0].tolist() for segment in low.lines[2][0].get_segments()]
+    assert ends == [[-60, -20], [-6, -2]]
+    assert tuned.lines[0].get_xdata().tolist() == [3]
+    marks = {(lines.lines[0].get_marker(), lines.lines[0].get_color()) for lines in (low, tuned)}
+    assert len(marks) == len({marker for marker, _ in marks}) == 2
+
+
+def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
+    figure = plots.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("M", "term")
+    assert [text.get_text() for text in first.texts] == ["3", "-1", "0", "2", "6", "1"]
+    assert [text.get_position() for text in first.texts][:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]  # x is the column
+    assert {ax.images[0].get_clim() for ax in figure.axes} == {(-6, 6)}
+    inks = {text.get_text(): text.get_color() for text in first.texts}
+    assert inks["6"] == "#ffffff" != inks["3"]  # on a dark cell
+
+
+def test_pictures_share_a_scale_and_stand_in_rows():
+    images = {f"rank {r}": np.full((4, 6), 10.0 * r) for r in range(1, 5)}
+    figure = plots.pictures(images, columns=3)
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in drawn] == list(images)
+    assert [ax.images[0].get_array().mean() for ax in drawn] == [10, 20, 30, 40]
+    assert {ax.images[0].get_clim() for ax in drawn} == {(0, 255)}
+    assert {ax.images[0].get_cmap().name for ax in drawn} == {"gray"}
+    rows = [ax.get_subplotspec().rowspan.start for ax in drawn]
+    assert rows == [0, 0, 0, 1]
+    assert not any(ax.axison for ax in figure.axes)
+    on_paper = plots.pictures(images, columns=2, limits=(0, 1), ink=True)
+    assert {(ax.images[0].get_cmap().name, ax.images[0].get_clim()) for ax in on_paper.axes} == {("gray_r", (0, 1))}
+
+
+def test_energy_is_marked_where_it_reaches_the_share():
+    ax = plots.energy({"weight": [2, 1, 1, 1, 1], "noise": torch.ones(5)}, share=0.6)
+    weight, noise, share = ax.get_lines()
+    assert weight.get_ydata().tolist() == pytest.approx([50, 62.5, 75, 87.5, 100])
+    assert weight.get_xdata().tolist() == [1, 2, 3, 4, 5]
+    assert (weight.get_markevery(), noise.get_markevery()) == ([1], [2])
+    assert share.get_ydata()[0] == 60
+    assert legend(ax) == ["weight: 2 of 5 terms", "noise: 3 of 5 terms"]
+    assert noise.get_color() == plots.METHOD_COLOURS["chance"] != weight.get_color()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("terms kept, largest first", "energy held (%)")
+
+
+def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
+    shares = {"gain": {1: [0.5, 0.7], 8: [0.8, 1.0]}, "random directions": {1: [0.0, 0.1], 8: [0.1, 0.3]}}
+    ax = plots.shares_by_rank(shares, "share of the gain (%)")
+    gain, by_chance = ax.get_lines()
+    assert (gain.get_xdata().tolist(), gain.get_ydata().tolist()) == ([1, 8], pytest.approx([60, 90]))
+    assert by_chance.get_color() == plots.METHOD_COLOURS["chance"]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(corner) for corner in band.round(6)} == {(1, 50), (1, 70), (8, 80), (8, 100)}
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "8"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "share of the gain (%)")

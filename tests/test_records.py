@@ -264,12 +264,13 @@ def test_an_installed_package_brings_them_along_and_is_not_written_into(tmp_path
 def test_a_wheel_takes_every_package_and_the_records():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     code = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lora_lab").rglob("__init__.py")}
-    assert set(setuptools["packages"]) == code | {"lora_lab.recorded"}
-    assert setuptools["package-dir"] == {"lora_lab.recorded": "records"}
+    assert set(setuptools["packages"]) == code | {"lora_lab.notebooks", "lora_lab.recorded"}
+    assert setuptools["package-dir"] == {"lora_lab.notebooks": "notebooks", "lora_lab.recorded": "records"}
     # The folder must be in the wheel even when it holds no record.
     data = {
         "lora_lab": ["*.pyi", "py.typed"],
         "lora_lab.experiments": ["demo.html"],
+        "lora_lab.notebooks": ["*.ipynb"],
         "lora_lab.recorded": ["*.json", "README.md"],
         "lora_lab.tasks": ["data/*"],
     }

@@ -307,15 +307,20 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
 
 
 def compare_over_rates(
-    frame: pandas.DataFrame, column: str, reference: str = "full", share: float | None = None
+    frame: pandas.DataFrame,
+    column: str,
+    reference: str = "full",
+    share: float | None = None,
+    train_loss: float | None = None,
 ) -> pandas.DataFrame:
     """Each method compared with one, over all pairs of their rates: does a difference depend on the rate chosen?
 
     Args:
         frame: as for :func:`summarise_trials`; each method at the rates that might be chosen, see :func:`near_ties`.
-        column: one that :func:`summarise_trials` returns, or with a ``share`` one of :func:`at_equal_learning`.
+        column: one that :func:`summarise_trials` returns, or with a ``share`` one of :func:`at_equal_learning`, or with
+            a ``train_loss`` the "validation_loss".
         reference: the method that the others are compared with.
-        share: None compares at each trial's own best or last step.
+        share, train_loss: None compares at each trial's own best or last step. Give one of them at most.
 
     Returns:
         Columns ``n_train`` (if there is one), ``setup``, ``pairs`` (of rates), ``lower`` and ``upper`` (the outermost
@@ -340,7 +345,12 @@ def compare_over_rates(
             if share is not None:
                 curves = frame[frame["setup"].isin([reference, setup])]
                 pairs = [at_equal_learning(curves, pair, share) for pair in pairs]
-            bounds = pandas.concat([compare(pair, column, reference) for pair in pairs]).query("setup == @setup")
+            elif train_loss is not None:
+                by = _identity(frame)
+                pairs = [at_training_loss(frame.merge(pair[by]), [train_loss]) for pair in pairs]
+            complete = all({reference, setup} <= set(pair["setup"]) for pair in pairs)
+            tables = [compare(pair, column, reference) for pair in pairs if complete]
+            bounds = pandas.concat(tables).query("setup == @setup") if complete else pandas.DataFrame()
             if "lower" not in bounds or bounds["lower"].isna().any():
                 raise ValueError(f"{setup!r} and {reference!r} need two seeds in common at each rate to be compared.")
             row = {} if size is None else {"n_train": size}

@@ -22,7 +22,7 @@ import torch
 from lora_lab.classroom.values import same
 
 Value = TypeVar("Value")
-REPEAT = 0.02  # seconds until the alarm rings again, for code that catches every exception
+REPEAT = 0.02  # seconds until the alarm rings again, in case the code has caught the exception
 
 
 class TimeUp(BaseException):
@@ -78,7 +78,8 @@ def limited(function: Callable[[], Value], seconds: float) -> Value:
     """Return ``function()``, or raise :class:`TimeUp` if it takes longer.
 
     The limit holds for Python code in the main thread on systems with SIGALRM, such as Linux and macOS; elsewhere there
-    is none. A single long call of a compiled library, such as a large matrix product, is interrupted at its end.
+    is none. A single long call of a compiled library, such as a large matrix multiplication, is interrupted at its end,
+    and a loop that catches every exception in its body is not.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         return function()

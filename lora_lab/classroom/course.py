@@ -1,1 +1,179 @@
-"""The lessons in a folder of the learner's, with or without the solutions."""
+"""The lessons in a folder of the learner's, with or without the solutions.
+
+A lesson marks its solutions as nbgrader does. What the learner starts from instead may follow, line by line:
+
+    def one_line(W, A, B, x, s):
+        ### BEGIN SOLUTION
+        return W @ x + s * (B @ (A @ x))
+        ### END SOLUTION
+        ### STUB return W @ x + s * ____
+
+Without such lines the solution becomes ``raise NotImplementedError("your code here")``.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from lora_lab.classroom.learner import MANIFEST
+from lora_lab.system.files import atomic_files, read_json, settle, write_json
+from lora_lab.system.provenance import checkout
+
+BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
+RAISE = 'raise NotImplementedError("your code here")'
+_CALLS_EXERCISE = re.compile(r"^\s*(check|hint|progress)\(", re.MULTILINE)
+
+
+def shipped() -> Path:
+    """The folder of the lessons that come with lora_lab, in the checkout or in the installed package."""
+    packaged = Path(__file__).parents[1] / "notebooks"  # pyproject.toml copies the checkout's folder there
+    return packaged if packaged.is_dir() else checkout() / "notebooks"
+
+
+def student(notebook: NotebookNode) -> NotebookNode:
+    """The learner's version of a lesson: solutions replaced by stubs, outputs of exercises removed, all else as it is.
+
+    Raises:
+        ValueError: markers do not come in pairs, or a stub is not Python or would stop the notebook outside a function.
+    """
+    result = copy.deepcopy(notebook)
+    for number, cell in enumerate(result.cells, start=1):
+        if cell.cell_type != "code":
+            if BEGIN in cell.source or END in cell.source:
+                raise ValueError(f"Cell {number} is not code, but it has the marker of a solution; remove the marker.")
+            continue
+        with_solution = BEGIN in cell.source or END in cell.source
+        if with_solution:
+            cell.source = _without_solutions(cell.source, f"Cell {number}")
+        if with_solution or _CALLS_EXERCISE.search(cell.source):
+            cell.outputs, cell.execution_count = [], None
+    return result
+
+
+def _without_solutions(source: str, where: str) -> str:
+    lines: list[str] = []
+    begin: int | None = None  # where the solution being read begins, in ``lines``
+    indent = ""
+    source_lines = source.splitlines()
+    for number, line in enumerate(source_lines, start=1):
+        text = line.strip()
+        if text == BEGIN:
+            if begin is not None:
+                raise ValueError(f"{where} has a second {BEGIN!r} in line {number} before {END!r}; end the first one.")
+            begin, indent = len(lines), line[: len(line) - len(line.lstrip())]
+        elif text == END:
+            if begin is None:
+                raise ValueError(f"{where} has {END!r} in line {number} without {BEGIN!r} before it; add that.")
+            begin = None
+            following = source_lines[number].strip() if number < len(source_lines) else ""
+            if not following.startswith(STUB):
+                lines.append(indent + RAISE)
+        elif begin is None and text.startswith(STUB):
+            lines.append(line.replace(STUB, "", 1))
+        elif begin is None:
+            lines.append(line)
+    if begin is not None:
+        raise ValueError(f"{where} has {BEGIN!r} without {END!r}; add it after the last line of the solution.")
+    stub = "\n".join(lines)
+    try:
+        tree = ast.parse(stub)
+    except SyntaxError as error:
+        raise ValueError(f"{where} is not Python without its solution ({error}); mend the stub.") from None
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    if any(isinstance(node, ast.Raise) and node not in inside for node in ast.walk(tree)):
+        raise ValueError(
+            f"{where} would stop the notebook, because its solution is not in a function; move it into one."
+        )
+    return stub
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What :func:`copy_lessons` did.
+
+    Attributes:
+        written: names of the lessons that are new in the folder, or newer.
+        beside: names of files with a newer lesson, beside one that the learner has changed.
+        unchanged: number of lessons that stay as they are.
+    """
+
+    written: tuple[str, ...]
+    beside: tuple[str, ...]
+    unchanged: int
+
+    def __str__(self) -> str:
+        lines = [f"Written: {name}" for name in self.written]
+        lines += [f"Newer than the lesson that you have changed, so written beside it: {name}" for name in self.beside]
+        lines += [f"Already there: {self.unchanged} lessons"] if self.unchanged else []
+        return "\n".join(lines)
+
+
+def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
+    """Copy all lessons into a folder, without ever overwriting a file that was changed since it was written.
+
+    A lesson that was not changed is replaced by a newer version. If it was changed, the newer version is written once
+    to a file beside it, ``NAME.new.ipynb``. The folder's file :data:`MANIFEST` holds what was written.
+
+    Args:
+        folder: is made if it does not exist.
+        solved: with the solutions and all outputs.
+
+    Raises:
+        ValueError: the folder has the other version, solved or not; or a lesson's markers are wrong.
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    settle(folder)
+    before = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
+    if before["solved"] != solved:
+        there, here = ("without", "with") if solved else ("with", "without")
+        raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
+    hashes: dict[str, str] = dict(before["lessons"])
+    written: list[str] = []
+    beside: list[str] = []
+    lessons = sorted(shipped().glob("[0-9]*.ipynb"))
+    with atomic_files(folder) as temporary:
+        for lesson in lessons:
+            content = lesson.read_bytes() if solved else _student_bytes(lesson)
+            digest = hashlib.sha256(content).hexdigest()
+            untouched = _digest(folder / lesson.name) in (None, digest, hashes.get(lesson.name))
+            name = lesson.name if untouched else _free_name(folder, lesson.stem, digest, hashes)
+            is_offered = not untouched and hashes.get(lesson.name) == digest  # now or by an earlier call
+            if not is_offered and _digest(folder / name) != digest:
+                (temporary / name).write_bytes(content)
+                (written if untouched else beside).append(name)
+            hashes |= {lesson.name: digest} if is_offered else {lesson.name: digest, name: digest}
+        write_json(temporary / MANIFEST, {"solved": solved, "lessons": hashes})
+    return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
+
+
+def _student_bytes(lesson: Path) -> bytes:
+    try:
+        notebook = student(nbformat.read(lesson, as_version=4))
+    except ValueError as error:
+        raise ValueError(f"{lesson.name}: {error}") from None
+    return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
+
+
+def _free_name(folder: Path, stem: str, digest: str, hashes: dict[str, str]) -> str:
+    """The first of NAME.new.ipynb, NAME.new2.ipynb, ... that is not there or was not changed."""
+    number = 1
+    while True:
+        name = f"{stem}.new{number if number > 1 else ''}.ipynb"
+        if _digest(folder / name) in (None, digest, hashes.get(name)):
+            return name
+        number += 1
+
+
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a file; None if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import linecache
@@ -120,11 +121,19 @@ def _by_probes(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Ver
                 return Verdict(False, _about_error(error, answer))
         return Verdict(True, exercise.praise)
 
+    _warm_up(exercise)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             return limited(first_failure, SECONDS)
     except TimeUp:
         return Verdict(False, _still_running(kind))
+
+
+@functools.cache
+def _warm_up(exercise: Exercise) -> None:
+    """Run all probes on the solution, so that imports at first use do not count as the answer's time."""
+    for probe in exercise.probes:
+        probe.passes(exercise.solution, np.random.default_rng())
 
 
 def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:

@@ -877,6 +877,19 @@ def test_at_equal_training_loss_a_difference_has_bounds_and_a_verdict():
     assert table.lower[2] < table.difference[2] < table.upper[2]
 
 
+def test_all_pairs_of_rates_can_be_compared_at_equal_training_loss():
+    full = [trained_to("full", s, [3.0, 2.0, 2.0, 3.0], [2.0, 1.0, 0.5]) for s in (0, 1)]
+    faster = [trained_to("full", s, [3.0, 2.25, 2.5, 3.0], [1.5, 0.5, 0.25], lr=1e-2) for s in (0, 1)]
+    lora = [trained_to("LoRA", s, [3.0, 2.0, 3.0, 4.0], [2.0, 1.0, 0.5]) for s in (0, 1)]
+    frame = together(*full, *faster, *lora).assign(n_train=16)
+    (row,) = compare_over_rates(frame, "validation_loss", train_loss=1.0).to_dict("records")
+    assert (row["pairs"], row["lower"], row["upper"], row["verdict"]) == (2, 3.0 - 2.375, 1.0, "more")
+    (row,) = compare_over_rates(frame, "validation_loss", train_loss=0.5).to_dict("records")
+    assert (row["lower"], row["upper"]) == (1.0, 1.5)
+    with pytest.raises(ValueError, match="two seeds in common at each rate"):
+        compare_over_rates(frame, "validation_loss", train_loss=0.25)
+
+
 def test_what_cannot_be_compared_at_equal_training_loss_is_named():
     full, lora = (
         [trained_to(setup, seed, [3.0, 2.0, 2.5], [2.0, 1.0]) for seed in (0, 1)] for setup in ("full", "LoRA")

@@ -1,0 +1,263 @@
+"""The learner's copy of the lessons: no solution gets in, and nothing that the learner wrote is lost."""
+
+import copy
+import json
+import re
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lora_lab.classroom import course
+from lora_lab.classroom.course import MANIFEST, copy_lessons, shipped, student
+from tests.helpers import ROOT, command, error_line, run_python
+
+SOLVED = '''def one_line(W, A, B, x, s):
+    """The layer."""
+    if s == 0:
+        ### BEGIN SOLUTION
+        return W @ x
+        ### END SOLUTION
+    ### BEGIN SOLUTION
+    update = B @ (A @ x)
+    return W @ x + s * update
+    ### END SOLUTION
+    ### STUB update = ____
+    ### STUB return W @ x + s * ____
+
+
+check("one_line", one_line)'''
+OPEN = '''def one_line(W, A, B, x, s):
+    """The layer."""
+    if s == 0:
+        raise NotImplementedError("your code here")
+    update = ____
+    return W @ x + s * ____
+
+
+check("one_line", one_line)'''
+
+
+def text_output(text):
+    return new_output("stream", text=text)
+
+
+def lesson(*sources):
+    """A lesson whose code cells have outputs."""
+    cells = [new_code_cell(source, outputs=[text_output("Correct.")], execution_count=1) for source in sources]
+    return new_notebook(cells=[new_markdown_cell("# A lesson"), *cells])
+
+
+def test_solutions_become_stubs_and_their_outputs_go():
+    before = lesson("x = 1", SOLVED, "def f():\n    hint('x')", 'check("a", f)', "my_check(1)")
+    original = copy.deepcopy(before)
+    result = student(before)
+    assert [cell.source for cell in result.cells[1:3]] == ["x = 1", OPEN]
+    assert [bool(cell.outputs) for cell in result.cells[1:]] == [True, False, False, False, True]
+    assert [cell.execution_count for cell in result.cells[1:]] == [1, None, None, None, 1]
+    assert before == original  # the lesson itself stays as it is
+    nbformat.validate(result)
+
+
+def test_the_learners_cell_runs_and_says_that_it_is_not_started():
+    """A hole is a NameError when it is called, and not before."""
+    done = run_python(f"from lora_lab.classroom import check\n{student(lesson(SOLVED)).cells[1].source}")
+    assert done.stderr == ""
+    assert "Not started yet" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (
+            "def f():\n    ### BEGIN SOLUTION\n    return 1",
+            "Cell 3 has '### BEGIN SOLUTION' without '### END SOLUTION'",
+        ),
+        ("def f():\n    return 1\n    ### END SOLUTION", "Cell 3 has '### END SOLUTION' in line 3 without"),
+        (
+            "### BEGIN SOLUTION\n### BEGIN SOLUTION\n### END SOLUTION",
+            "Cell 3 has a second '### BEGIN SOLUTION' in line 2",
+        ),
+        ("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", "Cell 3 would stop the notebook"),
+        ("class A:\n    ### BEGIN SOLUTION\n    x = 1\n    ### END SOLUTION", "Cell 3 would stop the notebook"),
+        ("def f():\n    ### BEGIN SOLUTION\n    ### END SOLUTION\n    ### STUB a b", "Cell 3 is not Python without"),
+    ],
+)
+def test_wrong_markers_are_an_error_that_names_the_cell(source, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        student(lesson("x = 1", source))
+
+
+def test_a_marker_outside_code_is_an_error():
+    with pytest.raises(ValueError, match="Cell 1 is not code"):
+        student(new_notebook(cells=[new_markdown_cell("Text\n### BEGIN SOLUTION")]))
+
+
+def solution_lines(source):
+    """The lines between markers."""
+    blocks = re.findall(rf"^ *{course.BEGIN}\n(.*?)^ *{course.END}$", source, flags=re.DOTALL | re.MULTILINE)
+    return [line.strip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted(shipped().glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_line_of_a_solution_is_in_the_learners_lesson(path):
+    solved = nbformat.read(path, as_version=4)
+    result = student(solved)
+    nbformat.validate(result)
+    for cell, before in zip(result.cells, solved.cells, strict=True):
+        lines = solution_lines(before.source) if before.cell_type == "code" else []
+        # Short lines, such as a lone bracket, may stand elsewhere in the cell too.
+        assert not {line for line in lines if len(line) > 12} & {line.strip() for line in cell.source.splitlines()}
+        assert course.BEGIN not in cell.source
+        assert course.END not in cell.source
+        if lines:
+            assert not cell.outputs
+            assert "NotImplementedError" in cell.source or "____" in cell.source or course.STUB in before.source
+        elif "check(" not in before.source and "progress(" not in before.source and "hint(" not in before.source:
+            assert cell == before
+
+
+def test_lines_of_a_solution_would_be_found():
+    assert solution_lines(SOLVED) == ["return W @ x", "update = B @ (A @ x)", "return W @ x + s * update"]
+
+
+# The folder
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    """A folder with two small lessons, which takes the place of those that come with lora_lab."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(course, "shipped", lambda: folder)
+    for name in ("00_first", "01_second"):
+        nbformat.write(lesson(SOLVED), folder / f"{name}.ipynb")
+    (folder / "execute.py").write_text("", encoding="utf-8")
+    return folder
+
+
+def change(path, text="# mine"):
+    """Write a cell into a lesson."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(new_markdown_cell(text))
+    nbformat.write(notebook, path)
+    return path.read_bytes()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_learners_copy_has_stubs_and_the_solved_one_is_the_lesson(lessons, tmp_path):
+    assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb", "01_second.ipynb")
+    assert names(tmp_path / "mine") == [MANIFEST, "00_first.ipynb", "01_second.ipynb"]
+    assert nbformat.read(tmp_path / "mine" / "00_first.ipynb", as_version=4).cells[1].source == OPEN
+    copy_lessons(tmp_path / "solved", solved=True)
+    copied, original = tmp_path / "solved" / "00_first.ipynb", lessons / "00_first.ipynb"
+    assert copied.read_bytes() == original.read_bytes()
+
+
+def test_a_second_call_changes_nothing(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert str(copy_lessons(tmp_path / "mine")) == "Already there: 2 lessons"
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_an_untouched_lesson_is_replaced_by_a_newer_one(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    change(lessons / "00_first.ipynb", "newer")
+    assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb",)
+    assert "newer" in (tmp_path / "mine" / "00_first.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_touched_lesson_stays_and_the_newer_is_offered_beside_it_once(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    copy_lessons(mine)
+    work = change(mine / "00_first.ipynb")
+    assert copy_lessons(mine).beside == ()  # it is changed, but there is nothing newer
+    change(lessons / "00_first.ipynb", "newer")
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)
+    assert (mine / "00_first.ipynb").read_bytes() == work
+    assert "newer" in (mine / "00_first.new.ipynb").read_text(encoding="utf-8")
+    (mine / "00_first.new.ipynb").unlink()  # declined
+    assert copy_lessons(mine).beside == ()
+    assert names(mine) == [MANIFEST, "00_first.ipynb", "01_second.ipynb"]
+
+
+def test_what_was_offered_and_changed_stays_too(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    copy_lessons(mine)
+    change(mine / "00_first.ipynb")
+    change(lessons / "00_first.ipynb", "newer")
+    copy_lessons(mine)
+    change(lessons / "00_first.ipynb", "newest")
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)  # nobody has touched the offer: it is replaced
+    work = change(mine / "00_first.new.ipynb")
+    change(lessons / "00_first.ipynb", "last")
+    assert copy_lessons(mine).beside == ("00_first.new2.ipynb",)
+    assert (mine / "00_first.new.ipynb").read_bytes() == work
+
+
+def test_a_lesson_of_the_same_name_that_somebody_else_wrote_stays(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    nbformat.write(lesson("my own"), mine / "01_second.ipynb")
+    work = (mine / "01_second.ipynb").read_bytes()
+    done = copy_lessons(mine)
+    assert (done.written, done.beside) == (("00_first.ipynb",), ("01_second.new.ipynb",))
+    assert (mine / "01_second.ipynb").read_bytes() == work
+
+
+def test_a_lesson_that_was_removed_comes_back(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    (tmp_path / "mine" / "00_first.ipynb").unlink()
+    assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb",)
+
+
+def test_solutions_are_never_written_over_a_learners_copy(lessons, tmp_path):
+    for solved, there in ((False, "with"), (True, "without")):
+        copy_lessons(tmp_path / there, solved=not solved)
+        with pytest.raises(ValueError, match=f"has the lessons {there} solutions; name another folder"):
+            copy_lessons(tmp_path / there, solved=solved)
+
+
+def test_an_error_in_one_lesson_leaves_the_folder_as_it_was(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    change(lessons / "00_first.ipynb", "newer")
+    nbformat.write(lesson("### END SOLUTION"), lessons / "01_second.ipynb")
+    with pytest.raises(ValueError, match=r"01_second\.ipynb: Cell 2 has"):
+        copy_lessons(tmp_path / "mine")
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_the_lessons_of_the_wheel_come_first(tmp_path, monkeypatch):
+    package = tmp_path / "lora_lab"
+    (package / "notebooks").mkdir(parents=True)
+    monkeypatch.setattr(course, "__file__", str(package / "classroom" / "course.py"))
+    assert shipped() == package / "notebooks"
+    (package / "notebooks").rmdir()
+    assert shipped() == ROOT / "notebooks"
+
+
+# The commands
+
+
+def test_the_commands_write_the_real_lessons(tmp_path, capsys):
+    assert command("course", tmp_path / "mine") == command("lessons", tmp_path / "solved") == 0
+    expected = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert names(tmp_path / "mine") == names(tmp_path / "solved") == [MANIFEST, *expected]
+    assert f"Written: {expected[0]}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "mine" / MANIFEST).read_text(encoding="utf-8"))["solved"] is False
+    assert command("lessons", tmp_path / "mine") == 1
+    assert "name another folder" in error_line(capsys)
+
+
+def test_make_lab_opens_a_copy_that_git_ignores():
+    makefile, ignored = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".gitignore"))
+    (folder,) = re.findall(r"^LESSONS \?= (\w+)$", makefile, flags=re.MULTILINE)
+    assert f"{folder}/" in ignored.splitlines()
+    (recipe,) = re.findall(r"^lab: .*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    assert "lora-lab course $(LESSONS)" in recipe
+    assert "lora-lab lessons" not in recipe
