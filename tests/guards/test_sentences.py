@@ -14,7 +14,6 @@ import pytest
 
 from lora_lab import records
 from lora_lab.ablation import overfitting as learning
-from lora_lab.ablation import smallest_sufficient_rank
 from lora_lab.ablation.stats import t_bounds
 
 CPU = "intel-xeon-processor-2-cores"
@@ -164,30 +163,6 @@ def test_a_changed_sentence_is_noticed(readme, memory, change):
 
 
 REAL = "amd-epyc-2-cores"  # the ablation and the spectra that lessons 06 and 11 tell of
-
-
-def test_lesson_07_on_the_real_model(lesson):
-    text = lesson("06_which_rank")
-    frame = records.load_all("ablation")[f"{REAL}-ablation"].frame()
-    real = smallest_sufficient_rank(frame)
-    by_rank = {one.rank: one for one in real.ranks}
-    too_small, lost, reference = said(text, r"rank (\d+) is too small: it loses ([\d.]+) nats against rank (\d+)")
-    assert by_rank[too_small].status == "too small"
-    assert (lost, reference) == (round(by_rank[too_small].difference, 2), max(by_rank))
-    assert by_rank[too_small].lower > real.margin  # "and the interval is clear of the margin"
-    open_ranks = said(text, r"Ranks (\d+) and (\d+) are open. They lose about a hundredth")
-    assert [one.rank for one in real.ranks if one.status == "open"] == open_ranks
-    assert all(0 < by_rank[rank].difference < 0.02 for rank in open_ranks)
-    assert not real.decided
-    last = frame[frame.step == frame.steps]
-    ended = last.merge(pandas.DataFrame([{"rank": one.rank, "lr": one.lr} for one in real.ranks]))
-    winners = {int(own.loc[own.test_loss.idxmin(), "rank"]) for _, own in ended.groupby("seed")}
-    assert winners == set(said(text, r"One seed alone would have named (\d+) or (\d+)"))
-    high, low_rank, low, high_rank = said(
-        text, r"falls from ([\d.]+), the highest that was tried, at rank (\d+) to ([\d.]+) at rank (\d+)\."
-    )
-    assert (by_rank[low_rank].lr, by_rank[high_rank].lr) == (high, low)
-    assert high == frame.lr.max()
 
 
 def test_lesson_08_on_all_matrices(lesson):
