@@ -779,7 +779,8 @@ def matrices(layer: LoRALinear) -> Figure:
 
     Each has its own colour scale, on which the largest 1 % of its entries are all drawn in the darkest colour.
     """
-    parts = {"W0": layer.base.weight, "A": layer.lora_A, "B": layer.lora_B, "update": layer.delta()}
+    update = layer.scaling * (layer.lora_B @ layer.lora_A)  # as in the caption, whatever class a lesson's layer has
+    parts = {"W0": layer.base.weight, "A": layer.lora_A, "B": layer.lora_B, "update": update}
     arrays = {name: part.detach().float().cpu().numpy() for name, part in parts.items()}
     limits = {name: float(np.quantile(np.abs(array), 0.99)) or 1.0 for name, array in arrays.items()}
     out_features, in_features = arrays["W0"].shape
@@ -798,7 +799,9 @@ def matrices(layer: LoRALinear) -> Figure:
         axes[name].set_title(captions[name])
         axes[name].grid(False)
         axes[name].set(xticks=[], yticks=[])
-        figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
+        bar = figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
+        if name == "B":  # too narrow for more than two numbers
+            bar.set_ticks([-limits[name] / 2, limits[name] / 2])
     axes["W0"].set(xlabel="input", ylabel="output")
     axes["update"].set(xlabel="input")
     return figure
