@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon
 from matplotlib.rcsetup import cycler
 
-from lora_lab.costs.memory import MIB, PARTS, Bill, Part
+from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
 from lora_lab.history import History
 from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
@@ -57,6 +57,7 @@ PART_LOOKS: dict[str, tuple[str, str]] = {
     Part.FROZEN: ("#999999", ""),
     Part.TRAINED: (COLOURS[0], "//"),
     Part.GRADIENTS: (COLOURS[1], "\\\\"),
+    Part.HEAD_GRADIENT: ("#f5b183", "\\\\"),
     Part.OPTIMISER: (COLOURS[4], ".."),
     Part.SAVED_ATTENTION: (COLOURS[2], "//"),
     Part.SAVED_MLP: (COLOURS[2], ".."),
@@ -70,7 +71,7 @@ PART_LOOKS: dict[str, tuple[str, str]] = {
     Part.ENDS: ("#555555", "//"),
     Part.REST: ("#dddddd", "xx"),
 }
-_LIGHT = (COLOURS[4], COLOURS[5], COLOURS[7], "#dddddd")  # colours on which a white hatch would not show
+_LIGHT = (COLOURS[4], COLOURS[5], COLOURS[7], "#dddddd", "#f5b183")  # colours on which a white hatch would not show
 # Other words for the same methods, as labels of figures begin with them.
 _SAME_METHOD = {
     "full fine-tuning": "full",
@@ -213,28 +214,55 @@ def stacked_bars(
     return _legend_beside(ax)
 
 
-def bills(bars: Mapping[str, Bill], ax: Axes | None = None) -> Axes:
-    """Memory bills side by side: one bar each, its parts in the order of the step, the peak above."""
+def bills(bars: Mapping[str, Bill], ax: Axes | None = None, card_bytes: int | None = None) -> Axes:
+    """Memory bills side by side: one bar each, its parts in the order of the step, the peak above.
+
+    Args:
+        card_bytes: the memory of a card, drawn as a line; the title then states which bills fit.
+    """
     parts = _parts(bill.parts for bill in bars.values())
     heights = {label: {str(part): bill.parts.get(part, 0) / MIB for part in parts} for label, bill in bars.items()}
-    return stacked_bars(heights, "memory at the peak of a step (MiB)", ax, PART_LOOKS)
+    ax = stacked_bars(heights, "memory at the peak of a step (MiB)", ax, PART_LOOKS)
+    if card_bytes is not None:
+        name = f"card of {card_bytes / GIB:g} GiB"
+        ax.axhline(card_bytes / MIB, color="#000000", linestyle="--", label=name)
+        _legend_beside(ax)
+        ax.set_ylim(0, 1.15 * max(card_bytes, *(bill.peak_bytes for bill in bars.values())) / MIB)
+        fits = [
+            f"{label} {'fits' if bill.peak_bytes <= card_bytes else 'does not fit'}" for label, bill in bars.items()
+        ]
+        ax.set_title(f"A {name}: {', '.join(fits)}")
+    return ax
 
 
-def memory_of_a_step(bill: Bill, ax: Axes | None = None) -> Axes:
-    """The memory from the first operation of a step to the last, with its phases and its peak."""
+def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None = None) -> Axes:
+    """The memory from the first operation of a step to the last, with its phases and its peak.
+
+    Args:
+        around_peak: draw only so many operations before and after the peak, at most 25, each as wide as the others.
+    """
     ax = ax or plt.subplots()[1]
-    moments = bill.timeline
-    positions = np.linspace(0, 100, len(moments))
-    parts = _parts(moment.parts for moment in moments)
+    peak = max(bill.timeline, key=lambda moment: moment.total_bytes).operation
+    moments = [m for m in bill.timeline if around_peak is None or abs(m.operation - peak) <= around_peak]
+    if around_peak is None:
+        last = moments[-1].operation
+        positions = np.array([100 * moment.operation / last for moment in moments])
+        ax.set_xlabel("operations done (% of the step)")
+    else:
+        positions = np.array([moment.operation - peak for moment in moments], dtype=float)
+        ax.set_xlabel("operations from the peak")
+    parts = _parts(moment.parts for moment in bill.timeline)
     heights = np.array([[moment.parts.get(part, 0) / MIB for moment in moments] for part in parts])
+    step = None if around_peak is None else "mid"
     for low, high, part in zip(np.vstack([0 * heights[:1], heights.cumsum(0)]), heights.cumsum(0), parts, strict=False):
-        ax.fill_between(positions, low, high, label=part, **{**_filling(*PART_LOOKS[part]), "linewidth": 0})
+        look = {**_filling(*PART_LOOKS[part]), "linewidth": 0}
+        ax.fill_between(positions, low, high, label=part, step=step, **look)
     totals = heights.sum(0)
-    peak = int(totals.argmax())
+    top = int(totals.argmax())
     ax.annotate(
-        f"peak {totals[peak]:,.0f}", (positions[peak], totals[peak]), (0, 12), textcoords="offset points", ha="center"
+        f"peak {totals[top]:,.0f}", (positions[top], totals[top]), (0, 12), textcoords="offset points", ha="center"
     )
-    ax.plot(positions[peak], totals[peak], "v", color="#000000")
+    ax.plot(positions[top], totals[top], "v", color="#000000")
     ax.set_ylim(0, 1.25 * totals.max())
     phases = [moment.phase for moment in moments]
     for phase in dict.fromkeys(phases):
@@ -244,9 +272,105 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None) -> Axes:
         if phases.count(phase) > len(phases) / 12:  # the others are too narrow for their names
             at_the_top = ax.get_xaxis_transform()  # whatever limits a caller sets
             ax.text(positions[first] + 0.6, 0.99, phase, va="top", fontsize="small", transform=at_the_top)
-    ax.set_xlabel("operations done (% of the step)")
     ax.set_ylabel("memory (MiB)")
     return _legend_beside(ax)
+
+
+def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
+    """A row for each step, on one scale: the whole step, and beside it the 20 operations before and after its peak."""
+    size = {"figsize": (10, 3.5 * len(bills)), "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(len(bills), 2, width_ratios=[2, 1], **size)
+    for (whole, near), (title, bill) in zip(axes, bills.items(), strict=True):
+        memory_of_a_step(bill, whole).set_title(title)
+        whole.get_legend().remove()
+        memory_of_a_step(bill, near, around_peak=20).set_title("the same, around the peak")
+        near.set_ylabel("")
+        logits = max(bill.timeline, key=lambda moment: moment.total_bytes).parts.get(Part.LOGITS, 0)
+        if logits:
+            near.text(2, bill.peak_bytes / MIB, f"{logits / MIB:,.0f} of it logits", va="center", fontsize="small")
+    axes[0, 0].set_ylim(0, 1.2 * max(bill.peak_bytes for bill in bills.values()) / MIB)
+    return figure
+
+
+def ratios(
+    series: Mapping[str, Mapping[int, float | tuple[float, float, float]]],
+    ylabel: str,
+    lines: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Ratios against tokens a step, a line with markers for each series.
+
+    Args:
+        series: label -> tokens -> ratio, or the ratio and the ends of its interval. One of more than 12 values is a
+            curve, beside which the others are markers without lines.
+        lines: label -> a ratio to compare with, drawn as a horizontal line.
+    """
+    ax = ax or plt.subplots()[1]
+    curves = {label for label, values in series.items() if len(values) > 12}
+    for i, (label, values) in enumerate(series.items()):
+        points = [value if isinstance(value, tuple) else (value, value, value) for value in values.values()]
+        middle, low, high = (np.array(column) for column in zip(*points, strict=True))
+        style = _style(i)
+        if label in curves:
+            ax.plot(list(values), middle, label=label, **{**style, "marker": None})
+            continue
+        style["linestyle"] = "none" if curves else style["linestyle"]
+        reach = [middle - low, high - middle] if (low < high).any() else None
+        ax.errorbar(list(values), middle, reach, capsize=3, fillstyle="none", markersize=8, label=label, **style)
+    for i, (label, level) in enumerate((lines or {}).items()):
+        ax.axhline(level, color="#000000", linewidth=1, linestyle=LINES[(i + 1) % len(LINES)], label=label)
+    ax.set_xscale("log", base=2)
+    ticks = sorted({size for values in series.values() if len(values) <= 12 for size in values})
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("tokens a step")
+    ax.set_ylabel(ylabel)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | None = None) -> Axes:
+    """A transformer block drawn from its input down to its output, with what each layer saves for the backward pass.
+
+    Args:
+        saved: layer, in the order of computation -> what it saves, and how many values for each token: with both
+            methods, with full fine-tuning alone, with LoRA alone. A layer whose name begins with "add" adds the
+            residual stream, which has bypassed the layers since the last such layer.
+    """
+    ax = ax or plt.subplots(figsize=(10, 0.48 * len(saved) + 1.2))[1]
+    looks = {
+        "both": (COLOURS[2], ""),
+        "full fine-tuning alone": (METHOD_COLOURS["full"], "//"),
+        "LoRA alone": (METHOD_COLOURS["lora"], ".."),
+    }
+    most = max(sum(values) for _, *values in saved.values())
+    arrow = {"arrowstyle": "-|>", "color": "#333333"}
+    branch = -0.85  # where the residual stream left
+    for row, (layer, (what, *values)) in enumerate(saved.items()):
+        ax.annotate("", (-2, row - 0.28), (-2, row - (0.72 if row else 1)), arrowprops=arrow)
+        adds = layer.startswith("add")
+        shape = "circle,pad=0.2" if adds else "round,pad=0.3"
+        box = {"boxstyle": shape, "facecolor": "#eeeeee", "edgecolor": "#333333"}
+        ax.text(-2, row, "+" if adds else layer, ha="center", va="center", bbox=box)
+        if adds:
+            ax.plot([-2, -3.4, -3.4, -2.35], [branch, branch, row, row], color="#333333", linewidth=1.2)
+            branch = row + 0.4
+        left = 0.0
+        for value, (name, look) in zip(values, looks.items(), strict=True):
+            width = 6 * value / most
+            ax.barh(row, width, left=left, height=0.55, label=name if row == 0 else None, **_filling(*look))
+            left += width
+        if any(values):
+            counts = " + ".join(f"{value:,}" for value in values if value)
+            ax.text(left + 0.1, row, f"{counts}   {what}", va="center", fontsize="small")
+    ax.text(-2, -1.15, "input", ha="center", va="center")
+    last = len(saved) - 0.25
+    ax.annotate("", (-2, last), (-2, last - 0.45), arrowprops=arrow)
+    ax.text(-2, last + 0.15, "output", ha="center", va="center")
+    ax.set(xlim=(-3.7, 10), ylim=(last + 0.4, -1.4))
+    ax.legend(loc="upper right", title="values saved for each token")
+    ax.axis("off")
+    return ax
 
 
 def _parts(bills: Iterable[Mapping[str, int]]) -> list[Part]:

@@ -204,7 +204,7 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp
     assert len({looks[part][1] for part in SAVED}) == len(SAVED)
     assert len({colour for part, (colour, _) in looks.items() if part not in SAVED}) == len(PARTS) - len(SAVED)
     assert [part for part, (_, hatch) in looks.items() if not hatch] == [Part.FROZEN]
-    timeline = [Moment("forward", dict.fromkeys(PARTS, MIB))] * 2
+    timeline = [Moment("forward", dict.fromkeys(PARTS, MIB), operation) for operation in range(2)]
     ax = plots.memory_of_a_step(Bill(dict.fromkeys(PARTS, MIB), "forward", "predicted", "a", {}, timeline))
     areas = {a.get_label(): (tuple(a.get_facecolor()[0]), a.get_hatch()) for a in ax.collections}
     assert areas == looks
@@ -247,7 +247,10 @@ def test_bills_of_real_steps_are_drawn_as_high_as_they_are(tmp_path):
 
 def moments(*rows):
     names = {"frozen": "frozen weights", "mlp": "saved: MLP", "loss": "logits and loss"}
-    return [Moment(phase, {names[part]: size * MIB for part, size in parts.items()}) for phase, parts in rows]
+    return [
+        Moment(phase, {names[part]: size * MIB for part, size in parts.items()}, operation)
+        for operation, (phase, parts) in enumerate(rows)
+    ]
 
 
 STEP = moments(
@@ -291,6 +294,65 @@ def test_phases_too_narrow_for_their_names_have_a_line_alone():
     ax = plots.memory_of_a_step(bill(moments(*rows), frozen=1))
     assert [text.get_text() for text in ax.texts] == ["peak 1", "forward", "optimiser step"]
     assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"] == [50.0, 52.5]
+
+
+def test_around_the_peak_each_operation_is_drawn_and_the_step_beside_it_is_on_the_same_scale():
+    early = moments(*[("forward", {"frozen": 10})] * 40, *[("backward", {"frozen": 10})] * 40)
+    high = Moment("backward", {"frozen weights": 10 * MIB, "logits and loss": 7 * MIB}, 80)
+    late = [Moment("backward", {"frozen weights": 10 * MIB}, operation) for operation in range(81, 121)]
+    step = bill([*early, high, *late], frozen=10, loss=7)
+    ax = plots.memory_of_a_step(step, around_peak=20)
+    assert ax.get_xlabel() == "operations from the peak"
+    assert legend(ax) == ["logits and loss", "frozen weights"]
+    drawn = ax.collections[0].get_paths()[0].vertices[:, 0]
+    assert (drawn.min(), drawn.max()) == (-20, 20)
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "v"] == [0]
+    figure = plots.memory_of_steps({"large": step, "small": bill(STEP, frozen=10, mlp=4)})
+    near = "the same, around the peak"
+    assert [ax.get_title() for ax in figure.axes] == ["large", near, "small", near]
+    assert {ax.get_ylim() for ax in figure.axes} == {(0, 1.2 * 17)}
+    assert "7 of it logits" in [text.get_text() for text in figure.axes[1].texts]
+
+
+def test_moments_are_drawn_where_their_operations_are():
+    near = [Moment("forward", {"frozen weights": MIB}, 0), Moment("forward", {"frozen weights": 2 * MIB}, 30)]
+    ax = plots.memory_of_a_step(bill([*near, Moment("forward", {"frozen weights": MIB}, 40)], frozen=2))
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "v"] == [75.0]
+
+
+def test_bills_beside_a_card_state_which_of_them_fit():
+    ax = plots.bills({"full": bill(frozen=3000), "LoRA": bill(frozen=1000)}, card_bytes=2048 * MIB)
+    assert ax.get_title() == "A card of 2 GiB: full does not fit, LoRA fits"
+    assert [line.get_ydata()[0] for line in ax.get_lines()] == [2048]
+    assert "card of 2 GiB" in legend(ax)
+    exact = plots.bills({"LoRA": bill(frozen=2048)}, card_bytes=2048 * MIB)
+    assert exact.get_title() == "A card of 2 GiB: LoRA fits"
+    assert exact.get_ylim()[1] > 2048  # the card's line is not the edge of the picture
+
+
+def test_a_block_is_drawn_with_a_bar_for_what_each_method_saves():
+    saved = {"norm": ("input + normalised", 10, 5, 0), "add 1": ("", 0, 0, 0), "down": ("input + A x", 20, 0, 2)}
+    ax = plots.saved_in_a_block(saved)
+    widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers if c.get_label()[0] != "_"}
+    assert list(widths) == ["both", "full fine-tuning alone", "LoRA alone"]
+    bars = [bar.get_width() for container in ax.containers for bar in container]
+    assert np.array(bars) * 22 / 6 == pytest.approx([10, 5, 0, 0, 0, 0, 20, 0, 2])
+    texts = [text.get_text() for text in ax.texts]
+    assert {"norm", "+", "down", "input", "output", "10 + 5   input + normalised", "20 + 2   input + A x"} <= set(texts)
+    assert texts.index("norm") < texts.index("+") < texts.index("down")
+
+
+def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_curve():
+    ax = plots.ratios({"here": {32: (0.5, 0.4, 0.7), 128: (0.8, 0.8, 0.8)}, "record": {32: 0.6}}, "ratio", {"equal": 1})
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens a step", "ratio")
+    assert set(legend(ax)) == {"here", "record", "equal"}
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["32", "128"]
+    (bars,) = [bars for container in ax.containers[:1] for bars in container[2]]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0.4, 0.7], [0.8, 0.8]]
+    assert ax.containers[0][0].get_linestyle() == "-"
+    ax = plots.ratios({"by hand": {n: 1 / n for n in range(1, 20)}, "measured": {4: 0.3}}, "ratio")
+    assert ax.get_lines()[0].get_marker() == "None"
+    assert ax.containers[0][0].get_linestyle() == "None"
 
 
 def test_pictures_of_bills_are_drawn_on_the_axes_they_are_given():

@@ -46,6 +46,7 @@ from lora_lab.costs.fake import (
 )
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.costs.trace import Kind, StepTracer, output_width
+from lora_lab.inject import output_head
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.train import Batch, TrainingStep
@@ -59,6 +60,7 @@ class Part(StrEnum):
     FROZEN = "frozen weights"
     TRAINED = "trained weights"
     GRADIENTS = "gradients"
+    HEAD_GRADIENT = "gradient of the head"  # until it is added to the embedding's, if both are one weight
     OPTIMISER = "optimiser state"
     SAVED_ATTENTION = "saved: attention"
     SAVED_MLP = "saved: MLP"
@@ -79,16 +81,18 @@ PARTS = tuple(Part)
 STATIC = (Part.FROZEN, Part.TRAINED, Part.GRADIENTS, Part.OPTIMISER)
 SAVED = tuple(Part(f"saved: {kind}") for kind in Kind if kind != Kind.LOGITS)
 _POINTS = 400  # of a timeline
+_NEAR_PEAK = 25  # operations before and after the peak that a timeline holds in full
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is allocated after one operation: bytes by part, and the phase of the step."""
+    """What is allocated after one operation: the phase of the step, bytes by part, and the operation's number."""
 
     phase: str
     parts: Mapping[str, int]
+    operation: int
 
     @property
     def total_bytes(self) -> int:
@@ -107,7 +111,7 @@ class Bill:
         setting: the model, the setup and the batch.
         saved: what autograd has saved at the end of the forward pass, by the kind of module that saved it. A storage
             that several modules save counts once, and for adapters only if no other kind of module saves it.
-        timeline: up to 400 moments of the step in order, the peak among them.
+        timeline: up to 400 moments of the step in order; those within 25 operations of the peak are among them.
         reserved_bytes: the most that CUDA's allocator reserved on the device; None elsewhere.
     """
 
@@ -221,6 +225,9 @@ class StorageLog(StepTracer):
     def __init__(self, step: TrainingStep, block: int = 1) -> None:
         super().__init__(step)
         self.block, self.width = block, output_width(step.model)
+        head = output_head(step.model)
+        trained = head is not None and head.weight.requires_grad
+        self._head_shape = head.weight.shape if trained else None
         self.lives: list[_Life] = []
         self.phases: list[str] = []  # of each operation; its index is the time
         self.names: list[str] = []
@@ -251,12 +258,14 @@ class StorageLog(StepTracer):
         totals = [sum(parts.values()) for _, parts in self._moments()]
         peak = max(range(len(totals)), key=totals.__getitem__)
         forward = [time for time in range(self._start, len(self.phases)) if self.phases[time] == "forward"]
-        chosen = {peak, *(round(i * (len(totals) - 1) / (_POINTS - 2)) for i in range(_POINTS - 1))}
+        spread = _POINTS - 2 * _NEAR_PEAK - 1
+        chosen = {round(i * (len(totals) - 1) / (spread - 1)) for i in range(spread)}
+        chosen |= {*range(peak - _NEAR_PEAK, peak + _NEAR_PEAK + 1)}
         timeline: list[Moment] = []
         at_peak: dict[str, int] = {}
         for i, (time, parts) in enumerate(self._moments()):
             if i in chosen:
-                timeline.append(Moment(self.phases[time], _ordered(parts)))
+                timeline.append(Moment(self.phases[time], _ordered(parts), i))
             if i == peak:
                 at_peak = _ordered(parts)
         saved: Counter[str] = Counter()
@@ -312,6 +321,8 @@ class StorageLog(StepTracer):
         wide = self.width is not None and tensor.ndim > 1 and tensor.shape[-1] == self.width
         time = max(0, len(self.phases) - 1)
         life = _Life(size, time, self.phase, self.kind, self.module, self.recomputing, wide)
+        if self.phase == "backward" and tensor.shape == self._head_shape:
+            life.named = Part.HEAD_GRADIENT
         self.lives.append(life)
 
         def dead(_: weakref.ref) -> None:

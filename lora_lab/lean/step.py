@@ -36,8 +36,8 @@ class Lean:
     Args:
         base_dtype: dtype of the frozen matrices (``torch.bfloat16``), except that of an adapted head; None leaves them
             as they are.
-        checkpoint: save only the input of each block, and recompute the block in the backward pass: about a third
-            more time, a fraction of the activations. On Linux the whole process then returns freed memory to the
+        checkpoint: save only the input of each block, and recompute the block in the backward pass: up to a half
+            more FLOPs, a fraction of the activations. On Linux the whole process then returns freed memory to the
             system at once.
         threads: 2 computes each half of a batch in a separate Python thread, on one core. For a CPU with two cores;
             without dropout.

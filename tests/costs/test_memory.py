@@ -692,7 +692,8 @@ MATTERS = {  # where each part is a good deal of the peak
     "saved: other layers": RECOMPUTED,
     "logits and loss": (SHAPE, FullFineTuning(), (B, S), {}),
     "recomputed activations": RECOMPUTED,
-    "temporaries": (SHAPE, FullFineTuning(), (1, 8), {}),
+    "gradient of the head": (SHAPE, FullFineTuning(), (1, 8), {}),
+    "temporaries": (FEW, DoRA(8), (1, 8), {}),
 }
 
 
@@ -747,7 +748,7 @@ def test_predict_and_measure_take_the_step_that_fit_takes(monkeypatch):
 def test_the_second_step_is_reported_which_starts_with_the_state_and_gradients_of_the_first(ask):
     numbers = sum(parameter.numel() for parameter in DigitsMLP().parameters())
     first = ask(DigitsMLP(), FullFineTuning(), DIGITS).timeline[0]
-    assert first == Moment("before", first.parts)
+    assert first == Moment("before", first.parts, 0)
     assert first.parts["optimiser state"] == 2 * 4 * numbers + 4 * 6
     assert first.parts["gradients"] == 4 * numbers
     assert set(first.parts) == {"trained weights", "optimiser state", "gradients"}
@@ -1488,6 +1489,29 @@ def test_a_recomputed_place_is_named_too(ask):
     found = ask(Llama(replace(FEW, intermediate_size=1000)), LoRA(8, targets=["down_proj"]), text(FEW, 1, 64), **CKPT)
     assert found.moment.startswith(("backward", "forward"))
     assert found.parts["recomputed activations"] > 0
+
+
+@BOTH
+def test_a_timeline_holds_every_operation_around_the_peak(ask):
+    found = llama(ask, LoRA(8), FEW, **CKPT)
+    operations = [moment.operation for moment in found.timeline]
+    assert operations == sorted(set(operations))
+    peak = max(found.timeline, key=lambda moment: moment.total_bytes).operation
+    assert {*range(max(0, peak - 25), peak + 26)} & {*range(operations[-1] + 1)} <= {*operations}
+    assert len(operations) < operations[-1]
+
+
+@BOTH
+def test_the_gradient_of_a_head_that_is_also_the_embedding_has_a_name_while_it_waits(ask):
+    size = 4 * SHAPE.vocab_size * SHAPE.hidden_size
+    tied = ask(Llama(SHAPE), FullFineTuning(), text(SHAPE, 1, 8)).timeline
+    waiting = [moment.parts.get("gradient of the head", 0) for moment in tied]
+    assert {size, 2 * size} <= set(waiting)  # the head's alone, and at the end the embedding's too
+    assert {phase.phase for phase, size in zip(tied, waiting, strict=True) if size} == {"backward"}
+    untied = ask(Llama(replace(SHAPE, tie_word_embeddings=False)), FullFineTuning(), text(SHAPE, 1, 8)).timeline
+    assert not any("gradient of the head" in moment.parts for moment in untied)
+    lora = ask(Llama(SHAPE), LoRA(8), text(SHAPE, 1, 8)).timeline
+    assert not any("gradient of the head" in moment.parts for moment in lora)
 
 
 def test_at_most_400_moments_are_kept_and_all_of_a_short_step():
