@@ -917,16 +917,16 @@ def copies_and_adapters(model_mb: float, adapter_mb: float, tasks: int = 4, ax: 
     return ax
 
 
-def effect_of_adapters(changes: DataFrame, ax: Axes | None = None) -> Axes:
+def effect_of_adapters(changes: DataFrame, limit: float = 3.0, ax: Axes | None = None) -> Axes:
     """What each adapter does to the loss of each task: below zero (orange) it helps.
 
     Args:
         changes: the loss with the adapter minus that of the base, in nats per token; a row for each adapter, a column
             for each task.
+        limit: from this change on, colours are the darkest.
     """
     ax = ax or plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
     numbers = changes.to_numpy()
-    limit = float(np.abs(numbers).max()) or 1.0
     picture = ax.imshow(numbers, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), number in np.ndenumerate(numbers):
         ink = "white" if abs(number) > 0.6 * limit else "black"
@@ -935,7 +935,7 @@ def effect_of_adapters(changes: DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(changes)), changes.index)
     ax.set(xlabel="test loss of the task", ylabel="adapter")
     ax.grid(visible=False)
-    ax.figure.colorbar(picture, ax=ax, label="change in loss\n(nats per token)")
+    ax.figure.colorbar(picture, ax=ax, extend="both", label="change in loss\n(nats per token)")
     return ax
 
 

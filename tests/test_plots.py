@@ -626,7 +626,10 @@ def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_white():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["keeper", "mood"]
     (image,) = ax.get_images()
     assert image.get_array().tolist() == changes.to_numpy().tolist()
-    assert image.get_clim() == (-2.0, 2.0)
+    assert image.get_clim() == (-3.0, 3.0)
+    assert plots.effect_of_adapters(changes, limit=1).get_images()[0].get_clim() == (-1, 1)
+    assert ax.texts[0].get_color() == "white"
+    assert ax.texts[1].get_color() == "black"
     red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T[[0, 1, 2, 3]]
     assert red[0] > blue[0]  # orange below zero, purple above
     assert red[2] < blue[2]
