@@ -125,7 +125,7 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
 
 @cache
 def cldr_names(language: str) -> dict[str, str]:
-    """English name -> name in the language ("fr", "de", "es"), of territories, languages and currencies: Unicode CLDR."""
+    """English name -> name in the language ("fr", "de", "es"); of territories, languages and currencies (CLDR)."""
     from babel import Locale
 
     names: dict[str, str] = {}
