@@ -272,6 +272,58 @@ def explore(
     return Explorer(widgets, view)
 
 
+class Playground:
+    """A menu, a box for a prompt, a button and an answer, made by :func:`playground`."""
+
+    def __init__(
+        self,
+        menu: ipywidgets.Dropdown,
+        prompt: ipywidgets.Textarea,
+        button: ipywidgets.Button,
+        view: ipywidgets.HTML,
+    ) -> None:
+        self.menu, self.prompt, self.button, self.view = menu, prompt, button, view
+
+    def _ipython_display_(self) -> None:
+        """Nothing: :func:`playground` has displayed it already."""
+
+
+def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: str, alt: str) -> Playground:
+    """A menu and a box for prompts of the reader's; a click on the button shows the answer.
+
+    Args:
+        answer: takes an entry of the menu and a prompt, and returns a text. If it raises a ValueError, the error's
+            sentence is shown as the answer.
+        menu: its entries, the first of which is selected at the start.
+        prompt: in the box at the start. A page without a kernel shows it with its answer.
+        alt: what there is to see, as in :func:`show`.
+
+    Returns:
+        An object whose ``menu``, ``prompt``, ``button`` and ``view`` a test can drive.
+    """
+    import ipywidgets
+
+    wide: dict[str, Any] = {"width": "46em", "max_width": "100%"}
+    drop_down = ipywidgets.Dropdown(options=list(menu), description="adapter")
+    box = ipywidgets.Textarea(value=prompt, description="prompt", rows=3, layout=wide)
+    button = ipywidgets.Button(description="Answer", button_style="info")
+    view = ipywidgets.HTML(_story(answer(menu[0], prompt)))
+
+    def clicked(_: ipywidgets.Button) -> None:
+        button.disabled = True  # an answer takes seconds
+        try:
+            view.value = _story(answer(str(drop_down.value), box.value))
+        except ValueError as error:
+            view.value = _story(str(error))
+        finally:
+            button.disabled = False
+
+    button.on_click(clicked)
+    page = f"<p><b>adapter</b> {html.escape(menu[0])}<br><b>prompt</b> {html.escape(prompt)}</p>{view.value}"
+    _display(ipywidgets.VBox([drop_down, box, button, view]), {"text/html": page}, alt)
+    return Playground(drop_down, box, button, view)
+
+
 def _display(widget: ipywidgets.Widget, static: dict[str, Any], alt: str) -> None:
     """One output: the widget where there is a kernel and a front end for it, and what stands in for it elsewhere."""
     bundle = widget._repr_mimebundle_() or {}  # the key of the widget's view, and a text that names its class

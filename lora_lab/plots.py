@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Polygon
+from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from matplotlib.rcsetup import cycler
 
 from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
@@ -1053,6 +1053,92 @@ def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: 
     ax.set_xlabel("rank")
     ax.set_ylabel(ylabel)
     return _legend_beside(ax)
+
+
+def copies_and_adapters(model_mb: float, adapter_mb: float, tasks: int = 4, ax: Axes | None = None) -> Axes:
+    """The files that several tasks need, drawn as squares whose areas are to scale.
+
+    Left full fine-tuning, with a model for each task; right LoRA, with one base and an adapter for each task.
+
+    Args:
+        model_mb: size of the model, in MB.
+        adapter_mb: size of an adapter, in MB.
+        tasks: how many.
+    """
+    ax = ax or plt.subplots(figsize=(9.5, 2.6))[1]
+    small, full, lora = (adapter_mb / model_mb) ** 0.5, METHOD_COLOURS["full"], METHOD_COLOURS["lora"]
+
+    def square(x: float, side: float, colour: str, name: str, hatch: str = "") -> None:
+        ax.add_patch(Rectangle((x, 0), side, side, edgecolor="white", facecolor=colour, hatch=hatch, linewidth=0))
+        ax.text(x + side / 2, -0.08, name, ha="center", va="top")
+
+    for task in range(tasks):
+        square(1.15 * task, 1, full, f"task {task + 1}", "//")
+        square(1.15 * tasks + 1.8 + 0.6 * task, small, lora, f"task {task + 1}")
+    start, end = 1.15 * tasks + 0.4, 1.15 * tasks + 1.4 + 0.6 * tasks
+    square(start, 1, "#d9d9d9", "base")
+    together = model_mb + tasks * adapter_mb
+    for left, right, text in (
+        (0, start - 0.55, f"full fine-tuning: {tasks} x {model_mb:,.0f} MB = {tasks * model_mb:,.0f} MB"),
+        (start, end, f"LoRA: {model_mb:,.0f} MB + {tasks} x {adapter_mb:.1f} MB = {together:,.0f} MB"),
+    ):
+        ax.text((left + right) / 2, 1.15, text, ha="center", va="bottom")
+    ax.set(xlim=(-0.1, end + 0.3), ylim=(-0.3, 1.4), aspect="equal")
+    ax.set_title("A further task costs an adapter instead of a model (areas are to scale)")
+    ax.axis("off")
+    return ax
+
+
+def effect_of_adapters(changes: DataFrame, limit: float = 3.0, ax: Axes | None = None) -> Axes:
+    """What each adapter does to the loss of each task: below zero (orange) it helps.
+
+    Args:
+        changes: the loss with the adapter minus that of the base, in nats per token; a row for each adapter, a column
+            for each task.
+        limit: from this change on, colours are the darkest.
+    """
+    ax = ax or plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
+    numbers = changes.to_numpy()
+    picture = ax.imshow(numbers, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), number in np.ndenumerate(numbers):
+        ink = "white" if abs(number) > 0.6 * limit else "black"
+        ax.text(column, row, f"{number:+.2f}", color=ink, ha="center", va="center")
+    ax.set_xticks(range(len(changes.columns)), changes.columns)
+    ax.set_yticks(range(len(changes)), changes.index)
+    ax.set(xlabel="test loss of the task", ylabel="adapter")
+    ax.grid(visible=False)
+    ax.figure.colorbar(picture, ax=ax, extend="both", label="change in loss\n(nats per token)")
+    return ax
+
+
+def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mapping[str, str]) -> Figure:
+    """The scores of tasks, a panel each: a mark for each seed, a bar at their mean, a dotted line at the best baseline.
+
+    Args:
+        table: a row for each seed, with the columns task, setup and score. Setups are drawn in the order of the table.
+        baselines: task -> the best score of a method without training.
+        axes_labels: task -> the score and its unit.
+    """
+    tasks = list(baselines)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 3.6), squeeze=False)
+    styles = looks(list(table.setup.unique()))
+    for ax, task in zip(axes[0], tasks, strict=True):
+        rows = table[table.task == task]
+        setups = list(rows.setup.unique())
+        for i, setup in enumerate(setups):
+            values = rows.score[rows.setup == setup]
+            ax.plot([i] * len(values), values, **{**styles[setup], "linestyle": "none"}, fillstyle="none")
+            ax.hlines(values.mean(), i - 0.3, i + 0.3, color=styles[setup]["color"], linewidth=2)
+        ax.axhline(baselines[task], color="#000000", linestyle=":", linewidth=1.2)
+        ax.set_xticks(range(len(setups)), setups, rotation=60)
+        ax.set(title=task, ylabel=axes_labels[task], xlim=(-0.6, len(setups) - 0.4))
+        top = 1.12 * max(baselines[task], rows.score.max())
+        ax.set_ylim(-0.03 * top, top)  # a score of 0 shows its mark
+    first = tasks[0]
+    axes[0, 0].annotate(
+        "best baseline", (-0.55, baselines[first]), (0, 3), textcoords="offset points", fontsize="small"
+    )
+    return figure
 
 
 def save(figure: Figure, path: str | Path) -> Path:

@@ -146,7 +146,35 @@ def test_texts_can_be_explored_and_are_escaped(shown):
         lessons.explore(str, "x", start={"rank": 1}, strength=[0.0, 0.5])
 
 
+def test_a_click_answers_the_prompt_in_the_box_by_the_entry_of_the_menu(shown):
+    asked = []
+
+    def answer(adapter, prompt):
+        asked.append((adapter, prompt, made[-1].button.disabled if made else None))
+        if not prompt:
+            raise ValueError("The prompt is empty; write one.")
+        return f"<{adapter}> {prompt}"
+
+    made = []
+    made.append(lessons.playground(answer, ["keeper", "base"], "A bucket & a hole?", "A box for prompts."))
+    assert WIDGET in shown[0]
+    assert shown[0]["text/plain"] == "A box for prompts."
+    for part in ("adapter</b> keeper", "A bucket &amp; a hole?", "&lt;keeper&gt; A bucket &amp; a hole?"):
+        assert part in shown[0]["text/html"]
+    playground = made[0]
+    playground.menu.value, playground.prompt.value = "base", "An umbrella?"
+    assert "umbrella" not in playground.view.value  # an answer takes seconds: not at each key
+    playground.button.click()
+    assert "&lt;base&gt; An umbrella?" in playground.view.value
+    playground.prompt.value = ""
+    playground.button.click()
+    assert "The prompt is empty; write one." in playground.view.value
+    assert asked[1:] == [("base", "An umbrella?", True), ("base", "", True)]
+    assert not playground.button.disabled
+
+
 def test_handles_show_nothing_when_a_cell_ends_with_them(shown):
     assert lessons.predict("Which?", "A", "B")._ipython_display_() is None
     assert lessons.explore(lambda s: "t", "x", s=[1])._ipython_display_() is None
-    assert len(shown) == 2
+    assert lessons.playground(lambda adapter, prompt: "t", ["a"], "x", "y")._ipython_display_() is None
+    assert len(shown) == 3

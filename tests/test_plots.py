@@ -1,5 +1,7 @@
 """Pictures: labels with units, the numbers that were given, and files that are whole."""
 
+import itertools
+
 import matplotlib as mpl
 import numpy as np
 import pandas
@@ -675,3 +677,62 @@ def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
     assert {tuple(corner) for corner in band.round(6)} == {(1, 50), (1, 70), (8, 80), (8, 100)}
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "8"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "share of the gain (%)")
+
+
+def test_copies_and_adapters_are_squares_whose_areas_are_to_scale():
+    ax = plots.copies_and_adapters(400.0, 4.0, tasks=3)
+    squares = {colour: [] for colour in (plots.METHOD_COLOURS["full"], "#d9d9d9", plots.METHOD_COLOURS["lora"])}
+    for patch in ax.patches:
+        squares[mpl.colors.to_hex(patch.get_facecolor())].append(patch.get_width() * patch.get_height())
+    full, base, lora = squares.values()
+    assert (len(full), len(base), len(lora)) == (3, 1, 3)
+    assert set(full) == set(base)
+    assert lora == pytest.approx([full[0] / 100] * 3)
+    assert ax.get_aspect() == 1
+    spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches)
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))  # no two overlap
+    texts = [text.get_text() for text in ax.texts]
+    assert "full fine-tuning: 3 x 400 MB = 1,200 MB" in texts
+    assert "LoRA: 400 MB + 3 x 4.0 MB = 412 MB" in texts
+    assert [text for text in texts if text.startswith("task")] == ["task 1", "task 1", "task 2", "task 2"] + [
+        "task 3"
+    ] * 2
+
+
+def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_white():
+    changes = pandas.DataFrame([[-2.0, 0.5, 0.0], [1.0, -0.25, 0.125]], ["keeper", "mood"], ["style", "sums", "names"])
+    ax = plots.effect_of_adapters(changes)
+    assert [text.get_text() for text in ax.texts] == ["-2.00", "+0.50", "+0.00", "+1.00", "-0.25", "+0.12"]
+    assert [text.get_position() for text in ax.texts[1:4]] == [(1, 0), (2, 0), (0, 1)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["style", "sums", "names"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["keeper", "mood"]
+    (image,) = ax.get_images()
+    assert image.get_array().tolist() == changes.to_numpy().tolist()
+    assert image.get_clim() == (-3.0, 3.0)
+    assert plots.effect_of_adapters(changes, limit=1).get_images()[0].get_clim() == (-1, 1)
+    assert ax.texts[0].get_color() == "white"
+    assert ax.texts[1].get_color() == "black"
+    red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T[[0, 1, 2, 3]]
+    assert red[0] > blue[0]  # orange below zero, purple above
+    assert red[2] < blue[2]
+    assert min(red[1], blue[1]) > 0.95
+
+
+def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
+    rows = [("style", "zero-shot", 0.0), *(("style", "full", score) for score in (0.5, 1.0))]
+    rows += [("names", "LoRA r=8", 40.0), ("names", "full", 30.0), ("names", "full", 36.0)]
+    table = pandas.DataFrame(rows, columns=["task", "setup", "score"])
+    figure = plots.scores(table, {"names": 41.0, "style": 0.75}, {"names": "chrF (0 to 100)", "style": "share"})
+    left, right = figure.axes
+    assert [ax.get_title() for ax in (left, right)] == ["names", "style"]
+    assert [ax.get_ylabel() for ax in (left, right)] == ["chrF (0 to 100)", "share"]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["LoRA r=8", "full"]
+    assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.0], [0.5, 1.0], [0.75, 0.75]]
+    assert [line.get_ydata()[0] for line in left.get_lines()] == [40.0, 30.0, 41.0]
+    means = [bar.get_segments()[0][0][1] for bar in left.collections]
+    assert means == [40.0, 33.0]
+    assert left.get_lines()[1].get_color() == right.get_lines()[1].get_color() == plots.METHOD_COLOURS["full"]
+    assert right.get_lines()[-1].get_linestyle() == ":"
+    assert right.get_ylim()[0] < 0 < 1 < right.get_ylim()[1]
+    assert left.get_ylim()[1] > 41
+    assert [text.get_text() for text in left.texts] == ["best baseline"]

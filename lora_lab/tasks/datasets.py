@@ -105,7 +105,7 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}, but it must be one of {', '.join(LANGUAGES)}.")
-    names = _names(language)
+    names = cldr_names(language)
     groups = _families(list(names))
     pairs = [
         Pair(f"Translate into {LANGUAGES[language]}: {english}", foreign, groups[english])
@@ -124,8 +124,8 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
 
 
 @cache
-def _names(language: str) -> dict[str, str]:
-    """English name -> name in the language."""
+def cldr_names(language: str) -> dict[str, str]:
+    """English name -> name in the language ("fr", "de", "es"); of territories, languages and currencies (CLDR)."""
     from babel import Locale
 
     names: dict[str, str] = {}
