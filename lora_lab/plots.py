@@ -79,6 +79,7 @@ _SAME_METHOD = {
     "last blocks": "partial",
     "first layer": "partial",
     "untrained": "as it is",
+    "before training": "as it is",
     "base": "as it is",
     "zero-shot": "as it is",
     "from scratch": "scratch",
