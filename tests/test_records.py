@@ -269,6 +269,7 @@ def test_a_wheel_takes_every_package_and_the_records():
     # The folder must be in the wheel even when it holds no record.
     data = {
         "lora_lab": ["*.pyi", "py.typed"],
+        "lora_lab.adapters": ["data/README.md", "data/*/*"],
         "lora_lab.experiments": ["demo.html"],
         "lora_lab.notebooks": ["*.ipynb"],
         "lora_lab.recorded": ["*.json", "README.md"],

@@ -1,11 +1,13 @@
 """What can I do with an adapter? Save and load it in PEFT's format, switch it, turn it off, extract it, lower its rank.
 
-edit         switch, off, extract, resize
+edit         switch, off, strength, extract, resize
 peft_format  adapters as files, in the format of the PEFT library
+shipped      adapters that are installed with lora_lab
 """
 
-from lora_lab.adapters.edit import extract, off, resize, switch
+from lora_lab.adapters.edit import extract, off, resize, strength, switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, read_adapter, read_config, save_adapter
+from lora_lab.adapters.shipped import shipped
 
 __all__ = [
     "CONFIG",
@@ -17,5 +19,7 @@ __all__ = [
     "read_config",
     "resize",
     "save_adapter",
+    "shipped",
+    "strength",
     "switch",
 ]
