@@ -213,7 +213,9 @@ class TestTimeLimit:
             time.sleep(60)
 
         trial = register(product, inputs=weight_and_input, mistakes={"It sleeps.": slow})
+        started = time.monotonic()
         assert judge(trial, lambda W, x: -W @ x).text == "The result has the wrong sign on all inputs."
+        assert time.monotonic() - started < 30
 
     def test_an_endless_probe_is_stopped(self, register):
         def loops(W, x):
@@ -273,6 +275,21 @@ def test_inputs_are_fresh_each_time(register):
     judge(trial, product)
     judge(trial, product)
     assert len(seen) == len(set(seen)) == 12
+
+
+def test_a_check_leaves_random_states_as_they_were(trial, register):
+    probing = register(
+        product, "probing", probes=[Probe(lambda answer, rng: answer(np.eye(2), np.ones(2)) is not None, "No.", ())]
+    )
+
+    def answer(W, x):
+        np.random.seed(1)  # noqa: NPY002
+        return W @ x
+
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    for exercise in (trial, probing):
+        judge(exercise, answer)
+        assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
 
 
 def test_probes_are_tried_in_order(register):
