@@ -75,6 +75,8 @@ _LIGHT = (COLOURS[4], COLOURS[5], COLOURS[7], "#dddddd", "#f5b183")  # colours o
 # Other words for the same methods, as labels of figures begin with them.
 _SAME_METHOD = {
     "full fine-tuning": "full",
+    "fine-tuned": "full",
+    "head only": "partial",
     "head": "partial",
     "last blocks": "partial",
     "first layer": "partial",
@@ -83,7 +85,9 @@ _SAME_METHOD = {
     "base": "as it is",
     "zero-shot": "as it is",
     "from scratch": "scratch",
+    "random weights": "scratch",
     "noise": "chance",
+    "majority class": "chance",
     "adapter off": "as it is",
     "with the adapter": "lora",
     "random directions": "chance",
@@ -131,10 +135,14 @@ def curves(
 ) -> Axes:
     """Losses against steps: a colour and marker for each run, a line style for each column.
 
-    Runs of different methods have their methods' colours.
+    Runs of different methods have their methods' colours, other runs those of their labels (see :func:`looks`).
     """
     ax = ax or plt.subplots()[1]
-    colours = _method_colours([history.method["name"] for history in histories.values()])
+    names = [history.method["name"] for history in histories.values()]
+    if len(set(names)) == len(names) and METHOD_COLOURS.keys() >= set(names):
+        colours = [METHOD_COLOURS[name] for name in names]
+    else:  # by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning
+        colours = [style["color"] for style in looks(list(histories)).values()]
     for i, (label, history) in enumerate(histories.items()):
         for j, column in enumerate(columns):
             steps, values = history.curve(column)
@@ -167,13 +175,6 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
             colour = to_hex(ramp(spread[int(rank)]))
         styles[label] = {**_style(i), "color": colour}
     return styles
-
-
-def _method_colours(names: Sequence[str]) -> list[str]:
-    """The methods' own colours if all are known and none occurs twice; otherwise ``COLOURS`` in turn."""
-    if len(set(names)) == len(names) and METHOD_COLOURS.keys() >= set(names):
-        return [METHOD_COLOURS[name] for name in names]
-    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
 
 
 def _style(i: int) -> dict[str, Any]:

@@ -73,6 +73,12 @@ def test_curves_of_different_methods_have_the_methods_colours_whatever_their_ord
         assert [line.get_color() for line in lines] == list(plots.COLOURS[:3])  # one method twice, or one without one
 
 
+def test_curves_of_one_method_have_the_colours_of_their_labels():
+    runs = {"from scratch": history([3.0]), "fine-tuned": history([1.0])}
+    colours = {line.get_label(): line.get_color() for line in plots.curves(runs).get_lines()}
+    assert colours == {"from scratch": plots.METHOD_COLOURS["scratch"], "fine-tuned": plots.METHOD_COLOURS["full"]}
+
+
 def test_every_method_has_a_colour_of_its_own():
     def names(kind):
         return {vars(kind).get("name")}.union(*map(names, kind.__subclasses__())) - {None}
