@@ -912,7 +912,7 @@ def matrices(layer: LoRALinear) -> Figure:
     out_features, in_features = arrays["W0"].shape
     rank = len(arrays["A"])
     mosaic: Any = [[".", ".", "A"], ["W0", "B", "update"]]
-    figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 5), width_ratios=[5, 1, 5], height_ratios=[1, 4])
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 5), width_ratios=[5, 1.4, 5], height_ratios=[1, 4])
     captions = {
         "W0": f"$W_0$, frozen ({out_features} x {in_features})",
         "A": f"$A$ ({rank} x {in_features})",
@@ -921,7 +921,7 @@ def matrices(layer: LoRALinear) -> Figure:
     }
     for name, array in arrays.items():
         look: Any = {"cmap": "RdBu_r", "vmin": -limits[name], "vmax": limits[name], "aspect": "auto"}
-        image = axes[name].imshow(array, interpolation="antialiased", **look)
+        image = axes[name].imshow(array, interpolation="nearest", **look)
         axes[name].set_title(captions[name])
         axes[name].grid(False)
         axes[name].set(xticks=[], yticks=[])

@@ -1,17 +1,21 @@
 """``lora-lab demo``: LoRA beside full fine-tuning of a real language model, measured.
 
-Each method runs in a separate process, so that their memory is measured separately.
+Each method runs in a separate process, so that their memory is measured separately. What an adapter can do to a model's
+voice is shown by one that is installed with lora_lab, because training it takes longer than a demo may.
 """
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_lab.adapters.peft_format import WEIGHTS, save_adapter
+from lora_lab.adapters.edit import off
+from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter
+from lora_lab.adapters.shipped import shipped
 from lora_lab.costs.memory import predict
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
@@ -20,13 +24,21 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import atomic_files, check_writable, rescued, write_json
+from lora_lab.system.files import atomic_file, atomic_files, check_writable, rescued, write_json
 from lora_lab.system.process import peak_bytes, run_in_subprocess
 from lora_lab.system.provenance import machine_info
+from lora_lab.tasks.generate import reply
 from lora_lab.tasks.python_docs import docs
 from lora_lab.train import evaluate, fit
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+VOICE = "lighthouse-keeper"
+STORY = "Write a small story about a bucket with a hole."
 PROMPT = "The with statement is used to"
+# By data/README.md of the adapter: greedy decoding goes in circles.
+SAMPLING: dict[str, Any] = {"max_new_tokens": 130, "temperature": 0.5, "repetition_penalty": 1.1, "seed": 3}
 SEQ_LEN, BATCH_SIZE, EVAL_EXAMPLES, SAMPLE_TOKENS = 64, 4, 16, 48
 MIB = 2**20
 
@@ -45,10 +57,29 @@ class Result:
     sample: str
 
 
-def sample(device: str | None) -> str:
-    """How the model continues the prompt before any training."""
+@dataclass(frozen=True)
+class Voice:
+    """What a model answers to one prompt: as it is, with an adapter, and with the adapter off again."""
+
+    base: str
+    adapted: str
+    off: str
+    adapter_bytes: int
+    model_bytes: int
+
+
+def before_training(device: str | None) -> tuple[str, Voice]:
+    """How the model continues the prompt before any training, and what an adapter makes of its voice."""
     model, tokenizer = load_pretrained(device=device)
-    return _continuation(model, tokenizer)
+    continuation = _continuation(model, tokenizer)
+    model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    base = reply(model, tokenizer, STORY, **SAMPLING)
+    folder = shipped(VOICE)
+    load_adapter(model, folder)
+    adapted = reply(model, tokenizer, STORY, **SAMPLING)
+    with off(model):
+        back = reply(model, tokenizer, STORY, **SAMPLING)
+    return continuation, Voice(base, adapted, back, (folder / WEIGHTS).stat().st_size, model_bytes)
 
 
 def train(label: str, method: Method, lr: float, steps: int, seed: int, device: str | None, out: Path) -> Result:
@@ -121,9 +152,11 @@ def run(
     for folder in (out, *(run[3] for run in runs)):
         check_writable(folder)
     print(f"Device: {why}")
-    print("\n[1/4] SmolLM2-135M-Instruct, before any training, continues:")
-    before = run_in_subprocess(sample, device)
-    print(_quote(before))
+    print("\n[1/4] SmolLM2-135M-Instruct, before any training")
+    before, voice = run_in_subprocess(before_training, device)
+    print(f"\n{STORY}\n{_quote(voice.base)}")
+    print(f"\nThe same with the adapter {VOICE}, which is installed with lora_lab:\n{_quote(voice.adapted)}")
+    print(f"\nThe beginning of a sentence, which both methods will be trained to continue:\n{_quote(before)}")
     results = []
     for number, (label, method, lr, folder) in enumerate(runs, start=2):
         print(f"\n[{number}/4] {label}: {steps} steps of {BATCH_SIZE} x {SEQ_LEN} tokens at learning rate {lr:g}")
@@ -134,11 +167,19 @@ def run(
             raise MemoryError(f"{reason}; full fine-tuning of SmolLM2-135M needs about 4 GiB of free memory.") from None
         print(_quote(results[-1].sample))
     print("\n[4/4] Side by side\n")
-    print(table(results))
+    print(table(results).to_string(col_space=17))
     picture = draw(results, out / "demo.png")
-    write_json(out / "demo.json", {"machine": machine_info(chosen), "results": [_plain(result) for result in results]})
+    machine = machine_info(chosen)
+    write_json(out / "demo.json", {"machine": machine, "results": [_plain(result) for result in results]})
+    report = page(results, before, voice, picture, machine, steps, seed, out / "demo.html")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
-    paths = {"picture": picture, "adapter": out / "lora", "full": out / "full", "numbers": out / "demo.json"}
+    paths = {
+        "page": report,
+        "picture": picture,
+        "adapter": out / "lora",
+        "full": out / "full",
+        "numbers": out / "demo.json",
+    }
     print(CLOSING.format(allocator=allocator, prompt=PROMPT, **paths))
     return out
 
@@ -148,6 +189,7 @@ One seed is an illustration, not a comparison: to compare the methods takes seve
 rates tuned for each. Peak memory is that of the whole process{allocator}. In the picture, "the rest" is
 the peak of the process minus the predicted peak of a step: torch, Python and the heap.
 
+  page         {page}   (open it in a browser)
   picture      {picture}
   adapter      {adapter}   (all that LoRA needs to save)
   full model   {full}
@@ -156,11 +198,11 @@ the peak of the process minus the predicted peak of a step: torch, Python and th
 Try next:
   lora-lab generate --adapter {adapter} "{prompt}"
   lora-lab generate --model {full} "{prompt}"
-  make lab     opens the lessons; begin with 01_low_rank.ipynb"""
+  make lab     opens the lessons, at 00_first_look.ipynb"""
 
 
-def table(results: list[Result]) -> str:
-    """The results as text, one column per method."""
+def table(results: list[Result]) -> DataFrame:
+    """The results as texts, one column per method."""
     import pandas
 
     columns = {}
@@ -176,7 +218,7 @@ def table(results: list[Result]) -> str:
             "validation loss": f"{first['validation_loss']:.3f} -> {last['validation_loss']:.3f}",
             "off-domain loss": f"{first['off_domain_loss']:.3f} -> {last['off_domain_loss']:.3f}",
         }
-    return pandas.DataFrame(columns).to_string(col_space=17)
+    return pandas.DataFrame(columns)
 
 
 def draw(results: list[Result], path: Path) -> Path:
@@ -196,6 +238,50 @@ def draw(results: list[Result], path: Path) -> Path:
     right.set_title("What the memory is for, at the peak of a step")
     plots.save(figure, path)
     plots.plt.close(figure)
+    return path
+
+
+def page(
+    results: list[Result],
+    before: str,
+    voice: Voice,
+    picture: Path,
+    machine: dict[str, str],
+    steps: int,
+    seed: int,
+    path: Path,
+) -> Path:
+    """Write the run as one HTML file that needs no other: texts, table and picture."""
+    from jinja2 import Template
+
+    from lora_lab import plots
+
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
+    same = voice.off == voice.base
+    answers = {"base": voice.base, "with the adapter": voice.adapted, "adapter off": voice.off}
+    samples = {"before training": before, **{result.label: result.sample for result in results}}
+    styles = plots.looks([*answers, *samples])
+    html = template.render(
+        model="SmolLM2-135M-Instruct",
+        steps=steps,
+        seed=seed,
+        batch_size=BATCH_SIZE,
+        seq_len=SEQ_LEN,
+        voice={
+            "prompt": STORY,
+            "answers": [(who, text, styles[who]["color"]) for who, text in answers.items()],
+            "adapter": VOICE,
+            "megabytes": f"{voice.adapter_bytes / 1e6:.1f}",
+            "model_megabytes": f"{voice.model_bytes / 1e6:.0f}",
+            "off": f"With the adapter off the answer is {'the same as' if same else 'not the same as'} before.",
+        },
+        table=table(results),
+        picture=base64.b64encode(picture.read_bytes()).decode(),
+        samples=[(who, text, styles[who]["color"]) for who, text in samples.items()],
+        machine=machine,
+    )
+    with atomic_file(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
     return path
 
 

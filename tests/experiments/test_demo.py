@@ -1,5 +1,6 @@
 """The demo on a tiny model in this process: what it prints, keeps and refuses."""
 
+import base64
 import errno
 import json
 import re
@@ -7,16 +8,16 @@ import re
 import pytest
 import torch
 
-from lora_lab import History, evaluate, load_adapter, load_pretrained, lora_layers, save_adapter
+from lora_lab import History, LoRAConfig, evaluate, inject, load_adapter, load_pretrained, lora_layers, save_adapter
 from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
 from lora_lab.models import pretrained
 from lora_lab.tasks import docs
-from tests.helpers import PNG, command, error_line
+from tests.helpers import PNG, command, error_line, randomise
 
 
 @pytest.fixture
-def small_demo(tiny_smollm2, monkeypatch):
+def small_demo(tiny_smollm2, monkeypatch, tmp_path):
     """The demo with little to do, in this process."""
     load = pretrained.load_pretrained
 
@@ -25,6 +26,17 @@ def small_demo(tiny_smollm2, monkeypatch):
         return load(device=device)
 
     monkeypatch.setattr(demo, "load_pretrained", on_the_asked_device)
+    voice, _ = load(device="cpu:0")
+    inject(voice, LoRAConfig(rank=2))
+    save_adapter(randomise(voice, size=30.0), tmp_path / "voice")
+
+    def continued(model, tokenizer, prompt, **sampling):
+        """As reply does, but the tiny tokenizer has no chat template."""
+        new = model.generate(torch.tensor(tokenizer.encode(prompt)), **{**sampling, "max_new_tokens": 5})
+        return tokenizer.decode(new.tolist())
+
+    monkeypatch.setattr(demo, "reply", continued)
+    monkeypatch.setattr(demo, "shipped", lambda name: {demo.VOICE: tmp_path / "voice"}[name])
     monkeypatch.setattr(demo, "SEQ_LEN", 16)
     monkeypatch.setattr(demo, "BATCH_SIZE", 2)
     monkeypatch.setattr(demo, "EVAL_EXAMPLES", 4)
@@ -51,8 +63,8 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
         "[3/4] full fine-tuning: 4 steps of 2 x 16 tokens at learning rate ",
         "[4/4] Side by side",
         "One seed is an illustration, not a comparison",
-        *(str(out / name) for name in ("demo.png", "lora", "full", "demo.json")),
-        "01_low_rank.ipynb",
+        *(str(out / name) for name in ("demo.html", "demo.png", "lora", "full", "demo.json")),
+        "00_first_look.ipynb",
     ):
         assert part in printed
     assert printed.count(f"    | {demo.PROMPT}") == 3  # a sample before, and one after each training
@@ -75,6 +87,17 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
     ]
 
     assert (out / "demo.png").read_bytes().startswith(PNG)
+    text = (out / "demo.html").read_text(encoding="utf-8")
+    assert "With the adapter off the answer is the same as before." in text
+    assert base64.b64encode((out / "demo.png").read_bytes()).decode() in text
+    assert not re.search(r"(?:src|href)=\"(?!data:)", text)  # one file, which needs no other and no network
+    answers = re.findall(r'class="who">(.+?)</div><blockquote>(.*?)</blockquote>', text, re.DOTALL)
+    assert [who for who, _ in answers] == [
+        *("base", "with the adapter", "adapter off"),
+        *("before training", "LoRA r=2", "full fine-tuning"),
+    ]
+    assert answers[0][1] == answers[2][1] != answers[1][1]
+    assert all(f"<td>{cell}</td>" in text for row in list(rows.values())[1:] for cell in row if "->" not in cell)
     histories = [History.load(out / name / "history.json") for name in ("lora", "full")]
     for history, method in zip(histories, ("lora", "full"), strict=True):
         assert history.method["name"] == method
@@ -186,7 +209,20 @@ training loss         3.150 -> 2.650    3.150 -> 2.400
 validation loss       3.250 -> 2.750    3.250 -> 2.500
 off-domain loss       4.250 -> 3.750    4.250 -> 3.500
 """
-    assert demo.table(RESULTS) == expected.strip("\n")
+    assert demo.table(RESULTS).to_string(col_space=17) == expected.strip("\n")
+
+
+def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
+    voice = demo.Voice("<b>", "a & b", "other", 1_200_000, 538_000_000)
+    picture = tmp_path / "demo.png"
+    picture.write_bytes(PNG)
+    path = demo.page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3, tmp_path / "demo.html")
+    text = path.read_text(encoding="utf-8")
+    assert "<blockquote>&lt;b&gt;</blockquote>" in text
+    assert "a &amp; b" in text
+    assert "1.2 MB beside a model of\n538 MB" in text
+    assert "is not the same as before" in text
+    assert "4 steps of 4 x 64 tokens of Python's manual for each method, seed 3" in text
 
 
 def test_picture_of_two_results(tmp_path, monkeypatch):
