@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lora_lab as ll
 from lora_lab import records, tasks
+from lora_lab.classroom.course import copy_lessons
 from lora_lab.models.digits import DigitsMLP
 
 package = Path(ll.__file__).parent
@@ -17,6 +18,9 @@ assert all(getattr(ll, name) is not None for name in ll.__all__)
 assert (package / "py.typed").is_file()
 assert records.load_all("memory"), "the records did not come along"
 assert (resources.files(tasks) / "data" / "style.jsonl").is_file()
+
+with tempfile.TemporaryDirectory() as folder:
+    assert copy_lessons(folder).written, "the lessons did not come along"
 
 model, task = DigitsMLP(), tasks.digits("pretrain")
 before = ll.evaluate(model, task)

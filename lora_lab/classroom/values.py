@@ -49,8 +49,10 @@ def _same(value: Any, expected: Any, rtol: float, atol: float) -> bool:
     if array is not None and reference is not None:
         if array.shape != reference.shape or array.dtype.kind not in _MATCHING_KINDS[reference.dtype.kind]:
             return False
+        if (array == reference).all():  # fast, and the usual case
+            return True
         if reference.dtype.kind in "biu":
-            return np.array_equal(array, reference)
+            return False
         scale = np.max(np.abs(reference), initial=0.0, where=np.isfinite(reference))
         return np.allclose(array, reference, rtol=0.0, atol=atol + rtol * scale, equal_nan=True)
     if isinstance(expected, Mapping):
