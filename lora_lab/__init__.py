@@ -17,7 +17,7 @@ In reading order. A file imports only from what is listed before it: here, and i
 
     models/      which model?           a Llama written for reading, small nets, 4-bit weights, tokenizer, files
     tasks/       which data?            digits, planted ranks, Python's manual, prompts and answers, metrics
-    adapters/    what can I do with one?   PEFT's files; switch, turn off, extract, resize
+    adapters/    what can I do with one?   PEFT's files; switch, turn off or down, extract, resize; two to try
     analysis/    what did training do?  spectra of updates; why an adapter does nothing
     lean/        the same step in less time and memory
     costs/       what does a step cost? memory, FLOPs, time: predicted and measured
