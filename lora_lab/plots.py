@@ -93,6 +93,7 @@ _SAME_METHOD = {
     "random directions": "chance",
 }
 _RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
+_RANK_PLACES = (0, 3, 8), (0.0, 0.5, 1.0)  # log2 of the ranks 1, 8, 256, and their places on that ramp
 STATISTICS = {
     "effective_rank": "effective rank of the update",
     "stable_rank": "stable rank of the update",
@@ -157,22 +158,20 @@ def curves(
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """label -> colour, marker and line style: a method has one colour in every figure, ranks a ramp of LoRA's.
+    """label -> colour, marker and line style: a method has one colour in every figure, and so has each rank of LoRA.
 
     Args:
         labels: such as "full", "LoRA r=8", "LoRA rank 64", "head", "zero-shot"; several of one colour, and those of
             unknown methods, differ in marker and line.
     """
     parsed = {label: re.fullmatch(r"(.*?)[\s,]*(?:(?:r ?=|rank) ?(\d+))?", label) for label in labels}
-    ranks = sorted({int(match[2]) for match in parsed.values() if match and match[2]})
     ramp = LinearSegmentedColormap.from_list("ranks", _RANKS)
-    spread = {rank: 0.5 if len(ranks) == 1 else i / (len(ranks) - 1) for i, rank in enumerate(ranks)}
     styles = {}
     for i, (label, match) in enumerate(parsed.items()):
         name, rank = (match[1].lower(), match[2]) if match else (label.lower(), None)
         colour = METHOD_COLOURS.get(_SAME_METHOD.get(name, name), COLOURS[i % len(COLOURS)])
         if rank and name in ("lora", ""):
-            colour = to_hex(ramp(spread[int(rank)]))
+            colour = to_hex(ramp(np.interp(np.log2(int(rank)), *_RANK_PLACES)))
         styles[label] = {**_style(i), "color": colour}
     return styles
 
@@ -619,6 +618,27 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
     return _legend_beside(ax)
 
 
+def paths_by_size(frame: DataFrame, best: DataFrame, unit: str = "nats", level: float | None = None) -> Figure:
+    """:func:`paths`, a panel for each size of the training set.
+
+    Args:
+        frame, best: as for :func:`paths`, of several sizes.
+        unit: of the losses.
+        level: where to draw a dotted line, such as the rise at which nothing is known any more.
+    """
+    sizes = sorted(best.n_train.unique())
+    figure, axes = plt.subplots(1, len(sizes), figsize=(9.5, 4.2), sharey=True, squeeze=False)
+    for ax, size in zip(axes[0], sizes, strict=True):
+        paths(frame[frame.n_train == size], best[best.n_train == size], ax)
+        if level is not None:
+            ax.axvline(level, color="#000000", linestyle=":", linewidth=1)
+        ax.set(title=f"{size:,} examples", xlabel=f"rise of the off-domain loss ({unit})", ylabel="")
+        if ax is not axes[0][-1]:
+            ax.get_legend().remove()
+    axes[0][0].set_ylabel(f"validation loss ({unit})")
+    return figure
+
+
 def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
     """What stronger and stronger weight decay does to weights, losses and right answers, a colour for each setup.
 
@@ -688,17 +708,17 @@ def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) 
     ax.plot(stop, lowest, "o", color=style["color"])
     note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
     ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)
-    ends = {"rise": (last, lowest, validation[last]), "gap": (1.08 * last, training[last], validation[last])}
+    ends = {"rise": (last, lowest, validation[last]), "gap": (1.16 * last, training[last], validation[last])}
     for name, (place, low, high) in ends.items():
         arrow = {"arrowstyle": "<->", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", (place, high), (place, low), arrowprops=arrow)
         ax.annotate(f"{name} {high - low:.2f}", (place, (low + high) / 2), (5, 0), **note)
     ax.hlines(
-        [lowest, training[last], validation[last]], [stop, last, last], [last, *[1.08 * last] * 2], "#999999", lw=0.8
+        [lowest, training[last], validation[last]], [stop, last, last], [last, *[1.16 * last] * 2], "#999999", lw=0.8
     )
     ax.set(xlabel="training step", ylabel=f"loss ({unit}, mean of seeds)")
     ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= last])
-    ax.set(xlim=(0, 1.22 * last))
+    ax.set(xlim=(0, 1.32 * last))
     ax.set_ylim(bottom=0)
     ax.legend()
     return ax

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 mpl.use("Agg")
 
 from lora_lab import FullFineTuning, History, LoRA, LoRALinear, plots
+from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
 from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
@@ -100,6 +101,9 @@ def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_t
     assert colour["zero-shot"] == plots.METHOD_COLOURS["as it is"]
     assert plots.looks(["LoRA r=8"])["LoRA r=8"]["color"] == plots.looks(["LoRA"])["LoRA"]["color"]
     assert plots.looks(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
+    pair = plots.looks(["rank 8", "rank 64"])  # a rank looks the same whatever other ranks are drawn
+    assert [pair[label]["color"] for label in pair] == [colour["LoRA r=8"], colour["LoRA r=64"]]
+    assert plots.looks(["rank 256"])["rank 256"]["color"] != colour["LoRA r=64"]
 
 
 def test_the_schematic_states_shapes_scaling_and_the_count():
@@ -509,6 +513,23 @@ def test_paths_are_named_in_one_order_and_drawn_on_the_axes_they_are_given():
     assert {line.get_fillstyle() for line in labelled} == {"full"}
 
 
+def test_paths_of_each_size_have_a_panel_and_one_legend():
+    both = pandas.concat([WALKS.assign(n_train=64), WALKS.assign(n_train=1024, validation_loss=1.0)])
+    best = pandas.concat([BEST.assign(n_train=1024), BEST.assign(n_train=64)])
+    left, right = plots.paths_by_size(both, best, "bits", level=2.5).axes
+    assert [ax.get_title() for ax in (left, right)] == ["64 examples", "1,024 examples"]
+    assert left.get_xlabel() == right.get_xlabel() == "rise of the off-domain loss (bits)"
+    assert (left.get_ylabel(), right.get_ylabel()) == ("validation loss (bits)", "")
+    assert left.get_legend() is None
+    assert set(legend(right)) >= {"full", "LoRA"}
+    for ax, losses in ((left, {5.0, 3.0, 2.0, 1.5}), (right, {1.0})):
+        whole = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
+        assert set(whole[0].get_ydata()) == losses
+        (level,) = [line for line in ax.get_lines() if list(line.get_xdata()) == [2.5, 2.5]]
+        assert level.get_linestyle() == ":"
+    assert not [line for line in plots.paths_by_size(both, best).axes[0].get_lines() if len(line.get_xdata()) == 2]
+
+
 SIZES = pandas.DataFrame(
     [
         {"n_train": 16, "setup": "full", "mean": 2.0, "least": 1.5, "most": 2.25},
@@ -569,6 +590,164 @@ def test_each_seed_has_its_best_rank_marked():
     assert stars == [(4, 2.0), (1, 1.0)]
     assert list(ax.get_lines()[-1].get_ydata()) == [2.0, 2.0]
     assert sorted(legend(ax)) == ["its best rank", "mean of all seeds", "one seed"]
+
+
+def run(setup, lr, seed, validation, training):
+    """The rows of one trial, evaluated every ten steps; before training there is no training loss."""
+    gaps = [np.nan, *np.subtract(validation[1:], training)]
+    rows = {"step": [10 * i for i in range(len(validation))], "validation_loss": validation, "gap": gaps}
+    return pandas.DataFrame({"setup": setup, "lr": lr, "seed": seed, "outcome": "done"} | rows)
+
+
+def by_label(ax):
+    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_a_training_curve_is_marked_with_its_lowest_loss_its_rise_and_its_gap():
+    rows = pandas.concat(
+        [
+            run("full", 1e-3, 0, [3.0, 1.0, 1.5, 2.0], [1.5, 0.5, 0.25]),
+            run("full", 1e-3, 1, [4.0, 2.0, 1.5, 3.0], [2.5, 1.5, 0.25]),
+        ]
+    )
+    ax = plots.training_curve(rows, "bits")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "loss (bits, mean of seeds)")
+    lines = by_label(ax)
+    assert points(lines["validation loss"]) == [(0, 3.5), (10, 1.5), (20, 1.5), (30, 2.5)]
+    assert points(lines["training loss"]) == [(10, 2.0), (20, 1.0), (30, 0.25)]
+    assert lines["validation loss"].get_linestyle() != lines["training loss"].get_linestyle()
+    (dot,) = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    assert points(dot) == [(10, 1.5)]
+    assert {text.get_text() for text in ax.texts} >= {"lowest: 1.50, step 10", "rise 1.00", "gap 2.25"}
+    arrows = [(text.xy, text.xyann) for text in ax.texts if not text.get_text()]
+    assert [(low[1], high[1]) for high, low in arrows] == [(1.5, 2.5), (0.25, 2.5)]
+
+
+TWO_METHODS = pandas.concat(
+    [
+        run("full", 1e-3, 0, [3.0, 1.0, 1.5], [1.0, 0.5]),
+        run("full", 1e-3, 1, [3.0, 1.0, 2.5], [1.0, 0.5]),
+        run("full", 1e-2, 0, [3.0, 0.5, 4.5], [1.0, 0.5]),
+        run("LoRA r=8", 1e-3, 0, [3.0, 2.0, 1.0], [2.0, 1.0]),
+        run("LoRA r=8", 1e-2, 0, [3.0, 1.0, 3.5], [1.0, 0.25]),
+        run("LoRA r=1", 1e-2, 0, [3.0, 1.0, 2.0], [1.0, 0.25]),
+    ],
+    ignore_index=True,
+)
+
+
+def test_a_headline_follows_the_rates_that_were_picked():
+    titles = {}
+    for rates in ((1e-3, 1e-3), (1e-2, 1e-2), (1e-3, 1e-2)):
+        ax = plots.rigged(TWO_METHODS, dict(zip(("full", "LoRA r=8"), rates, strict=True)))
+        titles[rates] = ax.get_title()
+    assert titles == {
+        (1e-3, 1e-3): '"LoRA r=8 overfits LESS than full!"',
+        (1e-2, 1e-2): '"LoRA r=8 overfits LESS than full!"',
+        (1e-3, 1e-2): '"LoRA r=8 overfits MORE than full!"',
+    }
+    assert legend(ax) == [
+        "full, rate 0.001: lowest 1.00, rise 1.00",
+        "LoRA r=8, rate 0.01: lowest 1.00, rise 2.50",
+    ]
+    full, lora = ax.get_lines()
+    assert points(full) == [(0, 3.0), (10, 1.0), (20, 2.0)]
+    assert points(lora) == [(0, 3.0), (10, 1.0), (20, 3.5)]
+    assert full.get_markevery() == lora.get_markevery() == [1]  # a mark at the lowest
+    assert lora.get_color() == plots.looks(["LoRA r=8"])["LoRA r=8"]["color"]
+    even = TWO_METHODS.assign(setup=TWO_METHODS.setup.replace({"LoRA r=1": "LoRA r=4"}))
+    even.loc[(even.setup == "LoRA r=4"), "validation_loss"] = [3.0, 1.0, 5.0]
+    alike = plots.rigged(even, {"full": 1e-2, "LoRA r=4": 1e-2})
+    assert alike.get_title() == '"LoRA r=4 overfits AS MUCH as full!"'
+
+
+def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
+    left, right = plots.lowest_and_rise(summarise_trials(TWO_METHODS.assign(off_domain_loss=1.0)), "bits").axes
+    assert left.get_ylabel() == "lowest validation loss (bits)"
+    assert right.get_ylabel() == "rise after the lowest (bits)"
+    assert left.get_xlabel() == right.get_xlabel() == "learning rate"
+    assert left.get_xscale() == right.get_xscale() == "log"
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["0.001", "0.01"]
+    assert points(by_label(left)["full"]) == [(1e-3, 1.0), (1e-2, 0.5)]
+    assert points(by_label(right)["full"]) == [(1e-3, 1.0), (1e-2, 4.0)]
+    assert points(by_label(right)["LoRA r=8"]) == [(1e-3, 0.0), (1e-2, 2.5)]
+    assert sorted(legend(right)) == ["LoRA r=1", "LoRA r=8", "full"]
+
+
+COMPARED = pandas.DataFrame(
+    [
+        ("LoRA r=8", 20, 2.0, -0.5, -0.75, -0.25),
+        ("LoRA r=8", 40, 1.0, 0.25, 0.0, 0.5),
+        ("LoRA r=1", 40, 1.0, 1.0, 0.5, 1.5),
+    ],
+    columns=["setup", "step", "train_loss", "difference", "lower", "upper"],
+)
+
+
+def bars_of(ax):
+    """label -> (x, y, lower end, upper end) of its points with bounds."""
+    found = {}
+    for container in ax.containers:
+        line, _, (bars,) = container.lines
+        ends = [(low[1], high[1]) for low, high in bars.get_segments()]
+        found[container.get_label()] = [(*point, *end) for point, end in zip(points(line), ends, strict=True)]
+    return found
+
+
+def test_rises_are_compared_at_each_stopping_point_beside_the_curves():
+    frame = TWO_METHODS[TWO_METHODS.lr == 1e-2]
+    left, right = plots.stopping_points(frame, COMPARED, per_epoch=10, unit="bits").axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("epoch", "validation loss (bits)")
+    assert (right.get_xlabel(), right.get_ylabel()) == (
+        "if training had stopped after epoch",
+        "rise minus full's (bits)",
+    )
+    assert points(by_label(left)["full"]) == [(0, 3.0), (1, 0.5), (2, 4.5)]
+    bars = bars_of(right)
+    assert bars["LoRA r=8"] == [(2.0, -0.5, -0.75, -0.25), (4.0, 0.25, 0.0, 0.5)]
+    assert [bar[1:] for bar in bars["LoRA r=1"]] == [(1.0, 0.5, 1.5)]
+    assert bars["LoRA r=1"][0][0] == pytest.approx(4.12)
+    assert legend(left) == ["full", "LoRA r=8", "LoRA r=1"]
+
+
+def test_validation_losses_are_compared_at_equal_training_loss_beside_the_curves():
+    frame = TWO_METHODS[TWO_METHODS.lr == 1e-2]
+    left, right = plots.equal_training_loss(frame, COMPARED, "bits").axes
+    assert left.get_xlabel() == right.get_xlabel() == "training loss (bits), falling to the right"
+    assert left.xaxis_inverted()
+    assert right.xaxis_inverted()
+    assert right.get_ylabel() == "validation loss minus full's (bits)"
+    assert points(by_label(left)["full"]) == [(1.0, 0.5), (0.5, 4.5)]
+    assert points(by_label(left)["LoRA r=8"]) == [(1.0, 1.0), (0.25, 3.5)]
+    bars = bars_of(right)
+    assert bars["LoRA r=8"] == [(2.0, -0.5, -0.75, -0.25), (1.0, 0.25, 0.0, 0.5)]
+    assert bars["LoRA r=1"][0] == pytest.approx((1.03, 1.0, 0.5, 1.5))
+    assert {tick.get_text() for tick in right.get_xticklabels()} == {"2", "1"}
+
+
+def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
+    rows = [
+        {"setup": setup, "decay": decay, "moved": 1.0 + i, "size": 2.0 + i, "new_loss": 3.0 + i, "old_loss": 4.0 + i}
+        | {"old_right": 0.5 / (i + 1)}
+        for i, (setup, decay) in enumerate([("full", 10), ("full", 0), ("LoRA r=8", 0), ("LoRA r=8", 10)])
+    ]
+    weights, losses, right = plots.weight_decay(pandas.DataFrame(rows), "bits").axes
+    assert [ax.get_ylabel() for ax in (weights, losses, right)] == [
+        "norm / norm at the start",
+        "loss (bits)",
+        "share of right answers",
+    ]
+    assert [tick.get_text() for tick in weights.get_xticklabels()] == ["0", "10"]
+    assert by_label(weights)["full: size of the weights"].get_ydata().tolist() == [3.0, 2.0]
+    assert by_label(weights)["LoRA r=8: distance from the start"].get_ydata().tolist() == [3.0, 4.0]
+    assert by_label(losses)["full: old task, at the end"].get_ydata().tolist() == [5.0, 4.0]
+    assert by_label(losses)["LoRA r=8: new task, lowest"].get_ydata().tolist() == [5.0, 6.0]
+    assert by_label(right)["LoRA r=8: old task, at the end"].get_ydata().tolist() == [0.5 / 3, 0.125]
+    assert right.get_ylim()[0] == 0
+    for ax in (weights, losses):
+        lines = [line for line in ax.get_lines() if line.get_label().startswith("full")]
+        assert lines[0].get_linestyle() != lines[1].get_linestyle()
+        assert lines[0].get_color() == lines[1].get_color() == plots.METHOD_COLOURS["full"]
 
 
 def sweep(losses):
