@@ -194,7 +194,7 @@ def _about_error(error: BaseException, answer: Any) -> str:
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if lines and lines[-1].lineno is not None:
         text = linecache.getline(lines[-1].filename, lines[-1].lineno).strip()
-        where = f" in line {lines[-1].lineno}" + (f", {text}" if text else "")
+        where = f" in line {lines[-1].lineno}" + (f" ({text})" if text else "")
     message = " ".join(str(error).split())
     if len(message) > 300:
         message = message[:300] + " ..."

@@ -149,13 +149,14 @@ class Map:
 
     def _repr_html_(self) -> str:
         colours = {"✓": GREEN, "✗": AMBER, "○": GREY}
+        left = 'style="text-align: left"'
         rows = "".join(
-            f"<tr><td>{html.escape(lesson)}</td><td><code>{html.escape(name)}</code></td>"
-            f'<td style="border-left: 4px solid {colours[state[0]]}; text-align: left">{state}</td>'
+            f"<tr><td {left}>{html.escape(lesson)}</td><td {left}><code>{html.escape(name)}</code></td>"
+            f'<td style="text-align: left; border-left: 4px solid {colours[state[0]]}">{state}</td>'
             f"<td>{minutes}</td></tr>"
             for lesson, name, state, minutes in self.rows
         )
-        heads = "".join(f"<th>{head}</th>" for head in ("lesson", "exercise", "state", "minutes"))
+        heads = "".join(f"<th {left}>{head}</th>" for head in ("lesson", "exercise", "state", "minutes"))
         return f"<p><b>{self.summary}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 

@@ -117,7 +117,7 @@ def test_a_factor_that_depends_on_the_inputs(trial):
 def test_an_error_names_its_line(trial):
     line = raising.__code__.co_firstlineno + 2
     text = judge(trial, raising).text
-    assert text.startswith(f"Your code stops with ValueError in line {line}, return y / np.array([1, 2, 3]): operands")
+    assert text.startswith(f"Your code stops with ValueError in line {line} (return y / np.array([1, 2, 3])): operands")
 
 
 def test_an_argument_that_is_changed_is_named_even_if_the_result_is_right(trial):
