@@ -18,9 +18,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
+from matplotlib.patches import FancyBboxPatch, Patch, Polygon, Rectangle
 from matplotlib.rcsetup import cycler
 
+from lora_lab.costs.flops import ADAPTERS, FORWARD, INPUT, WEIGHT, Flops
 from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
 from lora_lab.history import History
 from lora_lab.rank import energy_rank
@@ -92,6 +93,7 @@ _SAME_METHOD = {
     "with the adapter": "lora",
     "random directions": "chance",
 }
+_NEUTRAL = (COLOURS[6], COLOURS[2], COLOURS[5], COLOURS[4], COLOURS[3])  # neither full's nor LoRA's
 _RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
 _RANK_PLACES = (0, 3, 8), (0.0, 0.5, 1.0)  # log2 of the ranks 1, 8, 256, and their places on that ramp
 STATISTICS = {
@@ -293,11 +295,100 @@ def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
     return figure
 
 
+def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
+    """The FLOPs of each step, from the forward pass to the weight gradients, and what is gone from the first one.
+
+    Args:
+        steps: label -> FLOPs of a step; what the first has and another lacks is drawn as an empty box.
+    """
+    ax = ax or plt.subplots(figsize=(9, 0.9 * len(steps) + 1.4))[1]
+    looks = {FORWARD: ("#999999", ""), INPUT: ("#999999", ".."), ADAPTERS: (METHOD_COLOURS["lora"], "xx")}
+    looks[WEIGHT] = (METHOD_COLOURS["full"], "//")
+    reference = next(iter(steps.values()))
+    for row, step in enumerate(steps.values()):
+        left = 0.0
+        for name, look in looks.items():
+            size, missing = _without_adapters(step, name), _without_adapters(reference, name)
+            gone = size == 0 < missing
+            style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#333333"} if gone else _filling(*look)
+            width = (missing if gone else size) / 1e9
+            ax.barh(row, width, left=left, height=0.6, linestyle="--" if gone else "-", **style)
+            if width > 0.05 * reference.total / 1e9:
+                patch = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                text = f"{'gone: ' * gone}{width:,.0f}"
+                ax.text(left + width / 2, row, text, ha="center", va="center", bbox=patch)
+            left += width
+        share = f" ({step.total / reference.total:.2f})" if row else ""
+        ax.text(left, row, f"  {step.total / 1e9:,.0f}{share}", va="center")
+    handles = [Patch(**_filling(*look), label=name) for name, look in looks.items()]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
+    ax.set_yticks(range(len(steps)), list(steps))
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel("GFLOP of a step")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def _without_adapters(step: Flops, name: str) -> int:
+    """The FLOPs of a pass without those of the adapters, or all FLOPs of the adapters."""
+    return step.part(ADAPTERS) if name == ADAPTERS else step.in_pass(name) - step.counts.get((ADAPTERS, name), 0)
+
+
+def published(reports: Mapping[str, float], bound: float, ax: Axes | None = None) -> Axes:
+    """Published ratios of times, LoRA's over full fine-tuning's, beside the lowest ratio of FLOPs.
+
+    Args:
+        reports: source -> ratio.
+        bound: no ratio of FLOPs is below it.
+    """
+    ax = ax or plt.subplots(figsize=(9, 0.45 * len(reports) + 1.4))[1]
+    ax.plot(list(reports.values()), range(len(reports)), "o", color="#000000", markersize=8)
+    for row, ratio in enumerate(reports.values()):
+        ax.text(ratio, row - 0.18, f"{ratio:.2f}", ha="center", va="bottom", fontsize="small")
+    low, high = min(*reports.values(), bound) - 0.1, max(*reports.values(), 1) + 0.1
+    areas = [(low, bound, COLOURS[5]), (bound, 1, "#ffffff"), (1, high, COLOURS[4])]
+    words = ["more than FLOPs is saved", "LoRA is faster", "LoRA is slower"]
+    for (start, end, colour), text in zip(areas, words, strict=True):
+        ax.axvspan(start, end, color=colour, alpha=0.2, linewidth=0)
+        ax.text((start + end) / 2, -0.8, text, ha="center", va="center", fontsize="small")
+    ax.axvline(bound, color="#000000", linestyle="--")
+    ax.axvline(1, color="#000000")
+    ax.set(xlim=(low, high), ylim=(len(reports) - 0.5, -1.1), xlabel="time of LoRA / time of full fine-tuning")
+    ax.set_yticks(range(len(reports)), list(reports))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def changes(seconds: Mapping[str, float], ax: Axes | None = None) -> Axes:
+    """What one step skips of another, to the left, and what it adds, to the right, in milliseconds by cause.
+
+    Args:
+        seconds: cause -> difference, such as :meth:`lora_lab.costs.cost_model.Prediction.changes` returns.
+    """
+    ax = ax or plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
+    rows = range(len(seconds))
+    sizes = np.array([1e3 * size for size in seconds.values()])
+    looks = {"skipped": (METHOD_COLOURS["full"], "//"), "added": (METHOD_COLOURS["lora"], "xx")}
+    for (label, look), part in zip(looks.items(), (np.minimum(sizes, 0), np.maximum(sizes, 0)), strict=True):
+        ax.barh(rows, part, height=0.6, label=label, **_filling(*look))
+    for row, size in enumerate(sizes):
+        ax.text(size, row, f" {size:+,.3g} ", ha="left" if size >= 0 else "right", va="center", fontsize="small")
+    ax.axvline(0, color="#000000", linewidth=0.8)
+    ax.set_yticks(rows, list(seconds))
+    ax.invert_yaxis()
+    ax.margins(x=0.2)
+    ax.set_xlabel("ms a step, compared with full fine-tuning")
+    ax.grid(axis="y", visible=False)
+    return _legend_beside(ax)
+
+
 def ratios(
     series: Mapping[str, Mapping[int, float | tuple[float, float, float]]],
     ylabel: str,
     lines: Mapping[str, float] | None = None,
     ax: Axes | None = None,
+    xlabel: str = "tokens a step",
 ) -> Axes:
     """Ratios against tokens a step, a line with markers for each series.
 
@@ -305,13 +396,14 @@ def ratios(
         series: label -> tokens -> ratio, or the ratio and the ends of its interval. One of more than 12 values is a
             curve, beside which the others are markers without lines.
         lines: label -> a ratio to compare with, drawn as a horizontal line.
+        xlabel: for another quantity than tokens.
     """
     ax = ax or plt.subplots()[1]
     curves = {label for label, values in series.items() if len(values) > 12}
     for i, (label, values) in enumerate(series.items()):
         points = [value if isinstance(value, tuple) else (value, value, value) for value in values.values()]
         middle, low, high = (np.array(column) for column in zip(*points, strict=True))
-        style = _style(i)
+        style = {**_style(i), "color": _NEUTRAL[i % len(_NEUTRAL)]}
         if label in curves:
             ax.plot(list(values), middle, label=label, **{**style, "marker": None})
             continue
@@ -324,7 +416,7 @@ def ratios(
     ticks = sorted({size for values in series.values() if len(values) <= 12 for size in values})
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
-    ax.set_xlabel("tokens a step")
+    ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax

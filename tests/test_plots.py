@@ -13,6 +13,7 @@ mpl.use("Agg")
 
 from lora_lab import FullFineTuning, History, LoRA, LoRALinear, plots
 from lora_lab.ablation.overfitting import summarise_trials
+from lora_lab.costs.flops import Flops
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
 from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
@@ -352,6 +353,42 @@ def test_a_block_is_drawn_with_a_bar_for_what_each_method_saves():
     texts = [text.get_text() for text in ax.texts]
     assert {"norm", "+", "down", "input", "output", "10 + 5   input + normalised", "20 + 2   input + A x"} <= set(texts)
     assert texts.index("norm") < texts.index("+") < texts.index("down")
+
+
+def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_empty_box():
+    def step(**counts):
+        return Flops({tuple(name.split("_")): int(size * 1e9) for name, size in counts.items()}, 4, "")
+
+    full = step(**{"layers_forward": 60, "head_input gradients": 70, "layers_weight gradients": 50})
+    lora = {"layers_forward": 60, "head_input gradients": 70}
+    lora = step(**lora, **{"adapters_forward": 4, "adapters_input gradients": 3, "adapters_weight gradients": 3})
+    ax = plots.passes({"full": full, "LoRA": lora})
+    bars = [(round(bar.get_x(), 3), round(bar.get_width(), 3)) for container in ax.containers for bar in container]
+    assert bars == [(0, 60), (60, 70), (130, 0), (130, 50), (0, 60), (60, 70), (130, 10), (140, 50)]
+    filled = [bar.get_facecolor()[3] > 0 for container in ax.containers for bar in container]
+    assert filled == [True] * 7 + [False]
+    texts = [text.get_text().strip() for text in ax.texts]
+    assert texts == ["60", "70", "50", "180", "60", "70", "10", "gone: 50", "140 (0.78)"]
+    assert legend(ax) == ["forward", "input gradients", "adapters", "weight gradients"]
+
+
+def test_published_ratios_are_drawn_beside_what_flops_allow():
+    ax = plots.published({"a": 0.5, "b": 1.2}, 2 / 3)
+    (points,) = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    assert list(points.get_xdata()) == [0.5, 1.2]
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line is not points] == [2 / 3, 1]
+    places = {text.get_text(): text.get_position()[0] for text in ax.texts}
+    assert places["more than FLOPs is saved"] < 2 / 3 < places["LoRA is faster"] < 1 < places["LoRA is slower"]
+    assert {"0.50", "1.20"} <= set(places)
+
+
+def test_what_a_step_skips_is_drawn_to_the_left_and_what_it_adds_to_the_right():
+    ax = plots.changes({"weight gradients": -0.25, "adapters": 0.125})
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["weight gradients", "adapters"]
+    widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
+    assert widths == {"skipped": [-250, 0], "added": [0, 125]}
+    assert [text.get_text().strip() for text in ax.texts] == ["-250", "+125"]
+    assert ax.get_xlabel() == "ms a step, compared with full fine-tuning"
 
 
 def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_curve():

@@ -118,31 +118,11 @@ def test_the_readme_on_the_record_of_speed(readme, speed):
     assert within == ratios - 1
 
 
-def test_lesson_04_on_bfloat16_in_the_records(lesson, memory):
-    assert "There LoRA's peak is still lower, but the reason is visible already" in lesson("04_memory")
-    full, lora = main_case(memory).loc["full, bf16"], main_case(memory).loc["LoRA r=8, bf16"]
-    assert lora.measured_bytes < full.measured_bytes
-    assert lora.saved_bytes > full.saved_bytes
-
-
-def test_lesson_04_on_the_ratio_of_the_peaks(lesson, memory):
-    assert "the ratio of the two peaks must fall from the static one towards that of the bytes a token: 1.08" in lesson(
-        "04_memory"
-    )
-    one_text = memory[(memory.model == "smollm2-135m") & (memory.batch == 1)]
-    peaks = one_text.pivot_table("measured_bytes", "length", "setup")
-    ratios = (peaks["full"] / peaks["LoRA r=8"]).sort_index().tolist()
-    assert 3.5 > ratios[0] > ratios[1] > ratios[2] > 1.08
-
-
 def test_lesson_05_explains_what_the_record_shows(lesson, speed):
     """LoRA over full climbs with the tokens and with the rank, and is low where few blocks have adapters."""
-    text = lesson("05_speed")
-    assert (
-        "With more tokens a step the same saving is spread thinner: the ratio climbs towards the one of the FLOPs"
-        in (" ".join(text.split()))
-    )
-    assert "Rank pushes up, fewer adapted blocks pull down." in " ".join(text.split())
+    text = " ".join(lesson("05_speed").split())
+    assert "The optimiser's work pulls the ratio down when tokens are few" in text
+    assert "A higher rank pushes it up, fewer adapted blocks pull it down." in text
     ratios = speed[speed.model == "smollm2-135m"].pivot_table("ratio", "tokens", "setup")
     assert ratios["LoRA r=8"][32] < ratios["LoRA r=8"][512]
     assert (ratios["LoRA r=256"] > ratios["LoRA r=8"]).all()
