@@ -1003,7 +1003,7 @@ def schematic(
     for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
         arrow((0, -2.5), (x, bottom))
         arrow((x, top), (0, 2.35))
-    label(1.55, 2.1, f"x {alpha:g} / {rank} = {alpha / rank:g}", trained)
+    label(1.55, 2.1, f"x {alpha:g} / {rank} = {alpha / rank:.3g}", trained)
     label(0, 2.6, r"$h = W_0\,x + \frac{\alpha}{r}\,B A\,x$", side="center")
     count, whole = rank * (in_features + out_features), in_features * out_features
     ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
@@ -1016,8 +1016,11 @@ def matrices(layer: LoRALinear) -> Figure:
     """A layer's W0, A, B and scaled B A in colour, laid out as one multiplies by hand: B left of the update, A above.
 
     Each has its own colour scale, on which the largest 1 % of its entries are all drawn in the darkest colour.
+
+    Args:
+        layer: has ``base``, ``lora_A``, ``lora_B`` and ``scaling``, as the learner's layer in lesson 03 does too.
     """
-    update = layer.scaling * (layer.lora_B @ layer.lora_A)  # as in the caption, whatever class a lesson's layer has
+    update = layer.scaling * (layer.lora_B @ layer.lora_A)
     parts = {"W0": layer.base.weight, "A": layer.lora_A, "B": layer.lora_B, "update": update}
     arrays = {name: part.detach().float().cpu().numpy() for name, part in parts.items()}
     limits = {name: float(np.quantile(np.abs(array), 0.99)) or 1.0 for name, array in arrays.items()}
@@ -1039,7 +1042,7 @@ def matrices(layer: LoRALinear) -> Figure:
         axes[name].set(xticks=[], yticks=[])
         bar = figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
         if name == "B":  # too narrow for more than two numbers
-            bar.set_ticks([-limits[name] / 2, limits[name] / 2])
+            bar.set_ticks([-0.75 * limits[name], 0.75 * limits[name]])
     axes["W0"].set(xlabel="input", ylabel="output")
     axes["update"].set(xlabel="input")
     return figure

@@ -1,6 +1,7 @@
 """Pictures: labels with units, the numbers that were given, and files that are whole."""
 
 import itertools
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -112,6 +113,7 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
     texts = "\n".join(text.get_text() for text in ax.texts)
     assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "x 8 / 2 = 4", "2 numbers pass"))
     assert ax.get_title() == "LoRA trains 224 parameters beside 3,072 frozen ones (7%)"
+    assert "x 32 / 48 = 0.667" in [text.get_text() for text in plots.schematic(rank=48, alpha=32).texts]
     widths = [np.ptp(patch.get_xy()[2:4, 0]) for patch in (plots.schematic(rank).patches[1] for rank in (4, 16))]
     assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
 
@@ -138,6 +140,18 @@ def test_the_matrices_of_a_layer_are_drawn_with_their_numbers():
     assert list(axes) == ["$A$ (2 x 6)", "$W_0$, frozen (5 x 6)", "$B$ (5 x 2)", "update: 2 $B A$ (5 x 6)"]
     shown = axes["update: 2 $B A$ (5 x 6)"].images[0].get_array()
     np.testing.assert_allclose(shown, layer.delta().detach().numpy())
+    like_a_learners = SimpleNamespace(base=layer.base, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling)
+    assert [ax.get_title() for ax in plots.matrices(like_a_learners).axes if ax.get_title()] == list(axes)
+
+
+def test_the_narrow_scale_of_B_has_two_numbers_that_do_not_touch():
+    layer = LoRALinear(torch.nn.Linear(64, 48), 4, 8.0)
+    torch.nn.init.uniform_(layer.lora_B, -0.5, 0.5, generator=torch.Generator().manual_seed(0))
+    figure = plots.matrices(layer)
+    figure.canvas.draw()
+    scale = next(ax for ax in figure.axes if not ax.get_title() and len(ax.get_xticks()) == 2)
+    left, right = (label.get_window_extent() for label in scale.get_xticklabels())
+    assert left.x1 < right.x0
 
 
 def test_curves_of_another_column_are_labelled_by_it():
