@@ -23,6 +23,7 @@ NAMES = [
     "05_speed",
     "06_which_rank",
     "07_overfitting",
+    "08_forgetting",
     "09_many_tasks",
     "10_variants",
     "11_what_training_wrote",
