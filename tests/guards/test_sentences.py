@@ -7,14 +7,12 @@ are computed again. A sentence that is written otherwise must be written otherwi
 import json
 import math
 import re
-from itertools import pairwise
 
 import pandas
 import pytest
 
 from lora_lab import records
 from lora_lab.ablation import overfitting as learning
-from lora_lab.ablation.stats import t_bounds
 
 CPU = "intel-xeon-processor-2-cores"
 MIB = 2**20
@@ -231,153 +229,29 @@ def test_lesson_02_on_scratch_and_fine_tuned(lesson, downstream):
     assert set(found["scratch"].lr) == {max(plan["lrs"]["scratch"])}
 
 
-def test_lesson_09_on_what_was_learned(lesson, downstream):
-    text = lesson("09_many_tasks")
-    found = {task: results(downstream, task) for task in downstream.settings["steps"]}
-    own = found["sentiment"]
-    total, asked, commonest = said(
-        text, r"Of (\d+) texts the base, asked, is right in (\d+). The commonest class would be right in (\d+)"
-    )
-    low, high, least, most = said(text, r"After full fine-tuning it is (\d+) or (\d+), after LoRA (\d+) to (\d+)\.")
-    right = {setup: (total * rows.accuracy).round() for setup, rows in own.items()}
-    assert (asked, commonest) == (right["zero-shot"].item(), right["trivial"].item())
-    assert {low, high} == set(right["full"])
-    assert (least, most) == (right["LoRA r=8"].min(), right["LoRA r=8"].max())
-    assert said(text, r"from (\d+) steps that have read (\d+) texts once") == [
-        50,
-        50 * downstream.settings["batch_size"],
+def test_lesson_09_on_how_the_record_was_made(lesson, downstream, request):
+    """Its other sentences about the record are printed from the numbers."""
+    adapters = (request.config.rootpath / "lora_lab/adapters/data/README.md").read_text(encoding="utf-8")
+    all_stories, in_style = said(lesson("09_many_tasks"), r"For all (\d+), the adapter's README in .*? counts (\d+)\.")
+    counted = said(adapters, r"stories in the style, of (\d+) test prompts, sampled \| 0 \| (\d+) \|")
+    assert counted == [all_stories, in_style]
+    text, plan = " ".join(lesson("09_many_tasks").split()), downstream.settings
+    steps = plan["steps"].values()
+    numbers = said(text, r"Training is short, (\d+) to (\d+) steps of (\d+) examples")
+    assert numbers == [min(steps), max(steps), plan["batch_size"]]
+    assert "of each chosen from three by the validation loss of one seed, three seeds at that rate" in text
+    assert {len(plan["lrs"][setup]) for setup in ("full", "LoRA r=8")} == {plan["seeds"]} == {3}
+    assert said(text, r"and (\d+) texts had to show which words we want") == [
+        plan["steps"]["sentiment"] * plan["batch_size"]
     ]
-    setups = ("zero-shot", "trivial", "full", "LoRA r=8")
-    own = found["summarise"]
-    asked, first, full, lora = said(
-        text,
-        r"ROUGE-L is ([\d.]+) when the base is asked, ([\d.]+) for the first sentence and [\d.]+ for one sentence for "
-        r"all. After training it is ([\d.]+) \(full\) and ([\d.]+) \(LoRA\)",
-    )
-    numbers = [asked, first, full, lora]
-    assert numbers == [round(own[setup].rouge_l.mean(), 2) for setup in setups]
-    own = found["translate-fr"]
-    numbers = said(text, r"chrF rises from (\d+) to (\d+) \(full\) and (\d+) \(LoRA\)")
-    assert numbers == [round(own[setup].chrf.mean()) for setup in ("zero-shot", "full", "LoRA r=8")]
-    mean, names, most = said(text, r"(\d+) of (\d+) on average, either way, and no seed has more than (\d+)")
-    exact = {setup: own[setup].exact * names for setup in ("full", "LoRA r=8")}
-    assert {round(each.mean()) for each in exact.values()} == {mean}
-    assert round(max(each.max() for each in exact.values())) == most
-    own = found["style"]
-    numbers = said(text, r"It takes (\d+) % \(full\) and (\d+) % \(LoRA\) of the stories for the log, and none before")
-    assert numbers == [round(100 * own[setup].in_style.mean()) for setup in ("full", "LoRA r=8")]
-    assert own["zero-shot"].in_style.item() == 0
-    assert "In translation and style both ways chose the highest rate that was tried" in text
-    for task, own in found.items():
-        top = {setup: set(own[setup].lr) == {max(downstream.settings["lrs"][setup])} for setup in ("full", "LoRA r=8")}
-        assert set(top.values()) == {task in ("translate-fr", "style")}
-
-
-def test_lesson_09_on_lora_against_full_fine_tuning(lesson, downstream):
-    text = " ".join(lesson("09_many_tasks").split())
-    found = {task: results(downstream, task) for task in downstream.settings["steps"]}
-
-    def less(task, column):
-        """LoRA less full fine-tuning, in pairs of seeds: mean and bounds."""
-        full, lora = (found[task][setup].set_index("seed")[column] for setup in ("full", "LoRA r=8"))
-        return t_bounds((lora - full).tolist())
-
-    def is_open(task, column):
-        _, lower, upper = less(task, column)
-        return lower < 0 < upper
-
-    assert "By their scores, sentiment, translation and style are open" in text
-    scores = {"sentiment": "accuracy", "translate-fr": "chrf", "style": "in_style"}
-    assert all(is_open(task, column) for task, column in scores.items())
-    assert "Of summaries LoRA's score is higher by a hundredth in all three seeds" in text
-    assert "the lower bound is hardly above zero" in text
-    mean, lower, _ = less("summarise", "rouge_l")
-    assert round(mean, 2) == 0.01
-    assert 0 < lower < 0.002
-    full, lora = (found["summarise"][setup].set_index("seed").rouge_l for setup in ("full", "LoRA r=8"))
-    assert (lora > full).all()
-    rows = downstream.frame()
-    tried = rows[(rows.seed == 0) & (rows.task == "summarise") & (rows.setup == "full")].rouge_l
-    assert tried.max() - tried.min() > mean  # "another rate moves the score of full fine-tuning by more"
-    losses = said(text, r"LoRA's test loss is higher, by ([\d.]+) and ([\d.]+) nats")
-    assert losses == [round(less(task, "test_loss")[0], 2) for task in ("translate-fr", "style")]
-    assert all(less(task, "test_loss")[1] > 0 for task in ("translate-fr", "style"))
-    assert [task for task in found if not is_open(task, "off_domain_loss")] == [
-        "style"
-    ]  # "settle it for the style alone"
-
-    def forgotten(task, setup):
-        own = found[task]
-        return round(own[setup].off_domain_loss.mean() - own["zero-shot"].off_domain_loss.item(), 2)
-
-    lora, *rest = said(
-        text,
-        r"([\d.]+) nats against nothing after sentiment, ([\d.]+) against ([\d.]+) after translation, "
-        r"([\d.]+) against ([\d.]+) after the style, ([\d.]+) against ([\d.]+) after summaries",
-    )
-    tasks = ("translate-fr", "style", "summarise")
-    assert rest == [forgotten(task, setup) for task in tasks for setup in ("LoRA r=8", "full")]
-    assert lora == forgotten("sentiment", "LoRA r=8") > 0 >= forgotten("sentiment", "full")
-    seed_0 = rows[rows.seed == 0].set_index(["task", "setup", "lr"]).sort_index()
-    tried = seed_0.loc["translate-fr", "LoRA r=8"]
-    third, chosen = said(text, r"forgot ([\d.]+) nats, not ([\d.]+), and its test loss is lower")
-    before = found["translate-fr"]["zero-shot"].off_domain_loss.item()
-    assert [third, chosen] == [round(tried.off_domain_loss[lr] - before, 2) for lr in (2e-3, 6e-3)]
-    assert tried.test_loss[2e-3] < tried.test_loss[6e-3]
-    other, higher, rate = said(
-        text, r"at ([\d.]+) has a validation loss that is ([\d.]+) nats higher than at ([\d.]+), on"
-    )
-    (forgot,) = said(text, r"It forgot ([\d.]+) nats, not nothing")
-    two = seed_0.loc["sentiment", "full"].loc[[other, rate]]
-    assert higher == round(two.validation_loss[other] - two.validation_loss[rate], 3)
-    assert two.test_loss[other] < two.test_loss[rate]
-    assert forgot == round(two.off_domain_loss[other] - before, 2)
-    own = found["style"]
-    saved = said(text, r"the same stories cost ([\d.]+) \(full\) and ([\d.]+) nats \(LoRA\) less than before")
-    before = own["zero-shot"].plain_loss.item()
-    assert saved == [round(before - own[setup].plain_loss.mean(), 2) for setup in ("full", "LoRA r=8")]
-    *rising, start = said(text, r"cost ([\d.]+), ([\d.]+) and ([\d.]+) nats a token after full .*? and ([\d.]+) before")
-    assert rising == [round(loss, 2) for loss in seed_0.loc["style", "full"].plain_loss.sort_index()]
-    assert start == round(before, 2)
-
-
-def test_lesson_09_on_what_the_answers_say(lesson, downstream):
-    text = " ".join(lesson("09_many_tasks").split())
-    rows = downstream.frame()
-    said_by = rows[rows.about == "answer"].set_index(["task", "setup"])
-    assert "The boots that are sent back are judged wrong, before and after." in text
-    boots = said_by.loc["sentiment"]
-    boots = boots[boots.prompt.str.contains("boots")].drop(index="scratch")
-    assert (boots.prediction != boots.reference).all()
-    names = said_by.loc["translate-fr"].set_index("prompt", append=True).prediction
-    assert '"Komi-Permyak" comes back as the English name in small letters' in text
-    found = {setup: names[setup, "Translate into French: Komi-Permyak"] for setup in ("full", "LoRA r=8")}
-    assert set(found.values()) == {"komi-permyak"}
-    assert (
-        '"Straits Salish" becomes "Salais du Sud" (full), which sounds like French, and "strait strait" (LoRA)' in text
-    )
-    found = {setup: names[setup, "Translate into French: Straits Salish"] for setup in ("full", "LoRA r=8")}
-    assert found == {"full": "Salais du Sud", "LoRA r=8": "strait strait"}
-    stories = said_by.loc["style"].prediction
-    for word in ("watch", "Wind"):  # "watch and wind are there"
-        assert stories[["full", "LoRA r=8"]].str.contains(word).all(), word
-
-
-def test_lesson_09_on_what_the_stories_repeat(lesson, downstream):
-    rows = downstream.frame()
-    rows = rows[(rows.about == "answer") & (rows.task == "style")]
-    numbers = said(
-        lesson("09_many_tasks"),
-        r"(\d+) % \(full\) and (\d+) % \(LoRA\) of the pairs of words had been said before .*? "
-        r"and (\d+) % before fine-tuning",
-    )
-
-    def repeated(story):
-        words = story.split()
-        return 1 - len(set(pairwise(words))) / (len(words) - 1)
-
-    shares = rows.prediction.map(repeated).groupby(rows.setup).mean()
-    assert numbers == [round(100 * shares[setup]) for setup in ("full", "LoRA r=8", "zero-shot")]
+    (guess,) = said(text, r"\$\\ln 3 / 2 = ([\d.]+)\$ nats")
+    assert guess == round(math.log(3) / 2, 2)
+    assert "The model from scratch hardly pays more, and it says one word to all texts." in text
+    scratch = results(downstream, "sentiment")["scratch"]
+    assert guess < scratch.test_loss.mean() < guess + 0.1
+    assert "The judge accepts nearly all stories of the fine-tuned models" in text
+    stories = results(downstream, "style")
+    assert min(stories[setup].in_style.min() for setup in ("full", "LoRA r=8")) > 0.9
 
 
 @pytest.fixture(scope="module")

@@ -564,26 +564,34 @@ class Clock:
         return time.perf_counter()
 
 
-def test_the_lesson_on_many_tasks_teaches_and_switches_there_and_its_clock_waits(lesson, gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(ll, "load_pretrained", lambda name, device: (there(), None), raising=False)
-    task_names = ("sentiment", "summarise", "translate", "style")
-    pair = SimpleNamespace(prompt="asked", answer="wanted")
-    task = SimpleNamespace(prompt_ids=lambda pair: [1, 2, 3], pairs={"test": [pair]})
-    clock = Clock(gpu)
-    begin = {
-        "model": there(),
-        "tokenizer": None,
-        "TASKS": dict.fromkeys(task_names, task),
-        "tasks": SimpleNamespace(**dict.fromkeys(task_names, lambda tokenizer, max_tokens: TASK)),
-        "generate": SimpleNamespace(answers=lambda model, task, **options: ["said"]),
-        "time": clock,
-    }
-    cells = {"cell-02": begin, "cell-16": {}, "cell-18": {}, "cell-20": {}, "cell-22": {}, "cell-24": {}, "cell-26": {}}
+def test_the_lesson_on_many_tasks_switches_there_and_its_clock_waits(lesson, gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(ll, "load_pretrained", lambda name: (there(), None), raising=False)
+    monkeypatch.setattr(ll, "reply", lambda *args, **options: "a reply", raising=False)
+    folders = {}
+    for seed, name in enumerate(("lighthouse-keeper", "sentiment")):
+        adapted = there()
+        ll.inject(adapted, ll.LoRAConfig(rank=2), seed=seed)
+        with torch.no_grad():
+            for layer in ll.lora_layers(adapted).values():
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=seeded(seed)))
+        folders[name] = ll.save_adapter(adapted, tmp_path / name)
+    task = SimpleNamespace(prompt_ids=lambda pair: [1, 2, 3], pairs={"test": [SimpleNamespace(prompt="p", answer="a")]})
+    task_names, clock = ("style", "sentiment", "summarise", "translate"), Clock(gpu)
+    functions = SimpleNamespace(**dict.fromkeys(task_names, lambda tokenizer: task))
+    functions.Pair = lambda prompt, answer: task.pairs["test"][0]
+    cells = {"cell-02": {"tasks": functions, "time": clock}, "cell-03": {"FOLDERS": folders, "NAMES": tuple(folders)}}
+    cells |= {"cell-08": {"TASKS": dict.fromkeys(task_names, TASK)}}
+    cells |= {cell: {} for cell in ("cell-11", "cell-25", "cell-27", "cell-33", "cell-36")}
     names = lesson("09", cells)
-    assert names["again"]
-    assert set(names["back"].values()) == {True}
+    assert names["back"].is_cuda
+    assert torch.equal(names["back"].cpu(), names["untouched"].cpu())
+    (first, again), (other,) = names["logits"].values()
+    assert torch.equal(first.cpu(), again.cpu())
+    assert not torch.equal(first.cpu(), other.cpu())
+    assert names["remains"][torch.bfloat16] > names["remains"][torch.float32] > 0
+    assert np.isfinite(names["changes"].to_numpy()).all()
     starts, stops = clock.waited[::2], clock.waited[1::2]
-    assert len(starts) == 4 + 1
+    assert len(starts) == 6 + 1
     assert all(before < after for before, after in zip(starts, stops, strict=True))
 
 
