@@ -587,7 +587,7 @@ def test_strength_reaches_weights_that_are_read_and_never_called():
     torch.testing.assert_close(layer.weight, weight + delta)
 
 
-@pytest.mark.parametrize("factor", [0, 0.3])
+@pytest.mark.parametrize("factor", [0, 0.1])  # 3 * 0.1 / 0.1 is not 3
 def test_strength_is_taken_back_after_an_error(factor):
     model = pictures()
     before, alphas_before, outside = snapshot(model), alphas(model), logits(model, PIXELS)

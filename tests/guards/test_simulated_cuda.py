@@ -343,7 +343,7 @@ def test_ablate_gives_the_cpus_numbers(rehearsals_on_the_cpu, engine):
 def test_evaluate_and_generate_give_the_cpus_answers(gpu):
     assert ll.evaluate(there(), TASK, "test") == ll.evaluate(Llama(SHAPE), TASK, "test")
     prompt = torch.tensor([1, 2, 3])
-    for options in ({}, {"temperature": 1.0, "seed": 3}):
+    for options in ({}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.5}):
         expected = Llama(SHAPE).generate(prompt, 5, **options)
         assert torch.equal(there().generate(prompt.to("cuda"), 5, **options), expected)
     padded = torch.ones(2, 5, dtype=torch.long)

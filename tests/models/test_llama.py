@@ -189,12 +189,14 @@ def test_repeated_tokens_are_penalised_as_in_transformers(tiny, penalty):
 
 
 def test_sampling_draws_from_the_penalised_logits(tiny):
-    prompt = random_ids(1, 4)[0]
-    scores = RepetitionPenaltyLogitsProcessor(3.0)(prompt[None], logits(tiny, prompt[None])[:, -1])[0]
-    for seed in range(20):
+    prompt = random_ids(1, 100)[0]
+    logits_before = logits(tiny, prompt[None])[:, -1]  # (1, 260)
+    scores = RepetitionPenaltyLogitsProcessor(3.0)(prompt[None], logits_before.clone())  # (1, 260)
+    assert {-1.0, 1.0} <= set(logits_before[scores != logits_before].sign().tolist())
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        expected = torch.multinomial(torch.softmax(scores / 2.0, dim=-1), 1, generator=generator)
-        assert torch.equal(tiny.generate(prompt, 1, temperature=2.0, seed=seed, repetition_penalty=3.0), expected)
+        expected = torch.multinomial(torch.softmax(scores[0] / 20.0, dim=-1), 1, generator=generator)  # (1,)
+        assert torch.equal(tiny.generate(prompt, 1, temperature=20.0, seed=seed, repetition_penalty=3.0), expected)
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
