@@ -8,7 +8,6 @@ import json
 import math
 import re
 
-import pandas
 import pytest
 
 from lora_lab import records
