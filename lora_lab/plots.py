@@ -569,7 +569,9 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | No
     """
     ax = ax or plt.subplots()[1]
     for i, (label, values) in enumerate(lines.items()):
-        look = _style(i) if i < len(lines) - 1 else {"color": "#000000", "marker": "P", "linestyle": "-"}
+        look: dict[str, Any] = {"color": "#000000", "marker": "P", "linestyle": "-"}
+        if i < len(lines) - 1:
+            look = _style(i)
         ax.plot(list(values), list(values.values()), label=label, **look)
     ranks = sorted({rank for values in lines.values() for rank in values})
     _rank_axis(ax, ranks)
@@ -585,12 +587,13 @@ def seed_by_seed(losses: DataFrame, unit: str = "nats", ax: Axes | None = None) 
         unit: of the losses.
     """
     ax = ax or plt.subplots()[1]
+    ranks = [int(rank) for rank in losses.columns]
     colour, star = METHOD_COLOURS["lora"], {"marker": "*", "markersize": 11, "linestyle": "none"}
-    for i, (_, row) in enumerate(losses.iterrows()):
-        ax.plot(losses.columns, row, color="#999999", linewidth=0.8, label=None if i else "one seed")
-        ax.plot(row.idxmin(), row.min(), color=colour, label=None if i else "its best rank", **star)
-    ax.plot(losses.columns, losses.mean(), "o-", color="#000000", label="mean of all seeds")
-    _rank_axis(ax, list(losses.columns))
+    for i, row in enumerate(losses.to_numpy()):
+        ax.plot(ranks, row, color="#999999", linewidth=0.8, label=None if i else "one seed")
+        ax.plot(ranks[row.argmin()], row.min(), color=colour, label=None if i else "its best rank", **star)
+    ax.plot(ranks, losses.mean(), "o-", color="#000000", label="mean of all seeds")
+    _rank_axis(ax, ranks)
     ax.set_ylabel(f"test loss ({unit})")
     return _legend_beside(ax)
 
@@ -796,7 +799,8 @@ def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) 
     validation, training = mean.validation_loss, mean.training.dropna()
     ax.plot(validation, color=style["color"], label="validation loss")
     ax.plot(training, color=style["color"], linestyle=":", label="training loss")
-    stop, last, lowest = validation.idxmin(), validation.index[-1], validation.min()
+    lowest, last = validation.min(), float(validation.index[-1])
+    stop = float(validation.index.to_numpy()[int(validation.to_numpy().argmin())])
     ax.plot(stop, lowest, "o", color=style["color"])
     note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
     ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)

@@ -118,7 +118,8 @@ def at_rates(
     import pandas
 
     frames = []
-    for size, of_size in rates.groupby("n_train"):
+    for size in sorted(set(rates["n_train"].astype(int))):
+        of_size = rates[rates["n_train"] == size]
         lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
         frames += by_size(model_factory, task_of, trial_of, lrs, [size], seeds, folder, choose=len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)

@@ -226,8 +226,7 @@ class StorageLog(StepTracer):
         super().__init__(step)
         self.block, self.width = block, output_width(step.model)
         head = output_head(step.model)
-        trained = head is not None and head.weight.requires_grad
-        self._head_shape = head.weight.shape if trained else None
+        self._head_shape = head.weight.shape if head is not None and head.weight.requires_grad else None
         self.lives: list[_Life] = []
         self.phases: list[str] = []  # of each operation; its index is the time
         self.names: list[str] = []

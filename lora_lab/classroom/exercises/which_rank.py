@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, t
@@ -24,7 +26,8 @@ def t_quantile(n: int) -> float:
     return float(t.ppf(0.95, n - 1))
 
 
-def bound(mean: float, sd: float, n: int) -> float:
+def bound(mean: Any, sd: Any, n: int) -> float:
+    """The upper bound from the mean difference and its standard deviation over n seeds."""
     return float(mean + t_quantile(n) * sd / math.sqrt(n))
 
 
@@ -137,7 +140,8 @@ def spread_and_margin(rng: np.random.Generator) -> tuple[float, float]:
     return float(margin * rng.uniform(1.0, 4.5)), margin
 
 
-def seeds_until(sd: float, margin: float, reach) -> int:
+def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
+    """The smallest number of seeds at which the bound ``reach`` is below the margin."""
     return next(n for n in range(2, 10_000) if reach(n) < margin)
 
 
@@ -149,16 +153,16 @@ def seeds_until(sd: float, margin: float, reach) -> int:
             lambda sd, margin: math.ceil((norm.ppf(0.95) * sd / margin) ** 2)
         ),
         "The bound falls with the square root of n, not with n itself.": (
-            lambda sd, margin: seeds_until(sd, margin, lambda n: t_quantile(n) * sd / n)
+            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / n)
         ),
         "The quantile changes with the number of seeds: n - 1 degrees of freedom, also while n grows.": (
-            lambda sd, margin: seeds_until(sd, margin, lambda n: t_quantile(10) * sd / math.sqrt(n))
+            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(10) * sd / math.sqrt(n))
         ),
         "This number of seeds is one too few: at the result itself the bound must be below the margin.": (
-            lambda sd, margin: seeds_until(sd, margin, lambda n: t_quantile(n) * sd / math.sqrt(n)) - 1
+            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / math.sqrt(n)) - 1
         ),
         "This is one seed more than needed.": (
-            lambda sd, margin: seeds_until(sd, margin, lambda n: t_quantile(n) * sd / math.sqrt(n)) + 1
+            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / math.sqrt(n)) + 1
         ),
     },
     hints=[
