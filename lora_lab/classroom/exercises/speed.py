@@ -203,15 +203,15 @@ def _on(**troubles: float) -> Callable[[Callable[[Device], Any], np.random.Gener
 
     def within_2_percent(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
         full, true = rng.uniform(0.05, 0.5), rng.choice([rng.uniform(0.4, 0.8), rng.uniform(1.25, 2.5)])
-        found = answer(Device({"full": full, "LoRA": true * full}, rng, **troubles))
-        return bool(abs(found / true - 1) < 0.02)
+        measured = answer(Device({"full": full, "LoRA": true * full}, rng, **troubles))
+        return bool(abs(measured / true - 1) < 0.02)
 
     return within_2_percent
 
 
 def _is_a_number(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
-    found = answer(Device({"full": 0.2, "LoRA": 0.14}, rng))
-    return isinstance(found, float | np.floating) and bool(found > 0)
+    measured = answer(Device({"full": 0.2, "LoRA": 0.14}, rng))
+    return isinstance(measured, float | np.floating) and bool(measured > 0)
 
 
 def _runs_both(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
@@ -222,8 +222,8 @@ def _runs_both(answer: Callable[[Device], Any], rng: np.random.Generator) -> boo
 
 def _is_not_upside_down(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
     full, true = rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.8)
-    found = answer(Device({"full": full, "LoRA": true * full}, rng))
-    return bool(abs(found * true - 1) > 0.02)
+    measured = answer(Device({"full": full, "LoRA": true * full}, rng))
+    return bool(abs(measured * true - 1) > 0.02)
 
 
 @exercise(
