@@ -16,6 +16,7 @@ from tests.helpers import ROOT
 
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [
+    "00_first_look",
     "01_low_rank",
     "02_why_fine_tune",
     "03_lora_from_scratch",
