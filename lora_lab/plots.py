@@ -83,6 +83,7 @@ _SAME_METHOD = {
     "first layer": "partial",
     "untrained": "as it is",
     "before training": "as it is",
+    "before fine-tuning": "as it is",
     "base": "as it is",
     "zero-shot": "as it is",
     "from scratch": "scratch",
@@ -1124,11 +1125,13 @@ def pictures(
     size = 8 / columns
     shape: Any = {"figsize": (8, rows * (size * height / width + 0.35)), "squeeze": False}
     figure, axes = plt.subplots(rows, columns, **shape)
-    for ax in axes.flat:
+    for ax in axes.flat[len(arrays) :]:
         ax.axis("off")
     for ax, (name, array) in zip(axes.flat, arrays.items(), strict=False):
         ax.imshow(array, cmap="gray_r" if ink else "gray", vmin=limits[0], vmax=limits[1])
-        ax.set_title(name)
+        ax.set(title=name, xticks=[], yticks=[])
+        ax.grid(visible=False)
+        ax.spines[:].set(visible=True, color="#999999")  # a picture's edge, also where it is white
     return figure
 
 

@@ -886,7 +886,8 @@ def test_pictures_share_a_scale_and_stand_in_rows():
     assert {ax.images[0].get_cmap().name for ax in drawn} == {"gray"}
     rows = [ax.get_subplotspec().rowspan.start for ax in drawn]
     assert rows == [0, 0, 0, 1]
-    assert not any(ax.axison for ax in figure.axes)
+    assert [ax.axison for ax in figure.axes] == [True] * 4 + [False] * 2
+    assert not any([*ax.get_xticks(), *ax.get_yticks()] for ax in drawn)
     on_paper = plots.pictures(images, columns=2, limits=(0, 1), ink=True)
     assert {(ax.images[0].get_cmap().name, ax.images[0].get_clim()) for ax in on_paper.axes} == {("gray_r", (0, 1))}
 

@@ -11,7 +11,7 @@ from lora_lab.task import Examples, Task
 def digits(part: str = "adapt", seed: int = 0, n_train: int = 500) -> Task:
     """scikit-learn's handwritten digits: to be learned first as they are, then moved down by one pixel.
 
-    To a person the moved digits look the same; a net trained on the original ones misreads half of them.
+    The lowest row of each picture is lost; a net trained on the original digits misreads a third to a half of them.
 
     Args:
         part: "pretrain" (900 pictures as they are) or "adapt" (the other 897, moved; off-domain as they are).
