@@ -173,6 +173,16 @@ def test_the_lesson_states_its_aims_and_ends_in_what_to_keep(path):
     assert len(re.findall(r"^\d\. \*\*.+\*\* \(about .+\)", projects, re.MULTILINE)) == 3, "each with its time"
 
 
+@each_rewritten
+def test_the_readme_and_lesson_00_give_the_minutes_that_the_lesson_states(path):
+    text = text_of(read(path))
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
+    yours, machines = re.search(r"about (\d+) minutes for you, about ([\d½]+) for the machine", text).groups()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| [{path.stem}](notebooks/{path.name}) | {title} | {yours} | {machines} |" in readme
+    assert f"]({path.name}) | {yours} |" in text_of(read(LESSONS[0]))
+
+
 @each_lesson
 def test_cells_are_short(path):
     cells = code(read(path))
