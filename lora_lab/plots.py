@@ -28,7 +28,8 @@ from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from numpy.typing import ArrayLike
+    from pandas import DataFrame, Series
 
     from lora_lab.ablation.verdict import Verdict
     from lora_lab.lora import LoRALinear
@@ -89,6 +90,8 @@ _SAME_METHOD = {
     "from scratch": "scratch",
     "random weights": "scratch",
     "noise": "chance",
+    "random labels": "as it is",  # trained like the others, with nothing to learn
+    "random targets": "as it is",
     "majority class": "chance",
     "adapter off": "as it is",
     "with the adapter": "lora",
@@ -488,10 +491,11 @@ def _legend_beside(ax: Axes) -> Axes:
 def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Singular values from the largest down, each divided by the largest, on a logarithmic scale."""
     ax = ax or plt.subplots()[1]
-    for i, (label, sizes) in enumerate(values.items()):
+    styles = looks(list(values))
+    for label, sizes in values.items():
         sizes = np.asarray(sizes, dtype=float)
         every = max(1, len(sizes) // 12)
-        ax.plot(np.arange(1, len(sizes) + 1), sizes / sizes[0], markevery=every, label=label, **_style(i))
+        ax.plot(np.arange(1, len(sizes) + 1), sizes / sizes[0], markevery=every, label=label, **styles[label])
     ax.set_yscale("log")
     ax.set_xlabel("index of the singular value, largest first")
     ax.set_ylabel("singular value / largest (no unit)")
@@ -938,25 +942,129 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
 
 
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
-    """A statistic of :func:`lora_lab.analysis.spectra.report` by depth, a line for each kind of layer, with its null.
+    """A statistic of :func:`lora_lab.analysis.spectra.report` by depth, a line for each kind of layer.
+
+    Each layer's value is divided by that of noise of its own shape and rank, where the report has it, so that one
+    grey band around 1 serves all layers.
 
     Args:
         frame: the report; layers without a depth are left out.
-        statistic: one of its columns. If it has a band, the widest band of all layers is drawn in grey.
+        statistic: one of its columns.
     """
     ax = ax or plt.subplots()[1]
     layers = frame.dropna(subset=["depth"])
-    depths = layers.depth.astype(int)
-    if f"{statistic}_low" in frame:
-        low, high = layers[f"{statistic}_low"].min(), layers[f"{statistic}_high"].max()
-        ax.axhspan(low, high, color="#bbbbbb", alpha=0.5, linewidth=0, label="without signal (95 %)")
+    values = _against_noise(layers, statistic, ax)
     for i, kind in enumerate(layers.kind.unique()):
         chosen = layers.kind == kind
-        ax.plot(depths[chosen], layers[statistic][chosen], markersize=4, label=kind, **_style(i))
+        ax.plot(layers.depth[chosen].astype(int), values[chosen], markersize=4, label=kind, **_style(i))
     ax.set_ylim(bottom=0)
+    return _legend_beside(ax)
+
+
+def medians_by_depth(frames: Mapping[str, DataFrame], statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
+    """As :func:`by_depth` for several reports: medians over the layers of each block, and bands from min to max."""
+    ax = ax or plt.subplots()[1]
+    styles = looks(list(frames))
+    for label, frame in frames.items():
+        layers = frame.dropna(subset=["depth"])
+        blocks = _against_noise(layers, statistic, ax).groupby(layers.depth.astype(int))
+        ax.plot(blocks.median(), label=f"{label}: median", **styles[label])
+        colour = styles[label]["color"]
+        ax.fill_between(
+            blocks.median().index, blocks.min(), blocks.max(), color=colour, alpha=0.15, label=f"{label}: min to max"
+        )
+    ax.set_ylim(bottom=0)
+    return _legend_beside(ax)
+
+
+def _against_noise(layers: DataFrame, statistic: str, ax: Axes) -> Series:
+    """A statistic divided by the middle of its own layer's band, if the report has bands. Draws the band once."""
     ax.set_xlabel("block, from the input")
     ax.set_ylabel(STATISTICS.get(statistic, statistic))
-    return _legend_beside(ax)
+    if f"{statistic}_low" not in layers:
+        return layers[statistic]
+    low, high = layers[f"{statistic}_low"], layers[f"{statistic}_high"]
+    middle = (low + high) / 2
+    ax.set_ylabel(f"{STATISTICS.get(statistic, statistic)}\n/ that of noise of the same shape and rank")
+    if not ax.patches:
+        span = {"color": "#bbbbbb", "alpha": 0.6, "linewidth": 0, "label": "noise, 95 %"}
+        ax.axhspan((low / middle).min(), (high / middle).max(), **span)
+    return layers[statistic] / middle
+
+
+def overlaps(similarities: Mapping[str, ArrayLike], width: int, rows: Sequence[int] = (1, 8)) -> Figure:
+    """How much of the leading directions of one update lies among those of another: phi(i, j) against j.
+
+    Args:
+        similarities: label -> phi (I, J), from :func:`lora_lab.rank.subspace_similarity`.
+        width: of the space in which the directions lie; phi is max(i, j) / width by chance.
+        rows: the i of each panel.
+    """
+    figure, axes = plt.subplots(1, len(rows), figsize=(10, 3.9), sharey=True, squeeze=False)
+    styles = looks(list(similarities))
+    for ax, i in zip(axes[0], rows, strict=True):
+        longest = 1
+        for label, similarity in similarities.items():
+            values = np.asarray(similarity, dtype=float)[i - 1]
+            longest = max(longest, len(values))
+            ax.plot(np.arange(1, len(values) + 1), values, label=label, **{**styles[label], "markevery": [0, -1]})
+        j = np.arange(1, longest + 1)
+        ax.plot(j, np.maximum(i, j) / width, color=METHOD_COLOURS["chance"], linewidth=3, alpha=0.6, label="chance")
+        leading = "the leading direction" if i == 1 else f"the {i} leading directions"
+        ax.set(xlabel="j, leading directions of the other update", ylim=(0, 1.05), title=f"Of {leading}: phi({i}, j)")
+    axes[0, 0].set_ylabel("similarity phi (no unit)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(similarities) + 1)
+    return figure
+
+
+def after_cuts(
+    table: DataFrame, ylabel: str, columns: Sequence[str] = ("gain", "energy"), ax: Axes | None = None
+) -> Axes:
+    """What is left when updates are truncated to a rank, against that rank.
+
+    Args:
+        table: columns ``setup``, ``rank`` and those to draw; with ``least`` and ``most`` the first one has error bars.
+        ylabel: what is left, with its unit.
+        columns: each is a line for each setup, in a line style of its own.
+    """
+    ax = ax or plt.subplots()[1]
+    setups = list(table.setup.unique())
+    styles = looks(setups)
+    for setup in setups:
+        rows = table[table.setup == setup].sort_values("rank")
+        for column, line in zip(columns, LINES, strict=False):
+            style = {**styles[setup], "linestyle": line, "label": f"{setup}: {column}"}
+            if column == columns[0] and "least" in rows:
+                reach = [rows[column] - rows.least, rows.most - rows[column]]
+                ax.errorbar(rows["rank"], rows[column], reach, capsize=3, **style)
+            else:
+                ax.plot(rows["rank"], rows[column], **{**style, "fillstyle": "none"})
+    ranks = sorted(table["rank"].unique())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
+    ax.minorticks_off()
+    ax.set_xlabel("rank that is left of each update")
+    ax.set_ylabel(ylabel)
+    ax.legend()
+    return ax
+
+
+def intruders_by_size(table: DataFrame) -> Figure:
+    """The number of intruder dimensions against the size of the update, a panel a layer, a line a setup.
+
+    Args:
+        table: columns ``layer``, ``setup``, ``size`` (norm of the update / of the weight) and ``intruders``.
+    """
+    layers = list(table.layer.unique())
+    figure, axes = plt.subplots(1, len(layers), figsize=(9, 3.9), sharey=True, squeeze=False)
+    styles = looks(list(table.setup.unique()))
+    for ax, layer in zip(axes[0], layers, strict=True):
+        for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
+            ax.plot(rows["size"], rows.intruders, label=setup, **styles[str(setup)])
+        ax.set(title=layer, xscale="log", xlabel="size of the update / of the weight (norms)")
+    axes[0, 0].set_ylabel("intruders among the 10 leading directions")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
+    return figure
 
 
 def schematic(

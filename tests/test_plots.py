@@ -463,31 +463,92 @@ def test_a_failed_save_leaves_the_old_picture_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_statistic_over_depth_has_a_line_a_kind_and_the_band_of_chance():
-    rows = [
-        {
-            "depth": depth,
-            "kind": kind,
-            "stable_rank": depth + 1.0,
-            "stable_rank_low": 4.0 - depth,
-            "stable_rank_high": 6.0,
-        }
-        for depth in range(3)
-        for kind in ("q_proj", "v_proj")
-    ]
-    rows.append(
-        {"depth": None, "kind": "lm_head", "stable_rank": 99.0, "stable_rank_low": 0.0, "stable_rank_high": 99.0}
-    )
-    ax = plots.by_depth(pandas.DataFrame(rows).astype({"depth": "Int64"}))
-    assert legend(ax) == ["v_proj", "q_proj", "without signal (95 %)"]
-    for line in ax.get_lines():
-        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([0, 1, 2], [1.0, 2.0, 3.0])
+def layers(*rows):
+    """A report, in short: (depth, kind, stable rank, its band)."""
+    columns = ["depth", "kind", "stable_rank", "stable_rank_low", "stable_rank_high"]
+    return pandas.DataFrame(rows, columns=columns).astype({"depth": "Int64"})
+
+
+# Layers of two shapes: noise has a stable rank of about 100 in one and of about 10 in the other.
+REPORT = layers(
+    *((depth, "q_proj", 50.0 + depth, 95.0, 105.0) for depth in range(3)),
+    *((depth, "v_proj", 2.0 + depth, 9.0, 11.0) for depth in range(3)),
+    (None, "lm_head", 1.0, 0.1, 900.0),
+)
+
+
+def test_a_statistic_over_depth_is_divided_by_the_null_of_its_own_layer():
+    """One band around 1 for all shapes. The union of their bands would hold layers that are far below their own."""
+    ax = plots.by_depth(REPORT)
+    assert legend(ax) == ["v_proj", "q_proj", "noise, 95 %"]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
+    assert drawn["q_proj"] == pytest.approx([0.50, 0.51, 0.52])
+    assert drawn["v_proj"] == pytest.approx([0.2, 0.3, 0.4])
     (band,) = ax.patches
-    assert (band.get_y(), band.get_y() + band.get_height()) == (2.0, 6.0)
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.9, 1.1))  # of the widest, v_proj's
     assert ax.get_xlabel() == "block, from the input"
-    assert ax.get_ylabel() == "stable rank of the update"
-    plain = plots.by_depth(pandas.DataFrame(rows).drop(columns=["stable_rank_low", "stable_rank_high"]))
+    assert ax.get_ylabel() == "stable rank of the update\n/ that of noise of the same shape and rank"
+    plain = plots.by_depth(REPORT.drop(columns=["stable_rank_low", "stable_rank_high"]))
     assert not plain.patches
+    assert plain.get_lines()[0].get_ydata().tolist() == [50.0, 51.0, 52.0]
+    assert plain.get_ylabel() == "stable rank of the update"
+
+
+def test_medians_over_depth_have_a_band_from_the_least_layer_of_a_block_to_the_most():
+    other = REPORT.assign(stable_rank=REPORT.stable_rank / 2)
+    ax = plots.medians_by_depth({"LoRA r=8": REPORT, "random targets": other})
+    assert len(ax.patches) == 1  # noise is drawn once
+    first, second = ax.get_lines()
+    assert first.get_ydata().tolist() == pytest.approx([0.35, 0.405, 0.46])
+    assert second.get_ydata().tolist() == pytest.approx([0.175, 0.2025, 0.23])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.2, 0.52))
+    assert second.get_color() == plots.METHOD_COLOURS["as it is"]
+
+
+def test_overlaps_are_drawn_against_j_beside_chance():
+    phi = torch.arange(24.0).reshape(4, 6) / 24
+    figure = plots.overlaps({"full": phi, "LoRA r=8": phi[:, :3]}, width=12, rows=(1, 4))
+    for ax, i in zip(figure.axes, (1, 4), strict=True):
+        full, lora, chance = ax.get_lines()
+        assert full.get_ydata().tolist() == pytest.approx(phi[i - 1].tolist())
+        assert lora.get_xdata().tolist() == [1, 2, 3]
+        assert chance.get_ydata().tolist() == pytest.approx([max(i, j) / 12 for j in range(1, 7)])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full", "LoRA r=8", "chance"]
+
+
+def test_what_cuts_leave_has_a_line_for_each_setup_and_column_and_bars_where_there_are_seeds():
+    rows = [
+        ("full", 4, 80.0, 50.0, 70.0, 85.0),
+        ("full", 1, 30.0, 20.0, 10.0, 40.0),
+        ("LoRA r=8", 1, 60.0, 50.0, 55, 65),
+    ]
+    table = pandas.DataFrame(rows, columns=["setup", "rank", "gain", "energy", "least", "most"])
+    ax = plots.after_cuts(table, "left (%)")
+    assert set(legend(ax)) == {f"{setup}: {column}" for setup in ("full", "LoRA r=8") for column in ("gain", "energy")}
+    gain = ax.containers[0]
+    assert (gain.lines[0].get_xdata().tolist(), gain.lines[0].get_ydata().tolist()) == ([1, 4], [30.0, 80.0])
+    assert [segment[:, 1].tolist() for segment in gain.lines[2][0].get_segments()] == [[10.0, 40.0], [70.0, 85.0]]
+    energy = next(line for line in ax.get_lines() if line.get_label() == "full: energy")
+    assert energy.get_ydata().tolist() == [20.0, 50.0]
+    assert energy.get_color() == gain.lines[0].get_color()
+    assert energy.get_linestyle() != gain.lines[0].get_linestyle()
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "4"]
+    assert not plots.after_cuts(table.drop(columns=["least", "most"]), "left (%)", ["gain"]).containers
+
+
+def test_intruders_have_a_panel_for_each_layer():
+    rows = [
+        ("first", "full", 0.1, 0),
+        ("first", "full", 1.0, 4),
+        ("second", "full", 0.2, 1),
+        ("second", "noise", 0.2, 3),
+    ]
+    figure = plots.intruders_by_size(pandas.DataFrame(rows, columns=["layer", "setup", "size", "intruders"]))
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("first", "second")
+    assert first.get_lines()[0].get_ydata().tolist() == [0, 4]
+    assert [line.get_color() for line in second.get_lines()] == [plots.METHOD_COLOURS[m] for m in ("full", "chance")]
 
 
 def walk(setup, lr, seed, validation, off_domain):
