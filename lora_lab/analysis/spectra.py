@@ -4,10 +4,11 @@
     report(None, adapted)      # a model with adapters, an adapter_state, or the folder of a saved adapter
     group(frame, "kind")       # medians over the layers of each kind, or of each depth
 
-The statistics are those of :mod:`lora_lab.rank`. Each comes with its null band, in the columns ``<statistic>_low`` and
-``<statistic>_high``, which holds 95 % of updates without signal. An adapter without signal is a product of Gaussian
-factors of the same shape and rank; a difference of two matrices without signal is a Gaussian matrix. Where the norm
-matters, both have the norm of the update.
+The statistics are those of :mod:`lora_lab.rank`. Each comes with its band for noise, in the columns
+``<statistic>_low`` and ``<statistic>_high``, which holds 95 % of draws: a product of Gaussian factors of the same shape
+and rank for an adapter, a Gaussian matrix for a difference of two matrices. Where the norm matters, both have the norm
+of the update. Noise sets the scale and is no null for training: an update that learned nothing, from random labels
+through the same optimiser and data, lies below the band too.
 """
 
 from __future__ import annotations
@@ -350,7 +351,7 @@ def table(frame: DataFrame, by: str = "kind") -> str:
         elif not name.endswith(("_low", "_high")):
             cells[name] = [f"{value:.4g}" for value in medians[name]]
     rows = pandas.DataFrame(cells, index=medians.index.rename(None)).rename_axis(columns=by)
-    return f"Medians over layers; in brackets 95 % of what updates without signal give.\n{rows.to_string()}"
+    return f"Medians over layers; in brackets 95 % of Gaussian noise of the same shape and rank.\n{rows.to_string()}"
 
 
 # Reading

@@ -142,51 +142,6 @@ def test_a_changed_sentence_is_noticed(readme, memory, change):
 REAL = "amd-epyc-2-cores"  # the ablation and the spectra that lessons 06 and 11 tell of
 
 
-def test_lesson_08_on_all_matrices(lesson):
-    text = lesson("11_what_training_wrote")
-    rows = records.load_all("spectra")[f"{REAL}-spectra"].frame()
-    layers = rows[rows.about == "layer"]
-    level, updates = said(text, r"by energy rank, a whole number, (\d+) of (\d+) are level with it")
-    for name in ("effective_rank", "stable_rank"):  # "every update of every run is below noise"
-        assert (layers[name] < layers[f"{name}_low"]).all()
-    assert (layers.energy_rank <= layers.energy_rank_low).all()
-    assert (level, updates) == ((layers.energy_rank == layers.energy_rank_low).sum(), len(layers))
-    middle = layers.groupby("run").energy_rank.median()
-    full, eight, rest = said(
-        text,
-        r"Full fine-tuning takes (\d+) \(the median layer\) for nine tenths of its energy, LoRA of rank 8 takes (\d+), "
-        r"LoRA of rank 64 takes (\d+)",
-    )
-    assert [full, eight, rest] == [round(middle[run]) for run in ("full", "LoRA r=8", "LoRA r=64")]
-    pairs = rows[rows.about == "pair"]
-    for number in (1, 8):  # "share little on the side of the inputs, and clearly more on the side of the outputs"
-        shares = pairs.groupby("other")[[f"inputs_{number}", f"outputs_{number}"]].median()
-        assert (shares[f"outputs_{number}"] > 3 * shares[f"inputs_{number}"]).all()
-    assert "There is no intruder, and noise of that size makes none either" in text
-    found = rows[rows.about == "intruders"]
-    assert found.intruders.sum() == 0 == found.intruders_high.max()
-    assert 0.005 < layers.relative_norm.median() < 0.02  # "a hundredth of the weight"
-
-
-def test_lesson_08_on_the_cuts_of_the_record(lesson):
-    text = lesson("11_what_training_wrote")
-    rows = records.load_all("spectra")[f"{REAL}-spectra"].frame()
-    loss = rows[rows.about == "run"].set_index("run").test_loss
-    cuts = rows[rows.about == "cut"].set_index(["run", "rank"])
-
-    def kept(run, rank):
-        return round(100 * (loss["base"] - cuts.test_loss[run, rank]) / (loss["base"] - loss[run]))
-
-    rank, gain, energy, whole = said(
-        text,
-        r"A full fine-tune cut to rank (\d+) keeps (\d+) % of its gain with (\d+) % of its energy. "
-        r"At full rank (\d+) %",
-    )
-    assert (kept("full", rank), round(100 * cuts.energy["full", rank]), kept("full", 576)) == (gain, energy, whole)
-    gain, rank = said(text, r"LoRA of rank 64 keeps (\d+) % in (\d+) directions")
-    assert kept("LoRA r=64", rank) == gain
-
-
 @pytest.fixture(scope="module")
 def downstream():
     return records.load_all("downstream")[f"{REAL}-downstream"]
