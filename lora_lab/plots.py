@@ -987,7 +987,7 @@ def _against_noise(layers: DataFrame, statistic: str, ax: Axes) -> Series:
     middle = (low + high) / 2
     ax.set_ylabel(f"{STATISTICS.get(statistic, statistic)}\n/ that of noise of the same shape and rank")
     if not ax.patches:
-        span = {"color": "#bbbbbb", "alpha": 0.6, "linewidth": 0, "label": "noise, 95 %"}
+        span = {"facecolor": "#cccccc", "edgecolor": "white", "hatch": "//", "linewidth": 0, "label": "noise, 95 %"}
         ax.axhspan((low / middle).min(), (high / middle).max(), **span)
     return layers[statistic] / middle
 
