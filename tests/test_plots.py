@@ -912,7 +912,7 @@ def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_
 
 
 def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
-    rows = [("PiSSA", "low", -40, -60, -20), ("DoRA", "low", -4, -6, -2), ("PiSSA", "tuned", 3, 1, 5)]
+    rows = [("PiSSA", "low", -40, -65, -20), ("DoRA", "low", -4, -7, -2), ("PiSSA", "tuned", 3, 1, 5)]
     table = pandas.DataFrame(rows, columns=["setup", "rule", "difference", "lower", "upper"])
     ax = plots.differences(table, "difference (%)", margin=2)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["PiSSA", "DoRA"]
@@ -920,7 +920,7 @@ def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
     low, tuned = ax.containers
     assert low.lines[0].get_xdata().tolist() == [-40, -4]
     ends = [segment[:, 0].tolist() for segment in low.lines[2][0].get_segments()]
-    assert ends == [[-60, -20], [-6, -2]]
+    assert ends == [[-65, -20], [-7, -2]]
     assert tuned.lines[0].get_xdata().tolist() == [3]
     marks = {(lines.lines[0].get_marker(), lines.lines[0].get_color()) for lines in (low, tuned)}
     assert len(marks) == len({marker for marker, _ in marks}) == 2
