@@ -17,7 +17,8 @@ from lora_lab.classroom.exercise import EXERCISES
 from lora_lab.classroom.judge import SECONDS, judge
 from tests.helpers import ROOT
 
-DRAWS = 20
+DRAWS = 20  # of a whole check
+SAMPLES = 150  # of the inputs, to estimate how often two answers agree
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
 PLANTED = [
     pytest.param(exercise, mistake, id=f"{exercise.name}-{number}")
@@ -45,12 +46,16 @@ def test_a_planted_mistake_is_refused_with_its_sentence(exercise, mistake):
 @pytest.mark.parametrize(
     "exercise", [each for each in EXERCISES.values() if not each.probes], ids=lambda each: each.name
 )
-def test_mistakes_are_pairwise_distinct_on_the_inputs(exercise):
-    """Otherwise the inputs are too special: of rank 1, square, symmetric, or with alpha equal to the rank."""
+def test_a_check_tells_mistakes_apart(exercise):
+    """From the solution and from each other: if not, the inputs are too special (rank 1, square) or too few.
+
+    A mistake that agrees with another answer on a share p of inputs is misjudged in p ** draws of all checks.
+    """
     names = parameters_of(exercise.solution)
+    sentences = [exercise.praise, *(mistake.sentence for mistake in exercise.mistakes)]
     answers = [exercise.solution, *(mistake.answer for mistake in exercise.mistakes)]
     rng = np.random.default_rng(0)
-    cases = [exercise.inputs(rng) for _ in range(exercise.draws)]
+    cases = [exercise.inputs(rng) for _ in range(SAMPLES)]
     with untouched():
         behaviours = [[call(answer, case, names) for case in cases] for answer in answers]
     texts = [
@@ -59,6 +64,13 @@ def test_mistakes_are_pairwise_distinct_on_the_inputs(exercise):
     ]
     for one, other in itertools.combinations(range(len(texts)), 2):
         assert texts[one] != texts[other], f"mistakes {one} and {other} coincide (0 is the solution)"
+        agreement = np.mean([first == second for first, second in zip(texts[one], texts[other], strict=True)])
+        if sentences[one] != sentences[other]:
+            misjudged = agreement**exercise.draws
+            assert misjudged < 1e-6, (
+                f"mistakes {one} and {other} (0 is the solution) agree on {agreement:.0%} of the inputs, so that "
+                f"{exercise.draws} draws confuse them in {misjudged:.1e} of all checks: raise draws"
+            )
 
 
 def silly_answers(exercise):

@@ -211,6 +211,7 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
     minutes=8,
     difficulty=2,
     praise="The test data had no say, so it can still judge the rate that you chose.",
+    draws=10,
 )
 def choose(validation, test):
     """The result is the rate whose mean validation accuracy is highest, whatever the test table holds."""

@@ -87,6 +87,7 @@ def _by_accuracy(logits, labels, judged, judged_labels, temperatures):
     minutes=10,
     difficulty=2,
     praise="Dividing changes no answer, so what is left of the loss is not a matter of confidence.",
+    draws=10,
 )
 def temperature(logits, labels, judged, judged_labels, temperatures):
     """The result is the loss of the judged logits divided by the temperature that suits the other examples best."""

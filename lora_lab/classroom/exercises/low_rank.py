@@ -92,7 +92,7 @@ def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
     minutes=6,
     difficulty=1,
     praise="You can now say how many directions a matrix really uses, whatever its shape.",
-    draws=16,
+    draws=48,
 )
 def terms_for(S, share):
     """The result is the smallest number of terms whose energy is at least that share of the whole."""
@@ -135,7 +135,7 @@ def shape_of_a_matrix(rng: np.random.Generator) -> tuple[int, int]:
     minutes=5,
     difficulty=1,
     praise="Below this rank two factors are smaller than their matrix, and LoRA stays far below it.",
-    draws=24,
+    draws=36,
 )
 def largest_saving_rank(m, n):
     """r * (m + n) is smaller than m * n at the result, and no longer so at the next rank."""

@@ -102,7 +102,7 @@ def _levels(events):
     minutes=6,
     difficulty=1,
     praise="A step that needs 1 byte more than the card at a single moment fails, however little it needs elsewhere.",
-    draws=8,
+    draws=14,
 )
 def peak(events):
     """The result is the highest level of memory, with each operation's release after its allocation."""
@@ -186,7 +186,7 @@ def _by_formula(
     minutes=12,
     difficulty=3,
     praise="You have counted what autograd counts. Most of it does not depend on the rank at all.",
-    draws=48,
+    draws=64,
 )
 def saved_values(d, m, r, targets):
     """The result is the number of values for each token that autograd saves when such an MLP runs."""
@@ -231,7 +231,7 @@ def budget_and_costs(rng: np.random.Generator) -> tuple[int, int, int]:
     minutes=5,
     difficulty=1,
     praise="That is the question before every run, and you can answer it without a card.",
-    draws=24,
+    draws=80,
 )
 def longest(budget_gib, static, per_token):
     """static + tokens * per_token fits the budget at the result, and no longer so with one token more."""

@@ -67,7 +67,7 @@ def _in_steps(
     minutes=10,
     difficulty=2,
     praise="One of three terms is gone, and two thirds stay. That is the bound of the next section.",
-    draws=16,
+    draws=28,
 )
 def multiply_adds(M, E, T, P, method):
     """The result is the number of multiply-adds for each token in a training step, for both methods."""

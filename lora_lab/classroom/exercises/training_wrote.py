@@ -502,7 +502,7 @@ def _left(W: Tensor) -> Tensor:
     minutes=12,
     difficulty=3,
     praise="At equal size the count compares two methods, and no longer two learning rates.",
-    draws=10,
+    draws=28,
 )
 def intruders(W, update, size):
     """How many of the ten leading directions of W + update have no cosine of 0.5 with any of W's, at a given size."""

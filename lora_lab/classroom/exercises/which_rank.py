@@ -127,7 +127,7 @@ def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, f
     minutes=10,
     difficulty=2,
     praise="Your rule can say that it does not know, which is what most rank sweeps in papers cannot.",
-    draws=12,
+    draws=36,
 )
 def smallest_enough(table, margin):
     """The result is the smallest rank whose upper bound is below the margin, or None if there is none."""
@@ -226,7 +226,7 @@ def by_rule(over_r, over_root):
     minutes=6,
     difficulty=2,
     praise="A rule for alpha is first of all a rule for where the best learning rate lies.",
-    draws=12,
+    draws=32,
 )
 def alpha_for(r, r0, alpha0, rule):
     """r times the scaling, and so the length of Adam's first step, is the same at rank r as at rank r0."""
