@@ -16,6 +16,7 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--di
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.innerText)"
 BEGUN = f"() => {PROMPTS}.some(text => /\\[(\\*|\\d+)\\]:/.test(text))"
 DONE = f"() => !{PROMPTS}.some(text => text.includes('*'))"
+SOURCES = "cells => cells.map(each => each.querySelector('.cm-content')?.innerText ?? '')"  # none where code is folded
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -86,7 +87,7 @@ class Page:
     def cell(self, text):
         """The one code cell whose source has this text now: it stays that cell when its source changes."""
         cells = self.page.locator(".jp-Notebook .jp-CodeCell")
-        sources = [cells.nth(i).locator(".cm-content").inner_text() for i in range(cells.count())]
+        sources = cells.evaluate_all(SOURCES)
         (index,) = [i for i, source in enumerate(sources) if text in source]
         return cells.nth(index)
 

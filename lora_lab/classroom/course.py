@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from lora_lab.system.provenance import checkout
 
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
 RAISE = 'raise NotImplementedError("your code here")'
-_CALLS_EXERCISE = re.compile(r"^\s*(check|hint|progress)\(", re.MULTILINE)
 
 
 def shipped() -> Path:
@@ -39,7 +37,9 @@ def shipped() -> Path:
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
-    """The learner's version of a lesson: solutions replaced by stubs, outputs of exercises removed, all else as it is.
+    """The learner's version of a lesson: solutions are replaced by stubs, and no cell has been run.
+
+    Outputs go, all of them: a prediction is none if its answer is already on the page.
 
     Raises:
         ValueError: markers do not come in pairs, or a stub is not Python or would stop the notebook outside a function.
@@ -50,11 +50,9 @@ def student(notebook: NotebookNode) -> NotebookNode:
             if BEGIN in cell.source or END in cell.source:
                 raise ValueError(f"Cell {number} is not code, but it has the marker of a solution; remove the marker.")
             continue
-        with_solution = BEGIN in cell.source or END in cell.source
-        if with_solution:
+        if BEGIN in cell.source or END in cell.source:
             cell.source = _without_solutions(cell.source, f"Cell {number}")
-        if with_solution or _CALLS_EXERCISE.search(cell.source):
-            cell.outputs, cell.execution_count = [], None
+        cell.outputs, cell.execution_count = [], None
     return result
 
 
