@@ -127,6 +127,11 @@ class Page:
     def wait_for_output(self, cell, condition, seconds):
         self.wait_for(lambda: condition(self.output(cell)), seconds)
 
+    def hide_files(self):
+        """Close the list of files, as one does on a narrow screen."""
+        self.page.keyboard.press("Escape")  # from the cell being edited
+        self.page.keyboard.press("Control+B")
+
     def screenshot(self, path, width=1280, height=1600, scroll_to=None):
         self.page.set_viewport_size({"width": width, "height": height})
         if scroll_to is not None:

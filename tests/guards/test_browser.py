@@ -90,7 +90,8 @@ def test_the_first_look(opened, course, screenshots):
         stub.format("W @ x + s * (B @ (A @ x))"),
         "The dial does nothing. Multiply the update by s.",
     )
-    page.screenshot(screenshots / "00_narrow.png", width=480, height=1000)
+    page.hide_files()
+    page.screenshot(screenshots / "00_narrow.png", width=480, height=1000, scroll_to=cell)
     assert (course / "progress.json").is_file()
 
 
@@ -111,7 +112,8 @@ def test_lora_from_scratch(opened, screenshots):
         line.format("x @ W.T + alpha / len(A) * (x @ A.T @ B.T)"),
         "r times too large",
     )
-    page.screenshot(screenshots / "03_narrow.png", width=480, height=1000)
+    page.hide_files()
+    page.screenshot(screenshots / "03_narrow.png", width=480, height=1000, scroll_to=cell)
 
 
 def test_low_rank(opened, screenshots):
@@ -123,4 +125,5 @@ def test_low_rank(opened, screenshots):
     page.move_slider(cell, "ArrowRight", times=1)
     page.wait_for(lambda: page.picture(cell) != before, seconds=30)
     page.screenshot(screenshots / "01_slider.png", scroll_to=cell)
-    page.screenshot(screenshots / "01_narrow.png", width=480, height=1000)
+    page.hide_files()
+    page.screenshot(screenshots / "01_narrow.png", width=480, height=1000, scroll_to=cell)

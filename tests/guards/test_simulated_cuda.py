@@ -521,7 +521,6 @@ def test_the_lesson_on_memory_measures_there(lesson):
     assert names["real_lora"].parts["cuBLAS workspace"] == 2 * WORKSPACE
 
 
-@pytest.mark.skip(reason="lesson 05 was rewritten: its cells must be named anew here")
 def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     timed = speed.step_time
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))
@@ -533,9 +532,10 @@ def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     cases["one block, r=200"] = (partial(Llama, SHAPE), 8, {16: few})
     cases["digits MLP, r=8"] = (DigitsMLP, 8, {8: pictures})
     few_blocks = {"last_blocks": lambda model, count: ["mlp.down_proj"]}
-    cells = {"cell-02": few_blocks, "cell-06": {}, "cell-19": {"CASES": cases}}
-    cells |= {cell: {} for cell in ("cell-20", "cell-21", "cell-23", "cell-26")}
+    cells = {"cell-02": {}, "cell-03": few_blocks, "cell-06": {}, "cell-22": {"CASES": cases}}
+    cells |= {cell: {} for cell in ("cell-24", "cell-25", "cell-28", "cell-35")}
     names = lesson("05", cells)
+    assert all(run.setting.endswith(("cuda", "cuda:0")) for run in (names["times"] | names["more_threads"]).values())
     assert names["costs"].overlaps
     assert names["costs"].seconds.failed == set()  # each operation could be done alone on the device
 
