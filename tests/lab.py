@@ -1,5 +1,6 @@
 """JupyterLab in a headless browser, driven as a person would: for tests/guards/test_browser.py."""
 
+import json
 import os
 import secrets
 import shutil
@@ -61,9 +62,13 @@ class Page:
 
     def __init__(self, page, address, token, name):
         self.page, self.errors = page, []
+        page.set_default_timeout(120_000)  # on a busy machine JupyterLab takes its time
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(f"{address}/lab/tree/{name}?token={token}&reset")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        with urllib.request.urlopen(f"{address}/api/contents/{name}?token={token}") as response:
+            cells = json.load(response)["content"]["cells"]
+        page.wait_for_function(f"() => document.querySelectorAll('.jp-Notebook .jp-Cell').length == {len(cells)}")
+        self.sources = [each["source"] for each in cells if each["cell_type"] == "code"]
         self.wait_until_idle(60)
 
     def wait_until_idle(self, seconds):
@@ -87,7 +92,8 @@ class Page:
     def cell(self, text):
         """The one code cell whose source has this text now: it stays that cell when its source changes."""
         cells = self.page.locator(".jp-Notebook .jp-CodeCell")
-        sources = cells.evaluate_all(SOURCES)
+        shown = cells.evaluate_all(SOURCES)
+        sources = [now or before for now, before in zip(shown, self.sources, strict=True)]
         (index,) = [i for i, source in enumerate(sources) if text in source]
         return cells.nth(index)
 
