@@ -131,6 +131,7 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
 
 def file_of(answer: Any) -> str | None:
     """The file or cell in which a function or class is defined; None if it does not tell."""
-    candidates = [answer, *vars(answer).values()] if isinstance(answer, type) else [inspect.unwrap(answer)]
-    codes = (getattr(candidate, "__code__", None) for candidate in candidates)
+    candidates = [answer, *vars(answer).values()] if isinstance(answer, type) else [answer]
+    # Unwrapped, because the code of a method under a decorator, such as torch.no_grad(), is the decorator's.
+    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in candidates if callable(each))
     return next((code.co_filename for code in codes if code is not None), None)

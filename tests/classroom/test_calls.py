@@ -149,5 +149,9 @@ def test_the_file_of_functions_classes_and_other_callables():
     class Here:
         def f(self): ...
 
-    assert file_of(endless) == file_of(Here) == __file__
+    class Decorated:
+        @torch.no_grad()
+        def f(self): ...
+
+    assert file_of(endless) == file_of(Here) == file_of(Decorated) == __file__
     assert file_of(print) is file_of(type("Empty", (), {})) is None
