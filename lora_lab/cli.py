@@ -65,12 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_training(commands)
     _add_measuring(commands)
-    course = commands.add_parser("course", help="copy the lessons into a folder of yours, with the exercises open")
-    course.add_argument("folder", metavar="DIR", help="is made if it does not exist; what you have changed there stays")
-    course.set_defaults(run=_lessons, solved=False)
-    lessons = commands.add_parser("lessons", help="copy the lessons into a folder of yours, with solutions and outputs")
-    lessons.add_argument("folder", metavar="DIR", help="as for course")
-    lessons.set_defaults(run=_lessons, solved=True)
+    _add_lessons(commands)
     doctor = commands.add_parser(
         "doctor", help="show the software and hardware of this machine, and which device is used, and why"
     )
@@ -78,6 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there yet")
     fetch.set_defaults(run=_fetch)
     return parser
+
+
+def _add_lessons(commands: argparse._SubParsersAction) -> None:
+    versions = (
+        (
+            "course",
+            "copy the lessons into a folder of yours, with the exercises open",
+            "Each lesson has its exercises open and no cell run: run the cells in order, write your code where a cell "
+            "says so, and check() names the mistake. The solved lessons are another command: lora-lab lessons DIR.",
+        ),
+        (
+            "lessons",
+            "copy the lessons into a folder of yours, with solutions and outputs",
+            "Each lesson has every exercise solved and all outputs, to read or to look something up. "
+            "The lessons with the exercises open are another command: lora-lab course DIR.",
+        ),
+    )
+    for name, summary, description in versions:
+        command = commands.add_parser(name, help=summary, description=description)
+        where = "is made if it does not exist; what you have changed there is never overwritten"
+        command.add_argument("folder", metavar="DIR", help=where)
+        command.set_defaults(run=_lessons, solved=name == "lessons")
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
@@ -432,9 +449,11 @@ def _record(options: argparse.Namespace) -> None:
 
 
 def _lessons(options: argparse.Namespace) -> None:
-    from lora_lab.classroom.course import copy_lessons
+    from lora_lab.classroom.course import copy_lessons, shipped
 
     print(copy_lessons(options.folder, options.solved))
+    first = min(path.name for path in shipped().glob("[0-9]*.ipynb"))
+    print(f"Open the first one: jupyter lab {Path(options.folder) / first}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

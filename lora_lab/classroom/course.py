@@ -126,10 +126,12 @@ def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
         solved: with the solutions and all outputs.
 
     Raises:
-        ValueError: the folder has the other version, solved or not; or a lesson's markers are wrong.
+        ValueError: the folder is a file, or has the other version, solved or not; or a lesson's markers are wrong.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     settle(folder)
     before = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
     if before["solved"] != solved:

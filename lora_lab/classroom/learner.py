@@ -139,7 +139,9 @@ class Map:
             self.rows.append((each.lesson, each.name, state, each.minutes))
         open_minutes = sum(minutes for *_, state, minutes in self.rows if state != "✓ done")
         count = sum(state == "✓ done" for *_, state, _ in self.rows)
-        self.summary = f"{count} of {len(self.rows)} exercises done; about {open_minutes} minutes to go."
+        self.summary = f"{count} of {len(self.rows)} exercises done" + (
+            f"; the others take about {open_minutes} minutes." if open_minutes else "."
+        )
 
     def __repr__(self) -> str:
         rows = [("lesson", "exercise", "state", "minutes"), *self.rows]

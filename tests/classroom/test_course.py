@@ -215,6 +215,12 @@ def test_a_lesson_that_was_removed_comes_back(lessons, tmp_path):
     assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb",)
 
 
+def test_a_file_is_no_folder_for_lessons(lessons, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        copy_lessons(tmp_path / "mine")
+
+
 def test_solutions_are_never_written_over_a_learners_copy(lessons, tmp_path):
     for solved, there in ((False, "with"), (True, "without")):
         copy_lessons(tmp_path / there, solved=not solved)
@@ -248,7 +254,9 @@ def test_the_commands_write_the_real_lessons(tmp_path, capsys):
     assert command("course", tmp_path / "mine") == command("lessons", tmp_path / "solved") == 0
     expected = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     assert names(tmp_path / "mine") == names(tmp_path / "solved") == [MANIFEST, *expected]
-    assert f"Written: {expected[0]}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Written: {expected[0]}" in printed
+    assert f"jupyter lab {tmp_path / 'mine' / expected[0]}" in printed
     assert json.loads((tmp_path / "mine" / MANIFEST).read_text(encoding="utf-8"))["solved"] is False
     assert command("lessons", tmp_path / "mine") == 1
     assert "name another folder" in error_line(capsys)

@@ -104,7 +104,7 @@ def test_progress_lists_what_is_done_tried_and_open(capsys):
     capsys.readouterr()
     summary, states = lines(capsys)
     assert states == {"best_rank": "done", "terms_for": "tried", "largest_saving_rank": "open", "gradient": "open"}
-    assert summary == "1 of 4 exercises done; about 19 minutes to go."
+    assert summary == "1 of 4 exercises done; the others take about 19 minutes."
     assert not list(learner.Path().iterdir())  # nothing is written outside a learner's copy
     assert len(lines(capsys, "")[1]) == len(EXERCISES)
     check("best_rank", WRONG.answer)  # what is done stays done
