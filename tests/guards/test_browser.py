@@ -96,7 +96,7 @@ def test_the_first_look(opened, course, screenshots):
 
 
 def run_and_slide(page, number, screenshots):
-    """Run a lesson to the end, and move its first slider by one step: the picture changes. Returns the slider's cell."""
+    """Run a lesson, and move its first slider by one step: the picture changes. Returns the slider's cell."""
     page.run_all(300)
     page.screenshot(screenshots / f"{number}_run.png")
     cell = page.cell("lessons.explore(")
