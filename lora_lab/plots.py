@@ -1115,9 +1115,10 @@ def schematic(
     label(0, -2.75, f"$x$: {in_features} numbers", side="center")
     for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
         arrow((0, -2.5), (x, bottom))
-        arrow((x, top), (0, 2.35))
-    label(1.55, 2.1, f"x {alpha:g} / {rank} = {alpha / rank:.3g}", trained)
-    label(0, 2.6, r"$h = W_0\,x + \frac{\alpha}{r}\,B A\,x$", side="center")
+        arrow((x, top), (0.05 * x, 2.2))
+    label(1.55, 2.1, rf"$s$ = {alpha:g} / {rank} = {alpha / rank:.3g}", trained)
+    label(0, 2.17, "+", side="center")
+    label(0, 2.6, rf"$h = W_0\,x + s\,B A\,x$: {out_features} numbers", side="center")
     count, whole = rank * (in_features + out_features), in_features * out_features
     ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
     ax.set(xlim=(-4.1, 6.3), ylim=(-3.1, 3.0), aspect="equal")

@@ -111,9 +111,10 @@ def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_t
 def test_the_schematic_states_shapes_scaling_and_the_count():
     ax = plots.schematic(rank=2, out_features=48, in_features=64, alpha=8)
     texts = "\n".join(text.get_text() for text in ax.texts)
-    assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "x 8 / 2 = 4", "2 numbers pass"))
+    assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "$s$ = 8 / 2 = 4", "2 numbers pass"))
+    assert "A\\,x$: 48 numbers" in texts
     assert ax.get_title() == "LoRA trains 224 parameters beside 3,072 frozen ones (7%)"
-    assert "x 32 / 48 = 0.667" in [text.get_text() for text in plots.schematic(rank=48, alpha=32).texts]
+    assert "$s$ = 32 / 48 = 0.667" in [text.get_text() for text in plots.schematic(rank=48, alpha=32).texts]
     widths = [np.ptp(patch.get_xy()[2:4, 0]) for patch in (plots.schematic(rank).patches[1] for rank in (4, 16))]
     assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
 

@@ -11,7 +11,7 @@ exercise = exercises_of("00_first_look")
 
 
 def layer_and_dial(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """W (out, in), A (r, in), B (out, r) and x (in), whose sizes all differ, and a strength s."""
+    """W (out, in), A (r, in), B (out, r) and x (in), whose sizes all differ, and a scaling s of either sign."""
     inp, out = (int(size) for size in rng.permutation([6, 7, 8])[:2])
     rank = int(rng.integers(2, 5))
     return (
@@ -19,7 +19,7 @@ def layer_and_dial(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor
         normal(rng, rank, inp),
         normal(rng, out, rank),
         normal(rng, inp),
-        rng.uniform(0.3, 0.8),
+        float(rng.choice([-1, 1])) * rng.uniform(0.3, 0.8),
     )
 
 
@@ -30,14 +30,18 @@ def layer_and_dial(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor
         "The shapes do not fit. x meets A first, and then B: B @ (A @ x).": (
             lambda W, A, B, x, s: W @ x + s * (A @ B @ x)
         ),
-        "A is skipped. x has as many numbers as A has columns, and B expects only r of them.": (
-            lambda W, A, B, x, s: W @ x + s * (B @ x)
+        "x meets B first, or A is left out. x has as many numbers as A has columns, so it goes through A first.": (
+            lambda W, A, B, x, s: W @ x + s * (A @ (B @ x))
         ),
         "B is skipped. A leaves r numbers, and B turns them into as many as W @ x has.": (
             lambda W, A, B, x, s: W @ x + s * (A @ x)
         ),
-        "The update does not act on x. B @ A is a matrix, so multiply it by x.": lambda W, A, B, x, s: (
-            W @ x + s * (B @ A)
+        "The update is a matrix, not a vector. Multiply A by x with @, and B by the result with @.": (
+            lambda W, A, B, x, s: W @ x + s * (B @ A)
+        ),
+        "* multiplies entry by entry. A matrix times a vector is written with @.": (
+            lambda W, A, B, x, s: W @ x + s * (B * (A @ x)),
+            lambda W, A, B, x, s: W @ x + s * (B * (A * x)),
         ),
         "The dial does nothing. Multiply the update by s.": lambda W, A, B, x, s: W @ x + B @ (A @ x),
         "The update is added twice or more. Only one path goes through A and B, and s multiplies it once.": (
@@ -45,6 +49,8 @@ def layer_and_dial(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor
             lambda W, A, B, x, s: W @ x + 2 * s * (B @ (A @ x)),
         ),
         "The frozen path is missing. The update is added to W @ x.": lambda W, A, B, x, s: s * (B @ (A @ x)),
+        "W @ x is scaled as well. s multiplies the update alone.": lambda W, A, B, x, s: s * (W @ x + B @ (A @ x)),
+        "The update is subtracted. It is added to W @ x.": lambda W, A, B, x, s: W @ x - s * (B @ (A @ x)),
     },
     hints=[
         "x has two paths: one through W, and one through the two small matrices.",
@@ -53,8 +59,8 @@ def layer_and_dial(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor
     ],
     minutes=3,
     difficulty=1,
-    praise="This one line is LoRA: a frozen matrix, two small ones beside it, and a dial.",
+    praise="This one line is LoRA: a frozen matrix, two small ones beside it, and a scaling that a dial can turn.",
 )
 def one_line(W, A, B, x, s):
-    """The result is W x + s B A x, for several sizes, ranks and strengths."""
+    """The result is W x + s B A x, for several sizes, ranks and scalings."""
     return W @ x + s * (B @ (A @ x))

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lora_lab.analysis.diagnosis import diagnose
 from lora_lab.classroom.exercise import Probe, exercises_of, normal
-from lora_lab.inject import LoRAConfig, inject, lora_layers
+from lora_lab.inject import LoRAConfig, inject
+from lora_lab.lora import LoRALinear
 from lora_lab.models.digits import DigitsMLP
 
 exercise = exercises_of("03_lora_from_scratch")
@@ -24,9 +25,12 @@ exercise = exercises_of("03_lora_from_scratch")
 
 
 def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, and alpha is not r."""
-    n, inp, out = (int(size) for size in rng.permutation([3, 4, 5]))
-    rank, alpha = 2, float(rng.choice([5.0, 8.0, 11.0]))
+    """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, and alpha is larger.
+
+    The rank is none of the lesson's numbers, and half the time it is larger than the other sizes.
+    """
+    n, inp, out = (int(size) for size in rng.permutation([5, 6, 7]))
+    rank, alpha = int(rng.choice([3, 9])), float(rng.choice([20, 29, 31, 40]))
     return normal(rng, n, inp), normal(rng, out, inp), normal(rng, rank, inp), normal(rng, out, rank), alpha
 
 
@@ -40,6 +44,16 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
         ),
         "The update is scaled by alpha / sqrt(r), which is rsLoRA (lesson 10). LoRA divides by r.": (
             lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) ** 0.5 * (x @ A.T @ B.T)
+        ),
+        "The scaling is a fixed number. Compute it from alpha and the rank, which is A.shape[0].": (
+            lambda x, W, A, B, alpha: x @ W.T + alpha / 4 * (x @ A.T @ B.T),
+            lambda x, W, A, B, alpha: x @ W.T + 2 * (x @ A.T @ B.T),
+        ),
+        "alpha // r drops what is behind the decimal point. Write alpha / r.": (
+            lambda x, W, A, B, alpha: x @ W.T + alpha // len(A) * (x @ A.T @ B.T)
+        ),
+        "The update is divided by the number of outputs. The rank is A.shape[0].": (
+            lambda x, W, A, B, alpha: x @ W.T + alpha / len(B) * (x @ A.T @ B.T)
         ),
         "The update is divided by the number of inputs. The rank is A.shape[0], not A.shape[1].": (
             lambda x, W, A, B, alpha: x @ W.T + alpha / A.shape[1] * (x @ A.T @ B.T)
@@ -61,6 +75,10 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
             lambda x, W, A, B, alpha: x @ W + alpha / len(A) * (x @ A @ B),
             lambda x, W, A, B, alpha: W @ x + alpha / len(A) * (B @ A @ x),
         ),
+        "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": (
+            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ B.T @ A.T),
+            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ (A @ B).T),
+        ),
     },
     hints=[
         "Two paths are added: one through W, one through A and then B.",
@@ -77,15 +95,27 @@ def forward(x, W, A, B, alpha):
     return x @ W.T + alpha / A.shape[0] * (x @ A.T @ B.T)
 
 
-# The start
+# The initialisation
+
+SIZES = [(24, 40), (40, 24)]  # outputs and inputs; of them, and of this rank, the range of A is seen sharply
+MANY = 12
+
+
+def _draw(answer: Callable[..., Any], rng: np.random.Generator, out: int, inp: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a fresh generator."""
+    return answer(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
 
 
 def _start(answer: Callable[..., Any], rng: np.random.Generator) -> tuple[Tensor, Tensor, int, int, int]:
-    """A, B, out, in and rank of one start; sizes are large enough to tell how A is drawn."""
+    """A, B, out, in and rank of one start."""
     out, inp = (int(size) for size in rng.permutation([24, 32, 40])[:2])
     rank = int(rng.integers(3, 6))
-    A, B = answer(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
-    return A, B, out, inp, rank
+    return *_draw(answer, rng, out, inp, rank), out, inp, rank
+
+
+def _start_returns_two(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    result: Any = _draw(answer, rng, 24, 32, 4)
+    return isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(each, Tensor) for each in result)
 
 
 def _start_has_shapes(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
@@ -107,14 +137,33 @@ def _start_has_zero_B(answer: Callable[..., Any], rng: np.random.Generator) -> b
     return not bool(_start(answer, rng)[1].any())
 
 
+def _start_has_numbers_of_its_own(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    return all(0 not in factor.stride() for factor in _start(answer, rng)[:2])
+
+
+def _start_depends_on_the_inputs_alone(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    """The entries of A for 128 inputs are as large for many outputs as for few, and for a high rank as for a low."""
+    usual, *others = (
+        _draw(answer, rng, out, 128, rank)[0].square().mean().sqrt().item()
+        for out, rank in ((24, MANY), (96, MANY), (24, 4 * MANY))
+    )
+    return all(0.7 * usual < other < 1.4 * usual for other in others)
+
+
 def _start_is_small(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, _, _, inp, _ = _start(answer, rng)
-    return A.abs().max().item() <= 1.001 / math.sqrt(inp)
+    return all(_draw(answer, rng, out, n, MANY)[0].abs().max().item() <= 1.001 / math.sqrt(n) for out, n in SIZES)
 
 
-def _start_is_large_enough(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, _, _, inp, _ = _start(answer, rng)
-    return A.std().item() > 0.4 / math.sqrt(inp) and A.mean().abs().item() < 0.4 / math.sqrt(inp)
+def _start_fills_the_range(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    return all(
+        A.max().item() > 0.9 * bound and A.min().item() < -0.9 * bound and 0.5 < A.std().item() / bound < 0.66
+        for A, bound in ((_draw(answer, rng, out, inp, MANY)[0], 1 / math.sqrt(inp)) for out, inp in SIZES)
+    )
+
+
+def _start_has_its_rank(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    A, _, _, _, rank = _start(answer, rng)
+    return int(torch.linalg.matrix_rank(A.detach().double())) == rank
 
 
 def _start_uses_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
@@ -127,13 +176,31 @@ def _start_uses_the_generator(answer: Callable[..., Any], rng: np.random.Generat
     return torch.equal(draw(seeds[0]), draw(seeds[0])) and not torch.equal(draw(seeds[0]), draw(seeds[1]))
 
 
+def _start_moves_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    return not torch.equal(answer(24, 32, 4, generator)[0], answer(24, 32, 4, generator)[0])
+
+
 def _uniform(rank: int, inp: int, bound: float, generator: torch.Generator | None) -> Tensor:
     return torch.empty(rank, inp).uniform_(-bound, bound, generator=generator)
+
+
+def _again(generator: torch.Generator) -> torch.Generator:
+    """A generator that begins where the other began."""
+    return torch.Generator().manual_seed(generator.initial_seed())
 
 
 @exercise(
     "start",
     probes=[
+        Probe(
+            _start_returns_two,
+            "Return two tensors, A and B, in this order.",
+            (
+                lambda out, inp, r, generator: _uniform(r, inp, inp**-0.5, generator),
+                lambda out, inp, r, generator: {"A": _uniform(r, inp, inp**-0.5, generator), "B": torch.zeros(out, r)},
+            ),
+        ),
         Probe(
             _start_has_shapes,
             "The shapes are wrong. A is (r, inp) and B is (out, r); return them in this order.",
@@ -158,20 +225,57 @@ def _uniform(rank: int, inp: int, bound: float, generator: torch.Generator | Non
             (lambda out, inp, r, generator: (torch.zeros(r, inp), _uniform(out, r, 1, generator)),),
         ),
         Probe(
-            _start_is_small,
-            "A is too large. Its entries lie between -1 / sqrt(inp) and 1 / sqrt(inp), not as randn draws them.",
+            _start_has_numbers_of_its_own,
+            "A matrix repeats one number in memory, so its entries cannot be trained. Make B with torch.zeros.",
             (
-                lambda out, inp, r, generator: (torch.randn(r, inp, generator=generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (_uniform(r, inp, r**-0.5, generator), torch.zeros(out, r)),
+                lambda out, inp, r, generator: (
+                    _uniform(r, inp, inp**-0.5, generator),
+                    torch.zeros(1, 1).expand(out, r),
+                ),
             ),
         ),
         Probe(
-            _start_is_large_enough,
-            "A is too small, or its entries have one sign. Draw it uniformly between -1 / sqrt(inp) and 1 / sqrt(inp).",
+            _start_depends_on_the_inputs_alone,
+            "The range of A depends on the rank or on the outputs. Its bound is 1 / sqrt(inp), from the inputs alone.",
+            (
+                lambda out, inp, r, generator: (_uniform(r, inp, r**-0.5, generator), torch.zeros(out, r)),
+                lambda out, inp, r, generator: (_uniform(r, inp, out**-0.5, generator), torch.zeros(out, r)),
+            ),
+        ),
+        Probe(
+            _start_is_small,
+            "A leaves the range from -1 / sqrt(inp) to 1 / sqrt(inp). Draw it uniformly; kaiming_uniform_ needs "
+            "a=math.sqrt(5).",
+            (
+                lambda out, inp, r, generator: (torch.randn(r, inp, generator=generator), torch.zeros(out, r)),
+                lambda out, inp, r, generator: (
+                    torch.randn(r, inp, generator=generator) / math.sqrt(3 * inp),
+                    torch.zeros(out, r),
+                ),
+                lambda out, inp, r, generator: (_uniform(r, inp, (6 / inp) ** 0.5, generator), torch.zeros(out, r)),
+            ),
+        ),
+        Probe(
+            _start_has_its_rank,
+            "The rows of A are not independent, so its rank is below r. Draw each of its entries by itself.",
+            (
+                lambda out, inp, r, generator: (
+                    _uniform(1, inp, inp**-0.5, generator).repeat(r, 1),
+                    torch.zeros(out, r),
+                ),
+                lambda out, inp, r, generator: (torch.full((r, inp), inp**-0.5), torch.zeros(out, r)),
+            ),
+        ),
+        Probe(
+            _start_fills_the_range,
+            "A does not fill the range. Draw its entries uniformly between -1 / sqrt(inp) and 1 / sqrt(inp).",
             (
                 lambda out, inp, r, generator: (_uniform(r, inp, 1 / inp, generator), torch.zeros(out, r)),
                 lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, generator).abs(), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (torch.full((r, inp), inp**-0.5), torch.zeros(out, r)),
+                lambda out, inp, r, generator: (
+                    _uniform(r, inp, 1, generator).sign() / math.sqrt(inp),
+                    torch.zeros(out, r),
+                ),
             ),
         ),
         Probe(
@@ -185,9 +289,19 @@ def _uniform(rank: int, inp: int, bound: float, generator: torch.Generator | Non
                 ),
             ),
         ),
+        Probe(
+            _start_moves_the_generator,
+            "Two layers would start alike. Draw with the generator itself, not with a new one that has its seed.",
+            (
+                lambda out, inp, r, generator: (
+                    _uniform(r, inp, inp**-0.5, _again(generator)),
+                    torch.zeros(out, r),
+                ),
+            ),
+        ),
     ],
     hints=[
-        "The update B A must be exactly zero, and yet one of the two factors must have a gradient.",
+        "The update B A must be exactly zero, and yet one of the two factors must have a non-zero gradient.",
         "torch.zeros makes B. Its gradient is not zero as long as A is not.",
         "torch.empty(r, inp).uniform_(-bound, bound, generator=generator) draws A; the bound is 1 / sqrt(inp).",
     ],
@@ -197,7 +311,7 @@ def _uniform(rank: int, inp: int, bound: float, generator: torch.Generator | Non
     draws=2,
 )
 def start(out, inp, r, generator):
-    """B A is exactly zero, B has a gradient, |A| <= 1 / sqrt(inp), and the same generator gives the same A."""
+    """B A is exactly zero, B has a gradient, A is uniform on +-1 / sqrt(inp), and the generator determines it."""
     bound = 1 / math.sqrt(inp)
     A = torch.empty(r, inp).uniform_(-bound, bound, generator=generator)
     B = torch.zeros(out, r)
@@ -209,10 +323,14 @@ def start(out, inp, r, generator):
 IN, OUT, RANK, ALPHA = 7, 5, 3, 8.0  # of the layers below
 
 
-def _layer(answer: type, rng: np.random.Generator, dropout: float = 0.0) -> tuple[Any, nn.Linear, Tensor]:
+def _layer(
+    answer: type, rng: np.random.Generator, dropout: float = 0.0, bias: bool = True
+) -> tuple[Any, nn.Linear, Tensor]:
     """A fresh layer of the learner's class, a copy of its base, and an input (6, 7)."""
-    base = nn.Linear(IN, OUT)
-    base.weight.data, base.bias.data = normal(rng, OUT, IN), normal(rng, OUT)
+    base = nn.Linear(IN, OUT, bias=bias)
+    base.weight.data = normal(rng, OUT, IN)
+    if bias:
+        base.bias.data = normal(rng, OUT)
     untouched = copy.deepcopy(base)
     return answer(base, RANK, ALPHA, dropout), untouched, normal(rng, 6, IN)
 
@@ -222,29 +340,46 @@ def _factor(layer: nn.Module, shape: tuple[int, int]) -> nn.Parameter | None:
     return next((parameter for parameter in layer.parameters() if parameter.shape == shape), None)
 
 
-def _moved(answer: type, rng: np.random.Generator, dropout: float = 0.0) -> tuple[Any, nn.Linear, Tensor, Tensor]:
-    """A layer whose B is no longer zero, a copy of its base, an input, and the update B A of the input, not scaled."""
-    layer, base, x = _layer(answer, rng, dropout)
+def _moved(
+    answer: type, rng: np.random.Generator, dropout: float = 0.0, bias: bool = True
+) -> tuple[Any, nn.Linear, Tensor, Tensor]:
+    """A layer whose B is no longer zero, a copy of its base, an input, and the update B A, not scaled."""
+    layer, base, x = _layer(answer, rng, dropout, bias)
     A, B = _factor(layer, (RANK, IN)), _factor(layer, (OUT, RANK))
     assert A is not None
     assert B is not None
     with torch.no_grad():
         B.copy_(normal(rng, OUT, RANK))
-        return layer, base, x, x @ A.T @ B.T
+        return layer, base, x, B.double() @ A.double()
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
-    return actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-4)
+    return actual.shape == expected.shape and torch.allclose(actual.double(), expected.double(), atol=1e-4)
 
 
 def _is_a_module(answer: type, rng: np.random.Generator) -> bool:
     return issubclass(answer, nn.Module)
 
 
+def _factors_are_not_transposed(answer: type, rng: np.random.Generator) -> bool:
+    """Passes as well if there are none of these shapes, which is the next probe's case."""
+    layer, _, _ = _layer(answer, rng)
+    return _factor(layer, (IN, RANK)) is None and _factor(layer, (RANK, OUT)) is None
+
+
 def _factors_are_parameters(answer: type, rng: np.random.Generator) -> bool:
     layer, _, _ = _layer(answer, rng)
     factors = _factor(layer, (RANK, IN)), _factor(layer, (OUT, RANK))
     return all(factor is not None and factor.requires_grad for factor in factors)
+
+
+def _has_forward(answer: type, rng: np.random.Generator) -> bool:
+    layer, _, x = _layer(answer, rng)
+    try:
+        layer(x)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _base_is_frozen(answer: type, rng: np.random.Generator) -> bool:
@@ -266,6 +401,23 @@ def _A_is_random(answer: type, rng: np.random.Generator) -> bool:
     return A is not None and bool(A.any())
 
 
+def _A_follows_the_generator(answer: type, rng: np.random.Generator) -> bool:
+    seeds = [int(seed) for seed in rng.choice(10**6, 2, replace=False)]
+
+    def draw(seed: int) -> Tensor:
+        torch.rand(1)  # a draw elsewhere must not matter
+        layer = answer(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, torch.Generator().manual_seed(seed))
+        A = _factor(layer, (RANK, IN))
+        return torch.zeros(()) if A is None else A.detach()
+
+    return torch.equal(draw(seeds[0]), draw(seeds[0])) and not torch.equal(draw(seeds[0]), draw(seeds[1]))
+
+
+def _A_is_as_start_draws_it(answer: type, rng: np.random.Generator) -> bool:
+    A = _factor(_layer(answer, rng)[0], (RANK, IN))
+    return A is not None and 0.5 / math.sqrt(IN) < A.abs().max().item() <= 1.001 / math.sqrt(IN)
+
+
 def _has_its_bias(answer: type, rng: np.random.Generator) -> bool:
     layer, base, x = _layer(answer, rng)
     return not _close(layer.eval()(x), base(x) - base.bias)
@@ -273,7 +425,31 @@ def _has_its_bias(answer: type, rng: np.random.Generator) -> bool:
 
 def _update_is_scaled(answer: type, rng: np.random.Generator) -> bool:
     layer, base, x, update = _moved(answer, rng)
-    return _close(layer.eval()(x), base(x) + ALPHA / RANK * update)
+    return _close(layer.eval()(x), base(x) + ALPHA / RANK * (x.double() @ update.T))
+
+
+def _uses_its_scaling(answer: type, rng: np.random.Generator) -> bool:
+    layer, base, x, _ = _moved(answer, rng)
+    if not hasattr(layer, "scaling"):
+        return False
+    layer.scaling *= 0
+    return _close(layer.eval()(x), base(x))
+
+
+def _gradient_reaches_the_input(answer: type, rng: np.random.Generator) -> bool:
+    layer, base, x, update = _moved(answer, rng)
+    x.requires_grad_()
+    layer.eval()(x).sum().backward()
+    expected = (base.weight.double() + ALPHA / RANK * update).sum(dim=0).expand(x.shape)
+    return x.grad is not None and _close(x.grad, expected)
+
+
+def _needs_no_bias(answer: type, rng: np.random.Generator) -> bool:
+    layer, base, x = _layer(answer, rng, bias=False)
+    try:
+        return _close(layer.eval()(x), base(x))
+    except (TypeError, AttributeError):
+        return False
 
 
 def _frozen_path_is_whole(answer: type, rng: np.random.Generator) -> bool:
@@ -286,8 +462,46 @@ def _drops_in_training_only(answer: type, rng: np.random.Generator) -> bool:
     return not torch.equal(layer.train()(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
 
 
+def _dropped(answer: type, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """By what factor dropout multiplied each output's update, (60, 5), for inputs with one entry; its scaled ones."""
+    layer, base, _, update = _moved(answer, rng, dropout=0.75)
+    x = torch.zeros(60, IN)
+    x[:, 0] = 1 + torch.rand(60)
+    whole = ALPHA / RANK * (x.double() @ update.T)
+    ratios = (layer.train()(x).double() - base(x).double()) / whole
+    return ratios, ratios.max(dim=1).values
+
+
+def _drops_the_input_of_A(answer: type, rng: np.random.Generator) -> bool:
+    """If the only entry of an input is dropped, its update is zero; otherwise all of it is scaled alike."""
+    ratios, largest = _dropped(answer, rng)
+    return torch.allclose(ratios, largest[:, None].expand_as(ratios), atol=0.05)
+
+
+def _scales_what_remains(answer: type, rng: np.random.Generator) -> bool:
+    _, largest = _dropped(answer, rng)
+    return bool(((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all())
+
+
+def _has_merged(answer: type, rng: np.random.Generator) -> bool:
+    try:
+        _moved(answer, rng)[0].merged()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _merges_in_the_right_order(answer: type, rng: np.random.Generator) -> bool:
+    try:
+        _moved(answer, rng)[0].merged()
+    except RuntimeError as error:
+        return "shapes cannot be multiplied" not in str(error)
+    return True
+
+
 def _merges_to_linear(answer: type, rng: np.random.Generator) -> bool:
-    return type(_moved(answer, rng)[0].merged()) is nn.Linear
+    merged = _moved(answer, rng)[0].merged()
+    return type(merged) is nn.Linear and isinstance(merged.weight, nn.Parameter)
 
 
 def _merging_leaves_the_base(answer: type, rng: np.random.Generator) -> bool:
@@ -308,9 +522,25 @@ def _merge_has_the_bias(answer: type, rng: np.random.Generator) -> bool:
     return bias is not None and torch.equal(bias, base.bias)
 
 
+def _merge_shares_nothing(answer: type, rng: np.random.Generator) -> bool:
+    layer, _, x, _ = _moved(answer, rng)
+    before = layer.eval()(x)
+    for parameter in layer.merged().parameters():
+        parameter.data.zero_()
+    return torch.equal(layer(x), before)
+
+
+def _merge_needs_no_bias(answer: type, rng: np.random.Generator) -> bool:
+    layer, *_ = _moved(answer, rng, bias=False)
+    try:
+        return layer.merged().bias is None
+    except (TypeError, AttributeError):
+        return False
+
+
 def _merge_is_scaled(answer: type, rng: np.random.Generator) -> bool:
     layer, base, x, update = _moved(answer, rng)
-    return _close(layer.merged()(x), base(x) + ALPHA / RANK * update)
+    return _close(layer.merged()(x), base(x) + ALPHA / RANK * (x.double() @ update.T))
 
 
 class MyLoRALinear(nn.Module):
@@ -336,6 +566,23 @@ class MyLoRALinear(nn.Module):
         plain = copy.deepcopy(self.base)  # (48, 64) and (48,)
         plain.weight += self.scaling * (self.lora_B @ self.lora_A)  # (48, 4) @ (4, 64) -> (48, 64)
         return plain
+
+
+class _ShapesExchanged(MyLoRALinear):
+    def __init__(self, base, *arguments):
+        super().__init__(base, *arguments)
+        self.lora_A = nn.Parameter(torch.zeros(RANK, base.out_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.in_features, RANK))
+
+
+class _ForwardOpen(MyLoRALinear):
+    def forward(self, x):
+        raise NotImplementedError
+
+
+class _MergedOpen(MyLoRALinear):
+    def merged(self):
+        raise NotImplementedError
 
 
 class _NoModule:
@@ -389,6 +636,38 @@ class _ZeroA(MyLoRALinear):
         nn.init.zeros_(self.lora_A)
 
 
+class _NoGenerator(MyLoRALinear):
+    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
+        super().__init__(base, rank, alpha, dropout)
+
+
+class _LargeA(MyLoRALinear):
+    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
+        super().__init__(base, rank, alpha, dropout)
+        nn.init.normal_(self.lora_A, generator=generator)
+
+
+class _HiddenScaling(MyLoRALinear):
+    def forward(self, x):
+        return self.base(x) + ALPHA / RANK * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+
+
+class _CutBase(MyLoRALinear):
+    def forward(self, x):
+        return self.base(x).detach() + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+
+
+class _CutUpdate(MyLoRALinear):
+    def forward(self, x):
+        return self.base(x) + self.scaling * (self.dropout(x.detach()) @ self.lora_A.T @ self.lora_B.T)
+
+
+class _AddsTheBias(MyLoRALinear):
+    def forward(self, x):
+        update = self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+        return x @ self.base.weight.T + self.base.bias + update
+
+
 class _NoBias(MyLoRALinear):
     def forward(self, x):
         return super().forward(x) - self.base.bias
@@ -401,8 +680,8 @@ class _NoScaling(MyLoRALinear):
 
 
 class _AlphaAlone(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        super().__init__(base, rank, alpha, dropout)
+    def __init__(self, base, rank, alpha, *rest):
+        super().__init__(base, rank, alpha, *rest)
         self.scaling = alpha
 
 
@@ -413,8 +692,24 @@ class _OneDropout(MyLoRALinear):
 
 
 class _NoDropout(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        super().__init__(base, rank, alpha)
+    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
+        super().__init__(base, rank, alpha, generator=generator)
+
+
+class _DropsAfterA(MyLoRALinear):
+    def forward(self, x):
+        return self.base(x) + self.scaling * (self.dropout(x @ self.lora_A.T) @ self.lora_B.T)
+
+
+class _DropsAfterB(MyLoRALinear):
+    def forward(self, x):
+        return self.base(x) + self.scaling * self.dropout(x @ self.lora_A.T @ self.lora_B.T)
+
+
+class _DropsUnscaled(MyLoRALinear):
+    def forward(self, x):
+        remains = self.dropout(x) * (1 - self.dropout.p if self.training else 1)
+        return self.base(x) + self.scaling * (remains @ self.lora_A.T @ self.lora_B.T)
 
 
 class _DropsAlways(MyLoRALinear):
@@ -445,6 +740,32 @@ class _MergesWithDropout(MyLoRALinear):
     def merged(self):
         plain = copy.deepcopy(self.base)
         plain.weight += self.scaling * (self.lora_B @ self.dropout(self.lora_A))
+        return plain
+
+
+class _MergesInTheWrongOrder(MyLoRALinear):
+    @torch.no_grad()
+    def merged(self):
+        plain = copy.deepcopy(self.base)
+        plain.weight += self.scaling * (self.lora_A @ self.lora_B)
+        return plain
+
+
+class _MergesWithTheSameBias(MyLoRALinear):
+    @torch.no_grad()
+    def merged(self):
+        plain = nn.Linear(self.base.in_features, self.base.out_features)
+        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
+        plain.bias = self.base.bias
+        return plain
+
+
+class _MergeCopiesTheBias(MyLoRALinear):
+    @torch.no_grad()
+    def merged(self):
+        plain = nn.Linear(self.base.in_features, self.base.out_features)
+        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
+        plain.bias.copy_(self.base.bias)
         return plain
 
 
@@ -486,9 +807,19 @@ exercise(
             (_NoModule,),
         ),
         Probe(
+            _factors_are_not_transposed,
+            "A or B has the wrong shape: lora_A is (rank, in), lora_B (out, rank). start takes out_features first.",
+            (_ShapesExchanged,),
+        ),
+        Probe(
             _factors_are_parameters,
             "A or B is not among the trained parameters. Wrap both in nn.Parameter.",
             (_PlainA, _PlainB, _FrozenA),
+        ),
+        Probe(
+            _has_forward,
+            "__init__ is right as far as it can be checked. forward is still open.",
+            (_ForwardOpen,),
         ),
         Probe(
             _base_is_frozen,
@@ -506,6 +837,16 @@ exercise(
             (_ZeroA,),
         ),
         Probe(
+            _A_follows_the_generator,
+            "A does not follow the generator. Pass it on: start(base.out_features, base.in_features, rank, generator).",
+            (_NoGenerator,),
+        ),
+        Probe(
+            _A_is_as_start_draws_it,
+            "A is not drawn as start draws it, between -1 / sqrt(in) and 1 / sqrt(in). Use your start.",
+            (_LargeA,),
+        ),
+        Probe(
             _has_its_bias,
             "The bias is lost. Call self.base(x), which adds it.",
             (_NoBias,),
@@ -516,6 +857,21 @@ exercise(
             (_NoScaling, _AlphaAlone),
         ),
         Probe(
+            _uses_its_scaling,
+            "forward ignores self.scaling. Multiply the update by it; the lesson sets it to 0 to switch adapters off.",
+            (_HiddenScaling,),
+        ),
+        Probe(
+            _gradient_reaches_the_input,
+            "The gradient does not reach the layers below. Freezing parameters is enough: no detach(), no no_grad().",
+            (_CutBase, _CutUpdate),
+        ),
+        Probe(
+            _needs_no_bias,
+            "Your layer needs a bias, and many models, such as SmolLM2, have layers without one. Call self.base(x).",
+            (_AddsTheBias,),
+        ),
+        Probe(
             _frozen_path_is_whole,
             "The frozen path was dropped too. Dropout belongs on the input of A only.",
             (_OneDropout,),
@@ -524,6 +880,26 @@ exercise(
             _drops_in_training_only,
             "Dropout must act in training and not in evaluation. Make it a module with nn.Dropout, and call it on x.",
             (_NoDropout, _DropsAlways),
+        ),
+        Probe(
+            _drops_the_input_of_A,
+            "Dropout acts after A or after B. It belongs on the input of A: call self.dropout on x.",
+            (_DropsAfterA, _DropsAfterB),
+        ),
+        Probe(
+            _scales_what_remains,
+            "Dropout must scale what remains by 1 / (1 - p), or the mean changes. nn.Dropout does so.",
+            (_DropsUnscaled,),
+        ),
+        Probe(
+            _merges_in_the_right_order,
+            "The shapes of the merge do not fit. The update of W0 is lora_B @ lora_A, in this order.",
+            (_MergesInTheWrongOrder,),
+        ),
+        Probe(
+            _has_merged,
+            "__init__ and forward are right. merged is still open.",
+            (_MergedOpen,),
         ),
         Probe(
             _merges_to_linear,
@@ -546,65 +922,95 @@ exercise(
             (_MergesWithoutBias, _MergesWithAnotherBias),
         ),
         Probe(
+            _merge_shares_nothing,
+            "The merged layer shares its bias with the base, so training one would change the other. Copy it.",
+            (_MergesWithTheSameBias,),
+        ),
+        Probe(
+            _merge_needs_no_bias,
+            "merged() does not keep a layer without a bias as one. Copy the bias only if there is one.",
+            (_MergeCopiesTheBias,),
+        ),
+        Probe(
             _merge_is_scaled,
             "The merged weight is not W0 + alpha / rank * B A. The merge forgot the scaling or the update.",
             (_MergesWithoutScaling, _MergesNothing),
         ),
     ],
     hints=[
-        "__init__ freezes the base, makes A (random) and B (zero) with nn.Parameter, and stores alpha / rank.",
-        "forward adds self.base(x) and the update; the update alone sees self.dropout(x).",
-        "merged() changes a copy of the base: its weight becomes W0 + scaling * B A, its bias stays.",
+        "__init__ freezes the base, stores the scaling and the dropout, and wraps what start returns in nn.Parameter.",
+        "forward adds self.base(x) and the update. F.linear(v, M) is v @ M.T; only the update sees self.dropout(x).",
+        "merged makes copy.deepcopy(self.base) and adds scaling * (B @ A) to its weight; the bias stays.",
     ],
     minutes=20,
     difficulty=2,
-    praise="You have written LoRA: your layer can replace any nn.Linear of a model.",
+    praise="You have written LoRA: your layer can replace any nn.Linear in float32, with or without a bias.",
     draws=1,
 )(MyLoRALinear)
 
 
 # The clinic
 
+HIDDEN = ("hidden1", "hidden2")  # the layers to adapt
+
+
+def _adapted(model: nn.Module) -> tuple[str, ...]:
+    """The layers with an adapter: the package's, the learner's own or PEFT's, which all call its factors so."""
+    return tuple(name for name, layer in model.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "lora_B"))
+
 
 def _treated(answer: Callable[..., Any], rng: np.random.Generator) -> dict[str, Any]:
     """Run a script on a small net and note what happened.
 
     Returns:
-        problems: what ``diagnose`` calls problems, by name of the check; adapted, trainable, graph: whether the model
-        that was measured had adapters, something to train, and a graph; base_kept: whether the pre-trained model is
-        unchanged; fell: whether the loss is lower afterwards.
+        problems: what ``diagnose`` calls problems, by name of the check; empty: whether the optimiser got nothing to
+        train; adapted: the layers with adapters; trainable, outside, graph: whether the model that was measured had
+        something to train, something outside the adapters to train, and a graph; backward: whether a gradient was
+        computed; base_kept: whether the pre-trained model is unchanged; moved, fell: whether the outputs are others
+        afterwards, and the loss lower.
     """
     pretrained = DigitsMLP(width=8, seed=int(rng.integers(2**31)))
     original = copy.deepcopy(pretrained)
     inputs, targets = normal(rng, 16, 64), torch.from_numpy(rng.integers(10, size=16))
-    notes: dict[str, Any] = {"adapted": False, "trainable": False, "graph": False}
+    notes: dict[str, Any] = {"empty": False, "adapted": (), "trainable": False, "outside": False, "graph": False}
+    notes |= {"backward": False, "base_kept": True, "problems": set(), "moved": False, "fell": False}
+
+    def look(model: nn.Module) -> None:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        notes["adapted"] = _adapted(model)
+        notes["trainable"] = bool(trained)
+        notes["outside"] = any("lora_" not in name for name in trained)
 
     def loss_of(model: nn.Module) -> Tensor:
         loss = F.cross_entropy(model(inputs), targets)
-        notes["adapted"] = bool(lora_layers(model))
-        notes["trainable"] = any(parameter.requires_grad for parameter in model.parameters())
+        look(model)
         notes["graph"] = loss.requires_grad
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: notes.update(backward=True))
         return loss
 
     try:
         model, optimizer = answer(pretrained, loss_of)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if "empty parameter list" in str(error):
+            return notes | {"empty": True}
         if "does not require grad" not in str(error):
             raise
-        return notes | {"base_kept": True, "problems": set(), "fell": False}
+        return notes
     with torch.no_grad():
-        fell = bool(loss_of(model) < loss_of(original))
-        notes |= {"adapted": bool(lora_layers(model)), "graph": True}
-        notes["trainable"] = any(parameter.requires_grad for parameter in model.parameters())
-    diagnosis = diagnose(model, optimizer, base=original)
-    before, after = original.state_dict(), pretrained.state_dict()
-    base_kept = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    return notes | {"base_kept": base_kept, "problems": {each.check for each in diagnosis.problems}, "fell": fell}
+        outputs, originals = model(inputs), original(inputs)
+        moved = not torch.equal(outputs, originals)
+        fell = bool(F.cross_entropy(outputs, targets) < F.cross_entropy(originals, targets))
+    look(model)
+    problems = {each.check for each in diagnose(model, optimizer, base=original).problems}
+    old, new = original.state_dict(), pretrained.state_dict()
+    base_kept = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    return notes | {"base_kept": base_kept, "problems": problems, "moved": moved, "fell": fell}
 
 
 def repair(pretrained, loss_of):
-    """A copy of the pre-trained model has adapters, they are trained, and ``diagnose`` finds no problem."""
-    model = copy.deepcopy(pretrained)
+    """A copy of the pre-trained model has two adapters, they alone are trained, and ``diagnose`` finds no problem."""
+    model = copy.deepcopy(pretrained).requires_grad_(False)
     inject(model, LoRAConfig(rank=4, alpha=8, targets=["hidden1", "hidden2"]))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -616,13 +1022,17 @@ def repair(pretrained, loss_of):
 
 
 def _faulty(
-    misspelt: bool = False,
+    targets: tuple[str, ...] = HIDDEN,
     frozen: bool = False,
+    unfrozen: bool = False,
     no_graph: bool = False,
     early: bool = False,
     stranger: bool = False,
     in_place: bool = False,
-    no_step: bool = False,
+    backward: bool = True,
+    step: bool = True,
+    sign: int = 1,
+    trained_only: bool = False,
 ) -> Callable[..., Any]:
     """The script with some faults."""
 
@@ -631,18 +1041,24 @@ def _faulty(
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = DigitsMLP(width=8) if stranger else pretrained if in_place else copy.deepcopy(pretrained)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        if not misspelt:
-            inject(model, LoRAConfig(rank=4, alpha=8, targets=["hidden1", "hidden2"]))
+        model.requires_grad_(unfrozen)
+        for name in targets:
+            setattr(model, name, LoRALinear(getattr(model, name), rank=4, alpha=8))
         if frozen:
             model.requires_grad_(False)
-        if not early and not frozen:
-            optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+        if not early:
+            optimizer = torch.optim.Adam(
+                [each for each in model.parameters() if each.requires_grad or not trained_only], lr=1e-2
+            )
         for _ in range(3):
             with torch.set_grad_enabled(not no_graph):
                 loss = loss_of(model)
             optimizer.zero_grad()
-            loss.backward()
-            if not no_step:
+            if backward:
+                (sign * loss).backward()
+            elif targets:
+                nn.init.normal_(model.get_submodule(targets[0]).lora_B, std=1e-3)  # pyright: ignore[reportArgumentType]
+            if step:
                 optimizer.step()
         return model, optimizer
 
@@ -653,14 +1069,34 @@ exercise(
     "repair",
     probes=[
         Probe(
-            lambda answer, rng: _treated(answer, rng)["adapted"],
+            lambda answer, rng: not _treated(answer, rng)["empty"],
+            "The optimiser got nothing to train. Either no layer has an adapter, or the adapters are frozen as well.",
+            (_faulty(targets=(), trained_only=True), _faulty(frozen=True, trained_only=True)),
+        ),
+        Probe(
+            lambda answer, rng: bool(_treated(answer, rng)["adapted"]),
             "No layer has an adapter. A target is misspelt, so nothing matched and nothing was replaced.",
-            (_faulty(misspelt=True),),
+            (_faulty(targets=()), _faulty(targets=(), unfrozen=True)),
+        ),
+        Probe(
+            lambda answer, rng: set(HIDDEN) <= set(_treated(answer, rng)["adapted"]),
+            "Only one hidden layer has an adapter. Look at the other's name: they are hidden1 and hidden2.",
+            (_faulty(targets=("hidden1",)), _faulty(targets=("hidden2",))),
         ),
         Probe(
             lambda answer, rng: _treated(answer, rng)["trainable"],
             "The adapters are frozen as well. Freeze the model before the adapters are put in, not after.",
             (_faulty(frozen=True),),
+        ),
+        Probe(
+            lambda answer, rng: not _treated(answer, rng)["outside"],
+            "Parameters outside the adapters are trainable. Freeze the model before the adapters are put in.",
+            (_faulty(unfrozen=True),),
+        ),
+        Probe(
+            lambda answer, rng: set(_treated(answer, rng)["adapted"]) == set(HIDDEN),
+            "A layer that is not hidden has an adapter too. Adapt hidden1 and hidden2 only.",
+            (_faulty(targets=(*HIDDEN, "head")),),
         ),
         Probe(
             lambda answer, rng: _treated(answer, rng)["graph"],
@@ -683,18 +1119,29 @@ exercise(
             (_faulty(stranger=True),),
         ),
         Probe(
-            lambda answer, rng: not _treated(answer, rng)["problems"] and _treated(answer, rng)["fell"],
+            lambda answer, rng: _treated(answer, rng)["backward"],
+            "No gradient was computed. Call loss.backward() before optimizer.step().",
+            (_faulty(backward=False),),
+        ),
+        Probe(
+            lambda answer, rng: not _treated(answer, rng)["problems"] and _treated(answer, rng)["moved"],
             "The adapters have not moved. Call optimizer.step() after loss.backward().",
-            (_faulty(no_step=True),),
+            (_faulty(step=False),),
+        ),
+        Probe(
+            lambda answer, rng: _treated(answer, rng)["fell"],
+            "The adapters moved, but the loss rose. Go down its gradient, and in smaller steps.",
+            (_faulty(sign=-1),),
         ),
     ],
     hints=[
         "Read the script from top to bottom. After each line, ask which parameters exist now and which are trained.",
         "Print ll.diagnose(model, optimizer, base=pretrained) at the end: it names what the adapter lacks.",
-        "The order that works: copy the model, inject, create the optimiser, then train with gradients recorded.",
+        "The order that works: copy the model, freeze it, put in the adapters, create the optimiser, then train.",
     ],
     minutes=15,
     difficulty=3,
-    praise="Each of these five faults raises no error and has cost people days; now you know where to look.",
+    praise="Two of these faults raise no error: the early optimiser and the wrong base. "
+    "The other three stop in loss.backward(), with one message for all.",
     draws=1,
 )(repair)
