@@ -639,6 +639,7 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = 
     colours, positions = [styles[str(method)]["color"] for method in losses.index], range(len(absent), len(styles))
     right.barh(positions, losses, color=colours, height=0.6)
     right.set_yticks(range(len(styles)), [*absent, *losses.index])
+    right.set_ylim(-0.55, len(styles) - 0.45)
     for position, (method, loss) in zip(positions, losses.items(), strict=True):
         compared = reference in losses and method != reference
         difference = f" ({loss / losses[reference] - 1:+.0%})" if compared else ""
