@@ -615,7 +615,8 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = 
 
     Args:
         frame: as for :func:`loss_by_rate`, of several methods at one rank; ``method`` holds the names to show.
-        rate: at which the methods are ranked, by their mean loss over the seeds. Those without it have no bar.
+        rate: at which the methods are ranked, by their mean loss over the seeds. Those without a run at it are named
+            below, without a bar.
         xlabel: whose learning rate that is.
         reference: the method that each bar is compared with.
     """
@@ -631,9 +632,15 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = 
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
     losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
     losses = losses.sort_values(ascending=False)
+    absent = [method for method in frame.method.unique() if method not in losses]
+    for position in range(len(absent)):
+        right.text(0, position, " no run at this rate", va="center")
     styles = looks(list(frame.method.unique()))
-    right.barh(losses.index, losses, color=[styles[str(method)]["color"] for method in losses.index], height=0.6)
-    for position, (method, loss) in enumerate(losses.items()):
+    colours, positions = [styles[str(method)]["color"] for method in losses.index], range(len(absent), len(styles))
+    right.barh(positions, losses, color=colours, height=0.6)
+    right.set_yticks(range(len(styles)), [*absent, *losses.index])
+    right.set_ylim(-0.55, len(styles) - 0.45)
+    for position, (method, loss) in zip(positions, losses.items(), strict=True):
         compared = reference in losses and method != reference
         difference = f" ({loss / losses[reference] - 1:+.0%})" if compared else ""
         right.text(loss, position, f" {loss:.2f}{difference}", va="center")

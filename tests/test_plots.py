@@ -893,17 +893,20 @@ def test_losses_by_rate_have_a_line_for_each_method_in_the_frames_order():
 
 
 @pytest.mark.parametrize(
-    ("rate", "order", "texts"),
+    ("rate", "absent", "order", "texts"),
     [
-        (0.01, ["LoRA", "DoRA"], [" 0.85", " 0.45 (-47%)"]),
-        (0.02, ["DoRA", "LoRA", "LoRA+"], [" 0.80 (+60%)", " 0.50", " 0.32 (-35%)"]),
+        (0.01, ["LoRA+"], ["LoRA", "DoRA"], [" no run at this rate", " 0.85", " 0.45 (-47%)"]),
+        (0.02, [], ["DoRA", "LoRA", "LoRA+"], [" 0.80 (+60%)", " 0.50", " 0.32 (-35%)"]),
     ],
 )
-def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_on_top(rate, order, texts):
+def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_on_top(rate, absent, order, texts):
     figure = plots.at_common_rate(sweep(METHODS), rate, "rate")
     left, right = figure.axes
-    assert [label.get_text() for label in right.get_yticklabels()] == order
+    assert [label.get_text() for label in right.get_yticklabels()] == [*absent, *order]
     assert [text.get_text() for text in right.texts] == texts
+    assert [text.get_position()[1] for text in right.texts] == list(range(len(texts)))  # each beside its name
+    centres = [bar.get_y() + bar.get_height() / 2 for bar in right.patches]
+    assert centres == pytest.approx(range(len(absent), len(texts)))
     widths = [bar.get_width() for bar in right.patches]
     assert widths == sorted(widths, reverse=True)
     assert f"At {rate:g}, {order[-1]} is ahead" in right.get_title()

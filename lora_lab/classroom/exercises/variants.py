@@ -34,14 +34,18 @@ def _is_lora(answer: type, rng: np.random.Generator) -> bool:
     return issubclass(answer, LoRALinear)
 
 
+def _of_each_rank(answer: type) -> list[Any]:
+    """One layer of each rank, because at a single rank a constant may be right by chance."""
+    return [answer(nn.Linear(8, 6), rank, 5.0) for rank in (2, 3, 4)]
+
+
 def _has_another_scaling(answer: type, rng: np.random.Generator) -> bool:
-    layer = _layer(answer, rng)
-    return not math.isclose(layer.scaling, layer.alpha / layer.rank)
+    return not all(math.isclose(layer.scaling, layer.alpha / layer.rank) for layer in _of_each_rank(answer))
 
 
 def _scales_by_the_root(answer: type, rng: np.random.Generator) -> bool:
-    layer = _layer(answer, rng)
-    return math.isclose(layer.scaling, layer.alpha / math.sqrt(layer.rank), rel_tol=1e-6)
+    layers = _of_each_rank(answer)
+    return all(math.isclose(layer.scaling, layer.alpha / math.sqrt(layer.rank), rel_tol=1e-6) for layer in layers)
 
 
 def _follows_the_rank(answer: type, rng: np.random.Generator) -> bool:
@@ -73,6 +77,12 @@ class _ScalesByAlpha(LoRALinear):
     @property
     def scaling(self) -> float:
         return self.alpha
+
+
+class _ScalesByHalfOfAlpha(LoRALinear):
+    @property
+    def scaling(self) -> float:
+        return self.alpha / 2
 
 
 class _ScalesByTheRootOfBoth(LoRALinear):
@@ -115,7 +125,7 @@ class _ScalesTwice(LoRALinear):
         Probe(
             _scales_by_the_root,
             "The scaling is not alpha / sqrt(rank). The root is of the rank alone, and it divides.",
-            (_ScalesByAlpha, _ScalesByTheRootOfBoth, _MultipliesByTheRoot),
+            (_ScalesByAlpha, _ScalesByHalfOfAlpha, _ScalesByTheRootOfBoth, _MultipliesByTheRoot),
         ),
         Probe(
             _follows_the_rank,
@@ -135,7 +145,7 @@ class _ScalesTwice(LoRALinear):
     ],
     minutes=5,
     difficulty=2,
-    praise="That is all of rsLoRA: one factor. So it is LoRA with a larger alpha.",
+    praise="At any one rank it is LoRA with a larger alpha. Its claim is about what happens when the rank grows.",
 )
 class RsLoRA(LoRALinear):
     """Base and update are LoRA's, and the update is scaled by alpha / sqrt(rank), whatever rank it has now."""
@@ -298,6 +308,12 @@ def _adds_up(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
     return _close(residual + scaling * B @ A, W)
 
 
+def _divides_both_by_the_scaling(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
+    _, scaling, _, (_, B, A) = _split(answer, rng)
+    ratio = B.norm(dim=0) / A.norm(dim=1)  # (rank,)
+    return not any(_close(ratio, torch.full_like(ratio, factor)) for factor in (scaling, 1 / scaling))
+
+
 def _is_balanced(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
     _, _, _, (_, B, A) = _split(answer, rng)
     return _close(B.norm(dim=0), A.norm(dim=1))
@@ -327,6 +343,16 @@ def _unbalanced(W: Tensor, rank: int, scaling: float) -> Parts:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     B, A = U[:, :rank] * S[:rank] / scaling, Vh[:rank]
     return W - scaling * B @ A, B, A
+
+
+def _scales_B_alone(W: Tensor, rank: int, scaling: float) -> Parts:
+    residual, B, A = _pissa(W, rank, scaling)
+    return residual, B / math.sqrt(scaling), A * math.sqrt(scaling)
+
+
+def _scales_A_alone(W: Tensor, rank: int, scaling: float) -> Parts:
+    residual, B, A = _pissa(W, rank, scaling)
+    return residual, B * math.sqrt(scaling), A / math.sqrt(scaling)
 
 
 def _ignores_the_scaling(W: Tensor, rank: int, scaling: float) -> Parts:
@@ -380,6 +406,12 @@ def _divides_twice(W: Tensor, rank: int, scaling: float) -> Parts:
                 ),
                 lambda W, rank, scaling: (2 * W - _pissa(W, rank, scaling)[0], *_pissa(W, rank, scaling)[1:]),
             ),
+        ),
+        Probe(
+            _divides_both_by_the_scaling,
+            "B A is right, but only one factor was divided by the scaling. "
+            "Divide the singular values by it before you take the root, so that both factors are divided alike.",
+            (_scales_B_alone, _scales_A_alone),
         ),
         Probe(
             _is_balanced,
@@ -513,7 +545,7 @@ def _ratios(rslora: float, lora: float = 1.0, lora_fa: float = math.inf) -> dict
     ],
     minutes=5,
     difficulty=1,
-    praise="Three methods, one number. Compare them at rates that take it into account.",
+    praise="Three methods, one number. So compare them at rates that take this ratio into account.",
 )
 def ratios(rank):
     """B's learning rate over A's is 1 for LoRA, sqrt(r) for rsLoRA and infinite for LoRA-FA, at every rank."""
