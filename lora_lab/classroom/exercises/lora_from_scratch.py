@@ -306,7 +306,7 @@ def _again(generator: torch.Generator) -> torch.Generator:
         "torch.empty(r, inp).uniform_(-bound, bound, generator=generator) draws A; the bound is 1 / sqrt(inp).",
     ],
     minutes=8,
-    difficulty=2,
+    difficulty=1,
     praise="The adapted model starts as the pre-trained one, bit for bit, and can still learn.",
     draws=2,
 )
