@@ -180,7 +180,7 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
     "choose",
     inputs=validation_and_test,
     mistakes={
-        "You chose on the test data, which is there to judge. Choose by the validation table alone.": (
+        "You chose on the test data, which is there to judge. Choose by the validation dict alone.": (
             lambda validation, test: _best(_by_mean(test)),
             _of_both,
         ),
@@ -193,7 +193,8 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
         "This is the worst rate. Accuracy is better when it is higher; only a loss is better when it is lower.": (
             lambda validation, test: min(validation, key=lambda rate: np.mean(validation[rate]))
         ),
-        "This is the position of the best rate in the table. Return the rate itself.": (
+        "This is the highest rate. Return the one with the best accuracy.": lambda validation, test: max(validation),
+        "This is the position of the best rate in the dict. Return the rate itself.": (
             lambda validation, test: [*validation].index(_best(_by_mean(validation)))
         ),
         "This is the accuracy of the best rate. Return the rate itself.": (
@@ -205,8 +206,8 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
     },
     hints=[
         "np.mean(validation[rate]) is how good a rate is, over its seeds.",
-        "max(validation, key=...) returns the key of the table for which a function is largest.",
-        "The test table is not needed here: it judges later what you have chosen.",
+        "max(validation, key=...) returns the key of the dict for which a function is largest.",
+        "The test dict is not needed here: it judges later what you have chosen.",
     ],
     minutes=8,
     difficulty=2,
@@ -214,15 +215,15 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
     draws=10,
 )
 def choose(validation, test):
-    """The result is the rate whose mean validation accuracy is highest, whatever the test table holds."""
+    """The result is the rate whose mean validation accuracy is highest, whatever the test dict holds."""
     return max(validation, key=lambda rate: np.mean(validation[rate]))
 
 
 # Training one layer
 
 
-def _frozen_except(answer: Callable[..., Any], rng: np.random.Generator, frozen: bool = False) -> set[str]:
-    """The names of the parameters that train after the call, in a net with names that begin or end like the layer's."""
+def _after(answer: Callable[..., Any], rng: np.random.Generator, frozen: bool = False) -> tuple[nn.Module, str]:
+    """A net after the call, with names that begin or end like the layer's, and that layer's name."""
     name = str(rng.choice(["head", "top", "out"]))
     net = nn.ModuleDict(
         {
@@ -234,11 +235,23 @@ def _frozen_except(answer: Callable[..., Any], rng: np.random.Generator, frozen:
     )
     net.requires_grad_(not frozen)
     answer(net, name)
+    return net, name
+
+
+def _frozen_except(answer: Callable[..., Any], rng: np.random.Generator, frozen: bool = False) -> set[str]:
+    """The names of the parameters that train after the call, with "head" for the layer's name."""
+    net, name = _after(answer, rng, frozen)
     trained = {parameter for parameter, tensor in net.named_parameters() if tensor.requires_grad}
     return {parameter.replace(name, "head", 1) for parameter in trained}
 
 
 HEAD = {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
+
+
+def _no_attribute_instead(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    """Whether the answer is right, or at least sets no attribute of a layer where it means the parameters."""
+    net, _ = _after(answer, rng)
+    return not any("requires_grad" in vars(layer) for layer in net.modules()) or _frozen_except(answer, rng) == HEAD
 
 
 def _something_trains(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
@@ -275,6 +288,12 @@ def _set_where(condition: Callable[[str, str], bool]) -> Callable[[nn.Module, st
     return only
 
 
+def _by_attribute(model: nn.Module, name: str) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    setattr(model.get_submodule(name), "requires_grad", True)  # noqa: B010  # as type checkers know no such attribute
+
+
 def _freeze_others(model: nn.Module, name: str) -> None:
     for parameter, tensor in model.named_parameters():
         if not parameter.startswith(f"{name}."):
@@ -285,8 +304,13 @@ def _freeze_others(model: nn.Module, name: str) -> None:
     "only",
     probes=[
         Probe(
+            _no_attribute_instead,
+            "layer.requires_grad = True does nothing to the parameters inside. Call layer.requires_grad_(True).",
+            (_by_attribute, lambda model, name: setattr(model, "requires_grad", False)),
+        ),
+        Probe(
             _something_trains,
-            "Nothing is left to train. The named layer must keep requires_grad = True.",
+            "Nothing is left to train. Every parameter of the named layer must keep requires_grad = True.",
             (_set_where(lambda parameter, name: False), _set_where(lambda parameter, name: parameter == name)),
         ),
         Probe(
@@ -317,7 +341,7 @@ def _freeze_others(model: nn.Module, name: str) -> None:
         ),
         Probe(
             _if_it_was_frozen,
-            "A layer that was frozen before stays frozen. Set requires_grad = True for the named layer.",
+            "A layer that was frozen before stays frozen. Set requires_grad = True for each of its parameters.",
             (_freeze_others,),
         ),
     ],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
-from lora_lab.classroom.exercise import exercises_of
+import numpy as np
+import torch
+
+from lora_lab.classroom.exercise import exercises_of, normal
 
 exercise = exercises_of("01_low_rank")
 
@@ -26,9 +29,14 @@ def _without_singular_values(M, r):
     return U[:, :r] @ Vh[:r]
 
 
-def _transposed_again(M, r):
-    U, S, Vh = np.linalg.svd(M, full_matrices=False)
-    return (U[:, :r] * S[:r]) @ Vh[:, :r].T
+def _transposed_again(full: bool) -> Callable[[np.ndarray, int], np.ndarray]:
+    """A wrong answer: the first columns are taken where rows are needed; without an error, if svd returns all of V."""
+
+    def best_rank(M: np.ndarray, r: int) -> np.ndarray:
+        U, S, Vh = np.linalg.svd(M, full_matrices=full)
+        return (U[:, :r] * S[:r]) @ Vh[:, :r].T
+
+    return best_rank
 
 
 @exercise(
@@ -36,7 +44,10 @@ def _transposed_again(M, r):
     inputs=matrix_and_rank,
     mistakes={
         "The singular values are missing. Scale each direction by its entry of S.": _without_singular_values,
-        "The directions are mixed up. svd returns V transposed already: take its first r rows.": _transposed_again,
+        "The directions are mixed up. svd returns V transposed already: take its first r rows.": (
+            _transposed_again(full=False),
+            _transposed_again(full=True),
+        ),
         "You kept the weakest terms. S is sorted with the largest first, so take [:r].": (
             lambda M, r: _truncated(M, -r, None),
             lambda M, r: _truncated(M, r, None),
@@ -91,7 +102,7 @@ def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
     ],
     minutes=6,
     difficulty=1,
-    praise="You can now say how many directions a matrix really uses, whatever its shape.",
+    praise="You can now say how many terms hold most of a matrix, whatever its shape.",
     draws=48,
 )
 def terms_for(S, share):
@@ -134,7 +145,7 @@ def shape_of_a_matrix(rng: np.random.Generator) -> tuple[int, int]:
     ],
     minutes=5,
     difficulty=1,
-    praise="Below this rank two factors are smaller than their matrix, and LoRA stays far below it.",
+    praise="Up to this rank two factors are smaller than their matrix, and LoRA stays far below it.",
     draws=36,
 )
 def largest_saving_rank(m, n):
@@ -142,10 +153,10 @@ def largest_saving_rank(m, n):
     return (m * n - 1) // (m + n)
 
 
-def errors_and_inputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def errors_and_inputs(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of some tokens the gradient of the layer's output (tokens, out) and its input (tokens, in)."""
     tokens, out, inp = rng.permutation([3, 4, 5])
-    return rng.normal(size=(tokens, out)), rng.normal(size=(tokens, inp))
+    return normal(rng, tokens, out), normal(rng, tokens, inp)
 
 
 @exercise(
