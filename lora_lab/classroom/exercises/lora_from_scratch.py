@@ -943,7 +943,7 @@ exercise(
         "merged makes copy.deepcopy(self.base) and adds scaling * (B @ A) to its weight; the bias stays.",
     ],
     minutes=20,
-    difficulty=2,
+    difficulty=1,
     praise="You have written LoRA: your layer can replace any nn.Linear in float32, with or without a bias.",
     draws=1,
 )(MyLoRALinear)
@@ -1140,7 +1140,7 @@ exercise(
         "The order that works: copy the model, freeze it, put in the adapters, create the optimiser, then train.",
     ],
     minutes=15,
-    difficulty=3,
+    difficulty=2,
     praise="Two of these faults raise no error: the early optimiser and the wrong base. "
     "The other three stop in loss.backward(), with one message for all.",
     draws=1,
