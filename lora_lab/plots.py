@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -284,12 +285,21 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
 
 
 def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
-    """A row for each step, on one scale: the whole step, and beside it the 20 operations before and after its peak."""
+    """A row for each step, on one scale: the whole step, and beside it the 20 operations before and after its peak.
+
+    The step begins with its forward pass: what an earlier one left behind and is released first is not drawn.
+    """
     size = {"figsize": (10, 3.5 * len(bills)), "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(len(bills), 2, width_ratios=[2, 1], **size)
     for (whole, near), (title, bill) in zip(axes, bills.items(), strict=True):
-        memory_of_a_step(bill, whole).set_title(title)
+        begun = [moment for moment in bill.timeline if moment.phase != "before"]
+        memory_of_a_step(replace(bill, timeline=begun), whole).set_title(title)
         whole.get_legend().remove()
+        whole.texts[0].set_text(f"{whole.texts[0].get_text()} (see right)")
+        last = begun[-1].phase
+        if last not in [text.get_text() for text in whole.texts]:  # too narrow for its name
+            at_the_top = whole.get_xaxis_transform()
+            whole.text(99, 0.99, last, ha="right", va="top", fontsize="small", transform=at_the_top)
         memory_of_a_step(bill, near, around_peak=20).set_title("the same, around the peak")
         near.set_ylabel("")
         logits = max(bill.timeline, key=lambda moment: moment.total_bytes).parts.get(Part.LOGITS, 0)
@@ -321,6 +331,8 @@ def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
                 patch = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
                 text = f"{'gone: ' * gone}{width:,.0f}"
                 ax.text(left + width / 2, row, text, ha="center", va="center", bbox=patch)
+            elif width:  # too narrow for its number
+                ax.text(left + width / 2, row - 0.32, f"{width:,.1f}", ha="center", va="bottom", fontsize="small")
             left += width
         share = f" ({step.total / reference.total:.2f})" if row else ""
         ax.text(left, row, f"  {step.total / 1e9:,.0f}{share}", va="center")
@@ -352,12 +364,13 @@ def published(reports: Mapping[str, float], bound: float, ax: Axes | None = None
         ax.text(ratio, row - 0.18, f"{ratio:.2f}", ha="center", va="bottom", fontsize="small")
     low, high = min(*reports.values(), bound) - 0.1, max(*reports.values(), 1) + 0.1
     areas = [(low, bound, COLOURS[5]), (bound, 1, "#ffffff"), (1, high, COLOURS[4])]
-    words = ["more than FLOPs is saved", "LoRA is faster", "LoRA is slower"]
+    words = ["faster than FLOPs explain", "faster, FLOPs may be why", "slower"]
     for (start, end, colour), text in zip(areas, words, strict=True):
         ax.axvspan(start, end, color=colour, alpha=0.2, linewidth=0)
         ax.text((start + end) / 2, -0.8, text, ha="center", va="center", fontsize="small")
-    ax.axvline(bound, color="#000000", linestyle="--")
-    ax.axvline(1, color="#000000")
+    ax.axvline(bound, color="#000000", linestyle="--", label=f"{bound:.2f}, the bound of FLOPs")
+    ax.axvline(1, color="#000000", label="equal")
+    ax.legend(loc="lower left", fontsize="small")
     ax.set(xlim=(low, high), ylim=(len(reports) - 0.5, -1.1), xlabel="time of LoRA / time of full fine-tuning")
     ax.set_yticks(range(len(reports)), list(reports))
     ax.grid(axis="y", visible=False)
@@ -376,13 +389,14 @@ def changes(seconds: Mapping[str, float], ax: Axes | None = None) -> Axes:
     looks = {"skipped": (METHOD_COLOURS["full"], "//"), "added": (METHOD_COLOURS["lora"], "xx")}
     for (label, look), part in zip(looks.items(), (np.minimum(sizes, 0), np.maximum(sizes, 0)), strict=True):
         ax.barh(rows, part, height=0.6, label=label, **_filling(*look))
+    form = "+,.0f" if np.abs(sizes).max() >= 10 else "+,.3g"
     for row, size in enumerate(sizes):
-        ax.text(size, row, f" {size:+,.3g} ", ha="left" if size >= 0 else "right", va="center", fontsize="small")
+        ax.text(size, row, f" {size:{form}} ", ha="left" if size >= 0 else "right", va="center", fontsize="small")
     ax.axvline(0, color="#000000", linewidth=0.8)
     ax.set_yticks(rows, list(seconds))
     ax.invert_yaxis()
     ax.margins(x=0.2)
-    ax.set_xlabel("ms a step, compared with full fine-tuning")
+    ax.set_xlabel("ms per step, compared with full fine-tuning")
     ax.grid(axis="y", visible=False)
     return _legend_beside(ax)
 
@@ -392,9 +406,9 @@ def ratios(
     ylabel: str,
     lines: Mapping[str, float] | None = None,
     ax: Axes | None = None,
-    xlabel: str = "tokens a step",
+    xlabel: str = "tokens per step",
 ) -> Axes:
-    """Ratios against tokens a step, a line with markers for each series.
+    """Ratios against tokens per step, a line with markers for each series.
 
     Args:
         series: label -> tokens -> ratio, or the ratio and the ends of its interval. One of more than 12 values is a
@@ -450,7 +464,8 @@ def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | 
         box = {"boxstyle": shape, "facecolor": "#eeeeee", "edgecolor": "#333333"}
         ax.text(-2, row, "+" if adds else layer, ha="center", va="center", bbox=box)
         if adds:
-            ax.plot([-2, -3.4, -3.4, -2.35], [branch, branch, row, row], color="#333333", linewidth=1.2)
+            ax.plot([-2, -3.4, -3.4], [branch, branch, row], color="#333333", linewidth=1.2)
+            ax.annotate("", (-2.14, row), (-3.4, row), arrowprops={**arrow, "shrinkA": 0})
             branch = row + 0.4
         left = 0.0
         for value, (name, look) in zip(values, looks.items(), strict=True):
@@ -465,7 +480,7 @@ def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | 
     ax.annotate("", (-2, last), (-2, last - 0.45), arrowprops=arrow)
     ax.text(-2, last + 0.15, "output", ha="center", va="center")
     ax.set(xlim=(-3.7, 10), ylim=(last + 0.4, -1.4))
-    ax.legend(loc="upper right", title="values saved for each token")
+    ax.legend(loc="upper right", title="values stored for each token")
     ax.axis("off")
     return ax
 

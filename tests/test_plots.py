@@ -342,6 +342,13 @@ def test_around_the_peak_each_operation_is_drawn_and_the_step_beside_it_is_on_th
     assert "7 of it logits" in [text.get_text() for text in figure.axes[1].texts]
 
 
+def test_a_step_beside_its_peak_begins_with_its_forward_pass_and_ends_with_a_named_phase():
+    rows = [("before", {"frozen": 15}), *[("forward", {"frozen": 10})] * 40, ("optimiser step", {"frozen": 20})]
+    whole, _ = plots.memory_of_steps({"a": bill(moments(*rows), frozen=20)}).axes
+    assert [text.get_text() for text in whole.texts] == ["peak 20 (see right)", "forward", "optimiser step"]
+    assert whole.collections[0].get_paths()[0].vertices[:, 0].min() > 0
+
+
 def test_moments_are_drawn_where_their_operations_are():
     near = [Moment("forward", {"frozen weights": MIB}, 0), Moment("forward", {"frozen weights": 2 * MIB}, 30)]
     ax = plots.memory_of_a_step(bill([*near, Moment("forward", {"frozen weights": MIB}, 40)], frozen=2))
@@ -375,8 +382,12 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
         return Flops({tuple(name.split("_")): int(size * 1e9) for name, size in counts.items()}, 4, "")
 
     full = step(**{"layers_forward": 60, "head_input gradients": 70, "layers_weight gradients": 50})
-    lora = {"layers_forward": 60, "head_input gradients": 70}
-    lora = step(**lora, **{"adapters_forward": 4, "adapters_input gradients": 3, "adapters_weight gradients": 3})
+
+    def lora_of(forward, inputs, *adapters):
+        names = ["adapters_forward", "adapters_input gradients", "adapters_weight gradients"]
+        return {"layers_forward": forward, "head_input gradients": inputs} | dict(zip(names, adapters, strict=False))
+
+    lora = step(**lora_of(60, 70, 4, 3, 3))
     ax = plots.passes({"full": full, "LoRA": lora})
     bars = [(round(bar.get_x(), 3), round(bar.get_width(), 3)) for container in ax.containers for bar in container]
     assert bars == [(0, 60), (60, 70), (130, 0), (130, 50), (0, 60), (60, 70), (130, 10), (140, 50)]
@@ -385,6 +396,8 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
     texts = [text.get_text().strip() for text in ax.texts]
     assert texts == ["60", "70", "50", "180", "60", "70", "10", "gone: 50", "140 (0.78)"]
     assert legend(ax) == ["forward", "input gradients", "adapters", "weight gradients"]
+    thin = plots.passes({"full": full, "LoRA": step(**lora_of(60, 70, 3))})
+    assert "3.0" in [text.get_text() for text in thin.texts]  # a sliver has its number above it
 
 
 def test_published_ratios_are_drawn_beside_what_flops_allow():
@@ -393,7 +406,8 @@ def test_published_ratios_are_drawn_beside_what_flops_allow():
     assert list(points.get_xdata()) == [0.5, 1.2]
     assert [line.get_xdata()[0] for line in ax.get_lines() if line is not points] == [2 / 3, 1]
     places = {text.get_text(): text.get_position()[0] for text in ax.texts}
-    assert places["more than FLOPs is saved"] < 2 / 3 < places["LoRA is faster"] < 1 < places["LoRA is slower"]
+    assert places["faster than FLOPs explain"] < 2 / 3 < places["faster, FLOPs may be why"] < 1 < places["slower"]
+    assert legend(ax) == ["0.67, the bound of FLOPs", "equal"]
     assert {"0.50", "1.20"} <= set(places)
 
 
@@ -403,12 +417,15 @@ def test_what_a_step_skips_is_drawn_to_the_left_and_what_it_adds_to_the_right():
     widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
     assert widths == {"skipped": [-250, 0], "added": [0, 125]}
     assert [text.get_text().strip() for text in ax.texts] == ["-250", "+125"]
-    assert ax.get_xlabel() == "ms a step, compared with full fine-tuning"
+    assert ax.get_xlabel() == "ms per step, compared with full fine-tuning"
+    for sizes, texts in [((-0.25, 0.0001234), ["-250", "+0"]), ((-0.0025, 0.0001234), ["-2.5", "+0.123"])]:
+        ax = plots.changes(dict(zip("ab", sizes, strict=True)))
+        assert [text.get_text().strip() for text in ax.texts] == texts  # no more digits than the largest one bears
 
 
 def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_curve():
     ax = plots.ratios({"here": {32: (0.5, 0.4, 0.7), 128: (0.8, 0.8, 0.8)}, "record": {32: 0.6}}, "ratio", {"equal": 1})
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens a step", "ratio")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens per step", "ratio")
     assert set(legend(ax)) == {"here", "record", "equal"}
     assert [text.get_text() for text in ax.get_xticklabels()] == ["32", "128"]
     (bars,) = [bars for container in ax.containers[:1] for bars in container[2]]

@@ -52,7 +52,7 @@ def frozen_and_trained(rng: np.random.Generator) -> tuple[int, int]:
     ],
     minutes=5,
     difficulty=1,
-    praise="This is the plateau of a training step, and the part that LoRA shrinks.",
+    praise="This is the part of a step that does not depend on the batch, and the part that LoRA shrinks.",
 )
 def static_bytes(frozen, trained):
     """The result is 4 bytes for each frozen parameter and 16 for each trained one."""
@@ -154,7 +154,7 @@ def _by_formula(
         "The input x is missing. The weights are frozen, but A reads x too, and A's gradient needs it.": (
             _by_formula(inputs=0)
         ),
-        "x is counted once for each adapter. gate and up read one storage, which is saved once.": (
+        "x is counted once for each adapter. gate and up read one tensor, which is stored once.": (
             lambda d, m, r, targets: (
                 d * len({"gate", "up"} & targets) + 3 * m + m * ("down" in targets) + r * len(targets)
             )
@@ -165,7 +165,7 @@ def _by_formula(
         "m values are missing. silu's own backward pass needs its input, and the product needs both factors.": (
             _by_formula(silu=2)
         ),
-        "The activations inside are missing. silu and the product of two activations save what they multiply.": (
+        "The activations inside are missing. silu and the product of two activations store what they multiply.": (
             _by_formula(silu=0)
         ),
         "The outputs of A are missing. B's gradient needs them: r values for each adapter.": _by_formula(narrow=False),
@@ -173,14 +173,14 @@ def _by_formula(
             _by_formula(product=True)
         ),
         "down's input is missing where down has an adapter. Its A reads it.": _by_formula(product=False),
-        "The weights are counted. They are in memory in any case, and autograd saves no copy of them.": (
+        "The weights are counted. They are in memory in any case, and autograd stores no copy of them.": (
             lambda d, m, r, targets: _by_formula()(d, m, r, targets) + 3 * d * m,
             lambda d, m, r, targets: _by_formula()(d, m, r, targets) + r * (d + m) * len(targets),
         ),
     },
     hints=[
         "Ask of each operation: which values does its gradient need? A frozen matrix needs its weight alone.",
-        "silu saves its input, a product of two activations saves both, A's gradient needs A's input, B's needs A x.",
+        "silu stores its input, a product of two activations stores both, A's gradient needs A's input, B's needs A x.",
         "gate, silu(gate) and up have m values each. Add d once if gate or up has an adapter, and so on for down.",
     ],
     minutes=12,
@@ -197,10 +197,17 @@ def saved_values(d, m, r, targets):
 
 
 def budget_and_costs(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A budget in GiB, static bytes, and bytes for each token; one time in four the static bytes do not fit."""
-    budget_gib = int(rng.integers(4, 25))
-    share = rng.uniform(1.1, 1.5) if rng.random() < 0.25 else rng.uniform(0.2, 0.8)
-    return budget_gib, int(share * budget_gib * 2**30), int(rng.integers(10**5, 10**7))
+    """A budget in GiB, static bytes, and bytes for each token.
+
+    One time in four the static bytes do not fit, and another one in four a whole number of tokens fits exactly.
+    """
+    budget_gib, per_token = int(rng.integers(4, 25)), int(rng.integers(10**5, 10**7))
+    kind = rng.integers(4)
+    share = rng.uniform(1.1, 1.5) if kind == 0 else rng.uniform(0.2, 0.8)
+    static = int(share * budget_gib * 2**30)
+    if kind == 1:
+        static += (budget_gib * 2**30 - static) % per_token
+    return budget_gib, static, per_token
 
 
 @exercise(
@@ -210,16 +217,19 @@ def budget_and_costs(rng: np.random.Generator) -> tuple[int, int, int]:
         "A GiB is too small. It has 2**30 bytes, not 10**9.": (
             lambda budget_gib, static, per_token: max(0, (budget_gib * 10**9 - static) // per_token)
         ),
-        "The static memory is left out. Weights, gradients and AdamW's state come first.": (
+        "The static bytes are left out. Weights and AdamW's state come first.": (
             lambda budget_gib, static, per_token: budget_gib * 2**30 // per_token
         ),
         "There is one token too many. Round down, because a part of a token does not fit.": (
             lambda budget_gib, static, per_token: max(0, -(-(budget_gib * 2**30 - static) // per_token)),
         ),
+        "There is one token too few where a step needs exactly the budget. It fits then.": (
+            lambda budget_gib, static, per_token: max(0, (budget_gib * 2**30 - static - 1) // per_token)
+        ),
         "The result is not a whole number of tokens. Round it down.": (
             lambda budget_gib, static, per_token: max(0, (budget_gib * 2**30 - static) / per_token)
         ),
-        "The result is negative where the static memory does not fit. Then no token fits, so return 0.": (
+        "The result is negative where the static bytes do not fit. Then no token fits, so return 0.": (
             lambda budget_gib, static, per_token: (budget_gib * 2**30 - static) // per_token
         ),
     },

@@ -94,7 +94,7 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
         "The adapters' forward pass is missing. They multiply three times in a step, not twice.": (
             lambda M, E, per_rank: (M + E) // (2 * per_rank)
         ),
-        "At this rank LoRA already multiplies more. Round down.": (
+        "At this rank LoRA already needs more multiplications. Round down.": (
             lambda M, E, per_rank: -(-(M + E) // (3 * per_rank))
         ),
         "A rank is a whole number. Round down.": lambda M, E, per_rank: (M + E) / (3 * per_rank),
@@ -106,10 +106,10 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
     ],
     minutes=6,
     difficulty=2,
-    praise="Far below this rank LoRA multiplies about a third less, and above it more than full fine-tuning.",
+    praise="Far below this rank LoRA needs about a third fewer FLOPs, and above it more than full fine-tuning.",
 )
 def break_even(M, E, per_rank):
-    """At the result LoRA multiplies no more than full fine-tuning, and at the next rank it does."""
+    """At the result LoRA needs no more multiplications than full fine-tuning, and at the next rank it does."""
     return (M + E) // (3 * per_rank)
 
 
@@ -126,7 +126,7 @@ class Device:
         seconds: of one step, by its name, such as {"full": 0.2, "LoRA": 0.14}.
         rng: draws the jitter of 0.1 %, and where interruptions fall.
         first: seconds that the first step of each name takes in addition, because its kernels are chosen then.
-        drift: by how much each step is slower than the one before, as the device warms up; a share of ``seconds``.
+        drift: by how much each step is slower than the one before, as the device heats up; a share of ``seconds``.
         interruption: how many times as long one step in twelve takes, because another program runs.
     """
 
@@ -167,6 +167,14 @@ class Device:
     def synchronize(self) -> None:
         """Wait until every step that was launched is done."""
         self._now = max(self._now, self._free)
+
+
+def _ratio_of_medians(device: Device) -> float:
+    """Each median is taken at a moment of its own, and one interruption shifts one of them."""
+    times: dict[str, list[float]] = {"full": [], "LoRA": []}
+    for step in ("full", "LoRA") * 10:
+        times[step].append(_timed(device, step))
+    return median(times["LoRA"][1:]) / median(times["full"][1:])
 
 
 def _timed(device: Device, step: str, wait: bool = True) -> float:
@@ -265,8 +273,8 @@ def _is_not_upside_down(answer: Callable[[Device], Any], rng: np.random.Generato
         ),
         Probe(
             _on(first=4.0, drift=0.01, interruption=8.0),
-            "Interruptions moved your result. Divide within each round, and take the median of these ratios.",
-            (_ratio(middle=mean), _ratio(("full", "LoRA"))),
+            "Interruptions and drift moved your result. Divide within each round, and take the median of these ratios.",
+            (_ratio(middle=mean), _ratio(("full", "LoRA")), _ratio_of_medians),
         ),
     ],
     hints=[
@@ -276,7 +284,7 @@ def _is_not_upside_down(answer: Callable[[Device], Any], rng: np.random.Generato
     ],
     minutes=15,
     difficulty=3,
-    draws=16,
+    draws=20,
     praise="Asynchronous launches, slow first steps, drift and interruptions: your stopwatch survives all four.",
 )
 def fair_ratio(device):
