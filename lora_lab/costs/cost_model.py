@@ -4,9 +4,9 @@
 
 The operations of a step are rehearsed on fake tensors, and each kind of operation is timed on this machine.
 
-LoRA skips the weight gradients of the frozen layers, so that it needs fewer FLOPs than full fine-tuning: but never less
-than two thirds, unless only the last blocks have adapters. It adds small matrix multiplications and passes over memory,
-whose time does not show in FLOPs. Which of the two weighs more depends on the machine and on the tokens in a step.
+LoRA skips the weight gradients of the frozen layers, so that it needs fewer FLOPs than full fine-tuning: with adapters
+in all blocks of a deep model, at least about two thirds of them. It adds small matrix multiplications and passes over
+memory, whose time does not show in FLOPs. Which of the two weighs more depends on the machine and on the tokens in a step.
 """
 
 from __future__ import annotations
