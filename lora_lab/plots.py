@@ -716,8 +716,8 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
 def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
     """How each method's validation loss falls while its off-domain loss rises, from the start: mean over seeds.
 
-    A star shows the start, a filled marker where early stopping stops (the mean of its steps), and a hollow one the
-    last step.
+    A star shows the start and a hollow marker the last step. A filled marker shows where early stopping stops: the mean
+    of the trials, each at its own best step, so that it may lie beside the path.
 
     Args:
         frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size of the training set.
@@ -732,8 +732,7 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
         forgotten = mean.off_domain_loss - mean.off_domain_loss.iloc[0]
         ax.plot(0, mean.validation_loss.iloc[0], marker="*", markersize=12, color="#000000", zorder=3)
         ax.plot(forgotten, mean.validation_loss, linewidth=1.2, **{**style, "marker": None})
-        stop = int(np.abs(mean.index - trials.best_step.mean()).argmin())
-        ax.plot(forgotten.iloc[stop], mean.validation_loss.iloc[stop], label=setup, **style)
+        ax.plot(trials.forgotten.mean(), trials.best_loss.mean(), label=setup, **style)
         ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **style)
     ax.set_xlabel("rise of the off-domain loss (forgetting)")
     ax.set_ylabel("validation loss (learning)")
@@ -766,14 +765,14 @@ def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
 
     Args:
         means: columns ``setup``, ``decay``; ``moved`` and ``size``, the norm of the change of the weights and of the
-            weights themselves, each over the norm at the start; ``new_loss`` and ``old_loss`` on the new and the old
-            task; ``old_right``, the share of right answers on the old task.
+            weights themselves, each over the norm at the start; ``new_loss`` on the new task; ``old_scaled``, the
+            loss on the old task after temperature scaling; ``old_right``, the share of right answers on the old task.
         unit: of the losses.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.2))
     panels = [
         ("norm / norm at the start", {"size": "size of the weights", "moved": "distance from the start"}),
-        (f"loss ({unit})", {"new_loss": "new task, lowest", "old_loss": "old task, at the end"}),
+        (f"loss ({unit})", {"new_loss": "new task, lowest", "old_scaled": "old task, scaled, at the end"}),
         ("share of right answers", {"old_right": "old task, at the end"}),
     ]
     decays = sorted(means.decay.unique())

@@ -589,7 +589,7 @@ WALKS = pandas.concat(
 )
 BEST = pandas.DataFrame(
     {"setup": ["LoRA", "LoRA", "full", "full"], "lr": [1e-2, 1e-2, 1e-3, 1e-3], "seed": [0, 1] * 2}
-    | {"best_step": [20, 30, 10, 14]}
+    | {"best_loss": [1.0, 1.0, 1.0, 2.0], "forgotten": [1.0, 2.0, 1.0, 4.0]}
 )
 
 
@@ -619,18 +619,13 @@ def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_on
     marks = [line for line in points_of if line not in starts]
     filled = [line for line in marks if line.get_fillstyle() == "full"]
     hollow = [line for line in marks if line.get_fillstyle() == "none"]
-    # The mean of 20 and 30 is as near to one evaluation as to the other, and that of 10 and 14 nearest to 10.
-    assert points(filled[0])[0] in [(1.0, 2.0), (2.5, 1.5)]
-    assert points(filled[1]) == [(2.0, 2.0)]
+    # The means of the trials at their own best steps, which are no points of the paths.
+    assert [points(line) for line in filled] == [[(1.5, 1.0)], [(2.5, 1.5)]]
     assert [points(line) for line in hollow] == [[(2.5, 1.5)], [(7.0, 4.0)]]
     assert len(marks) == 4
     for one, other in zip(filled, hollow, strict=True):
         assert (one.get_marker(), one.get_color()) == (other.get_marker(), other.get_color())
     assert filled[0].get_marker() != filled[1].get_marker()
-    later = plots.paths(WALKS, BEST.assign(best_step=[20, 20, 10, 30]))
-    one_point = [line for line in later.get_lines() if len(line.get_xdata()) == 1 and line.get_marker() != "*"]
-    found = [line for line in one_point if line.get_fillstyle() == "full"]
-    assert [points(line) for line in found] == [[(1.0, 2.0)], [(4.0, 2.0)]]
 
 
 def test_paths_are_named_in_one_order_and_drawn_on_the_axes_they_are_given():
@@ -857,7 +852,7 @@ def test_validation_losses_are_compared_at_equal_training_loss_beside_the_curves
 
 def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
     rows = [
-        {"setup": setup, "decay": decay, "moved": 1.0 + i, "size": 2.0 + i, "new_loss": 3.0 + i, "old_loss": 4.0 + i}
+        {"setup": setup, "decay": decay, "moved": 1.0 + i, "size": 2.0 + i, "new_loss": 3.0 + i, "old_scaled": 4.0 + i}
         | {"old_right": 0.5 / (i + 1)}
         for i, (setup, decay) in enumerate([("full", 10), ("full", 0), ("LoRA r=8", 0), ("LoRA r=8", 10)])
     ]
@@ -870,7 +865,7 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
     assert [tick.get_text() for tick in weights.get_xticklabels()] == ["0", "10"]
     assert by_label(weights)["full: size of the weights"].get_ydata().tolist() == [3.0, 2.0]
     assert by_label(weights)["LoRA r=8: distance from the start"].get_ydata().tolist() == [3.0, 4.0]
-    assert by_label(losses)["full: old task, at the end"].get_ydata().tolist() == [5.0, 4.0]
+    assert by_label(losses)["full: old task, scaled, at the end"].get_ydata().tolist() == [5.0, 4.0]
     assert by_label(losses)["LoRA r=8: new task, lowest"].get_ydata().tolist() == [5.0, 6.0]
     assert by_label(right)["LoRA r=8: old task, at the end"].get_ydata().tolist() == [0.5 / 3, 0.125]
     assert right.get_ylim()[0] == 0

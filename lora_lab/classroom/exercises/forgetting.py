@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lora_lab.ablation.overfitting import interpolate_at
 from lora_lab.classroom.exercise import exercises_of
 
 exercise = exercises_of("08_forgetting")
@@ -86,7 +87,7 @@ def _by_accuracy(logits, labels, judged, judged_labels, temperatures):
     ],
     minutes=10,
     difficulty=2,
-    praise="Dividing changes no answer, so what is left of the loss is not a matter of confidence.",
+    praise="Dividing changes no answer. What is left cannot be mended by making all answers less sure by one factor.",
     draws=10,
 )
 def temperature(logits, labels, judged, judged_labels, temperatures):
@@ -114,8 +115,12 @@ def _learned(run):
     return run["validation"][0] - run["validation"]
 
 
-def _rise(run, place):
-    return run["off_domain"][place] - run["off_domain"][0]
+def _lost(run):
+    return run["off_domain"] - run["off_domain"][0]
+
+
+def _at(run, amount):
+    return interpolate_at(_learned(run), _lost(run), amount)
 
 
 def _first(run, amount):
@@ -128,17 +133,35 @@ def _amount(full, lora, share):
 
 def _same_step(full, lora, share):
     place = max(_first(run, _amount(full, lora, share)) for run in (full, lora))
-    return _rise(full, place), _rise(lora, place)
+    return _lost(full)[place], _lost(lora)[place]
+
+
+def _first_evaluation(full, lora, share):
+    return tuple(_lost(run)[_first(run, _amount(full, lora, share))] for run in (full, lora))
+
+
+def _evaluation_before(full, lora, share):
+    return tuple(_lost(run)[_first(run, _amount(full, lora, share)) - 1] for run in (full, lora))
+
+
+def _nearest_evaluation(full, lora, share):
+    amount = _amount(full, lora, share)
+    return tuple(_lost(run)[np.abs(_learned(run) - amount).argmin()] for run in (full, lora))
 
 
 def _more_than_one_learned(full, lora, share):
     amount = max(_learned(full).max(), _learned(lora).max())
-    return tuple(_rise(run, _first(run, amount)) for run in (full, lora))
+    return tuple(_lost(run)[_first(run, amount)] for run in (full, lora))
 
 
 def _after_the_minimum(full, lora, share):
     amount = _amount(full, lora, share)
-    return tuple(_rise(run, np.flatnonzero(_learned(run) >= amount)[-1]) for run in (full, lora))
+    return tuple(_lost(run)[np.flatnonzero(_learned(run) >= amount)[-1]] for run in (full, lora))
+
+
+def _learned_at_last(full, lora, share):
+    amount = share * min(_learned(full)[-1], _learned(lora)[-1])
+    return _at(full, amount), _at(lora, amount)
 
 
 @exercise(
@@ -146,42 +169,51 @@ def _after_the_minimum(full, lora, share):
     inputs=two_runs,
     mistakes={
         "Each is read at its own best. The one that learned less has forgotten less, which proves nothing.": (
-            lambda full, lora, share: tuple(_rise(run, _learned(run).argmax()) for run in (full, lora))
+            lambda full, lora, share: tuple(_lost(run)[_learned(run).argmax()] for run in (full, lora))
         ),
         "Each is read at its last step. They have not learned the same amount there.": (
-            lambda full, lora, share: (_rise(full, -1), _rise(lora, -1))
+            lambda full, lora, share: (_lost(full)[-1], _lost(lora)[-1])
         ),
         "Both are read at the same step. Equal steps are not equal learning.": (
             _same_step,
             lambda full, lora, share: tuple(
-                _rise(run, _first(full, _amount(full, lora, share))) for run in (full, lora)
+                _lost(run)[_first(full, _amount(full, lora, share))] for run in (full, lora)
             ),
         ),
+        "This is read at an evaluation, where more or less is learned. Follow the straight line to the amount.": (
+            _first_evaluation,
+            _evaluation_before,
+            _nearest_evaluation,
+        ),
+        "The amount is what a run has learned at the last step. Take what it has learned at its best.": (
+            _learned_at_last
+        ),
         "Each has its own amount. Take a share of the smaller of the two amounts for both.": (
-            lambda full, lora, share: tuple(
-                _rise(run, _first(run, share * _learned(run).max())) for run in (full, lora)
-            )
+            lambda full, lora, share: tuple(_at(run, share * _learned(run).max()) for run in (full, lora))
         ),
         "One of them never learned that much. Take the smaller of the two amounts.": (
             _more_than_one_learned,
             lambda full, lora, share: tuple(
-                _rise(run, _first(run, share * max(_learned(full).max(), _learned(lora).max()))) for run in (full, lora)
+                _lost(run)[_first(run, share * max(_learned(full).max(), _learned(lora).max()))] for run in (full, lora)
             ),
         ),
-        "The whole amount is used. Multiply it by the share, where both curves are still steep.": (
-            lambda full, lora, share: tuple(_rise(run, _first(run, _amount(full, lora, 1))) for run in (full, lora))
+        "The whole amount is used. Multiply it by the share.": (
+            lambda full, lora, share: tuple(_at(run, _amount(full, lora, 1)) for run in (full, lora))
         ),
-        "This is read after the minimum. Take the first evaluation at which the amount is learned.": _after_the_minimum,
+        "This is read after the minimum. Take the place at which the amount is first learned.": _after_the_minimum,
         "These are losses. Forgetting is how far the off-domain loss has risen since the start.": (
             lambda full, lora, share: tuple(
-                run["off_domain"][_first(run, _amount(full, lora, share))] for run in (full, lora)
+                interpolate_at(_learned(run), run["off_domain"], _amount(full, lora, share)) for run in (full, lora)
             )
+        ),
+        "The two numbers are in the other order. Return that of full first.": (
+            lambda full, lora, share: (_at(lora, _amount(full, lora, share)), _at(full, _amount(full, lora, share)))
         ),
     },
     hints=[
         'What a run has learned at each evaluation is run["validation"][0] - run["validation"].',
-        "The amount is share times the smaller of the two largest values of that.",
-        "(learned >= amount).argmax() is the first evaluation that reaches it; read the rise of off_domain there.",
+        "The amount is share times the smaller of the two largest values of that, for both runs.",
+        'What a run has lost at each evaluation is run["off_domain"] - run["off_domain"][0]; read it at the amount.',
     ],
     minutes=12,
     difficulty=2,
@@ -191,7 +223,6 @@ def _after_the_minimum(full, lora, share):
 def equal_learning(full, lora, share):
     """The results are how much each has forgotten where it first learned a share of what the weaker one learned."""
     learned = [run["validation"][0] - run["validation"] for run in (full, lora)]
+    lost = [run["off_domain"] - run["off_domain"][0] for run in (full, lora)]
     amount = share * min(each.max() for each in learned)
-    places = [(each >= amount).argmax() for each in learned]
-    rises = [run["off_domain"][place] - run["off_domain"][0] for run, place in zip((full, lora), places, strict=True)]
-    return rises[0], rises[1]
+    return interpolate_at(learned[0], lost[0], amount), interpolate_at(learned[1], lost[1], amount)

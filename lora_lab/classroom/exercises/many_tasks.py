@@ -82,7 +82,7 @@ def _seed_repeats(split: Split, rng: np.random.Generator) -> bool:
 
 
 def _order_of_rows_is_free(split: Split, rng: np.random.Generator) -> bool:
-    groups, (seed, _) = _groups(rng, 30), _seeds(rng)
+    groups, (seed, _) = _groups(rng, 70), _seeds(rng)  # so many that the order of a set depends on that of its rows
     other = [str(name) for name in rng.permutation(groups)]
     return _parts_of_groups(split, groups, seed) == _parts_of_groups(split, other, seed)
 
@@ -184,7 +184,10 @@ def _names_of_groups(groups, seed):
         Probe(
             _order_of_rows_is_free,
             "The same texts in another order are split differently. Sort the groups before you shuffle.",
-            (lambda groups, seed: _cut(groups, _shuffled(list(dict.fromkeys(groups)), seed)),),
+            (
+                lambda groups, seed: _cut(groups, _shuffled(list(dict.fromkeys(groups)), seed)),
+                lambda groups, seed: _cut(groups, _shuffled(list(set(groups)), seed)),
+            ),
         ),
     ],
     hints=[
@@ -418,7 +421,7 @@ def _answered(answer: Callable[[str], str], rng: np.random.Generator) -> tuple[l
 
 
 def _gain(answer: Callable[[str], str], rng: np.random.Generator) -> float:
-    """The chrF of the answers minus that of the English names in small letters."""
+    """The chrF of the answers minus that of the English names in lower case."""
     english, french, answers = _answered(answer, rng)
     small = translation([name.lower() for name in english], french)
     return translation(answers, french)["chrf"] - small["chrf"]
@@ -437,7 +440,7 @@ def _answers_differ(answer: Callable[[str], str], rng: np.random.Generator) -> b
     return len(set(_answered(answer, rng)[2])) > 50
 
 
-def _capitals_are_small(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
+def _case_is_lower(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
     answers = "".join(_answered(answer, rng)[2])
     return answers == answers.lower() or _gain(answer, rng) > -3
 
@@ -465,13 +468,13 @@ def _score_is_beaten(answer: Callable[[str], str], rng: np.random.Generator) -> 
             (lambda name: "franc français", lambda name: name[:1]),
         ),
         Probe(
-            _capitals_are_small,
-            "French writes languages and currencies in small letters, and chrF counts capitals. Change the case.",
+            _case_is_lower,
+            "French writes languages and currencies in lower case, and chrF counts capitals. Change the case.",
             (lambda name: name, lambda name: name.upper()),
         ),
         Probe(
             _score_is_beaten,
-            "This scores about as much as the English name in small letters. Look at endings and at word order.",
+            "This scores about as much as the English name in lower case. Look at endings and at word order.",
             (lambda name: name.lower(), lambda name: name.lower().replace("y", "i")),
         ),
     ],
@@ -486,6 +489,6 @@ def _score_is_beaten(answer: Callable[[str], str], rng: np.random.Generator) -> 
     draws=2,
 )
 def guess_french(name):
-    """The chrF of the answers is above that of the English names in small letters, by more than a point."""
+    """The chrF of the answers is above that of the English names in lower case, by more than a point."""
     words = name.lower().replace("ian", "ien").replace("islands", "îles").split()
     return " ".join(reversed(words)) if len(words) == 2 else " ".join(words)
