@@ -878,7 +878,8 @@ def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
     right.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
     right.set_ylim(0, max(1.0, 1.5 * means.overfit.max()))
     right.axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
-    right.text(rates[0], 0.0105, "logarithmic above, linear below", color="#666666", fontsize="x-small", va="bottom")
+    note = "logarithmic above the dotted line, linear below"
+    right.text(0.03, 0.94, note, transform=right.transAxes, color="#666666", fontsize="x-small")
     _legend_beside(right)
     return figure
 

@@ -113,12 +113,12 @@ def first_that_is_enough(table: Any, margin: float) -> int | None:
 
 def down_from_the_largest(table: Any, margin: float) -> int | None:
     """The last before a rank that is not shown to be enough, from the largest down."""
-    found = None
+    smallest = None
     for rank in sorted(table, reverse=True):
         if table[rank][1] >= margin:
             break
-        found = rank
-    return found
+        smallest = rank
+    return smallest
 
 
 @exercise(
