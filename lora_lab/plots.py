@@ -540,6 +540,7 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color="#000000", linewidth=0.8)
     ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:.3g}")
     ticks = [rank.rank for rank in verdict.ranks]
+    ax.plot(ticks[-1], 0, "D", color="#000000", label="reference")
     _rank_axis(ax, ticks)
     ax.set_ylabel(f"test loss above that of rank {ticks[-1]}")
     seeds = len(verdict.seeds)
@@ -896,7 +897,10 @@ def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
     right.set(ylabel=f"rise after the lowest ({unit})")
     right.set_yscale("symlog", linthresh=0.01)
     right.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, max(1.0, 1.5 * means.overfit.max()))
+    right.axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
+    note = "logarithmic above the dotted line, linear below"
+    right.text(0.03, 0.94, note, transform=right.transAxes, color="#666666", fontsize="x-small")
     _legend_beside(right)
     return figure
 

@@ -796,6 +796,8 @@ def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
     assert points(by_label(left)["full"]) == [(1e-3, 1.0), (1e-2, 0.5)]
     assert points(by_label(right)["full"]) == [(1e-3, 1.0), (1e-2, 4.0)]
     assert points(by_label(right)["LoRA r=8"]) == [(1e-3, 0.0), (1e-2, 2.5)]
+    assert right.get_ylim() == (0, 6.0)  # the highest point is inside
+    assert "linear below" in right.texts[0].get_text()
     assert sorted(legend(right)) == ["LoRA r=1", "LoRA r=8", "full"]
 
 

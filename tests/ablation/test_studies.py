@@ -195,5 +195,7 @@ def test_the_pictures_of_an_ablation(tmp_path):
     (bars,) = picture.containers
     assert bars.lines[0].get_ydata().tolist() == pytest.approx([judged.difference])
     assert bars.get_label() == judged.status
+    (reference,) = (line for line in picture.get_lines() if line.get_label() == "reference")
+    assert (list(reference.get_xdata()), list(reference.get_ydata())) == ([2], [0])
     assert f"margin {verdict.margin:g}" in [text.get_text() for text in picture.get_legend().get_texts()]
     assert [tick.get_text() for tick in picture.get_xticklabels()] == ["1", "2"]

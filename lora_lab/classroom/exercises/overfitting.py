@@ -9,20 +9,25 @@ from lora_lab.classroom.exercise import exercises_of
 exercise = exercises_of("07_overfitting")
 
 # The lesson's own sweep, 64 examples, mean of three seeds: the lowest validation loss, and the rise after it.
-SWEPT_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+SWEPT_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # one step higher than there: messages print three decimals
 LOWEST = {"full": (0.74, 0.69, 0.69, 0.83, 0.80), "lora": (1.10, 0.76, 0.77, 0.82, 0.97)}
 RISE = {"full": (0.01, 0.02, 0.12, 0.52, 2.70), "lora": (0.01, 0.02, 0.13, 0.33, 0.97)}
 
 
 def training_run(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, training losses and validation losses: the former fall almost to the end, the latter turn."""
+    """Steps, training losses and validation losses: the former fall almost to the end, the latter turn.
+
+    Before they turn the validation losses rise once and fall again, and the last of them is not the highest.
+    """
     count = int(rng.integers(9, 13))
     steps = int(rng.choice([5, 10, 20])) * np.arange(1, count + 1)
     training = 2.5 * np.exp(-rng.uniform(0.3, 0.5) * np.arange(count)) + 0.1
     training[-1] = training[-2] + 0.05  # so that the last step is not the lowest either
-    turn = int(rng.integers(2, count - 3))
+    turn = int(rng.integers(3, count - 3))
     distance = np.arange(count) - turn
     validation = 0.8 + np.where(distance < 0, 0.4, 0.1) * np.abs(distance) + rng.uniform(0, 0.03, count)
+    validation[int(rng.integers(1, turn))] += 0.8
+    validation[int(rng.integers(turn + 1, count - 1))] += 0.9
     return steps, training, validation
 
 
@@ -31,6 +36,11 @@ def _read(steps, training, validation, place=None, rise=None, gap=None):
     place = validation.argmin() if place is None else place
     rise = validation[-1] - validation.min() if rise is None else rise
     return steps[place], rise, validation[-1] - training[-1] if gap is None else gap
+
+
+def _at_the_first_rise(steps, training, validation):
+    place = int(np.argmax(np.diff(validation) > 0))
+    return _read(steps, training, validation, place, validation[-1] - validation[place])
 
 
 @exercise(
@@ -59,6 +69,14 @@ def _read(steps, training, validation, place=None, rise=None, gap=None):
         ),
         "The rise is counted from the start. Overfitting counts from the lowest validation loss.": (
             lambda steps, training, validation: _read(steps, training, validation, rise=validation[-1] - validation[0])
+        ),
+        "The rise is counted to the highest loss after the lowest. It is asked for at the last step.": (
+            lambda steps, training, validation: _read(
+                steps, training, validation, rise=validation[validation.argmin() :].max() - validation.min()
+            )
+        ),
+        "You stopped where the validation loss first rises. It falls again later: take its lowest value.": (
+            _at_the_first_rise
         ),
         "The rise has the wrong sign. It is the last validation loss minus the lowest.": (
             lambda steps, training, validation: _read(
@@ -209,6 +227,9 @@ def _lowest_compared(full, lora, choosing, judging):
             lambda full, lora, choosing, judging: _fair(full, lora, judging, judging),
             lambda full, lora, choosing, judging: _fair(full, lora, [*choosing, *judging], judging),
         ),
+        "The rises of all seeds are averaged. Those that chose the rates take no part in judging them.": (
+            lambda full, lora, choosing, judging: _fair(full, lora, choosing, [*choosing, *judging])
+        ),
         "Each seed has its own best rate, which is cherry-picking. One rate for all seeds of a method.": (
             _best_rate_for_each_seed
         ),
@@ -227,7 +248,7 @@ def _lowest_compared(full, lora, choosing, judging):
         'full["rise"][best, judging].mean() is what full fine-tuning did on seeds that did not choose.',
     ],
     minutes=10,
-    difficulty=3,
+    difficulty=2,
     praise="What chose does not judge: this rule alone would retract many a headline.",
     draws=24,
 )

@@ -51,8 +51,12 @@ def bound(mean: Any, sd: Any, n: int) -> float:
         "The standard deviation divides by n. With an estimated mean it divides by n - 1: ddof=1.": (
             lambda a, b: bound(np.mean(a - b), np.std(a - b), len(a))
         ),
-        "The seeds are paired. Take the differences seed by seed first, and then their spread.": (
-            lambda a, b: bound(np.mean(a - b), math.sqrt(np.var(a, ddof=1) + np.var(b, ddof=1)), len(a))
+        "The spreads of a and b were taken separately. The seeds pair them: take the differences first.": (
+            lambda a, b: bound(np.mean(a - b), math.sqrt(np.var(a, ddof=1) + np.var(b, ddof=1)), len(a)),
+            lambda a, b: float(
+                np.mean(a - b)
+                + t.ppf(0.95, 2 * len(a) - 2) * math.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / len(a))
+            ),
         ),
         "This is the mean difference alone. The upper bound adds t times sd / sqrt(n).": (
             lambda a, b: float(np.mean(a - b))
@@ -80,9 +84,10 @@ def upper_bound(a, b):
 
 
 def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, float]], float]:
-    """rank -> (mean, upper bound) of its loss above the largest rank's; and the margin.
+    """rank -> (mean, upper bound) of its loss above the largest rank's, ranks in any order; and the margin.
 
-    The mean of one rank is below the margin and its bound above it; sometimes no rank is enough.
+    The mean of one rank is below the margin and its bound above it. Sometimes no rank is enough, and sometimes a rank
+    above the smallest that is enough is not shown to be.
     """
     margin = float(rng.choice([0.01, 0.02, 0.05]))
     lucky = float(rng.uniform(0.2, 0.8))
@@ -90,11 +95,30 @@ def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, f
         1: (4 * margin, 5 * margin),
         2: (lucky * margin, (1 + lucky) * margin),
         4: (0.3 * margin, 0.8 * margin),
-        8: (0.1 * margin, 0.4 * margin),
+        8: (0.25 * margin, 0.7 * margin),
+        16: (0.1 * margin, 0.4 * margin),
     }
-    if rng.random() < 0.4:  # none is enough
-        table |= {4: (0.9 * margin, 1.2 * margin), 8: (0.6 * margin, 1.1 * margin)}
-    return table, margin
+    case = rng.random()
+    if case < 0.35:  # none is enough
+        table |= {4: (0.9 * margin, 1.2 * margin), 8: (0.7 * margin, 1.3 * margin), 16: (0.6 * margin, 1.1 * margin)}
+    elif case < 0.7:  # a rank between two that are enough is open
+        table |= {8: (0.35 * margin, 1.2 * margin)}
+    return {int(rank): table[int(rank)] for rank in rng.permutation(list(table))}, margin
+
+
+def first_that_is_enough(table: Any, margin: float) -> int | None:
+    """The first in the order of the table."""
+    return next((rank for rank, (_, upper) in table.items() if upper < margin), None)
+
+
+def down_from_the_largest(table: Any, margin: float) -> int | None:
+    """The last before a rank that is not shown to be enough, from the largest down."""
+    smallest = None
+    for rank in sorted(table, reverse=True):
+        if table[rank][1] >= margin:
+            break
+        smallest = rank
+    return smallest
 
 
 @exercise(
@@ -115,19 +139,25 @@ def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, f
         "This is the rank with the lowest loss. It need not win: it must lose less than the margin.": (
             lambda table, margin: min(table, key=lambda rank: table[rank][0])
         ),
+        "This is the first in the table that is enough. The ranks come in any order: take the smallest.": (
+            first_that_is_enough
+        ),
+        "From the largest rank down you stopped at one that is open. A smaller rank may still be enough.": (
+            down_from_the_largest
+        ),
         "The comparison has the other direction. A rank is enough if its bound is below the margin.": (
             lambda table, margin: min((rank for rank, (_, upper) in table.items() if upper > margin), default=None)
         ),
     },
     hints=[
-        "Go through the ranks from the smallest to the largest, and stop at the first that is enough.",
+        "Go through sorted(table), from the smallest rank to the largest, and stop at the first that is enough.",
         "A rank is enough if its upper bound, the second of the two numbers, is below the margin.",
         "min(..., default=None) answers None for an empty sequence.",
     ],
     minutes=10,
     difficulty=2,
     praise="Your rule can say that it does not know, which is what most rank sweeps in papers cannot.",
-    draws=36,
+    draws=40,
 )
 def smallest_enough(table, margin):
     """The result is the smallest rank whose upper bound is below the margin, or None if there is none."""
@@ -135,13 +165,18 @@ def smallest_enough(table, margin):
 
 
 def spread_and_margin(rng: np.random.Generator) -> tuple[float, float]:
-    """The standard deviation of a paired difference, and a margin, that need between 4 and about 60 seeds."""
+    """The standard deviation of a paired difference, and a margin, that need between 8 and about 80 seeds."""
     margin = float(rng.uniform(0.01, 0.05))
-    return float(margin * rng.uniform(1.0, 4.5)), margin
+    return float(margin * rng.uniform(1.0, 3.5)), margin
+
+
+def both(n: int, power: float = 0.8) -> float:
+    """The sum of the quantiles of Student's t that a bound of 95 % and a power need."""
+    return t_quantile(n) + float(t.ppf(power, n - 1))
 
 
 def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
-    """The smallest number of seeds at which the bound ``reach`` is below the margin."""
+    """The smallest number of seeds at which ``reach`` is below the margin."""
     return next(n for n in range(2, 10_000) if reach(n) < margin)
 
 
@@ -149,36 +184,47 @@ def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
     "seeds_needed",
     inputs=spread_and_margin,
     mistakes={
-        "The quantile is the normal distribution's, which asks for too few seeds where they are few.": (
-            lambda sd, margin: math.ceil((norm.ppf(0.95) * sd / margin) ** 2)
+        "The power is ignored. At this number only about half of all sweeps decide: add the quantile 0.80.": (
+            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / math.sqrt(n))
         ),
-        "The bound falls with the square root of n, not with n itself.": (
-            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / n)
+        "The quantiles are the normal distribution's, which asks for too few seeds where they are few.": (
+            lambda sd, margin: math.ceil(((norm.ppf(0.95) + norm.ppf(0.8)) * sd / margin) ** 2)
         ),
-        "The quantile changes with the number of seeds: n - 1 degrees of freedom, also while n grows.": (
-            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(10) * sd / math.sqrt(n))
+        "The spread of a mean falls with the square root of n, not with n itself.": (
+            lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / n)
         ),
-        "This number of seeds is one too few: at the result itself the bound must be below the margin.": (
-            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / math.sqrt(n)) - 1
+        "The quantiles change with the number of seeds: n - 1 degrees of freedom, also while n grows.": (
+            lambda sd, margin: seeds_until(margin, lambda n: both(10) * sd / math.sqrt(n))
+        ),
+        "The bound of the lesson is one-sided: its quantile is 0.95, not 0.975.": (
+            lambda sd, margin: seeds_until(
+                margin, lambda n: float(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1)) * sd / math.sqrt(n)
+            )
+        ),
+        "The quantile of the power is subtracted. A higher power takes more seeds.": (
+            lambda sd, margin: seeds_until(margin, lambda n: both(n, 0.2) * sd / math.sqrt(n))
+        ),
+        "This number of seeds is one too few: at the result itself the sum must be below the margin.": (
+            lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n)) - 1
         ),
         "This is one seed more than needed.": (
-            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / math.sqrt(n)) + 1
+            lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n)) + 1
         ),
     },
     hints=[
-        "If two ranks are equal, the mean difference is about zero, and the bound is t times sd / sqrt(n).",
-        "The quantile depends on n too, so try n = 2, 3, 4 and so on until the bound is below the margin.",
-        "t.ppf(0.95, n - 1) * sd / math.sqrt(n) is the bound for n seeds.",
+        "The two quantiles are t.ppf(0.95, n - 1) and t.ppf(0.8, n - 1).",
+        "The quantiles depend on n too, so try n = 2, 3, 4 and so on until the left side is below the margin.",
+        "(t.ppf(0.95, n - 1) + t.ppf(0.8, n - 1)) * sd / math.sqrt(n) is the left side for n seeds.",
     ],
     minutes=6,
     difficulty=2,
-    praise="Half the margin costs nearly four times the seeds, so choose the margin before you pay.",
-    draws=12,
+    praise="Half the margin costs up to four times the seeds, so choose the margin before you pay.",
+    draws=32,
 )
 def seeds_needed(sd, margin):
-    """The result is the smallest number of seeds at which the bound of two equal ranks is below the margin."""
+    """The result is the smallest number of seeds with which a sweep over two equal ranks has a power of about 80 %."""
     n = 2
-    while t.ppf(0.95, n - 1) * sd / math.sqrt(n) >= margin:
+    while (t.ppf(0.95, n - 1) + t.ppf(0.8, n - 1)) * sd / math.sqrt(n) >= margin:
         n += 1
     return n
 
