@@ -162,7 +162,7 @@ def _lora_first(rates, full, lora):
         "less = (rates[full.mean(axis=1).argmax()], rates[lora.mean(axis=1).argmin()]), and more the other two.",
     ],
     minutes=5,
-    difficulty=2,
+    difficulty=1,
     praise="One table, two opposite headlines, and no number was invented.",
     draws=28,
 )
