@@ -6,7 +6,8 @@ The operations of a step are rehearsed on fake tensors, and each kind of operati
 
 LoRA skips the weight gradients of the frozen layers, so that it needs fewer FLOPs than full fine-tuning: with adapters
 in all blocks of a deep model, at least about two thirds of them. It adds small matrix multiplications and passes over
-memory, whose time does not show in FLOPs. Which of the two weighs more depends on the machine and on the tokens in a step.
+memory, whose time does not show in FLOPs. Which of the two weighs more depends on the machine and on the tokens in a
+step.
 """
 
 from __future__ import annotations
