@@ -91,8 +91,9 @@ _SAME_METHOD = {
     "from scratch": "scratch",
     "random weights": "scratch",
     "noise": "chance",
-    "random labels": "as it is",  # trained like the others, with nothing to learn
+    "random labels": "as it is",  # controls: trained like the others, on labels with nothing to learn, or little
     "random targets": "as it is",
+    "base's labels": "as it is",
     "majority class": "chance",
     "adapter off": "as it is",
     "with the adapter": "lora",
@@ -1075,7 +1076,7 @@ def after_cuts(
 
 
 def intruders_by_size(table: DataFrame) -> Figure:
-    """The number of intruder dimensions against the size of the update, a panel a layer, a line a setup.
+    """Intruder dimensions against the size of the update, a panel a layer, a line (or one marker) a setup.
 
     Args:
         table: columns ``layer``, ``setup``, ``size`` (norm of the update / of the weight) and ``intruders``.
@@ -1085,7 +1086,8 @@ def intruders_by_size(table: DataFrame) -> Figure:
     styles = looks(list(table.setup.unique()))
     for ax, layer in zip(axes[0], layers, strict=True):
         for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
-            ax.plot(rows["size"], rows.intruders, label=setup, **styles[str(setup)])
+            style = styles[str(setup)] if len(rows) > 1 else {**styles[str(setup)], "linestyle": "none"}
+            ax.plot(rows["size"], rows.intruders, label=setup, **style)
         ax.set(title=layer, xscale="log", xlabel="size of the update / of the weight (norms)")
     axes[0, 0].set_ylabel("intruders among the 10 leading directions")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))

@@ -567,6 +567,7 @@ def test_intruders_have_a_panel_for_each_layer():
     assert (first.get_title(), second.get_title()) == ("first", "second")
     assert first.get_lines()[0].get_ydata().tolist() == [0, 4]
     assert [line.get_color() for line in second.get_lines()] == [plots.METHOD_COLOURS[m] for m in ("full", "chance")]
+    assert [line.get_linestyle() for line in (*first.get_lines(), *second.get_lines())] == ["-", "None", "None"]
 
 
 def walk(setup, lr, seed, validation, off_domain):
