@@ -7,8 +7,8 @@
 The statistics are those of :mod:`lora_lab.rank`. Each comes with its band for noise, in the columns
 ``<statistic>_low`` and ``<statistic>_high``, which holds 95 % of draws: a product of Gaussian factors of the same shape
 and rank for an adapter, a Gaussian matrix for a difference of two matrices. Where the norm matters, both have the norm
-of the update. Noise sets the scale and is no null for training: an update that learned nothing, from random labels
-through the same optimiser and data, lies below the band too.
+of the update. Noise sets the scale and is no null for training: an update that had nothing to learn, from labels
+drawn from the base's own predictions, lies below the band too (lesson 11).
 """
 
 from __future__ import annotations
