@@ -1201,8 +1201,8 @@ def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
     bubbles = [("you", prompt, "#555555"), *((who, text, styles[who]["color"]) for who, text in texts.items())]
     wrapped = [textwrap.wrap(text, columns) or [""] for _, text, _ in bubbles]
     heights = [len(lines) + 2.4 for lines in wrapped]  # in lines of text
-    # A character of this size and font is 0.0795 inches wide, and the axes fill the figure.
-    figure = plt.figure(figsize=(0.0795 * (columns + 9.5), 0.2 * sum(heights)), layout="none")
+    # A character of this size and font is 0.08 inches wide, a line 0.165 inches high, and the axes fill the figure.
+    figure = plt.figure(figsize=(0.081 * (columns + 9.5), 0.175 * sum(heights)), layout="none")
     ax = figure.add_axes((0, 0, 1, 1))
     top = 0.0
     for (who, _, colour), lines, height in zip(bubbles, wrapped, heights, strict=True):

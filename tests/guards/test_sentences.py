@@ -11,7 +11,6 @@ import re
 import pytest
 
 from lora_lab import records
-from lora_lab.ablation import overfitting as learning
 
 CPU = "intel-xeon-processor-2-cores"
 MIB = 2**20
@@ -204,17 +203,3 @@ def test_lesson_07_on_what_the_record_holds(lesson, overfitting):
         text, r"SmolLM2-135M on (\d+) or (\d+) chunks of Python's manual, (\d+) tokens each, for ten"
     )
     assert [[few, many], tokens, plan["epochs"], plan["seeds"]] == [plan["sizes"], plan["seq_len"], 10, 3]
-    rank_1, chunks, predicted = said(text, r"On SmolLM2 rank 1 has ([\d,]+), and (\d+) chunks hold (\d+) tokens")
-    rows = overfitting.frame()
-    assert {rank_1} == set(rows[rows.setup == "LoRA r=1"].trainable_parameters)
-    assert predicted == chunks * plan["seq_len"]
-    (examples,) = said(text, r"one model, one text and (\d+) validation chunks")
-    assert examples == plan["eval_examples"]
-
-
-def test_lesson_07_on_where_all_methods_meet(lesson, overfitting):
-    (loss,) = said(lesson("07_overfitting"), r"After epoch 9 all three are at (\d\.\d), and small differences")
-    rows = overfitting.frame().query("setup != 'last blocks' and n_train == 256")
-    chosen = learning.at_best_rate(learning.summarise_trials(rows))[["setup", "lr"]].drop_duplicates()
-    late = rows.merge(chosen).query("step == 9 * 32").groupby("setup").validation_loss.mean()
-    assert late.round(1).tolist() == [loss] * 3
