@@ -66,8 +66,9 @@ class LoRALayer(nn.Module):
         self.base, self.alpha = base, alpha
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
-        self.lora_A = nn.Parameter(A.to(self.base.weight.device))  # (4, 64)
-        self.lora_B = nn.Parameter(B.to(self.base.weight.device))  # (48, 4)
+        device = next(base.parameters()).device
+        self.lora_A = nn.Parameter(A.to(device))  # (4, 64)
+        self.lora_B = nn.Parameter(B.to(device))  # (48, 4)
         base.requires_grad_(False)  # last, so that an error above leaves the base unchanged
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,8 @@ class LoRALinear(LoRALayer):
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """A (rank, in), uniform, and B (out, rank), zero."""
-        A = uniform(rank, self.base.in_features, self.base.weight.dtype, generator)  # (4, 64)
+        dtype = getattr(self.base, "dtype", None) or self.base.weight.dtype  # a base in blocks need not be dequantised
+        A = uniform(rank, self.base.in_features, dtype, generator)  # (4, 64)
         return A, torch.zeros(self.base.out_features, rank, dtype=A.dtype)  # (48, 4)
 
     def forward(self, x: Tensor) -> Tensor:

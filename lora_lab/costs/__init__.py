@@ -3,6 +3,9 @@
 fake           models of fake tensors, and copies that share their weights
 setup          Setup: how a model is trained, as far as its cost depends on it
 trace          every operation of a step, with its phase and module
+bill           the bytes at a step's peak by part, and how they change in its course
+recording      which storages each operation of a step allocates, and when they are released
+repeated       rehearses a stack of identical blocks by a few of them
 memory         the memory bill: predict, measure, largest
 memory_report  which training setups fit on a card
 flops          the FLOPs of a step, by part of the model and pass
@@ -17,12 +20,15 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     [
+        "bill",
         "cost_model",
         "fake",
         "flops",
         "memory",
         "memory_report",
         "microbench",
+        "recording",
+        "repeated",
         "setup",
         "speed",
         "timing",

@@ -111,8 +111,7 @@ def fake_copy(
         device = torch.device("cpu")  # for torch "cpu:0" is another device, and no tensor is ever on it
     if device.type not in ("cpu", "meta"):
         pick_device(device)  # raises if it does not exist
-    if not isinstance(model, nn.Module):
-        model = _call_factory(model, "meta")
+    model = built_on_meta(model)
     # A model may hold tensors that are neither parameters nor buffers.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     converter: dict[int, Any] = {}
@@ -140,6 +139,8 @@ class _RealPositions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if any(isinstance(argument, FakeTensor) for argument in args):  # nearly always, and quickly found
+            return func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         any_fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if any_fake or not (inputs or func._overloadpacket is torch.ops.aten.arange):
@@ -171,6 +172,11 @@ def build_model(model: nn.Module | Factory, device: torch.device, dtype: torch.d
     """
     model = copy_sharing_weights(model) if isinstance(model, nn.Module) else _call_factory(model, device)
     return model if dtype is None else model.to(dtype)
+
+
+def built_on_meta(model: nn.Module | Factory) -> nn.Module:
+    """The module that is passed, or what a factory makes on torch's meta device, where nothing is allocated."""
+    return model if isinstance(model, nn.Module) else _call_factory(model, "meta")
 
 
 def _call_factory(factory: Factory, device: torch.device | str) -> nn.Module:

@@ -15,338 +15,57 @@ so that the two can disagree, and what the parts do not explain is shown as a pa
 from __future__ import annotations
 
 import gc
-import math
 import os
 import threading
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from lora_lab.costs.bill import GIB, MIB, PARTS, SAVED, STATIC, Bill, Difference, Moment, Part
 from lora_lab.costs.fake import (
     Factory,
     batch_for,
     build_model,
+    built_on_meta,
     device_of,
     fake_copy,
     on_each,
     storage_of,
     unshare_trainable,
 )
+from lora_lab.costs.recording import Recording, StorageLog, on_saved
+from lora_lab.costs.repeated import longest_run, record_short
 from lora_lab.costs.setup import Setup, as_setup, setting_of
-from lora_lab.costs.trace import Kind, StepTracer, output_width
-from lora_lab.inject import output_head
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.train import Batch, TrainingStep
 
-MIB, GIB = 2**20, 2**30
+__all__ = [
+    "GIB",
+    "MIB",
+    "PARTS",
+    "SAVED",
+    "STATIC",
+    "Bill",
+    "Difference",
+    "Moment",
+    "Part",
+    "device_to_predict",
+    "largest",
+    "measure",
+    "predict",
+    "saved_bytes",
+]
 
-
-class Part(StrEnum):
-    """A part of a bill, in the order in which bills list them."""
-
-    FROZEN = "frozen weights"
-    TRAINED = "trained weights"
-    GRADIENTS = "gradients"
-    HEAD_GRADIENT = "gradient of the head"  # until it is added to the embedding's, if both are one weight
-    OPTIMISER = "optimiser state"
-    SAVED_ATTENTION = "saved: attention"
-    SAVED_MLP = "saved: MLP"
-    SAVED_NORMS = "saved: norms"
-    SAVED_ADAPTERS = "saved: adapters"
-    SAVED_OTHER = "saved: other layers"
-    LOGITS = "logits and loss"
-    RECOMPUTED = "recomputed activations"
-    TEMPORARIES = "temporaries"
-    WORKSPACE = "cuBLAS workspace"
-    ENDS = "unused ends of blocks"
-    REST = "the rest, unexplained"
-
-    __repr__ = str.__repr__  # a bill's parts print as a dictionary of plain strings
-
-
-PARTS = tuple(Part)
-STATIC = (Part.FROZEN, Part.TRAINED, Part.GRADIENTS, Part.OPTIMISER)
-SAVED = tuple(Part(f"saved: {kind}") for kind in Kind if kind != Kind.LOGITS)
-_POINTS = 400  # of a timeline
-_NEAR_PEAK = 25  # operations before and after the peak that a timeline holds in full
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What is allocated after one operation: the phase of the step, bytes by part, and the operation's number."""
-
-    phase: str
-    parts: Mapping[str, int]
-    operation: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum of all parts."""
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Bill:
-    """What a training step needs at its peak, in bytes by part; the parts add up to the peak.
-
-    Args:
-        parts: part -> bytes, with the names of :class:`Part`. Batches themselves are not counted.
-        moment: the operation at which the peak is reached.
-        source: "predicted", "measured", or "estimated for CUDA, not measured".
-        setting: the model, the setup and the batch.
-        saved: what autograd has saved at the end of the forward pass, by the kind of module that saved it. A storage
-            that several modules save counts once, and for adapters only if no other kind of module saves it.
-        timeline: up to 400 moments of the step in order; those within 25 operations of the peak are among them.
-        reserved_bytes: the most that CUDA's allocator reserved on the device; None elsewhere.
-    """
-
-    parts: Mapping[str, int]
-    moment: str
-    source: str
-    setting: str
-    saved: Mapping[str, int] = field(default_factory=dict)
-    timeline: Sequence[Moment] = field(default=(), repr=False)
-    reserved_bytes: int | None = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that is allocated at one moment."""
-        return sum(self.parts.values())
-
-    @property
-    def saved_bytes(self) -> int:
-        """What autograd has saved at the end of the forward pass."""
-        return sum(self.saved.values())
-
-    @property
-    def static_bytes(self) -> int:
-        """Weights, gradients and optimiser state at the peak. An early peak comes before the gradients."""
-        return sum(self.parts.get(part, 0) for part in STATIC)
-
-    def plus(self, part: str, size: int) -> Bill:
-        """The same bill with one more part, of ``size`` bytes."""
-        return replace(self, parts=_ordered({**self.parts, part: size}))
-
-    def __sub__(self, other: Bill) -> Difference:
-        names = [part for part in PARTS if part in self.parts or part in other.parts]
-        return Difference(
-            {part: self.parts.get(part, 0) - other.parts.get(part, 0) for part in names}, self.setting, other.setting
-        )
-
-    def __str__(self) -> str:
-        lines = [f"{self.setting}: {self.source}"]
-        lines += [
-            f"  {part:<26}{_mib(size):>12} MiB {size / self.peak_bytes:>5.0%}" for part, size in self.parts.items()
-        ]
-        lines.append(f"  {'peak':<26}{_mib(self.peak_bytes):>12} MiB, in the {self.moment}")
-        if self.reserved_bytes is not None:
-            lines.append(f"  {'reserved by the allocator':<26}{_mib(self.reserved_bytes):>12} MiB")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One bill minus another, in bytes by part: negative where the first needs less."""
-
-    parts: Mapping[str, int]
-    first: str
-    second: str
-
-    @property
-    def peak_bytes(self) -> int:
-        """The difference of the peaks."""
-        return sum(self.parts.values())
-
-    def __str__(self) -> str:
-        lines = [f"{self.first} minus {self.second}"]
-        lines += [f"  {part:<26}{_mib(size, '+'):>12} MiB" for part, size in self.parts.items()]
-        return "\n".join([*lines, f"  {'peak':<26}{_mib(self.peak_bytes, '+'):>12} MiB"])
-
-
-def _mib(size: int, sign: str = "") -> str:
-    return f"{size / MIB:{sign},.1f}"
-
-
-# Following storages
-
-
-@dataclass
-class _Life:
-    """A storage from its allocation to its release, and who used it."""
-
-    size: int
-    born: int
-    phase: str
-    kind: Kind
-    module: str
-    recomputing: bool
-    wide: bool
-    died: float = math.inf
-    savers: set[Kind] = field(default_factory=set)
-    named: Part | None = None
-
-    @property
-    def part(self) -> Part:
-        """The part of the bill that it belongs to, as far as is known by the end of the step."""
-        if self.named is not None:
-            return self.named
-        if self.recomputing:
-            return Part.RECOMPUTED
-        if self.wide or Kind.LOGITS in self.savers:
-            return Part.LOGITS
-        if self.savers:
-            return Part(f"saved: {min(self.savers - {Kind.ADAPTERS}, default=Kind.ADAPTERS)}")
-        return Part.LOGITS if self.kind == Kind.LOGITS and self.phase == "forward" else Part.TEMPORARIES
-
-
-class StorageLog(StepTracer):
-    """Follows every storage of a step: when it is allocated and released, in which module, and who saves it.
-
-    Args:
-        step: the step to run.
-        block: sizes are rounded up to multiples of this many bytes, as the device's allocator does.
-    """
-
-    def __init__(self, step: TrainingStep, block: int = 1) -> None:
-        super().__init__(step)
-        self.block, self.width = block, output_width(step.model)
-        head = output_head(step.model)
-        self._head_shape = head.weight.shape if head is not None and head.weight.requires_grad else None
-        self.lives: list[_Life] = []
-        self.phases: list[str] = []  # of each operation; its index is the time
-        self.names: list[str] = []
-        self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
-        self._of_batch: set[int] = set()
-        self._name()
-
-    def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        """Count the operation, and register the storages of its results."""
-        if function.namespace == "prim":  # a query of a fake tensor, such as its device
-            return
-        self.phases.append(self.phase)
-        self.names.append(function._opname)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor)
-
-    def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """Take one step and follow it; what an earlier step left behind is part of it."""
-        self._start = len(self.phases)
-        self._of_batch = {storage_of(tensor) for batch in batches for tensor in batch}
-        with on_saved(self._save):
-            super().run(batches, weights)
-        self._name()
-
-    def bill(self, source: str, setting: str) -> Bill:
-        """The bill of the last step that was run."""
-        totals = [sum(parts.values()) for _, parts in self._moments()]
-        peak = max(range(len(totals)), key=totals.__getitem__)
-        forward = [time for time in range(self._start, len(self.phases)) if self.phases[time] == "forward"]
-        spread = _POINTS - 2 * _NEAR_PEAK - 1
-        chosen = {round(i * (len(totals) - 1) / (spread - 1)) for i in range(spread)}
-        chosen |= {*range(peak - _NEAR_PEAK, peak + _NEAR_PEAK + 1)}
-        timeline: list[Moment] = []
-        at_peak: dict[str, int] = {}
-        for i, (time, parts) in enumerate(self._moments()):
-            if i in chosen:
-                timeline.append(Moment(self.phases[time], _ordered(parts), i))
-            if i == peak:
-                at_peak = _ordered(parts)
-        saved: Counter[str] = Counter()
-        for life in self.lives:
-            if life.savers and life.named is None and life.born <= forward[-1] < life.died:
-                saved[life.part] += life.size
-        return Bill(at_peak, self._describe(self._start + peak), source, setting, _ordered(saved), timeline)
-
-    def _moments(self) -> Iterator[tuple[int, Counter[str]]]:
-        """(time, bytes by part) after each operation of the last step; it is the same counter each time."""
-        births: dict[int, list[_Life]] = {}
-        deaths: dict[float, list[_Life]] = {}
-        for life in self.lives:
-            if life.died >= self._start:
-                births.setdefault(max(life.born, self._start), []).append(life)
-                deaths.setdefault(life.died, []).append(life)
-        now: Counter[str] = Counter()
-        for time in range(self._start, len(self.phases)):
-            for life in births.get(time, ()):
-                now[life.part] += life.size
-            yield time, now
-            for life in deaths.get(time, ()):  # after this operation and before the next
-                now[life.part] -= life.size
-
-    def _describe(self, time: int) -> str:
-        times = [t for t in range(self._start, len(self.phases)) if self.phases[t] == self.phases[time]]
-        born = [life for life in self.lives if life.born == time]
-        where = next((life.module or life.kind for life in born if life.phase == "forward" or life.recomputing), "")
-        operation = f"{self.phases[time]}, operation {times.index(time) + 1:,} of {len(times):,}: {self.names[time]}"
-        return f"{operation} in {where}" if where else operation
-
-    def _name(self) -> None:
-        """Record which storages are weights, gradients and optimiser state by now."""
-        parameters, buffers = list(self.step.model.parameters()), list(self.step.model.buffers())
-        state = [value for values in self.step.optimizer.state.values() for value in values.values()]
-        named = {
-            Part.FROZEN: [p for p in parameters if not p.requires_grad] + buffers,
-            Part.TRAINED: [p for p in parameters if p.requires_grad],
-            Part.GRADIENTS: [p.grad for p in parameters if p.grad is not None],
-            Part.OPTIMISER: [value for value in state if isinstance(value, Tensor)],
-        }
-        for part, tensors in named.items():
-            for tensor in tensors:
-                self._enter(tensor)  # tensors from before the first step are registered here
-                self._alive[storage_of(tensor)][0].named = part
-
-    def _enter(self, tensor: Tensor) -> None:
-        key = storage_of(tensor)
-        if key in self._alive or key in self._of_batch:
-            return
-        storage = tensor.untyped_storage()
-        size = -(-storage.nbytes() // self.block) * self.block
-        wide = self.width is not None and tensor.ndim > 1 and tensor.shape[-1] == self.width
-        time = max(0, len(self.phases) - 1)
-        life = _Life(size, time, self.phase, self.kind, self.module, self.recomputing, wide)
-        if self.phase == "backward" and tensor.shape == self._head_shape:
-            life.named = Part.HEAD_GRADIENT
-        self.lives.append(life)
-
-        def dead(_: weakref.ref) -> None:
-            life.died = len(self.phases) - 1
-            self._alive.pop(key, None)
-
-        self._alive[key] = (life, weakref.ref(storage, dead))
-
-    def _save(self, tensor: Tensor) -> None:
-        if (entry := self._alive.get(storage_of(tensor))) is not None:
-            entry[0].savers.add(self.kind)
-
-
-def on_saved(function: Callable[[Tensor], None]) -> saved_tensors_hooks:
-    """A context in which ``function`` is called with each tensor that autograd saves for the backward pass."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        function(tensor)
-        return tensor.detach()  # undetached, an output would keep its own graph alive
-
-    return saved_tensors_hooks(pack, lambda tensor: tensor)
-
-
-def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
-    return {part: parts[part] for part in PARTS if parts.get(part)}
 
 
 # Predicting and measuring
@@ -364,8 +83,9 @@ def predict(
 ) -> Bill:
     """The bill of a training step that is never taken: it is rehearsed on fake tensors.
 
-    Two steps are rehearsed, and the second is reported, because the first lacks the optimiser's state. The model and
-    the random generators stay as they are.
+    Two steps are rehearsed, and the second is reported, because the first lacks the optimiser's state. Of a stack of
+    identical blocks a few are rehearsed, and the others follow from them, byte for byte. The model and the random
+    generators stay as they are.
 
     Args:
         model: a freshly loaded model; or a function that builds one, of any size.
@@ -382,23 +102,52 @@ def predict(
         ValueError: the batch is not described, a value is out of range, the model cannot be made ready, or ``lean``
             has several threads.
     """
-    setup = as_setup(method, options)
-    setup.check_watchable()
-    device, estimated = device_to_predict(model, device)
-    on_cuda = estimated or device.type == "cuda"
-    with fake_copy(model, device, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0), ExitStack() as stack:
-        batch = batch_for(twin, batch_size, seq_len, batch)
-        parts, weights = setup.batches(batch)
-        step = setup.step(twin)
-        if estimated:
-            stack.enter_context(_cuda_attention(step, parts[0]))
-            stack.enter_context(_fused_norms())
-        log = StorageLog(step, _BLOCK if on_cuda else 1)
-        log.run(parts, weights)
-        log.run(parts, weights)
-        source = "estimated for CUDA, not measured" if estimated else "predicted"
-        bill = log.bill(source, setting_of(setup, twin, batch))
-    return bill.plus(Part.WORKSPACE, _workspace_bytes(None if estimated else device)) if on_cuda else bill
+    return _Rehearsal(model, as_setup(method, options), device).bill(batch_size, seq_len, batch)
+
+
+class _Rehearsal:
+    """Training steps of one model and setup on fake tensors, with batches of any size.
+
+    Args: as for :func:`predict`.
+    """
+
+    def __init__(self, model: nn.Module | Factory, setup: Setup, device: torch.device | str | None) -> None:
+        setup.check_watchable()
+        self.device, self.estimated = device_to_predict(model, device)
+        self.model, self.setup = built_on_meta(model), setup
+        with self._prepared(self.model) as step:
+            self.run = longest_run(step.model)
+
+    def bill(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
+        """The bill of a step on such a batch, as from :func:`predict`."""
+
+        def record(model: nn.Module) -> tuple[nn.Module, Recording]:
+            with self._prepared(model) as step:
+                return step.model, self._record(step, batch_for(step.model, batch_size, seq_len, batch))
+
+        recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
+        if not self.estimated and self.device.type != "cuda":
+            return recording.bill("predicted")
+        bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
+        return bill.plus(Part.WORKSPACE, _workspace_bytes(None if self.estimated else self.device))
+
+    @contextmanager
+    def _prepared(self, model: nn.Module) -> Iterator[TrainingStep]:
+        """The step of a copy of the model. All tensors that are made meanwhile are fake."""
+        with fake_copy(model, self.device, self.setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
+            yield self.setup.step(twin)
+
+    def _record(self, step: TrainingStep, batch: Batch) -> Recording:
+        """Two steps, of which the second is recorded: the first lacks the optimiser's state."""
+        parts, weights = self.setup.batches(batch)
+        with ExitStack() as stack:
+            if self.estimated:
+                stack.enter_context(_cuda_attention(step, parts[0]))
+                stack.enter_context(_fused_norms())
+            log = StorageLog(step)
+            log.run(parts, weights)
+            log.run(parts, weights)
+            return log.recording(setting_of(self.setup, step.model, batch))
 
 
 def measure(
@@ -456,7 +205,7 @@ def measure(
         peak = meter.peak_bytes + sum(size for key, size in after.items() if key in before)
         log = StorageLog(step)
         log.run(parts, weights)
-        bill = log.bill("measured", setting_of(setup, twin, batch))
+        bill = log.recording(setting_of(setup, twin, batch)).bill("measured")
         del log, step
     gc.collect()
     bill = bill.plus(Part.REST, peak - bill.peak_bytes - meter.ends_bytes)
@@ -565,9 +314,10 @@ def largest(
     if (batch_size is None) == (seq_len is None):
         raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; pass exactly one: the other is searched.")
 
+    rehearsal = _Rehearsal(model, as_setup(method, options), device)
+
     def bill_of(size: int) -> Bill:
-        sizes = (size if fixed is None else fixed for fixed in (batch_size, seq_len))
-        return predict(model, method, *sizes, device=device, **options)
+        return rehearsal.bill(batch_size or size, seq_len or size)
 
     return _secant_search(bill_of, budget_bytes)
 

@@ -35,6 +35,7 @@ from lora_lab import (
     memory,
     quantize_nf4,
 )
+from lora_lab.costs import recording
 from lora_lab.costs.memory import MIB, PARTS, Bill, Moment, largest, measure, predict, saved_bytes
 from lora_lab.costs.memory_report import parse_bytes, report, training_setups
 from lora_lab.costs.setup import Setup
@@ -702,13 +703,13 @@ def test_a_predictor_that_loses_a_part_misses_the_peak_that_is_measured_as_befor
     config, method, size, options = MATTERS[part]
     rehearsed, real = (llama(ask, method, config, *size, **options) for ask in (predicted, measure))
     assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
-    moments = memory.StorageLog._moments
+    moments = recording.Recording._moments
 
-    def losing(log):
-        for time, parts in moments(log):
-            yield time, Counter({name: size for name, size in parts.items() if name != part})
+    def losing(*args):
+        for parts in moments(*args):
+            yield Counter({name: size for name, size in parts.items() if name != part})
 
-    monkeypatch.setattr(memory.StorageLog, "_moments", losing)
+    monkeypatch.setattr(recording.Recording, "_moments", losing)
     wrong = predict(Llama(config), method, *size, **options)
     assert wrong.peak_bytes < 0.97 * real.peak_bytes
     still = measure(Llama(config), method, text(config, *size), **options)
@@ -720,8 +721,8 @@ def test_a_predictor_that_loses_a_part_misses_the_peak_that_is_measured_as_befor
 def test_a_log_that_sees_nothing_leaves_the_measured_peak_as_it_is_and_all_of_it_unexplained(monkeypatch):
     real = measure(DigitsMLP(), FullFineTuning(), DIGITS)
     with monkeypatch.context() as patch:
-        patch.setattr(memory.StorageLog, "_enter", lambda log, tensor: None)
-        patch.setattr(memory.StorageLog, "_name", lambda log: None)
+        patch.setattr(recording.StorageLog, "_enter", lambda log, tensor: None)
+        patch.setattr(recording.StorageLog, "_name", lambda log: None)
         blind = measure(DigitsMLP(), FullFineTuning(), DIGITS)
         assert predict(DigitsMLP(), FullFineTuning(), batch=DIGITS).peak_bytes == 0
     assert blind.parts == {REST: real.peak_bytes}

@@ -61,7 +61,8 @@ def rehearsals_on_the_cpu(gpu, monkeypatch):
 
     @contextlib.contextmanager
     def pretend(model, device="cpu", dtype=None):
-        model = copy.deepcopy(model).cpu() if isinstance(model, torch.nn.Module) else model
+        if isinstance(model, torch.nn.Module) and fake.device_of(model).type == "cuda":
+            model = copy.deepcopy(model).cpu()
         with plain(model, "cpu", dtype) as twin:
             yield twin
 

@@ -1,0 +1,243 @@
+"""Bills from a few of a model's identical blocks, byte for byte those from all of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, PiSSA
+from lora_lab.costs import memory, repeated
+from lora_lab.costs.bill import Part
+from lora_lab.costs.memory import predict
+from lora_lab.costs.recording import Operation, Recording
+from lora_lab.costs.repeated import extended, longest_run
+from lora_lab.costs.setup import Setup
+from lora_lab.inject import last_blocks
+from lora_lab.methods import AsItIs
+
+BF16 = torch.bfloat16
+CKPT = {"gradient_checkpointing": True}
+SHAPE = LlamaConfig(300, 64, 160, 7, 4, 2, 16, tie_word_embeddings=True)
+TEMPORARY = Part.TEMPORARIES
+
+
+def deep(config=SHAPE):
+    with torch.device("meta"):
+        return Llama(config)
+
+
+@pytest.fixture
+def both_ways(monkeypatch):
+    """Predicts twice, with the shortcut and without, and says how many of the shortcut's attempts succeeded."""
+
+    def predict_twice(*args, **options):
+        results = []
+        plain = repeated.extended
+        with monkeypatch.context() as patch:
+            patch.setattr(repeated, "extended", lambda *a: results.append(plain(*a)) or results[-1])
+            short = predict(*args, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "longest_run", lambda model: None)
+            whole = predict(*args, **options)
+        assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
+        assert str(short) == str(whole)
+        return [result is not None for result in results]
+
+    return predict_twice
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LoRA(8), {}),
+        (LoRA(8), {"device": "cuda"}),
+        (LoRA(8, targets=["q_proj", "down_proj"], dropout=0.1), {"accumulate": 2}),
+        (LoRA(8), CKPT),
+        (LoRA(8), {"nf4": True, "dtype": BF16, "device": "cuda"}),
+        (LoRA(8), {"lean": Lean()}),
+        (LoRA(8), {"lean": Lean(checkpoint=True, base_dtype=BF16)}),
+        (FullFineTuning(), {}),
+        (FullFineTuning(), {"dtype": BF16, "optimizer": "sgd", "clip": None}),
+        (FullFineTuning(), {"device": "cuda", **CKPT}),
+        (DoRA(8), {}),
+        (LoRAFA(8), {}),
+        (PiSSA(8), {}),
+    ],
+    ids=str,
+)
+def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options, both_ways):
+    assert both_ways(deep(), method, 2, 24, **options)[-1]
+
+
+def test_so_is_one_whose_peak_lies_in_a_block(both_ways):
+    config = replace(SHAPE, vocab_size=16, intermediate_size=2000)
+    assert both_ways(deep(config), LoRA(8), 2, 48, **CKPT)[-1]
+    assert "layers" in predict(deep(config), DoRA(8), 1, 2).moment
+    assert both_ways(deep(config), DoRA(8), 1, 2)[-1]
+
+
+def test_the_shortcut_rehearses_few_blocks(monkeypatch):
+    depths = []
+    plain = memory._Rehearsal._record
+    monkeypatch.setattr(
+        memory._Rehearsal, "_record", lambda *args: depths.append(len(args[1].model.model.layers)) or plain(*args)
+    )
+    predict(deep(), LoRA(8), 1, 8)
+    assert depths == [2, 3]
+    depths.clear()
+    predict(deep(replace(SHAPE, num_hidden_layers=5)), LoRA(8), 1, 8)  # too few to matter
+    assert depths == [5]
+
+
+def test_blocks_that_differ_are_not_taken_for_alike(both_ways):
+    model = deep()
+    top = last_blocks(model, 1)  # six blocks below are alike, but the names are those of the whole model
+    assert both_ways(model, LoRA(8, targets=top), 2, 24) == []
+    named = [f"model.layers.{i}.self_attn.q_proj" for i in range(7)]  # all alike, but a shorter model lacks some
+    assert both_ways(model, LoRA(8, targets=named), 2, 24) == []
+    model.model.layers[4].mlp.register_forward_hook(lambda *_: None)
+    assert both_ways(model, LoRA(8), 2, 24) == []
+    wide = deep()
+    wide.model.layers[4] = Llama(replace(SHAPE, intermediate_size=96)).model.layers[0].to("meta")
+    assert both_ways(wide, LoRA(8), 2, 24) == []
+
+
+class Alternating(nn.Module):
+    """Every second block is called twice: nothing in the blocks tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = block(block(x)).relu() if i % 2 else block(x).relu()
+        return x
+
+
+def test_a_model_of_unknown_code_is_rehearsed_whole(both_ways):
+    batch = torch.zeros(3, 8), torch.zeros(3, dtype=torch.long)
+    assert longest_run(Alternating()) is None
+    assert both_ways(Alternating(), FullFineTuning(), batch=batch) == []
+
+
+SIZES = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def transformers_model(name, **changes):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**SIZES, **HEADS, pad_token_id=0, **changes)
+    kind = "ForSequenceClassification" if name == "Bert" else "ForCausalLM"
+    with torch.device("meta"):
+        return getattr(transformers, name.removesuffix("Text") + kind)(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Llama", {}),
+        ("Qwen3", {"head_dim": 8}),
+        ("Mistral", {}),
+        ("Phi", {}),
+        ("Olmo2", {}),
+        ("Bert", {}),
+        ("Gemma3Text", {"head_dim": 8, "sliding_window": 4}),  # every sixth layer sees the whole context
+        ("SmolLM3", {}),  # every fourth layer has no positions
+    ],
+)
+def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, changes, both_ways):
+    model, ids = transformers_model(name, **changes), torch.zeros(2, 12, dtype=torch.long)
+    batch = ids, (torch.zeros(2, dtype=torch.long) if name == "Bert" else ids)
+    for method, options in ((LoRA(4), {}), (FullFineTuning(), CKPT)):
+        succeeded = both_ways(model, method, batch=batch, device="cpu", **options)
+        assert succeeded[-1:] == ([] if name in ("Gemma3Text", "SmolLM3") else [True])
+
+
+def test_a_model_that_peft_made_ready_has_the_same_bill_from_a_few_blocks(tiny_hf, both_ways):
+    import peft
+
+    model = peft.get_peft_model(tiny_hf(num_hidden_layers=6), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert both_ways(model, AsItIs(), 2, 12)[-1]
+
+
+def test_experts_are_no_stack_of_blocks():
+    class Block(nn.Sequential):
+        pass
+
+    Block.__module__ = "torch.nn"
+    expert = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+    model = nn.Sequential(nn.ModuleList([Block(expert), Block(nn.Linear(4, 4))]))
+    assert longest_run(model) is None
+
+
+def test_a_prediction_shares_nothing_with_the_model_it_shortens():
+    model = Llama(SHAPE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    predict(model, LoRA(8), 1, 8)
+    assert len(model.model.layers) == 7
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# The arithmetic, on recordings written by hand
+
+
+def recorded(*operations):
+    """Each operation is (name, module, allocated, released)."""
+    return Recording("by hand", [Operation("forward", *operation) for operation in operations], [])
+
+
+def block(number, size=8):
+    return [("mm", f"layers.{number}", [(TEMPORARY, size)], []), ("add", "", [], [(TEMPORARY, size)])]
+
+
+ENDS = [("embedding", "", [(TEMPORARY, 4)], [])], [("loss", "", [], [(TEMPORARY, 4)])]
+
+
+def test_blocks_are_added_with_their_numbers():
+    stacks = {depth: recorded(*ENDS[0], *(o for i in range(depth) for o in block(i)), *ENDS[1]) for depth in (2, 3, 7)}
+    assert extended(stacks[2], stacks[3], 5) == stacks[7]
+
+
+def test_what_grows_with_each_block_grows_in_size_or_in_number():
+    def norms(blocks):
+        return recorded(
+            ("stack", "", [(TEMPORARY, 4 * blocks)], []),
+            ("free", "", [], [(TEMPORARY, 12), *[(TEMPORARY, 4)] * blocks]),
+        )
+
+    grown = extended(norms(2), norms(3), 10)
+    assert [sorted(o.allocated) for o in grown.operations] == [sorted(o.allocated) for o in norms(12).operations]
+    assert [sorted(o.released) for o in grown.operations] == [sorted(o.released) for o in norms(12).operations]
+
+
+@pytest.mark.parametrize(
+    "longer",
+    [
+        recorded(*ENDS[0], *block(0), *block(1, size=16), *block(2), *ENDS[1]),  # another size
+        recorded(*ENDS[0], *block(0), *block(1), *ENDS[1], *block(2)),  # another place
+        recorded(*ENDS[0], *block(0), *block(1), ("mul",), *block(2)[1:], *ENDS[1]),  # another operation
+        recorded(*ENDS[0], *block(0), *ENDS[1]),  # shorter
+        recorded(*ENDS[0], *block(0), *block(1), *block(2), ("loss", "", [], [(TEMPORARY, 2)])),  # what shrinks
+        Recording("by hand", [Operation("backward", "mm")], []),
+        Recording("by hand", [Operation("forward", "mm"), Operation("backward", "mm")], []),
+    ],
+    ids=["size", "place", "operation", "shorter", "shrinks", "phase", "phases"],
+)
+def test_a_block_that_is_not_like_the_one_before_is_not_extended(longer):
+    shorter = recorded(*ENDS[0], *block(0), *block(1), *ENDS[1])
+    assert extended(shorter, longer, 5) is None
+
+
+def test_a_setup_is_prepared_once_for_all_sizes_of_a_search(monkeypatch):
+    calls = []
+    plain = Setup.step
+    monkeypatch.setattr(
+        Setup, "step", lambda setup, model: calls.append(len(model.model.layers)) or plain(setup, model)
+    )
+    size, _ = memory.largest(deep(), LoRA(8), 20 * 2**20, seq_len=16)
+    assert size > 1
+    assert calls.count(7) == 1
