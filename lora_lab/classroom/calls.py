@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -38,12 +38,14 @@ class Outcome:
         error: what it raised, if anything.
         changed: names of the arguments that it changed in place.
         printed: what it printed.
+        gradients: those of the sum of the value, by the name of the argument, for tensors that require one.
     """
 
     value: Any
     error: BaseException | None
     changed: frozenset[str]
     printed: str
+    gradients: Mapping[str, torch.Tensor | None]
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[str]) -> Outcome:
@@ -66,7 +68,15 @@ def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence
         error = raised
     before_and_after = zip(names, arguments, copies, strict=True)
     changed = frozenset(name for name, before, after in before_and_after if _differs(after, before))
-    return Outcome(value, error, changed, printed.getvalue())
+    return Outcome(value, error, changed, printed.getvalue(), _gradients(value, dict(zip(names, copies, strict=True))))
+
+
+def _gradients(value: Any, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor | None]:
+    tensors = {name: each for name, each in arguments.items() if isinstance(each, torch.Tensor) and each.requires_grad}
+    if not tensors or not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return dict.fromkeys(tensors)
+    found = torch.autograd.grad(value.sum(), list(tensors.values()), allow_unused=True)
+    return dict(zip(tensors, found, strict=True))
 
 
 def _differs(after: Any, before: Any) -> bool:

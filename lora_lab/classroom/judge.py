@@ -79,6 +79,8 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
         return _agrees(outcome, other, exercise)
 
     if all(map(agrees, outcomes, expected)) and not _changed(outcomes, expected):
+        if name := _without_gradient(outcomes, expected):
+            return Verdict(False, f"The result is right, but the gradient of {name} is not. Does a detach cut it off?")
         return Verdict(True, exercise.praise)
 
     def first_mistake() -> str | None:
@@ -153,6 +155,15 @@ def _changed(outcomes: Sequence[Outcome], expected: Sequence[Outcome]) -> list[s
         for name in outcome.changed - reference.changed
     }
     return sorted(names)
+
+
+def _without_gradient(outcomes: Sequence[Outcome], expected: Sequence[Outcome]) -> str | None:
+    """The first argument whose gradient is not that of the solution."""
+    for outcome, reference in zip(outcomes, expected, strict=True):
+        for name, gradient in reference.gradients.items():
+            if not same(outcome.gradients[name], gradient, 1e-4):
+                return name
+    return None
 
 
 def _named_difference(

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from lora_lab.classroom import judge as module
 from lora_lab.classroom.exercise import EXERCISES, Probe, exercises_of
@@ -127,6 +128,25 @@ def test_an_argument_that_is_changed_is_named_even_if_the_result_is_right(trial)
         return result
 
     assert judge(trial, change).text == "Your function changes its argument x in place. Work on a copy of x."
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed"),
+    [
+        (lambda W, x: (W * x).sum(1), True),
+        (lambda W, x: W.detach() @ x, False),
+        (lambda W, x: torch.from_numpy(W.detach().numpy() @ x.numpy()), False),
+        (lambda W, x: (W @ x).detach() + 0 * W.sum(), False),
+    ],
+    ids=["right", "detached", "numpy", "another gradient"],
+)
+def test_a_gradient_is_compared_where_an_argument_requires_one(register, answer, passed):
+    def trained_weight(rng):
+        return torch.from_numpy(rng.normal(size=(2, 3))).requires_grad_(), torch.from_numpy(rng.normal(size=3))
+
+    verdict = judge(register(product, inputs=trained_weight), answer)
+    assert verdict.passed == passed
+    assert passed or verdict.text == "The result is right, but the gradient of W is not. Does a detach cut it off?"
 
 
 def test_a_mistake_that_is_a_changed_argument(register):

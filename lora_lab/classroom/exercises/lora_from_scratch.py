@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,14 @@ exercise = exercises_of("03_lora_from_scratch")
 
 
 def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, and alpha is larger.
+    """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, alpha is larger, A and B are trained.
 
     The rank is none of the lesson's numbers, and half the time it is larger than the other sizes.
     """
     n, inp, out = (int(size) for size in rng.permutation([5, 6, 7]))
     rank, alpha = int(rng.choice([3, 9])), float(rng.choice([20, 29, 31, 40]))
-    return normal(rng, n, inp), normal(rng, out, inp), normal(rng, rank, inp), normal(rng, out, rank), alpha
+    A, B = normal(rng, rank, inp).requires_grad_(), normal(rng, out, rank).requires_grad_()
+    return normal(rng, n, inp), normal(rng, out, inp), A, B, alpha
 
 
 @exercise(
@@ -91,7 +93,7 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
     draws=10,
 )
 def forward(x, W, A, B, alpha):
-    """The result is x W^T + alpha / r * x A^T B^T, for several shapes, ranks and alphas."""
+    """The result is x W^T + alpha / r * x A^T B^T for several shapes, ranks and alphas, and A and B get its gradients."""
     return x @ W.T + alpha / A.shape[0] * (x @ A.T @ B.T)
 
 
@@ -959,6 +961,7 @@ def _adapted(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, layer in model.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "lora_B"))
 
 
+@lru_cache(maxsize=1)  # a check asks a dozen questions about one run
 def _treated(answer: Callable[..., Any], rng: np.random.Generator) -> dict[str, Any]:
     """Run a script on a small net and note what happened.
 

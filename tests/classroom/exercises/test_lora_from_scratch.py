@@ -90,18 +90,20 @@ def test_other_layers_that_are_right_pass(layer):
         passes("MyLoRALinear", layer)
 
 
-@pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.AdamW])
-def test_the_clinic_accepts_the_learners_own_layer_and_one_step(build):
+@pytest.mark.parametrize(("build", "steps"), [(torch.optim.SGD, 1), (torch.optim.AdamW, 1), (torch.optim.AdamW, 300)])
+def test_the_clinic_accepts_the_learners_own_layer_and_any_number_of_steps(build, steps):
     def repair(pretrained, loss_of):
         model = copy.deepcopy(pretrained).requires_grad_(False)
         for name in ("hidden1", "hidden2"):
             setattr(model, name, MyLoRALinear(model.get_submodule(name), 4, 8))
         optimizer = build([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        loss_of(model).backward()
-        optimizer.step()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
         return model, optimizer
 
-    for _ in range(5):
+    for _ in range(5 if steps == 1 else 1):
         passes("repair", repair)
 
 
