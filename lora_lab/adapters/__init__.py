@@ -1,10 +1,13 @@
-"""What can I do with an adapter? Save and load it in PEFT's format, switch it, turn it off, extract it, lower its rank.
+"""What can I do with an adapter? Save and load it in PEFT's format, switch it, turn it off, extract it, lower its rank,
+and combine several.
 
 edit         switch, off, strength, extract, resize
 peft_format  adapters as files, in the format of the PEFT library
+arithmetic   combine: several adapters as one
 shipped      adapters that are installed with lora_lab
 """
 
+from lora_lab.adapters.arithmetic import Combined, combine
 from lora_lab.adapters.edit import extract, off, resize, strength, switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, read_adapter, read_config, save_adapter
 from lora_lab.adapters.shipped import shipped
@@ -12,6 +15,8 @@ from lora_lab.adapters.shipped import shipped
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "Combined",
+    "combine",
     "extract",
     "load_adapter",
     "off",

@@ -102,19 +102,25 @@ def save_adapter(
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Put a saved adapter on ``model``, which is frozen, and return the names of the adapted layers.
+def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> list[str]:
+    """Put an adapter on ``model``, which is frozen, and return the names of the adapted layers.
+
+    Args:
+        source: the folder of a saved adapter; or an adapter in memory, as :func:`read_adapter`,
+            :func:`lora_lab.adapter_state` and :func:`lora_lab.adapters.combine` return it.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged; the adapter uses a setting of PEFT that is not supported here; it does not fit
             this model; or the model already has adapters. The model is then left unchanged.
     """
-    folder = Path(folder)
     require_no_adapters(model)
-    config, tensors = _read(folder)
+    if isinstance(source, Mapping):
+        label, (config, tensors) = "The adapter", _from_state(source)
+    else:
+        label, (config, tensors) = str(source), _read(Path(source))
     variant = next((layer_class for setting, layer_class in _VARIANTS.items() if config.get(setting)), None)
-    names = _check_names(model, tensors, variant, folder)
+    names = _check_names(model, tensors, variant, label)
     ranks = {name: _value_for(config, "r", name) for name in names}
     alphas = {name: _value_for(config, "lora_alpha", name) for name in names}
     for name in names:
@@ -125,7 +131,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     layers = lora_layers(model)
     try:
         for name, layer in layers.items():
-            _check_fit(name, layer, tensors[name], ranks[name], folder)
+            _check_fit(name, layer, tensors[name], ranks[name], label)
     except ValueError:
         for name, layer in layers.items():
             replace(model, name, layer.base)
@@ -135,6 +141,33 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for name, layer in layers.items():
         set_factors(layer, tensors[name], alphas[name])
     return names
+
+
+def _from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What :func:`_read` returns, for an adapter in memory. Its scaling counts, so rsLoRA becomes plain LoRA."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    scalings: dict[str, float] = {}
+    for key, value in state.items():
+        name, _, part = key.rpartition(".")
+        if part == "scaling":
+            scalings[name] = float(value)
+        elif part in _KEYS:
+            tensors.setdefault(name, {})[part] = value
+        elif part != "alpha":
+            raise ValueError(f"The adapter holds {key!r}, which is not part of any adapter known here.")
+    complete = {name for name, parts in tensors.items() if {"lora_A", "lora_B"} <= parts.keys()}
+    if not tensors or not tensors.keys() == scalings.keys() == complete:
+        missing = sorted((tensors.keys() | scalings.keys()) - complete) or sorted(tensors.keys() - scalings.keys())
+        raise ValueError(
+            f"The adapter is incomplete at {missing[:1]}; each layer needs lora_A, lora_B, alpha and scaling, as "
+            "adapter_state returns them."
+        )
+    ranks = {name: len(parts["lora_A"]) for name, parts in tensors.items()}
+    alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config = {"r": rank, "lora_alpha": alpha, "use_dora": any("lora_magnitude_vector" in t for t in tensors.values())}
+    config |= {"rank_pattern": _exceptions_to(ranks, rank), "alpha_pattern": _exceptions_to(alphas, alpha)}
+    return config, tensors
 
 
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
@@ -323,7 +356,7 @@ def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]
 
 
 def _check_names(
-    model: nn.Module, tensors: dict[str, dict[str, Tensor]], variant: type[LoRALayer] | None, folder: Path
+    model: nn.Module, tensors: dict[str, dict[str, Tensor]], variant: type[LoRALayer] | None, source: str
 ) -> list[str]:
     """The names of the layers that the file adapts, in the model's order, if the model has all of them."""
     modules = dict(model.named_modules())
@@ -331,11 +364,11 @@ def _check_names(
     for name in names:
         if name not in modules:
             raise ValueError(
-                f"{folder} adapts {name!r}, but the model has no such layer; is it the adapter's own base model?"
+                f"{source} adapts {name!r}, but the model has no such layer; is it the adapter's own base model?"
             )
         if lora_class(modules[name], variant) is None:
             raise ValueError(
-                f"{folder} adapts {name!r}, but the model has a {type(modules[name]).__name__} there, which "
+                f"{source} adapts {name!r}, but the model has a {type(modules[name]).__name__} there, which "
                 f"{(variant or LoRALayer).__name__} does not adapt; is it the adapter's own base model?"
             )
         # PEFT also saves the frozen table of an adapted embedding; it may be that of a model with more tokens.
@@ -344,23 +377,23 @@ def _check_names(
             weight = modules[name].weight
             if not (isinstance(weight, Tensor) and torch.equal(table, weight.detach().cpu().to(table.dtype))):
                 raise ValueError(
-                    f"{folder} has its own weight for {name!r}, which is not the model's; load that first."
+                    f"{source} has its own weight for {name!r}, which is not the model's; load that first."
                 )
     for name in modules.keys() - tensors.keys():
         if target := next((target for target in names if name_matches(name, target)), None):
-            raise ValueError(f"{folder} adapts {target!r}, but a target of that name would also adapt {name!r}.")
+            raise ValueError(f"{source} adapts {target!r}, but a target of that name would also adapt {name!r}.")
     return names
 
 
-def _check_fit(name: str, layer: LoRALayer, tensors: dict[str, Tensor], rank: int, folder: Path) -> None:
+def _check_fit(name: str, layer: LoRALayer, tensors: dict[str, Tensor], rank: int, source: str) -> None:
     if extra := tensors.keys() - set(layer.parts):
-        raise ValueError(f"{folder} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
+        raise ValueError(f"{source} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
     for part in layer.parts:
         if part not in tensors:
-            raise ValueError(f"{folder} lacks {part} of {name!r}, so it is incomplete; save the adapter again.")
+            raise ValueError(f"{source} lacks {part} of {name!r}, so it is incomplete; save the adapter again.")
         shape, expected = tuple(tensors[part].shape), factor_shape(layer, part, rank)
         if shape != expected:
             raise ValueError(
-                f"{folder}: {part} of {name!r} has shape {shape}, but this model and rank {rank} need {expected}; "
+                f"{source}: {part} of {name!r} has shape {shape}, but this model and rank {rank} need {expected}; "
                 "is it the adapter's own base model?"
             )

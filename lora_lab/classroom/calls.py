@@ -75,8 +75,8 @@ def _gradients(value: Any, arguments: Mapping[str, Any]) -> dict[str, torch.Tens
     tensors = {name: each for name, each in arguments.items() if isinstance(each, torch.Tensor) and each.requires_grad}
     if not tensors or not isinstance(value, torch.Tensor) or not value.requires_grad:
         return dict.fromkeys(tensors)
-    found = torch.autograd.grad(value.sum(), list(tensors.values()), allow_unused=True)
-    return dict(zip(tensors, found, strict=True))
+    gradients = torch.autograd.grad(value.sum(), list(tensors.values()), allow_unused=True)
+    return dict(zip(tensors, gradients, strict=True))
 
 
 def _differs(after: Any, before: Any) -> bool:

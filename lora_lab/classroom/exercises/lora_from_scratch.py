@@ -93,7 +93,7 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
     draws=10,
 )
 def forward(x, W, A, B, alpha):
-    """The result is x W^T + alpha / r * x A^T B^T for several shapes, ranks and alphas, and A and B get its gradients."""
+    """The result is x W^T + alpha / r * x A^T B^T, with its gradients, for several shapes, ranks and alphas."""
     return x @ W.T + alpha / A.shape[0] * (x @ A.T @ B.T)
 
 

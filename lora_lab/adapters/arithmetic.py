@@ -1,0 +1,140 @@
+"""Several adapters as one: their updates, weighted and added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.peft_format import read_adapter
+from lora_lab.lora import check_numbers
+from lora_lab.rank import SVD, product_svd, truncate
+
+RULES = ("cat", "linear", "svd")
+
+
+class Combined(dict[str, Tensor]):
+    """An adapter as :func:`lora_lab.adapter_state` returns it, with the error that combining has made.
+
+    Attributes:
+        errors: the relative error ||sum of the updates - B A|| / ||sum of the updates|| (Frobenius) of each layer.
+    """
+
+    errors: dict[str, float]
+
+
+@torch.no_grad()
+def combine(
+    adapters: Sequence[str | Path | dict[str, Tensor]],
+    weights: Sequence[float] | None = None,
+    how: str = "cat",
+    rank: int | None = None,
+) -> Combined:
+    """One adapter whose update is the weighted sum of those of several adapters of the same base.
+
+        W0 + sum_i w_i s_i B_i A_i
+
+    A layer that only some of them adapt gets the sum of theirs. The rules are those of PEFT's
+    ``add_weighted_adapter`` with the same names:
+
+    * "cat" puts the factors side by side. The update is the sum to rounding, and its rank is the sum of the ranks.
+    * "svd" is the nearest update of the given rank.
+    * "linear" adds the factors, each multiplied by the square root of w_i s_i. It keeps the rank, but B A then also
+      has the products of one adapter's B with another's A: in general it is *not* the sum of the updates. An adapter
+      and itself at half the weight each give twice its update.
+
+    Args:
+        adapters: folders, or what :func:`read_adapter` or :func:`lora_lab.adapter_state` returned; of plain LoRA,
+            rsLoRA or LoRA-FA.
+        weights: one finite number for each adapter; None counts each once. Below 0 subtracts an adapter.
+        how: "cat", "linear" or "svd".
+        rank: for "svd" alone: of the result, or as much of it as a layer's shape allows.
+
+    Returns:
+        The adapter with scaling 1, for :func:`load_adapter` or :func:`lora_lab.adapters.switch`, and the error of each
+        layer as ``errors``.
+
+    Raises:
+        ValueError: there are no adapters; the weights, the rule or the rank do not fit; an adapter is of DoRA, whose
+            updates do not add up; or the shapes in a layer differ.
+    """
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if not adapters or len(weights) != len(adapters):
+        raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights is {weights}, but each must be a finite number.")
+    if how not in RULES:
+        raise ValueError(f"how is {how!r}, but it must be one of {list(RULES)}.")
+    if (rank is not None) != (how == "svd"):
+        raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
+    if rank is not None:
+        check_numbers(rank)
+    states = [adapter if isinstance(adapter, dict) else read_adapter(adapter) for adapter in adapters]
+    names = dict.fromkeys(name for state in states for name in _layers(state))  # in the order of the first that has it
+    result, errors = Combined(), {}
+    for name in names:
+        terms = [
+            (weight * float(state[f"{name}.scaling"]), _factor(state, name, "lora_A"), _factor(state, name, "lora_B"))
+            for weight, state in zip(weights, states, strict=True)
+            if f"{name}.lora_A" in state
+        ]  # weight with scaling, A (r, in), B (out, r) of each adapter of this layer
+        _check_shapes(name, terms, same_rank=how == "linear")
+        A = torch.cat([scale * A for scale, A, _ in terms])  # (r1 + r2, in)
+        B = torch.cat([B for *_, B in terms], dim=1)  # (out, r1 + r2)
+        exact = product_svd(B.flatten(1), A.flatten(1))
+        errors[name] = 0.0
+        if how == "linear":
+            A = torch.stack([math.copysign(math.sqrt(abs(scale)), scale) * A for scale, A, _ in terms]).sum(
+                0
+            )  # (r, in)
+            B = torch.stack([math.sqrt(abs(scale)) * B for scale, _, B in terms]).sum(0)  # (out, r)
+            errors[name] = _distance(exact, A, B)
+        elif rank is not None:
+            shapes = (-1, *A.shape[1:]), (len(B), -1, *B.shape[2:])
+            nearest = truncate(exact, min(rank, len(exact.S)))
+            A, B, errors[name] = nearest.A.view(shapes[0]), nearest.B.view(shapes[1]), float(nearest.error)
+        result |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        result[f"{name}.alpha"] = torch.tensor(float(len(A)), dtype=torch.float64)  # ()
+        result[f"{name}.scaling"] = torch.tensor(1.0, dtype=torch.float64)  # ()
+    result.errors = errors
+    return result
+
+
+def _layers(state: dict[str, Tensor]) -> list[str]:
+    """The adapted layers of a state of plain updates.
+
+    Raises:
+        ValueError: an update is more than scaling * B A.
+    """
+    for key in state:
+        if key.rpartition(".")[2] not in ("lora_A", "lora_B", "alpha", "scaling"):
+            raise ValueError(
+                f"An adapter holds {key!r}, so its update is more than scaling * B A and does not add up with others; "
+                "merge it, extract a plain adapter, and combine that."
+            )
+    return [key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")]
+
+
+def _factor(state: dict[str, Tensor], name: str, part: str) -> Tensor:
+    tensor = state[f"{name}.{part}"]
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_shapes(name: str, terms: Sequence[tuple[float, Tensor, Tensor]], same_rank: bool) -> None:
+    shapes = {(A.shape[1:], (len(B), *B.shape[2:])) for _, A, B in terms}
+    if len(shapes) > 1:
+        raise ValueError(f"The adapters of {name!r} are of layers of different shapes; combine those of one base.")
+    ranks = [len(A) for _, A, _ in terms]
+    if same_rank and len(set(ranks)) > 1:
+        raise ValueError(f"The adapters of {name!r} have ranks {ranks}, but 'linear' needs equal ones; use 'cat'.")
+
+
+def _distance(exact: SVD, A: Tensor, B: Tensor) -> float:
+    """||U S Vh - B A|| / ||U S Vh||, from the factors alone."""
+    size = exact.S.norm()
+    left = torch.cat([exact.U * exact.S, -B.flatten(1)], dim=1)  # (out, k + r)
+    right = torch.cat([exact.Vh, A.flatten(1)])  # (k + r, in)
+    return float(product_svd(left, right).S.norm() / size) if size else 0.0
