@@ -38,6 +38,7 @@ from .inject import merge as merge
 from .lean.step import Lean as Lean
 from .lora import LoRALayer as LoRALayer
 from .lora import LoRALinear as LoRALinear
+from .methods import ContinueLoRA as ContinueLoRA
 from .methods import DoRA as DoRA
 from .methods import FullFineTuning as FullFineTuning
 from .methods import LoRA as LoRA

@@ -190,9 +190,13 @@ def _check_same_run(path: Path, expected: dict[str, Any], stored: dict[str, Any]
 
 def frozen_hash(model: nn.Module) -> str:
     """A hash of the frozen parameters: an adapter must be resumed on the base that it was trained on."""
+    return tensors_hash({name: p for name, p in model.named_parameters() if not p.requires_grad})
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names and values, as hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(bytes_of(parameter))
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

@@ -117,6 +117,39 @@ class AsItIs(Method):
             raise ValueError("No parameter of the model requires a gradient, so nothing would be trained.")
 
 
+@dataclass(frozen=True)
+class ContinueLoRA(Method):
+    """Train the adapters that the model already has, of whatever kind they are, and freeze everything else.
+
+    They may come from :func:`lora_lab.load_adapter`, from an earlier ``fit``, or from
+    :func:`lora_lab.adapters.combine`. The optimiser starts anew. For a run that was only interrupted, pass ``fit`` a
+    ``checkpoint_dir`` instead: it then continues bit for bit.
+    """
+
+    name: ClassVar[str] = "continue"
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """Freeze everything but the adapters, in place; A of LoRA-FA stays frozen, because it is that method's point.
+
+        Raises:
+            ValueError: the model has no adapters.
+        """
+        self._prepare(model, seed)
+        setattr(model, MARK, self.name)
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
+        layers = lora_layers(model)
+        if not layers:
+            raise ValueError(
+                "The model has no adapters to continue; put some on it with load_adapter(model, folder), or start new "
+                "ones with LoRA(...)."
+            )
+        model.requires_grad_(False)
+        for layer in layers.values():
+            for name, parameter in layer.named_parameters(recurse=False):
+                parameter.requires_grad_(not (isinstance(layer, LoRAFALinear) and name == "lora_A"))
+
+
 def _check_trainable(modules: Sequence[nn.Module]) -> None:
     if any(not parameter.is_floating_point() for module in modules for parameter in module.parameters()):
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lora_lab import checkpoint
 from lora_lab.history import History, count_parameters
-from lora_lab.methods import Method
+from lora_lab.inject import adapter_state
+from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
 from lora_lab.task import Batch, Examples, Loss, Task
@@ -243,6 +244,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
     progress: bool | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> History:
     """Train ``model`` in place on ``task`` with ``method`` and AdamW.
@@ -260,11 +262,14 @@ def fit(
         checkpoint_dir: a folder for this run alone. If it holds a checkpoint of this run, the run continues from it.
         checkpoint_every: steps between checkpoints; default: as ``eval_every``.
         progress: show a progress bar; default: only in a terminal or notebook, and unless LORA_LAB_PROGRESS is 0.
+        on_row: called with each new row of the History as soon as it is complete, for a logger of your own. The row is
+            a copy. After a checkpoint the rows before it are not repeated. What it raises ends the run, whose
+            checkpoint stays.
         **options: the fields of :class:`TrainConfig`, such as ``steps`` and ``lr``; they override ``config``.
 
     Raises:
-        ValueError: the model already has adapters or has been prepared before, an option is out of
-            range, the lean step or gradient checkpointing does not fit the model or the method, or the
+        ValueError: the model already has adapters (which ContinueLoRA() trains) or has been prepared before, an option
+            is out of range, the lean step or gradient checkpointing does not fit the model or the method, or the
             folder's checkpoint is damaged or from another run (its weights are then not loaded).
         DivergedError: the loss became NaN or infinite.
         TypeError: an option is missing or unknown.
@@ -276,7 +281,7 @@ def fit(
     training_step = make_step(model, task.loss, method, config)
     history = History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
-        method=method.settings(),
+        method=method.settings() | _start(method, model),
         settings=config.settings(),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=count_parameters(model),
@@ -291,6 +296,10 @@ def fit(
             history.add_evaluation(part, loss)
         history.optimizer_bytes = state_bytes(training_step.optimizer)
 
+    def report_row() -> None:
+        if on_row is not None:
+            on_row(dict(history.rows[-1]))
+
     training = model.training
     model.train()
     try:
@@ -301,6 +310,7 @@ def fit(
                     bar.set_postfix_str("evaluating")
                     history.start()
                     add_evaluations()
+                    report_row()
                 for step in range(done + 1, config.steps + 1):
                     started = time.perf_counter()
                     parts, counts = micro_batches(task, order, step, config, training_step.threads)
@@ -323,10 +333,16 @@ def fit(
                         add_evaluations()
                     if checkpoint_dir is not None and (step % checkpoint_interval == 0 or step == config.steps):
                         checkpoint.save(checkpoint_dir, model, training_step.optimizer, history)
+                    report_row()
                     bar.update()
     finally:
         model.train(training)
     return history
+
+
+def _start(method: Method, model: nn.Module) -> dict[str, str]:
+    """What a run started from, if not from the base: a hash of the adapters that it continues."""
+    return {"start": checkpoint.tensors_hash(adapter_state(model))} if isinstance(method, ContinueLoRA) else {}
 
 
 def micro_batches(

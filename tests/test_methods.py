@@ -11,6 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from lora_lab import (
+    ContinueLoRA,
     DoRA,
     FullFineTuning,
     Llama,
@@ -32,6 +33,7 @@ from lora_lab.methods import AsItIs, Method
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import quantize_nf4
 from lora_lab.tasks import Examples, Task, mean_squared_error, planted
+from lora_lab.train import DataOrder
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import Stopped, snapshot
 
@@ -451,3 +453,81 @@ def test_weights_in_blocks_cannot_be_trained_but_adapted(method):
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     LoRA(rank=2).prepare(model, seed=0)
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+# Continuing
+
+
+def trained_once(kind=LoRA, steps=4):
+    model = pretrained()
+    fit(model, TASK, kind(rank=2), steps=steps, lr=1e-2)
+    return model
+
+
+def test_adapters_that_are_there_are_trained_on_from_where_they_are():
+    model = trained_once()
+    loss = mean_squared_error(model, TASK.validation.inputs, TASK.validation.targets).item()
+    first = adapter_state(model)
+    history = fit(model, TASK, ContinueLoRA(), steps=4, lr=1e-2)
+    assert history.rows[0]["validation_loss"] == pytest.approx(loss, rel=1e-6)
+    assert not any(torch.equal(value, first[name]) for name, value in adapter_state(model).items() if "lora_" in name)
+    fresh = pretrained()
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.base.weight, fresh.get_submodule(name).weight)
+    assert history.method["name"] == "continue"
+    again = fit(trained_once(), TASK, ContinueLoRA(), steps=4, lr=1e-2)
+    assert [row["train_loss"] for row in again.rows] == [row["train_loss"] for row in history.rows]
+    assert again.method == history.method  # the hash of the same start
+    other = fit(trained_once(steps=5), TASK, ContinueLoRA(), steps=1, lr=1e-2)
+    assert other.method["start"] != history.method["start"]
+
+
+@pytest.mark.parametrize("kind", [LoRA, LoRAFA, PiSSA, DoRA, RsLoRA])
+def test_each_kind_of_adapter_continues_as_it_was_trained(kind):
+    model = trained_once(kind)
+    expected = trainable(model)
+    model.requires_grad_(True)
+    ContinueLoRA().prepare(model, 0)
+    assert trainable(model) == expected
+    assert fit(model, TASK, ContinueLoRA(), steps=1, lr=1e-3).trainable_parameters == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if name in expected
+    )
+
+
+def test_continuing_equals_adam_by_hand_from_the_same_adapters():
+    model = trained_once()
+    by_hand = copy.deepcopy(model)
+    fit(model, TASK, ContinueLoRA(), steps=3, lr=1e-2, batch_size=8, schedule="constant", warmup=0, clip=None)
+    parameters = [parameter for parameter in by_hand.parameters() if parameter.requires_grad]
+    optimizer, order = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0), DataOrder(len(TASK.train), 0)
+    for step in range(3):
+        batch = TASK.train[order.rows(8 * step, 8)]
+        optimizer.zero_grad()
+        mean_squared_error(by_hand, batch.inputs, batch.targets).backward()
+        optimizer.step()
+    for name, value in adapter_state(by_hand).items():
+        torch.testing.assert_close(adapter_state(model)[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_model_without_adapters_has_none_to_continue():
+    model = DigitsMLP()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"no adapters to continue; put some on it with load_adapter"):
+        ContinueLoRA().prepare(model, 0)
+    assert snapshot(model) == before
+
+
+def test_a_stopped_continuation_resumes_and_refuses_another_start(tmp_path):
+    options = {"steps": 6, "lr": 1e-2, "checkpoint_every": 2}
+    whole = fit(trained_once(), TASK, ContinueLoRA(), **options)
+
+    def stop(row):
+        if row["step"] == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(trained_once(), TASK, ContinueLoRA(), checkpoint_dir=tmp_path, on_row=stop, **options)
+    with pytest.raises(ValueError, match="another run"):
+        fit(trained_once(steps=5), TASK, ContinueLoRA(), checkpoint_dir=tmp_path, **options)
+    resumed = fit(trained_once(), TASK, ContinueLoRA(), checkpoint_dir=tmp_path, **options)
+    assert [row["train_loss"] for row in resumed.rows] == [row["train_loss"] for row in whole.rows]

@@ -21,7 +21,7 @@ from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
 from lora_lab.train import TrainConfig, TrainingStep, learning_rate, make_step
-from tests.helpers import small_task
+from tests.helpers import Stopped, small_task
 
 
 def examples(n, features, classes, seed, dtype=torch.float32):
@@ -442,6 +442,27 @@ def test_history_names_task_method_and_settings():
     assert history.method["targets"] == ["head"]
     expected = {"steps": 6, "lr": 0.01, "seed": 9, "schedule": "constant", "clip": None, "accumulate": 1}
     assert {name: history.settings[name] for name in expected} == expected
+
+
+def test_each_row_is_passed_on_when_it_is_complete_and_not_again_after_a_checkpoint(tmp_path):
+    def run(on_row, **options):
+        return fit(DigitsMLP(), small_task(), LoRA(2), steps=4, eval_every=2, batch_size=4, lr=1e-2, on_row=on_row, **options)
+
+    rows = []
+    history = run(lambda row: rows.append(row) or row.clear())  # a copy, with which the callback does as it likes
+    assert [bool(row) for row in history.rows] == [True] * 5
+    seen = []
+
+    def stop(row):
+        seen.append(row)
+        if row["step"] == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(stop, checkpoint_dir=tmp_path)
+    history = run(seen.append, checkpoint_dir=tmp_path)
+    assert seen == history.rows
+    assert seen[2]["validation_loss"] is not None
 
 
 def test_frame_has_one_row_a_step_and_numbers_in_every_column():

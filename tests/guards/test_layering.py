@@ -196,7 +196,12 @@ from lora_lab.task import Task as T
 
 
 def test_the_imports_are_really_read():
-    assert own(tree_of("adapters")) == {"adapters.arithmetic", "adapters.edit", "adapters.peft_format", "adapters.shipped"}
+    assert own(tree_of("adapters")) == {
+        "adapters.arithmetic",
+        "adapters.edit",
+        "adapters.peft_format",
+        "adapters.shipped",
+    }
     assert {"task", "methods", "checkpoint", "history"} <= own(tree_of("train"))
     assert "plots" in own(tree_of("experiments.demo"))  # imported inside a function
     assert "experiments.recorder" in own(tree_of("experiments.registry"))  # for type checkers
