@@ -296,10 +296,7 @@ def fit(
             history.add_evaluation(part, loss)
         history.optimizer_bytes = state_bytes(training_step.optimizer)
 
-    def report_row() -> None:
-        if on_row is not None:
-            on_row(dict(history.rows[-1]))
-
+    report = on_row or (lambda row: None)
     training = model.training
     model.train()
     try:
@@ -310,7 +307,7 @@ def fit(
                     bar.set_postfix_str("evaluating")
                     history.start()
                     add_evaluations()
-                    report_row()
+                    report(dict(history.rows[-1]))
                 for step in range(done + 1, config.steps + 1):
                     started = time.perf_counter()
                     parts, counts = micro_batches(task, order, step, config, training_step.threads)
@@ -333,7 +330,7 @@ def fit(
                         add_evaluations()
                     if checkpoint_dir is not None and (step % checkpoint_interval == 0 or step == config.steps):
                         checkpoint.save(checkpoint_dir, model, training_step.optimizer, history)
-                    report_row()
+                    report(dict(history.rows[-1]))
                     bar.update()
     finally:
         model.train(training)

@@ -446,7 +446,9 @@ def test_history_names_task_method_and_settings():
 
 def test_each_row_is_passed_on_when_it_is_complete_and_not_again_after_a_checkpoint(tmp_path):
     def run(on_row, **options):
-        return fit(DigitsMLP(), small_task(), LoRA(2), steps=4, eval_every=2, batch_size=4, lr=1e-2, on_row=on_row, **options)
+        return fit(
+            DigitsMLP(), small_task(), LoRA(2), steps=4, eval_every=2, batch_size=4, lr=1e-2, on_row=on_row, **options
+        )
 
     rows = []
     history = run(lambda row: rows.append(row) or row.clear())  # a copy, with which the callback does as it likes

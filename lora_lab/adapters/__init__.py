@@ -2,6 +2,7 @@
 and combine several.
 
 edit         switch, off, strength, extract, resize
+card         the model card in an adapter's folder
 peft_format  adapters as files, in the format of the PEFT library
 arithmetic   combine: several adapters as one
 shipped      adapters that are installed with lora_lab

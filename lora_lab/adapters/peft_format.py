@@ -1,8 +1,8 @@
 """Adapters as files: save, load, read.
 
 The format is that of the ``peft`` library, which reads the files saved here and whose files are read here. A folder
-holds ``adapter_config.json`` (rank, alpha, targets) and ``adapter_model.safetensors`` (A and B of each layer, named
-``base_model.model.<layer>.lora_A.weight``).
+holds ``adapter_config.json`` (rank, alpha, targets), ``adapter_model.safetensors`` (A and B of each layer, named
+``base_model.model.<layer>.lora_A.weight``), and ``README.md``, the model card.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_lab.adapters.card import CARD, card, is_free
 from lora_lab.adapters.edit import factor_shape, set_factors
+from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer, check_numbers
@@ -37,9 +39,13 @@ _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, base: str | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    folder: str | Path,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    history: History | None = None,
 ) -> Path:
-    """Write the model's adapters to ``folder``, and return it.
+    """Write the model's adapters to ``folder`` with a model card, and return the folder.
 
     An older adapter there stays intact until the new one is complete: see :func:`lora_lab.system.files.atomic_files`.
     Plain LoRA, rsLoRA and DoRA are saved as themselves, LoRA-FA as plain LoRA. PiSSA is saved as plain LoRA of twice
@@ -49,6 +55,8 @@ def save_adapter(
     Args:
         base: name or path of the model that the adapters belong to, stored in the config as a note.
         dtype: of the tensors in the file, such as ``torch.float16`` for half the bytes; None stores them as they are.
+        history: of the run that trained them, for the card (README.md): task, settings, losses before and after. A
+            README.md that lora_lab did not write stays as it is.
 
     Raises:
         ValueError: the model has no adapters; they are of several variants, or differ in dropout; the format has no
@@ -98,6 +106,9 @@ def save_adapter(
         )
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
+        if is_free(folder):
+            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
+            (temporary / CARD).write_text(text, encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _DIGEST: _config_digest(config)})
     return folder
 

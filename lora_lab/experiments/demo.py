@@ -111,7 +111,7 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     def save(folder: Path) -> None:
         with atomic_files(folder) as temporary:
             if lora_layers(model):
-                save_adapter(model, temporary, base=SMOLLM2)
+                save_adapter(model, temporary, base=SMOLLM2, history=history)
             else:
                 save_model(model, temporary, tokenizer)
             history.save(temporary / "history.json")

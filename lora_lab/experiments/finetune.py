@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_lab.adapters.card import CARD, is_free
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
@@ -143,7 +144,9 @@ def run(
     def save(folder: Path) -> None:
         with atomic_files(folder, remove=_outdated(folder, method, model)) as temporary:
             if lora_layers(net):
-                save_adapter(net, temporary, base=model, dtype=torch.float16 if half else None)
+                save_adapter(net, temporary, base=model, dtype=torch.float16 if half else None, history=history)
+                if not is_free(folder):  # the user's own stays
+                    (temporary / CARD).unlink()
             else:
                 save_model(net, temporary, tokenizer)
             history.save(temporary / "history.json")
@@ -177,7 +180,7 @@ def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
     was_full, is_full = (name == FullFineTuning.name for name in (earlier, method.name))
     if was_full == is_full or (was_full and Path(model).resolve() == folder.resolve()):
         return ()
-    return FILES if was_full else (CONFIG, WEIGHTS)
+    return FILES if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))
 
 
 def _evaluated(net: Llama, data: Task, limit: int | None) -> dict[str, Any]:

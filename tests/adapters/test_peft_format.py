@@ -314,7 +314,7 @@ def test_saving_over_an_older_adapter_leaves_only_the_new_one(tmp_path):
     save_adapter(adapted(seed=1, rank=2), tmp_path)
     newer = adapted(seed=2, rank=4, targets=["hidden1"])
     save_adapter(newer, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     back = DigitsMLP(width=16)
     assert load_adapter(back, tmp_path) == ["hidden1"]
     assert torch.equal(logits(back, PIXELS), logits(newer, PIXELS))

@@ -12,7 +12,7 @@ from lora_lab.methods import RsLoRA
 from lora_lab.tasks import PairTask, sentiment
 from tests.helpers import command
 
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
