@@ -300,7 +300,7 @@ def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
         last = begun[-1].phase
         if last not in [text.get_text() for text in whole.texts]:  # too narrow for its name
             at_the_top = whole.get_xaxis_transform()
-            whole.text(99, 0.99, last, ha="right", va="top", fontsize="small", transform=at_the_top)
+            whole.text(99.5, 0.99, f"{last} →", ha="right", va="top", fontsize="small", transform=at_the_top)
         memory_of_a_step(bill, near, around_peak=20).set_title("the same, around the peak")
         near.set_ylabel("")
         logits = max(bill.timeline, key=lambda moment: moment.total_bytes).parts.get(Part.LOGITS, 0)

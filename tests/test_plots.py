@@ -345,7 +345,7 @@ def test_around_the_peak_each_operation_is_drawn_and_the_step_beside_it_is_on_th
 def test_a_step_beside_its_peak_begins_with_its_forward_pass_and_ends_with_a_named_phase():
     rows = [("before", {"frozen": 15}), *[("forward", {"frozen": 10})] * 40, ("optimiser step", {"frozen": 20})]
     whole, _ = plots.memory_of_steps({"a": bill(moments(*rows), frozen=20)}).axes
-    assert [text.get_text() for text in whole.texts] == ["peak 20 (see right)", "forward", "optimiser step"]
+    assert [text.get_text() for text in whole.texts] == ["peak 20 (see right)", "forward", "optimiser step →"]
     assert whole.collections[0].get_paths()[0].vertices[:, 0].min() > 0
 
 

@@ -80,7 +80,8 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
 
     if all(map(agrees, outcomes, expected)) and not _changed(outcomes, expected):
         if name := _without_gradient(outcomes, expected):
-            return Verdict(False, f"The result is right, but the gradient of {name} is not. Does a detach cut it off?")
+            sentence = f"The result is right, but the gradient of {name} is not."
+            return Verdict(False, f"{sentence} Does a detach or no_grad cut it off?")
         return Verdict(True, exercise.praise)
 
     def first_mistake() -> str | None:

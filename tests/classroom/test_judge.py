@@ -146,7 +146,8 @@ def test_a_gradient_is_compared_where_an_argument_requires_one(register, answer,
 
     verdict = judge(register(product, inputs=trained_weight), answer)
     assert verdict.passed == passed
-    assert passed or verdict.text == "The result is right, but the gradient of W is not. Does a detach cut it off?"
+    sentence = "The result is right, but the gradient of W is not. Does a detach or no_grad cut it off?"
+    assert passed or verdict.text == sentence
 
 
 def test_a_mistake_that_is_a_changed_argument(register):

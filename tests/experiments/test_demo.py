@@ -152,7 +152,7 @@ def test_demo_refuses_bad_numbers_before_it_starts(small_demo, tmp_path, capsys,
 
 
 def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, tmp_path, capsys, monkeypatch):
-    def full(model, folder, base):
+    def full(model, folder, base, history):
         if "results" in folder.parts:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save_adapter(model, folder, base)

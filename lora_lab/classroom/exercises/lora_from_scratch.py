@@ -26,14 +26,15 @@ exercise = exercises_of("03_lora_from_scratch")
 
 
 def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, alpha is larger, A and B are trained.
+    """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, and alpha is larger.
 
-    The rank is none of the lesson's numbers, and half the time it is larger than the other sizes.
+    W is frozen; x, A and B need gradients. The rank is none of the lesson's numbers, and half the time it is larger
+    than the other sizes.
     """
     n, inp, out = (int(size) for size in rng.permutation([5, 6, 7]))
     rank, alpha = int(rng.choice([3, 9])), float(rng.choice([20, 29, 31, 40]))
     A, B = normal(rng, rank, inp).requires_grad_(), normal(rng, out, rank).requires_grad_()
-    return normal(rng, n, inp), normal(rng, out, inp), A, B, alpha
+    return normal(rng, n, inp).requires_grad_(), normal(rng, out, inp), A, B, alpha
 
 
 @exercise(
@@ -76,6 +77,8 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
         "The shapes do not fit. x has its examples in rows, so multiply from the right: x @ W.T or F.linear(x, W).": (
             lambda x, W, A, B, alpha: x @ W + alpha / len(A) * (x @ A @ B),
             lambda x, W, A, B, alpha: W @ x + alpha / len(A) * (B @ A @ x),
+            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ A @ B),
+            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (B @ (A @ x)),
         ),
         "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": (
             lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ B.T @ A.T),

@@ -41,6 +41,12 @@ def frozen_and_trained(rng: np.random.Generator) -> tuple[int, int]:
         "These are the weights alone. Trained parameters have a gradient and two averages as well.": (
             lambda frozen, trained: 4 * (frozen + trained)
         ),
+        "A trained parameter's weight is counted twice. Its 16 bytes hold it already.": (
+            lambda frozen, trained: 4 * (frozen + trained) + 16 * trained
+        ),
+        "A frozen parameter has no gradient. It costs the 4 bytes of its weight.": (
+            lambda frozen, trained: 8 * frozen + 16 * trained
+        ),
         "These are half of the bytes. A number in float32 has 4 bytes, not 2.": (
             lambda frozen, trained: 2 * frozen + 8 * trained
         ),
@@ -161,6 +167,9 @@ def _by_formula(
         ),
         "x is counted although neither gate nor up has an adapter. A frozen weight does not need its input.": (
             _by_formula(inputs=1)
+        ),
+        "x is stored as soon as one of gate and up has an adapter, whichever of the two.": (
+            lambda d, m, r, targets: _by_formula(inputs={"gate", "up"} <= targets)(d, m, r, targets)
         ),
         "m values are missing. silu's own backward pass needs its input, and the product needs both factors.": (
             _by_formula(silu=2)

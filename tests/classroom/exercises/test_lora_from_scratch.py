@@ -120,6 +120,27 @@ def test_any_form_of_the_forward_line_passes(update):
     passes("forward", lambda x, W, A, B, alpha: x @ W.T + update(A, B, x, alpha / A.shape[0]))
 
 
+def without_grad(x, W, A, B, alpha):
+    with torch.no_grad():
+        frozen = x @ W.T
+    return frozen + alpha / len(A) * (x @ A.T @ B.T)
+
+
+@pytest.mark.parametrize(
+    ("cut", "name"),
+    [
+        (lambda x, W, A, B, alpha: x @ W.detach().T + alpha / len(A) * (x @ A.T @ B.T), None),  # W is frozen
+        (lambda x, W, A, B, alpha: (x @ W.T).detach() + alpha / len(A) * (x @ A.T @ B.T), "x"),
+        (lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x.detach() @ A.T @ B.T), "x"),
+        (lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ A.T @ B.T.detach()), "B"),
+        (without_grad, "x"),
+    ],
+)
+def test_the_gradients_of_the_forward_line_reach_all_but_the_frozen_weight(cut, name):
+    verdict = judge(EXERCISES["forward"], cut)
+    assert verdict.passed if name is None else f"the gradient of {name} is not" in verdict.text
+
+
 @pytest.mark.parametrize(
     "update",
     [
