@@ -26,6 +26,12 @@ def is_free(folder: str | Path) -> bool:
     return not path.exists() or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
+def yield_to(folder: str | Path, temporary: Path) -> None:
+    """Remove the card from ``temporary``, whose files are to move to ``folder``, if ``folder`` has one of the user's."""
+    if not is_free(folder):
+        (temporary / CARD).unlink()
+
+
 def card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
     """The card's text.
 

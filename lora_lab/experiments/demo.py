@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.adapters.edit import off
+from lora_lab.adapters.card import yield_to
 from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_lab.adapters.shipped import shipped
 from lora_lab.costs.memory import predict
@@ -112,6 +113,7 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
         with atomic_files(folder) as temporary:
             if lora_layers(model):
                 save_adapter(model, temporary, base=SMOLLM2, history=history)
+                yield_to(folder, temporary)
             else:
                 save_model(model, temporary, tokenizer)
             history.save(temporary / "history.json")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_lab.adapters.card import CARD, is_free
+from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
@@ -145,8 +145,7 @@ def run(
         with atomic_files(folder, remove=_outdated(folder, method, model)) as temporary:
             if lora_layers(net):
                 save_adapter(net, temporary, base=model, dtype=torch.float16 if half else None, history=history)
-                if not is_free(folder):  # the user's own stays
-                    (temporary / CARD).unlink()
+                yield_to(folder, temporary)
             else:
                 save_model(net, temporary, tokenizer)
             history.save(temporary / "history.json")

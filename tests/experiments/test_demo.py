@@ -165,6 +165,7 @@ def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, t
     assert f"{tmp_path / 'results' / 'lora'} could not be written (No space left on device)" in said
     assert said.endswith(f"The files are in {spare} instead.\n")
     assert sorted(path.name for path in spare.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "history.json",

@@ -85,6 +85,17 @@ def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, t
             assert json.loads((tmp_path / "kept" / f"{name}.json").read_text())["method"]["name"] == method
 
 
+def test_a_readme_of_the_users_stays(tiny, tmp_path):
+    for _ in range(2):
+        assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "kept") == 0
+    card = tmp_path / "kept" / "README.md"
+    assert "## Training" in card.read_text()
+    card.write_text("Mine.")
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "kept") == 0
+    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
+    assert card.read_text() == "Mine."
+
+
 def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_path, tiny_config):
     save_model(Llama(tiny_config, seed=5), "mine", tiny)  # by the user, not by a run
     assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
