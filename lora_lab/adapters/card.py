@@ -27,7 +27,7 @@ def is_free(folder: str | Path) -> bool:
 
 
 def yield_to(folder: str | Path, temporary: Path) -> None:
-    """Remove the card from ``temporary``, whose files are to move to ``folder``, if ``folder`` has one of the user's."""
+    """Remove the card from ``temporary``, whose files will move to ``folder``, if a README.md of the user's is there."""
     if not is_free(folder):
         (temporary / CARD).unlink()
 

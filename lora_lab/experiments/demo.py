@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_lab.adapters.edit import off
 from lora_lab.adapters.card import yield_to
+from lora_lab.adapters.edit import off
 from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_lab.adapters.shipped import shipped
 from lora_lab.costs.memory import predict
