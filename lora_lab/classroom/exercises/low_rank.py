@@ -72,7 +72,11 @@ def best_rank(M, r):
 
 
 def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Twelve singular values, largest first, and a share of their energy."""
+    """Singular values, largest first, and a share of their energy; in half of the cases some terms meet it exactly."""
+    if rng.random() < 0.5:
+        twos = int(rng.integers(1, 4))
+        S = np.array([2.0] * twos + [1.0] * (16 - 4 * twos))  # energy 16, and sums of 4, 8 and 12 without rounding
+        return S, float(rng.choice([share for share in (0.25, 0.5, 0.75) if share != twos / 4]))
     S = np.sort(rng.uniform(0.2, 1, 12))[::-1] * np.linspace(1, 0.2, 12)
     return S, float(rng.choice([0.8, 0.9, 0.95]))
 
@@ -89,6 +93,9 @@ def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
         ),
         "There is one term too many. Count the terms that hold less than the share, and add one.": (
             lambda S, share: int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share)) + 2
+        ),
+        "There is one term too many where the share is met exactly. At least this share means that it is enough.": (
+            lambda S, share: int(np.sum(np.cumsum(S**2) / np.sum(S**2) <= share)) + 1
         ),
         "This counts the large singular values. Add up their squares until the sum reaches the share.": (
             lambda S, share: int(np.sum(S / S[0] > 1 - share)),

@@ -54,6 +54,15 @@ def _in_steps(
         ),
         "The adapters are missing. With LoRA they multiply P forward and 2 P backward.": _in_steps(adapters=0),
         "The adapters are counted in the forward pass alone. Backward they multiply 2 P.": _in_steps(adapters=1),
+        "The adapters are counted twice, but they multiply P three times. Backward it is for inputs and for weights.": (
+            _in_steps(adapters=2)
+        ),
+        "The adapters are counted four times, but they multiply P three times. Forward it is once, backward twice.": (
+            _in_steps(adapters=4)
+        ),
+        "With LoRA the head's weight gradient is too much. The head is frozen like the layers.": (
+            lambda M, E, T, P, method: 3 * (M + E + T) - (M - 3 * P) * (method == "LoRA")
+        ),
         "The head is missing. Its E weights multiply as those of the layers do.": _in_steps(head=0),
         "The method makes no difference in your count. LoRA skips the weight gradients of M and E.": (
             lambda M, E, T, P, method: 3 * (M + E + T)
@@ -77,8 +86,11 @@ def multiply_adds(M, E, T, P, method):
 
 
 def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
-    """Weights of the layers, of the head, and multiply-adds of adapters for each unit of rank."""
-    return int(rng.integers(10**8, 10**9)), int(rng.integers(2 * 10**7, 10**8)), int(rng.integers(2 * 10**5, 10**6))
+    """Weights of the layers, of the head, and adapters' multiply-adds per unit of rank; half of the cases are ties."""
+    M, E, per_rank = (int(rng.integers(*span)) for span in ((10**8, 10**9), (2 * 10**7, 10**8), (2 * 10**5, 10**6)))
+    if rng.random() < 0.5:
+        M -= (M + E) % (3 * per_rank)
+    return M, E, per_rank
 
 
 @exercise(
@@ -95,7 +107,11 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
             lambda M, E, per_rank: (M + E) // (2 * per_rank)
         ),
         "At this rank LoRA already needs more multiplications. Round down.": (
-            lambda M, E, per_rank: -(-(M + E) // (3 * per_rank))
+            lambda M, E, per_rank: -(-(M + E) // (3 * per_rank)),
+            lambda M, E, per_rank: (M + E) // (3 * per_rank) + 1,
+        ),
+        "At the break-even rank itself LoRA needs no more. Count it.": (
+            lambda M, E, per_rank: (M + E - 1) // (3 * per_rank)
         ),
         "A rank is a whole number. Round down.": lambda M, E, per_rank: (M + E) / (3 * per_rank),
     },
@@ -107,6 +123,7 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
     minutes=6,
     difficulty=2,
     praise="Far below this rank LoRA needs about a third fewer FLOPs, and above it more than full fine-tuning.",
+    draws=28,
 )
 def break_even(M, E, per_rank):
     """At the result LoRA needs no more multiplications than full fine-tuning, and at the next rank it does."""
@@ -185,6 +202,17 @@ def _timed(device: Device, step: str, wait: bool = True) -> float:
     return device.clock() - started
 
 
+def _ratio_of_the_steps_before(device: Device) -> float:
+    """It waits for the step before after the clock is read, so that each time is that of the other step."""
+    times: dict[str, list[float]] = {"full": [], "LoRA": []}
+    for step in ("full", "LoRA") * 10:
+        started = device.clock()
+        device.synchronize()
+        device.launch(step)
+        times[step].append(device.clock() - started)
+    return median(lora / full for full, lora in zip(times["full"], times["LoRA"], strict=True))
+
+
 def _ratio(
     order: Iterable[str] = ("full", "LoRA") * 9,
     middle: Callable[[list[float]], float] = median,
@@ -249,8 +277,9 @@ def _is_not_upside_down(answer: Callable[[Device], Any], rng: np.random.Generato
         ),
         Probe(
             _is_not_upside_down,
-            "The ratio is upside down. Divide the time of LoRA by the time of full.",
-            (_ratio(upside_down=True),),
+            "The ratio is upside down. Divide LoRA's time by full's. If you do, you timed the step before: "
+            "synchronize before you read the clock.",
+            (_ratio(upside_down=True), _ratio_of_the_steps_before),
         ),
         Probe(
             _on(),
