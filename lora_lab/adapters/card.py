@@ -27,7 +27,7 @@ def is_free(folder: str | Path) -> bool:
 
 
 def yield_to(folder: str | Path, temporary: Path) -> None:
-    """Remove the card from ``temporary``, whose files will move to ``folder``, if a README.md of the user's is there."""
+    """Remove the card from ``temporary``, whose files will move to ``folder``, if a user's README.md is there."""
     if not is_free(folder):
         (temporary / CARD).unlink()
 
