@@ -553,6 +553,8 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
 def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", untrained: float | None = None) -> Axes:
     """Validation loss after the last step against the learning rate, a line a rank: mean, min and max over seeds.
 
+    The lines are shifted sideways by a few per cent, so that their bars do not cover each other.
+
     Args:
         frame: from :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed is left out.
         by: the column that distinguishes the lines; "method" for a frame of several methods at one rank.
@@ -563,11 +565,12 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
     last = frame[frame.step == frame.steps].set_index([by, "lr"]).drop(list(failed), errors="ignore")
     names = {value: f"rank {value:g}" if by == "rank" else str(value) for value in last.reset_index()[by].unique()}
     styles = looks([names[value] for value in (sorted(names) if by == "rank" else names)])
-    for value, losses in last.validation_loss.groupby(by, sort=by == "rank"):
+    for place, (value, losses) in enumerate(last.validation_loss.groupby(by, sort=by == "rank")):
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
+        shifted = mean.index * 1.04 ** (place - (len(names) - 1) / 2)
         reach = [mean - by_rate.min(), by_rate.max() - mean]
-        ax.errorbar(mean.index, mean, reach, capsize=2, label=names[value], **styles[names[value]])
+        ax.errorbar(shifted, mean, reach, capsize=2, label=names[value], **styles[names[value]])
     if untrained is not None:
         ax.axhline(untrained, color=METHOD_COLOURS["as it is"], linestyle=":", linewidth=1, label="untrained")
     rates = sorted(last.reset_index()["lr"].unique())

@@ -489,8 +489,14 @@ def _over_all(lower: pandas.Series, upper: pandas.Series) -> str:
 
 
 def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
-    """What is lost where ``amount`` is first learned, on straight lines between evaluations."""
-    after = next(i for i, value in enumerate(learned) if value >= amount)
+    """What is lost where ``amount`` is first learned, on straight lines between evaluations.
+
+    Raises:
+        ValueError: so much is never learned.
+    """
+    after = next((i for i, value in enumerate(learned) if value >= amount), None)
+    if after is None:
+        raise ValueError("This run never learned that much; take the smaller amount.")
     if after == 0:
         return lost[0]
     before = after - 1

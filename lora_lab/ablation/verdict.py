@@ -158,10 +158,10 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
             "largest was most likely trained badly and is not a fair reference; try more learning rates."
         )
     for edge in ("smallest", "largest"):
-        if at := ", ".join(str(each) for each, choice in choices.items() if choice.edge == edge):
-            notes.append(f"the best learning rate of rank {at} is the {edge} tried, so a better one may lie beyond.")
-    if untuned := ", ".join(str(each) for each, choice in choices.items() if choice.edge == "only"):
-        notes.append(f"only one learning rate was tried for rank {untuned}, so it may not be the best.")
+        if at := [each for each, choice in choices.items() if choice.edge == edge]:
+            notes.append(f"the best learning rate of {_ranks(at)} is the {edge} tried, so a better one may lie beyond.")
+    if untuned := [each for each, choice in choices.items() if choice.edge == "only"]:
+        notes.append(f"only one learning rate was tried for {_ranks(untuned)}, so it may not be the best.")
     return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 
@@ -243,6 +243,11 @@ def _choose(rows: pandas.DataFrame, seeds: Sequence[int]) -> _Choice:
     validation_loss, lr, losses = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
     edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
     return _Choice(lr, validation_loss, losses, note, edge)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    *others, last = map(str, ranks)
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from lora_lab.ablation.overfitting import (
     by_training_loss,
     compare,
     compare_over_rates,
+    interpolate_at,
     near_ties,
     summarise_trials,
 )
@@ -901,3 +902,9 @@ def test_what_cannot_be_compared_at_equal_training_loss_is_named():
         by_training_loss(together(*full, lora[0]), [1.0])
     with pytest.raises(ValueError, match=r"'LoRA' has the rates 0\.001, 0\.01, but must have one"):
         by_training_loss(together(*full, *lora, trained_to("LoRA", 0, [3.0, 2.0, 2.5], [2.0, 1.0], lr=1e-2)), [1.0])
+
+
+def test_more_than_a_run_has_learned_is_refused_with_a_reason():
+    assert interpolate_at([0.0, 1.0], [0.0, 2.0], 0.25) == 0.5
+    with pytest.raises(ValueError, match="never learned that much"):
+        interpolate_at([0.0, 1.0], [0.0, 2.0], 1.5)

@@ -292,11 +292,11 @@ def test_notes_tell_of_rates_at_the_edge_and_untuned_ones():
     assert smallest_sufficient_rank(frame_of(PLANTED)).notes == ()
     edge = smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.01, 0.03)))
     assert edge.notes == (
-        "the best learning rate of rank 1, 2, 4, 8, 16 is the smallest tried, so a better one may lie beyond.",
+        "the best learning rate of ranks 1, 2, 4, 8 and 16 is the smallest tried, so a better one may lie beyond.",
     )
     assert "is the largest tried" in smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.003, 0.01))).notes[0]
     assert (
-        "only one learning rate was tried for rank 1, 2"
+        "only one learning rate was tried for ranks 1, 2"
         in smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.01,))).notes[0]
     )
 

@@ -149,6 +149,11 @@ def _nearest_evaluation(full, lora, share):
     return tuple(_lost(run)[np.abs(_learned(run) - amount).argmin()] for run in (full, lora))
 
 
+def _larger_amount(full, lora, share):
+    amount = share * max(_learned(full).max(), _learned(lora).max())
+    return _at(full, amount), _at(lora, amount)
+
+
 def _more_than_one_learned(full, lora, share):
     amount = max(_learned(full).max(), _learned(lora).max())
     return tuple(_lost(run)[_first(run, amount)] for run in (full, lora))
@@ -192,6 +197,7 @@ def _learned_at_last(full, lora, share):
             lambda full, lora, share: tuple(_at(run, share * _learned(run).max()) for run in (full, lora))
         ),
         "One of them never learned that much. Take the smaller of the two amounts.": (
+            _larger_amount,
             _more_than_one_learned,
             lambda full, lora, share: tuple(
                 _lost(run)[_first(run, share * max(_learned(full).max(), _learned(lora).max()))] for run in (full, lora)

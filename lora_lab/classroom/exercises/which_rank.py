@@ -70,7 +70,7 @@ def bound(mean: Any, sd: Any, n: int) -> float:
     },
     hints=[
         "The losses come in pairs, one for each seed: work with d = a - b.",
-        "np.std(d, ddof=1) is the standard deviation of one difference; that of their mean is smaller by sqrt(n).",
+        "d.std(ddof=1) is the standard deviation of one difference; that of their mean is smaller by sqrt(n).",
         "t.ppf(0.95, n - 1) from scipy.stats is the quantile that goes with n seeds.",
     ],
     minutes=8,
@@ -87,7 +87,7 @@ def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, f
     """rank -> (mean, upper bound) of its loss above the largest rank's, ranks in any order; and the margin.
 
     The mean of one rank is below the margin and its bound above it. Sometimes no rank is enough, and sometimes a rank
-    above the smallest that is enough is not shown to be.
+    above the smallest that is enough is not shown to be. Among ranks that are enough, the losses come in any order.
     """
     margin = float(rng.choice([0.01, 0.02, 0.05]))
     lucky = float(rng.uniform(0.2, 0.8))
@@ -103,6 +103,8 @@ def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, f
         table |= {4: (0.9 * margin, 1.2 * margin), 8: (0.7 * margin, 1.3 * margin), 16: (0.6 * margin, 1.1 * margin)}
     elif case < 0.7:  # a rank between two that are enough is open
         table |= {8: (0.35 * margin, 1.2 * margin)}
+    enough = [rank for rank, (_, upper) in table.items() if upper < margin]
+    table |= {rank: table[int(other)] for rank, other in zip(enough, rng.permutation(enough), strict=True)}
     return {int(rank): table[int(rank)] for rank in rng.permutation(list(table))}, margin
 
 
@@ -139,6 +141,13 @@ def down_from_the_largest(table: Any, margin: float) -> int | None:
         "This is the rank with the lowest loss. It need not win: it must lose less than the margin.": (
             lambda table, margin: min(table, key=lambda rank: table[rank][0])
         ),
+        "This is the rank whose bound is nearest to the margin. Take the smallest rank, whatever its bound.": (
+            lambda table, margin: max(
+                (rank for rank, (_, upper) in table.items() if upper < margin),
+                key=lambda rank: table[rank][1],
+                default=None,
+            )
+        ),
         "This is the first in the table that is enough. The ranks come in any order: take the smallest.": (
             first_that_is_enough
         ),
@@ -156,8 +165,8 @@ def down_from_the_largest(table: Any, margin: float) -> int | None:
     ],
     minutes=10,
     difficulty=2,
-    praise="Your rule can say that it does not know, which is what most rank sweeps in papers cannot.",
-    draws=40,
+    praise="Your rule can say that it does not know.",
+    draws=60,
 )
 def smallest_enough(table, margin):
     """The result is the smallest rank whose upper bound is below the margin, or None if there is none."""
@@ -165,9 +174,10 @@ def smallest_enough(table, margin):
 
 
 def spread_and_margin(rng: np.random.Generator) -> tuple[float, float]:
-    """The standard deviation of a paired difference, and a margin, that need between 8 and about 80 seeds."""
+    """The standard deviation of a paired difference, and a margin, that need between 2 and about 45 seeds."""
     margin = float(rng.uniform(0.01, 0.05))
-    return float(margin * rng.uniform(1.0, 3.5)), margin
+    ratio = rng.uniform(0.05, 0.18) if rng.random() < 0.3 else rng.uniform(0.3, 2.5)  # below 0.18 two are enough
+    return float(margin * ratio), margin
 
 
 def both(n: int, power: float = 0.8) -> float:
@@ -210,6 +220,11 @@ def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
         "This is one seed more than needed.": (
             lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n)) + 1
         ),
+        "This starts too late: two seeds may be enough, so begin at n = 2.": (
+            lambda sd, margin: max(3, seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n))),
+            lambda sd, margin: max(5, seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n))),
+            lambda sd, margin: max(8, seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n))),
+        ),
     },
     hints=[
         "The two quantiles are t.ppf(0.95, n - 1) and t.ppf(0.8, n - 1).",
@@ -219,7 +234,7 @@ def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
     minutes=6,
     difficulty=2,
     praise="Half the margin costs up to four times the seeds, so choose the margin before you pay.",
-    draws=32,
+    draws=60,
 )
 def seeds_needed(sd, margin):
     """The result is the smallest number of seeds with which a sweep over two equal ranks has a power of about 80 %."""
@@ -261,6 +276,9 @@ def by_rule(over_r, over_root):
         ),
         "Under alpha / sqrt(r) this shrinks too fast: the step grows with sqrt(r), not with r.": (
             by_rule(lambda ratio: 1, lambda ratio: 1 / ratio)
+        ),
+        "You kept the factor. The first step is r times the factor, so keep that product.": (
+            by_rule(lambda ratio: ratio, math.sqrt)
         ),
         "The two rules are mixed up.": by_rule(lambda ratio: 1 / math.sqrt(ratio), lambda ratio: 1),
     },
