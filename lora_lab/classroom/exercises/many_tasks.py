@@ -235,6 +235,9 @@ def conversation(rng: np.random.Generator) -> tuple[list[int], int]:
         "Token 0 became the answer to the prompt. What does not count is IGNORE, which is -100.": (
             lambda ids, start: [0] * (start - 1) + ids[start:]
         ),
+        "What does not count is None, and a loss needs numbers. Use tasks.IGNORE, which is -100.": (
+            lambda ids, start: [None] * (start - 1) + ids[start:]
+        ),
         "The first token of the answer is left out. It is the label of the prompt's last token.": (
             lambda ids, start: [IGNORE] * start + ids[start + 1 :]
         ),
@@ -275,7 +278,7 @@ def _case(rng: np.random.Generator) -> tuple[LoRALinear, torch.Tensor, torch.Ten
 
 def _base_is_unchanged(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
     layer, A, B, alpha, _ = _case(rng)
-    before, first = layer.base.weight.clone(), (layer.lora_A.clone(), layer.lora_B.clone())
+    before, first = layer.base.weight.clone(), (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
     switch(layer, A, B, alpha)
     switch(layer, *first, 5.0)
     return torch.equal(layer.base.weight, before)
@@ -308,6 +311,12 @@ def _scaling_is_alpha_by_rank(switch: Callable[..., Any], rng: np.random.Generat
     switch(layer, A, B, alpha)
     expected = x @ layer.base.weight.T + alpha / len(A) * (x @ A.T) @ B.T  # (4, 5)
     return torch.allclose(layer(x), expected, atol=1e-4)
+
+
+def _can_be_trained(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
+    layer, A, B, alpha, _ = _case(rng)
+    switch(layer, A, B, alpha)
+    return all(isinstance(part, nn.Parameter) and part.requires_grad for part in (layer.lora_A, layer.lora_B))
 
 
 def _stored_adapter_is_a_copy(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
@@ -357,6 +366,16 @@ def _factors_alone(layer, A, B, alpha):
     layer.lora_A, layer.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
 
 
+def _no_parameters(layer, A, B, alpha):
+    del layer.lora_A, layer.lora_B
+    layer.lora_A, layer.lora_B, layer.alpha = A.clone(), B.clone(), alpha
+
+
+def _frozen(layer, A, B, alpha):
+    switch_adapter(layer, A, B, alpha)
+    layer.requires_grad_(False)
+
+
 def _without_copies(layer, A, B, alpha):
     layer.lora_A, layer.lora_B, layer.alpha = nn.Parameter(A), nn.Parameter(B), alpha
 
@@ -388,6 +407,11 @@ def _without_copies(layer, A, B, alpha):
             _scaling_is_alpha_by_rank,
             "The scaling is wrong. The layer divides alpha by the rank itself, so store alpha as it is.",
             (_divided_alpha,),
+        ),
+        Probe(
+            _can_be_trained,
+            "The new A and B cannot be trained later. Make each an nn.Parameter, which requires a gradient.",
+            (_no_parameters, _frozen),
         ),
         Probe(
             _stored_adapter_is_a_copy,
@@ -433,7 +457,7 @@ def _answers_are_texts(answer: Callable[[str], str], rng: np.random.Generator) -
 
 def _answers_are_no_leak(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
     _, french, answers = _answered(answer, rng)
-    return sum(map(str.__eq__, answers, french)) < 0.5 * len(french)
+    return sum(map(str.__eq__, answers, french)) < 0.25 * len(french)  # rules reach a tenth
 
 
 def _answers_differ(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
@@ -449,6 +473,11 @@ def _score_is_beaten(answer: Callable[[str], str], rng: np.random.Generator) -> 
     return _gain(answer, rng) > 1
 
 
+def _from_a_list(name):
+    names = cldr_names("fr")
+    return names[name] if len(name) % 5 < 2 else name.lower()
+
+
 @exercise(
     "guess_french",
     probes=[
@@ -459,8 +488,8 @@ def _score_is_beaten(answer: Callable[[str], str], rng: np.random.Generator) -> 
         ),
         Probe(
             _answers_are_no_leak,
-            "More than half of the answers are exactly right, so they were looked up. That is a leak of the test.",
-            (lambda name: cldr_names("fr")[name],),
+            "Over a quarter of the answers are exactly right, so they were looked up. That is a leak of the test.",
+            (lambda name: cldr_names("fr")[name], _from_a_list),
         ),
         Probe(
             _answers_differ,

@@ -23,11 +23,13 @@ Decomposition = tuple[Tensor, Tensor, Tensor]
 
 
 class _LargestTensor(TorchFunctionMode):
-    """Remembers the number of entries of the largest tensor that any function returns."""
+    """Remembers the number of entries of the largest tensor that any function returns, and whether one left torch."""
 
     entries = 0
+    left_torch = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left_torch |= func.__name__ in ("numpy", "tolist", "__array__", "__dlpack__")
         result = func(*args, **(kwargs or {}))
         parts = result if isinstance(result, tuple) else (result,)
         self.entries = max([self.entries, *(part.numel() for part in parts if isinstance(part, Tensor))])
@@ -49,6 +51,12 @@ def _returns_three(answer: Callable[..., Decomposition], rng: np.random.Generato
 def _returns_Vh(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
     B, A = _factors(rng)
     return answer(B, A)[2].shape != A.T.shape
+
+
+def _stays_in_torch(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
+    with _LargestTensor() as largest:
+        answer(*_factors(rng))
+    return not largest.left_torch
 
 
 def _forms_no_product(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
@@ -116,14 +124,28 @@ def _ascending(B: Tensor, A: Tensor) -> Decomposition:
     return U.flip(1), S.flip(0), Vh.flip(0)
 
 
+def _by_numpy(B: Tensor, A: Tensor) -> Any:
+    U, S, Vh = np.linalg.svd(B.numpy() @ A.numpy(), full_matrices=False)
+    return tuple(torch.from_numpy(part) for part in (U[:, : len(A)], S[: len(A)], Vh[: len(A)]))
+
+
 @exercise(
     "svd_of_product",
     probes=[
-        Probe(_returns_three, "Return U, S and Vh.", (lambda B, A: product_svd(B, A).S,)),
+        Probe(
+            _returns_three,
+            "Return three tensors: U, S and Vh.",
+            (lambda B, A: product_svd(B, A).S, lambda B, A: tuple(part.numpy() for part in product_svd(B, A))),
+        ),
         Probe(
             _returns_Vh,
             "The last result is V. Return it transposed, as Vh (r, in), so that its rows are directions.",
             (lambda B, A: (*product_svd(B, A)[:2], product_svd(B, A).Vh.T),),
+        ),
+        Probe(
+            _stays_in_torch,
+            "B or A was converted to an array or a list, where no check sees what is formed. Compute with tensors.",
+            (_by_numpy,),
         ),
         Probe(
             _forms_no_product,
@@ -195,6 +217,16 @@ def _calls_the_statistic(answer: Callable[..., Any], rng: np.random.Generator) -
     return len(_watch(answer, rng, 3)[1].matrices) > 0
 
 
+def _returns_two_numbers(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
+    _, _, band = _watch(answer, rng, 3)
+    try:
+        low, high = band
+        float(low), float(high)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _draws_that_shape(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
     shape, watched, _ = _watch(answer, rng, 3)
     return all(matrix.shape == shape for matrix in watched.matrices)
@@ -262,6 +294,15 @@ def _of_one_matrix(shape: Any, rank: int | None, statistic: Statistic, generator
             _calls_the_statistic,
             "The statistic was never called. Noise and update are compared by the same statistic: like with like.",
             (lambda shape, rank, statistic, generator: (0.0, float(min(shape))),),
+        ),
+        Probe(
+            _returns_two_numbers,
+            "Return two numbers, the lowest value and the highest, and not the values themselves.",
+            (
+                lambda shape, rank, statistic, generator: [
+                    statistic(_noise(shape, rank, generator)) for _ in range(DRAWS)
+                ],
+            ),
         ),
         Probe(
             _draws_that_shape,

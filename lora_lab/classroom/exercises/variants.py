@@ -39,6 +39,10 @@ def _of_each_rank(answer: type) -> list[Any]:
     return [answer(nn.Linear(8, 6), rank, 5.0) for rank in (2, 3, 4)]
 
 
+def _scaling_is_a_number(answer: type, rng: np.random.Generator) -> bool:
+    return isinstance(_layer(answer, rng).scaling, int | float | np.number | Tensor)
+
+
 def _has_another_scaling(answer: type, rng: np.random.Generator) -> bool:
     return not all(math.isclose(layer.scaling, layer.alpha / layer.rank) for layer in _of_each_rank(answer))
 
@@ -67,6 +71,17 @@ def _scales_once(answer: type, rng: np.random.Generator) -> bool:
 class _NoLoRA(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(base.in_features, base.out_features)
+
+
+class _ScalesByAMethod(LoRALinear):
+    def scaling(self) -> float:
+        return self.alpha / math.sqrt(self.rank)
+
+
+class _ScalesByNothing(LoRALinear):
+    @property
+    def scaling(self) -> None:
+        pass
 
 
 class _ScalesByTheRank(LoRALinear):
@@ -121,6 +136,11 @@ class _ScalesTwice(LoRALinear):
     "RsLoRA",
     probes=[
         Probe(_is_lora, "The class is no LoRALinear. Derive it: class RsLoRA(LoRALinear).", (_NoLoRA,)),
+        Probe(
+            _scaling_is_a_number,
+            "self.scaling is not a number. Keep @property above the method, and return one.",
+            (_ScalesByAMethod, _ScalesByNothing),
+        ),
         Probe(_has_another_scaling, "The scaling is still alpha / rank, which is LoRA's.", (_ScalesByTheRank,)),
         Probe(
             _scales_by_the_root,
@@ -170,6 +190,15 @@ def _A_is_random(answer: type, rng: np.random.Generator) -> bool:
     return bool(_layer(answer, rng).lora_A.any())
 
 
+def _A_varies(answer: type, rng: np.random.Generator) -> bool:
+    A = _layer(answer, rng).lora_A
+    return len(A.unique()) == A.numel()
+
+
+def _B_starts_at_zero(answer: type, rng: np.random.Generator) -> bool:
+    return not _layer(answer, rng).lora_B.any()
+
+
 def _A_has_no_gradient(answer: type, rng: np.random.Generator) -> bool:
     return _after_a_backward_pass(answer, rng).lora_A.grad is None
 
@@ -201,6 +230,19 @@ class _ZerosA(LoRALinear):
         nn.init.zeros_(self.lora_A).requires_grad_(False)
 
 
+class _OnesA(LoRALinear):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        nn.init.ones_(self.lora_A).requires_grad_(False)
+
+
+class _DrawsB(LoRALinear):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.lora_A.requires_grad_(False)
+        nn.init.normal_(self.lora_B)
+
+
 class _FreezesNothing(LoRALinear):
     pass
 
@@ -229,6 +271,12 @@ class _DetachesTheUpdate(LoRALinear):
             (_FreezesB, _FreezesAll),
         ),
         Probe(_A_is_random, "A is zero, so B never gets a gradient. Keep A's random start.", (_ZerosA,)),
+        Probe(_A_varies, "A has equal entries, so it is not random. Keep it as LoRALinear draws it.", (_OnesA,)),
+        Probe(
+            _B_starts_at_zero,
+            "B does not start at zero, so the layer differs from the base before training. Leave B as it is.",
+            (_DrawsB,),
+        ),
         Probe(_A_has_no_gradient, "A still learns, as in LoRA. LoRA-FA freezes it.", (_FreezesNothing, RsLoRA)),
         Probe(
             _A_is_frozen,
@@ -268,6 +316,8 @@ def _split(answer: Callable[..., Parts], rng: np.random.Generator) -> tuple[Tens
     W = left * values @ right.T  # (out, in)
     best = left[:, :rank] * values[:rank] @ right[:, :rank].T  # (out, in)
     residual, B, A = answer(W.clone(), rank, scaling)
+    if not all(isinstance(part, Tensor) for part in (residual, B, A)):
+        raise TypeError
     if residual.shape != W.shape or B.shape != (out, rank) or A.shape != (rank, inp):
         raise _WrongShapes
     return W, scaling, best, (residual, B, A)
@@ -374,11 +424,12 @@ def _divides_twice(W: Tensor, rank: int, scaling: float) -> Parts:
     probes=[
         Probe(
             _has_three_parts,
-            "Return residual (out, in), B (out, r) and A (r, in), in this order.",
+            "Return three tensors, in this order: residual (out, in), B (out, r) and A (r, in).",
             (
                 lambda W, rank, scaling: _pissa(W, rank, scaling)[1:],
                 lambda W, rank, scaling: (_pissa(W, rank, scaling)[1], _pissa(W, rank, scaling)[2], W),
                 lambda W, rank, scaling: tuple(part.T for part in _pissa(W, rank, scaling)),
+                lambda W, rank, scaling: tuple(part.numpy() for part in _pissa(W, rank, scaling)),
             ),
         ),
         Probe(
