@@ -11,7 +11,9 @@ modules in reading order:
     digits       handwritten digits, for small nets
     planted      a hidden update of known rank, for small nets
     python_docs  docs: next tokens of Python's manual
+    formats      the forms of examples that people have: chat messages, ShareGPT, Alpaca, and so on
     instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
+    tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
     generate     what a model answers
     metrics      scores of answers, and baselines that need no model
@@ -32,6 +34,7 @@ from lora_lab.tasks.digits import digits
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_jsonl, from_pairs, from_text
 from lora_lab.tasks.planted import planted
 from lora_lab.tasks.python_docs import docs
+from lora_lab.tasks.tables import from_arrays, from_table
 
 __all__ = [
     "IGNORE",
@@ -46,8 +49,10 @@ __all__ = [
     "cross_entropy",
     "digits",
     "docs",
+    "from_arrays",
     "from_jsonl",
     "from_pairs",
+    "from_table",
     "from_text",
     "mean_squared_error",
     "planted",

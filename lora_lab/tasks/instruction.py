@@ -1,11 +1,12 @@
 r"""Tasks of prompts and answers: the model reads both in its own chat format, and the loss counts the answers alone.
 
     task = from_pairs(tokenizer, [Pair("Capital of France?", "Paris"), ...])
-    task = from_jsonl(tokenizer, "mine.jsonl")      # {"prompt": "...", "answer": "...", "group": "..."} on each line
+    task = from_jsonl(tokenizer, "mine.jsonl")      # {"prompt": "...", "answer": "..."} or chat messages on each line
     print(task.preview())                           # what the model reads and learns, before an hour of training
 
 The prompt is put through the model's chat template; the answer follows, up to and including the token that ends the
-turn. Targets of the prompt are IGNORE, so the loss is the mean over the tokens of the answers. All pairs of a group
+turn. Targets of the prompt are IGNORE, so the loss is the mean over the tokens of the answers: in a conversation of
+several turns, of all the assistant's. All pairs of a group
 (the same source, the same wording) go to one part, so that validation and test repeat nothing from training.
 """
 
@@ -15,6 +16,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
+from lora_lab.tasks.formats import Entry, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
@@ -46,11 +50,21 @@ class Pair:
 
     Pairs of one group always go to the same part of a task. Without a group ("") a pair goes with those that have the
     same prompt.
+
+    Args:
+        before: the turns of a conversation before the prompt, each (role, content), such as a system turn. The answers
+            among them are learned too.
     """
 
     prompt: str
     answer: str
     group: str = ""
+    before: tuple[Turn, ...] = ()
+
+    @property
+    def context(self) -> str:
+        """All texts before the answer."""
+        return "\n".join([*(content for _, content in self.before), self.prompt])
 
 
 class Padded(Examples):
@@ -91,20 +105,20 @@ class PairTask(Task):
 
     def prompt_ids(self, pair: Pair) -> list[int]:
         """The tokens that the model reads before it answers."""
-        return self.tokenizer.encode(_prompt_text(self.tokenizer, pair.prompt))
+        return self.tokenizer.encode(self.tokenizer.chat(_messages(pair)[:-1]))
 
     def preview(self, count: int = 2, part: str = "train") -> str:
         """The first examples as the model sees them: the text it reads, the text it learns, and their lengths."""
         examples, lines = self.parts[part], []
         for row in range(min(count, len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
-            answer = targets[targets != IGNORE]  # (n,)
-            first = int((targets != IGNORE).nonzero()[0])
-            lines += [
-                f"{part} {row}: {first + 1} tokens of prompt, {len(answer)} of answer",
-                "  reads   " + repr(self.tokenizer.decode(inputs[: first + 1].tolist())),
-                "  learns  " + repr(self.tokenizer.decode(answer.tolist())),
-            ]
+            last = int((targets != IGNORE).nonzero()[-1])
+            ids = [*inputs[: last + 1].tolist(), int(targets[last])]
+            answered = [False, *(targets[: last + 1] != IGNORE).tolist()]  # of each token of the conversation
+            lines.append(f"{part} {row}: {answered.count(False)} tokens of prompt, {answered.count(True)} of answer")
+            for learned, tokens in groupby(zip(answered, ids, strict=True), key=itemgetter(0)):
+                text = self.tokenizer.decode([token for _, token in tokens])
+                lines.append(("  learns  " if learned else "  reads   ") + repr(text))
         lengths = (examples.targets != IGNORE).sum(1).float()  # (n,)
         lines.append(
             f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers of "
@@ -170,46 +184,66 @@ def from_pairs(
     )
 
 
-def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, **options) -> PairTask:
-    """A task from a file of JSON Lines: on each line an object with "prompt", "answer", and optionally "group".
+def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128, **options) -> Task:
+    """A task from a file of JSON Lines, one example on each line, in any form of :mod:`lora_lab.tasks.formats`.
 
-    To decide the split yourself, give every line a "part" as well: "train", "validation" or "test".
+    Those are chat messages, ShareGPT's conversations, Alpaca's instructions, prompts with their answers (or
+    completions, or responses), questions with their answers, and texts. The task of texts is to predict the next token;
+    all others are a :class:`PairTask`. Keys that are not part of a line's form are ignored, and named in ``about``.
+
+    To decide the split yourself, give every line a "part" as well: "train", "validation" or "test". Lines of one
+    "group" go to the same part.
 
     Args:
         tokenizer, **options: as for :func:`from_pairs`; the name defaults to that of the file.
         path: of the file; empty lines are skipped.
+        seq_len: tokens of an example, for texts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: lines are malformed (the first five are named, each with its reason), or as for :func:`from_pairs`.
+        ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
+            not, or as for :func:`from_pairs`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; give the path of a JSON Lines file.")
-    pairs, parts, problems = [], [], []
+    entries, problems = [], []
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            pair, part = _parsed(line)
-            pairs.append(pair)
-            parts.append(part)
+            entries.append(_parsed(line))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{path} has {len(problems)} malformed line{'s' if len(problems) > 1 else ''}: {shown}.")
-    if not pairs:
+    if not entries:
         raise ValueError(f"{path} is empty; write one example per line.")
-    options = {"name": path.stem, "about": f"from the file {path.name}", **options}
-    if not any(parts):
-        return from_pairs(tokenizer, pairs, **options)
-    if not all(parts):
-        raise ValueError(f'{path} has "part" on {sum(map(bool, parts))} of {len(parts)} lines; give it on all or none.')
+    ignored = sorted(set().union(*(entry.ignored for entry in entries)))
+    about = f"from the file {path.name}" + (f", without its entries {', '.join(map(repr, ignored))}" if ignored else "")
+    options = {"name": path.stem, "about": about, **options}
+    if texts := [entry.text for entry in entries if entry.text]:
+        if len(texts) < len(entries):
+            raise ValueError(
+                f"{path} has {len(texts)} texts and {len(entries) - len(texts)} conversations; split them."
+            )
+        return _task_of_texts(tokenizer, path, texts, seq_len, "lines with a text", options["name"], options["about"])
+    if not any(entry.part for entry in entries):
+        return from_pairs(tokenizer, map(_pair, entries), **options)
+    if not all(entry.part for entry in entries):
+        count = sum(bool(entry.part) for entry in entries)
+        raise ValueError(f'{path} has "part" on {count} of {len(entries)} lines; give it on all or none.')
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    for pair, part in zip(pairs, parts, strict=True):
-        split[part].append(pair)
+    for entry in entries:
+        split[entry.part].append(_pair(entry))
     return from_pairs(tokenizer, split, **options)
+
+
+def _pair(entry: Entry) -> Pair:
+    """The last prompt and answer of a conversation, with the turns before them."""
+    *before, (_, prompt), (_, answer) = entry.turns
+    return Pair(prompt, answer, entry.group, tuple(before))
 
 
 def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128, name: str | None = None) -> Task:
@@ -231,17 +265,24 @@ def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128,
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; give the path of a text file.")
     paragraphs = [text for text in "".join(line for _, line in _lines(path)).split("\n\n") if text.strip()]
+    return _task_of_texts(tokenizer, path, paragraphs, seq_len, "paragraphs", name, f"from the file {path.name}")
+
+
+def _task_of_texts(
+    tokenizer: TextTokenizer, path: Path, texts: Sequence[str], seq_len: int, unit: str, name: str | None, about: str
+) -> Task:
+    """Next-token prediction on texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
     split = {
-        "train": [text for i, text in enumerate(paragraphs) if i % 10 < 8],
-        "validation": paragraphs[8::10],
-        "test": paragraphs[9::10],
+        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
+        "validation": texts[8::10],
+        "test": texts[9::10],
     }
-    parts = {part: windows(tokenizer, texts, seq_len) for part, texts in split.items()}
+    parts = {part: windows(tokenizer, part_texts, seq_len) for part, part_texts in split.items()}
     for part, examples in parts.items():
         if len(examples) == 0:
             raise ValueError(
-                f"{path} has {len(paragraphs)} paragraphs, too few for a {part} part of {seq_len} tokens an example; "
-                "give a longer text, more paragraphs, or a smaller seq_len."
+                f"{path} has {len(texts)} {unit}, too few for a {part} part of {seq_len} tokens an example; "
+                f"give longer texts, more {unit}, or a smaller seq_len."
             )
     return Task(
         name or path.stem,
@@ -250,7 +291,7 @@ def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128,
         test=parts["test"],
         off_domain=windows(tokenizer, off_domain_texts(), seq_len),
         unit="tokens",
-        about=f"from the file {path.name}; off-domain: scikit-learn's descriptions of data sets",
+        about=f"{about}; off-domain: scikit-learn's descriptions of data sets",
     )
 
 
@@ -262,31 +303,19 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
 
 
-def _parsed(line: str) -> tuple[Pair, str]:
-    """The pair on a line and its part, "" if the line names none.
+def _parsed(line: str) -> Entry:
+    """The example on a line.
 
     Raises:
         ValueError: what is wrong, in a few words.
     """
     try:
-        entry = json.loads(line)
+        entry = parse(json.loads(line))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"a {type(entry).__name__}, not an object")
-    if missing := [name for name in ("prompt", "answer") if name not in entry]:
-        raise ValueError(f"lacks {' and '.join(map(repr, missing))}")
-    if unknown := sorted(set(entry) - {"prompt", "answer", "group", "part"}):
-        raise ValueError(f"has an unknown entry {unknown[0]!r}")
-    for name, value in entry.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{name!r} is a {type(value).__name__}, not a string")
-        if name in ("prompt", "answer") and not value.strip():
-            raise ValueError(f"{name!r} is empty")
-    part = entry.pop("part", "")
-    if part and part not in PARTS:
-        raise ValueError(f"'part' is {part!r}, not one of {', '.join(PARTS)}")
-    return Pair(**entry), part
+    if entry.part and entry.part not in PARTS:
+        raise ValueError(f"'part' is {entry.part!r}, not one of {', '.join(PARTS)}")
+    return entry
 
 
 def _prompt_group(prompt: str) -> str:
@@ -295,7 +324,7 @@ def _prompt_group(prompt: str) -> str:
 
 
 def _group(pair: Pair) -> str:
-    return pair.group or _prompt_group(pair.prompt)
+    return pair.group or _prompt_group(pair.context)
 
 
 def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
@@ -329,7 +358,7 @@ def _check_disjoint(split: Mapping[str, Sequence[Pair]]) -> None:
     """Check that no group and no prompt is in two parts."""
     part_of: dict[str, str] = {}
     for part, pairs in split.items():
-        for group in {_group(pair) for pair in pairs} | {_prompt_group(pair.prompt) for pair in pairs}:
+        for group in {_group(pair) for pair in pairs} | {_prompt_group(pair.context) for pair in pairs}:
             if part_of.setdefault(group, part) != part:
                 what = f"The prompt {group[1:60]!r}" if group[0] == "\0" else f"The group {group!r}"
                 raise ValueError(f"{what} is in {part_of[group]} and in {part}; put it into one part.")
@@ -340,33 +369,35 @@ def _shuffled(items: Sequence[T], seed: int) -> list[T]:
     return [items[i] for i in order.tolist()]
 
 
-def _prompt_text(tokenizer: ChatTokenizer, prompt: str) -> str:
-    """The prompt as the template writes it, up to where the answer begins."""
-    return tokenizer.chat([{"role": "user", "content": prompt}])
-
-
-def _answer_text(tokenizer: ChatTokenizer, pair: Pair) -> str:
-    """The answer as the template writes it, up to the end of the turn.
-
-    Raises:
-        ValueError: the template writes the prompt differently once an answer follows.
-    """
-    prompt = _prompt_text(tokenizer, pair.prompt)
-    turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}]
-    conversation = tokenizer.chat(turns, add_generation_prompt=False)
-    if not conversation.startswith(prompt):
-        raise ValueError(
-            "The model's chat template does not end a prompt where its answer begins, so the tokens of the answer "
-            "cannot be identified; use a model with another template."
-        )
-    return conversation[len(prompt) :].rstrip("\n")  # nothing after the end of the turn is to be learned
+def _messages(pair: Pair) -> list[dict[str, str]]:
+    """The conversation of a pair, its answer included."""
+    turns = (*pair.before, ("user", pair.prompt), ("assistant", pair.answer))
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
-    """Inputs and targets of one pair, of equal length; targets of the prompt are IGNORE."""
-    prompt = tokenizer.encode(_prompt_text(tokenizer, pair.prompt))
-    answer = tokenizer.encode(_answer_text(tokenizer, pair))
-    return (prompt + answer)[:-1], [IGNORE] * (len(prompt) - 1) + answer
+    """Inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
+
+    Raises:
+        ValueError: the template writes what comes before an answer differently once the answer follows.
+    """
+    messages, ids, targets, written = _messages(pair), [], [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.chat(messages[:i])
+        conversation = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
+        if not (prompt.startswith(written) and conversation.startswith(prompt)):
+            raise ValueError(
+                "The model's chat template does not end a prompt where its answer begins, so the tokens of the answer "
+                "cannot be identified; use a model with another template."
+            )
+        answer = conversation[len(prompt) :].rstrip("\n")  # nothing after the end of the turn is to be learned
+        read, learned = tokenizer.encode(prompt[len(written) :]), tokenizer.encode(answer)
+        written = prompt + answer
+        ids += read + learned
+        targets += [IGNORE] * len(read) + learned
+    return ids[:-1], targets[1:]
 
 
 def _encode_part(

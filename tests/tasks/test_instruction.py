@@ -356,9 +356,9 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
     [
         ("{", "line 2: not JSON"),
         ("[1]", "line 2: a list, not an object"),
-        ({"prompt": "a"}, "line 2: lacks 'answer'"),
-        ({"question": "a", "answer": "b"}, "line 2: lacks 'prompt'"),
-        ({"prompt": "a", "answer": "b", "label": "c"}, "line 2: has an unknown entry 'label'"),
+        ({"prompt": "a"}, "line 2: has 'prompt', but lacks 'answer' or 'completion' or 'response'"),
+        ({"answer": "b"}, "line 2: has 'answer', but lacks 'prompt' or 'question'"),
+        ({"label": "c"}, "line 2: has only ['label'], and no form known here has these keys"),
         ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a string"),
         ({"prompt": " ", "answer": "b"}, "line 2: 'prompt' is empty"),
         ({"prompt": "a", "answer": "b", "part": "dev"}, "line 2: 'part' is 'dev', not one of train"),

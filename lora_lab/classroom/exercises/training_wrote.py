@@ -220,8 +220,7 @@ def _calls_the_statistic(answer: Callable[..., Any], rng: np.random.Generator) -
 def _returns_two_numbers(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
     _, _, band = _watch(answer, rng, 3)
     try:
-        low, high = band
-        float(low), float(high)
+        _, _ = map(float, band)
     except (TypeError, ValueError):
         return False
     return True

@@ -74,13 +74,13 @@ class _NoLoRA(nn.Linear):
 
 
 class _ScalesByAMethod(LoRALinear):
-    def scaling(self) -> float:
+    def scaling(self) -> float:  # pyright: ignore[reportIncompatibleMethodOverride] - the planted mistake
         return self.alpha / math.sqrt(self.rank)
 
 
 class _ScalesByNothing(LoRALinear):
     @property
-    def scaling(self) -> None:
+    def scaling(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - the planted mistake
         pass
 
 

@@ -1,0 +1,198 @@
+"""Tasks from tables of texts and from arrays of numbers, as files, pandas, datasets and scikit-learn have them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_lab.task import Examples, Task, cross_entropy, mean_squared_error
+from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+TABLES = (".csv", ".tsv", ".parquet")  # files that from_table reads
+
+
+def from_table(
+    tokenizer: ChatTokenizer,
+    table: Any,
+    *,
+    prompt: str = "prompt",
+    answer: str = "answer",
+    group: str | None = None,
+    part: str | None = None,
+    **options: Any,
+) -> PairTask:
+    """A task of prompts and answers from two columns of a table.
+
+    Args:
+        tokenizer, **options: as for :func:`lora_lab.tasks.from_pairs`; the name defaults to that of the file.
+        table: the path of a CSV, TSV or Parquet file (UTF-8; the first line names the columns), a pandas DataFrame, or
+            a ``datasets.Dataset``.
+        prompt, answer: names of the columns. Numbers in them become text.
+        group: name of a column; rows with the same value go to the same part of the task.
+        part: name of a column that decides the split: "train", "validation" or "test" in each row.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another kind or cannot be read, a column is missing, a cell is empty, or as for
+            :func:`lora_lab.tasks.from_pairs`.
+    """
+    frame, name = _frame(table)
+    chosen = {"prompt": prompt, "answer": answer, "group": group, "part": part}
+    columns = {role: column for role, column in chosen.items() if column is not None}
+    for role, column in columns.items():
+        if column not in frame.columns:
+            raise ValueError(
+                f"{name} has no column {column!r}, but {[*map(str, frame.columns)]}; name the right one with {role}=."
+            )
+    rows = [dict(zip(columns, values, strict=True)) for values in frame[list(columns.values())].itertuples(index=False)]
+    split: dict[str, list[Pair]] = {name: [] for name in PARTS}
+    for number, row in enumerate(rows, start=1):
+        texts = {role: _cell(value) for role, value in row.items()}
+        if missing := [columns[role] for role in ("prompt", "answer") if not texts[role].strip()]:
+            raise ValueError(f"Row {number} of {name} has nothing in the column {missing[0]!r}; fill or remove it.")
+        if part is not None and texts["part"] not in split:
+            raise ValueError(f"Row {number} of {name} has the part {texts['part']!r}, not one of {', '.join(PARTS)}.")
+        split[texts.get("part", "train")].append(Pair(texts["prompt"], texts["answer"], texts.get("group", "")))
+    options = {"name": Path(name).stem, "about": f"from {name}", **options}
+    return from_pairs(tokenizer, split["train"] if part is None else split, **options)
+
+
+def _frame(table: Any) -> tuple[DataFrame, str]:
+    """A DataFrame, and what to call it."""
+    import pandas
+
+    if isinstance(table, pandas.DataFrame):
+        return table, "table"
+    if hasattr(table, "to_pandas"):  # as a Dataset of the datasets library has
+        return table.to_pandas(), "dataset"
+    path = Path(table)
+    if path.suffix not in TABLES:
+        raise ValueError(f"{path} is no table that can be read here; its name must end in one of {', '.join(TABLES)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; give the path of a table.")
+    try:
+        if path.suffix == ".parquet":
+            return pandas.read_parquet(path), path.name
+        separator = "," if path.suffix == ".csv" else "\t"
+        return pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"), path.name
+    except ImportError:
+        raise ValueError(f"{path} needs the library pyarrow; install it with pip install pyarrow.") from None
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors of format derive from these
+        raise ValueError(f"{path} cannot be read as a table ({str(error).strip().removesuffix('.')}).") from None
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    return str(value)
+
+
+def from_arrays(
+    X: Any,
+    y: Any,
+    *,
+    kind: str = "auto",
+    name: str = "arrays",
+    off_domain: tuple[Any, Any] | None = None,
+    seed: int = 0,
+) -> Task:
+    """A task for small nets from arrays, as scikit-learn takes them: classification or regression.
+
+    Four fifths of the examples are for training, a tenth each for validation and test, drawn at random; of each class
+    as much as of all, where a class has ten examples or more.
+
+    Args:
+        X: features, (n, ...); they become float32. Scale them as the model needs.
+        y: (n,) classes (whole numbers, texts or truth values; they are numbered in sorted order), or (n,) or
+            (n, outputs) numbers to predict.
+        kind: "classification", "regression", or "auto": regression if y has floating-point numbers that are not all
+            whole.
+        name: of the task.
+        off_domain: another (X, y), to measure forgetting with; None takes the test part, so that the off-domain loss
+            says nothing new.
+        seed: of the split.
+
+    Returns:
+        A task whose model maps (batch, ...) to (batch, classes), with the cross-entropy; or to (batch, outputs), with
+        the mean squared error.
+
+    Raises:
+        ValueError: the arrays do not fit each other, hold something that is not finite, have fewer than ten examples,
+            or y does not fit the kind.
+    """
+    if kind not in ("auto", "classification", "regression"):
+        raise ValueError(f"kind is {kind!r}, but it must be 'auto', 'classification' or 'regression'.")
+    features, values = _features(X), np.asarray(y)
+    if len(features) != len(values):
+        raise ValueError(f"X has {len(features)} examples and y has {len(values)}, but each needs one of the other.")
+    if len(features) < 10:
+        raise ValueError(f"There are {len(features)} examples, but a split into three parts needs at least 10.")
+    floating = values.dtype.kind == "f"
+    if kind == "auto":
+        kind = "regression" if floating and not np.all(values == np.round(values)) else "classification"
+    if kind == "classification":
+        if values.ndim != 1:
+            raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
+        classes, labels = np.unique(values, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
+        split, stratum = {value: i for i, value in enumerate(classes.tolist())}, labels
+    else:
+        split, stratum = None, None
+    parts = _split(len(features), stratum, seed)
+
+    def examples(X_part: np.ndarray, y_part: np.ndarray) -> Examples:
+        return Examples(torch.from_numpy(X_part), _targets(y_part, split))
+
+    train, validation, test = (examples(features[rows], values[rows]) for rows in parts)
+    other = test if off_domain is None else examples(_features(off_domain[0]), np.asarray(off_domain[1]))
+    loss = cross_entropy if split is not None else mean_squared_error
+    about = (
+        f"{len(features)} examples of yours, {len(split)} classes" if split else f"{len(features)} examples of yours"
+    )
+    about += "; off-domain: the test part" if off_domain is None else ""
+    return Task(name, train, validation, test, other, loss=loss, about=about)
+
+
+def _features(X: Any) -> np.ndarray:
+    features = np.asarray(X, dtype=np.float32)
+    if features.ndim < 2:
+        raise ValueError(f"X has shape {features.shape}, but it must be (n, features).")
+    if not np.isfinite(features).all():
+        raise ValueError("X holds numbers that are infinite or missing; fill or remove them.")
+    return features
+
+
+def _targets(values: np.ndarray, numbers: dict[Hashable, int] | None) -> torch.Tensor:
+    """Class numbers (n,), or float32 targets (n, outputs)."""
+    if numbers is not None:
+        if unknown := sorted({*values.tolist()} - numbers.keys(), key=repr):
+            raise ValueError(f"off_domain has the class {unknown[0]!r}, which y does not have.")
+        return torch.tensor([numbers[value] for value in values.tolist()])  # (n,)
+    try:
+        targets = values.astype(np.float32)
+    except ValueError:
+        raise ValueError(f"y holds {values.dtype}, but a regression needs numbers.") from None
+    if not np.isfinite(targets).all():
+        raise ValueError("y holds numbers that are infinite or missing; fill or remove them.")
+    return torch.from_numpy(targets.reshape(len(targets), -1))  # (n, outputs)
+
+
+def _split(count: int, stratum: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows for training, validation and test."""
+    from sklearn.model_selection import train_test_split
+
+    if stratum is not None and np.bincount(stratum).min() < 10:
+        stratum = None
+    tenth = max(1, count // 10)
+    rest, test = train_test_split(np.arange(count), test_size=tenth, random_state=seed, stratify=stratum)
+    remaining = None if stratum is None else stratum[rest]
+    train, validation = train_test_split(rest, test_size=tenth, random_state=seed, stratify=remaining)
+    return np.asarray(train), np.asarray(validation), np.asarray(test)

@@ -1,0 +1,161 @@
+"""Tasks from tables and arrays: what is read, how it is split, and what is refused."""
+
+import builtins
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_digits, load_iris
+
+from lora_lab import LoRA, fit
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import cross_entropy, from_arrays, from_pairs, from_table, mean_squared_error
+from lora_lab.tasks.instruction import Pair
+
+FRAME = pandas.DataFrame({"text": [f"Text {i}" for i in range(30)], "label": [i % 3 for i in range(30)], "x": 0.5})
+COLUMNS = {"prompt": "text", "answer": "label"}
+
+
+@pytest.fixture(params=["csv", "tsv", "frame", "dataset"])
+def table(request, tmp_path):
+    if request.param == "frame":
+        return FRAME
+    if request.param == "dataset":
+
+        class Dataset:
+            def to_pandas(self):
+                return FRAME
+
+        return Dataset()
+    path = tmp_path / f"mine.{request.param}"
+    FRAME.to_csv(path, sep="," if request.param == "csv" else "\t", index=False)
+    return path
+
+
+def test_two_columns_become_prompts_and_answers(chatter, table):
+    task = from_table(chatter, table, **COLUMNS, metric="classification")
+    expected = from_pairs(
+        chatter, [Pair(text, str(label)) for text, label in zip(FRAME.text, FRAME.label, strict=True)]
+    )
+    assert task.pairs == expected.pairs
+    assert torch.equal(task.train.inputs, expected.train.inputs)
+    assert task.metric == "classification"
+    assert task.name in ("mine", "table", "dataset")
+
+
+def test_a_parquet_file_is_read_too_or_what_it_needs_is_named(chatter, tmp_path, monkeypatch):
+    path = tmp_path / "mine.parquet"
+    path.write_bytes(b"PAR1")
+    plain = builtins.__import__
+
+    def without(name, *args, **options):
+        if name.startswith(("pyarrow", "fastparquet")):
+            raise ImportError(name)
+        return plain(name, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", without)
+        with pytest.raises(ValueError, match="needs the library pyarrow; install it with pip install pyarrow"):
+            from_table(chatter, path, **COLUMNS)
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        from_table(chatter, path, **COLUMNS)
+    FRAME.to_parquet(path)
+    assert from_table(chatter, path, **COLUMNS).pairs == from_table(chatter, FRAME, **COLUMNS).pairs
+
+
+def test_columns_may_decide_groups_and_the_split(chatter):
+    frame = FRAME.assign(
+        writer=[f"w{i // 5}" for i in range(30)], fold=["train"] * 20 + ["validation"] * 5 + ["test"] * 5
+    )
+    task = from_table(chatter, frame, **COLUMNS, group="writer")
+    parts = [{pair.group for pair in task.pairs[part]} for part in task.pairs]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 6
+    task = from_table(chatter, frame, **COLUMNS, part="fold")
+    assert [len(task.pairs[part]) for part in ("train", "validation", "test")] == [20, 5, 5]
+    with pytest.raises(ValueError, match="Row 1 of table has the part 'w0', not one of train, validation, test"):
+        from_table(chatter, frame, **COLUMNS, part="writer")
+
+
+@pytest.mark.parametrize("empty", [None, float("nan"), "", "  "])
+def test_an_empty_cell_is_named_by_its_row(chatter, empty):
+    frame = FRAME.astype({"label": object})
+    frame.loc[4, "label"] = empty
+    with pytest.raises(ValueError, match="Row 5 of table has nothing in the column 'label'; fill or remove it"):
+        from_table(chatter, frame, **COLUMNS)
+
+
+def test_what_is_no_table_is_refused_in_a_sentence(chatter, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"has no column 'prompt', but \['text', 'label', 'x'\]; name the right one with"
+    ):
+        from_table(chatter, FRAME)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        from_table(chatter, tmp_path / "nowhere.csv")
+    with pytest.raises(ValueError, match=r"is no table .* must end in one of \.csv, \.tsv, \.parquet"):
+        from_table(chatter, tmp_path / "mine.xlsx")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be read as a table \(No columns to parse from file\)"):
+        from_table(chatter, tmp_path / "empty.csv")
+    (tmp_path / "bytes.csv").write_bytes(b"prompt,answer\n\xff\xfe,x\n")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        from_table(chatter, tmp_path / "bytes.csv")
+
+
+# Arrays
+
+
+def test_classes_become_numbers_and_each_part_has_them_all():
+    X, y = load_iris(return_X_y=True)
+    names = np.array(["setosa", "versicolor", "virginica"])[y]
+    task = from_arrays(X, names)
+    assert task.loss is cross_entropy
+    assert [len(task.parts[part]) for part in ("train", "validation", "test")] == [120, 15, 15]
+    for part in ("train", "validation", "test"):
+        assert task.parts[part].targets.bincount().tolist() == [len(task.parts[part]) // 3] * 3
+    rows = {tuple(row): name for row, name in zip(np.float32(X).tolist(), y.tolist(), strict=True) if True}
+    for inputs, targets in ((task.parts[part].inputs, task.parts[part].targets) for part in ("train", "test")):
+        assert [rows[tuple(row)] for row in inputs.tolist()] == targets.tolist()
+    assert torch.equal(task.off_domain.inputs, task.test.inputs)
+    assert "off-domain: the test part" in task.about
+    assert from_arrays(X, names).fingerprint == task.fingerprint != from_arrays(X, names, seed=1).fingerprint
+
+
+def test_numbers_are_predicted_in_columns():
+    X, y = load_diabetes(return_X_y=True)
+    task = from_arrays(X, y + 0.5)
+    assert task.loss is mean_squared_error
+    assert task.train.targets.shape == (442 - 2 * 44, 1)
+    assert from_arrays(X, np.stack([y, -y], 1), kind="regression").test.targets.shape == (44, 2)
+    assert from_arrays(X, y).loss is cross_entropy  # its numbers are whole
+    assert from_arrays(X, y > 100).train.targets.unique().tolist() == [0, 1]
+
+
+def test_a_task_of_arrays_trains():
+    X, y = load_digits(return_X_y=True)
+    task = from_arrays(X / 16, y, off_domain=(1 - X / 16, y))
+    assert "off-domain" not in task.about
+    history = fit(DigitsMLP(), task, LoRA(8), steps=60, lr=2e-2, batch_size=32)
+    assert history.rows[-1]["validation_loss"] < 0.7 * history.rows[0]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "options", "says"),
+    [
+        (np.ones((20, 2)), np.arange(19), {}, "X has 20 examples and y has 19"),
+        (np.ones((9, 2)), np.arange(9), {}, "There are 9 examples"),
+        (np.ones(20), np.arange(20), {}, r"X has shape \(20,\)"),
+        (np.full((20, 2), np.nan), np.arange(20), {}, "X holds numbers that are infinite or missing"),
+        (np.ones((20, 2)), np.zeros(20), {}, "y has only the class 0.0"),
+        (np.ones((20, 2)), np.zeros((20, 2)), {}, r"y has shape \(20, 2\), but classes must be"),
+        (np.ones((20, 2)), np.full(20, np.inf), {"kind": "regression"}, "y holds numbers that are infinite"),
+        (np.ones((20, 2)), np.array(["a", "b"] * 10), {"kind": "regression"}, "but a regression needs numbers"),
+        (np.ones((20, 2)), np.arange(20), {"kind": "ranking"}, "kind is 'ranking'"),
+        (np.ones((20, 2)), np.arange(20) % 2, {"off_domain": (np.ones((2, 2)), [0, 7])}, "off_domain has the class 7"),
+    ],
+    ids=["lengths", "few", "flat", "nan", "one class", "two columns", "infinite", "texts", "kind", "off-domain"],
+)
+def test_arrays_that_make_no_task_are_refused_in_a_sentence(X, y, options, says):
+    with pytest.raises(ValueError, match=says):
+        from_arrays(X, y, **options)
