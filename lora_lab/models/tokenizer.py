@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import jinja2
@@ -57,6 +57,13 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
+    @cached_property
+    def control_tokens(self) -> list[str]:
+        """The special tokens that structure a conversation: those in the chat template, and the end of a text."""
+        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        ends = {self.backend.id_to_token(token) for token in (self.eos_id, self.bos_id) if token is not None}
+        return sorted(token for token in special if token in ends or token in (self.chat_template or ""))
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -77,11 +84,18 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
-            ValueError: the model has no chat template, or the template refuses the messages.
+            ValueError: the model has no chat template; the template refuses the messages; or a text holds what stands
+                for a special token, which would end a turn or begin another one in the middle of the text.
         """
         if self.chat_template is None:
             raise ValueError("This tokenizer has no chat template; pass plain text to the model instead.")
-
+        for message in messages:
+            text = str(message.get("content", ""))
+            if token := next((token for token in self.control_tokens if token in text), None):
+                raise ValueError(
+                    f"A text holds {token!r}, which the model reads as a special token and not as text: {text!r:.60}; "
+                    "remove or rewrite it."
+                )
         tokens = {
             name: self.backend.id_to_token(token) if token is not None else ""
             for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))

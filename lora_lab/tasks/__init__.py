@@ -11,6 +11,7 @@ modules in reading order:
     digits       handwritten digits, for small nets
     planted      a hidden update of known rank, for small nets
     python_docs  docs: next tokens of Python's manual
+    checks       what is suspicious about prompts and answers
     formats      the forms of examples that people have: chat messages, ShareGPT, Alpaca, and so on
     instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
     tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers

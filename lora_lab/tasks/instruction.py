@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
+from lora_lab.tasks.checks import suspicions
 from lora_lab.tasks.formats import Entry, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
@@ -90,12 +91,22 @@ class PairTask(Task):
         metric: how answers are scored: a name in :data:`lora_lab.tasks.metrics.METRICS`, "style" (see
             :class:`lora_lab.tasks.metrics.StyleJudge`), or "" for the loss alone.
         licence: of the data.
+        left_out: how many pairs were left out because they are too long.
     """
 
     pairs: Mapping[str, Sequence[Pair]] = field(kw_only=True, repr=False, compare=False)
     tokenizer: ChatTokenizer = field(kw_only=True, repr=False, compare=False)
     metric: str = ""
     licence: str = ""
+    left_out: int = field(default=0, compare=False)
+
+    def describe(self) -> str:
+        """As for :class:`Task`, and a line for each thing that is suspicious: see :mod:`lora_lab.tasks.checks`."""
+        texts = {part: [(pair.context, pair.answer) for pair in pairs] for part, pairs in self.pairs.items()}
+        lines = suspicions(self.parts, texts, self.tokenizer.eos_id)
+        if self.left_out:
+            lines.insert(0, f"{self.left_out:,} pairs were left out, because they have too many tokens")
+        return "\n".join([super().describe(), *(f"  check: {line}" for line in lines)])
 
     def limited(self, n_train: int, seed: int | None = None) -> PairTask:
         """As for :class:`Task`."""
@@ -167,6 +178,7 @@ def from_pairs(
             raise ValueError(f"The {part} part has no pairs; give it at least one.")
     _check_disjoint(split)
     examples: dict[str, Padded] = {}
+    count = sum(map(len, split.values()))
     for part in PARTS:
         split[part], examples[part] = _encode_part(tokenizer, part, _shuffled(split[part], seed), max_tokens, skip_long)
     return PairTask(
@@ -181,6 +193,7 @@ def from_pairs(
         tokenizer=tokenizer,
         metric=metric,
         licence=licence,
+        left_out=count - sum(map(len, split.values())),
     )
 
 
