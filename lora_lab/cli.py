@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         parser_class=_Parser,
     )
     _add_training(commands)
+    _add_generating(commands)
     _add_measuring(commands)
     _add_lessons(commands)
     doctor = commands.add_parser(
@@ -130,6 +132,8 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--device", help=DEVICE_HELP)
     tune.set_defaults(run=_finetune)
 
+
+def _add_generating(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser("generate", help="generate text with a model, with or without an adapter")
     generate.add_argument("prompt", help="the text to continue")
     which = generate.add_mutually_exclusive_group()
@@ -144,6 +148,24 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--device", help=DEVICE_HELP)
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a model, and change its adapter between answers")
+    chat.add_argument(
+        "--adapter",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder with an adapter; may be given repeatedly",
+    )
+    chat.add_argument("--model", metavar="DIR", help="a model's folder or .gguf file (default: that of the adapters)")
+    chat.add_argument("--tokens", type=int, default=200, help="the most tokens of an answer")
+    chat.add_argument("--temperature", type=float, default=0.5, help="0 decodes greedily")
+    chat.add_argument(
+        "--repetition-penalty", type=float, default=1.1, help="above 1, words that are there already are less likely"
+    )
+    chat.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
+    chat.add_argument("--device", help=DEVICE_HELP)
+    chat.set_defaults(run=_chat)
 
 
 def _add_measuring(commands: argparse._SubParsersAction) -> None:
@@ -288,8 +310,41 @@ def _generate(options: argparse.Namespace) -> None:
         print(reply(model, tokenizer, options.prompt, max_new_tokens=options.tokens, **sampling))
         return
     ids = torch.tensor(tokenizer.encode(options.prompt, add_special_tokens=True), dtype=torch.long)
-    new_ids = model.generate(ids.to(next(model.parameters()).device), options.tokens, tokenizer.eos_id, **sampling)
-    print(options.prompt + tokenizer.decode(new_ids.tolist()))
+    ids = ids.to(next(model.parameters()).device)
+    tokens = model.stream(ids, options.tokens, tokenizer.eos_id, **sampling)
+    for part in chain([options.prompt], tokenizer.decode_stream(tokens), ["\n"]):
+        print(part, end="", flush=True)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from lora_lab.adapters.chat import HELP, Conversation, talk
+    from lora_lab.adapters.peft_format import read_config
+    from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+
+    if options.tokens < 1:
+        raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
+    adapters = {Path(folder).name: folder for folder in options.adapter}
+    if len(adapters) < len(options.adapter):
+        raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
+    bases = {read_config(folder).get("base_model_name_or_path") or SMOLLM2 for folder in options.adapter}
+    if options.model is None and len(bases) > 1:
+        raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
+    model, tokenizer = load_pretrained(options.model or next(iter(bases), SMOLLM2), device=options.device)
+    conversation = Conversation(
+        model,
+        tokenizer,
+        adapters,
+        max_new_tokens=options.tokens,
+        temperature=options.temperature,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    print(HELP)
+
+    def read() -> str:
+        return input(f"{conversation.name or 'base'}> ")
+
+    talk(conversation, read, partial(print, end="", flush=True))
 
 
 def _config_of(model: str) -> LlamaConfig:

@@ -5,6 +5,7 @@ edit         switch, off, strength, extract, resize
 card         the model card in an adapter's folder
 peft_format  adapters as files, in the format of the PEFT library
 arithmetic   combine: several adapters as one
+chat         a conversation whose adapter changes between answers
 shipped      adapters that are installed with lora_lab
 """
 

@@ -19,6 +19,7 @@ References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -297,7 +298,6 @@ class Llama(nn.Module):
                 normal = torch.randn(parameter.shape, generator=generator, device="cpu")  # equal on all devices
                 parameter.copy_(normal * 0.02)
 
-    @torch.no_grad()
     def generate(
         self,
         ids: Tensor,
@@ -327,6 +327,19 @@ class Llama(nn.Module):
             ValueError: the prompt is empty or not one-dimensional, the temperature is negative, or the penalty is not
                 positive.
         """
+        new = list(self.stream(ids, max_new_tokens, stop, temperature, seed, repetition_penalty))
+        return torch.tensor(new, dtype=torch.long)  # (new,)
+
+    def stream(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        stop: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+    ) -> Iterator[int]:
+        """The tokens of :meth:`generate` one by one, as they are made; with the same arguments and errors."""
         if ids.ndim != 1 or len(ids) == 0:
             raise ValueError(
                 f"The prompt has shape {tuple(ids.shape)}, but one non-empty row of token ids is expected."
@@ -338,16 +351,27 @@ class Llama(nn.Module):
                 f"repetition_penalty is {repetition_penalty}, but it must be a positive number, such as 1.1; 1 changes "
                 "nothing."
             )
+        return self._stream(ids, max_new_tokens, stop, temperature, seed, repetition_penalty)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        stop: int | None,
+        temperature: float,
+        seed: int,
+        repetition_penalty: float,
+    ) -> Iterator[int]:
         training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)
-        cache, inputs, generated = KeyValueCache(), ids[None], []  # inputs: (1, length), then (1, 1)
+        cache, inputs, seen = KeyValueCache(), ids[None], ids  # inputs: (1, length), then (1, 1)
         try:
             for _ in range(max_new_tokens):
                 hidden = self.model(inputs, cache=cache)[:, -1]  # (1, 576)
                 logits = self.lm_head(hidden)[0]  # (49152,)
                 if repetition_penalty != 1:
-                    seen = torch.cat([ids, ids.new_tensor(generated)])  # (length + new,)
                     repeated = logits[seen]  # (length + new,)
                     logits[seen] = torch.where(
                         repeated < 0, repeated * repetition_penalty, repeated / repetition_penalty
@@ -359,11 +383,11 @@ class Llama(nn.Module):
                     token = torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
                 if int(token) == stop:
                     break
-                generated.append(int(token))
+                yield int(token)
                 inputs = token.to(ids.device).view(1, 1)  # (1, 1)
+                seen = torch.cat([seen, inputs[0]])  # (length + new,)
         finally:
             self.train(training)
-        return torch.tensor(generated, dtype=torch.long)  # (new,)
 
 
 def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:

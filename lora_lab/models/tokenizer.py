@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -75,6 +75,19 @@ class Tokenizer:
         1D in hexadecimal) and Unicode's planes 4 to 11, in which no character is assigned.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ``ids`` in parts, each as soon as its letters are complete; together they are ``decode(ids)``."""
+        read: list[int] = []
+        shown = ""
+        for token in ids:
+            read.append(token)
+            complete = self.decode(read).rstrip("\ufffd")  # the rest of a letter may follow
+            if len(complete) > len(shown):
+                yield complete[len(shown) :]
+                shown = complete
+        if rest := self.decode(read)[len(shown) :]:
+            yield rest
 
     def chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation in the format that the model was trained on.

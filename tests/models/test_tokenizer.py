@@ -466,3 +466,18 @@ def test_a_llama3_header_encodes_as_the_same_tokenizer_built_by_hand():
     for text in (*TEXTS, "the 12345 that's"):
         assert made.encode(text) == by_hand.encode(text, add_special_tokens=False).ids
         assert made.decode(made.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["plain words", "naïve café, 東京 and 🙂!", "ends in half a letter: é"])
+def test_a_stream_shows_whole_letters_as_soon_as_they_are_complete(tiny_tokenizer, text):
+    ids = tiny_tokenizer.encode(text)
+    if text.startswith("ends"):
+        ids = ids[:-1]
+    parts = list(tiny_tokenizer.decode_stream(iter(ids)))
+    assert "".join(parts) == tiny_tokenizer.decode(ids)
+    assert len(parts) > 5
+    assert not any("\ufffd" in part for part in parts[:-1])
+
+
+def test_the_control_tokens_are_those_of_the_template_and_the_ends(chatter):
+    assert chatter.control_tokens == ["</s>", "<s>"]

@@ -1,0 +1,171 @@
+"""A conversation with a model, whose adapter can be changed, turned off and turned up and down between two answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from lora_lab.adapters.edit import strength
+from lora_lab.adapters.peft_format import load_adapter
+from lora_lab.inject import lora_layers, replace, require_no_adapters
+from lora_lab.models.llama import Llama
+from lora_lab.models.tokenizer import Tokenizer
+
+HELP = """\
+/adapter NAME     answer with this adapter
+/off              answer as the base model
+/strength NUMBER  let the adapter's update count so many times: 0 is the base, 1 the adapter as it was trained
+/new              begin a new conversation
+/quit             end (so does the end of the input)"""
+
+
+class Conversation:
+    """The messages so far, and the adapter that the next answer is given with.
+
+    Args:
+        model: without adapters. It stays so when no adapter is in use.
+        tokenizer: of the model, with a chat template.
+        adapters: name -> folder; the first is in use at the start.
+        max_new_tokens: where an answer is cut if the model does not end it before.
+        temperature, repetition_penalty, seed: as for :meth:`lora_lab.Llama.generate`; the seed rises by 1 with each
+            answer.
+
+    Raises:
+        ValueError: the model has adapters, or an adapter does not fit it.
+        FileNotFoundError: an adapter's folder lacks a file.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.5,
+        repetition_penalty: float = 1.1,
+        seed: int = 0,
+    ) -> None:
+        require_no_adapters(model)
+        self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters or {})
+        self.messages: list[dict[str, str]] = []
+        self.name: str | None = None  # of the adapter in use
+        self.strength = 1.0
+        self.max_new_tokens = max_new_tokens
+        self._sampling = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+        self._seed = seed
+        for name in reversed(self.adapters):  # all are tried now, so that an error comes before the first question
+            self.use(name)
+
+    def use(self, name: str | None) -> None:
+        """Put another adapter on the model; None takes it off.
+
+        Raises:
+            ValueError: there is no adapter of that name, or as for :func:`lora_lab.load_adapter`.
+        """
+        if name is not None and name not in self.adapters:
+            raise ValueError(f"There is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}.")
+        for layer_name, layer in lora_layers(self.model).items():
+            replace(self.model, layer_name, layer.base)
+        self.name = None
+        if name is not None:
+            load_adapter(self.model, self.adapters[name])
+            self.name = name
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer to what a user says, in parts, as they are made.
+
+        If the caller stops early, what was made until then is the answer that the conversation goes on with.
+
+        Raises:
+            ValueError: as for :meth:`lora_lab.models.tokenizer.Tokenizer.chat`.
+        """
+        self.messages.append({"role": "user", "content": text})
+        made: list[int] = []
+
+        def noted(tokens: Iterator[int]) -> Iterator[int]:
+            for token in tokens:
+                made.append(token)
+                yield token
+
+        try:
+            ids = torch.tensor(self.tokenizer.encode(self.tokenizer.chat(self.messages)))  # (length,)
+            ids = ids.to(next(self.model.parameters()).device)
+            changed = nullcontext() if self.name is None else strength(self.model, self.strength)
+            options = {"seed": self._seed, **self._sampling}
+            with changed:
+                tokens = self.model.stream(ids, self.max_new_tokens, self.tokenizer.eos_id, **options)
+                yield from self.tokenizer.decode_stream(noted(tokens))
+        finally:
+            self._seed += 1
+            if made:
+                self.messages.append({"role": "assistant", "content": self.tokenizer.decode(made).strip() or "..."})
+            else:
+                self.messages.pop()
+
+    def command(self, line: str) -> str | None:
+        """Carry out a line that begins with a slash.
+
+        Returns:
+            What to tell the user; None to end the conversation.
+        """
+        word, _, value = line.strip().partition(" ")
+        try:
+            if word == "/quit":
+                return None
+            if word == "/adapter":
+                self.use(value.strip())
+                return f"The next answer is given with {self.name}, at strength {self.strength:g}."
+            if word == "/off":
+                self.use(None)
+                return "The next answer is the base model's."
+            if word == "/strength":
+                self.strength = _number(value)
+                return f"The adapter's update counts {self.strength:g} times from now on."
+            if word == "/new":
+                self.messages.clear()
+                return "A new conversation begins."
+        except ValueError as error:
+            return str(error)
+        return HELP
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise ValueError(f"The strength is {text.strip()!r}, but it must be a number, such as 0.5.")
+    return number
+
+
+def talk(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
+    """Answer line by line until the input ends or the user quits.
+
+    Args:
+        read: returns the next line, or raises EOFError.
+        write: shows a part of a text.
+    """
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        if line.startswith("/"):
+            reply = conversation.command(line)
+            if reply is None:
+                return
+            write(f"{reply}\n")
+        elif line:
+            try:
+                for part in conversation.answer(line):
+                    write(part)
+            except KeyboardInterrupt:  # ends the answer, not the conversation
+                write(" [stopped]")
+            except ValueError as error:
+                write(str(error))
+            write("\n")

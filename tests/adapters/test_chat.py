@@ -1,0 +1,161 @@
+"""Conversations: what the model reads, which adapter answers, and what a person types."""
+
+import pytest
+import torch
+
+from lora_lab import Llama, LoRAConfig, adapters, inject, load_adapter, lora_layers, save_adapter, save_model
+from lora_lab.adapters.chat import HELP, Conversation, talk
+from tests.helpers import command, error_line, randomise
+
+PROMPT = "What is 2 + 2?"
+
+
+@pytest.fixture
+def folders(tiny_config, tmp_path):
+    """Two adapters, "one" and "two"."""
+    paths = {}
+    for seed, name in enumerate(("one", "two"), start=1):
+        model = Llama(tiny_config)
+        inject(model, LoRAConfig(rank=2))
+        paths[name] = save_adapter(randomise(model, seed), tmp_path / name)
+    return paths
+
+
+@pytest.fixture
+def conversation(tiny_config, chatter, folders):
+    return Conversation(Llama(tiny_config), chatter, folders, max_new_tokens=12, seed=5)
+
+
+def said(conversation, text=PROMPT):
+    return "".join(conversation.answer(text))
+
+
+def expected(tiny_config, chatter, messages, seed, folder=None, factor=1.0):
+    model = Llama(tiny_config)
+    ids = torch.tensor(chatter.encode(chatter.chat(messages)))
+    options = {"temperature": 0.5, "repetition_penalty": 1.1, "seed": seed}
+    if folder is None:
+        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
+    load_adapter(model, folder)
+    with adapters.strength(model, factor):
+        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
+
+
+def test_an_answer_comes_in_parts_and_is_that_of_generate(conversation, chatter, tiny_config, folders):
+    parts = list(conversation.answer(PROMPT))
+    user = {"role": "user", "content": PROMPT}
+    assert len(parts) > 1
+    answer = "".join(parts)
+    assert answer == expected(tiny_config, chatter, [user], 5, folders["one"])
+    assert conversation.messages[0] == user
+    assert conversation.messages[1]["role"] == "assistant"
+    second = said(conversation, "And 3 + 3?")
+    history = [user, conversation.messages[1], {"role": "user", "content": "And 3 + 3?"}]
+    assert second == expected(tiny_config, chatter, history, 6, folders["one"])
+
+
+def test_adapter_strength_and_off_decide_the_next_answer(conversation, chatter, tiny_config, folders):
+    user = [{"role": "user", "content": PROMPT}]
+    for line, folder, factor in (
+        ("/adapter two", folders["two"], 1.0),
+        ("/strength 0.25", folders["two"], 0.25),
+        ("/strength 0", folders["two"], 0.0),
+        ("/off", None, 1.0),
+        ("/adapter one", folders["one"], 0.0),
+    ):
+        assert conversation.command(line)
+        conversation.command("/new")
+        seed = conversation._seed
+        assert said(conversation) == expected(tiny_config, chatter, user, seed, folder, factor), line
+    conversation.use(None)
+    assert not lora_layers(conversation.model)
+
+
+def test_an_answer_that_is_stopped_is_what_was_shown_of_it(conversation):
+    answer = conversation.answer(PROMPT)
+    first = next(answer)
+    answer.close()
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    assert conversation.messages[1]["content"].startswith(first.strip())
+    said(conversation)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/adapter three", "There is no adapter 'three'; there are one, two."),
+        ("/strength much", "The strength is 'much', but it must be a number, such as 0.5."),
+        ("/strength inf", "it must be a number"),
+        ("/help", HELP),
+        ("/nonsense", HELP),
+    ],
+)
+def test_a_line_that_cannot_be_carried_out_says_why(conversation, line, says):
+    assert says in conversation.command(line)
+    assert conversation.name == "one"
+
+
+def test_a_model_with_adapters_and_a_folder_without_one_are_refused(tiny_config, chatter, tmp_path):
+    model = Llama(tiny_config)
+    with pytest.raises(FileNotFoundError):
+        Conversation(model, chatter, {"none": tmp_path / "nowhere"})
+    inject(model, LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match="already has adapters"):
+        Conversation(model, chatter)
+
+
+def test_a_talk_goes_on_until_the_input_ends(conversation):
+    lines, shown = iter(["", PROMPT, "/off", "</s>", PROMPT, "/quit", "never read"]), []
+
+    def read():
+        for line in lines:
+            return line
+        raise EOFError
+
+    talk(conversation, read, shown.append)
+    assert next(lines) == "never read"
+    text = "".join(shown)
+    assert "The next answer is the base model's." in text
+    assert "A text holds '</s>'" in text
+    assert len(conversation.messages) == 4  # the refused text is not part of it
+    talk(conversation, read, shown.append)  # the input is at its end
+
+
+def test_an_interruption_ends_an_answer_and_not_the_talk(conversation, monkeypatch):
+    lines, shown = iter([PROMPT, PROMPT]), []
+
+    def write(part):
+        shown.append(part)
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+
+    def read():
+        for line in lines:
+            return line
+        raise EOFError
+
+    talk(conversation, read, write)
+    assert " [stopped]" in shown
+    assert len(conversation.messages) == 4
+
+
+def test_the_command_talks(tiny_config, chatter, folders, tmp_path, capsys, monkeypatch):
+    save_model(Llama(tiny_config), tmp_path / "talker", chatter)
+    lines = iter([PROMPT, "/adapter two", PROMPT])
+    prompts = []
+
+    def typed(prompt):
+        prompts.append(prompt)
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    arguments = [part for folder in folders.values() for part in ("--adapter", folder)]
+    assert command("chat", *arguments, "--model", tmp_path / "talker", "--tokens", 5) == 0
+    assert prompts == ["one> ", "one> ", "two> ", "two> "]
+    assert "The next answer is given with two, at strength 1." in capsys.readouterr().out
+    assert command("chat", "--tokens", 0) == 1
+    assert "--tokens is 0" in error_line(capsys)
+    assert command("chat", "--adapter", folders["one"], "--adapter", folders["one"]) == 1
+    assert "have the same name" in error_line(capsys)
