@@ -317,7 +317,7 @@ def largest(
     rehearsal = _Rehearsal(model, as_setup(method, options), device)
 
     def bill_of(size: int) -> Bill:
-        return rehearsal.bill(batch_size or size, seq_len or size)
+        return rehearsal.bill(size if batch_size is None else batch_size, size if seq_len is None else seq_len)
 
     return _secant_search(bill_of, budget_bytes)
 

@@ -533,8 +533,8 @@ def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     cases["one block, r=200"] = (partial(Llama, SHAPE), 8, {16: few})
     cases["digits MLP, r=8"] = (DigitsMLP, 8, {8: pictures})
     few_blocks = {"last_blocks": lambda model, count: ["mlp.down_proj"]}
-    cells = {"cell-02": {}, "cell-03": few_blocks, "cell-06": {}, "cell-22": {"CASES": cases}}
-    cells |= {cell: {} for cell in ("cell-24", "cell-25", "cell-28", "cell-35")}
+    cells = {"cell-02": {}, "cell-03": few_blocks, "cell-07": {}, "cell-23": {"CASES": cases}}
+    cells |= {cell: {} for cell in ("cell-25", "cell-26", "cell-29", "cell-36")}
     names = lesson("05", cells)
     assert all(run.setting.endswith(("cuda", "cuda:0")) for run in (names["times"] | names["more_threads"]).values())
     assert names["costs"].overlaps

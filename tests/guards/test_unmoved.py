@@ -780,7 +780,8 @@ def digests(folder):
 def test_an_adapter_is_saved_as_it_was(name, tmp_path):
     model = whole(llama(), KINDS[name])
     save_adapter(model, tmp_path, base="a/model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}  # with a card since 0.2
     assert digests(tmp_path) == SAVED[name]
     twin = llama()
     load_adapter(twin, tmp_path)
