@@ -163,6 +163,15 @@ def test_a_model_that_peft_made_ready_has_the_same_bill_from_a_few_blocks(tiny_h
     assert both_ways(model, AsItIs(), 2, 12)[-1]
 
 
+def test_a_config_with_an_entry_for_each_block_must_have_the_same_throughout():
+    model = transformers_model("Llama")
+    assert longest_run(model) is not None
+    model.config.block_kinds = ["near"] * 5 + ["far"]  # nothing in the blocks tells
+    assert longest_run(model) is None
+    model.config.block_kinds = ["near"] * 6
+    assert longest_run(model) is not None
+
+
 def test_experts_are_no_stack_of_blocks():
     class Block(nn.Sequential):
         pass

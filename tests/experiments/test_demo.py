@@ -172,6 +172,15 @@ def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, t
     ]
 
 
+def test_the_demo_leaves_a_readme_of_the_users(small_demo, tmp_path):
+    folder = tmp_path / "results" / "lora"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("Mine.")
+    assert command("demo", "--steps", 1, "--device", "cpu:0", "--out", tmp_path / "results") == 0
+    assert (folder / "README.md").read_text() == "Mine."
+    assert (folder / "adapter_config.json").is_file()
+
+
 def result(label, trained, before, after, seconds, peak, size):
     rows = [
         {**dict.fromkeys(COLUMNS), "step": 0, "validation_loss": before, "off_domain_loss": before + 1, "tokens": 0},
