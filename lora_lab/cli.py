@@ -14,8 +14,9 @@ from lora_lab import __version__
 from lora_lab.experiments.registry import NAMES, OF_MODELS, current_name, recorder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lora_lab import plots
-    from lora_lab.models.llama import LlamaConfig
 
 # Waiting threads yield their cores; set before torch starts its threads. While another process is busy, spinning
 # threads make small matrix multiplications several times slower.
@@ -171,11 +172,13 @@ def _add_generating(commands: argparse._SubParsersAction) -> None:
 def _add_measuring(commands: argparse._SubParsersAction) -> None:
     memory = commands.add_parser("memory", help="which training setups of a model fit into a GPU's memory")
     memory.add_argument(
-        "--model", default="smollm2-135m", help="name of a known model, or a Hugging Face folder (config.json)"
+        "--model",
+        default="smollm2-135m",
+        help="name of a known model, or a folder with a config.json, or the path of one",
     )
     memory.add_argument("--budget", help="memory of the GPU, such as 24GiB or 80GB")
     memory.add_argument("--batch", type=int, default=1, help="sequences per step")
-    memory.add_argument("--seq", type=int, default=512, help="tokens per sequence")
+    memory.add_argument("--seq", type=int, help="tokens per sequence (default: 512; none for pictures)")
     memory.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     memory.add_argument("--dtype", default="bfloat16", help="type of the weights: bfloat16 or float32")
     memory.add_argument("--device", default="cuda", help="cuda (estimated if there is no GPU) or cpu")
@@ -189,10 +192,12 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
 
     speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
     speed.add_argument(
-        "--model", default="smollm2-135m", help="name of a known model, or a Hugging Face folder (config.json)"
+        "--model",
+        default="smollm2-135m",
+        help="name of a known model, or a folder with a config.json, or the path of one",
     )
     speed.add_argument("--batch", type=int, default=1, help="sequences per step")
-    speed.add_argument("--seq", type=int, default=128, help="tokens per sequence")
+    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; none for pictures)")
     speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
     speed.add_argument("--device", help=DEVICE_HELP)
     speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
@@ -295,6 +300,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     from lora_lab.adapters.peft_format import load_adapter, read_config
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+    from lora_lab.models.reading import stream
     from lora_lab.tasks.generate import reply
 
     if options.tokens < 1:
@@ -311,7 +317,7 @@ def _generate(options: argparse.Namespace) -> None:
         return
     ids = torch.tensor(tokenizer.encode(options.prompt, add_special_tokens=True), dtype=torch.long)
     ids = ids.to(next(model.parameters()).device)
-    tokens = model.stream(ids, options.tokens, tokenizer.eos_id, **sampling)
+    tokens = stream(model, ids, options.tokens, tokenizer.eos_id, **sampling)
     for part in chain([options.prompt], tokenizer.decode_stream(tokens), ["\n"]):
         print(part, end="", flush=True)
 
@@ -347,49 +353,52 @@ def _chat(options: argparse.Namespace) -> None:
     talk(conversation, read, partial(print, end="", flush=True))
 
 
-def _config_of(model: str) -> LlamaConfig:
-    """The config of the model in a folder, or of a known model by name."""
-    from lora_lab.models import shapes
-    from lora_lab.models.pretrained import read_config
-
-    return read_config(model) if Path(model).is_dir() else shapes.config(model)
-
-
 def _speed(options: argparse.Namespace) -> None:
-    from lora_lab import FullFineTuning, Llama, LoRA
+    from lora_lab import FullFineTuning, LoRA
     from lora_lab.costs import speed
+    from lora_lab.costs.fake import built_on_meta
+    from lora_lab.models.pretrained import architecture
     from lora_lab.system.device import pick_device
 
     device, why = pick_device(options.device)
-    factory = partial(Llama, _config_of(options.model))
+    factory = architecture(options.model)
+    seq = _length(built_on_meta(factory), options.seq, 128)
     variants = {"full": FullFineTuning()} | {f"LoRA r={rank}": LoRA(rank, 2 * rank) for rank in options.rank}
     for method in variants.values():
-        print(speed.flops(factory, method, options.batch, options.seq), end="\n\n")
+        print(speed.flops(factory, method, options.batch, seq), end="\n\n")
     print(f"Device: {why}")
     costs = speed.cost_model(device)
-    print(costs.predict(factory, variants, options.batch, options.seq))
+    print(costs.predict(factory, variants, options.batch, seq))
     if options.measure is not None:
         print()
-        print(speed.step_time(factory, variants, options.batch, options.seq, rounds=options.measure, device=device))
+        print(speed.step_time(factory, variants, options.batch, seq, rounds=options.measure, device=device))
+
+
+def _length(model: nn.Module, length: int | None, default: int) -> int | None:
+    """The number of tokens that was asked for, or the default for a model that reads tokens."""
+    return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
 
 
 def _memory(options: argparse.Namespace) -> None:
     import torch
 
     from lora_lab.costs import memory_report
+    from lora_lab.costs.fake import built_on_meta
     from lora_lab.models.llama import Llama
+    from lora_lab.models.pretrained import architecture
 
     dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
     if options.dtype not in dtypes:
         raise ValueError(f"--dtype is {options.dtype!r}, but it must be bfloat16 or float32.")
     if options.largest and not options.budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
+    model = built_on_meta(architecture(options.model))
     memory_report.report(
-        partial(Llama, _config_of(options.model)),
+        model,
         options.model,
-        memory_report.training_setups(options.rank, dtypes[options.dtype]),
+        memory_report.training_setups(options.rank, dtypes[options.dtype], lean=isinstance(model, Llama)),
         batch_size=options.batch,
-        seq_len=options.seq,
+        seq_len=_length(model, options.seq, 512),
         device=options.device,
         budget_bytes=memory_report.parse_bytes(options.budget) if options.budget else None,
         look_for=options.largest,

@@ -50,21 +50,33 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, on the model's device
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> mean loss of the batch, ()
 
 
-def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """The logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
 
     The model may return the tensor, a tuple that begins with it, or an object with an attribute ``logits``, as the
-    models of transformers do. Those are called with ``use_cache=False``, because neither a loss nor its gradient needs
-    a cache of keys and values. It is an argument of the call, so that the model's config is not changed.
+    models of transformers do. Those get three more arguments where they take them:
+
+    - ``use_cache=False``, because neither a loss nor its gradient needs a cache of keys and values. The model's config
+      is not changed.
+    - ``attention_mask``, which hides padding where :func:`padding_id` gives its token.
+    - ``decoder_input_ids`` for an encoder-decoder: the targets, shifted by the model's own rule.
 
     Args:
         model: takes the inputs as its first argument.
         inputs: (batch, ...), as in :class:`Examples`.
+        targets: (batch, length), which the decoder of an encoder-decoder reads; no other model needs them.
 
     Raises:
         TypeError: the model returns something else, such as the hidden states of a model without a head.
+        ValueError: an encoder-decoder gets no targets, or has no rule for shifting them.
     """
-    outputs = model(inputs, use_cache=False) if _accepts(model, "use_cache") else model(inputs)
+    more: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    pad = padding_id(model)
+    if pad is not None and inputs.ndim == 2 and not inputs.is_floating_point():
+        more["attention_mask"] = (inputs != pad).long()  # (batch, length)
+    if is_encoder_decoder(model):
+        more["decoder_input_ids"] = _shifted(model, targets)  # (batch, length of the targets)
+    outputs = model(inputs, **more)
     result = getattr(outputs, "logits", outputs)
     if isinstance(result, tuple) and result:
         result = result[0]
@@ -76,7 +88,8 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor:
     return result
 
 
-def _accepts(model: nn.Module, argument: str) -> bool:
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward takes an argument of that name."""
     # Wrappers of peft and of torch.compile pass all arguments on, so the wrapped model decides.
     unwrap = getattr(model, "get_base_model", None)
     inner = getattr(model, "_orig_mod", model) if unwrap is None else unwrap()
@@ -86,9 +99,49 @@ def _accepts(model: nn.Module, argument: str) -> bool:
         return False
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether this is an encoder-decoder of transformers, by its config."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
+def padding_id(model: nn.Module) -> int | None:
+    """The token that pads the rows of a model in which tokens attend to later ones; None if it needs no mask.
+
+    Those are the encoders and encoder-decoders of transformers whose config has a ``pad_token_id``. In a causal model
+    no token attends to the padding on its right, so a mask would change no loss and cost time.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or (can_generate() and not is_encoder_decoder(model)):
+        return None
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return pad if isinstance(pad, int) and accepts(model, "attention_mask") else None
+
+
+def _shifted(model: nn.Module, targets: Tensor | None) -> Tensor:
+    """What the decoder reads when it is to predict the targets: (batch, length)."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if targets is None:
+        raise ValueError(
+            f"A {type(model).__name__} is an encoder-decoder, and its decoder reads the targets; call "
+            "logits(model, inputs, targets)."
+        )
+    if shift is None:
+        raise ValueError(
+            f"A {type(model).__name__} is an encoder-decoder without a method prepare_decoder_input_ids_from_labels, "
+            "so what its decoder reads is not known; give the task a loss of your own."
+        )
+    try:
+        return shift(labels=targets)
+    except (AttributeError, ValueError):  # transformers', for a config that lacks a token
+        raise ValueError(
+            f"The config of the {type(model).__name__} names no decoder_start_token_id or pad_token_id, so what its "
+            "decoder reads is not known; set both."
+        ) from None
+
+
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats over the targets other than ``IGNORE``, for classes and for next tokens."""
-    scores = logits(model, inputs)  # (batch, classes), or (batch, length, vocabulary)
+    scores = logits(model, inputs, targets)  # (batch, classes), or (batch, length, vocabulary)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
     return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 

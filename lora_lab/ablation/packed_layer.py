@@ -114,7 +114,7 @@ def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: 
         rows = token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, _LOSS_ROWS)  # (512,)
         rows = rows.where(counts, 0.0)  # (512,)
     else:
-        outputs = logits(model, inputs).flatten(0, -2)  # (640, 10)
+        outputs = logits(model, inputs, targets).flatten(0, -2)  # (640, 10)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # (640, 10)
         rows = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
     return rows.view(trials, -1).sum(1) / counts.view(trials, -1).sum(1)  # (20,)

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_lab.adapters.edit import strength
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import lora_layers, replace, require_no_adapters
-from lora_lab.models.llama import Llama
+from lora_lab.models.reading import reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer
 
 HELP = """\
@@ -26,7 +27,8 @@ class Conversation:
     """The messages so far, and the adapter that the next answer is given with.
 
     Args:
-        model: without adapters. It stays so when no adapter is in use.
+        model: our Llama or a causal language model of transformers, without adapters. It stays so when no adapter is in
+            use.
         tokenizer: of the model, with a chat template.
         adapters: name -> folder; the first is in use at the start.
         max_new_tokens: where an answer is cut if the model does not end it before.
@@ -34,13 +36,13 @@ class Conversation:
             answer.
 
     Raises:
-        ValueError: the model has adapters, or an adapter does not fit it.
+        ValueError: the model has adapters or is not a causal language model, or an adapter does not fit it.
         FileNotFoundError: an adapter's folder lacks a file.
     """
 
     def __init__(
         self,
-        model: Llama,
+        model: nn.Module,
         tokenizer: Tokenizer,
         adapters: Mapping[str, str | Path] | None = None,
         *,
@@ -50,6 +52,7 @@ class Conversation:
         seed: int = 0,
     ) -> None:
         require_no_adapters(model)
+        reader_of(model)
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters or {})
         self.messages: list[dict[str, str]] = []
         self.name: str | None = None  # of the adapter in use
@@ -97,7 +100,7 @@ class Conversation:
             changed = nullcontext() if self.name is None else strength(self.model, self.strength)
             options = {"seed": self._seed, **self._sampling}
             with changed:
-                tokens = self.model.stream(ids, self.max_new_tokens, self.tokenizer.eos_id, **options)
+                tokens = stream(self.model, ids, self.max_new_tokens, self.tokenizer.eos_id, **options)
                 yield from self.tokenizer.decode_stream(noted(tokens))
         finally:
             self._seed += 1

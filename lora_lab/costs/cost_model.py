@@ -23,9 +23,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from lora_lab.costs.fake import Factory, batch_for, build_model, fake_copy, shape_of
+from lora_lab.costs.fake import Source, batch_for, build_model, fake_copy, shape_of
 from lora_lab.costs.flops import (
     ADAPTERS,
     AGAIN,
@@ -316,7 +315,7 @@ class CostModel:
 
     def predict(
         self,
-        model: nn.Module | Factory,
+        model: Source,
         variants: Mapping[str, Method | Setup],
         batch_size: int | None = None,
         seq_len: int | None = None,
@@ -393,7 +392,7 @@ class CostModel:
 
     def break_even_tokens(
         self,
-        model: nn.Module | Factory,
+        model: Source,
         first: Method | Setup,
         second: Method | Setup,
         *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,17 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_lab.models.pretrained import architecture
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import pick_device
+from lora_lab.task import logits
 from lora_lab.train import Batch
 
 Factory = Callable[[], nn.Module]
+Source = (
+    nn.Module | Factory | str | Path
+)  # a model, what makes one, or what names one: see models.pretrained.architecture
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 _MOST_REAL = 2**20  # elements of the largest tensor that a rehearsal computes with real values
 
 
@@ -36,26 +43,56 @@ def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -
     Raises:
         ValueError: a size is missing or below 1.
     """
-    sizes = []
-    for name, size in {"batch_size": batch_size, "seq_len": seq_len}.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} is {size!r}, but it must be a whole number of at least 1.")
-        sizes.append(size)
+    sizes = [_checked_size("batch_size", batch_size), _checked_size("seq_len", seq_len)]
     inputs = torch.zeros(sizes, dtype=torch.long, device=device_of(model))
     return inputs, torch.zeros_like(inputs)
 
 
 def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
-    """Zeros of the batch's shapes and dtypes, or token ids where ``batch`` is None, on the model's device.
+    """Zeros of the batch's shapes and dtypes, or what the model reads where ``batch`` is None, on the model's device.
 
-    Inside :func:`fake_copy` they are fake tensors.
+    Most models read token ids and have a target for each. A model of transformers may also read pictures, of the size
+    in its config, and have one class for each row. Inside :func:`fake_copy` they are fake tensors.
 
     Raises:
-        ValueError: as for :func:`token_batch`.
+        ValueError: as for :func:`token_batch`, the model reads pictures and ``seq_len`` is given, or it reads something
+            else.
     """
-    if batch is None:
-        return token_batch(model, batch_size, seq_len)
-    return on_each(batch, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)))
+    if batch is not None:
+        return on_each(batch, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)))
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads == "pixel_values":
+        if seq_len is not None:
+            raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads pictures; leave it out.")
+        inputs = _pictures(model, _checked_size("batch_size", batch_size))
+    elif reads == "input_ids":
+        inputs, targets = token_batch(model, batch_size, seq_len)
+        if not hasattr(model, "can_generate") or model.can_generate():  # pyright: ignore[reportCallIssue]
+            return inputs, targets
+    else:
+        raise ValueError(
+            f"A {type(model).__name__} reads {reads}, whose shape does not follow from a batch size; pass inputs and "
+            "targets as batch."
+        )
+    with torch.no_grad():
+        shape = logits(model, inputs[:1]).shape[1:-1]  # one class for a row, or for each of its tokens
+    return inputs, torch.zeros(len(inputs), *shape, dtype=torch.long, device=inputs.device)
+
+
+def _checked_size(name: str, size: int | None) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} is {size!r}, but it must be a whole number of at least 1.")
+    return size
+
+
+def _pictures(model: nn.Module, count: int) -> Tensor:
+    """Black pictures of the size in the model's config: (count, channels, height, width)."""
+    config: Any = model.config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    parameter = next(model.parameters())
+    shape = count, getattr(config, "num_channels", 3), height, width
+    return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def on_each(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -90,7 +127,7 @@ def storage_of(tensor: Tensor) -> int:
 
 @contextmanager
 def fake_copy(
-    model: nn.Module | Factory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[nn.Module]:
     """A copy of a model with fake tensors, which have shapes, dtypes and sizes in bytes, but no values and no memory.
 
@@ -98,7 +135,8 @@ def fake_copy(
     computed from them alone. ``model`` itself is left unchanged.
 
     Args:
-        model: a module; or a function that builds one (it is called on torch's meta device).
+        model: a module; or a function that builds one (it is called on torch's meta device), or what names one, as for
+            :func:`lora_lab.models.pretrained.architecture`.
         device: the device that the fake tensors report. It must exist: on a CPU build of torch, a fake CUDA tensor
             would abort Python itself.
         dtype: cast floating-point weights to it; None leaves them as they are.
@@ -140,7 +178,7 @@ class _RealPositions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(argument, FakeTensor) for argument in args):  # nearly always, and quickly found
-            return func(*args, **kwargs)
+            return _grouped(func, args, kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         any_fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if any_fake or not (inputs or func._overloadpacket is torch.ops.aten.arange):
@@ -156,13 +194,20 @@ class _RealPositions(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
+def _grouped(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """A fake product of experts and their tokens. torch's rule for its shape refuses all dtypes but bfloat16."""
+    dtype = args[0].dtype
+    halves = [arg.to(torch.bfloat16) if isinstance(arg, Tensor) and arg.dtype == dtype else arg for arg in args]
+    return func(*halves, **kwargs).to(dtype)
+
+
 def copy_sharing_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules that shares the weights: replacing or freezing something later affects the copy only."""
     shared = {id(tensor): _same_kind(tensor, tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 
 
-def build_model(model: nn.Module | Factory, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+def build_model(model: Source, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A model to train for real; a module that is passed stays as it is.
 
     Args:
@@ -174,12 +219,14 @@ def build_model(model: nn.Module | Factory, device: torch.device, dtype: torch.d
     return model if dtype is None else model.to(dtype)
 
 
-def built_on_meta(model: nn.Module | Factory) -> nn.Module:
+def built_on_meta(model: Source) -> nn.Module:
     """The module that is passed, or what a factory makes on torch's meta device, where nothing is allocated."""
     return model if isinstance(model, nn.Module) else _call_factory(model, "meta")
 
 
-def _call_factory(factory: Factory, device: torch.device | str) -> nn.Module:
+def _call_factory(factory: Factory | str | Path, device: torch.device | str) -> nn.Module:
+    if isinstance(factory, str | Path):
+        factory = architecture(factory)
     if not callable(factory):
         raise ValueError(f"model is a {type(factory).__name__}, but it must be a torch.nn.Module or make one.")
     with torch.device(device), torch.random.fork_rng(devices=[]):

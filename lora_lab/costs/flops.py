@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.costs.fake import Factory, batch_for, fake_copy, storage_of
+from lora_lab.costs.fake import Source, batch_for, fake_copy, storage_of
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.costs.trace import StepTracer, adapter_modules
 from lora_lab.inject import lora_layers, output_head, transformer_blocks
@@ -302,7 +302,7 @@ def _matrices(module: nn.Module, head: nn.Module | None) -> list[tuple[Tensor, i
 
 
 def flops(
-    model: nn.Module | Factory,
+    model: Source,
     method: Method | Setup,
     batch_size: int | None = None,
     seq_len: int | None = None,
@@ -317,9 +317,10 @@ def flops(
     CPU would count as nothing, and a mask is ignored.
 
     Args:
-        model: a freshly loaded model; or a function that builds one, of any size.
+        model: a freshly loaded model; or a function that builds one, of any size; or what names one, as for
+            :func:`lora_lab.memory.predict`.
         method: how it is trained, or a complete :class:`lora_lab.costs.setup.Setup`.
-        batch_size, seq_len: the batch, for models that read token ids.
+        batch_size, seq_len: the batch; ``batch_size`` alone for a model of transformers that reads pictures.
         batch: inputs and targets, for other models; only their shapes and dtypes matter.
         **options: as in :class:`lora_lab.costs.setup.Setup`.
 
@@ -343,7 +344,7 @@ def flops(
 
 
 def break_even_rank(
-    model: nn.Module | Factory,
+    model: Source,
     batch_size: int | None = None,
     seq_len: int | None = None,
     *,

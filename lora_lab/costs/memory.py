@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_lab.costs.bill import GIB, MIB, PARTS, SAVED, STATIC, Bill, Difference, Moment, Part
 from lora_lab.costs.fake import (
-    Factory,
+    Source,
     batch_for,
     build_model,
     built_on_meta,
@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
+_DOUBTFUL = 0.03  # of the peak
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
 
@@ -72,7 +73,7 @@ _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
 
 def predict(
-    model: nn.Module | Factory,
+    model: Source,
     method: Method | Setup,
     batch_size: int | None = None,
     seq_len: int | None = None,
@@ -88,9 +89,10 @@ def predict(
     generators stay as they are.
 
     Args:
-        model: a freshly loaded model; or a function that builds one, of any size.
+        model: a freshly loaded model; or a function that builds one, of any size; or a name such as "llama-3-8b", or a
+            folder with a config.json or the path of one, as for :func:`lora_lab.models.pretrained.architecture`.
         method: how it is trained, or a complete :class:`lora_lab.costs.setup.Setup`.
-        batch_size, seq_len: the batch, for models that read token ids.
+        batch_size, seq_len: the batch; ``batch_size`` alone for a model of transformers that reads pictures.
         batch: inputs and targets, for other models; only their shapes and dtypes matter.
         device: where the step would run; default the model's device, or the best one for a factory. Where "cuda" is
             not available, the bill is an estimate, and its ``source`` says so: the CPU's bill with CUDA's block
@@ -111,7 +113,7 @@ class _Rehearsal:
     Args: as for :func:`predict`.
     """
 
-    def __init__(self, model: nn.Module | Factory, setup: Setup, device: torch.device | str | None) -> None:
+    def __init__(self, model: Source, setup: Setup, device: torch.device | str | None) -> None:
         setup.check_watchable()
         self.device, self.estimated = device_to_predict(model, device)
         self.model, self.setup = built_on_meta(model), setup
@@ -126,6 +128,7 @@ class _Rehearsal:
                 return step.model, self._record(step, batch_for(step.model, batch_size, seq_len, batch))
 
         recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
+        _check_certain(recording)
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
@@ -150,8 +153,19 @@ class _Rehearsal:
             return log.recording(setting_of(self.setup, step.model, batch))
 
 
+def _check_certain(recording: Recording) -> None:
+    """Raise ValueError if the peak depends on something that a rehearsal cannot see."""
+    bill = recording.bill("predicted")
+    if recording.doubtful_bytes > _DOUBTFUL * bill.peak_bytes:
+        raise ValueError(
+            f"The peak of this step cannot be predicted to {_DOUBTFUL:.0%}: it is where autograd adds up two gradients "
+            f"of {recording.doubtful_bytes / MIB:,.1f} MiB (as in the scan of a state-space model), in place or not; "
+            "measure a real step with memory.measure."
+        )
+
+
 def measure(
-    model: nn.Module | Factory,
+    model: Source,
     method: Method | Setup,
     batch: Batch,
     *,
@@ -290,7 +304,7 @@ def _meter(device: torch.device) -> Iterator[_Meter]:
 
 
 def largest(
-    model: nn.Module | Factory,
+    model: Source,
     method: Method | Setup,
     budget_bytes: int,
     *,
@@ -442,7 +456,7 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight else None, None
 
 
-def device_to_predict(model: nn.Module | Factory, device: torch.device | str | None) -> tuple[torch.device, bool]:
+def device_to_predict(model: Source, device: torch.device | str | None) -> tuple[torch.device, bool]:
     """The device to rehearse on, and whether it only stands in for a CUDA device that is not available."""
     if device is None:
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from lora_lab.costs.fake import Factory
+from lora_lab.costs.fake import Source
 from lora_lab.costs.memory import GIB, MIB, Bill, device_to_predict, largest, predict
 from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
@@ -17,16 +16,17 @@ from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.system.renamed import renamed
 
 
-def training_setups(rank: int = 8, dtype: torch.dtype | None = None) -> dict[str, Setup]:
-    """Setups for training our Llama, from the most memory to the least.
+def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool = True) -> dict[str, Setup]:
+    """Setups for training a language model, from the most memory to the least.
 
     Args:
         rank: LoRA's rank; alpha is twice the rank.
         dtype: of the weights; None leaves them as they are. The lean step saves its activations in float32.
+        lean: with the lean step, which is for our Llama only.
     """
     full, lora = Setup(FullFineTuning(), dtype), Setup(LoRA(rank, 2 * rank), dtype)
     half = torch.bfloat16 if dtype == torch.bfloat16 else None
-    return {
+    setups = {
         "full fine-tuning": full,
         "full, checkpointing": replace(full, gradient_checkpointing=True),
         f"LoRA r={rank}": lora,
@@ -34,14 +34,15 @@ def training_setups(rank: int = 8, dtype: torch.dtype | None = None) -> dict[str
         f"LoRA r={rank}, lean, checkpointing": Setup(lora.method, lean=Lean(base_dtype=half, checkpoint=True)),
         f"QLoRA r={rank}, checkpointing": replace(lora, nf4=True, gradient_checkpointing=True),
     }
+    return {label: setup for label, setup in setups.items() if lean or setup.lean is None}
 
 
 def report(
-    model: nn.Module | Factory,
+    model: Source,
     name: str,
     setups: Mapping[str, Setup],
     batch_size: int,
-    seq_len: int,
+    seq_len: int | None,
     device: torch.device | str | None = None,
     budget_bytes: int | None = None,
     look_for: str | None = None,
@@ -50,7 +51,7 @@ def report(
     """Print which training setups fit on a card, each row as soon as it is computed, and return the bills.
 
     Args:
-        model, batch_size, seq_len, device: as for :func:`predict`.
+        model, batch_size, seq_len, device: as for :func:`predict`; ``seq_len`` is None for a model that reads pictures.
         name: the model's name, for the heading.
         setups: label -> setup, such as those of :func:`training_setups`.
         budget_bytes: the card's memory; None leaves out the comparison.
@@ -68,7 +69,8 @@ def report(
     for label, setup in setups.items():
         bill = bills[label] = predict(model, setup, batch_size, seq_len, device=device)
         if len(bills) == 1:  # not before predict has accepted the arguments
-            print(f"{name}, batch {batch_size} x {seq_len} tokens: peak of one step, {bill.source}")
+            size = f"{batch_size} pictures" if seq_len is None else f"{batch_size} x {seq_len} tokens"
+            print(f"{name}, batch {size}: peak of one step, {bill.source}")
             fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
             print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
         row = f"{label:<32}{bill.peak_bytes / GIB:>6.2f} GiB"

@@ -78,6 +78,20 @@ class Recording:
             saved[part] += _rounded(size, block)
         return Bill(at_peak, self._describe(peak), source, self.setting, ordered(saved), timeline)
 
+    @property
+    def doubtful_bytes(self) -> int:
+        """Bytes of the peak that a real step may not need, because autograd may add two gradients in place.
+
+        It does so where nothing else refers to the first of them, which is then released in the recording: with a
+        dispatch mode active, as in any recording, the sum is a new storage.
+        """
+        totals = [sum(parts.values()) for parts in self._moments(1)]
+        peak = self.operations[max(range(len(totals)), key=totals.__getitem__)]
+        if (peak.phase, peak.name) != ("backward", "add"):
+            return 0
+        released = Counter(size for _, size in peak.released)
+        return sum(size for _, size in peak.allocated if released[size])
+
     def _moments(self, block: int) -> Iterator[Counter[str]]:
         """Bytes by part after each operation; it is the same counter each time."""
         now: Counter[str] = Counter()

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from lora_lab.costs.fake import (
-    Factory,
+    Source,
+    batch_for,
     build_model,
     device_of,
     on_each,
     shape_of,
     storage_of,
-    token_batch,
     unshare_trainable,
 )
 from lora_lab.costs.flops import size_of
@@ -30,6 +30,7 @@ from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
+from lora_lab.task import padding_id
 from lora_lab.train import Batch
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def step_time(
-    model: nn.Module | Factory,
+    model: Source,
     variants: Mapping[str, Method | Setup],
     batch_size: int | None = None,
     seq_len: int | None = None,
@@ -227,7 +228,7 @@ def thread_count(device: torch.device) -> int:
 class _Run:
     """A variant that is ready to train, and its batch."""
 
-    def __init__(self, model: nn.Module | Factory, setup: Setup, device: torch.device) -> None:
+    def __init__(self, model: Source, setup: Setup, device: torch.device) -> None:
         self.device, self.setup = device, setup
         twin = build_model(model, device, setup.dtype)
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
@@ -260,7 +261,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device_to_time(model: nn.Module | Factory, device: torch.device | str | None) -> torch.device:
+def _device_to_time(model: Source, device: torch.device | str | None) -> torch.device:
     device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
     if device.type == "meta":
         raise ValueError("The model is on the meta device, where nothing is ever computed; use flops, or a factory.")
@@ -268,7 +269,14 @@ def _device_to_time(model: nn.Module | Factory, device: torch.device | str | Non
 
 
 def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
-    """Random tokens: if all were equal, the embedding's gradient would be summed in a single row."""
-    width, generator = output_width(model) or 1, torch.Generator().manual_seed(0)
-    shapes = token_batch(model, batch_size, seq_len)
-    return on_each(shapes, lambda tensor: torch.randint(width, tensor.shape, generator=generator))
+    """Random numbers: if all tokens were equal, the embedding's gradient would be summed in a single row."""
+    generator, classes = torch.Generator().manual_seed(0), output_width(model) or 1
+    inputs, targets = batch_for(model, batch_size, seq_len, None)
+    if inputs.is_floating_point():
+        inputs = torch.rand(inputs.shape, generator=generator).to(inputs.dtype)
+    else:
+        tokens = getattr(getattr(model, "config", None), "vocab_size", classes)
+        inputs = torch.randint(tokens, inputs.shape, generator=generator)
+        if (pad := padding_id(model)) is not None:  # a row of padding alone would have no loss
+            inputs = inputs.where(inputs != pad, pad + 1)
+    return inputs, torch.randint(classes, targets.shape, generator=generator)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
-from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import FILES, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
@@ -160,7 +160,7 @@ def run(
 
 
 @torch.no_grad()
-def _round_adapters(net: Llama, dtype: torch.dtype) -> None:
+def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
     """Round the adapters' tensors to ``dtype``, in place; they keep their own."""
     for layer in lora_layers(net).values():
         for part in layer.parts:
@@ -184,7 +184,7 @@ def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
     return FILES if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))
 
 
-def _evaluated(net: Llama, data: Task, limit: int | None) -> dict[str, Any]:
+def _evaluated(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
     """Losses in nats; for prompts and answers also scores on the test part, and some of the predictions."""
     result: dict[str, Any] = {}
     for part in ("validation", "test", "off_domain"):

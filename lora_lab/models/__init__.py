@@ -1,17 +1,33 @@
 """Models to experiment on: a real language model and two small nets.
 
+decoding     token after token: how the next one is chosen
 llama        a Llama written for reading
+reading      what a causal language model has read: our Llama, and those of transformers
 shapes       shapes of well-known models, for questions that need no weights
 digits       two small nets for experiments that take seconds
 quantize     a frozen base in 4 bits: GGUF's blocks, NF4
 tokenizer    text to token ids and back, and conversations to text
 gguf_reader  reads a GGUF file, with Hugging Face's names
 download     SmolLM2-135M from a Python package, into a cache
-pretrained   loads pre-trained weights into our Llama, and saves them to a folder
+huggingface  models of transformers, of any architecture
+pretrained   loads pre-trained weights into our Llama or by transformers, and saves them to a folder
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, ["digits", "download", "gguf_reader", "llama", "pretrained", "quantize", "shapes", "tokenizer"]
+    __name__,
+    [
+        "decoding",
+        "digits",
+        "download",
+        "gguf_reader",
+        "huggingface",
+        "llama",
+        "pretrained",
+        "quantize",
+        "reading",
+        "shapes",
+        "tokenizer",
+    ],
 )

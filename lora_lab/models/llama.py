@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lora_lab.models.decoding import Sampling, continued
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -313,12 +315,7 @@ class Llama(nn.Module):
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            temperature: 0 always takes the most probable token (greedy); above 0 tokens are sampled from
-                softmax(logits / temperature).
-            seed: of the samples.
-            repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included,
-                and multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1
-                the text repeats itself less; 1 changes nothing.
+            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.decoding.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -340,54 +337,12 @@ class Llama(nn.Module):
         repetition_penalty: float = 1.0,
     ) -> Iterator[int]:
         """The tokens of :meth:`generate` one by one, as they are made; with the same arguments and errors."""
-        if ids.ndim != 1 or len(ids) == 0:
-            raise ValueError(
-                f"The prompt has shape {tuple(ids.shape)}, but one non-empty row of token ids is expected."
-            )
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}, but it must be 0 (greedy) or above.")
-        if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
-            raise ValueError(
-                f"repetition_penalty is {repetition_penalty}, but it must be a positive number, such as 1.1; 1 changes "
-                "nothing."
-            )
-        return self._stream(ids, max_new_tokens, stop, temperature, seed, repetition_penalty)
+        cache = KeyValueCache()
 
-    @torch.no_grad()
-    def _stream(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        stop: int | None,
-        temperature: float,
-        seed: int,
-        repetition_penalty: float,
-    ) -> Iterator[int]:
-        training = self.training
-        self.eval()
-        generator = torch.Generator().manual_seed(seed)
-        cache, inputs, seen = KeyValueCache(), ids[None], ids  # inputs: (1, length), then (1, 1)
-        try:
-            for _ in range(max_new_tokens):
-                hidden = self.model(inputs, cache=cache)[:, -1]  # (1, 576)
-                logits = self.lm_head(hidden)[0]  # (49152,)
-                if repetition_penalty != 1:
-                    repeated = logits[seen]  # (length + new,)
-                    logits[seen] = torch.where(
-                        repeated < 0, repeated * repetition_penalty, repeated / repetition_penalty
-                    )  # (length + new,)
-                if temperature == 0:
-                    token = logits.argmax()  # ()
-                else:
-                    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)  # (49152,)
-                    token = torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
-                if int(token) == stop:
-                    break
-                yield int(token)
-                inputs = token.to(ids.device).view(1, 1)  # (1, 1)
-                seen = torch.cat([seen, inputs[0]])  # (length + new,)
-        finally:
-            self.train(training)
+        def read(new: Tensor) -> Tensor:
+            return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
+
+        return continued(self, read, ids, max_new_tokens, stop, Sampling(temperature, seed, repetition_penalty))
 
 
 def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,12 +1,18 @@
-"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder, into our Llama; and back to a folder."""
+"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder; and back to a folder.
+
+What is of the Llama family becomes a :class:`lora_lab.Llama`; any other folder is loaded by transformers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.inject import lora_layers, replace
+from lora_lab.models import huggingface, shapes
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
@@ -32,18 +39,38 @@ _SAVE = "lora_lab_save"  # in the config and in the weights' header: a hash, equ
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@overload
+def load_pretrained(
+    source: Literal["smollm2-135m"] = ...,
+    dtype: torch.dtype = ...,
+    device: str | torch.device | None = ...,
+    keep_blocks: bool = ...,
+) -> tuple[Llama, Tokenizer]: ...
+@overload
+def load_pretrained(
+    source: str | Path,
+    dtype: torch.dtype = ...,
+    device: str | torch.device | None = ...,
+    keep_blocks: bool = ...,
+) -> tuple[nn.Module, Tokenizer]: ...
+
+
 def load_pretrained(
     source: str | Path = SMOLLM2,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     keep_blocks: bool = False,
-) -> tuple[Llama, Tokenizer]:
-    """A pre-trained Llama and its tokenizer, ready to use or to train.
+) -> tuple[nn.Module, Tokenizer]:
+    """A pre-trained model and its tokenizer, ready to use or to train.
+
+    A model of the Llama family is built as a :class:`lora_lab.Llama`. A folder with a model of another architecture is
+    loaded by transformers (``pip install "lora-lab[hf]"``), as the class that its config names. For a folder, a line on
+    stderr says which of the two it is, and why.
 
     Args:
         source: "smollm2-135m" (SmolLM2-135M-Instruct; downloaded once, 98 MB, and cached in its 4-bit blocks);
-            or the path of a ``.gguf`` file; or of a Hugging Face folder (config.json, \\*.safetensors,
-            tokenizer.json). All must be of the Llama family.
+            or the path of a ``.gguf`` file of the Llama family; or of a Hugging Face folder (config.json,
+            \\*.safetensors, tokenizer.json).
         dtype: a floating-point dtype for the weights.
         device: as in :func:`lora_lab.pick_device`.
         keep_blocks: leave matrices in the blocks of the source (SmolLM2: 98 MB instead of 538), frozen; they are
@@ -52,8 +79,9 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: the path, or a file of the folder, is not there.
-        ValueError: the source is unknown, damaged, of another architecture, or has no blocks to keep; or
-            dtype is not a floating-point one.
+        ValueError: the source is unknown, damaged, of an architecture that transformers does not know either, or has
+            no blocks to keep; or dtype is not a floating-point one.
+        ModuleNotFoundError: the folder's model needs transformers, which is not installed.
         RuntimeError: the model cannot be downloaded.
     """
     if not dtype.is_floating_point:
@@ -61,6 +89,11 @@ def load_pretrained(
     device = pick_device(device)[0]
     path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
     if path.is_dir():
+        reason = _misfit(_config_entries(path))
+        if str(source) != SMOLLM2:
+            _say_which(path, reason)
+        if reason is not None:
+            return _load_by_transformers(path, dtype, device, keep_blocks)
         stored = _read_folder(path)
     elif path.suffix == ".gguf":
         stored = read_gguf(path)
@@ -73,34 +106,88 @@ def load_pretrained(
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
+def _say_which(path: Path, reason: str | None) -> None:
+    which = "a Llama, as lora_lab builds it" if reason is None else f"loaded by transformers, because {reason}"
+    print(f"{path}: {which}.", file=sys.stderr)
+
+
+def _load_by_transformers(
+    path: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool
+) -> tuple[nn.Module, Tokenizer]:
+    if keep_blocks:
+        raise ValueError(
+            f"{path} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
+            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
+        )
+    tokenizer = Tokenizer.load(path)  # first: it takes no time, and may be what is missing
+    return huggingface.load(path, dtype, device), tokenizer
+
+
+def architecture(source: str | Path) -> Callable[[], nn.Module]:
+    """A function that builds a model without weights of its own, for questions about its size, memory and speed.
+
+    Args:
+        source: a name in :data:`lora_lab.models.shapes.TABLE`, such as "llama-3-8b"; or a folder with a config.json, or
+            the path of such a file. What our Llama cannot be is built by transformers, with the class that the config
+            names.
+
+    Raises:
+        FileNotFoundError: there is no such name and no such file.
+        ValueError: the config is damaged, or of an architecture that transformers does not know either.
+        ModuleNotFoundError: the config needs transformers, which is not installed.
+    """
+    if str(source) in shapes.TABLE:
+        return partial(Llama, shapes.config(str(source)))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no model {str(source)!r}; use a folder with a config.json, the path of one, or one of: "
+            f"{', '.join(shapes.TABLE)}."
+        )
+    entries = _config_entries(path)
+    if _misfit(entries) is None:
+        return partial(Llama, _config_from_hf(entries, path))
+    return partial(huggingface.build, huggingface.read_config(path))
+
+
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a Hugging Face folder, from its config.json alone.
+    """The shape of the Llama in a Hugging Face folder, from its config.json alone.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
-        ValueError: the file is damaged, lacks a size, or describes a model that cannot be built here.
+        ValueError: the file is damaged, lacks a size, or describes a model that is not a :class:`lora_lab.Llama`.
     """
-    return _config_from_hf(_config_entries(Path(folder)), Path(folder))
+    entries = _config_entries(Path(folder))
+    if (reason := _misfit(entries)) is not None:
+        raise ValueError(f"{folder} holds no Llama that is built here: {reason}.")
+    return _config_from_hf(entries, Path(folder))
 
 
-def _config_entries(folder: Path) -> dict[str, Any]:
-    settle(folder)
-    path = folder / "config.json"
+def _config_entries(path: Path) -> dict[str, Any]:
+    """The entries of a folder's config.json, or of a file of another name."""
+    if path.is_dir() or not path.suffix:
+        settle(path)
+        path = path / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, but the entries of a model's config are expected.")
     return config
 
 
-def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if there is one).
 
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
     :func:`load_pretrained` if a tokenizer is in it. Matrices in blocks are written dequantised. An older model in the
     folder stays complete until the new one is: see :func:`lora_lab.system.files.atomic_files`.
 
+    Args:
+        model: a :class:`lora_lab.Llama`, or a model of transformers, which writes its files itself.
+        folder: made if it does not exist.
+        tokenizer: of the model.
+
     Raises:
-        ValueError: the model has adapters that are not merged.
+        ValueError: the model has adapters that are not merged, or is of another library.
         OSError: the folder cannot be written to, or the disk is full.
     """
     if lora_layers(model):
@@ -108,6 +195,18 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
     folder = Path(folder)
+    with atomic_files(folder, remove=[] if tokenizer is None else [TEMPLATE]) as temporary:
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        if isinstance(model, Llama):
+            _write_llama(model, temporary, tokenizer)
+        else:
+            huggingface.save(model, temporary)
+    return folder
+
+
+def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Write config.json and model.safetensors beside the tokenizer's files, with a common hash."""
     state = _dense_state(model)
     config = _config_to_hf(model.config, next(iter(state.values())).dtype)
     if tokenizer is not None:
@@ -116,16 +215,12 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
             for name in ("bos", "eos", "pad")
             if getattr(tokenizer, f"{name}_id") is not None
         }
-    with atomic_files(folder, remove=[] if tokenizer is None else [TEMPLATE]) as temporary:
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-            for path in sorted(temporary.iterdir()):
-                digest.update(path.read_bytes())
-        write_json(temporary / "config.json", config | {_SAVE: digest.hexdigest()})
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", _SAVE: digest.hexdigest()})
-    return folder
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.iterdir()):
+        digest.update(path.read_bytes())
+    write_json(folder / "config.json", config | {_SAVE: digest.hexdigest()})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", _SAVE: digest.hexdigest()})
 
 
 def _dense_state(model: Llama) -> dict[str, Tensor]:
@@ -279,18 +374,29 @@ def _config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _misfit(entries: dict[str, Any]) -> str | None:
+    """Why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
+    if (kind := entries.get("model_type")) != "llama":
+        return f"it is of type {kind!r}, and lora_lab builds only 'llama'"
+    if (activation := entries.get("hidden_act", "silu")) != "silu":
+        return f"its activation is {activation!r}, and lora_lab builds only 'silu'"
+    if (scaled := _positions(entries)[1]) not in ("default", "llama3"):
+        return f"its positions are scaled by {scaled!r}, and lora_lab builds only 'default' and 'llama3'"
+    if "quantization_config" in entries:
+        return "its weights are quantised in a format that lora_lab does not read"
+    heads = [name for name in entries.get("architectures") or () if not name.endswith(("ForCausalLM", "LlamaModel"))]
+    return f"it is a {heads[0]}, and lora_lab builds only causal language models" if heads else None
+
+
+def _positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The settings of rotary positions, and how they are scaled."""
+    # transformers 5 has one entry for all of them, older versions have two.
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
 def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
-    if hf.get("model_type") != "llama":
-        raise ValueError(
-            f"{folder} holds a model of type {hf.get('model_type')!r}, but only 'llama' can be built here."
-        )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder} uses the activation {hf['hidden_act']!r}, but only 'silu' is built here.")
-    # transformers 5 has one entry for all settings of positions, older versions have two.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{folder} scales positions by {kind!r}, but only 'default' and 'llama3' are built here.")
+    rope, kind = _positions(hf)
     try:
         scaling = None
         if kind == "llama3":

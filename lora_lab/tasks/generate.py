@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from lora_lab.models.llama import KeyValueCache, Llama
+from lora_lab.models.reading import Reader, reader_of, stream
 from lora_lab.task import IGNORE
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode
 
 
 def reply(
-    model: Llama,
+    model: nn.Module,
     tokenizer: ChatTokenizer,
     prompt: str,
     *,
@@ -27,7 +26,7 @@ def reply(
     """The model's answer to one prompt, which is put into the model's chat template.
 
     Args:
-        model: with or without adapters.
+        model: our Llama or a causal language model of transformers, with or without adapters.
         tokenizer: of the model.
         prompt: what the user writes.
         max_new_tokens: where the answer is cut if the model does not end it before.
@@ -37,19 +36,19 @@ def reply(
         The answer, without the token that ends a turn and without white space around it.
 
     Raises:
-        ValueError: the model is not a :class:`lora_lab.Llama`, its tokenizer has no chat template, or as for
+        ValueError: the model is not a causal language model, its tokenizer has no chat template, or as for
             :meth:`lora_lab.Llama.generate`.
     """
-    _require_llama(model)
+    options = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
+    reader_of(model)  # refuses a model that cannot answer, before the template is asked
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    new_ids = model.generate(ids, max_new_tokens, tokenizer.eos_id, temperature, seed, repetition_penalty)  # (new,)
-    return tokenizer.decode(new_ids.tolist()).strip()
+    return tokenizer.decode(list(stream(model, ids, max_new_tokens, tokenizer.eos_id, **options))).strip()
 
 
 @torch.no_grad()
 def answers(
-    model: Llama,
+    model: nn.Module,
     task: PairTask,
     part: str = "test",
     *,
@@ -62,7 +61,7 @@ def answers(
     For a classification, the answer is the most likely of the task's classes.
 
     Args:
-        model: with or without adapters.
+        model: as for :func:`reply`.
         task: gives the prompts.
         part: "train", "validation" or "test".
         limit: how many prompts to answer, from the first; None answers all.
@@ -73,7 +72,7 @@ def answers(
         One text per prompt, without the token that ends a turn.
 
     Raises:
-        ValueError: the model is not a :class:`lora_lab.Llama`.
+        ValueError: the model is not a causal language model.
     """
     pairs = list(task.pairs[part][:limit])
     if task.metric == "classification":
@@ -91,34 +90,20 @@ def answers(
     return texts
 
 
-def _require_llama(model: Llama) -> None:
-    """Raise ValueError if the model is of another class, whose ``generate`` and cache are other ones."""
-    if not isinstance(model, Llama):
-        raise ValueError(
-            f"Only a lora_lab.Llama can generate answers, but the model is a {type(model).__name__}; load its folder "
-            "with load_pretrained, or generate with the model's own library and pass the texts to score."
-        )
+def _read(model: nn.Module, prompts: Sequence[list[int]], stop: int | None) -> tuple[Tensor, Reader]:
+    """Run the model on a batch of prompts: the logits after each of them, (batch, vocabulary), and what has read them.
 
-
-def _read(model: Llama, prompts: Sequence[list[int]], stop: int | None) -> tuple[Tensor, Tensor, KeyValueCache]:
-    """Run the model on a batch of prompts.
-
-    Returns:
-        The hidden state after each prompt (batch, hidden size), the attention mask (batch, length), and the cache.
+    Prompts are padded on the left, so that all end in the same column.
     """
-    _require_llama(model)
     device, longest = next(model.parameters()).device, max(map(len, prompts))
-    # Padded on the left, so that all prompts end in the same column. This shifts positions, but rotary embeddings
-    # depend on their differences only.
     ids = torch.tensor([[stop or 0] * (longest - len(prompt)) + prompt for prompt in prompts])  # (16, length)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (16, length)
-    mask, cache = mask.to(device), KeyValueCache()
-    hidden = model.model(ids.to(device), mask, cache)[:, -1]  # (16, 576)
-    return hidden, mask, cache
+    reader = reader_of(model, mask.to(device))
+    return reader.read(ids.to(device)), reader
 
 
 @contextmanager
-def _evaluating(model: Llama) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, the model's previous mode afterwards."""
     training = model.training
     model.eval()
@@ -128,23 +113,22 @@ def _evaluating(model: Llama) -> Iterator[None]:
         model.train(training)
 
 
-def _continued(model: Llama, prompts: Sequence[list[int]], max_new_tokens: int, task: PairTask) -> list[list[int]]:
+def _continued(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, task: PairTask) -> list[list[int]]:
     """The most likely next tokens after each prompt, up to the end of the turn."""
     stop = task.tokenizer.eos_id
     tokens: list[Tensor] = []
     with _evaluating(model):
-        hidden, mask, cache = _read(model, prompts, stop)  # (16, 576), (16, length)
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=hidden.device)  # (16,)
+        scores, reader = _read(model, prompts, stop)  # (16, vocabulary)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=scores.device)  # (16,)
         while True:
-            token = model.lm_head(hidden).argmax(-1)  # (16,)
+            token = scores.argmax(-1)  # (16,)
             done |= token == stop
             if bool(done.all()):
                 break
             tokens.append(token.where(~done, -1))
             if len(tokens) == max_new_tokens:
                 break
-            mask = F.pad(mask, (0, 1), value=1)  # (16, length + 1)
-            hidden = model.model(token[:, None], mask, cache)[:, -1]  # (16, 576)
+            scores = reader.read(token[:, None])  # (16, vocabulary)
     rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(prompts)
     return [[token for token in row if token >= 0] for row in rows]
 
@@ -155,7 +139,9 @@ def classes(task: PairTask) -> list[str]:
 
 
 @torch.no_grad()
-def choices(model: Llama, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int) -> list[str]:
+def choices(
+    model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int
+) -> list[str]:
     """The most likely label for each prompt, by the joint probability of its tokens; each prompt is read only once."""
     tokens = {}
     for label in labels:
@@ -165,20 +151,23 @@ def choices(model: Llama, task: PairTask, pairs: Sequence[Pair], labels: Sequenc
     best: list[int] = []  # index into labels
     with _evaluating(model):
         for start in range(0, len(prompts), batch_size):
-            hidden, mask, cache = _read(model, prompts[start : start + batch_size], task.tokenizer.eos_id)
-            scores = [_log_likelihood(model, tokens[label], hidden, mask, cache) for label in labels]  # (16,) each
+            first, reader = _read(model, prompts[start : start + batch_size], task.tokenizer.eos_id)
+            scores = [_log_likelihood(reader, tokens[label], first) for label in labels]  # (16,) each
             best += torch.stack(scores, 1).argmax(1).tolist()  # (16,)
     return [labels[i] for i in best]
 
 
-def _log_likelihood(model: Llama, answer: list[int], hidden: Tensor, mask: Tensor, cache: KeyValueCache) -> Tensor:
-    """The log-likelihood of one answer after each prompt, in nats: (batch,). The cache is not changed."""
-    states = hidden[:, None]  # (16, 1, 576)
+def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:
+    """The log-likelihood of one answer after each prompt, in nats: (batch,).
+
+    Args:
+        reader: has read the prompts, and is left as it is.
+        answer: the tokens, at least one.
+        first: the logits after the prompts, (batch, vocabulary).
+    """
+    logits = first[:, None]  # (16, 1, vocabulary)
     if len(answer) > 1:
-        extended = KeyValueCache()
-        extended.layers = dict(cache.layers)
-        inputs = torch.tensor(answer[:-1], device=hidden.device).expand(len(hidden), -1)  # (16, n - 1)
-        later = model.model(inputs, F.pad(mask, (0, len(answer) - 1), value=1), extended)  # (16, n - 1, 576)
-        states = torch.cat([states, later], 1)  # (16, n, 576)
-    log_probabilities = model.lm_head(states).float().log_softmax(-1)  # (16, n, vocabulary)
+        inputs = torch.tensor(answer[:-1], device=first.device).expand(len(first), -1)  # (16, n - 1)
+        logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
+    log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
     return log_probabilities[:, range(len(answer)), answer].sum(1)  # (16,)

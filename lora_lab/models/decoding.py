@@ -1,0 +1,109 @@
+"""Token after token: how a text is continued by whatever model reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    Args:
+        temperature: 0 always takes the most probable token (greedy); above 0 tokens are sampled from
+            softmax(logits / temperature).
+        seed: of the samples.
+        repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included, and
+            multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1 the
+            text repeats itself less; 1 changes nothing.
+
+    Raises:
+        ValueError: the temperature is negative, or the penalty is not positive.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, but it must be 0 (greedy) or above.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}, but it must be a positive number, such as 1.1; 1 "
+                "changes nothing."
+            )
+
+    def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+        """The next token, a scalar.
+
+        Args:
+            logits: (vocabulary,), changed in place if there is a penalty.
+            text: the tokens so far, (length,).
+            generator: of the samples.
+        """
+        if self.repetition_penalty != 1:
+            repeated = logits[text]  # (length,)
+            lower, higher = repeated * self.repetition_penalty, repeated / self.repetition_penalty  # (length,) each
+            logits[text] = torch.where(repeated < 0, lower, higher)  # (length,)
+        if self.temperature == 0:
+            return logits.argmax()  # ()
+        probabilities = torch.softmax(logits.float().cpu() / self.temperature, dim=-1)  # (49152,)
+        return torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
+
+
+def continued(
+    model: nn.Module,
+    read: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    max_new_tokens: int,
+    stop: int | None,
+    sampling: Sampling,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, one by one, as they are made.
+
+    Args:
+        model: is in evaluation mode meanwhile.
+        read: takes tokens (1, new), which continue those that it took before; returns the logits of the token that
+            follows them, (1, vocabulary).
+        ids: the prompt, (length,), at least one token.
+        max_new_tokens: maximum number of new tokens.
+        stop: a token that ends the text (it is not returned).
+        sampling: how tokens are chosen.
+
+    Raises:
+        ValueError: the prompt is empty or not one-dimensional.
+    """
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"The prompt has shape {tuple(ids.shape)}, but one non-empty row of token ids is expected.")
+    return _continued(model, read, ids, max_new_tokens, stop, sampling)
+
+
+@torch.no_grad()
+def _continued(
+    model: nn.Module,
+    read: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    max_new_tokens: int,
+    stop: int | None,
+    sampling: Sampling,
+) -> Iterator[int]:
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(sampling.seed)
+    new, text = ids[None], ids  # (1, length), then (1, 1); (length,), then longer
+    try:
+        for _ in range(max_new_tokens):
+            token = sampling.choose(read(new)[0], text, generator)  # ()
+            if int(token) == stop:
+                break
+            yield int(token)
+            new = token.to(ids.device).view(1, 1)  # (1, 1)
+            text = torch.cat([text, new[0]])  # (length + new,)
+    finally:
+        model.train(training)

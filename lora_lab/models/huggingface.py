@@ -1,0 +1,151 @@
+"""Models of transformers, of any architecture: from a folder, or from a config.json without weights.
+
+Only this file imports transformers (``pip install "lora-lab[hf]"``), and only when it is asked for such a model. No
+code that a folder may hold is run, and no weights are read but safetensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lab.system.files import settle
+
+# In the order in which they are tried where a config names no architecture with a head.
+_HEADS = (
+    "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+)
+
+
+def require_transformers() -> Any:
+    """The module transformers.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "This model needs transformers, which is not installed; run pip install 'lora-lab[hf]'."
+        ) from None
+
+
+def read_config(path: str | Path) -> Any:
+    """The config of transformers in a folder's config.json, or in a JSON file of another name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: transformers does not know the architecture, or cannot read the file.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    transformers = require_transformers()
+    path = Path(path)
+    if path.is_dir():
+        settle(path)
+        path = path / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; give a folder with a config.json, or the path of one.")
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the entries of the file lead to
+        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_first_line(error)}") from None
+
+
+def model_class(config: Any) -> Any:
+    """The class of a config's model, with a head: the first architecture that the config names, or the usual one.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    transformers = require_transformers()
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if named is not None and named is not bare:
+            return named
+    for name in _HEADS:
+        if (usual := getattr(transformers, name).get(type(config), None)) is not None:
+            return usual
+    raise ValueError(
+        f"transformers {transformers.__version__} has no model with a head for a config of type "
+        f"{config.model_type!r}; use another model."
+    )
+
+
+def build(config: Any) -> nn.Module:
+    """A model with random weights, or without any on torch's meta device.
+
+    Args:
+        config: from :func:`read_config`; it is not changed.
+    """
+    return model_class(config)(copy.deepcopy(config))
+
+
+def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model of a folder, in evaluation mode.
+
+    Args:
+        folder: with config.json and safetensors.
+        dtype: a floating-point dtype for the weights.
+        device: where they go.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json, or no safetensors.
+        ValueError: transformers does not know the architecture, or a weight is missing or of another shape, or the
+            weights are quantised.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"{folder} holds weights that are quantised ({method}), which are not read here; load the original weights "
+            "and quantise them with lora_lab.quantize_nf4(model)."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} holds no file *.safetensors, the only format of weights that is read.")
+    try:
+        model, report = model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
+        raise ValueError(f"{folder} cannot be loaded by transformers: {_first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
+    return model.to(device).eval()
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write the files of a model: config.json, generation_config.json, and safetensors in one file.
+
+    Raises:
+        ValueError: it is not a model of transformers.
+    """
+    write = getattr(model, "save_pretrained", None)
+    if write is None:
+        raise ValueError(
+            f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers; save its state_dict()."
+        )
+    write(folder, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,153 @@
+"""What a causal language model has read: our Llama, and the models of transformers, behind one interface.
+
+    reader = reader_of(model)
+    logits = reader.read(ids)          # of the token that follows the prompt, (batch, vocabulary)
+    logits = reader.read(token)        # and of the one after that
+
+``stream`` makes text of it, token by token; ``lora_lab.tasks.generate`` answers many prompts at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lab.models.decoding import Sampling, continued
+from lora_lab.models.llama import KeyValueCache, Llama
+from lora_lab.task import accepts, is_encoder_decoder
+
+
+class Reader(ABC):
+    """A model and the batch of texts that it has read so far.
+
+    Args:
+        model: in evaluation mode, with or without adapters.
+        mask: (batch, length) for the first tokens that are read, 1 for tokens and 0 for the padding on their left;
+            None if there is no padding.
+    """
+
+    def __init__(self, model: Any, mask: Tensor | None = None) -> None:
+        self.model, self.mask = model, mask
+        self.length = 0  # tokens read so far, padding included
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read (batch, new) tokens that continue the texts; the logits of what follows them: (batch, vocabulary)."""
+        self._extend(ids.shape[1])
+        return self._logits(ids, last=True)[:, -1]  # (16, vocabulary)
+
+    def read_each(self, ids: Tensor) -> Tensor:
+        """As :meth:`read`, with the logits of what follows each of the tokens: (batch, new, vocabulary)."""
+        self._extend(ids.shape[1])
+        return self._logits(ids, last=False)  # (16, new, vocabulary)
+
+    @abstractmethod
+    def branch(self) -> Reader:
+        """Another reader of the same texts. What it reads from now on, this one has not read."""
+
+    @abstractmethod
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        """Logits after each of the new tokens, or after the last one alone."""
+
+    def _extend(self, new: int) -> None:
+        if self.mask is not None and self.length:
+            self.mask = F.pad(self.mask, (0, new), value=1)  # (16, length + new)
+        self.length += new
+
+
+class LlamaReader(Reader):
+    """Of a :class:`lora_lab.Llama`.
+
+    Padding on the left shifts positions, but rotary embeddings depend on their differences only.
+    """
+
+    def __init__(self, model: Llama, mask: Tensor | None = None) -> None:
+        super().__init__(model, mask)
+        self.cache = KeyValueCache()
+
+    def branch(self) -> LlamaReader:
+        other = copy.copy(self)
+        other.cache = KeyValueCache()
+        other.cache.layers = dict(self.cache.layers)
+        return other
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
+        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
+
+
+class TransformersReader(Reader):
+    """Of a causal language model of transformers. Where it has no cache of keys and values, it reads all again."""
+
+    cache: Any = None
+    ids: Tensor | None = None  # all that was read, for a model without a cache
+
+    def branch(self) -> TransformersReader:
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        new = ids.shape[1]
+        if not accepts(self.model, "past_key_values"):
+            ids = self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)  # (16, length)
+            masked = {} if self.mask is None else {"attention_mask": self.mask}
+            return self.model(ids, use_cache=False, **masked).logits[:, -new:]  # (16, new, vocabulary)
+        arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if self.mask is not None:
+            arguments["attention_mask"] = self.mask
+            if accepts(self.model, "position_ids"):  # the first real token of each text is at position 0
+                arguments["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new:]  # (16, new)
+        if last and accepts(self.model, "logits_to_keep"):
+            arguments["logits_to_keep"] = 1
+        outputs = self.model(ids, **arguments)
+        self.cache = outputs.past_key_values
+        return outputs.logits
+
+
+def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
+    """A reader that has read nothing yet.
+
+    Args:
+        model, mask: as for :class:`Reader`.
+
+    Raises:
+        ValueError: the model is not a causal language model of this package or of transformers.
+    """
+    if isinstance(model, Llama):
+        return LlamaReader(model, mask)
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate() or is_encoder_decoder(model):
+        raise ValueError(
+            f"Only a causal language model can continue a text here, but the model is a {type(model).__name__}; use "
+            "lora_lab.Llama or a causal model of transformers, or generate with the model's own library."
+        )
+    return TransformersReader(model, mask)
+
+
+def stream(
+    model: nn.Module,
+    ids: Tensor,
+    max_new_tokens: int,
+    stop: int | None = None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    repetition_penalty: float = 1.0,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, one by one, as they are made.
+
+    Args:
+        model: as for :func:`reader_of`.
+        ids, max_new_tokens, stop, temperature, seed, repetition_penalty: as for :meth:`lora_lab.Llama.generate`.
+
+    Raises:
+        ValueError: as for :meth:`lora_lab.Llama.generate` and :func:`reader_of`.
+    """
+    sampling = Sampling(temperature, seed, repetition_penalty)
+    return continued(model, reader_of(model).read, ids, max_new_tokens, stop, sampling)
