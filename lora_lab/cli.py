@@ -238,7 +238,12 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate = commands.add_parser(
         "ablate", help="which rank is enough: ranks x rates x seeds; continues if it was stopped"
     )
-    ablate.add_argument("--task", default="digits", help="planted, digits or docs")
+    ablate.add_argument(
+        "--task", default="digits", help="planted, digits or docs; or as for finetune, your own file too"
+    )
+    ablate.add_argument(
+        "--model", default="smollm2-135m", help="a model's folder or .gguf file; not for the small nets"
+    )
     ablate.add_argument("--method", default="lora", help="lora, rslora, lora-fa, lora+, pissa or dora")
     ablate.add_argument("--ranks", type=numbers(int), default=[1, 2, 4, 8, 16], help="ranks to try")
     ablate.add_argument("--lrs", type=numbers(float), help="learning rates to try (default: depends on the task)")
@@ -270,12 +275,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _finetune(options: argparse.Namespace) -> None:
     from lora_lab.experiments import finetune
-    from lora_lab.models.pretrained import load_pretrained
-    from lora_lab.tasks import PairTask
+    from lora_lab.models.pretrained import load_tokenizer
+    from lora_lab.tasks import PairTask, task_of
 
     method = finetune.method_of(options.method, options.rank, options.alpha)
     if options.preview:
-        task = finetune.task_of(options.task, load_pretrained(options.model, device="cpu")[1])
+        task = task_of(options.task, load_tokenizer(options.model))
         print(task.describe())
         if isinstance(task, PairTask):
             print(task.preview(3))
@@ -466,7 +471,7 @@ def _ablate(options: argparse.Namespace) -> None:
         eval_examples=options.eval_examples,
     )
     check_writable(out)
-    model, task = studies.study(options.task, options.seq)
+    model, task = studies.study(options.task, options.seq, model=options.model)
     print(f"{len(grid)} trials; results in {out / 'trials'}, from which a run that was stopped continues")
     frame = ablate(model, task, grid, out / "trials", n_jobs=options.jobs, engine=options.engine)
     with atomic_file(out / "table.csv") as temporary:
@@ -477,7 +482,7 @@ def _ablate(options: argparse.Namespace) -> None:
     for name, draw in pictures.items():
         _save_picture(draw(frame), out / f"{name}.png")
     if len(options.ranks) > 1:
-        verdict = smallest_sufficient_rank(frame, options.margin or studies.DEFAULTS[options.task].margin)
+        verdict = smallest_sufficient_rank(frame, options.margin or studies.defaults_of(options.task).margin)
         _save_picture(plots.rank_verdict(verdict), out / "verdict.png")
         print(f"\n{verdict}")
 

@@ -177,10 +177,5 @@ def hf_folder(tmp_path, tiny_tokenizer):
 def tiny_smollm2(tmp_path, monkeypatch, tiny_config, tiny_tokenizer):
     """A folder with a tiny random Llama, which takes the place of SmolLM2 wherever that is asked for."""
     folder = save_model(Llama(tiny_config, seed=1).eval(), tmp_path / "tiny", tiny_tokenizer)
-    real = pretrained.load_pretrained
-
-    def load(source=pretrained.SMOLLM2, dtype=torch.float32, device=None):
-        return real(folder if source == pretrained.SMOLLM2 else source, dtype, device)
-
-    monkeypatch.setattr(pretrained, "load_pretrained", load)
+    monkeypatch.setattr(pretrained, "_smollm2_folder", lambda: folder)
     return folder

@@ -21,9 +21,10 @@ from lora_lab.ablation.grid import Grid
 from lora_lab.methods import LORA_METHODS, FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
-from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+from lora_lab.models.pretrained import SMOLLM2, load_pretrained, load_tokenizer
 from lora_lab.system.renamed import renamed
 from lora_lab.task import Task
+from lora_lab.tasks.named import READERS, TASKS, check_name
 from lora_lab.train import fit
 
 STUDIES = {
@@ -50,26 +51,46 @@ DEFAULTS = {
 
 
 def study(
-    name: str, seq_len: int = 64, device: torch.device | None = None
+    name: str, seq_len: int = 64, device: torch.device | None = None, model: str = SMOLLM2
 ) -> tuple[nn.Module | Callable[[], nn.Module], Task | Callable[[], Task]]:
-    """The model (or what makes it) and the task (or what makes it) of a name in :data:`STUDIES`.
+    """The model (or what makes it) and the task (or what makes it) of a study.
 
     Args:
+        name: in :data:`STUDIES`; or a task for a language model, by name or from a file, as for
+            :func:`lora_lab.tasks.task_of`.
         seq_len: tokens an example, for "docs".
         device: where the language model is put; None takes the best there is. The small nets stay on the CPU.
+        model: the language model, as for :func:`lora_lab.load_pretrained`.
 
     Raises:
-        ValueError: another name, or seq_len is below 2.
+        ValueError: another name, seq_len is below 2, or a model for a study of small nets.
     """
-    if name == "planted":
-        return DigitsMLP(), tasks.planted(DigitsMLP())
-    if name == "digits":
-        return pretrained_digits(), tasks.digits()
-    if name == "docs":
-        if seq_len < 2:
-            raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
-        return partial(language_model, device), partial(docs_task, seq_len)
-    raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
+    if name in ("planted", "digits"):
+        if model != SMOLLM2:
+            raise ValueError(f"The study {name!r} trains a small net of its own, not {model!r}; leave the model out.")
+        return (DigitsMLP(), tasks.planted(DigitsMLP())) if name == "planted" else (pretrained_digits(), tasks.digits())
+    check_study(name)
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
+    task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)
+    return partial(language_model, device, model), task
+
+
+def check_study(name: str) -> None:
+    """Raise ValueError if :func:`study` has no study of that name."""
+    if name not in STUDIES:
+        try:
+            check_name(name)
+        except ValueError:
+            raise ValueError(
+                f"There is no study {name!r}; there are {', '.join([*STUDIES, *(set(TASKS) - set(STUDIES))])}, and "
+                f"files that end in {', '.join(READERS)}."
+            ) from None
+
+
+def defaults_of(name: str) -> Defaults:
+    """A study's defaults; those of "docs" for all tasks of language models."""
+    return DEFAULTS.get(name, DEFAULTS["docs"])
 
 
 def grid(
@@ -93,11 +114,10 @@ def grid(
     Raises:
         ValueError: the study or the method is unknown, or as for Grid.
     """
-    if name not in DEFAULTS:
-        raise ValueError(f"There is no study {name!r}; there are {', '.join(STUDIES)}.")
+    check_study(name)
     if method not in LORA_METHODS:
         raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(LORA_METHODS)}.")
-    defaults = DEFAULTS[name]
+    defaults = defaults_of(name)
     return Grid(
         ranks,
         defaults.lrs if lrs is None else lrs,
@@ -135,21 +155,25 @@ def _pretrained_digits(n_train: int) -> nn.Module:
     return fresh
 
 
-def language_model(device: torch.device | None = None) -> Llama:
-    """SmolLM2-135M-Instruct, loaded anew, on the best device there is if none is given."""
-    return load_pretrained(SMOLLM2, device=device)[0]
+def language_model(device: torch.device | None = None, source: str = SMOLLM2) -> nn.Module:
+    """SmolLM2-135M-Instruct or another model, loaded anew, on the best device there is if none is given."""
+    return load_pretrained(source, device=device)[0]
 
 
 def random_init(device: torch.device | None = None) -> nn.Module:
     """A model of the same shape that has learned nothing: random weights, the same on every call."""
-    model = language_model(device)
+    model = load_pretrained(SMOLLM2, device=device)[0]
     return Llama(model.config, seed=0).to(next(model.parameters()).device)
 
 
-def docs_task(seq_len: int, n_train: int | None = None, seed: int | None = None) -> Task:
+def docs_task(seq_len: int, n_train: int | None = None, seed: int | None = None, model: str = SMOLLM2) -> Task:
     """The task "docs" for that model; with ``n_train`` only so many training examples, drawn by the seed."""
-    task = tasks.docs(load_pretrained(SMOLLM2)[1], seq_len)
+    task = tasks.docs(load_tokenizer(model), seq_len)
     return task if n_train is None else task.limited(n_train, seed)
+
+
+def _named_task(name: str, model: str) -> Task:
+    return tasks.task_of(name, load_tokenizer(model))
 
 
 def processes(device: torch.device) -> int:

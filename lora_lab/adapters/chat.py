@@ -14,6 +14,7 @@ from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import lora_layers, replace, require_no_adapters
 from lora_lab.models.reading import reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.tasks.instruction import stop_token
 
 HELP = """\
 /adapter NAME     answer with this adapter
@@ -100,7 +101,7 @@ class Conversation:
             changed = nullcontext() if self.name is None else strength(self.model, self.strength)
             options = {"seed": self._seed, **self._sampling}
             with changed:
-                tokens = stream(self.model, ids, self.max_new_tokens, self.tokenizer.eos_id, **options)
+                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **options)
                 yield from self.tokenizer.decode_stream(noted(tokens))
         finally:
             self._seed += 1

@@ -21,35 +21,12 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.system.provenance import machine_info
 from lora_lab.task import Task
-from lora_lab.tasks import TASKS, ChatTokenizer, PairTask, from_jsonl, from_table, from_text
+from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
-from lora_lab.tasks.tables import TABLES
 from lora_lab.train import evaluate, fit
 
 SHOWN = 3  # answers printed before and after
-
-
-def task_of(name: str, tokenizer: ChatTokenizer) -> Task:
-    """A task by its name in :data:`lora_lab.tasks.TASKS`, or from a file of prompts and answers or of plain text.
-
-    Args:
-        name: of a task, or a path that ends in ``.jsonl``, ``.txt``, ``.csv``, ``.tsv`` or ``.parquet``.
-        tokenizer: of the model.
-
-    Raises:
-        ValueError: there is no such task, or the file cannot be read as one.
-        FileNotFoundError: there is no such file.
-    """
-    if name in TASKS:
-        return TASKS[name](tokenizer)
-    readers = {".jsonl": from_jsonl, ".txt": from_text, **dict.fromkeys(TABLES, from_table)}
-    if (suffix := Path(name).suffix) in readers:
-        return readers[suffix](tokenizer, name)
-    raise ValueError(
-        f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or a file whose name ends in one of "
-        f"{', '.join(readers)}."
-    )
 
 
 def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
@@ -86,7 +63,7 @@ def run(
     and scores before and after. All files appear at once, and replace those of an earlier run.
 
     Args:
-        task: as for :func:`task_of`.
+        task: as for :func:`lora_lab.tasks.task_of`.
         method: what is trained.
         out: a folder.
         steps, batch_size, seed: as for :func:`lora_lab.fit`.

@@ -7,7 +7,6 @@ code that a folder may hold is run, and no weights are read but safetensors.
 from __future__ import annotations
 
 import copy
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,12 @@ def require_transformers() -> Any:
         ModuleNotFoundError: it is not installed.
     """
     try:
-        return importlib.import_module("transformers")
+        import transformers
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "This model needs transformers, which is not installed; run pip install 'lora-lab[hf]'."
         ) from None
+    return transformers
 
 
 def read_config(path: str | Path) -> Any:

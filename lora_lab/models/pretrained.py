@@ -106,8 +106,26 @@ def load_pretrained(
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
+def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
+    """The tokenizer of a model alone.
+
+    Args:
+        source: as for :func:`load_pretrained`.
+
+    Raises:
+        FileNotFoundError: the path, or tokenizer.json in the folder, is not there.
+        ValueError: the file is damaged.
+        RuntimeError: the model cannot be downloaded.
+    """
+    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
+    return Tokenizer.load(path) if path.is_dir() else load_pretrained(source, device="cpu")[1]
+
+
 def _say_which(path: Path, reason: str | None) -> None:
-    which = "a Llama, as lora_lab builds it" if reason is None else f"loaded by transformers, because {reason}"
+    if reason is None:
+        which = "a lora_lab.Llama, because its type is 'llama'"
+    else:
+        which = f"a model of transformers, because {reason}"
     print(f"{path}: {which}.", file=sys.stderr)
 
 

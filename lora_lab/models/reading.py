@@ -71,6 +71,7 @@ class LlamaReader(Reader):
         self.cache = KeyValueCache()
 
     def branch(self) -> LlamaReader:
+        """As for :class:`Reader`: keys and values are shared, because a cache is extended by new tensors."""
         other = copy.copy(self)
         other.cache = KeyValueCache()
         other.cache.layers = dict(self.cache.layers)
@@ -88,6 +89,7 @@ class TransformersReader(Reader):
     ids: Tensor | None = None  # all that was read, for a model without a cache
 
     def branch(self) -> TransformersReader:
+        """As for :class:`Reader`: the cache is copied, because it is extended in place."""
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
         return other

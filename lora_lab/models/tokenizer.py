@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -117,7 +123,7 @@ class Tokenizer:
             return _template(self.chat_template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: a template adds None to a text, say
             raise ValueError(f"The chat template refuses these messages: {error}.") from None
 
     def save(self, folder: str | Path) -> None:
@@ -144,7 +150,10 @@ class Tokenizer:
         folder = Path(folder)
         settle(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{folder} lacks the file tokenizer.json.")
+            raise FileNotFoundError(
+                f"{folder} lacks the file tokenizer.json; make it with transformers: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            )
         try:
             backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
@@ -211,15 +220,38 @@ class Tokenizer:
         return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
 
 
+class _GenerationTag(Extension):
+    """``{% generation %}`` and ``{% endgeneration %}``, between which a template writes what the assistant says."""
+
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @cache
 def _template(text: str) -> jinja2.Template:
-    """A chat template, compiled once, because compiling takes longer than rendering."""
+    """A chat template, compiled once, because compiling takes longer than rendering.
+
+    Besides Jinja's own it may use what transformers offers. Only a template that insists on ``strftime_now`` gets it:
+    most have a fixed date without it, and with it a task would be another one every day.
+    """
 
     def refuse(reason: str) -> None:
         raise jinja2.TemplateError(reason)
 
+    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes for HTML
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.now().strftime(pattern)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = tojson
+    if "strftime_now is defined" not in text:
+        environment.globals["strftime_now"] = strftime_now
     return environment.from_string(text)

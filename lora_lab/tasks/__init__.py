@@ -16,23 +16,22 @@ modules in reading order:
     instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
     tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
+    named        a task by its name, or from a file: what the commands take
     generate     what a model answers
     metrics      scores of answers, and baselines that need no model
 
 A new data set of prompts and answers goes into ``datasets``, any other into a file of its own; if it needs a tokenizer,
-its name in :data:`TASKS` makes it a task of ``lora-lab finetune``.
+its name in :data:`TASKS` (in ``named``) makes it a task of ``lora-lab finetune``.
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import lazy_loader
 
 from lora_lab.system.renamed import renamed
 from lora_lab.task import IGNORE, Examples, Loss, Task, TextTokenizer, cross_entropy, mean_squared_error
-from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
+from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.digits import digits
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_jsonl, from_pairs, from_text
+from lora_lab.tasks.named import TASKS, task_of
 from lora_lab.tasks.planted import planted
 from lora_lab.tasks.python_docs import docs
 from lora_lab.tasks.tables import from_arrays, from_table
@@ -60,20 +59,10 @@ __all__ = [
     "sentiment",
     "style",
     "summarise",
+    "task_of",
     "translate",
     "tweets",
 ]
-
-# The tasks for a language model, by the names that the commands take.
-TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
-    "docs": docs,
-    "summarise": summarise,
-    **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
-    "sentiment": sentiment,
-    "tweets": tweets,
-    "style": style,
-    "style-plain": partial(style, variant="plain"),
-}
 
 _lazy, _, _ = lazy_loader.attach(__name__, ["generate", "metrics"])  # the other files are loaded already
 __getattr__ = renamed(__name__, {"Encoder": "TextTokenizer"}, _lazy)

@@ -14,14 +14,14 @@ _NEARLY_ALL = 0.9
 
 
 def suspicions(
-    parts: Mapping[str, Examples], texts: Mapping[str, Sequence[tuple[str, str]]], eos_id: int | None
+    parts: Mapping[str, Examples], texts: Mapping[str, Sequence[tuple[str, str]]], stop: int | None
 ) -> list[str]:
     """Lines about the parts that have texts; none if nothing is suspicious.
 
     Args:
         parts: the task's parts by name.
         texts: part -> (context, answer) of each of its examples, in order.
-        eos_id: the token that ends a turn; None leaves out the check of ends.
+        stop: the token that ends a turn; None leaves out the check of ends.
     """
     lines = []
     for part, pairs in texts.items():
@@ -29,8 +29,8 @@ def suspicions(
         learned = (targets != IGNORE).any(1)  # (n,)
         if silent := (~learned).nonzero().flatten().tolist():
             lines.append(_line(part, len(silent), count, "train on nothing, because no token counts", pairs[silent[0]]))
-        if eos_id is not None:
-            open_ended = (learned & ~_ends_with(targets, eos_id)).nonzero().flatten().tolist()
+        if stop is not None:
+            open_ended = (learned & ~_ends_with(targets, stop)).nonzero().flatten().tolist()
             if open_ended:
                 what = "do not end with the token that ends a turn, so the model never learns to stop"
                 lines.append(_line(part, len(open_ended), count, what, pairs[open_ended[0]]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lab.models.reading import Reader, reader_of, stream
 from lora_lab.task import IGNORE
-from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode
+from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
 
 def reply(
@@ -43,7 +43,7 @@ def reply(
     reader_of(model)  # refuses a model that cannot answer, before the template is asked
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    return tokenizer.decode(list(stream(model, ids, max_new_tokens, tokenizer.eos_id, **options))).strip()
+    return tokenizer.decode(list(stream(model, ids, max_new_tokens, stop_token(tokenizer), **options))).strip()
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _continued(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, task: PairTask) -> list[list[int]]:
     """The most likely next tokens after each prompt, up to the end of the turn."""
-    stop = task.tokenizer.eos_id
+    stop = stop_token(task.tokenizer)
     tokens: list[Tensor] = []
     with _evaluating(model):
         scores, reader = _read(model, prompts, stop)  # (16, vocabulary)

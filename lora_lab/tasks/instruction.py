@@ -31,6 +31,7 @@ from lora_lab.tasks.formats import Entry, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
+_SAMPLE = "Good day."  # of an assistant
 T = TypeVar("T")
 
 
@@ -103,7 +104,7 @@ class PairTask(Task):
     def describe(self) -> str:
         """As for :class:`Task`, and a line for each thing that is suspicious: see :mod:`lora_lab.tasks.checks`."""
         texts = {part: [(pair.context, pair.answer) for pair in pairs] for part, pairs in self.pairs.items()}
-        lines = suspicions(self.parts, texts, self.tokenizer.eos_id)
+        lines = suspicions(self.parts, texts, stop_token(self.tokenizer))
         if self.left_out:
             lines.insert(0, f"{self.left_out:,} pairs were left out, because they have too many tokens")
         return "\n".join([super().describe(), *(f"  check: {line}" for line in lines)])
@@ -392,25 +393,66 @@ def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
     """Inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
 
     Raises:
-        ValueError: the template writes what comes before an answer differently once the answer follows.
+        ValueError: the assistant's turns cannot be found in what the template writes.
     """
-    messages, ids, targets, written = _messages(pair), [], [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = tokenizer.chat(messages[:i])
-        conversation = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
-        if not (prompt.startswith(written) and conversation.startswith(prompt)):
+    ids, targets = [], []
+    for read, learned in _turns(tokenizer, _messages(pair)):
+        read_ids, learned_ids = tokenizer.encode(read), tokenizer.encode(learned)
+        ids += read_ids + learned_ids
+        targets += [IGNORE] * len(read_ids) + learned_ids
+    return ids[:-1], targets[1:]
+
+
+def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+    """A conversation as the template writes it, cut after each turn of the assistant: (what is read, what is learned).
+
+    What is learned is the assistant's text and the token that ends the turn, with what the template puts before the
+    text, such as an empty thought. Most templates write a turn alike whatever follows. Those of reasoning models drop
+    the thoughts of earlier turns, so that the whole conversation is written once and searched for its turns.
+    """
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [tokenizer.chat(messages[:i]) for i in assistant]
+    written = [tokenizer.chat(messages[: i + 1], add_generation_prompt=False) for i in assistant]
+    # Nothing after the end of the turn is to be learned.
+    ends = [len(text.rstrip("\n")) for text in written]
+    whole = written[-1]
+    if not all(whole.startswith(text[:end]) for text, end in zip(written, ends, strict=True)):
+        ends = []
+        for i, prompt in zip(assistant, prompts, strict=True):
+            content = messages[i]["content"].strip()
+            start = whole.find(content, len(prompt))
+            ends.append(start + len(content) + len(_turn_end(tokenizer)) if start >= 0 else 0)
+    turns, begin = [], 0
+    for prompt, end in zip(prompts, ends, strict=True):
+        if not (begin <= len(prompt) < end and whole.startswith(prompt)):
             raise ValueError(
                 "The model's chat template does not end a prompt where its answer begins, so the tokens of the answer "
                 "cannot be identified; use a model with another template."
             )
-        answer = conversation[len(prompt) :].rstrip("\n")  # nothing after the end of the turn is to be learned
-        read, learned = tokenizer.encode(prompt[len(written) :]), tokenizer.encode(answer)
-        written = prompt + answer
-        ids += read + learned
-        targets += [IGNORE] * len(read) + learned
-    return ids[:-1], targets[1:]
+        turns.append((whole[begin : len(prompt)], whole[len(prompt) : end]))
+        begin = end
+    return turns
+
+
+def _turn_end(tokenizer: ChatTokenizer) -> str:
+    """What the template writes after the text of an assistant's turn, up to the end of the line."""
+    text = tokenizer.chat(
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SAMPLE}], add_generation_prompt=False
+    )
+    return text.rpartition(_SAMPLE)[2].rstrip("\n")
+
+
+def stop_token(tokenizer: ChatTokenizer) -> int | None:
+    """The token at which an answer ends: the one with which the chat template closes an assistant's turn.
+
+    In some models it is not the one that ends a text, ``eos_id``, which is returned where the template closes no turn
+    with a single token.
+    """
+    try:
+        ids = tokenizer.encode(_turn_end(tokenizer))
+    except ValueError:  # there is no template, or it refuses so short a conversation
+        ids = []
+    return ids[0] if len(ids) == 1 else tokenizer.eos_id
 
 
 def _encode_part(

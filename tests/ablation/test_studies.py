@@ -46,7 +46,7 @@ def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(
 
 
 def test_the_manual_is_whole_unless_so_many_examples_are_drawn_by_a_seed(monkeypatch):
-    monkeypatch.setattr(studies, "load_pretrained", lambda name: (None, ByteTokenizer()))
+    monkeypatch.setattr(studies, "load_tokenizer", lambda name: ByteTokenizer())
     whole = docs(ByteTokenizer(), 64)
     assert studies.docs_task(64).fingerprint == whole.fingerprint
     drawn = studies.docs_task(64, 16, 3)
@@ -84,7 +84,8 @@ def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
 
 def test_a_newborn_model_has_the_language_models_shape_and_learned_nothing(monkeypatch, tiny_config):
     asked = []
-    monkeypatch.setattr(studies, "language_model", lambda device: asked.append(device) or Llama(tiny_config, seed=3))
+    model = Llama(tiny_config, seed=3)
+    monkeypatch.setattr(studies, "load_pretrained", lambda name, device: asked.append(device) or (model, None))
     first, again = studies.random_init(torch.device("cpu")), studies.random_init(None)
     assert asked == [torch.device("cpu"), None]
     learned, untrained = Llama(tiny_config, seed=3).state_dict(), Llama(tiny_config, seed=0).state_dict()

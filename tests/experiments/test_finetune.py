@@ -9,7 +9,7 @@ import torch
 from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained, save_model
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
-from lora_lab.tasks import PairTask, sentiment
+from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
 from tests.helpers import command
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -20,7 +20,7 @@ MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 def tiny(monkeypatch, tmp_path, chatter, tiny_config):
     """Loading gives a tiny Llama; the working directory is the test's own, with a file of sums in it."""
     monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=3), chatter))
-    monkeypatch.setattr("lora_lab.models.pretrained.load_pretrained", finetune.load_pretrained)
+    monkeypatch.setattr("lora_lab.models.pretrained.load_tokenizer", lambda *_: chatter)
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i} plus one?", "answer": str(i + 1)} for i in range(40)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -41,7 +41,7 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
     assert history["rows"][-1]["step"] == 20
     model = Llama(tiny_config, seed=3)
     load_adapter(model, tmp_path / "kept")
-    task = finetune.task_of("sums.jsonl", tiny)
+    task = task_of("sums.jsonl", tiny)
     assert finetune._evaluated(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
     assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
 
@@ -56,7 +56,7 @@ def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(ti
     assert sizes[1] < 0.7 * sizes[0]  # the header with the names stays
     model = Llama(tiny_config, seed=3)
     load_adapter(model, tmp_path / "half")
-    task = finetune.task_of("sums.jsonl", tiny)
+    task = task_of("sums.jsonl", tiny)
     after = results["half"]["after"]
     assert finetune._evaluated(model, task, 64)["test loss"] == after["test loss"]
     assert after["test loss"] != results["whole"]["after"]["test loss"]
@@ -223,8 +223,8 @@ def test_the_table_shows_what_there_is_without_a_model():
 
 
 def test_every_task_can_be_named(smollm2):
-    assert set(finetune.TASKS) >= {"summarise", "translate-fr", "sentiment", "style", "docs"}
-    task = finetune.task_of("sentiment", smollm2[1])
+    assert set(TASKS) >= {"summarise", "translate-fr", "sentiment", "style", "docs"}
+    task = task_of("sentiment", smollm2[1])
     assert isinstance(task, PairTask)
     assert task.fingerprint == sentiment(smollm2[1]).fingerprint
     assert torch.is_tensor(task.train.inputs)

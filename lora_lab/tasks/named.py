@@ -1,0 +1,52 @@
+"""A task for a language model by its name, or from a file: what the commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lora_lab.task import Task
+from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
+from lora_lab.tasks.instruction import ChatTokenizer, from_jsonl, from_text
+from lora_lab.tasks.python_docs import docs
+from lora_lab.tasks.tables import TABLES, from_table
+
+TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
+    "docs": docs,
+    "summarise": summarise,
+    **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
+    "sentiment": sentiment,
+    "tweets": tweets,
+    "style": style,
+    "style-plain": partial(style, variant="plain"),
+}
+READERS: dict[str, Callable[[ChatTokenizer, str], Task]] = {
+    ".jsonl": from_jsonl,
+    ".txt": from_text,
+    **dict.fromkeys(TABLES, from_table),
+}
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless a name is in :data:`TASKS`, or ends as a file that can be read as a task."""
+    if name not in TASKS and Path(name).suffix not in READERS:
+        raise ValueError(
+            f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or a file whose name ends in one of "
+            f"{', '.join(READERS)}."
+        )
+
+
+def task_of(name: str, tokenizer: ChatTokenizer) -> Task:
+    """A task by its name in :data:`TASKS`, or from a file of prompts and answers or of plain text.
+
+    Args:
+        name: of a task, or a path that ends in ``.jsonl``, ``.txt``, ``.csv``, ``.tsv`` or ``.parquet``.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: there is no such task, or the file cannot be read as one.
+        FileNotFoundError: there is no such file.
+    """
+    check_name(name)
+    return TASKS[name](tokenizer) if name in TASKS else READERS[Path(name).suffix](tokenizer, name)
