@@ -153,7 +153,8 @@ def _more_than_a_product(name: str, kind: str) -> ValueError:
 
 
 def _write_adapter(path: Path, config: LlamaConfig, updates: Mapping[str, _Update], dtype: str) -> None:
-    alpha = Counter(update.alpha for update in updates.values()).most_common(1)[0][0]
+    counts = Counter(update.alpha for update in updates.values())
+    alpha = max(sorted(counts), key=lambda value: counts[value])  # of several the smallest, whatever the layers' order
     tensors: dict[str, Tensor] = {}
     for layer, update in updates.items():
         name, A, B = gguf_name(f"{layer}.weight"), update.A, update.B
