@@ -115,7 +115,11 @@ def _config_of(base: str) -> LlamaConfig:
     """The shape of a model, without its weights where that is possible."""
     if base == pretrained.SMOLLM2:
         return shapes.config(base)
-    return pretrained.read_config(base) if Path(base).is_dir() else pretrained.load_pretrained(base)[0].config
+    return (
+        pretrained.read_config(base)
+        if Path(base).is_dir()
+        else pretrained.load_pretrained(base, device="cpu")[0].config
+    )
 
 
 def _updates_of_folder(folder: Path) -> tuple[LlamaConfig, dict[str, _Update]]:
