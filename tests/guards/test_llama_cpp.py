@@ -96,8 +96,10 @@ def compare(run, answer, tokens, ours, theirs):
 
 
 def check(name, result, bound):
+    parted = f"; there our two best logits are {result.gap:.2g} apart" if result.equal < result.count else ""
     print(
-        f"{name}: largest difference of logits {result.difference:.2g}, {result.equal} of {result.count} tokens equal"
+        f"{name}: logits differ by {result.difference:.2g} at most, the first {result.equal} of {result.count} tokens are "
+        f"equal{parted}"
     )
     assert result.difference < bound, name
     assert result.equal == result.count or result.gap < 2 * result.difference, name
