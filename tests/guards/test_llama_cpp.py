@@ -97,10 +97,8 @@ def compare(run, answer, tokens, ours, theirs):
 
 def check(name, result, bound):
     parted = f"; there our two best logits are {result.gap:.2g} apart" if result.equal < result.count else ""
-    print(
-        f"{name}: logits differ by {result.difference:.2g} at most, the first {result.equal} of {result.count} tokens are "
-        f"equal{parted}"
-    )
+    equal = f"the first {result.equal} of {result.count} tokens are equal"
+    print(f"{name}: logits differ by {result.difference:.2g} at most, {equal}{parted}")
     assert result.difference < bound, name
     assert result.equal == result.count or result.gap < 2 * result.difference, name
     assert result.ids_equal, name
