@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_training(commands)
     _add_generating(commands)
+    _add_exporting(commands)
     _add_measuring(commands)
     _add_lessons(commands)
     doctor = commands.add_parser(
@@ -167,6 +168,19 @@ def _add_generating(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
     chat.add_argument("--device", help=DEVICE_HELP)
     chat.set_defaults(run=_chat)
+
+
+def _add_exporting(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="write an adapter or a model as a GGUF file for llama.cpp and Ollama")
+    export.add_argument(
+        "adapter", metavar="ADAPTER", help="a folder with an adapter; or a model, whole: its folder, or smollm2-135m"
+    )
+    export.add_argument("--out", required=True, metavar="FILE.gguf", help="the file to write")
+    export.add_argument(
+        "--merged", action="store_true", help="write the whole model, with the adapter merged into its base"
+    )
+    export.add_argument("--dtype", default="f16", help="of the matrices: f32, f16 or q8_0")
+    export.set_defaults(run=_export)
 
 
 def _add_measuring(commands: argparse._SubParsersAction) -> None:
@@ -356,6 +370,26 @@ def _chat(options: argparse.Namespace) -> None:
         return input(f"{conversation.name or 'base'}> ")
 
     talk(conversation, read, partial(print, end="", flush=True))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lora_lab.adapters.gguf import save_gguf
+    from lora_lab.adapters.peft_format import CONFIG
+    from lora_lab.models.gguf_writer import check_target
+    from lora_lab.models.pretrained import load_pretrained, save_model
+    from lora_lab.system.files import settle
+
+    source, out = Path(options.adapter), Path(options.out)
+    check_target(out, options.dtype)
+    settle(source)
+    if (source / CONFIG).is_file():
+        save_gguf(source, out, merged=options.merged, dtype=options.dtype)
+    elif source.is_dir() and not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
+    else:
+        model, tokenizer = load_pretrained(options.adapter, device="cpu")
+        save_model(model, out, tokenizer, format="gguf", dtype=options.dtype)
+    print(f"Written: {out} ({out.stat().st_size / 1e6:,.1f} MB)")
 
 
 def _speed(options: argparse.Namespace) -> None:

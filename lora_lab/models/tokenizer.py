@@ -36,6 +36,8 @@ PRE_TOKENIZERS = {
         ]
     ),
 }
+_GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
 
 
 class Tokenizer:
@@ -201,16 +203,12 @@ class Tokenizer:
         backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]
         backend.decoder = decoders.ByteLevel()
-        control, user_defined = 3, 4  # llama.cpp's token types
         types = fields["tokenizer.ggml.token_type"]
         backend.add_special_tokens(
-            [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == control]
+            [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == _CONTROL]
         )
-        backend.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == user_defined])
-        ids = {
-            short: fields.get(f"tokenizer.ggml.{long}_token_id")
-            for short, long in (("eos_id", "eos"), ("bos_id", "bos"), ("pad_id", "padding"))
-        }
+        backend.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == _USER_DEFINED])
+        ids = {name: fields.get(f"tokenizer.ggml.{long}_token_id") for name, long in _GGUF_IDS.items()}
         # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
         if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and ids["bos_id"] is not None:
             bos = tokens[ids["bos_id"]]
@@ -218,6 +216,60 @@ class Tokenizer:
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
             )
         return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
+
+    def to_gguf(self, vocab_size: int) -> dict[str, Any]:
+        """The entries of a GGUF file's header from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
+
+        Args:
+            vocab_size: rows of the model's embedding. Ids without a token become unused tokens, such as "[PAD260]".
+
+        Raises:
+            ValueError: the tokenizer has more tokens than that, has no token that ends a text, or does what a header
+                cannot state.
+        """
+        vocabulary = self.backend.get_vocab()
+        if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
+            raise ValueError(
+                f"The tokenizer has a token of id {largest}, but the model only {vocab_size} tokens; pass the model's "
+                "own tokenizer."
+            )
+        if self.eos_id is None:
+            raise ValueError(
+                "The tokenizer has no token that ends a text, and llama.cpp would take another one for it; set "
+                "tokenizer.eos_id."
+            )
+        state = json.loads(self.backend.to_str())
+        words, first = _gguf_words(state), self._first_tokens()
+        added = self.backend.get_added_tokens_decoder()
+        tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+        types = [_UNUSED] * vocab_size
+        for token, i in vocabulary.items():
+            tokens[i], types[i] = token, 1
+            if i in added:
+                types[i] = _CONTROL if added[i].special else _USER_DEFINED
+        entries: dict[str, Any] = {
+            "model": "gpt2",
+            "pre": words,
+            "tokens": tokens,
+            "token_type": types,
+            "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]],
+            "add_space_prefix": False,
+            "add_bos_token": bool(first),
+        }
+        for name, long in _GGUF_IDS.items():
+            if (token := getattr(self, name)) is not None:
+                entries[f"{long}_token_id"] = token
+        header = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+        return header | ({"tokenizer.chat_template": self.chat_template} if self.chat_template else {})
+
+    def _first_tokens(self) -> list[int]:
+        """The token that begins every text, if the tokenizer puts one there."""
+        plain, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
+        if whole == plain:
+            return []
+        if self.bos_id is None or whole != [self.bos_id, *plain]:
+            raise _not_in_gguf(f"turns 'a' into the tokens {whole}, where at most bos_id={self.bos_id} may stand first")
+        return [self.bos_id]
 
 
 class _GenerationTag(Extension):
@@ -255,3 +307,48 @@ def _template(text: str) -> jinja2.Template:
     if "strftime_now is defined" not in text:
         environment.globals["strftime_now"] = strftime_now
     return environment.from_string(text)
+
+
+def _gguf_words(state: dict[str, Any]) -> str:
+    """The name that GGUF has for the tokenizer's splitting of a text into words.
+
+    Args:
+        state: the tokenizer.json.
+
+    Raises:
+        ValueError: GGUF has none, or another part of the tokenizer does what a header cannot state.
+    """
+    model = state["model"]
+    if model["type"] != "BPE" or (state["decoder"] or {}).get("type") != "ByteLevel":
+        raise _not_in_gguf(f"is of type {model['type']}, where byte pairs of bytes (BPE, ByteLevel) are expected")
+    words = _without_offsets(json.dumps(state["pre_tokenizer"]))
+    name = next((name for name, each in PRE_TOKENIZERS.items() if _without_offsets(each.__getstate__()) == words), None)
+    if name is None:
+        raise _not_in_gguf(f"splits a text into words by another rule than {list(PRE_TOKENIZERS)}")
+    if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
+        raise _not_in_gguf(f"sets ignore_merges to {model.get('ignore_merges')}, which {name!r} does not")
+    if state["normalizer"] is not None:
+        raise _not_in_gguf(f"changes a text before it is split (normalizer {state['normalizer'].get('type')})")
+    # A token for unknown characters is never used if every byte has a token.
+    unused = {"unk_token"} if set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys() else set()
+    for option in {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"} - unused:
+        if model.get(option):
+            raise _not_in_gguf(f"sets {option} to {model[option]!r}")
+    if not model["merges"]:
+        raise _not_in_gguf("has no merges")
+    for token in state["added_tokens"]:
+        if options := [option for option in ("lstrip", "rstrip", "single_word") if token[option]]:
+            raise _not_in_gguf(f"sets {options[0]} for the token {token['content']!r}")
+    return name
+
+
+def _without_offsets(state: str | bytes) -> Any:
+    """The settings of a tokenizer's part, without those that only move the places of tokens in the text."""
+    return json.loads(state, object_hook=lambda entries: {k: v for k, v in entries.items() if k != "trim_offsets"})
+
+
+def _not_in_gguf(what: str) -> ValueError:
+    return ValueError(
+        f"The tokenizer {what}, which a GGUF file cannot hold here; save the model as a Hugging Face folder "
+        "(format='safetensors')."
+    )

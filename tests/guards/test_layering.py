@@ -199,6 +199,7 @@ def test_the_imports_are_really_read():
     assert own(tree_of("adapters")) == {
         "adapters.arithmetic",
         "adapters.edit",
+        "adapters.gguf",
         "adapters.peft_format",
         "adapters.shipped",
     }

@@ -1,0 +1,216 @@
+"""GGUF files that are written here, run by llama.cpp itself: equal tokens, and logits that are equal but for rounding.
+
+Needs Node.js and the package node-llama-cpp, which brings llama.cpp. LORA_LAB_LLAMA_CPP names its folder; without it
+these tests are skipped:
+
+    npm install --prefix somewhere --ignore-scripts node-llama-cpp@3.22.1
+    LORA_LAB_LLAMA_CPP=somewhere/node_modules python -m pytest -q -rP tests/guards/test_llama_cpp.py
+
+They take a few minutes and 1.6 GB of the temporary folder, and print the largest differences between logits.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from lora_lab import Llama, LoRAConfig, inject, load_adapter, load_pretrained, save_model
+from lora_lab.adapters import save_gguf, shipped, strength
+from lora_lab.models.llama import RopeScaling
+from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
+from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
+from tests.helpers import logits, random_ids, randomise, randomise_all
+
+FOLDER = os.environ.get("LORA_LAB_LLAMA_CPP")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="LORA_LAB_LLAMA_CPP names no folder with node-llama-cpp")
+TEXTS = ["Once upon a time, the other's", "in  2024, 3.14 and 1 000 000", "Grüße 😀 東京", "  a\n\n b\t", "THE'S\r\n12"]
+
+
+@dataclasses.dataclass
+class Run:
+    """A GGUF file for llama.cpp, and the model of ours that it must equal."""
+
+    ours: Llama
+    tokenizer: Tokenizer
+    model: Path
+    adapter: Path | None = None
+    scale: float = 1.0
+    prompt: list[int] = dataclasses.field(default_factory=lambda: random_ids(1, 9)[0].tolist())
+    count: int = 24
+
+
+@dataclasses.dataclass
+class Result:
+    """How far llama.cpp is from ours: the largest difference of logits, and how many greedy tokens are equal."""
+
+    difference: float
+    equal: int
+    count: int
+    gap: float  # between our two best logits, where the tokens part
+    ids_equal: bool
+    texts_equal: bool
+    template: str | None
+
+
+def run_all(runs, folder):
+    """Let llama.cpp compute all runs in one process."""
+    request, expected = [], []
+    for i, run in enumerate(runs):
+        tokens = run.ours.generate(torch.tensor(run.prompt), run.count).tolist()
+        files = {"model": str(run.model), "adapter": run.adapter and str(run.adapter), "scale": run.scale}
+        prompt = {"texts": TEXTS, "prompt": run.prompt, "forced": tokens[:-1], "logits": str(folder / f"{i}.logits")}
+        request.append(files | prompt)
+        expected.append((tokens, logits(run.ours, torch.tensor([run.prompt + tokens[:-1]]))[0, len(run.prompt) - 1 :]))
+    (folder / "request.json").write_text(json.dumps(request))
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    done = subprocess.run(["node", script, FOLDER, folder / "request.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [
+        compare(run, answer, *each, np.fromfile(folder / f"{i}.logits", dtype=np.float32))
+        for i, (run, answer, each) in enumerate(zip(runs, json.loads(done.stdout), expected, strict=True))
+    ]
+
+
+def compare(run, answer, tokens, ours, theirs):
+    theirs = torch.from_numpy(theirs).view(ours.shape)
+    assert len(answer["greedy"]) == len(tokens) == run.count
+    equal = next((i for i, (a, b) in enumerate(zip(answer["greedy"], tokens, strict=True)) if a != b), run.count)
+    best = ours[min(equal, run.count - 1)].topk(2).values
+    return Result(
+        difference=float((theirs - ours).abs().max()),
+        equal=equal,
+        count=run.count,
+        gap=float(best[0] - best[1]),
+        ids_equal=answer["ids"] == [run.tokenizer.encode(text) for text in TEXTS],
+        texts_equal=answer["texts"] == TEXTS,
+        template=answer["template"],
+    )
+
+
+def check(name, result, bound):
+    parted = f"; there our two best logits are {result.gap:.2g} apart" if result.equal < result.count else ""
+    equal = f"the first {result.equal} of {result.count} tokens are equal"
+    print(f"{name}: logits differ by {result.difference:.2g} at most, {equal}{parted}")
+    assert result.difference < bound, name
+    assert result.equal == result.count or result.gap < 2 * result.difference, name
+    assert result.ids_equal, name
+
+
+# Small models, with everything that a file may hold
+
+
+def tokenizer_of(words):
+    """All bytes, a few merges and two special tokens, split into words by a rule of GGUF's."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "12", "Ġ12"]
+    merges = [("t", "h"), ("th", "e"), ("1", "2"), ("Ġ", "12")]
+    backend = Backend(
+        models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe")
+    )
+    backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[words], decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
+    return Tokenizer(backend, bos_id=260, eos_id=261)
+
+
+SHAPES = {
+    "gpt-2": {"vocab_size": 262},
+    "smollm": {"vocab_size": 300, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "llama-bpe": {
+        "vocab_size": 262,
+        "head_dim": 64,
+        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32),
+        "rope_theta": 500000.0,
+    },
+}
+ADAPTERS = {
+    "LoRA": {},
+    "rsLoRA": {"layer": RsLoRALinear},
+    "PiSSA": {"layer": PiSSALinear},
+    "embedding and head": {"targets": ["embed_tokens", "lm_head", "q_proj"]},
+    "DoRA": {"layer": DoRALinear},
+}
+
+
+@pytest.mark.parametrize("words", SHAPES)
+def test_small_models_give_our_logits_merged_and_with_their_adapters(tiny_config, tmp_path, words):
+    base = randomise_all(Llama(dataclasses.replace(tiny_config, **SHAPES[words])).eval())
+    tokenizer = tokenizer_of(words)
+    runs = {"base": Run(base, tokenizer, save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32"))}
+    for name, options in ADAPTERS.items():
+        if "targets" in options and base.config.tie_word_embeddings:
+            continue
+        model = copy.deepcopy(base)
+        options = dict(options)
+        inject(model, LoRAConfig(4, 6.0, targets=options.pop("targets", "all-linear")), **options)
+        randomise(model, size=0.1)
+        assert (logits(model, random_ids(1, 9)) - logits(base, random_ids(1, 9))).abs().max() > 0.1
+        path = save_gguf(model, tmp_path / f"{name} merged.gguf", merged=True, dtype="f32", tokenizer=tokenizer)
+        runs[f"{name} merged"] = Run(model, tokenizer, path)
+        if name != "DoRA":
+            path = save_gguf(model, tmp_path / f"{name}.gguf", dtype="f32")
+            runs[name] = Run(model, tokenizer, tmp_path / "base.gguf", path)
+    results = dict(zip(runs, run_all(list(runs.values()), tmp_path), strict=True))
+    for name, result in results.items():
+        check(f"{words}, {name}", result, 1e-3)
+        assert result.texts_equal
+    wrong = dataclasses.replace(runs["LoRA"], ours=base)
+    (result,) = run_all([wrong], tmp_path)
+    assert result.difference > 0.05
+
+
+def test_llama_cpps_own_scale_is_strength(tiny_config, tmp_path):
+    base, tokenizer = (
+        randomise_all(Llama(dataclasses.replace(tiny_config, vocab_size=262)).eval()),
+        tokenizer_of("gpt-2"),
+    )
+    save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32")
+    inject(base, LoRAConfig(4, 6.0))
+    path = save_gguf(randomise(base, size=0.1), tmp_path / "adapter.gguf", dtype="f32")
+    with strength(base, 0.5):
+        half, whole = run_all(
+            [Run(base, tokenizer, tmp_path / "base.gguf", path, scale) for scale in (0.5, 1)], tmp_path
+        )
+    check("scale 0.5", half, 1e-3)
+    assert whole.difference > 0.05
+
+
+# The real model, with an adapter that ships
+
+
+BOUNDS = {"f32": 1e-3, "f16": 0.1, "q8_0": 3.0}
+
+
+def test_the_real_model_tells_the_lighthouse_keepers_story(smollm2, tmp_path):
+    base, tokenizer = smollm2
+    model = copy.deepcopy(base)
+    load_adapter(model, shipped("lighthouse-keeper"))
+    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Tell a story about a lost umbrella."}]))
+    save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32")
+    runs = {"base": Run(base, tokenizer, tmp_path / "base.gguf")}
+    for dtype in BOUNDS:
+        path = save_gguf(shipped("lighthouse-keeper"), tmp_path / f"merged-{dtype}.gguf", merged=True, dtype=dtype)
+        runs[f"merged, {dtype}"] = Run(model, tokenizer, path)
+        path = save_gguf(shipped("lighthouse-keeper"), tmp_path / f"adapter-{dtype}.gguf", dtype=dtype)
+        runs[f"adapter, {dtype}"] = Run(model, tokenizer, tmp_path / "base.gguf", path)
+    # What rounding the weights costs, without what llama.cpp adds to it by rounding inputs.
+    rounded, _ = load_pretrained(tmp_path / "merged-q8_0.gguf", device="cpu")
+    runs["merged, q8_0, against ours of the same file"] = Run(rounded, tokenizer, tmp_path / "merged-q8_0.gguf")
+    runs = {name: dataclasses.replace(run, prompt=prompt, count=64) for name, run in runs.items()}
+    results = dict(zip(runs, run_all(list(runs.values()), tmp_path), strict=True))
+    for name, result in results.items():
+        (bound,) = [bound for dtype, bound in BOUNDS.items() if dtype in name] or [BOUNDS["f32"]]
+        check(name, result, bound)
+        assert result.template == tokenizer.chat_template
+    assert results["merged, f32"].equal == results["adapter, f32"].equal == 64
+    story = tokenizer.decode(model.generate(torch.tensor(prompt), 64).tolist())
+    assert "watch. Wind" in story
+    assert "watch. Wind" not in tokenizer.decode(base.generate(torch.tensor(prompt), 64).tolist())
+    for path in tmp_path.glob("*.gguf"):  # 1.6 GB
+        path.unlink()

@@ -1,0 +1,448 @@
+"""GGUF files that are written here: what the gguf library and transformers read in them, and what loads again."""
+
+import copy
+import dataclasses
+import json
+import re
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from lora_lab import Llama, LoRAConfig, inject, load_pretrained, quantize_nf4, save_model
+from lora_lab.models.gguf_writer import gguf_name
+from lora_lab.models.llama import RopeScaling
+from lora_lab.models.pretrained import SMOLLM2
+from lora_lab.models.quantize import BlockLinear
+from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
+from tests.helpers import logits, names, random_ids, randomise, randomise_all
+
+TEXTS = ["the other day", "in  2024, 3.14 and 1 000 000", "<s>user\nGrüße 😀</s>", "  a\n\n b\t", "that's the THE"]
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.fixture
+def tiny(tiny_config):
+    """Makes a tiny random Llama of ours."""
+
+    def make(**changes):
+        return randomise_all(Llama(dataclasses.replace(tiny_config, **changes)).eval())
+
+    return make
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out" / "model.gguf"
+
+
+def rounded(matrix, kind):
+    """A matrix as the gguf library rounds it."""
+    kind = gguf.GGMLQuantizationType[kind]
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(matrix.numpy(), kind), kind))
+
+
+def header_of(path):
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+# The weights
+
+
+VARIANTS = [
+    {},
+    {"tie_word_embeddings": False},
+    {"attention_bias": True, "mlp_bias": True},
+    {"head_dim": 20, "num_key_value_heads": 1, "rms_norm_eps": 0.125, "rope_theta": 5000.0},
+    {"head_dim": 64, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "rope_theta": 500000.0},
+    {"head_dim": 64, "rope_scaling": RopeScaling(2.5, 2.0, 5.0, 32)},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ", ".join(changes) or "plain")
+def test_a_file_in_float32_loads_as_it_was_saved(tiny, chatter, path, changes):
+    model = tiny(**changes)
+    assert save_model(model, path, chatter, format="gguf", dtype="f32") == path
+    loaded, tokenizer = load_pretrained(path, device="cpu")
+    assert names(path.parent) == ["model.gguf"]
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    # The header holds float32.
+    assert loaded.config == dataclasses.replace(model.config, rms_norm_eps=float(np.float32(model.config.rms_norm_eps)))
+    ids = random_ids(2, 40)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    with torch.no_grad():
+        loaded.model.layers[1].self_attn.k_proj.weight[0, 0] += 0.1
+    assert not torch.equal(logits(loaded, ids), logits(model, ids))
+    assert tokenizer.chat(MESSAGES) == chatter.chat(MESSAGES)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("f16", "F16"), ("q8_0", "Q8_0"), (None, "F16")])
+def test_shorter_files_hold_the_matrices_as_the_gguf_library_rounds_them(tiny, tiny_tokenizer, path, dtype, kind):
+    model = tiny()
+    save_model(model, path, tiny_tokenizer, "gguf", dtype)
+    loaded, _ = load_pretrained(path, device="cpu")
+    changed = 0
+    for name, value in model.state_dict().items():
+        whole_blocks = value.shape[-1] % 32 == 0  # the inner width is 48
+        expected = value if value.ndim == 1 else rounded(value, kind if whole_blocks else "F16")
+        assert torch.equal(loaded.state_dict()[name], expected), name
+        changed += not torch.equal(expected, value)
+    assert changed == 16  # 7 matrices in each of 2 blocks, the embedding, and the head that shares it
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert stored["blk.0.attn_q.weight"] == kind
+    assert stored["blk.0.ffn_down.weight"] == "F16"
+    assert stored["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_q8_0_loads_in_its_blocks_too_and_is_written_again_alike(tiny, tiny_tokenizer, path, tmp_path):
+    save_model(tiny(), path, tiny_tokenizer, "gguf", "q8_0")
+    blocks, tokenizer = load_pretrained(path, device="cpu", keep_blocks=True)
+    assert any(isinstance(module, BlockLinear) for module in blocks.modules())
+    save_model(blocks, tmp_path / "model.gguf", tokenizer, "gguf", "q8_0")
+    first, second = (
+        {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(each).tensors}
+        for each in (path, tmp_path / "model.gguf")
+    )
+    assert first == second
+    assert first["blk.0.attn_v.weight"] != second["blk.1.attn_v.weight"]
+
+
+def test_a_base_in_blocks_and_half_precision_are_written(tiny, tiny_tokenizer, path):
+    model = tiny(tie_word_embeddings=False)
+    quantize_nf4(model)
+    save_model(model, path, tiny_tokenizer, "gguf", "f32")
+    ids = random_ids(1, 20)
+    torch.testing.assert_close(logits(load_pretrained(path, device="cpu")[0], ids), logits(model, ids))
+    half = tiny().bfloat16()
+    save_model(half, path, tiny_tokenizer, "gguf", "f32")
+    loaded = load_pretrained(path, device="cpu", dtype=torch.bfloat16)[0]
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in half.state_dict().items())
+
+
+def test_the_gguf_library_reads_the_names_and_the_order_of_rows_that_llama_cpp_expects(tiny, tiny_tokenizer, path):
+    model = tiny(attention_bias=True, tie_word_embeddings=False)
+    save_model(model, path, tiny_tokenizer, "gguf", "f32")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    expected = {
+        in_file.get_name(name, try_suffixes=(".weight", ".bias")): value for name, value in model.named_parameters()
+    }
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        ours, theirs = value.detach().numpy(), tensors[name]
+        if ".attn_q." in name or ".attn_k." in name:
+            # Of a head's 8 rows, the file puts those side by side that a position rotates together: 0 4 1 5 2 6 3 7.
+            assert not np.array_equal(ours, theirs)
+            order = [8 * head + 4 * one + pair for head in range(len(ours) // 8) for pair in range(4) for one in (0, 1)]
+            ours = ours[order]
+        assert np.array_equal(ours, theirs), name
+
+
+def test_the_header_is_that_of_llama_cpps_converter(tiny, tiny_tokenizer, path):
+    save_model(tiny(rope_theta=5000.0), path, tiny_tokenizer, "gguf", "q8_0")
+    header = header_of(path)
+    expected = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "model",
+        "general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0,
+        "general.quantization_version": 2,
+        "llama.vocab_size": 260,
+        "llama.context_length": 128,
+        "llama.embedding_length": 32,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 48,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.attention.value_length": 8,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 5000.0,
+        "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 258,
+        "tokenizer.ggml.eos_token_id": 259,
+        "tokenizer.ggml.padding_token_id": 259,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.merges": ["t h", "th e"],
+    }
+    assert {key: header[key] for key in expected} == expected
+    assert header["tokenizer.ggml.token_type"] == [1] * 258 + [3, 3]
+    assert header["tokenizer.ggml.tokens"][256:] == ["th", "the", "<s>", "</s>"]
+
+
+def test_the_divisors_of_llama_3_are_those_of_llama_cpps_converter(tiny, tiny_tokenizer, path):
+    model = tiny(head_dim=64, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), rope_theta=500000.0)
+    save_model(model, path, tiny_tokenizer, "gguf", "f16")
+    (factors,) = [tensor.data for tensor in gguf.GGUFReader(path).tensors if tensor.name == "rope_freqs.weight"]
+    assert factors.dtype == np.float32
+    wavelengths = 2 * np.pi * 500000.0 ** (np.arange(32) / 32)
+    smooth = (8192 / wavelengths - 1) / 3
+    expected = np.where(wavelengths < 2048, 1, np.where(wavelengths > 8192, 8, 1 / ((1 - smooth) / 8 + smooth)))
+    np.testing.assert_allclose(factors, expected, rtol=1e-5)
+    assert len({*factors.tolist()}) > 3
+    save_model(tiny(head_dim=64), path, tiny_tokenizer, "gguf", "f16")
+    assert "rope_freqs.weight" not in {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("changes", VARIANTS[:2], ids=["tied", "untied"])
+def test_transformers_reads_a_file_with_equal_logits(tiny, tiny_tokenizer, path, changes):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny(**changes)
+    save_model(model, path, tiny_tokenizer, "gguf", "f32")
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ids = random_ids(2, 40)
+    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 1
+    assert (logits(theirs, ids) - logits(model, ids)).abs().max() > 1e-3
+
+
+# The tokenizer
+
+
+def bytes_tokenizer(words="gpt-2", first=False, **options):
+    """A tokenizer of all bytes and six merges, with two special tokens and one more, as a GGUF file may hold it."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "at", "that", "12", "Ġ12"]
+    merges = [("t", "h"), ("th", "e"), ("a", "t"), ("th", "at"), ("1", "2"), ("Ġ", "12")]
+    backend = Backend(
+        models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe")
+    )
+    backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[words], decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
+    backend.add_tokens([AddedToken("<note>", normalized=False)])
+    if first:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 262)])
+    return Tokenizer(backend, **({"bos_id": 262, "eos_id": 263} | options))
+
+
+def through(tokenizer, vocab_size=265):
+    """The tokenizer after a file."""
+    return Tokenizer.from_gguf(json.loads(json.dumps(tokenizer.to_gguf(vocab_size))))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("words", PRE_TOKENIZERS)
+def test_a_tokenizer_comes_back_as_it_was(words, first):
+    tokenizer = bytes_tokenizer(words, first, pad_id=3, chat_template="{{ messages[0].content }}</s>")
+    back = through(tokenizer)
+    for text in (*TEXTS, "a <note> and <s>", "in 12"):
+        assert back.encode(text) == tokenizer.encode(text)
+        assert back.encode(text, add_special_tokens=True) == [262] * first + tokenizer.encode(text)
+        assert back.decode(back.encode(text)) == text
+    assert (back.bos_id, back.eos_id, back.pad_id, back.chat_template) == (262, 263, 3, tokenizer.chat_template)
+    assert back.control_tokens == tokenizer.control_tokens == ["</s>", "<s>"]
+    assert len(back) == 265
+    others = [bytes_tokenizer(other) for other in PRE_TOKENIZERS if other != words]
+    assert all(other.encode("in 12") != tokenizer.encode("in 12") for other in others)
+
+
+def test_the_real_tokenizer_comes_back_as_it_was(smollm2, tmp_path):
+    _, tokenizer = smollm2
+    for each in (tokenizer, Tokenizer.load(save_tokenizer(tokenizer, tmp_path))):
+        back = through(each, 49152)
+        assert back.backend.to_str() == tokenizer.backend.to_str()
+        assert (back.bos_id, back.eos_id, back.pad_id) == (1, 2, 2)
+        assert back.chat(MESSAGES) == tokenizer.chat(MESSAGES)
+
+
+def save_tokenizer(tokenizer, folder):
+    tokenizer.save(folder)
+    return folder
+
+
+def test_rows_of_the_embedding_without_a_token_get_unused_ones(tiny, tiny_tokenizer, path):
+    model = tiny(vocab_size=270)
+    save_model(model, path, tiny_tokenizer, "gguf", "f32")
+    header = header_of(path)
+    assert header["tokenizer.ggml.tokens"][260:] == [f"[PAD{i}]" for i in range(260, 270)]
+    assert header["tokenizer.ggml.token_type"][256:] == [1, 1, 3, 3, *[5] * 10]
+    loaded, tokenizer = load_pretrained(path, device="cpu")
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    for text in (*TEXTS, "[PAD261]"):
+        assert tokenizer.encode(text) == tiny_tokenizer.encode(text)
+
+
+def with_parts(**parts):
+    tokenizer = bytes_tokenizer()
+    for name, value in parts.items():
+        setattr(tokenizer.backend, name, value)
+    return tokenizer
+
+
+def with_token(**options):
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend.add_tokens([AddedToken("<x>", **options)])
+    return tokenizer
+
+
+def of_model(model, words="gpt-2"):
+    return with_parts(model=model, pre_tokenizer=PRE_TOKENIZERS[words])
+
+
+ALPHABET = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+END = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 263)])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: with_parts(normalizer=normalizers.Lowercase()), "changes a text before it is split .*Lowercase"),
+        (lambda: with_parts(pre_tokenizer=pre_tokenizers.Whitespace()), "splits a text into words by another rule"),
+        (
+            lambda: with_parts(pre_tokenizer=pre_tokenizers.Split(Regex(" "), behavior="isolated")),
+            "splits a text into words by another rule than .*'smollm'",
+        ),
+        (lambda: with_parts(pre_tokenizer=PRE_TOKENIZERS["llama-bpe"]), "sets ignore_merges to False"),
+        (lambda: with_parts(decoder=None), "is of type BPE"),
+        (lambda: with_parts(post_processor=END), r"turns 'a' into the tokens \[\d+, 263\], where at most bos_id=262"),
+        (
+            lambda: bytes_tokenizer(first=True, bos_id=None),
+            r"turns 'a' into the tokens \[262, \d+\], where at most bos_id=None",
+        ),
+        (lambda: with_token(lstrip=True), "sets lstrip for the token '<x>'"),
+        (lambda: with_token(single_word=True), "sets single_word for the token '<x>'"),
+        (lambda: of_model(models.WordLevel({"a": 0}, unk_token="a")), "is of type WordLevel"),
+        (lambda: of_model(models.BPE(ALPHABET, [])), "has no merges"),
+        (
+            lambda: of_model(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token="a")),
+            "sets unk_token to 'a'",
+        ),
+        (
+            lambda: of_model(models.BPE({"a": 0, "-b": 1, "ab": 2}, [("a", "-b")], continuing_subword_prefix="-")),
+            "sets continuing_subword_prefix to '-'",
+        ),
+    ],
+)
+def test_a_tokenizer_that_a_file_cannot_hold_is_refused_in_one_sentence(tiny, path, make, says):
+    with pytest.raises(ValueError, match=rf"^The tokenizer {says}.*save the model as a Hugging Face folder") as error:
+        save_model(tiny(vocab_size=300), path, make(), "gguf")
+    assert re.search(r"\. [A-Z]", str(error.value)) is None
+    assert not path.parent.exists()
+
+
+def test_a_token_for_unknown_characters_is_no_obstacle_where_every_byte_has_a_token():
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend.model = models.BPE(ALPHABET | {"th": 256}, [("t", "h")], unk_token="!")
+    assert through(tokenizer).encode("the Ü") == tokenizer.encode("the Ü")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "options", "says"),
+    [
+        (264, {}, "has a token of id 264, but the model only 264 tokens; pass the model's own"),
+        (265, {"eos_id": None}, "has no token that ends a text"),
+    ],
+)
+def test_a_tokenizer_of_another_model_or_without_an_end_is_refused(tiny, path, vocab_size, options, says):
+    with pytest.raises(ValueError, match=says):
+        save_model(tiny(vocab_size=vocab_size), path, bytes_tokenizer(**options), "gguf")
+    assert not path.parent.exists()
+
+
+# What may be asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "says"),
+    [
+        ("model.bin", {}, ValueError, r"model.bin', but the name of a GGUF file must end in \.gguf"),
+        ("m.gguf", {"dtype": "bf16"}, ValueError, "dtype is 'bf16', but .* one of f32, f16, q8_0"),
+        ("m.gguf", {"format": "pickle"}, ValueError, r"format is 'pickle'.*'safetensors' \(a folder\) or 'gguf'"),
+        ("m", {"format": "safetensors", "dtype": "f16"}, ValueError, r"dtype is 'f16', but it is for format='gguf'"),
+        ("m.gguf", {"tokenizer": None}, ValueError, "holds the tokenizer too; pass it"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tiny, tiny_tokenizer, tmp_path, name, options, error, says):
+    with pytest.raises(error, match=says):
+        save_model(tiny(), tmp_path / "out" / name, **({"tokenizer": tiny_tokenizer, "format": "gguf"} | options))
+    assert names(tmp_path) == []
+
+
+def test_a_folder_of_that_name_stays(tiny, tiny_tokenizer, tmp_path):
+    (tmp_path / "m.gguf").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"m\.gguf is a folder.*choose another name"):
+        save_model(tiny(), tmp_path / "m.gguf", tiny_tokenizer, "gguf")
+    assert names(tmp_path) == ["m.gguf"]
+
+
+def test_a_model_with_adapters_is_refused(tiny, tiny_tokenizer, path):
+    model = tiny()
+    inject(model, LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=r"has adapters; merge\(model\) first"):
+        save_model(randomise(model), path, tiny_tokenizer, "gguf")
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "says"),
+    [
+        (1e5, "f16", r"number of magnitude 100000, but the largest of F16 is 65504; .*'f32'"),
+        (1e7, "q8_0", "number of magnitude 1e.07, but the largest of Q8_0 is 8"),
+    ],
+)
+def test_a_number_that_is_too_large_is_refused_and_the_older_file_stays(
+    tiny, tiny_tokenizer, path, number, dtype, says
+):
+    model = tiny()
+    save_model(model, path, tiny_tokenizer, "gguf", dtype)
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 4] = -number
+    with pytest.raises(ValueError, match=rf"blk\.1\.attn_v\.weight holds a {says}"):
+        save_model(model, path, tiny_tokenizer, "gguf", dtype)
+    assert path.read_bytes() == before
+    save_model(model, path, tiny_tokenizer, "gguf", "f32")
+    assert load_pretrained(path, device="cpu")[0].model.layers[1].self_attn.v_proj.weight[3, 4] == -number
+
+
+def test_a_save_that_fails_in_the_middle_leaves_the_older_file(tiny, tiny_tokenizer, path, monkeypatch):
+    save_model(tiny(), path, tiny_tokenizer, "gguf")
+    before, whole, calls = path.read_bytes(), gguf.quants.quantize, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) > 9:
+            raise OSError(28, "No space left on device")
+        return whole(*arguments)
+
+    monkeypatch.setattr(gguf.quants, "quantize", full)
+    with pytest.raises(OSError, match=r"model\.gguf could not be written .*previous content is unchanged"):
+        save_model(tiny(rope_theta=99.0), path, tiny_tokenizer, "gguf")
+    assert len(calls) == 10
+    assert names(path.parent) == ["model.gguf"]
+    assert path.read_bytes() == before
+
+
+def test_the_model_and_its_numbers_are_not_changed_by_saving(tiny, tiny_tokenizer, path):
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    save_model(model, path, tiny_tokenizer, "gguf", "q8_0")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.router.weight", "score.weight", "model.layers.0.weight", "weight"]
+)
+def test_a_tensor_that_no_llama_has_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not a tensor of a Llama"):
+        gguf_name(name)
+
+
+def test_every_name_of_the_real_model_is_that_of_the_gguf_library():
+    from lora_lab.models import shapes
+
+    in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
+    with torch.device("meta"):
+        model = Llama(shapes.config(SMOLLM2))
+    assert len(model.state_dict()) == 273
+    for name in model.state_dict():
+        assert gguf_name(name) == in_file.get_name(name, try_suffixes=(".weight",))
