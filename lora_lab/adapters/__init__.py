@@ -6,6 +6,7 @@ card         the model card in an adapter's folder
 peft_format  adapters as files, in the format of the PEFT library
 arithmetic   combine: several adapters as one
 chat         a conversation whose adapter changes between answers
+chat_widget  the same in a notebook
 shipped      adapters that are installed with lora_lab
 """
 
