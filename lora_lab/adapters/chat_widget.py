@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import ipywidgets
 
 BASE = "(base model)"
+_TEXT_FOLLOWS_IN = 0.3  # seconds from the message of Enter to that of the text; they are sent together
 _WIDE: dict[str, Any] = {"width": "46em", "max_width": "100%"}
 # Of the edges of messages: JupyterLab's colours, which follow its theme, and others for front ends without them.
 _USER, _MODEL, _ERROR = "var(--jp-border-color1, #999999)", "var(--jp-success-color1, #009e73)", "#d55e00"
@@ -41,22 +42,30 @@ class Chat:
         self.conversation = conversation
         conversation.use(None)  # the model is as it was, so that the cell can be run again
         options = [(name, name) for name in conversation.adapters] + [(BASE, None)]
-        beside = {"description_width": "initial"}
-        self.adapter = ipywidgets.Dropdown(options=options, description="adapter", style=beside)
-        self.strength = ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.05, description="strength", style=beside)
+        look: dict[str, Any] = {"style": {"description_width": "initial"}, "layout": {"flex": "1 1 15em"}}
+        self.adapter = ipywidgets.Dropdown(options=options, description="adapter", **look)
+        self.strength = ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.05, description="strength", **look)
         self.new = ipywidgets.Button(description="New conversation", layout={"width": "auto"})
-        self.field = ipywidgets.Text(placeholder="Write a message; Enter sends it", layout={"flex": "1 1 auto"})
+        # At each key a browser sends the text so far, but keeps some back while others are under way, and a message of
+        # Enter would overtake them. So the text is sent as a whole: right after Enter, or when the field is left.
+        self.field = ipywidgets.Text(
+            placeholder="Write a message; Enter sends it", continuous_update=False, layout={"flex": "1 1 15em"}
+        )
         self.send = ipywidgets.Button(description="Send", button_style="info", layout={"width": "6em"})
         self.stop = ipywidgets.Button(description="Stop", disabled=True, layout={"width": "6em"})
-        self.messages = ipywidgets.VBox(layout={"width": "100%"})
-        top = ipywidgets.HBox([self.adapter, self.strength, self.new], layout={"flex_flow": "row wrap"})
+        self.messages = ipywidgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
+        wraps: dict[str, Any] = {"flex_flow": "row wrap", "grid_gap": "0 8px"}
+        top = ipywidgets.HBox([self.adapter, self.strength, self.new], layout=wraps)
         # Reversed, a box is scrolled to its end, and stays there while an answer grows.
         window = ipywidgets.Box([self.messages], layout=_window_layout())
-        bottom = ipywidgets.HBox([self.field, self.send, self.stop])
+        bottom = ipywidgets.HBox([self.field, self.send, self.stop], layout={"flex_flow": "row wrap"})
         self.panel = ipywidgets.VBox([top, window, bottom], layout=_WIDE)
-        self._stopped, self._thread = threading.Event(), None
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._entered: threading.Timer | None = None
         self.adapter.observe(lambda _: self._enable(), names="value")
-        self.field.on_msg(self._field_sent)
+        self.field.on_msg(self._enter)
+        self.field.observe(lambda _: self._field_changed(), names="value")
         self.send.on_click(lambda _: self._submit())
         self.stop.on_click(lambda _: self._stopped.set())
         self.new.on_click(lambda _: self._begin())
@@ -70,29 +79,42 @@ class Chat:
 
     def wait(self) -> None:
         """Return when the answer that is being made, if any, has ended."""
+        if (timer := self._entered) is not None:
+            timer.join()
         if (thread := self._thread) is not None:
             thread.join()
 
     def _ipython_display_(self) -> None:
         """Nothing: :func:`chat` has displayed it already."""
 
-    def _field_sent(self, _: Any, content: dict[str, Any], __: Any) -> None:
-        if content.get("event") == "submit":  # Enter; the field's value changes at every key
+    def _enter(self, _: Any, content: dict[str, Any], __: Any) -> None:
+        """Enter was pressed: the text follows at once if it has changed, and does not if the kernel has it already."""
+        if content.get("event") == "submit":
+            self._entered = threading.Timer(_TEXT_FOLLOWS_IN, self._submit)
+            self._entered.daemon = True
+            self._entered.start()
+
+    def _field_changed(self) -> None:
+        if self._entered is not None:
             self._submit()
 
     def _submit(self) -> None:
         """Answer what is in the field, in a thread, so that a click on Stop is noticed meanwhile."""
-        text = self.field.value.strip()
-        if self.busy or not text:
-            return
-        self.field.value = ""
-        self._add(_message("you", text, _USER))
-        self._stopped.clear()
-        name, strength = self.adapter.value, self.strength.value
-        view = self._add(_message(_label(name, strength), "", _MODEL))
-        self._thread = threading.Thread(target=self._answer, args=(text, name, strength, view), daemon=True)
-        self._enable()
-        self._thread.start()
+        with self._lock:
+            if self._entered is not None:
+                self._entered.cancel()
+                self._entered = None
+            text = self.field.value.strip()
+            if self.busy or not text:
+                return
+            self.field.value = ""
+            self._stopped.clear()
+            name, strength = self.adapter.value, self.strength.value
+            self._add(_message("you", text, _USER))
+            view = self._add(_message(_label(name, strength), "", _MODEL))
+            self._thread = threading.Thread(target=self._answer, args=(text, name, strength, view), daemon=True)
+            self._enable()
+            self._thread.start()
 
     def _answer(self, text: str, name: str | None, strength: float, view: ipywidgets.HTML) -> None:
         label, answer = _label(name, strength), ""
@@ -196,4 +218,5 @@ def _message(label: str, text: str, colour: str) -> str:
 
 def _window_layout() -> dict[str, Any]:
     edge = "1px solid var(--jp-border-color2, #cccccc)"
-    return {"display": "flex", "flex_flow": "column-reverse", "height": "26em", "overflow": "auto", "border": edge}
+    shape = {"display": "flex", "flex_flow": "column-reverse", "height": "26em", "overflow": "auto", "margin": "2px"}
+    return shape | {"border": edge}

@@ -29,10 +29,11 @@ def chat(tiny_config, chatter, folders, shown):
     return lora_lab.chat(Llama(tiny_config), chatter, folders, max_new_tokens=12, seed=5)
 
 
-def press_enter(chat, text):
-    """What the browser sends when a reader types and presses Enter."""
-    chat.field.value = text
+def press_enter(chat, text=None):
+    """What the browser sends when a reader types and presses Enter: first of the key, then the text if it is new."""
     chat.field._handle_msg({"content": {"data": {"method": "custom", "content": {"event": "submit"}}}, "buffers": []})
+    if text is not None:
+        chat.field.value = text
 
 
 def ask(chat, text=PROMPT):
@@ -218,8 +219,25 @@ def test_an_error_is_a_sentence_in_the_conversation_and_the_text_comes_back(chat
     assert chat.conversation.messages == []
     assert usable(chat) == IDLE
     assert not lora_layers(chat.conversation.model)
+    press_enter(chat)  # as it is: the kernel has the text already
+    assert not chat.busy
+    chat.wait()
+    assert texts(chat)[-1] == answer
+    assert len(texts(chat)) == 4
     ask(chat)
     assert len(chat.conversation.messages) == 2
+
+
+def test_other_messages_of_the_field_and_enter_on_an_empty_one_send_nothing(chat):
+    chat.field._handle_msg({"content": {"data": {"method": "custom", "content": {"event": "other"}}}, "buffers": []})
+    chat.field.value = PROMPT  # as when the field is left for the slider
+    chat.wait()
+    chat.field.value = ""
+    press_enter(chat)
+    chat.wait()
+    chat.field.value = PROMPT
+    assert not chat.busy
+    assert texts(chat) == []
 
 
 def test_an_error_in_the_middle_keeps_what_was_made_and_names_its_kind(chat, monkeypatch):
