@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lora_lab.adapters.chat import Conversation
+from lora_lab.inject import require_no_adapters
 from lora_lab.models.llama import Llama
 from lora_lab.models.tokenizer import Tokenizer
 
@@ -119,10 +120,7 @@ class Chat:
     def _answer(self, text: str, name: str | None, strength: float, view: ipywidgets.HTML) -> None:
         label, answer = _label(name, strength), ""
         try:
-            self.conversation.use(name)
-            self.conversation.strength = strength
-            parts: Any = self.conversation.answer(text)
-            with closing(parts):
+            with closing(self._parts(text, name, strength)) as parts:
                 for part in parts:
                     answer += part
                     view.value = _message(label, answer, _MODEL)
@@ -137,9 +135,18 @@ class Chat:
             if not answer and not self.field.value:
                 self.field.value = text  # to be corrected
         finally:
-            self.conversation.use(None)
             self._thread = None
             self._enable()
+
+    def _parts(self, text: str, name: str | None, strength: float) -> Generator[str, None, None]:
+        """The answer in parts, during which the adapter is on the model."""
+        require_no_adapters(self.conversation.model)  # such as were trained since the last answer: they would be lost
+        try:
+            self.conversation.use(name)
+            self.conversation.strength = strength
+            yield from self.conversation.answer(text)
+        finally:
+            self.conversation.use(None)
 
     def _begin(self) -> None:
         """Begin a new conversation."""

@@ -270,6 +270,16 @@ def test_between_answers_the_model_is_the_base_so_that_the_cell_can_be_run_again
     assert ask(again) == texts(chat)[1]
 
 
+def test_adapters_that_were_trained_meanwhile_are_not_taken_off(chat):
+    model = chat.conversation.model
+    inject(model, LoRAConfig(rank=3))
+    layers = lora_layers(model)
+    assert ask(chat).startswith("one\nThe model already has adapters on 14 layers; merge them")
+    assert lora_layers(model) == layers
+    assert chat.conversation.messages == []
+    assert usable(chat) == IDLE
+
+
 def test_a_new_conversation_forgets_the_messages(chat, tiny_config, chatter, folders):
     ask(chat, "My name is Ada.")
     chat.new.click()

@@ -1,4 +1,4 @@
-"""Lessons in JupyterLab and a real browser, used as a learner uses them.
+"""Lessons and a conversation in JupyterLab and a real browser, used as a learner uses them.
 
 Needs playwright (`pip install -e '.[browser]'`) and Chromium. Without them these tests are skipped, unless
 LORA_LAB_BROWSER is "required". Screenshots are left in the folder that LORA_LAB_SCREENSHOTS names.
