@@ -126,12 +126,11 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
         into="full-precision", base=full    W_full + update, dense. Not exact either, since the update was trained on
                                             another weight than W_full.
 
-    Measured on SmolLM2-135M in NF4, with LoRA of rank 8 after 40 steps on Python's manual (medians of three seeds, 2 cores
-    of an Intel Xeon; ``benchmarks/qlora_merge.py``): "dequantised" changes no logit by more than 0.0001, and the
-    validation loss stays 3.272. "blocks" changes logits by up to 19 and raises it to 3.928, nearly the 3.936 of the base
-    in NF4, since a change smaller than half a gap between two levels is rounded away. "full-precision" changes logits by
-    up to 15 and lowers it to 3.230; that model in NF4 (:func:`lora_lab.quantize_nf4`) has 3.309, so it is the better one
-    in blocks.
+    Measured on SmolLM2-135M (NF4, LoRA of rank 8, 40 steps on Python's manual; medians of three seeds on 2 cores of an
+    Intel Xeon, ``benchmarks/qlora_merge.py``): "dequantised" keeps the validation loss of 3.27; "blocks" raises it to
+    3.93, nearly the 3.94 of the base in NF4, since a change smaller than half a gap between two levels is rounded away;
+    and "full-precision" lowers it to 3.23. The largest changes of a logit are 0.0001 (float32's rounding), 19 and 15.
+    The last of these models put into NF4 (:func:`lora_lab.quantize_nf4`) has 3.31, so it is the better one in blocks.
 
     Every class brings its own forms: the first is what the adapter's :meth:`LoRALayer.merged` returns, the second what
     its base's :meth:`lora_lab.layers.QuantizedLayer.requantized` makes of that matrix, and the third is ``merged`` of
