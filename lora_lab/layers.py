@@ -1,7 +1,8 @@
 """LoRA for layers that are not ``nn.Linear``: embeddings, convolutions, GPT-2's Conv1D, attention's output.
 
 Each class defines the initial factors and the forward pass; everything else is inherited from
-``lora_lab.lora``. ``register(layer_class, lora_class)`` adds a kind of layer.
+``lora_lab.lora``. ``register(layer_class, lora_class)`` adds a kind of layer. A kind whose weight is stored in fewer
+bits derives from :class:`QuantizedLayer`, so that ``merge`` can quantise its merged weight again.
 
 Shapes in the comments: a vocabulary of 1000 tokens, width 64; a convolution from 3 to 16 channels
 with a 5 x 5 kernel on 8 images of 32 x 32; rank = 4.
@@ -133,6 +134,30 @@ class LoRAOutProjection(LoRALinear):
                 "calls it, so nothing would be dropped; use dropout=0 or exclude ['out_proj']."
             )
         return super().init_factors(rank, generator)
+
+
+class QuantizedLayer(nn.Module):
+    """A frozen layer whose weight is stored in fewer bits, and dequantised where it is used.
+
+    A subclass has the ``shape`` (out, in) and the ``dtype`` of the dequantised matrix as attributes, and defines
+    ``weight``, that matrix, and :meth:`requantized`: see ``lora_lab.models.quantize.BlockWeight``.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised matrix, (48, 64)."""
+        raise NotImplementedError(f"{type(self).__name__} must define weight, the dequantised matrix.")
+
+    def requantized(self, weight: Tensor) -> QuantizedLayer:
+        """A new frozen layer like this one, in the same format, with another matrix; this layer does not change.
+
+        Args:
+            weight: (48, 64), in floating point.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define requantized, which stores another matrix.")
 
 
 # Which class adapts which kind of layer

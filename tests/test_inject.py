@@ -17,8 +17,8 @@ from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjec
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.variants import DoRALinear, RsLoRALinear
-from tests.helpers import randomise, run_python, snapshot
-from tests.tiny_models import SHAPE, bert, gpt2, llama, t5, vit, whisper
+from tests.helpers import perturbed, randomise, relative_error, run_python, snapshot
+from tests.tiny_models import PICTURES, SHAPE, Pictures, bert, falcon, fresh, gpt2, llama, t5, vit, whisper
 
 
 @pytest.fixture(autouse=True)
@@ -367,6 +367,30 @@ def test_a_second_inject_is_refused_and_changes_nothing(again):
     assert snapshot(model) == before
     merge(model)
     inject(model, LoRAConfig(rank=3))
+
+
+@pytest.mark.parametrize("make", [gpt2, falcon, Pictures])
+def test_every_kind_of_layer_is_merged_over_another_base(make):
+    """The update is that of the adapter, the rest the other base's, and neither changes."""
+    model = fresh(make)
+    other = perturbed(model).bfloat16()
+    targets = PICTURES[:3] if make is Pictures else "all-linear"
+    names = inject(model, LoRAConfig(rank=2, alpha=3, targets=targets))
+    updates = {name: layer.delta() for name, layer in lora_layers(randomise(model)).items()}
+    before, kinds = snapshot(other), {name: type(other.get_submodule(name)) for name in names}
+    rest = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith(tuple(names))}
+    assert merge(model, into="full-precision", base=other) == names
+    assert snapshot(other) == before
+    for name, update in updates.items():
+        found, full = model.get_submodule(name), other.get_submodule(name)
+        assert type(found) is kinds[name]
+        assert found.weight.dtype == torch.float32
+        assert relative_error(found.weight, full.weight.float() + update) < 1e-6
+        bias = getattr(full, "bias", None)
+        assert bias is None or torch.equal(found.bias, bias.float())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in rest.items())
+    assert rest
 
 
 def test_a_bare_layer_cannot_be_merged_or_taken_off_in_place():

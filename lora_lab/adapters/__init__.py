@@ -7,6 +7,7 @@ peft_format  adapters as files, in the format of the PEFT library
 gguf         adapters, alone or merged, as files for llama.cpp and Ollama
 arithmetic   combine: several adapters as one
 chat         a conversation whose adapter changes between answers
+chat_widget  the same in a notebook
 shipped      adapters that are installed with lora_lab
 """
 

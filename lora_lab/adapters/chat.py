@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab.adapters.edit import strength
 from lora_lab.adapters.peft_format import load_adapter
@@ -31,7 +31,8 @@ class Conversation:
         model: our Llama or a causal language model of transformers, without adapters. It stays so when no adapter is in
             use.
         tokenizer: of the model, with a chat template.
-        adapters: name -> folder; the first is in use at the start.
+        adapters: name -> a folder or an adapter in memory, as for :func:`lora_lab.load_adapter`; the first is in use at
+            the start.
         max_new_tokens: where an answer is cut if the model does not end it before.
         temperature, repetition_penalty, seed: as for :meth:`lora_lab.Llama.generate`; the seed rises by 1 with each
             answer.
@@ -45,7 +46,7 @@ class Conversation:
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        adapters: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
         *,
         max_new_tokens: int = 200,
         temperature: float = 0.5,

@@ -89,13 +89,13 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: the factor is infinite or not a number, the model has no adapters, or they are of DoRA, whose update
-            is not proportional to its scaling.
+            is not proportional to its scaling, and the factor is not 1.
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor is {factor}, but it must be a finite number, such as 0.5; 1 changes nothing.")
     layers = lora_layers(model, required=True)
     for name, layer in layers.items():
-        if isinstance(layer, DoRALinear):
+        if factor != 1 and isinstance(layer, DoRALinear):
             raise ValueError(
                 f"{name!r} has an adapter of type DoRALinear, whose update is not proportional to its scaling, so it "
                 "cannot be multiplied by a factor; use off, or an adapter of plain LoRA."

@@ -8,7 +8,7 @@ A matrix is split into blocks of neighbouring weights, each with a scale:
     NF4-double   33 bytes for 64: scale s in 8 bits, 64 codes c of 4 bits                  w = s LEVELS[c]    4.127
 
 The bits per weight of NF4-double include what its scales are quantised with: see :func:`nf4`. The first two formats are
-llama.cpp's; the tests compare them bit for bit with the ``gguf`` library.
+llama.cpp's; the tests compare them bit for bit with the ``gguf`` library. All four can be written too: see ``FORMATS``.
 
 LoRA over such a base is QLoRA: the weights stay in blocks, and each matrix multiplication dequantises its own, in the
 forward pass and again in the backward pass. No dense weight is saved.
@@ -24,6 +24,7 @@ Reference: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab.inject import name_matches, output_head, replace, require_no_adapters
-from lora_lab.layers import register
+from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
 
 BLOCK = 32  # weights in a block of GGUF's formats
@@ -57,6 +58,8 @@ class BlockFormat:
     Args:
         decode: uint8 (blocks, bytes) -> float32 (blocks, weights). With a ``group`` it also takes each block's step
             (blocks, 1) and the mean of all scales.
+        encode: the reverse: a matrix of any floating-point dtype and the weights in a block -> the blocks, and the
+            steps (None without a ``group``), as :func:`nf4` returns them.
         scale_bytes: bytes at the start of a block that hold its scale (and minimum); the codes follow.
         bits: of a code.
         block: weights in a block; None: any even number.
@@ -64,6 +67,7 @@ class BlockFormat:
     """
 
     decode: Callable[..., Tensor]
+    encode: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
     scale_bytes: int
     bits: int
     block: int | None = None
@@ -79,6 +83,47 @@ def _q4_1(block: Tensor) -> Tensor:
 
 def _q8_0(block: Tensor) -> Tensor:
     return block[:, 2:].view(torch.int8).float().mul_(_float16(block[:, 0:2]))  # (27648, 34) -> (27648, 32)
+
+
+def _to_q4_1(weight: Tensor, block: int) -> tuple[Tensor, None]:
+    weights = _split(weight, block)  # (27648, 32)
+    minimum, maximum = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)  # (27648, 1)
+    scale = (maximum - minimum) / 15  # (27648, 1)
+    codes = ((weights - minimum) * _inverse(scale) + 0.5).clamp(0, 15).byte()  # (27648, 32)
+    low, high = codes.chunk(2, dim=1)  # (27648, 16)
+    return torch.cat((_half_bytes(scale), _half_bytes(minimum), low | high << 4), dim=1), None  # (27648, 20)
+
+
+def _to_q8_0(weight: Tensor, block: int) -> tuple[Tensor, None]:
+    weights = _split(weight, block)  # (27648, 32)
+    scale = weights.abs().amax(dim=1, keepdim=True) / 127  # (27648, 1)
+    scaled = weights * _inverse(scale)  # (27648, 32)
+    whole = scaled.abs().floor()  # (27648, 32)
+    nearest = whole + (2 * (scaled.abs() - whole)).floor()  # (27648, 32); halves away from zero, as llama.cpp does
+    codes = nearest.copysign(scaled).to(torch.int8)  # (27648, 32)
+    return torch.cat((_half_bytes(scale), codes.view(torch.uint8)), dim=1), None  # (27648, 34)
+
+
+def _to_nf4(weight: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
+    return nf4(weight, block, double=False)
+
+
+def _to_nf4_double(weight: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
+    return nf4(weight, block, double=True)
+
+
+def _split(weight: Tensor, block: int) -> Tensor:
+    """The weights in float32, a block in each row; the last one is padded with zeros."""
+    weights = weight.detach().float().flatten()  # (884736,)
+    return F.pad(weights, (0, -len(weights) % block)).view(-1, block)  # (27648, 32)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0, 1 / scale)  # (27648, 1)
+
+
+def _half_bytes(scale: Tensor) -> Tensor:
+    return scale.half().view(torch.uint8)  # (27648, 1) -> (27648, 2) bytes
 
 
 def _float16(pair: Tensor) -> Tensor:
@@ -115,10 +160,10 @@ def _byte_pairs(packed: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "Q4_1": BlockFormat(_q4_1, scale_bytes=4, bits=4, block=BLOCK),
-    "Q8_0": BlockFormat(_q8_0, scale_bytes=2, bits=8, block=BLOCK),
-    "NF4": BlockFormat(_nf4, scale_bytes=4, bits=4),
-    "NF4-double": BlockFormat(_nf4_double, scale_bytes=1, bits=4, group=_GROUP),
+    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, bits=4, block=BLOCK),
+    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, bits=8, block=BLOCK),
+    "NF4": BlockFormat(_nf4, _to_nf4, scale_bytes=4, bits=4),
+    "NF4-double": BlockFormat(_nf4_double, _to_nf4_double, scale_bytes=1, bits=4, group=_GROUP),
 }
 # Of the formats that GGUF files ship.
 BYTES_PER_BLOCK = {
@@ -202,8 +247,7 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
     """
     if not isinstance(block, int) or block < 2 or block % 2:
         raise ValueError(f"block is {block!r}, but it must be an even whole number of at least 2, such as 64.")
-    weights = weight.detach().float().flatten()  # (884736,)
-    weights = F.pad(weights, (0, -len(weights) % block)).view(-1, block)  # (13824, 64)
+    weights = _split(weight, block)  # (13824, 64)
     scale = weights.abs().amax(dim=1, keepdim=True)  # (13824, 1)
     level = weight.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device
     middle = (level[1:] + level[:-1]) / 2  # (15,)
@@ -226,7 +270,7 @@ def _not_zero(scale: Tensor) -> Tensor:
 # Layers
 
 
-class BlockWeight(nn.Module):
+class BlockWeight(QuantizedLayer):
     """What a linear layer and an embedding in blocks share: frozen blocks, and how to dequantise them.
 
     The blocks are a parameter of bytes, which ``half()`` and ``to(dtype)`` do not change. ``dtype`` is that of the
@@ -301,6 +345,18 @@ class BlockWeight(nn.Module):
         mean, step = self.steps.view(torch.float32).split((1, len(self.steps) - 1))  # (1, 1), (54, 1)
         step = step.repeat_interleave(self.format.group, dim=0)[first:last]  # (13824, 1)
         return self.format.decode(block, step, mean)  # (13824, 64)
+
+    def requantized(self, weight: Tensor) -> BlockWeight:
+        """A new layer in blocks of the same kind and size, with another matrix; a bias is copied.
+
+        Args:
+            weight: of the shape of this layer's, in floating point. It is best in float32, so that it is rounded once.
+        """
+        packed, steps = self.format.encode(weight, self.block)  # (13824, 33), (55, 4)
+        in_place_of = {id(self.packed): _frozen(packed)}
+        if self.steps is not None and steps is not None:
+            in_place_of[id(self.steps)] = _frozen(steps)
+        return copy.deepcopy(self, in_place_of)
 
     @property
     def bits_per_weight(self) -> float:

@@ -3,22 +3,11 @@
 import pytest
 import torch
 
-from lora_lab import Llama, LoRAConfig, adapters, inject, load_adapter, lora_layers, save_adapter, save_model
+from lora_lab import Llama, LoRAConfig, adapters, inject, load_adapter, lora_layers, save_model
 from lora_lab.adapters.chat import HELP, Conversation, talk
-from tests.helpers import command, error_line, randomise
+from tests.helpers import command, error_line
 
 PROMPT = "What is 2 + 2?"
-
-
-@pytest.fixture
-def folders(tiny_config, tmp_path):
-    """Two adapters, "one" and "two"."""
-    paths = {}
-    for seed, name in enumerate(("one", "two"), start=1):
-        model = Llama(tiny_config)
-        inject(model, LoRAConfig(rank=2))
-        paths[name] = save_adapter(randomise(model, seed), tmp_path / name)
-    return paths
 
 
 @pytest.fixture

@@ -625,4 +625,6 @@ def test_models_without_adapters_and_dora_have_no_strength(factor):
     before = alphas(model)
     with pytest.raises(ValueError, match="'head' has an adapter of type DoRALinear"), strength(model, factor):
         pass
+    with strength(model, 1):  # changes nothing, so DoRA may have it
+        assert alphas(model) == before
     assert alphas(model) == before

@@ -1,4 +1,4 @@
-"""Lessons in JupyterLab and a real browser, used as a learner uses them.
+"""Lessons and a conversation in JupyterLab and a real browser, used as a learner uses them.
 
 Needs playwright (`pip install -e '.[browser]'`) and Chromium. Without them these tests are skipped, unless
 LORA_LAB_BROWSER is "required". Screenshots are left in the folder that LORA_LAB_SCREENSHOTS names.
@@ -7,10 +7,13 @@ LORA_LAB_BROWSER is "required". Screenshots are left in the folder that LORA_LAB
 import os
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
-from lora_lab import cli
+from lora_lab import Llama, LoRAConfig, cli, inject, save_adapter, save_model
 from tests import lab
+from tests.helpers import randomise
 
 REQUIRED = os.environ.get("LORA_LAB_BROWSER") == "required"
 
@@ -52,6 +55,26 @@ def opened(course, tmp_path_factory):
         yield open_lesson
         browser.close()
         assert [page.errors for page in pages] == [[]] * len(pages)
+
+
+CHAT = """import time
+import lora_lab as ll
+
+model, tokenizer = ll.load_pretrained("talker")
+model.model.register_forward_hook(lambda *_: time.sleep(0.1))  # as slow as a larger one
+ll.chat(model, tokenizer, {"one": "one", "two": "two"}, max_new_tokens=15)"""
+
+
+@pytest.fixture(scope="module")
+def talker(course, tiny_config, chatter):
+    """A notebook with a chat, beside a tiny model and two adapters for it."""
+    save_model(Llama(tiny_config), course / "talker", chatter)
+    for seed, name in enumerate(("one", "two"), start=1):
+        model = Llama(tiny_config)
+        inject(model, LoRAConfig(rank=2))
+        save_adapter(randomise(model, seed), course / name)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(CHAT)], metadata=kernel), course / "chat.ipynb")
 
 
 def wrong_then_right(page, name, wrong, right, diagnosis):
@@ -127,3 +150,61 @@ def test_low_rank(opened, screenshots):
     cell = run_and_slide(page, "01", screenshots)
     page.hide_files()
     page.screenshot(screenshots / "01_narrow.png", width=480, height=1000, scroll_to=cell)
+
+
+def test_a_conversation(opened, talker, screenshots):
+    page = opened("chat")
+    page.run_all(120)
+    cell = page.cell("ll.chat(")
+    field, stop = cell.get_by_role("textbox").last, cell.get_by_role("button", name="Stop")
+    menu, send = cell.get_by_role("combobox"), cell.get_by_role("button", name="Send")
+
+    def messages():
+        return cell.locator(".widget-html-content").all_inner_texts()
+
+    def ended():
+        page.wait_for(stop.is_disabled, seconds=60)
+        return messages()[-1]
+
+    field.click()
+    page.page.keyboard.type("What is <b>2</b> + 2?")  # without a pause, so that Enter comes before the kernel has it
+    page.page.keyboard.press("Enter")
+    page.wait_for(lambda: len(messages()) == 2 and messages()[1] != "one", seconds=60)
+    first = messages()
+    assert first[0] == "you\nWhat is <b>2</b> + 2?"
+    assert send.is_disabled() and menu.is_disabled() and not stop.is_disabled()  # noqa: PT018
+    page.page.keyboard.type("Written ")
+    page.wait_for(lambda: messages()[1] != first[1], seconds=60)
+    page.page.keyboard.type("meanwhile")
+    answer = ended()
+    assert answer.startswith("one\n")
+    assert len(answer) > len(first[1])
+    assert field.input_value() == "Written meanwhile"
+
+    menu.select_option("two")
+    page.move_slider(cell, "ArrowLeft", times=10)
+    page.wait_for_output(cell, lambda text: "0.50" in text, seconds=30)
+    send.click()
+    page.wait_for(lambda: len(messages()) == 4 and not stop.is_disabled(), seconds=60)
+    stop.click()
+    answer = ended()
+    assert answer.startswith("two × 0.5\n")  # noqa: RUF001
+    assert answer.endswith("[stopped]")
+    assert messages()[2] == "you\nWritten meanwhile"
+
+    field.fill("Is </s> a token?")
+    field.press("Enter")
+    page.wait_for(lambda: "A text holds '</s>'" in messages()[-1], seconds=60)
+    ended()
+    assert field.input_value() == "Is </s> a token?"
+    page.screenshot(screenshots / "chat.png", height=900)
+    window = cell.locator(".widget-html-content").last.bounding_box()
+    assert window["y"] + window["height"] <= field.bounding_box()["y"]  # the last message is in sight
+
+    cell.get_by_role("button", name="New conversation").click()
+    page.wait_for(lambda: messages() == [], seconds=30)
+    menu.select_option("(base model)")
+    field.fill("Hello")
+    send.click()
+    page.wait_for(lambda: len(messages()) == 2, seconds=60)
+    assert ended().startswith("(base model)\n")

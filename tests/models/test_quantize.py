@@ -23,6 +23,7 @@ from lora_lab import (
     Llama,
     LoRA,
     LoRAConfig,
+    adapter_state,
     fit,
     inject,
     load_adapter,
@@ -34,10 +35,12 @@ from lora_lab import (
 )
 from lora_lab.adapters.edit import off
 from lora_lab.inject import replace
+from lora_lab.layers import QuantizedLayer
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import (
     BLOCK,
     BYTES_PER_BLOCK,
+    FORMATS,
     LEVELS,
     BlockEmbedding,
     BlockLinear,
@@ -47,7 +50,7 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import Stopped, randomise, randomise_all, run_python, snapshot
+from tests.helpers import Stopped, randomise, randomise_all, relative_error, run_python, snapshot
 
 KINDS = sorted(BYTES_PER_BLOCK)
 
@@ -956,6 +959,330 @@ def test_a_checkpointed_layer_is_computed_again_from_its_blocks(kind):
     again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     for found, wanted in zip(torch.autograd.grad(again.square().sum(), [x, layer[0].lora_A]), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+# Quantising again, and merging
+
+
+def numbers_of(weight, kind):
+    """What the blocks of a matrix stand for, computed without the package: by gguf, or by NF4's definition."""
+    if kind in BYTES_PER_BLOCK:
+        kind = gguf.GGMLQuantizationType[kind]
+        return torch.from_numpy(
+            gguf.quants.dequantize(gguf.quants.quantize(weight.detach().numpy(), kind), kind).copy()
+        )
+    return torch.from_numpy(by_definition(weight.detach().numpy(), 64, PUBLISHED.astype(np.float32))[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 20), blocks=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), exponent=st.integers(-6, 3))
+def test_a_matrix_is_put_into_the_bytes_that_the_library_puts_it_into(kind, rows, blocks, seed, exponent):
+    draw = np.random.default_rng(seed)
+    weight = (draw.normal(size=(rows, 32 * blocks)) * 10.0**exponent).astype(np.float32)
+    weight[draw.random(weight.shape) < 0.1] = 0.0
+    expected = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+    packed, steps = FORMATS[kind].encode(torch.from_numpy(weight), BLOCK)
+    assert steps is None
+    assert packed.numpy().tobytes() == expected.tobytes()
+    changed = torch.from_numpy(weight).flip(1)
+    assert FORMATS[kind].encode(changed, BLOCK)[0].numpy().tobytes() != expected.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.0, 0.25, -0.25])
+def test_constant_blocks_and_numbers_half_way_between_two_codes_are_the_librarys_too(kind, value):
+    halves = torch.tensor([127.0, *(i + 0.5 for i in range(-15, 16))])[None]  # Q8_0 has a scale of 1 here
+    for weight in (torch.full((2, 64), value), halves, halves.flip(0)[:, 1:].repeat(1, 32)):
+        expected = gguf.quants.quantize(weight.contiguous().numpy(), gguf.GGMLQuantizationType[kind])
+        assert FORMATS[kind].encode(weight, BLOCK)[0].numpy().tobytes() == expected.tobytes()
+
+
+@ALL_KINDS
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])
+def test_a_requantised_layer_is_one_made_of_the_other_matrix(kind, bias):
+    layer, other = in_blocks(WEIGHT, kind, bias, torch.bfloat16).eval(), normal(48, 96, seed=8)
+    before = snapshot(layer)
+    again = layer.requantized(other)
+    assert snapshot(layer) == before
+    expected = in_blocks(other, kind, bias, torch.bfloat16)
+    assert vars(again).keys() == vars(layer).keys()
+    assert (again.kind, again.shape, again.dtype, again.training) == (kind, (48, 96), torch.bfloat16, False)
+    assert torch.equal(again.packed, expected.packed)
+    assert kind != "NF4-double" or torch.equal(again.steps, expected.steps)
+    assert again.bias is None if bias is None else torch.equal(again.bias, BIAS)
+    assert bias is None or again.bias.data_ptr() != layer.bias.data_ptr()
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert not torch.equal(again.weight, layer.weight)
+
+
+def test_a_requantised_layer_keeps_its_size_of_block_and_a_table_is_requantised_too():
+    packed, _ = nf4(WEIGHT, block=32, double=False)
+    again = BlockLinear(packed, "NF4", (48, 96)).requantized(2 * WEIGHT)
+    assert (again.block, again.packed.shape) == (32, packed.shape)
+    table = in_blocks(WEIGHT, "Q8_0").packed
+    again = BlockEmbedding(table, "Q8_0", (48, 96)).requantized(-WEIGHT)
+    assert torch.equal(again(torch.arange(48)), numbers_of(-WEIGHT, "Q8_0"))
+
+
+def test_a_kind_of_quantised_layer_must_say_how_it_is_read_and_written():
+    with pytest.raises(NotImplementedError, match="QuantizedLayer must define weight, the dequantised matrix"):
+        QuantizedLayer().weight  # noqa: B018
+    with pytest.raises(NotImplementedError, match="QuantizedLayer must define requantized"):
+        QuantizedLayer().requantized(WEIGHT)
+
+
+def sum_by_hand(layer, weight):
+    """The weight of an adapted layer over another frozen one, in float64, from the formulas of the papers."""
+    scaling = layer.alpha / math.sqrt(layer.rank) if isinstance(layer, RsLoRALinear) else layer.alpha / layer.rank
+    state = {name: value.detach().double() for name, value in layer.named_parameters()} | {
+        name: value.double() for name, value in layer.named_buffers()
+    }
+    total = weight.double() + scaling * state["lora_B"] @ state["lora_A"]
+    if isinstance(layer, PiSSALinear):
+        total = total - scaling * state["start_B"] @ state["start_A"]
+    if isinstance(layer, DoRALinear):
+        total = state["lora_magnitude_vector"][:, None] * total / total.square().sum(dim=1, keepdim=True).sqrt()
+    return total
+
+
+def qlora(llama, kind, layer=None, **config):
+    """A Llama before it is put into blocks, and the one in blocks with random adapters."""
+    full = randomise_all(Llama(llama("NF4").config).eval())
+    return full, adapted(llama(kind), layer, **config)
+
+
+@ALL_KINDS
+@VARIANTS
+def test_the_three_merges_are_three_models_and_each_is_the_sum_that_its_name_says(llama, kind, layer):
+    full, model = qlora(llama, kind, layer)
+    layers = {name: copy.deepcopy(each) for name, each in lora_layers(model).items()}
+    assert len(layers) == 14
+    trained, kinds_before = model(IDS), {type(each.base) for each in layers.values()}
+    assert kinds_before == {BlockLinear}
+    outputs = {}
+    for into in ("dequantised", "blocks", "full-precision"):
+        merged = copy.deepcopy(model)
+        names = merge(merged, into=into, base=full if into == "full-precision" else None)
+        assert names == list(layers)
+        assert lora_layers(merged) == {}
+        outputs[into] = merged(IDS)
+        for name, each in layers.items():
+            found, dense = merged.get_submodule(name), full.get_submodule(name).weight
+            if into == "full-precision":
+                assert relative_error(found.weight, sum_by_hand(each, dense)) < 1e-6
+                continue
+            total = sum_by_hand(each, each.base.weight)
+            if into == "dequantised":
+                assert type(found) is nn.Linear
+                assert relative_error(found.weight, total) < 1e-6
+                continue
+            assert isinstance(found, BlockLinear)
+            assert (found.kind, found.packed.shape) == (kind, each.base.packed.shape)
+            assert 0.001 < relative_error(found.weight, total) < 0.12
+            if kind != "NF4-double":  # a sum in another order may fall on the other side of a middle
+                expected = numbers_of(total.float(), kind)
+                differs = (found.weight - expected).abs() > 0.002 * expected.abs().max()
+                assert differs.float().mean() < 0.002
+    base = copy.deepcopy(model)
+    with off(base):
+        distance = relative_error(base(IDS), trained)
+    assert relative_error(outputs["dequantised"], trained) < 1e-5
+    for one, other in itertools.combinations(outputs, 2):
+        assert relative_error(outputs[one], outputs[other]) > 1e-3, (one, other)
+    assert relative_error(outputs["blocks"], trained) < distance
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_hand_made_merge_back_into_nf4(double):
+    model = nn.Sequential(nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, -2.0, 0.0, 0.0]]))
+    quantize_nf4(model, block=4, double=double)
+    inject(model, LoRAConfig(rank=1, alpha=3))
+    with torch.no_grad():
+        model[0].lora_A.copy_(torch.tensor([[1.0, 0.5, 0.5, -0.5]]))
+        model[0].lora_B.fill_(2 / 3)  # so that the update is 2, 1, 1, -1 and the sum 4, -1, 1, -1
+    assert merge(model, into="blocks") == ["0"]
+    # Divided by 4: the nearest levels of -0.25 and 0.25 are number 4 and 10.
+    assert model[0].weight.tolist() == [
+        pytest.approx([4.0, 4 * PUBLISHED[4], 4 * PUBLISHED[10], 4 * PUBLISHED[4]], abs=1e-6)
+    ]
+    assert not model.training or model[0].training
+
+
+@ALL_KINDS
+def test_full_precision_leaves_nothing_quantised_and_shares_nothing_with_the_base(llama, kind):
+    full, model = qlora(llama, kind, targets=["q_proj", "layers.1.mlp.down_proj"])
+    model.eval()
+    before, embedding = snapshot(full), model.model.embed_tokens
+    alone = copy.deepcopy(full)
+    load_adapter(alone, adapter_state(model))
+    expected = alone(IDS)
+    assert merge(model, into="full-precision", base=full) == list(lora_layers(alone))
+    assert not any(isinstance(module, BlockLinear | BlockEmbedding) for module in model.modules())
+    assert (model.model.embed_tokens is embedding) == (kind not in BYTES_PER_BLOCK)
+    assert relative_error(model(IDS), expected) < 1e-6
+    assert relative_error(model(IDS), full(IDS)) > 0.01
+    assert snapshot(full) == before
+    replaced = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in replaced:
+        assert not model.get_submodule(name).weight.requires_grad or name == "lm_head"
+        assert model.get_submodule(name).weight.data_ptr() != full.get_submodule(name).weight.data_ptr()
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # tied, as in the base
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("into", ["dequantised", "blocks", "full-precision"])
+def test_a_merge_keeps_precision_and_mode_and_rounds_once(into):
+    full = DigitsMLP(width=16)
+    model = copy.deepcopy(full)
+    quantize_nf4(model, exclude=["head"])
+    inject(model, LoRAConfig(rank=2, targets=["hidden1", "hidden2", "head"]))
+    randomise(model).bfloat16().train()
+    for layer in lora_layers(model).values():  # adapters stay in float32, as training has them
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
+    layers = {name: copy.deepcopy(each) for name, each in lora_layers(model).items()}
+    merge(model, into, full if into == "full-precision" else None)
+    for name, each in layers.items():
+        found = model.get_submodule(name)
+        assert found.training
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+        assert found.weight.dtype == found.bias.dtype == torch.bfloat16
+        assert isinstance(found, BlockLinear) == (into == "blocks" and name != "head")
+        frozen = full.get_submodule(name).weight if into == "full-precision" else each.base.weight
+        total = sum_by_hand(each, frozen)
+        if not isinstance(found, BlockLinear):
+            assert relative_error(found.weight, total) <= 1.001 * relative_error(total.bfloat16(), total)
+        else:
+            packed, _ = nf4(total.float())
+            assert (found.packed != packed).float().mean() < 0.002
+            assert (nf4(total.bfloat16())[0] != packed).float().mean() > 0.01  # so rounding before would be seen
+    assert model(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_base_in_half_precision_is_summed_in_the_models(llama):
+    full, model = qlora(llama, "NF4")
+    layer = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+    merge(model, "full-precision", full.bfloat16())
+    found = model.model.layers[0].mlp.up_proj.weight
+    assert found.dtype == torch.float32
+    assert relative_error(found, sum_by_hand(layer, full.model.layers[0].mlp.up_proj.weight)) < 1e-6
+
+
+def without(model, name):
+    replace(model, name, nn.Identity())
+    return model
+
+
+def with_another(layer):
+    def change(model):
+        model.hidden1 = layer
+        return model
+
+    return change
+
+
+def is_adapted(model):
+    inject(model, LoRAConfig(rank=1))
+    return model
+
+
+def is_quantised(model):
+    quantize_nf4(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda model: nn.Sequential(model), "'hidden1' is missing in it"),
+        (lambda model: without(model, "hidden1"), "'hidden1' is a Identity there, which cannot take its place"),
+        (is_adapted, "'hidden1' is adapted there too"),
+        (is_quantised, "'hidden1' is quantised there too"),
+        (lambda _: DigitsMLP(width=8), r"'hidden1' has shape \(8, 64\) there, but \(16, 64\) in the model"),
+        (with_another(nn.Linear(64, 16, bias=False)), "'hidden1' has a bias in only one of the two"),
+        (with_another(nn.Embedding(16, 64)), "'hidden1' is a Embedding there, which cannot take its place"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_and_nothing_is_merged(change, says):
+    model = DigitsMLP(width=16)
+    quantize_nf4(model)
+    inject(model, LoRAConfig(rank=2, targets=["hidden2", "hidden1"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"base does not fit the model: {says}; pass the model before it was quant"):
+        merge(model, into="full-precision", base=change(DigitsMLP(width=16)))
+    assert snapshot(model) == before
+
+
+def test_a_quantised_layer_without_an_adapter_is_checked_too():
+    model, full = DigitsMLP(width=16), DigitsMLP(width=16)
+    quantize_nf4(model, exclude=["head"])
+    inject(model, LoRAConfig(rank=2, targets=["hidden1"]))
+    full.hidden2 = nn.Linear(16, 17)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'hidden2' has shape \(17, 16\) there, but \(16, 16\)"):
+        merge(model, into="full-precision", base=full)
+    assert snapshot(model) == before
+    head = model.head  # neither adapted nor quantised
+    merge(model, into="full-precision", base=DigitsMLP(width=16, seed=1))
+    assert model.head is head
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"into": "dequantized"}, "into is 'dequantized', but it must be one of 'dequantised', 'blocks', 'full-precis"),
+        ({"into": DigitsMLP()}, "into is a DigitsMLP, but it must be one of"),
+        ({"into": "full-precision"}, "into is 'full-precision' and base is missing; pass the model before it was quan"),
+        (
+            {"base": DigitsMLP()},
+            "into is 'dequantised' and base is a DigitsMLP; pass .* with into='full-precision', and",
+        ),
+        ({"into": "blocks", "base": DigitsMLP()}, "into is 'blocks' and base is a DigitsMLP"),
+        (
+            {"into": "blocks"},
+            r"none of the model's 3 adapted layers is in blocks; call merge\(model\), and then quanti",
+        ),
+    ],
+)
+def test_a_merge_that_makes_no_sense_is_refused(options, says):
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(rank=2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=says):
+        merge(model, **options)
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="no adapters; call inject"):
+        merge(DigitsMLP(), **options)
+
+
+@pytest.mark.parametrize("into", ["dequantised", "blocks"])
+def test_a_layer_that_cannot_be_merged_leaves_the_others_adapted(into, monkeypatch):
+    model = DigitsMLP(width=16)
+    quantize_nf4(model, exclude=["hidden2"])
+    inject(model, LoRAConfig(rank=2))
+    before = snapshot(model)
+
+    def fails(*_):
+        raise ValueError("This one cannot be merged.")
+
+    monkeypatch.setattr(model.hidden2, "merged", fails)
+    with pytest.raises(ValueError, match=r"This one cannot be merged\."):
+        merge(model, into)
+    assert snapshot(model) == before
+    monkeypatch.undo()
+    assert merge(model, into) == ["hidden1", "hidden2", "head"]
+
+
+def test_full_precision_over_a_dense_model_takes_the_bases_weights():
+    """Such as after training over a base in bfloat16."""
+    model, full = DigitsMLP(width=16), DigitsMLP(width=16, seed=1)
+    inject(model, LoRAConfig(rank=2))
+    layer = copy.deepcopy(randomise(model).hidden1)
+    merge(model, "full-precision", full)
+    assert relative_error(model.hidden1.weight, sum_by_hand(layer, full.hidden1.weight)) < 1e-6
+    assert torch.equal(model.hidden1.bias, full.hidden1.bias)
 
 
 def test_importing_it_loads_no_more_than_torch():

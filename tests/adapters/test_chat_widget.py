@@ -1,0 +1,335 @@
+"""The conversation of a notebook, driven by its widgets as a reader drives them."""
+
+import re
+import threading
+
+import IPython.display
+import pytest
+import torch
+
+import lora_lab
+from lora_lab import Llama, LoRAConfig, adapter_state, adapters, inject, load_adapter, lora_layers, save_adapter
+from lora_lab.adapters.chat_widget import BASE
+from lora_lab.variants import DoRALinear
+from tests.helpers import randomise, run_python, snapshot
+
+PROMPT = "What is 2 + 2?"
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The outputs displayed, each as a mapping from MIME type to content."""
+    outputs = []
+    monkeypatch.setattr(IPython.display, "display", lambda bundle, raw: outputs.append(bundle))
+    return outputs
+
+
+@pytest.fixture
+def chat(tiny_config, chatter, folders, shown):
+    return lora_lab.chat(Llama(tiny_config), chatter, folders, max_new_tokens=12, seed=5)
+
+
+def press_enter(chat, text=None):
+    """What the browser sends when a reader types and presses Enter: first of the key, then the text if it is new."""
+    chat.field._handle_msg({"content": {"data": {"method": "custom", "content": {"event": "submit"}}}, "buffers": []})
+    if text is not None:
+        chat.field.value = text
+
+
+def ask(chat, text=PROMPT):
+    """Type and press Enter; the text of the answer."""
+    press_enter(chat, text)
+    chat.wait()
+    return texts(chat)[-1]
+
+
+def texts(chat):
+    """Label and text of each message, without HTML."""
+    pages = [view.value for view in chat.messages.children]
+    return [
+        re.sub("<[^>]*>", "", page).replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'") for page in pages
+    ]
+
+
+def expected(tiny_config, chatter, messages, seed, folder=None, factor=1.0):
+    """The answer by generate."""
+    model = Llama(tiny_config)
+    ids = torch.tensor(chatter.encode(chatter.chat(messages)))
+    options = {"temperature": 0.5, "repetition_penalty": 1.1, "seed": seed}
+    if folder is None:
+        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
+    load_adapter(model, folder)
+    with adapters.strength(model, factor):
+        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
+
+
+USER = [{"role": "user", "content": PROMPT}]
+
+
+def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(chat, tiny_config, chatter, folders):
+    first = expected(tiny_config, chatter, USER, 5, folders["one"])
+    assert ask(chat) == f"one\n{first}"
+    assert texts(chat)[0] == f"you\n{PROMPT}"
+    assert chat.field.value == ""
+    history = [*USER, {"role": "assistant", "content": first.strip()}, {"role": "user", "content": "And 3 + 3?"}]
+    chat.field.value = "And 3 + 3?"
+    assert len(texts(chat)) == 2  # a value alone sends nothing
+    chat.send.click()
+    chat.wait()
+    assert texts(chat)[2:] == ["you\nAnd 3 + 3?", f"one\n{expected(tiny_config, chatter, history, 6, folders['one'])}"]
+    chat.field.value = "   "
+    chat.send.click()
+    assert not chat.busy
+    assert len(texts(chat)) == 4
+
+
+def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, tiny_config, chatter, folders):
+    assert chat.adapter.options == (("one", "one"), ("two", "two"), (BASE, None))
+    assert (chat.adapter.value, chat.strength.value, chat.strength.min, chat.strength.max) == ("one", 1.0, 0.0, 2.0)
+    answers = set()
+    for seed, (name, factor, label) in enumerate(
+        [
+            ("two", 1.0, "two"),
+            ("two", 0.25, "two × 0.25"),  # noqa: RUF001
+            ("two", 0.0, "two × 0"),  # noqa: RUF001
+            (None, 0.5, BASE),
+            ("one", 2.0, "one × 2"),  # noqa: RUF001
+        ],
+        start=5,
+    ):
+        chat.adapter.value, chat.strength.value = name, factor
+        assert chat.strength.disabled == (name is None)
+        chat.new.click()
+        assert texts(chat) == []
+        answer = expected(tiny_config, chatter, USER, seed, name and folders[name], factor)
+        assert ask(chat) == f"{label}\n{answer}"
+        answers.add(answer)
+    assert len(answers) == 5
+    chat.adapter.value, chat.strength.value = "two", 0.0
+    chat.conversation._seed = 5
+    chat.new.click()
+    assert ask(chat).partition("\n")[2] == expected(tiny_config, chatter, USER, 5)  # a strength of 0 is the base
+
+
+class Slow:
+    """Stands in for the conversation's answer: goes on when it may."""
+
+    def __init__(self, chat, monkeypatch, parts=("a", "b", "c")):
+        self.go, self.at = threading.Semaphore(0), threading.Semaphore(0)
+        self.closed = False
+        monkeypatch.setattr(chat.conversation, "answer", self.answer)
+        self.parts = parts
+
+    def answer(self, text):
+        try:
+            for part in self.parts:
+                self.at.release()
+                assert self.go.acquire(timeout=20)
+                if isinstance(part, Exception):
+                    raise part
+                yield part
+        finally:
+            self.closed = True
+
+
+def usable(chat):
+    controls = ("adapter", "strength", "send", "new", "stop", "field")
+    return {name for name in controls if not getattr(chat, name).disabled}
+
+
+IDLE = {"adapter", "strength", "send", "new", "field"}
+
+
+def test_controls_rest_while_an_answer_is_made_and_words_appear_as_they_are_made(chat, monkeypatch):
+    slow = Slow(chat, monkeypatch)
+    assert usable(chat) == IDLE
+    press_enter(chat, PROMPT)
+    assert slow.at.acquire(timeout=20)
+    assert chat.busy
+    assert usable(chat) == {"stop", "field"}
+    seen = []
+    for _ in slow.parts[:-1]:
+        slow.go.release()
+        assert slow.at.acquire(timeout=20)  # it asks for the next part when the last one is shown
+        seen.append(texts(chat)[-1])
+    assert seen == ["one\na", "one\nab"]
+    press_enter(chat, "too early")  # the next message may be written, and is sent later
+    assert len(texts(chat)) == 2
+    assert chat.field.value == "too early"
+    slow.go.release()
+    chat.wait()
+    assert texts(chat)[-1] == "one\nabc"
+    assert not chat.busy
+    assert usable(chat) == IDLE
+    chat.wait()  # nothing to wait for
+
+
+def test_stop_ends_an_answer_and_what_was_made_stays(chat, monkeypatch):
+    slow = Slow(chat, monkeypatch)
+    press_enter(chat, PROMPT)
+    assert slow.at.acquire(timeout=20)
+    chat.stop.click()
+    slow.go.release(3)
+    chat.wait()
+    assert texts(chat)[-1] == "one\na [stopped]"
+    assert slow.closed
+    assert usable(chat) == IDLE
+    monkeypatch.undo()
+    assert "[stopped]" not in ask(chat)  # the next one is not stopped
+    assert chat.conversation.messages[-1]["role"] == "assistant"
+
+
+def test_a_stopped_answer_of_the_model_is_what_the_conversation_goes_on_with(chat, monkeypatch):
+    answer = chat.conversation.answer
+
+    def stopped_after_two(text):
+        for count, part in enumerate(answer(text), start=1):
+            if count == 2:
+                chat.stop.click()
+            yield part
+
+    monkeypatch.setattr(chat.conversation, "answer", stopped_after_two)
+    shown_text = ask(chat).removeprefix("one\n").removesuffix(" [stopped]")
+    assert [message["role"] for message in chat.conversation.messages] == ["user", "assistant"]
+    assert chat.conversation.messages[1]["content"].startswith(shown_text.strip())
+    assert not lora_layers(chat.conversation.model)
+
+
+def test_what_people_and_models_write_is_shown_as_text(chat, monkeypatch):
+    slow = Slow(chat, monkeypatch, ["<img src=x ", "onerror=alert(1)>&amp;"])
+    slow.go.release(2)
+    press_enter(chat, "<script>alert('1')</script> & <b>")
+    chat.wait()
+    user, answer = (view.value for view in chat.messages.children)
+    assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt; &amp; &lt;b&gt;</div>" in user
+    assert "&lt;img src=x onerror=alert(1)&gt;&amp;amp;</div>" in answer
+
+
+def test_a_name_of_an_adapter_is_text_too(tiny_config, chatter, folders, shown):
+    chat = lora_lab.chat(Llama(tiny_config), chatter, {"<i>": folders["one"]}, max_new_tokens=2)
+    ask(chat)
+    assert "<b>&lt;i&gt;</b>" in chat.messages.children[1].value
+
+
+def test_an_error_is_a_sentence_in_the_conversation_and_the_text_comes_back(chat):
+    text = "Is </s> a token?"
+    answer = ask(chat, text)
+    assert answer.startswith("one\nA text holds '</s>'")
+    assert chat.field.value == text
+    assert chat.conversation.messages == []
+    assert usable(chat) == IDLE
+    assert not lora_layers(chat.conversation.model)
+    press_enter(chat)  # as it is: the kernel has the text already
+    assert not chat.busy
+    chat.wait()
+    assert texts(chat)[-1] == answer
+    assert len(texts(chat)) == 4
+    ask(chat)
+    assert len(chat.conversation.messages) == 2
+
+
+def test_other_messages_of_the_field_and_enter_on_an_empty_one_send_nothing(chat):
+    chat.field._handle_msg({"content": {"data": {"method": "custom", "content": {"event": "other"}}}, "buffers": []})
+    chat.field.value = PROMPT  # as when the field is left for the slider
+    chat.wait()
+    chat.field.value = ""
+    press_enter(chat)
+    chat.wait()
+    chat.field.value = PROMPT
+    assert not chat.busy
+    assert texts(chat) == []
+
+
+def test_an_error_in_the_middle_keeps_what_was_made_and_names_its_kind(chat, monkeypatch):
+    slow = Slow(chat, monkeypatch, ["It is", RuntimeError("out of memory")])
+    slow.go.release(2)
+    assert ask(chat) == "one\nIt is\nRuntimeError: out of memory"
+    assert chat.field.value == ""
+    assert usable(chat) == IDLE
+    slow = Slow(chat, monkeypatch, [ValueError("No.")])
+    press_enter(chat, PROMPT)
+    assert slow.at.acquire(timeout=20)
+    chat.field.value = "the next"
+    slow.go.release()
+    chat.wait()
+    assert chat.field.value == "the next"  # what was written meanwhile is not overwritten
+
+
+def test_an_answer_without_a_word_says_so(chat, monkeypatch):
+    Slow(chat, monkeypatch, [])
+    assert ask(chat) == "one\n[The model ended its answer before the first word.]"
+
+
+def test_between_answers_the_model_is_the_base_so_that_the_cell_can_be_run_again(chat, chatter, folders, shown):
+    model = chat.conversation.model
+    before = snapshot(model)
+    assert lora_layers(model) == {}
+    ask(chat)
+    assert snapshot(model) == before
+    again = lora_lab.chat(model, chatter, folders, max_new_tokens=12, seed=5)
+    assert ask(again) == texts(chat)[1]
+
+
+def test_adapters_that_were_trained_meanwhile_are_not_taken_off(chat):
+    model = chat.conversation.model
+    inject(model, LoRAConfig(rank=3))
+    layers = lora_layers(model)
+    assert ask(chat).startswith("one\nThe model already has adapters on 14 layers; merge them")
+    assert lora_layers(model) == layers
+    assert chat.conversation.messages == []
+    assert usable(chat) == IDLE
+
+
+def test_a_new_conversation_forgets_the_messages(chat, tiny_config, chatter, folders):
+    ask(chat, "My name is Ada.")
+    chat.new.click()
+    assert texts(chat) == chat.conversation.messages == []
+    assert ask(chat) == f"one\n{expected(tiny_config, chatter, USER, 6, folders['one'])}"
+
+
+def test_without_adapters_the_base_answers(tiny_config, chatter, shown):
+    chat = lora_lab.chat(Llama(tiny_config), chatter, max_new_tokens=12, seed=5)
+    assert chat.adapter.options == ((BASE, None),)
+    assert chat.strength.disabled
+    assert ask(chat) == f"{BASE}\n{expected(tiny_config, chatter, USER, 5)}"
+
+
+def test_an_adapter_in_memory_and_one_of_dora_answer_too(tiny_config, chatter, folders, shown, tmp_path):
+    trained = Llama(tiny_config)
+    load_adapter(trained, folders["two"])
+    dora = Llama(tiny_config)
+    inject(dora, LoRAConfig(rank=2), layer=DoRALinear)
+    folder = save_adapter(randomise(dora), tmp_path / "dora")
+    state = adapter_state(trained)
+    chat = lora_lab.chat(Llama(tiny_config), chatter, {"mine": state, "dora": folder}, max_new_tokens=12, seed=5)
+    assert ask(chat) == f"mine\n{expected(tiny_config, chatter, USER, 5, folders['two'])}"
+    chat.new.click()
+    chat.adapter.value = "dora"
+    assert ask(chat) == f"dora\n{expected(tiny_config, chatter, USER, 6, folder)}"
+    chat.strength.value = 0.5
+    assert "has an adapter of type DoRALinear" in ask(chat)
+
+
+def test_it_is_shown_once_and_errors_come_before(tiny_config, chatter, folders, shown, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        lora_lab.chat(Llama(tiny_config), chatter, {"none": tmp_path / "nowhere"})
+    adapted = Llama(tiny_config)
+    inject(adapted, LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match="already has adapters"):
+        lora_lab.chat(adapted, chatter)
+    assert shown == []
+    chat = lora_lab.chat(Llama(tiny_config), chatter, folders)
+    assert chat._ipython_display_() is None
+    (bundle,) = shown
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == chat.panel.model_id
+    assert bundle["text/plain"].startswith("A conversation: controls for the adapter")
+
+
+def test_widgets_are_imported_when_a_chat_is_made():
+    script = """
+import sys
+import lora_lab
+lora_lab.chat
+print(*({"ipywidgets", "IPython", "matplotlib"} & set(sys.modules)))
+"""
+    assert run_python(script).stdout.split() == []
