@@ -9,11 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lab.adapters.chat import Conversation
 from lora_lab.inject import require_no_adapters
-from lora_lab.models.llama import Llama
 from lora_lab.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ class Chat:
 
 
 def chat(
-    model: Llama,
+    model: nn.Module,
     tokenizer: Tokenizer,
     adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
     *,
