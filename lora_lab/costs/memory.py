@@ -141,16 +141,28 @@ class _Rehearsal:
             yield self.setup.step(twin)
 
     def _record(self, step: TrainingStep, batch: Batch) -> Recording:
-        """Two steps, of which the second is recorded: the first lacks the optimiser's state."""
+        """The second step: the first lacks the optimiser's state."""
         parts, weights = self.setup.batches(batch)
         with ExitStack() as stack:
             if self.estimated:
                 stack.enter_context(_cuda_attention(step, parts[0]))
                 stack.enter_context(_fused_norms())
-            log = StorageLog(step)
-            log.run(parts, weights)
+            if type(step) is TrainingStep:
+                _update_once(step)
+                log = StorageLog(step)
+            else:  # a lean step keeps more than its optimiser does
+                log = StorageLog(step)
+                log.run(parts, weights)
             log.run(parts, weights)
             return log.recording(setting_of(self.setup, step.model, batch))
+
+
+def _update_once(step: TrainingStep) -> None:
+    """Leave behind what a first step does, gradients and the optimiser's state, without taking it."""
+    for group in step.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
 
 
 def _check_certain(recording: Recording, model: nn.Module) -> None:

@@ -46,6 +46,7 @@ _GROUP = 256  # blocks of NF4-double that share a step
 _E4M3_MAX = 448.0  # the largest number of torch.float8_e4m3fn
 # Weights dequantised at a time: allocating 100 MB at once takes longer than computing the weights in it.
 _AT_ONCE = 2**21
+_MOST_SLICES = 16  # of a larger matrix: each slice takes a dozen operations, whatever its size
 
 
 # Formats
@@ -400,7 +401,7 @@ class BlockLinear(BlockWeight):
 
     def slices(self) -> list[tuple[int, int]]:
         """Ranges of rows to dequantise one after another, so that a large matrix never exists whole."""
-        size = max(1, _AT_ONCE // self.in_features)
+        size = max(1, max(_AT_ONCE, self.in_features * self.out_features // _MOST_SLICES) // self.in_features)
         return [(start, min(start + size, self.out_features)) for start in range(0, self.out_features, size)]
 
     def extra_repr(self) -> str:
