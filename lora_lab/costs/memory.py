@@ -65,7 +65,6 @@ __all__ = [
 ]
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
-_DOUBTFUL = 0.03  # of the peak
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
 
@@ -128,7 +127,6 @@ class _Rehearsal:
                 return step.model, self._record(step, batch_for(step.model, batch_size, seq_len, batch))
 
         recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
-        _check_certain(recording)
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
@@ -151,17 +149,6 @@ class _Rehearsal:
             log.run(parts, weights)
             log.run(parts, weights)
             return log.recording(setting_of(self.setup, step.model, batch))
-
-
-def _check_certain(recording: Recording) -> None:
-    """Raise ValueError if the peak depends on something that a rehearsal cannot see."""
-    bill = recording.bill("predicted")
-    if recording.doubtful_bytes > _DOUBTFUL * bill.peak_bytes:
-        raise ValueError(
-            f"The peak of this step cannot be predicted to {_DOUBTFUL:.0%}: it is where autograd adds up two gradients "
-            f"of {recording.doubtful_bytes / MIB:,.1f} MiB (as in the scan of a state-space model), in place or not; "
-            "measure a real step with memory.measure."
-        )
 
 
 def measure(
