@@ -82,7 +82,9 @@ def mamba() -> nn.Module:
 
 def mamba2() -> nn.Module:
     shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
-    return hf.Mamba2ForCausalLM(hf.Mamba2Config(**shape, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4))
+    return hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(**shape, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+    )
 
 
 def bert_config(**changes: int) -> hf.BertConfig:
