@@ -71,6 +71,7 @@ class LlamaReader(Reader):
         self.cache = KeyValueCache()
 
     def branch(self) -> LlamaReader:
+        """As :meth:`Reader.branch`, with a cache of its own."""
         other = copy.copy(self)
         other.cache = KeyValueCache()
         other.cache.layers = dict(self.cache.layers)
@@ -92,6 +93,7 @@ class TransformersReader(Reader):
     ids: Tensor | None = None  # all that was read, for a model without a cache
 
     def branch(self) -> TransformersReader:
+        """As :meth:`Reader.branch`, with a cache of its own."""
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
         return other

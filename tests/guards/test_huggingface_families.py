@@ -288,8 +288,10 @@ def test_the_predicted_peak_is_the_measured_one(family, how):
     model, method = fresh(family.make), FullFineTuning() if how == "full" else family.method
     tolerance = 1e-3
     if "own" in how:
-        model.to(torch.bfloat16).gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
         tolerance = 0.03
+        if family.make not in (mixtral, qwen3_moe):  # what a product in bfloat16 needs inside is no tensor, but counts
+            model.to(torch.bfloat16)
     predicted = memory.predict(model, method, batch=family.batch)
     measured = memory.measure(model, method, family.batch)
     assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=tolerance)
@@ -326,6 +328,13 @@ def test_flops_are_those_that_torch_counts_in_a_real_step(family, full):
     found = flops(original(family.make), method, batch=(examples.inputs, examples.targets))
     assert found.total == counter.get_total_flops() > 0
     assert (found.part("adapters") == 0) is full
+
+
+@EXPERTS
+def test_the_peak_with_experts_in_bfloat16_is_predicted_too(family):
+    predicted = memory.predict(original(family.make), family.method, batch=family.batch, dtype=torch.bfloat16)
+    measured = memory.measure(original(family.make), family.method, family.batch, dtype=torch.bfloat16)
+    assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
 
 
 @EXPERTS
