@@ -50,11 +50,58 @@ def falcon() -> nn.Module:
     return hf.FalconForCausalLM(config)
 
 
-def bert() -> nn.Module:
+def phi() -> nn.Module:
+    """Attention and MLP side by side, a head with a bias, and rotary embeddings of half of each head."""
+    return hf.PhiForCausalLM(hf.PhiConfig(**SHAPE, tie_word_embeddings=False))
+
+
+def olmo2() -> nn.Module:
+    return hf.Olmo2ForCausalLM(hf.Olmo2Config(**SHAPE))
+
+
+def mistral() -> nn.Module:
+    """Its layers look back four tokens only."""
+    return hf.MistralForCausalLM(hf.MistralConfig(**SHAPE, sliding_window=4))
+
+
+def mixtral() -> nn.Module:
+    """The weights of all experts of a layer are one parameter of three dimensions."""
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
+
+
+def qwen3_moe() -> nn.Module:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**SHAPE, **experts, head_dim=8))
+
+
+def mamba() -> nn.Module:
+    """A state-space model: no attention, no positions, and no cache of keys and values."""
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+    return hf.MambaForCausalLM(hf.MambaConfig(**shape, state_size=4))
+
+
+def mamba2() -> nn.Module:
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+    return hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(**shape, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+    )
+
+
+def bert_config(**changes: int) -> hf.BertConfig:
     shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = hf.BertConfig(**shape, **without, num_attention_heads=2, max_position_embeddings=16, num_labels=3)
-    return hf.BertForSequenceClassification(config)
+    config = {"num_attention_heads": 2, "max_position_embeddings": 16, "num_labels": 3}
+    return hf.BertConfig(**(shape | without | config | changes))
+
+
+def bert() -> nn.Module:
+    """A class for each text."""
+    return hf.BertForSequenceClassification(bert_config())
+
+
+def bert_tokens() -> nn.Module:
+    """A class for each token."""
+    return hf.BertForTokenClassification(bert_config())
 
 
 def t5() -> nn.Module:

@@ -30,6 +30,7 @@ from lora_lab.lora import LoRALayer, LoRALinear
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
+from lora_lab.task import is_encoder_decoder
 from lora_lab.train import Batch, TrainingStep
 from lora_lab.variants import LoRAFALinear, RsLoRALinear
 
@@ -40,8 +41,20 @@ PASSES = (FORWARD, INPUT, WEIGHT, AGAIN)
 GIGA = 10**9
 _ATEN = torch.ops.aten
 _SUMS = (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_)
-# torch's own formulas, which lack the in-place variants.
-_FORMULAS = {**flop_registry, _ATEN.addmm_: flop_registry[_ATEN.addmm], _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm]}
+
+
+def _grouped_flops(tokens: Tensor, experts: Tensor, *_: Any, **__: Any) -> int:
+    """Of a product in which each row of tokens meets one expert's matrix: (n, in) and (experts, in, out)."""
+    return 2 * tokens.shape[-2] * tokens.shape[-1] * experts.shape[-1]
+
+
+# torch's own formulas, which lack the in-place variants and the product of a mixture of experts.
+_FORMULAS = {
+    **flop_registry,
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
+    _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],
+    _ATEN._grouped_mm: _grouped_flops,
+}
 
 
 @dataclass(frozen=True)
@@ -385,7 +398,8 @@ def size_of(batch: Batch) -> tuple[int, int | None]:
 
 
 def _of_plain_blocks(model: nn.Module) -> bool:
-    """Whether the model is a stack of blocks without convolutions, and each of its adapters has two plain factors."""
+    """Whether the model is one stack of blocks without convolutions or experts, with adapters of two plain factors."""
     convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
+    experts = any(parameter.ndim > 2 for parameter in model.parameters())
     plain = all(type(layer) in (LoRALinear, RsLoRALinear, LoRAFALinear) for layer in lora_layers(model).values())
-    return bool(transformer_blocks(model)) and plain and not convolutions
+    return bool(transformer_blocks(model)) and plain and not (convolutions or experts or is_encoder_decoder(model))

@@ -65,7 +65,6 @@ __all__ = [
 ]
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
-_DOUBTFUL = 0.03  # of the peak
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
 
@@ -128,7 +127,6 @@ class _Rehearsal:
                 return step.model, self._record(step, batch_for(step.model, batch_size, seq_len, batch))
 
         recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
-        _check_certain(recording, self.model)
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
@@ -163,23 +161,6 @@ def _update_once(step: TrainingStep) -> None:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
-
-
-def _check_certain(recording: Recording, model: nn.Module) -> None:
-    """Raise ValueError for a state-space model whose peak lies where a rehearsal cannot tell what a real step does.
-
-    In the scan of such a model (Gu and Dao 2023, "Mamba", arXiv 2312.00752, section 3.3) every position adds to the
-    gradient of the same matrices. Measured on the CPU, a real step adds in place there and needs up to 9 % less.
-    """
-    if not any(name.endswith("A_log") for name, _ in model.named_parameters()):
-        return
-    share = recording.doubtful_bytes / recording.bill("predicted").peak_bytes
-    if share > _DOUBTFUL:
-        raise ValueError(
-            f"The peak of this {type(model).__name__} cannot be predicted: it lies in the scan of a state-space model, "
-            f"where a real step may add gradients in place and need {share:.0%} less; measure a real step with "
-            "memory.measure."
-        )
 
 
 def measure(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
@@ -78,20 +79,6 @@ class Recording:
             saved[part] += _rounded(size, block)
         return Bill(at_peak, self._describe(peak), source, self.setting, ordered(saved), timeline)
 
-    @property
-    def doubtful_bytes(self) -> int:
-        """Bytes of the peak that a real step may not need, because autograd may add two gradients in place.
-
-        It does so where nothing else refers to the first of them, which is then released in the recording: with a
-        dispatch mode active, as in any recording, the sum is a new storage.
-        """
-        totals = [sum(parts.values()) for parts in self._moments(1)]
-        peak = self.operations[max(range(len(totals)), key=totals.__getitem__)]
-        if (peak.phase, peak.name) != ("backward", "add"):
-            return 0
-        released = Counter(size for _, size in peak.released)
-        return sum(size for _, size in peak.allocated if released[size])
-
     def _moments(self, block: int) -> Iterator[Counter[str]]:
         """Bytes by part after each operation; it is the same counter each time."""
         now: Counter[str] = Counter()
@@ -125,6 +112,7 @@ class _Life:
     module: str
     recomputing: bool
     wide: bool
+    node: int | None
     died: float = math.inf
     savers: set[Kind] = field(default_factory=set)
     named: Part | None = None
@@ -155,6 +143,7 @@ class StorageLog(StepTracer):
         self.phases: list[str] = []  # of each operation; its index is the time
         self.names: list[str] = []
         self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
+        self._sums: list[tuple[_Life, _Life]] = []  # a gradient, and the sum of it and another
         self._of_batch: set[int] = set()
         self._name()
 
@@ -165,6 +154,8 @@ class StorageLog(StepTracer):
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._enter(tensor)
+        if self.phase == "backward" and function._opname == "add" and not self.recomputing:
+            self._note_sum(args[0], out)
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and follow it; what an earlier step left behind is part of it."""
@@ -176,6 +167,7 @@ class StorageLog(StepTracer):
 
     def recording(self, setting: str) -> Recording:
         """The last step that was run, of the model, setup and batch that ``setting`` names."""
+        self._merge_sums()
         times = range(self._start, len(self.phases))
         last_forward = max((time for time in times if self.phases[time] == "forward"), default=self._start)
         allocated: dict[int, list[_Life]] = {time: [] for time in times}
@@ -224,7 +216,7 @@ class StorageLog(StepTracer):
         storage = tensor.untyped_storage()
         wide = self.width is not None and tensor.ndim > 1 and tensor.shape[-1] == self.width
         time = max(0, len(self.phases) - 1)
-        life = _Life(storage.nbytes(), time, self.phase, self.kind, self.module, self.recomputing, wide)
+        life = _Life(storage.nbytes(), time, self.phase, self.kind, self.module, self.recomputing, wide, _node())
         if self.phase == "backward" and tensor.shape == self._head_shape:
             life.named = Part.HEAD_GRADIENT
         self.lives.append(life)
@@ -235,9 +227,37 @@ class StorageLog(StepTracer):
 
         self._alive[key] = (life, weakref.ref(storage, dead))
 
+    def _note_sum(self, first: Tensor, total: Tensor) -> None:
+        """Remember a sum that autograd makes of two gradients of one tensor, and that may take the first one's storage.
+
+        The first was then made by another of its nodes than the one that is running. A view gives no storage away.
+        """
+        before, after = (self._alive.get(storage_of(tensor)) for tensor in (first, total))
+        if before is None or after is None or before[0].node == after[0].node or first._is_view():
+            return
+        if torch.ops.aten.is_non_overlapping_and_dense(first):
+            self._sums.append((before[0], after[0]))
+
+    def _merge_sums(self) -> None:
+        """Make one storage of a gradient and a sum that a real step adds to it in place.
+
+        Autograd does so where nothing else refers to the gradient (input_buffer.cpp), but not while operations are
+        being followed: then the sum is a new storage, and the gradient is released.
+        """
+        for first, total in reversed(self._sums):  # a sum may be the first gradient of the next one
+            if first.died == total.born:
+                first.died, first.named, total.size = total.died, total.named, 0
+        self._sums.clear()
+
     def _save(self, tensor: Tensor) -> None:
         if (entry := self._alive.get(storage_of(tensor))) is not None:
             entry[0].savers.add(self.kind)
+
+
+def _node() -> int | None:
+    """The number of the node of autograd's graph that is running in the backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
 
 
 def _has_module(life: _Life) -> bool:

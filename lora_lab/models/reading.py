@@ -83,7 +83,11 @@ class LlamaReader(Reader):
 
 
 class TransformersReader(Reader):
-    """Of a causal language model of transformers. Where it has no cache of keys and values, it reads all again."""
+    """Of a causal language model of transformers.
+
+    A model without a cache of keys and values reads all again, such as a state-space model, whose state is continued by
+    one token at a time only.
+    """
 
     cache: Any = None
     ids: Tensor | None = None  # all that was read, for a model without a cache
@@ -96,20 +100,23 @@ class TransformersReader(Reader):
 
     def _logits(self, ids: Tensor, last: bool) -> Tensor:
         new = ids.shape[1]
-        if not accepts(self.model, "past_key_values"):
+        # transformers has renamed the argument, and the field of the outputs.
+        name = next((name for name in ("cache", "past_key_values") if accepts(self.model, name)), None)
+        if name is None or getattr(self.model, "_is_stateful", False):
+            name = None
             ids = self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)  # (16, length)
-            masked = {} if self.mask is None else {"attention_mask": self.mask}
-            return self.model(ids, use_cache=False, **masked).logits[:, -new:]  # (16, new, vocabulary)
-        arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        arguments: dict[str, Any] = {"use_cache": False} if name is None else {"use_cache": True, name: self.cache}
         if self.mask is not None:
             arguments["attention_mask"] = self.mask
             if accepts(self.model, "position_ids"):  # the first real token of each text is at position 0
-                arguments["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new:]  # (16, new)
+                positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (16, length)
+                arguments["position_ids"] = positions[:, -ids.shape[1] :]  # (16, new)
         if last and accepts(self.model, "logits_to_keep"):
             arguments["logits_to_keep"] = 1
         outputs = self.model(ids, **arguments)
-        self.cache = outputs.past_key_values
-        return outputs.logits
+        if name is not None:
+            self.cache = getattr(outputs, name)
+        return outputs.logits[:, -new:]  # (16, 1 or new, vocabulary)
 
 
 def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:

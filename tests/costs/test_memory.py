@@ -1335,7 +1335,7 @@ def test_a_batch_must_be_described(sizes, says):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("a name", "model is a str, but it must be a torch.nn.Module or make one"),
+        (3, "model is a int, but it must be a torch.nn.Module or make one"),
         (None, "model is a NoneType"),
         (lambda: 3, "The factory made a int, but it must make a torch.nn.Module"),
     ],

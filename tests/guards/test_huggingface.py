@@ -25,9 +25,9 @@ from lora_lab.inject import LoRAConfig
 from lora_lab.methods import AsItIs, DoRA
 from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
-from lora_lab.tasks.generate import answers
-from lora_lab.tasks.instruction import PARTS
-from tests.tiny_models import SHAPE, falcon, fresh, gemma3, gpt2, llama, original, qwen3
+from lora_lab.tasks.generate import answers, choices, reply
+from tests.helpers import enlarge, randomise_all
+from tests.tiny_models import SHAPE, falcon, fresh, gemma3, gpt2, llama, mamba, original, phi, qwen3
 
 pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 
@@ -322,15 +322,73 @@ def test_extracted_adapters_of_a_change_of_rank_two_give_the_tuned_model(make):
     assert max(errors.values()) < 1e-5
 
 
-def test_answers_of_a_model_of_transformers_are_refused_in_one_sentence(tiny_hf, tiny_tokenizer):
+# What they answer
+
+
+def speaking(make):
+    """A model of that family with room for the tiny tokenizer's texts, and logits that are far apart."""
+    config = copy.deepcopy(original(make).config)
+    config.update({"vocab_size": 260, "max_position_embeddings": 128, "eos_token_id": 259, "pad_token_id": 0})
+    return enlarge(randomise_all(type(original(make))(config).eval(), seed=2), 3)
+
+
+@pytest.fixture
+def plain(tiny_tokenizer):
+    """The tiny tokenizer with a chat template that adds nothing to the texts."""
     tokenizer = copy.copy(tiny_tokenizer)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    pairs = {part: [Pair(f"Say {n} in {part}.", a) for n, a in enumerate(("yes", "no"))] for part in PARTS}
-    for metric in ("", "classification"):
-        with pytest.raises(
-            ValueError, match=r"^Only a lora_lab.Llama can .*, but the model is a LlamaForCausalLM; load .* score\.$"
-        ):
-            answers(tiny_hf(), from_pairs(tokenizer, pairs, metric=metric))
+    return tokenizer
+
+
+SPEAKERS = pytest.mark.parametrize("make", [llama, gpt2, gemma3, phi, mamba])
+
+
+@SPEAKERS
+@torch.no_grad()
+def test_answers_are_those_of_transformers_own_generate_with_padding_on_the_left(make, plain):
+    model = speaking(make)
+    task = from_pairs(plain, [Pair("x" * (5 * i % 14) + chr(97 + i), "abc") for i in range(12)])
+    prompts = [task.prompt_ids(pair) for pair in task.pairs["train"]]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": 259, "pad_token_id": 259}
+    expected = [
+        plain.decode([token for token in row if token != 259]).strip()
+        for row in model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+    ]
+    assert answers(model, task, "train", max_new_tokens=8, batch_size=len(prompts)) == expected
+    assert answers(model, task, "train", max_new_tokens=8, batch_size=2) == expected
+    assert [reply(model, plain, pair.prompt, max_new_tokens=8) for pair in task.pairs["train"]] == expected
+    assert len(set(expected)) > 1
+    unmasked = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, longest:]
+    assert [plain.decode(row).strip() for row in unmasked.tolist()] != expected
+
+
+@SPEAKERS
+def test_each_token_is_read_once_where_there_is_a_cache_of_keys_and_values(make, plain):
+    model, lengths = speaking(make), []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    assert reply(model, plain, "abcd", max_new_tokens=4)
+    assert lengths == ([4, 5, 6, 7] if make is mamba else [4, 1, 1, 1])
+
+
+@SPEAKERS
+@torch.no_grad()
+def test_a_class_is_chosen_by_the_log_likelihood_that_transformers_computes(make, plain):
+    model, labels = speaking(make), [chr(97 + i) + chr(122 - i) for i in range(20)]
+    pairs = [Pair("x" * (5 * i % 14) + chr(65 + i), labels[i % 20]) for i in range(30)]
+    task = from_pairs(plain, pairs, metric="classification")
+    expected = []
+    for pair in task.pairs["train"]:
+        scores = []
+        for label in labels:
+            prompt, answer = task.prompt_ids(pair), plain.encode(label)
+            found = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            scores.append(float(found[range(len(answer)), answer].sum()))
+        expected.append(labels[scores.index(max(scores))])
+    assert choices(model, task, task.pairs["train"], labels, 7) == expected
+    assert len(set(expected)) > 1
 
 
 # Falcon, whose linear layers derive from nn.Linear

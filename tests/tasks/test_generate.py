@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from lora_lab import Llama
-from lora_lab.tasks import IGNORE, Pair, from_pairs
+from lora_lab.tasks import IGNORE, Pair, from_pairs, generate
 from lora_lab.tasks.generate import answers, choices, classes, reply
 from tests.helpers import enlarge, sums
+from tests.tiny_models import bert, fresh, llama, t5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,13 +49,15 @@ def written(tokenizer, ids):
 
 
 def test_a_reply_has_no_white_space_around_it(chatter, talker, monkeypatch):
-    monkeypatch.setattr(Llama, "generate", lambda *_, **__: torch.tensor(chatter.encode(" yes, no \n")))
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: chatter.encode(" yes, no \n"))
     assert reply(talker, chatter, "?") == "yes, no"
 
 
-def test_only_our_llama_replies_and_only_with_a_chat_template(chatter, talker, tiny_tokenizer):
-    with pytest.raises(ValueError, match=r"Only a lora_lab\.Llama can generate .* is a Linear; load its folder"):
-        reply(torch.nn.Linear(2, 2), chatter, "?")
+def test_only_a_causal_language_model_replies_and_only_with_a_chat_template(chatter, talker, tiny_tokenizer):
+    for model in (torch.nn.Linear(2, 2), fresh(bert), fresh(t5), fresh(llama).model):
+        name = type(model).__name__
+        with pytest.raises(ValueError, match=rf"^Only a causal language model .*, but the model is a {name}; use"):
+            reply(model, chatter, "?")
     with pytest.raises(ValueError, match="no chat template"):
         reply(talker, tiny_tokenizer, "?")
 
