@@ -42,6 +42,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """The length of each example, (n,); None if all have the same."""
+        return None
+
     def __getitem__(self, rows: Tensor | slice) -> Examples:
         return Examples(self.inputs[rows], self.targets[rows])
 
@@ -50,7 +55,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, on the model's device
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> mean loss of the batch, ()
 
 
-def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def logits(model: nn.Module, inputs: Tensor, **options: Tensor) -> Tensor:
     """The logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
 
     The model may return the tensor, a tuple that begins with it, or an object with an attribute ``logits``, as the
@@ -60,11 +65,13 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor:
     Args:
         model: takes the inputs as its first argument.
         inputs: (batch, ...), as in :class:`Examples`.
+        **options: what else the model is called with, such as ``position_ids``.
 
     Raises:
         TypeError: the model returns something else, such as the hidden states of a model without a head.
     """
-    outputs = model(inputs, use_cache=False) if _accepts(model, "use_cache") else model(inputs)
+    without_cache = {"use_cache": False} if accepts(model, "use_cache") else {}
+    outputs = model(inputs, **options, **without_cache)
     result = getattr(outputs, "logits", outputs)
     if isinstance(result, tuple) and result:
         result = result[0]
@@ -76,7 +83,8 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor:
     return result
 
 
-def _accepts(model: nn.Module, argument: str) -> bool:
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward pass has an argument of this name."""
     # Wrappers of peft and of torch.compile pass all arguments on, so the wrapped model decides.
     unwrap = getattr(model, "get_base_model", None)
     inner = getattr(model, "_orig_mod", model) if unwrap is None else unwrap()
@@ -88,7 +96,11 @@ def _accepts(model: nn.Module, argument: str) -> bool:
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats over the targets other than ``IGNORE``, for classes and for next tokens."""
-    scores = logits(model, inputs)  # (batch, classes), or (batch, length, vocabulary)
+    return mean_cross_entropy(logits(model, inputs), targets)  # ()
+
+
+def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`cross_entropy`, of logits (batch, classes) or (batch, length, vocabulary)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
     return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
@@ -150,6 +162,13 @@ class Task:
     def counted(self, examples: Examples) -> int:
         """The number of targets that count in a batch: tokens for text, examples otherwise."""
         return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that a model can be trained on this task, before it is changed. Here nothing is checked.
+
+        Raises:
+            ValueError: it cannot.
+        """
 
     def describe(self) -> str:
         """A summary in a few lines of text: sizes, shapes, source, fingerprint."""
