@@ -276,6 +276,7 @@ class Llama(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         position_ids: Tensor | None = None,
+        logits_to_keep: Tensor | None = None,
     ) -> Tensor:
         """Logits (batch, length, vocabulary).
 
@@ -285,11 +286,15 @@ class Llama(nn.Module):
             cache: keys and values of the past positions, which ``ids`` continue; it is extended in place.
             position_ids: (batch, length), integers, for rows that hold several examples each: where they start again
                 at 0 another example begins, which attends to none before it.
+            logits_to_keep: indices (columns,) of the positions whose logits are returned; None returns all.
 
         Raises:
             ValueError: both ``cache`` and ``position_ids`` are given.
         """
-        return self.lm_head(self.model(ids, attention_mask, cache, position_ids))  # (4, 128, 49152)
+        hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
+        if logits_to_keep is not None:
+            hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
+        return self.lm_head(hidden)  # (4, 128, 49152)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head, which "all-linear" does not adapt."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.task import IGNORE, Examples, Task, accepts, cross_entropy, described, logits, mean_cross_entropy
@@ -30,13 +31,21 @@ _ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
 def row_cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """``cross_entropy`` of rows that hold several examples each.
 
+    Of models that can leave logits out, ours and those of transformers, only the columns are asked for in which a
+    target of some row counts: answers are a small part of the tokens, and logits a large part of the work. (Not on fake
+    tensors, which have no values: a prediction counts all columns.)
+
     Args:
         model: a causal language model that takes ``position_ids``.
         inputs: token ids and their positions in their examples, (batch, 2, length).
         targets: (batch, length).
     """
     ids, positions = inputs.unbind(1)  # (2, 512), (2, 512)
-    return mean_cross_entropy(logits(model, ids, position_ids=positions), targets)  # ()
+    options = {"position_ids": positions}
+    if accepts(model, "logits_to_keep") and not isinstance(targets, FakeTensor):
+        columns = (targets != IGNORE).any(0).nonzero().flatten()  # (100,)
+        options["logits_to_keep"], targets = columns, targets[:, columns]  # (100,), (2, 100)
+    return mean_cross_entropy(logits(model, ids, **options), targets)  # ()
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,10 @@ def test_answers_and_scores_are_of_the_pairs(chatter, texts, tiny_config):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (digits, r"Task 'digits-adapt' is a Task, but only the examples of a PairTask, prompts and answers, can share rows"),
+        (
+            digits,
+            r"Task 'digits-adapt' is a Task, but only the examples of a PairTask, prompts and answers, can share rows",
+        ),
         (lambda: docs(ByteTokenizer(), seq_len=64), r"Task 'docs' is a Task, but only the examples of a PairTask"),
         (lambda: share_rows(unshared()), r"The rows of task 'numbers' hold several examples already"),
         (
@@ -347,7 +350,10 @@ class Plain(nn.Module):
     ("make", "says"),
     [
         (lambda: fresh(t5), r"A T5ForConditionalGeneration takes no position_ids"),
-        (Plain, r"A Plain takes no position_ids, by which a causal language model keeps the examples of a row separate"),
+        (
+            Plain,
+            r"A Plain takes no position_ids, by which a causal language model keeps the examples of a row separate",
+        ),
         (lambda: Leaky(fresh(llama)), r"In a Leaky the examples of a row change each other's logits"),
         (lambda: Leaky(fresh(llama).bfloat16()), r"In a Leaky the examples of a row change each other's logits"),
         (lambda: Bidirectional(), r"In a Bidirectional the examples of a row change each other's logits"),
