@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,9 +155,9 @@ def share_rows(task: Task, length: int = 512) -> RowTask:
             raise ValueError(
                 f"length is {length}, but an example of the {part} part has {longest} tokens; use at least {longest}."
             )
-    contents = {option.name: getattr(task, option.name) for option in fields(PairTask)}
-    rows = {part: _rows(examples, length) for part, examples in task.parts.items()}
-    return RowTask(**contents | rows | {"loss": row_cross_entropy, "source": task, "length": length})
+    contents: dict[str, Any] = {option.name: getattr(task, option.name) for option in fields(PairTask)}
+    contents |= {part: _rows(examples, length) for part, examples in task.parts.items()}
+    return RowTask(**contents | {"loss": row_cross_entropy, "source": task, "length": length})
 
 
 def _lengths(examples: Examples) -> list[int]:
