@@ -1,6 +1,6 @@
 """Short and long examples together: answer tokens a second at random, by length, and several in a row.
 
-    python benchmarks/lengths.py [--rounds 5] [--lean] [--threads 1]
+    python benchmarks/lengths.py [--rounds 5] [--lean] [--threads 1] [--cpu-time]
 
 The data are the pairs of `sentiment` and `summarise` as they are, mixed, the model SmolLM2-135M with LoRA r=8:
 
@@ -13,7 +13,8 @@ out for all three: what is left then is the padding alone.
 
 A measurement is five steps, on batches at the 10th, 30th, ... 90th percentile of an epoch's by size, and is scaled to
 the epoch by the number of tokens, padding included. Setups take turns; medians are printed, and medians of ratios in
-pairs. The model must be in the cache (`lora-lab fetch`).
+pairs. `--cpu-time` counts the seconds of the process on its cores, for a machine that does other work too. The model
+must be in the cache (`lora-lab fetch`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable
 
 import common
@@ -68,7 +70,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lean", action="store_true", help="take the lean step")
+    parser.add_argument("--cpu-time", action="store_true", help="count seconds on the cores, not of the clock")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     common.print_machine(torch.device("cpu"))
     model, tokenizer = ll.load_pretrained(device="cpu")
@@ -82,13 +86,15 @@ def main() -> None:
     }
     step = make_step(model.train(), task.loss, ll.LoRA(rank=8), config)
 
-    def steps(epoch: Epoch) -> Callable[[], None]:
-        def take() -> None:
+    def steps(epoch: Epoch) -> Callable[[], float]:
+        def take() -> float:
+            started = clock()
             if not options.lean:  # the lean step's loss is one for both
                 step.loss = epoch.loss
             for batch in epoch.sample:
                 step.read_targets([batch.targets])
                 step([(batch.inputs, batch.targets)], [1.0])
+            return clock() - started
 
         return take
 
