@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_lab.task import IGNORE, Examples, Task, accepts, cross_entropy, described, logits, mean_cross_entropy
 from lora_lab.tasks.instruction import Padded, PairTask
 
-# The largest difference of logits that is rounding, in their standard deviations.
+# The root mean square difference of logits up to which it is rounding, in their standard deviations.
 _ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
 
 
@@ -108,7 +108,7 @@ class RowTask(PairTask):
         finally:
             model.train(training)
         rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
-        if (shared.double() - expected).abs().max() > rounding * expected.std():
+        if (shared.double() - expected).square().mean().sqrt() > rounding * expected.std():
             raise ValueError(
                 f"In a {name} the examples of a row change each other's logits, because it is not causal or does not "
                 "read position_ids as rows of several examples need; use the task whose examples have rows of their "
