@@ -125,6 +125,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--steps", type=int, default=200, help="training steps")
     tune.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; 1e-4 for full)")
     tune.add_argument("--batch", type=int, default=8, help="examples per step")
+    tune.add_argument("--by-length", action="store_true", help="batches of examples of similar length, for speed")
     tune.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
     tune.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file")
     tune.add_argument("--eval-examples", type=int, default=64, help="examples of each part to evaluate on")
@@ -311,6 +312,7 @@ def _finetune(options: argparse.Namespace) -> None:
         device=options.device,
         eval_examples=options.eval_examples,
         half=options.half,
+        by_length=options.by_length,
     )
 
 

@@ -42,6 +42,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """The length of each example, (n,); None if all have the same."""
+        return None
+
     def __getitem__(self, rows: Tensor | slice) -> Examples:
         return Examples(self.inputs[rows], self.targets[rows])
 
@@ -50,7 +55,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, on the model's device
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> mean loss of the batch, ()
 
 
-def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
     """The logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
 
     The model may return the tensor, a tuple that begins with it, or an object with an attribute ``logits``, as the
@@ -65,12 +70,15 @@ def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None) -> T
         model: takes the inputs as its first argument.
         inputs: (batch, ...), as in :class:`Examples`.
         targets: (batch, length), which the decoder of an encoder-decoder reads; no other model needs them.
+        **options: what else the model is called with, such as ``position_ids``.
 
     Raises:
         TypeError: the model returns something else, such as the hidden states of a model without a head.
         ValueError: an encoder-decoder gets no targets, or has no rule for shifting them.
     """
-    more: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    more = dict(options)
+    if accepts(model, "use_cache"):
+        more["use_cache"] = False
     pad = padding_id(model)
     if pad is not None and inputs.ndim == 2 and not inputs.is_floating_point():
         more["attention_mask"] = (inputs != pad).long()  # (batch, length)
@@ -141,7 +149,11 @@ def _shifted(model: nn.Module, targets: Tensor | None) -> Tensor:
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats over the targets other than ``IGNORE``, for classes and for next tokens."""
-    scores = logits(model, inputs, targets)  # (batch, classes), or (batch, length, vocabulary)
+    return mean_cross_entropy(logits(model, inputs, targets), targets)  # ()
+
+
+def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`cross_entropy`, of logits (batch, classes) or (batch, length, vocabulary)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
     return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
@@ -203,6 +215,13 @@ class Task:
     def counted(self, examples: Examples) -> int:
         """The number of targets that count in a batch: tokens for text, examples otherwise."""
         return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that a model can be trained on this task, before it is changed. Here nothing is checked.
+
+        Raises:
+            ValueError: it cannot.
+        """
 
     def describe(self) -> str:
         """A summary in a few lines of text: sizes, shapes, source, fingerprint."""

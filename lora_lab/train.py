@@ -50,6 +50,8 @@ class TrainConfig:
         clip: maximum norm of the gradient; None for no clipping.
         steps: number of optimiser steps.
         batch_size: examples per step.
+        batches: "random", or "by_length" for batches of examples of similar length, which pad each other less; every
+            epoch still has each example once, and its batches are in random order. Evaluations go by length too.
         schedule: after the warm-up, "cosine" (decaying towards 0) or "constant".
         warmup: steps of linear warm-up; default: a tenth of ``steps``.
         accumulate: number of micro-batches per batch; saves memory and does not change the result.
@@ -71,6 +73,7 @@ class TrainConfig:
     clip: float | None = 1.0
     steps: int
     batch_size: int = 8
+    batches: str = "random"
     schedule: str = "cosine"
     warmup: int | None = None
     accumulate: int = 1
@@ -90,6 +93,7 @@ class TrainConfig:
             self._require(name, default or (isinstance(value, int) and value >= 1), "a whole number of at least 1")
         self._require("seed", isinstance(self.seed, int), "a whole number")
         self._require("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number, such as 1e-4")
+        self._require("batches", self.batches in ("random", "by_length"), "'random' or 'by_length'")
         self._require("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
         whole = isinstance(self.warmup_steps, int) and 0 <= self.warmup_steps <= self.steps
         self._require("warmup", whole, f"a whole number between 0 and steps, {self.steps}")
@@ -102,6 +106,11 @@ class TrainConfig:
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be {expected}.")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether examples of similar length share a batch."""
+        return self.batches == "by_length"
 
     @property
     def warmup_steps(self) -> int:
@@ -131,12 +140,13 @@ class TrainConfig:
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for a History, with defaults filled in.
 
-        ``gradient_checkpointing`` and ``lean`` are included only if they are in use.
+        ``batches``, ``gradient_checkpointing`` and ``lean`` are included only if they are in use.
         """
         settings = {option.name: getattr(self, option.name) for option in fields(TrainConfig)}
         settings |= {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}
-        if not self.gradient_checkpointing:
-            del settings["gradient_checkpointing"]
+        for name in ("batches", "gradient_checkpointing"):  # histories of before have no such entries
+            if getattr(self, name) == getattr(TrainConfig, name):
+                del settings[name]
         if self.lean is None:
             del settings["lean"]
         else:
@@ -269,8 +279,9 @@ def fit(
 
     Raises:
         ValueError: the model already has adapters (which ContinueLoRA() trains) or has been prepared before, an option
-            is out of range, the lean step or gradient checkpointing does not fit the model or the method, or the
-            folder's checkpoint is damaged or from another run (its weights are then not loaded).
+            is out of range, batches go by length but all examples have the same, the task, the lean step or gradient
+            checkpointing does not fit the model or the method, or the folder's checkpoint is damaged or from another
+            run (its weights are then not loaded).
         DivergedError: the loss became NaN or infinite.
         TypeError: an option is missing or unknown.
     """
@@ -278,6 +289,8 @@ def fit(
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, but it must be at least 1, or None.")
     checkpoint_interval = config.evaluation_interval if checkpoint_every is None else checkpoint_every
+    task.check_model(model)
+    order = data_order(task, config)
     training_step = make_step(model, task.loss, method, config)
     history = History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
@@ -286,14 +299,13 @@ def fit(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=count_parameters(model),
     )
-    order = DataOrder(len(task.train), config.seed)
     peaks = [group["lr"] for group in training_step.optimizer.param_groups]
     task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
 
     def add_evaluations() -> None:
         for part in ("validation", "off_domain"):
-            loss = evaluate(model, task_of_step, part, config.batch_size, config.eval_examples)
-            history.add_evaluation(part, loss)
+            loss = mean_loss(model, task_of_step, part, config.batch_size, config.eval_examples, config.by_length)
+            history.add_evaluation(part, loss.item())
         history.optimizer_bytes = state_bytes(training_step.optimizer)
 
     report = on_row or (lambda row: None)
@@ -375,23 +387,34 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 
 def evaluate(
-    model: nn.Module, task: Task, part: str = "validation", batch_size: int = 8, limit: int | None = None
+    model: nn.Module,
+    task: Task,
+    part: str = "validation",
+    batch_size: int = 8,
+    limit: int | None = None,
+    by_length: bool = False,
 ) -> float:
     """Mean loss over the targets of one part, without dropout.
 
     Args:
         part: "train", "validation", "test" or "off_domain".
         limit: use only the first ``limit`` examples, which are in random order.
+        by_length: let examples of similar length share a batch: the same mean, up to rounding, in less time.
     """
-    return mean_loss(model, task, part, batch_size, limit).item()
+    task.check_model(model)
+    return mean_loss(model, task, part, batch_size, limit, by_length).item()
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, task: Task, part: str, batch_size: int, limit: int | None) -> Tensor:
+def mean_loss(
+    model: nn.Module, task: Task, part: str, batch_size: int, limit: int | None, by_length: bool = False
+) -> Tensor:
     """As :func:`evaluate`, in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64."""
     if part not in task.parts:
         raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
     examples = task.parts[part][:limit]
+    if by_length and examples.lengths is not None:
+        examples = examples[examples.lengths.argsort(stable=True)]
     training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
@@ -404,6 +427,22 @@ def mean_loss(model: nn.Module, task: Task, part: str, batch_size: int, limit: i
     finally:
         model.train(training)
     return total / count  # NaN if no target counts
+
+
+def data_order(task: Task, config: TrainConfig) -> DataOrder:
+    """The order of a run's training examples.
+
+    Raises:
+        ValueError: it is to be by length, but all examples have the same.
+    """
+    if not config.by_length:
+        return DataOrder(len(task.train), config.seed)
+    if task.train.lengths is None:
+        raise ValueError(
+            f"batches is {config.batches!r}, but all training examples of task {task.name!r} have the same length; use "
+            "batches='random'."
+        )
+    return LengthOrder(task.train.lengths, config.seed, config.batch_size)
 
 
 class DataOrder:
@@ -424,10 +463,46 @@ class DataOrder:
             if epoch != self._epoch:
                 # A new generator for each epoch; the large odd factor keeps epochs of runs with near seeds distinct.
                 generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-                self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
+                self._epoch, self._permutation = epoch, self.permutation(epoch, generator)
             rows.append(self._permutation[start : start + count])
             position, count = position + len(rows[-1]), count - len(rows[-1])
         return torch.cat(rows)
+
+    def permutation(self, epoch: int, generator: torch.Generator) -> Tensor:
+        """The order of one epoch's examples: (n,)."""
+        return torch.randperm(self.n, generator=generator)  # (n,)
+
+
+class LengthOrder(DataOrder):
+    """Batches of examples of similar length, in random order: new ones in each epoch.
+
+    The random permutation of an epoch is cut into groups of up to 50 batches, and each group is sorted by length before
+    it is cut into batches, so that the same examples do not always meet. (Hugging Face's LengthGroupedSampler does so
+    too, but leaves the batches in the order of the groups.)
+
+    Args:
+        lengths: of the examples, (n,).
+        seed: as for :class:`DataOrder`.
+        batch_size: examples per step.
+    """
+
+    def __init__(self, lengths: Tensor, seed: int, batch_size: int) -> None:
+        super().__init__(len(lengths), seed)
+        self.lengths, self.batch_size = lengths, batch_size
+        # A small data set makes two groups, for its batches would be the same in every epoch if it were one.
+        self.group_size = batch_size * min(50, math.ceil(self.n / (2 * batch_size)))
+
+    def permutation(self, epoch: int, generator: torch.Generator) -> Tensor:
+        """The order of one epoch's examples: (n,)."""
+        groups = super().permutation(epoch, generator).split(self.group_size)
+        rows = torch.cat([group[self.lengths[group].argsort(stable=True)] for group in groups])  # (n,)
+        # Steps go on over the end of an epoch. The batch there holds long examples of both epochs: the rest of rows.
+        begun = min(-epoch * self.n % self.batch_size, self.n)  # examples to complete the last epoch's last batch
+        whole = (self.n - begun) // self.batch_size
+        batches = rows[: whole * self.batch_size].view(whole, self.batch_size)  # (whole, batch)
+        rest = rows[whole * self.batch_size :]  # (n - whole * batch,)
+        shuffled = batches[torch.randperm(whole, generator=generator)].flatten()  # (whole * batch,)
+        return torch.cat([rest[:begun], shuffled, rest[begun:]])  # (n,)
 
 
 def to_device(examples: Examples, model: nn.Module) -> Batch:

@@ -20,8 +20,9 @@ from lora_lab import FullFineTuning, History, Lean, Llama, LoRA, LoRAPlus, Parti
 from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
-from lora_lab.train import TrainConfig, TrainingStep, learning_rate, make_step
-from tests.helpers import Stopped, small_task
+from lora_lab.tasks.instruction import Padded
+from lora_lab.train import DataOrder, LengthOrder, TrainConfig, TrainingStep, learning_rate, make_step
+from tests.helpers import Stopped, small_task, snapshot
 
 
 def examples(n, features, classes, seed, dtype=torch.float32):
@@ -128,6 +129,169 @@ def test_every_epoch_sees_each_example_once_in_an_order_of_its_own():
     assert all(sorted(epoch) == everything for epoch in first)
     assert len({tuple(epoch) for epoch in (*first, *orders(1))}) == 6
     assert orders(0) == first
+
+
+# Batches by length
+
+
+def unequal_task(n=27, loss=None):
+    """Rows of 1 to 20 tokens, of which the last few count; the first token is the row's number."""
+    parts = {}
+    for seed, (part, count) in enumerate({"train": n, "validation": 9, "test": 7, "off_domain": 6}.items()):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, 21, (count,), generator=generator)
+        inputs = torch.randint(0, 11, (count, 20), generator=generator)
+        targets = torch.randint(0, 11, (count, 20), generator=generator)
+        for row, length in enumerate(lengths.tolist()):
+            targets[row, length:] = IGNORE
+            targets[row, : max(0, length - 3)] = IGNORE
+        parts[part] = Padded(inputs, targets)
+    return Task("unequal", **parts, loss=loss or double_cross_entropy, unit="tokens")
+
+
+def spread_of(batches, lengths):
+    """The mean over batches of the difference between the longest and the shortest example."""
+    return sum(int(lengths[batch].max() - lengths[batch].min()) for batch in batches) / len(batches)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1000, 8), (997, 8), (27, 4), (8, 8), (5, 8), (3, 10), (1, 1), (7, 1)])
+def test_an_epoch_by_length_has_each_example_once_and_batches_of_similar_length(n, batch_size):
+    lengths = torch.randint(1, 200, (n,), generator=torch.Generator().manual_seed(0))
+    order = LengthOrder(lengths, 3, batch_size)
+    epochs = order.rows(0, 6 * n).view(6, n)
+    assert (epochs.sort(1).values == torch.arange(n)).all()
+    if n > batch_size:
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 6
+    if n < 900:
+        return
+    batches = epochs.flatten().split(batch_size)  # as steps take them, over the ends of epochs
+    at_random = DataOrder(n, 3).rows(0, 6 * n).split(batch_size)
+    assert spread_of(batches, lengths) < 0.1 * spread_of(at_random, lengths)
+    first = epochs[0].split(batch_size)
+    means = torch.stack([lengths[batch].float().mean() for batch in first[: n // batch_size]])
+    assert abs(float(torch.corrcoef(torch.stack([means[:-1], means[1:]]))[0, 1])) < 0.25  # in random order
+    assert {tuple(sorted(batch.tolist())) for batch in first}.isdisjoint(
+        tuple(sorted(batch.tolist())) for batch in epochs[1].split(batch_size)
+    )  # other batches in each epoch, not only in another order
+
+
+def test_the_batch_at_the_end_of_an_epoch_holds_examples_of_similar_length_too():
+    n, batch_size = 205, 8  # 205 = 25 * 8 + 5
+    lengths = torch.arange(1, n + 1)
+    order = LengthOrder(lengths, 0, batch_size)
+    over_the_end = order.rows(25 * batch_size, batch_size)
+    assert int(lengths[over_the_end].min()) > 0.75 * n
+    assert int(lengths[order.rows(0, 25 * batch_size)].min()) == 1
+
+
+def test_the_order_by_length_depends_on_seed_and_position_alone():
+    lengths = torch.randint(1, 200, (53,), generator=torch.Generator().manual_seed(0))
+    whole = LengthOrder(lengths, 4, 8).rows(0, 300)
+    for start, count in ((0, 8), (48, 8), (100, 120), (8, 8), (299, 1)):
+        assert torch.equal(LengthOrder(lengths, 4, 8).rows(start, count), whole[start : start + count])
+    jumping = LengthOrder(lengths, 4, 8)
+    for start in (200, 0, 56, 120):
+        assert torch.equal(jumping.rows(start, 8), whole[start : start + 8])
+    assert not torch.equal(LengthOrder(lengths, 5, 8).rows(0, 300), whole)
+    assert not torch.equal(DataOrder(53, 4).rows(0, 300), whole)
+
+
+def by_length(folder=None, loss=None, **options):
+    model = Tokens()
+    options = {"steps": 9, "lr": 0.02, "batch_size": 4, "eval_every": 3, "batches": "by_length"} | options
+    return model, fit(model, unequal_task(loss=loss), FullFineTuning(), checkpoint_dir=folder, **options)
+
+
+def test_a_run_by_length_takes_the_batches_of_its_order_and_cuts_them():
+    columns = {}
+    for batches in ("random", "by_length"):
+        shapes = []
+
+        def loss(model, inputs, targets, shapes=shapes):
+            if torch.is_grad_enabled():
+                shapes.append(tuple(inputs.shape))
+            return double_cross_entropy(model, inputs, targets)
+
+        by_length(loss=loss, batches=batches, steps=27)  # four epochs
+        columns[batches] = sum(rows * length for rows, length in shapes)
+    task = unequal_task()
+    order = LengthOrder(task.train.lengths, 0, 4)
+    expected = [order.rows(4 * step, 4) for step in range(27)]
+    assert columns["by_length"] == sum(4 * int(task.train.lengths[batch].max()) for batch in expected)
+    assert columns["by_length"] < 0.8 * columns["random"]
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 8])
+def test_a_run_by_length_resumes_bit_for_bit(tmp_path, step):
+    calls = []
+
+    def stops(model, inputs, targets):
+        calls.append(torch.is_grad_enabled())
+        if calls.count(True) == step:
+            raise Stopped
+        return double_cross_entropy(model, inputs, targets)
+
+    stops.__name__ = double_cross_entropy.__name__  # a task's fingerprint has the name in it
+    whole, history = by_length()
+    with pytest.raises(Stopped):
+        by_length(tmp_path, stops, checkpoint_every=2)
+    model, resumed = by_length(tmp_path, checkpoint_every=2)
+    assert losses(resumed) == losses(history)
+    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
+
+
+def test_a_run_by_length_does_not_go_on_from_one_at_random(tmp_path):
+    by_length(tmp_path, batches="random", steps=3)
+    with pytest.raises(ValueError, match=r"its settings\.batches is None, not 'by_length'; use another folder"):
+        by_length(tmp_path, steps=3)
+
+
+def test_batches_are_recorded_only_if_they_are_not_random():
+    (_, plain), (_, again), (_, other) = by_length(batches="random"), by_length(batches="random"), by_length()
+    assert "batches" not in plain.settings
+    assert other.settings == {**plain.settings, "batches": "by_length"}
+    assert losses(plain) == losses(again)
+    assert losses(other)[0] == (None, *(pytest.approx(loss, rel=1e-12) for loss in losses(plain)[0][1:]))
+    assert losses(other)[1] != losses(plain)[1]
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4])
+def test_accumulation_changes_no_result_by_length_either(accumulate):
+    (model, history), (twin, again) = by_length(clip=0.5), by_length(clip=0.5, accumulate=accumulate)
+    for name in ("train_loss", "grad_norm", "validation_loss", "tokens"):
+        assert history.curve(name)[1] == pytest.approx(again.curve(name)[1], rel=1e-10)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_an_evaluation_by_length_has_the_same_mean_on_fewer_columns(limit):
+    means, columns = [], []
+    for sorted_by_length in (False, True):
+        shapes = []
+
+        def loss(model, inputs, targets, shapes=shapes):
+            shapes.append(inputs.numel())
+            return double_cross_entropy(model, inputs, targets)
+
+        task = unequal_task(loss=loss)
+        means.append(evaluate(Tokens(), task, "train", 4, limit, by_length=sorted_by_length))
+        columns.append(sum(shapes))
+    assert means[0] == pytest.approx(means[1], rel=1e-12)
+    assert columns[1] < columns[0]
+    assert means[0] != pytest.approx(evaluate(Tokens(), unequal_task(), "test"), rel=1e-3)
+    same_lengths = small_task()
+    assert evaluate(DigitsMLP(), same_lengths) == evaluate(DigitsMLP(), same_lengths, by_length=True)
+
+
+def test_batches_by_length_of_examples_of_one_length_are_refused_before_the_model_is_changed():
+    model = DigitsMLP(width=16)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="all training examples of task 'small' have the same length; use batches="):
+        run(LoRA(rank=2), model=model, batches="by_length")
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="batches is 'longest', but it must be 'random' or 'by_length'"):
+        run(batches="longest")
 
 
 # The numbers

@@ -47,7 +47,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 
     Args:
         method: FullFineTuning(), LoRA(...), ...
-        lr, seed, steps, batch_size, schedule, warmup, weight_decay, clip, eval_every, eval_examples: as for
+        lr, seed, steps, batch_size, batches, schedule, warmup, weight_decay, clip, eval_every, eval_examples: as for
             :class:`lora_lab.train.TrainConfig`. The defaults of ``warmup`` and ``eval_every`` are filled in.
         accumulate, gradient_checkpointing, lean: at their defaults only, for they change no result.
         task: the task's fingerprint, and
@@ -79,8 +79,12 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of :func:`lora_lab.fit`, all of them but those that change no result."""
-        return {name: getattr(self, name) for name in _OPTIONS}
+        """The keywords of :func:`lora_lab.fit`, all of them but those that change no result.
+
+        ``batches`` is included only if it is not the default.
+        """
+        batches = {"batches": self.batches} if self.by_length else {}  # the keys of earlier trials have no such entry
+        return {name: getattr(self, name) for name in _OPTIONS} | batches
 
     @cached_property
     def key(self) -> str:

@@ -40,7 +40,7 @@ from lora_lab.lora import LoRALinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
 from lora_lab.task import IGNORE, Examples, Loss, Task
-from lora_lab.train import Batch, DataOrder, TrainConfig, TrainingStep, make_adamw, mean_loss, to_device
+from lora_lab.train import Batch, TrainConfig, TrainingStep, data_order, make_adamw, mean_loss, to_device
 
 
 @dataclass
@@ -102,13 +102,15 @@ def fit_packed(
         adapters = PackedAdapters(model, runs, names)
         step = PackedStep(model, task.loss, adapters, config)
         history = PackedHistory(task, configs, step)
-        order = JoinedOrder(len(task.train), [each.seed for each in configs])
+        order = JoinedOrder(task, configs)
         peaks = adapters.values.new_tensor([[each.lr] for each in configs])  # (20, 1)
         judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
 
         def judge() -> None:
             for part in ("validation", "off_domain"):
-                losses = mean_loss(model, judged, part, config.batch_size, config.eval_examples)
+                losses = mean_loss(
+                    model, judged, part, config.batch_size, config.eval_examples, config.by_length
+                )  # (20,)
                 history.add_evaluation(part, losses.expand(len(runs)).tolist())  # (20,); it is () if no target counts
 
         model.train()
@@ -352,13 +354,13 @@ class JoinedOrder:
     """The data orders of all trials side by side.
 
     Args:
-        n: how many training examples there are.
-        seeds: one for each trial.
+        task: what they train on.
+        configs: one for each trial, which differ in seed and rate.
     """
 
-    def __init__(self, n: int, seeds: Sequence[int]) -> None:
-        self.seeds = seeds
-        self._orders = {seed: DataOrder(n, seed) for seed in seeds}
+    def __init__(self, task: Task, configs: Sequence[TrainConfig]) -> None:
+        self.seeds = [config.seed for config in configs]
+        self._orders = {config.seed: data_order(task, config) for config in configs}
 
     def rows(self, position: int, count: int) -> Tensor:
         """What :meth:`DataOrder.rows` gives for each trial, one after another: (trials * count,)."""
@@ -399,8 +401,11 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
     model = step.model
     device = next(model.parameters()).device
 
+    # Not cut to its longest row, because other rows of another length would change the rounding of all losses.
+    uncut = Examples(task.train.inputs, task.train.targets)
+
     def losses_on(rows: Tensor) -> Tensor:
-        return step.batch_loss(*to_device(task.train[rows.flatten()], model))  # (20,)
+        return step.batch_loss(*to_device(uncut[rows.flatten()], model))  # (20,)
 
     def random_states() -> list[Tensor]:
         on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []

@@ -10,6 +10,7 @@ from typing import Any
 from lora_lab.ablation.grid import Trial
 from lora_lab.history import History, is_number
 from lora_lab.system.files import read_json
+from lora_lab.train import TrainConfig
 
 SCHEMA = 1
 # Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
@@ -150,6 +151,8 @@ def table(results: Iterable[dict[str, Any]]):
     between = [name for name in names if name not in (*first, *last)]
     frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
     numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
+    if "batches" in frame:  # a trial has it only if it is not the default
+        frame["batches"] = frame["batches"].fillna(TrainConfig.batches)
     frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials are; missing values are NaN
     return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
 

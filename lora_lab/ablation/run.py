@@ -451,7 +451,7 @@ def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]
 
 def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Outcome:
     device = next(model.parameters()).device
-    loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples)
+    loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples, trial.by_length)
     if not math.isfinite(loss):
         return _Outcome(trial, device, reason=f"The test loss is {loss} after the last step.")
     if work.judge is None:

@@ -56,6 +56,7 @@ def run(
     device: str | None = None,
     eval_examples: int | None = 64,
     half: bool = False,
+    by_length: bool = False,
 ) -> dict[str, Any]:
     """Train, print progress, and save the results in ``out``.
 
@@ -72,12 +73,14 @@ def run(
         eval_examples: of each part, for losses and scores; None takes all.
         half: save the adapter in half precision (float16), which halves the file. The losses and scores after training
             are those of the rounded adapter.
+        by_length: make batches of examples of similar length, which pad each other less.
 
     Returns:
         The content of result.json.
 
     Raises:
-        ValueError: ``half`` is true, but the method trains no adapter.
+        ValueError: ``half`` is true, but the method trains no adapter; or ``by_length`` is, but all examples have the
+            same length.
         OSError: ``out`` cannot be written to. This is checked before anything else; if it happens at the end, the
             results are saved in another folder, which the error names.
     """
@@ -102,6 +105,7 @@ def run(
         steps=steps,
         lr=lr,
         batch_size=batch_size,
+        batches="by_length" if by_length else "random",
         seed=seed,
         eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
         eval_examples=eval_examples,

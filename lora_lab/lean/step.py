@@ -24,6 +24,7 @@ from lora_lab.models.llama import Block, Llama, RMSNorm
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
+from lora_lab.tasks.rows import row_cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, parameter_groups
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
@@ -72,7 +73,7 @@ class Lean:
         """
         method.prepare(model, config.seed)
         apply_lean(model, self)
-        if loss is plain_cross_entropy:
+        if loss is plain_cross_entropy or loss is row_cross_entropy:
             loss = cast(Loss, partial(cross_entropy, rows=self.loss_rows))  # apply_lean has checked for a Llama
         optimizer = FlatAdamW(parameter_groups(model, method, config))
         return LeanStep(model, loss, optimizer, config.clip, self.threads)

@@ -14,6 +14,7 @@ modules in reading order:
     checks       what is suspicious about prompts and answers
     formats      the forms of examples that people have: chat messages, ShareGPT, Alpaca, and so on
     instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
+    rows         share_rows: several examples in one row
     tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
     named        a task by its name, or from a file: what the commands take
@@ -34,6 +35,7 @@ from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_jsonl
 from lora_lab.tasks.named import TASKS, task_of
 from lora_lab.tasks.planted import planted
 from lora_lab.tasks.python_docs import docs
+from lora_lab.tasks.rows import RowTask, share_rows
 from lora_lab.tasks.tables import from_arrays, from_table
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Loss",
     "Pair",
     "PairTask",
+    "RowTask",
     "Task",
     "TextTokenizer",
     "cross_entropy",
@@ -57,6 +60,7 @@ __all__ = [
     "mean_squared_error",
     "planted",
     "sentiment",
+    "share_rows",
     "style",
     "summarise",
     "task_of",

@@ -75,11 +75,17 @@ class Padded(Examples):
     For causal models, in which no token attends to a later one: cutting the padding changes no loss and saves its time.
     """
 
+    @property
+    def lengths(self) -> Tensor:
+        """The columns of each row up to the last target that counts, (n,)."""
+        counted = self.targets != IGNORE  # (552, 82)
+        return counted.flip(1).cumsum(1).bool().sum(1)  # (552,): columns from which on, to the right, a target counts
+
     def __getitem__(self, rows: Tensor | slice) -> Padded:
         targets = self.targets[rows]  # (8, 191)
         columns = (targets != IGNORE).any(0).nonzero()  # (columns in which a target counts, 1)
         length = int(columns[-1]) + 1 if len(columns) else 0
-        return Padded(self.inputs[rows][:, :length], targets[:, :length])
+        return Padded(self.inputs[rows][..., :length], targets[:, :length])
 
 
 @dataclass(frozen=True)

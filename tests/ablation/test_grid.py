@@ -96,9 +96,18 @@ def test_every_part_of_the_content_changes_the_key():
         "model": "4567",
     }
     assert set(changes) == set(trial().to_dict())
+    changes["batches"] = "by_length"  # part of the content only if it is not the default
     keys = [trial().key, *(dataclasses.replace(trial(), **{name: value}).key for name, value in changes.items())]
     assert len(set(keys)) == len(keys)
     assert dataclasses.replace(trial(), lr=0.02) != trial()
+
+
+def test_batches_are_in_the_content_only_if_they_are_not_random():
+    by_length = trial(batches="by_length")
+    assert by_length.to_dict() == {**trial().to_dict(), "batches": "by_length"}
+    assert "batches" not in trial(batches="random").to_dict()
+    assert trial(batches="random").key == trial().key != by_length.key
+    assert Trial.from_dict(json.loads(json.dumps(by_length.to_dict()))) == by_length
 
 
 def test_methods_of_the_same_numbers_differ_in_key():

@@ -36,6 +36,7 @@ from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import BlockLinear, nf4
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, mean_squared_error, planted
+from lora_lab.tasks.instruction import Padded
 from lora_lab.train import TrainConfig
 
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss")
@@ -165,6 +166,42 @@ def test_each_trial_equals_its_own_run_on_a_llama_whose_batches_count_unequally(
     tokens = [[row["tokens"] for row in result.history.rows] for result in results]
     assert tokens[0] != tokens[1]  # other seeds, other batches
     assert tokens[1] == tokens[2]
+
+
+def unequal_sentences():
+    """Rows of 2 to 25 tokens, padded on the right; 14 of them, so that batches of 4 cross epochs."""
+    parts = {}
+    for seed, (part, count) in enumerate({"train": 14, "validation": 5, "test": 3, "off_domain": 4}.items()):
+        inputs = torch.randint(0, 200, (count, 25), generator=torch.Generator().manual_seed(seed))
+        targets = (inputs * 3 + 1) % 200
+        for row in range(count):
+            targets[row, 2 + (row * 7) % 24 :] = IGNORE
+        parts[part] = Padded(inputs, targets)
+    return Task("unequal", **parts, unit="tokens")
+
+
+def test_each_trial_equals_its_own_run_on_batches_by_length(tiny_config):
+    model, task = Llama(tiny_config, seed=3).double(), unequal_sentences()
+    options = {"steps": 10, "batch_size": 4, "eval_every": 5, "batches": "by_length"}
+    results = fit_packed(model, task, RUNS, **options)
+    for run, result in zip(RUNS, results, strict=True):
+        assert_as_separate(result, *separate(model, task, run, **options), rtol=1e-9)
+        assert moved(result) > 1e-3
+        assert result.history.settings["batches"] == "by_length"
+    at_random = fit_packed(model, task, RUNS, **options | {"batches": "random"})
+    assert not np.allclose(column(results[0], "train_loss"), column(at_random[0], "train_loss"), rtol=1e-3)
+    with pytest.raises(ValueError, match="all training examples of task 'pictures' have the same length"):
+        fit_packed(*digits_net(), RUNS, **options)
+
+
+@pytest.mark.parametrize("batches", ["random", "by_length"])
+def test_trials_of_unequal_lengths_are_independent_in_single_precision_too(tiny_config, batches):
+    """The examples with which independence is tried have other lengths, which must not look like a dependence."""
+    model, task = Llama(tiny_config, seed=3), unequal_sentences()
+    for seed in range(4):
+        runs = [Run(run.method, run.lr, run.seed + seed) for run in RUNS]
+        results = fit_packed(model, task, runs, steps=1, batch_size=2, batches=batches)
+        assert all(result.error is None for result in results)
 
 
 def test_rows_and_facts_are_those_of_a_separate_run():

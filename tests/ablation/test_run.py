@@ -27,14 +27,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import lora_lab
-from lora_lab import DoRA, FullFineTuning, LoRA, LoRAPlus, PartialFineTuning, PiSSA, adapter_state, fit
+from lora_lab import DoRA, FullFineTuning, Llama, LoRA, LoRAPlus, PartialFineTuning, PiSSA, adapter_state, fit
 from lora_lab.ablation import packed, packing, run, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.results import PROVENANCE, load
 from lora_lab.ablation.run import ablate, fingerprint
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.system.progress import progress_bar
-from lora_lab.tasks import Examples, Task, mean_squared_error
+from lora_lab.tasks import Examples, Pair, Task, from_pairs, mean_squared_error
 from tests.helpers import small_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,6 +220,31 @@ def test_the_gap_is_that_of_a_fit_with_the_same_settings():
                     table.validation_loss[end] - table.train_loss[:end].mean(), rel=1e-6
                 )
     assert frame.gap.dropna().nunique() == 6
+
+
+def test_trials_on_batches_by_length_run_in_both_engines_and_are_named_in_the_table(chatter, tiny_config, tmp_path):
+    task = from_pairs(chatter, [Pair(f"{'very ' * (i % 7)}{i}?", "yes" * (1 + i % 3)) for i in range(40)])
+    options = {"steps": 3, "batch_size": 4, "eval_examples": 3}
+    random, by_length = (
+        [Trial(LoRA(rank), 0.02, batches=batches, **options) for rank in (1, 2)] for batches in ("random", "by_length")
+    )
+    model = Llama(tiny_config, seed=3).double()
+    frames = [
+        ablate(model, task, [*random, *by_length], tmp_path / engine, engine=engine, progress=False)
+        for engine in ("separate", "packed")
+    ]
+    for name in ("train_loss", "validation_loss", "off_domain_loss", "test_loss"):
+        assert list(frames[0][name]) == pytest.approx(list(frames[1][name]), rel=1e-9, nan_ok=True)
+    assert set(frames[1]["engine"]) == {"pack of 2"}  # trials on other batches have a pack of their own
+    assert frames[0].groupby("key")["batches"].first().to_dict() == {
+        trial.key: batches
+        for trials, batches in ((random, "random"), (by_length, "by_length"))
+        for trial in (each.bound(task.fingerprint, fingerprint(model)) for each in trials)
+    }
+    ends = frames[0][frames[0]["step"] == 3].pivot_table(index="rank", columns="batches", values="train_loss")
+    assert (ends["random"] - ends["by_length"]).abs().min() > 1e-3
+    assert load(tmp_path / "packed")["batches"].tolist() == frames[1]["batches"].tolist()
+    assert "batches" not in ablate(model, task, random, tmp_path / "packed", progress=False)
 
 
 # What the caller's judge says

@@ -63,6 +63,19 @@ def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(ti
     assert after["test loss"] == pytest.approx(results["whole"]["after"]["test loss"], rel=1e-2)
 
 
+def test_batches_go_by_length_where_that_is_asked_for(tiny, tmp_path, monkeypatch):
+    lines = [{"prompt": "very " * (i % 7) + f"{i}?", "answer": "yes"} for i in range(40)]
+    (tmp_path / "unequal.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    losses = {}
+    for name, options in {"random": [], "by_length": ["--by-length"]}.items():
+        arguments = ["--task", "unequal.jsonl", "--steps", 3, "--batch", 4, *options, "--out", name]
+        assert command("finetune", *arguments) == 0
+        history = json.loads((tmp_path / name / "history.json").read_text(encoding="utf-8"))
+        assert history["settings"].get("batches", "random") == name
+        losses[name] = [row["train_loss"] for row in history["rows"]]
+    assert losses["random"] != losses["by_length"]
+
+
 def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
     assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
     assert (tmp_path / "kept" / "model.safetensors").is_file()
@@ -187,11 +200,14 @@ def test_a_text_is_a_task_too(tiny, tmp_path):
         (["--task", "sums.jsonl", "--lr", -1], "lr is -1.0"),
         (["--task", "sums.jsonl", "--device", "tpu"], "tpu"),
         (["--task", "sums.jsonl", "--method", "full", "--half"], "half precision is for adapters; leave --half out"),
+        (["--task", "text.txt", "--by-length"], "all training examples of task 'text' have the same length"),
     ],
-    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device", "half a model"],
+    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device", "half a model", "one length"],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
     (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")
+    text = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     assert command("finetune", *options, "--out", "kept") == 1
     told = capsys.readouterr().err
     assert says in told

@@ -1,6 +1,7 @@
 """The lean step against the plain one: losses, gradients, what it keeps, and what it refuses."""
 
 import copy
+import dataclasses
 import sys
 import threading
 from functools import partial
@@ -45,6 +46,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
 from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
+from lora_lab.tasks.instruction import Padded
 from lora_lab.train import TrainingStep
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import randomise
@@ -951,6 +953,22 @@ def test_accumulation_and_threads_together_change_no_result():
     _, plain = train()
     _, history = train(Lean(threads=2), accumulate=2)
     assert history.curve("train_loss")[1] == pytest.approx(plain.curve("train_loss")[1], rel=1e-3)
+
+
+def test_batches_by_length_learn_the_same_with_a_lean_step():
+    whole = toy_task()
+    targets = whole.train.targets.clone()
+    for row in range(len(targets)):
+        targets[row, 1 + row % 12 :] = IGNORE
+    task = dataclasses.replace(whole, train=Padded(whole.train.inputs, targets))
+    options = {"steps": 8, "lr": 0.01, "batch_size": 4, "batches": "by_length"}
+    plain, leaner, at_random = (
+        fit(Llama(SHAPE), task, LoRA(rank=4), **options | extra)
+        for extra in ({}, {"lean": Lean(threads=2)}, {"batches": "random"})
+    )
+    for column in ("train_loss", "validation_loss", "tokens"):
+        assert leaner.curve(column)[1] == pytest.approx(plain.curve(column)[1], rel=1e-3)
+    assert plain.curve("tokens")[1] != at_random.curve("tokens")[1]
 
 
 def test_a_lean_run_resumes_bit_for_bit(tmp_path, monkeypatch):

@@ -1,0 +1,197 @@
+"""Several examples in one row, so that short ones need no padding ("packing", in the field's word).
+
+    task = share_rows(summarise(tokenizer), length=512)
+    fit(model, task, LoRA(rank=8), steps=100, lr=1e-3, batch_size=2)  # a batch is of rows now, each of many examples
+
+Beside its token ids a row holds the position of each token in its example. From them the model knows where another
+example begins: no token attends to another example, and positions start again at 0. So the loss of a row is that of its
+examples in rows of their own.
+
+Reference: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv 2107.02027.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_lab.task import IGNORE, Examples, Task, accepts, cross_entropy, described, logits, mean_cross_entropy
+from lora_lab.tasks.instruction import Padded, PairTask
+
+# The root mean square difference of logits up to which it is rounding, in their standard deviations.
+_ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
+
+
+def row_cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """``cross_entropy`` of rows that hold several examples each.
+
+    Of models that can leave logits out, ours and those of transformers, only the columns are asked for in which a
+    target of some row counts: answers are a small part of the tokens, and logits a large part of the work. (Not on fake
+    tensors, which have no values: a prediction counts all columns.)
+
+    Args:
+        model: a causal language model that takes ``position_ids``.
+        inputs: token ids and their positions in their examples, (batch, 2, length).
+        targets: (batch, length).
+    """
+    ids, positions = inputs.unbind(1)  # (2, 512), (2, 512)
+    options = {"position_ids": positions}
+    if accepts(model, "logits_to_keep") and not isinstance(targets, FakeTensor):
+        columns = (targets != IGNORE).any(0).nonzero().flatten()  # (100,)
+        options["logits_to_keep"], targets = columns, targets[:, columns]  # (100,), (2, 100)
+    return mean_cross_entropy(logits(model, ids, **options), targets)  # ()
+
+
+@dataclass(frozen=True)
+class RowTask(PairTask):
+    """A :class:`PairTask` whose rows hold several examples each; :func:`share_rows` makes it.
+
+    Args:
+        source: the same examples in rows of their own. Descriptions, previews and answers are of its pairs.
+        length: the most tokens of a row.
+    """
+
+    source: PairTask = field(kw_only=True, repr=False, compare=False)
+    length: int = field(kw_only=True)
+
+    def describe(self) -> str:
+        """As for the examples in rows of their own, and a line on the rows of each part."""
+        lines = [self.source.describe(), f"  in rows of up to {self.length} tokens, which examples share:"]
+        for part, rows in self.parts.items():
+            columns, tokens = rows.targets.numel(), sum(_lengths(self.source.parts[part]))
+            each = len(self.source.parts[part]) / len(rows)
+            lines.append(f"  {part:<11}{len(rows):>6} rows of {each:.1f} examples, {1 - tokens / columns:.1%} padding")
+        return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
+
+    def preview(self, count: int = 2, part: str = "train") -> str:
+        """The first examples as the model sees them, and how many rows all of them share."""
+        rows = self.parts[part]
+        last = f"in {len(rows)} rows of up to {self.length} tokens, none of which attends to another example"
+        return f"{self.source.preview(count, part)}\n{last}"
+
+    def limited(self, n_train: int, seed: int | None = None) -> RowTask:
+        """As for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
+        return share_rows(self.source.limited(n_train, seed), self.length)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check on the first two examples of a row that a model keeps them separate.
+
+        Raises:
+            ValueError: it takes no positions, as one with an encoder and a decoder, or its logits are not those of the
+                examples in rows of their own, as for one that looks ahead.
+        """
+        name = type(model).__name__
+        if not accepts(model, "position_ids"):
+            raise ValueError(
+                f"A {name} takes no position_ids, by which a causal language model keeps the examples of a row "
+                "separate; use the task whose examples have rows of their own, task.source."
+            )
+        if (row := self._first_shared_row()) is None:
+            return
+        device, training = next(model.parameters()).device, model.training
+        (ids,), (positions,) = row.to(device).unbind(1)  # (512,), (512,)
+        starts = (positions == 0).nonzero().flatten().tolist()
+        second, end = starts[1], [*starts, len(ids)][2]
+        model.eval()
+        try:
+            with torch.no_grad():
+                separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
+                expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
+                shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
+        finally:
+            model.train(training)
+        rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
+        if (shared.double() - expected).square().mean().sqrt() > rounding * expected.std():
+            raise ValueError(
+                f"In a {name} the examples of a row change each other's logits, because it is not causal or does not "
+                "read position_ids as rows of several examples need; use the task whose examples have rows of their "
+                "own, task.source."
+            )
+
+    def _first_shared_row(self) -> Tensor | None:
+        """The inputs (1, 2, tokens) of the first training row that holds two examples."""
+        for row in range(len(self.train)):
+            inputs = self.train[row : row + 1].inputs  # (1, 2, tokens), without padding
+            if int((inputs[0, 1] == 0).sum()) > 1:
+                return inputs
+        return None
+
+
+def share_rows(task: Task, length: int = 512) -> RowTask:
+    """The same examples in rows that hold several each, with the same loss and gradient for each of them.
+
+    The batch size of a run, and the number of examples of an evaluation, then count rows. A row is filled with the
+    longest example that still fits, so that each part has few rows, and the same examples always share one.
+
+    Args:
+        task: prompts and answers, for a causal language model.
+        length: the most tokens of a row.
+
+    Raises:
+        ValueError: the task is of another kind or has a loss of its own, its rows hold several examples already, or
+            an example is longer than a row.
+    """
+    if isinstance(task, RowTask):
+        raise ValueError(f"The rows of task {task.name!r} hold several examples already; use share_rows(task.source).")
+    if not isinstance(task, PairTask):
+        raise ValueError(
+            f"Task {task.name!r} is a {type(task).__name__}, but only the examples of a PairTask, prompts and answers, "
+            "can share rows; use it as it is."
+        )
+    if task.loss is not cross_entropy:
+        raise ValueError(
+            f"The loss of task {task.name!r} is {described(task.loss)!r}, but rows of several examples need "
+            "lora_lab.tasks.cross_entropy; use the task as it is."
+        )
+    for part, examples in task.parts.items():
+        if (longest := max(_lengths(examples))) > length:
+            raise ValueError(
+                f"length is {length}, but an example of the {part} part has {longest} tokens; use at least {longest}."
+            )
+    contents: dict[str, Any] = {option.name: getattr(task, option.name) for option in fields(PairTask)}
+    contents |= {part: _rows(examples, length) for part, examples in task.parts.items()}
+    return RowTask(**contents | {"loss": row_cross_entropy, "source": task, "length": length})
+
+
+def _lengths(examples: Examples) -> list[int]:
+    lengths = examples.lengths
+    return [examples.targets.shape[1]] * len(examples) if lengths is None else lengths.tolist()
+
+
+def _rows(examples: Examples, length: int) -> Padded:
+    """Examples in rows: inputs (rows, 2, longest), targets (rows, longest)."""
+    lengths = _lengths(examples)
+    inputs, targets = [], []
+    for row in _shared_out(lengths, length):
+        ids = torch.cat([examples.inputs[index, : lengths[index]] for index in row])  # (tokens,)
+        positions = torch.cat([torch.arange(lengths[index]) for index in row])  # (tokens,)
+        inputs.append(torch.stack([ids, positions], 1))  # (tokens, 2)
+        targets.append(torch.cat([examples.targets[index, : lengths[index]] for index in row]))  # (tokens,)
+    return Padded(
+        pad_sequence(inputs, batch_first=True).mT.contiguous(),  # (rows, 2, longest)
+        pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (rows, longest)
+    )
+
+
+def _shared_out(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """The indices of the examples of each row, by the rule of best fit, longest first; rows are in random order."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that still fit into a row, the row), sorted
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        place = bisect_left(rooms, (lengths[index], 0))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+        else:
+            room, row = length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        insort(rooms, (room - lengths[index], row))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # (rows,)
+    return [rows[row] for row in order.tolist()]
