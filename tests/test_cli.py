@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and refuses."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -8,18 +9,23 @@ import shlex
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
 import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
 from lora_lab.ablation.studies import STUDIES
+from lora_lab.ablation.verdict import RankResult, Verdict
+from lora_lab.costs import memory_report
+from lora_lab.costs.memory import Bill, Part
+from lora_lab.costs.speed import Flops, Prediction, Times
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.experiments.registry import NAMES, recorder
 from lora_lab.methods import LORA_METHODS
 from lora_lab.models import pretrained
 from lora_lab.tasks import TASKS
-from tests.helpers import ROOT, command, error_line, randomise
+from tests.helpers import ROOT, command, error_line, printed_json, randomise
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,49 @@ def test_doctor_says_what_there_is_and_why(monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "model            cached" in lines
     assert "why this device  cpu because LORA_LAB_DEVICE asks for it" in lines
+
+
+def test_doctor_as_json_has_sizes_in_bytes_and_yes_or_no(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("LORA_LAB_EFFORT", "full")
+    assert command("doctor", "--json") == 0
+    document, rest = printed_json(capsys)
+    assert "why this device" in rest
+    assert (document["lora_lab"], document["torch"]) == (lora_lab.__version__, torch.__version__)
+    assert (document["effort"], document["cache_folder"]) == ("full", str(tmp_path))
+    assert document["memory_total_bytes"] == psutil.virtual_memory().total > document["memory_available_bytes"] > 2**20
+    assert document["model_is_cached"] is False
+    assert document["has_pip"] is (importlib.util.find_spec("pip") is not None)
+    (tmp_path / pretrained._CACHE_ENTRY).mkdir()
+    assert command("doctor", "--json") == 0
+    assert printed_json(capsys)[0]["model_is_cached"] is True
+
+
+def test_a_refused_command_prints_no_json(monkeypatch, capsys):
+    monkeypatch.setenv("LORA_LAB_DEVICE", "banana")
+    assert command("doctor", "--json") == 1
+    assert "banana" in error_line(capsys)
+
+
+def test_each_command_with_a_table_has_json_and_no_other_has():
+    (commands,) = (action for action in cli._parser()._actions if action.choices)
+    with_json = {name for name, parser in commands.choices.items() if "--json" in parser._option_string_actions}
+    assert with_json == {"finetune", "memory", "speed", "ablate", "analyze", "record", "doctor"}
+
+
+def test_keys_that_json_may_have_are_documented():
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`(\w+)`", page[page.index("## JSON") :]))
+    for keys in (
+        memory_report.Row("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict(),
+        Flops({("layers", "forward"): 4}, 2, "a model").to_dict(),
+        Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict(),
+        Times({"full": [1.0, 2.0]}, 2).to_dict(),
+        Verdict(1, "enough", "lora", 0.1, (0,), (RankResult(1, "enough"),)).to_dict(),
+    ):
+        nested = [entry for value in keys.values() if isinstance(value, list | tuple) for entry in value]
+        for name in {*keys, *(name for entry in nested if isinstance(entry, dict) for name in entry)}:
+            assert name in documented, name
 
 
 @pytest.mark.parametrize(("variable", "value"), [("LORA_LAB_DEVICE", "banana"), ("LORA_LAB_EFFORT", "some")])

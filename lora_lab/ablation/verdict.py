@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
@@ -101,6 +101,10 @@ class Verdict:
 
         columns = ["rank", "lr", "test_loss", "difference", "lower", "upper", "status"]
         return pandas.DataFrame([{name: getattr(one, name) for name in columns} for one in self.ranks])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict and each rank's numbers, in values of JSON."""
+        return {"answer": self.answer, **asdict(self)}
 
     def __str__(self) -> str:
         head = f"rank {self.rank}" if self.decided else "undecided"

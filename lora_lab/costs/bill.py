@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from lora_lab.costs.trace import Kind
 
@@ -90,6 +91,19 @@ class Bill:
     def static_bytes(self) -> int:
         """Weights, gradients and optimiser state at the peak. An early peak comes before the gradients."""
         return sum(self.parts.get(part, 0) for part in STATIC)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bill without its timeline, in values of JSON."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "bytes_by_part": dict(self.parts),
+            "saved_bytes": self.saved_bytes,
+            "saved_bytes_by_kind": dict(self.saved),
+            "reserved_bytes": self.reserved_bytes,
+            "moment": self.moment,
+            "source": self.source,
+            "setting": self.setting,
+        }
 
     def plus(self, part: str, size: int) -> Bill:
         """The same bill with one more part, of ``size`` bytes."""

@@ -267,6 +267,22 @@ class Prediction:
         ]
         return pandas.DataFrame(rows)
 
+    def to_dict(self) -> dict[str, Any]:
+        """One entry a variant and what holds for all of them, in values of JSON."""
+        first = next(iter(self.seconds))
+        variants = [
+            {
+                "variant": name,
+                "seconds": self.total_s(name),
+                "seconds_by_cause": dict(parts),
+                "tokens_per_second": self.tokens_per_second(name),
+                "ratio": self.ratio(name),
+                "why": None if name == first else self.why(name),
+            }
+            for name, parts in self.seconds.items()
+        ]
+        return {"setting": self.setting, "tokens": self.tokens, "variants": variants, "doubts": list(self.doubts)}
+
     def __str__(self) -> str:
         width = max(12, *(len(name) + 2 for name in self.seconds))
         lines = [

@@ -109,6 +109,23 @@ class Flops:
         recomputed = self.counts.get((ATTENTION, INPUT), 0) / 4
         return self.causal + recomputed * (self.seq_len + 1) / 2 / self.seq_len
 
+    def to_dict(self) -> dict[str, Any]:
+        """All counts and totals, in values of JSON."""
+        parts = [part for part in PARTS if self.part(part)]
+        return {
+            "setting": self.setting,
+            "tokens": self.tokens,
+            "flops": self.total,
+            "flops_per_token": self.total / self.tokens,
+            "flops_by_part_and_pass": {
+                part: {name: self.counts[part, name] for name in PASSES if (part, name) in self.counts}
+                for part in parts
+            },
+            "closed_form_flops_by_part": None if self.closed is None else dict(self.closed),
+            "causal_flops": self.causal,
+            "fused_flops": self.fused,
+        }
+
     def __str__(self) -> str:
         passes = [name for name in PASSES if self.in_pass(name)]
         titles = [*passes, "all"] if self.closed is None else [*passes, "all", "closed form"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -37,6 +38,50 @@ def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool 
     return {label: setup for label, setup in setups.items() if lean or setup.lean is None}
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a training setup and what it needs.
+
+    Args:
+        setup: the label.
+        bill: its memory.
+        budget_bytes: the card's memory; None if no card was named.
+        look_for: "batch" or "seq", if the largest that fits was searched for.
+        largest: what was found, in sequences or in tokens per sequence.
+    """
+
+    setup: str
+    bill: Bill
+    budget_bytes: int | None = None
+    look_for: str | None = None
+    largest: int | None = None
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the card has left at the peak: negative if the setup does not fit, None without a card."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.bill.peak_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row and its bill, in values of JSON."""
+        free = self.free_bytes
+        return {
+            "setup": self.setup,
+            "fits": None if free is None else free >= 0,
+            "free_bytes": free,
+            "largest_batch_size": self.largest if self.look_for == "batch" else None,
+            "largest_seq_len": self.largest if self.look_for == "seq" else None,
+            **self.bill.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        row = f"{self.setup:<32}{self.bill.peak_bytes / GIB:>6.2f} GiB"
+        if (free := self.free_bytes) is not None:
+            row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
+        if self.largest is not None:
+            row += f"{self.largest:>13,}"
+        return row.rstrip()
+
+
 def report(
     model: Source,
     name: str,
@@ -47,6 +92,7 @@ def report(
     budget_bytes: int | None = None,
     look_for: str | None = None,
     with_bills: bool = False,
+    on_row: Callable[[Row], None] | None = None,
 ) -> dict[str, Bill]:
     """Print which training setups fit on a card, each row as soon as it is computed, and return the bills.
 
@@ -57,6 +103,7 @@ def report(
         budget_bytes: the card's memory; None leaves out the comparison.
         look_for: "batch" or "seq": also find the largest that fits, with the other unchanged.
         with_bills: print each bill, part by part, after the table.
+        on_row: called with each row as soon as it is computed.
 
     Raises:
         ValueError: there is no setup, a size is to be found without a budget, or as for :func:`predict`.
@@ -73,14 +120,14 @@ def report(
             print(f"{name}, batch {size}: peak of one step, {bill.source}")
             fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
             print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
-        row = f"{label:<32}{bill.peak_bytes / GIB:>6.2f} GiB"
-        if budget_bytes is not None:
-            free = budget_bytes - bill.peak_bytes
-            row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
-            if look_for:
-                fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
-                row += f"{largest(model, setup, budget_bytes, device=device, **fixed)[0]:>13,}"
-        print(row.rstrip(), flush=True)
+        most = None
+        if look_for and budget_bytes is not None:
+            fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
+            most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
+        row = Row(label, bill, budget_bytes, look_for, most)
+        print(row, flush=True)
+        if on_row is not None:
+            on_row(row)
     predicted_for, estimated = device_to_predict(model, device)
     if estimated or predicted_for.type == "cuda":
         print("Beside it a process keeps CUDA's own context on the card, some hundred MiB, and the allocator's gaps.")

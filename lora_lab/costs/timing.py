@@ -131,6 +131,34 @@ class Times:
             )
         return pandas.DataFrame(rows)
 
+    def to_dict(self) -> dict[str, Any]:
+        """One entry a variant and what holds for all of them, in values of JSON."""
+        variants = []
+        for name in self.seconds:
+            low, high = self.quartiles_s(name)
+            ratio_low, ratio_high = self.interval(name) or (None, None)
+            variants.append(
+                {
+                    "variant": name,
+                    "seconds": self.median_s(name),
+                    "lower_quartile_seconds": low,
+                    "upper_quartile_seconds": high,
+                    "tokens_per_second": self.tokens_per_second(name),
+                    "ratio": self.ratio(name),
+                    "ratio_low": ratio_low,
+                    "ratio_high": ratio_high,
+                    "verdict": None if name == next(iter(self.seconds)) else self.verdict(name),
+                }
+            )
+        rounds = len(next(iter(self.seconds.values())))
+        return {
+            "setting": self.setting,
+            "tokens": self.tokens,
+            "rounds": rounds,
+            "variants": variants,
+            "disturbance": self.disturbance or None,
+        }
+
     def __str__(self) -> str:
         width = max(len(name) for name in self.seconds) + 2
         rounds = len(next(iter(self.seconds.values())))

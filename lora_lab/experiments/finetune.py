@@ -200,6 +200,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def document(result: dict[str, Any]) -> dict[str, Any]:
+    """The content of result.json for ``--json``: names of losses and scores with an underscore for a space."""
+    columns = [column for column in ("before", "after", "trivial") if column in result]
+    return result | {
+        column: {name.replace(" ", "_"): value for name, value in result[column].items()} for column in columns
+    }
+
+
 def _shortened(text: str, most: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 4] + " ..."

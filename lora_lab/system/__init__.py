@@ -2,6 +2,7 @@
 
 device       which device to compute on, how much work to do, and reproducible randomness
 files        atomic writes: files that appear whole or not at all
+json_text    results as JSON text for other programs
 process      fresh processes for measurements; peak memory; cores used by other processes
 progress     the progress bar
 provenance   where a result comes from: commit, machine, device, versions
@@ -12,5 +13,5 @@ torch_build  the build of torch that suits this machine, installed before all el
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, ["device", "files", "process", "progress", "provenance", "renamed", "torch_build"]
+    __name__, ["device", "files", "json_text", "process", "progress", "provenance", "renamed", "torch_build"]
 )

@@ -11,7 +11,7 @@ from lora_lab import DoRA, LoRA, evaluate, fit, plots
 from lora_lab.ablation import load, smallest_sufficient_rank, studies
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Task, digits, docs
-from tests.helpers import ByteTokenizer, command
+from tests.helpers import ByteTokenizer, command, printed_json
 
 
 def ablate(*arguments):
@@ -136,6 +136,33 @@ def test_ablate_runs_a_grid_prints_a_verdict_and_goes_on(tmp_path, capsys):
     assert len(pandas.read_csv(tmp_path / "table.csv")) == len(frame)
     for name in ("rates", "forgetting", "verdict"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ablate_as_json_has_the_verdict_and_every_evaluation(tmp_path, capsys):
+    arguments = ["--task", "planted", "--lrs", "1e-2,1e9", "--steps", 20, "--out", tmp_path, "--json"]
+    assert ablate(*arguments, "--ranks", "1,4", "--seeds", 2) == 0
+    document, rest = printed_json(capsys)
+    assert "8 trials; results in" in rest
+    frame = load(tmp_path / "trials")
+    assert (document["trials"], len(document["evaluations"])) == (8, len(frame))
+    assert {row["outcome"] for row in document["evaluations"]} == {"done", "failed"}
+    done = {(r["rank"], r["lr"], r["seed"], r["step"]): r for r in document["evaluations"] if r["outcome"] == "done"}
+    rows = frame[frame.outcome == "done"]
+    assert len(done) == len(rows)
+    for row in rows.itertuples():
+        entry = done[row.rank, row.lr, row.seed, row.step]
+        assert entry["validation_loss"] == row.validation_loss
+        assert entry["test_loss"] == (row.test_loss if row.step == 20 else None)  # judged at the last step alone
+    verdict = smallest_sufficient_rank(frame, studies.DEFAULTS["planted"].margin)
+    stated = document["verdict"]
+    for name in ("rank", "reason", "method", "margin", "answer"):
+        assert stated[name] == getattr(verdict, name)
+    assert (stated["seeds"], stated["notes"]) == ([0, 1], list(verdict.notes))
+    for entry, rank in zip(stated["ranks"], verdict.ranks, strict=True):
+        assert entry == vars(rank)
+    assert {entry["rank"] for entry in stated["ranks"]} == {1, 4}
+    assert ablate(*arguments, "--ranks", "4", "--seeds", 1) == 0
+    assert printed_json(capsys)[0]["verdict"] is None  # of one rank
 
 
 def test_one_rank_has_no_verdict(tmp_path):

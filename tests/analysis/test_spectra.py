@@ -25,7 +25,7 @@ from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import perturbed, randomise
+from tests.helpers import perturbed, printed_json, randomise
 
 
 def trained(model, kind=None, r=3):
@@ -303,6 +303,39 @@ def test_analyze_prints_tables_and_writes_layers_and_pictures(tiny_config, tiny_
     for statistic in plots.STATISTICS:
         assert (tmp_path / "out" / f"{statistic}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{statistic}.png" in printed
+
+
+def test_analyze_as_json_has_the_layers_and_their_medians(tiny_config, tiny_tokenizer, tmp_path, capsys):
+    model = Llama(tiny_config)
+    save_model(model, tmp_path / "base", tiny_tokenizer)
+    save_adapter(trained(model), tmp_path / "adapter")
+    arguments = [str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    assert cli.main(["analyze", *arguments, "--json"]) == 0
+    document, rest = printed_json(capsys)
+    assert document["folder"] == str(tmp_path / "out")
+    assert "Written: " in rest
+    frame = spectra.report(None, model).set_index("layer")
+    layers = {row["layer"]: row for row in document["layers"]}
+    assert sorted(layers) == sorted(frame.index)
+    for name, row in layers.items():
+        numbers = ["norm", "stable_rank", "stable_rank_low", "effective_rank", "energy_rank_high", "amplification"]
+        assert [row[column] for column in numbers] == pytest.approx(frame.loc[name, numbers].tolist(), rel=1e-4)
+        assert (row["out"], row["in"], row["rank"]) == (*frame.loc[name, ["out", "in"]], 3)
+    for by, count in (("kind", 7), ("depth", 2)):
+        rows = document[f"by_{by}"]
+        assert len(rows) == count
+        for row in rows:
+            same = [layer["norm"] for layer in layers.values() if layer[by] == row[by]]
+            assert (row["layers"], row["norm"]) == (len(same), pytest.approx(np.median(same)))
+
+
+def test_what_analyze_does_not_know_is_null_in_json(tmp_path, capsys):
+    save_adapter(trained(DigitsMLP()), tmp_path / "adapter")
+    assert cli.main(["analyze", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--json"]) == 0
+    document, _ = printed_json(capsys)
+    assert [row["depth"] for row in document["layers"]] == [None] * len(document["layers"])
+    assert [row["depth"] for row in document["by_depth"]] == [None]
+    assert "amplification" not in document["layers"][0]
 
 
 def test_analyze_without_the_base_leaves_out_what_needs_it(tmp_path, capsys):

@@ -10,7 +10,7 @@ from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained,
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
 from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
-from tests.helpers import command
+from tests.helpers import command, error_line, printed_json
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -44,6 +44,28 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
     task = task_of("sums.jsonl", tiny)
     assert finetune._evaluated(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
     assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
+
+
+def test_as_json_it_prints_the_result_alone(tiny, tmp_path, capsys):
+    arguments = ["--task", "sums.jsonl", "--rank", 4, "--steps", 5, "--lr", 3e-2, "--out", "kept", "--json"]
+    assert command("finetune", *arguments) == 0
+    document, rest = printed_json(capsys)
+    assert "Saved in kept" in rest
+    stored = json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))
+    assert document.pop("folder") == "kept"
+    assert document.keys() == stored.keys()
+    for part in ("before", "after"):
+        names = {"validation_loss": "validation loss", "test_loss": "test loss", "off_domain_loss": "off_domain loss"}
+        assert document[part] == {name: stored[part][names.get(name, name)] for name in (*names, "samples")}
+        assert f"{document[part]['validation_loss']:.3f}" in rest
+    assert document["method"]["rank"] == 4
+    assert document["settings"] == stored["settings"]
+    assert document["after"]["test_loss"] != document["before"]["test_loss"]
+
+
+def test_a_preview_has_no_json(tiny, capsys):
+    assert command("finetune", "--task", "sums.jsonl", "--preview", "--json") == 1
+    assert "--preview shows text" in error_line(capsys)
 
 
 def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(tiny, tmp_path, tiny_config):

@@ -1,5 +1,6 @@
 """What `lora-lab record memory` runs, on small models, and what it prints, writes and refuses."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from lora_lab.experiments import memory as recording
 from lora_lab.experiments import speed as speed_recording
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
-from tests.helpers import command
+from tests.helpers import command, printed_json
 
 CPU = torch.device("cpu")
 
@@ -99,6 +100,17 @@ def test_a_record_is_written_with_its_command_and_can_be_read(small_is_tiny, tmp
     assert f"{record.rows[0]['measured_bytes'] / 2**20:,.1f} MiB" in printed
     assert str(tmp_path) in printed
     assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
+
+
+def test_a_record_as_json_is_the_record_and_its_path(small_is_tiny, tmp_path, capsys, monkeypatch):
+    some = [case for case in recording.memory_cases(CPU, ["small"]) if case.label == "LoRA r=8"]
+    monkeypatch.setattr(recording, "memory_cases", lambda device, models: some)
+    assert command("record", "memory", "--device", "cpu", "--models", "small", "--out", tmp_path, "--json") == 0
+    document, rest = printed_json(capsys)
+    (path,) = tmp_path.glob("*.json")
+    assert document.pop("path") == str(path)
+    assert document == json.loads(path.read_text(encoding="utf-8"))
+    assert f"{document['rows'][0]['measured_bytes'] / 2**20:,.1f} MiB" in rest
 
 
 def test_what_does_not_fit_into_memory_is_skipped_and_named(monkeypatch, small_is_tiny, capsys):

@@ -8,7 +8,7 @@ from lora_lab.costs.setup import Setup
 from lora_lab.experiments import memory as memory_recording
 from lora_lab.experiments import speed as recording
 from lora_lab.models.llama import Llama
-from tests.helpers import command, llama_folder
+from tests.helpers import command, llama_folder, printed_json
 
 CPU = torch.device("cpu")
 
@@ -92,9 +92,52 @@ def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_aske
     assert "of 2 rounds" in printed
 
 
+def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_path, capsys, tiny_config, monkeypatch):
+    folder = llama_folder(tmp_path, tiny_config)
+    measured = []
+    real = speed.step_time
+    monkeypatch.setattr(speed, "step_time", lambda *a, **o: measured.append(real(*a, **o)) or measured[-1])
+    arguments = ["--model", folder, "--batch", 2, "--seq", 8, "--rank", 2, 4, "--device", "cpu", "--json"]
+    assert command("speed", *arguments, "--measure", 2) == 0
+    document, rest = printed_json(capsys)
+    assert "Device: cpu" in rest
+    assert (document["batch_size"], document["seq_len"], document["device"]) == (2, 8, "cpu")
+    variants = {"full": FullFineTuning(), "LoRA r=2": LoRA(2, 4), "LoRA r=4": LoRA(4, 8)}
+
+    def model():
+        return Llama(tiny_config)
+
+    assert [entry["variant"] for entry in document["counted"]] == list(variants)
+    for entry, method in zip(document["counted"], variants.values(), strict=True):
+        flops = speed.flops(model, method, 2, 8)
+        counts = {(part, name): n for part, row in entry["flops_by_part_and_pass"].items() for name, n in row.items()}
+        assert counts == dict(flops.counts)
+        assert (entry["flops"], entry["flops_per_token"]) == (sum(counts.values()), sum(counts.values()) / 16)
+        assert entry["closed_form_flops_by_part"] == dict(flops.closed)
+        assert (entry["causal_flops"], entry["fused_flops"]) == (flops.causal, flops.fused)
+    prediction = speed.cost_model(CPU).predict(model, variants, 2, 8)
+    assert document["predicted"]["tokens"] == 16
+    for entry, name in zip(document["predicted"]["variants"], variants, strict=True):
+        assert (entry["variant"], entry["seconds_by_cause"]) == (name, pytest.approx(dict(prediction.seconds[name])))
+        assert entry["seconds"] == pytest.approx(sum(prediction.seconds[name].values()))
+        assert entry["ratio"] == pytest.approx(entry["seconds"] / document["predicted"]["variants"][0]["seconds"])
+        assert entry["why"] == (None if name == "full" else prediction.why(name))
+    assert document["measured"]["rounds"] == 2
+    for entry, name in zip(document["measured"]["variants"], variants, strict=True):
+        first, second = measured[0].seconds[name]
+        assert (entry["variant"], entry["seconds"]) == (name, pytest.approx((first + second) / 2))
+        assert entry["lower_quartile_seconds"] < entry["seconds"] < entry["upper_quartile_seconds"]
+        assert entry["tokens_per_second"] == pytest.approx(16 / entry["seconds"])
+        assert entry["ratio_low"] is entry["ratio_high"] is None  # of two rounds
+    assert document["measured"]["variants"][0]["verdict"] is None
+    assert "2 rounds" in document["measured"]["variants"][1]["verdict"]
+    assert command("speed", *arguments) == 0
+    assert printed_json(capsys)[0]["measured"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--model", "gpt-5"], "No shape is known"), (["--seq", 0], "seq_len is 0"), (["--rank", 0], "rank is 0")],
+    [(["--model", "gpt-5"], "There is no model 'gpt-5'"), (["--seq", 0], "seq_len is 0"), (["--rank", 0], "rank is 0")],
 )
 def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
     assert command("speed", *arguments) == 1

