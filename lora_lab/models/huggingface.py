@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_lab.system.files import settle
 
+_LONGEST = 300  # letters of an error of transformers that are shown
 # In the order in which they are tried where a config names no architecture with a head.
 _HEADS = (
     "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
@@ -58,7 +59,7 @@ def read_config(path: str | Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the entries of the file lead to
-        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_first_line(error)}") from None
+        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_shortened(error)}") from None
 
 
 def model_class(config: Any) -> Any:
@@ -125,7 +126,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
-        raise ValueError(f"{folder} cannot be loaded by transformers: {_first_line(error)}") from None
+        raise ValueError(f"{folder} cannot be loaded by transformers: {_shortened(error)}") from None
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
@@ -146,6 +147,7 @@ def save(model: nn.Module, folder: Path) -> None:
     write(folder, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+def _shortened(error: Exception) -> str:
+    """An error's text on one line, without what no reader would reach."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]"
