@@ -455,7 +455,7 @@ def stop_token(tokenizer: ChatTokenizer) -> int | None:
     with a single token.
     """
     try:
-        ids = tokenizer.encode(_turn_end(tokenizer))
+        ids = tokenizer.encode(_turn_end(tokenizer).strip())
     except ValueError:  # there is no template, or it refuses so short a conversation
         ids = []
     return ids[0] if len(ids) == 1 else tokenizer.eos_id

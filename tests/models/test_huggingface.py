@@ -106,9 +106,7 @@ def test_a_config_without_a_head_gets_the_usual_one(kind, names, expected):
 
 
 def test_a_config_for_which_there_is_no_head_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^transformers .* has no model with a head for a config of type 'clip_vision"
-    ):
+    with pytest.raises(ValueError, match=r"^transformers .* has no model with a head for a config"):
         huggingface.model_class(hf.CLIPVisionConfig())
 
 
@@ -257,12 +255,8 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
     assert adapted in capsys.readouterr().out
     sweep = ["--ranks", "1,2", "--lrs", "1e-2", "--seeds", 1, "--steps", 2, "--out", "sweep"]
     assert command("ablate", "--task", chat_file, "--model", folder, *sweep) == 0
-    assert {
-        json.loads(path.read_text())["trial"]["method"]["rank"] for path in Path("sweep/trials").glob("*.json")
-    } == {
-        1,
-        2,
-    }
+    trials = [json.loads(path.read_text())["trial"] for path in Path("sweep/trials").glob("*.json")]
+    assert {trial["method"]["rank"] for trial in trials} == {1, 2}
     assert command("analyze", "run", "--base", folder, "--out", "spectra") == 0
     assert (tmp_path / "spectra" / "layers.csv").is_file()
 

@@ -3,9 +3,11 @@
 import json
 import random
 import unicodedata
+from datetime import datetime
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -481,3 +483,29 @@ def test_a_stream_shows_whole_letters_as_soon_as_they_are_complete(tiny_tokenize
 
 def test_the_control_tokens_are_those_of_the_template_and_the_ends(chatter):
     assert chatter.control_tokens == ["</s>", "<s>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}", "hi <b>!"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "hi <b>"}]'),
+        ("{{ messages[0] | tojson(indent=1) }}", '{\n "role": "user",\n "content": "hi <b>"\n}'),
+        ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}no date{% endif %}", "no date"),
+    ],
+    ids=["generation", "json", "indented", "today", "a fixed date"],
+)
+def test_templates_may_use_what_transformers_offers(tiny_tokenizer, template, expected):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template=template)
+    messages = [{"role": "user", "content": "hi <b>"}]
+    assert tokenizer.chat(messages) == expected
+    if "fixed" not in expected and expected != "no date":
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend, chat_template=template)
+        assert theirs.apply_chat_template(messages, tokenize=False) == expected
+
+
+def test_a_template_that_fails_on_a_message_refuses_it_in_one_sentence(tiny_tokenizer):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template="{{ messages[0].content + none }}")
+    with pytest.raises(ValueError, match=r"^The chat template refuses these messages: .*\.$"):
+        tokenizer.chat([{"role": "user", "content": "hi"}])

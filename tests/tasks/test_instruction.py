@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
-from lora_lab import Llama, LoRA, evaluate, fit
+from lora_lab import Llama, LoRA, evaluate, fit, reply
 from lora_lab.ablation import packing
 from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.task import cross_entropy
 from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_text
-from lora_lab.tasks.instruction import Padded
+from lora_lab.tasks.instruction import Padded, encode, stop_token
 from tests.helpers import sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -326,6 +328,59 @@ def test_a_template_that_does_not_end_where_the_answer_begins_is_refused(tiny_to
     )
     with pytest.raises(ValueError, match="chat template does not end a prompt where its answer begins"):
         from_pairs(odd, sums())
+
+
+# As Gemma's and Qwen3's: a turn ends with a token that ends no text, and only the last turn has its thought.
+REASONING = (
+    "{% set turns = namespace(last=messages | length - 1) %}"
+    "{% for m in messages %}<s>{{ m.role }}: "
+    "{% if m.role == 'assistant' and loop.index0 == turns.last %}[thought] {% endif %}"
+    "{{ m.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def reasoner(tiny_tokenizer):
+    backend = Backend.from_str(tiny_tokenizer.backend.to_str())
+    backend.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    return Tokenizer(backend, eos_id=259, bos_id=258, chat_template=REASONING)
+
+
+def test_turns_are_found_where_the_template_drops_the_thoughts_of_earlier_ones(reasoner):
+    before = (("system", "Count."), ("user", "1?"), ("assistant", " one "), ("user", "2?"), ("assistant", "two"))
+    inputs, targets = encode(reasoner, Pair("3?", "three", before=before))
+    whole = reasoner.chat(
+        [{"role": role, "content": text} for role, text in (*before, ("user", "3?"), ("assistant", "three"))],
+        add_generation_prompt=False,
+    )
+    assert reasoner.decode([*inputs, targets[-1]]) == whole.rstrip("\n")
+    learned = reasoner.decode([token for token in targets if token != IGNORE])
+    assert learned == "one<end>two<end>[thought] three<end>"
+    assert whole.count("[thought]") == 1
+
+
+def test_an_answer_stops_where_the_template_ends_a_turn(reasoner, chatter, tiny_tokenizer):
+    assert reasoner.backend.token_to_id("<end>") == stop_token(reasoner) != reasoner.eos_id
+    assert stop_token(chatter) == chatter.eos_id == 259
+    assert stop_token(tiny_tokenizer) == 259  # it has no template
+    open_ended = Tokenizer(tiny_tokenizer.backend, eos_id=259, chat_template="{% for m in messages %}{{ m.content }} ")
+    open_ended.chat_template += "{% endfor %}"
+    assert stop_token(open_ended) == 259
+    assert "do not end" not in from_pairs(reasoner, sums()).describe()
+
+
+def test_a_reply_stops_at_the_end_of_a_turn(reasoner, tiny_config):
+    model = Llama(dataclasses.replace(tiny_config, vocab_size=261), seed=3)
+    end = stop_token(reasoner)
+    text = reasoner.chat([{"role": "user", "content": "a"}])
+    greedy = model.generate(torch.tensor(reasoner.encode(text)), 12).tolist()
+    with torch.no_grad():  # the head's row of the end is that of the sixth token, and a little more
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.weight[end] = 1.5 * model.lm_head.weight[greedy[5]]
+    expected = model.generate(torch.tensor(reasoner.encode(text)), 12, stop=end).tolist()
+    assert len(expected) < 12
+    assert reply(model, reasoner, "a", max_new_tokens=12) == reasoner.decode(expected).strip()
 
 
 def write(path, *rows):
