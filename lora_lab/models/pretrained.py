@@ -255,7 +255,7 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
         if isinstance(model, Llama):
             _write_llama(model, temporary, tokenizer)
         else:
-            huggingface.save(model, temporary)
+            huggingface.save(model, temporary, _without_blocks(model, model.state_dict()))
 
 
 def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -277,9 +277,14 @@ def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> Non
 
 
 def _dense_state(model: Any) -> dict[str, Tensor]:
-    """The tensors of a Llama, or of a relative, by Hugging Face's names; matrices in blocks are dequantised."""
+    """The tensors of a Llama, or of a relative, by Hugging Face's names, as :func:`_without_blocks` leaves them."""
     tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is written once
     state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
+    return _without_blocks(model, state)
+
+
+def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state, with matrices in blocks dequantised under their usual names; the state is changed."""
     for name, module in model.named_modules():
         if isinstance(module, BlockWeight) and f"{name}.packed" in state:
             del state[f"{name}.packed"]
