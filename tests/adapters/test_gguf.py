@@ -287,9 +287,9 @@ def relative_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", RELATIVES)
-@pytest.mark.parametrize("layer", [None, RsLoRALinear, PiSSALinear])
-def test_an_adapter_of_a_relative_is_added_to_each_of_its_weights(relative_folder, path, tmp_path, kind, layer):
-    model = uneven(adapted(relative(kind), **({"layer": layer} if layer else {})))
+@pytest.mark.parametrize("make", [KINDS[name] for name in ("PiSSA", "rsLoRA with ranks of their own")])
+def test_an_adapter_of_a_relative_is_added_to_each_of_its_weights(relative_folder, path, tmp_path, kind, make):
+    model = make(relative(kind))
     before = snapshot(model)
     save_gguf(model, path, dtype="f32")
     check_updates(path, model)
