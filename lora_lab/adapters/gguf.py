@@ -85,7 +85,7 @@ def save_gguf(
         _write_adapter(path, *updates, dtype)
         return path
     if not isinstance(source, nn.Module):
-        layout_of(_base_without_weights(Path(source)))
+        _check_base(Path(source), tokenizer)
         model, base_tokenizer = load_merged(source)
         tokenizer = tokenizer or base_tokenizer
     elif tokenizer is None:
@@ -94,6 +94,14 @@ def save_gguf(
         model = copy.deepcopy(source, {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())})
         merge(model)
     return pretrained.save_model(model, path, tokenizer, format="gguf", dtype=dtype)
+
+
+def _check_base(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError if no file holds the base of an adapter, or its tokenizer, before the weights are read."""
+    base = base_of(folder)
+    if Path(base).is_dir():
+        vocab_size = layout_of(_base_without_weights(folder)).config.vocab_size
+        (tokenizer or pretrained.load_tokenizer(base)).to_gguf(vocab_size)
 
 
 def _base_without_weights(folder: Path) -> nn.Module:

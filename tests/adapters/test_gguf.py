@@ -327,6 +327,18 @@ def test_an_adapter_of_another_family_is_refused_with_the_remedy(path, tmp_path,
     refuse(folder, path, r"is a GPT2LMHeadModel, but .*--merged --out FOLDER.*convert_hf_to_gguf\.py", merged=merged)
 
 
+def test_what_no_file_holds_is_refused_before_the_weights_are_read(relative_folder, path, tmp_path):
+    base = relative_folder("Qwen2")
+    folder = save_adapter(adapted(relative("Qwen2")), tmp_path / "adapter", base=str(base))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no file"):
+        save_gguf(folder, path, merged=True)
+    settings = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Lowercase"}}))
+    refuse(folder, path, r"^The tokenizer changes a text .*Lowercase.*convert_hf_to_gguf\.py reads", merged=True)
+    save_gguf(folder, path)  # the adapter alone holds none
+
+
 # What is refused
 
 
