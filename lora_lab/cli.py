@@ -192,15 +192,22 @@ def _add_generating(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_exporting(commands: argparse._SubParsersAction) -> None:
-    export = commands.add_parser("export", help="write an adapter or a model as a GGUF file for llama.cpp and Ollama")
+    export = commands.add_parser("export", help="write an adapter, or a whole model, for llama.cpp, Ollama or others")
     export.add_argument(
         "adapter", metavar="ADAPTER", help="a folder with an adapter; or a model, whole: its folder, or smollm2-135m"
     )
-    export.add_argument("--out", required=True, metavar="FILE.gguf", help="the file to write")
+    export.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.gguf",
+        help="the file to write; or with --merged the name of a folder, which transformers reads",
+    )
     export.add_argument(
         "--merged", action="store_true", help="write the whole model, with the adapter merged into its base"
     )
-    export.add_argument("--dtype", default="f16", help="of the matrices: f32, f16 or q8_0")
+    export.add_argument(
+        "--dtype", help="of the matrices: f32, f16 (the default) or q8_0; in a folder f32 (the default), f16 or bf16"
+    )
     export.set_defaults(run=_export)
 
 
@@ -404,22 +411,33 @@ def _chat(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from lora_lab.adapters.gguf import save_gguf
+    from lora_lab.adapters.merged import save_merged
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.models.gguf_writer import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
     from lora_lab.system.files import settle
 
     source, out = Path(options.adapter), Path(options.out)
-    check_target(out, options.dtype)
+    as_folder, dtype = out.suffix != ".gguf", options.dtype or "f16"
+    if as_folder and not options.merged:
+        raise ValueError(
+            f"--out is {options.out!r}; end it in .gguf for llama.cpp and Ollama, or add --merged for the whole model "
+            "as a Hugging Face folder."
+        )
+    if not as_folder:
+        check_target(out, dtype)
     settle(source)
-    if (source / CONFIG).is_file():
-        save_gguf(source, out, merged=options.merged, dtype=options.dtype)
-    elif source.is_dir() and not (source / "config.json").is_file():
+    if source.is_dir() and not any((source / name).is_file() for name in (CONFIG, "config.json")):
         raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
+    if as_folder:
+        save_merged(source, out, options.dtype or "f32")
+    elif (source / CONFIG).is_file():
+        save_gguf(source, out, merged=options.merged, dtype=dtype)
     else:
         model, tokenizer = load_pretrained(options.adapter, device="cpu")
-        save_model(model, out, tokenizer, format="gguf", dtype=options.dtype)
-    print(f"Written: {out} ({out.stat().st_size / 1e6:,.1f} MB)")
+        save_model(model, out, tokenizer, format="gguf", dtype=dtype)
+    size = sum(path.stat().st_size for path in (out.iterdir() if as_folder else [out]))
+    print(f"Written: {out} ({size / 1e6:,.1f} MB)")
 
 
 def _speed(options: argparse.Namespace) -> dict[str, Any]:

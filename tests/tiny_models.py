@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 from torch import nn
 
 from lora_lab import LoRAConfig, inject
-from tests.helpers import randomise, randomise_all
+from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
+from tests.helpers import ROOT, randomise, randomise_all
 
 SHAPE = {
     "vocab_size": 40,
@@ -29,6 +32,43 @@ def llama() -> nn.Module:
 
 def qwen3() -> nn.Module:
     return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True))
+
+
+# Relatives of a Llama: (config, model, llama.cpp's architecture, its word splitting, settings).
+RELATIVES = {
+    "Llama": (hf.LlamaConfig, hf.LlamaForCausalLM, "llama", "llama-bpe", {"attention_bias": True}),
+    "Mistral": (hf.MistralConfig, hf.MistralForCausalLM, "llama", "gpt-2", {"sliding_window": 96, "head_dim": 16}),
+    "Qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, "qwen2", "qwen2", {"tie_word_embeddings": True}),
+    "Qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, "qwen3", "qwen2", {"head_dim": 32}),
+}
+
+
+def relative(kind: str, seed: int = 0, **changes: object) -> nn.Module:
+    """A random one that knows the tokens of :func:`trained_tokenizer`; all its parameters are random."""
+    config, model, _, _, settings = RELATIVES[kind]
+    sizes = {"vocab_size": 610, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128}
+    settings = SHAPE | sizes | {"tie_word_embeddings": False, "rope_theta": 5000.0} | settings | changes
+    return randomise_all(model(config(**settings)).eval(), seed)
+
+
+@functools.cache
+def trained_tokenizer(words: str) -> Tokenizer:
+    """600 byte pairs of the documentation, split into words by a rule of GGUF's, and three tokens that were added."""
+    backend = Backend(models.BPE(ignore_merges=words == "llama-bpe"))
+    backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[words], decoders.ByteLevel()
+    if words == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<|endoftext|>", "<|im_end|>")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    backend.train_from_iterator([path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))], trainer)
+    backend.add_tokens([AddedToken("<tool_call>", normalized=False)])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    return Tokenizer(backend, eos_id=1, chat_template=template)
 
 
 def gemma3() -> nn.Module:

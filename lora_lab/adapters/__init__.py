@@ -4,6 +4,7 @@ extract it, lower its rank, and combine several.
 edit         switch, off, strength, extract, resize
 card         the model card in an adapter's folder
 peft_format  adapters as files, in the format of the PEFT library
+merged       an adapter as a whole model, in memory or in a Hugging Face folder
 gguf         adapters, alone or merged, as files for llama.cpp and Ollama
 arithmetic   combine: several adapters as one
 chat         a conversation whose adapter changes between answers
@@ -14,6 +15,7 @@ shipped      adapters that are installed with lora_lab
 from lora_lab.adapters.arithmetic import Combined, combine
 from lora_lab.adapters.edit import extract, off, resize, strength, switch
 from lora_lab.adapters.gguf import save_gguf
+from lora_lab.adapters.merged import load_merged, save_merged
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, read_adapter, read_config, save_adapter
 from lora_lab.adapters.shipped import shipped
 
@@ -24,12 +26,14 @@ __all__ = [
     "combine",
     "extract",
     "load_adapter",
+    "load_merged",
     "off",
     "read_adapter",
     "read_config",
     "resize",
     "save_adapter",
     "save_gguf",
+    "save_merged",
     "shipped",
     "strength",
     "switch",

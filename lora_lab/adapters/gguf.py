@@ -15,17 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.peft_format import load_adapter, read_adapter, read_config
+from lora_lab.adapters.merged import base_of, load_merged
+from lora_lab.adapters.peft_format import load_adapter, read_adapter
 from lora_lab.inject import lora_layers, merge
 from lora_lab.layers import lora_class
-from lora_lab.models import pretrained, shapes
-from lora_lab.models.gguf_writer import check_target, gguf_name, in_gguf_order, write_file
-from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.models import pretrained
+from lora_lab.models.gguf_writer import Layout, check_target, gguf_name, in_gguf_order, layout_of, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.variants import PiSSALinear
 
@@ -60,8 +60,8 @@ def save_gguf(
     whole model.
 
     Args:
-        source: a :class:`lora_lab.Llama` with adapters; or the folder of an adapter, whose base is the model that its
-            config names (SmolLM2-135M-Instruct if it names none).
+        source: a :class:`lora_lab.Llama` with adapters, or a Llama, Mistral, Qwen2 or Qwen3 of transformers; or the
+            folder of an adapter, whose base is the model that its config names (SmolLM2-135M-Instruct if none).
         path: of the file, which must end in ".gguf".
         merged: write the base with the adapters merged into it, and the tokenizer.
         dtype: of matrices: "f32", "f16" or "q8_0" (8.5 bits per weight, where rows are whole blocks of 32; the B of a
@@ -70,7 +70,7 @@ def save_gguf(
 
     Raises:
         FileNotFoundError: the folder, a file in it or its base is not there.
-        ValueError: the model is no Llama of lora_lab or has no adapters; the adapter does not fit its base; a layer's
+        ValueError: the model is of another family or has no adapters; the adapter does not fit its base; a layer's
             update is more than scaling * B A (DoRA) and merged is false; or a number, or the tokenizer, cannot be
             written.
         OSError: the file cannot be written, or the disk is full.
@@ -78,64 +78,56 @@ def save_gguf(
     path = Path(path)
     check_target(path, dtype)
     if isinstance(source, nn.Module):
-        if not isinstance(source, Llama):
-            raise ValueError(
-                f"The model is a {type(source).__name__}, but only a lora_lab.Llama is written as GGUF; save its "
-                "adapter with save_adapter(model, folder, base=...) and pass the folder."
-            )
+        layout_of(source)  # which raises for a model of another family, before any work is done
         lora_layers(source, required=True)
     if not merged:
-        updates = _updates_of_model(source) if isinstance(source, Llama) else _updates_of_folder(Path(source))
+        updates = _updates_of_model(source) if isinstance(source, nn.Module) else _updates_of_folder(Path(source))
         _write_adapter(path, *updates, dtype)
         return path
-    if not isinstance(source, Llama):
-        model, base_tokenizer = pretrained.load_pretrained(_base_of(Path(source)), device="cpu")
-        load_adapter(model, Path(source))
+    if not isinstance(source, nn.Module):
+        _check_base(Path(source), tokenizer)
+        model, base_tokenizer = load_merged(source)
         tokenizer = tokenizer or base_tokenizer
     elif tokenizer is None:
         raise ValueError("The file of a merged model holds its tokenizer too; pass tokenizer=.")
     else:  # the copy's modules are new, and its tensors are the model's
         model = copy.deepcopy(source, {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())})
-    merge(model)
+        merge(model)
     return pretrained.save_model(model, path, tokenizer, format="gguf", dtype=dtype)
 
 
-def _base_of(folder: Path) -> str:
-    """The model that an adapter's config names, if it is here."""
-    base = read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
-    if base != pretrained.SMOLLM2 and not Path(base).exists():
-        raise FileNotFoundError(
-            f"{folder} adapts the model {base!r}, which is neither a folder nor a .gguf file here; load that model and "
-            "the adapter yourself, and pass the model."
-        )
-    return base
-
-
-def _config_of(base: str) -> LlamaConfig:
-    """The shape of a model, without its weights where that is possible."""
-    if base == pretrained.SMOLLM2:
-        return shapes.config(base)
+def _check_base(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError if no file holds the base of an adapter, or its tokenizer, before the weights are read."""
+    base = base_of(folder)
     if Path(base).is_dir():
-        return pretrained.read_config(base)
-    return cast(Llama, pretrained.load_pretrained(base, device="cpu")[0]).config  # a GGUF file holds no other model
+        vocab_size = layout_of(_base_without_weights(folder)).config.vocab_size
+        (tokenizer or pretrained.load_tokenizer(base)).to_gguf(vocab_size)
 
 
-def _updates_of_folder(folder: Path) -> tuple[LlamaConfig, dict[str, _Update]]:
-    """The shape of an adapter's base, and the update of each layer, if they fit each other."""
+def _base_without_weights(folder: Path) -> nn.Module:
+    """The base of an adapter on torch's meta device, where that is possible."""
+    base = base_of(folder)
+    if base != pretrained.SMOLLM2 and not Path(base).is_dir():
+        return pretrained.load_pretrained(base, device="cpu")[0]  # a GGUF file
+    with torch.device("meta"):
+        return pretrained.architecture(base)()
+
+
+def _updates_of_folder(folder: Path) -> tuple[Layout, dict[str, _Update]]:
+    """The layout of an adapter's base, and the update of each layer, if they fit each other."""
     state = read_adapter(folder)
     updates: dict[str, _Update] = {}
     for name in [key.removesuffix(".scaling") for key in state if key.endswith(".scaling")]:
         if f"{name}.lora_magnitude_vector" in state:
             raise _more_than_a_product(name, "DoRA")
         updates[name] = _Update(state[f"{name}.lora_A"], state[f"{name}.lora_B"], float(state[f"{name}.scaling"]))
-    config = _config_of(_base_of(folder))
-    with torch.device("meta"):
-        model = Llama(config)
+    model = _base_without_weights(folder)
+    layout = layout_of(model)
     load_adapter(model, state)  # which raises if a name or a shape is not the base's
-    return config, updates
+    return layout, updates
 
 
-def _updates_of_model(model: Llama) -> tuple[LlamaConfig, dict[str, _Update]]:
+def _updates_of_model(model: nn.Module) -> tuple[Layout, dict[str, _Update]]:
     """The same of a model with adapters."""
     updates: dict[str, _Update] = {}
     for name, layer in lora_layers(model).items():
@@ -144,7 +136,7 @@ def _updates_of_model(model: Llama) -> tuple[LlamaConfig, dict[str, _Update]]:
         if any(getattr(type(product), method) is not getattr(plain, method) for method in ("forward", "_delta")):
             raise _more_than_a_product(name, type(layer).__name__)
         updates[name] = _Update(product.lora_A.detach(), product.lora_B.detach(), product.scaling)
-    return model.config, updates
+    return layout_of(model), updates
 
 
 def _more_than_a_product(name: str, kind: str) -> ValueError:
@@ -154,7 +146,7 @@ def _more_than_a_product(name: str, kind: str) -> ValueError:
     )
 
 
-def _write_adapter(path: Path, config: LlamaConfig, updates: Mapping[str, _Update], dtype: str) -> None:
+def _write_adapter(path: Path, layout: Layout, updates: Mapping[str, _Update], dtype: str) -> None:
     counts = Counter(update.alpha for update in updates.values())
     alpha = max(sorted(counts), key=lambda value: counts[value])  # of several the smallest, whatever the layers' order
     tensors: dict[str, Tensor] = {}
@@ -165,6 +157,6 @@ def _write_adapter(path: Path, config: LlamaConfig, updates: Mapping[str, _Updat
         if name == "token_embd.weight":
             A = A.T  # (4, 1000) -> (1000, 4), because llama.cpp looks up a row for each token
         tensors[f"{name}.lora_a"] = A  # (4, 64)
-        tensors[f"{name}.lora_b"] = in_gguf_order(name, B, config)  # (48, 4)
+        tensors[f"{name}.lora_b"] = in_gguf_order(name, B, layout)  # (48, 4)
     header = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
-    write_file(path, header, tensors, dtype)
+    write_file(path, layout.architecture, header, tensors, dtype)

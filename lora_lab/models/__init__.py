@@ -6,6 +6,7 @@ reading      what a causal language model has read: our Llama, and those of tran
 shapes       shapes of well-known models, for questions that need no weights
 digits       two small nets for experiments that take seconds
 quantize     a frozen base in 4 bits: GGUF's blocks, NF4
+configs      config.json: which model is a Llama of ours, and its shape
 tokenizer    text to token ids and back, and conversations to text
 gguf_reader  reads a GGUF file, with Hugging Face's names
 gguf_writer  writes one, for llama.cpp and Ollama
@@ -19,6 +20,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     [
+        "configs",
         "decoding",
         "digits",
         "download",

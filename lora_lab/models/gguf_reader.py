@@ -78,7 +78,8 @@ def read_gguf(path: str | Path) -> StoredModel:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
-            f"{path.name} holds a model of architecture {architecture!r}, but only 'llama' can be built here."
+            f"{path.name} holds a model of architecture {architecture!r}, but only 'llama' can be built here; "
+            "load the model's Hugging Face folder instead."
         )
     if fields.get("general.type", "model") != "model":
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab.system.files import settle
 
@@ -133,8 +133,11 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def save(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     """Write the files of a model: config.json, generation_config.json, and safetensors in one file.
+
+    Args:
+        state: the tensors to write in place of the model's.
 
     Raises:
         ValueError: it is not a model of transformers.
@@ -144,7 +147,7 @@ def save(model: nn.Module, folder: Path) -> None:
         raise ValueError(
             f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers; save its state_dict()."
         )
-    write(folder, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
+    write(folder, state_dict=state, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
 
 
 def _shortened(error: Exception) -> str:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from lora_lab.inject import lora_layers, replace
 from lora_lab.models import huggingface, shapes
+from lora_lab.models.configs import config_from_hf, config_to_hf, misfit
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
-from lora_lab.models.gguf_writer import write_gguf
-from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling
+from lora_lab.models.gguf_writer import layout_of, write_gguf
+from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
@@ -91,7 +92,7 @@ def load_pretrained(
     device = pick_device(device)[0]
     path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
     if path.is_dir():
-        reason = _misfit(_config_entries(path))
+        reason = misfit(_config_entries(path))
         if str(source) != SMOLLM2:
             _say_which(path, reason)
         if reason is not None:
@@ -165,8 +166,8 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             f"{', '.join(shapes.TABLE)}."
         )
     entries = _config_entries(path)
-    if _misfit(entries) is None:
-        return partial(Llama, _config_from_hf(entries, path))
+    if misfit(entries) is None:
+        return partial(Llama, config_from_hf(entries, path))
     return partial(huggingface.build, huggingface.read_config(path))
 
 
@@ -178,9 +179,9 @@ def read_config(folder: str | Path) -> LlamaConfig:
         ValueError: the file is damaged, lacks a size, or describes a model that is not a :class:`lora_lab.Llama`.
     """
     entries = _config_entries(Path(folder))
-    if (reason := _misfit(entries)) is not None:
+    if (reason := misfit(entries)) is not None:
         raise ValueError(f"{folder} holds no Llama that is built here: {reason}.")
-    return _config_from_hf(entries, Path(folder))
+    return config_from_hf(entries, Path(folder))
 
 
 def _config_entries(path: Path) -> dict[str, Any]:
@@ -212,7 +213,8 @@ def save_model(
         model: a :class:`lora_lab.Llama`, or a model of transformers, which writes the files of a folder itself.
         path: of the folder; for GGUF, of the file, which must end in ".gguf".
         tokenizer: of the model; a GGUF file needs one.
-        format: "safetensors" (a folder) or "gguf" (a file, for our Llama only).
+        format: "safetensors" (a folder) or "gguf" (a file; of the models of transformers, for Llama, Mistral, Qwen2 and
+            Qwen3 with the default settings of their positions).
         dtype: of a GGUF file's matrices: "f32", "f16" (None means this) or "q8_0" (8.5 bits per weight, where rows are
             whole blocks of 32). A folder keeps the model's own.
 
@@ -231,12 +233,7 @@ def save_model(
             raise ValueError(
                 "A GGUF file holds the tokenizer too; pass it: save_model(model, path, tokenizer, 'gguf')."
             )
-        if not isinstance(model, Llama):
-            raise ValueError(
-                f"The model is a {type(model).__name__}, but only a lora_lab.Llama is written to a GGUF file here; "
-                "save it to a folder, which llama.cpp's convert_hf_to_gguf.py reads."
-            )
-        write_gguf(path, model.config, _dense_state(model), tokenizer, dtype or "f16")
+        write_gguf(path, layout_of(model), _dense_state(model), tokenizer, dtype or "f16")
     elif format != "safetensors":
         raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
     elif dtype is not None:
@@ -258,13 +255,13 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
         if isinstance(model, Llama):
             _write_llama(model, temporary, tokenizer)
         else:
-            huggingface.save(model, temporary)
+            huggingface.save(model, temporary, _without_blocks(model, model.state_dict()))
 
 
 def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
     """Write config.json and model.safetensors beside the tokenizer's files, with a common hash."""
     state = _dense_state(model)
-    config = _config_to_hf(model.config, next(iter(state.values())).dtype)
+    config = config_to_hf(model.config, next(iter(state.values())).dtype)
     if tokenizer is not None:
         config |= {
             f"{name}_token_id": getattr(tokenizer, f"{name}_id")
@@ -279,10 +276,15 @@ def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> Non
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", _SAVE: digest.hexdigest()})
 
 
-def _dense_state(model: Llama) -> dict[str, Tensor]:
-    """The model's tensors by Hugging Face's names; matrices in blocks are dequantised."""
+def _dense_state(model: Any) -> dict[str, Tensor]:
+    """The tensors of a Llama, or of a relative, by Hugging Face's names, as :func:`_without_blocks` leaves them."""
     tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is written once
     state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
+    return _without_blocks(model, state)
+
+
+def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state, with matrices in blocks dequantised under their usual names; the state is changed."""
     for name, module in model.named_modules():
         if isinstance(module, BlockWeight) and f"{name}.packed" in state:
             del state[f"{name}.packed"]
@@ -313,14 +315,14 @@ def _smollm2_folder() -> Path:
 
 def _write_blocks(stored: StoredModel, folder: Path) -> None:
     stored.tokenizer.save(folder)
-    write_json(folder / "config.json", _config_to_hf(stored.config, torch.float32))
+    write_json(folder / "config.json", config_to_hf(stored.config, torch.float32))
     with atomic_file(folder / "model.safetensors") as temporary:
         save_file(stored.tensors, temporary, metadata={_KINDS: json.dumps(stored.kinds)})
 
 
 def _read_folder(folder: Path) -> StoredModel:
     entries = _config_entries(folder)
-    config = _config_from_hf(entries, folder)
+    config = config_from_hf(entries, folder)
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
     for path in _weight_files(folder):
         if not path.is_file():
@@ -408,80 +410,3 @@ def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype:
         linear = cast(nn.Linear, layer)
         in_blocks = BlockLinear(packed, kind, linear.weight.shape, linear.bias, dtype=dtype)
     replace(model, name, in_blocks)
-
-
-def _config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    values = {name: value for name, value in vars(config).items() if name != "rope_scaling"}
-    scaling = config.rope_scaling
-    return values | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        },
-    }
-
-
-def _misfit(entries: dict[str, Any]) -> str | None:
-    """Why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
-    if (kind := entries.get("model_type")) != "llama":
-        return f"it is of type {kind!r}, and lora_lab builds only 'llama'"
-    if (activation := entries.get("hidden_act", "silu")) != "silu":
-        return f"its activation is {activation!r}, and lora_lab builds only 'silu'"
-    if (scaled := _positions(entries)[1]) not in ("default", "llama3"):
-        return f"its positions are scaled by {scaled!r}, and lora_lab builds only 'default' and 'llama3'"
-    if "quantization_config" in entries:
-        return "its weights are quantised in a format that lora_lab does not read"
-    heads = [name for name in entries.get("architectures") or () if not name.endswith(("ForCausalLM", "LlamaModel"))]
-    return f"it is a {heads[0]}, and lora_lab builds only causal language models" if heads else None
-
-
-def _positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The settings of rotary positions, and how they are scaled."""
-    # transformers 5 has one entry for all of them, older versions have two.
-    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
-    return rope, rope.get("rope_type", rope.get("type", "default"))
-
-
-def _config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
-    rope, kind = _positions(hf)
-    try:
-        scaling = None
-        if kind == "llama3":
-            scaling = RopeScaling(
-                factor=rope["factor"],
-                low_freq_factor=rope["low_freq_factor"],
-                high_freq_factor=rope["high_freq_factor"],
-                original_context=rope["original_max_position_embeddings"],
-            )
-        heads = hf["num_attention_heads"]
-        return LlamaConfig(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=hf["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-            rope_scaling=scaling,
-            attention_bias=hf.get("attention_bias", False),
-            mlp_bias=hf.get("mlp_bias", False),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
-    except TypeError as error:
-        raise ValueError(
-            f"{folder / 'config.json'} has an entry that is not a number ({error}); copy it anew."
-        ) from None

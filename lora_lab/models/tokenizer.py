@@ -14,7 +14,7 @@ from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from lora_lab.system.files import atomic_files, read_json, settle, write_json
@@ -25,17 +25,23 @@ _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit is a word
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
-    "llama-bpe": pre_tokenizers.Sequence(
+} | {
+    name: pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
-    ),
+    )
+    for name, words in (("llama-bpe", _LLAMA3_WORDS), ("qwen2", _QWEN2_WORDS))
 }
+# What is done to a text first, by our own entry in a GGUF file's header, which has none for it. Of Qwen2's files that
+# lack the entry it is Unicode's NFC.
+_NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
 
@@ -201,6 +207,8 @@ class Tokenizer:
         # Llama 3 does not split a word that is a token, whatever the merges would make of it.
         vocabulary = {token: i for i, token in enumerate(tokens)}
         backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+        if fields.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
+            backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]
         backend.decoder = decoders.ByteLevel()
         types = fields["tokenizer.ggml.token_type"]
@@ -219,6 +227,9 @@ class Tokenizer:
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
         """The entries of a GGUF file's header from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
+
+        Qwen2's puts a text into Unicode's NFC first, which :meth:`from_gguf` does too, but llama.cpp does not: of a
+        text that is not in NFC, such as a letter and its accent in two characters, its tokens are others.
 
         Args:
             vocab_size: rows of the model's embedding. Ids without a token become unused tokens, such as "[PAD260]".
@@ -260,6 +271,8 @@ class Tokenizer:
             if (token := getattr(self, name)) is not None:
                 entries[f"{long}_token_id"] = token
         header = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+        if words == "qwen2":
+            header[_NORMALIZER] = (state["normalizer"] or {}).get("type", "none")
         return header | ({"tokenizer.chat_template": self.chat_template} if self.chat_template else {})
 
     def _first_tokens(self) -> list[int]:
@@ -327,7 +340,8 @@ def _gguf_words(state: dict[str, Any]) -> str:
         raise _not_in_gguf(f"splits a text into words by another rule than {list(PRE_TOKENIZERS)}")
     if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
         raise _not_in_gguf(f"sets ignore_merges to {model.get('ignore_merges')}, which {name!r} does not")
-    if state["normalizer"] is not None:
+    # Qwen2's NFC is accepted, though llama.cpp leaves it out: nearly all texts are in NFC already.
+    if state["normalizer"] not in (None, {"type": "NFC"} if name == "qwen2" else None):
         raise _not_in_gguf(f"changes a text before it is split (normalizer {state['normalizer'].get('type')})")
     # A token for unknown characters is never used if every byte has a token.
     unused = {"unk_token"} if set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys() else set()
@@ -350,5 +364,5 @@ def _without_offsets(state: str | bytes) -> Any:
 def _not_in_gguf(what: str) -> ValueError:
     return ValueError(
         f"The tokenizer {what}, which a GGUF file cannot hold here; save the model as a Hugging Face folder "
-        "(format='safetensors')."
+        "(lora-lab export ADAPTER --merged --out FOLDER), which llama.cpp's convert_hf_to_gguf.py reads."
     )

@@ -28,6 +28,7 @@ from lora_lab.adapters.edit import set_factors
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import command, error_line, logits, names, random_ids, randomise, randomise_all, snapshot
+from tests.tiny_models import RELATIVES, fresh, gpt2, relative, trained_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -77,41 +78,34 @@ def contents(path):
     return header, tensors
 
 
-def llama_cpp_updates(path, config):
+def llama_cpp_updates(path, config, names):
     """What llama.cpp adds to each weight, alpha / rank * B A with the file's alpha and the tensor's rank, in float64.
 
-    The rows of queries and keys are put back from its order into Hugging Face's, one by one.
+    The rows of a Llama's queries and keys are put back from its order into Hugging Face's, one by one.
     """
     header, tensors = contents(path)
-    in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = header["general.architecture"]
+    in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     result = {}
     for name in {name.rpartition(".")[0] for name in tensors}:
         A, B = tensors[f"{name}.lora_a"].astype(np.float64), tensors[f"{name}.lora_b"].astype(np.float64)
         update = A @ B.T if name == "token_embd.weight" else B @ A  # of an embedding's A it looks up rows
-        if ".attn_q." in name or ".attn_k." in name:
+        if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
             half = config.head_dim // 2
             rows = np.arange(len(update))
             head, place = np.divmod(rows, config.head_dim)
             one, pair = np.divmod(place, half)
             update = update[head * config.head_dim + 2 * pair + one]
         result[name] = header["adapter.lora.alpha"] / B.shape[1] * update
-    return {
-        ours: result[in_file.get_name(f"{ours}.weight", try_suffixes=(".weight",))] for ours in names_in(config, result)
-    }
-
-
-def names_in(config, result):
-    """Hugging Face's names of the layers that a file adapts."""
-    in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    with torch.device("meta"):
-        every = [name.removesuffix(".weight") for name in Llama(config).state_dict()]
-    return [name for name in every if in_file.get_name(f"{name}.weight", try_suffixes=(".weight",)) in result]
+    updates = {name: in_file.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in names}
+    return {name: result[theirs] for name, theirs in updates.items() if theirs in result}
 
 
 def check_updates(path, model, tolerance=1e-6):
     """The file adds to each weight what the model's adapter does, and not what another's does."""
     layers = lora_layers(model)
-    updates = llama_cpp_updates(path, model.config)
+    every = [name.replace(".base.", ".").removesuffix(".weight") for name in model.state_dict()]
+    updates = llama_cpp_updates(path, model.config, every)
     assert updates.keys() == layers.keys()
     for name, layer in layers.items():
         expected = layer.delta().double().numpy()
@@ -279,6 +273,72 @@ def test_another_tokenizer_may_be_given_for_a_folder(base, base_folder, tiny_tok
         assert ("tokenizer.chat_template" in contents(path)[0]) == (tokenizer is None)
 
 
+# Relatives, which are models of transformers
+
+
+@pytest.fixture
+def relative_folder(tmp_path):
+    """The folder of a relative, with its tokenizer."""
+
+    def save(kind, **changes):
+        return save_model(relative(kind, **changes), tmp_path / "base", trained_tokenizer(RELATIVES[kind][3]))
+
+    return save
+
+
+@pytest.mark.parametrize("kind", RELATIVES)
+@pytest.mark.parametrize("make", [KINDS[name] for name in ("PiSSA", "rsLoRA with ranks of their own")])
+def test_an_adapter_of_a_relative_is_added_to_each_of_its_weights(relative_folder, path, tmp_path, kind, make):
+    model = make(relative(kind))
+    before = snapshot(model)
+    save_gguf(model, path, dtype="f32")
+    check_updates(path, model)
+    assert snapshot(model) == before
+    header, tensors = contents(path)
+    assert header["general.architecture"] == RELATIVES[kind][2]
+    folder = save_adapter(model, tmp_path / "adapter", base=str(relative_folder(kind)))
+    save_gguf(folder, tmp_path / "adapter.gguf", dtype="f32")
+    its_header, its_tensors = contents(tmp_path / "adapter.gguf")
+    assert its_header == header
+    assert all(np.array_equal(its_tensors[name], value) for name, value in tensors.items())
+    with torch.no_grad():
+        next(iter(lora_layers(model).values())).lora_B[0, 0] += 1
+    with pytest.raises(AssertionError):
+        check_updates(path, model)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_a_merged_relative_is_the_relative_with_its_adapters_merged(relative_folder, path, tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(relative(kind), layer=DoRALinear)
+    folder, ids = save_adapter(model, tmp_path / "adapter", base=str(relative_folder(kind))), random_ids(2, 30, 600)
+    for source, options in ((model, {"tokenizer": trained_tokenizer(RELATIVES[kind][3])}), (folder, {})):
+        save_gguf(source, path, merged=True, dtype="f32", **options)
+        theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+        torch.testing.assert_close(logits(theirs, ids), logits(model, ids), rtol=0, atol=1e-3)
+        assert (logits(theirs, ids) - logits(relative(kind), ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_of_another_family_is_refused_with_the_remedy(path, tmp_path, tiny_tokenizer, merged):
+    base = save_model(fresh(gpt2), tmp_path / "base", tiny_tokenizer)
+    folder = save_adapter(adapted(fresh(gpt2)), tmp_path / "adapter", base=str(base))
+    refuse(folder, path, r"is a GPT2LMHeadModel, but .*--merged --out FOLDER.*convert_hf_to_gguf\.py", merged=merged)
+
+
+def test_what_no_file_holds_is_refused_before_the_weights_are_read(relative_folder, path, tmp_path):
+    base = relative_folder("Qwen2")
+    folder = save_adapter(adapted(relative("Qwen2")), tmp_path / "adapter", base=str(base))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no file"):
+        save_gguf(folder, path, merged=True)
+    settings = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Lowercase"}}))
+    refuse(folder, path, r"^The tokenizer changes a text .*Lowercase.*convert_hf_to_gguf\.py reads", merged=True)
+    save_gguf(folder, path)  # the adapter alone holds none
+
+
 # What is refused
 
 
@@ -316,10 +376,10 @@ def test_pefts_pissa_which_changed_its_base_is_refused(base, base_folder, path, 
         refuse(folder, path, "sets init_lora_weights to 'pissa', which changes the result", merged=merged)
 
 
-def test_what_is_no_llama_with_adapters_is_refused(base, path, tmp_path, tiny_hf):
+def test_what_is_no_llama_with_adapters_is_refused(base, path, tmp_path):
     refuse(base(), path, "has no adapters; call inject")
-    refuse(adapted(DigitsMLP(width=16)), path, r"is a DigitsMLP, but only a lora_lab\.Llama.*pass the folder")
-    refuse(adapted(tiny_hf()), path, r"is a LlamaForCausalLM, but only a lora_lab\.Llama.*pass the folder")
+    for model in (DigitsMLP(width=16), fresh(gpt2)):
+        refuse(adapted(model), path, rf"is a {type(model).__name__}, but .* a lora_lab\.Llama .*--merged --out FOLDER")
     refuse(tmp_path, path, f"lacks the file {CONFIG}", FileNotFoundError)
     refuse(tmp_path / "nowhere", path, f"lacks the file {CONFIG}", FileNotFoundError)
 
@@ -403,7 +463,10 @@ def test_the_command_writes_a_whole_model(base, base_folder, chatter, path, tiny
     [
         (("nowhere", "--out", "x.gguf"), "There is no model 'nowhere'"),
         ((".", "--out", "x.gguf"), f". holds neither an adapter ({CONFIG}) nor a model (config.json)."),
-        (("nowhere", "--out", "x.bin"), "must end in .gguf"),
+        (("nowhere", "--out", "x.bin"), "--out is 'x.bin'; end it in .gguf for llama.cpp and Ollama, or add --merged"),
+        (("nowhere", "--out", "x", "--merged"), "There is no model 'nowhere'"),
+        ((".", "--out", "x", "--merged"), f". holds neither an adapter ({CONFIG}) nor a model (config.json)."),
+        (("nowhere", "--out", "x", "--merged", "--dtype", "q8_0"), "dtype is 'q8_0', but a folder is written in one"),
         (("nowhere", "--out", "x.gguf", "--dtype", "f64"), "dtype is 'f64'"),
     ],
 )

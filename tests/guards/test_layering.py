@@ -200,6 +200,7 @@ def test_the_imports_are_really_read():
         "adapters.arithmetic",
         "adapters.edit",
         "adapters.gguf",
+        "adapters.merged",
         "adapters.peft_format",
         "adapters.shipped",
     }

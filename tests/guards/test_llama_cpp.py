@@ -25,26 +25,30 @@ from tokenizers import Tokenizer as Backend
 from lora_lab import Llama, LoRAConfig, inject, load_adapter, load_pretrained, save_model
 from lora_lab.adapters import save_gguf, shipped, strength
 from lora_lab.models.llama import RopeScaling
+from lora_lab.models.reading import stream
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import logits, random_ids, randomise, randomise_all
+from tests.tiny_models import RELATIVES, relative, trained_tokenizer
 
 FOLDER = os.environ.get("LORA_LAB_LLAMA_CPP")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="LORA_LAB_LLAMA_CPP names no folder with node-llama-cpp")
 TEXTS = ["Once upon a time, the other's", "in  2024, 3.14 and 1 000 000", "Grüße 😀 東京", "  a\n\n b\t", "THE'S\r\n12"]
+TEXTS += ["½①²Ⅷǅʰª٣\u3000\xa0\x85x", "a.that'LL_x/y!\n\r\n \t", "<|im_end|> <tool_call>1", "한국어 नमस्ते\u200d\ufeff"]
 
 
 @dataclasses.dataclass
 class Run:
     """A GGUF file for llama.cpp, and the model of ours that it must equal."""
 
-    ours: Llama
+    ours: torch.nn.Module
     tokenizer: Tokenizer
     model: Path
     adapter: Path | None = None
     scale: float = 1.0
     prompt: list[int] = dataclasses.field(default_factory=lambda: random_ids(1, 9)[0].tolist())
     count: int = 24
+    texts: list[str] = dataclasses.field(default_factory=lambda: TEXTS)
 
 
 @dataclasses.dataclass
@@ -60,23 +64,34 @@ class Result:
     template: str | None
 
 
-def run_all(runs, folder):
-    """Let llama.cpp compute all runs in one process."""
-    request, expected = [], []
-    for i, run in enumerate(runs):
-        tokens = run.ours.generate(torch.tensor(run.prompt), run.count).tolist()
+def greedy(run):
+    """The tokens that our model continues the prompt with."""
+    return list(stream(run.ours, torch.tensor(run.prompt), run.count))
+
+
+def answers(runs, continued, folder):
+    """What llama.cpp computes of all runs and their tokens, in one process; logits go to files in the folder."""
+    request = []
+    for i, (run, tokens) in enumerate(zip(runs, continued, strict=True)):
         files = {"model": str(run.model), "adapter": run.adapter and str(run.adapter), "scale": run.scale}
-        prompt = {"texts": TEXTS, "prompt": run.prompt, "forced": tokens[:-1], "logits": str(folder / f"{i}.logits")}
-        request.append(files | prompt)
-        expected.append((tokens, logits(run.ours, torch.tensor([run.prompt + tokens[:-1]]))[0, len(run.prompt) - 1 :]))
+        prompt = {"texts": run.texts, "prompt": run.prompt, "forced": tokens[:-1]}
+        request.append(files | prompt | {"logits": str(folder / f"{i}.logits")})
     (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("llama_cpp.mjs")
     done = subprocess.run(["node", script, FOLDER, folder / "request.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [
-        compare(run, answer, *each, np.fromfile(folder / f"{i}.logits", dtype=np.float32))
-        for i, (run, answer, each) in enumerate(zip(runs, json.loads(done.stdout), expected, strict=True))
-    ]
+    return json.loads(done.stdout)
+
+
+def run_all(runs, folder):
+    """How far llama.cpp is from ours in each run."""
+    results = []
+    continued = [greedy(run) for run in runs]
+    for i, (run, tokens, answer) in enumerate(zip(runs, continued, answers(runs, continued, folder), strict=True)):
+        ours = logits(run.ours, torch.tensor([run.prompt + tokens[:-1]]))[0, len(run.prompt) - 1 :]
+        theirs = np.fromfile(folder / f"{i}.logits", dtype=np.float32)
+        results.append(compare(run, answer, tokens, ours, theirs))
+    return results
 
 
 def compare(run, answer, tokens, ours, theirs):
@@ -89,8 +104,8 @@ def compare(run, answer, tokens, ours, theirs):
         equal=equal,
         count=run.count,
         gap=float(best[0] - best[1]),
-        ids_equal=answer["ids"] == [run.tokenizer.encode(text) for text in TEXTS],
-        texts_equal=answer["texts"] == TEXTS,
+        ids_equal=answer["ids"] == [run.tokenizer.encode(text) for text in run.texts],
+        texts_equal=answer["texts"] == run.texts,
         template=answer["template"],
     )
 
@@ -163,6 +178,48 @@ def test_small_models_give_our_logits_merged_and_with_their_adapters(tiny_config
     wrong = dataclasses.replace(runs["LoRA"], ours=base)
     (result,) = run_all([wrong], tmp_path)
     assert result.difference > 0.05
+
+
+# Relatives of a Llama, as transformers computes them
+
+
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_relatives_give_the_logits_of_transformers_merged_and_with_their_adapters(tmp_path, kind):
+    base, tokenizer = relative(kind), trained_tokenizer(RELATIVES[kind][3])
+    runs = {"base": Run(base, tokenizer, save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32"))}
+    for name, options in ADAPTERS.items():
+        if "targets" in options and base.config.tie_word_embeddings:
+            continue
+        model, options = copy.deepcopy(base), dict(options)
+        inject(model, LoRAConfig(4, 6.0, targets=options.pop("targets", "all-linear")), **options)
+        randomise(model, size=0.1)
+        assert (logits(model, random_ids(1, 9)) - logits(base, random_ids(1, 9))).abs().max() > 0.1
+        path = save_gguf(model, tmp_path / f"{name} merged.gguf", merged=True, dtype="f32", tokenizer=tokenizer)
+        runs[f"{name} merged"] = Run(model, tokenizer, path)
+        if name != "DoRA":
+            path = save_gguf(model, tmp_path / f"{name}.gguf", dtype="f32")
+            runs[name] = Run(model, tokenizer, tmp_path / "base.gguf", path)
+    results = dict(zip(runs, run_all(list(runs.values()), tmp_path), strict=True))
+    for name, result in results.items():
+        check(f"{kind}, {name}", result, 1e-3)
+        assert result.texts_equal
+        assert result.template == tokenizer.chat_template
+    (result,) = run_all([dataclasses.replace(runs["LoRA"], ours=base)], tmp_path)
+    assert result.difference > 0.05
+
+
+def test_hard_texts_are_split_as_qwen2s_tokenizer_splits_them(tmp_path):
+    tokenizer, generator = trained_tokenizer("qwen2"), np.random.default_rng(0)
+    letters = [*"abT 'sSlRE12\n\r\t.,!_-/éß東京ж٣½①²Ⅷǅʰªאनि한€😀👍\0\1\xa0\u3000\u2028\x85\u200b\u200d\ufeff\ue000"]
+    letters += ["'re", "'LL", "  ", "the", "<|im_end|>", "<tool_call>"]
+    texts = ["".join(generator.choice(letters, generator.integers(1, 14))) for _ in range(3000)]
+    path = save_model(relative("Qwen3"), tmp_path / "base.gguf", tokenizer, "gguf", "f32")
+    run = Run(relative("Qwen3"), tokenizer, path, texts=[*texts, "e\u0301", "é"])
+    (answer,) = answers([run], [greedy(run)], tmp_path)
+    expected = [tokenizer.encode(text) for text in run.texts]
+    assert answer["ids"][:-2] == expected[:-2]
+    # In two characters, which the tokenizer joins by Unicode's NFC and llama.cpp does not.
+    assert expected[-2] == expected[-1] == answer["ids"][-1] != answer["ids"][-2]
 
 
 def test_llama_cpps_own_scale_is_strength(tiny_config, tmp_path):

@@ -19,6 +19,7 @@ from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
 from tests.helpers import logits, names, random_ids, randomise, randomise_all
+from tests.tiny_models import RELATIVES, fresh, gemma3, gpt2, relative, trained_tokenizer
 
 TEXTS = ["the other day", "in  2024, 3.14 and 1 000 000", "<s>user\nGrüße 😀</s>", "  a\n\n b\t", "that's the THE"]
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -205,19 +206,176 @@ def test_transformers_reads_a_file_with_equal_logits(tiny, tiny_tokenizer, path,
     assert (logits(theirs, ids) - logits(model, ids)).abs().max() > 1e-3
 
 
+# Relatives, which are models of transformers
+
+
+EACH_RELATIVE = pytest.mark.parametrize("kind", RELATIVES)
+
+
+def save_relative(kind, model, path, dtype="f32"):
+    return save_model(model, path, trained_tokenizer(RELATIVES[kind][3]), "gguf", dtype)
+
+
+@EACH_RELATIVE
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_reads_a_relatives_file_with_equal_logits(path, kind, tied):
+    from transformers import AutoModelForCausalLM
+
+    # transformers reads neither a Llama's biases nor the size of Qwen3's heads from the file.
+    defaults = {"Llama": {"attention_bias": False}, "Qwen3": {"head_dim": 128}}
+    model = relative(kind, tie_word_embeddings=tied, **defaults.get(kind, {}))
+    save_relative(kind, model, path)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    assert theirs.config.model_type == RELATIVES[kind][2]
+    ids = random_ids(2, 40, 600)
+    torch.testing.assert_close(logits(theirs, ids), logits(model, ids), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 1
+    assert (logits(theirs, ids) - logits(model, ids)).abs().max() > 1e-3
+
+
+@EACH_RELATIVE
+def test_the_tensors_of_a_relative_have_the_gguf_librarys_names_and_llama_cpps_order(path, kind):
+    model, architecture = relative(kind), RELATIVES[kind][2]
+    save_relative(kind, model, path)
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 2)
+    expected = {
+        in_file.get_name(name, try_suffixes=(".weight", ".bias")): value.detach().numpy()
+        for name, value in model.named_parameters()
+    }
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+            rows = np.arange(len(value))
+            head, place = np.divmod(rows, 16)
+            value = value[16 * head + place // 2 + 8 * (place % 2)]  # 0 8 1 9 and so on, of the 16 rows of a head
+            assert not np.array_equal(expected[name], value)
+        assert np.array_equal(tensors[name], value), name
+    assert ("blk.0.attn_q_norm.weight" in tensors) == (kind == "Qwen3")
+    assert ("blk.1.attn_k.bias" in tensors) == (kind in ("Qwen2", "Llama"))
+
+
+@EACH_RELATIVE
+def test_the_header_of_a_relative_states_its_sizes(path, kind):
+    _, _, architecture, words, _ = RELATIVES[kind]
+    save_relative(kind, relative(kind), path, "q8_0")
+    header = header_of(path)
+    expected = {
+        "general.architecture": architecture,
+        f"{architecture}.vocab_size": 610,
+        f"{architecture}.context_length": 96 if kind == "Mistral" else 128,  # llama.cpp's attention has no window
+        f"{architecture}.attention.head_count_kv": 2,
+        f"{architecture}.attention.key_length": 32 if kind == "Qwen3" else 16,
+        f"{architecture}.rope.freq_base": 5000.0,
+        "tokenizer.ggml.pre": words,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    assert {key: header.get(key) for key in expected} == expected
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert stored["blk.0.attn_q.weight"] == "Q8_0"
+
+
+def test_a_mistrals_file_is_loaded_as_our_llama_with_equal_logits(path):
+    model, ids = relative("Mistral"), random_ids(2, 40, 600)
+    save_relative("Mistral", model, path)
+    ours, _ = load_pretrained(path, device="cpu")
+    assert isinstance(ours, Llama)
+    torch.testing.assert_close(logits(ours, ids), logits(model, ids), rtol=0, atol=1e-4)
+    ids = random_ids(1, 120, 600)  # behind the window of 96 tokens they are two models
+    assert (logits(ours, ids) - logits(model, ids))[:, :96].abs().max() < 1e-4
+    assert (logits(ours, ids) - logits(model, ids))[:, 96:].abs().max() > 1e-2
+
+
+def test_a_relative_in_nf4_is_written_dequantised(path, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = relative("Qwen2"), random_ids(1, 20, 600)
+    exact = logits(model, ids)
+    quantize_nf4(model)
+    save_relative("Qwen2", model, path)
+    for folder, options in ((path.parent, {"gguf_file": path.name}), (save_model(model, tmp_path / "folder"), {})):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        torch.testing.assert_close(logits(theirs, ids), logits(model, ids), rtol=0, atol=1e-3)
+    assert (exact - logits(model, ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: fresh(gpt2), "The model is a GPT2LMHeadModel, but"),
+        (lambda: fresh(gemma3), "The model is a Gemma3ForCausalLM, but"),
+        (lambda: relative("Qwen2", hidden_act="gelu"), "The Qwen2ForCausalLM has hidden_act 'gelu', but .* 'silu'"),
+        (lambda: relative("Mistral", hidden_act="gelu"), "The MistralForCausalLM has hidden_act 'gelu'"),
+        (lambda: relative("Qwen3", attention_bias=True), "The Qwen3ForCausalLM has attention_bias True, but .* False"),
+        (
+            lambda: relative("Qwen2", rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            "The Qwen2ForCausalLM has rope_type 'yarn', but .* 'default'",
+        ),
+    ],
+)
+def test_other_families_and_settings_are_refused_with_the_remedy(path, make, says):
+    with pytest.raises(ValueError, match=rf"^{says}.*--merged --out FOLDER.*convert_hf_to_gguf\.py reads\.$") as error:
+        save_model(make(), path, trained_tokenizer("qwen2"), "gguf")
+    assert re.search(r"\. [A-Z]", str(error.value)) is None
+    assert not path.parent.exists()
+
+
+HARD = [
+    *"abT 'sSlRE12\n\r\t.,!_-/éß東京ж٣½①²Ⅷǅʰªªאनि한€😀👍\0\1",
+    "\xa0",
+    "\u3000",
+    "\u2028",
+    "\x85",
+    "\u200b",
+    "\u200d",
+]
+HARD += ["\ufeff", "\ue000", "\u0378", "'s", "'T", "'re", "'LL", "  ", "\r\n", "the", "<|im_end|>", "<tool_call>"]
+
+
+def hard_texts(count=2000):
+    generator = np.random.default_rng(0)
+    return ["".join(generator.choice(HARD, generator.integers(1, 14))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("words", PRE_TOKENIZERS)
+def test_a_trained_tokenizer_comes_back_from_the_gguf_library(path, tiny, words):
+    tokenizer = trained_tokenizer(words)
+    save_model(tiny(vocab_size=610), path, tokenizer, "gguf")
+    back, other = Tokenizer.from_gguf(header_of(path)), trained_tokenizer("gpt-2" if words != "gpt-2" else "qwen2")
+    texts = hard_texts()
+    assert [back.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    assert [other.encode(text) for text in texts] != [tokenizer.encode(text) for text in texts]
+    for text in ("e\u0301", "\u212b"):  # in two characters, or in one that NFC replaces
+        assert back.encode(text) == tokenizer.encode(text)
+        assert (back.decode(back.encode(text)) == text) == (words != "qwen2")
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])
+def test_qwen2s_tokenizer_has_nfc_or_not(normalizer):
+    tokenizer = bytes_tokenizer("qwen2")
+    tokenizer.backend.normalizer = normalizer
+    header = tokenizer.to_gguf(265)
+    assert (Tokenizer.from_gguf(header).encode("e\u0301") == tokenizer.encode("é")) == (normalizer is not None)
+    del header["lora_lab.normalizer"]  # a file of Qwen's own lacks it, and its tokenizer has NFC
+    assert Tokenizer.from_gguf(header).encode("e\u0301") == tokenizer.encode("é")
+
+
 # The tokenizer
 
 
 def bytes_tokenizer(words="gpt-2", first=False, **options):
     """A tokenizer of all bytes and six merges, with two special tokens and one more, as a GGUF file may hold it."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "at", "that", "12", "Ġ12"]
-    merges = [("t", "h"), ("th", "e"), ("a", "t"), ("th", "at"), ("1", "2"), ("Ġ", "12")]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", ".th", "at", "that", "12", "Ġ12"]
+    merges = [("t", "h"), (".", "th"), ("a", "t"), ("th", "at"), ("1", "2"), ("Ġ", "12")]
     backend = Backend(
         models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe")
     )
     backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[words], decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
     backend.add_tokens([AddedToken("<note>", normalized=False)])
+    if words == "qwen2":
+        backend.normalizer = normalizers.NFC()
     if first:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 262)])
     return Tokenizer(backend, **({"bos_id": 262, "eos_id": 263} | options))
@@ -240,8 +398,8 @@ def test_a_tokenizer_comes_back_as_it_was(words, first):
     assert (back.bos_id, back.eos_id, back.pad_id, back.chat_template) == (262, 263, 3, tokenizer.chat_template)
     assert back.control_tokens == tokenizer.control_tokens == ["</s>", "<s>"]
     assert len(back) == 265
-    others = [bytes_tokenizer(other) for other in PRE_TOKENIZERS if other != words]
-    assert all(other.encode("in 12") != tokenizer.encode("in 12") for other in others)
+    for other in [bytes_tokenizer(other) for other in PRE_TOKENIZERS if other != words]:
+        assert any(other.encode(text) != tokenizer.encode(text) for text in ("in 12", ".that"))
 
 
 def test_the_real_tokenizer_comes_back_as_it_was(smollm2, tmp_path):

@@ -1,0 +1,97 @@
+"""A model's config.json: which model is a Llama of ours, and its shape from Hugging Face's entries and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lab.models.llama import LlamaConfig, RopeScaling
+
+
+def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The entries of a config.json that describe a Llama, and the dtype of its weights."""
+    values = {name: value for name, value in vars(config).items() if name != "rope_scaling"}
+    scaling = config.rope_scaling
+    return values | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "rope_scaling": None
+        if scaling is None
+        else {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        },
+    }
+
+
+def misfit(entries: dict[str, Any]) -> str | None:
+    """Why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
+    if (kind := entries.get("model_type")) != "llama":
+        return f"it is of type {kind!r}, and lora_lab builds only 'llama'"
+    if (activation := entries.get("hidden_act", "silu")) != "silu":
+        return f"its activation is {activation!r}, and lora_lab builds only 'silu'"
+    if (scaled := positions(entries)[1]) not in ("default", "llama3"):
+        return f"its positions are scaled by {scaled!r}, and lora_lab builds only 'default' and 'llama3'"
+    if "quantization_config" in entries:
+        return "its weights are quantised in a format that lora_lab does not read"
+    heads = [name for name in entries.get("architectures") or () if not name.endswith(("ForCausalLM", "LlamaModel"))]
+    return f"it is a {heads[0]}, and lora_lab builds only causal language models" if heads else None
+
+
+def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The settings of rotary positions, and how they are scaled."""
+    # transformers 5 has one entry for all of them, older versions have two.
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
+def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
+    """The shape that the entries describe.
+
+    Args:
+        hf: the entries of a config.json.
+        folder: of the file, for an error's message.
+
+    Raises:
+        ValueError: an entry is missing or is not a number.
+    """
+    rope, kind = positions(hf)
+    try:
+        scaling = None
+        if kind == "llama3":
+            scaling = RopeScaling(
+                factor=rope["factor"],
+                low_freq_factor=rope["low_freq_factor"],
+                high_freq_factor=rope["high_freq_factor"],
+                original_context=rope["original_max_position_embeddings"],
+            )
+        heads = hf["num_attention_heads"]
+        return LlamaConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            rope_scaling=scaling,
+            attention_bias=hf.get("attention_bias", False),
+            mlp_bias=hf.get("mlp_bias", False),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / 'config.json'} has an entry that is not a number ({error}); copy it anew."
+        ) from None
