@@ -16,7 +16,7 @@ from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
-from lora_lab.models.pretrained import FILES, SMOLLM2, load_pretrained, save_model
+from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.system.provenance import machine_info
@@ -162,7 +162,7 @@ def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
     was_full, is_full = (name == FullFineTuning.name for name in (earlier, method.name))
     if was_full == is_full or (was_full and Path(model).resolve() == folder.resolve()):
         return ()
-    return FILES if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))
+    return (*FILES, GENERATION) if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))
 
 
 def _evaluated(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:

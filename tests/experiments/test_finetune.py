@@ -150,7 +150,7 @@ def test_what_an_earlier_run_kept_is_asked_of_its_last_save_even_if_that_was_sto
     (tmp_path / ".lora_lab-ready").mkdir()
     for folder, name in ((tmp_path, "lora"), (tmp_path / ".lora_lab-ready", "full")):
         (folder / "result.json").write_text(json.dumps({"method": {"name": name}}))
-    assert set(finetune._outdated(tmp_path, LoRA(2), "base")) == MODEL
+    assert set(finetune._outdated(tmp_path, LoRA(2), "base")) == {*MODEL, "generation_config.json"}
 
 
 @pytest.mark.parametrize("content", [None, "?", "[]", "{}", '{"method": 5}'])
