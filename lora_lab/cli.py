@@ -159,9 +159,10 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
 def _add_generating(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser("generate", help="generate text with a model, with or without an adapter")
     generate.add_argument("prompt", help="the text to continue")
-    which = generate.add_mutually_exclusive_group()
-    which.add_argument("--adapter", metavar="DIR", help="a folder with an adapter")
-    which.add_argument("--model", metavar="DIR", help="a model's folder or .gguf file (default: smollm2-135m)")
+    generate.add_argument("--adapter", metavar="DIR", help="a folder with an adapter")
+    generate.add_argument(
+        "--model", metavar="DIR", help="a model's folder or .gguf file (default: the adapter's base, or smollm2-135m)"
+    )
     generate.add_argument("--tokens", type=int, default=60, help="the most tokens to generate")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
@@ -354,16 +355,15 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from lora_lab.adapters.peft_format import load_adapter, read_config
+    from lora_lab.adapters.merged import base_of
+    from lora_lab.adapters.peft_format import load_adapter
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
     from lora_lab.models.reading import stream
     from lora_lab.tasks.generate import reply
 
     if options.tokens < 1:
         raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
-    base = options.model or SMOLLM2
-    if options.adapter:
-        base = read_config(options.adapter).get("base_model_name_or_path") or SMOLLM2
+    base = options.model or (base_of(options.adapter) if options.adapter else SMOLLM2)
     model, tokenizer = load_pretrained(base, device=options.device)
     if options.adapter:
         load_adapter(model, options.adapter)
@@ -380,7 +380,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     from lora_lab.adapters.chat import HELP, Conversation, talk
-    from lora_lab.adapters.peft_format import read_config
+    from lora_lab.adapters.merged import base_of
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 
     if options.tokens < 1:
@@ -388,8 +388,8 @@ def _chat(options: argparse.Namespace) -> None:
     adapters = {Path(folder).name: folder for folder in options.adapter}
     if len(adapters) < len(options.adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
-    bases = {read_config(folder).get("base_model_name_or_path") or SMOLLM2 for folder in options.adapter}
-    if options.model is None and len(bases) > 1:
+    bases = set() if options.model else {base_of(folder) for folder in options.adapter}
+    if len(bases) > 1:
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     model, tokenizer = load_pretrained(options.model or next(iter(bases), SMOLLM2), device=options.device)
     conversation = Conversation(
@@ -415,7 +415,7 @@ def _export(options: argparse.Namespace) -> None:
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.models.gguf_writer import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
-    from lora_lab.system.files import settle
+    from lora_lab.system.files import check_writable, settle
 
     source, out = Path(options.adapter), Path(options.out)
     as_folder, dtype = out.suffix != ".gguf", options.dtype or "f16"
@@ -426,6 +426,7 @@ def _export(options: argparse.Namespace) -> None:
         )
     if not as_folder:
         check_target(out, dtype)
+    check_writable(out if as_folder else out.parent)
     settle(source)
     if source.is_dir() and not any((source / name).is_file() for name in (CONFIG, "config.json")):
         raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")

@@ -298,7 +298,7 @@ def test_help_shows_every_command_and_option(capsys, arguments, shows):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["dmeo"], ["demo", "--steps", "many"], ["generate"], ["generate", "a", "--adapter", "x", "--model", "y"]],
+    [["dmeo"], ["demo", "--steps", "many"], ["generate"]],
 )
 def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as done:

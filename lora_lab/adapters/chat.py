@@ -38,7 +38,8 @@ class Conversation:
             answer.
 
     Raises:
-        ValueError: the model has adapters or is not a causal language model, or an adapter does not fit it.
+        ValueError: the model has adapters or is not a causal language model, its tokenizer has no chat template, or an
+            adapter does not fit it.
         FileNotFoundError: an adapter's folder lacks a file.
     """
 
@@ -55,6 +56,8 @@ class Conversation:
     ) -> None:
         require_no_adapters(model)
         reader_of(model)
+        if tokenizer.chat_template is None:
+            raise ValueError("This tokenizer has no chat template, so the model cannot chat; use stream or generate.")
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters or {})
         self.messages: list[dict[str, str]] = []
         self.name: str | None = None  # of the adapter in use
@@ -126,10 +129,11 @@ class Conversation:
                 return f"The next answer is given with {self.name}, at strength {self.strength:g}."
             if word == "/off":
                 self.use(None)
-                return "The next answer is the base model's."
+                return "From the next answer on it is the base model that answers."
             if word == "/strength":
                 self.strength = _number(value)
-                return f"The adapter's update counts {self.strength:g} times from now on."
+                waits = "" if self.name else ", once /adapter NAME puts one on"
+                return f"The adapter's update counts {self.strength:g} times from now on{waits}."
             if word == "/new":
                 self.messages.clear()
                 return "A new conversation begins."

@@ -29,8 +29,8 @@ def base_of(folder: str | Path) -> str:
     base = read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
     if base != pretrained.SMOLLM2 and not Path(base).exists():
         raise FileNotFoundError(
-            f"{folder} adapts the model {base!r}, which is neither a folder nor a .gguf file here; load that model and "
-            "the adapter yourself, and pass the model."
+            f"{folder} adapts the model {base!r} (base_model_name_or_path in its {CONFIG}), which is neither a folder "
+            "nor a .gguf file here; write its path there, or load both yourself, and pass the model."
         )
     return base
 

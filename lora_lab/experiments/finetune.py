@@ -24,6 +24,7 @@ from lora_lab.task import Task
 from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
+from lora_lab.tasks.named import check_name
 from lora_lab.train import evaluate, fit
 
 SHOWN = 3  # answers printed before and after
@@ -79,15 +80,19 @@ def run(
         The content of result.json.
 
     Raises:
-        ValueError: ``half`` is true, but the method trains no adapter; or ``by_length`` is, but all examples have the
-            same length.
-        OSError: ``out`` cannot be written to. This is checked before anything else; if it happens at the end, the
+        ValueError: ``half`` is true, but the method trains no adapter; ``by_length`` is, but all examples have the same
+            length; there is no such task; or ``out`` is the folder of the model.
+        FileNotFoundError: there is no such file.
+        OSError: ``out`` cannot be written to. This is checked before the model is loaded; if it happens at the end, the
             results are saved in another folder, which the error names.
     """
     if half and isinstance(method, FullFineTuning):
         raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
     out = Path(out)
+    if Path(model).is_dir() and Path(model).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
     check_writable(out)
+    check_name(task)
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
     data = task_of(task, tokenizer)
@@ -125,7 +130,7 @@ def run(
         result["trivial"] = score(data, trivial(data)[:eval_examples])
 
     def save(folder: Path) -> None:
-        with atomic_files(folder, remove=_outdated(folder, method, model)) as temporary:
+        with atomic_files(folder, remove=_outdated(folder, method)) as temporary:
             if lora_layers(net):
                 save_adapter(net, temporary, base=model, dtype=torch.float16 if half else None, history=history)
                 yield_to(folder, temporary)
@@ -149,10 +154,10 @@ def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
-def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
+def _outdated(folder: Path, method: Method) -> tuple[str, ...]:
     """Files that an earlier run saved in the folder, by its result.json, and that this run would not overwrite.
 
-    A model stays if the new adapter was trained on it, and so does everything that no run saved.
+    Everything that no run saved stays.
     """
     settle(folder)
     try:
@@ -160,7 +165,7 @@ def _outdated(folder: Path, method: Method, model: str) -> tuple[str, ...]:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ()
     was_full, is_full = (name == FullFineTuning.name for name in (earlier, method.name))
-    if was_full == is_full or (was_full and Path(model).resolve() == folder.resolve()):
+    if was_full == is_full:
         return ()
     return (*FILES, GENERATION) if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))
 

@@ -103,7 +103,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         FileNotFoundError: the folder has no config.json, or no safetensors.
         ValueError: transformers does not know the architecture, or a weight is missing or of another shape, or the
-            weights are quantised.
+            weights are quantised, or an adapter is in the same folder.
         ModuleNotFoundError: transformers is not installed.
     """
     folder = Path(folder)
@@ -113,6 +113,11 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
         raise ValueError(
             f"{folder} holds weights that are quantised ({method}), which are not read here; load the original weights "
             "and quantise them with lora_lab.quantize_nf4(model)."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model, which transformers would put on it; move the adapter's files "
+            "to another folder."
         )
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} holds no file *.safetensors, the only format of weights that is read.")

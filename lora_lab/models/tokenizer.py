@@ -115,7 +115,10 @@ class Tokenizer:
                 for a special token, which would end a turn or begin another one in the middle of the text.
         """
         if self.chat_template is None:
-            raise ValueError("This tokenizer has no chat template; pass plain text to the model instead.")
+            raise ValueError(
+                "This tokenizer has no chat template; pass plain text to the model instead, to train on a .txt file or "
+                'on lines of {"text": ...}.'
+            )
         for message in messages:
             text = str(message.get("content", ""))
             if token := next((token for token in self.control_tokens if token in text), None):

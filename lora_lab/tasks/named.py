@@ -29,12 +29,21 @@ READERS: dict[str, Callable[[ChatTokenizer, str], Task]] = {
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless a name is in :data:`TASKS`, or ends as a file that can be read as a task."""
-    if name not in TASKS and Path(name).suffix not in READERS:
+    """Check that a name is in :data:`TASKS`, or is that of a file that may be read as a task, before a model is loaded.
+
+    Raises:
+        ValueError: it is neither.
+        FileNotFoundError: there is no such file.
+    """
+    if name in TASKS:
+        return
+    if Path(name).suffix not in READERS:
         raise ValueError(
             f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or a file whose name ends in one of "
             f"{', '.join(READERS)}."
         )
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"There is no file {name}; give the path of your examples.")
 
 
 def task_of(name: str, tokenizer: ChatTokenizer) -> Task:

@@ -104,7 +104,7 @@ def test_a_talk_goes_on_until_the_input_ends(conversation):
     talk(conversation, read, shown.append)
     assert next(lines) == "never read"
     text = "".join(shown)
-    assert "The next answer is the base model's." in text
+    assert "From the next answer on it is the base model that answers." in text
     assert "A text holds '</s>'" in text
     assert len(conversation.messages) == 4  # the refused text is not part of it
     talk(conversation, read, shown.append)  # the input is at its end

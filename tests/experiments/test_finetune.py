@@ -134,30 +134,33 @@ def test_a_readme_of_the_users_stays(tiny, tmp_path):
 def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_path, tiny_config):
     save_model(Llama(tiny_config, seed=5), "mine", tiny)  # by the user, not by a run
     assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
-    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--model", "kept", "--out", "./kept") == 0
-    for folder in ("mine", "kept"):
-        assert {path.name for path in (tmp_path / folder).iterdir()} == {
-            *MODEL,
-            *ADAPTER,
-            "history.json",
-            "result.json",
-        }
-        load_pretrained(folder, device="cpu")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {*MODEL, *ADAPTER, "history.json", "result.json"}
+    load_pretrained("mine", device="cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_folder_of_the_model_that_is_trained_is_no_place_for_results(tiny, tmp_path, tiny_config, capsys, method):
+    save_model(Llama(tiny_config, seed=5), "base", tiny)
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    arguments = ["--task", "sums.jsonl", "--method", method, "--model", "base", "--out", "./base"]
+    assert command("finetune", *arguments) == 1
+    assert "base holds the model that is to be trained, which must stay as it is; name another" in error_line(capsys)
+    assert {path.name for path in (tmp_path / "base").iterdir()} == MODEL
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
 
 
 def test_what_an_earlier_run_kept_is_asked_of_its_last_save_even_if_that_was_stopped(tmp_path):
     (tmp_path / ".lora_lab-ready").mkdir()
     for folder, name in ((tmp_path, "lora"), (tmp_path / ".lora_lab-ready", "full")):
         (folder / "result.json").write_text(json.dumps({"method": {"name": name}}))
-    assert set(finetune._outdated(tmp_path, LoRA(2), "base")) == {*MODEL, "generation_config.json"}
+    assert set(finetune._outdated(tmp_path, LoRA(2))) == {*MODEL, "generation_config.json"}
 
 
 @pytest.mark.parametrize("content", [None, "?", "[]", "{}", '{"method": 5}'])
 def test_without_a_result_of_a_run_nothing_gives_way(tmp_path, content):
     if content is not None:
         (tmp_path / "result.json").write_text(content)
-    assert finetune._outdated(tmp_path, FullFineTuning(), "base") == ()
+    assert finetune._outdated(tmp_path, FullFineTuning()) == ()
 
 
 @pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])

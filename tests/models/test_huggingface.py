@@ -175,12 +175,17 @@ def test_a_folder_of_our_family_is_a_llama_which_is_said_too(tiny_config, chatte
         (lambda folder: changed(folder, intermediate_size=25), ValueError, "cannot be loaded by transformers: "),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), ValueError, "cannot be loaded"),
         (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            ValueError,
+            "holds an adapter beside the model, which transformers would put on it; move the adapter's files",
+        ),
+        (
             lambda folder: changed(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
             ValueError,
             r"quantised \(.*bitsandbytes.*quantize_nf4",
         ),
     ],
-    ids=["weights", "tokenizer", "config", "too few layers", "another shape", "damaged", "quantised"],
+    ids=["weights", "tokenizer", "config", "too few layers", "another shape", "damaged", "adapter", "quantised"],
 )
 def test_what_is_missing_or_damaged_is_told_in_one_sentence(folder, spoil, error, says, capsys):
     spoil(folder)
