@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -162,7 +162,7 @@ def language_model(device: torch.device | None = None, source: str = SMOLLM2) ->
 
 def random_init(device: torch.device | None = None) -> nn.Module:
     """A model of the same shape that has learned nothing: random weights, the same on every call."""
-    model = load_pretrained(SMOLLM2, device=device)[0]
+    model = cast(Llama, language_model(device))
     return Llama(model.config, seed=0).to(next(model.parameters()).device)
 
 

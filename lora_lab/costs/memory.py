@@ -83,8 +83,8 @@ def predict(
 ) -> Bill:
     """The bill of a training step that is never taken: it is rehearsed on fake tensors.
 
-    A second step is rehearsed, because a first one lacks the optimiser's state. Of a stack of identical blocks a few are
-    rehearsed, and the others follow from them, byte for byte. The model and the random generators stay as they are.
+    A second step is rehearsed, because a first one lacks the optimiser's state. Of a stack of identical blocks a few
+    are rehearsed, and the others follow from them, byte for byte. The model and the random generators stay as they are.
 
     Args:
         model: a freshly loaded model; or a function that builds one, of any size; or a name such as "llama-3-8b", or a

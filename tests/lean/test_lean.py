@@ -311,6 +311,7 @@ def quantize_head(model):
 def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_targets_lie(size, dtype, monkeypatch):
     width, vocabulary = 32, 260
     monkeypatch.setattr(quantize, "_AT_ONCE", size * width)
+    monkeypatch.setattr(quantize, "_MOST_SLICES", 10**6)
     packed, _ = quantize.nf4(torch.randn(vocabulary, width), 64, double=False)
     head = BlockLinear(packed, "NF4", (vocabulary, width), dtype=dtype)
     starts = [start for start, _ in head.slices()]
@@ -333,6 +334,7 @@ def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_target
 
 def test_the_loss_over_slices_takes_logits_of_any_size(monkeypatch):
     monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 32)
+    monkeypatch.setattr(quantize, "_MOST_SLICES", 10**6)
     packed, _ = quantize.nf4(torch.randn(260, 32), 64, double=False)
     head = BlockLinear(packed, "NF4", (260, 32), dtype=torch.float64)
     hidden = 100 * torch.randn(5, 32, dtype=torch.float64)  # exponentials of these are infinite
@@ -584,6 +586,7 @@ def test_a_model_all_in_blocks_computes_trains_and_writes_in_either_precision(dt
     model.lm_head = BlockLinear(blocks, "Q8_0", (260, 64))
     model.to(dtype)
     monkeypatch.setattr(quantize, "_AT_ONCE", 100 * 64)  # the head is read in three slices
+    monkeypatch.setattr(quantize, "_MOST_SLICES", 10**6)
     inject(model, LoRAConfig(rank=4, alpha=6, targets=targets))
     randomise(model, size=0.15)
     exact = dense_twin(model.train())

@@ -464,6 +464,7 @@ def test_a_large_matrix_is_dequantised_in_slices(kind, at_once, monkeypatch):
     rows = BlockLinear.rows
     monkeypatch.setattr(BlockLinear, "rows", lambda layer, *which: made.append(rows(layer, *which)) or made[-1])
     monkeypatch.setattr(quantize, "_AT_ONCE", at_once)
+    monkeypatch.setattr(quantize, "_MOST_SLICES", 10**6)
     found = layer(x)
     assert len(made) > 1
     assert sum(len(part) for part in made) == 48
@@ -482,6 +483,14 @@ def test_slices_cover_the_rows_in_pieces_of_a_few_megabytes():
     assert starts[1:] == stops[:-1]
     assert max(stop - start for start, stop in head.slices()) * 576 * 4 <= 2**23
     assert in_blocks(WEIGHT, "Q8_0").slices() == [(0, 48)]
+
+
+def test_a_very_large_matrix_has_sixteen_slices_whatever_its_size():
+    for rows in (28672, 57344):
+        blocks = torch.empty(rows * 8192 // 32, 34, dtype=torch.uint8, device="meta")
+        slices = BlockLinear(blocks, "Q8_0", (rows, 8192)).slices()
+        assert len(slices) == 16
+        assert sum(stop - start for start, stop in slices) == rows
 
 
 CASTS = {
