@@ -363,3 +363,15 @@ def test_waiting_threads_are_told_to_give_their_cores_back_before_torch_starts(g
     environment |= {"OMP_WAIT_POLICY": given} if given else {}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [expected, "False"]
+
+
+@pytest.mark.parametrize(("name", "merged"), [("x.gguf", False), ("whole", True)])
+def test_an_export_says_before_it_loads_a_model_that_its_place_cannot_be_written_to(
+    tuned, tmp_path, capsys, monkeypatch, name, merged
+):
+    monkeypatch.setattr("lora_lab.adapters.gguf.save_gguf", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("lora_lab.adapters.merged.save_merged", lambda *_, **__: pytest.fail("started"))
+    (tmp_path / "file").write_text("mine")
+    options = ["--merged"] if merged else []
+    assert command("export", tuned[1], "--out", tmp_path / "file" / name, *options) == 1
+    assert "cannot be written to (" in error_line(capsys)

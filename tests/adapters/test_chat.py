@@ -148,3 +148,8 @@ def test_the_command_talks(tiny_config, chatter, folders, tmp_path, capsys, monk
     assert "--tokens is 0" in error_line(capsys)
     assert command("chat", "--adapter", folders["one"], "--adapter", folders["one"]) == 1
     assert "have the same name" in error_line(capsys)
+
+
+def test_without_a_chat_template_no_conversation_begins(tiny_config, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"^This tokenizer has no chat template, so the model cannot chat"):
+        Conversation(Llama(tiny_config), tiny_tokenizer)

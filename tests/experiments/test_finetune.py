@@ -269,3 +269,10 @@ def test_every_task_can_be_named(smollm2):
     assert isinstance(task, PairTask)
     assert task.fingerprint == sentiment(smollm2[1]).fingerprint
     assert torch.is_tensor(task.train.inputs)
+
+
+@pytest.mark.parametrize(("task", "says"), [("none.jsonl", "There is no file none.jsonl"), ("cats", "task is 'cats'")])
+def test_a_task_that_is_not_there_is_told_before_the_model_is_loaded(tiny, capsys, monkeypatch, task, says):
+    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert command("finetune", "--task", task, "--out", "out") == 1
+    assert says in error_line(capsys)
