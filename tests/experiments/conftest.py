@@ -58,8 +58,8 @@ def sentences(vocabulary):
 def small_study(monkeypatch, tiny_config, tmp_path):
     """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
-    monkeypatch.setattr(studies, "language_model", lambda device, model: study[0]())
-    monkeypatch.setattr(studies, "docs_task", lambda seq_len, model: study[1]())
+    monkeypatch.setattr(studies, "language_model", lambda device, model=None: study[0]())
+    monkeypatch.setattr(studies, "docs_task", lambda seq_len, model=None: study[1]())
     plan = ablation.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
     for module in (ablation, spectra):
         monkeypatch.setattr(module, "plan", lambda device: plan)
