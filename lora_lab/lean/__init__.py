@@ -19,11 +19,12 @@ Adapters, norms, an adapted head and all sums stay in float32. Over a base in 4-
 
 In reading order:
 
-    linear  LoRA's matrix multiplications, with a hand-written backward pass
-    blocks  norm, rotation, attention and SwiGLU that save fewer activations
-    loss    cross-entropy without whole logits
-    optim   flat AdamW, and micro-batches in parallel threads
-    step    gives a Llama lean blocks, and makes the step that trains it
+    linear     LoRA's matrix multiplications, with a hand-written backward pass
+    recompute  checkpointing: compute again what would have been saved
+    blocks     norm, rotation, attention and SwiGLU that save fewer activations
+    loss       cross-entropy without whole logits
+    optim      flat AdamW, and micro-batches in parallel threads
+    step       gives a Llama lean blocks, and makes the step that trains it
 
 Shapes in the comments: SmolLM2-135M, 4 sequences of 128 tokens, which is 512 rows; rank 8.
 

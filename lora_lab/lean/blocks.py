@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lora_lab.lean.linear import gated_linear, linear, project
+from lora_lab.lean.recompute import recomputed
 from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, RMSNorm, attend, split_heads
 from lora_lab.models.quantize import BlockLinear
 
@@ -87,9 +87,7 @@ class LeanBlock(nn.Module):
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
         has_dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
-        return checkpoint(
-            self._compute, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=has_dropout
-        )  # (4, 128, 576)
+        return recomputed(self._compute, x, cos, sin, mask, None, random=has_dropout)  # (4, 128, 576)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         x = x + self.self_attn(_norm(self.input_layernorm, x), cos, sin, mask, cache)  # (4, 128, 576)

@@ -108,30 +108,29 @@ def _by_vocabulary(
 ) -> tuple[Tensor, Tensor | None]:
     """Slices of the vocabulary, each for all tokens, so that only a slice of the weight is dequantised at a time.
 
-    Two passes over the vocabulary: the first for each token's sum of exponentials, the second for the gradient.
+    All sums are of exp(logit - top), with each token's largest logit so far, and shrink when a slice has a larger one.
+
+    Reference: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3.
     """
     top = hidden.new_full((len(hidden), 1), -math.inf)  # (512, 1)
     total = torch.zeros_like(top)  # (512, 1)
     target_logit = torch.full_like(top, math.nan)  # (512, 1); stays NaN for a target outside the vocabulary
+    mean_row, target_row = torch.zeros_like(hidden), torch.zeros_like(hidden)  # (512, 576): rows of the weight
     for start, stop in head.slices():
-        logits = cast_matmul(hidden, head.rows(start, stop).T)  # (512, 576) @ (576, 3072) -> (512, 3072)
+        weight = head.rows(start, stop)  # (1820, 576)
+        logits = cast_matmul(hidden, weight.T)  # (512, 576) @ (576, 1820) -> (512, 1820)
         in_slice, index = _in_slice(targets, start, stop)  # (512, 1), (512, 1)
         target_logit = torch.where(in_slice, logits.gather(1, index), target_logit)  # (512, 1)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))  # (512, 1)
-        total.mul_((top - higher).exp()).add_(logits.sub_(higher).exp_().sum(1, keepdim=True))  # (512, 1)
-        top = higher  # (512, 1)
-    log_sum = top + total.log()  # (512, 1)
-    losses = (log_sum - target_logit)[:, 0]  # (512,)
-    if not with_gradient:
-        return losses, None
-    gradient = torch.zeros_like(hidden)  # (512, 576)
-    for start, stop in head.slices():
-        weight = head.rows(start, stop)  # (3072, 576)
-        probabilities = cast_matmul(hidden, weight.T).sub_(log_sum).exp_()  # (512, 3072)
-        in_slice, index = _in_slice(targets, start, stop)  # (512, 1), (512, 1)
-        probabilities.scatter_add_(1, index, -in_slice.to(probabilities.dtype))  # minus 1 at the target
-        cast_addmm_(gradient, probabilities, weight)  # (512, 576)
-    return losses, gradient
+        shrink, top = (top - higher).exp_(), higher  # (512, 1)
+        exponentials = logits.sub_(higher).exp_()  # (512, 1820)
+        total.mul_(shrink).add_(exponentials.sum(1, keepdim=True))  # (512, 1)
+        if with_gradient:
+            cast_addmm_(mean_row.mul_(shrink), exponentials, weight)  # (512, 1820) @ (1820, 576) -> (512, 576)
+            target_row = torch.where(in_slice, weight[index[:, 0]].to(hidden.dtype), target_row)  # (512, 576)
+        del weight, logits, exponentials  # before those of the next slice are allocated
+    losses = (top + total.log() - target_logit)[:, 0]  # (512,)
+    return losses, mean_row.div_(total).sub_(target_row) if with_gradient else None
 
 
 def _in_slice(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:

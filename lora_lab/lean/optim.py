@@ -36,9 +36,20 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._gradients: dict[nn.Parameter, Tensor] = {}  # each parameter's view
-        self._flat = [self._flatten(group["params"]) for group in self.param_groups]
+        self._flat: list[dict[str, Tensor]] = []  # of each group
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, which become views of a flat tensor of their own.
+
+        It does not call torch's method, which loads torch's compiler at its first call (60 MB, and a second).
+        """
+        group = {**self.defaults, **param_group, "params": list(param_group["params"])}
+        if any(parameter in self._gradients for parameter in group["params"]):
+            raise ValueError("A parameter is in more than one group, so it would be updated twice; give it once.")
+        self._flat.append(self._flatten(group["params"]))
+        self.param_groups.append(group)
 
     def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
         if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:

@@ -749,6 +749,17 @@ def test_parameters_of_two_dtypes_fit_no_flat_group():
         FlatAdamW([{"params": pair}])
 
 
+def test_a_flat_optimiser_takes_a_parameter_in_one_group_only_and_groups_later_too():
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    with pytest.raises(ValueError, match="more than one group"):
+        FlatAdamW([{"params": [first]}, {"params": [first]}])
+    optimizer = FlatAdamW([{"params": [first]}], lr=0.1, weight_decay=0.0)
+    optimizer.add_param_group({"params": [second], "lr": 0.2})
+    first.grad, second.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()  # the first step of Adam is as long as the learning rate
+    torch.testing.assert_close(torch.stack([first, second]), torch.tensor([[0.9, 0.9], [0.8, 0.8]]))
+
+
 def quadratic(parameters):
     return sum(parameter.square().sum() for parameter in parameters)
 

@@ -485,11 +485,11 @@ def test_slices_cover_the_rows_in_pieces_of_a_few_megabytes():
     assert in_blocks(WEIGHT, "Q8_0").slices() == [(0, 48)]
 
 
-def test_a_very_large_matrix_has_sixteen_slices_whatever_its_size():
+def test_a_very_large_matrix_has_thirty_two_slices_whatever_its_size():
     for rows in (28672, 57344):
         blocks = torch.empty(rows * 8192 // 32, 34, dtype=torch.uint8, device="meta")
         slices = BlockLinear(blocks, "Q8_0", (rows, 8192)).slices()
-        assert len(slices) == 16
+        assert len(slices) == 32
         assert sum(stop - start for start, stop in slices) == rows
 
 
@@ -1305,3 +1305,17 @@ print(*sorted(new - set(sys.stdlib_module_names)))
 """
     done = run_python(script)
     assert done.stdout.split() == ["lazy_loader", "lora_lab"]
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64), (16, 64), (17, 64)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_few_rows_without_gradients_are_multiplied_as_many_are(shape, biased):
+    dense = nn.Linear(64, 48, bias=biased)
+    packed, _ = FORMATS["Q4_1"].encode(dense.weight, 32)
+    layer = BlockLinear(packed, "Q4_1", (48, 64), dense.bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = F.linear(x, dequantize(packed.view(48, -1), "Q4_1"), dense.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(layer(x.flip(-1)), expected, rtol=1e-2, atol=1e-2)  # the order of columns matters
+        torch.testing.assert_close(layer.double()(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
