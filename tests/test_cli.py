@@ -365,6 +365,14 @@ def test_waiting_threads_are_told_to_give_their_cores_back_before_torch_starts(g
     assert done.stdout.split() == [expected, "False"]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["memory", "--help"]])
+def test_help_loads_no_library_that_takes_long(arguments):
+    script = f"import sys\nfrom lora_lab.cli import main\ntry: main({arguments})\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "lora_lab.cli" in done.stdout.split()
+    assert not {"torch", "numpy", "pandas", "matplotlib"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize(("name", "merged"), [("x.gguf", False), ("whole", True)])
 def test_an_export_says_before_it_loads_a_model_that_its_place_cannot_be_written_to(
     tuned, tmp_path, capsys, monkeypatch, name, merged

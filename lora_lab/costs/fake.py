@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,23 @@ def _grouped(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return func(*halves, **kwargs).to(dtype)
 
 
-def copy_sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the weights: replacing or freezing something later affects the copy only."""
-    shared = {id(tensor): _same_kind(tensor, tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
+def copy_sharing_weights(model: nn.Module, left_out: Iterable[nn.Module] = ()) -> nn.Module:
+    """A copy of the modules that shares the weights: replacing or freezing something later affects the copy only.
+
+    Args:
+        left_out: modules that the copy has an empty module in place of.
+    """
+    copies: dict[int, Any] = {id(module): nn.Module() for module in left_out}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        copies[id(tensor)] = _same_kind(tensor, tensor.detach())
+    return copy.deepcopy(model, copies)
+
+
+def meta_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of a model on torch's meta device, where tensors have shapes only; ``dtype`` as for :func:`fake_copy`."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): _same_kind(tensor, tensor.detach().to("meta")) for tensor in tensors})
+    return twin if dtype is None else twin.to(dtype)
 
 
 def build_model(model: Source, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:

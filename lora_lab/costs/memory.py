@@ -20,13 +20,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from lora_lab.costs.bill import GIB, MIB, PARTS, SAVED, STATIC, Bill, Difference, Moment, Part
 from lora_lab.costs.fake import (
@@ -36,6 +36,7 @@ from lora_lab.costs.fake import (
     built_on_meta,
     device_of,
     fake_copy,
+    meta_copy,
     on_each,
     storage_of,
     unshare_trainable,
@@ -44,6 +45,7 @@ from lora_lab.costs.recording import Recording, StorageLog, on_saved
 from lora_lab.costs.repeated import longest_run, record_short
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.methods import Method
+from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.train import Batch, TrainingStep
 
@@ -115,8 +117,9 @@ class _Rehearsal:
         setup.check_watchable()
         self.device, self.estimated = device_to_predict(model, device)
         self.model, self.setup = built_on_meta(model), setup
-        with self._prepared(self.model) as step:
-            self.run = longest_run(step.model)
+        # On the meta device preparing all blocks takes a tenth of the time that it takes with fake tensors.
+        with torch.device("meta"), own_randomness(torch.device("cpu"), 0):
+            self.run = longest_run(setup.step(meta_copy(self.model, setup.dtype)).model)
 
     def bill(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
         """The bill of a step on such a batch, as from :func:`predict`."""
@@ -142,13 +145,14 @@ class _Rehearsal:
         parts, weights = self.setup.batches(batch)
         with ExitStack() as stack:
             if self.estimated:
-                stack.enter_context(_cuda_attention(step, parts[0]))
+                stack.enter_context(_cuda_attention())
                 stack.enter_context(_fused_norms())
-            if type(step) is TrainingStep:
+            plain = type(step) is TrainingStep
+            if plain:
                 _update_once(step)
-                log = StorageLog(step)
-            else:  # a lean step keeps more than its optimiser does
-                log = StorageLog(step)
+            log = StorageLog(step)
+            stack.enter_context(_dequantised_once(log))
+            if not plain:  # a lean step keeps more than its optimiser does
                 log.run(parts, weights)
             log.run(parts, weights)
             return log.recording(setting_of(self.setup, step.model, batch))
@@ -160,6 +164,25 @@ def _update_once(step: TrainingStep) -> None:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
+
+
+@contextmanager
+def _dequantised_once(log: StorageLog) -> Iterator[None]:
+    """A context in which slices of matrices in blocks that differ in their values only are dequantised once."""
+
+    def rows_once(layer: BlockWeight, rows: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
+        before = start * layer.shape[1] % layer.block  # weights of the first block that lie before the slice
+        key = layer.kind, layer.block, layer.shape, layer.dtype, before, stop - start
+        return log.once(key, lambda: rows(start, stop))
+
+    layers: list[Any] = [layer for layer in log.step.model.modules() if isinstance(layer, BlockWeight)]
+    for layer in layers:
+        layer.rows = partial(rows_once, layer, layer.rows)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.rows
 
 
 def measure(
@@ -393,35 +416,39 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
 # CUDA's choices, on a machine without CUDA
 
 
-class _DetectSharedKeys(TorchFunctionMode):
-    """Detects attention in float32 whose heads share keys and values.
-
-    CUDA has no fused kernel for that, so that it computes the complete matrix of scores.
-    """
-
-    detected = False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
-            self.detected |= query.dtype == torch.float32 and query.shape[-3] != key.shape[-3]
-        return func(*args, **kwargs)
-
-
-def _cuda_attention(step: TrainingStep, batch: Batch) -> AbstractContextManager:
-    """A context in which attention allocates what it would allocate on CUDA."""
-    with torch.no_grad(), _DetectSharedKeys() as mode:
-        step.batch_loss(*batch)
-    return sdpa_kernel(SDPBackend.MATH) if mode.detected else nullcontext()
-
-
 @contextmanager
-def _fused_norms() -> Iterator[None]:
+def _replaced(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
+    """A context in which a function of torch.nn.functional is another one.
+
+    A torch function mode would not see blocks that are recomputed in the backward pass.
+    """
+    plain = getattr(nn.functional, name)
+    setattr(nn.functional, name, function)
+    try:
+        yield
+    finally:
+        setattr(nn.functional, name, plain)
+
+
+def _cuda_attention() -> AbstractContextManager:
+    """A context in which attention allocates what it would allocate on CUDA.
+
+    CUDA has no fused kernel for heads in float32 that share keys and values, so it computes all scores.
+    """
+    plain = nn.functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shared = query.dtype == torch.float32 and query.shape[-3] != key.shape[-3]
+        with sdpa_kernel(SDPBackend.MATH) if shared else nullcontext():
+            return plain(query, key, *args, **kwargs)
+
+    return _replaced("scaled_dot_product_attention", attention)
+
+
+def _fused_norms() -> AbstractContextManager:
     """A context in which F.rms_norm allocates and saves what CUDA's fused kernel does, but computes nothing.
 
-    torch before 2.9 has no such kernel, and none takes a weight of another dtype than the input's. The function itself
-    is replaced, because a torch function mode does not see blocks that are recomputed in the backward pass.
+    torch before 2.9 has no such kernel, and none takes a weight of another dtype than the input's.
     """
     plain = nn.functional.rms_norm
 
@@ -430,12 +457,7 @@ def _fused_norms() -> Iterator[None]:
             return plain(input, normalized_shape, weight, eps)
         return _FusedNorm.apply(input, weight, len(normalized_shape))
 
-    if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):
-        nn.functional.rms_norm = fused
-    try:
-        yield
-    finally:
-        nn.functional.rms_norm = plain
+    return _replaced("rms_norm", fused if hasattr(torch.ops.aten, "_fused_rms_norm_backward") else plain)
 
 
 class _FusedNorm(torch.autograd.Function):

@@ -14,6 +14,7 @@ from lora_lab.costs.memory import GIB, MIB, Bill, device_to_predict, largest, pr
 from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
+from lora_lab.system.progress import progress_bar
 from lora_lab.system.renamed import renamed
 
 
@@ -96,6 +97,8 @@ def report(
 ) -> dict[str, Bill]:
     """Print which training setups fit on a card, each row as soon as it is computed, and return the bills.
 
+    A bar on standard error shows which bill is being made, and how many there are.
+
     Args:
         model, batch_size, seq_len, device: as for :func:`predict`; ``seq_len`` is None for a model that reads pictures.
         name: the model's name, for the heading.
@@ -113,27 +116,38 @@ def report(
     if look_for and budget_bytes is None:
         raise ValueError(f"look_for is {look_for!r}, but there is no budget_bytes to look for what fits into.")
     bills: dict[str, Bill] = {}
-    for label, setup in setups.items():
-        bill = bills[label] = predict(model, setup, batch_size, seq_len, device=device)
-        if len(bills) == 1:  # not before predict has accepted the arguments
-            size = f"{batch_size} pictures" if seq_len is None else f"{batch_size} x {seq_len} tokens"
-            print(f"{name}, batch {size}: peak of one step, {bill.source}")
-            fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
-            print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
-        most = None
-        if look_for and budget_bytes is not None:
-            fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
-            most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
-        row = Row(label, bill, budget_bytes, look_for, most)
-        print(row, flush=True)
-        if on_row is not None:
-            on_row(row)
+    with progress_bar(len(setups), "memory", None, "setup") as bar:
+        for label, setup in setups.items():
+            bar.set_description(label)
+            bill = bills[label] = predict(model, setup, batch_size, seq_len, device=device)
+            if len(bills) == 1:  # not before predict has accepted the arguments
+                with bar.external_write_mode():
+                    print(_heading(name, bill, batch_size, seq_len, budget_bytes, look_for), flush=True)
+            most = None
+            if look_for and budget_bytes is not None:
+                fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
+                most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
+            row = Row(label, bill, budget_bytes, look_for, most)
+            with bar.external_write_mode():
+                print(row, flush=True)
+            if on_row is not None:
+                on_row(row)
+            bar.update()
     predicted_for, estimated = device_to_predict(model, device)
     if estimated or predicted_for.type == "cuda":
         print("Beside it a process keeps CUDA's own context on the card, some hundred MiB, and the allocator's gaps.")
     for bill in bills.values() if with_bills else ():
         print(f"\n{bill}")
     return bills
+
+
+def _heading(
+    name: str, bill: Bill, batch_size: int, seq_len: int | None, budget_bytes: int | None, look_for: str | None
+) -> str:
+    size = f"{batch_size} pictures" if seq_len is None else f"{batch_size} x {seq_len} tokens"
+    fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
+    columns = f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip()
+    return f"{name}, batch {size}: peak of one step, {bill.source}\n{columns}"
 
 
 def parse_bytes(text: str) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,6 +132,18 @@ class _Life:
         return Part.LOGITS if self.kind == Kind.LOGITS and self.phase == "forward" else Part.TEMPORARIES
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a function did when it was called: its operations, and its storages, whose times count from the first one.
+
+    The storage that is not released is the result's, of which ``like`` has shape, strides, dtype and device.
+    """
+
+    names: Sequence[str]
+    lives: Sequence[_Life]
+    like: Callable[[], Tensor]
+
+
 class StorageLog(StepTracer):
     """Follows every storage of a step: when it is allocated and released, in which module, and who saves it."""
 
@@ -145,10 +158,14 @@ class StorageLog(StepTracer):
         self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
         self._sums: list[tuple[_Life, _Life]] = []  # a gradient, and the sum of it and another
         self._of_batch: set[int] = set()
+        self._calls: dict[Hashable, _Call] = {}
+        self._paused = False
         self._name()
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation, and register the storages of its results."""
+        if self._paused:
+            return
         self.phases.append(self.phase)
         self.names.append(function._opname)
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
@@ -156,6 +173,34 @@ class StorageLog(StepTracer):
                 self._enter(tensor)
         if self.phase == "backward" and function._opname == "add" and not self.recomputing:
             self._note_sum(args[0], out)
+
+    def once(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """What ``function()`` returns on fake tensors. Its operations are run for the first call with a key only.
+
+        Args:
+            key: determines the operations, together with the phase.
+            function: makes a new tensor, calls no module, and saves nothing for the backward pass.
+        """
+        key, start = (key, self.phase), len(self.phases)
+        if (call := self._calls.get(key)) is None:
+            first = len(self.lives)
+            result = function()
+            lives = [replace(life, born=life.born - start, died=life.died - start) for life in self.lives[first:]]
+            like = partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device=result.device)
+            self._calls[key] = _Call(self.names[start:], lives, like)
+            return result
+        self._paused = True
+        result = call.like()
+        self._paused = False
+        self.phases += [self.phase] * len(call.names)
+        self.names += call.names
+        now = {"kind": self.kind, "module": self.module, "recomputing": self.recomputing, "node": _node()}
+        for life in call.lives:
+            copy = replace(life, born=start + life.born, died=start + life.died, savers=set(), **now)
+            self.lives.append(copy)
+            if copy.died == math.inf:
+                self._follow(result, copy)
+        return result
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and follow it; what an earlier step left behind is part of it."""
@@ -213,19 +258,25 @@ class StorageLog(StepTracer):
         key = storage_of(tensor)
         if key in self._alive or key in self._of_batch:
             return
-        storage = tensor.untyped_storage()
         wide = self.width is not None and tensor.ndim > 1 and tensor.shape[-1] == self.width
         time = max(0, len(self.phases) - 1)
-        life = _Life(storage.nbytes(), time, self.phase, self.kind, self.module, self.recomputing, wide, _node())
+        life = _Life(
+            tensor.untyped_storage().nbytes(), time, self.phase, self.kind, self.module, self.recomputing, wide, _node()
+        )
         if self.phase == "backward" and tensor.shape == self._head_shape:
             life.named = Part.HEAD_GRADIENT
         self.lives.append(life)
+        self._follow(tensor, life)
+
+    def _follow(self, tensor: Tensor, life: _Life) -> None:
+        """Note when the tensor's storage is released."""
+        key = storage_of(tensor)
 
         def dead(_: weakref.ref) -> None:
             life.died = len(self.phases) - 1
             self._alive.pop(key, None)
 
-        self._alive[key] = (life, weakref.ref(storage, dead))
+        self._alive[key] = (life, weakref.ref(tensor.untyped_storage(), dead))
 
     def _note_sum(self, first: Tensor, total: Tensor) -> None:
         """Remember a sum that autograd makes of two gradients of one tensor, and that may take the first one's storage.

@@ -49,9 +49,10 @@ class Run:
 
     def shortened(self, model: nn.Module, count: int) -> nn.Module:
         """A copy of a model that shares its weights, with only ``count`` blocks of the run."""
-        short = copy_sharing_weights(model)
-        blocks = cast(nn.ModuleList, short.get_submodule(self.stack))
-        del blocks[self.first + count : self.first + self.count]
+        rest = slice(self.first + count, self.first + self.count)
+        left_out = cast(nn.ModuleList, model.get_submodule(self.stack))[rest]
+        short = copy_sharing_weights(model, left_out)
+        del cast(nn.ModuleList, short.get_submodule(self.stack))[rest]
         return short
 
     def fits(self, short: nn.Module, count: int) -> bool:
@@ -214,8 +215,10 @@ def _between(few: Operation, more: Operation, blocks: int) -> Operation | None:
     return Operation(few.phase, few.name, module, allocated, released)
 
 
-def _extrapolated(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> list[Storage] | None:
+def _extrapolated(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> Sequence[Storage] | None:
     """Storages that grow in size, or in number, by the same amount with each block; None if any of them shrinks."""
+    if few == more:  # nearly always
+        return few
     fewer, further = Counter(few), Counter(more)
     storages = list((fewer & further).elements())
     for part in Part:

@@ -123,7 +123,8 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     if not isinstance(model, Llama):
         raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
     _check(model, lean)
-    if not isinstance(next(model.parameters()), FakeTensor):  # a rehearsal frees nothing
+    parameter = next(model.parameters())
+    if not (parameter.is_meta or isinstance(parameter, FakeTensor)):  # a rehearsal frees nothing
         _return_memory_at_once()
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)

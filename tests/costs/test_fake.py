@@ -13,6 +13,7 @@ from lora_lab.costs.fake import (
     copy_sharing_weights,
     device_of,
     fake_copy,
+    meta_copy,
     token_batch,
     unshare_trainable,
 )
@@ -245,6 +246,27 @@ def test_a_copy_has_modules_of_its_own_and_the_models_memory():
     assert not hasattr(model, "mark")
     twin.second.bias.data.add_(1)  # memory is shared, so that a write is seen
     assert not same(values(model), before)
+
+
+def test_a_copy_may_leave_modules_out():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    copied = copy_sharing_weights(model, [model[0]])
+    assert list(copied.state_dict()) == ["1.weight", "1.bias"]
+    assert copied[1].weight.data_ptr() == model[1].weight.data_ptr()
+    assert list(copy_sharing_weights(model).state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_copy_on_the_meta_device_has_shapes_only(dtype):
+    model = Odd()
+    twin = meta_copy(model, dtype)
+    assert twin.first.weight is twin.second.weight is not model.first.weight
+    assert twin.second.bias.requires_grad is False
+    for name, tensor in model.state_dict().items():
+        made = twin.state_dict()[name]
+        assert (made.device.type, made.shape) == ("meta", tensor.shape)
+        assert made.dtype == (dtype or tensor.dtype if tensor.is_floating_point() else tensor.dtype)
+    assert model.first.weight.device.type == "cpu"
 
 
 def test_a_model_made_from_another_shares_or_is_cast_and_one_from_a_factory_is_new():

@@ -104,6 +104,20 @@ def test_memory_as_json_has_the_largest_size_if_it_was_asked_for(one_way, tmp_pa
     assert document["budget_bytes"] is document["setups"][0]["fits"] is document["setups"][0]["free_bytes"] is None
 
 
+def test_a_bar_shows_which_bill_is_being_made(tmp_path, capsys, monkeypatch, tiny_config):
+    arguments = ["--model", llama_folder(tmp_path, tiny_config), "--seq", 8, "--device", "cpu"]
+    assert command("memory", *arguments) == 0
+    rows, bars = capsys.readouterr()
+    assert bars == ""
+    plain = memory_report.progress_bar
+    monkeypatch.setattr(memory_report, "progress_bar", lambda total, label, _, unit: plain(total, label, True, unit))
+    assert command("memory", *arguments) == 0
+    watched, bars = capsys.readouterr()
+    assert watched == rows
+    assert all(label in bars for label in training_setups())
+    assert "5/6" in bars
+
+
 def test_without_a_gpu_a_card_is_estimated_and_said_to_be(one_way, tmp_path, capsys, tiny_config):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

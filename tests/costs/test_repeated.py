@@ -1,5 +1,7 @@
 """Bills from a few of a model's identical blocks, byte for byte those from all of them."""
 
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from lora_lab.costs.repeated import extended, longest_run
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
+from lora_lab.models import quantize
 
 BF16 = torch.bfloat16
 CKPT = {"gradient_checkpointing": True}
@@ -29,7 +32,7 @@ def deep(config=SHAPE):
 
 @pytest.fixture
 def both_ways(monkeypatch):
-    """Predicts twice, with the shortcut and without, and says how many of the shortcut's attempts succeeded."""
+    """Predicts twice, with both shortcuts and without, and says how many attempts to leave out blocks succeeded."""
 
     def predict_twice(*args, **options):
         results = []
@@ -39,6 +42,7 @@ def both_ways(monkeypatch):
             short = predict(*args, **options)
         with monkeypatch.context() as patch:
             patch.setattr(memory, "longest_run", lambda model: None)
+            patch.setattr(memory, "_dequantised_once", nullcontext)
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
         assert str(short) == str(whole)
@@ -68,6 +72,30 @@ def both_ways(monkeypatch):
 )
 def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options, both_ways):
     assert both_ways(deep(), method, 2, 24, **options)[-1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"device": "cuda", "dtype": BF16, **CKPT}, {"lean": Lean(checkpoint=True)}, {"accumulate": 2, **CKPT}],
+    ids=str,
+)
+@pytest.mark.parametrize("columns", [64, 60], ids=["whole rows", "blocks in two rows"])
+def test_so_is_one_of_matrices_that_are_dequantised_in_slices(columns, options, both_ways, monkeypatch):
+    monkeypatch.setattr(quantize, "_AT_ONCE", 7 * columns)
+    config = replace(SHAPE, hidden_size=columns, num_attention_heads=2, head_dim=columns // 2)
+    assert both_ways(deep(config), LoRA(8), 2, 24, nf4=True, **options)[-1]
+
+
+def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
+    monkeypatch.setattr(quantize, "_AT_ONCE", 16 * 64)
+    shapes = []
+    plain = quantize.BlockWeight.rows
+    monkeypatch.setattr(
+        quantize.BlockWeight, "rows", lambda layer, *rows: shapes.append(layer.shape) or plain(layer, *rows)
+    )
+    predict(deep(replace(SHAPE, num_hidden_layers=2)), LoRA(8), 1, 8, nf4=True)
+    # Forward and backward; only the last slice of (64, 160) is smaller than the others.
+    assert Counter(shapes) == {(64, 64): 2, (32, 64): 2, (160, 64): 2, (64, 160): 4}
 
 
 def test_so_is_one_whose_peak_lies_in_a_block(both_ways):

@@ -163,6 +163,7 @@ def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
     setup = Setup(LoRA(2), lean=Lean(checkpoint=True))
     with fake_copy(lambda: Llama(tiny_config)) as twin:
         setup.step(twin)
+    setup.step(Llama(tiny_config).to("meta"))
     assert asked == []
     setup.step(Llama(tiny_config))
     assert asked == [1]
