@@ -73,7 +73,7 @@ CARDS: dict[str, Card] = {
     "a100-80gb": _card("NVIDIA A100 SXM 80GB", 312, 19.5, 2039, 80, "NVIDIA A100 datasheet, 2021"),
     "h100-pcie": _card("NVIDIA H100 PCIe", 756, 51, 2000, 80, "NVIDIA H100 datasheet, 2023"),
     "h100-sxm": _card("NVIDIA H100 SXM", 989, 67, 3350, 80, "NVIDIA H100 datasheet, 2023"),
-    "h200": _card("NVIDIA H200 SXM", 989, 67, 4800, 141, "NVIDIA H200 datasheet, 2024"),
+    "h200": _card("NVIDIA H200 SXM", 989, 67, 4800, 141, "NVIDIA H200 datasheet, 2023"),
 }
 
 

@@ -157,8 +157,10 @@ def test_speed_of_a_card_that_is_not_here_comes_from_its_datasheet(tmp_path, cap
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--model", "gpt-5"], "There is no model 'gpt-5'"), (["--seq", 0], "seq_len is 0"), (["--rank", 0], "rank is 0")]
-    + [
+    [
+        (["--model", "gpt-5"], "There is no model 'gpt-5'"),
+        (["--seq", 0], "seq_len is 0"),
+        (["--rank", 0], "rank is 0"),
         (["--card", "l40"], "No card is known by the name 'l40'; use one of"),
         (["--card", "l40s", "--measure", 2], "--card l40s is not here, so that --measure and --device cannot go"),
         (["--card", "l40s", "--device", "cpu"], "--card l40s is not here, so that --measure and --device cannot go"),
