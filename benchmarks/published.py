@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import common  # noqa: F401, sets the environment before torch is imported
@@ -29,7 +29,7 @@ import scipy.optimize
 import torch
 from torch import Tensor, nn
 
-from lora_lab import DoRA, FullFineTuning, LoRA, LoRAFA, RsLoRA, memory, records, speed
+from lora_lab import DoRA, FullFineTuning, LoRA, LoRAFA, RsLoRA, lora_layers, memory, records, speed
 from lora_lab.costs.bill import Part
 from lora_lab.costs.cost_model import Work
 from lora_lab.costs.setup import Setup
@@ -57,6 +57,16 @@ LLAMA2 = {  # Touvron et al. 2023, arXiv 2307.09288
     "Llama 2 7B": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
     "Llama 2 13B": LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128),
 }
+
+
+@dataclass(frozen=True)
+class HalfLoRA(LoRA):
+    """LoRA with factors in bfloat16 as well, as torchtune and LitGPT have them."""
+
+    def _prepare(self, model: nn.Module, seed: int) -> None:
+        super()._prepare(model, seed)
+        for layer in lora_layers(model).values():
+            layer.lora_A, layer.lora_B = nn.Parameter(layer.lora_A.to(BF16)), nn.Parameter(layer.lora_B.to(BF16))
 
 
 class HeldOutput:
@@ -198,12 +208,9 @@ def torchtune_table(with_memory: bool) -> None:
     rows = {row["technique"]: row for row in table.rows if row["model"] == "llama-3.2-3b"}
     model, tokens = partial(Llama, shapes.config("llama-3.2-3b")), 2 * 4096
     full = Setup(FullFineTuning(), BF16, optimizer="adamw-foreach", clip=None)
-    lora = replace(full, method=LoRA(64, 128, targets=["q_proj", "v_proj", "o_proj", *MLP]))
-    setups = {
-        "packed": full,
-        "checkpointing": replace(full, gradient_checkpointing=True),
-        "LoRA": replace(lora, gradient_checkpointing=True),
-    }
+    checkpointing = replace(full, gradient_checkpointing=True)
+    lora = replace(checkpointing, method=HalfLoRA(64, 128, targets=[*QV, "o_proj", *MLP]))
+    setups = {"packed": full, "checkpointing": checkpointing, "LoRA": lora}
     predicted = speed.cards.cost_model("a100-80gb").predict(model, setups, 2, 4096)
     measured = {name: tokens / rows[name]["tokens_per_second"] for name in rows}
     seconds = predicted.total_s("packed")
@@ -231,7 +238,7 @@ def litgpt_table() -> None:
     print(f"\n{table.what}: {table.source}, {table.date}, {table.licence}; nothing fitted")
     print(f"{ALPACA} tokens a sequence are assumed: how many there were is not published")
     costs, baseline = speed.cards.cost_model("a100-40gb"), None
-    setup = Setup(LoRA(8, 16, dropout=0.05, targets=QV), BF16)
+    setup = Setup(HalfLoRA(8, 16, dropout=0.05, targets=QV), BF16)
     for row in table.rows:
         if row["quantization"] is None and row["model"] in LLAMA2:
             batch, stated = row["micro_batch_size"], row["iteration_s"]

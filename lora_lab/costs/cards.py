@@ -119,7 +119,8 @@ class Roofline:
         """The longest of computing, moving bytes and launching; views are free."""
         if operation is VIEW:
             return 0.0
-        half = all(operand.dtype.itemsize <= 2 for operand in operation.operands if operand.dtype.is_floating_point)
+        # The first operand decides: attention in half precision keeps its row sums in float32.
+        half = bool(operation.operands) and operation.operands[0].dtype.itemsize <= 2
         rate = self.card.half_flops if half else self.card.float32_flops
         return max(
             flops_of(operation) / (rate * self.efficiency.matmul),
