@@ -12,7 +12,7 @@ tensors, and `lora_lab.speed.cards` gives their times from datasheets.
     litgpt      with the same shares, on an A100
 
 The aims: ratios of step times within 25 %, memory after a step within 5 %. Of PEFT's table the methods that
-lora_lab has are taken, in about a minute, and those named, such as vera; all are named by "all", in about five minutes.
+lora_lab has are taken, in about two minutes, and those named, such as vera; "all" names all, in about ten minutes.
 """
 
 from __future__ import annotations
