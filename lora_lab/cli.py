@@ -213,6 +213,28 @@ def _add_exporting(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(run=_export)
 
 
+def _add_speed(commands: argparse._SubParsersAction) -> None:
+    speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
+    speed.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="name of a known model, or a folder with a config.json, or the path of one",
+    )
+    speed.add_argument("--batch", type=int, default=1, help="sequences per step")
+    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; none for pictures)")
+    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
+    speed.add_argument(
+        "--card",
+        metavar="NAME",
+        help="predict for a card that is not here, such as l40s, from its datasheet; an unknown name lists the cards",
+    )
+    speed.add_argument("--dtype", help="type of the weights (default: bfloat16 with --card, otherwise as they are)")
+    speed.add_argument("--device", help=DEVICE_HELP)
+    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
+    speed.set_defaults(run=_speed)
+    _add_json(speed)
+
+
 def _add_measuring(commands: argparse._SubParsersAction) -> None:
     memory = commands.add_parser("memory", help="which training setups of a model fit into a GPU's memory")
     memory.add_argument(
@@ -235,25 +257,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     memory.set_defaults(run=_memory)
     _add_json(memory)
 
-    speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
-    speed.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="name of a known model, or a folder with a config.json, or the path of one",
-    )
-    speed.add_argument("--batch", type=int, default=1, help="sequences per step")
-    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; none for pictures)")
-    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
-    speed.add_argument(
-        "--card",
-        metavar="NAME",
-        help="predict for a card that is not here, such as l40s, from its datasheet; an unknown name lists the cards",
-    )
-    speed.add_argument("--dtype", help="type of the weights (default: bfloat16 with --card, otherwise as they are)")
-    speed.add_argument("--device", help=DEVICE_HELP)
-    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
-    speed.set_defaults(run=_speed)
-    _add_json(speed)
+    _add_speed(commands)
 
     analyze = commands.add_parser(
         "analyze", help="spectra of what training wrote into the weights, and of random updates"
