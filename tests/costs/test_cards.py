@@ -105,9 +105,9 @@ def test_attention_computes_two_products_forward_and_five_backward_and_half_of_t
     assert flops_of(Operation(forward, (q, q, q, 0.0, True))) == one
     assert flops_of(Operation(backward, (q, q, q, q, q, q, 0.0, True))) == 5 * one // 2
     assert flops_of(product(2, 3, 4)) == 48
-    sums = operand(2, 8, 128, dtype=FP32)  # of each row of scores, whatever the precision
-    half = Operation(backward, (q, q, q, q, q, sums, 0.0, False))
-    assert Roofline(L40S, WHOLE)(half) == pytest.approx(5 * one / 362.05e12)
+    long, sums = operand(1, 8, 8192, 64), operand(1, 8, 8192, dtype=FP32)  # sums are in float32 with any precision
+    half = Operation(backward, (long, long, long, long, long, sums, 0.0, False))
+    assert Roofline(L40S, WHOLE)(half) == pytest.approx(5 * 2 * 8 * 8192 * 8192 * 64 / 362.05e12)
 
 
 # Steps
