@@ -1,10 +1,11 @@
 """Does the cost model predict whether LoRA is faster, before any training? Predicted beside measured ratios.
 
     python benchmarks/cost_model.py [--models digits small smollm2-135m] [--tokens 32 128 512 2048 4096]
-                                    [--ranks 1 8 64 256] [--only grid rank tokens blocks] [--quick]
+                                    [--ranks 1 8 64 256] [--only grid rank tokens blocks] [--threads 1 2] [--quick]
 
 The grid: the time of a LoRA step over that of full fine-tuning, by `lora_lab.speed.cost_model().predict` (no step is
-taken) and by `lora_lab.speed.step_time` (variants in turn in one process, medians of ratios round by round). Then
+taken) and by `lora_lab.speed.step_time` (variants in turn in one process, medians of ratios round by round), and
+beside the ratios the times themselves, which are harder to predict: what all variants share does not cancel. Then
 three break-even points, found by counting or by prediction and confirmed by another count or by measuring:
 
     rank      the highest at which LoRA has no more FLOPs than full fine-tuning; confirmed by torch's FlopCounterMode
@@ -12,9 +13,10 @@ three break-even points, found by counting or by prediction and confirmed by ano
     blocks    what it saves to adapt the top blocks only
 
 A step is forward, backward, clipping to norm 1 and fused AdamW, in float32, with random weights and tokens. Waiting
-threads sleep (OMP_WAIT_POLICY=passive) and the heap keeps what it has, as in `benchmarks/lora_step.py`. A whole run
-takes about 20 minutes on two cores, 20 GB of memory, and a quiet machine: where others worked meanwhile, it says so.
-On a CUDA GPU it runs in the same manner, which nobody has tried yet.
+threads sleep (OMP_WAIT_POLICY=passive) and the heap keeps what it has, as in `benchmarks/lora_step.py`. Each number of
+threads has a process of its own. A whole run takes about 20 minutes for each of them on two cores, 20 GB of memory,
+and a quiet machine: where others worked meanwhile, it says so. It can be run in parts, such as one model and one
+number of threads at a time. On a CUDA GPU it runs in the same manner, which nobody has tried yet.
 """
 
 from __future__ import annotations
@@ -90,18 +92,25 @@ def rounds(name: str, tokens: int, quick: bool) -> int:
 
 @dataclass(frozen=True)
 class Result:
-    """One variant on one model and batch: the ratios to full fine-tuning."""
+    """One variant on one model and batch: the ratios to full fine-tuning, and the seconds."""
 
     case: str
     predicted: float
     measured: float
     interval: tuple[float, float]
+    predicted_s: float
+    measured_s: float
     disturbed: bool
 
     @property
     def error(self) -> float:
         """The relative error of the prediction."""
         return self.predicted / self.measured - 1
+
+    @property
+    def error_s(self) -> float:
+        """The relative error of the predicted seconds."""
+        return self.predicted_s / self.measured_s - 1
 
     @property
     def signed(self) -> bool:
@@ -126,8 +135,8 @@ def grid(costs, models: list[str], tokens: list[int], ranks: list[int], quick: b
             predicted = costs.predict(factory(name), chosen, **batch(name, size))
             times = speed.step_time(factory(name), chosen, **batch(name, size), rounds=rounds(name, size, quick))
             print(
-                f"\n{name}, {size} tokens: full {times.median_s('full') * 1e3:,.2f} ms, predicted "
-                f"{predicted.total_s('full') * 1e3:,.2f}, in {costs.seconds_spent - before:.1f} s. {times.disturbance}"
+                f"\n{name}, {size} tokens: full {milliseconds(predicted.total_s('full'), times.median_s('full'))}, "
+                f"in {costs.seconds_spent - before:.1f} s. {times.disturbance}"
             )
             for doubt in predicted.doubts:
                 print(f"  {doubt}")
@@ -139,27 +148,40 @@ def grid(costs, models: list[str], tokens: list[int], ranks: list[int], quick: b
                     predicted.ratio(variant),
                     times.ratio(variant),
                     interval,
+                    predicted.total_s(variant),
+                    times.median_s(variant),
                     bool(times.disturbance),
                 )
                 print(
                     f"  {variant:<18}predicted {result.predicted:6.3f}   measured {result.measured:6.3f} "
-                    f"[{interval[0]:.3f}-{interval[1]:.3f}]   {result.error:+6.1%}"
+                    f"[{interval[0]:.3f}-{interval[1]:.3f}]   {result.error:+6.1%}   "
+                    + milliseconds(result.predicted_s, result.measured_s)
                     + ("" if result.right or not result.signed else "   WRONG SIGN"),
                     flush=True,
                 )
                 yield result
 
 
+def milliseconds(predicted_s: float, measured_s: float) -> str:
+    """A predicted and a measured time, and the error."""
+    error = predicted_s / measured_s - 1
+    return f"predicted {predicted_s * 1e3:,.2f} ms, measured {measured_s * 1e3:,.2f} ms ({error:+.1%})"
+
+
 def summary(results: list[Result]) -> None:
     """How good the predictions were."""
-    worst = max(results, key=lambda result: abs(result.error))
-    within = sum(abs(result.error) <= ACCURACY for result in results)
+    print()
+    for what, errors in {
+        "ratios": {result.case: result.error for result in results},
+        "times": {result.case: result.error_s for result in results},
+    }.items():
+        worst = max(errors, key=lambda case: abs(errors[case]))
+        within = sum(abs(error) <= ACCURACY for error in errors.values())
+        mean = sum(map(abs, errors.values())) / len(errors)
+        print(f"{len(errors)} {what}: {within} within {ACCURACY:.0%} ({within / len(errors):.0%}), mean error", end=" ")
+        print(f"{mean:.1%}, worst {errors[worst]:+.1%} ({worst})")
     signed = [result for result in results if result.signed]
     right = sum(result.right for result in signed)
-    print(
-        f"\n{len(results)} ratios: {within} within {ACCURACY:.0%} ({within / len(results):.0%}), mean error "
-        f"{sum(abs(result.error) for result in results) / len(results):.1%}, worst {worst.error:+.1%} ({worst.case})"
-    )
     if signed:
         print(f"sign: {right} of {len(signed)} right, where the measurement tells ({right / len(signed):.0%})")
     if disturbed := sum(result.disturbed for result in results):
@@ -255,12 +277,17 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--only", nargs="+", choices=["grid", "rank", "tokens", "blocks"],
                         default=["grid", "rank", "tokens", "blocks"])  # fmt: skip
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the environment is set
     options = parser.parse_args()
     if not options.here:
-        command = [sys.executable, __file__, "--here", *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env=os.environ | common.KEEP_HEAP, check=False).returncode)
+        command, failed = [sys.executable, __file__, "--here", *sys.argv[1:]], 0
+        for threads in dict.fromkeys(options.threads):
+            print(f"\n{'=' * 10} threads: {threads}", flush=True)
+            environment = os.environ | common.KEEP_HEAP | {"OMP_NUM_THREADS": str(threads)}
+            failed |= subprocess.run(command, env=environment, check=False).returncode
+        sys.exit(failed)
     from lora_lab import speed
 
     common.print_machine()

@@ -15,6 +15,7 @@ from lora_lab import __version__
 from lora_lab.experiments.registry import NAMES, OF_MODELS, current_name, recorder
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lora_lab import plots
@@ -212,6 +213,28 @@ def _add_exporting(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(run=_export)
 
 
+def _add_speed(commands: argparse._SubParsersAction) -> None:
+    speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
+    speed.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="name of a known model, or a folder with a config.json, or the path of one",
+    )
+    speed.add_argument("--batch", type=int, default=1, help="sequences per step")
+    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; none for pictures)")
+    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
+    speed.add_argument(
+        "--card",
+        metavar="NAME",
+        help="predict for a card that is not here, such as l40s, from its datasheet; an unknown name lists the cards",
+    )
+    speed.add_argument("--dtype", help="type of the weights (default: bfloat16 with --card, otherwise as they are)")
+    speed.add_argument("--device", help=DEVICE_HELP)
+    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
+    speed.set_defaults(run=_speed)
+    _add_json(speed)
+
+
 def _add_measuring(commands: argparse._SubParsersAction) -> None:
     memory = commands.add_parser("memory", help="which training setups of a model fit into a GPU's memory")
     memory.add_argument(
@@ -234,19 +257,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     memory.set_defaults(run=_memory)
     _add_json(memory)
 
-    speed = commands.add_parser("speed", help="predict whether LoRA is faster than full fine-tuning here, and why")
-    speed.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="name of a known model, or a folder with a config.json, or the path of one",
-    )
-    speed.add_argument("--batch", type=int, default=1, help="sequences per step")
-    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; none for pictures)")
-    speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
-    speed.add_argument("--device", help=DEVICE_HELP)
-    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
-    speed.set_defaults(run=_speed)
-    _add_json(speed)
+    _add_speed(commands)
 
     analyze = commands.add_parser(
         "analyze", help="spectra of what training wrote into the weights, and of random updates"
@@ -445,19 +456,26 @@ def _speed(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab import FullFineTuning, LoRA
     from lora_lab.costs import speed
     from lora_lab.costs.fake import built_on_meta
+    from lora_lab.costs.setup import Setup
     from lora_lab.models.pretrained import architecture
     from lora_lab.system.device import pick_device
 
+    if options.card and (options.measure is not None or options.device):
+        raise ValueError(f"--card {options.card} is not here, so that --measure and --device cannot go with it.")
+    costs = speed.cards.cost_model(options.card) if options.card else None
     device, why = pick_device(options.device)
     factory = architecture(options.model)
     seq = _length(built_on_meta(factory), options.seq, 128)
-    variants = {"full": FullFineTuning()} | {f"LoRA r={rank}": LoRA(rank, 2 * rank) for rank in options.rank}
+    named = options.dtype or ("bfloat16" if options.card else None)
+    dtype = None if named is None else _dtype(named)
+    variants = {"full": Setup(FullFineTuning(), dtype)}
+    variants |= {f"LoRA r={rank}": Setup(LoRA(rank, 2 * rank), dtype) for rank in options.rank}
     counts = {}
-    for label, method in variants.items():
-        counts[label] = speed.flops(factory, method, options.batch, seq)
+    for label, setup in variants.items():
+        counts[label] = speed.flops(factory, setup, options.batch, seq)
         print(counts[label], end="\n\n")
-    print(f"Device: {why}")
-    prediction = speed.cost_model(device).predict(factory, variants, options.batch, seq)
+    print(costs or f"Device: {why}")
+    prediction = (costs or speed.cost_model(device)).predict(factory, variants, options.batch, seq)
     print(prediction)
     times = None
     if options.measure is not None:
@@ -468,7 +486,7 @@ def _speed(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "batch_size": options.batch,
         "seq_len": seq,
-        "device": str(device),
+        "device": costs.where if costs else str(device),
         "counted": [{"variant": label, **count.to_dict()} for label, count in counts.items()],
         "predicted": prediction.to_dict(),
         "measured": None if times is None else times.to_dict(),
@@ -480,17 +498,23 @@ def _length(model: nn.Module, length: int | None, default: int) -> int | None:
     return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
 
 
-def _memory(options: argparse.Namespace) -> dict[str, Any]:
+def _dtype(name: str) -> torch.dtype:
+    """The type of weights by its name."""
     import torch
 
+    dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"--dtype is {name!r}, but it must be bfloat16 or float32.")
+    return dtypes[name]
+
+
+def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab.costs import memory_report
     from lora_lab.costs.fake import built_on_meta
     from lora_lab.models.llama import Llama
     from lora_lab.models.pretrained import architecture
 
-    dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
-    if options.dtype not in dtypes:
-        raise ValueError(f"--dtype is {options.dtype!r}, but it must be bfloat16 or float32.")
+    dtype = _dtype(options.dtype)
     if options.largest and not options.budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     model = built_on_meta(architecture(options.model))
@@ -500,7 +524,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     memory_report.report(
         model,
         options.model,
-        memory_report.training_setups(options.rank, dtypes[options.dtype], lean=isinstance(model, Llama)),
+        memory_report.training_setups(options.rank, dtype, lean=isinstance(model, Llama)),
         batch_size=options.batch,
         seq_len=length,
         device=options.device,

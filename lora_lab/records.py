@@ -1,7 +1,7 @@
 """Measured runs with their provenance, so that a number from another machine can be traced and reproduced.
 
 A record is a JSON file, ``records/<device>-<what>.json``. It states what was run, on which machine and with which code,
-and what was measured. Commands write records; nobody edits them.
+and what was measured. Commands write records; nobody edits them. What others measured is in ``records/published``.
 """
 
 from __future__ import annotations
@@ -206,6 +206,58 @@ def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[
 def shipped() -> Path:
     """The folder of the records that come with lora_lab, in the checkout or in the installed package."""
     return _packaged() if _packaged().is_dir() else checkout() / "records"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers that others measured and published.
+
+    Args:
+        what: what was measured, in words.
+        source: where it is published.
+        commit: the version of the source that was read.
+        date: the day of that version or of the numbers, such as "2026-08-21".
+        licence: the source's, by its SPDX identifier.
+        settings: how they measured, as far as they say, in values of JSON.
+        rows: as in :class:`Record`.
+
+    Raises:
+        ValueError: a field does not conform to the format.
+    """
+
+    what: str
+    source: str
+    commit: str
+    date: str
+    licence: str
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for name in ("what", "source", "commit", "date", "licence"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name} is {reprlib.repr(value)}, but it must be a text that is not empty.")
+        date.fromisoformat(self.date)
+        if not _is_dict(self.settings) or not _is_json(self.settings):
+            raise ValueError(f"settings are {reprlib.repr(self.settings)}, but they must be a dict of JSON values.")
+        _check_rows(self.rows)
+
+
+def published(name: str) -> Published:
+    """What others measured, by the name of its file in ``records/published``, such as "torchtune".
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or has missing or unknown entries.
+    """
+    paths = {path.stem: path for path in sorted((shipped() / "published").glob("*.json"))}
+    if name not in paths:
+        raise ValueError(f"Nothing published is known by the name {name!r}; use one of: {', '.join(paths)}.")
+    stored = read_json(paths[name])
+    try:
+        return Published(**stored)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{paths[name]} does not hold published numbers ({error}); restore it.") from None
 
 
 def _from_json(stored: Any) -> Record:

@@ -272,7 +272,7 @@ def test_a_wheel_takes_every_package_and_the_records():
         "lora_lab.adapters": ["data/README.md", "data/*/*"],
         "lora_lab.experiments": ["demo.html"],
         "lora_lab.notebooks": ["*.ipynb"],
-        "lora_lab.recorded": ["*.json", "README.md"],
+        "lora_lab.recorded": ["*.json", "README.md", "published/*.json"],
         "lora_lab.tasks": ["data/*"],
     }
     assert setuptools["package-data"] == data
@@ -372,6 +372,42 @@ def test_without_nvidias_program_the_driver_is_unknown(pretend, monkeypatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
     assert record.facts["driver"] == "unknown"
+
+
+# What others measured
+
+
+def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
+    licences = {name: records.published(name).licence for name in ("peft-metamathqa", "torchtune", "litgpt")}
+    assert licences == {"peft-metamathqa": "Apache-2.0", "torchtune": "BSD-3-Clause", "litgpt": "Apache-2.0"}
+    for path in (ROOT / "records" / "published").iterdir():
+        found = records.published(path.stem)
+        assert found.source.startswith("github.com/")
+        assert re.fullmatch("[0-9a-f]{40}", found.commit)
+    rows = {row["experiment"]: row for row in records.published("peft-metamathqa").rows}
+    assert round(rows["lora/llama-3.2-3B-rank32"]["tokens_per_second"]) == 7194
+    assert round(rows["full-finetuning/llama-3.2-3B-lr_0.00001"]["mean_allocated_bytes"] / 1e9, 2) == 26.06
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"licence": ""}, "licence is '', but it must be a text that is not empty"),
+        ({"date": "soon"}, "soon"),
+        ({"settings": [1]}, r"settings are \[1\], but they must be a dict of JSON values"),
+        ({"rows": []}, "rows are"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_damaged_or_unknown_published_numbers_are_refused(monkeypatch, tmp_path, change, says):
+    stored = json.loads((ROOT / "records" / "published" / "torchtune.json").read_text(encoding="utf-8"))
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "mine.json").write_text(json.dumps(stored | change), encoding="utf-8")
+    monkeypatch.setattr(records, "shipped", lambda: tmp_path)
+    with pytest.raises(ValueError, match=f"mine.json does not hold published numbers .*{says}"):
+        records.published("mine")
+    with pytest.raises(ValueError, match="Nothing published is known by the name 'yours'; use one of: mine"):
+        records.published("yours")
 
 
 # The records of this repository

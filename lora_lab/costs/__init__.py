@@ -12,6 +12,7 @@ flops          the FLOPs of a step, by part of the model and pass
 timing         real steps, timed in turn
 microbench     one operation, timed by itself
 cost_model     predicts a step's time before any training, and gives the reason
+cards          the same for cards that are not here, from their datasheets
 speed          the face of ``ll.speed``: flops, step_time, cost_model
 """
 
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     [
         "bill",
+        "cards",
         "cost_model",
         "fake",
         "flops",

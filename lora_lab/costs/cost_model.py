@@ -319,6 +319,7 @@ class CostModel:
         rates: some measured rates, as text.
         seconds_spent: how long calibration and all predictions have taken.
         disturbance: a sentence about other processes that kept the machine busy meanwhile, or an empty string.
+        where: what the costs are those of, if nothing was measured on ``device``.
     """
 
     seconds: Callable[[Operation], float]
@@ -328,6 +329,7 @@ class CostModel:
     rates: Mapping[str, str] = field(default_factory=dict)
     seconds_spent: float = 0.0
     disturbance: str = ""
+    where: str = ""
 
     def predict(
         self,
@@ -368,7 +370,7 @@ class CostModel:
                 trace.run(parts, weights)
                 works[name] = trace.work()
                 tokens = size_of(fake_batch)[0]
-                setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.device}"
+                setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.where or self.device}"
                 del trace, parts, fake_batch
         kinds = {kind for work in works.values() for kind in work.kinds()}
         self._measure(kinds, progress)
@@ -462,7 +464,7 @@ class CostModel:
         return None
 
     def __str__(self) -> str:
-        lines = [f"Costs on {self.device}, measured in {self.seconds_spent:.1f} s"]
+        lines = [f"Costs on {self.where or f'{self.device}, measured in {self.seconds_spent:.1f} s'}"]
         lines += [f"  {name:<44}{value}" for name, value in self.rates.items()]
         for phase, (fixed, each) in self.overhead.items():
             lines.append(f"  {f'Python, {phase}':<44}{fixed * 1e6:,.0f} us, and {each * 1e6:,.2f} us an operation")

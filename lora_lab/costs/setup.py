@@ -16,6 +16,8 @@ from lora_lab.models.quantize import quantize_nf4
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step
 
+_OPTIMIZERS = {"adamw": "AdamW", "adamw-foreach": "AdamW by foreach", "sgd": "SGD"}  # name -> in a description
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -26,7 +28,8 @@ class Setup:
         dtype: cast the model's floating-point weights to this first (adapters stay in float32 or finer); None leaves
             them as they are.
         nf4: quantise the linear layers to 4 bits first, as QLoRA does (:func:`lora_lab.quantize_nf4`).
-        optimizer: "adamw", as in ``fit``, or "sgd": plain gradient descent, which has no state.
+        optimizer: "adamw", as in ``fit``: one operation a weight; "adamw-foreach", torch's default on a GPU: about ten
+            passes over all weights; or "sgd": plain gradient descent, which has no state.
         gradient_checkpointing, lean, clip: as in :func:`lora_lab.fit`.
         accumulate: the number of micro-batches that a batch is split into.
         loss: (model, inputs, targets) -> mean loss.
@@ -48,10 +51,12 @@ class Setup:
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise ValueError(f"method is {self.method!r}, but it must be one such as LoRA(rank=8) or FullFineTuning().")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer is {self.optimizer!r}, but it must be 'adamw' or 'sgd'.")
-        if self.optimizer == "sgd" and self.lean is not None:
-            raise ValueError("optimizer is 'sgd', but the lean step has an AdamW of its own; use lean=None.")
+        if self.optimizer not in _OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}, but it must be 'adamw', 'adamw-foreach' or 'sgd'.")
+        if self.optimizer != "adamw" and self.lean is not None:
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own; use lean=None."
+            )
         if self.accumulate < 1:
             raise ValueError(f"accumulate is {self.accumulate}, but it must be at least 1.")
 
@@ -71,9 +76,10 @@ class Setup:
             lean=self.lean,
         )
         step = make_step(model.train(), self.loss, self.method, config)
-        if self.optimizer == "sgd":
+        if self.optimizer != "adamw":
             trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
-            step.optimizer = torch.optim.SGD(trained, lr=1e-6)
+            sgd = self.optimizer == "sgd"
+            step.optimizer = torch.optim.SGD(trained, lr=1e-6) if sgd else torch.optim.AdamW(trained, foreach=True)
         if isinstance(step, LeanStep) and isinstance(next(model.parameters()), FakeTensor):
             step.every_target = True  # fake targets have no values to compare with IGNORE
         return step
@@ -104,7 +110,7 @@ class Setup:
         if self.nf4:
             words.append("NF4 base")
         if self.optimizer != "adamw":
-            words.append(self.optimizer.upper())
+            words.append(_OPTIMIZERS[self.optimizer])
         if self.dtype is not None:
             words.append(str(self.dtype).removeprefix("torch."))
         if self.lean is not None:

@@ -3,8 +3,10 @@
 flops(model, LoRA(rank=8), 1, 128)                     by part and pass, beside the closed form
 step_time(model, {"full": ..., "LoRA": ...}, 1, 128)   real steps, in turn
 cost_model().predict(model, {...}, 1, 128)             before any training, with the reason
+cards.cost_model("l40s").predict(model, {...}, 1, 128) the same for a card that is not here, from its datasheet
 """
 
+from lora_lab.costs import cards
 from lora_lab.costs.cost_model import CAUSES, MEMORY, PYTHON, UPDATE, CostModel, Prediction, cost_model
 from lora_lab.costs.flops import (
     ADAPTERS,
@@ -41,6 +43,7 @@ __all__ = [
     "Prediction",
     "Times",
     "break_even_rank",
+    "cards",
     "cost_model",
     "flops",
     "step_time",

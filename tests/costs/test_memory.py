@@ -1294,7 +1294,7 @@ def ready():
         (lambda: Llama(ONE), LoRA, text(ONE), {}, r"method is <class.*LoRA'>, but.*such as"),
         (lambda: Llama(ONE), LoRA(8), text(ONE), {"accumulate": 0}, "accumulate is 0, but it must be at least 1"),
         (lambda: Llama(ONE), LoRA(8), text(ONE), {"accumulate": 5}, "accumulate is 5, but the batch has only 4 ex"),
-        (lambda: Llama(ONE), LoRA(8), text(ONE), {"optimizer": "adam"}, "optimizer is 'adam', but.*'adamw' or 'sgd'"),
+        (lambda: Llama(ONE), LoRA(8), text(ONE), {"optimizer": "adam"}, "optimizer is 'adam', but.*foreach' or 'sgd'"),
         (lambda: Llama(ONE), LoRA(8), text(ONE), {"optimizer": "sgd", "lean": Lean()}, "'sgd', but.*use lean=None"),
         (lambda: Llama(ONE), LoRA(8), text(ONE), {"lean": Lean(), **CKPT}, r"use Lean\(checkpoint=True\)"),
         (lambda: Llama(ONE), FullFineTuning(), text(ONE), {"nf4": True}, "quantised blocks, which have no gradient"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, LoRAPlus, PartialFineTuning
+from lora_lab.costs.cost_model import StepTrace
 from lora_lab.costs.fake import fake_copy
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.lean.optim import FlatAdamW
@@ -30,6 +31,7 @@ def test_a_setup_says_in_a_few_words_how_a_model_is_trained():
             LoRA(8), torch.bfloat16, nf4=True, gradient_checkpointing=True
         ),
         "full, SGD": Setup(optimizer="sgd"),
+        "full, AdamW by foreach": Setup(optimizer="adamw-foreach"),
         "lora r=8, lean": Setup(LoRA(8), lean=Lean()),
         "lora r=8, lean bf16 base, checkpointing": Setup(
             LoRA(8), lean=Lean(base_dtype=torch.bfloat16, checkpoint=True)
@@ -55,7 +57,7 @@ def test_keywords_make_a_setup_of_a_method_and_change_one_of_a_setup():
     ("options", "says"),
     [
         ({"method": "lora"}, r"method is 'lora', but it must be one such as LoRA\(rank=8\) or FullFineTuning\(\)"),
-        ({"optimizer": "adam"}, "optimizer is 'adam', but it must be 'adamw' or 'sgd'"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', but it must be 'adamw', 'adamw-foreach' or 'sgd'"),
         ({"optimizer": "sgd", "lean": Lean()}, "the lean step has an AdamW of its own; use lean=None"),
         ({"accumulate": 0}, "accumulate is 0, but it must be at least 1"),
     ],
@@ -133,6 +135,21 @@ def test_plain_gradient_descent_holds_all_that_is_trained(method):
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert len(held) == 6
+
+
+def test_adamw_by_foreach_is_torchs_own_and_passes_over_the_weights_many_times():
+    optimizer = Setup(LoRAPlus(4), optimizer="adamw-foreach").step(DigitsMLP()).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    assert [(group["foreach"], group["fused"]) for group in optimizer.param_groups] == [(True, None)]
+    work = {}
+    for name in ("adamw", "adamw-foreach"):
+        setup = Setup(optimizer=name)
+        with fake_copy(DigitsMLP) as twin:
+            trace = StepTrace(setup.step(twin))
+            for _ in range(2):
+                trace.run(*setup.batches((torch.zeros(4, 64), torch.zeros(4, dtype=torch.long))))
+        work[name] = trace.work().count(phase="optimiser step")
+    assert work["adamw-foreach"] > 3 * work["adamw"]
 
 
 def test_a_step_of_a_lean_setup_takes_every_target_and_gives_the_plain_loss(tiny_config):

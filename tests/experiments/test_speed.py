@@ -135,9 +135,37 @@ def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_pa
     assert printed_json(capsys)[0]["measured"] is None
 
 
+def test_speed_of_a_card_that_is_not_here_comes_from_its_datasheet(tmp_path, capsys, tiny_config, monkeypatch):
+    monkeypatch.setattr(speed, "cost_model", lambda *_: pytest.fail("measured"))
+    arguments = ["--model", llama_folder(tmp_path, tiny_config), "--batch", 2, "--seq", 8, "--card", "l40s", "--json"]
+    assert command("speed", *arguments) == 0
+    document, rest = printed_json(capsys)
+    assert document["device"] == "NVIDIA L40S, from the datasheet, not measured"
+    assert "NVIDIA L40S datasheet, 2023" in rest
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        variants = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16)}
+        costs = speed.cards.cost_model("l40s")
+        found = costs.predict(lambda: Llama(tiny_config), variants, 2, 8, dtype=dtype)
+        seconds[dtype] = [found.total_s(name) for name in variants]
+    printed = [entry["seconds"] for entry in document["predicted"]["variants"]]
+    assert printed == seconds[torch.bfloat16] != seconds[torch.float32]
+    assert command("speed", *arguments, "--dtype", "float32") == 0
+    printed = [entry["seconds"] for entry in printed_json(capsys)[0]["predicted"]["variants"]]
+    assert printed == seconds[torch.float32]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--model", "gpt-5"], "There is no model 'gpt-5'"), (["--seq", 0], "seq_len is 0"), (["--rank", 0], "rank is 0")],
+    [
+        (["--model", "gpt-5"], "There is no model 'gpt-5'"),
+        (["--seq", 0], "seq_len is 0"),
+        (["--rank", 0], "rank is 0"),
+        (["--card", "l40"], "No card is known by the name 'l40'; use one of"),
+        (["--card", "l40s", "--measure", 2], "--card l40s is not here, so that --measure and --device cannot go"),
+        (["--card", "l40s", "--device", "cpu"], "--card l40s is not here, so that --measure and --device cannot go"),
+        (["--dtype", "int8"], "--dtype is 'int8', but it must be bfloat16 or float32"),
+    ],
 )
 def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
     assert command("speed", *arguments) == 1

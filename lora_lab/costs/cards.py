@@ -1,0 +1,177 @@
+"""How long a step would take on a card that is not here, from the numbers of its datasheet: predicted, not measured.
+
+    cost_model("l40s").predict("llama-3.2-3b", {"full": ..., "LoRA": ...}, 4, 210, dtype=torch.bfloat16)
+
+An operation takes the longest of three times: its FLOPs at the card's rate, its bytes at the card's bandwidth, and one
+launch. No program reaches the rates of a datasheet, so each counts by the share in :data:`EFFICIENCY`. Operations run
+one after another, and not compiled.
+
+Reference: Williams, Waterman and Patterson 2009, "Roofline", Communications of the ACM 52(4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+from lora_lab.costs.cost_model import CostModel
+from lora_lab.costs.flops import GIGA
+from lora_lab.costs.microbench import VIEW, Operand, Operation
+
+NOT_MEASURED = "from the datasheet, not measured"
+TERA = 10**12
+_LOOKUPS = ("embedding", "nll_loss_forward")  # they read as many numbers of a table as they return
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as its vendor describes it. Rates are those of dense matrices; many datasheets print twice as much first.
+
+    Args:
+        name: the vendor's name for it.
+        half_flops: FLOPs a second of matrix multiplications in bfloat16, accumulated in float32.
+        float32_flops: the same in float32, without TF32, as torch computes them by default.
+        bytes_per_second: the memory's bandwidth.
+        memory_bytes: the memory's size.
+        source: the document with these numbers, and its year.
+        note: what else there is to know.
+    """
+
+    name: str
+    half_flops: float
+    float32_flops: float
+    bytes_per_second: float
+    memory_bytes: int
+    source: str
+    note: str = ""
+
+
+def _card(name: str, half: float, float32: float, bandwidth: int, memory: int, source: str, note: str = "") -> Card:
+    """A card from the units of datasheets: TFLOP/s, GB/s and GB."""
+    return Card(name, half * TERA, float32 * TERA, bandwidth * GIGA, memory * GIGA, source, note)
+
+
+_NO_BF16 = "It has no bfloat16: the rate is that of float16."
+CARDS: dict[str, Card] = {
+    "v100": _card("NVIDIA V100 SXM2", 125, 15.7, 900, 32, "NVIDIA V100 datasheet, 2020", _NO_BF16),
+    "t4": _card("NVIDIA T4", 65, 8.1, 320, 16, "NVIDIA T4 datasheet, 2019", _NO_BF16),
+    "rtx-3090": _card(
+        "NVIDIA GeForce RTX 3090", 71, 35.6, 936, 24, "NVIDIA Ampere GA102 architecture whitepaper, V2.0, 2021"
+    ),
+    "rtx-a6000": _card(
+        "NVIDIA RTX A6000", 154.8, 38.7, 768, 48, "NVIDIA Ampere GA102 architecture whitepaper, V2.0, 2021"
+    ),
+    "rtx-4090": _card(
+        "NVIDIA GeForce RTX 4090", 165.2, 82.6, 1008, 24, "NVIDIA Ada GPU architecture whitepaper, V2.01, 2023"
+    ),
+    "a10": _card("NVIDIA A10", 125, 31.2, 600, 24, "NVIDIA A10 datasheet, 2021"),
+    "l4": _card("NVIDIA L4", 121, 30.3, 300, 24, "NVIDIA L4 datasheet, 2023"),
+    "l40s": _card("NVIDIA L40S", 362.05, 91.6, 864, 48, "NVIDIA L40S datasheet, 2023"),
+    "a100-40gb": _card("NVIDIA A100 SXM 40GB", 312, 19.5, 1555, 40, "NVIDIA A100 datasheet, 2021"),
+    "a100-80gb": _card("NVIDIA A100 SXM 80GB", 312, 19.5, 2039, 80, "NVIDIA A100 datasheet, 2021"),
+    "h100-pcie": _card("NVIDIA H100 PCIe", 756, 51, 2000, 80, "NVIDIA H100 datasheet, 2023"),
+    "h100-sxm": _card("NVIDIA H100 SXM", 989, 67, 3350, 80, "NVIDIA H100 datasheet, 2023"),
+    "h200": _card("NVIDIA H200 SXM", 989, 67, 4800, 141, "NVIDIA H200 datasheet, 2023"),
+}
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """How much of a datasheet's rates a step reaches.
+
+    Args:
+        matmul: the share of the rate of matrix multiplications.
+        memory: the share of the bandwidth.
+        launch_s: the shortest time of an operation, in seconds; those on lists of tensors share their launches.
+    """
+
+    matmul: float
+    memory: float
+    launch_s: float
+
+
+# The shares follow from two rows of PEFT's benchmark on an L40S, full fine-tuning and LoRA r=32, in
+# benchmarks/published.py, which predicts all other rows. The launch is assumed: those rows hardly depend on it.
+EFFICIENCY = Efficiency(matmul=0.69, memory=0.77, launch_s=5e-6)
+
+
+def card(name: str) -> Card:
+    """A card by its name in :data:`CARDS`, such as "l40s".
+
+    Raises:
+        ValueError: the table has no such card.
+    """
+    if name not in CARDS:
+        raise ValueError(f"No card is known by the name {name!r}; use one of: {', '.join(CARDS)}.")
+    return CARDS[name]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of an operation on a card."""
+
+    card: Card
+    efficiency: Efficiency = EFFICIENCY
+
+    def __call__(self, operation: Operation) -> float:
+        """The longest of computing, moving bytes and launching; views are free."""
+        if operation is VIEW:
+            return 0.0
+        # The first operand decides: attention in half precision keeps its row sums in float32.
+        half = bool(operation.operands) and operation.operands[0].dtype.itemsize <= 2
+        rate = self.card.half_flops if half else self.card.float32_flops
+        return max(
+            flops_of(operation) / (rate * self.efficiency.matmul),
+            bytes_of(operation) / (self.card.bytes_per_second * self.efficiency.memory),
+            0.0 if operation.of_list else self.efficiency.launch_s,
+        )
+
+
+def flops_of(operation: Operation) -> int:
+    """FLOPs of an operation's matrix multiplications; those in fused attention, half of them if it is causal."""
+    if "dot_product" not in operation.name:
+        return operation.flops
+    shapes = [operand.shape for operand in operation.operands]
+    backward = operation.name.endswith("_backward")  # its first operand is a gradient
+    count = sdpa_backward_flop_count(*shapes[:4]) if backward else sdpa_flop_count(*shapes[:3])
+    return count // 2 if any(value is True for value in operation.args) else count
+
+
+def bytes_of(operation: Operation) -> int:
+    """Bytes that an operation reads and writes, as if no cache kept any of them."""
+    if operation.name in _LOOKUPS:
+        return 2 * operation.made_bytes
+    arguments = zip(operation.function._schema.arguments, operation.args, strict=False)
+    changed = [
+        value
+        for argument, value in arguments
+        if argument.alias_info is not None
+        and argument.alias_info.is_write
+        # Fused AdamW may change gradients, by its schema, but does so only where they are scaled.
+        and argument.name != "grads"
+    ]
+    written = sum(leaf.size_bytes for leaf in tree_leaves(changed) if isinstance(leaf, Operand))
+    return operation.moved_bytes + written
+
+
+def cost_model(name: str, efficiency: Efficiency = EFFICIENCY) -> CostModel:
+    """What operations cost on a card that is not here, from its datasheet; nothing is measured.
+
+    Args:
+        name: as for :func:`card`.
+        efficiency: how much of the datasheet's rates a step reaches.
+
+    Raises:
+        ValueError: as for :func:`card`.
+    """
+    chosen = card(name)
+    rates = {
+        "matrix multiplications in bfloat16": f"{chosen.half_flops / TERA:,.1f} TFLOP/s x {efficiency.matmul:.2f}",
+        "matrix multiplications in float32": f"{chosen.float32_flops / TERA:,.1f} TFLOP/s x {efficiency.matmul:.2f}",
+        "memory": f"{chosen.bytes_per_second / GIGA:,.0f} GB/s x {efficiency.memory:.2f}",
+        "shortest operation": f"{efficiency.launch_s * 1e6:.1f} us",
+        "source": " ".join([f"{chosen.source}.", chosen.note]).strip(),
+    }
+    return CostModel(Roofline(chosen, efficiency), {}, rates=rates, where=f"{chosen.name}, {NOT_MEASURED}")

@@ -1,0 +1,140 @@
+"""Predictions for cards that are not here: operations by hand, and what others measured."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, Llama, LoRA, records, speed
+from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, Roofline, bytes_of, cost_model, flops_of
+from lora_lab.costs.microbench import VIEW, Operand, Operation
+from lora_lab.models import shapes
+
+ATEN = torch.ops.aten
+BF16, FP32 = torch.bfloat16, torch.float32
+L40S = CARDS["l40s"]
+WHOLE = Efficiency(matmul=1.0, memory=1.0, launch_s=0.0)  # the datasheet's rates as they are
+
+
+def operand(*shape, dtype=BF16):
+    return Operand(shape, torch.empty(shape, device="meta").stride(), dtype)
+
+
+def product(rows, inner, columns, dtype=BF16):
+    return Operation(
+        ATEN.mm.default,
+        (operand(rows, inner, dtype=dtype), operand(inner, columns, dtype=dtype)),
+        made_bytes=rows * columns * dtype.itemsize,
+    )
+
+
+# The cards
+
+
+def test_rates_are_those_of_dense_matrices():
+    sparse = {"rtx-3090": 142, "rtx-a6000": 309.7, "rtx-4090": 330.3, "a10": 250, "l4": 242, "l40s": 733}
+    sparse |= {"a100-40gb": 624, "a100-80gb": 624, "h100-pcie": 1513, "h100-sxm": 1979, "h200": 1979}
+    assert CARDS.keys() - sparse.keys() == {"v100", "t4"}  # which have no structured sparsity
+    for name, tera in sparse.items():  # which datasheets print beside the dense rate, or instead of it
+        assert 2 * CARDS[name].half_flops == pytest.approx(tera * 1e12, rel=0.015), name
+
+
+def test_every_card_has_its_source_and_numbers_in_single_units():
+    for card in CARDS.values():
+        assert "NVIDIA" in card.source
+        assert card.source.rsplit(" ", 1)[1].isdigit()
+        assert 1.5 < card.half_flops / card.float32_flops < 20
+        assert 3e11 <= card.bytes_per_second <= 5e12
+        assert 16e9 <= card.memory_bytes <= 141e9
+
+
+def test_an_unknown_card_is_refused_with_the_names_of_the_others():
+    with pytest.raises(ValueError, match=r"No card is known by the name 'h1000'; use one of: v100, t4, .*h200"):
+        cost_model("h1000")
+
+
+# Operations
+
+
+def test_a_large_product_takes_its_flops_at_the_rate_of_its_dtype():
+    seconds = Roofline(L40S, WHOLE)
+    assert seconds(product(4096, 4096, 4096)) == pytest.approx(2 * 4096**3 / 362.05e12)
+    assert seconds(product(4096, 4096, 4096, FP32)) == pytest.approx(2 * 4096**3 / 91.6e12)
+    assert Roofline(L40S, Efficiency(0.5, 1.0, 0.0))(product(4096, 4096, 4096)) == pytest.approx(
+        4 * 4096**3 / 362.05e12
+    )
+
+
+def test_a_thin_product_takes_its_bytes_at_the_bandwidth():
+    thin, moved = product(840, 3072, 32, FP32), 4 * (840 * 3072 + 3072 * 32 + 840 * 32)
+    assert Roofline(L40S, WHOLE)(thin) == pytest.approx(moved / 864e9)
+    assert Roofline(L40S, Efficiency(1.0, 0.5, 0.0))(thin) == pytest.approx(2 * moved / 864e9)
+
+
+def test_a_small_operation_takes_a_launch_unless_it_is_a_view_or_a_share_of_one():
+    small = Operation(ATEN.mul.Tensor, (operand(8), operand(8)), made_bytes=16)
+    of_list = Operation(ATEN._foreach_mul_.Scalar, ((operand(8),), 2.0), of_list=True)
+    assert Roofline(L40S)(small) == EFFICIENCY.launch_s
+    assert Roofline(L40S)(VIEW) == 0
+    assert Roofline(L40S)(of_list) == pytest.approx(2 * 16 / 864e9 / EFFICIENCY.memory)
+
+
+def test_what_is_changed_in_place_is_read_and_written():
+    one = (operand(100),)
+    assert bytes_of(Operation(ATEN.add.Tensor, (*one, *one), made_bytes=200)) == 600
+    assert bytes_of(Operation(ATEN.add_.Tensor, (*one, *one))) == 600
+    assert bytes_of(Operation(ATEN._foreach_sqrt.default, (one,), made_bytes=200)) == 400
+    # AdamW reads weight, gradient and two averages, and writes all but the gradient.
+    fused = Operation(ATEN._fused_adamw_.default, (one, one, one, one, (), ()))
+    assert bytes_of(fused) == 7 * 200
+
+
+def test_of_a_table_only_the_rows_that_are_looked_up_are_read():
+    lookup = Operation(ATEN.embedding.default, (operand(128_256, 64), operand(4, dtype=torch.long)), made_bytes=4 * 128)
+    assert bytes_of(lookup) == 2 * 4 * 128
+
+
+def test_attention_computes_two_products_forward_and_five_backward_and_half_of_them_if_it_is_causal():
+    forward, backward = (
+        ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+        ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    )
+    q = operand(2, 8, 128, 64)
+    one = 2 * 2 * 8 * 128 * 128 * 64
+    assert flops_of(Operation(forward, (q, q, q, 0.0, False))) == 2 * one
+    assert flops_of(Operation(forward, (q, q, q, 0.0, True))) == one
+    assert flops_of(Operation(backward, (q, q, q, q, q, q, 0.0, True))) == 5 * one // 2
+    assert flops_of(product(2, 3, 4)) == 48
+    long, sums = operand(1, 8, 8192, 64), operand(1, 8, 8192, dtype=FP32)  # sums are in float32 with any precision
+    half = Operation(backward, (long, long, long, long, long, sums, 0.0, False))
+    assert Roofline(L40S, WHOLE)(half) == pytest.approx(5 * 2 * 8 * 8192 * 8192 * 64 / 362.05e12)
+
+
+# Steps
+
+
+def test_a_prediction_says_that_it_was_not_measured_and_costs_say_what_they_are_made_of(tiny_config):
+    costs = cost_model("t4")
+    found = costs.predict(partial(Llama, tiny_config), {"full": FullFineTuning(), "LoRA": LoRA(4)}, 2, 16)
+    assert "batch 2 x 16, NVIDIA T4, from the datasheet, not measured" in str(found)
+    assert found.to_dict()["setting"].endswith("not measured")
+    assert str(costs).splitlines()[0] == "Costs on NVIDIA T4, from the datasheet, not measured"
+    for words in ("65.0 TFLOP/s x 0.69", "320 GB/s x 0.77", "NVIDIA T4 datasheet, 2019. It has no bfloat16"):
+        assert words in str(costs), words
+    assert costs.seconds_spent < 60
+
+
+def test_full_fine_tuning_was_three_times_slower_on_an_l40s_because_adamw_moved_all_weights():
+    rows = {row["experiment"]: row["tokens_per_second"] for row in records.published("peft-metamathqa").rows}
+    measured = rows["lora/llama-3.2-3B-rank32"] / rows["full-finetuning/llama-3.2-3B-lr_0.00001"]
+    assert measured == pytest.approx(3.1, abs=0.05)
+    found = speed.cards.cost_model("l40s").predict(
+        partial(Llama, shapes.config("llama-3.2-3b")),
+        {"LoRA": LoRA(32, 64, targets=["q_proj", "v_proj"]), "full": FullFineTuning()},
+        4,
+        210,
+        dtype=BF16,
+        optimizer="adamw-foreach",
+    )
+    assert found.ratio("full") == pytest.approx(measured, rel=0.25)
+    assert found.changes("full")[speed.UPDATE] > 0.8 * (found.total_s("full") - found.total_s("LoRA"))
