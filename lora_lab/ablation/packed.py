@@ -520,10 +520,10 @@ def joined_batches(
     rows = order.rows((step - 1) * config.batch_size, config.batch_size).view(len(order.seeds), -1)  # (20, 32)
     columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
     parts = [task.train[part.flatten()] for part in columns]  # 640 rows
-    if task.unit == "tokens":
-        counts = [(part.targets != IGNORE).view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
-    else:
-        counts = [torch.full((len(rows),), part.shape[1], dtype=torch.float64) for part in columns]  # (20,)
+    if task.unit != "tokens":
+        shares = [torch.full((len(rows),), part.shape[1] / config.batch_size, dtype=torch.float64) for part in columns]
+        return parts, shares, [config.batch_size] * len(rows)
+    counts = [(part.targets != IGNORE).view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
     total = torch.stack(counts).sum(0)  # (20,)
     if empty := [order.seeds[k] for k in live if not total[k]]:
         raise ValueError(

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -149,7 +149,7 @@ def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
     Raises:
         ValueError: the lean step or gradient checkpointing does not fit the model or a method.
     """
-    kinds: dict[tuple, Trial] = {}
+    kinds: dict[Any, Trial] = {}
     for trial in trials:
         kinds[type(trial.method), trial.gradient_checkpointing, trial.lean] = trial
     for trial in kinds.values():
