@@ -20,6 +20,7 @@ and N numbers in a padded adapter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -326,20 +327,22 @@ def _new_adapters(model: nn.Module, names: Sequence[str], run: Run) -> dict[str,
 class PackedStep(TrainingStep):
     """A training step of all trials at once, with a loss and a norm for each.
 
-    The optimiser has a parameter for each trial, its row of ``adapters.values``, and a group for each learning rate.
+    The optimiser has a parameter for each block of trials of one learning rate, their rows of ``adapters.values``.
     """
 
     def __init__(self, loss: Loss, adapters: PackedAdapters, configs: Sequence[TrainConfig]) -> None:
         self.adapters, self.trials, config = adapters, len(configs), configs[0]
         self.gradient = torch.zeros_like(adapters.values)  # (20, N)
-        self.parameters = [nn.Parameter(row) for row in adapters.values]  # (N,) each
-        groups: dict[float, list[nn.Parameter]] = {}
-        for each, parameter, gradient in zip(configs, self.parameters, self.gradient, strict=True):
-            parameter.grad = gradient  # (N,)
-            groups.setdefault(each.lr, []).append(parameter)
-        optimizer = make_adamw(
-            [{"params": rows, "lr": lr, "weight_decay": config.weight_decay} for lr, rows in groups.items()]
-        )
+        self.blocks: list[tuple[slice, nn.Parameter]] = []
+        groups = []
+        for lr, same in itertools.groupby(enumerate(configs), lambda pair: pair[1].lr):
+            places = [k for k, _ in same]
+            rows = slice(places[0], places[-1] + 1)
+            parameter = nn.Parameter(adapters.values[rows])  # (20, N)
+            parameter.grad = self.gradient[rows]  # (20, N)
+            self.blocks.append((rows, parameter))
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": config.weight_decay})
+        optimizer = make_adamw(groups)
         self.trial_losses = TRIAL_LOSSES[loss]
         if config.lean is not None and loss is cross_entropy:
             self.trial_losses = partial(self.trial_losses, rows=cast(Lean, config.lean).loss_rows)
@@ -429,10 +432,11 @@ class PackedStep(TrainingStep):
         Without the place the joined batch would be smaller, and the base's product may round the other trials' rows
         differently (with three trials of the digits transformer it does).
         """
-        parameter = self.parameters[k]
-        for tensor in (parameter, *self.optimizer.state[parameter].values()):
-            if tensor.ndim:  # not the count of steps
-                tensor.zero_()  # (N,)
+        for rows, parameter in self.blocks:
+            if rows.start <= k < rows.stop:
+                for tensor in (parameter, *self.optimizer.state[parameter].values()):
+                    if tensor.ndim:  # not the count of steps
+                        tensor[k - rows.start] = 0.0  # (N,)
 
 
 class PackedHistory:
