@@ -160,7 +160,8 @@ def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
 
 def _common_settings(trial: Trial) -> str:
     """What the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
-    content = trial.to_dict() | {"step": (trial.accumulate, trial.gradient_checkpointing, trial.lean)}
+    step = {"step": (trial.accumulate, trial.gradient_checkpointing, trial.lean)}
+    content: dict[str, Any] = {**trial.to_dict(), **step}
     method = {name: value for name, value in content["method"].items() if name not in ("rank", "alpha")}
     return str(sorted({**content, "method": sorted(method.items()), "lr": None, "seed": None}.items()))
 
@@ -171,9 +172,9 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
     if budget_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         budget_bytes = int(free) // 2 // workers
-    if _is_small(model, task, trials[0], budget_bytes):
-        return _MOST_PACKED
     widest = max(trials, key=lambda trial: lora_of(trial).rank)
+    if _is_small(model, task, widest, budget_bytes):
+        return _MOST_PACKED
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
     batch = task.train.inputs[rows], task.train.targets[rows]  # padded in full: no batch is longer
     lean = cast(Lean | None, widest.lean)
@@ -194,14 +195,15 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
 def _is_small(model: nn.Module, task: Task, trial: Trial, budget_bytes: int) -> bool:
     """Whether the largest pack is so far below the budget that its bill, which takes a second, need not be made.
 
-    A pack holds ten times at most what one forward pass saves, and the weights: adapters with their gradients and
-    moments are smaller than ten copies of the model.
+    For each trial it counts ten times what its adapter has in numbers and one forward pass of the model saves.
     """
+    layers, most = _layers(model, lora_of(trial)), budget_bytes // (10 * _MOST_PACKED)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if 10 * _MOST_PACKED * weights > budget_bytes:
+    sides = sum(layer.in_features + layer.out_features for layer in layers)
+    fixed = weights + torch.float64.itemsize * lora_of(trial).rank * sides  # bytes
+    if fixed > most:
         return False
     examples = Examples(task.train.inputs[: trial.batch_size], task.train.targets[: trial.batch_size])
     batch = to_device(examples, model)  # padded in full: no batch is longer
     with own_randomness(batch[0].device, 0):
-        saved = saved_bytes(lambda: task.loss(model, *batch), model)
-    return 10 * _MOST_PACKED * (saved + weights) < budget_bytes
+        return fixed + saved_bytes(lambda: task.loss(model, *batch), model) < most

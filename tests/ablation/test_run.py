@@ -1278,6 +1278,28 @@ def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
     assert sizes == [4, 4, 4]
 
 
+def test_the_memory_of_small_packs_is_not_predicted_and_of_others_it_is(monkeypatch):
+    model, task, trials = MODEL(), small_task(), list(grid(seeds=range(3)))
+    predicted = []
+    predict = packing.predict
+    monkeypatch.setattr(packing, "predict", lambda *a, **o: predicted.append(o["batch"]) or predict(*a, **o))
+
+    def sizes(budget_bytes, **options):
+        predicted.clear()
+        chosen = list(grid(seeds=range(3), **options)) if options else trials
+        return [len(parcel) for parcel, _ in packing.plan(model, task, chosen, "auto", budget_bytes, 1)]
+
+    state = torch.get_rng_state()
+    assert sizes(2**30) == [6]
+    assert not predicted
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sizes(2**20) == [6]  # it fits as well, but not by far
+    assert len(predicted) == 1
+    assert sizes(2**30, ranks=(5000,)) == [3]  # adapters that are larger than the model
+    assert len(predicted) == 1
+    assert max(sizes(2**13)) < 6
+
+
 def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
     model, task = MODEL(), small_task()
 
