@@ -53,8 +53,9 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         method: FullFineTuning(), LoRA(...), ...
         lr, seed, steps, batch_size, batches, schedule, warmup, weight_decay, clip, eval_every, eval_examples: as for
             :class:`lora_lab.train.TrainConfig`. The defaults of ``warmup`` and ``eval_every`` are filled in.
-        accumulate, gradient_checkpointing, lean: as there. They change no result, so two trials that differ in them are
-            equal; all but the lean step's ``base_dtype``, which rounds the frozen weights and is part of the content.
+        accumulate, gradient_checkpointing, lean: as there. They change no result but for rounding, and for what dropout
+            draws in micro-batches, so two trials that differ in them are equal; all but the lean step's ``base_dtype``,
+            which rounds the frozen weights and is part of the content.
         task: the task's fingerprint, and
         model: the model's, filled in when the trial joins a sweep (see :meth:`bound`).
 
