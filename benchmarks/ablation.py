@@ -1,40 +1,45 @@
-"""What packing a rank ablation saves, on the digits net and on a model of SmolLM2-135M's shape.
+"""What packing an ablation saves, as a user calls it, on the digits net and on a model of SmolLM2-135M's shape.
 
-    python benchmarks/ablation.py [--only digits smollm2] [--rounds 3]
+    python benchmarks/ablation.py [--only digits smollm2 study] [--rounds 3] [--steps 300]
 
-    digits     20 trials (ranks 1, 2, 4, 8, 16 x 4 seeds), 200 steps of 32 pictures, evaluations at both ends included:
-               one after another on one thread (the baseline), packed in one process, packed in two processes
+    digits     `ablate` on 20 trials (ranks 1, 2, 4, 8, 16 x 4 seeds), 32 pictures a step, everything included (fresh
+               folder, fingerprints, memory, evaluations, files): separate on one thread (the baseline), packed on one
+               thread, packed in two processes, which are started before
     smollm2    8 adapters of rank 8, one sequence of 64 tokens each: seconds for one step of all of them, one after
                another on two threads (the first baseline), two at a time on a thread each (the fair one), packed, and
-               in two packs in a process each
+               packed with the lean step, whose two threads take half of the adapters each, in float32 and over a base
+               in bfloat16
+    study      a third of the trials of the recorded study of ranks (`lora-lab record ablation`: one seed of three), on
+               the real model, with a tenth of their steps and evaluations: as recorded (the baseline), and with a base
+               in bfloat16
 
-Rounds are interleaved, and medians of ratios are printed, with the extremes. Weights of the language model are random.
+Rounds are interleaved, and medians of ratios are printed, with the extremes. Weights of smollm2 are random.
 On a CUDA GPU the language model is packed there (never tried).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import multiprocessing
+import itertools
 import statistics
+import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import common
-import joblib
 import torch
 
 import lora_lab as ll
-from lora_lab.ablation import fit_packed, studies
+from lora_lab.ablation import Trial, ablate, fit_packed, studies
 from lora_lab.ablation.packed import Run
-from lora_lab.ablation.packing import shares
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
+from lora_lab.experiments import ablation as recorded
 from lora_lab.models import shapes
 from lora_lab.tasks import Examples, Task
 
-RANKS, SEEDS, STEPS, PICTURES = (1, 2, 4, 8, 16), 4, 200, 32
+PARTS = ("digits", "smollm2", "study")
+RANKS, SEEDS = (1, 2, 4, 8, 16), 4
 ADAPTERS, TOKENS, LLM_STEPS = 8, 64, 3
 METHOD = ll.LoRA(8, 16)
 
@@ -51,39 +56,58 @@ def compare(calls: dict[str, Callable[[], object]], rounds: int, unit: str) -> N
         print(f"  {name:<44}{statistics.median(times):8.3f} s {unit}   {'   '.join(speedups)}", flush=True)
 
 
-def half(base: torch.nn.Module, task: Task, runs: list[Run], options: dict) -> None:
-    """Train a worker's half of the trials."""
-    torch.set_num_threads(1)
-    fit_packed(base, task, runs, **options)
+def sweep(*arguments: object, **options: object) -> None:
+    """Call ``ablate`` with a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        ablate(*arguments, folder, progress=False, **options)
 
 
-def digits(rounds: int) -> None:
+def digits(rounds: int, steps: int) -> None:
     """Twenty adapters of a small net."""
-    base, task = studies.study("digits")
-    runs = [Run(ll.LoRA(rank, 2 * rank), 1e-2, seed) for rank in RANKS for seed in range(SEEDS)]
-    options = {"steps": STEPS, "batch_size": PICTURES, "eval_every": STEPS, "progress": False}
-
-    def sequential() -> None:
-        for run in runs:
-            ll.fit(copy.deepcopy(base), task, run.method, lr=run.lr, seed=run.seed, **options)
-
+    model, task = studies.study("digits")
+    trials = studies.grid("digits", "lora", RANKS, [1e-2], range(SEEDS), steps=steps, alpha_per_rank=2)
     torch.set_num_threads(1)
-    print(f"\ndigits: {len(runs)} trials, {STEPS} steps of {PICTURES}")
-    with joblib.Parallel(2) as workers:  # started once, so that their start does not count
-        calls = {
-            "one after another, 1 thread*": sequential,
-            "packed, 1 thread": lambda: fit_packed(base, task, runs, **options),
-            "packed, two halves in 2 processes": lambda: workers(
-                joblib.delayed(half)(base, task, part, options) for part in shares(base, runs, 2, len(runs))
-            ),
-        }
-        compare(calls, rounds, "a sweep")
+    print(f"\ndigits: {len(trials)} trials, {steps} steps of {trials[0].batch_size}")
+    calls = {
+        "separate, 1 thread*": lambda: sweep(model, task, trials, engine="separate"),
+        "packed, 1 thread": lambda: sweep(model, task, trials),
+        "packed, 2 processes": lambda: sweep(model, task, trials, n_jobs=2),
+    }
+    compare(calls, rounds, "a sweep")
+
+
+def study(rounds: int) -> None:
+    """A third of the recorded study."""
+    device = ll.pick_device()[0]
+    planned = recorded.plan(device)
+    options = {
+        "alpha_per_rank": 2,
+        "steps": planned.steps // 10,
+        "batch_size": planned.batch_size,
+        "eval_every": planned.steps,
+        "eval_examples": planned.eval_examples // 10,
+    }
+
+    def trials(lean: ll.Lean | None) -> list[Trial]:
+        grids = (
+            studies.grid("docs", "lora", [rank], rates, [0], lean=lean, **options)
+            for rank, rates in planned.lrs.items()
+        )
+        return list(itertools.chain.from_iterable(grids))
+
+    model, task = studies.study("docs", planned.seq_len, device)
+    jobs = studies.processes(device)
+    print(f"\nstudy on {device}: {len(trials(None))} trials, {options['steps']} steps, {jobs} processes")
+    calls = {
+        "as recorded*": lambda: sweep(model, task, trials(None), n_jobs=jobs),
+        "lean": lambda: sweep(model, task, trials(ll.Lean()), n_jobs=jobs),
+        "lean, base in bfloat16": lambda: sweep(model, task, trials(ll.Lean(torch.bfloat16)), n_jobs=jobs),
+    }
+    compare(calls, rounds, "a sweep")
 
 
 class Packs:
     """A language model and a task that stay in this process, and packs of adapters on it."""
-
-    in_this_process: Packs
 
     def __init__(self, device: torch.device, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -94,22 +118,12 @@ class Packs:
         few = self.examples[:1]
         self.task = Task("tokens", self.examples, few, few, few, unit="tokens")
 
-    def step_s(self, count: int) -> float:
-        """Seconds of one step of ``count`` adapters."""
-        runs = [Run(METHOD, 1e-4, seed) for seed in range(count)]
+    def step_s(self, lean: ll.Lean | None = None) -> float:
+        """Seconds of one step of all adapters."""
+        runs = [Run(METHOD, 1e-4, seed) for seed in range(ADAPTERS)]
         options = {"steps": LLM_STEPS, "batch_size": 1, "eval_every": LLM_STEPS, "progress": False}
-        history = fit_packed(self.base, self.task, runs, **options)[0].history
-        return count * statistics.median(row["seconds"] for row in history.rows[1:])
-
-
-def prepare_worker() -> None:
-    """Load the model in a worker."""
-    Packs.in_this_process = Packs(torch.device("cpu"), 1)
-
-
-def worker_step_s(count: int) -> float:
-    """Seconds of one step of ``count`` adapters, in a worker."""
-    return Packs.in_this_process.step_s(count)
+        history = fit_packed(self.base, self.task, runs, lean=lean, **options)[0].history
+        return ADAPTERS * statistics.median(row["seconds"] for row in history.rows[1:])
 
 
 def smollm2(rounds: int) -> None:
@@ -137,36 +151,36 @@ def smollm2(rounds: int) -> None:
         list(pool.map(on_one_thread, steps))
         torch.set_num_threads(threads)
 
-    def packed_in_processes() -> float:
-        return max(workers.map(worker_step_s, [ADAPTERS // 2] * 2))
-
     print(f"\nsmollm2 on {device}: {ADAPTERS} adapters of rank 8, 1 x {TOKENS} tokens each, {threads} threads")
     calls = {
         "one after another*": all_in_turn,
         "two at a time, 1 thread each*": two_at_a_time,
-        "packed": lambda: packs.step_s(ADAPTERS),
+        "packed": packs.step_s,
     }
-    if device.type == "cuda":
-        compare(calls, rounds, "a step of all")
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn, initializer=prepare_worker) as workers:
-        compare({**calls, "two packs in 2 processes": packed_in_processes}, rounds, "a step of all")
+    if device.type != "cuda":
+        calls |= {
+            "packed, lean": lambda: packs.step_s(ll.Lean(threads=2)),
+            "packed, lean, base in bfloat16": lambda: packs.step_s(ll.Lean(torch.bfloat16, threads=2)),
+        }
+    compare(calls, rounds, "a step of all")
 
 
 def main() -> None:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["digits", "smollm2"], default=["digits", "smollm2"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300, help="of each trial of digits")
     options = parser.parse_args()
     common.print_machine()
     threads = torch.get_num_threads()
     if "digits" in options.only:
-        digits(options.rounds)
+        digits(options.rounds, options.steps)
     torch.set_num_threads(threads)
     if "smollm2" in options.only:
         smollm2(options.rounds)
+    if "study" in options.only:
+        study(options.rounds)
 
 
 if __name__ == "__main__":

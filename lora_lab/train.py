@@ -130,13 +130,6 @@ class TrainConfig:
         """Whether the validation and off-domain losses are evaluated after this step."""
         return step % self.evaluation_interval == 0 or step == self.steps
 
-    @property
-    def step_options(self) -> dict[str, Any]:
-        """The options in use that determine how a step is computed, but not its result."""
-        names = ("accumulate", "gradient_checkpointing", "lean")
-        defaults = {option.name: option.default for option in fields(TrainConfig)}
-        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
-
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for a History, with defaults filled in.
 
@@ -217,17 +210,26 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
     """
     if config.lean is not None:
         return config.lean.make_step(model, loss, method, config)
-    if config.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    method.prepare(model, config.seed)
+    return TrainingStep(model, loss, make_adamw(parameter_groups(model, method, config)), config.clip)
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Let a model save only the input of each block, and compute the block again in the backward pass.
+
+    Raises:
+        ValueError: it has no method for that.
+    """
+    # transformers 5 has renamed the method, and warns of the old name.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if not hasattr(model, names[1]):
         raise ValueError(
             f"A {type(model).__name__} has no method gradient_checkpointing_enable, as lora_lab's Llama and "
             "transformers' models have; use gradient_checkpointing=False."
         )
-    method.prepare(model, config.seed)
-    if config.gradient_checkpointing:
-        # transformers 5 has renamed the method, and warns of the old name.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        getattr(model, next(name for name in names if hasattr(model, name)))()
-    return TrainingStep(model, loss, make_adamw(parameter_groups(model, method, config)), config.clip)
+    getattr(model, next(name for name in names if hasattr(model, name)))()
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:

@@ -19,6 +19,9 @@ from numbers import Integral, Real
 from operator import index
 from typing import Any, overload
 
+import torch
+
+from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
 from lora_lab.train import TrainConfig
 
@@ -27,6 +30,7 @@ _OPTIONS = (
     *("lr", "seed", "steps", "batch_size", "schedule", "warmup", "weight_decay", "clip"),
     *("eval_every", "eval_examples"),
 )
+BASE_DTYPE = "base_dtype"  # and this, of the lean step, if it is in use
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
 
@@ -49,7 +53,9 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         method: FullFineTuning(), LoRA(...), ...
         lr, seed, steps, batch_size, batches, schedule, warmup, weight_decay, clip, eval_every, eval_examples: as for
             :class:`lora_lab.train.TrainConfig`. The defaults of ``warmup`` and ``eval_every`` are filled in.
-        accumulate, gradient_checkpointing, lean: at their defaults only, for they change no result.
+        accumulate, gradient_checkpointing, lean: as there. They change no result but for rounding, and for what dropout
+            draws in micro-batches, so two trials that differ in them are equal; all but the lean step's ``base_dtype``,
+            which rounds the frozen weights and is part of the content.
         task: the task's fingerprint, and
         model: the model's, filled in when the trial joins a sweep (see :meth:`bound`).
 
@@ -72,8 +78,8 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
                 f"The class {type(self.method).__name__} has the name {name!r}, which is not its own, so its results "
                 "would be indistinguishable from another method's; give the class a name of its own."
             )
-        for name, value in self.step_options.items():
-            raise ValueError(f"{name} is {value!r}, but a trial is run with the plain step; leave it out, or use fit.")
+        if not isinstance(self.lean, Lean | None):
+            raise ValueError(f"lean is {self.lean!r}, but a trial's must be a lora_lab.Lean, or None.")
         for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
             object.__setattr__(self, name, value)
 
@@ -116,6 +122,8 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
     def to_dict(self) -> dict[str, Any]:
         """The content in values of JSON, each in one form only."""
         content = {"method": self.method.settings(), **self.options, "task": self.task, "model": self.model}
+        if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:  # the keys of earlier trials have none
+            content[BASE_DTYPE] = str(self.lean.base_dtype)
         return {name: _plain(value) for name, value in content.items()}
 
     @classmethod
@@ -130,7 +138,10 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
             name = settings.pop("name")
             if name not in _methods():
                 raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
-            return cls(**{**content, "method": _methods()[name](**settings)})
+            options = {**content, "method": _methods()[name](**settings)}
+            if BASE_DTYPE in options:
+                options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
+            return cls(**options)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"This is not a trial's content ({error}): {reprlib.repr(content)}.") from None
 
@@ -201,6 +212,18 @@ class Grid(Sequence[Trial]):
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"
+
+
+def _dtype(name: str) -> torch.dtype:
+    """The dtype of which ``str`` gave the name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if str(dtype) != name or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{BASE_DTYPE} is {name!r}, but it must be a dtype's name, such as 'torch.bfloat16'.")
+    return dtype
 
 
 def _methods() -> dict[str, type[Method]]:

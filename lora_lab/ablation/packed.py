@@ -20,9 +20,11 @@ and N numbers in a padded adapter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,13 +36,27 @@ from torch import Tensor, nn
 from lora_lab.ablation.grid import Run
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES, PackedLinear, PackingError
 from lora_lab.ablation.packing import lora_of, refusal
+from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.history import DivergedError, History, count_parameters
 from lora_lab.inject import adapter_state, match_layers, replace
+from lora_lab.lean import Lean, apply_lean
+from lora_lab.lean import cross_entropy as lean_cross_entropy
 from lora_lab.lora import LoRALinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
-from lora_lab.task import IGNORE, Examples, Loss, Task
-from lora_lab.train import Batch, TrainConfig, TrainingStep, data_order, make_adamw, mean_loss, to_device
+from lora_lab.task import IGNORE, Examples, Loss, Task, cross_entropy
+from lora_lab.train import (
+    Batch,
+    TrainConfig,
+    TrainingStep,
+    data_order,
+    enable_checkpointing,
+    make_adamw,
+    mean_loss,
+    to_device,
+)
+
+EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
 
 
 @dataclass
@@ -83,50 +99,63 @@ def fit_packed(
         config: how to train; ``lr`` and ``seed`` are each run's. Or its fields as keywords.
             ``batch_size`` is that of each trial.
         progress: as for :func:`lora_lab.fit`.
-        **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``.
+        **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``. With ``lean`` the
+            model's blocks compute as in the lean step, and ``Lean(threads=2)`` lets two threads compute half of the
+            runs each.
 
     Returns:
         A result for each run, in their order.
 
     Raises:
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model mixes the examples of trials.
-        ValueError: there are no runs, or a number is out of range.
+        ValueError: there are no runs, a number is out of range, or the lean step or gradient checkpointing does not
+            fit the model.
     """
     make_config = TrainConfig if config is None else partial(dataclasses.replace, config)
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_layers(model, task, runs)
     config = configs[0]  # all but lr and seed are the same for all
-    for name, value in config.step_options.items():
-        raise ValueError(f"{name} is {value!r}, which packed training does not support; leave it out, or use fit.")
+    lean = cast(Lean | None, config.lean)
+    if lean is not None or config.gradient_checkpointing:
+        model = copy_sharing_weights(model)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
     with own_randomness(next(model.parameters()).device, 0), _restored(model, names):
-        adapters = PackedAdapters(model, runs, names)
-        step = PackedStep(model, task.loss, adapters, config)
+        adapters = PackedAdapters(model, runs, names, lean)
+        at_start = None if lean is None else _losses_at_start(model, task, config, lean)
+        adapters.place(1 if lean is None else lean.threads)
+        step = PackedStep(task.loss, adapters, configs)
         history = PackedHistory(task, configs, step)
         order = JoinedOrder(task, configs)
-        peaks = adapters.values.new_tensor([[each.lr] for each in configs])  # (20, 1)
+        peaks = [group["lr"] for group in step.optimizer.param_groups]
         judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
 
         def judge() -> None:
-            for part in ("validation", "off_domain"):
+            for part in EVALUATED:
                 losses = mean_loss(
                     model, judged, part, config.batch_size, config.eval_examples, config.by_length
                 )  # (20,)
                 history.add_evaluation(part, losses.expand(len(runs)).tolist())  # (20,); it is () if no target counts
 
         model.train()
-        with progress_bar(config.steps, f"{len(runs)} adapters", progress) as bar:
+        with progress_bar(config.steps, f"{len(runs)} adapters", progress) as bar, step:
             bar.set_postfix_str("evaluating")
-            _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
             history.start()
-            judge()
+            if at_start is None:
+                _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
+                judge()
+            else:  # blocks of our own, whose trials are known to be independent
+                for part, loss in at_start.items():
+                    history.add_evaluation(part, [loss] * len(runs))
             for number in range(1, config.steps + 1):
                 if not history.live:
                     break
                 started = time.perf_counter()
-                batch, counts = joined_batch(task, order, number, config, history.live)
+                parts, weights, counts = joined_batches(task, order, number, config, history.live)
                 factor = config.rate_factor(number)
-                step.rates = peaks * factor  # (20, 1)
-                losses, norms = step([to_device(batch, model)], [1.0])  # (20,), (20,)
+                for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                losses, norms = step([to_device(part, model) for part in parts], weights)  # (20,), (20,)
                 history.add(
                     number,
                     train_loss=losses.tolist(),  # waits for the device
@@ -143,6 +172,14 @@ def fit_packed(
             Result(error=history.errors[k]) if k in history.errors else Result(history.live[k], adapters.unpack(k))
             for k in range(len(runs))
         ]
+
+
+def _losses_at_start(model: nn.Module, task: Task, config: TrainConfig, lean: Lean) -> dict[str, float]:
+    """The losses before training, which are those of the base model for all trials, since their updates are zero."""
+    loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
+    task = dataclasses.replace(task, loss=cast(Loss, loss))
+    sizes = config.batch_size, config.eval_examples, config.by_length
+    return {part: mean_loss(model, task, part, *sizes).item() for part in EVALUATED}
 
 
 def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[str]:
@@ -186,46 +223,95 @@ def _restored(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             setattr(module, name, buffer.copy_(value))
 
 
-class PackedAdapters:
-    """The adapters of all runs in one tensor, ``values`` (K, N), a row per trial; put into the model in place.
-
-    The factors of the ``layers`` are views of it. So clipping is a norm of each row, and AdamW one call.
+@dataclass
+class Lane:
+    """The trials that one thread computes, in modules of its own, which share the frozen weights with the other lanes.
 
     Args:
-        model: its named layers are replaced, and all its parameters frozen.
-        runs: the trials.
-        names: the layers that all of them adapt.
+        model: with a packed layer in place of each adapted one.
+        trials: which of the pack's trials.
+        layers: the packed layers by name.
     """
 
-    def __init__(self, model: nn.Module, runs: Sequence[Run], names: Sequence[str]) -> None:
-        self.model, self.runs = model, runs
+    model: nn.Module
+    trials: slice
+    layers: dict[str, PackedLinear]
+
+    def __post_init__(self) -> None:
+        self.factors = [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+
+    def __len__(self) -> int:
+        return self.trials.stop - self.trials.start
+
+    def rows(self, joined: Tensor, trials: int) -> Tensor:
+        """This lane's rows of a tensor that holds those of all trials, one after another."""
+        each = len(joined) // trials
+        return joined[self.trials.start * each : self.trials.stop * each]
+
+
+class PackedAdapters:
+    """The adapters of all runs in one tensor, ``values`` (K, N), a row per trial.
+
+    :meth:`place` puts them into the model. The factors of the layers are views of the tensor. So clipping is a norm of
+    each row, and AdamW one call.
+
+    Args:
+        model: all its parameters are frozen, and its blocks made lean, in place.
+        runs: the trials.
+        names: the layers that all of them adapt.
+        lean: how, or None.
+    """
+
+    def __init__(self, model: nn.Module, runs: Sequence[Run], names: Sequence[str], lean: Lean | None = None) -> None:
+        self.model, self.runs, self.names = model, runs, names
         self.frozen_parameters = count_parameters(model)
         self.unpacked = [_new_adapters(model, names, run) for run in runs]
         model.requires_grad_(False)
-        rank = max(lora_of(run).rank for run in runs)
-        bases = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
-        shapes = [shape for base in bases.values() for shape in ((rank, base.in_features), (base.out_features, rank))]
+        if lean is not None:  # it looks at the adapters, of which those of one run stand for all
+            for name, adapter in self.unpacked[0].items():
+                replace(model, name, adapter)
+            apply_lean(model, lean)
+
+    def place(self, threads: int = 1) -> None:
+        """Put the adapters of all runs into the model, or into as many copies of its modules as there are threads."""
+        first, count = self.unpacked[0], len(self.runs)
+        rank = max(lora_of(run).rank for run in self.runs)
+        shapes = [
+            shape
+            for base in (adapter.base for adapter in first.values())
+            for shape in ((rank, base.in_features), (base.out_features, rank))
+        ]
         sizes = [math.prod(shape) for shape in shapes]
-        like = self.unpacked[0][names[0]].lora_A  # for its dtype and device
-        self.values = like.new_zeros(len(runs), sum(sizes))  # (20, N)
+        like = first[self.names[0]].lora_A  # for its dtype and device
+        self.values = like.new_zeros(count, sum(sizes))  # (20, N)
         views = [part.unflatten(1, shape) for part, shape in zip(self.values.split(sizes, 1), shapes, strict=True)]
-        self.layers: dict[str, PackedLinear] = {}
-        for (name, base), A, B in zip(bases.items(), views[::2], views[1::2], strict=True):
-            adapters = [layers[name] for layers in self.unpacked]
-            for k, adapter in enumerate(adapters):
-                A[k, : adapter.rank] = adapter.lora_A.detach()  # (r, in); B is zero, as LoRALinear starts
-            scaling = like.new_tensor([adapter.scaling for adapter in adapters])  # (20,)
-            self.layers[name] = PackedLinear(base, A, B, scaling)
-            replace(model, name, self.layers[name])
-        self.factors = [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+        factors = dict(zip(self.names, zip(views[::2], views[1::2], strict=True), strict=True))
+        for name, (A, _) in factors.items():
+            for k, layers in enumerate(self.unpacked):
+                A[k, : layers[name].rank] = layers[name].lora_A.detach()  # (r, in); B is zero, as LoRALinear starts
+        size = math.ceil(count / threads)
+        parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        models = [self.model, *(copy_sharing_weights(self.model) for _ in parts[1:])]
+        self.lanes = [self._lane(model, part, factors) for model, part in zip(models, parts, strict=True)]
+
+    def _lane(self, model: nn.Module, trials: slice, factors: dict[str, tuple[Tensor, Tensor]]) -> Lane:
+        layers = {}
+        for name, (A, B) in factors.items():
+            layer = model.get_submodule(name)
+            scaling = A.new_tensor([adapters[name].scaling for adapters in self.unpacked[trials]])  # (20,)
+            base = cast(nn.Linear, layer.base if isinstance(layer, LoRALinear) else layer)
+            layers[name] = PackedLinear(base, A[trials], B[trials], scaling)
+            replace(model, name, layers[name])
+        return Lane(model, trials, layers)
 
     @torch.no_grad()
     def unpack(self, k: int) -> dict[str, Tensor]:
         """Put trial k's adapter alone into the model, and return its state."""
+        lane = next(lane for lane in self.lanes if k < lane.trials.stop)
         for name, adapter in self.unpacked[k].items():
-            packed = self.layers[name]
-            adapter.lora_A.copy_(packed.lora_A[k, : adapter.rank])  # (r, in)
-            adapter.lora_B.copy_(packed.lora_B[k, :, : adapter.rank])  # (out, r)
+            packed, place = lane.layers[name], k - lane.trials.start
+            adapter.lora_A.copy_(packed.lora_A[place, : adapter.rank])  # (r, in)
+            adapter.lora_B.copy_(packed.lora_B[place, :, : adapter.rank])  # (out, r)
             replace(self.model, name, adapter)
         return adapter_state(self.model)
 
@@ -241,50 +327,103 @@ def _new_adapters(model: nn.Module, names: Sequence[str], run: Run) -> dict[str,
 class PackedStep(TrainingStep):
     """A training step of all trials at once, with a loss and a norm for each.
 
-    ``rates``, (K, 1), are the trials' learning rates, to be set before each step.
+    The optimiser has a parameter for each block of trials of one learning rate, their rows of ``adapters.values``.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, adapters: PackedAdapters, config: TrainConfig) -> None:
-        self.trials = len(adapters.runs)
-        self.adapters, self.weight_decay = adapters, config.weight_decay
-        self.rates = adapters.values.new_zeros(self.trials, 1)  # (20, 1)
-        # torch's AdamW has one rate, and trials have many. So it steps at rate 1 from zero, which gives the
-        # direction, and each trial goes along it at its own rate.
-        self.direction = nn.Parameter(torch.zeros_like(adapters.values))  # (20, N)
-        self.direction.grad = torch.zeros_like(adapters.values)  # (20, N)
-        optimizer = make_adamw([{"params": [self.direction], "lr": 1.0, "weight_decay": 0.0}])
-        super().__init__(model, partial(TRIAL_LOSSES[loss], trials=self.trials), optimizer, config.clip)
+    def __init__(self, loss: Loss, adapters: PackedAdapters, configs: Sequence[TrainConfig]) -> None:
+        self.adapters, self.trials, config = adapters, len(configs), configs[0]
+        self.gradient = torch.zeros_like(adapters.values)  # (20, N)
+        self.blocks: list[tuple[slice, nn.Parameter]] = []
+        groups = []
+        for lr, same in itertools.groupby(enumerate(configs), lambda pair: pair[1].lr):
+            places = [k for k, _ in same]
+            rows = slice(places[0], places[-1] + 1)
+            parameter = nn.Parameter(adapters.values[rows])  # (20, N)
+            parameter.grad = self.gradient[rows]  # (20, N)
+            self.blocks.append((rows, parameter))
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": config.weight_decay})
+        optimizer = make_adamw(groups)
+        self.trial_losses = TRIAL_LOSSES[loss]
+        if config.lean is not None and loss is cross_entropy:
+            self.trial_losses = partial(self.trial_losses, rows=cast(Lean, config.lean).loss_rows)
+        super().__init__(adapters.model, loss, optimizer, config.clip, len(adapters.lanes))
+        self._pool: ThreadPoolExecutor | None = None
 
-    def __call__(self, batches: Sequence[Batch], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    def __enter__(self) -> PackedStep:
+        if self.threads > 1:
+            self._pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _in_lanes(self, compute: Callable[[Lane], Tensor]) -> Tensor:
+        """What is computed for the trials of each lane, a number for each trial: (trials,)."""
+        lanes = self.adapters.lanes
+        if self._pool is None:
+            return torch.cat([compute(lane) for lane in lanes])  # (20,)
+        with_gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+
+        def in_thread(lane: Lane) -> Tensor:
+            with torch.set_grad_enabled(with_gradients):  # a setting of each thread
+                return compute(lane)
+
+        try:
+            torch.set_num_threads(1)
+            return torch.cat(list(self._pool.map(in_thread, lanes)))  # (20,)
+        finally:
+            torch.set_num_threads(threads)
+
+    def __call__(self, batches: Sequence[Batch], weights: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """One step of every trial: forward, backward, clip, step.
 
         Args:
-            batches: one, which holds the batches of all trials in their order.
-            weights: [1.0]; they are there because every training step takes them.
+            batches: micro-batches, each of which holds those of all trials in their order.
+            weights: of the micro-batches, each one's share of each trial's batch: (trials,) each.
 
         Returns:
             The losses, and the norms of the gradients before clipping: (trials,) each.
         """
-        ((inputs, targets),) = batches
-        losses = self.batch_loss(inputs, targets)  # (20,)
-        # Trials are independent, so the gradient of each loss is that of their sum.
-        gradients = torch.autograd.grad(losses, self.adapters.factors, torch.ones_like(losses))
-        gradient = torch.cat([part.flatten(1) for part in gradients], dim=1, out=self.direction.grad)  # (20, N)
-        norms = torch.linalg.vector_norm(gradient, dim=1)  # (20,)
+        losses = self._in_lanes(lambda lane: self._backward(lane, batches, weights))  # (20,)
+        norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if self.clip is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
-            gradient.mul_((self.clip / (norms + 1e-6)).clamp(max=1.0)[:, None])  # (20, N)
-        with torch.no_grad():
-            self.direction.zero_()
-            self.optimizer.step()
-            if self.weight_decay:
-                self.adapters.values.mul_(1 - self.rates * self.weight_decay)  # (20, N)
-            self.adapters.values.addcmul_(self.direction, self.rates)  # (20, N)
-        return losses.detach(), norms
+            self.gradient.mul_((self.clip / (norms + 1e-6)).clamp(max=1.0)[:, None])  # (20, N)
+        self.optimizer.step()
+        return losses, norms
+
+    def _backward(self, lane: Lane, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
+        """The weighted losses of a lane's trials, whose gradients are written into its rows of ``gradient``."""
+        into = self.gradient[lane.trials]  # (20, N)
+        total = into.new_zeros(len(lane))  # (20,)
+        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            losses = self._losses(lane, *batch)  # (20,)
+            shares = weight[lane.trials].to(losses)  # (20,)
+            # Trials are independent, so the gradients of all losses are those of their sum.
+            parts = [part.flatten(1) for part in torch.autograd.grad(losses, lane.factors, shares)]
+            if number == 0:
+                torch.cat(parts, dim=1, out=into)  # (20, N)
+            else:
+                into.add_(torch.cat(parts, dim=1))  # (20, N)
+            total += losses.detach() * shares
+        return total
+
+    def _losses(self, lane: Lane, inputs: Tensor, targets: Tensor) -> Tensor:
+        rows = (lane.rows(part, self.trials) for part in (inputs, targets))
+        return self.trial_losses(lane.model, *rows, trials=len(lane))  # (20,)
+
+    def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Each trial's mean loss on its own rows: (trials,)."""
+        return self._in_lanes(lambda lane: self._losses(lane, inputs, targets))  # (20,)
 
     def loss_on_same_batch(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Each trial's mean loss on one batch that all of them are given: (trials,)."""
-        return self.loss(model, torch.cat([inputs] * self.trials), torch.cat([targets] * self.trials))  # (20,)
+        return self._in_lanes(
+            lambda lane: self.trial_losses(
+                lane.model, torch.cat([inputs] * len(lane)), torch.cat([targets] * len(lane)), trials=len(lane)
+            )
+        )  # (20,)
 
     @torch.no_grad()
     def end(self, k: int) -> None:
@@ -293,9 +432,11 @@ class PackedStep(TrainingStep):
         Without the place the joined batch would be smaller, and the base's product may round the other trials' rows
         differently (with three trials of the digits transformer it does).
         """
-        for tensor in (self.adapters.values, *self.optimizer.state[self.direction].values()):
-            if tensor.ndim:  # not the count of steps
-                tensor[k] = 0.0
+        for rows, parameter in self.blocks:
+            if rows.start <= k < rows.stop:
+                for tensor in (parameter, *self.optimizer.state[parameter].values()):
+                    if tensor.ndim:  # not the count of steps
+                        tensor[k - rows.start] = 0.0  # (N,)
 
 
 class PackedHistory:
@@ -368,25 +509,32 @@ class JoinedOrder:
         return torch.cat([rows[seed] for seed in self.seeds])
 
 
-def joined_batch(
+def joined_batches(
     task: Task, order: JoinedOrder, step: int, config: TrainConfig, live: Collection[int]
-) -> tuple[Examples, list[int]]:
-    """The batches of a step, trial by trial, and how many targets of each count, as in ``task.counted``.
+) -> tuple[list[Examples], list[Tensor], list[int]]:
+    """The micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with the examples of all trials.
+
+    Returns:
+        The micro-batches; each one's share of every trial's targets that count, (trials,); and how many count in all,
+        for each trial, as in ``task.counted``.
 
     Raises:
         ValueError: a live trial's batch has no target that counts, as in ``fit``.
     """
-    batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]  # (640,) rows
-    trials = len(order.seeds)
+    rows = order.rows((step - 1) * config.batch_size, config.batch_size).view(len(order.seeds), -1)  # (20, 32)
+    columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
+    parts = [task.train[part.flatten()] for part in columns]  # 640 rows
     if task.unit != "tokens":
-        return batch, [config.batch_size] * trials
-    counts = (batch.targets != IGNORE).view(trials, -1).sum(1).tolist()
-    if empty := [order.seeds[k] for k in live if not counts[k]]:
+        shares = [torch.full((len(rows),), part.shape[1] / config.batch_size, dtype=torch.float64) for part in columns]
+        return parts, shares, [config.batch_size] * len(rows)
+    counts = [(part.targets != IGNORE).view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
+    total = torch.stack(counts).sum(0)  # (20,)
+    if empty := [order.seeds[k] for k in live if not total[k]]:
         raise ValueError(
             f"No target of the batch at step {step} of seed {empty[0]} counts, so it teaches nothing; "
             "use larger batches."
         )
-    return batch, counts
+    return parts, [count / total.clamp(min=1) for count in counts], total.long().tolist()
 
 
 def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
@@ -423,7 +571,8 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
             "The model changes a buffer of its own in training, which the trials would share; "
             "run them separately, with fit."
         )
-    layers, factors = step.adapters.layers, step.adapters.factors
+    (lane,) = step.adapters.lanes
+    layers, factors = lane.layers, lane.factors
     # Some models leak from a row to later ones, which the first trial does not notice; others leak backwards.
     for k in dict.fromkeys((0, len(losses) - 1)):
         # Change the examples and adapters of all other trials. This one's loss must neither change nor depend on them.

@@ -1,14 +1,20 @@
 """The layer of a pack: one frozen weight with many adapters beside it; and the losses of each trial."""
 
+# torch declares Function.backward(ctx, *grad_outputs), which each backward below narrows to its own outputs.
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora_lab.lean.blocks import LeanBlockHead, LeanHead
+from lora_lab.lean.linear import JointLinear, call_in_weight_dtype, cast_addmm_, cast_matmul
 from lora_lab.lean.loss import token_losses
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear
@@ -21,11 +27,11 @@ class PackingError(ValueError):
     """These runs cannot share a pass: a ValueError of its own, so that a caller can run them separately."""
 
 
-class PackedLinear(nn.Module):
-    """A frozen ``nn.Linear`` with K updates beside it, each for one K-th of the rows.
+class PackedLinear(JointLinear):
+    """A frozen linear layer with K updates beside it, each for one K-th of the rows.
 
     Args:
-        base: the layer that all trials share.
+        base: the ``nn.Linear`` or BlockLinear that all trials share.
         A: (K, R, in), zero in the rows from each trial's rank on.
         B: (K, out, R), zero in those columns.
         scaling: (K,), alpha / rank of each trial.
@@ -33,7 +39,7 @@ class PackedLinear(nn.Module):
 
     scaling: Tensor
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, scaling: Tensor) -> None:
+    def __init__(self, base: nn.Linear | BlockLinear, A: Tensor, B: Tensor, scaling: Tensor) -> None:
         super().__init__()
         self.base = base
         self.lora_A = nn.Parameter(A)  # (20, 16, 64)
@@ -41,13 +47,26 @@ class PackedLinear(nn.Module):
         self.register_buffer("scaling", scaling.view(-1, 1, 1), persistent=False)  # (20, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.project([self], x)[0]  # (640, 64) -> (640, 128)
+
+    def project(self, layers: Sequence[PackedLinear], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of several packed layers of one input."""
+        self._check_rows(x)
+        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+        return _PackedLinears.apply(x, layers, *factors)  # (640, 64) -> a tuple of (640, 128)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The output for ``silu(gate) * up``, which the backward pass computes again, so that it is not saved."""
+        self._check_rows(gate)
+        return _GatedPackedLinear.apply(gate, up, self, self.lora_A, self.lora_B)  # 2 x (8, 64, 1536) -> (8, 64, 576)
+
+    def _check_rows(self, x: Tensor) -> None:
         trials = len(self.scaling)
         if len(x) % trials:
             raise PackingError(
                 f"A layer was given {len(x)} rows, which are not the examples of {trials} trials, as where the first "
                 "dimension of a tensor is not the batch; run the trials separately, with fit."
             )
-        return _AddUpdates.apply(x, self.lora_A, self.lora_B, self.scaling, self.base)  # (640, 64) -> (640, 128)
 
     @property
     def weight(self) -> Tensor:
@@ -66,36 +85,103 @@ class PackedLinear(nn.Module):
         return f"trials={trials}, largest rank={rank}"
 
 
-class _AddUpdates(torch.autograd.Function):
-    """h_k = W0 x_k + scaling_k * B_k A_k x_k, backward by hand.
+def _forward(
+    x: Tensor, layers: Sequence[PackedLinear], factors: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """h_k = W0 x_k + scaling_k * B_k A_k x_k of each layer, x trial by trial, and scaling_k * A_k x_k of all layers."""
+    As, Bs = factors[::2], factors[1::2]
+    per_trial = x.reshape(len(As[0]), -1, x.shape[-1]).to(As[0].dtype)  # (20, 32, 64): rows come trial by trial
+    narrow = torch.bmm(_joined(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
+    outputs = []
+    for layer, part, B in zip(layers, narrow.split([A.shape[1] for A in As], 1), Bs, strict=True):
+        part.mul_(layer.scaling)  # (20, 16, 32)
+        y = call_in_weight_dtype(layer.base, x).contiguous()  # (640, 64) -> (640, 128), one product for all trials
+        _add_product(y.view(*per_trial.shape[:2], -1), part.mT, B.mT)  # (20, 32, 128)
+        outputs.append(y)
+    return outputs, per_trial, narrow
+
+
+def _backward(
+    gs: Sequence[Tensor],
+    x: Tensor,
+    narrow: Tensor,
+    layers: Sequence[PackedLinear],
+    factors: Sequence[Tensor],
+    needs_dx: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of the input, or None, and of A and B of each layer in turn.
 
     Autograd would give the same. By hand the narrow products have their short side first, which takes half the time,
     and updates are added in place.
     """
+    As, Bs, ranks = factors[::2], factors[1::2], [A.shape[1] for A in factors[::2]]
+    per_trial = [g.reshape(*x.shape[:2], -1).to(As[0].dtype) for g in gs]  # (640, 128) -> (20, 32, 128)
+    narrowed = _joined(
+        [
+            torch.bmm(B.mT, g.mT).mul_(layer.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
+            for B, g, layer in zip(Bs, per_trial, layers, strict=True)
+        ]
+    )
+    dBs = [
+        torch.bmm(part, g).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
+        for part, g in zip(narrow.split(ranks, 1), per_trial, strict=True)
+    ]
+    dAs = torch.bmm(narrowed, x).split(ranks, 1)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
+    dx = None
+    if needs_dx:
+        for g, layer in zip(gs, layers, strict=True):  # (640, 128) @ (128, 64) -> (640, 64), one product again
+            flat, weight = g.reshape(-1, g.shape[-1]), layer.base.weight
+            dx = cast_matmul(flat, weight) if dx is None else cast_addmm_(dx, flat, weight)  # (640, 64)
+        _add_product(cast(Tensor, dx).view(x.shape), narrowed.mT, _joined(As))  # (20, 32, 64)
+    return dx, [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
+
+
+class _PackedLinears(torch.autograd.Function):
+    """Several packed layers of one input, backward by hand."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, base: nn.Linear) -> Tensor:
-        outputs = base(x).contiguous()  # (640, 64) -> (640, 128), one product for all trials
-        per_trial = x.reshape(len(A), -1, x.shape[-1]).to(A.dtype)  # (20, 32, 64): rows come trial by trial
-        narrow = torch.bmm(A, per_trial.mT).mul_(scaling)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
-        _add_product(outputs.view(*per_trial.shape[:2], -1), narrow.mT, B.mT)  # (20, 32, 128)
-        ctx.save_for_backward(per_trial, narrow, A, B)
-        ctx.scaling, ctx.base = scaling, base
-        return outputs  # (640, 128)
+    def forward(ctx, x: Tensor, layers: Sequence[PackedLinear], *factors: Tensor):
+        outputs, per_trial, narrow = _forward(x, layers, factors)
+        ctx.save_for_backward(per_trial, narrow, *factors)
+        ctx.layers, ctx.shape = layers, x.shape
+        return tuple(outputs)  # (640, 128) each
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] - one output
-        x, narrow, A, B = ctx.saved_tensors
-        per_trial = g.reshape(*x.shape[:2], -1).to(A.dtype)  # (640, 128) -> (20, 32, 128)
-        narrowed = torch.bmm(B.mT, per_trial.mT).mul_(ctx.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
-        dB = torch.bmm(narrow, per_trial).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
-        dA = torch.bmm(narrowed, x)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ ctx.base.weight  # (640, 128) @ (128, 64) -> (640, 64), one product again
-            _add_product(dx.view(x.shape), narrowed.mT, A)  # (20, 32, 64)
-        return dx, dA, dB, None, None
+    def backward(ctx, *gs: Tensor):
+        x, narrow, *factors = ctx.saved_tensors
+        dx, gradients = _backward(gs, x, narrow, ctx.layers, factors, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, *gradients
+
+
+class _GatedPackedLinear(torch.autograd.Function):
+    """A packed layer of silu(gate) * up, which is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, layer: PackedLinear, *factors: Tensor) -> Tensor:
+        (y,), _, narrow = _forward(F.silu(gate).mul_(up), [layer], factors)
+        ctx.save_for_backward(gate, up, narrow, *factors)
+        ctx.layer = layer
+        return y  # (8, 64, 576)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        gate, up, narrow, *factors = ctx.saved_tensors
+        activated = F.silu(gate)  # (8, 64, 1536)
+        gated = (activated * up).view(len(narrow), -1, gate.shape[-1])  # (8, 64, 1536), trial by trial
+        needs_dx = any(ctx.needs_input_grad[:2])
+        d_gated, gradients = _backward([g], gated, narrow, [ctx.layer], factors, needs_dx)
+        if d_gated is None:
+            return None, None, None, *gradients
+        d_gated = d_gated.view(gate.shape)  # (8, 64, 1536)
+        d_up = activated.mul_(d_gated)  # (8, 64, 1536)
+        d_gate = torch.ops.aten.silu_backward(d_gated.mul_(up), gate)  # (8, 64, 1536)
+        return d_gate, d_up, None, *gradients
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -106,22 +192,24 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(torch.bmm(left, right))
 
 
-def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
+def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int, rows: int | None = None) -> Tensor:
     counts = targets.flatten() != IGNORE  # (640,)
-    if isinstance(model, Llama) and _has_full_precision(model.lm_head):
+    if isinstance(model, Llama) and _sums_in_full_precision(model.lm_head):
         # In slices: the logits of a pack may take more memory than all else, and are needed only for a moment.
         hidden = model.model(inputs).flatten(0, -2)  # (512, 576)
-        rows = token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, _LOSS_ROWS)  # (512,)
-        rows = rows.where(counts, 0.0)  # (512,)
+        losses = token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, rows or _LOSS_ROWS)  # (512,)
+        losses = losses.where(counts, 0.0)  # (512,)
     else:
         outputs = logits(model, inputs, targets).flatten(0, -2)  # (640, 10)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # (640, 10)
-        rows = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
-    return rows.view(trials, -1).sum(1) / counts.view(trials, -1).sum(1)  # (20,)
+        losses = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (640,)
+    return losses.view(trials, -1).sum(1) / counts.view(trials, -1).sum(1).clamp(min=1)  # (20,)
 
 
-def _has_full_precision(head: nn.Module) -> bool:
-    """Whether a head has no adapter and computes in full precision, in which losses must be summed."""
+def _sums_in_full_precision(head: nn.Module) -> bool:
+    """Whether a head has no adapter and its slices are summed in full precision, as losses must be."""
+    if isinstance(head, LeanHead | LeanBlockHead):
+        return True
     full = (torch.float32, torch.float64)
     if isinstance(head, BlockLinear):
         return head.dtype in full

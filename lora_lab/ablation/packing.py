@@ -5,18 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES
-from lora_lab.costs.memory import Part, predict
+from lora_lab.costs.fake import fake_copy
+from lora_lab.costs.memory import Part, predict, saved_bytes
 from lora_lab.inject import match_layers, require_no_adapters
+from lora_lab.lean.step import Lean
 from lora_lab.methods import MARK, LoRA, Method, RsLoRA
-from lora_lab.task import Task, described
+from lora_lab.models.quantize import BlockLinear
+from lora_lab.system.device import own_randomness
+from lora_lab.task import Examples, Task, described
+from lora_lab.train import make_step, to_device
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 _MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
@@ -45,11 +51,11 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     except ValueError as error:  # fit would say the same
         return str(error)
     for name in names:
-        if type(layer := model.get_submodule(name)) is not nn.Linear:
+        if type(layer := model.get_submodule(name)) not in (nn.Linear, BlockLinear):
             return f"Layer {name!r} is a {type(layer).__name__}, but only adapters of nn.Linear can be packed; use fit."
-    weights = _weights(model, method)
-    if len({torch.promote_types(weight.dtype, torch.float32) for weight in weights}) > 1:
-        dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
+    dtypes = {layer.dtype if isinstance(layer, BlockLinear) else layer.weight.dtype for layer in _layers(model, method)}
+    if len({torch.promote_types(dtype, torch.float32) for dtype in dtypes}) > 1:
+        dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"The layers to adapt are in {' and '.join(dtypes)}, but a pack needs adapters of one dtype; use fit."
     for name, module in model.named_modules():
         if reason := _mixing(module):
@@ -62,9 +68,9 @@ def lora_of(run: Run) -> LoRA:
     return cast(LoRA, run.method)
 
 
-def _weights(model: nn.Module, method: LoRA) -> list[Tensor]:
+def _layers(model: nn.Module, method: LoRA) -> list[nn.Linear | BlockLinear]:
     names = match_layers(model, method.targets, method.exclude)
-    return [cast(nn.Linear, model.get_submodule(name)).weight for name in names]
+    return [cast(nn.Linear | BlockLinear, model.get_submodule(name)) for name in names]
 
 
 def _mixing(module: nn.Module) -> str | None:
@@ -95,8 +101,8 @@ def shares(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> l
         most: the most runs of a pack; ``count`` packs must be able to hold all.
     """
     runs = sorted(runs, key=lambda run: lora_of(run).rank, reverse=True)
-    weights = _weights(model, lora_of(runs[0]))
-    frozen, sides = sum(2 * weight.numel() for weight in weights), sum(sum(weight.shape) for weight in weights)
+    shapes = [(layer.out_features, layer.in_features) for layer in _layers(model, lora_of(runs[0]))]
+    frozen, sides = sum(2 * math.prod(shape) for shape in shapes), sum(map(sum, shapes))
     work = [0, *itertools.accumulate(frozen + 3 * lora_of(run).rank * sides for run in runs)]  # of the first 0, 1, ...
     cuts = [0]
     for left in range(count - 1, 0, -1):  # packs still to be cut off
@@ -109,7 +115,12 @@ def shares(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> l
 def plan(
     model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
 ) -> list[tuple[list[Trial], bool]]:
-    """The trials in parcels, and whether each parcel is a pack."""
+    """The trials in parcels, and whether each parcel is a pack.
+
+    Raises:
+        ValueError: ``engine`` is "packed" and a trial cannot be packed, or as for :func:`_check_steps`.
+    """
+    _check_steps(model, task, trials)
     if engine == "separate":
         return [([trial], False) for trial in trials]
     refusals: dict[str, str | None] = {}
@@ -132,9 +143,25 @@ def plan(
     return [(parcel, engine == "packed" or len(parcel) > 1) for parcel in parcels] + separate
 
 
+def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
+    """Find out, before hours of training, whether each kind of trial has the step that it asks for.
+
+    Raises:
+        ValueError: the lean step or gradient checkpointing does not fit the model or a method.
+    """
+    kinds: dict[Any, Trial] = {}
+    for trial in trials:
+        kinds[type(trial.method), trial.gradient_checkpointing, trial.lean] = trial
+    for trial in kinds.values():
+        if trial.gradient_checkpointing or trial.lean is not None:
+            with fake_copy(model, next(model.parameters()).device) as twin:
+                make_step(twin, task.loss, trial.method, trial)
+
+
 def _common_settings(trial: Trial) -> str:
     """What the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
-    content = trial.to_dict()
+    step = {"step": (trial.accumulate, trial.gradient_checkpointing, trial.lean)}
+    content: dict[str, Any] = {**trial.to_dict(), **step}
     method = {name: value for name, value in content["method"].items() if name not in ("rank", "alpha")}
     return str(sorted({**content, "method": sorted(method.items()), "lr": None, "seed": None}.items()))
 
@@ -146,8 +173,37 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         budget_bytes = int(free) // 2 // workers
     widest = max(trials, key=lambda trial: lora_of(trial).rank)
+    if _is_small(model, task, widest, budget_bytes):
+        return _MOST_PACKED
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
     batch = task.train.inputs[rows], task.train.targets[rows]  # padded in full: no batch is longer
-    bill = predict(model, widest.method, batch=batch, loss=task.loss, clip=widest.clip)
+    lean = cast(Lean | None, widest.lean)
+    bill = predict(
+        model,
+        widest.method,
+        batch=batch,
+        loss=task.loss,
+        clip=widest.clip,
+        accumulate=widest.accumulate,
+        gradient_checkpointing=widest.gradient_checkpointing,
+        lean=None if lean is None else replace(lean, threads=1),  # threads share the pack's trials, not a trial
+    )
     shared = bill.parts.get(Part.FROZEN, 0)
     return max(1, (budget_bytes - shared) // (bill.peak_bytes - shared))
+
+
+def _is_small(model: nn.Module, task: Task, trial: Trial, budget_bytes: int) -> bool:
+    """Whether the largest pack is so far below the budget that its bill, which takes a second, need not be made.
+
+    For each trial it counts ten times what its adapter has in numbers and one forward pass of the model saves.
+    """
+    layers, most = _layers(model, lora_of(trial)), budget_bytes // (10 * _MOST_PACKED)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    sides = sum(layer.in_features + layer.out_features for layer in layers)
+    fixed = weights + torch.float64.itemsize * lora_of(trial).rank * sides  # bytes
+    if fixed > most:
+        return False
+    examples = Examples(task.train.inputs[: trial.batch_size], task.train.targets[: trial.batch_size])
+    batch = to_device(examples, model)  # padded in full: no batch is longer
+    with own_randomness(batch[0].device, 0):
+        return fixed + saved_bytes(lambda: task.loss(model, *batch), model) < most

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.grid import BASE_DTYPE, Trial
 from lora_lab.history import History, is_number
 from lora_lab.system.files import read_json
 from lora_lab.train import TrainConfig
@@ -153,6 +153,8 @@ def table(results: Iterable[dict[str, Any]]):
     numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
     if "batches" in frame:  # a trial has it only if it is not the default
         frame["batches"] = frame["batches"].fillna(TrainConfig.batches)
+    if BASE_DTYPE in frame:
+        frame[BASE_DTYPE] = frame[BASE_DTYPE].fillna("as loaded")
     frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials are; missing values are NaN
     return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
 

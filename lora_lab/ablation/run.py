@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -49,7 +49,7 @@ from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
 from lora_lab.system.renamed import warn_renamed
 from lora_lab.task import Task, bytes_of
-from lora_lab.train import evaluate, fit
+from lora_lab.train import evaluate, fit, make_step
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
 _BUSY = threading.Lock()  # held while this process runs a trial
@@ -375,7 +375,7 @@ class _Outcome:
             "trial": self.trial.to_dict(),
             "outcome": "done" if self.reason is None else "failed",
             "reason": self.reason if self.failure is None else self.failure.reason,
-            "history": None if self.history is None else asdict(self.history),
+            "history": None if self.history is None else dict(vars(self.history)),
             "test_loss": self.test_loss,
             "scores": self.scores,
             "provenance": {
@@ -440,7 +440,7 @@ def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]
             outcomes.append(_Outcome(trial, next(model.parameters()).device, reason=str(result.error)))
             continue
         student = copy_sharing_weights(model)  # shares the frozen weights
-        trial.method.prepare(student, trial.seed)
+        make_step(student, task.loss, trial.method, trial)  # as fit would have left it
         with torch.no_grad():
             for name, layer in lora_layers(student, required=True).items():
                 for part in layer.parts:
@@ -501,7 +501,7 @@ def _judge_again(work: _Work, judge: Judge, stored: dict[str, Any], folder: Path
     path = weights_path(folder, trial.key)
     with _alone():
         model = work.model()
-        trial.method.prepare(model, trial.seed)
+        make_step(model, _task(work.task).loss, trial.method, trial)  # as it was when it was trained
         try:
             weights, note = load_tensors(path, {"key", "frozen"})
             if note != {"key": trial.key, "frozen": frozen_hash(model)}:
@@ -537,7 +537,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _keep(folder: Path, arrival: _Arrival) -> None:
     """Write a result; and what was trained too, while it waits to be judged."""
     key, failure = arrival.result["key"], arrival.failure
-    write_json(folder / f"{key}.json", arrival.result)  # first: losses are worth more than scores
+    # First, because losses are worth more than scores. On one line, because indenting takes ten times as long.
+    write_json(folder / f"{key}.json", arrival.result, indent=None)
     if failure is None:
         weights_path(folder, key).unlink(missing_ok=True)
     elif failure.weights is not None:

@@ -19,6 +19,18 @@ from lora_lab.models.quantize import BlockLinear
 # Linear layers
 
 
+class JointLinear(nn.Module):
+    """A linear layer of another kind, which says itself how several of its kind multiply one input: a pack's layers."""
+
+    def project(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+        """As the function :func:`project`, of layers of this class."""
+        raise NotImplementedError
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As :func:`gated_linear`."""
+        raise NotImplementedError
+
+
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` for a linear layer with or without an adapter, in ``x``'s dtype whatever that of its weight."""
     return project([layer], x)[0]  # (4, 128, 1536)
@@ -28,15 +40,19 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """The outputs of several linear layers of one input, which is saved and rounded once for all of them."""
     fused = [layer for layer in layers if _is_fusible(layer)]
     outputs: dict[nn.Module, Tensor] = {}
+    if joint := [layer for layer in layers if isinstance(layer, JointLinear)]:
+        outputs |= zip(joint, joint[0].project(joint, x), strict=True)
     if fused:
         bases = [(layer.base, layer.scaling) for layer in fused]
         factors = [factor for layer in fused for factor in (layer.lora_A, layer.lora_B)]
-        outputs = dict(zip(fused, _LoRALinears.apply(x, bases, *factors), strict=True))
+        outputs |= zip(fused, _LoRALinears.apply(x, bases, *factors), strict=True)
     return [outputs[layer] if layer in outputs else _unfused(layer, x) for layer in layers]  # 3 x (4, 128, 1536)
 
 
 def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """``layer(silu(gate) * up)``, whose input the backward pass recomputes, so that it is not saved."""
+    if isinstance(layer, JointLinear):
+        return layer.gated(gate, up)  # (4, 128, 576)
     if not _is_fusible(layer):
         return linear(layer, F.silu(gate) * up)  # (4, 128, 576)
     return _GatedLoRALinear.apply(gate, up, layer.lora_A, layer.lora_B, layer.base, layer.scaling)  # (4, 128, 576)
@@ -62,12 +78,12 @@ def is_trained(layer: nn.Module) -> bool:
 
 def _unfused(layer: nn.Module, x: Tensor) -> Tensor:
     if not is_plain_lora(layer):
-        return _call_in_weight_dtype(layer, x)  # (4, 128, 1536)
+        return call_in_weight_dtype(layer, x)  # (4, 128, 1536)
     narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8); only the adapter's input is dropped out
-    return _call_in_weight_dtype(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
+    return call_in_weight_dtype(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
 
 
-def _call_in_weight_dtype(layer: nn.Module, x: Tensor) -> Tensor:
+def call_in_weight_dtype(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), computed in the dtype of the layer's weight and returned in x's."""
     base = cast(nn.Linear | BlockLinear, layer.base if isinstance(layer, LoRALayer) else layer)
     dtype = base.dtype if isinstance(base, BlockLinear) else base.weight.dtype

@@ -138,10 +138,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON with sorted keys, whole or not at all."""
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """Write JSON with sorted keys, whole or not at all; indented, or on one line where ``indent`` is None."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:

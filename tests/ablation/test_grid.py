@@ -9,6 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, TrainConfig, fit
 from lora_lab.ablation.grid import Grid, Trial
@@ -110,6 +111,38 @@ def test_batches_are_in_the_content_only_if_they_are_not_random():
     assert Trial.from_dict(json.loads(json.dumps(by_length.to_dict()))) == by_length
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2},
+        {"gradient_checkpointing": True},
+        {"lean": Lean()},
+        {"lean": Lean(checkpoint=True, threads=2, loss_rows=64)},
+    ],
+    ids=str,
+)
+def test_how_a_step_is_computed_is_no_part_of_the_content(options):
+    one = trial(**options)
+    assert one.to_dict() == trial().to_dict()
+    assert one == trial()
+    bound = one.bound("t", "m")
+    for name, value in options.items():
+        assert getattr(bound, name) == value != getattr(trial(), name)  # it is not lost on the way
+    assert all(getattr(each, name) == value for each in Grid([1], [0.1], [0], steps=3, **options) for name in options)
+
+
+def test_a_base_in_bfloat16_is_another_trial():
+    rounded = trial(lean=Lean(torch.bfloat16))
+    assert rounded.to_dict() == {**trial().to_dict(), "base_dtype": "torch.bfloat16"}
+    assert rounded.key == trial(lean=Lean(torch.bfloat16, checkpoint=True, threads=2)).key != trial(lean=Lean()).key
+    back = Trial.from_dict(json.loads(json.dumps(rounded.to_dict())))
+    assert back == rounded
+    assert back.lean == Lean(torch.bfloat16)
+    for name in ("bfloat16", "torch.float16", "torch.nn", 16, None):
+        with pytest.raises(ValueError, match=r"base_dtype is|not a trial's content"):
+            Trial.from_dict({**trial().to_dict(), "base_dtype": name})
+
+
 def test_methods_of_the_same_numbers_differ_in_key():
     kinds = (LoRA, RsLoRA, LoRAFA, PiSSA, DoRA, LoRAPlus)
     assert len({trial(kind(rank=4)).key for kind in kinds}) == len(kinds)
@@ -193,9 +226,9 @@ def test_content_that_is_no_trial_is_refused(content, message):
         ({"seed": 1.5}, "seed is 1.5, but it must be a whole number"),
         ({"warmup": 1.5}, "warmup is 1.5, but it must be a whole number between 0 and steps, 100"),
         ({"eval_examples": np.float32(3)}, "eval_examples is 3.0, but it must be a whole number"),
-        ({"accumulate": 2}, "accumulate is 2, but a trial is run with the plain step; leave it out, or use fit"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing is True, but a trial is run with the plain step"),
-        ({"lean": Lean()}, r"lean is Lean\(.*\), but a trial is run with the plain step"),
+        ({"accumulate": 9}, "accumulate is 9, but it must be at most batch_size, 8"),
+        ({"gradient_checkpointing": True, "lean": Lean()}, "gradient_checkpointing cannot be combined with lean"),
+        ({"lean": True}, "lean is True, but a trial's must be a lora_lab.Lean, or None"),
     ],
 )
 def test_a_wrong_value_is_told_when_the_trial_is_made_and_not_in_the_night(change, message):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lora_lab import (
     DoRA,
     FullFineTuning,
+    Lean,
     Llama,
     LoRA,
     LoRAConfig,
@@ -202,6 +203,79 @@ def test_trials_of_unequal_lengths_are_independent_in_single_precision_too(tiny_
         runs = [Run(run.method, run.lr, run.seed + seed) for run in RUNS]
         results = fit_packed(model, task, runs, steps=1, batch_size=2, batches=batches)
         assert all(result.error is None for result in results)
+
+
+STEPS = {
+    "lean": {"lean": Lean()},
+    "lean, checkpointing": {"lean": Lean(checkpoint=True, loss_rows=5)},
+    "lean, two threads": {"lean": Lean(threads=2)},
+    "lean, bfloat16 base": {"lean": Lean(torch.bfloat16)},
+    "lean, bfloat16 base, three threads": {"lean": Lean(torch.bfloat16, threads=3), "accumulate": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "accumulate": {"accumulate": 3},
+}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"], ["q_proj", "lm_head"]], ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_each_trial_equals_its_own_run_whatever_the_step(tiny_config, step, targets):
+    config = replace(tiny_config, attention_bias=True, mlp_bias=True, tie_word_embeddings="lm_head" not in targets)
+    model, task = Llama(config, seed=3), sentences()
+    if "bfloat16" not in step:
+        model.double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runs = [Run(LoRA(run.method.rank, run.method.alpha, targets=targets), run.lr, run.seed) for run in RUNS[:3]]
+    options = {"steps": 8, "batch_size": 4, "weight_decay": 0.01, "eval_every": 4, "clip": 0.3}
+    results = fit_packed(model, task, runs, **options, **STEPS[step])
+    plain = fit_packed(model, task, runs, **options)
+    for run, result, without in zip(runs, results, plain, strict=True):
+        history, adapter = separate(model, task, run, **options | STEPS[step])
+        # Rounding to bfloat16 turns differences of the last bit of float32 into some of the last bit of bfloat16.
+        assert_as_separate(result, history, adapter, rtol=2e-2 if "bfloat16" in step else 1e-9)
+        assert result.history.settings == history.settings | {"packed": 3}
+        assert moved(result) > 1e-3
+        apart = (column(result, "validation_loss") - column(without, "validation_loss")).abs().max()
+        assert (apart > 1e-5) == ("bfloat16" in step)
+    assert not np.allclose(column(results[0], "train_loss"), column(results[1], "train_loss"), rtol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lean", [None, Lean(), Lean(torch.bfloat16, checkpoint=True, threads=2)], ids=str)
+def test_each_trial_equals_its_own_run_over_a_base_in_four_bits(tiny_config, lean):
+    model = Llama(replace(tiny_config, hidden_size=64, intermediate_size=64, head_dim=16), seed=3)
+    quantize_nf4(model)
+    options = {"steps": 6, "batch_size": 3, "lean": lean}
+    results = fit_packed(model, sentences(), RUNS[:3], **options)
+    for run, result in zip(RUNS[:3], results, strict=True):
+        rtol = 1e-3 if lean is None or lean.base_dtype is None else 2e-2
+        assert_as_separate(result, *separate(model, sentences(), run, **options), rtol=rtol)
+        assert moved(result) > 1e-3
+    assert not np.allclose(column(results[0], "train_loss"), column(results[1], "train_loss"), rtol=1e-2)
+
+
+def test_a_lean_pack_multiplies_with_its_base_in_bfloat16(tiny_config, monkeypatch):
+    dtypes = []
+    multiply = packed_layer.call_in_weight_dtype
+    monkeypatch.setattr(
+        packed_layer, "call_in_weight_dtype", lambda base, x: dtypes.append(base.weight.dtype) or multiply(base, x)
+    )
+    for dtype in (None, torch.bfloat16):
+        dtypes.clear()
+        fit_packed(Llama(tiny_config), sentences(), RUNS[:2], **OPTIONS, lean=Lean(dtype))
+        assert set(dtypes) == {dtype or torch.float32}
+
+
+def test_a_step_that_does_not_fit_the_model_is_refused_as_fit_refuses_it():
+    for options in ({"lean": Lean()}, {"gradient_checkpointing": True}):
+        model = DigitsMLP(width=16)
+        before = facts(model)
+        reason = r"the model is a DigitsMLP|A DigitsMLP has no method"
+        with pytest.raises(ValueError, match=reason) as error:
+            fit_packed(model, pictures(), RUNS, **OPTIONS, **options)
+        with pytest.raises(ValueError, match=reason) as expected:
+            fit(DigitsMLP(width=16), pictures(), RUNS[0].method, lr=0.1, **OPTIONS, **options)
+        assert str(error.value) == str(expected.value)
+        assert_untouched(model, before)
 
 
 def test_rows_and_facts_are_those_of_a_separate_run():
@@ -615,7 +689,6 @@ FIRST = LoRA(rank=2, targets=["first"])
 REFUSED_MODELS = {
     "ready": (ready_net, LoRA(rank=2), "made ready for 'full'"),
     "adapted": (adapted_net, LoRA(rank=2), "already has adapters"),
-    "4 bits": (nf4_net, LoRA(rank=2), "'hidden1' is a BlockLinear"),
     "dtypes": (mixed_net, LoRA(rank=2), "float32 and float64"),
     "embedding": (lambda: Net(nn.Embedding(4, 12)), LoRA(targets=["first", "middle"]), "'middle' is a Embedding"),
     "convolution": (lambda: Net(nn.Conv2d(4, 12, 1)), LoRA(targets=["middle"]), "'middle' is a Conv2d"),

@@ -27,7 +27,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import lora_lab
-from lora_lab import DoRA, FullFineTuning, Llama, LoRA, LoRAPlus, PartialFineTuning, PiSSA, adapter_state, fit
+from lora_lab import (
+    DoRA,
+    FullFineTuning,
+    Lean,
+    Llama,
+    LoRA,
+    LoRAPlus,
+    PartialFineTuning,
+    PiSSA,
+    adapter_state,
+    evaluate,
+    fit,
+    quantize_nf4,
+)
 from lora_lab.ablation import packed, packing, run, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.results import PROVENANCE, load
@@ -1265,6 +1278,28 @@ def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
     assert sizes == [4, 4, 4]
 
 
+def test_the_memory_of_small_packs_is_not_predicted_and_of_others_it_is(monkeypatch):
+    model, task, trials = MODEL(), small_task(), list(grid(seeds=range(3)))
+    predicted = []
+    predict = packing.predict
+    monkeypatch.setattr(packing, "predict", lambda *a, **o: predicted.append(o["batch"]) or predict(*a, **o))
+
+    def sizes(budget_bytes, **options):
+        predicted.clear()
+        chosen = list(grid(seeds=range(3), **options)) if options else trials
+        return [len(parcel) for parcel, _ in packing.plan(model, task, chosen, "auto", budget_bytes, 1)]
+
+    state = torch.get_rng_state()
+    assert sizes(2**30) == [6]
+    assert not predicted
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sizes(2**20) == [6]  # it fits as well, but not by far
+    assert len(predicted) == 1
+    assert sizes(2**30, ranks=(5000,)) == [3]  # adapters that are larger than the model
+    assert len(predicted) == 1
+    assert max(sizes(2**13)) < 6
+
+
 def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
     model, task = MODEL(), small_task()
 
@@ -1337,6 +1372,91 @@ def test_the_real_packs_give_the_numbers_of_trials_run_apart(tmp_path):
     assert_frame_equal(load(tmp_path), together)
     done = separate[separate.outcome == "done"]
     assert done.groupby("key").test_loss.last().nunique() == 4
+
+
+def language_model(config):
+    return Llama(dataclasses.replace(config, hidden_size=64, intermediate_size=64, head_dim=16), seed=3)
+
+
+def in_blocks(config):
+    model = language_model(config)
+    quantize_nf4(model)
+    return model
+
+
+def tokens():
+    ids = torch.randint(0, 260, (20, 7), generator=torch.Generator().manual_seed(0))
+    parts = {"train": slice(0, 12), "validation": slice(12, 15), "test": slice(15, 18), "off_domain": slice(18, 20)}
+    return Task(
+        "tokens", **{name: Examples(ids[rows, :-1], ids[rows, 1:]) for name, rows in parts.items()}, unit="tokens"
+    )
+
+
+@pytest.mark.parametrize("make", [language_model, in_blocks])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"lean": Lean()},
+        {"lean": Lean(torch.bfloat16, checkpoint=True, threads=2)},
+        {"gradient_checkpointing": True, "accumulate": 2},
+    ],
+    ids=["lean", "bfloat16", "checkpointing"],
+)
+def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path):
+    model, task = make(tiny_config), tokens()
+    trials = grid(ranks=(1, 3), lrs=(0.01,), **step)
+    frames = {
+        engine: ablate(model, task, trials, tmp_path / engine, engine=engine, progress=False, judge=of_validation)
+        for engine in ("separate", "packed")
+    }
+    tolerance = 2e-2 if step.get("lean") == Lean(torch.bfloat16, True, 2) and make is language_model else 1e-3
+    for one in trials:
+        twin = copy.deepcopy(model)
+        history = fit(twin, task, one.method, lr=one.lr, seed=one.seed, steps=6, batch_size=4, **step)
+        for engine, frame in frames.items():
+            stored = json.loads((tmp_path / engine / f"{frame.key.iloc[0]}.json").read_text())
+            assert stored["history"]["settings"].get("lean") == history.settings.get("lean")
+            rows = frame[(frame["rank"] == one.method.rank) & (frame.seed == one.seed)]
+            exact = {"rtol": 0} if engine == "separate" else {"rtol": tolerance}
+            np.testing.assert_allclose(rows.validation_loss, history.curve("validation_loss")[1], **exact)
+            np.testing.assert_allclose(rows.score_loss.iloc[-1], rows.validation_loss.iloc[-1], rtol=tolerance)
+            np.testing.assert_allclose(rows.test_loss.iloc[-1], evaluate(twin, task, "test", 4), **exact)
+    assert set(frames["packed"].engine) == {"pack of 4"}
+    plain = ablate(model, task, grid(ranks=(1, 3), lrs=(0.01,)), tmp_path / "packed", engine="packed", progress=False)
+    shared = set(plain.key) == set(frames["packed"].key)  # what changes no result is not computed anew
+    assert shared == ("lean" not in step or step["lean"].base_dtype is None)
+    if not shared:
+        assert set(load(tmp_path / "packed").base_dtype) == {"torch.bfloat16", "as loaded"}
+
+
+def of_validation(model, task):
+    return {"loss": evaluate(model, task, "validation", 4)}
+
+
+def failing(model, task):
+    raise ValueError("it says nothing at all")
+
+
+@pytest.mark.parametrize("engine", ["auto", "separate", "packed"])
+def test_a_step_that_does_not_fit_is_told_before_any_training(engine, monkeypatch):
+    called = counting(monkeypatch)
+    with pytest.raises(ValueError, match="The lean step is built for lora_lab's Llama, but the model is a DigitsMLP"):
+        apart(grid(lean=Lean()), engine=engine)
+    with pytest.raises(ValueError, match="A DigitsMLP has no method gradient_checkpointing_enable"):
+        apart(grid(gradient_checkpointing=True), engine=engine)
+    assert not called
+
+
+def test_a_lean_trial_whose_judge_failed_is_judged_later(tiny_config, tmp_path, monkeypatch):
+    model, task = language_model(tiny_config), tokens()
+    trials = grid(ranks=(2,), seeds=(0, 1), lean=Lean(torch.bfloat16))
+    whole = ablate(model, task, trials, engine="packed", progress=False, judge=of_validation)
+    with pytest.raises(RuntimeError, match="The judge failed"):
+        ablate(model, task, trials, tmp_path, engine="packed", progress=False, judge=failing)
+    monkeypatch.setattr(packed, "fit_packed", None)  # nothing is trained again
+    later = ablate(model, task, trials, tmp_path, engine="packed", progress=False, judge=of_validation)
+    np.testing.assert_array_equal(later.score_loss, whole.score_loss)
+    assert later.score_loss.nunique() == 2
 
 
 # What a model is

@@ -281,11 +281,11 @@ def test_fit_writes_the_settings_that_it_wrote_in_their_order(name):
     )
 
 
-def packed(model, task, **changes):
+def packed(model, task):
     """Runs of three ranks, and their results in one pack."""
     runs = [Run(LoRA(rank=rank, alpha=6.0), lr, seed) for rank, lr, seed in ((1, 0.02, 3), (2, 0.01, 4), (4, 0.03, 3))]
     options = {name: value for name, value in RUN.items() if name not in ("lr", "seed")}
-    return runs, fit_packed(model, task, runs, **options | changes)
+    return runs, fit_packed(model, task, runs, **options)
 
 
 def test_fit_packed_writes_the_settings_that_it_wrote_in_their_order():
@@ -295,12 +295,6 @@ def test_fit_packed_writes_the_settings_that_it_wrote_in_their_order():
         method = PACKED_METHOD.replace("RANK", str(run.method.rank))
         settings = PACKED_SETTINGS.replace("LR", str(run.lr)).replace("SEED", str(run.seed))
         assert head(result.history) == HEAD.format(PACKED_TASK, method, settings, *own)
-
-
-def test_a_pack_still_takes_no_options_of_other_steps():
-    for change in ({"accumulate": 2}, {"gradient_checkpointing": True}, {"lean": Lean()}):
-        with pytest.raises(ValueError, match="which packed training does not support"):
-            packed(Net(), shapes(), **change)
 
 
 # What a run stores, where all its numbers are exact
