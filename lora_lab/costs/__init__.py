@@ -12,7 +12,8 @@ flops          the FLOPs of a step, by part of the model and pass
 timing         real steps, timed in turn
 microbench     one operation, timed by itself
 cost_model     predicts a step's time before any training, and gives the reason
-speed          the face of ``ll.speed``: flops, step_time, cost_model
+communication  what the processes of a data-parallel run send each other in a step
+speed          the face of ``ll.speed``: flops, step_time, cost_model, communication
 """
 
 import lazy_loader
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     [
         "bill",
+        "communication",
         "cost_model",
         "fake",
         "flops",
