@@ -114,19 +114,26 @@ def process_group() -> Iterator[None]:
     """
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world_size = next(rendezvous("env://"))
+    store = next(rendezvous("env://"))[0]
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         _take_gpu()
-        dist.init_process_group(store=store, rank=rank, world_size=world_size)
-        with _silent() if rank else nullcontext():
+        dist.init_process_group()
+        with _silent() if dist.get_rank() else nullcontext():
             yield
         dist.destroy_process_group()
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to do is to report the error
-        if store.add("errors", 1) > 1:
-            raise SystemExit(1) from error
-        raise
+        if isinstance(error, SystemExit) or _is_first_error(store):
+            raise
+        raise SystemExit(1) from error
+
+
+def _is_first_error(store: Any) -> bool:
+    try:
+        return store.add(f"errors after {os.environ['TORCHELASTIC_RESTART_COUNT']} restarts", 1) == 1
+    except RuntimeError:  # the store has ended with its process, so that nobody knows
+        return True
 
 
 def _take_gpu() -> None:
