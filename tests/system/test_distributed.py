@@ -149,6 +149,9 @@ def work(rank, folder):
     seen = []
     results["dropout"] = [small_run(dropout=0.5, on_row=seen.append), small_run(folder / "whole", dropout=0.5)]
     results["seen"] = without_seconds(seen)
+    drawn, results["drawn"] = [], [None, None]
+    small_run(loss=lambda *batch: drawn.append(torch.initial_seed()) or F.cross_entropy(*batch))
+    dist.all_gather_object(results["drawn"], drawn)
     for dropout in (0.5, 0.0):
         message(Stopped, small_run, folder / f"stopped at {dropout}", dropout, loss=At(4, stop))
     results["resumed"] = small_run(folder / "stopped at 0.5", 0.5)
@@ -223,6 +226,9 @@ def test_dropout_draws_other_numbers_in_each_process_and_step_and_the_same_in_th
     _, results = two
     assert largest_difference(*results["dropout"]) == 0
     assert largest_difference(results["dropout"][0], small_run(dropout=0.5)) > 1e-3
+    first, second = (set(seeds) - {0} for seeds in results["drawn"])  # 0 is the run's, before its first step
+    assert len(first) == len(second) == OPTIONS["steps"]
+    assert not first & second
     draws = []
     for processes, step in ((Processes(0, 2), 1), (Processes(1, 2), 1), (Processes(0, 2), 2), (Processes(0, 2), 1)):
         with torch.random.fork_rng():
