@@ -29,6 +29,7 @@ In reading order. A file imports only from what is listed before it: here, and i
     classroom/   exercises that name the mistake; the lessons in a learner's folder
     experiments/ the runs behind the records; fine-tuning and the demo
     cli          the command ``lora-lab``
+    __main__     the same, for ``torchrun -m lora_lab``
 
 ``__init__.pyi`` lists the public names and where each is defined. They are loaded at first use, so that
 ``import lora_lab`` is fast: it imports neither torch nor any module of the package.

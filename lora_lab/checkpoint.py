@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.history import History, stop_if_diverged
+from lora_lab.system.distributed import ProcessEndedError
 from lora_lab.system.files import atomic_file
 from lora_lab.task import bytes_of
 
@@ -91,6 +93,31 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
     history.rows = stored["rows"]
     history.optimizer_bytes = stored["optimizer_bytes"]
     return done
+
+
+def remove(folder: str | Path | None) -> None:
+    """Remove the checkpoint of a run that has ended, and its folder if nothing else is in it."""
+    if folder is not None:
+        (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(folder).rmdir()
+
+
+@contextmanager
+def advice_if_a_process_ends(folder: str | Path | None) -> Iterator[None]:
+    """Let a ProcessEndedError from the block say from which step the run can go on."""
+    try:
+        yield
+    except ProcessEndedError as error:
+        if folder is None:
+            advice = "nothing is left, because the run has no checkpoint_dir"
+        elif not (path := Path(folder) / _CHECKPOINT).is_file():
+            advice = f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
+        else:
+            with safe_open(path, framework="pt") as file:
+                step = len(json.loads(file.metadata()["history"])["rows"]) - 1
+            advice = f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
+        raise ProcessEndedError(error.reason, advice) from None
 
 
 def _expected_tensors(

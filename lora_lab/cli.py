@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -46,9 +46,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    options = _parser().parse_args(arguments)
     try:
-        _run(options)
+        with _process_group():
+            _run(_parser().parse_args(arguments))
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"lora-lab: {error}", file=sys.stderr)
         return 1
@@ -58,8 +58,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _process_group() -> AbstractContextManager[None]:
+    if not _started_by_torchrun():
+        return nullcontext()
+    from lora_lab.system.distributed import process_group
+
+    return process_group()
+
+
 def _run(options: argparse.Namespace) -> None:
-    """Run the command; with ``--json`` its result is all that standard output gets, and standard error the rest."""
+    """Run the command; with ``--json`` its result is all that standard output gets, and standard error the rest.
+
+    Raises:
+        ValueError: torchrun has started this process, and the command is another than ``finetune``.
+    """
+    if _started_by_torchrun() and options.run is not _finetune:
+        raise ValueError("torchrun is for lora-lab finetune, but this is another command; start it without torchrun.")
     if not getattr(options, "json", False):
         options.run(options)
         return
@@ -150,6 +168,12 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file")
     tune.add_argument("--eval-examples", type=int, default=64, help="examples of each part to evaluate on")
     tune.add_argument("--half", action="store_true", help="save the adapter in half precision, in half the bytes")
+    tune.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        help="save a checkpoint so often, from which the same command goes on if it was stopped (default: never)",
+    )
     tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
     tune.add_argument("--out", default="runs/finetune", help="folder for the results")
     tune.add_argument("--device", help=DEVICE_HELP)
@@ -359,6 +383,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         eval_examples=options.eval_examples,
         half=options.half,
         by_length=options.by_length,
+        checkpoint_every=options.checkpoint_every,
     )
     return {"folder": options.out, **finetune.document(result)}
 

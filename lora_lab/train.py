@@ -23,6 +23,7 @@ from lora_lab.history import History, count_parameters
 from lora_lab.inject import adapter_state
 from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness
+from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.progress import progress_bar
 from lora_lab.task import Batch, Examples, Loss, Task
 
@@ -160,13 +161,15 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer
     clip: float | None = 1.0
     threads: int = 1  # micro-batches computed at the same time; more than one only in a lean step
+    processes: Processes = ALONE  # whose micro-batches make up a batch
 
     def __call__(self, batches: Sequence[Batch], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Take one step: forward, backward, clip, update.
 
         Args:
-            batches: micro-batches (inputs, targets) on the model's device, whose gradients are summed.
-            weights: of the micro-batches, each one's share of the whole batch; they sum to 1.
+            batches: micro-batches (inputs, targets) on the model's device, whose gradients are summed; of several
+                processes, those of this one.
+            weights: of the micro-batches, each one's share of the whole batch; they sum to 1 over all processes.
 
         Returns:
             The batch's loss and the norm of its gradient before clipping, both scalars.
@@ -174,6 +177,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.backward(batches, weights)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if self.processes.world_size > 1:
+            losses = [self._sum_over_processes(losses, parameters)]
         # Set explicitly: torch's default differs for fake tensors, on which the step would then run other operations.
         foreach = True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
         max_norm = math.inf if self.clip is None else self.clip
@@ -189,6 +194,21 @@ class TrainingStep:
             loss.backward()
             losses.append(loss.detach())
         return losses
+
+    def _sum_over_processes(self, losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Sum the gradients and the losses of all processes, and return the loss of the whole batch, a scalar."""
+        exact = {"dtype": torch.float64, "device": parameters[0].device}
+        loss = sum(losses, torch.zeros((), **exact))  # ()
+        # A process may have no gradient to add: it got no example, or none of its tokens chose an expert.
+        counts = torch.tensor([parameter.grad is not None for parameter in parameters], **exact)  # (parameters,)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.processes.sum([loss, counts, *(parameter.grad for parameter in parameters if parameter.grad is not None)])
+        for parameter, count in zip(parameters, counts.tolist(), strict=True):
+            if count == 0:
+                parameter.grad = None  # as one process would leave it
+        return loss
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a micro-batch, a scalar."""
@@ -266,6 +286,10 @@ def fit(
     All randomness (adapter weights, data order, dropout) comes from ``seed``, and the global generators
     are left unchanged. The model ends in the mode, train or eval, that it was passed in.
 
+    If torch's process group is initialised (docs/distributed.md), its processes train together, and all of them must
+    call this alike. Each takes its share of every batch; what they compute is what one process would, up to rounding,
+    except that dropout draws other numbers. Rank 0 shows the progress bar, writes checkpoints and calls ``on_row``.
+
     Args:
         model: a freshly loaded model, on the device to train on.
         task: data and loss.
@@ -283,8 +307,9 @@ def fit(
         ValueError: the model already has adapters (which ContinueLoRA() trains) or has been prepared before, an option
             is out of range, batches go by length but all examples have the same, the task, the lean step or gradient
             checkpointing does not fit the model or the method, or the folder's checkpoint is damaged or from another
-            run (its weights are then not loaded).
+            run (its weights are then not loaded). Of several processes: they differ, or the model has batch norms.
         DivergedError: the loss became NaN or infinite.
+        ProcessEndedError: another process has ended; the message says from which step the run can go on.
         TypeError: an option is missing or unknown.
     """
     config = TrainConfig(**options) if config is None else replace(config, **options)
@@ -294,6 +319,7 @@ def fit(
     task.check_model(model)
     order = data_order(task, config)
     training_step = make_step(model, task.loss, method, config)
+    processes = training_step.processes = current_processes()
     history = History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
         method=method.settings() | _start(method, model),
@@ -305,18 +331,19 @@ def fit(
     task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
 
     def add_evaluations() -> None:
+        options = config.batch_size, config.eval_examples, config.by_length, processes
         for part in ("validation", "off_domain"):
-            loss = mean_loss(model, task_of_step, part, config.batch_size, config.eval_examples, config.by_length)
-            history.add_evaluation(part, loss.item())
+            history.add_evaluation(part, mean_loss(model, task_of_step, part, *options).item())
         history.optimizer_bytes = state_bytes(training_step.optimizer)
 
-    report = on_row or (lambda row: None)
-    training = model.training
+    report = on_row if on_row and processes.rank == 0 else (lambda row: None)
+    training, device = model.training, next(model.parameters()).device
     model.train()
     try:
-        with own_randomness(next(model.parameters()).device, config.seed):
+        with own_randomness(device, config.seed), checkpoint.advice_if_a_process_ends(checkpoint_dir):
             done = checkpoint.resume(checkpoint_dir, model, training_step.optimizer, history)
-            with progress_bar(config.steps, method.name, progress, done=done) as bar:
+            _check_alike(processes, model, history, done)
+            with progress_bar(config.steps, method.name, progress if processes.rank == 0 else False, done=done) as bar:
                 if not history.rows:
                     bar.set_postfix_str("evaluating")
                     history.start()
@@ -324,25 +351,22 @@ def fit(
                     report(dict(history.rows[-1]))
                 for step in range(done + 1, config.steps + 1):
                     started = time.perf_counter()
-                    parts, counts = micro_batches(task, order, step, config, training_step.threads)
+                    processes.seed(device, config.seed, step)
+                    parts, weights, tokens = micro_batches(task, order, step, config, training_step.threads, processes)
                     factor = config.rate_factor(step)
                     for group, peak in zip(training_step.optimizer.param_groups, peaks, strict=True):
                         group["lr"] = peak * factor
                     training_step.read_targets([part.targets for part in parts])
                     batches = [to_device(part, model) for part in parts]
-                    loss, norm = training_step(batches, [count / sum(counts) for count in counts])
-                    history.add(
-                        step,
-                        train_loss=float(loss),  # waits for the device
-                        grad_norm=float(norm),
-                        lr=config.lr * factor,
-                        tokens=sum(counts),
-                        seconds=time.perf_counter() - started,
-                    )
+                    loss, norm = training_step(batches, weights)
+                    row = {"train_loss": float(loss), "grad_norm": float(norm)}  # waits for the device
+                    row |= {"lr": config.lr * factor, "tokens": tokens, "seconds": time.perf_counter() - started}
+                    history.add(step, **row)
                     bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
                     if config.evaluates(step):
                         add_evaluations()
-                    if checkpoint_dir is not None and (step % checkpoint_interval == 0 or step == config.steps):
+                    due = step % checkpoint_interval == 0 or step == config.steps
+                    if due and checkpoint_dir is not None and processes.rank == 0:
                         checkpoint.save(checkpoint_dir, model, training_step.optimizer, history)
                     report(dict(history.rows[-1]))
                     bar.update()
@@ -356,21 +380,47 @@ def _start(method: Method, model: nn.Module) -> dict[str, str]:
     return {"start": checkpoint.tensors_hash(adapter_state(model))} if isinstance(method, ContinueLoRA) else {}
 
 
+def _check_alike(processes: Processes, model: nn.Module, history: History, done: int) -> None:
+    """Check that all processes train the same model in the same way, and go on from the same step.
+
+    Raises:
+        ValueError: they do not, or the model has batch norms.
+    """
+    if processes.world_size == 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"{name!r} is a {type(module).__name__}, whose statistics would be those of one process's examples; "
+                "use one process, or on GPUs torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)."
+            )
+    groups = {"task": history.task, "method": history.method, "settings": history.settings}
+    values = {f"{group}.{name}": value for group, entries in groups.items() for name, value in entries.items()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values |= {"the step of the checkpoint": done, "the hash of the weights": checkpoint.tensors_hash(tensors)}
+    processes.check_same(values)
+
+
 def micro_batches(
-    task: Task, order: DataOrder, step: int, config: TrainConfig, threads: int = 1
-) -> tuple[list[Examples], list[int]]:
-    """The micro-batches of a step, ``accumulate`` per thread, and the number of targets that count in each.
+    task: Task, order: DataOrder, step: int, config: TrainConfig, threads: int, processes: Processes
+) -> tuple[list[Examples], list[float], int]:
+    """The micro-batches of a step that this process computes: ``accumulate`` for each thread of each process, or fewer.
+
+    Returns:
+        The micro-batches, the weight of each in the loss of the whole batch, and the number of targets that count in
+        the whole batch.
 
     Raises:
         ValueError: no target counts.
     """
     batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]
-    size = math.ceil(len(batch) / (config.accumulate * threads))
+    size = math.ceil(len(batch) / (config.accumulate * threads * processes.world_size))
     parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
     parts = [part for part in parts if task.counted(part)]  # a mean over no target would be NaN
     if not parts:
         raise ValueError(f"No target of the batch at step {step} counts in the loss; use larger batches.")
-    return parts, [task.counted(part) for part in parts]
+    counts, mine = [task.counted(part) for part in parts], slice(processes.rank, None, processes.world_size)
+    return parts[mine], [count / sum(counts) for count in counts[mine]], sum(counts)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -409,9 +459,18 @@ def evaluate(
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, task: Task, part: str, batch_size: int, limit: int | None, by_length: bool = False
+    model: nn.Module,
+    task: Task,
+    part: str,
+    batch_size: int,
+    limit: int | None,
+    by_length: bool = False,
+    processes: Processes = ALONE,
 ) -> Tensor:
-    """As :func:`evaluate`, in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64."""
+    """As :func:`evaluate`, in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64.
+
+    Several processes share the batches, and all of them return the mean.
+    """
     if part not in task.parts:
         raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
     examples = task.parts[part][:limit]
@@ -421,13 +480,17 @@ def mean_loss(
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     try:
-        for start in range(0, len(examples), batch_size):
+        for start in range(processes.rank * batch_size, len(examples), processes.world_size * batch_size):
             batch = examples[slice(start, start + batch_size)]
             if counted := task.counted(batch):
                 total = total + task.loss(model, *to_device(batch, model)).cpu().double() * counted
                 count += counted
     finally:
         model.train(training)
+    if processes.world_size > 1:
+        sums = torch.stack([total, torch.full_like(total, count)]).to(next(model.parameters()).device)
+        processes.sum([sums])
+        total, count = sums.cpu()
     return total / count  # NaN if no target counts
 
 

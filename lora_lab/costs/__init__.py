@@ -13,7 +13,8 @@ timing         real steps, timed in turn
 microbench     one operation, timed by itself
 cost_model     predicts a step's time before any training, and gives the reason
 cards          the same for cards that are not here, from their datasheets
-speed          the face of ``ll.speed``: flops, step_time, cost_model
+communication  what the processes of a data-parallel run send each other in a step
+speed          the face of ``ll.speed``: flops, step_time, cost_model, cards, communication
 """
 
 import lazy_loader
@@ -23,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     [
         "bill",
         "cards",
+        "communication",
         "cost_model",
         "fake",
         "flops",

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_lab import checkpoint
 from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
 from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
+from lora_lab.system.distributed import current_processes
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.system.provenance import machine_info
 from lora_lab.task import Task
@@ -58,11 +60,13 @@ def run(
     eval_examples: int | None = 64,
     half: bool = False,
     by_length: bool = False,
+    checkpoint_every: int | None = None,
 ) -> dict[str, Any]:
     """Train, print progress, and save the results in ``out``.
 
     These are the adapter (or the whole model after full fine-tuning), ``history.json``, and ``result.json`` with losses
-    and scores before and after. All files appear at once, and replace those of an earlier run.
+    and scores before and after. All files appear at once, and replace those of an earlier run. Of several processes
+    (:func:`lora_lab.system.distributed.process_group`) rank 0 saves them.
 
     Args:
         task: as for :func:`lora_lab.tasks.task_of`.
@@ -75,6 +79,8 @@ def run(
         half: save the adapter in half precision (float16), which halves the file. The losses and scores after training
             are those of the rounded adapter.
         by_length: make batches of examples of similar length, which pad each other less.
+        checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
+            stopped; the last one is removed when the results are saved. None for no checkpoints.
 
     Returns:
         The content of result.json.
@@ -91,7 +97,8 @@ def run(
     out = Path(out)
     if Path(model).is_dir() and Path(model).resolve() == out.resolve():
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
-    check_writable(out)
+    if current_processes().rank == 0:
+        check_writable(out)
     check_name(task)
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
@@ -100,8 +107,8 @@ def run(
     if isinstance(data, PairTask):
         print(f"{data.preview(1)}\n")
     before = _evaluated(net, data, eval_examples)
-    if lr is None:
-        lr = 1e-4 if isinstance(method, FullFineTuning) else 1e-3
+    lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
+    checkpoints = None if checkpoint_every is None else out / "checkpoint"
     print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
     history = fit(
         net,
@@ -114,6 +121,8 @@ def run(
         seed=seed,
         eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
         eval_examples=eval_examples,
+        checkpoint_dir=checkpoints,
+        checkpoint_every=checkpoint_every,
     )
     if half:
         _round_adapters(net, torch.float16)
@@ -140,7 +149,9 @@ def run(
             write_json(temporary / "result.json", result)
 
     print(f"\n{table(result)}")
-    rescued(save, out)
+    if current_processes().rank == 0:
+        rescued(save, out)
+        checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
 

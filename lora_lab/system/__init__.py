@@ -5,6 +5,7 @@ files        atomic writes: files that appear whole or not at all
 json_text    results as JSON text for other programs
 process      fresh processes for measurements; peak memory; cores used by other processes
 progress     the progress bar
+distributed  one run in several processes, which torchrun starts
 provenance   where a result comes from: commit, machine, device, versions
 renamed      old names that are still accepted
 torch_build  the build of torch that suits this machine, installed before all else
@@ -13,5 +14,16 @@ torch_build  the build of torch that suits this machine, installed before all el
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, ["device", "files", "json_text", "process", "progress", "provenance", "renamed", "torch_build"]
+    __name__,
+    [
+        "device",
+        "distributed",
+        "files",
+        "json_text",
+        "process",
+        "progress",
+        "provenance",
+        "renamed",
+        "torch_build",
+    ],
 )

@@ -73,8 +73,13 @@ def seed_everything(seed: int) -> None:
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout uses, for a block, and restore their states at its end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        seed_generators(device, seed)
         yield
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed torch's global generators, those of the CPU and of a CUDA device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from lora_lab.system.distributed import current_processes
+
 
 def version() -> str:
     """The version of this lora_lab, which may be a checkout that is not installed."""
@@ -27,6 +29,8 @@ def machine_info(device: torch.device) -> dict[str, str]:
         "cpu": f"{_cpu_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads",
         "device": str(device),
     }
+    if (processes := current_processes().world_size) > 1:
+        info["processes"] = str(processes)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         info["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"

@@ -10,7 +10,7 @@ from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained,
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
 from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
-from tests.helpers import command, error_line, printed_json
+from tests.helpers import command, error_line, names, printed_json
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -96,6 +96,34 @@ def test_batches_go_by_length_where_that_is_asked_for(tiny, tmp_path, monkeypatc
         assert history["settings"].get("batches", "random") == name
         losses[name] = [row["train_loss"] for row in history["rows"]]
     assert losses["random"] != losses["by_length"]
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(tiny, tmp_path, monkeypatch):
+    def arguments(out):
+        return ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", out]
+
+    def losses(out):
+        rows = json.loads((tmp_path / out / "history.json").read_text(encoding="utf-8"))["rows"]
+        return [row["train_loss"] for row in rows]
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "table", stopped)  # after training, before anything is saved
+        assert command("finetune", *arguments("kept")) == 130
+    assert names(tmp_path / "kept") == ["checkpoint"]
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_lab.train.TrainingStep.__call__", stopped)  # no step is left to take
+        assert command("finetune", *arguments("kept")) == 0
+    assert command("finetune", *arguments("another")) == 0
+    assert losses("kept") == losses("another")
+    assert names(tmp_path / "kept") == names(tmp_path / "another") == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+def test_checkpoints_are_at_least_a_step_from_each_other(tiny, capsys):
+    assert command("finetune", "--task", "sums.jsonl", "--checkpoint-every", 0) == 1
+    assert capsys.readouterr().err == "lora-lab: checkpoint_every is 0, but it must be at least 1, or None.\n"
 
 
 def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):

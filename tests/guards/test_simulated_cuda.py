@@ -27,6 +27,7 @@ from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.system.distributed import Processes
 from lora_lab.task import IGNORE, Examples, Task
 from tests.simulated_cuda import WORKSPACE, simulated_cuda
 
@@ -232,6 +233,20 @@ def test_fit_gives_the_cpus_numbers_to_the_bit(gpu, name):
     method, options = METHODS[name]
     expected = losses(ll.fit(Llama(SHAPE), TASK, method, **OPTIONS, **options))
     assert losses(ll.fit(there(), TASK, method, **OPTIONS, **options)) == expected
+
+
+@pytest.mark.parametrize("name", ["full", "LoRA", "accumulate", "lean"])
+def test_one_of_two_processes_sums_on_the_device_what_it_would_on_the_cpu(gpu, monkeypatch, name):
+    method, options = METHODS[name]
+    devices = []
+    monkeypatch.setattr(ll.train, "current_processes", lambda: Processes(0, 2))
+    monkeypatch.setattr(Processes, "check_same", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: devices.append(tensor.device.type))
+    expected = losses(ll.fit(Llama(SHAPE), TASK, method, **OPTIONS, **options))
+    assert set(devices) == {"cpu"}
+    devices.clear()
+    assert losses(ll.fit(there(), TASK, method, **OPTIONS, **options)) == expected
+    assert set(devices) == {"cuda"}
 
 
 @pytest.mark.parametrize("name", IN_BLOCKS)

@@ -1,0 +1,83 @@
+"""What the processes of a data-parallel run send each other in a step: the gradients of what is trained.
+
+    print(communication("smollm2-135m", LoRA(rank=8), processes=2))
+
+Each process has the whole model, so that frozen weights never travel, however large they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lab.costs.fake import Source, fake_copy
+from lora_lab.costs.setup import Setup, as_setup
+from lora_lab.methods import Method
+from lora_lab.system.device import own_randomness
+
+_NUMBER = 8  # bytes of a float64: the loss, and for each parameter whether it has a gradient
+
+
+@dataclass(frozen=True)
+class Communication:
+    """The bytes of the all-reduce of one step of ``fit``.
+
+    Args:
+        gradient_bytes: the gradients of all trained parameters, in their dtypes.
+        parameters: the number of trained tensors.
+        processes: how many train together.
+        setting: the model and the setup.
+    """
+
+    gradient_bytes: int
+    parameters: int
+    processes: int
+    setting: str
+
+    @property
+    def reduced_bytes(self) -> int:
+        """What is summed over the processes: the gradients, the loss, and for each parameter whether it has one."""
+        return self.gradient_bytes + _NUMBER * (1 + self.parameters)
+
+    @property
+    def sent_bytes(self) -> float:
+        """What each process sends, and receives, at the least: 2 (n - 1) / n of what is summed, without headers.
+
+        A ring reaches that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters of
+        workstations, section 3): n - 1 times 1/n of the sum is passed on to be added to, and n - 1 times to be copied.
+        """
+        return 2 * (self.processes - 1) / self.processes * self.reduced_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, in values of JSON."""
+        names = ("setting", "processes", "parameters", "gradient_bytes", "reduced_bytes", "sent_bytes")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.setting}: of {self.processes} processes each sends {self.sent_bytes / 1e6:,.1f} MB a step "
+            f"({self.gradient_bytes / 1e6:,.1f} MB of gradients)"
+        )
+
+
+def communication(model: Source, method: Method | Setup, processes: int = 2, **options: Any) -> Communication:
+    """Count what each process of a data-parallel run sends in a step of ``fit``; nothing is allocated or sent.
+
+    Args:
+        model, method, **options: as for :func:`lora_lab.costs.flops.flops`.
+        processes: how many train together.
+
+    Raises:
+        ValueError: ``processes`` is below 1, an option is out of range, or the model cannot be made ready.
+    """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}, but it must be at least 1.")
+    setup, cpu = as_setup(method, options), torch.device("cpu")
+    with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0):
+        groups = setup.step(twin).optimizer.param_groups
+        trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        return Communication(size, len(trained), processes, f"{type(twin).__name__}, {setup.describe()}")
