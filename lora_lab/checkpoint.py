@@ -93,6 +93,22 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
     return done
 
 
+def stored_history(folder: str | Path) -> History | None:
+    """The history of the run whose checkpoint is in a folder; None without a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    path = Path(folder) / _CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        _, note = load_tensors(path, {"history", "frozen"})
+        return History.from_dict(json.loads(note["history"]))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); delete it to restart the run.") from None
+
+
 def _expected_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:

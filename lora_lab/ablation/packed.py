@@ -42,6 +42,8 @@ from lora_lab.system.progress import progress_bar
 from lora_lab.task import IGNORE, Examples, Loss, Task
 from lora_lab.train import Batch, TrainConfig, TrainingStep, data_order, make_adamw, mean_loss, to_device
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
+
 
 @dataclass
 class Result:
@@ -52,11 +54,19 @@ class Result:
             and that the settings hold K as ``packed``. None if the trial diverged.
         adapter: the trained adapter, as :func:`lora_lab.adapter_state` gives it; empty if the trial diverged.
         error: why the trial ended early, or None.
+        moments: AdamW's moments, "exp_avg" and "exp_avg_sq", each of all tensors of the adapter by name; empty if the
+            trial diverged.
     """
 
     history: History | None = None
     adapter: dict[str, Tensor] = field(default_factory=dict)
     error: DivergedError | None = None
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The history's rows; none if the trial diverged."""
+        return [] if self.history is None else self.history.rows
 
 
 def fit_packed(
@@ -66,6 +76,8 @@ def fit_packed(
     config: TrainConfig | None = None,
     *,
     progress: bool | None = None,
+    paused: Sequence[Result] | None = None,
+    until: int | None = None,
     **options: Any,
 ) -> list[Result]:
     """Train one adapter for each run, all in one pass, and leave ``model`` as it was.
@@ -83,6 +95,8 @@ def fit_packed(
         config: how to train; ``lr`` and ``seed`` are each run's. Or its fields as keywords.
             ``batch_size`` is that of each trial.
         progress: as for :func:`lora_lab.fit`.
+        paused: the results of a call with ``until``, one for each run and all of the same step, from where to go on.
+        until: the step after which to pause; default: the last.
         **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``.
 
     Returns:
@@ -114,12 +128,17 @@ def fit_packed(
                 history.add_evaluation(part, losses.expand(len(runs)).tolist())  # (20,); it is () if no target counts
 
         model.train()
-        with progress_bar(config.steps, f"{len(runs)} adapters", progress) as bar:
+        done = 0 if paused is None else len(paused[0].rows) - 1
+        with progress_bar(config.steps, f"{len(runs)} adapters", progress, done=done) as bar:
             bar.set_postfix_str("evaluating")
             _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
-            history.start()
-            judge()
-            for number in range(1, config.steps + 1):
+            if paused is None:
+                history.start()
+                judge()
+            else:
+                history.resume(paused)
+                step.resume(paused)
+            for number in range(done + 1, (until or config.steps) + 1):
                 if not history.live:
                     break
                 started = time.perf_counter()
@@ -140,7 +159,9 @@ def fit_packed(
                     judge()
                 bar.update()
         return [
-            Result(error=history.errors[k]) if k in history.errors else Result(history.live[k], adapters.unpack(k))
+            Result(error=history.errors[k])
+            if k in history.errors
+            else Result(history.live[k], adapters.unpack(k), moments=step.moments(k))
             for k in range(len(runs))
         ]
 
@@ -219,6 +240,16 @@ class PackedAdapters:
             replace(model, name, self.layers[name])
         self.factors = [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
 
+    def parts(self, packed: Tensor, k: int) -> dict[str, Tensor]:
+        """Views of trial k's part of a tensor like ``values``, without padding, named as in its adapter's state."""
+        shapes = [factor.shape[1:] for factor in self.factors]
+        parts = packed[k].split([math.prod(shape) for shape in shapes])
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        rank = lora_of(self.runs[k]).rank
+        A = {f"{name}.lora_A": view[:rank] for name, view in zip(self.layers, views[::2], strict=True)}  # (r, in)
+        B = {f"{name}.lora_B": view[:, :rank] for name, view in zip(self.layers, views[1::2], strict=True)}  # (out, r)
+        return A | B
+
     @torch.no_grad()
     def unpack(self, k: int) -> dict[str, Tensor]:
         """Put trial k's adapter alone into the model, and return its state."""
@@ -286,6 +317,26 @@ class PackedStep(TrainingStep):
         """Each trial's mean loss on one batch that all of them are given: (trials,)."""
         return self.loss(model, torch.cat([inputs] * self.trials), torch.cat([targets] * self.trials))  # (20,)
 
+    def moments(self, k: int) -> dict[str, dict[str, Tensor]]:
+        """AdamW's moments of trial k's adapter."""
+        state = self.optimizer.state[self.direction]
+        return {
+            moment: {name: part.clone() for name, part in self.adapters.parts(state[moment], k).items()}
+            for moment in MOMENTS
+        }
+
+    @torch.no_grad()
+    def resume(self, paused: Sequence[Result]) -> None:
+        """Take up the adapters and moments of trials that have paused at the same step."""
+        done = self.direction.new_tensor(len(paused[0].rows) - 1, dtype=torch.float32)
+        state = {moment: torch.zeros_like(self.adapters.values) for moment in MOMENTS}  # (20, N) each
+        for k, result in enumerate(paused):
+            tensors = {"adapter": self.adapters.values, **state}
+            for key, stored in {"adapter": result.adapter, **result.moments}.items():
+                for name, part in self.adapters.parts(tensors[key], k).items():
+                    part.copy_(stored[name])
+        self.optimizer.state[self.direction] = {"step": done, **state}
+
     @torch.no_grad()
     def end(self, k: int) -> None:
         """End trial k: its place computes the base model from now on, with updates of zero.
@@ -326,6 +377,11 @@ class PackedHistory:
         """Begin with row 0, the model before training."""
         for history in self.live.values():
             history.start()
+
+    def resume(self, paused: Sequence[Result]) -> None:
+        """Go on from the rows of trials that have paused."""
+        for k, result in enumerate(paused):
+            self.live[k].rows = [dict(row) for row in result.rows]
 
     def add(self, step: int, **columns: Sequence[float]) -> None:
         """Append the row of a step to each live history: of each column, the trial's number."""
