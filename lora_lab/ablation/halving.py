@@ -12,9 +12,11 @@ seeds, and a rate that trails the best one is stopped only if
    above the slack, and
 2. it is not catching up. A high rate falls fast and may end worse, so the lead at a rung is not enough. From
    the step h at half the rung's step n, the difference is followed on a straight line in the logarithm of the step to
-   the last step N, and the lower bound must be above the slack there too:
+   the last step N, and its mean must be above the slack there too:
 
        d_s(N) = d_s(n) + (d_s(n) - d_s(h)) * log(N / n) / log(n / h)
+
+   h is not within the warm-up, where the rates are not yet what they are.
 
 Every trial keeps the learning-rate schedule of its full number of steps, and trials are compared at equal steps. Test
 losses take no part. A rate with a seed that failed cannot be chosen, so its other seeds are stopped too.
@@ -40,6 +42,27 @@ Curves = Mapping[float, Mapping[int, Mapping[int, float]]]  # rate -> seed -> st
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What the trials of a group have in common.
+
+    Args:
+        steps: of a whole trial.
+        warmup: steps of warm-up. Before its end the rates are not what they are compared for.
+        evaluated: the steps with a validation loss, ascending.
+    """
+
+    steps: int
+    warmup: int
+    evaluated: Sequence[int]
+
+    @classmethod
+    def of(cls, trial: Trial) -> Plan:
+        """A trial's plan."""
+        evaluated = [step for step in range(1, trial.steps + 1) if trial.evaluates(step)]
+        return cls(trial.steps, trial.warmup_steps, evaluated)
+
+
+@dataclass(frozen=True)
 class Decision:
     """Which rates of a group are stopped, as far as it has trained.
 
@@ -57,8 +80,8 @@ class Halving:
     """When the rates of a group are compared, and which of them are stopped.
 
     Args:
-        rungs: where rates are compared, as shares of a trial's steps; each is at the first evaluation from there on.
-            A rung needs an evaluation at or before half its step too: ``eval_every=steps // 20`` serves all of these.
+        rungs: where rates are compared, as shares of a trial's steps; each is at the first evaluation from there on. A
+            rung needs an earlier evaluation too, between the end of the warm-up and half its step.
         keep: the share of the rates left that always goes on from a rung, the best ones; at least one.
         slack: a rate is never stopped for a difference up to this, in the task's unit of loss.
         choose: how many of a group's seeds choose the rate, from its first; default: all. The others train only at
@@ -72,7 +95,7 @@ class Halving:
         ValueError: a number is out of range, or there is no rung.
     """
 
-    rungs: Sequence[float] = (0.1, 0.2, 0.4, 0.6, 0.8)
+    rungs: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
     keep: float = 0.25
     slack: float = 0.0
     choose: int | None = None
@@ -80,6 +103,7 @@ class Halving:
     cautious: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rungs", tuple(self.rungs))
         if not self.rungs or not all(0 < rung < 1 for rung in self.rungs) or sorted(self.rungs) != [*self.rungs]:
             raise ValueError(f"rungs is {self.rungs!r}, but it must be shares of the steps between 0 and 1, ascending.")
         if not 0 <= self.keep <= 1:
@@ -92,48 +116,43 @@ class Halving:
     def check(self, trials: Iterable[Trial]) -> None:
         """Raise ValueError if the rates of some group are not evaluated at any rung."""
         for first, *others in _groups(trials):
-            if any(trial.lr != first.lr for trial in others) and not self.rungs_at(_evaluated(first), first.steps):
+            if any(trial.lr != first.lr for trial in others) and not self.rungs_at(Plan.of(first)):
                 raise ValueError(
                     f"eval_every is {first.eval_every} for {first.steps} steps, so there is no rung at which learning "
-                    f"rates can be compared; use eval_every={max(1, first.steps // 20)}, or leave halving out."
+                    f"rates can be compared; use eval_every={max(1, first.steps // 10)}, or leave halving out."
                 )
 
     def choosing(self, seeds: Iterable[int]) -> list[int]:
         """Those of a group's seeds that choose the rate."""
         return [*dict.fromkeys(seeds)][: self.choose]
 
-    def rungs_at(self, evaluated: Sequence[int], steps: int) -> list[tuple[int, int | None]]:
-        """The steps of the rungs, each with the evaluation from which the trend is followed.
-
-        Args:
-            evaluated: the steps with a validation loss, ascending.
-            steps: of a whole trial.
-        """
+    def rungs_at(self, plan: Plan) -> list[tuple[int, int | None]]:
+        """The steps of the rungs, each with the evaluation from which the trend is followed."""
         rungs = {}
         for share in self.rungs:
-            step = next((each for each in evaluated if each >= share * steps), steps)
-            earlier = [each for each in evaluated if 0 < each <= step / 2]
-            if step < steps and (earlier or not self.cautious):
+            step = next((each for each in plan.evaluated if each >= share * plan.steps), plan.steps)
+            earlier = [each for each in plan.evaluated if max(1, plan.warmup) <= each <= step / 2]
+            if step < plan.steps and (earlier or not self.cautious):
                 rungs[step] = earlier[-1] if earlier else None
         return list(rungs.items())
 
-    def decide(self, curves: Curves, steps: int, evaluated: Sequence[int], failed: Collection[float] = ()) -> Decision:
+    def decide(self, curves: Curves, plan: Plan, failed: Collection[float] = ()) -> Decision:
         """Which rates are stopped; the same answer for the same curves, however far they go beyond the rungs.
 
         Args:
             curves: of the seeds that choose, as far as they are known.
-            steps, evaluated: as for :meth:`rungs_at`.
+            plan: of the trials.
             failed: rates with a seed that failed.
         """
         reason = "another seed failed at this learning rate, so it cannot be chosen"
         stopped: dict[float, tuple[int | None, str]] = {lr: (None, reason) for lr in failed}
         left = {lr: by_seed for lr, by_seed in sorted(curves.items()) if lr not in failed}
-        for step, earlier in self.rungs_at(evaluated, steps):
+        for step, earlier in self.rungs_at(plan):
             if len(left) < 2:
                 break
             if any(step not in curve for by_seed in left.values() for curve in by_seed.values()):
                 return Decision(stopped, step)
-            for lr, reason in self._ruled_out(left, step, earlier, steps):
+            for lr, reason in self._ruled_out(left, step, earlier, plan.steps):
                 stopped[lr] = step, reason
                 del left[lr]
         return Decision(stopped, None)
@@ -202,7 +221,7 @@ def next_round(
             if trial.seed in choosing:
                 curves.setdefault(trial.lr, {})[trial.seed] = _curve(results.get(trial.key))
         failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
-        decision = halving.decide(curves, group[0].steps, _evaluated(group[0]), failed)
+        decision = halving.decide(curves, Plan.of(group[0]), failed)
         until = decision.until
         for trial in group:
             if outcomes[trial] in ("done", "failed"):
@@ -222,10 +241,6 @@ def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
     return [*groups.values()]
 
 
-def _evaluated(trial: Trial) -> list[int]:
-    return [step for step in range(1, trial.steps + 1) if trial.evaluates(step)]
-
-
 def _curve(result: Mapping[str, Any] | None) -> dict[int, float]:
     """The validation losses by step, as far as they are known."""
     rows = result["history"]["rows"] if result and result["history"] else []
@@ -236,7 +251,8 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     """The frame that :func:`lora_lab.ablation.ablate` would have returned with ``halving``, from one without.
 
     Args:
-        frame: what ablate returned, each trial evaluated several times.
+        frame: what ablate returned, each trial evaluated several times. Without a column ``warmup``, a tenth of the
+            steps is the warm-up.
         group: the columns that the rates and seeds of a group have in common.
 
     Raises:
@@ -246,23 +262,25 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
 
     parts, rungs = [], 0
     for _, of_group in frame.groupby([*group], sort=False):
-        steps = int(of_group["steps"].iloc[0])
+        first = of_group.iloc[0]
+        steps = int(first["steps"])
         curves: dict[float, dict[int, dict[int, float]]] = {}
-        for (lr, seed), trial in of_group[of_group["outcome"] == "done"].groupby(["lr", "seed"]):
-            curve = dict(zip(trial["step"].astype(int), trial["validation_loss"], strict=True))
-            curves.setdefault(float(lr), {})[int(seed)] = curve
+        done = of_group[of_group["outcome"] == "done"]
+        for lr, seed, step, loss in done[["lr", "seed", "step", "validation_loss"]].itertuples(index=False):
+            curves.setdefault(float(lr), {}).setdefault(int(seed), {})[int(step)] = float(loss)
         failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
         seeds = halving.choosing(sorted(of_group["seed"]))
         chosen = {lr: {seed: by_seed[seed] for seed in seeds if seed in by_seed} for lr, by_seed in curves.items()}
         evaluated = sorted(set.intersection(*(set(curve) for by_seed in curves.values() for curve in by_seed.values())))
-        rungs += len(halving.rungs_at(evaluated, steps))
-        for lr, (step, reason) in halving.decide(chosen, steps, evaluated, failed).stopped.items():
+        plan = Plan(steps, int(first["warmup"]) if "warmup" in first else steps // 10, evaluated)
+        rungs += len(halving.rungs_at(plan))
+        for lr, (step, reason) in halving.decide(chosen, plan, failed).stopped.items():
             if step is not None:  # when a seed failed is not recorded, so the others count in full
                 of_group = _stopped(of_group, lr, seeds, step, reason)
         parts.append(of_group)
     if not rungs:
         raise ValueError(
-            f"These trials were evaluated at the steps {sorted(frame['step'].dropna().astype(int).unique())} only, so "
+            f"These trials were evaluated at the steps {sorted(set(map(int, frame['step'].dropna())))} only, so "
             "nothing can be stopped between; run them with a smaller eval_every."
         )
     return pandas.concat(parts, ignore_index=True)

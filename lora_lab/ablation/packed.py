@@ -54,8 +54,8 @@ class Result:
             and that the settings hold K as ``packed``. None if the trial diverged.
         adapter: the trained adapter, as :func:`lora_lab.adapter_state` gives it; empty if the trial diverged.
         error: why the trial ended early, or None.
-        moments: AdamW's moments, "exp_avg" and "exp_avg_sq", each of all tensors of the adapter by name; empty if the
-            trial diverged.
+        moments: AdamW's moments, "exp_avg" and "exp_avg_sq", each of all tensors of the adapter by name, if the
+            run pauses.
     """
 
     history: History | None = None
@@ -161,7 +161,7 @@ def fit_packed(
         return [
             Result(error=history.errors[k])
             if k in history.errors
-            else Result(history.live[k], adapters.unpack(k), moments=step.moments(k))
+            else Result(history.live[k], adapters.unpack(k), moments=step.moments(k) if until else {})
             for k in range(len(runs))
         ]
 

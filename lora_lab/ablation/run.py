@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import joblib
 import torch
@@ -47,7 +47,7 @@ from lora_lab.ablation.results import SCHEMA, STOPPED, stored_results, table, we
 from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
 from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History, is_number
-from lora_lab.inject import adapter_state
+from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import check_writable, write_json
 from lora_lab.system.progress import progress_bar
@@ -551,7 +551,7 @@ def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]
         parts.setdefault(0 if stored is None else len(stored.rows) - 1, []).append(trial)
     outcomes = []
     for done, part in parts.items():
-        paused = [_paused_result(pause, model, trial) for trial in part] if pause is not None and done else None
+        paused = [_paused_result(pause, model, trial) for trial in part] if pause and done else None
         if paused is None or until is None or done < until:
             results = packed.fit_packed(model, task, part, config=part[0], progress=False, paused=paused, until=until)
         else:
@@ -563,26 +563,30 @@ def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]
 def _of_pack(work: _Work, model: nn.Module, task: Task, trial: Trial, result: packed.Result) -> _Outcome:
     if result.history is None:
         return _Outcome(trial, next(model.parameters()).device, reason=str(result.error))
-    student, optimizer = _prepared(model, trial)
+    student = copy_sharing_weights(model)  # shares the frozen weights
+    trial.method.prepare(student, trial.seed)
     with torch.no_grad():
-        for name, parameter in _trainable(student):
-            parameter.copy_(result.adapter[name])  # (rank, in) or (out, rank)
-            moments = {moment: result.moments[moment][name] for moment in packed.MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(result.rows) - 1)), **moments}
+        for name, layer in lora_layers(student, required=True).items():
+            for part in layer.parts:
+                getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
     if work.pause is None or work.pause.until is None:
         return _judged(work, trial, student, task, result.history)
-    settings = {
-        name: value for name, value in result.history.settings.items() if name != "packed"
-    }  # so that fit may go on
+    optimizer = make_adamw(parameter_groups(student, trial.method, trial))
+    for name, parameter in _trainable(student):
+        moments = {moment: parts[name] for moment, parts in result.moments.items()}
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(result.rows) - 1)), **moments}
+    # Without "packed", which fit does not know, so that it can go on from there too.
+    settings = {name: value for name, value in result.history.settings.items() if name != "packed"}
     history = replace(result.history, settings=settings)
     checkpoint.save(work.pause.checkpoint_dir(trial), student, optimizer, history)
     return _Outcome(trial, next(model.parameters()).device, result.history, paused=True)
 
 
 def _paused_result(pause: _Pause, model: nn.Module, trial: Trial) -> packed.Result:
-    """What a pack had reached with a trial, or fit."""
-    student, optimizer = _prepared(model, trial)
-    history = pause.stored(trial)
+    """What a pack, or fit, had reached with a trial."""
+    student, history = copy_sharing_weights(model), cast(History, pause.stored(trial))
+    trial.method.prepare(student, trial.seed)
+    optimizer = make_adamw(parameter_groups(student, trial.method, trial))
     with own_randomness(next(model.parameters()).device, trial.seed):
         checkpoint.resume(pause.checkpoint_dir(trial), student, optimizer, history)
     parameters = _trainable(student)
@@ -592,13 +596,6 @@ def _paused_result(pause: _Pause, model: nn.Module, trial: Trial) -> packed.Resu
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _prepared(model: nn.Module, trial: Trial) -> tuple[nn.Module, torch.optim.AdamW]:
-    """A student that shares the frozen weights, as ``fit`` would begin with it, and its optimiser."""
-    student = copy_sharing_weights(model)
-    trial.method.prepare(student, trial.seed)
-    return student, make_adamw(parameter_groups(student, trial.method, trial))
 
 
 def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Outcome:
