@@ -20,6 +20,7 @@ from lora_lab.system.files import atomic_file
 from lora_lab.task import bytes_of
 
 _CHECKPOINT = "checkpoint.safetensors"
+_ADVICE = "delete it to restart the run"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -56,17 +57,11 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
     if folder is None or not (Path(folder) / _CHECKPOINT).is_file():
         return 0
     path, device = Path(folder) / _CHECKPOINT, next(model.parameters()).device
-    advice = "delete it to restart the run"
-    try:
-        tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
-        stored = json.loads(note["history"])
-        History.from_dict(stored)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {advice}.") from None
+    tensors, note, stored = _contents(path)
     _check_same_run(path, asdict(history), stored)
     done, steps = len(stored["rows"]) - 1, history.settings["steps"]
     if not 1 <= done <= steps:
-        raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {advice}.")
+        raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {_ADVICE}.")
     if note["frozen"] != frozen_hash(model):
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
     if difference := misfit(tensors, _expected_tensors(model, optimizer, tensors)):
@@ -76,7 +71,7 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
         if device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {advice}.") from None
+        raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {_ADVICE}.") from None
     with torch.no_grad():
         for name, value in trained(model).items():
             value.copy_(tensors[name])
@@ -100,13 +95,18 @@ def stored_history(folder: str | Path) -> History | None:
         ValueError: the checkpoint is damaged.
     """
     path = Path(folder) / _CHECKPOINT
-    if not path.is_file():
-        return None
+    return History.from_dict(_contents(path)[2]) if path.is_file() else None
+
+
+def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """A checkpoint's tensors, its note, and the content of its history."""
     try:
-        _, note = load_tensors(path, {"history", "frozen"})
-        return History.from_dict(json.loads(note["history"]))
+        tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
+        stored = json.loads(note["history"])
+        History.from_dict(stored)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); delete it to restart the run.") from None
+        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
+    return tensors, note, stored
 
 
 def _expected_tensors(

@@ -4,9 +4,9 @@
 
 Trials that differ in learning rate and seed alone form a group, such as a rank. All rates of a group train to a rung,
 the ones that cannot become the best any more are stopped, and the others go on to the next rung. This is successive
-halving (Jamieson and Talwalkar 2016, arXiv 1502.07943, section 3; Li et al. 2018, Hyperband, JMLR 18, section 3), with
-the rungs at doubling steps, but with two conditions more. Rates are compared by their mean validation loss over the
-seeds, and a rate that trails the best one is stopped only if
+halving (Jamieson and Talwalkar 2016, arXiv 1502.07943, section 3; Li et al. 2018, Hyperband, JMLR 18, section 3) with
+two conditions more. Rates are compared by their mean validation loss over the seeds, and one that trails the best is
+stopped only if
 
 1. the difference is beyond the noise of the seeds: the one-sided 95 % lower bound of the paired differences d_s is
    above the slack, and
@@ -16,7 +16,7 @@ seeds, and a rate that trails the best one is stopped only if
 
        d_s(N) = d_s(n) + (d_s(n) - d_s(h)) * log(N / n) / log(n / h)
 
-   h is not within the warm-up, where the rates are not yet what they are.
+   h is not within the warm-up, where no rate has come to its peak yet.
 
 Every trial keeps the learning-rate schedule of its full number of steps, and trials are compared at equal steps. Test
 losses take no part. A rate with a seed that failed cannot be chosen, so its other seeds are stopped too.
@@ -47,7 +47,7 @@ class Plan:
 
     Args:
         steps: of a whole trial.
-        warmup: steps of warm-up. Before its end the rates are not what they are compared for.
+        warmup: steps of warm-up. No rate has come to its peak before its end.
         evaluated: the steps with a validation loss, ascending.
     """
 
@@ -271,7 +271,8 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
         failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
         seeds = halving.choosing(sorted(of_group["seed"]))
         chosen = {lr: {seed: by_seed[seed] for seed in seeds if seed in by_seed} for lr, by_seed in curves.items()}
-        evaluated = sorted(set.intersection(*(set(curve) for by_seed in curves.values() for curve in by_seed.values())))
+        steps_of = [set(curve) for by_seed in chosen.values() for curve in by_seed.values()]
+        evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
         plan = Plan(steps, int(first["warmup"]) if "warmup" in first else steps // 10, evaluated)
         rungs += len(halving.rungs_at(plan))
         for lr, (step, reason) in halving.decide(chosen, plan, failed).stopped.items():

@@ -219,7 +219,7 @@ def _in_rounds(
     """
     results = dict(results)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
-        paused = Path(place) / PAUSED
+        paused = Path(place).resolve() / PAUSED  # workers may run elsewhere
 
         def forget(key: str) -> None:
             shutil.rmtree(paused / key, ignore_errors=True)
