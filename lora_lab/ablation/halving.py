@@ -19,7 +19,8 @@ stopped only if
    h is not within the warm-up, where no rate has come to its peak yet.
 
 Every trial keeps the learning-rate schedule of its full number of steps, and trials are compared at equal steps. Test
-losses take no part. A rate with a seed that failed cannot be chosen, so its other seeds are stopped too.
+losses take no part. A rate with a seed that failed cannot be chosen, so its other seeds are stopped too, unless every
+rate has failed.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Halving:
         keep: the share of the rates left that always goes on from a rung, the best ones; at least one.
         slack: a rate is never stopped for a difference up to this, in the task's unit of loss.
         choose: how many of a group's seeds choose the rate, from its first; default: all. The others train only at
-            the rates that are left after the last rung. One seed is cheap, but shows no noise.
+            the rates that are left after the last rung. One seed is cheap, but shows no noise, so that near ties are
+            decided by chance: give a ``slack`` then, such as the margin of the verdict.
         best_so_far: compare the lowest validation losses so far, where training is to be stopped early at its best
             step (:mod:`lora_lab.ablation.overfitting`), and not those at the rung.
         cautious: whether noise and trend count. Without, all rates but the best ``keep`` are stopped at each rung, as
@@ -118,8 +120,9 @@ class Halving:
         for first, *others in _groups(trials):
             if any(trial.lr != first.lr for trial in others) and not self.rungs_at(Plan.of(first)):
                 raise ValueError(
-                    f"eval_every is {first.eval_every} for {first.steps} steps, so there is no rung at which learning "
-                    f"rates can be compared; use eval_every={max(1, first.steps // 10)}, or leave halving out."
+                    f"eval_every is {first.eval_every} for {first.steps} steps, {first.warmup} of them warm-up, so "
+                    "there is no rung at which learning rates can be compared; use "
+                    f"eval_every={max(1, first.steps // 10)}, a shorter warm-up, or no halving."
                 )
 
     def choosing(self, seeds: Iterable[int]) -> list[int]:
@@ -147,6 +150,8 @@ class Halving:
         reason = "another seed failed at this learning rate, so it cannot be chosen"
         stopped: dict[float, tuple[int | None, str]] = {lr: (None, reason) for lr in failed}
         left = {lr: by_seed for lr, by_seed in sorted(curves.items()) if lr not in failed}
+        if not left:  # nothing can be chosen, and what can be known is still worth knowing
+            return Decision({}, None)
         for step, earlier in self.rungs_at(plan):
             if len(left) < 2:
                 break
@@ -261,7 +266,7 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     import pandas
 
     parts, rungs = [], 0
-    for _, of_group in frame.groupby([*group], sort=False):
+    for _, of_group in frame.groupby([*group], sort=False, dropna=False):
         first = of_group.iloc[0]
         steps = int(first["steps"])
         curves: dict[float, dict[int, dict[int, float]]] = {}
@@ -302,6 +307,7 @@ def _stopped(frame: pandas.DataFrame, lr: float, choosing: Collection[int], step
 def share_of_steps(frame: pandas.DataFrame) -> float:
     """The steps that a frame's trials took, as a share of those that they were to take; failed ones count in full."""
     last = frame.assign(taken=frame["step"].where(frame["outcome"] == STOPPED, frame["steps"]).fillna(0))
-    identity = [name for name in ("n_train", "setup", "method", "rank", "lr", "seed") if name in frame]
+    names = ("key",) if "key" in frame else ("n_train", "setup", "method", "rank", "lr", "seed")
+    identity = [name for name in names if name in frame]
     last = last.groupby(identity, dropna=False)[["taken", "steps"]].max()
     return float(last["taken"].sum() / last["steps"].sum())

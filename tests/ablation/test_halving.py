@@ -125,6 +125,7 @@ def test_a_rate_with_a_failed_seed_neither_leads_nor_goes_on():
     decision = RUNGS.decide(curves(rates), PLAN, failed=[1.0])
     assert sorted(decision.stopped) == [1.0, 3.0]
     assert "seed failed" in decision.stopped[1.0][1]
+    assert RUNGS.decide(curves(rates), PLAN, failed=[1.0, 2.0, 3.0]).stopped == {}  # nothing to choose, nothing to save
 
 
 def test_the_next_rung_is_asked_for_until_one_rate_is_left():
@@ -312,11 +313,13 @@ def test_either_engine_goes_on_with_what_the_other_paused(engines, tmp_path, mon
 
 def test_a_method_without_rank_has_its_rates_compared_too():
     trials = [Trial(FullFineTuning(), lr, seed, steps=20, eval_every=1) for lr in (1e-6, 1e-2) for seed in (0, 1)]
-    assert sweep(trials, halving=PLAIN).groupby("lr").outcome.first().to_dict() == {1e-6: "stopped", 1e-2: "done"}
+    frame = sweep(trials, halving=PLAIN)
+    assert frame.groupby("lr").outcome.first().to_dict() == {1e-6: "stopped", 1e-2: "done"}
+    same(replay(sweep(trials, halving=None), PLAIN), frame)
 
 
 def test_trials_that_are_evaluated_at_no_rung_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"eval_every is 20 for 20 steps.* use eval_every=2,"):
+    with pytest.raises(ValueError, match=r"eval_every is 20 for 20 steps, 2 of them warm-up.* use eval_every=2,"):
         sweep(grid(eval_every=20), tmp_path)
     assert len(sweep(grid(lrs=[1e-2], eval_every=20))) == 2 * 3  # one rate needs no rung
 
