@@ -201,9 +201,8 @@ def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     if method not in methods:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     of_method = with_ranks[with_ranks["method"] == method]
-    first = (of_method["outcome"] == STOPPED) & ~(
-        of_method["step"] > 0
-    )  # what a stopped trial's settings are read from
+    # Of a stopped trial its settings and rate count, no loss.
+    first = (of_method["outcome"] == STOPPED) & ~(of_method["step"] > 0)
     rows = of_method[(of_method["outcome"] == "failed") | first | (of_method["step"] == of_method["steps"])]
     for name in map(str, rows):
         if name not in _MAY_VARY and not name.startswith(SCORE):
