@@ -553,7 +553,8 @@ def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]
     for done, part in parts.items():
         paused = [_paused_result(pause, model, trial) for trial in part] if pause and done else None
         if paused is None or until is None or done < until:
-            results = packed.fit_packed(model, task, part, config=part[0], progress=False, paused=paused, until=until)
+            options = {"paused": paused, "until": until} if pause else {}
+            results = packed.fit_packed(model, task, part, config=part[0], progress=False, **options)
         else:
             results = paused
         outcomes += [_of_pack(work, model, task, *each) for each in zip(part, results, strict=True)]
