@@ -20,6 +20,7 @@ from . import train as train
 from . import variants as variants
 from .ablation.grid import Grid as Grid
 from .ablation.grid import Trial as Trial
+from .ablation.halving import Halving as Halving
 from .ablation.run import ablate as ablate
 from .adapters.chat_widget import chat as chat
 from .adapters.edit import extract as extract

@@ -22,6 +22,7 @@ from lora_lab.system.files import atomic_file
 from lora_lab.task import bytes_of
 
 _CHECKPOINT = "checkpoint.safetensors"
+_ADVICE = "delete it to restart the run"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -58,17 +59,11 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
     if folder is None or not (Path(folder) / _CHECKPOINT).is_file():
         return 0
     path, device = Path(folder) / _CHECKPOINT, next(model.parameters()).device
-    advice = "delete it to restart the run"
-    try:
-        tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
-        stored = json.loads(note["history"])
-        History.from_dict(stored)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {advice}.") from None
+    tensors, note, stored = _contents(path)
     _check_same_run(path, asdict(history), stored)
     done, steps = len(stored["rows"]) - 1, history.settings["steps"]
     if not 1 <= done <= steps:
-        raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {advice}.")
+        raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {_ADVICE}.")
     if note["frozen"] != frozen_hash(model):
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
     if difference := misfit(tensors, _expected_tensors(model, optimizer, tensors)):
@@ -78,7 +73,7 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
         if device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {advice}.") from None
+        raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {_ADVICE}.") from None
     with torch.no_grad():
         for name, value in trained(model).items():
             value.copy_(tensors[name])
@@ -118,6 +113,27 @@ def advice_if_a_process_ends(folder: str | Path | None) -> Iterator[None]:
                 step = len(json.loads(file.metadata()["history"])["rows"]) - 1
             advice = f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
         raise ProcessEndedError(error.reason, advice) from None
+
+
+def stored_history(folder: str | Path) -> History | None:
+    """The history of the run whose checkpoint is in a folder; None without a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    path = Path(folder) / _CHECKPOINT
+    return History.from_dict(_contents(path)[2]) if path.is_file() else None
+
+
+def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """A checkpoint's tensors, its note, and the content of its history."""
+    try:
+        tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
+        stored = json.loads(note["history"])
+        History.from_dict(stored)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
+    return tensors, note, stored
 
 
 def _expected_tensors(

@@ -556,12 +556,13 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
     The lines are shifted sideways by a few per cent, so that their bars do not cover each other.
 
     Args:
-        frame: from :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed is left out.
+        frame: from :func:`lora_lab.ablation.run.ablate`, of one method. A rate at which a seed failed or was
+            stopped is left out.
         by: the column that distinguishes the lines; "method" for a frame of several methods at one rank.
         untrained: the loss before training, drawn as a line.
     """
     ax = ax or plt.subplots()[1]
-    failed = frame[frame.outcome == "failed"][[by, "lr"]].drop_duplicates().itertuples(index=False, name=None)
+    failed = frame[frame.outcome != "done"][[by, "lr"]].drop_duplicates().itertuples(index=False, name=None)
     last = frame[frame.step == frame.steps].set_index([by, "lr"]).drop(list(failed), errors="ignore")
     names = {value: f"rank {value:g}" if by == "rank" else str(value) for value in last.reset_index()[by].unique()}
     styles = looks([names[value] for value in (sorted(names) if by == "rank" else names)])

@@ -438,8 +438,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
     (tmp_path / CHECKPOINT).write_bytes(whole[:keep])
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
         run("lora", tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
+        checkpoint.stored_history(tmp_path)
     (tmp_path / CHECKPOINT).unlink()
-    run("lora", tmp_path)
+    assert checkpoint.stored_history(tmp_path) is None
+    _, history = run("lora", tmp_path)
+    assert checkpoint.stored_history(tmp_path).rows == history.rows
 
 
 @pytest.mark.parametrize("note", [None, {}, {"history": "{"}, {"history": "[1]"}, {"frozen": ""}])

@@ -7,9 +7,10 @@ In reading order:
     packing       which trials may share a pass, and how many
     packed        many adapters over one frozen base in one pass
     results       a trial's file, and the table of all results
+    stats         bounds on a mean of paired differences
+    halving       stop trials that validation rules out
     run           run trials here, in processes or on a cluster; stop and go on
     studies       models and tasks to begin with
-    stats         bounds on a mean of paired differences
     verdict       the smallest rank that is enough, or that more seeds are needed
     overfitting   what was learned, overfitted and forgotten, read off the curves
 """
@@ -17,13 +18,14 @@ In reading order:
 import lazy_loader
 
 from lora_lab.ablation.grid import Grid, Trial
+from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.packed import fit_packed
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.verdict import Verdict, smallest_sufficient_rank
 from lora_lab.system.renamed import renamed
 
-__all__ = ["Grid", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
+__all__ = ["Grid", "Halving", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
 
 _lazy, _, _ = lazy_loader.attach(__name__, ["overfitting", "studies"])  # the other files are loaded already
 __getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"}, _lazy)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.results import SCORE
+from lora_lab.ablation.results import SCORE, STOPPED
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
 from lora_lab.costs.fake import Factory
@@ -164,7 +164,7 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def at_best_rate(trials: pandas.DataFrame) -> pandas.DataFrame:
+def at_best_rate(trials: pandas.DataFrame, frame: pandas.DataFrame | None = None) -> pandas.DataFrame:
     """The rows at each method's best rate: the lowest mean of ``best_loss`` over the seeds that all its rates have.
 
     A column ``edge`` is added: whether that rate is the "smallest" or "largest" of those that ended well, so that a
@@ -172,6 +172,7 @@ def at_best_rate(trials: pandas.DataFrame) -> pandas.DataFrame:
 
     Args:
         trials: what :func:`summarise_trials` returns.
+        frame: what it summarises, if trials of it were stopped: their rates count for ``edge`` too.
 
     Raises:
         ValueError: there are no trials, or the rates of a method have no seed in common.
@@ -179,9 +180,11 @@ def at_best_rate(trials: pandas.DataFrame) -> pandas.DataFrame:
     import pandas
 
     parts = []
+    stopped = trials[:0] if frame is None else frame[frame["outcome"] == STOPPED]
     for of_setup, means in _by_rate(trials):
-        rates = means.index.tolist()
-        rate = rates[means.argmin()]
+        rate = means.idxmin()
+        shared = of_setup[_shared(trials)].drop_duplicates()
+        rates = sorted({*means.index, *stopped.merge(shared)["lr"]})
         edge = "only" if len(rates) == 1 else {rates[0]: "smallest", rates[-1]: "largest"}.get(rate, "")
         parts.append(of_setup[of_setup["lr"] == rate].assign(edge=edge))
     return pandas.concat(parts, ignore_index=True)

@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +58,8 @@ from lora_lab.train import (
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
+
 
 @dataclass
 class Result:
@@ -68,11 +70,19 @@ class Result:
             and that the settings hold K as ``packed``. None if the trial diverged.
         adapter: the trained adapter, as :func:`lora_lab.adapter_state` gives it; empty if the trial diverged.
         error: why the trial ended early, or None.
+        moments: AdamW's moments, "exp_avg" and "exp_avg_sq", each of all tensors of the adapter by name, if the
+            run pauses.
     """
 
     history: History | None = None
     adapter: dict[str, Tensor] = field(default_factory=dict)
     error: DivergedError | None = None
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The history's rows; none if the trial diverged."""
+        return [] if self.history is None else self.history.rows
 
 
 def fit_packed(
@@ -82,6 +92,8 @@ def fit_packed(
     config: TrainConfig | None = None,
     *,
     progress: bool | None = None,
+    paused: Sequence[Result] | None = None,
+    until: int | None = None,
     **options: Any,
 ) -> list[Result]:
     """Train one adapter for each run, all in one pass, and leave ``model`` as it was.
@@ -99,6 +111,8 @@ def fit_packed(
         config: how to train; ``lr`` and ``seed`` are each run's. Or its fields as keywords.
             ``batch_size`` is that of each trial.
         progress: as for :func:`lora_lab.fit`.
+        paused: the results of a call with ``until``, one for each run and all of the same step, from where to go on.
+        until: the step after which to pause; default: the last.
         **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``. With ``lean`` the
             model's blocks compute as in the lean step, and ``Lean(threads=2)`` lets two threads compute half of the
             runs each.
@@ -122,32 +136,28 @@ def fit_packed(
         enable_checkpointing(model)
     with own_randomness(next(model.parameters()).device, 0), _restored(model, names):
         adapters = PackedAdapters(model, runs, names, lean)
-        at_start = None if lean is None else _losses_at_start(model, task, config, lean)
+        at_start = None
+        if lean is not None and paused is None:
+            at_start = _losses_at_start(model, task, config, lean, len(runs))
         adapters.place(1 if lean is None else lean.threads)
         step = PackedStep(task.loss, adapters, configs)
         history = PackedHistory(task, configs, step)
         order = JoinedOrder(task, configs)
         peaks = [group["lr"] for group in step.optimizer.param_groups]
         judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
-
-        def judge() -> None:
-            for part in EVALUATED:
-                losses = mean_loss(
-                    model, judged, part, config.batch_size, config.eval_examples, config.by_length
-                )  # (20,)
-                history.add_evaluation(part, losses.expand(len(runs)).tolist())  # (20,); it is () if no target counts
-
         model.train()
-        with progress_bar(config.steps, f"{len(runs)} adapters", progress) as bar, step:
+        done = 0 if paused is None else len(paused[0].rows) - 1
+        with progress_bar(config.steps, f"{len(runs)} adapters", progress, done=done) as bar, step:
             bar.set_postfix_str("evaluating")
-            history.start()
-            if at_start is None:
+            if lean is None:  # blocks of our own are known to keep trials apart
                 _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
-                judge()
-            else:  # blocks of our own, whose trials are known to be independent
-                for part, loss in at_start.items():
-                    history.add_evaluation(part, [loss] * len(runs))
-            for number in range(1, config.steps + 1):
+            if paused is not None:
+                history.resume(paused)
+                step.resume(paused)
+            else:
+                history.start()
+                history.add_evaluations(at_start or _evaluations(model, judged, config, len(runs)))
+            for number in range(done + 1, (until or config.steps) + 1):
                 if not history.live:
                     break
                 started = time.perf_counter()
@@ -166,20 +176,28 @@ def fit_packed(
                 )
                 bar.set_postfix_str(history.status())
                 if config.evaluates(number):
-                    judge()
+                    history.add_evaluations(_evaluations(model, judged, config, len(runs)))
                 bar.update()
         return [
-            Result(error=history.errors[k]) if k in history.errors else Result(history.live[k], adapters.unpack(k))
+            Result(error=history.errors[k])
+            if k in history.errors
+            else Result(history.live[k], adapters.unpack(k), moments=step.moments(k) if until else {})
             for k in range(len(runs))
         ]
 
 
-def _losses_at_start(model: nn.Module, task: Task, config: TrainConfig, lean: Lean) -> dict[str, float]:
+def _evaluations(model: nn.Module, task: Task, config: TrainConfig, trials: int) -> dict[str, list[float]]:
+    """The losses of each trial by part; a loss that is one number, as before training, is that of all trials."""
+    sizes = config.batch_size, config.eval_examples, config.by_length
+    return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
+
+
+def _losses_at_start(
+    model: nn.Module, task: Task, config: TrainConfig, lean: Lean, trials: int
+) -> dict[str, list[float]]:
     """The losses before training, which are those of the base model for all trials, since their updates are zero."""
     loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
-    task = dataclasses.replace(task, loss=cast(Loss, loss))
-    sizes = config.batch_size, config.eval_examples, config.by_length
-    return {part: mean_loss(model, task, part, *sizes).item() for part in EVALUATED}
+    return _evaluations(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
 
 
 def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[str]:
@@ -281,10 +299,10 @@ class PackedAdapters:
             for base in (adapter.base for adapter in first.values())
             for shape in ((rank, base.in_features), (base.out_features, rank))
         ]
-        sizes = [math.prod(shape) for shape in shapes]
+        self.sizes, self.shapes = [math.prod(shape) for shape in shapes], shapes
         like = first[self.names[0]].lora_A  # for its dtype and device
-        self.values = like.new_zeros(count, sum(sizes))  # (20, N)
-        views = [part.unflatten(1, shape) for part, shape in zip(self.values.split(sizes, 1), shapes, strict=True)]
+        self.values = like.new_zeros(count, sum(self.sizes))  # (20, N)
+        views = [part.unflatten(1, shape) for part, shape in zip(self.values.split(self.sizes, 1), shapes, strict=True)]
         factors = dict(zip(self.names, zip(views[::2], views[1::2], strict=True), strict=True))
         for name, (A, _) in factors.items():
             for k, layers in enumerate(self.unpacked):
@@ -303,6 +321,14 @@ class PackedAdapters:
             layers[name] = PackedLinear(base, A[trials], B[trials], scaling)
             replace(model, name, layers[name])
         return Lane(model, trials, layers)
+
+    def parts(self, row: Tensor, k: int) -> dict[str, Tensor]:
+        """Views of trial k's row of a tensor like ``values``, without padding, named as in its adapter's state."""
+        views = [part.view(shape) for part, shape in zip(row.split(self.sizes), self.shapes, strict=True)]
+        rank = lora_of(self.runs[k]).rank
+        A = {f"{name}.lora_A": view[:rank] for name, view in zip(self.names, views[::2], strict=True)}  # (r, in)
+        B = {f"{name}.lora_B": view[:, :rank] for name, view in zip(self.names, views[1::2], strict=True)}  # (out, r)
+        return A | B
 
     @torch.no_grad()
     def unpack(self, k: int) -> dict[str, Tensor]:
@@ -425,6 +451,28 @@ class PackedStep(TrainingStep):
             )
         )  # (20,)
 
+    def moments(self, k: int) -> dict[str, dict[str, Tensor]]:
+        """AdamW's moments of trial k's adapter."""
+        rows, parameter = next(block for block in self.blocks if k < block[0].stop)
+        state, place = self.optimizer.state[parameter], k - rows.start
+        return {
+            moment: {name: part.clone() for name, part in self.adapters.parts(state[moment][place], k).items()}
+            for moment in MOMENTS
+        }
+
+    @torch.no_grad()
+    def resume(self, paused: Sequence[Result]) -> None:
+        """Take up the adapters and moments of trials that have paused at the same step."""
+        for rows, parameter in self.blocks:
+            done = parameter.new_tensor(len(paused[0].rows) - 1, dtype=torch.float32)  # ()
+            state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}  # (20, N) each
+            for k in range(rows.start, rows.stop):
+                for key, stored in {"adapter": paused[k].adapter, **paused[k].moments}.items():
+                    row = state.get(key, parameter)[k - rows.start]  # (N,)
+                    for name, part in self.adapters.parts(row, k).items():
+                        part.copy_(stored[name])
+            self.optimizer.state[parameter] = {"step": done, **state}
+
     @torch.no_grad()
     def end(self, k: int) -> None:
         """End trial k: its place computes the base model from now on, with updates of zero.
@@ -468,13 +516,19 @@ class PackedHistory:
         for history in self.live.values():
             history.start()
 
+    def resume(self, paused: Sequence[Result]) -> None:
+        """Go on from the rows of trials that have paused."""
+        for k, result in enumerate(paused):
+            self.live[k].rows = [dict(row) for row in result.rows]
+
     def add(self, step: int, **columns: Sequence[float]) -> None:
         """Append the row of a step to each live history: of each column, the trial's number."""
         self._update(lambda k, history: history.add(step, **{name: column[k] for name, column in columns.items()}))
 
-    def add_evaluation(self, part: str, losses: Sequence[float]) -> None:
+    def add_evaluations(self, losses: Mapping[str, Sequence[float]]) -> None:
         """Fill in ``<part>_loss`` in the last row of each live history."""
-        self._update(lambda k, history: history.add_evaluation(part, losses[k]))
+        for part, of_trials in losses.items():
+            self._update(lambda k, history, part=part, of=of_trials: history.add_evaluation(part, of[k]))
 
     def _update(self, update: Callable[[int, History], None]) -> None:
         for k, history in list(self.live.items()):

@@ -16,6 +16,7 @@ SCHEMA = 1
 # Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
 OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
+STOPPED = "stopped"  # the outcome of a trial that halving has stopped
 SCORE = "score_"  # how the columns of a judge's scores begin
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
 
@@ -26,12 +27,13 @@ def load(folder: str | Path):
     Returns:
         A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
         seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and the method's other settings; the trial's
-        options; ``outcome`` ("done" or "failed") and, if failed or not judged, the ``reason``; ``step``;
+        options; ``outcome`` ("done", "failed" or "stopped") and, if not done or not judged, the ``reason``; ``step``;
         ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
         :meth:`lora_lab.history.History.curve`) at that step, and after the last one ``test_loss`` and the judge's
         scores; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
         ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
-        losses.
+        losses. One that halving has stopped has the rows up to there, or such a row if it was not begun; it has no
+        test loss.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no result.
@@ -50,7 +52,8 @@ def stored_results(
     """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
 
     Args:
-        judged: whether scores are needed; results that have neither scores nor weights are then left out.
+        judged: whether scores are needed; results that have neither scores nor weights are then left out, unless the
+            trial has failed or was stopped.
     """
     if folder is None:
         return {}, {}
@@ -60,7 +63,7 @@ def stored_results(
     if not judged:
         return results, {}
     complete = {
-        key: result for key, result in results.items() if result["scores"] is not None or result["outcome"] == "failed"
+        key: result for key, result in results.items() if result["scores"] is not None or result["outcome"] != "done"
     }
     unjudged = {
         key: result for key, result in results.items() if key not in complete and weights_path(folder, key).is_file()
@@ -121,8 +124,12 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
         if not isinstance(reason, str) or any(result[name] is not None for name in ("history", "test_loss", "scores")):
             raise ValueError("a trial that failed must have a reason, and neither history, test_loss nor scores")
         return
+    if result["outcome"] == STOPPED:
+        _check_stopped(result, trial)
+        return
     if result["outcome"] != "done":
-        raise ValueError(f"outcome is {reprlib.repr(result['outcome'])}, but it must be 'done' or 'failed'")
+        expected = f"'done', 'failed' or {STOPPED!r}"
+        raise ValueError(f"outcome is {reprlib.repr(result['outcome'])}, but it must be {expected}")
     if reason is not None and not isinstance(reason, str):
         raise ValueError(f"reason is {reprlib.repr(reason)}, but it must be a text or nothing")
     if not is_number(result["test_loss"]):
@@ -134,6 +141,15 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
         raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
     if rows[-1]["validation_loss"] is None:
         raise ValueError("the last row of the history has no validation_loss")
+
+
+def _check_stopped(result: dict[str, Any], trial: Trial) -> None:
+    if not isinstance(result["reason"], str) or result["test_loss"] is not None or result["scores"] is not None:
+        raise ValueError("a trial that was stopped must have a reason, and neither test_loss nor scores")
+    if result["history"] is not None:
+        rows = History.from_dict(result["history"]).rows
+        if not 0 < len(rows) <= trial.steps:
+            raise ValueError(f"the history has {len(rows)} rows, but it was stopped before step {trial.steps}")
 
 
 def _is_score(value: Any) -> bool:
@@ -167,7 +183,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     provenance = {name: result["provenance"].get(name) for name in PROVENANCE}
     fixed = {"key": result["key"], **method, **texts, **trial, **provenance}
     fixed |= {"outcome": result["outcome"], "reason": result["reason"] or ""}
-    if result["outcome"] == "failed":
+    if result["history"] is None:
         yield fixed
         return
     history, seconds = History(**result["history"]), 0.0

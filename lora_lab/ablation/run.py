@@ -19,16 +19,18 @@ import multiprocessing
 import os
 import platform
 import reprlib
+import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import joblib
 import torch
@@ -36,14 +38,17 @@ from joblib.externals.loky import BrokenProcessPool
 from joblib.parallel import get_active_backend
 from torch import Tensor, nn
 
+from lora_lab import checkpoint
 from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packing import plan
-from lora_lab.ablation.results import SCHEMA, stored_results, table, weights_path
+from lora_lab.ablation.results import SCHEMA, STOPPED, stored_results, table, weights_path
 from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
 from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History, is_number
-from lora_lab.inject import lora_layers
+from lora_lab.inject import adapter_state, lora_layers
+from lora_lab.system.device import own_randomness
 from lora_lab.system.files import check_writable, write_json
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
@@ -67,6 +72,7 @@ def ablate(
     judge: Judge | None = None,
     progress: bool | None = None,
     timeout_s: float = 24 * 3600,
+    halving: Halving | None = None,
 ):
     """Run the trials that the folder does not hold yet, and return all of them as a table.
 
@@ -97,14 +103,18 @@ def ablate(
         progress: show a bar; default only where a person is looking.
         timeout_s: seconds without any trial ending after which to give up on the workers; default a day. It ends
             the wait for a worker that joined a cluster later and cannot answer.
+        halving: stops trials at learning rates that validation rules out
+            (:mod:`lora_lab.ablation.halving`). They are stored as "stopped", with the reason, and without test loss; a
+            call without ``halving`` runs them to the end, from their start. Trials that pause keep a checkpoint in
+            ``folder/paused``, which all workers must reach.
 
     Returns:
         The DataFrame that :func:`lora_lab.ablation.load` describes, of these trials alone.
 
     Raises:
         ValueError: no trials, a value that is not known, a model_factory that makes no model, a trial of another
-            task or model, a damaged file, a backend of threads, or ``engine="packed"`` and a trial that cannot be
-            packed.
+            task or model, a damaged file, a backend of threads, ``engine="packed"`` and a trial that cannot be
+            packed, or ``halving`` and trials that are not evaluated at any rung.
         RuntimeError: a worker cannot import lora_lab, has another version of it, makes another model or task, was
             ended by the system, or did not answer for ``timeout_s``; or the judge failed, or returned anything but
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
@@ -127,14 +137,28 @@ def ablate(
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
     requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
     results, unjudged = stored_results(folder, requested, judge is not None)
+    stopped = {key: results.pop(key) for key in [*results] if results[key]["outcome"] == STOPPED}
     missing = [trial for trial in requested if trial.key not in results and trial.key not in unjudged]
-    works, timeout = [], None
+    workers, timeout = 1, None
     if missing:
         if folder is not None:
             check_writable(folder)
         workers, timeout = _workers(n_jobs, timeout_s)
-        parcels = plan(model, data, missing, engine, budget_bytes, workers)
-        works = [_Work(make, task, parcel, together, engine, _here(), judge) for parcel, together in parcels]
+
+    def parcels(model: nn.Module, trials: Sequence[Trial], pause: _Pause | None = None) -> list[_Work]:
+        planned = plan(model, data, trials, engine, budget_bytes, workers) if trials else []
+        return [_Work(make, task, part, together, engine, _here(), judge, pause) for part, together in planned]
+
+    if halving is None:
+        arriving = _results(parcels(model, missing), n_jobs, timeout)
+    else:
+        halving.check(requested)
+
+        def train(trials: Sequence[Trial], pause: _Pause) -> Generator[_Arrival]:
+            return _results(parcels(make(), trials, pause), n_jobs, timeout)
+
+        device, known = next(model.parameters()).device, {**results, **unjudged, **stopped}
+        arriving = _in_rounds(halving, requested, known, folder, device, train)
     del model  # each process makes its own
     rescored = (
         _judge_again(_Work(make, task, [trial], False, engine, _here()), judge, unjudged[trial.key], folder)
@@ -143,7 +167,7 @@ def ablate(
     )
     failures: dict[str, _Failure] = {}
     bar = progress_bar(len(requested), "trials", progress, unit="trial", done=len(results))
-    with bar, closing(_results(works, n_jobs, timeout)) as arriving:
+    with bar, closing(arriving):
         for arrival in itertools.chain(rescored, arriving):
             key = arrival.result["key"]
             results[key] = arrival.result
@@ -171,6 +195,52 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
+
+
+def _in_rounds(
+    halving: Halving,
+    trials: Iterable[Trial],
+    results: dict[str, dict[str, Any]],
+    folder: Path | None,
+    device: torch.device,
+    train: Callable[[Sequence[Trial], _Pause], Generator[_Arrival]],
+) -> Generator[_Arrival]:
+    """The results of a sweep with halving: of each trial as it ends, and last of those that were stopped.
+
+    What is decided depends on losses alone, so a sweep that is started again decides the same.
+
+    Args:
+        halving: the rule.
+        trials: all trials of the sweep.
+        results: what is stored of them, by key.
+        folder: of the sweep.
+        device: where the trials train.
+        train: trains trials to where they pause, or to the end.
+    """
+    results = dict(results)
+    with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
+        paused = Path(place).resolve() / PAUSED  # workers may run elsewhere
+
+        def forget(key: str) -> None:
+            shutil.rmtree(paused / key, ignore_errors=True)
+            with suppress(OSError):  # others are still paused
+                paused.rmdir()
+
+        while True:
+            due, stopped = next_round(halving, trials, results)
+            if not due:
+                break
+            for until, waiting in due.items():
+                with closing(train(waiting, _Pause(paused, until))) as arriving:
+                    for arrival in arriving:
+                        results[arrival.result["key"]] = arrival.result
+                        if arrival.result["outcome"] != PAUSED:
+                            yield arrival  # the caller writes it
+                            forget(arrival.result["key"])
+        for trial, reason in stopped.items():
+            so_far = results.get(trial.key) or _Outcome(trial, device).result("not begun", 0.0)
+            yield _Arrival(so_far | {"outcome": STOPPED, "reason": reason})
+            forget(trial.key)
 
 
 # Where trials run
@@ -268,6 +338,7 @@ class _Work:
     engine: str
     home: tuple[str, int]
     judge: Judge | None = None
+    pause: _Pause | None = None
 
     def model(self) -> nn.Module:
         """A fresh model.
@@ -282,6 +353,36 @@ class _Work:
                 f"{self.trials[0].model}; seed its weights, and use the same files and versions everywhere."
             )
         return model
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """Where trials pause, and where their checkpoints are.
+
+    Args:
+        folder: of the checkpoints, a folder for each trial.
+        until: the step after which to pause; None is not to.
+    """
+
+    folder: Path
+    until: int | None
+
+    def checkpoint_dir(self, trial: Trial) -> Path:
+        """The folder of a trial's checkpoint."""
+        return self.folder / trial.key
+
+    def stored(self, trial: Trial) -> History | None:
+        """The history of a trial as far as its checkpoint."""
+        return checkpoint.stored_history(self.checkpoint_dir(trial))
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Raise :class:`_PausedError` after the step; its checkpoint has been written by then."""
+        if row["step"] == self.until:
+            raise _PausedError
+
+
+class _PausedError(Exception):
+    """A trial has come to where it is to pause."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -365,6 +466,7 @@ class _Outcome:
     scores: Mapping[str, float | str] | None = None
     reason: str | None = None
     failure: _Failure | None = None  # of its judge
+    paused: bool = False
 
     def result(self, engine: str, seconds: float) -> dict[str, Any]:
         """What its file holds."""
@@ -373,7 +475,7 @@ class _Outcome:
             "schema": SCHEMA,
             "key": self.trial.key,
             "trial": self.trial.to_dict(),
-            "outcome": "done" if self.reason is None else "failed",
+            "outcome": PAUSED if self.paused else "done" if self.reason is None else "failed",
             "reason": self.reason if self.failure is None else self.failure.reason,
             "history": None if self.history is None else dict(vars(self.history)),
             "test_loss": self.test_loss,
@@ -425,28 +527,74 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
 
 
 def _run_one(work: _Work, model: nn.Module, task: Task, trial: Trial) -> _Outcome:
+    device, pause, options = next(model.parameters()).device, work.pause, {}
+    if pause is not None:
+        stored = pause.stored(trial)
+        if pause.until is not None and stored is not None and len(stored.rows) > pause.until:
+            return _Outcome(trial, device, stored, paused=True)
+        options = {"checkpoint_dir": pause.checkpoint_dir(trial), "checkpoint_every": pause.until or trial.steps}
+        options["on_row"] = pause.on_row
     try:
-        history = fit(model, task, trial.method, config=trial, progress=False)
+        history = fit(model, task, trial.method, config=trial, progress=False, **options)
+    except _PausedError:
+        return _Outcome(trial, device, pause and pause.stored(trial), paused=True)
     except DivergedError as error:
-        return _Outcome(trial, next(model.parameters()).device, reason=str(error))
+        return _Outcome(trial, device, reason=str(error))
     return _judged(work, trial, model, task, history)
 
 
 def _run_pack(work: _Work, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Outcome]:
+    pause, until = work.pause, None if work.pause is None else work.pause.until
+    parts: dict[int, list[Trial]] = {}
+    for trial in trials:  # after an interrupt some are further than others
+        stored = None if pause is None else pause.stored(trial)
+        parts.setdefault(0 if stored is None else len(stored.rows) - 1, []).append(trial)
     outcomes = []
-    results = packed.fit_packed(model, task, trials, config=trials[0], progress=False)
-    for trial, result in zip(trials, results, strict=True):
-        if result.history is None:
-            outcomes.append(_Outcome(trial, next(model.parameters()).device, reason=str(result.error)))
-            continue
-        student = copy_sharing_weights(model)  # shares the frozen weights
-        make_step(student, task.loss, trial.method, trial)  # as fit would have left it
-        with torch.no_grad():
-            for name, layer in lora_layers(student, required=True).items():
-                for part in layer.parts:
-                    getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
-        outcomes.append(_judged(work, trial, student, task, result.history))
+    for done, part in parts.items():
+        paused = [_paused_result(pause, model, task, trial) for trial in part] if pause and done else None
+        if paused is None or until is None or done < until:
+            options = {"paused": paused, "until": until} if pause else {}
+            results = packed.fit_packed(model, task, part, config=part[0], progress=False, **options)
+        else:
+            results = paused
+        outcomes += [_of_pack(work, model, task, *each) for each in zip(part, results, strict=True)]
     return outcomes
+
+
+def _of_pack(work: _Work, model: nn.Module, task: Task, trial: Trial, result: packed.Result) -> _Outcome:
+    if result.history is None:
+        return _Outcome(trial, next(model.parameters()).device, reason=str(result.error))
+    student = copy_sharing_weights(model)  # shares the frozen weights
+    optimizer = make_step(student, task.loss, trial.method, trial).optimizer  # as fit would have left it
+    with torch.no_grad():
+        for name, layer in lora_layers(student, required=True).items():
+            for part in layer.parts:
+                getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
+    if work.pause is None or work.pause.until is None:
+        return _judged(work, trial, student, task, result.history)
+    for name, parameter in _trainable(student):
+        moments = {moment: parts[name] for moment, parts in result.moments.items()}
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(result.rows) - 1)), **moments}
+    # Without "packed", which fit does not know, so that it can go on from there too.
+    settings = {name: value for name, value in result.history.settings.items() if name != "packed"}
+    history = replace(result.history, settings=settings)
+    checkpoint.save(work.pause.checkpoint_dir(trial), student, optimizer, history)
+    return _Outcome(trial, next(model.parameters()).device, result.history, paused=True)
+
+
+def _paused_result(pause: _Pause, model: nn.Module, task: Task, trial: Trial) -> packed.Result:
+    """What a pack, or fit, had reached with a trial."""
+    student, history = copy_sharing_weights(model), cast(History, pause.stored(trial))
+    optimizer = make_step(student, task.loss, trial.method, trial).optimizer
+    with own_randomness(next(model.parameters()).device, trial.seed):
+        checkpoint.resume(pause.checkpoint_dir(trial), student, optimizer, history)
+    parameters = _trainable(student)
+    moments = {m: {name: optimizer.state[parameter][m] for name, parameter in parameters} for m in packed.MOMENTS}
+    return packed.Result(history, adapter_state(student), moments=moments)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Outcome:

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
+from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE, STOPPED
 
 if TYPE_CHECKING:
     import pandas
@@ -191,7 +191,7 @@ class _Choice:
 
 
 def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
-    """One row for each trial of the method: its last evaluation, or its failure."""
+    """One row for each trial of the method: its last evaluation, its failure, or its first row if it was stopped."""
     if missing := [name for name in _NEEDED if name not in frame]:
         raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
     with_ranks = frame[frame["rank"].notna()]
@@ -201,7 +201,9 @@ def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     if method not in methods:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     of_method = with_ranks[with_ranks["method"] == method]
-    rows = of_method[(of_method["outcome"] == "failed") | (of_method["step"] == of_method["steps"])]
+    # Of a stopped trial its settings and rate count, no loss.
+    first = (of_method["outcome"] == STOPPED) & ~(of_method["step"] > 0)
+    rows = of_method[(of_method["outcome"] == "failed") | first | (of_method["step"] == of_method["steps"])]
     for name in map(str, rows):
         if name not in _MAY_VARY and not name.startswith(SCORE):
             _one_value(rows, name, "")
@@ -234,12 +236,13 @@ def _choose(rows: pandas.DataFrame, seeds: Sequence[int]) -> _Choice:
         trials = rows[rows["lr"] == lr]
         done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
         losses = dict(zip(map(int, done["seed"]), map(float, done["test_loss"]), strict=True))
-        failed = sorted(set(map(int, trials["seed"])) - set(losses))
-        missing = sorted(set(seeds) - set(losses) - set(failed))
+        stopped = set(map(int, trials.loc[trials["outcome"] == STOPPED, "seed"]))
+        failed = sorted(set(map(int, trials["seed"])) - set(losses) - stopped)
+        missing = sorted(set(seeds) - set(losses) - set(failed) - stopped)
         gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
         if gaps:
             incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
-        else:
+        elif not stopped:  # validation has ruled it out already
             complete.append((statistics.fmean(done["validation_loss"]), lr, {seed: losses[seed] for seed in seeds}))
     note = ", ".join(incomplete)
     if not complete:

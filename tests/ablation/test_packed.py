@@ -1032,3 +1032,45 @@ def test_no_share_is_empty_or_too_large():
 def test_the_scalings_of_a_packed_layer_are_no_part_of_a_models_state():
     layer = PackedLinear(nn.Linear(6, 4), torch.ones(3, 2, 6), torch.ones(3, 4, 2), torch.ones(3))
     assert set(layer.state_dict()) == {"base.weight", "base.bias", "lora_A", "lora_B"}
+
+
+# Pausing
+
+
+def test_a_pack_that_paused_goes_on_bit_for_bit():
+    task, options = pictures(), {"steps": 6, "batch_size": 4, "eval_every": 3, "progress": False}
+    whole = fit_packed(DigitsMLP(width=16), task, RUNS, **options)
+    paused = fit_packed(DigitsMLP(width=16), task, RUNS, until=3, **options)
+    assert [len(result.rows) for result in paused] == [4] * len(RUNS)
+    later = fit_packed(DigitsMLP(width=16), task, RUNS, paused=paused, **options)
+
+    def losses(results):
+        return [[row[name] for name in (*LOSSES, "lr", "grad_norm")] for result in results for row in result.rows]
+
+    assert losses(later) == losses(whole)
+    for result, expected in zip(later, whole, strict=True):
+        assert result.adapter.keys() == expected.adapter.keys()
+        assert all(torch.equal(value, expected.adapter[name]) for name, value in result.adapter.items())
+    for moment in packed.MOMENTS:  # each of them counts
+        changed = copy.deepcopy(paused)
+        for result in changed:
+            result.moments[moment] = {name: 1 + value for name, value in result.moments[moment].items()}
+        assert losses(fit_packed(DigitsMLP(width=16), task, RUNS, paused=changed, **options)) != losses(whole)
+    alone = fit_packed(DigitsMLP(width=16), task, RUNS[1:2], paused=paused[1:2], **options)  # and in another pack
+    assert alone[0].rows[-1]["validation_loss"] == pytest.approx(whole[1].rows[-1]["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}], ids=str
+)
+def test_a_pack_of_another_step_that_paused_goes_on_bit_for_bit(tiny_config, options):
+    def losses(**more):
+        results = fit_packed(Llama(tiny_config), sentences(), RUNS[:3], **OPTIONS | options, **more)
+        return results, [[row["train_loss"] for row in result.rows] for result in results]
+
+    whole, expected = losses()
+    paused, first = losses(until=2)
+    later, continued = losses(paused=paused)
+    assert (continued, [len(rows) for rows in first]) == (expected, [3] * 3)
+    for result, other in zip(later, whole, strict=True):
+        assert all(torch.equal(value, other.adapter[name]) for name, value in result.adapter.items())

@@ -824,7 +824,7 @@ def test_whatever_stands_in_a_result_it_is_read_or_refused_in_a_sentence(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"outcome": "banana"}, "outcome is 'banana', but it must be 'done' or 'failed'"),
+        ({"outcome": "banana"}, "outcome is 'banana', but it must be 'done', 'failed' or 'stopped'"),
         ({"test_loss": None}, "test_loss is None, but it must be a finite number"),
         ({"test_loss": math.nan}, "test_loss is nan"),
         ({"history": None}, "The content is a NoneType, but it must be an object"),

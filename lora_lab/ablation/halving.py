@@ -1,0 +1,313 @@
+"""Stop trials that validation rules out: the learning rates of a group are compared while they train.
+
+    frame = ablate(model, task, grid, "runs/ranks", halving=Halving())
+
+Trials that differ in learning rate and seed alone form a group, such as a rank. All rates of a group train to a rung,
+the ones that cannot become the best any more are stopped, and the others go on to the next rung. This is successive
+halving (Jamieson and Talwalkar 2016, arXiv 1502.07943, section 3; Li et al. 2018, Hyperband, JMLR 18, section 3) with
+two conditions more. Rates are compared by their mean validation loss over the seeds, and one that trails the best is
+stopped only if
+
+1. the difference is beyond the noise of the seeds: the one-sided 95 % lower bound of the paired differences d_s is
+   above the slack, and
+2. it is not catching up. A high rate falls fast and may end worse, so the lead at a rung is not enough. From
+   the step h at half the rung's step n, the difference is followed on a straight line in the logarithm of the step to
+   the last step N, and its mean must be above the slack there too:
+
+       d_s(N) = d_s(n) + (d_s(n) - d_s(h)) * log(N / n) / log(n / h)
+
+   h is not within the warm-up, where no rate has come to its peak yet.
+
+Every trial keeps the learning-rate schedule of its full number of steps, and trials are compared at equal steps. Test
+losses take no part. A rate with a seed that failed cannot be chosen, so its other seeds are stopped too, unless every
+rate has failed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.results import SCORE, STOPPED
+from lora_lab.ablation.stats import CONFIDENCE, t_bounds
+
+if TYPE_CHECKING:
+    import pandas
+
+PAUSED = "paused"  # the outcome of a trial that waits at a rung, and the folder of its checkpoint in the sweep's
+Curves = Mapping[float, Mapping[int, Mapping[int, float]]]  # rate -> seed -> step -> validation loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the trials of a group have in common.
+
+    Args:
+        steps: of a whole trial.
+        warmup: steps of warm-up. No rate has come to its peak before its end.
+        evaluated: the steps with a validation loss, ascending.
+    """
+
+    steps: int
+    warmup: int
+    evaluated: Sequence[int]
+
+    @classmethod
+    def of(cls, trial: Trial) -> Plan:
+        """A trial's plan."""
+        evaluated = [step for step in range(1, trial.steps + 1) if trial.evaluates(step)]
+        return cls(trial.steps, trial.warmup_steps, evaluated)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which rates of a group are stopped, as far as it has trained.
+
+    Args:
+        stopped: rate -> the step and the reason, in words. The step is None if another seed failed.
+        until: the step to which the other rates must train before the next decision; None is to the end.
+    """
+
+    stopped: dict[float, tuple[int | None, str]]
+    until: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """When the rates of a group are compared, and which of them are stopped.
+
+    Args:
+        rungs: where rates are compared, as shares of a trial's steps; each is at the first evaluation from there on. A
+            rung needs an earlier evaluation too, between the end of the warm-up and half its step.
+        keep: the share of the rates left that always goes on from a rung, the best ones; at least one.
+        slack: a rate is never stopped for a difference up to this, in the task's unit of loss.
+        choose: how many of a group's seeds choose the rate, from its first; default: all. The others train only at
+            the rates that are left after the last rung. One seed is cheap, but shows no noise, so that near ties are
+            decided by chance: give a ``slack`` then, such as the margin of the verdict.
+        best_so_far: compare the lowest validation losses so far, where training is to be stopped early at its best
+            step (:mod:`lora_lab.ablation.overfitting`), and not those at the rung.
+        cautious: whether noise and trend count. Without, all rates but the best ``keep`` are stopped at each rung, as
+            in the papers.
+
+    Raises:
+        ValueError: a number is out of range, or there is no rung.
+    """
+
+    rungs: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
+    keep: float = 0.25
+    slack: float = 0.0
+    choose: int | None = None
+    best_so_far: bool = False
+    cautious: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rungs", tuple(self.rungs))
+        if not self.rungs or not all(0 < rung < 1 for rung in self.rungs) or sorted(self.rungs) != [*self.rungs]:
+            raise ValueError(f"rungs is {self.rungs!r}, but it must be shares of the steps between 0 and 1, ascending.")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep is {self.keep!r}, but it must be a share from 0 to 1.")
+        if not 0 <= self.slack < math.inf:
+            raise ValueError(f"slack is {self.slack!r}, but it must be 0 or a positive loss.")
+        if self.choose is not None and self.choose < 1:
+            raise ValueError(f"choose is {self.choose!r}, but it must be at least 1, or None for all seeds.")
+
+    def check(self, trials: Iterable[Trial]) -> None:
+        """Raise ValueError if the rates of some group are not evaluated at any rung."""
+        for first, *others in _groups(trials):
+            if any(trial.lr != first.lr for trial in others) and not self.rungs_at(Plan.of(first)):
+                raise ValueError(
+                    f"eval_every is {first.eval_every} for {first.steps} steps, {first.warmup} of them warm-up, so "
+                    "there is no rung at which learning rates can be compared; use "
+                    f"eval_every={max(1, first.steps // 10)}, a shorter warm-up, or no halving."
+                )
+
+    def choosing(self, seeds: Iterable[int]) -> list[int]:
+        """Those of a group's seeds that choose the rate."""
+        return [*dict.fromkeys(seeds)][: self.choose]
+
+    def rungs_at(self, plan: Plan) -> list[tuple[int, int | None]]:
+        """The steps of the rungs, each with the evaluation from which the trend is followed."""
+        rungs = {}
+        for share in self.rungs:
+            step = next((each for each in plan.evaluated if each >= share * plan.steps), plan.steps)
+            earlier = [each for each in plan.evaluated if max(1, plan.warmup) <= each <= step / 2]
+            if step < plan.steps and (earlier or not self.cautious):
+                rungs[step] = earlier[-1] if earlier else None
+        return list(rungs.items())
+
+    def decide(self, curves: Curves, plan: Plan, failed: Collection[float] = ()) -> Decision:
+        """Which rates are stopped; the same answer for the same curves, however far they go beyond the rungs.
+
+        Args:
+            curves: of the seeds that choose, as far as they are known.
+            plan: of the trials.
+            failed: rates with a seed that failed.
+        """
+        reason = "another seed failed at this learning rate, so it cannot be chosen"
+        stopped: dict[float, tuple[int | None, str]] = {lr: (None, reason) for lr in failed}
+        left = {lr: by_seed for lr, by_seed in sorted(curves.items()) if lr not in failed}
+        if not left:  # nothing can be chosen, and what can be known is still worth knowing
+            return Decision({}, None)
+        for step, earlier in self.rungs_at(plan):
+            if len(left) < 2:
+                break
+            if any(step not in curve for by_seed in left.values() for curve in by_seed.values()):
+                return Decision(stopped, step)
+            for lr, reason in self._ruled_out(left, step, earlier, plan.steps):
+                stopped[lr] = step, reason
+                del left[lr]
+        return Decision(stopped, None)
+
+    def _ruled_out(self, curves: Curves, step: int, earlier: int | None, steps: int) -> list[tuple[float, str]]:
+        """The rates to stop at a rung, with reasons."""
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in curves.values())))
+        if not seeds:
+            return []
+
+        def loss(lr: float, seed: int, at: int) -> float:
+            curve = curves[lr][seed]
+            return min(value for each, value in curve.items() if each <= at) if self.best_so_far else curve[at]
+
+        means = {lr: statistics.fmean(loss(lr, seed, step) for seed in seeds) for lr in curves}
+        best, *others = sorted(means, key=lambda lr: (means[lr], lr))
+        stopped = []
+        for lr in others[max(1, math.ceil(self.keep * len(means))) - 1 :]:
+            now = [loss(lr, seed, step) - loss(best, seed, step) for seed in seeds]
+            reason = (
+                f"validation loss {means[lr]:.4g} after {step} of {steps} steps, {statistics.fmean(now):.2g} above "
+                f"learning rate {best:g}"
+            )
+            if self.cautious and earlier is not None:
+                log_steps = math.log(steps / step) / math.log(step / earlier)
+                at_end = []
+                for seed, difference in zip(seeds, now, strict=True):
+                    if self.best_so_far:  # the best rate may have had its best already
+                        curve = curves[lr][seed]
+                        fall = (curve[earlier] - curve[step]) * log_steps
+                        at_end.append(min(difference, curve[step] - fall - loss(best, seed, step)))
+                    else:
+                        before = loss(lr, seed, earlier) - loss(best, seed, earlier)
+                        at_end.append(difference + (difference - before) * log_steps)
+                mean, lower, _ = t_bounds(now)
+                lower, expected = mean if lower is None else lower, statistics.fmean(at_end)
+                if min(lower, expected) <= self.slack:
+                    continue
+                sure = f", at least {lower:.2g} with {CONFIDENCE:.0%} confidence" if len(seeds) > 1 else ""
+                reason += f"{sure}, and by the trend {expected:.2g} after the last step"
+            stopped.append((lr, f"{reason}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"))
+        return stopped
+
+
+def next_round(
+    halving: Halving, trials: Iterable[Trial], results: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[int | None, list[Trial]], dict[Trial, str]]:
+    """What a sweep does next: the trials that must train, by the step to which (None is the end), and those stopped.
+
+    Args:
+        halving: the rule.
+        trials: of the sweep.
+        results: of the trials that have begun, by key: "outcome" and "history", as in their files.
+
+    Returns:
+        The trials to train, and those that are stopped for now with the reasons. (A rate that fails after its rivals
+        were stopped lets them go on.)
+    """
+    due: dict[int | None, list[Trial]] = {}
+    stopped = {}
+    for group in _groups(trials):
+        choosing = halving.choosing([trial.seed for trial in group])
+        outcomes = {trial: results[trial.key]["outcome"] if trial.key in results else "" for trial in group}
+        curves: dict[float, dict[int, dict[int, float]]] = {}
+        for trial in group:
+            if trial.seed in choosing:
+                curves.setdefault(trial.lr, {})[trial.seed] = _curve(results.get(trial.key))
+        failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
+        decision = halving.decide(curves, Plan.of(group[0]), failed)
+        until = decision.until
+        for trial in group:
+            if outcomes[trial] in ("done", "failed"):
+                continue
+            if trial.lr in decision.stopped:
+                stopped[trial] = decision.stopped[trial.lr][1]
+            elif until is None or (trial.seed in choosing and until not in curves[trial.lr][trial.seed]):
+                due.setdefault(until, []).append(trial)
+    return due, stopped
+
+
+def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
+    """Trials that differ in learning rate and seed alone, together."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(str(sorted((trial.to_dict() | {"lr": None, "seed": None}).items())), []).append(trial)
+    return [*groups.values()]
+
+
+def _curve(result: Mapping[str, Any] | None) -> dict[int, float]:
+    """The validation losses by step, as far as they are known."""
+    rows = result["history"]["rows"] if result and result["history"] else []
+    return {row["step"]: row["validation_loss"] for row in rows if row["validation_loss"] is not None}
+
+
+def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("method", "rank")) -> pandas.DataFrame:
+    """The frame that :func:`lora_lab.ablation.ablate` would have returned with ``halving``, from one without.
+
+    Args:
+        frame: what ablate returned, each trial evaluated several times. Without a column ``warmup``, a tenth of the
+            steps is the warm-up.
+        group: the columns that the rates and seeds of a group have in common.
+
+    Raises:
+        ValueError: no trial was evaluated where a rung could be.
+    """
+    import pandas
+
+    parts, rungs = [], 0
+    for _, of_group in frame.groupby([*group], sort=False, dropna=False):
+        first = of_group.iloc[0]
+        steps = int(first["steps"])
+        curves: dict[float, dict[int, dict[int, float]]] = {}
+        done = of_group[of_group["outcome"] == "done"]
+        for lr, seed, step, loss in done[["lr", "seed", "step", "validation_loss"]].itertuples(index=False):
+            curves.setdefault(float(lr), {}).setdefault(int(seed), {})[int(step)] = float(loss)
+        failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
+        seeds = halving.choosing(sorted(of_group["seed"]))
+        chosen = {lr: {seed: by_seed[seed] for seed in seeds if seed in by_seed} for lr, by_seed in curves.items()}
+        steps_of = [set(curve) for by_seed in chosen.values() for curve in by_seed.values()]
+        evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
+        plan = Plan(steps, int(first["warmup"]) if "warmup" in first else steps // 10, evaluated)
+        rungs += len(halving.rungs_at(plan))
+        for lr, (step, reason) in halving.decide(chosen, plan, failed).stopped.items():
+            if step is not None:  # when a seed failed is not recorded, so the others count in full
+                of_group = _stopped(of_group, lr, seeds, step, reason)
+        parts.append(of_group)
+    if not rungs:
+        raise ValueError(
+            f"These trials were evaluated at the steps {sorted(set(map(int, frame['step'].dropna())))} only, so "
+            "nothing can be stopped between; run them with a smaller eval_every."
+        )
+    return pandas.concat(parts, ignore_index=True)
+
+
+def _stopped(frame: pandas.DataFrame, lr: float, choosing: Collection[int], step: int, reason: str) -> pandas.DataFrame:
+    """The frame with the trials of a rate stopped at a step, or not begun for the seeds that do not choose."""
+    import pandas
+
+    of_rate = frame["lr"] == lr
+    stopped = frame[of_rate & (frame["step"] <= frame["seed"].isin(choosing) * step)].copy()
+    results = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
+    stopped[["outcome", "reason"]] = STOPPED, reason
+    stopped[results] = math.nan
+    return pandas.concat([frame[~of_rate], stopped])
+
+
+def share_of_steps(frame: pandas.DataFrame) -> float:
+    """The steps that a frame's trials took, as a share of those that they were to take; failed ones count in full."""
+    last = frame.assign(taken=frame["step"].where(frame["outcome"] == STOPPED, frame["steps"]).fillna(0))
+    names = ("key",) if "key" in frame else ("n_train", "setup", "method", "rank", "lr", "seed")
+    identity = [name for name in names if name in frame]
+    last = last.groupby(identity, dropna=False)[["taken", "steps"]].max()
+    return float(last["taken"].sum() / last["steps"].sum())

@@ -1,0 +1,403 @@
+"""Halving: what it stops, by curves worked by hand; that a sweep does what a replay says; what must not fool it."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+
+from lora_lab import FullFineTuning, LoRA, fit
+from lora_lab.ablation import Grid, Halving, Trial, ablate, load, overfitting, run, smallest_sufficient_rank
+from lora_lab.ablation.halving import Plan, next_round, replay, share_of_steps
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.records import load_all
+from lora_lab.tasks import planted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = functools.partial(DigitsMLP, width=16)
+PLAN = Plan(40, 4, [5, 10, 20, 40])
+RUNGS = Halving(rungs=[0.25])  # of 40 steps: step 10, with the trend from step 5
+PLAIN = Halving(rungs=[0.25], cautious=False)
+CAUTIOUS = Halving(rungs=[0.2, 0.5])  # of a sweep's trials: steps 4 and 10, with the trend from steps 2 and 4
+COLUMNS = ["method", "rank", "lr", "seed", "outcome", "reason", "step", "validation_loss", "test_loss"]
+
+
+def curves(rates):
+    """Curves from losses at the steps 5 and 10: rate -> a pair of them for each seed."""
+    return {
+        lr: {i: dict(zip((5, 10), pair, strict=True)) for i, pair in enumerate(pairs)} for lr, pairs in rates.items()
+    }
+
+
+def stopped(rates, halving=RUNGS, **options):
+    """The rates that are stopped, in order of rate."""
+    return sorted(halving.decide(curves(rates), PLAN, **options).stopped)
+
+
+def grid(ranks=(2,), lrs=(1e-3, 1e-2, 0.3), seeds=(0, 1, 2), **options):
+    return Grid(ranks, lrs, seeds, **{"steps": 20, "batch_size": 4, "alpha_per_rank": 2, "eval_every": 2} | options)
+
+
+@functools.cache
+def task():
+    return planted(MODEL(), n_train=64)
+
+
+def sweep(trials, folder=None, halving=CAUTIOUS, **options):
+    options = {"engine": "separate", "progress": False, **options}
+    return ablate(MODEL, task(), trials, folder, halving=halving, **options)
+
+
+@functools.cache
+def uninterrupted(halving):
+    """The table of the sweep without a folder."""
+    return sweep(grid(), halving=halving)
+
+
+def same(frame, other):
+    frames = [each[COLUMNS].sort_values([*COLUMNS[:4], "step"], ignore_index=True) for each in (frame, other)]
+    assert_frame_equal(*frames, check_dtype=False)
+
+
+def close(frame, other):
+    """The same outcomes, and losses up to rounding, which grows with the steps at high rates."""
+    exact = [*COLUMNS[:5], "step"]
+    assert_frame_equal(frame[exact], other[exact])
+    low = frame.lr < 0.1
+    np.testing.assert_allclose(frame.validation_loss[low], other.validation_loss[low], rtol=1e-3)
+
+
+# The rule
+
+
+def test_rungs_are_at_the_first_evaluation_from_their_share_on_and_need_one_at_half_their_step():
+    halving = Halving(rungs=[0.1, 0.3, 0.9])
+    assert halving.rungs_at(Plan(100, 0, [10, 20, 30, 40, 50, 90, 100])) == [(30, 10), (90, 40)]
+    assert halving.rungs_at(Plan(100, 5, [5, 10, 33, 100])) == [(10, 5), (33, 10)]
+    assert halving.rungs_at(Plan(100, 6, [5, 10, 33, 100])) == [(33, 10)]  # the warm-up ends after step 5
+    assert halving.rungs_at(Plan(100, 0, [100])) == []
+    assert Halving(rungs=[0.1, 0.3], cautious=False).rungs_at(Plan(100, 0, [10, 30, 100])) == [(10, None), (30, 10)]
+
+
+def test_a_rate_within_the_noise_of_the_seeds_goes_on():
+    steady = [(2.0, 1.0), (2.2, 1.2), (2.1, 1.1)]
+    # Differences of 0.1, 0.2, 0.3 have the mean 0.2 and the lower bound 0.2 - 2.92 * 0.1 / sqrt(3) = 0.03.
+    assert stopped({1.0: steady, 2.0: [(2.1, 1.1), (2.4, 1.4), (2.4, 1.4)]}) == [2.0]
+    # Of -0.1, 0.2, 0.5 the mean is the same, and the lower bound below 0.
+    assert stopped({1.0: steady, 2.0: [(1.9, 0.9), (2.4, 1.4), (2.6, 1.6)]}) == []
+    assert stopped({1.0: steady, 2.0: [(1.9, 0.9), (2.4, 1.4), (2.6, 1.6)]}, PLAIN) == [2.0]
+
+
+@pytest.mark.parametrize(("before", "stops"), [(0.3, True), (0.39, True), (0.41, False), (1.0, False)])
+def test_a_rate_that_catches_up_goes_on(before, stops):
+    # From step 5 to 10, one doubling, the difference falls from ``before`` to 0.27, and two doublings are left:
+    # it is 0.27 - 2 * (before - 0.27) in the end, which is 0 for 0.405.
+    rates = {1.0: [(2.0, 1.0)], 2.0: [(2.0 + before, 1.27)]}
+    assert stopped(rates) == [2.0] * stops
+    assert stopped(rates, PLAIN) == [2.0]
+
+
+def test_at_early_stopping_the_lowest_losses_so_far_are_compared():
+    rates = {1.0: [(1.0, 3.0)], 2.0: [(2.0, 1.9)]}  # the first rate had its best already
+    assert stopped(rates) == [1.0]
+    best = Halving(rungs=[0.25], best_so_far=True)
+    assert stopped(rates, best) == [2.0]  # it ends at 1.9 - 2 * 0.1 by its own trend
+    assert stopped({1.0: [(1.0, 3.0)], 2.0: [(2.4, 1.9)]}, best) == []  # and here at 1.9 - 2 * 0.5
+
+
+def test_what_is_kept_whatever_the_losses():
+    rates = {float(lr): [(lr + 1.0, float(lr))] for lr in range(1, 9)}
+    assert stopped(rates) == [3, 4, 5, 6, 7, 8]
+    assert stopped(rates, Halving(rungs=[0.25], keep=0.0)) == [2, 3, 4, 5, 6, 7, 8]
+    assert stopped(rates, Halving(rungs=[0.25], keep=0.5)) == [5, 6, 7, 8]
+    assert stopped(rates, Halving(rungs=[0.25], keep=1.0)) == []
+    assert stopped(rates, Halving(rungs=[0.25], slack=5.5)) == [7, 8]
+
+
+def test_a_rate_with_a_failed_seed_neither_leads_nor_goes_on():
+    rates = {1.0: [(1.0, 0.5)], 2.0: [(2.0, 1.5)], 3.0: [(3.0, 2.5)]}
+    assert stopped(rates) == [2.0, 3.0]
+    decision = RUNGS.decide(curves(rates), PLAN, failed=[1.0])
+    assert sorted(decision.stopped) == [1.0, 3.0]
+    assert "seed failed" in decision.stopped[1.0][1]
+    assert RUNGS.decide(curves(rates), PLAN, failed=[1.0, 2.0, 3.0]).stopped == {}  # nothing to choose, nothing to save
+
+
+def test_the_next_rung_is_asked_for_until_one_rate_is_left():
+    halving = Halving(rungs=[0.25, 0.5])
+    rates = curves({1.0: [(1.0, 0.5)], 2.0: [(1.1, 0.55)], 3.0: [(3.0, 2.5)]})
+    assert halving.decide({lr: {0: {}} for lr in rates}, PLAN).until == 10
+    decision = halving.decide(rates, PLAN)
+    assert ([*decision.stopped], decision.until) == ([3.0], 20)  # 2.0 ends at 0.05 - 2 * 0.05
+    for lr, loss in ((1.0, 0.4), (2.0, 0.45)):
+        rates[lr][0][20] = loss
+    assert halving.decide(rates, PLAN).until is None
+    rates[3.0][0][40] = 0.0  # what comes after the rung at which it was stopped changes nothing
+    assert [*halving.decide(rates, PLAN).stopped] == [3.0, 2.0]
+
+
+def test_the_reason_has_the_numbers():
+    ((step, reason),) = RUNGS.decide(curves({1e-3: [(2.0, 1.0)], 2e-3: [(2.5, 1.5)]}), PLAN).stopped.values()
+    assert step == 10
+    assert reason == (
+        "validation loss 1.5 after 10 of 40 steps, 0.5 above learning rate 0.001, and by the trend 0.5 after the last "
+        "step; seed 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rungs": []}, "rungs is"),
+        ({"rungs": [0.5, 0.2]}, "ascending"),
+        ({"rungs": [1.0]}, "between 0 and 1"),
+        ({"keep": 1.1}, "keep is 1.1"),
+        ({"slack": -1.0}, "slack is"),
+        ({"slack": math.nan}, "slack is"),
+        ({"choose": 0}, "choose is 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Halving(**options)
+
+
+# The sweep
+
+
+@pytest.mark.parametrize("halving", [CAUTIOUS, PLAIN, Halving(choose=1), Halving(choose=2, cautious=False)])
+def test_a_sweep_stops_what_a_replay_of_the_whole_one_stops(halving, tmp_path):
+    whole, frame = uninterrupted(None), sweep(grid(), tmp_path, halving)
+    expected = replay(whole, halving)
+    begun = frame.step.notna()
+    trials = expected[COLUMNS[:4]].drop_duplicates()
+    assert len(frame[~begun]) == 0 if halving.choose is None else len(frame[~begun]) > 0
+    same(frame[begun], expected[~((expected.outcome == "stopped") & ~expected.seed.isin(halving.choosing([0, 1, 2])))])
+    assert len(frame[COLUMNS[:4]].drop_duplicates()) == len(trials)
+    assert 0.3 < share_of_steps(frame) == share_of_steps(expected) < 0.95
+    assert share_of_steps(whole) == 1
+    assert frame[frame.outcome == "stopped"].test_loss.isna().all()
+    assert (frame[frame.outcome == "stopped"].reason.str.len() > 20).all()
+    assert not (tmp_path / "paused").exists()
+    same(load(tmp_path), frame)
+
+
+def test_seeds_of_a_rate_are_stopped_together_and_every_rank_keeps_a_rate():
+    frame = sweep(grid([1, 3]))
+    outcomes = frame.groupby(["rank", "lr"]).outcome.unique()
+    assert outcomes.str.len().eq(1).all()
+    assert {outcome for (outcome,) in outcomes} == {"done", "stopped"}
+    assert (frame[frame.outcome == "done"].groupby("rank").seed.nunique() == 3).all()
+
+
+def test_no_trial_that_is_stopped_is_tested(monkeypatch):
+    tested = []
+
+    def counted(model, task, part, *options):
+        tested.append(part)
+        return torch.rand(1).item()  # were they looked at, these losses would decide otherwise
+
+    monkeypatch.setattr(run, "evaluate", counted)
+    frame = sweep(grid())
+    assert tested == ["test"] * frame[frame.outcome == "done"].key.nunique()
+    monkeypatch.undo()
+    expected = uninterrupted(CAUTIOUS)
+    assert frame.outcome.tolist() == expected.outcome.tolist()
+
+
+def interrupting(monkeypatch, calls):
+    """Let ``fit`` be called so often, and then raise KeyboardInterrupt; the steps of each call."""
+    steps = []
+
+    def counted(model, task, method, on_row=None, **options):
+        if len(steps) == calls:
+            raise KeyboardInterrupt
+        steps.append(0)
+
+        def counting(row):
+            steps[-1] += row["step"] > 0
+            if on_row is not None:
+                on_row(row)
+
+        return fit(model, task, method, on_row=counting, **options)
+
+    monkeypatch.setattr(run, "fit", counted)
+    return steps
+
+
+@pytest.mark.parametrize("calls", [4, 9, 12, 14])
+def test_an_interrupted_sweep_goes_on_with_the_same_decisions_and_trains_no_step_twice(calls, tmp_path, monkeypatch):
+    halving = CAUTIOUS
+    expected = uninterrupted(halving)
+    steps = interrupting(monkeypatch, calls)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid(), tmp_path, halving)
+    monkeypatch.undo()
+    later = interrupting(monkeypatch, math.inf)
+    same(sweep(grid(), tmp_path, halving), expected)
+    assert sum(steps) + sum(later) == share_of_steps(expected) * 20 * len(grid())
+    again = interrupting(monkeypatch, 0)
+    same(sweep(grid(), tmp_path, halving), expected)
+    assert not again
+
+
+def test_without_halving_what_was_stopped_runs_to_the_end(tmp_path, monkeypatch):
+    frame = sweep(grid(), tmp_path)
+    stops = frame[frame.outcome == "stopped"].key.nunique()
+    steps = interrupting(monkeypatch, math.inf)
+    whole = sweep(grid(), tmp_path, None)
+    assert steps == [20] * stops
+    assert (whole.outcome == "done").all()
+    same(whole, uninterrupted(None))
+    same(sweep(grid(), tmp_path), whole)  # and stays done
+    same(load(tmp_path), whole)
+
+
+def test_a_weaker_rule_goes_on_with_what_a_stronger_one_has_stopped(tmp_path):
+    strong, weak = PLAIN, Halving(rungs=[0.25], cautious=False, keep=0.5)
+    before = sweep(grid(), tmp_path, strong)
+    same(sweep(grid(), tmp_path, weak), uninterrupted(weak))
+    assert share_of_steps(before) < share_of_steps(load(tmp_path)) < 1
+
+
+def test_rates_go_on_when_the_one_that_led_fails_later():
+    first, *others = [Trial(LoRA(1, 2), lr, seed, steps=40, eval_every=5) for lr in (0.1, 0.2, 0.3) for seed in (0, 1)]
+
+    def result(curve, outcome="paused"):
+        rows = [{"step": step, "validation_loss": loss} for step, loss in curve.items()]
+        return {"outcome": outcome, "history": {"rows": rows}}
+
+    results = {trial.key: result({5: 10 * trial.lr, 10: 20 * trial.lr}) for trial in (first, *others)}
+    due, stops = next_round(RUNGS, [first, *others], results)
+    assert {trial.lr for trial in due[None]} == {0.1}
+    assert {trial.lr for trial in stops} == {0.2, 0.3}
+    results[first.key] = {"outcome": "failed", "history": None}
+    due, stops = next_round(RUNGS, [first, *others], results)
+    assert {trial.lr for trial in due[None]} == {0.2}
+    assert {trial.lr for trial in stops} == {0.1, 0.3}
+
+
+def test_processes_and_packs_decide_the_same(tmp_path):
+    expected = uninterrupted(CAUTIOUS)
+    same(sweep(grid(), tmp_path, n_jobs=2), expected)
+    as_packs = sweep(grid(), engine="packed")
+    close(as_packs, expected)
+
+
+@pytest.mark.parametrize("engines", [("packed", "separate"), ("separate", "packed"), ("packed", "packed")])
+def test_either_engine_goes_on_with_what_the_other_paused(engines, tmp_path, monkeypatch):
+    expected = uninterrupted(CAUTIOUS)
+    first, second = engines
+    rounds = []
+
+    def once(halving, trials, results):
+        if rounds:
+            raise KeyboardInterrupt  # after the first round, all trials have paused at the rung
+        rounds.append(1)
+        return next_round(halving, trials, results)
+
+    monkeypatch.setattr(run, "next_round", once)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid(), tmp_path, engine=first)
+    assert len([*(tmp_path / "paused").iterdir()]) == len(grid())
+    monkeypatch.undo()
+    frame = sweep(grid(), tmp_path, engine=second)
+    close(frame, expected)
+    assert frame.engine.str.startswith("pack").any() == (second == "packed")
+
+
+def test_a_method_without_rank_has_its_rates_compared_too():
+    trials = [Trial(FullFineTuning(), lr, seed, steps=20, eval_every=1) for lr in (1e-6, 1e-2) for seed in (0, 1)]
+    frame = sweep(trials, halving=PLAIN)
+    assert frame.groupby("lr").outcome.first().to_dict() == {1e-6: "stopped", 1e-2: "done"}
+    same(replay(sweep(trials, halving=None), PLAIN), frame)
+
+
+def test_trials_that_are_evaluated_at_no_rung_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"eval_every is 20 for 20 steps, 2 of them warm-up.* use eval_every=2,"):
+        sweep(grid(eval_every=20), tmp_path)
+    assert len(sweep(grid(lrs=[1e-2], eval_every=20))) == 2 * 3  # one rate needs no rung
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"reason": None}, "must have a reason"),
+        ({"test_loss": 1.0}, "neither test_loss"),
+        ({"outcome": "done", "reason": None}, "test_loss is None"),
+    ],
+)
+def test_a_damaged_result_of_a_stopped_trial_is_refused(changes, says, tmp_path):
+    sweep(grid(), tmp_path)
+    path = next(path for path in tmp_path.glob("*.json") if json.loads(path.read_text())["outcome"] == "stopped")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=says):
+        load(tmp_path)
+
+
+# What must not fool it, and what it must not change
+
+
+def test_a_rate_that_leads_early_and_ends_worse_does_not_win():
+    # At a constant rate on noisy targets a high rate falls fast, and then stays where the noise keeps it.
+    model = DigitsMLP()
+    options = {"steps": 200, "batch_size": 32, "schedule": "constant", "eval_every": 10, "alpha_per_rank": 2}
+    trials = Grid([8], [3e-3, 3e-2], range(3), **options)
+    whole = ablate(model, planted(model), trials, engine="packed", progress=False)
+    means = whole.pivot_table("validation_loss", "step", "lr")
+    assert (means[3e-2] < means[3e-3]).loc[20.0]
+    assert (means[3e-2] > 1.2 * means[3e-3]).loc[200.0]
+
+    def rates_left(halving):
+        frame = replay(whole, halving)
+        return set(frame[frame.outcome == "done"].lr)
+
+    assert rates_left(Halving(rungs=[0.1], cautious=False)) == {3e-2}  # fooled
+    assert rates_left(Halving()) == {3e-3}
+    live = ablate(model, planted(model), trials, engine="packed", progress=False, halving=Halving())
+    assert set(live[live.outcome == "done"].lr) == {3e-3}
+
+
+def test_the_verdict_and_its_edges_are_those_of_the_whole_sweep():
+    whole = sweep(grid([1, 3]), halving=None)
+    less = replay(whole, PLAIN)
+    assert share_of_steps(less) < 0.6
+    verdicts = [smallest_sufficient_rank(frame, 0.05) for frame in (whole, less)]
+    assert verdicts[0] == verdicts[1]
+    inner = smallest_sufficient_rank(sweep(grid([1, 3], lrs=(1e-3, 1e-2, 0.3)), halving=PLAIN), 0.05)
+    assert "does not count" not in str(inner)
+    assert "tried" not in str(inner)
+
+
+def test_the_record_of_overfitting_has_the_same_rates_and_verdicts_for_two_fifths_of_the_full_grid():
+    frame = load_all("overfitting")["amd-epyc-2-cores-overfitting"].frame()
+    group = ["n_train", "setup"]
+    less = replay(frame, Halving(choose=1, best_so_far=True), group)
+    best, best_of_less = (overfitting.at_best_rate(overfitting.summarise_trials(each), each) for each in (frame, less))
+    assert_frame_equal(best, best_of_less)  # the edges too
+    tables = [overfitting.compare(each, "overfit") for each in (best, best_of_less)]
+    assert_frame_equal(*tables)
+    # The record has each rate on the first seed, and the best one on three. A full grid has all nine.
+    full = sum(9 * of_group.steps.iloc[0] for _, of_group in frame.groupby(group))
+    share = share_of_steps(less) * frame.drop_duplicates([*group, "lr", "seed"]).steps.sum() / full
+    assert share <= 0.4
+    naive = replay(frame, Halving(rungs=[0.1], choose=1, best_so_far=True, cautious=False), group)
+    chosen = overfitting.at_best_rate(overfitting.summarise_trials(naive), naive)
+    assert set(map(tuple, chosen[[*group, "lr"]].to_numpy())) != set(map(tuple, best[[*group, "lr"]].to_numpy()))
+
+
+def test_a_record_without_curves_cannot_be_replayed():
+    frame = load_all("ablation")["amd-epyc-2-cores-ablation"].frame()
+    with pytest.raises(ValueError, match=r"evaluated at the steps \[0, 60\] only"):
+        replay(frame, Halving())
+
+
+def test_share_of_steps_counts_failed_trials_in_full():
+    rows = [("done", 10.0), ("failed", math.nan), ("stopped", 5.0), ("stopped", math.nan)]
+    trials = [{"lr": lr, "seed": 0, "steps": 10, "outcome": row[0], "step": row[1]} for lr, row in enumerate(rows)]
+    assert share_of_steps(pandas.DataFrame(trials)) == 25 / 40
