@@ -333,7 +333,7 @@ def test_the_version_is_the_packages(capsys):
 
 def test_every_command_in_the_readme_and_its_pages_can_be_parsed():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
-    blocks = re.findall(r"```sh\n(.*?)```", pages, flags=re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", pages.replace("\\\n", ""), flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     commands = [line[1 : line.index("&&") if "&&" in line else None] for line in lines if line[:1] == ["lora-lab"]]
     named = "demo finetune generate chat export memory speed ablate analyze record course lessons doctor fetch"
