@@ -41,7 +41,7 @@ from lora_lab import (
     fit,
     quantize_nf4,
 )
-from lora_lab.ablation import packed, packing, run, smallest_sufficient_rank
+from lora_lab.ablation import Halving, packed, packing, run, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.results import PROVENANCE, load
 from lora_lab.ablation.run import ablate, fingerprint
@@ -1427,6 +1427,25 @@ def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path)
     assert shared == ("lean" not in step or step["lean"].base_dtype is None)
     if not shared:
         assert set(load(tmp_path / "packed").base_dtype) == {"torch.bfloat16", "as loaded"}
+
+
+@pytest.mark.parametrize("engine", ["separate", "packed"])
+@pytest.mark.parametrize("step", [{"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}], ids=str)
+def test_trials_of_every_step_pause_and_go_on_bit_for_bit(tiny_config, step, engine, tmp_path, monkeypatch):
+    model, task, pauses = language_model(tiny_config), tokens(), []
+    save = run.checkpoint.save
+    monkeypatch.setattr(run.checkpoint, "save", lambda *arguments: pauses.append(save(*arguments)))
+    trials = grid(ranks=(2,), lrs=(0.01, 0.02), eval_every=1, warmup=0, **step)
+    options = {"engine": engine, "progress": False}
+    whole = ablate(model, task, trials, **options)
+    assert not pauses
+    never_stopping = Halving(rungs=[0.5], slack=100)
+    paused = ablate(model, task, trials, tmp_path, halving=never_stopping, **options)
+    assert len(pauses) >= len(trials)
+    losses = ["train_loss", "validation_loss", "test_loss"]
+    assert_frame_equal(paused[losses], whole[losses])
+    assert set(paused.outcome) == {"done"}
+    assert paused.groupby("lr").validation_loss.last().nunique() == 2
 
 
 def of_validation(model, task):
