@@ -149,7 +149,7 @@ def fit_packed(
         done = 0 if paused is None else len(paused[0].rows) - 1
         with progress_bar(config.steps, f"{len(runs)} adapters", progress, done=done) as bar, step:
             bar.set_postfix_str("evaluating")
-            if lean is None:  # blocks of our own are known to keep trials apart
+            if lean is None:  # the blocks of the lean step do not mix trials
                 _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
             if paused is not None:
                 history.resume(paused)
