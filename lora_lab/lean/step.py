@@ -32,13 +32,14 @@ _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
 
 @dataclass(frozen=True)
 class Lean:
-    """Options of a lean step. On Linux the whole process returns freed memory to the system at once from then on.
+    """Options of a lean step.
 
     Args:
         base_dtype: dtype of the frozen matrices (``torch.bfloat16``), except that of an adapted head; None leaves them
             as they are.
         checkpoint: save only the input of each block, and recompute the block in the backward pass: up to a half
-            more FLOPs, a fraction of the activations.
+            more FLOPs, a fraction of the activations. On Linux the whole process then returns freed memory to the
+            system at once, which takes time too, most of it over 4-bit blocks.
         threads: 2 computes each half of a batch in a separate Python thread, on one core. For a CPU with two cores;
             without dropout.
         loss_rows: tokens whose logits exist at the same time.
@@ -124,7 +125,7 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
     _check(model, lean)
     parameter = next(model.parameters())
-    if not (parameter.is_meta or isinstance(parameter, FakeTensor)):  # a rehearsal frees nothing
+    if lean.checkpoint and not (parameter.is_meta or isinstance(parameter, FakeTensor)):  # a rehearsal frees nothing
         _return_memory_at_once()
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)
@@ -195,9 +196,8 @@ def _raise_to_float32(module: nn.Module) -> None:
 def _return_memory_at_once() -> None:
     """Make Linux's C library return tensors of 256 KiB and more to the system as soon as they are freed.
 
-    By default freed tensors stay in its heap, which saved activations fragment: with checkpoints of SmolLM2 at 4 x 128
-    tokens the gaps are larger than all memory in use. The system clears the memory of every new tensor anew, which
-    costs a lean step less than 2 % of its time.
+    By default freed tensors stay in its heap, which the saved inputs of the blocks fragment: for SmolLM2 at 4 x 128
+    tokens the gaps are larger than all memory in use. In return the system clears the memory of every new tensor anew.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
