@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -471,6 +471,37 @@ def mean_loss(
 
     Several processes share the batches, and all of them return the mean.
     """
+    total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
+    for loss, counted in batch_losses(model, task, part, batch_size, limit, by_length, processes):
+        total, count = total + loss * counted, count + counted
+    if processes.world_size > 1:
+        sums = torch.stack([total, torch.full_like(total, count)]).to(next(model.parameters()).device)
+        processes.sum([sums])
+        total, count = sums.cpu()
+    return total / count  # NaN if no target counts
+
+
+@torch.no_grad()
+def batch_losses(
+    model: nn.Module,
+    task: Task,
+    part: str,
+    batch_size: int,
+    limit: int | None = None,
+    by_length: bool = False,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[Tensor, int]]:
+    """The mean loss of each batch of a part in turn, and how many targets it is of, without dropout.
+
+    The losses are on the CPU, in float64. Batches without a target that counts are left out.
+
+    Args:
+        model, task, part, batch_size, limit, by_length: as for :func:`evaluate`.
+        processes: this one gets its share of the batches.
+
+    Raises:
+        ValueError: the task has no such part.
+    """
     if part not in task.parts:
         raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
     examples = task.parts[part][:limit]
@@ -478,20 +509,13 @@ def mean_loss(
         examples = examples[examples.lengths.argsort(stable=True)]
     training = model.training
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     try:
         for start in range(processes.rank * batch_size, len(examples), processes.world_size * batch_size):
             batch = examples[slice(start, start + batch_size)]
             if counted := task.counted(batch):
-                total = total + task.loss(model, *to_device(batch, model)).cpu().double() * counted
-                count += counted
+                yield task.loss(model, *to_device(batch, model)).cpu().double(), counted
     finally:
         model.train(training)
-    if processes.world_size > 1:
-        sums = torch.stack([total, torch.full_like(total, count)]).to(next(model.parameters()).device)
-        processes.sum([sums])
-        total, count = sums.cpu()
-    return total / count  # NaN if no target counts
 
 
 def data_order(task: Task, config: TrainConfig) -> DataOrder:

@@ -7,10 +7,13 @@ In reading order:
     packing       which trials may share a pass, and how many
     packed        many adapters over one frozen base in one pass
     results       a trial's file, and the table of all results
+    blocks        losses by blocks of examples, for intervals
     stats         bounds on a mean of paired differences
     halving       stop trials that validation rules out
     run           run trials here, in processes or on a cluster; stop and go on
     studies       models and tasks to begin with
+    learning_rate which rate is best, with an interval
+    comparison    setups at their own best rates, judged on other seeds and examples
     verdict       the smallest rank that is enough, or that more seeds are needed
     overfitting   what was learned, overfitted and forgotten, read off the curves
 """
@@ -27,5 +30,6 @@ from lora_lab.system.renamed import renamed
 
 __all__ = ["Grid", "Halving", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
 
-_lazy, _, _ = lazy_loader.attach(__name__, ["overfitting", "studies"])  # the other files are loaded already
+# The other files are loaded already.
+_lazy, _, _ = lazy_loader.attach(__name__, ["blocks", "comparison", "overfitting", "studies"])
 __getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"}, _lazy)

@@ -26,12 +26,12 @@ this number of steps.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE, STOPPED
+from lora_lab.ablation.learning_rate import Choice, choose_rate, last_rows
+from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
 
 if TYPE_CHECKING:
     import pandas
@@ -150,11 +150,11 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     tried = sorted(int(rank) for rank in trials["rank"].unique())
     if len(tried) < 2:
         raise ValueError(f"The frame has only rank {tried[0]}; ranks are compared, so it takes at least two.")
-    choices = {rank: _choose(trials[trials["rank"] == rank], seeds) for rank in tried}
+    choices = {rank: choose_rate(trials[trials["rank"] == rank], seeds) for rank in tried}
     largest = choices[tried[-1]]
     ranks = tuple(_judge(rank, choice, largest, margin) for rank, choice in choices.items())
     rank, reason = _answer(ranks, seeds, margin)
-    notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.losses]
+    notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.lr]
     better = [result.rank for result in ranks if result.upper is not None and result.upper < -margin]
     if better:
         notes.append(
@@ -175,23 +175,8 @@ def check_margin(margin: float) -> None:
         raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A rank's best learning rate, and the test losses by seed at that rate; all None if no rate counts.
-
-    ``note`` lists the rates that do not count, with the reason. ``edge`` is "smallest", "largest" or "only" where the
-    best rate is at the edge of those tried.
-    """
-
-    lr: float | None = None
-    validation_loss: float | None = None
-    losses: dict[int, float] | None = None
-    note: str = ""
-    edge: str = ""
-
-
 def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
-    """One row for each trial of the method: its last evaluation, its failure, or its first row if it was stopped."""
+    """The last row of each trial of the method, which is one that can be compared with the others."""
     if missing := [name for name in _NEEDED if name not in frame]:
         raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
     with_ranks = frame[frame["rank"].notna()]
@@ -201,9 +186,7 @@ def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     if method not in methods:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     of_method = with_ranks[with_ranks["method"] == method]
-    # Of a stopped trial its settings and rate count, no loss.
-    first = (of_method["outcome"] == STOPPED) & ~(of_method["step"] > 0)
-    rows = of_method[(of_method["outcome"] == "failed") | first | (of_method["step"] == of_method["steps"])]
+    rows = last_rows(of_method)
     for name in map(str, rows):
         if name not in _MAY_VARY and not name.startswith(SCORE):
             _one_value(rows, name, "")
@@ -228,50 +211,22 @@ def _one_value(rows: pandas.DataFrame, name: str, where: str) -> None:
         )
 
 
-def _choose(rows: pandas.DataFrame, seeds: Sequence[int]) -> _Choice:
-    """The rate of the lowest mean validation loss among those that have a result for every seed."""
-    tried = sorted(map(float, rows["lr"].unique()))
-    complete, incomplete = [], []
-    for lr in tried:
-        trials = rows[rows["lr"] == lr]
-        done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
-        losses = dict(zip(map(int, done["seed"]), map(float, done["test_loss"]), strict=True))
-        stopped = set(map(int, trials.loc[trials["outcome"] == STOPPED, "seed"]))
-        failed = sorted(set(map(int, trials["seed"])) - set(losses) - stopped)
-        missing = sorted(set(seeds) - set(losses) - set(failed) - stopped)
-        gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
-        if gaps:
-            incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
-        elif not stopped:  # validation has ruled it out already
-            complete.append((statistics.fmean(done["validation_loss"]), lr, {seed: losses[seed] for seed in seeds}))
-    note = ", ".join(incomplete)
-    if not complete:
-        return _Choice(note=note)
-    validation_loss, lr, losses = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
-    edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
-    return _Choice(lr, validation_loss, losses, note, edge)
-
-
 def _ranks(ranks: Sequence[int]) -> str:
     *others, last = map(str, ranks)
     return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
-def _listed(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def _judge(rank: int, choice: _Choice, largest: _Choice, margin: float) -> RankResult:
-    if choice.losses is None:
+def _judge(rank: int, choice: Choice, largest: Choice, margin: float) -> RankResult:
+    if choice.lr is None:
         return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
-    mean = statistics.fmean(choice.losses.values())
-    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": mean}
+    losses = choice.rows.set_index("seed")["test_loss"].sort_index()
+    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": losses.mean()}
     if choice is largest:
         return RankResult(rank, "reference", **known)
-    if largest.losses is None:
+    if largest.lr is None:
         return RankResult(rank, "not judged", **known, note="the largest rank has no result to compare it with")
-    differences = [loss - largest.losses[seed] for seed, loss in choice.losses.items()]
-    mean, lower, upper = t_bounds(differences)
+    differences = losses - largest.rows.set_index("seed")["test_loss"]
+    mean, lower, upper = t_bounds(differences.tolist())
     if lower is None or upper is None:
         return RankResult(rank, "open", **known, difference=mean, note="one seed has no spread to judge by")
     status = "enough" if upper < margin else "too small" if lower > margin else "open"

@@ -5,6 +5,12 @@ A file is named after the record that it makes: ``lora-lab record NAME`` runs ``
 recorder     what a recorder is
 memory       memory of training steps, predicted and measured
 speed        times of training steps, predicted and measured
+planning     how long a study takes, before it starts
+tuned        recorders of studies that compare setups at their own best learning rates
+rates        how the best learning rate depends on the rank
+quality      is LoRA as good as full fine-tuning, after how many steps?
+targets      which layers should have adapters
+variants     do variants of LoRA learn more?
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets

@@ -22,9 +22,7 @@ import torch
 from lora_lab.ablation import studies
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.overfitting import by_size
-from lora_lab.costs.cost_model import cost_model
-from lora_lab.costs.setup import Setup
-from lora_lab.experiments.memory import random_model
+from lora_lab.experiments.planning import planned_hours as hours_of
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.records import json_safe
@@ -112,23 +110,15 @@ def settings(device: torch.device) -> dict[str, Any]:
 
 @cache
 def planned_hours(device: torch.device) -> float:
-    """How long it takes by :mod:`lora_lab.costs.cost_model`, with a third of a full step for each forward pass."""
+    """How long it takes, by :mod:`lora_lab.experiments.planning`."""
     planned = plan(device)
-    steps = cost_model(device).predict(
-        partial(random_model, "smollm2-135m"),
-        {setup: Setup(SETUPS[setup]) for setup in planned.lrs},
-        planned.batch_size,
-        planned.seq_len,
-    )
-    evaluation = 2 * planned.eval_examples / planned.batch_size * steps.total_s("full") / 3  # of two parts
-    seconds = 0.0
-    for size in planned.sizes:
-        for setup, lrs in planned.lrs.items():
-            trial = planned.trial(setup, lrs[0], 0, size)
-            # One evaluation before training, one after each epoch, and half of one for the test part.
-            trial_s = trial.steps * steps.total_s(setup) + (planned.epochs + 1.5) * evaluation
-            seconds += (len(lrs) + planned.seeds - 1) * trial_s
-    return round(seconds / 3600, 1)
+    trials = [
+        planned.trial(setup, lr, seed, size)
+        for size in planned.sizes
+        for setup, lrs in planned.lrs.items()
+        for lr, seed in [*((lr, 0) for lr in lrs), *((lrs[0], seed) for seed in range(1, planned.seeds))]
+    ]
+    return hours_of(trials, planned.seq_len, device)
 
 
 def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,10 @@ from lora_lab.system.renamed import warn_renamed
 if TYPE_CHECKING:
     from lora_lab.experiments.recorder import Recorder
 
-NAMES = ("memory", "speed", "ablation", "spectra", "overfitting", "downstream")
+NAMES = (
+    *("memory", "speed", "rates", "quality", "ablation", "targets", "variants"),
+    *("spectra", "overfitting", "downstream"),
+)
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
 
@@ -27,8 +30,16 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.memory import RECORDER
     elif name == "speed":
         from lora_lab.experiments.speed import RECORDER
+    elif name == "rates":
+        from lora_lab.experiments.rates import RECORDER
+    elif name == "quality":
+        from lora_lab.experiments.quality import RECORDER
     elif name == "ablation":
         from lora_lab.experiments.ablation import RECORDER
+    elif name == "targets":
+        from lora_lab.experiments.targets import RECORDER
+    elif name == "variants":
+        from lora_lab.experiments.variants import RECORDER
     elif name == "spectra":
         from lora_lab.experiments.spectra import RECORDER
     elif name == "overfitting":

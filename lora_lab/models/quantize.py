@@ -89,8 +89,11 @@ def _q4_1_product(x: Tensor, block: Tensor, bias: Tensor | None) -> Tensor:
     Its blocks end with scale and minimum, and its neighbouring codes share a byte, so the columns of W come out in
     another order, which x is given too.
     """
-    rows = torch.cat((block[:, 4:], block[:, :4]), dim=1)  # (27648, 20)
-    weight = torch.ops.quantized.embedding_bag_4bit_unpack(rows).view(-1, x.shape[-1])  # (1536, 576)
+    words = _reinterpret(block, torch.int32) if block.storage_offset() % 4 else block.view(torch.int32)  # (27648, 5)
+    rows = torch.empty_like(words)  # (27648, 5)
+    rows.view(-1)[:-1] = words.reshape(-1)[1:]  # one copy without strides, which is fast; then the words that it put wrong
+    rows[:, 4] = words[:, 0]
+    weight = torch.ops.quantized.embedding_bag_4bit_unpack(rows.view(torch.uint8)).view(-1, x.shape[-1])  # (1536, 576)
     pairs = x.unflatten(-1, (-1, 2, BLOCK // 2)).transpose(-1, -2)  # (1, 576) -> (1, 18, 16, 2)
     return F.linear(pairs.flatten(-3), weight, bias)  # (1, 1536)
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from lora_lab import LoRA, fit
 from lora_lab.ablation.grid import Grid
+from lora_lab.ablation.learning_rate import Choice, _listed
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
-from lora_lab.ablation.verdict import RankResult, Verdict, _Choice, _listed, smallest_sufficient_rank
+from lora_lab.ablation.verdict import RankResult, Verdict, smallest_sufficient_rank
 from lora_lab.tasks import planted
 from lora_lab.train import evaluate
 
@@ -148,7 +149,7 @@ def test_when_all_ranks_lose_the_largest_is_the_answer():
 
 def test_a_verdict_cannot_be_changed():
     verdict = smallest_sufficient_rank(frame_of(PLANTED))
-    for record, name in ((verdict, "rank"), (verdict.ranks[0], "status"), (_Choice(), "lr")):
+    for record, name in ((verdict, "rank"), (verdict.ranks[0], "status"), (Choice(None, None, verdict), "lr")):
         with pytest.raises(FrozenInstanceError):
             setattr(record, name, 1)
     assert verdict.rank == 4

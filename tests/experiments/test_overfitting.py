@@ -16,7 +16,7 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.overfitting import at_best_rate, compare, summarise_trials
 from lora_lab.costs import microbench as replay
 from lora_lab.costs.cost_model import PHASES, CostModel
-from lora_lab.experiments import overfitting
+from lora_lab.experiments import overfitting, planning
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.tasks import Examples, Task
@@ -26,7 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN, REAL_SETUPS = overfitting.plan, dict(overfitting.SETUPS)  # the fixture puts others in their places
 RATES = {"full": (1e-3, 3e-2, 1e-2), "LoRA r=8": (1e-3, 1e-1), "last blocks": (1e-2, 1e-3)}
 PLAN = overfitting.Plan((4, 8), RATES, 3, 4, 4, 9, 6)
-ADAPTED = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), "last blocks": PartialFineTuning(["model.layers.1"])}
+METHODS = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), "last blocks": PartialFineTuning(["model.layers.1"])}
 
 
 def counting_on(seq_len, n_train, seed):
@@ -48,8 +48,10 @@ class Costs:
         self.hours, self.asked = {"full": 3.0, "LoRA r=8": 2.0, "last blocks": 1.0}, []
 
     def predict(self, factory, setups, batch_size, seq_len):
-        self.asked.append(({name: setup.method for name, setup in setups.items()}, batch_size, seq_len))
-        return SimpleNamespace(total_s=lambda setup: 3600 * self.hours[setup])
+        names = {label: next(name for name, method in METHODS.items() if method == setup.method)
+                 for label, setup in setups.items()}  # fmt: skip
+        self.asked.append((set(names.values()), batch_size, seq_len))
+        return SimpleNamespace(total_s=lambda label: 3600 * self.hours[names[label]])
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,8 @@ def tiny(small_world, tiny_config):
 
     small_world.setattr(studies, "language_model", make)
     small_world.setattr(studies, "docs_task", counting_on)
-    small_world.setitem(overfitting.SETUPS, "last blocks", ADAPTED["last blocks"])
-    small_world.setattr(overfitting, "cost_model", lambda device: Costs())
+    small_world.setitem(overfitting.SETUPS, "last blocks", METHODS["last blocks"])
+    small_world.setattr(planning, "cost_model", lambda device: Costs())
     small_world.setattr(overfitting, "plan", lambda device: PLAN)
     return make
 
@@ -144,7 +146,7 @@ def test_a_row_is_what_fit_gives_for_its_way_rate_and_seed(tiny, whole):
         options = {"steps": 4 * epoch, "warmup": epoch, "eval_every": epoch, "batch_size": 4, "eval_examples": 6}
         lr = own.lr.iloc[0]
         own = own[own.lr == lr].set_index("step")
-        history = fit(model, task, ADAPTED[setup], lr=lr, seed=seed, schedule="constant", **options)
+        history = fit(model, task, METHODS[setup], lr=lr, seed=seed, schedule="constant", **options)
         table = history.frame().set_index("step").loc[list(own.index)]
         for name in ("train_loss", "validation_loss", "off_domain_loss"):
             assert own[name].tolist() == pytest.approx(table[name].tolist(), rel=1e-4, nan_ok=True)
@@ -289,7 +291,7 @@ def test_a_record_can_hold_the_settings_of_the_real_plan(device, monkeypatch):  
 
 def test_planned_hours_are_those_of_all_steps_and_evaluations(tiny, monkeypatch):
     costs = Costs()
-    monkeypatch.setattr(overfitting, "cost_model", lambda device: costs)
+    monkeypatch.setattr(planning, "cost_model", lambda device: costs)
     # An evaluation of two parts of 6 examples, in batches of 4, each for a third of full fine-tuning's 3 hours.
     look = 2 * 6 / 4 * 1.0
     expected = 0.0
@@ -298,7 +300,7 @@ def test_planned_hours_are_those_of_all_steps_and_evaluations(tiny, monkeypatch)
             # Five evaluations, and the test part at the end, half as much as one.
             expected += runs * (4 * epoch * costs.hours[setup] + 5.5 * look)
     assert overfitting.planned_hours(CPU) == pytest.approx(expected, abs=0.06)
-    assert costs.asked == [(ADAPTED, 4, 9)]
+    assert costs.asked == [(set(METHODS), 4, 9)]
     assert overfitting.planned_hours(CPU) == overfitting.settings(CPU)["planned_hours"]
     assert len(costs.asked) == 1  # costs are measured once
 
@@ -320,8 +322,8 @@ def test_planned_hours_are_those_of_this_machines_cost_model(tiny, tiny_config, 
     monkeypatch.setattr(replay, "_SAMPLE_S", 1e-5)
     monkeypatch.setattr(replay, "ROUNDS", 1)
     costs = CostModel(replay.OperationTimer(CPU), dict.fromkeys(PHASES, (1e-4, 1e-6)))
-    monkeypatch.setattr(overfitting, "cost_model", lambda device: costs)
-    monkeypatch.setattr(overfitting, "random_model", lambda name: Llama(tiny_config))
+    monkeypatch.setattr(planning, "cost_model", lambda device: costs)
+    monkeypatch.setattr(planning, "random_model", lambda name: Llama(tiny_config))
     found = []
     for epochs in (10**6, 10**7):
         monkeypatch.setattr(overfitting, "plan", lambda device, epochs=epochs: dataclasses.replace(PLAN, epochs=epochs))

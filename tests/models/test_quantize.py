@@ -1325,3 +1325,15 @@ def test_a_few_rows_without_gradients_are_multiplied_as_many_are(shape, biased, 
     made = len(calls)
     layer.float()(x.requires_grad_())  # a training step, whose gradient needs the usual way
     assert len(calls) == made
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_blocks_are_multiplied_wherever_they_lie_in_memory(start):
+    packed, _ = FORMATS["Q4_1"].encode(normal(48, 64), 32)
+    file = torch.zeros(start + packed.numel(), dtype=torch.uint8)
+    file[start:] = packed.flatten()
+    there = file[start:].view(packed.shape)
+    layer, x = BlockLinear(there, "Q4_1", (48, 64)), normal(1, 64, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(there, packed)  # what is in memory was only read

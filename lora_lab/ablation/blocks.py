@@ -1,0 +1,56 @@
+"""Losses by blocks of examples, so that an interval can count which examples happened to be drawn.
+
+    frame = ablate(model, task, trials, folder, judge=BlockLosses({"validation": 256, "test": 512}))
+    block_losses_of(row, "test")    # of a row of the frame: 64 losses of 8 examples each
+
+The mean of a few hundred examples moves by their choice as much as by the seed, and two trials that are compared share
+their examples. A bootstrap over blocks of them measures it (see :mod:`lora_lab.ablation.learning_rate`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_lab.ablation.results import SCORE
+from lora_lab.task import Task
+from lora_lab.train import batch_losses
+
+_DIGITS = 6  # after the decimal point
+
+
+@dataclass(frozen=True)
+class BlockLosses:
+    """A judge for :func:`lora_lab.ablation.ablate`: the mean loss of each block of neighbouring examples.
+
+    Its scores are texts by part, such as "[2.310521, 2.294387]".
+
+    Args:
+        examples: of each part, how many, from its first; examples are in random order.
+        block: examples in a block, which are evaluated together.
+    """
+
+    examples: Mapping[str, int]
+    block: int = 8
+
+    def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
+        losses = {
+            part: [round(loss.item(), _DIGITS) for loss, _ in batch_losses(model, task, part, self.block, limit)]
+            for part, limit in self.examples.items()
+        }
+        return {part: json.dumps(of_part) for part, of_part in losses.items()}
+
+
+def block_losses_of(row: Mapping[str, Any], part: str) -> list[float]:
+    """The losses of a trial's blocks from its last row in the table; those of one block if it was not judged so.
+
+    Args:
+        row: has the score, or ``<part>_loss``.
+        part: such as "validation".
+    """
+    text = row.get(SCORE + part)
+    return json.loads(text) if isinstance(text, str) else [float(row[f"{part}_loss"])]

@@ -1,0 +1,183 @@
+"""Setups compared, each at its own best learning rate, on seeds and examples that took no part in choosing it.
+
+    study = Study(setups, lrs, choosing=range(2), judging=range(2, 5), chosen_on=64, judged_on={"test": 256})
+    frame = pandas.concat(compare_tuned(model, task, study, "runs/study"))
+    print(differences(frame, "full", margin=0.01))
+
+A method that is tried at another's rate is not judged but handicapped, and one that is judged where it was chosen is
+flattered. A setup whose best rate is at the edge of its grid, even after the grid was widened, gets no verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from lora_lab.ablation.blocks import BlockLosses, block_losses_of
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.learning_rate import choose_rate, labelled, last_rows, tune
+from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import RESAMPLES, interval, resampled_means
+from lora_lab.costs.fake import Factory
+from lora_lab.task import Task
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how it is judged.
+
+    Args:
+        setups: how each trains, by name; its own rate and seed do not count.
+        lrs: the rates with which each setup begins, at least two.
+        choosing: the seeds that choose each setup's rate.
+        judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
+        chosen_on: how many validation examples choose, from the first.
+        judged_on: of each part, how many examples judge.
+        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.blocks`).
+        widen: how many rates may be added to a grid.
+
+    Raises:
+        ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
+    """
+
+    setups: Mapping[str, Trial]
+    lrs: Mapping[str, Sequence[float]]
+    choosing: Sequence[int]
+    judging: Sequence[int]
+    chosen_on: int
+    judged_on: Mapping[str, int]
+    block: int = 4
+    widen: int = 4
+
+    def __post_init__(self) -> None:
+        if unequal := self.setups.keys() ^ self.lrs.keys():
+            raise ValueError(f"setups and lrs must name the same, but {sorted(unequal)} are only in one of them.")
+        if both := sorted(set(self.choosing) & set(self.judging)):
+            raise ValueError(f"The seeds {both} both choose and judge; judge with others.")
+
+    @property
+    def trials(self) -> list[Trial]:
+        """The trials that are planned, at least: those of the first grids, and at one of their rates those that judge.
+
+        Of the latter the rate is not known before.
+        """
+        chosen = [(setup, lr, seed) for setup, lrs in self.lrs.items() for lr in lrs for seed in self.choosing]
+        judged = [(setup, lrs[0], seed) for setup, lrs in self.lrs.items() for seed in self.judging]
+        return [replace(self.setups[setup], lr=lr, seed=seed) for setup, lr, seed in (*chosen, *judged)]
+
+
+def compare_tuned(
+    model_factory: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    study: Study,
+    folder: str | Path,
+    **options: Any,
+) -> Iterator[pandas.DataFrame]:
+    """Choose each setup's rate, then train all at their rates on the judging seeds.
+
+    Args:
+        model_factory, task, **options: as for :func:`lora_lab.ablation.ablate`.
+        study: what is compared.
+        folder: for results, from which a study that was stopped goes on.
+
+    Yields:
+        Tables as ablate returns them, with the columns ``setup``, ``stage`` ("choosing", then "judging") and ``edge``
+        ("smallest" or "largest" where the chosen rate is that of all tried, else "").
+    """
+    judge = BlockLosses({"validation": study.chosen_on}, study.block)
+    tuned = tune(
+        model_factory,
+        task,
+        study.setups,
+        study.lrs,
+        study.choosing,
+        Path(folder) / "choosing",
+        widen=study.widen,
+        judge=judge,
+        **options,
+    )
+    choices = {setup: choose_rate(last_rows(rows), study.choosing) for setup, rows in tuned.groupby("setup")}
+    edges = {setup: choice.edge for setup, choice in choices.items()}
+    yield tuned.assign(stage="choosing", edge=tuned["setup"].map(edges))
+    trials = {
+        setup: [replace(template, lr=choices[setup].lr, seed=seed) for seed in study.judging]
+        for setup, template in study.setups.items()
+        if choices[setup].lr is not None
+    }
+    if any(trials.values()):
+        judge = BlockLosses(study.judged_on, study.block)
+        every = [trial for of_setup in trials.values() for trial in of_setup]
+        table = ablate(model_factory, task, every, Path(folder) / "judging", judge=judge, **options)
+        judged = labelled(table, trials)
+        yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
+
+
+def differences(
+    frame: pandas.DataFrame,
+    reference: str,
+    part: str = "test",
+    margin: float = 0.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pandas.DataFrame:
+    """The loss of each setup, less that of one, after the last step of the trials that judge.
+
+    Args:
+        frame: what :func:`compare_tuned` yields, together.
+        reference: the setup that the others are compared with.
+        part: of the task.
+        margin: the difference that does not matter, in the task's unit of loss.
+        resamples, seed: of the bootstrap over seeds and blocks of examples.
+
+    Returns:
+        Columns ``setup``, ``lr``, ``loss`` (mean over seeds and examples), ``difference``, ``lower`` and ``upper`` (the
+        two-sided 95 % interval), ``seeds`` and ``verdict``: "lower" or "higher" if the interval is beyond the margin,
+        "equal" if it is within, "open" if neither; "edge" if the rate of the setup or of the reference is the largest
+        or smallest tried; "failed" if a seed has no result. Of the reference itself: "reference".
+
+    Raises:
+        ValueError: the reference has no results for all seeds.
+    """
+    import pandas
+
+    rows = last_rows(frame[frame["stage"] == "judging"])
+    seeds = sorted(rows["seed"].unique())
+    losses, lrs, edges = {}, {}, {}
+    for setup, of_setup in rows.groupby("setup", sort=False):
+        lrs[setup], edges[setup] = of_setup["lr"].iloc[0], of_setup["edge"].iloc[0]
+        done = of_setup[of_setup["outcome"] == "done"].sort_values("seed")
+        if done["seed"].tolist() == seeds:
+            losses[setup] = np.array([block_losses_of(row, part) for row in done.to_dict("records")])
+    if reference not in losses:
+        raise ValueError(f"{reference!r} has no results for all seeds to compare with; there are {[*losses]}.")
+    table = []
+    for setup, lr in lrs.items():
+        row = {"setup": setup, "lr": lr, "seeds": len(seeds), "verdict": "failed"}
+        if setup in losses:
+            row["loss"] = losses[setup].mean()
+            paired = losses[setup] - losses[reference]
+            lower, upper = interval(resampled_means(paired, resamples, seed))
+            row |= {"difference": paired.mean(), "lower": lower, "upper": upper}
+            row["verdict"] = _verdict(lower, upper, margin)
+            if edges[setup] or edges[reference]:
+                row["verdict"] = "edge"
+            if setup == reference:
+                row["verdict"] = "reference"
+        table.append(row)
+    return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict"]]
+
+
+def _verdict(lower: float, upper: float, margin: float) -> str:
+    if upper < -margin:
+        return "lower"
+    if lower > margin:
+        return "higher"
+    return "equal" if -margin <= lower and upper <= margin else "open"

@@ -1,0 +1,319 @@
+r"""Which learning rate is best? Grids that are widened until the best rate is inside, and a vertex with an interval.
+
+    template = Trial(LoRA(8, 16), 1e-3, steps=60)
+    frame = tune(model, task, {"r=8": template}, {"r=8": rates_around(1e-3)}, range(3), "runs/rates")
+    print(best_rate(losses_by_rate(frame)))
+
+Around its minimum the loss is nearly a parabola in the logarithm of the learning rate, whereas a grid knows its best
+rate only up to a factor. The vertex of the parabola through the best rate of the grid and its two neighbours is finer:
+from the slopes s of the mean losses on either side, taken at the middles x of the two intervals in log(lr), it is where
+the slope is zero:
+
+    log(lr*) = x_left - s_left (x_right - x_left) / (s_right - s_left)
+
+The interval is from a bootstrap over the seeds and, where losses are known by blocks of examples, over those
+(:func:`lora_lab.ablation.stats.resampled_means`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from lora_lab.ablation.blocks import block_losses_of
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.results import STOPPED
+from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, resampled_means
+from lora_lab.costs.fake import Factory
+from lora_lab.task import Task
+
+if TYPE_CHECKING:
+    import pandas
+
+_SIGNIFICANT = 3  # digits of a rate
+
+
+def rates_around(centre: float, factor: float = 2.0, count: int = 5) -> tuple[float, ...]:
+    """An ascending grid of rates, each ``factor`` times the one before, with ``centre`` in the middle.
+
+    Raises:
+        ValueError: the centre is not positive, the factor not above 1, or the count below 1.
+    """
+    if not (centre > 0 and factor > 1 and count >= 1):
+        raise ValueError(
+            f"centre is {centre!r}, factor {factor!r} and count {count!r}, but they must be a positive rate, a number "
+            "above 1 and at least 1."
+        )
+    return tuple(_rounded(centre * factor ** (i - count // 2)) for i in range(count))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.{_SIGNIFICANT}g}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rate of the lowest mean validation loss among those that have a result for every seed.
+
+    If the trials were judged by :class:`lora_lab.ablation.blocks.BlockLosses`, that is the loss of those blocks.
+
+    ``lr`` and ``validation_loss`` are None if there is none, and ``rows`` are its trials. ``note`` lists the rates that
+    do not count, with the reason. ``edge`` is "smallest", "largest" or "only" where the rate is at the edge of those
+    tried.
+    """
+
+    lr: float | None
+    validation_loss: float | None
+    rows: pandas.DataFrame
+    note: str = ""
+    edge: str = ""
+
+
+def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
+    """Choose by the validation losses after the last step.
+
+    Args:
+        rows: the last row of each trial of one setup, as in the table of :func:`lora_lab.ablation.ablate`.
+        seeds: which a rate needs to count.
+    """
+    tried = sorted(map(float, rows["lr"].unique()))
+    complete, incomplete = [], []
+    for lr in tried:
+        trials = rows[rows["lr"] == lr]
+        done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
+        stopped = set(map(int, trials.loc[trials["outcome"] == STOPPED, "seed"]))
+        failed = sorted(set(map(int, trials["seed"])) - set(map(int, done["seed"])) - stopped)
+        missing = sorted(set(seeds) - set(map(int, trials["seed"])))
+        gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
+        if gaps:
+            incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
+        elif not stopped:  # validation has ruled it out already
+            loss = np.mean([block_losses_of(row, "validation") for row in done.to_dict("records")])
+            complete.append((float(loss), lr, done))
+    note = ", ".join(incomplete)
+    if not complete:
+        return Choice(None, None, rows[:0], note)
+    loss, lr, done = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
+    edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
+    return Choice(lr, loss, done, note, edge)
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """One row for each trial: its last evaluation, its failure, or its first row if it was stopped."""
+    first = (frame["outcome"] == STOPPED) & ~(frame["step"] > 0)  # of a stopped trial its settings count, no loss
+    return frame[(frame["outcome"] == "failed") | first | (frame["step"] == frame["steps"])]
+
+
+def tune(
+    model_factory: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    setups: Mapping[str, Trial],
+    lrs: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    *,
+    widen: int = 4,
+    **options: Any,
+) -> pandas.DataFrame:
+    """Train each setup at its rates, and at rates beyond as long as the best is at the edge.
+
+    A rate at the edge of its grid says only that the best may be further out, so no verdict can rest on it.
+
+    Args:
+        model_factory, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        setups: how each trains; its own rate and seed do not count. Setups may be equal: they share their trials.
+        lrs: the rates to begin with, at least two for each setup. A grid goes on by the ratio at its edge.
+        seeds: train at each rate.
+        widen: how many rates may be added to a grid.
+
+    Returns:
+        The table of ablate with a column ``setup``, in the order of ``setups``.
+
+    Raises:
+        ValueError: a setup has fewer than two rates; or as ablate.
+    """
+    grids = {setup: sorted({float(lr) for lr in lrs[setup]}) for setup in setups}
+    if short := [setup for setup, grid in grids.items() if len(grid) < 2]:
+        raise ValueError(
+            f"The setup {short[0]!r} has the rates {grids[short[0]]}, but needs at least two to begin with."
+        )
+    most = {setup: len(grid) + widen for setup, grid in grids.items()}
+    while True:
+        trials = {
+            setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
+            for setup, template in setups.items()
+        }
+        table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
+        frame = labelled(table, trials)
+        edges = {setup: choose_rate(last_rows(rows), seeds).edge for setup, rows in frame.groupby("setup")}
+        beyond = {setup: edge for setup, edge in edges.items() if edge and len(grids[setup]) < most[setup]}
+        if not beyond:
+            return frame
+        for setup, edge in beyond.items():
+            grid = grids[setup]
+            outside = grid[0] ** 2 / grid[1] if edge == "smallest" else grid[-1] ** 2 / grid[-2]
+            grids[setup] = sorted([*grid, _rounded(outside)])
+
+
+def labelled(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
+    """A sweep's table with a column ``setup``, setup after setup; trials that two setups share are there twice.
+
+    Args:
+        table: what ablate returned for all the trials.
+        trials: of each setup.
+    """
+    import pandas
+
+    identity = {"task": table["task"].iloc[0], "model": table["model"].iloc[0]}
+    keys = {setup: [trial.bound(**identity).key for trial in of_setup] for setup, of_setup in trials.items()}
+    parts = [table[table["key"].isin(of_setup)].assign(setup=setup) for setup, of_setup in keys.items()]
+    return pandas.concat(parts, ignore_index=True)
+
+
+# The best rate
+
+
+def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
+    """rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
+
+    There are several blocks if the trials were judged by :class:`lora_lab.ablation.blocks.BlockLosses`. Only rates that
+    have a result for every seed are there.
+
+    Raises:
+        ValueError: there is no such rate.
+    """
+    rows = last_rows(frame)
+    seeds, losses = sorted(rows["seed"].unique()), {}
+    for lr, at_rate in rows[rows["outcome"] == "done"].groupby("lr"):
+        at_rate = at_rate.sort_values("seed")
+        if list(at_rate["seed"]) == seeds:
+            losses[float(lr)] = np.array([block_losses_of(row, "validation") for row in at_rate.to_dict("records")])
+    if not losses:
+        raise ValueError("No learning rate has a result for every seed; run the trials that are missing.")
+    return losses
+
+
+@dataclass(frozen=True)
+class BestRate:
+    """The best learning rate, as far as the trials tell.
+
+    Args:
+        tried: the rate of the lowest mean loss among those tried.
+        loss: that mean, in the task's unit.
+        vertex: of the parabola; None if ``tried`` is at an edge.
+        lower, upper: the two-sided 95 % interval of the vertex; None where it reaches beyond the rates tried.
+        edge: "smallest" or "largest" where ``tried`` is that of the rates that count, else "".
+        seeds, blocks: how many were resampled.
+    """
+
+    tried: float
+    loss: float
+    vertex: float | None
+    lower: float | None
+    upper: float | None
+    edge: str
+    seeds: int
+    blocks: int
+
+    def __str__(self) -> str:
+        if self.vertex is None:
+            return f"{self.tried:.3g}, the {self.edge} rate tried, so the best may lie beyond"
+        lower = "below all tried" if self.lower is None else f"{self.lower:.3g}"
+        upper = "above all tried" if self.upper is None else f"{self.upper:.3g}"
+        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}: {lower} to {upper}; of those tried {self.tried:.3g})"
+
+
+def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> BestRate:
+    """The vertex of the parabola around the rate of the lowest mean loss, with its interval.
+
+    Args:
+        losses: rate -> losses (seeds, blocks), the same seeds and examples for all rates.
+        resamples: of the bootstrap.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the losses of two rates differ in shape, or there is no rate.
+    """
+    rates, values = _stacked(losses)
+    means = values.mean(axis=(1, 2))  # (rates,)
+    lowest = int(means.argmin())
+    log_vertex = _log_vertices(np.log(rates), means[:, None])[0]
+    bounds = map(math.exp, interval(sample_vertices(losses, resamples, seed)))
+    lower, upper = (bound if 0 < bound < math.inf else None for bound in bounds)
+    return BestRate(
+        tried=float(rates[lowest]),
+        loss=float(means[lowest]),
+        vertex=float(np.exp(log_vertex)) if math.isfinite(log_vertex) else None,
+        lower=lower,
+        upper=upper,
+        edge="" if math.isfinite(log_vertex) else "largest" if log_vertex > 0 else "smallest",
+        seeds=values.shape[1],
+        blocks=values.shape[2],
+    )
+
+
+def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """log(lr*) in each sample of the bootstrap, (resamples,); infinite where the lowest mean is at an edge.
+
+    Setups that were trained on the same seeds and judged on the same examples, and are resampled by the same ``seed``,
+    share their samples, so that differences of these numbers are paired.
+    """
+    rates, values = _stacked(losses)
+    return _log_vertices(np.log(rates), resampled_means(values, resamples, seed))
+
+
+def slope(samples: Mapping[float, np.ndarray]) -> tuple[float, float, float]:
+    """How the best rate falls with a size x, such as the rank: p in lr* ~ x^p, by least squares in logarithms.
+
+    Args:
+        samples: x -> what :func:`sample_vertices` returned for it, at least two sizes.
+
+    Returns:
+        The median of p over the samples, and the bounds of its two-sided 95 % interval; NaN if fewer than half of the
+        samples have their best rates inside the grids of all sizes.
+    """
+    vertices = np.array([*samples.values()])  # (sizes, resamples)
+    inside = vertices[:, np.isfinite(vertices).all(axis=0)]
+    if 2 * inside.shape[1] < vertices.shape[1]:
+        return math.nan, math.nan, math.nan
+    powers = np.polyfit(np.log([*samples]), inside, 1)[0]  # (samples,)
+    return float(np.median(powers)), *interval(powers)
+
+
+def _stacked(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending rates, and their losses (rates, seeds, blocks)."""
+    if not losses:
+        raise ValueError("There are no learning rates; give the losses of at least one.")
+    shapes = {np.shape(values) for values in losses.values()}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        raise ValueError(f"losses have the shapes {sorted(shapes)}, but all must have one, (seeds, blocks).")
+    rates = np.array(sorted(losses))
+    return rates, np.array([losses[rate] for rate in rates])
+
+
+def _log_vertices(x: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Vertices (samples,) from log rates x (rates,) and mean losses (rates, samples); infinite at an edge."""
+    lowest = means.argmin(axis=0)  # (samples,)
+    vertices = np.where(lowest == 0, -math.inf, math.inf)  # (samples,)
+    (inside,) = np.nonzero((lowest > 0) & (lowest < len(x) - 1))
+    i = lowest[inside]
+    left, here, right = (means[i + side, inside] for side in (-1, 0, 1))
+    falling, rising = (here - left) / (x[i] - x[i - 1]), (right - here) / (x[i + 1] - x[i])
+    middle_left, middle_right = (x[i - 1] + x[i]) / 2, (x[i] + x[i + 1]) / 2
+    curvature = rising - falling
+    # Three equal losses have no vertex; the middle one is as good as any.
+    share = np.divide(-falling, curvature, out=np.full_like(curvature, 0.5), where=curvature > 0)
+    vertices[inside] = middle_left + share * (middle_right - middle_left)
+    return vertices

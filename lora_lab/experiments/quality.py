@@ -1,0 +1,44 @@
+"""``lora-lab record quality``: is LoRA as good as full fine-tuning, and up to which number of steps does which rank?
+
+Full fine-tuning and LoRA of three ranks on the real model, after several numbers of steps, each with the learning rate
+that is best for that number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.learning_rate import rates_around
+from lora_lab.experiments.tuned import ON_TEST, Planned, recorder
+from lora_lab.lean import Lean
+from lora_lab.methods import FullFineTuning, LoRA
+
+RANKS = (1, 8, 64)
+# The middles of the first grids, by steps: the more steps, the lower the best rate.
+CENTRES = {
+    "full": {60: 1.25e-4, 240: 6.25e-5, 960: 6.25e-5},
+    "r=1": {60: 8e-3, 240: 4e-3, 960: 4e-3},
+    "r=8": {60: 2e-3, 240: 2e-3, 960: 1e-3},
+    "r=64": {60: 1e-3, 240: 1e-3, 960: 5e-4},
+}
+
+
+def plan(device: torch.device) -> dict[str, Planned]:
+    """What two cores can do in a night, or a GPU in an hour."""
+    gpu = device.type == "cuda"
+    setups, lrs = {}, {}
+    for steps in (60, 240, 960):
+        options = {"steps": steps, "batch_size": 8 if gpu else 4, "eval_every": steps, "eval_examples": 16}
+        setups[f"full, {steps} steps"] = Trial(FullFineTuning(), 1e-3, **options)
+        for rank in RANKS:
+            setups[f"r={rank}, {steps} steps"] = Trial(LoRA(rank, 2 * rank), 1e-3, lean=Lean(torch.bfloat16), **options)
+        for name, centres in CENTRES.items():
+            lrs[f"{name}, {steps} steps"] = rates_around(centres[steps], count=5 if gpu else 3)
+    choosing = range(3 if gpu else 2)
+    judging = range(len(choosing), len(choosing) + (5 if gpu else 3))
+    return {"docs": Planned(Study(setups, lrs, choosing, judging, chosen_on=64, judged_on=ON_TEST))}
+
+
+RECORDER = recorder("quality", plan)

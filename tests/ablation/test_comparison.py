@@ -1,0 +1,165 @@
+"""Setups at their own best rates: planted differences, an oracle by loops, and one live study."""
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+
+from lora_lab import FullFineTuning, LoRA
+from lora_lab.ablation import Trial
+from lora_lab.ablation.blocks import BlockLosses, block_losses_of
+from lora_lab.ablation.comparison import Study, compare_tuned, differences
+from lora_lab.ablation.learning_rate import choose_rate, last_rows
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def judged(losses, edges=(), outcome="done"):
+    """Rows as compare_tuned yields them: setup -> losses (seeds, blocks)."""
+    rows = [
+        {
+            "setup": setup,
+            "stage": "judging",
+            "lr": 1e-3,
+            "edge": "largest" if setup in edges else "",
+            "seed": seed,
+            "outcome": outcome,
+            "step": 4,
+            "steps": 4,
+            "score_test": json.dumps(list(blocks)),
+        }
+        for setup, by_seed in losses.items()
+        for seed, blocks in enumerate(by_seed)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def planted(shift, noise, seeds=4, blocks=20, draw=0):
+    random = np.random.default_rng(draw)
+    hard = random.normal(size=(1, blocks))  # examples differ in difficulty, for all setups alike
+    return {
+        setup: 2 + more + hard + noise * random.normal(size=(seeds, blocks))
+        for setup, more in {"full": 0.0, "LoRA": shift}.items()
+    }
+
+
+def of_lora(losses, margin=0.0, **options):
+    return differences(judged(losses, **options), "full", margin=margin).set_index("setup").loc["LoRA"]
+
+
+def test_a_planted_difference_is_found_though_examples_differ_far_more():
+    row = of_lora(planted(0.1, 0.05))
+    assert row["difference"] == pytest.approx(0.1, abs=0.02)
+    assert 0 < row["lower"] < row["difference"] < row["upper"] < 0.15
+    assert row["verdict"] == "higher"
+    assert of_lora(planted(-0.1, 0.05))["verdict"] == "lower"
+    assert of_lora(planted(0.0, 0.05))["verdict"] == "open"
+
+
+def test_the_margin_decides_what_is_equal():
+    assert of_lora(planted(0.01, 0.02), margin=0.05)["verdict"] == "equal"
+    assert of_lora(planted(0.01, 0.02), margin=0.001)["verdict"] != "equal"
+    assert of_lora(planted(0.05, 0.1), margin=0.05)["verdict"] == "open"
+
+
+def test_the_interval_is_that_of_paired_draws():
+    losses = planted(0.1, 0.3)
+    random, means = np.random.default_rng(5), []
+    for _ in range(4000):
+        drawn = np.ix_(random.integers(4, size=4), random.integers(20, size=20))
+        means.append((losses["LoRA"][drawn] - losses["full"][drawn]).mean())
+    row = of_lora(losses)
+    width = row["upper"] - row["lower"]
+    assert row["lower"] == pytest.approx(np.quantile(means, 0.025), abs=0.06 * width)
+    assert row["upper"] == pytest.approx(np.quantile(means, 0.975), abs=0.06 * width)
+    unpaired = losses["LoRA"].std() / np.sqrt(20)
+    assert width < 2 * 1.96 * unpaired  # without pairs it would be wider
+
+
+def test_no_verdict_rests_on_a_rate_at_the_edge_of_its_grid():
+    assert of_lora(planted(0.1, 0.05), edges=["LoRA"])["verdict"] == "edge"
+    assert of_lora(planted(0.1, 0.05), edges=["full"])["verdict"] == "edge"
+
+
+def test_a_setup_of_which_a_seed_failed_has_no_verdict():
+    frame = judged(planted(0.1, 0.05))
+    frame.loc[frame.index[-1], "outcome"] = "failed"
+    table = differences(frame, "full").set_index("setup")
+    assert table.loc["LoRA", "verdict"] == "failed"
+    assert np.isnan(table.loc["LoRA", "difference"])
+    assert table.loc["full", "verdict"] == "reference"
+    with pytest.raises(ValueError, match="'LoRA' has no results for all seeds"):
+        differences(frame, "LoRA")
+
+
+# Studies
+
+
+def template(method):
+    return Trial(method, 1e-3, steps=8, batch_size=16, eval_every=8, eval_examples=8)
+
+
+def study(**changes):
+    options = {
+        "setups": {"full": template(FullFineTuning()), "r=2": template(LoRA(2, 4))},
+        "lrs": {"full": (1e-3, 3e-3), "r=2": (1e-2, 3e-2)},
+        "choosing": [0, 1],
+        "judging": [2, 3, 4],
+        "chosen_on": 40,
+        "judged_on": {"validation": 16, "test": 24},
+        "widen": 3,
+    }
+    return Study(**options | changes)
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory):
+    parts = compare_tuned(DigitsMLP(), digits(), study(), tmp_path_factory.mktemp("study"), progress=False)
+    return pandas.concat(parts, ignore_index=True)
+
+
+def test_rates_are_chosen_on_some_seeds_and_judged_on_others(frame):
+    assert set(frame.loc[frame["stage"] == "choosing", "seed"]) == {0, 1}
+    judging = last_rows(frame[frame["stage"] == "judging"])
+    assert set(judging["seed"]) == {2, 3, 4}
+    for setup, rows in judging.groupby("setup"):
+        chosen = frame[(frame["stage"] == "choosing") & (frame["setup"] == setup)]
+        choice = choose_rate(last_rows(chosen), [0, 1])
+        assert set(rows["lr"]) == {choice.lr}
+        assert set(rows["edge"]) == {choice.edge}
+        tried = sorted(chosen["lr"].unique())
+        assert choice.edge == {tried[0]: "smallest", tried[-1]: "largest"}.get(choice.lr, "")
+
+
+def test_each_stage_is_judged_on_its_own_examples(frame):
+    chosen = last_rows(frame[frame["stage"] == "choosing"]).iloc[0]
+    judging = last_rows(frame[frame["stage"] == "judging"]).iloc[0]
+    assert len(block_losses_of(chosen, "validation")) == 10  # blocks of 4
+    assert [len(block_losses_of(judging, part)) for part in ("validation", "test")] == [4, 6]
+    assert len(differences(frame, "full")) == 2
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
+    list(compare_tuned(DigitsMLP(), digits(), study(), tmp_path, progress=False))
+    monkeypatch.setattr(BlockLosses, "__call__", None)
+    again = list(compare_tuned(DigitsMLP(), digits(), study(), tmp_path, progress=False))
+    assert len(again) == 2
+    monkeypatch.undo()
+    (only,) = compare_tuned(DigitsMLP(), digits(), study(judging=()), tmp_path, progress=False)
+    assert set(only["stage"]) == {"choosing"}
+
+
+def test_planned_trials_are_all_rates_of_the_first_grids_and_one_of_each_judging_seed():
+    trials = study().trials
+    assert len(trials) == 2 * 2 * 2 + 2 * 3
+    assert {trial.seed for trial in trials if trial.lr == 3e-3} == {0, 1}
+
+
+def test_a_study_that_would_flatter_itself_is_refused():
+    with pytest.raises(ValueError, match=r"The seeds \[1\] both choose and judge"):
+        study(judging=[1, 2])
+    with pytest.raises(ValueError, match=r"\['r=2'\] are only in one"):
+        study(lrs={"full": (1e-3, 1e-2)})

@@ -1,0 +1,13 @@
+"""What `lora-lab record quality` plans."""
+
+import torch
+
+from lora_lab.experiments import quality
+
+
+def test_quality_compares_all_ranks_with_full_fine_tuning_after_each_number_of_steps():
+    setups = quality.plan(torch.device("cpu"))["docs"].study.setups
+    by_steps = {}
+    for name, trial in setups.items():
+        by_steps.setdefault(trial.steps, []).append(name.partition(",")[0])
+    assert by_steps == {steps: ["full", "r=1", "r=8", "r=64"] for steps in (60, 240, 960)}
