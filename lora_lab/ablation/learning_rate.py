@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,8 +97,9 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
         if gaps:
             incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
         elif not stopped:  # validation has ruled it out already
-            loss = np.mean([block_losses_of(row, "validation") for row in done.to_dict("records")])
-            complete.append((float(loss), lr, done))
+            done = done.sort_values("seed")
+            loss = fmean(fmean(block_losses_of(row, "validation")) for row in done.to_dict("records"))
+            complete.append((loss, lr, done))
     note = ", ".join(incomplete)
     if not complete:
         return Choice(None, None, rows[:0], note)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.ablation.learning_rate import Choice, choose_rate, last_rows
@@ -219,8 +220,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _judge(rank: int, choice: Choice, largest: Choice, margin: float) -> RankResult:
     if choice.lr is None:
         return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
-    losses = choice.rows.set_index("seed")["test_loss"].sort_index()
-    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": losses.mean()}
+    losses = choice.rows.set_index("seed")["test_loss"]
+    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.validation_loss, "test_loss": fmean(losses)}
     if choice is largest:
         return RankResult(rank, "reference", **known)
     if largest.lr is None:

@@ -91,7 +91,9 @@ def _q4_1_product(x: Tensor, block: Tensor, bias: Tensor | None) -> Tensor:
     """
     words = _reinterpret(block, torch.int32) if block.storage_offset() % 4 else block.view(torch.int32)  # (27648, 5)
     rows = torch.empty_like(words)  # (27648, 5)
-    rows.view(-1)[:-1] = words.reshape(-1)[1:]  # one copy without strides, which is fast; then the words that it put wrong
+    rows.view(-1)[:-1] = words.reshape(-1)[
+        1:
+    ]  # one copy without strides, which is fast; then the words that it put wrong
     rows[:, 4] = words[:, 0]
     weight = torch.ops.quantized.embedding_bag_4bit_unpack(rows.view(torch.uint8)).view(-1, x.shape[-1])  # (1536, 576)
     pairs = x.unflatten(-1, (-1, 2, BLOCK // 2)).transpose(-1, -2)  # (1, 576) -> (1, 18, 16, 2)

@@ -1,0 +1,124 @@
+r"""Replies that the base model wrote itself: on them a loss tells how far a tuned model has moved from the base.
+
+    before = evaluate(base, on_base_text(task, tokenizer), "off_domain")
+    after = evaluate(tuned, on_base_text(task, tokenizer), "off_domain")
+    after - before                                # KL(base || tuned), in nats a token
+
+The loss on someone else's text may fall in training, because the base may not know such text well, and then it says
+nothing about what was forgotten. On samples of the base itself it rises in expectation, by the Kullback-Leibler
+divergence:
+
+    KL(base || tuned) = E log p_base(x) - E log p_tuned(x),    x ~ base
+
+(Kullback and Leibler 1951, Annals of Mathematical Statistics 22, equation 2.4). Both means are over the same samples,
+at temperature 1. What is shipped was written by SmolLM2-135M-Instruct, and is right for that base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_lab.models.llama import Llama
+from lora_lab.system.files import read_json, write_json
+from lora_lab.system.progress import progress_bar
+from lora_lab.task import IGNORE, Task
+from lora_lab.tasks.instruction import ChatTokenizer, Padded, stop_token
+
+SHIPPED = Path(__file__).parent / "data" / "smollm2_replies.json"
+PROMPTS = (
+    "How does bread rise?",
+    "Tell me about the moon.",
+    "What should I pack for a week at the sea?",
+    "Write a short letter to a neighbour who is moving away.",
+    "Explain what a fraction is to a child.",
+    "Why is the sky blue?",
+    "Give me three ideas for dinner with potatoes.",
+    "What makes a good friend?",
+    "Describe a busy market in the morning.",
+    "How do I plant tomatoes?",
+    "What is the difference between weather and climate?",
+    "Tell me a story about a lost key.",
+    "How can I sleep better?",
+    "What does a carpenter do all day?",
+    "Write four lines about autumn.",
+    "How do bees make honey?",
+    "Name some ways to save water at home.",
+    "What is a promise?",
+    "Explain how a bicycle stays upright.",
+    "Suggest a name for a small bakery, and say why.",
+    "What happened in the industrial revolution?",
+    "How do I say no politely?",
+    "Write a polite request for a day off.",
+    "What is photosynthesis?",
+    "Why do cats purr?",
+    "Plan a walk through an old town.",
+    "How do I learn ten new words a day?",
+    "What are the primary colours?",
+    "Describe snow to someone who has never seen it.",
+    "What is a good way to begin a speech?",
+    "How does a lock on a canal work?",
+    "Give me advice for a first day at work.",
+)
+
+
+def write_replies(
+    model: Llama,
+    tokenizer: ChatTokenizer,
+    path: str | Path,
+    each: int = 2,
+    tokens: int = 64,
+    progress: bool | None = None,
+) -> None:
+    """Sample replies of the base to :data:`PROMPTS` at temperature 1, and write their tokens: minutes on two cores.
+
+    Args:
+        model: the base.
+        tokenizer: of the base.
+        path: of the file.
+        each: replies to a prompt; each has a seed of its own.
+        tokens: the most of a reply. A shorter one includes the token that ends it.
+        progress: show a bar; default only where a person is looking.
+    """
+    device, stop, replies = next(model.parameters()).device, stop_token(tokenizer), []
+    with progress_bar(each * len(PROMPTS), "replies", progress, unit="reply") as bar:
+        for prompt in PROMPTS:
+            ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]))
+            for _ in range(each):
+                reply = []
+                for token in model.stream(torch.tensor(ids, device=device), tokens, temperature=1.0, seed=len(replies)):
+                    reply.append(token)
+                    if token == stop:
+                        break
+                replies.append({"prompt": ids, "reply": reply})
+                bar.update()
+    write_json(path, {"temperature": 1.0, "replies": replies}, indent=None)
+
+
+def on_base_text(task: Task, path: str | Path = SHIPPED) -> Task:
+    """The task with the base's own replies as its off-domain part.
+
+    Args:
+        task: of a language model with the tokenizer of the base.
+        path: of the file; default: the shipped one, of SmolLM2-135M-Instruct.
+    """
+    return replace(task, off_domain=_examples(read_json(path)["replies"]))
+
+
+def _examples(replies: Sequence[dict[str, list[int]]]) -> Padded:
+    """Targets are the tokens of the replies; those of the prompts do not count."""
+    inputs, targets = [], []
+    for reply in replies:
+        ids = torch.tensor([*reply["prompt"], *reply["reply"]])  # (length + 1,)
+        counted = ids[1:].clone()  # (length,)
+        counted[: len(reply["prompt"]) - 1] = IGNORE
+        inputs.append(ids[:-1])
+        targets.append(counted)
+    return Padded(
+        pad_sequence(inputs, batch_first=True),  # (64, length)
+        pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (64, length)
+    )
