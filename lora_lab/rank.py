@@ -13,7 +13,8 @@ it again.
 
 No statistic means anything without a baseline. A Gaussian matrix of 576 x 576 has 90 % of its energy in 294 directions,
 the product of Gaussian factors of rank 8 in 7, and neither contains any signal: :func:`by_chance` returns the range of
-a statistic without signal.
+a statistic without signal. That sets the scale and shows no learning: for that, compare with a training of as many
+steps that has nothing to learn (lesson 11).
 
 Shapes in the comments: an update of a weight from 576 to 192 (W is 192 x 576, k = 192) by an adapter of rank 8.
 """
@@ -378,7 +379,7 @@ def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Gene
 def gaussian_factors(
     shape: tuple[int, int], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """An adapter's null model: B (out, r) and A (r, in) without signal, scaled so that ||B A||_F is ``norm``."""
+    """Noise in the form of an adapter: Gaussian B (out, r) and A (r, in), scaled so that ||B A||_F is ``norm``."""
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)
     size = product_svd(B, A).S.norm()  # ()

@@ -26,7 +26,7 @@ from lora_lab.lora import LoRALinear
 class RsLoRALinear(LoRALinear):
     """rsLoRA: h = W0 x + alpha / sqrt(rank) B A x, so that the size of the update does not shrink as the rank grows.
 
-    With alpha / rank, gradients shrink as the rank grows, and high ranks bring no gain.
+    With alpha / rank, gradients shrink as the rank grows; therefore, the paper holds, high ranks bring no gain.
 
     Reference: Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2.
     """

@@ -172,9 +172,9 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
 
     Columns: ``layer``; ``kind``, the last part of its name; ``depth``, the number in its name; ``out`` and ``in``;
     ``rank`` of the adapter; ``norm`` (Frobenius) and ``spectral_norm`` of the update; effective_rank, stable_rank and
-    energy_rank (of 90 %), each with its null band; and, if the weight before is known, ``relative_norm`` (relative to
-    that weight's norm) and ``amplification`` of the leading directions (Hu et al. 2021, section 7.3) with the band of
-    random directions.
+    energy_rank (of 90 %), each with its band for noise; and, if the weight before is known, ``relative_norm`` (relative
+    to that weight's norm) and ``amplification`` of the leading directions (Hu et al. 2021, section 7.3) with the band
+    of random directions.
 
     Args:
         before, after, progress: as for :func:`updates`.
@@ -244,7 +244,7 @@ def _random_directions(out_features: int, in_features: int, count: int) -> tuple
 
 @cache
 def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Band]:
-    """The null band of each of :data:`STATISTICS`, for an adapter of this rank, or of full rank if it is None."""
+    """The band for noise of each of :data:`STATISTICS`: for an adapter of this rank, or for a matrix if it is None."""
 
     def draw(generator: torch.Generator) -> Tensor:
         if rank is not None:
@@ -335,7 +335,7 @@ def group(frame: DataFrame, by: str = "kind") -> DataFrame:
 
 
 def table(frame: DataFrame, by: str = "kind") -> str:
-    """The medians of :func:`group` as text, each statistic with its null band in brackets.
+    """The medians of :func:`group` as text, each statistic with its band for noise in brackets.
 
     Raises:
         ValueError: as for :func:`group`.

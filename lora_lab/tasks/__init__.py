@@ -3,7 +3,7 @@
     train        the examples to learn from
     validation   the same kind of data, to choose learning rates, steps and ranks
     test         the same kind of data, for the final verdict
-    off_domain   another kind of data: does the model forget what it could do before?
+    off_domain   another kind of data: a rise of the loss on it is a sign of forgetting
 
 No data is downloaded: it comes with Python, scikit-learn or Babel, was written for this project, or is generated. The
 modules in reading order:

@@ -221,6 +221,16 @@ def test_little_is_shown_at_once(path):
 
 
 @each_chapter
+def test_a_lesson_with_results_of_the_real_model_names_it(path):
+    """It is an instruct model, unpacked from 4 bits, and both may be the reason for a result."""
+    notebook = read(path)
+    sources = "\n".join(cell.source for cell in code(notebook))
+    if re.search(r'load_all\("(ablation|downstream|overfitting|spectra)"\)', sources):
+        assert re.search("instruct", text_of(notebook), re.IGNORECASE)
+        assert re.search(r"\b(4|four) bits\b", text_of(notebook))
+
+
+@each_chapter
 def test_every_figure_has_a_text_for_readers_who_cannot_see_it(path):
     for cell in code(read(path)):
         for output in cell.outputs:

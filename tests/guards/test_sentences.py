@@ -10,7 +10,9 @@ import re
 
 import pytest
 
-from lora_lab import records
+from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
+from lora_lab.ablation import overfitting as learning
+from lora_lab.models.digits import DigitsMLP
 
 CPU = "intel-xeon-processor-2-cores"
 MIB = 2**20
@@ -203,3 +205,50 @@ def test_lesson_07_on_what_the_record_holds(lesson, overfitting):
         text, r"SmolLM2-135M on (\d+) or (\d+) chunks of Python's manual, (\d+) tokens each, for ten"
     )
     assert [[few, many], tokens, plan["epochs"], plan["seeds"]] == [plan["sizes"], plan["seq_len"], 10, 3]
+
+
+@pytest.fixture(scope="module")
+def claims(request):
+    """The claims of a lesson's stored tables: what people say -> the verdict."""
+
+    def read(name):
+        cells = json.loads((request.config.rootpath / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        data = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
+        plain = "\n".join("".join(each.get("text/plain", "")) for each in data)
+        return dict(re.findall(r"^ *(\S.*?\.) +(confirmed|refuted|undecided) ", plain, re.MULTILINE))
+
+    return read
+
+
+def test_lesson_07_decides_on_overfitting_only_what_every_stopping_point_and_training_loss_shows(claims, overfitting):
+    frame = overfitting.frame().query("setup != 'last blocks'")
+    chosen = learning.at_best_rate(learning.summarise_trials(frame))
+    frame = frame.merge(chosen[["n_train", "setup", "lr"]].drop_duplicates())
+    verdicts = {
+        *learning.by_stopping_point(frame).verdict,
+        *learning.by_training_loss(frame, [3, 2, 1.5, 1, 0.6]).verdict,
+    }
+    decided = len(verdicts) == 1 and (chosen.edge == "").all()
+    verdict = {"less": "confirmed", "more": "refuted"}.get(verdicts.pop(), "undecided") if decided else "undecided"
+    assert claims("07_overfitting")["LoRA overfits less than full fine-tuning."] == verdict
+
+
+def test_lesson_09_decides_nothing_where_the_best_rate_is_the_highest_tried(claims, downstream):
+    lrs = downstream.settings["lrs"]
+    best = {setup: own.lr.iloc[0] for setup, own in results(downstream, "translate-fr").items()}
+    at_edge = any(best[setup] in (min(lrs[setup]), max(lrs[setup])) for setup in ("full", "LoRA r=8"))
+    verdict = claims("09_many_tasks")["Fine-tuning translates names better than a few rules do."]
+    assert verdict == "undecided" or not at_edge
+
+
+def test_lesson_10_knows_the_effective_rates_of_B(request):
+    """The factor in front of B A beside LoRA's, times the factor of B's learning rate: what methods are compared by."""
+    cells = json.loads((request.config.rootpath / "notebooks/10_variants.ipynb").read_text(encoding="utf-8"))["cells"]
+    (stated,) = re.findall(r"^TIMES = (\{.*\})$", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE)
+    methods = {"LoRA": LoRA(4, 8), "rsLoRA": RsLoRA(4, 8), "LoRA+": LoRAPlus(4, 8, ratio=4), "LoRA-FA": LoRAFA(4, 8)}
+    methods |= {"PiSSA": PiSSA(4, 8), "DoRA": DoRA(4, 8)}
+    times = {}
+    for name, method in methods.items():
+        method.prepare(net := DigitsMLP(width=16), seed=0)
+        times[name] = net.hidden1.scaling / 2 * max(group.get("lr_factor", 1) for group in method.groups(net))
+    assert json.loads(stated) == times
