@@ -3,10 +3,10 @@
     frame = ablate(model, task, grid, "runs/ranks", halving=Halving())
 
 Trials that differ in learning rate and seed alone form a group, such as a rank. All rates of a group train to a rung,
-the ones that cannot become the best any more are stopped, and the others go on to the next rung. This is successive
-halving (Jamieson and Talwalkar 2016, arXiv 1502.07943, section 3; Li et al. 2018, Hyperband, JMLR 18, section 3) with
-two conditions more. Rates are compared by their mean validation loss over the seeds, and one that trails the best is
-stopped only if
+the ones that are not expected to become the best any more are stopped, and the others go on to the next rung. This is
+successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943, section 3; Li et al. 2018, Hyperband, JMLR 18,
+section 3) with three conditions more. Rates are compared by their mean validation loss over the seeds, and one that
+trails the best is stopped only if
 
 1. the difference is beyond the noise of the seeds: the one-sided 95 % lower bound of the paired differences d_s is
    above the slack, and
@@ -16,7 +16,13 @@ stopped only if
 
        d_s(N) = d_s(n) + (d_s(n) - d_s(h)) * log(N / n) / log(n / h)
 
-   h is not within the warm-up, where no rate has come to its peak yet.
+   h is not within the warm-up, where no rate has come to its peak yet; and
+
+3. it is the lower of the two, unless the schedule is constant. A decaying schedule takes from a high rate, in its last
+   steps, a loss that no curve before shows.
+
+All the same a rate may be stopped that would have become the best, most often one that is nearly as good. A ``slack``
+of the margin of the verdict makes it rarer and saves less; `benchmarks/halving.py` measures both.
 
 Every trial keeps the learning-rate schedule of its full number of steps, and trials are compared at equal steps. Test
 losses take no part. A rate with a seed that failed cannot be chosen, so its other seeds are stopped too, unless every
@@ -50,17 +56,19 @@ class Plan:
         steps: of a whole trial.
         warmup: steps of warm-up. No rate has come to its peak before its end.
         evaluated: the steps with a validation loss, ascending.
+        decays: whether the learning rate falls after the warm-up.
     """
 
     steps: int
     warmup: int
     evaluated: Sequence[int]
+    decays: bool = False
 
     @classmethod
     def of(cls, trial: Trial) -> Plan:
         """A trial's plan."""
         evaluated = [step for step in range(1, trial.steps + 1) if trial.evaluates(step)]
-        return cls(trial.steps, trial.warmup_steps, evaluated)
+        return cls(trial.steps, trial.warmup_steps, evaluated, trial.schedule != "constant")
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,8 @@ class Halving:
             decided by chance: give a ``slack`` then, such as the margin of the verdict.
         best_so_far: compare the lowest validation losses so far, where training is to be stopped early at its best
             step (:mod:`lora_lab.ablation.overfitting`), and not those at the rung.
-        cautious: whether noise and trend count. Without, all rates but the best ``keep`` are stopped at each rung, as
-            in the papers.
+        cautious: whether noise, trend and schedule count. Without, all rates but the best ``keep`` are stopped at each
+            rung, as in the papers.
 
     Raises:
         ValueError: a number is out of range, or there is no rung.
@@ -157,12 +165,12 @@ class Halving:
                 break
             if any(step not in curve for by_seed in left.values() for curve in by_seed.values()):
                 return Decision(stopped, step)
-            for lr, reason in self._ruled_out(left, step, earlier, plan.steps):
+            for lr, reason in self._ruled_out(left, step, earlier, plan):
                 stopped[lr] = step, reason
                 del left[lr]
         return Decision(stopped, None)
 
-    def _ruled_out(self, curves: Curves, step: int, earlier: int | None, steps: int) -> list[tuple[float, str]]:
+    def _ruled_out(self, curves: Curves, step: int, earlier: int | None, plan: Plan) -> list[tuple[float, str]]:
         """The rates to stop at a rung, with reasons."""
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in curves.values())))
         if not seeds:
@@ -176,13 +184,15 @@ class Halving:
         best, *others = sorted(means, key=lambda lr: (means[lr], lr))
         stopped = []
         for lr in others[max(1, math.ceil(self.keep * len(means))) - 1 :]:
+            if self.cautious and plan.decays and lr > best:
+                continue
             now = [loss(lr, seed, step) - loss(best, seed, step) for seed in seeds]
             reason = (
-                f"validation loss {means[lr]:.4g} after {step} of {steps} steps, {statistics.fmean(now):.2g} above "
-                f"learning rate {best:g}"
+                f"validation loss {means[lr]:.4g} after {step} of {plan.steps} steps, "
+                f"{statistics.fmean(now):.2g} above learning rate {best:g}"
             )
             if self.cautious and earlier is not None:
-                log_steps = math.log(steps / step) / math.log(step / earlier)
+                log_steps = math.log(plan.steps / step) / math.log(step / earlier)
                 at_end = []
                 for seed, difference in zip(seeds, now, strict=True):
                     if self.best_so_far:  # the best rate may have had its best already
@@ -257,7 +267,7 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
 
     Args:
         frame: what ablate returned, each trial evaluated several times. Without a column ``warmup``, a tenth of the
-            steps is the warm-up.
+            steps is the warm-up; without a column ``schedule``, it is constant.
         group: the columns that the rates and seeds of a group have in common.
 
     Raises:
@@ -278,7 +288,8 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
         chosen = {lr: {seed: by_seed[seed] for seed in seeds if seed in by_seed} for lr, by_seed in curves.items()}
         steps_of = [set(curve) for by_seed in chosen.values() for curve in by_seed.values()]
         evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
-        plan = Plan(steps, int(first["warmup"]) if "warmup" in first else steps // 10, evaluated)
+        warmup = int(first["warmup"]) if "warmup" in first else steps // 10
+        plan = Plan(steps, warmup, evaluated, first.get("schedule", "constant") != "constant")
         rungs += len(halving.rungs_at(plan))
         for lr, (step, reason) in halving.decide(chosen, plan, failed).stopped.items():
             if step is not None:  # when a seed failed is not recorded, so the others count in full

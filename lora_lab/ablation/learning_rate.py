@@ -67,8 +67,8 @@ class Choice:
     If the trials were judged by :class:`lora_lab.ablation.blocks.BlockLosses`, that is the loss of those blocks.
 
     ``lr`` and ``validation_loss`` are None if there is none, and ``rows`` are its trials. ``note`` lists the rates that
-    do not count, with the reason. ``edge`` is "smallest", "largest" or "only" where the rate is at the edge of those
-    tried.
+    do not count, with the reason, and an edge of the grid that was stopped early where nothing else lies beyond the
+    choice. ``edge`` is "smallest", "largest" or "only" where the rate is at the edge of those tried.
     """
 
     lr: float | None
@@ -86,7 +86,7 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
         seeds: which a rate needs to count.
     """
     tried = sorted(map(float, rows["lr"].unique()))
-    complete, incomplete = [], []
+    complete, incomplete, stopped_early = [], [], []
     for lr in tried:
         trials = rows[rows["lr"] == lr]
         done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
@@ -96,16 +96,21 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
         gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
         if gaps:
             incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
-        elif not stopped:  # validation has ruled it out already
+        elif stopped:  # validation has ruled it out already
+            stopped_early.append(lr)
+        else:
             done = done.sort_values("seed")
             loss = fmean(fmean(block_losses_of(row, "validation")) for row in done.to_dict("records"))
             complete.append((loss, lr, done))
-    note = ", ".join(incomplete)
     if not complete:
-        return Choice(None, None, rows[:0], note)
+        return Choice(None, None, rows[:0], ", ".join(incomplete))
     loss, lr, done = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
     edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
-    return Choice(lr, loss, done, note, edge)
+    for rate, name in ((tried[0], "smallest"), (tried[-1], "largest")):
+        beyond = [each for _, each, _ in complete if lr < each <= rate or rate <= each < lr]
+        if rate in stopped_early and not beyond:
+            incomplete.append(f"lr {rate:g}, the {name} tried, was stopped early")
+    return Choice(lr, loss, done, ", ".join(incomplete), edge)
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """Halving: what it stops, by curves worked by hand; that a sweep does what a replay says; what must not fool it."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -363,6 +364,27 @@ def test_a_rate_that_leads_early_and_ends_worse_does_not_win():
     assert set(live[live.outcome == "done"].lr) == {3e-3}
 
 
+def test_a_higher_rate_goes_on_while_its_schedule_will_bring_it_down():
+    decaying = dataclasses.replace(PLAN, decays=True)
+    high, low = (curves({1.0: [(2.0, 1.0)] * 2, lr: [(3.0, 2.9)] * 2}) for lr in (2.0, 0.5))
+    assert [*RUNGS.decide(high, PLAN).stopped] == [2.0]
+    assert [*RUNGS.decide(high, decaying).stopped] == []
+    assert [*PLAIN.decide(high, decaying).stopped] == [2.0]
+    assert [*RUNGS.decide(low, decaying).stopped] == [0.5]
+    assert Plan.of(Trial(LoRA(2, 4), 1e-3, steps=20)).decays
+    assert not Plan.of(Trial(LoRA(2, 4), 1e-3, steps=20, schedule="constant")).decays
+
+
+def test_a_replay_knows_the_schedule():
+    frame = uninterrupted(None)
+    assert set(frame["schedule"]) == {"cosine"}
+    stopped = [
+        replay(each, CAUTIOUS) for each in (frame, frame.assign(schedule="constant"), frame.drop(columns="schedule"))
+    ]
+    rates = [set(each.loc[each["outcome"] == "stopped", "lr"]) for each in stopped]
+    assert rates[1] == rates[2] > rates[0]
+
+
 def test_the_verdict_and_its_edges_are_those_of_the_whole_sweep():
     whole = sweep(grid([1, 3]), halving=None)
     less = replay(whole, PLAIN)
@@ -371,7 +393,10 @@ def test_the_verdict_and_its_edges_are_those_of_the_whole_sweep():
     assert verdicts[0] == verdicts[1]
     inner = smallest_sufficient_rank(sweep(grid([1, 3], lrs=(1e-3, 1e-2, 0.3)), halving=PLAIN), 0.05)
     assert "does not count" not in str(inner)
-    assert "tried" not in str(inner)
+    assert "may lie beyond" not in str(inner)
+    assert "rank 1: lr 0.001, the smallest tried, was stopped early, lr 0.3, the largest tried, was stopped" in str(
+        inner
+    )
 
 
 def test_the_record_of_overfitting_has_the_same_rates_and_verdicts_for_two_fifths_of_the_full_grid():
