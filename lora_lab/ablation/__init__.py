@@ -2,20 +2,20 @@
 
 In reading order:
 
-    grid          what a trial is, as data with an identity; products of ranks, rates, seeds and methods
-    packed_layer  one frozen weight with many adapters beside it, and the losses, trial by trial
-    packing       which trials may share a pass, and how many
-    packed        many adapters over one frozen base in one pass
-    results       a trial's file, and the table of all results
-    blocks        losses by blocks of examples, for intervals
-    stats         bounds on a mean of paired differences
-    halving       stop trials that validation rules out
-    run           run trials here, in processes or on a cluster; stop and go on
-    studies       models and tasks to begin with
-    learning_rate which rate is best, with an interval
-    comparison    setups at their own best rates, judged on other seeds and examples
-    verdict       the smallest rank that is enough, or that more seeds are needed
-    overfitting   what was learned, overfitted and forgotten, read off the curves
+    grid           what a trial is, as data with an identity; products of ranks, rates, seeds and methods
+    packed_layer   one frozen weight with many adapters beside it, and the losses, trial by trial
+    packing        which trials may share a pass, and how many
+    packed         many adapters over one frozen base in one pass
+    results        a trial's file, and the table of all results
+    blocks         losses by blocks of examples, for intervals
+    stats          bounds on a mean of paired differences
+    halving        stop trials that validation rules out
+    run            run trials here, in processes or on a cluster; stop and go on
+    studies        models and tasks to begin with
+    learning_rate  which rate is best, with an interval
+    comparison     setups at their own best rates, judged on other seeds and examples
+    verdict        the smallest rank that is enough, or that more seeds are needed
+    overfitting    what was learned, overfitted and forgotten, read off the curves
 """
 
 import lazy_loader

@@ -14,6 +14,7 @@ modules in reading order:
     checks       what is suspicious about prompts and answers
     formats      the forms of examples that people have: chat messages, ShareGPT, Alpaca, and so on
     instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
+    base_text    replies of the base model itself, on which a loss measures forgetting as a divergence
     rows         share_rows: several examples in one row
     tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
