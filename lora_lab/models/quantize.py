@@ -46,7 +46,6 @@ _GROUP = 256  # blocks of NF4-double that share a step
 _E4M3_MAX = 448.0  # the largest number of torch.float8_e4m3fn
 # Weights dequantised at a time: allocating 100 MB at once takes longer than computing the weights in it.
 _AT_ONCE = 2**20
-_FEW_ROWS = 16
 _MOST_SLICES = 32  # of a larger matrix: each slice takes a dozen operations, whatever its size
 
 
@@ -83,8 +82,8 @@ def _q4_1(block: Tensor) -> Tensor:
     return codes.float().mul_(scale).add_(minimum)  # (27648, 32)
 
 
-def _q4_1_product(x: Tensor, block: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in half the time, with a kernel that torch has for embeddings in 4 bits on a CPU.
+def _q4_1_product(x: Tensor, block: Tensor) -> Tensor:
+    """x W^T in half the time, with a kernel that torch has for embeddings in 4 bits on a CPU.
 
     Its blocks end with scale and minimum, and its neighbouring codes share a byte, so the columns of W come out in
     another order, which x is given too.
@@ -97,7 +96,7 @@ def _q4_1_product(x: Tensor, block: Tensor, bias: Tensor | None) -> Tensor:
     rows[:, 4] = words[:, 0]
     weight = torch.ops.quantized.embedding_bag_4bit_unpack(rows.view(torch.uint8)).view(-1, x.shape[-1])  # (1536, 576)
     pairs = x.unflatten(-1, (-1, 2, BLOCK // 2)).transpose(-1, -2)  # (1, 576) -> (1, 18, 16, 2)
-    return F.linear(pairs.flatten(-3), weight, bias)  # (1, 1536)
+    return F.linear(pairs.flatten(-3), weight)  # (1, 1536)
 
 
 def _q8_0(block: Tensor) -> Tensor:
@@ -416,9 +415,12 @@ class BlockLinear(BlockWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         # To generate a token is to multiply one row, in which dequantising takes nearly all the time.
-        few = x.numel() <= _FEW_ROWS * self.in_features and not torch.is_grad_enabled()
-        if few and self.kind == "Q4_1" and x.dtype == self.dtype == torch.float32 and _is_real_on_cpu(x):
-            return _q4_1_product(x, self.packed, self.bias)  # (1, 576) -> (1, 1536)
+        plain = x.dtype == self.dtype == torch.float32 and _is_real_on_cpu(x) and not torch.is_grad_enabled()
+        if plain and self.kind == "Q4_1" and self.in_features % BLOCK == 0:
+            each = self.in_features // BLOCK  # blocks in a row of the matrix
+            outputs = [_q4_1_product(x, self.packed[start * each : stop * each]) for start, stop in self.slices()]
+            joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)  # (1, 576) -> (1, 1536)
+            return joined if self.bias is None else joined.add_(self.bias)
         return _BlockMatmul.apply(x, self)  # (512, 576) -> (512, 1536)
 
     def slices(self) -> list[tuple[int, int]]:

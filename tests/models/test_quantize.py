@@ -1307,9 +1307,11 @@ print(*sorted(new - set(sys.stdlib_module_names)))
     assert done.stdout.split() == ["lazy_loader", "lora_lab"]
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64), (16, 64), (17, 64)])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64), (17, 64)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_few_rows_without_gradients_are_multiplied_as_many_are(shape, biased, monkeypatch):
+@pytest.mark.parametrize("at_once", [2**20, 640])
+def test_rows_without_gradients_are_multiplied_as_in_training(shape, biased, at_once, monkeypatch):
+    monkeypatch.setattr(quantize, "_AT_ONCE", at_once)
     calls, product = [], quantize._q4_1_product
     monkeypatch.setattr(quantize, "_q4_1_product", lambda *arguments: calls.append(1) or product(*arguments))
     dense = nn.Linear(64, 48, bias=biased)
@@ -1319,7 +1321,7 @@ def test_a_few_rows_without_gradients_are_multiplied_as_many_are(shape, biased, 
     with torch.no_grad():
         expected = F.linear(x, dequantize(packed.view(48, -1), "Q4_1"), dense.bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-        assert bool(calls) == (shape != (17, 64))  # which is one row too many for the short way
+        assert len(calls) == (1 if at_once == 2**20 else 5)  # slices of 10 rows
         assert not torch.allclose(layer(x.flip(-1)), expected, rtol=1e-2, atol=1e-2)  # the order of columns matters
         torch.testing.assert_close(layer.double()(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
     made = len(calls)
@@ -1337,3 +1339,10 @@ def test_blocks_are_multiplied_wherever_they_lie_in_memory(start):
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ layer.weight.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(there, packed)  # what is in memory was only read
+
+
+def test_blocks_that_lie_in_two_rows_are_multiplied_too():
+    packed, _ = FORMATS["Q4_1"].encode(normal(48, 60), 32)
+    layer, x = BlockLinear(packed, "Q4_1", (48, 60)), normal(1, 60, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T, rtol=1e-5, atol=1e-5)
