@@ -45,7 +45,7 @@ class BlockLosses:
         return {part: json.dumps(of_part) for part, of_part in losses.items()}
 
 
-def block_losses_of(row: Mapping[str, Any], part: str) -> list[float]:
+def block_losses_of(row: Mapping[Any, Any], part: str) -> list[float]:
     """The losses of a trial's blocks from its last row in the table; those of one block if it was not judged so.
 
     Args:

@@ -164,7 +164,7 @@ def tune(
         }
         table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
         frame = labelled(table, trials)
-        edges = {setup: choose_rate(last_rows(rows), seeds).edge for setup, rows in frame.groupby("setup")}
+        edges = {str(setup): choose_rate(last_rows(rows), seeds).edge for setup, rows in frame.groupby("setup")}
         beyond = {setup: edge for setup, edge in edges.items() if edge and len(grids[setup]) < most[setup]}
         if not beyond:
             return frame
@@ -203,10 +203,11 @@ def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
     """
     rows = last_rows(frame)
     seeds, losses = sorted(rows["seed"].unique()), {}
-    for lr, at_rate in rows[rows["outcome"] == "done"].groupby("lr"):
-        at_rate = at_rate.sort_values("seed")
-        if list(at_rate["seed"]) == seeds:
-            losses[float(lr)] = np.array([block_losses_of(row, "validation") for row in at_rate.to_dict("records")])
+    done = rows[rows["outcome"] == "done"].sort_values("seed")
+    for lr in map(float, sorted(done["lr"].unique())):
+        at_rate = done[done["lr"] == lr]
+        if at_rate["seed"].tolist() == seeds:
+            losses[lr] = np.array([block_losses_of(row, "validation") for row in at_rate.to_dict("records")])
     if not losses:
         raise ValueError("No learning rate has a result for every seed; run the trials that are missing.")
     return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -11,6 +12,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.setup import Setup
 from lora_lab.experiments.memory import random_model
+from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning
 
 _FULL = "full, for evaluations"
@@ -36,7 +38,7 @@ def planned_hours(trials: Iterable[Trial], seq_len: int, device: torch.device, j
         raise ValueError(f"The trials have the batch sizes {sorted(sizes)}, but must have one.")
     (batch_size,) = sizes
     labels = {trial: f"{trial.method} {trial.lean}" for trial in trials}
-    setups = {labels[trial]: Setup(trial.method, lean=trial.lean) for trial in trials} | {
+    setups = {labels[trial]: Setup(trial.method, lean=cast(Lean | None, trial.lean)) for trial in trials} | {
         _FULL: Setup(FullFineTuning())
     }
     steps = cost_model(device).predict(partial(random_model, "smollm2-135m"), setups, batch_size, seq_len)

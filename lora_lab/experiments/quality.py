@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from lora_lab.ablation.comparison import Study
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import rates_around
-from lora_lab.experiments.tuned import ON_TEST, Planned, recorder
+from lora_lab.experiments.tuned import ON_TEST, Planned, recorder, template
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 
@@ -30,10 +29,10 @@ def plan(device: torch.device) -> dict[str, Planned]:
     gpu = device.type == "cuda"
     setups, lrs = {}, {}
     for steps in (60, 240, 960):
-        options = {"steps": steps, "batch_size": 8 if gpu else 4, "eval_every": steps, "eval_examples": 16}
-        setups[f"full, {steps} steps"] = Trial(FullFineTuning(), 1e-3, **options)
+        size = 8 if gpu else 4
+        setups[f"full, {steps} steps"] = template(FullFineTuning(), steps, size)
         for rank in RANKS:
-            setups[f"r={rank}, {steps} steps"] = Trial(LoRA(rank, 2 * rank), 1e-3, lean=Lean(torch.bfloat16), **options)
+            setups[f"r={rank}, {steps} steps"] = template(LoRA(rank, 2 * rank), steps, size, Lean(torch.bfloat16))
         for name, centres in CENTRES.items():
             lrs[f"{name}, {steps} steps"] = rates_around(centres[steps], count=5 if gpu else 3)
     choosing = range(3 if gpu else 2)

@@ -11,7 +11,7 @@ import torch
 from lora_lab.ablation.comparison import Study
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import rates_around
-from lora_lab.experiments.tuned import Planned, recorder
+from lora_lab.experiments.tuned import Planned, recorder, template
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 
@@ -34,39 +34,22 @@ CENTRES = {
 
 def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in a few hours, or a GPU in one."""
-    small = {"steps": 200, "batch_size": 32, "eval_every": 200, "eval_examples": 16}
     gpu = device.type == "cuda"
-    large = {"steps": 300, "batch_size": 8} if gpu else {"steps": 60, "batch_size": 4}
-    large |= {"eval_every": large["steps"], "eval_examples": 16}  # few, because the losses that decide are the judge's
+    digits = setups(200, 32)
+    docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
+    seeds = range(5 if gpu else 3)
+    none = {"judging": (), "judged_on": {}}  # the rates are all that is asked for
     return {
-        "digits": Planned(
-            Study(
-                setups(None, **small),
-                grids("digits"),
-                choosing=range(5),
-                judging=(),
-                chosen_on=200,
-                judged_on={},
-            )
-        ),
-        "docs": Planned(
-            Study(
-                setups(Lean(torch.bfloat16), **large),
-                grids("docs"),
-                choosing=range(5 if gpu else 3),
-                judging=(),
-                chosen_on=128,
-                judged_on={},
-            )
-        ),
+        "digits": Planned(Study(digits, grids("digits"), range(5), chosen_on=200, **none)),
+        "docs": Planned(Study(docs, grids("docs"), seeds, chosen_on=128, **none)),
     }
 
 
-def setups(lean: Lean | None, **options: int) -> dict[str, Trial]:
+def setups(steps: int, batch_size: int, lean: Lean | None = None) -> dict[str, Trial]:
     """Full fine-tuning, and LoRA of each rank under each rule; the rates are to be filled in."""
-    trials = {"full": Trial(FullFineTuning(), 1e-3, **options)}
+    trials = {"full": template(FullFineTuning(), steps, batch_size)}
     for rule, alpha in RULES.items():
-        trials |= {f"r={r}, {rule}": Trial(LoRA(r, alpha(r)), 1e-3, lean=lean, **options) for r in RANKS}
+        trials |= {f"r={r}, {rule}": template(LoRA(r, alpha(r)), steps, batch_size, lean) for r in RANKS}
     return trials
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from lora_lab.ablation.comparison import Study
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import rates_around
-from lora_lab.experiments.tuned import ON_TEST, Planned, recorder
+from lora_lab.experiments.tuned import ON_TEST, Planned, recorder, template
 from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 
@@ -29,9 +28,8 @@ CENTRES = {"q, v": 2e-3, "attention": 2e-3, "MLP": 2e-3, "all": 2e-3}  # of the 
 def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in an hour or two, or a GPU in less."""
     gpu = device.type == "cuda"
-    options = {"steps": 300, "batch_size": 8} if gpu else {"steps": 60, "batch_size": 4}
-    options |= {"eval_every": options["steps"], "eval_examples": 16}
-    setups = {name: Trial(method, 1e-3, lean=Lean(torch.bfloat16), **options) for name, method in METHODS.items()}
+    steps, size = (300, 8) if gpu else (60, 4)
+    setups = {name: template(method, steps, size, Lean(torch.bfloat16)) for name, method in METHODS.items()}
     lrs = {name: rates_around(lr) for name, lr in CENTRES.items()}
     judging = range(2, 7 if gpu else 5)
     return {"docs": Planned(Study(setups, lrs, range(2), judging, chosen_on=128, judged_on=ON_TEST))}

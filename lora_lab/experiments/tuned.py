@@ -17,10 +17,13 @@ import torch
 from lora_lab.ablation import studies
 from lora_lab.ablation.blocks import block_losses_of
 from lora_lab.ablation.comparison import Study, compare_tuned
+from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import last_rows
 from lora_lab.ablation.results import SCORE
 from lora_lab.experiments.planning import planned_hours
 from lora_lab.experiments.recorder import Recorder
+from lora_lab.lean import Lean
+from lora_lab.methods import Method
 from lora_lab.records import json_safe
 
 ON_TEST = {"validation": 130, "test": 140}  # all examples of 64 tokens in those parts of "docs"
@@ -44,6 +47,18 @@ class Planned:
 
 
 Plan = Callable[[torch.device], Mapping[str, Planned]]  # a study for each of :data:`studies.STUDIES` that is in it
+
+
+def template(
+    method: Method, steps: int, batch_size: int, lean: Lean | None = None, eval_every: int | None = None
+) -> Trial:
+    """A setup's trial, whose rate and seed are to be filled in.
+
+    It is evaluated on few examples, because the losses that decide are those of
+    :class:`lora_lab.ablation.blocks.BlockLosses`.
+    """
+    every = steps if eval_every is None else eval_every
+    return Trial(method, 1e-3, steps=steps, batch_size=batch_size, eval_every=every, eval_examples=16, lean=lean)
 
 
 def recorder(name: str, plan: Plan) -> Recorder:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from lora_lab.ablation.comparison import Study
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import rates_around
-from lora_lab.experiments.tuned import ON_TEST, Planned, recorder
+from lora_lab.experiments.tuned import ON_TEST, Planned, recorder, template
 from lora_lab.lean import Lean
 from lora_lab.methods import DoRA, LoRA, LoRAPlus, PiSSA, RsLoRA
 
@@ -28,21 +27,19 @@ CENTRES = {  # of the first grids, by rank
 def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in an evening, or a GPU in an hour."""
     gpu = device.type == "cuda"
-    options = {"steps": 300, "batch_size": 8} if gpu else {"steps": 60, "batch_size": 4}
-    options |= {"eval_every": 10, "eval_examples": 16}
+    steps, size = (300, 8) if gpu else (60, 4)
     setups, lrs = {}, {}
     for i, rank in enumerate(RANKS):
-        settings = {"rank": rank, "alpha": 2 * rank}
         methods = {
-            "LoRA": LoRA(**settings),
-            "rsLoRA": RsLoRA(**settings),
-            "LoRA+": LoRAPlus(**settings, ratio=16),
-            "PiSSA": PiSSA(**settings),
-            "DoRA": DoRA(**settings),
+            "LoRA": LoRA(rank, 2 * rank),
+            "rsLoRA": RsLoRA(rank, 2 * rank),
+            "LoRA+": LoRAPlus(rank, 2 * rank, ratio=16),
+            "PiSSA": PiSSA(rank, 2 * rank),
+            "DoRA": DoRA(rank, 2 * rank),
         }
         for name, method in methods.items():
             lean = None if name in ("PiSSA", "DoRA") else Lean()
-            setups[f"{name}, r={rank}"] = Trial(method, 1e-3, lean=lean, **options)
+            setups[f"{name}, r={rank}"] = template(method, steps, size, lean, eval_every=10)
             lrs[f"{name}, r={rank}"] = rates_around(CENTRES[name][i])
     judging = range(2, 7 if gpu else 5)
     return {"docs": Planned(Study(setups, lrs, range(2), judging, chosen_on=128, judged_on=ON_TEST))}
