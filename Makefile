@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Where to get torch from, if not from where pip gets all else: see README, "Without a GPU".
+# Where to get torch from, if not from where pip gets all else: see docs/install.md, "Without a GPU".
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help

@@ -10,7 +10,7 @@ and fused AdamW, on text of Python's manual in which every target counts.
 
 The bound is the step's floating-point operations over the rate of matrix products measured beside it.
 On a CUDA GPU steps are timed by events, and memory is the allocator's peak. The model must be in the cache
-(`lora-lab fetch`). Read shared facts on noise in the README's section on benchmarks before trusting one run.
+(`lora-lab fetch`). CONTRIBUTING.md, "Claims of speed or memory", says what can ruin a timing.
 """
 
 from __future__ import annotations

@@ -98,21 +98,46 @@ def remove(folder: str | Path | None) -> None:
             Path(folder).rmdir()
 
 
+def step_of(folder: str | Path | None) -> int | None:
+    """The step of the checkpoint in a folder, of which only the header is read; None if there is none.
+
+    Raises:
+        ValueError: the header is damaged.
+    """
+    if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return len(json.loads(file.metadata()["history"])["rows"]) - 1
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
+
+
 @contextmanager
 def advice_if_a_process_ends(folder: str | Path | None) -> Iterator[None]:
     """Let a ProcessEndedError from the block say from which step the run can go on."""
     try:
         yield
     except ProcessEndedError as error:
-        if folder is None:
-            advice = "nothing is left, because the run has no checkpoint_dir"
-        elif not (path := Path(folder) / _CHECKPOINT).is_file():
-            advice = f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
-        else:
-            with safe_open(path, framework="pt") as file:
-                step = len(json.loads(file.metadata()["history"])["rows"]) - 1
-            advice = f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
-        raise ProcessEndedError(error.reason, advice) from None
+        raise ProcessEndedError(error.reason, _advice(folder)) from None
+
+
+@contextmanager
+def advice_if_interrupted(folder: str | Path | None) -> Iterator[None]:
+    """The same for a KeyboardInterrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_advice(folder)) from None
+
+
+def _advice(folder: str | Path | None) -> str:
+    """How a run that has ended early can go on."""
+    if folder is None:
+        return "nothing is left, because the run writes no checkpoints"
+    if (step := step_of(folder)) is None:
+        return f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
+    return f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
 
 
 def stored_history(folder: str | Path) -> History | None:

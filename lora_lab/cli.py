@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"lora-lab: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lora-lab: stopped.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{'; '.join(['lora-lab: stopped', *map(str, interrupt.args)])}.", file=sys.stderr)
         return 130
     return 0
 
@@ -245,14 +245,17 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
         help="name of a known model, or a folder with a config.json, or the path of one",
     )
     speed.add_argument("--batch", type=int, default=1, help="sequences per step")
-    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; none for pictures)")
+    speed.add_argument("--seq", type=int, help="tokens per sequence (default: 128; leave it out for pictures)")
     speed.add_argument("--rank", type=int, nargs="+", default=[8], help="LoRA's ranks")
     speed.add_argument(
         "--card",
         metavar="NAME",
         help="predict for a card that is not here, such as l40s, from its datasheet; an unknown name lists the cards",
     )
-    speed.add_argument("--dtype", help="type of the weights (default: bfloat16 with --card, otherwise as they are)")
+    speed.add_argument(
+        "--dtype",
+        help="type of the weights: bfloat16 or float32 (default: bfloat16 with --card, otherwise as they are)",
+    )
     speed.add_argument("--device", help=DEVICE_HELP)
     speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
     speed.set_defaults(run=_speed)
@@ -268,7 +271,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     )
     memory.add_argument("--budget", help="memory of the GPU, such as 24GiB or 80GB")
     memory.add_argument("--batch", type=int, default=1, help="sequences per step")
-    memory.add_argument("--seq", type=int, help="tokens per sequence (default: 512; none for pictures)")
+    memory.add_argument("--seq", type=int, help="tokens per sequence (default: 512; leave it out for pictures)")
     memory.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     memory.add_argument("--dtype", default="bfloat16", help="type of the weights: bfloat16 or float32")
     memory.add_argument("--device", default="cuda", help="cuda (estimated if there is no GPU) or cpu")

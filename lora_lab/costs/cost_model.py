@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
-from lora_lab.train import Batch, TrainingStep
+from lora_lab.train import Batch, TrainingStep, state_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,23 +57,27 @@ if TYPE_CHECKING:
 MEMORY, UPDATE, PYTHON = "passes over memory", "clipping and optimiser", "Python and autograd"
 CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE, PYTHON)
 _ALIKE = 0.03  # times that differ by less count as equal
+_LONG_S = 10.0  # from here on times are shown in seconds, and not in milliseconds
 # What the operations of a cause are, in sentences; other causes are named as they are.
 _OPERATIONS = {
-    ADAPTERS: "small matrix multiplications of the adapters",
-    PYTHON: "operations called by Python and autograd",
-    FORWARD: "matrix multiplications of the layers",
-    INPUT: "gradients of the layers' inputs",
-    HEAD: "matrix multiplications of the head",
-    ATTENTION: "operations of attention",
+    ADAPTERS: "small matrix multiplication(s) of the adapters",
+    PYTHON: "operation(s) called by Python and autograd",
+    FORWARD: "matrix multiplication(s) of the layers",
+    INPUT: "gradient(s) of the layers' inputs",
+    WEIGHT: "weight gradient(s)",
+    AGAIN: "recomputed matrix multiplication(s)",
+    HEAD: "matrix multiplication(s) of the head",
+    ATTENTION: "operation(s) of attention",
+    MEMORY: "pass(es) over memory",
 }
 # By the outcome, and whether the variant both saves and adds.
 _CONCLUSIONS = {
     ("alike", True): "So the two take about as long: what {name} adds costs as much as what it saves.",
     ("alike", False): "So the two take about as long.",
-    ("slower", True): "So {name} is slower here: {added} cost more than what they replace, {saved}.",
-    ("slower", False): "So {name} is slower here: it adds {added}, and saves nothing.",
-    ("faster", True): "So {name} is faster here: what it saves, {saved}, costs more than {added}.",
-    ("faster", False): "So {name} is faster here: it saves {saved}, and adds nothing.",
+    ("slower", True): "So {name} is slower {place}: {added} cost more than what they replace, {saved}.",
+    ("slower", False): "So {name} is slower {place}: it adds {added}, and saves nothing.",
+    ("faster", True): "So {name} is faster {place}: what it saves, {saved}, costs more than {added}.",
+    ("faster", False): "So {name} is faster {place}: it saves {saved}, and adds nothing.",
 }
 _ATEN = torch.ops.aten
 
@@ -108,8 +113,12 @@ class StepTrace(FlopCounter):
         for phase, product, operation in self._entries:
             cause = self._cause(phase, product, operation)
             operations.setdefault((phase, cause), Counter())[operation] += 1
-        trained = sum(parameter.numel() for parameter in self.step.model.parameters() if parameter.requires_grad)
-        return Work(operations, trained)
+        model = self.step.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        tensors = [*model.parameters(), *model.buffers(), *trained]  # a gradient is as large as its parameter
+        static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        static_bytes += state_bytes(self.step.optimizer)
+        return Work(operations, sum(parameter.numel() for parameter in trained), static_bytes)
 
     def _cause(self, phase: str, product: int | None, operation: Operation) -> str:
         if product is not None:
@@ -126,14 +135,30 @@ class StepTrace(FlopCounter):
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does: the count of each operation, by phase and cause, and the number of trained parameters."""
+    """What a step does: the count of each operation, by phase and cause.
+
+    Args:
+        operations: (phase, cause) -> operation -> count.
+        trained: the number of trained parameters.
+        static_bytes: the size of weights, gradients and optimiser state.
+    """
 
     operations: Mapping[tuple[str, str], Mapping[Operation, int]]
     trained: int = 0
+    static_bytes: int = 0
 
     def kinds(self) -> set[Operation]:
         """The distinct operations."""
         return {operation for counted in self.operations.values() for operation in counted}
+
+    def launches(self) -> int:
+        """The number of operations that a GPU starts one by one: all but views, and lists of tensors."""
+        return sum(
+            count
+            for operations in self.operations.values()
+            for operation, count in operations.items()
+            if operation is not VIEW and not operation.of_list
+        )
 
     def count(self, *, cause: str | None = None, phase: str | None = None) -> int:
         """The number of operations, of a cause or in a phase."""
@@ -156,6 +181,7 @@ class Prediction:
         overlaps: whether Python runs ahead of the device, as on a GPU, so that the longer of the two counts and not
             their sum.
         doubts: sentences about what may be wrong with the prediction.
+        place: where the steps run, as a sentence ends: "here", "on the NVIDIA L40S".
     """
 
     seconds: Mapping[str, Mapping[str, float]]
@@ -164,6 +190,7 @@ class Prediction:
     setting: str = ""
     overlaps: bool = False
     doubts: Sequence[str] = ()
+    place: str = "here"
 
     def total_s(self, name: str) -> float:
         """Time of a step."""
@@ -191,8 +218,8 @@ class Prediction:
         """The reason in words: what the variant saves and adds compared with the first one, and which is more."""
         first, ratio, changes = next(iter(self.seconds)), self.ratio(name), self.changes(name)
         lines = [
-            f"{name} takes {ratio:.2f} of the time of {first}: {_ms(self.total_s(name))} a step, "
-            f"not {_ms(self.total_s(first))}."
+            f"{name} takes {ratio:.2f} of the time of {first}: {_time(self.total_s(name))} a step, "
+            f"not {_time(self.total_s(first))}."
         ]
         if self.overlaps:
             longer, longer_of_first = self._longer_side(name), self._longer_side(first)
@@ -207,11 +234,12 @@ class Prediction:
         added = {cause: change for cause, change in changes.items() if change > 0}
         for verb, seconds, sign in (("saves", saved, -1), ("adds", added, 1)):
             largest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:4]
-            reasons = "; ".join(f"{self._operations(cause, name, sign)}, {_ms(seconds[cause])}" for cause in largest)
-            lines.append(f"It {verb} {_ms(sum(seconds.values()))}" + (f": {reasons}." if reasons else "."))
+            reasons = "; ".join(f"{self._operations(cause, name, sign)}, {_time(seconds[cause])}" for cause in largest)
+            lines.append(f"It {verb} {_time(sum(seconds.values()))}" + (f": {reasons}." if reasons else "."))
         outcome = "alike" if abs(ratio - 1) < _ALIKE else "slower" if ratio > 1 else "faster"
         conclusion = _CONCLUSIONS[outcome, bool(saved and added)]
-        lines.append(conclusion.format(name=name, saved=self._main(saved, name, -1), added=self._main(added, name, 1)))
+        reasons = {"saved": self._main(saved, name, -1), "added": self._main(added, name, 1)}
+        lines.append(conclusion.format(name=name, place=self.place, **reasons))
         return "\n".join(lines)
 
     def _longer_side(self, name: str) -> str:
@@ -244,8 +272,9 @@ class Prediction:
 
     def _operations(self, cause: str, name: str, sign: int) -> str:
         """How many operations of a cause are added (``sign`` 1) or saved (-1), in words."""
-        words = _OPERATIONS.get(cause, cause)
-        if (difference := sign * self._difference(cause, name)) <= 0:
+        difference = sign * self._difference(cause, name)
+        words = re.sub(r"\((\w+)\)", "" if difference == 1 else r"\1", _OPERATIONS.get(cause, cause))
+        if difference <= 0:
             return f"the same {words}"
         if cause == UPDATE:
             trained, reference = self.works[name].trained, self.works[next(iter(self.works))].trained
@@ -285,21 +314,22 @@ class Prediction:
 
     def __str__(self) -> str:
         width = max(12, *(len(name) + 2 for name in self.seconds))
+        unit, scale = ("s", 1) if max(map(self.total_s, self.seconds)) >= _LONG_S else ("ms", 1e3)
         lines = [
-            f"{self.setting}: ms a step, predicted",
+            f"{self.setting}: {unit} a step, predicted",
             f"  {'':<26}" + "".join(f"{n:>{width}}" for n in self.seconds),
         ]
         for cause in CAUSES:
             if any(parts.get(cause) for parts in self.seconds.values()):
-                numbers = (f"{parts.get(cause, 0.0) * 1e3:>{width},.2f}" for parts in self.seconds.values())
+                numbers = (f"{parts.get(cause, 0.0) * scale:>{width},.2f}" for parts in self.seconds.values())
                 lines.append(f"  {cause:<26}" + "".join(numbers))
-        lines.append(f"  {'all':<26}" + "".join(f"{self.total_s(name) * 1e3:>{width},.2f}" for name in self.seconds))
+        lines.append(f"  {'all':<26}" + "".join(f"{self.total_s(name) * scale:>{width},.2f}" for name in self.seconds))
         lines.append(f"  {'ratio':<26}" + "".join(f"{self.ratio(name):>{width}.3f}" for name in self.seconds))
         return "\n".join([*lines, *(self.why(name) for name in list(self.seconds)[1:]), *self.doubts])
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.2f} ms"
+def _time(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= _LONG_S else f"{seconds * 1e3:,.2f} ms"
 
 
 @dataclass
@@ -320,6 +350,7 @@ class CostModel:
         seconds_spent: how long calibration and all predictions have taken.
         disturbance: a sentence about other processes that kept the machine busy meanwhile, or an empty string.
         where: what the costs are those of, if nothing was measured on ``device``.
+        place: as for :class:`Prediction`.
     """
 
     seconds: Callable[[Operation], float]
@@ -330,6 +361,7 @@ class CostModel:
     seconds_spent: float = 0.0
     disturbance: str = ""
     where: str = ""
+    place: str = "here"
 
     def predict(
         self,
@@ -375,7 +407,8 @@ class CostModel:
         kinds = {kind for work in works.values() for kind in work.kinds()}
         self._measure(kinds, progress)
         self.seconds_spent += time.perf_counter() - started
-        return Prediction(self._costs(works), works, tokens, setting, self.overlaps, self._doubts(kinds))
+        prediction = Prediction(self._costs(works), works, tokens, setting, self.overlaps, place=self.place)
+        return replace(prediction, doubts=self._doubts(prediction))
 
     def _measure(self, kinds: set[Operation], progress: bool | None) -> None:
         """Time new kinds of operation, and note whether other processes kept the machine busy."""
@@ -400,10 +433,11 @@ class CostModel:
             costs[name] = dict(seconds)
         return costs
 
-    def _doubts(self, kinds: set[Operation]) -> list[str]:
+    def _doubts(self, prediction: Prediction) -> list[str]:
         doubts = [f"While costs were measured: {self.disturbance}"] if self.disturbance else []
         if isinstance(self.seconds, OperationTimer):
-            failed = sorted(self.seconds.failed & {kind.name for kind in kinds})
+            names = {kind.name for work in prediction.works.values() for kind in work.kinds()}
+            failed = sorted(self.seconds.failed & names)
             if failed:
                 doubts.append(f"Counted as copies, because they cannot run by themselves: {', '.join(failed)}.")
         return doubts

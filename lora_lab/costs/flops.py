@@ -30,6 +30,7 @@ from lora_lab.lora import LoRALayer, LoRALinear
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
+from lora_lab.system.wording import counted
 from lora_lab.task import is_encoder_decoder
 from lora_lab.train import Batch, TrainingStep
 from lora_lab.variants import LoRAFALinear, RsLoRALinear
@@ -136,7 +137,8 @@ class Flops:
         numbers = [self.in_pass(name) for name in passes] + [self.total]
         closed = [] if self.closed is None else [sum(self.closed.values())]
         lines.append(_row("all", numbers + closed))
-        lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {self.tokens:,}")
+        unit = "example" if self.seq_len is None else "token"
+        lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {counted(self.tokens, unit)}")
         if self.causal is not None and self.fused is not None and self.part(ATTENTION):
             lines.append(f"  with a causal kernel that skips the masked half: {self.causal / GIGA:,.3f} GFLOP; with a")
             lines.append(f"  fused one, which makes the scores again in the backward pass: {self.fused / GIGA:,.3f}")

@@ -22,6 +22,7 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.system.provenance import machine_info
+from lora_lab.system.wording import counted, shortened
 from lora_lab.task import Task
 from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
@@ -89,6 +90,7 @@ def run(
         ValueError: ``half`` is true, but the method trains no adapter; ``by_length`` is, but all examples have the same
             length; there is no such task; or ``out`` is the folder of the model.
         FileNotFoundError: there is no such file.
+        KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
         OSError: ``out`` cannot be written to. This is checked before the model is loaded; if it happens at the end, the
             results are saved in another folder, which the error names.
     """
@@ -103,6 +105,8 @@ def run(
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
     data = task_of(task, tokenizer)
+    if (count := current_processes().world_size) > 1:
+        why += f"\n{count} processes, {counted(torch.get_num_threads(), 'thread')} each"
     print(f"Device: {why}\n\n{data.describe()}\n")
     if isinstance(data, PairTask):
         print(f"{data.preview(1)}\n")
@@ -110,23 +114,26 @@ def run(
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     checkpoints = None if checkpoint_every is None else out / "checkpoint"
     print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
-    history = fit(
-        net,
-        data,
-        method,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        batches="by_length" if by_length else "random",
-        seed=seed,
-        eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
-        eval_examples=eval_examples,
-        checkpoint_dir=checkpoints,
-        checkpoint_every=checkpoint_every,
-    )
-    if half:
-        _round_adapters(net, torch.float16)
-    after = _evaluated(net, data, eval_examples)
+    if (step := checkpoint.step_of(checkpoints)) is not None:
+        print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
+    with checkpoint.advice_if_interrupted(checkpoints):
+        history = fit(
+            net,
+            data,
+            method,
+            steps=steps,
+            lr=lr,
+            batch_size=batch_size,
+            batches="by_length" if by_length else "random",
+            seed=seed,
+            eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
+            eval_examples=eval_examples,
+            checkpoint_dir=checkpoints,
+            checkpoint_every=checkpoint_every,
+        )
+        if half:
+            _round_adapters(net, torch.float16)
+        after = _evaluated(net, data, eval_examples)
     result = {
         "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
         "method": method.settings(),
@@ -208,10 +215,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [frame.to_string(float_format="{:.3f}".format, na_rep="", col_space=9)]
     for sample_before, sample_after in samples:
         lines += [
-            f"\nprompt     {_shortened(sample_before['prompt'])}",
-            f"reference  {_shortened(sample_before['reference'])}",
-            f"before     {_shortened(sample_before['prediction'])}",
-            f"after      {_shortened(sample_after['prediction'])}",
+            f"\nprompt     {shortened(sample_before['prompt'])}",
+            f"reference  {shortened(sample_before['reference'])}",
+            f"before     {shortened(sample_before['prediction'])}",
+            f"after      {shortened(sample_after['prediction'])}",
         ]
     return "\n".join(lines)
 
@@ -222,8 +229,3 @@ def document(result: dict[str, Any]) -> dict[str, Any]:
     return result | {
         column: {name.replace(" ", "_"): value for name, value in result[column].items()} for column in columns
     }
-
-
-def _shortened(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 4] + " ..."

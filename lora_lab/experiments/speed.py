@@ -20,6 +20,7 @@ from lora_lab.experiments.recorder import Recorder
 from lora_lab.inject import last_blocks
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def compared_setups(model: str, ranks: Sequence[int], last: Sequence[int]) -> di
         llama = random_model(model)
     setups = {"full": Setup(FullFineTuning())} | {f"LoRA r={rank}": Setup(LoRA(rank, 2 * rank)) for rank in ranks}
     for count in last:
-        label = f"LoRA r=8, last {count} block{'s' * (count > 1)}"
+        label = f"LoRA r=8, last {counted(count, 'block')}"
         setups[label] = Setup(LoRA(8, 16, targets=last_blocks(llama, count)))
     return setups
 

@@ -122,7 +122,10 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
             GPU. The model is then left as it was.
     """
     if not isinstance(model, Llama):
-        raise ValueError(f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}.")
+        raise ValueError(
+            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; use "
+            "gradient_checkpointing=True in place of lean."
+        )
     _check(model, lean)
     parameter = next(model.parameters())
     if lean.checkpoint and not (parameter.is_meta or isinstance(parameter, FakeTensor)):  # a rehearsal frees nothing

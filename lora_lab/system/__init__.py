@@ -1,5 +1,6 @@
 """The machine: what all other modules may use, and what knows nothing of LoRA or models.
 
+wording      words for messages: a count with its noun, a long text in short
 device       which device to compute on, how much work to do, and reproducible randomness
 files        atomic writes: files that appear whole or not at all
 json_text    results as JSON text for other programs
@@ -25,5 +26,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "provenance",
         "renamed",
         "torch_build",
+        "wording",
     ],
 )

@@ -111,11 +111,13 @@ def process_group() -> Iterator[None]:
     Raises:
         ValueError: this machine has fewer GPUs than processes.
         ProcessEndedError: SIGTERM has come, which torchrun sends when another process has ended.
+        KeyboardInterrupt: at the first Ctrl-C, which both the terminal and torchrun pass on.
     """
     from torch.distributed.rendezvous import rendezvous
 
     store = next(rendezvous("env://"))[0]
     signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGINT, _on_sigint)
     try:
         _take_gpu()
         dist.init_process_group()
@@ -151,6 +153,11 @@ def _take_gpu() -> None:
 def _on_sigterm(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise ProcessEndedError("SIGTERM")
+
+
+def _on_sigint(*_: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager

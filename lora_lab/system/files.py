@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lora_lab.system.wording import shortened
+
 try:
     import fcntl
 except ImportError:  # on Windows, where hidden folders of killed processes are not removed
@@ -33,6 +35,22 @@ _EXISTS = (errno.ENOTEMPTY, errno.EEXIST)  # errors of renaming a folder to a na
 
 class _NotWritten(OSError):
     """An error whose message already says which path could not be written, and why."""
+
+
+def check_file(path: str | Path, what: str) -> None:
+    """Check that a file exists.
+
+    Args:
+        path: of the file.
+        what: it should be, such as "a table".
+
+    Raises:
+        FileNotFoundError: it does not; perhaps ``path`` is the text that should be in the file.
+    """
+    with suppress(OSError):  # the system refuses to look for a name that is too long
+        if Path(path).is_file():
+            return
+    raise FileNotFoundError(f"There is no file {shortened(str(path))}; give the path of {what}.")
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def main() -> None:
     if all(subprocess.run(command).returncode == 0 for command in commands):
         return
     if sys.stdin.isatty() and input(QUESTION).strip().lower() not in ("y", "yes"):
-        sys.exit("Stopped. Pass the address of torch's CPU build: see README, Without a GPU.")
+        sys.exit("Stopped. Pass the address of torch's CPU build: see docs/install.md, Without a GPU.")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_lab.system.files import check_file
+from lora_lab.system.wording import counted
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
 from lora_lab.tasks.checks import suspicions
 from lora_lab.tasks.formats import Entry, Turn, parse
@@ -225,8 +227,7 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128
             not, or as for :func:`from_pairs`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; give the path of a JSON Lines file.")
+    check_file(path, "a JSON Lines file")
     entries, problems = [], []
     for number, line in _lines(path):
         if not line.strip():
@@ -237,7 +238,7 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128
             problems.append(f"line {number}: {error}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{path} has {len(problems)} malformed line{'s' if len(problems) > 1 else ''}: {shown}.")
+        raise ValueError(f"{path} has {counted(len(problems), 'malformed line')}: {shown}.")
     if not entries:
         raise ValueError(f"{path} is empty; write one example per line.")
     ignored = sorted(set().union(*(entry.ignored for entry in entries)))
@@ -248,7 +249,7 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128
             raise ValueError(
                 f"{path} has {len(texts)} texts and {len(entries) - len(texts)} conversations; split them."
             )
-        return _task_of_texts(tokenizer, path, texts, seq_len, "lines with a text", options["name"], options["about"])
+        return _task_of_texts(tokenizer, path, texts, seq_len, "text", options["name"], options["about"])
     if not any(entry.part for entry in entries):
         return from_pairs(tokenizer, map(_pair, entries), **options)
     if not all(entry.part for entry in entries):
@@ -282,10 +283,9 @@ def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128,
         ValueError: the file is not UTF-8, or too short for ``seq_len``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; give the path of a text file.")
+    check_file(path, "a text file")
     paragraphs = [text for text in "".join(line for _, line in _lines(path)).split("\n\n") if text.strip()]
-    return _task_of_texts(tokenizer, path, paragraphs, seq_len, "paragraphs", name, f"from the file {path.name}")
+    return _task_of_texts(tokenizer, path, paragraphs, seq_len, "paragraph", name, f"from the file {path.name}")
 
 
 def _task_of_texts(
@@ -301,8 +301,8 @@ def _task_of_texts(
     for part, examples in parts.items():
         if len(examples) == 0:
             raise ValueError(
-                f"{path} has {len(texts)} {unit}, too few for a {part} part of {seq_len} tokens an example; "
-                f"give longer texts, more {unit}, or a smaller seq_len."
+                f"{path} has {counted(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
+                f"example; give more or longer {unit}s, or a smaller seq_len."
             )
     return Task(
         name or path.stem,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from lora_lab.system.files import check_file
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.instruction import ChatTokenizer, from_jsonl, from_text
@@ -42,8 +43,7 @@ def check_name(name: str) -> None:
             f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or a file whose name ends in one of "
             f"{', '.join(READERS)}."
         )
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"There is no file {name}; give the path of your examples.")
+    check_file(name, "your examples")
 
 
 def task_of(name: str, tokenizer: ChatTokenizer) -> Task:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lora_lab.system.files import check_file
 from lora_lab.task import Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
 
@@ -75,8 +76,7 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
     path = Path(table)
     if path.suffix not in TABLES:
         raise ValueError(f"{path} is no table that can be read here; its name must end in one of {', '.join(TABLES)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; give the path of a table.")
+    check_file(path, "a table")
     try:
         if path.suffix == ".parquet":
             return pandas.read_parquet(path), path.name

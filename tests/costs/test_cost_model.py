@@ -219,6 +219,25 @@ def test_alike_is_neither_faster_nor_slower():
     )
 
 
+def test_one_operation_is_in_the_singular_and_the_place_is_named():
+    found = replace(by_hand({speed.WEIGHT: (0.001, 1)}, {speed.MEMORY: (0.002, 1)}), place="on the moon")
+    assert found.why("LoRA").splitlines()[1:] == [
+        "It saves 1.00 ms: 1 weight gradient, 1.00 ms.",
+        "It adds 2.00 ms: 1 pass over memory, 2.00 ms.",
+        "So LoRA is slower on the moon: 1 pass over memory cost more than what they replace, 1 weight gradient.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"), [(9.99, ["ms a step, predicted", "9,990.00"]), (12_345, [" s a step, predicted", "12,345.00"])]
+)
+def test_long_times_are_in_seconds(seconds, says):
+    found = by_hand({speed.FORWARD: (seconds, 7)}, {speed.FORWARD: (seconds, 7)})
+    heading, _, row = str(found).splitlines()[:3]
+    assert heading.endswith(says[0])
+    assert row.split() == ["forward", says[1], says[1]]
+
+
 def test_the_table_has_causes_ratios_reasons_and_doubts():
     found = by_hand(FULL, SLOW)
     text = str(replace(found, doubts=["Something else is using this machine."]))
@@ -388,11 +407,12 @@ def test_a_machine_is_calibrated_and_predicts(tiny_config, monkeypatch):
 def test_doubts_are_told():
     watch = OperationTimer(torch.device("cpu"))
     costs = CostModel(watch, {})
-    kinds = {Operation(torch.ops.aten.nonzero.default, ()), Operation(torch.ops.aten._unique2.default, ())}
-    assert costs._doubts(kinds) == []
+    kinds = [Operation(torch.ops.aten.nonzero.default, ()), Operation(torch.ops.aten._unique2.default, ())]
+    prediction = Prediction({}, {"full": Work({("forward", speed.MEMORY): Counter(kinds)})}, 1)
+    assert costs._doubts(prediction) == []
     watch.failed = {"_unique2", "nonzero", "sort"}  # the last is another model's
     costs.disturbance = "Other processes kept 1.5 cores busy meanwhile."
-    assert costs._doubts(kinds) == [
+    assert costs._doubts(prediction) == [
         "While costs were measured: Other processes kept 1.5 cores busy meanwhile.",
         "Counted as copies, because they cannot run by themselves: _unique2, nonzero.",
     ]

@@ -10,6 +10,7 @@ from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained,
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
 from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
+from lora_lab.train import TrainingStep
 from tests.helpers import command, error_line, names, printed_json
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -98,7 +99,7 @@ def test_batches_go_by_length_where_that_is_asked_for(tiny, tmp_path, monkeypatc
     assert losses["random"] != losses["by_length"]
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(tiny, tmp_path, monkeypatch, capsys):
     def arguments(out):
         return ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", out]
 
@@ -112,13 +113,40 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(t
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "table", stopped)  # after training, before anything is saved
         assert command("finetune", *arguments("kept")) == 130
+    assert "Going on" not in capsys.readouterr().out
     assert names(tmp_path / "kept") == ["checkpoint"]
     with monkeypatch.context() as patch:
         patch.setattr("lora_lab.train.TrainingStep.__call__", stopped)  # no step is left to take
         assert command("finetune", *arguments("kept")) == 0
+    assert capsys.readouterr().out.count("Going on from step 5, with the checkpoint in kept/checkpoint\n") == 1
     assert command("finetune", *arguments("another")) == 0
     assert losses("kept") == losses("another")
     assert names(tmp_path / "kept") == names(tmp_path / "another") == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "nothing is left, because the run writes no checkpoints"),
+        (["--checkpoint-every", 9], "out/checkpoint holds no checkpoint yet, so start the same command again from the"),
+        (
+            ["--checkpoint-every", 1],
+            "the checkpoint in out/checkpoint is whole, at step 2: start the same command again",
+        ),
+    ],
+)
+def test_ctrl_c_says_where_the_run_goes_on(tiny, monkeypatch, capsys, options, says):
+    step, taken = TrainingStep.__call__, []
+
+    def interrupted(self, *batch):
+        taken.append(batch)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", interrupted)
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 5, "--out", "out", *options) == 130
+    assert capsys.readouterr().err.startswith(f"lora-lab: stopped; {says}")
 
 
 def test_checkpoints_are_at_least_a_step_from_each_other(tiny, capsys):

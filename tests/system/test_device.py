@@ -27,7 +27,8 @@ def test_without_a_gpu_the_cpu_is_picked_and_the_reason_says_so(no_wishes):
     no_wishes.setattr(torch.cuda, "is_available", lambda: False)
     device, why = pick_device()
     assert device == torch.device("cpu")
-    assert why == f"cpu because torch sees no CUDA GPU; {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    assert why == f"cpu because torch sees no CUDA GPU; {threads} thread{'s' if threads > 1 else ''}"
 
 
 def test_with_a_gpu_it_is_picked_and_named(no_wishes):

@@ -276,12 +276,14 @@ def test_a_killed_process_ends_the_other_with_one_sentence_and_a_whole_checkpoin
 
 def test_without_a_checkpoint_the_sentence_says_so(tmp_path):
     for folder, says in (
-        (None, "nothing is left, because the run has no checkpoint_dir."),
+        (None, "nothing is left, because the run writes no checkpoints."),
         (tmp_path, f"{tmp_path} holds no checkpoint yet, so start the same command again from the beginning."),
     ):
         expected = pytest.raises(ProcessEndedError, match=re.escape(f"ends them all (SIGTERM); {says}"))
         with expected, checkpoint.advice_if_a_process_ends(folder):
             raise ProcessEndedError("SIGTERM")
+        with pytest.raises(KeyboardInterrupt, match=re.escape(says[:-1])), checkpoint.advice_if_interrupted(folder):
+            raise KeyboardInterrupt
 
 
 # What is refused
@@ -310,12 +312,12 @@ def test_one_process_needs_no_check():
 # torchrun
 
 
-def torchrun(*arguments, **environment):
+def torchrun(*arguments, **options):
     """A started torchrun of two processes of the command."""
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lora_lab"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*call, *map(str, arguments)], cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen([*call, *map(str, arguments)], cwd=ROOT, env=environment, **pipes, **options)
 
 
 @pytest.fixture
@@ -359,12 +361,31 @@ def test_torchrun_goes_on_after_a_kill_and_ends_as_one_process_does(arguments, t
     again = torchrun(*arguments)
     printed, report = again.communicate(timeout=60)
     assert (again.returncode, sentences(report)) == (0, [])
-    assert printed.count("Saved in") == 1
+    assert printed.count("2 processes, 1 thread each\n") == printed.count("Saved in") == 1
+    (step,) = re.findall(r"at step (\d+)", sentence)
+    assert re.findall(r"Going on from step (\d+)", printed) == [step]
     assert names(tmp_path / "out") == [*ADAPTER, "history.json", "result.json"]
     assert command(*arguments, "--out", tmp_path / "one") == 0
     capsys.readouterr()
     assert [machine(tmp_path / out).get("processes") for out in ("out", "one")] == ["2", None]
     torch.testing.assert_close(losses(tmp_path / "out"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-4)
+
+
+def test_ctrl_c_ends_torchrun_with_one_sentence_that_names_the_checkpoint(arguments, tmp_path):
+    started = torchrun(*arguments, start_new_session=True)  # as a terminal has it
+    while not (tmp_path / "out" / "checkpoint" / CHECKPOINT).is_file():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.01)
+    os.killpg(started.pid, signal.SIGINT)
+    printed, report = started.communicate(timeout=60)
+    assert started.returncode not in (0, None)
+    (sentence,) = sentences(report)
+    assert re.fullmatch(
+        rf"lora-lab: stopped; the checkpoint in {tmp_path}/out/checkpoint is whole, at step \d+: start the same "
+        r"command again to go on\.",
+        sentence,
+    )
+    assert "Going on" not in printed
 
 
 def test_torchrun_says_once_what_is_wrong(arguments, tmp_path):

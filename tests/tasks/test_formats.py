@@ -163,5 +163,5 @@ def test_a_file_of_texts_becomes_next_token_prediction(chatter, tmp_path):
     with pytest.raises(ValueError, match="has 60 texts and 1 conversations; split them"):
         from_jsonl(chatter, path)
     path.write_text(lines[0])
-    with pytest.raises(ValueError, match="has 1 lines with a text, too few for a"):
+    with pytest.raises(ValueError, match="has 1 text, too few for a"):
         from_jsonl(chatter, path)

@@ -437,12 +437,16 @@ def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
     for read in (from_jsonl, from_text):
         with pytest.raises(FileNotFoundError, match="There is no file"):
             read(chatter, tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError) as raised:
+            read(chatter, "A text\n\nin place of a path. " * 200)
+        assert len(str(raised.value)) < 400
+        assert "\n" not in str(raised.value)
         (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(ValueError, match=r"is not UTF-8 .* save it as UTF-8"):
             read(chatter, tmp_path / "bytes")
     with pytest.raises(ValueError, match="is empty; write one example per line"):
         from_jsonl(chatter, write(tmp_path / "empty.jsonl", ""))
-    with pytest.raises(ValueError, match="has 1 paragraphs, too few"):
+    with pytest.raises(ValueError, match="has 1 paragraph, too few"):
         from_text(chatter, write(tmp_path / "short.txt", "A short text."))
     with pytest.raises(ValueError, match="has 8 paragraphs, too few for a validation part of 128 tokens"):
         from_text(chatter, write(tmp_path / "eight.txt", "\n\n".join(["A longer text. " * 20] * 8)))
