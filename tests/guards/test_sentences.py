@@ -131,13 +131,15 @@ def test_the_costs_page_names_where_and_when_its_records_were_made(readme, kind)
 def test_the_readme_on_the_record_of_speed(readme, speed):
     others = speed[speed.setup != "full"]
     off = others.predicted_ratio / others.ratio - 1
-    within, ratios, worst = said(readme, r"In the record (\d+) of (\d+) ratios are within 15 %, the other is off by (-\d+) %")
+    within, ratios, worst = said(
+        readme, r"In the record (\d+) of (\d+) ratios are within 15 %, the other is off by (-\d+) %"
+    )
     assert (within, ratios, worst) == ((off.abs() <= 0.15).sum(), len(others), round(100 * off[off.abs().idxmax()]))
     assert within == ratios - 1
 
 
 def test_lesson_05_explains_what_the_record_shows(lesson, speed):
-    """LoRA over full climbs with the tokens, by the model, and with the rank, and is low where few blocks have adapters."""
+    """LoRA over full climbs with the tokens by the model, and with the rank; with few adapted blocks it is low."""
     text = " ".join(lesson("05_speed").split())
     assert "By the model the optimiser's work pulls the ratio down when tokens are few" in text
     assert "A higher rank pushes it up, fewer adapted blocks pull it down." in text
