@@ -7,7 +7,8 @@ tensors, and `lora_lab.speed.cards` gives their times from datasheets.
 
     peft        the step of PEFT's own benchmark (transformers' Llama 3.2 3B, PEFT's layers, AdamW by foreach), and the
                 same methods on our Llama. Two shares of the L40S's rates are fitted, to the first two rows; every other
-                row is predicted. Then the memory that is allocated after a step, which has nothing fitted.
+                row is predicted, beside a null: that it takes as long as the second. Then the memory that is
+                allocated after a step, which has nothing fitted.
     torchtune   with the same shares, on an A100
     litgpt      with the same shares, on an A100
 
@@ -175,6 +176,8 @@ def peft_table(methods: Sequence[str], with_memory: bool) -> None:
     own = [name for name in works if name not in FITTED]
     errors = {name: step_seconds(works[name], "l40s", fitted) / measured[name] - 1 for name in own}
     report("step times", errors, TIME_AIM)
+    null = {name: measured[FITTED[1]] / measured[name] - 1 for name in own}
+    report(f"without a model, all as long as {FITTED[1]}", null, TIME_AIM)
     if with_memory:
         report(
             "memory after a step",

@@ -28,7 +28,7 @@ class Setup:
         dtype: cast the model's floating-point weights to this first (adapters stay in float32 or finer); None leaves
             them as they are.
         nf4: quantise the linear layers to 4 bits first, as QLoRA does (:func:`lora_lab.quantize_nf4`).
-        optimizer: "adamw", as in ``fit``: one operation a weight; "adamw-foreach", torch's default on a GPU: about ten
+        optimizer: "adamw", as in ``fit``: one operation a weight; "adamw-foreach", torch's default on a GPU: eight
             passes over all weights; or "sgd": plain gradient descent, which has no state.
         gradient_checkpointing, lean, clip: as in :func:`lora_lab.fit`.
         accumulate: the number of micro-batches that a batch is split into.

@@ -115,6 +115,7 @@ def compare(case: Comparison, costs: CostModel, device: torch.device) -> Iterato
             "length": case.seq_len,
             "setup": label,
             "tokens": case.batch_size * case.seq_len,
+            "rounds": case.rounds,
             "seconds": times.median_s(label),
             "lower_quartile_s": low,
             "upper_quartile_s": high,

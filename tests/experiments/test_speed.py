@@ -52,6 +52,7 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     assert (full["setup"], full["ratio"], full["predicted_ratio"], full["verdict"]) == ("full", 1.0, 1.0, "")
     assert lora["verdict"] == "inconclusive after 2 rounds; take 6 or more"
     assert lora["tokens"] == 16
+    assert full["rounds"] == lora["rounds"] == 2
     assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
     assert lora["flops"] == speed.flops(lambda: Llama(memory_recording._SMALL), LoRA(2, 4), 2, 8).total
