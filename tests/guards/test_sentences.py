@@ -138,6 +138,31 @@ def test_the_readme_on_the_record_of_speed(readme, speed):
     assert within == ratios - 1
 
 
+def test_the_costs_page_on_what_others_published(readme):
+    """The null beside the five predictions, what PEFT's runs reserved, and LitGPT's ratios."""
+    peft = {row["experiment"]: row for row in records.published("peft-metamathqa").rows}
+    full, lora = peft["full-finetuning/llama-3.2-3B-lr_0.00001"], peft["lora/llama-3.2-3B-rank32"]
+    others = ("rank64", "rank64-rslora", "rank10-target-mlp", "rank32-dora", "rank32-lorafa")
+    errors = said(readme, r"for the five rows above it is off by (-\d+), (-\d+), (-\d+), (-\d+) and (-\d+) %")
+    rates = [peft[f"lora/llama-3.2-3B-{name}"]["tokens_per_second"] / lora["tokens_per_second"] for name in others]
+    assert errors == [round(100 * (rate - 1)) for rate in rates]
+    reserved = said(readme, r"reserved ([\d.]+) GB with full fine-tuning and ([\d.]+) GB with LoRA r=32")
+    assert reserved == [round(row["mean_reserved_bytes"] / 1e9, 1) for row in (full, lora)]
+    seconds = {
+        (row["model"], row["quantization"], row["micro_batch_size"]): row["iteration_s"]
+        for row in records.published("litgpt").rows
+    }
+    ratios = said(readme, r"two sequences took ([\d.]+) times .*?, and 13B ([\d.]+) times as long as 7B")
+    small, large = seconds["Llama 2 7B", None, 1], seconds["Llama 2 13B", None, 1]
+    assert ratios == [round(seconds["Llama 2 7B", None, 2] / small, 2), round(large / small, 2)]
+    number = r"([\d.]+)"
+    in_nf4 = said(readme, rf"LitGPT publishes {number}, {number}, {number} and {number} times")
+    doubly = said(readme, rf"with double quantisation {number}, {number}, {number} and {number} times")
+    for stated, kind in ((in_nf4, "nf4"), (doubly, "nf4-dq")):
+        models = ("phi-1.5", "StableLM Alpha 3B", "Llama 2 7B", "Llama 2 13B")
+        assert stated == [round(seconds[name, kind, 1] / seconds[name, None, 1], 2) for name in models]
+
+
 def test_lesson_05_explains_what_the_record_shows(lesson, speed):
     """LoRA over full climbs with the tokens by the model, and with the rank; with few adapted blocks it is low."""
     text = " ".join(lesson("05_speed").split())
