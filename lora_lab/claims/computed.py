@@ -87,8 +87,8 @@ def _plain_descent(layer: LoRALinear, x: Tensor, y: Tensor, steps: int) -> Itera
         a, b = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
         yield float(a.abs().max()), float(b.abs().max()), float(loss.detach())
         with torch.no_grad():
-            layer.lora_A -= 0.5 * a
-            layer.lora_B -= 0.5 * b
+            layer.lora_A.sub_(0.5 * a)
+            layer.lora_B.sub_(0.5 * b)
 
 
 @decides("subtracting-recovers-w0")
@@ -147,7 +147,7 @@ def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float, steps: in
     """Losses of a small layer under Adam without epsilon; A starts ``factor`` times as large as usual."""
     layer, x, y = adapted_linear(16, 4, alpha), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
     with torch.no_grad():
-        layer.lora_A *= factor
+        layer.lora_A.mul_(factor)
     moments: dict[str, Any] = {name: (0.0, 0.0) for name in ("lora_A", "lora_B")}
     losses = []
     for step in range(1, steps + 1):
@@ -207,7 +207,7 @@ def _first_fall(r: int, alpha: float, seed: int, width: int = 64) -> float:
     before = F.mse_loss(layer(x), y)
     (gradient,) = torch.autograd.grad(before, [layer.lora_B])
     with torch.no_grad():
-        layer.lora_B -= 1e-4 * gradient.sign()  # Adam's first step; A does not move
+        layer.lora_B.sub_(1e-4 * gradient.sign())  # Adam's first step; A does not move
         return float(before - F.mse_loss(layer(x), y))
 
 

@@ -145,7 +145,7 @@ def over_cases(cases: Iterable[tuple[bool | None, str]], on: str) -> Result:
         on: what the cases differ in.
 
     Returns:
-        It stands if it holds in every case, falls if it holds in none that can be told and fails in one, depends if it
+        It stands if it holds in every case, falls if it fails in some and holds in none, depends if it
         holds in some and fails in others, and is open otherwise.
     """
     cases = list(cases)

@@ -136,10 +136,10 @@ def verdict(claim_id: str, folder: str | Path | None = None) -> Entry:
 
 def table(entries: Mapping[str, Entry]) -> str:
     """The claims as lines of at most 100 columns: id, sentence, verdict and where it comes from."""
-    lines = [f"{'id':<31}{'claim':<43}{'verdict':<11}from"]
+    lines = [f"{'id':<31}{'claim':<40}{'verdict':<11}from"]
     for name, entry in entries.items():
-        sentence = textwrap.shorten(entry.claim.sentence, 42, placeholder=" ...")
-        lines.append(f"{name:<31}{sentence:<43}{entry.result.verdict:<11}{entry.where()}")
+        sentence = textwrap.shorten(entry.claim.sentence, 39, placeholder=" ...")
+        lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
     counts = Counter(entry.result.verdict for entry in entries.values())
     total = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
     return "\n".join([*lines, "", f"{len(entries)} claims: {total}. More on one: lora-lab claims show ID"])

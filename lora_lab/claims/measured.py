@@ -189,9 +189,8 @@ def time_and_flops(claim: Claim, record: Record) -> Result:
 
 def _rank_results(record: Record) -> tuple[dict[int, RankResult], list[int], int]:
     """Each rank beside the largest, the ranks whose rate is at the edge of those tried, and the number of seeds."""
-    frame = record.frame()
-    answer = smallest_sufficient_rank(frame, MARGIN)
-    tried = {int(rank): set(lrs) for rank, lrs in frame.groupby("rank")["lr"]}
+    answer = smallest_sufficient_rank(record.frame(), MARGIN)
+    tried = {each.rank: {row["lr"] for row in record.rows if row["rank"] == each.rank} for each in answer.ranks}
     edges = [each.rank for each in answer.ranks if each.lr in (min(tried[each.rank]), max(tried[each.rank]))]
     return {each.rank: each for each in answer.ranks}, edges, len(answer.seeds)
 
@@ -238,7 +237,7 @@ def _at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, s
     frame = record.frame()
     best = overfitting.at_best_rate(overfitting.summarise_trials(frame), frame)
     curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
-    edge = {(int(row.n_train), str(row.setup)): str(row.edge) for row in best.itertuples()}
+    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in best.to_dict("records")}
     seeds = best.groupby(["n_train", "setup"])["seed"].nunique()
     judged, doubts = [], []
     for size, setup in sorted(key for key in edge if key[1].startswith("LoRA")):
@@ -324,10 +323,12 @@ def beats_asking(claim: Claim, record: Record) -> Result:
     floor = max(row["accuracy"] for name in ("zero-shot", "trivial") for row in results.get(name, ()))
     for setup in ("full", "LoRA r=8"):
         mean, lower, upper = t_bounds([row["accuracy"] - floor for row in results[setup]])
-        enough = len(results[setup]) >= MIN_SEEDS and lower is not None and upper is not None
-        answer = None if not enough or lower <= 0 <= upper else lower > 0
-        bounds = f" (lower bound {100 * lower:+.0f})" if lower is not None else ""
-        cases.append((answer, f"{setup} {100 * mean:+.0f} points{bounds}, {len(results[setup])} seeds"))
+        text = f"{setup} {100 * mean:+.0f} points, {len(results[setup])} seeds"
+        if lower is None or upper is None or len(results[setup]) < MIN_SEEDS:
+            cases.append((None, text))
+        else:
+            answer = None if lower <= 0 <= upper else lower > 0
+            cases.append((answer, f"{text}, bounds {100 * lower:+.0f} to {100 * upper:+.0f}"))
     return over_cases(cases, "the method")
 
 

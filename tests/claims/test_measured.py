@@ -209,16 +209,14 @@ def wider(rows):
     return rows + new
 
 
-def flat(chosen):
-    """After it has fallen, the validation loss of these setups stays."""
+def rising(setups):
+    """After the first evaluation the validation loss of these setups rises, and that of all others stays."""
 
     def change(rows):
-        lowest = {}
-        for row in sorted(wider(rows), key=lambda row: row["step"]):
-            key = row["setup"], row["lr"], row["seed"]
-            lowest[key] = min(lowest.get(key, row["validation_loss"]), row["validation_loss"])
-            if chosen(row["setup"]):
-                row["validation_loss"] = lowest[key]
+        for row in wider(rows):
+            if row["step"]:
+                rise = row["step"] / 100 if row["setup"].startswith(setups) else 0
+                row["validation_loss"] = 3.0 + rise + row["lr"] + row["seed"] / 1000
             yield row
 
     return lambda rows: list(change(rows))
@@ -234,12 +232,9 @@ def test_overfitting_is_open_at_the_edges_and_depends_on_the_stopping_point_insi
     assert (inside.verdict, inside.on) == ("depends", "the stopping point, rank and size")
 
 
-@pytest.mark.parametrize(
-    ("chosen", "verdict"),
-    [(lambda setup: setup.startswith("LoRA"), "stands"), (lambda setup: setup == "full", "falls")],
-)
-def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, chosen, verdict):
-    assert changed("lora-overfits-less", "overfitting", flat(chosen)).verdict == verdict
+@pytest.mark.parametrize(("setups", "verdict"), [("full", "stands"), ("LoRA", "falls")])
+def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, setups, verdict):
+    assert changed("lora-overfits-less", "overfitting", rising(setups)).verdict == verdict
 
 
 def test_generalisation_at_equal_fit(changed):
