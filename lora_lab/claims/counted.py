@@ -202,7 +202,7 @@ def qlora_65b(claim: Claim) -> Result:
     """All 65 billion in NF4, and 16 bytes for each number of an adapter: small as in their example, and of rank 64."""
     weights, cases = 65e9 * NF4_BITS / 8 / 1e9, []
     rank_64 = 64 * adapter_size(LLAMA_2_7B, ALL) / parameters(LLAMA_2_7B)
-    for share, words in ((0.002, "0.2 % of the weights, as in the paper's example"), (rank_64, "those of rank 64")):
+    for share, words in ((0.002, "0.2 % of the weights, as in their example"), (rank_64, "rank 64 on all layers")):
         total = weights + ADAM * share * 65e9 / 1e9
         cases.append((total < claim.stated, f"adapters of {words}: {total:.1f} GB before activations"))
     return over_cases(cases, "the adapters, at 16 bytes a number")

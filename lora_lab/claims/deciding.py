@@ -118,12 +118,22 @@ def judge(claim: Claim, folder: str | Path | None = None) -> Result:
         today = datetime.now(UTC).date().isoformat()
         return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
     results = [
-        replace(decider.function(claim, record), shown_by=f"record {name}", date=record.date, machine=record.device)
+        replace(
+            _from_record(decider, claim, record), shown_by=f"record {name}", date=record.date, machine=record.device
+        )
         for name, record in records.load_all(decider.record, folder).items()
     ]
     if not results:
         return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
     return _together(results)
+
+
+def _from_record(decider: Decider, claim: Claim, record: records.Record) -> Result:
+    """The verdict of one record; one that lacks what is needed, such as a setup or a column, decides nothing."""
+    try:
+        return decider.function(claim, record)
+    except (KeyError, TypeError, ValueError) as error:
+        return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
 
 def _together(results: list[Result]) -> Result:

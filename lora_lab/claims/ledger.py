@@ -70,7 +70,7 @@ class Entry:
             return f"waits: {self.claim.record}" if self.claim.record else "no study" if self.claim.open else "-"
         decider = DECIDERS[self.claim.id]
         if decider.record or decider.published:
-            return f"record {decider.record}" if decider.record else f"published {decider.published.partition('-')[0]}"
+            return f"record {decider.record}" if decider.record else decider.published.partition("-")[0]
         return decider.function.__module__.rpartition(".")[2]
 
     def explained(self) -> str:
@@ -138,7 +138,8 @@ def table(entries: Mapping[str, Entry]) -> str:
     """The claims as lines of at most 100 columns: id, sentence, verdict and where it comes from."""
     lines = [f"{'id':<31}{'claim':<40}{'verdict':<11}from"]
     for name, entry in entries.items():
-        sentence = textwrap.shorten(entry.claim.sentence, 39, placeholder=" ...")
+        sentence = entry.claim.sentence
+        sentence = sentence if len(sentence) < 40 else f"{sentence[:36].rstrip()}..."
         lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
     counts = Counter(entry.result.verdict for entry in entries.values())
     total = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)

@@ -251,15 +251,13 @@ def _at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, s
     return curves, judged, doubts
 
 
-def _verdict_of(words: list[str], less: str, more: str, text: str, on: str, doubts: list[str], judged: bool) -> Result:
-    """From verdicts "less", "more" and "open" of comparisons, where "less" is what the claim says."""
+def _verdict_of(words: list[str], text: str, on: str, doubts: list[str], judged: bool) -> Result:
+    """From the words "less", "more" and "open" of comparisons, where "less" is what the claim states."""
     if not judged:
         return Result(OPEN, f"{'; '.join(doubts)}. At these rates: {text}")
     text = "; ".join([text, *(f"not judged: {doubt}" for doubt in doubts)])
-    if {"less", "more"} <= set(words):
-        return Result(DEPENDS, text, on)
-    decided = {"less": less, "more": more}
-    return Result(decided[words[0]] if words and len(set(words)) == 1 and words[0] in decided else OPEN, text)
+    decided = {frozenset(["less"]): STANDS, frozenset(["more"]): FALLS}.get(frozenset(words), OPEN)
+    return Result(DEPENDS, text, on) if {"less", "more"} <= set(words) else Result(decided, text)
 
 
 def _counted(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, str]]) -> tuple[list[str], str]:
@@ -286,7 +284,7 @@ def overfits_less(claim: Claim, record: Record) -> Result:
     words, text = _counted(rises, "step", pairs)
     _, beside = _counted(_at_equal_training_loss(curves), "train_loss", pairs)
     text = f"rise, stopped after step: {text}. Validation loss at equal training loss: {beside}"
-    return _verdict_of(words, STANDS, FALLS, text, "the stopping point, rank and size", doubts, bool(judged))
+    return _verdict_of(words, text, "the stopping point, rank and size", doubts, bool(judged))
 
 
 @decides("better-at-equal-fit", record="overfitting")
@@ -295,7 +293,7 @@ def generalises_better(claim: Claim, record: Record) -> Result:
     curves, judged, doubts = _at_inner_rates(record)
     words, text = _counted(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
     text = f"validation loss at a training loss: {text}"
-    return _verdict_of(words, STANDS, FALLS, text, "the training loss", doubts, bool(judged))
+    return _verdict_of(words, text, "the training loss", doubts, bool(judged))
 
 
 def _all_pairs(curves: pandas.DataFrame) -> list[tuple[int, str]]:

@@ -98,6 +98,13 @@ def test_without_its_record_a_claim_is_open(registered, tmp_path):
     assert "no record 'trial'" in result.shown_by
 
 
+def test_a_record_that_lacks_what_is_needed_decides_nothing(registered, tmp_path):
+    registered(CLAIM.id, record="trial")(lambda claim, record: Result("stands", record.rows[0]["missing"]))
+    write(tmp_path, 1)
+    result = judge(CLAIM, tmp_path)
+    assert (result.verdict, result.measured) == ("open", "this record lacks what is needed (KeyError: 'missing')")
+
+
 @pytest.mark.parametrize(
     ("scores", "verdict", "machine"),
     [

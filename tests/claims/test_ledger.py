@@ -33,6 +33,7 @@ def test_every_claim_has_a_verdict_and_all_five_occur(entries):
         decided = entry.result.verdict in ("stands", "falls", "depends")
         assert not decided or (entry.result.date and entry.result.machine), entry.claim.id
         assert entry.result.measured.strip(), entry.claim.id
+        assert "lacks what is needed" not in entry.result.measured, entry.claim.id
 
 
 def test_no_claim_waits_for_a_record_that_is_there():
@@ -131,3 +132,6 @@ def test_records_of_another_folder_decide(tmp_path, capsys):
     assert command("claims", "show", "memory-a-third", "--records", tmp_path, "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert (entry["verdict"], entry["date"], entry["machine"]) == ("open", None, None)
+    assert command("claims", "show", "qlora-39-percent-slower", "--records", tmp_path, "--json") == 0
+    (entry,) = printed_json(capsys)[0]
+    assert entry["verdict"] == "depends"  # what others published does not change with the machine
