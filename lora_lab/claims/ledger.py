@@ -143,4 +143,4 @@ def table(entries: Mapping[str, Entry]) -> str:
         lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
     counts = Counter(entry.result.verdict for entry in entries.values())
     total = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
-    return "\n".join([*lines, "", f"{len(entries)} claims: {total}. More on one: lora-lab claims show ID"])
+    return "\n".join([*lines, "", f"{len(entries)} claims: {total}.", "More on one: lora-lab claims show ID"])
