@@ -2,6 +2,7 @@ from . import ablation as ablation
 from . import adapters as adapters
 from . import analysis as analysis
 from . import checkpoint as checkpoint
+from . import claims as claims
 from . import costs as costs
 from . import history as history
 from . import layers as layers

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generating(commands)
     _add_exporting(commands)
     _add_measuring(commands)
+    _add_claims(commands)
     _add_lessons(commands)
     doctor = commands.add_parser(
         "doctor", help="show the software and hardware of this machine, and which device is used, and why"
@@ -115,6 +116,20 @@ def _parser() -> argparse.ArgumentParser:
 def _add_json(command: argparse.ArgumentParser) -> None:
     what = "print the result as one JSON document, whose keys are in docs/commands.md, and all else to standard error"
     command.add_argument("--json", action="store_true", help=what)
+
+
+def _add_claims(commands: argparse._SubParsersAction) -> None:
+    claims = commands.add_parser(
+        "claims",
+        help="what is claimed of LoRA, and which claims stand, fall or depend on something",
+        description="All claims with their verdicts, computed from the records and by counting; or one of them.",
+    )
+    actions = "show explains a claim; run computes it again, or names the command that measures it (default: list all)"
+    claims.add_argument("action", nargs="?", choices=["show", "run"], help=actions)
+    claims.add_argument("id", metavar="ID", nargs="?", help="a claim's id, from the first column of the list")
+    claims.add_argument("--records", metavar="DIR", help="folder of the records (default: those of lora_lab)")
+    claims.set_defaults(run=_claims)
+    _add_json(claims)
 
 
 def _add_lessons(commands: argparse._SubParsersAction) -> None:
@@ -692,6 +707,24 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
     path = rescued(lambda path: records.write(record, path), folder)
     print(f"Written: {path}")
     return {"path": path, **asdict(record)}
+
+
+def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from lora_lab import claims
+
+    if (options.action is None) != (options.id is None):
+        raise ValueError(f"lora-lab claims {options.action} needs the ID of a claim; lora-lab claims lists them.")
+    if options.records and not Path(options.records).is_dir():
+        raise FileNotFoundError(f"--records is {options.records!r}, but there is no such folder.")
+    if options.action is None:
+        entries = claims.load(options.records)
+        print(claims.table(entries))
+        return [entry.to_dict() for entry in entries.values()]
+    entry = claims.verdict(options.id, options.records)
+    print(entry.explained())
+    if options.action == "run":
+        print(f"\n{entry.how_to_run()}")
+    return [entry.to_dict()]
 
 
 def _lessons(options: argparse.Namespace) -> None:

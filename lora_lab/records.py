@@ -244,13 +244,17 @@ class Published:
         _check_rows(self.rows)
 
 
-def published(name: str) -> Published:
+def published(name: str, folder: str | Path | None = None) -> Published:
     """What others measured, by the name of its file in ``records/published``, such as "torchtune".
+
+    Args:
+        folder: of the records, with a folder ``published`` in it; None is :func:`shipped`.
 
     Raises:
         ValueError: there is no such file, or it is damaged or has missing or unknown entries.
     """
-    paths = {path.stem: path for path in sorted((shipped() / "published").glob("*.json"))}
+    folder = shipped() if folder is None else Path(folder)
+    paths = {path.stem: path for path in sorted((folder / "published").glob("*.json"))}
     if name not in paths:
         raise ValueError(f"Nothing published is known by the name {name!r}; use one of: {', '.join(paths)}.")
     stored = read_json(paths[name])

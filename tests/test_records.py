@@ -270,6 +270,7 @@ def test_a_wheel_takes_every_package_and_the_records():
     data = {
         "lora_lab": ["*.pyi", "py.typed"],
         "lora_lab.adapters": ["data/README.md", "data/*/*"],
+        "lora_lab.claims": ["claims.toml"],
         "lora_lab.experiments": ["demo.html"],
         "lora_lab.notebooks": ["*.ipynb"],
         "lora_lab.recorded": ["*.json", "README.md", "published/*.json"],

@@ -1,0 +1,173 @@
+"""What a verdict is, which function decides which claim, and the rules that all of them obey.
+
+    @decides("params-2-percent")                        # counted or computed here, in seconds
+    def params(claim): ...
+
+    @decides("rank-one-is-enough", record="ablation")   # from each record of that kind
+    def rank_one(claim, record): ...
+
+    @decides("qlora-time", published="litgpt")          # from what others measured
+    def qlora_time(claim, published): ...
+
+Each returns a :class:`Result`. None is a constant: another record, or another number in the claim, may turn it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_lab import records
+from lora_lab.claims.facts import Claim
+
+STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
+VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
+ANY_MACHINE = "any"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a claim.
+
+    Args:
+        verdict: one of :data:`VERDICTS`.
+        measured: our number, with interval and seeds; or if it is open, why.
+        on: what it depends on, if it depends.
+        shown_by: the function, record or publication that shows it; filled in by :func:`judge`.
+        date: the day of that measurement, or None where nothing was measured.
+        machine: where it was measured; "any" if the same comes out on every machine.
+
+    Raises:
+        ValueError: another verdict; or one that depends, and does not say on what, or says so and does not.
+    """
+
+    verdict: str
+    measured: str
+    on: str = ""
+    shown_by: str = ""
+    date: str | None = None
+    machine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict is {self.verdict!r}, but it must be one of {', '.join(VERDICTS)}.")
+        if (self.verdict == DEPENDS) != bool(self.on):
+            raise ValueError(f"verdict is {self.verdict!r} and on is {self.on!r}, but only what depends has an 'on'.")
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A function that decides a claim, and what it reads: the kind of a record, or a file of published numbers."""
+
+    function: Callable[..., Result]
+    record: str = ""
+    published: str = ""
+
+
+DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
+
+
+def decides(claim_id: str, *, record: str = "", published: str = "") -> Callable[[Callable], Callable]:
+    """Register a function as what decides a claim.
+
+    Args:
+        claim_id: the claim's id.
+        record: the function takes the claim and a record of this kind.
+        published: the function takes the claim and this file of ``records/published``.
+
+    Raises:
+        ValueError: another function decides that claim already.
+    """
+
+    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+        if claim_id in DECIDERS:
+            raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
+        DECIDERS[claim_id] = Decider(function, record, published)
+        return function
+
+    return register
+
+
+def judge(claim: Claim, folder: str | Path | None = None) -> Result:
+    """The verdict on a claim, computed.
+
+    Where several machines have a record and disagree, it depends on the machine.
+
+    Args:
+        folder: of the records; None is :func:`lora_lab.records.shipped`, which also has what others published where
+            the folder has none.
+    """
+    if claim.id not in DECIDERS:
+        waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
+        open_, reason = bool(claim.open), claim.open or claim.untestable
+        return Result(OPEN if open_ else UNTESTABLE, reason, shown_by=waits if open_ else "nothing here")
+    decider = DECIDERS[claim.id]
+    if decider.published:
+        published_too = folder is not None and (Path(folder) / "published").is_dir()
+        source = records.published(decider.published, folder if published_too else None)
+        return replace(
+            decider.function(claim, source),
+            shown_by=f"records/published/{decider.published}.json",
+            date=source.date,
+            machine=f"theirs: {source.what}",
+        )
+    if not decider.record:
+        shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
+        today = datetime.now(UTC).date().isoformat()
+        return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
+    results = [
+        replace(
+            _from_record(decider, claim, record), shown_by=f"record {name}", date=record.date, machine=record.device
+        )
+        for name, record in records.load_all(decider.record, folder).items()
+    ]
+    if not results:
+        return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
+    return _together(results)
+
+
+def _from_record(decider: Decider, claim: Claim, record: records.Record) -> Result:
+    """The verdict of one record; one that lacks what is needed, such as a setup or a column, decides nothing."""
+    try:
+        return decider.function(claim, record)
+    except (KeyError, TypeError, ValueError) as error:
+        return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
+
+
+def _together(results: list[Result]) -> Result:
+    """The verdict of several machines' records: what is decided counts, not what one of them leaves open."""
+    decided = [result for result in results if result.verdict != OPEN] or results
+    newest = max(decided, key=lambda result: result.date or "")
+    if len({result.verdict for result in decided}) == 1:
+        return newest
+    texts = "; ".join(f"{result.machine}: {result.verdict}, {result.measured}" for result in decided)
+    names = ", ".join(result.shown_by for result in decided)
+    return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
+
+
+def over_cases(cases: Iterable[tuple[bool | None, str]], on: str) -> Result:
+    """The verdict on a claim that is stated without conditions, from the cases that were tried.
+
+    Args:
+        cases: whether the claim holds in a case (None: the measurement cannot tell) and the case in words.
+        on: what the cases differ in.
+
+    Returns:
+        It stands if it holds in every case, falls if it fails in some and holds in none, depends if it
+        holds in some and fails in others, and is open otherwise.
+    """
+    cases = list(cases)
+    holds, fails = ([text for answer, text in cases if answer is which] for which in (True, False))
+    unclear = [text for answer, text in cases if answer is None]
+    groups = {"yes": holds, "no": fails, "not decided": unclear}
+    text = ". ".join(f"{word}: {'; '.join(texts)}" for word, texts in groups.items() if texts) or "no case was tried"
+    if holds and fails:
+        return Result(DEPENDS, text, on)
+    return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
+
+
+def near(value: float, claimed: float, share: float = 0.1) -> bool:
+    """Whether a number is what was claimed, within a share of it."""
+    return abs(value - claimed) <= share * abs(claimed)

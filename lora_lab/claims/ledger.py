@@ -1,0 +1,146 @@
+"""The ledger: each claim with its verdict, as a table, as JSON, and explained.
+
+print(table(load()))
+print(verdict("rank-one-suffices").explained())
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_lab.claims import computed, counted, measured  # noqa: F401  # their functions register themselves
+from lora_lab.claims.deciding import DECIDERS, VERDICTS, Result, judge
+from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
+
+WIDTH = 100
+# Kind of a record -> how long it takes on two cores; those that no command makes yet have the longest planned time.
+HOURS = {
+    "memory": "half an hour",
+    "speed": "half an hour",
+    "ablation": "an hour",
+    "spectra": "half an hour",
+    "overfitting": "three hours",
+    "downstream": "three hours",
+    "rates": "at most 3 hours",
+    "quality": "at most 8 hours",
+    "targets": "at most 3 hours",
+    "taught": "at most 3 hours",
+    "remedies": "at most 3 hours",
+    "variants": "at most 3 hours",
+    "quantised": "at most 3 hours",
+    "rank_advice": "at most 3 hours",
+    "translation": "at most 3 hours",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim and what became of it."""
+
+    claim: Claim
+    result: Result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry in values of JSON; ``shown_by`` ends with our number."""
+        claim, result = self.claim, self.result
+        on = f" depends on {result.on}:" if result.on else ""
+        return {
+            "id": claim.id,
+            "sentence": claim.sentence,
+            "number": claim.number,
+            "interval": claim.interval,
+            "source": claim.cited,
+            "kind": claim.kind,
+            "fair": claim.fair,
+            "verdict": result.verdict,
+            "shown_by": f"{result.shown_by}:{on} {result.measured}",
+            "date": result.date,
+            "machine": result.machine,
+        }
+
+    def where(self) -> str:
+        """In a word or two what decides the claim, or what it waits for."""
+        if self.claim.id not in DECIDERS:
+            return f"waits: {self.claim.record}" if self.claim.record else "no study" if self.claim.open else "-"
+        decider = DECIDERS[self.claim.id]
+        if decider.record or decider.published:
+            return f"record {decider.record}" if decider.record else decider.published.partition("-")[0]
+        return decider.function.__module__.rpartition(".")[2]
+
+    def explained(self) -> str:
+        """All about the claim: sentence, source, their number beside ours, what shows it, how fair it is and why."""
+        claim, result = self.claim, self.result
+        theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
+        lines = {
+            "claim": claim.sentence,
+            "source": f"{claim.source} (read: {claim.read})",
+            "kind": claim.kind,
+            "their number": theirs,
+            "verdict": f"{result.verdict}{f' on {result.on}' if result.on else ''}",
+            "our number" if claim.id in DECIDERS else "why": result.measured,
+            "shown by": result.shown_by,
+            "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
+            "fair test": f"{claim.fair}: {claim.why}",
+            "would change it": claim.changes,
+        }
+        indent = 17 * " "
+        filled = [
+            textwrap.fill(f"{name + ':':<16} {text}", WIDTH, subsequent_indent=indent) for name, text in lines.items()
+        ]
+        return "\n".join([claim.id, *filled])
+
+    def how_to_run(self) -> str:
+        """What measures the claim anew: a function that has just run, or a command with its time on two cores."""
+        decider = DECIDERS.get(self.claim.id)
+        record = decider.record if decider else self.claim.record
+        if record:
+            again = "makes the record anew" if decider else "will make the record"
+            return f"lora-lab record {record} {again}, in {HOURS.get(record, 'a time not known yet')} on two cores."
+        if decider is None:
+            return "Nothing here measures it: " + (self.claim.open or self.claim.untestable) + "."
+        if decider.published:
+            return "Its numbers are published ones, and were compared again just now; their machine is not here."
+        return "It was computed again just now, on this machine."
+
+
+def load(folder: str | Path | None = None) -> dict[str, Entry]:
+    """All claims with their verdicts, by id, computed from records and functions; this takes seconds.
+
+    Args:
+        folder: of the records; None is :func:`lora_lab.records.shipped`.
+    """
+    return {name: Entry(claim, judge(claim, folder)) for name, claim in read_claims().items()}
+
+
+def verdict(claim_id: str, folder: str | Path | None = None) -> Entry:
+    """One claim with its verdict.
+
+    Args:
+        folder: as for :func:`load`.
+
+    Raises:
+        ValueError: there is no such claim.
+    """
+    every = read_claims()
+    if claim_id not in every:
+        near = difflib.get_close_matches(claim_id, every, n=3, cutoff=0) or list(every)[:3]
+        raise ValueError(f"There is no claim {claim_id!r}; the nearest are {', '.join(near)}.")
+    return Entry(every[claim_id], judge(every[claim_id], folder))
+
+
+def table(entries: Mapping[str, Entry]) -> str:
+    """The claims as lines of at most 100 columns: id, sentence, verdict and where it comes from."""
+    lines = [f"{'id':<31}{'claim':<40}{'verdict':<11}from"]
+    for name, entry in entries.items():
+        sentence = entry.claim.sentence
+        sentence = sentence if len(sentence) < 40 else f"{sentence[:36].rstrip()}..."
+        lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
+    counts = Counter(entry.result.verdict for entry in entries.values())
+    total = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
+    return "\n".join([*lines, "", f"{len(entries)} claims: {total}.", "More on one: lora-lab claims show ID"])

@@ -1,0 +1,465 @@
+"""Verdicts from records, and from what others published.
+
+They obey one set of rules. A learning rate at the edge of its grid supports no verdict; one seed supports none, nor do
+fewer than three rounds of a timing; a difference counts if its one-sided 95 % bounds over the seeds exclude zero or the
+margin; overfitting is judged at every stopping point, with equal training loss beside it. What breaks a rule is open.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.ablation import overfitting
+from lora_lab.ablation.stats import t_bounds
+from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
+from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases
+from lora_lab.claims.facts import Claim
+from lora_lab.records import Published, Record
+
+if TYPE_CHECKING:
+    import pandas
+
+MARGIN = 0.01  # nats that do not matter
+MIN_SEEDS = 3
+GIB = 2**30
+
+# Memory
+
+
+def _peaks(record: Record) -> dict[tuple[str, int, int], dict[str, dict[str, Any]]]:
+    """(model, batch, length) -> setup -> row; the peak is the measured one, or on a GPU the allocator's."""
+    cells: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in record.rows:
+        if row.get("measured_bytes"):
+            cells.setdefault((row["model"], row["batch"], row["length"]), {})[row["setup"]] = row
+    return cells
+
+
+def _memory_ratios(record: Record, pairs: Sequence[tuple[str, str]], column: str = "measured_bytes"):
+    """(ratio first / second, words) for each cell of the record that has both setups of a pair."""
+    for (model, batch, length), setups in _peaks(record).items():
+        for first, second in pairs:
+            if setups.get(first, {}).get(column) and setups.get(second, {}).get(column):
+                ratio = setups[first][column] / setups[second][column]
+                words = f", {first.partition(', ')[2]}" if ", " in first else ""
+                yield ratio, f"{ratio:.2f} ({model}, {batch} x {length}{words})"
+
+
+ALSO = ("", ", bf16", ", checkpointing", ", bf16, checkpointing")
+FULL_AND_LORA = [(f"full{also}", f"LoRA r=8{also}") for also in ALSO]
+
+
+@decides("memory-a-third", record="memory")
+def memory_a_third(claim: Claim, record: Record) -> Result:
+    """Measured peaks of full fine-tuning and LoRA, in the same precision."""
+    cases = [(ratio >= claim.stated, words) for ratio, words in _memory_ratios(record, FULL_AND_LORA)]
+    return over_cases(cases, "the tokens in a step and the precision")
+
+
+@decides("memory-as-few-as-parameters", record="memory")
+def memory_as_parameters(claim: Claim, record: Record) -> Result:
+    """The memory that LoRA saves, in per cent of full fine-tuning's peak."""
+    pairs = [*FULL_AND_LORA, ("full", "LoRA r=1")]
+    savings = sorted(100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs))
+    if not savings:
+        return Result(OPEN, "the record has no pair of full fine-tuning and LoRA")
+    stands = savings[0] >= 0.9 * claim.stated
+    return Result(STANDS if stands else FALLS, f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases")
+
+
+@decides("memory-gap-closes", record="memory")
+def memory_and_context(claim: Claim, record: Record) -> Result:
+    """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
+    shares = {
+        (model, length): setups["LoRA r=8"]["measured_bytes"] / setups["full"]["measured_bytes"]
+        for (model, batch, length), setups in _peaks(record).items()
+        if batch == 1 and {"LoRA r=8", "full"} <= setups.keys()
+    }
+    cases = []
+    for model in sorted({model for model, _ in shares}):
+        by_length = [(length, shares[model, length]) for _, length in sorted(shares) if (model, length) in shares]
+        by_length = sorted(set(by_length))
+        if len(by_length) >= 3:
+            rising = all(a[1] < b[1] for a, b in pairwise(by_length))
+            cases.append((rising, f"{model}: {', '.join(f'{share:.2f} at {length}' for length, share in by_length)}"))
+    return over_cases(cases, "the model")
+
+
+@decides("frozen-layers-store-nothing", record="memory")
+def stored_activations(claim: Claim, record: Record) -> Result:
+    """What autograd has saved after the forward pass, LoRA's in units of full fine-tuning's."""
+    pairs = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
+    cases = [(ratio < 0.5, words) for ratio, words in _memory_ratios(record, pairs, "saved_bytes")]
+    return over_cases(cases, "the model and the precision")
+
+
+@decides("lora-fa-less-memory", record="memory")
+def lora_fa(claim: Claim, record: Record) -> Result:
+    """LoRA's peak in units of LoRA-FA's."""
+    pairs = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", ", checkpointing")]
+    ratios = [ratio for ratio, _ in _memory_ratios(record, pairs)]
+    if not ratios:
+        return Result(OPEN, "the record has no LoRA-FA")
+    text = f"{min(ratios):.2f} to {max(ratios):.2f} times in {len(ratios)} cases"
+    return Result(STANDS if min(ratios) > 1 else FALLS if max(ratios) <= 1 else DEPENDS, text, _on(ratios, 1))
+
+
+def _on(ratios: Sequence[float], boundary: float) -> str:
+    return "the setup" if min(ratios) <= boundary < max(ratios) else ""
+
+
+@decides("dora-costs-little-memory", record="memory")
+def dora_memory(claim: Claim, record: Record) -> Result:
+    """DoRA's peak in units of LoRA's."""
+    cases = [(ratio < 1.1, words) for ratio, words in _memory_ratios(record, [("DoRA r=8", "LoRA r=8")])]
+    return over_cases(cases, "the model")
+
+
+@decides("qlora-33-percent-less-memory", record="memory")
+def qlora_memory(claim: Claim, record: Record) -> Result:
+    """The share of LoRA's measured peak that a base in NF4 saves."""
+    pairs = [(f"LoRA r=8{also}", f"LoRA r=8, NF4 base{also}") for also in ("", ", checkpointing")]
+    ratios = [(100 * (1 - 1 / ratio), words) for ratio, words in _memory_ratios(record, pairs)]
+    cases = [(near(saved, claim.stated, 0.25), f"{saved:.0f} %{words[words.index(' (') :]}") for saved, words in ratios]
+    return over_cases(cases, "the share of the weights in the peak")
+
+
+# Time
+
+
+def _interval(row: dict[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of the ratio of times to full fine-tuning's, which the row's verdict states; None without."""
+    match = re.search(r"(\d+\.\d+) to (\d+\.\d+) of full's time", row["verdict"])
+    return (float(match[1]), float(match[2])) if match else None
+
+
+def _timed(record: Record, setups: Sequence[str], model: str | None = None):
+    """(interval, words) of each timed case with an interval."""
+    for row in record.rows:
+        interval = _interval(row)
+        if row["setup"] in setups and interval and model in (None, row["model"]):
+            words = f"{row['model']}, {row['tokens']} tokens, {row['setup']}: {interval[0]:.2f} to {interval[1]:.2f}"
+            yield interval, words
+
+
+@decides("lora-trains-faster", record="speed")
+def trains_faster(claim: Claim, record: Record) -> Result:
+    """Intervals of LoRA's time in units of full fine-tuning's."""
+    ranks = ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256")
+    cases = [(high < 1 or (None if low <= 1 else False), words) for (low, high), words in _timed(record, ranks)]
+    answers = [answer for answer, _ in cases]
+    counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
+    slower = "; ".join(words for answer, words in cases if answer is False)
+    result = over_cases(cases, "the rank")
+    return Result(result.verdict, f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}", result.on)
+
+
+@decides("smollm2-2-to-3-times-faster", record="speed")
+def two_to_three_times(claim: Claim, record: Record) -> Result:
+    """Whether the interval of LoRA's time admits a half of full fine-tuning's, on the model that is meant."""
+    cases = [
+        (None if low <= 1 / claim.stated <= high else high < 1 / claim.stated, words)
+        for (low, high), words in _timed(record, ("LoRA r=8",), "smollm2-135m")
+    ]
+    return over_cases(cases, "the tokens in a step")
+
+
+@decides("time-ratio-is-flop-ratio", record="speed")
+def time_and_flops(claim: Claim, record: Record) -> Result:
+    """Whether the ratio of the FLOPs lies in the interval of the ratio of the times, from 512 tokens on."""
+    full = {(row["model"], row["tokens"]): row["flops"] for row in record.rows if row["setup"] == "full"}
+    cases = []
+    for row in record.rows:
+        interval = _interval(row)
+        if row["setup"] in ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256") and row["tokens"] >= 512 and interval:
+            flops = row["flops"] / full[row["model"], row["tokens"]]
+            inside = interval[0] <= flops <= interval[1]
+            wide = interval[1] - interval[0] > 0.2
+            words = f"{row['model']} {row['tokens']} {row['setup'].partition(' ')[2]}: {flops:.2f}"
+            cases.append((None if inside and wide else inside, f"{words} in {interval[0]:.2f} to {interval[1]:.2f}"))
+    return over_cases(cases, "rank and model")
+
+
+# Ranks
+
+
+def _rank_results(record: Record) -> tuple[dict[int, RankResult], list[int], int]:
+    """Each rank beside the largest, the ranks whose rate is at the edge of those tried, and the number of seeds."""
+    answer = smallest_sufficient_rank(record.frame(), MARGIN)
+    tried = {each.rank: {row["lr"] for row in record.rows if row["rank"] == each.rank} for each in answer.ranks}
+    edges = [each.rank for each in answer.ranks if each.lr in (min(tried[each.rank]), max(tried[each.rank]))]
+    return {each.rank: each for each in answer.ranks}, edges, len(answer.seeds)
+
+
+def _rank_is_enough(record: Record, rank: int) -> Result:
+    results, edges, seeds = _rank_results(record)
+    largest = max(results)
+    if rank not in results or rank == largest:
+        return Result(OPEN, f"the record does not compare rank {rank} with a larger one")
+    result = results[rank]
+    if result.difference is None or result.lower is None or result.upper is None:
+        return Result(OPEN, f"rank {rank} is not judged: {result.note}")
+    text = (
+        f"test loss {result.difference:+.3f} ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}, "
+        f"margin {MARGIN:g}, {seeds} seeds"
+    )
+    if at_edge := [each for each in (rank, largest) if each in edges]:
+        return Result(OPEN, f"{text}; the rate of rank {at_edge[0]} is at the edge of its grid")
+    if seeds < MIN_SEEDS:
+        return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
+    return Result({"enough": STANDS, "too small": FALLS}.get(result.status, OPEN), text)
+
+
+@decides("rank-one-suffices", record="ablation")
+def rank_one(claim: Claim, record: Record) -> Result:
+    """Rank 1 beside the largest rank, each at its own rate."""
+    return _rank_is_enough(record, 1)
+
+
+@decides("loss-flat-from-rank-16", record="ablation")
+def rank_sixteen(claim: Claim, record: Record) -> Result:
+    """Rank 16 beside the largest rank, each at its own rate."""
+    return _rank_is_enough(record, 16)
+
+
+# Overfitting
+
+
+def _at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, str]], list[str]]:
+    """The curves at each method's best rate; (size, LoRA setup) that may be judged; and what is at an edge.
+
+    A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
+    """
+    frame = record.frame()
+    best = overfitting.at_best_rate(overfitting.summarise_trials(frame), frame)
+    curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
+    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in best.to_dict("records")}
+    seeds = best.groupby(["n_train", "setup"])["seed"].nunique()
+    judged, doubts = [], []
+    for size, setup in sorted(key for key in edge if key[1].startswith("LoRA")):
+        at = [name for name in ("full", setup) if edge[size, name]]
+        if at:
+            doubts.append(f"{size} examples, {setup}: the rate of {' and '.join(at)} is at an edge")
+        elif min(seeds[size, setup], seeds[size, "full"]) < MIN_SEEDS:
+            doubts.append(f"{size} examples, {setup}: fewer than {MIN_SEEDS} seeds")
+        else:
+            judged.append((size, setup))
+    return curves, judged, doubts
+
+
+def _verdict_of(words: list[str], text: str, on: str, doubts: list[str], judged: bool) -> Result:
+    """From the words "less", "more" and "open" of comparisons, where "less" is what the claim states."""
+    if not judged:
+        return Result(OPEN, f"{'; '.join(doubts)}. At these rates: {text}")
+    text = "; ".join([text, *(f"not judged: {doubt}" for doubt in doubts)])
+    decided = {frozenset(["less"]): STANDS, frozenset(["more"]): FALLS}.get(frozenset(words), OPEN)
+    return Result(DEPENDS, text, on) if {"less", "more"} <= set(words) else Result(decided, text)
+
+
+def _counted(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, str]]) -> tuple[list[str], str]:
+    """The verdicts of the rows of these pairs, and the same in words: where it is less, more or open."""
+    words, texts = [], []
+    for size, setup in pairs:
+        rows = table[(table["n_train"] == size) & (table["setup"] == setup)]
+        words += rows["verdict"].tolist()
+        parts = [
+            f"{word} at {', '.join(f'{value:g}' for value in of_word[column])}"
+            for word, of_word in rows.groupby("verdict", sort=False)
+        ]
+        texts.append(f"{size} examples, {setup}: {'; '.join(parts)}")
+    return words, ". ".join(texts)
+
+
+@decides("lora-overfits-less", record="overfitting")
+def overfits_less(claim: Claim, record: Record) -> Result:
+    """The rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every stopping point."""
+    curves, judged, doubts = _at_inner_rates(record)
+    pairs = judged or _all_pairs(curves)
+    rises = overfitting.by_stopping_point(curves)
+    rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
+    words, text = _counted(rises, "step", pairs)
+    _, beside = _counted(_at_equal_training_loss(curves), "train_loss", pairs)
+    text = f"rise, stopped after step: {text}. Validation loss at equal training loss: {beside}"
+    return _verdict_of(words, text, "the stopping point, rank and size", doubts, bool(judged))
+
+
+@decides("better-at-equal-fit", record="overfitting")
+def generalises_better(claim: Claim, record: Record) -> Result:
+    """The validation loss where both methods fit the training set equally well."""
+    curves, judged, doubts = _at_inner_rates(record)
+    words, text = _counted(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
+    text = f"validation loss at a training loss: {text}"
+    return _verdict_of(words, text, "the training loss", doubts, bool(judged))
+
+
+def _all_pairs(curves: pandas.DataFrame) -> list[tuple[int, str]]:
+    setups = sorted(name for name in curves["setup"].unique() if name.startswith("LoRA"))
+    return list(product(sorted(map(int, curves["n_train"].unique())), setups))
+
+
+def _at_equal_training_loss(curves: pandas.DataFrame) -> pandas.DataFrame:
+    return overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
+
+
+# Tasks
+
+
+def _results(record: Record, task: str) -> dict[str, list[dict[str, Any]]]:
+    """setup -> its rows with results on a task, one for each seed."""
+    rows = [row for row in record.rows if row.get("about") == "result" and row.get("task") == task]
+    return {setup: [row for row in rows if row["setup"] == setup] for setup in {row["setup"] for row in rows}}
+
+
+@decides("fine-tuning-beats-asking", record="downstream")
+def beats_asking(claim: Claim, record: Record) -> Result:
+    """Accuracy on sentiment less the higher of zero-shot and the most frequent class, by method, over seeds."""
+    results, cases = _results(record, "sentiment"), []
+    floor = max(row["accuracy"] for name in ("zero-shot", "trivial") for row in results.get(name, ()))
+    for setup in ("full", "LoRA r=8"):
+        mean, lower, upper = t_bounds([row["accuracy"] - floor for row in results[setup]])
+        text = f"{setup} {100 * mean:+.0f} points, {len(results[setup])} seeds"
+        if lower is None or upper is None or len(results[setup]) < MIN_SEEDS:
+            cases.append((None, text))
+        else:
+            answer = None if lower <= 0 <= upper else lower > 0
+            cases.append((answer, f"{text}, bounds {100 * lower:+.0f} to {100 * upper:+.0f}"))
+    return over_cases(cases, "the method")
+
+
+@decides("lower-loss-better-answers", record="downstream")
+def lower_loss(claim: Claim, record: Record) -> Result:
+    """Training from scratch beside zero-shot: losses and accuracies on sentiment."""
+    results = _results(record, "sentiment")
+    scratch, (asked,) = results["scratch"], results["zero-shot"]
+    loss, accuracy = (statistics.fmean(row[name] for row in scratch) for name in ("test_loss", "accuracy"))
+    text = (
+        f"from scratch: test loss {loss:.2f}, {100 * accuracy:.0f} % right; zero-shot: {asked['test_loss']:.2f}, "
+        f"{100 * asked['accuracy']:.0f} %, {len(scratch)} seeds"
+    )
+    if not all(row["test_loss"] < asked["test_loss"] for row in scratch):
+        return Result(OPEN, f"{text}; the losses are not in that order")
+    better = [row["accuracy"] > asked["accuracy"] for row in scratch]
+    return Result(STANDS if all(better) else FALLS if not any(better) else OPEN, text)
+
+
+@decides("chrf-40-means-translation", record="downstream")
+def chrf_forty(claim: Claim, record: Record) -> Result:
+    """Runs with such a score, and how many of their translations are exactly right."""
+    runs = [
+        (row["chrf"], row["exact"], f"{setup}, seed {row['seed']:g}")
+        for setup, rows in sorted(_results(record, "translate-fr").items())
+        for row in rows
+        if row.get("seed") is not None and row["chrf"] >= claim.stated
+    ]
+    cases = [(exact >= 0.5, f"{name}: chrF {chrf:.0f}, {100 * exact:.0f} % exact") for chrf, exact, name in runs]
+    return over_cases(cases, "the run")
+
+
+@decides("lora-rate-ten-times-full", record="downstream")
+def ten_times(claim: Claim, record: Record) -> Result:
+    """The ratio of the best rates on each task, where neither is at the edge of its grid of factor 3."""
+    lrs, cases, edges = record.settings["lrs"], [], []
+    for task in sorted({row["task"] for row in record.rows if row.get("about") == "result"}):
+        results = _results(record, task)
+        best = {setup: results[setup][0]["lr"] for setup in ("full", "LoRA r=8")}
+        if any(best[setup] in (min(lrs[setup]), max(lrs[setup])) for setup in best):
+            edges.append(task)
+            continue
+        ratio = best["LoRA r=8"] / best["full"]
+        step = max(b / a for each in best for a, b in zip(sorted(lrs[each]), sorted(lrs[each])[1:], strict=False))
+        low, high = ratio / step, ratio * step  # the best rate lies within a step of the grid, on either side
+        inside = low <= claim.stated <= high
+        answer = None if inside and step > 2 else inside
+        cases.append((answer, f"{task} {ratio:.0f} ({low:.0f} to {high:.0f})"))
+    result = over_cases(cases, "the task")
+    at = f"; at an edge and not counted: {', '.join(edges)}" if edges else ""
+    return Result(result.verdict, f"{result.measured}{at}; the record 'rates' will tell", result.on)
+
+
+# What training wrote
+
+
+def _layers(record: Record, run: str) -> list[dict[str, Any]]:
+    return [row for row in record.rows if row.get("about") == "layer" and row.get("run") == run]
+
+
+def _seeds(record: Record, run: str) -> int:
+    return len({row.get("seed") for row in record.rows if row.get("about") == "run" and row.get("run") == run})
+
+
+@decides("full-update-10-to-100-ranks", record="spectra")
+def full_rank_update(claim: Claim, record: Record) -> Result:
+    """Directions with 90 % of the energy of full fine-tuning's updates, in units of the adapter's rank 8."""
+    ratio = statistics.median(row["energy_rank"] for row in _layers(record, "full")) / 8
+    seeds = _seeds(record, "full")
+    nulls = sorted({str(row["run"]) for row in record.rows if "random label" in str(row.get("run", ""))})
+    text = f"median {ratio:.0f} times rank 8 over {len(_layers(record, 'full'))} layers, {seeds} seed"
+    if seeds < MIN_SEEDS or not nulls:
+        doubts = [f"fewer than {MIN_SEEDS} seeds"] * (seeds < MIN_SEEDS) + ["no null with random labels"] * (not nulls)
+        return Result(OPEN, f"{text}; {', '.join(doubts)}")
+    return Result(STANDS if 10 <= ratio <= 100 else FALLS, text)
+
+
+@decides("intruders-in-lora-only", record="spectra")
+def intruders(claim: Claim, record: Record) -> Result:
+    """Intruder dimensions of the record's runs, and the sizes of their updates."""
+    counts: dict[str, float] = {}
+    for row in record.rows:
+        if row.get("about") == "intruders" and row.get("intruders") is not None:
+            counts[str(row["run"])] = counts.get(str(row["run"]), 0) + row["intruders"]
+    sizes = {run: statistics.median(row["relative_norm"] for row in _layers(record, run)) for run in counts}
+    text = ", ".join(f"{run}: {count:g} at {100 * sizes[run]:.1f} % of the weight" for run, count in counts.items())
+    small = max(sizes.values(), default=0) < 0.05
+    if small or _seeds(record, "full") < MIN_SEEDS:
+        return Result(OPEN, f"{text}; {'updates this small cannot show any, and there is ' if small else ''}one seed")
+    lora = sum(count for run, count in counts.items() if run.startswith("LoRA"))
+    return Result(STANDS if lora > 0 == counts.get("full") else FALLS, text)
+
+
+# What others published
+
+
+@decides("at-most-1-5-times-faster", published="peft-metamathqa")
+def at_most_half_again(claim: Claim, published: Published) -> Result:
+    """Tokens a second of each LoRA, in units of full fine-tuning's, in one benchmark on one card."""
+    (full,) = (row["tokens_per_second"] for row in published.rows if row["experiment"].startswith("full-finetuning"))
+    cases = []
+    for row in published.rows:
+        if row["experiment"] in ("lora/llama-3.2-3B-rank32", "lora/llama-3.2-3B-rank64"):
+            times = row["tokens_per_second"] / full
+            cases.append((times <= claim.stated, f"{row['experiment'].rpartition('-')[2]} {times:.1f} times"))
+    return over_cases(cases, "the rank")
+
+
+@decides("lora-1-8-times-faster", published="torchtune")
+def torchtune_speed(claim: Claim, published: Published) -> Result:
+    """LoRA's tokens a second in units of full fine-tuning's fastest recipe on the same card and model."""
+    cases = []
+    for card, model in sorted({(row["card"], row["model"]) for row in published.rows}):
+        rows = [row for row in published.rows if (row["card"], row["model"]) == (card, model)]
+        full = max(row["tokens_per_second"] for row in rows if row["method"] == "full")
+        lora = max(row["tokens_per_second"] for row in rows if row["method"] == "LoRA")
+        cases.append((near(lora / full, claim.stated), f"{model} on {card}: {lora / full:.2f} times"))
+    return over_cases(cases, "model, card and what else the full recipe does without")
+
+
+@decides("qlora-39-percent-slower", published="litgpt")
+def qlora_time(claim: Claim, published: Published) -> Result:
+    """The time of an iteration in NF4 with double quantisation beside bfloat16, by model, with the memory."""
+    cases, prices = [], []
+    for model in dict.fromkeys(row["model"] for row in published.rows):
+        rows = {
+            row["quantization"]: row for row in published.rows if row["model"] == model and row["micro_batch_size"] == 1
+        }
+        plain, blocks = rows[None], rows["nf4-dq"]
+        slower = 100 * (blocks["iteration_s"] / plain["iteration_s"] - 1)
+        less = 100 * (1 - blocks["peak_bytes"] / plain["peak_bytes"])
+        prices.append(slower)
+        cases.append((near(slower, claim.stated, 0.25), f"{model} +{slower:.0f} % time, -{less:.0f} % memory"))
+    result = over_cases(cases, "the width of the model")
+    between = min(prices) < claim.stated < max(prices)  # some width in between has that price
+    return Result(DEPENDS, result.measured, "the width of the model") if result.verdict == FALLS and between else result

@@ -1,0 +1,137 @@
+"""The ledger as a whole: every claim has a verdict, and how it is shown."""
+
+import json
+
+import pytest
+
+from lora_lab import claims, records
+from lora_lab.claims import ledger
+from lora_lab.claims.deciding import DECIDERS, VERDICTS
+from lora_lab.claims.facts import read_claims
+from lora_lab.experiments.registry import NAMES
+from tests.helpers import command, error_line, printed_json
+
+KEYS = ["id", "sentence", "number", "interval", "source", "kind", "fair", "verdict", "shown_by", "date", "machine"]
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return claims.load()
+
+
+def test_every_claim_has_a_function_or_a_reason_why_it_has_none_and_never_both():
+    every = read_claims()
+    assert DECIDERS.keys() <= every.keys()
+    for name, claim in every.items():
+        assert (name in DECIDERS) != bool(claim.open or claim.untestable), name
+
+
+def test_every_claim_has_a_verdict_and_all_five_occur(entries):
+    assert len(entries) >= 40
+    assert {entry.result.verdict for entry in entries.values()} == set(VERDICTS)
+    for entry in entries.values():
+        decided = entry.result.verdict in ("stands", "falls", "depends")
+        assert not decided or (entry.result.date and entry.result.machine), entry.claim.id
+        assert entry.result.measured.strip(), entry.claim.id
+        assert "lacks what is needed" not in entry.result.measured, entry.claim.id
+
+
+def test_no_claim_waits_for_a_record_that_is_there():
+    """When a record arrives, what waited for it needs a function."""
+    waiting = {claim.record for claim in read_claims().values() if claim.record}
+    assert waiting
+    assert waiting & {record.what for record in records.load_all().values()} == set()
+
+
+def test_the_time_of_every_record_is_known():
+    named = {claim.record for claim in read_claims().values()} | {each.record for each in DECIDERS.values()}
+    assert (named | set(NAMES)) - {""} <= set(ledger.HOURS)
+
+
+def test_the_table_fits_100_columns_and_counts(entries):
+    lines = claims.table(entries).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == len(entries) + 4
+    for line, entry in zip(lines[1:], entries.values(), strict=False):
+        assert line.startswith(entry.claim.id + " ")
+        assert entry.result.verdict in line
+    assert lines[-2].startswith(f"{len(entries)} claims: ")
+    stand = sum(entry.result.verdict == "stands" for entry in entries.values())
+    assert f" {stand} stands," in lines[-2]
+
+
+def test_the_command_prints_the_table(entries, capsys):
+    assert command("claims") == 0
+    assert capsys.readouterr().out == claims.table(entries) + "\n"
+
+
+def test_json_has_exactly_these_keys(entries, capsys):
+    assert command("claims", "--json") == 0
+    printed = printed_json(capsys)[0]
+    assert [entry["id"] for entry in printed] == list(entries)
+    assert all(list(entry) == KEYS for entry in printed)
+    assert {entry["verdict"] for entry in printed} == set(VERDICTS)
+    assert printed == json.loads(json.dumps([entry.to_dict() for entry in entries.values()]))
+
+
+@pytest.mark.parametrize("name", ["memory-a-third", "rank-one-suffices", "best-rate-independent-of-rank"])
+def test_show_explains_one(entries, capsys, name):
+    assert command("claims", "show", name) == 0
+    printed = capsys.readouterr().out
+    claim, result = entries[name].claim, entries[name].result
+    words = " ".join(printed.split())
+    for text in (claim.sentence, claim.source, claim.why, claim.changes, claim.number, result.verdict, result.shown_by):
+        assert " ".join(text.split()) in words
+    assert result.measured in words
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_show_as_json_is_an_array_of_one(capsys):
+    assert command("claims", "show", "two-real-knobs", "--json") == 0
+    (entry,) = printed_json(capsys)[0]
+    assert (entry["id"], list(entry)) == ("two-real-knobs", KEYS)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("two-real-knobs", "It was computed again just now, on this machine."),
+        ("memory-a-third", "lora-lab record memory makes the record anew, in half an hour on two cores."),
+        (
+            "lora-equals-full-fine-tuning",
+            "lora-lab record quality will make the record, in at most 8 hours",
+        ),
+        ("qlora-39-percent-slower", "Its numbers are published ones"),
+        ("rank-one-enough-for-rl", "Nothing here measures it: it needs a model that reasons"),
+    ],
+)
+def test_run_computes_again_or_names_the_command_and_its_time(capsys, name, says):
+    assert command("claims", "run", name) == 0
+    assert says in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_unknown_claim_names_the_nearest(capsys):
+    assert command("claims", "show", "rank-one-sufices") == 1
+    line = error_line(capsys)
+    assert "There is no claim 'rank-one-sufices'; the nearest are rank-one-suffices, " in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("show",), "lora-lab claims show needs the ID of a claim; lora-lab claims lists them."),
+        (("--records", "no-such-folder"), "--records is 'no-such-folder', but there is no such folder."),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(capsys, arguments, says):
+    assert command("claims", *arguments) == 1
+    assert says in error_line(capsys)
+
+
+def test_records_of_another_folder_decide(tmp_path, capsys):
+    assert command("claims", "show", "memory-a-third", "--records", tmp_path, "--json") == 0
+    (entry,) = printed_json(capsys)[0]
+    assert (entry["verdict"], entry["date"], entry["machine"]) == ("open", None, None)
+    assert command("claims", "show", "qlora-39-percent-slower", "--records", tmp_path, "--json") == 0
+    (entry,) = printed_json(capsys)[0]
+    assert entry["verdict"] == "depends"  # what others published does not change with the machine

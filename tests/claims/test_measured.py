@@ -1,0 +1,352 @@
+"""Verdicts from records: what the shipped ones give, and how they turn when the records change."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from lora_lab import claims, records
+from lora_lab.system.files import write_json
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """(claim's id, kind of record, change of its rows) -> the result from the changed record."""
+
+    def changed(claim_id, kind, change):
+        for record in records.load_all(kind).values():
+            rows = change([dict(row) for row in record.rows])
+            records.write(dataclasses.replace(record, rows=rows), tmp_path)
+        return claims.verdict(claim_id, tmp_path).result
+
+    return changed
+
+
+@pytest.fixture
+def republished(tmp_path):
+    """(claim's id, file, change of its rows) -> the result from the changed publication."""
+
+    def republished(claim_id, name, change):
+        shutil.copytree(records.shipped() / "published", tmp_path / "published", dirs_exist_ok=True)
+        published = records.published(name)
+        rows = change([dict(row) for row in published.rows])
+        write_json(tmp_path / "published" / f"{name}.json", dataclasses.asdict(published) | {"rows": rows})
+        return claims.verdict(claim_id, tmp_path).result
+
+    return republished
+
+
+def unchanged(rows):
+    return rows
+
+
+def where(condition, **values):
+    """A change of the rows for which a condition holds: values, or functions of the row."""
+
+    def change(rows):
+        for row in rows:
+            if condition(row):
+                row |= {name: value(row) if callable(value) else value for name, value in values.items()}
+        return rows
+
+    return change
+
+
+# Memory and time
+
+
+def is_lora(row):
+    return row["setup"].startswith("LoRA")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (unchanged, "falls"),
+        (where(is_lora, measured_bytes=1000), "stands"),
+        (where(lambda row: True, measured_bytes=1000), "falls"),
+        (lambda rows: [row for row in rows if row["setup"] == "full"], "open"),
+    ],
+)
+def test_memory_falls_as_parameters_do_only_if_the_peaks_do(changed, change, verdict):
+    result = changed("memory-as-few-as-parameters", "memory", change)
+    assert result.verdict == verdict
+    if change is unchanged:
+        assert "saves 15 to 71 %" in result.measured  # 289 against 245 MB in bfloat16; 2,379 against 682
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (unchanged, "depends"),
+        (where(is_lora, measured_bytes=1000), "stands"),
+        (where(is_lora, measured_bytes=10**10), "falls"),
+    ],
+)
+def test_a_third_of_the_memory(changed, change, verdict):
+    result = changed("memory-a-third", "memory", change)
+    assert result.verdict == verdict
+    assert bool(result.on) == (verdict == "depends")
+
+
+def test_the_gap_closes_only_if_it_does_at_every_length(changed):
+    assert changed("memory-gap-closes", "memory", unchanged).verdict == "stands"
+    at_1024 = where(lambda row: row["length"] == 1024 and row["setup"] == "LoRA r=8", measured_bytes=1000)
+    assert changed("memory-gap-closes", "memory", at_1024).verdict == "falls"
+
+
+def test_stored_activations(changed):
+    assert changed("frozen-layers-store-nothing", "memory", unchanged).verdict == "falls"
+    assert changed("frozen-layers-store-nothing", "memory", where(is_lora, saved_bytes=10)).verdict == "stands"
+
+
+def test_lora_fa_and_dora(changed):
+    assert changed("lora-fa-less-memory", "memory", unchanged).verdict == "stands"
+    fa = where(lambda row: row["setup"].startswith("LoRA-FA"), measured_bytes=10**10)
+    assert changed("lora-fa-less-memory", "memory", fa).verdict == "falls"
+    assert changed("dora-costs-little-memory", "memory", unchanged).verdict == "falls"
+    dora = where(lambda row: row["setup"].startswith("DoRA"), measured_bytes=10**8)
+    assert changed("dora-costs-little-memory", "memory", dora).verdict == "stands"
+
+
+def interval(low, high):
+    return where(lambda row: row["setup"] == "LoRA r=8", verdict=f"faster: {low} to {high} of full's time")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (unchanged, "falls"),
+        (interval("0.30", "0.40"), "stands"),
+        (interval("0.40", "0.60"), "open"),
+        (where(is_lora, verdict="3 rounds will not tell; take 6 or more"), "open"),
+    ],
+)
+def test_two_to_three_times_faster(changed, change, verdict):
+    assert changed("smollm2-2-to-3-times-faster", "speed", change).verdict == verdict
+
+
+def test_faster_depends_on_the_rank_and_an_interval_that_holds_1_decides_nothing(changed):
+    result = changed("lora-trains-faster", "speed", unchanged)
+    assert (result.verdict, result.on) == ("depends", "the rank")
+    assert "slower in 6," in result.measured
+    faster = where(is_lora, verdict="faster: 0.50 to 0.90 of full's time")
+    assert changed("lora-trains-faster", "speed", faster).verdict == "stands"
+    unclear = where(is_lora, verdict="no difference that this run can show: 0.90 to 1.10 of full's time")
+    assert changed("lora-trains-faster", "speed", unclear).verdict == "open"
+
+
+def test_times_and_flops(changed):
+    assert changed("time-ratio-is-flop-ratio", "speed", unchanged).verdict == "depends"
+    flops = {}
+
+    def share(row):
+        key = row["model"], row["tokens"]
+        flops.setdefault(key, row["flops"])  # full fine-tuning is the first of its cell
+        ratio = row["flops"] / flops[key]
+        return f"faster: {ratio - 0.02:.2f} to {ratio + 0.02:.2f} of full's time"
+
+    assert changed("time-ratio-is-flop-ratio", "speed", where(lambda row: True, verdict=share)).verdict == "stands"
+
+
+# Ranks
+
+
+def beyond(rank, lr, worse=1.0):
+    """Adds a rate beyond the best of a rank, with higher losses, so that the best is at no edge any more."""
+
+    def change(rows):
+        best = max(row["lr"] for row in rows if row["rank"] == rank)
+        new = [row | {"lr": lr} for row in rows if row["rank"] == rank and row["lr"] == best]
+        for row in new:
+            row |= {name: row[name] and row[name] + worse for name in ("validation_loss", "test_loss")}
+        return rows + new
+
+    return change
+
+
+def test_a_rate_at_the_edge_supports_no_verdict_on_rank_one(changed):
+    result = changed("rank-one-suffices", "ablation", unchanged)
+    assert result.verdict == "open"
+    assert "the rate of rank 1 is at the edge of its grid" in result.measured
+    assert "+0.040 (+0.027 to +0.054)" in result.measured
+
+
+def test_rank_one_falls_inside_its_grid_and_stands_where_it_loses_nothing(changed):
+    inside = beyond(1, 0.016)
+    assert changed("rank-one-suffices", "ablation", inside).verdict == "falls"
+
+    def as_good(rows):
+        at_end = [row for row in rows if row["step"] == row["steps"]]
+        reference = {row["seed"]: row["test_loss"] for row in at_end if (row["rank"], row["lr"]) == (64, 0.001)}
+        of_rank_1 = where(lambda row: row["rank"] == 1 and row["step"], test_loss=lambda row: reference[row["seed"]])
+        return of_rank_1(inside(rows))
+
+    assert changed("rank-one-suffices", "ablation", as_good).verdict == "stands"
+
+
+def test_rank_sixteen_is_open_where_the_bounds_hold_the_margin_or_seeds_are_few(changed):
+    assert changed("loss-flat-from-rank-16", "ablation", unchanged).verdict == "open"
+    two = changed("loss-flat-from-rank-16", "ablation", lambda rows: [row for row in rows if row["seed"] < 2])
+    assert two.verdict == "open"
+    assert "fewer than 3 seeds" in two.measured
+
+
+# Overfitting
+
+
+def wider(rows):
+    """256 examples only, with rates beyond both edges at which every loss after the start is higher by 1."""
+    rows = [row for row in rows if row["n_train"] == 256]
+    new = []
+    for setup in ("full", "LoRA r=1", "LoRA r=8"):
+        lrs = {row["lr"] for row in rows if row["setup"] == setup}
+        for source, lr in ((min(lrs), min(lrs) / 3), (max(lrs), max(lrs) * 3)):
+            for row in rows:
+                if (row["setup"], row["lr"], row["seed"]) == (setup, source, 0):
+                    worse = 1.0 if row["step"] else 0.0
+                    new.append(row | {"lr": lr, "validation_loss": row["validation_loss"] + worse})
+    return rows + new
+
+
+def rising(setups):
+    """After the first evaluation the validation loss of these setups rises, and that of all others stays."""
+
+    def change(rows):
+        for row in wider(rows):
+            if row["step"]:
+                train_loss = row["validation_loss"] - row["gap"]
+                rise = row["step"] / 100 if row["setup"].startswith(setups) else 0
+                worse = row["lr"] not in (0.0003, 0.002, 0.0006)  # the best of full, rank 1 and rank 8
+                row["validation_loss"] = 3.0 + rise + worse + row["seed"] / 1000
+                row["gap"] = row["validation_loss"] - train_loss
+            yield row
+
+    return lambda rows: list(change(rows))
+
+
+def test_overfitting_is_open_at_the_edges_and_depends_on_the_stopping_point_inside(changed):
+    result = changed("lora-overfits-less", "overfitting", unchanged)
+    assert result.verdict == "open"
+    assert "is at an edge" in result.measured
+    assert "LoRA r=8: less at 64, 96, 128, 160, 192, 224; open at 256, 288; more at 320" in result.measured
+    assert "equal training loss" in result.measured
+    inside = changed("lora-overfits-less", "overfitting", wider)
+    assert (inside.verdict, inside.on) == ("depends", "the stopping point, rank and size")
+
+
+@pytest.mark.parametrize(("setups", "verdict"), [("full", "stands"), ("LoRA", "falls")])
+def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, setups, verdict):
+    assert changed("lora-overfits-less", "overfitting", rising(setups)).verdict == verdict
+
+
+def test_generalisation_at_equal_fit(changed):
+    assert changed("better-at-equal-fit", "overfitting", unchanged).verdict == "open"
+    inside = changed("better-at-equal-fit", "overfitting", wider)
+    assert (inside.verdict, inside.on) == ("depends", "the training loss")
+    assert "less at 3; more at 2, 1.5, 1, 0.6" in inside.measured
+
+
+# Tasks
+
+
+def result_of(setup):
+    return lambda row: row.get("about") == "result" and row.get("setup") == setup
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "change", "verdict"),
+    [
+        ("fine-tuning-beats-asking", unchanged, "stands"),
+        ("fine-tuning-beats-asking", where(result_of("zero-shot"), accuracy=0.99), "falls"),
+        ("fine-tuning-beats-asking", where(result_of("zero-shot"), accuracy=0.75), "open"),
+        ("lower-loss-better-answers", unchanged, "falls"),
+        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.9), "stands"),
+        ("lower-loss-better-answers", where(result_of("zero-shot"), test_loss=0.1), "open"),
+        ("chrf-40-means-translation", unchanged, "falls"),
+        ("chrf-40-means-translation", where(lambda row: "exact" in row, exact=0.6), "stands"),
+        ("chrf-40-means-translation", where(lambda row: "chrf" in row, chrf=30.0), "open"),
+    ],
+)
+def test_tasks(changed, claim_id, change, verdict):
+    change_present = lambda rows: change([{k: v for k, v in row.items() if v is not None} for row in rows])  # noqa: E731
+    assert changed(claim_id, "downstream", change_present).verdict == verdict
+
+
+def test_ten_times_is_open_on_a_coarse_grid_and_falls_where_the_grid_excludes_it(changed):
+    result = changed("lora-rate-ten-times-full", "downstream", unchanged)
+    assert result.verdict == "open"
+    assert "sentiment 20 (6 to 67)" in result.measured
+    assert "not counted: style, translate-fr" in result.measured
+    slow = where(lambda row: result_of("full")(row) and row["task"] in ("sentiment", "summarise"), lr=5e-5)
+    assert changed("lora-rate-ten-times-full", "downstream", slow).verdict == "falls"
+
+
+# What training wrote
+
+
+def more_seeds(rows):
+    runs = [row for row in rows if row["about"] == "run" and row["run"] == "full"]
+    return rows + [row | {"seed": seed} for row in runs for seed in (8, 9)]
+
+
+def test_the_rank_of_updates_needs_seeds_and_a_null(changed):
+    result = changed("full-update-10-to-100-ranks", "spectra", unchanged)
+    assert result.verdict == "open"
+    assert "16 times rank 8" in result.measured
+    assert "fewer than 3 seeds, no null with random labels" in result.measured
+
+    def with_null(rows):
+        null = [row | {"run": "full, random labels"} for row in rows if row["about"] == "run" and row["run"] == "full"]
+        return more_seeds(rows) + null
+
+    assert changed("full-update-10-to-100-ranks", "spectra", with_null).verdict == "stands"
+
+    def low(rows):
+        return where(lambda row: row["about"] == "layer" and row["run"] == "full", energy_rank=8.0)(with_null(rows))
+
+    assert changed("full-update-10-to-100-ranks", "spectra", low).verdict == "falls"
+
+
+def test_intruders_are_counted_only_in_updates_that_could_have_some(changed):
+    result = changed("intruders-in-lora-only", "spectra", unchanged)
+    assert result.verdict == "open"
+    assert "updates this small cannot show any" in result.measured
+
+    def large(rows):
+        rows = where(lambda row: row["about"] == "layer", relative_norm=0.2)(more_seeds(rows))
+        return where(lambda row: row["about"] == "intruders" and row["run"] == "LoRA r=8", intruders=3)(rows)
+
+    assert changed("intruders-in-lora-only", "spectra", large).verdict == "stands"
+
+    def in_both(rows):
+        return where(lambda row: row["about"] == "intruders" and row["run"] == "full", intruders=3)(large(rows))
+
+    assert changed("intruders-in-lora-only", "spectra", in_both).verdict == "falls"
+
+
+# What others published
+
+
+def test_published_numbers_decide_and_turn(republished):
+    same = republished("at-most-1-5-times-faster", "peft-metamathqa", unchanged)
+    assert same.verdict == "falls"
+    assert "rank32 3.1 times" in same.measured
+    assert same.machine == "theirs: PEFT's method comparison on MetaMathQA"
+    slow = where(lambda row: row["peft_type"] == "LORA", tokens_per_second=3000.0)
+    assert republished("at-most-1-5-times-faster", "peft-metamathqa", slow).verdict == "stands"
+
+
+def test_the_price_of_four_bits_depends_on_the_width(republished):
+    assert republished("qlora-39-percent-slower", "litgpt", unchanged).verdict == "depends"
+    times = {None: 1.0, "nf4": 1.3, "nf4-dq": 1.39}
+    same = where(lambda row: True, iteration_s=lambda row: times[row["quantization"]])
+    assert republished("qlora-39-percent-slower", "litgpt", same).verdict == "stands"
+
+
+def test_torchtunes_ratio_depends_on_the_recipe(republished):
+    result = republished("lora-1-8-times-faster", "torchtune", unchanged)
+    assert result.verdict == "depends"
+    assert "rtx-a6000: 1.82 times" in result.measured
+    one = where(lambda row: True, tokens_per_second=lambda row: 1820 if row["method"] == "LoRA" else 1000)
+    assert republished("lora-1-8-times-faster", "torchtune", one).verdict == "stands"
