@@ -438,12 +438,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
     (tmp_path / CHECKPOINT).write_bytes(whole[:keep])
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
         run("lora", tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
-        checkpoint.stored_history(tmp_path)
+    for read in (checkpoint.stored_history, checkpoint.step_of):
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
+            read(tmp_path)
     (tmp_path / CHECKPOINT).unlink()
-    assert checkpoint.stored_history(tmp_path) is None
+    assert checkpoint.stored_history(tmp_path) is checkpoint.step_of(tmp_path) is None
     _, history = run("lora", tmp_path)
     assert checkpoint.stored_history(tmp_path).rows == history.rows
+    assert checkpoint.step_of(tmp_path) == STEPS
 
 
 @pytest.mark.parametrize("note", [None, {}, {"history": "{"}, {"history": "[1]"}, {"frozen": ""}])
@@ -451,6 +453,8 @@ def test_another_file_in_the_checkpoints_place_is_refused(tmp_path, note):
     save_file({"parameter.x": torch.zeros(2)}, tmp_path / CHECKPOINT, metadata=note)
     with pytest.raises(ValueError, match=r"damaged|another run"):
         run("lora", tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.step_of(tmp_path)
 
 
 A, B = "parameter.head.lora_A", "parameter.head.lora_B"

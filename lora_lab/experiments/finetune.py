@@ -6,6 +6,8 @@ run("mine.jsonl", LoRA(rank=8, alpha=16), "runs/mine")        # {"prompt": ..., 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +107,12 @@ def run(
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
     data = task_of(task, tokenizer)
-    if (count := current_processes().world_size) > 1:
-        why += f"\n{count} processes, {counted(torch.get_num_threads(), 'thread')} each"
-    print(f"Device: {why}\n\n{data.describe()}\n")
-    if isinstance(data, PairTask):
-        print(f"{data.preview(1)}\n")
+    print(_heading(why, data))
     before = _evaluated(net, data, eval_examples)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     checkpoints = None if checkpoint_every is None else out / "checkpoint"
     print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
-    if (step := checkpoint.step_of(checkpoints)) is not None:
-        print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
-    with checkpoint.advice_if_interrupted(checkpoints):
+    with _resumable(checkpoints):
         history = fit(
             net,
             data,
@@ -161,6 +157,24 @@ def run(
         checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
+
+
+def _heading(why: str, data: Task) -> str:
+    """The device and the reason for it, how many processes there are, and the data."""
+    text, processes = f"Device: {why}\n", current_processes().world_size
+    if processes > 1:
+        text += f"{processes} processes, {counted(torch.get_num_threads(), 'thread')} each\n"
+    text += f"\n{data.describe()}\n"
+    return f"{text}\n{data.preview(1)}\n" if isinstance(data, PairTask) else text
+
+
+@contextmanager
+def _resumable(checkpoints: Path | None) -> Iterator[None]:
+    """Print from which step the block goes on, if it does; a KeyboardInterrupt says how the run can go on later."""
+    if (step := checkpoint.step_of(checkpoints)) is not None:
+        print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
+    with checkpoint.advice_if_interrupted(checkpoints):
+        yield
 
 
 @torch.no_grad()
