@@ -8,7 +8,8 @@ The statistics are those of :mod:`lora_lab.rank`. Each comes with its band for n
 ``<statistic>_low`` and ``<statistic>_high``, which holds 95 % of draws: a product of Gaussian factors of the same shape
 and rank for an adapter, a Gaussian matrix for a difference of two matrices. Where the norm matters, both have the norm
 of the update. Noise sets the scale and is no null for training: an update that had nothing to learn, from labels
-drawn from the base's own predictions, lies below the band too (lesson 11).
+drawn from the base's own predictions, lies below the band too (lesson 11). :func:`null` makes the task of such a
+training, with which the same report says what training alone writes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.peft_format import read_adapter
+from lora_lab.analysis.null import null as null
 from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
