@@ -10,8 +10,8 @@
                packed with the lean step, whose two threads take half of the adapters each, in float32 and over a base
                in bfloat16
     study      a third of the trials of the recorded study of ranks (`lora-lab record ablation`: one seed of three), on
-               the real model, with a tenth of their steps and evaluations: as recorded (the baseline), and with a base
-               in bfloat16
+               the real model, with a tenth of their steps and evaluations: without the lean step (the baseline), with
+               it, and over a base in bfloat16; minutes a sweep, and without a first round
 
 Rounds are interleaved, and medians of ratios are printed, with the extremes. Weights of smollm2 are random.
 On a CUDA GPU the language model is packed there (never tried).
@@ -44,9 +44,9 @@ ADAPTERS, TOKENS, LLM_STEPS = 8, 64, 3
 METHOD = ll.LoRA(8, 16)
 
 
-def compare(calls: dict[str, Callable[[], object]], rounds: int, unit: str) -> None:
+def compare(calls: dict[str, Callable[[], object]], rounds: int, unit: str, warm_up: bool = True) -> None:
     """Time each in turn; print seconds, and the speed-up over each baseline (the calls with a star)."""
-    seconds = common.interleaved(calls, rounds)
+    seconds = common.interleaved(calls, rounds, warm_up)
     baselines = [name for name in calls if name.endswith("*")]
     for name, times in seconds.items():
         speedups = []
@@ -99,11 +99,11 @@ def study(rounds: int) -> None:
     jobs = studies.processes(device)
     print(f"\nstudy on {device}: {len(trials(None))} trials, {options['steps']} steps, {jobs} processes")
     calls = {
-        "as recorded*": lambda: sweep(model, task, trials(None), n_jobs=jobs),
+        "not lean*": lambda: sweep(model, task, trials(None), n_jobs=jobs),
         "lean": lambda: sweep(model, task, trials(ll.Lean()), n_jobs=jobs),
         "lean, base in bfloat16": lambda: sweep(model, task, trials(ll.Lean(torch.bfloat16)), n_jobs=jobs),
     }
-    compare(calls, rounds, "a sweep")
+    compare(calls, rounds, "a sweep", warm_up=False)
 
 
 class Packs:

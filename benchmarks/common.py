@@ -16,18 +16,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True
+) -> dict[str, list[float]]:
     """The seconds of each call in each round. All calls are made in turn, after a first round that does not count.
 
     Args:
         calls: name -> what to time. A call that returns a float has timed itself; on a GPU the others are timed from
             and to a moment at which the device is idle.
+        rounds: that count.
+        warm_up: whether there is a first round; not where a call takes minutes and starts processes of its own.
     """
     import torch
 
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in calls.values() if warm_up else ():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
