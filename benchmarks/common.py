@@ -16,9 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True
-) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True) -> dict[str, list[float]]:
     """The seconds of each call in each round. All calls are made in turn, after a first round that does not count.
 
     Args:
