@@ -283,21 +283,31 @@ def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPL
 
 
 def slope(samples: Mapping[float, np.ndarray]) -> tuple[float, float, float]:
-    """How the best rate falls with a size x, such as the rank: p in lr* ~ x^p, by least squares in logarithms.
+    """How the best rate goes with a size x, such as the rank: p in lr* ~ x^p, as :func:`powers` with one size."""
+    (power,) = powers({(x,): of_size for x, of_size in samples.items()})
+    return power
+
+
+def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float, float, float]]:
+    """How the best rate goes with several sizes, such as alpha and rank: p and q in lr* ~ x^p y^q.
+
+    By least squares in logarithms.
 
     Args:
-        samples: x -> what :func:`sample_vertices` returned for it, at least two sizes.
+        samples: (x, y, ...) -> what :func:`sample_vertices` returned there; more of them than sizes.
 
     Returns:
-        The median of p over the samples, and the bounds of its two-sided 95 % interval; NaN if fewer than half of the
-        samples have their best rates inside the grids of all sizes.
+        For each size the median of its power over the samples, and the bounds of its two-sided 95 % interval; NaN if in
+        more than half of the samples some best rate is outside its grid.
     """
-    vertices = np.array([*samples.values()])  # (sizes, resamples)
+    vertices = np.array([*samples.values()])  # (setups, resamples)
     inside = vertices[:, np.isfinite(vertices).all(axis=0)]
+    sizes = np.log(np.array([*samples]))  # (setups, sizes)
     if 2 * inside.shape[1] < vertices.shape[1]:
-        return math.nan, math.nan, math.nan
-    powers = np.polyfit(np.log([*samples]), inside, 1)[0]  # (samples,)
-    return float(np.median(powers)), *interval(powers)
+        return [(math.nan, math.nan, math.nan)] * sizes.shape[1]
+    design = np.column_stack([sizes, np.ones(len(sizes))])
+    fitted = np.linalg.lstsq(design, inside, rcond=None)[0][:-1]  # (sizes, samples)
+    return [(float(np.median(of_size)), *interval(of_size)) for of_size in fitted]
 
 
 def _stacked(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -325,3 +335,16 @@ def _log_vertices(x: np.ndarray, means: np.ndarray) -> np.ndarray:
     share = np.divide(-falling, curvature, out=np.full_like(curvature, 0.5), where=curvature > 0)
     vertices[inside] = middle_left + share * (middle_right - middle_left)
     return vertices
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """The two-sided 95 % interval of a ratio of best rates, 0 or infinite where a grid does not bound it.
+
+    Args:
+        above, below: what :func:`sample_vertices` returned for the two, with equal samples.
+    """
+    with np.errstate(invalid="ignore"):  # a sample may be at the edges of both grids, which says nothing of the ratio
+        logs = above - below
+    lower, _ = interval(np.nan_to_num(logs, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
+    _, upper = interval(np.nan_to_num(logs, nan=math.inf, posinf=math.inf, neginf=-math.inf))
+    return math.exp(lower), math.exp(upper)

@@ -10,6 +10,7 @@ In reading order:
     counted   verdicts by counting parameters, bytes and FLOPs
     computed  verdicts by computing with small layers and random matrices
     measured  verdicts from records, and from what others published
+    rates     verdicts from the record of best learning rates
     ledger    each claim with its verdict: table, JSON, explanation
 """
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lab.claims import computed, counted, measured  # noqa: F401  # their functions register themselves
+from lora_lab.claims import computed, counted, measured, rates  # noqa: F401  # their functions register themselves
 from lora_lab.claims.deciding import DECIDERS, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 

@@ -14,6 +14,8 @@ from lora_lab.ablation.learning_rate import (
     choose_rate,
     last_rows,
     losses_by_rate,
+    powers,
+    ratio_interval,
     rates_around,
     sample_vertices,
     slope,
@@ -239,3 +241,32 @@ def test_blocks_of_a_sweep_arrive(tmp_path):
     frame = ablate(DigitsMLP(), digits(), trials, tmp_path, judge=judge, progress=False)
     assert {lr: values.shape for lr, values in losses_by_rate(frame).items()} == {1e-2: (1, 5), 2e-2: (1, 5)}
     assert len(last_rows(frame)) == 2
+
+
+def test_a_ratio_of_best_rates_holds_the_planted_one_and_is_paired():
+    random = np.random.default_rng(3)
+    slow = sample_vertices(parabola(5e-4, seeds=5, noise=0.02, random=random))
+    fast = sample_vertices(parabola(1.5e-3, seeds=5, noise=0.02, random=random))
+    lower, upper = ratio_interval(fast, slow)
+    assert 2.4 < lower < 3 < upper < 3.8
+    assert ratio_interval(slow, fast) == pytest.approx((1 / upper, 1 / lower))
+    assert ratio_interval(fast, fast) == (1, 1)
+
+
+def test_a_ratio_is_not_bounded_where_a_grid_is_not():
+    inside, edge = np.zeros(100), np.full(100, math.inf)
+    assert ratio_interval(edge, inside) == (math.inf, math.inf)
+    assert ratio_interval(inside, edge) == (0, 0)
+    assert ratio_interval(edge, edge) == (0, math.inf)
+    few = np.where(np.arange(100) < 10, math.inf, 0.0)  # in a tenth of the samples the best rate lies beyond
+    assert ratio_interval(few, inside) == (1, math.inf)
+
+
+def test_two_powers_are_told_from_each_other():
+    planted = {(alpha, rank): 0.01 * alpha**-0.5 * rank**0.2 for alpha in (4, 32, 128) for rank in (1, 8, 64)}
+    samples = {sizes: sample_vertices(parabola(best, rates=rates_around(best, count=7))) for sizes, best in planted.items()}
+    of_alpha, of_rank = powers(samples)
+    assert of_alpha == pytest.approx((-0.5, -0.5, -0.5))
+    assert of_rank == pytest.approx((0.2, 0.2, 0.2))
+    one_alpha = {(rank,): of_size for (alpha, rank), of_size in samples.items() if alpha == 32}
+    assert powers(one_alpha)[0] == pytest.approx(slope({rank: of_size for (rank,), of_size in one_alpha.items()}))

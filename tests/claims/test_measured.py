@@ -273,15 +273,6 @@ def test_tasks(changed, claim_id, change, verdict):
     assert changed(claim_id, "downstream", change_present).verdict == verdict
 
 
-def test_ten_times_is_open_on_a_coarse_grid_and_falls_where_the_grid_excludes_it(changed):
-    result = changed("lora-rate-ten-times-full", "downstream", unchanged)
-    assert result.verdict == "open"
-    assert "sentiment 20 (6 to 67)" in result.measured
-    assert "not counted: style, translate-fr" in result.measured
-    slow = where(lambda row: result_of("full")(row) and row["task"] in ("sentiment", "summarise"), lr=5e-5)
-    assert changed("lora-rate-ten-times-full", "downstream", slow).verdict == "falls"
-
-
 # What training wrote
 
 
