@@ -6,7 +6,7 @@
 In reading order:
 
     facts     the claims as data, in claims.toml, checked when they are read
-    deciding  what a verdict is, and which function decides which claim
+    deciding  what a verdict is, and which function, record or lesson decides which claim
     counted   verdicts by counting parameters, bytes and FLOPs
     computed  verdicts by computing with small layers and random matrices
     measured  verdicts from records, and from what others published

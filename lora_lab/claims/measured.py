@@ -71,6 +71,13 @@ def memory_as_parameters(claim: Claim, record: Record) -> Result:
     return Result(STANDS if stands else FALLS, f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases")
 
 
+@decides("lora-needs-less-memory", record="memory")
+def less_memory(claim: Claim, record: Record) -> Result:
+    """Measured peaks of full fine-tuning in units of LoRA's, in the same precision."""
+    cases = [(ratio > 1, words) for ratio, words in _memory_ratios(record, FULL_AND_LORA)]
+    return over_cases(cases, "the setup")
+
+
 @decides("memory-gap-closes", record="memory")
 def memory_and_context(claim: Claim, record: Record) -> Result:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""

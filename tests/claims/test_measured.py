@@ -89,6 +89,11 @@ def test_a_third_of_the_memory(changed, change, verdict):
     assert bool(result.on) == (verdict == "depends")
 
 
+def test_less_memory(changed):
+    assert changed("lora-needs-less-memory", "memory", unchanged).verdict == "stands"
+    assert changed("lora-needs-less-memory", "memory", where(is_lora, measured_bytes=10**10)).verdict == "falls"
+
+
 def test_the_gap_closes_only_if_it_does_at_every_length(changed):
     assert changed("memory-gap-closes", "memory", unchanged).verdict == "stands"
     at_1024 = where(lambda row: row["length"] == 1024 and row["setup"] == "LoRA r=8", measured_bytes=1000)
