@@ -2,8 +2,8 @@
 
 A best rate is the vertex of a parabola, and what compares best rates has the interval of a bootstrap over seeds and
 blocks of examples (:mod:`lora_lab.ablation.learning_rate`). Those of the language model are judged; the digits net is
-stated beside it. Each claim has a margin: it stands if the interval lies within the margin around what is claimed, falls
-if it lies outside, and is open otherwise.
+stated beside it. Each claim has a margin: it stands if the interval lies within the margin around what is claimed,
+falls if it lies outside, and is open otherwise.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def ten_times(claim: Claim, record: Record) -> Result:
         at_full = sample_vertices(full)
         lower, upper = ratio_interval(samples, at_full)
         words = (
-            f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}); best rates tried: "
-            f"full {best_rate(full).tried:g}, {each}"
+            f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}); "
+            f"best rates tried: full {best_rate(full).tried:g}, {each}"
         )
         answers[data] = _within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR), words
     return _on_language_model(answers)
@@ -116,7 +116,10 @@ def falls_as_root(claim: Claim, record: Record) -> Result:
         if math.isnan(power):
             answers[data] = None, "the best rates of some ranks are at an edge"
             continue
-        answers[data] = _within(lower, upper, -0.5 - POWER, -0.5 + POWER), f"rate ~ r^p, p = {_power(power, lower, upper)}"
+        answers[data] = (
+            _within(lower, upper, -0.5 - POWER, -0.5 + POWER),
+            f"rate ~ r^p, p = {_power(power, lower, upper)}",
+        )
     return _on_language_model(answers)
 
 
@@ -158,7 +161,8 @@ def law_of_width(claim: Claim, record: Record) -> Result:
     samples, each = _mean_of_ranks(_of_data(record)["docs"])
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
     answer = _within(lower, upper, law / FACTOR, law * FACTOR)
-    words = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g}), the law's {law:.2g}; best rates tried: {each}"
+    found = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
+    words = f"{found}, the law's {law:.2g}; best rates tried: {each}"
     return _on_language_model({"docs": (answer, words)})
 
 

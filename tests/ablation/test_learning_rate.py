@@ -15,8 +15,8 @@ from lora_lab.ablation.learning_rate import (
     last_rows,
     losses_by_rate,
     powers,
-    ratio_interval,
     rates_around,
+    ratio_interval,
     sample_vertices,
     slope,
     tune,
@@ -264,7 +264,9 @@ def test_a_ratio_is_not_bounded_where_a_grid_is_not():
 
 def test_two_powers_are_told_from_each_other():
     planted = {(alpha, rank): 0.01 * alpha**-0.5 * rank**0.2 for alpha in (4, 32, 128) for rank in (1, 8, 64)}
-    samples = {sizes: sample_vertices(parabola(best, rates=rates_around(best, count=7))) for sizes, best in planted.items()}
+    samples = {
+        sizes: sample_vertices(parabola(best, rates=rates_around(best, count=7))) for sizes, best in planted.items()
+    }
     of_alpha, of_rank = powers(samples)
     assert of_alpha == pytest.approx((-0.5, -0.5, -0.5))
     assert of_rank == pytest.approx((0.2, 0.2, 0.2))

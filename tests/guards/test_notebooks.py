@@ -33,6 +33,7 @@ NAMES = [
     "09_many_tasks",
     "10_variants",
     "11_what_training_wrote",
+    "12_which_rate",
 ]
 HEADINGS = ["Question", "Run", "Explain", "Claims", "Takeaways", "Recall", "Your turn"]
 IGNORED = "nbval-ignore-output"

@@ -156,9 +156,9 @@ def finite_mean(of_seeds: Any) -> float:
         ),
     },
     hints=[
-        "Sort the rates, and average each rate's losses over the seeds. A mean with an infinite loss in it is infinite.",
+        "Sort the rates, and average each one's losses over the seeds. With an infinite loss in it a mean is infinite.",
         "If the lowest mean is at the first or the last rate, the minimum may lie beyond; otherwise return None.",
-        "Neighbouring rates differ by a factor: rates[1] / rates[0] at the lower edge, rates[-1] / rates[-2] above.",
+        "Neighbours differ by a factor: rates[1] / rates[0] at the lower edge, rates[-1] / rates[-2] at the upper.",
     ],
     minutes=8,
     difficulty=1,
@@ -264,7 +264,7 @@ def rate_by_power(rate: float, old: float, new: float, power: float) -> float:
         "The root is taken of all, the rate included. Only the ratio of the two alphas is under it.": (
             lambda rate, old, new, moves: rate * old / new if moves == "B" else math.sqrt(rate * old / new)
         ),
-        "With both matrices moving the update has the rate squared, so the rate goes with the root of alpha, not its square.": (
+        "If both matrices move, the update has the rate squared, so it goes with the root of alpha, not its square.": (
             lambda rate, old, new, moves: rate_by_power(rate, old, new, -1 if moves == "B" else -2)
         ),
         "The rate cannot stay: alpha multiplies the update.": lambda rate, old, new, moves: rate,
