@@ -328,7 +328,7 @@ def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPL
     return _log_vertices(np.log(rates), resampled_means(values, resamples, seed))
 
 
-def slope(samples: Mapping[float, np.ndarray]) -> tuple[float, float, float]:
+def slope(samples: Mapping[int, np.ndarray] | Mapping[float, np.ndarray]) -> tuple[float, float, float]:
     """How the best rate goes with a size x, such as the rank: p in lr* ~ x^p, as :func:`powers` with one size."""
     (power,) = powers({(x,): of_size for x, of_size in samples.items()})
     return power

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import pandas
@@ -32,7 +33,7 @@ SMOLLM2_WIDTH = 576
 def best_by_rank(frame: pandas.DataFrame, rule: str) -> dict[int, dict[float, np.ndarray]]:
     """rank -> rate -> losses (seeds, blocks) under a rule for alpha, ascending; of one kind of data."""
     setups = frame[frame["setup"].str.endswith(f", {rule}")]
-    return {int(rank): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
+    return {int(cast(float, rank)): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
 
 
 def _of_data(record: Record) -> dict[str, pandas.DataFrame]:
