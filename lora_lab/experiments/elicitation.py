@@ -1,0 +1,195 @@
+"""``lora-lab record elicitation``: how much of what fine-tuning scores can the real model do untrained, if asked well?
+
+The tasks, the test prompts and the scores are those of ``downstream``. Each task is asked without examples (zero-shot)
+and with training examples in the prompt (few-shot); sentiment also with calibrated labels, and by a linear probe that
+sees the training examples of LoRA's trial with the same seed. Numbers of examples, calibration and penalties are chosen
+on the validation part. Each has a control that can refute it: examples with random answers, and a probe that learned
+shuffled labels.
+
+On two cores it takes about three quarters of an hour.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_lab.ablation import studies
+from lora_lab.ablation.stats import interval
+from lora_lab.experiments import downstream
+from lora_lab.experiments.recorder import Recorder
+from lora_lab.models.llama import Llama
+from lora_lab.tasks.datasets import style
+from lora_lab.tasks.elicitation import CONTENT_FREE, PENALTIES, calibrated, content_free, few_shot, linear_probe
+from lora_lab.tasks.generate import answers, classes, last_states, log_likelihoods
+from lora_lab.tasks.instruction import PairTask
+from lora_lab.tasks.metrics import METRICS, StyleJudge
+from lora_lab.train import DataOrder
+
+MAIN = {"classification": "accuracy", "summary": "rouge_l", "translation": "chrf", "style": "in_style"}
+RESAMPLES = 500
+Predictions = Mapping[str, Sequence[str]]  # part -> an answer to each of its prompts, from the first
+Score = Callable[[Sequence[str], Sequence[str]], float]  # (predictions, references) -> the task's main score
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the model is asked.
+
+    Args:
+        shots: task -> the numbers of examples in the prompt to choose from.
+        draws: how many sets of examples are drawn for each number, and for the control at the chosen one.
+        chosen_on: how many validation prompts the numbers of examples are chosen on, where answers are written; all
+            of them where a label is picked.
+        shuffles: how many probes learn shuffled labels.
+    """
+
+    shots: Mapping[str, tuple[int, ...]]
+    draws: int = 3
+    chosen_on: int = 32
+    shuffles: int = 20
+
+
+def plan(device: torch.device) -> Plan:
+    """The same on every device."""
+    return Plan({"sentiment": (4, 8, 16), "translate-fr": (4, 16), "summarise": (4,), "style": (4,)})
+
+
+def settings(device: torch.device) -> dict[str, Any]:
+    """How the rows are made, as the record states it."""
+    planned = asdict(plan(device))
+    shots = {task: list(numbers) for task, numbers in planned["shots"].items()}
+    return {**planned, "shots": shots, "content_free": list(CONTENT_FREE), "penalties": list(PENALTIES)}
+
+
+def rows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of a record; ``about`` names what a row is about.
+
+    "task": a task and its size. "result": the scores of one setup on the test part, with the two-sided 95 % interval of
+    the main one by a bootstrap over the test prompts, and the main score on the validation part. The setups are
+    "zero-shot", "few-shot" with ``k`` examples, and "probe"; ``calibration`` names the reference of calibrated labels,
+    ``seed`` draws the examples, or is that of the trial whose training examples the probe sees, and ``control`` is true
+    where the answers of the examples are random, or the labels shuffled.
+    """
+    planned, model = plan(device), studies.language_model(device)
+    for name in planned.shots:
+        task = downstream.load_task(name)
+        sizes = {part: len(examples) for part, examples in task.parts.items()}
+        yield {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
+        score = _main_score(task)
+        for columns, predictions in _asked(planned, name, task, model, score):
+            yield _result(task, columns, predictions, score)
+        if task.metric == "classification":
+            for columns, predictions in _probed(planned, name, task, model, device):
+                yield _result(task, columns, predictions, score)
+
+
+def _main_score(task: PairTask) -> Score:
+    if task.metric in METRICS:
+        return lambda predictions, references: METRICS[task.metric](predictions, references)[MAIN[task.metric]]
+    judge = StyleJudge(style(task.tokenizer), style(task.tokenizer, "plain"))
+    return lambda predictions, _: judge.share(predictions)
+
+
+def _asked(
+    planned: Plan, name: str, task: PairTask, model: Llama, score: Score
+) -> Iterator[tuple[dict[str, Any], Predictions]]:
+    """Zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
+    yield from _answered(planned, task, model, 0, 0)
+    by_shots: dict[int, list[float]] = {}
+    for k in planned.shots[name]:
+        for seed in range(planned.draws):
+            for columns, predictions in _answered(planned, task, model, k, seed):
+                if not columns["calibration"]:
+                    by_shots.setdefault(k, []).append(_on_validation(task, predictions, score) or 0.0)
+                yield columns, predictions
+    best = max(by_shots, key=lambda k: sum(by_shots[k]))
+    for seed in range(planned.draws):
+        yield from _answered(planned, task, model, best, seed, control=True)
+
+
+def _answered(
+    planned: Plan, task: PairTask, model: Llama, k: int, seed: int, control: bool = False
+) -> Iterator[tuple[dict[str, Any], Predictions]]:
+    """What the model answers after k examples; for a classification, also with calibrated labels."""
+    asked = few_shot(task, k, seed, random_answers=control) if k else task
+    columns = {"setup": "few-shot" if k else "zero-shot", "k": k, "seed": seed, "control": control}
+    if task.metric != "classification":
+        chosen_on = planned.chosen_on if task.metric in METRICS else 0  # the judge of style learned from that part
+        written = {
+            part: answers(model, asked, part, limit=n) for part, n in (("validation", chosen_on), ("test", None))
+        }
+        yield {**columns, "calibration": ""}, written
+        return
+    labels = classes(task)
+    scores = {part: log_likelihoods(model, asked, asked.pairs[part], labels) for part in ("validation", "test")}
+    references = {
+        "content-free": log_likelihoods(model, asked, content_free(asked), labels),
+        "validation texts": scores["validation"],
+    }
+    for calibration in ("", *references):
+        picked = {}
+        for part, own in scores.items():
+            compared = calibrated(own, references[calibration]) if calibration else own  # (n, labels)
+            picked[part] = [labels[i] for i in compared.argmax(1).tolist()]
+        yield {**columns, "calibration": calibration}, picked
+
+
+def _probed(
+    planned: Plan, name: str, task: PairTask, model: Llama, device: torch.device
+) -> Iterator[tuple[dict[str, Any], Predictions]]:
+    """Linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
+    trials = downstream.plan(device)
+    states = {part: last_states(model, task, task.pairs[part]) for part in ("train", "validation", "test")}
+    labels = {part: [pair.answer for pair in task.pairs[part]] for part in states}
+    for control, seeds in ((False, trials.seeds), (True, planned.shuffles)):
+        for seed in range(seeds):
+            seen = DataOrder(len(task.train), seed).rows(0, trials.steps[name] * trials.batch_size).unique()
+            learned = [labels["train"][i] for i in seen.tolist()]
+            if control:
+                random.Random(seed).shuffle(learned)
+            probe = linear_probe(states["train"][seen], learned, states["validation"], labels["validation"])
+            columns = {"setup": "probe", "seed": seed, "control": control, "examples": len(seen)}
+            columns["penalty"] = probe[-1].C
+            yield columns, {part: list(probe.predict(states[part].numpy())) for part in ("validation", "test")}
+
+
+def _result(task: PairTask, columns: Mapping[str, Any], predictions: Predictions, score: Score) -> dict[str, Any]:
+    texts, references = list(predictions["test"]), [pair.answer for pair in task.pairs["test"]]
+    generator, samples = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(len(texts), size=len(texts)).tolist()
+        samples.append(score([texts[i] for i in drawn], [references[i] for i in drawn]))
+    lower, upper = interval(np.array(samples))
+    result = {"about": "result", "task": task.name, **columns, **downstream.scores(task, texts)}
+    return result | {"lower": lower, "upper": upper, "validation": _on_validation(task, predictions, score)}
+
+
+def _on_validation(task: PairTask, predictions: Predictions, score: Score) -> float | None:
+    """The main score on the validation prompts that were answered; None if none was."""
+    texts = predictions["validation"]
+    return score(texts, [pair.answer for pair in task.pairs["validation"][: len(texts)]]) if texts else None
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as a line for people."""
+    if row["about"] == "task":
+        return f"{row['task']}: {row['test']} test prompts"
+    names = [row["setup"]]
+    if row.get("k"):
+        names.append(f"{row['k']} examples")
+    if row.get("calibration"):
+        names.append(f"calibrated on {row['calibration']}")
+    if row["control"]:
+        names.append("control")
+    numbers = [name for name in (*MAIN.values(), "validation") if row.get(name) is not None]
+    texts = "  ".join(f"{name} {row[name]:.3f}" for name in numbers)
+    return f"  {', '.join(names)}, seed {row['seed']}: {texts} ({row['lower']:.3f} to {row['upper']:.3f})"
+
+
+RECORDER = Recorder(settings, rows, line)
