@@ -101,14 +101,14 @@ def _asked(
 ) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """Zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
     yield from _answered(planned, task, model, 0, 0)
-    by_shots: dict[int, list[float]] = {}
+    scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
     for k in planned.shots[name]:
         for seed in range(planned.draws):
             for columns, predictions in _answered(planned, task, model, k, seed):
-                if not columns["calibration"]:
-                    by_shots.setdefault(k, []).append(_on_validation(task, predictions, score) or 0.0)
+                on_validation = _on_validation(task, predictions, score)
+                scores.setdefault((k, columns["calibration"]), []).append(on_validation or 0.0)
                 yield columns, predictions
-    best = max(by_shots, key=lambda k: sum(by_shots[k]))
+    best, _ = max(scores, key=lambda setup: sum(scores[setup]))
     for seed in range(planned.draws):
         yield from _answered(planned, task, model, best, seed, control=True)
 

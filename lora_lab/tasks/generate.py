@@ -191,16 +191,15 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_s
         pairs: whose prompts are read.
         batch_size: prompts at once.
     """
-    states: list[Tensor] = []
+    read: dict[str, Tensor] = {}  # what the head got last
     head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
-    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][:, -1].float().cpu()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
     try:
         with _evaluating(model):
-            for _ in _read_batches(model, task, pairs, batch_size):
-                pass
+            batches = _read_batches(model, task, pairs, batch_size)
+            return torch.cat([read["hidden"].float().cpu() for _ in batches])
     finally:
         hook.remove()
-    return torch.cat(states)
 
 
 def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:
