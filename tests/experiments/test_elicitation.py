@@ -15,12 +15,12 @@ from lora_lab.ablation import studies
 from lora_lab.experiments import downstream, elicitation
 from lora_lab.models.llama import Llama
 from lora_lab.tasks.generate import answers
-from lora_lab.tasks.metrics import trivial
-from tests.experiments.test_downstream import french, sentiment, stories
+from lora_lab.tasks.metrics import score, trivial
+from tests.experiments.test_downstream import french, sentiment
 from tests.helpers import enlarge
 
 CPU = torch.device("cpu")
-PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2), "style": (1,)}, 2, 3, 4)
+PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, 2, 3, 4)
 TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)
 CALIBRATIONS = ("", "content-free", "validation texts")
 
@@ -29,13 +29,11 @@ CALIBRATIONS = ("", "content-free", "validation texts")
 def tiny(small_world, tiny_config, chatter):
     """The real model is a tiny one with something to say, and its tasks are small."""
     model = enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 5)
-    small = {"sentiment": cache(sentiment), "translate-fr": cache(french), "style": cache(stories)}
+    small = {"sentiment": cache(sentiment), "translate-fr": cache(french)}
     small_world.setattr(studies, "language_model", lambda device: model)
     small_world.setattr(downstream, "TASKS", small)
     small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))
     small_world.setattr(downstream, "plan", lambda device: TRAINING)
-    for module in (downstream, elicitation):
-        small_world.setattr(module, "style", small["style"])
     small_world.setattr(elicitation, "plan", lambda device: PLAN)
     return model
 
@@ -98,26 +96,21 @@ def test_the_control_has_the_number_of_examples_that_validation_chose(whole):
 
 def test_zero_shot_has_the_scores_that_the_model_has_without_this_recorder(whole, tiny, chatter):
     record, _ = whole
-    for task in (sentiment(chatter), french(chatter), stories(chatter)):
-        name = "style" if task.metric == "style" else task.name
-        (row,) = (
-            row
-            for row in record.rows
-            if row.get("setup") == "zero-shot" and row["task"] == name and not row["calibration"]
-        )
-        expected = downstream.scores(task, answers(tiny, task))
+    for task in (sentiment(chatter), french(chatter)):
+        (row,) = results(record, task=task.name, setup="zero-shot", calibration="")
+        expected = score(task, answers(tiny, task))
         assert {key: row[key] for key in expected} == expected
 
 
-def test_an_interval_holds_the_score_and_has_no_width_where_all_answers_are_alike(chatter):
+def test_an_interval_holds_the_score_and_has_no_width_where_all_answers_are_right(chatter):
     task = sentiment(chatter)
-    score = elicitation._main_score(task)
     right = [pair.answer for pair in task.pairs["test"]]
-    perfect = elicitation._result(task, {}, {"test": right, "validation": []}, score)
-    assert [perfect[name] for name in ("lower", "accuracy", "upper", "validation")] == [1, 1, 1, None]
-    constant = elicitation._result(task, {}, {"test": trivial(task), "validation": ["good"]}, score)
+    validation = [pair.answer for pair in task.pairs["validation"]]
+    perfect = elicitation._result(task, {}, {"test": right, "validation": validation})
+    assert [perfect[name] for name in ("lower", "accuracy", "upper", "validation")] == [1, 1, 1, 1]
+    constant = elicitation._result(task, {}, {"test": trivial(task), "validation": ["good"]})
     assert 0 <= constant["lower"] < constant["accuracy"] < constant["upper"] <= 1
-    assert constant["validation"] == float(task.pairs["validation"][0].answer == "good")
+    assert constant["validation"] == float(validation[0] == "good")
 
 
 def test_a_probe_sees_the_training_examples_of_the_trial_with_its_seed(whole, seen, tiny, chatter):
