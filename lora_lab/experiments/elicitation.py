@@ -41,21 +41,22 @@ class Plan:
 
     Args:
         shots: task -> the numbers of examples in the prompt to choose from.
-        draws: how many sets of examples are drawn for each number, and for the control at the chosen one.
+        draws: task -> how many sets of examples are drawn for each number, and for the control at the chosen one.
         chosen_on: how many validation prompts the numbers of examples are chosen on, where answers are written; all
             of them where a label is picked.
         shuffles: how many probes learn shuffled labels.
     """
 
     shots: Mapping[str, tuple[int, ...]]
-    draws: int = 3
-    chosen_on: int = 32
+    draws: Mapping[str, int]
+    chosen_on: int = 16
     shuffles: int = 20
 
 
 def plan(device: torch.device) -> Plan:
     """The same on every device."""
-    return Plan({"sentiment": (4, 8, 16), "translate-fr": (16,), "summarise": (8,)})
+    shots = {"sentiment": (8, 16), "translate-fr": (16,), "summarise": (8,)}
+    return Plan(shots, {"sentiment": 3, "translate-fr": 3, "summarise": 2})
 
 
 def settings(device: torch.device) -> dict[str, Any]:
@@ -91,13 +92,13 @@ def _asked(planned: Plan, name: str, task: PairTask, model: Llama) -> Iterator[t
     yield from _answered(planned, task, model, 0, 0)
     scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
     for k in planned.shots[name]:
-        for seed in range(planned.draws):
+        for seed in range(planned.draws[name]):
             for columns, predictions in _answered(planned, task, model, k, seed):
                 on_validation = _main_score(task, "validation", predictions)
                 scores.setdefault((k, columns["calibration"]), []).append(on_validation)
                 yield columns, predictions
     best, _ = max(scores, key=lambda setup: sum(scores[setup]))
-    for seed in range(planned.draws):
+    for seed in range(planned.draws[name]):
         yield from _answered(planned, task, model, best, seed, control=True)
 
 

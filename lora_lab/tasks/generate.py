@@ -96,16 +96,15 @@ def _read_batches(
 ) -> Iterator[tuple[Tensor, Reader]]:
     """Run the model on the prompts of pairs: for each batch the logits, (batch, vocabulary), and what has read them.
 
-    Prompts are padded on the left, so that all end in the same column. The turns that are before all prompts, such as
-    the examples of a few-shot prompt, are read once.
+    Prompts are padded on the left, so that all end in the same column. What all begin with, such as an instruction or
+    examples, our Llama reads once.
     """
     prompts = [task.prompt_ids(pair) for pair in pairs]
     device, pad = next(model.parameters()).device, stop_token(task.tokenizer) or 0
-    shared = None
-    if isinstance(model, Llama) and pairs and pairs[0].before and len({pair.before for pair in pairs}) == 1:
-        same = [len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False)]  # for each token of the shortest
-        begin = min([*same, False].index(False), len(same) - 1)  # at least a token of each prompt remains
-        shared = LlamaReader(model)
+    same = [len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False)]  # for each token of the shortest prompt
+    begin = min([*same, False].index(False), len(same) - 1)  # at least a token of each prompt remains
+    shared = LlamaReader(model) if isinstance(model, Llama) and begin > 0 else None
+    if shared:
         shared.read(torch.tensor([prompts[0][:begin]], device=device))
         prompts = [prompt[begin:] for prompt in prompts]
     for start in range(0, len(prompts), batch_size):

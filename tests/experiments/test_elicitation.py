@@ -20,7 +20,7 @@ from tests.experiments.test_downstream import french, sentiment
 from tests.helpers import enlarge
 
 CPU = torch.device("cpu")
-PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, 2, 3, 4)
+PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)
 TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)
 CALIBRATIONS = ("", "content-free", "validation texts")
 
@@ -143,5 +143,5 @@ def test_what_is_printed_is_a_line_for_each_row(whole):
 def test_the_record_states_how_it_was_made(whole):
     record, _ = whole
     assert record.settings["shots"] == {task: list(numbers) for task, numbers in PLAN.shots.items()}
-    assert record.settings["draws"] == 2
+    assert record.settings["draws"] == {"sentiment": 2, "translate-fr": 2}
     assert record.settings["content_free"] == ["N/A", "[MASK]", ""]
