@@ -72,7 +72,7 @@ def calibrated(scores: Tensor, reference: Tensor) -> Tensor:
 
     With prompts without content as the reference this is contextual calibration (Zhao et al. 2021, "Calibrate Before
     Use", section 5). It needs no text; with ordinary texts, without their labels, as the reference it is batch
-    calibration (Zhou et al. 2024, "Batch Calibration", section 3).
+    calibration (Zhou et al. 2024, arXiv 2309.17249).
 
     Args:
         scores: log-likelihoods of the labels, (n, labels), as of :func:`lora_lab.tasks.generate.log_likelihoods`.
