@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.stats import interval
 from lora_lab.experiments import downstream
 from lora_lab.experiments.recorder import Recorder
-from lora_lab.models.llama import Llama
 from lora_lab.tasks.elicitation import CONTENT_FREE, PENALTIES, calibrated, content_free, few_shot, linear_probe
 from lora_lab.tasks.generate import answers, classes, last_states, log_likelihoods
 from lora_lab.tasks.instruction import PairTask
@@ -87,7 +87,7 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
                 yield _result(task, columns, predictions)
 
 
-def _asked(planned: Plan, name: str, task: PairTask, model: Llama) -> Iterator[tuple[dict[str, Any], Predictions]]:
+def _asked(planned: Plan, name: str, task: PairTask, model: nn.Module) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """Zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
     yield from _answered(planned, task, model, 0, 0)
     scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
@@ -103,7 +103,7 @@ def _asked(planned: Plan, name: str, task: PairTask, model: Llama) -> Iterator[t
 
 
 def _answered(
-    planned: Plan, task: PairTask, model: Llama, k: int, seed: int, control: bool = False
+    planned: Plan, task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False
 ) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """What the model answers after k examples; for a classification, also with calibrated labels."""
     asked = few_shot(task, k, seed, random_answers=control) if k else task
@@ -123,12 +123,13 @@ def _answered(
         picked = {}
         for part, likelihoods in scores.items():
             compared = calibrated(likelihoods, references[calibration]) if calibration else likelihoods  # (n, labels)
-            picked[part] = [labels[i] for i in compared.argmax(1).tolist()]
+            best: list[int] = compared.argmax(1).tolist()  # (n,)
+            picked[part] = [labels[i] for i in best]
         yield {**columns, "calibration": calibration}, picked
 
 
 def _probed(
-    planned: Plan, name: str, task: PairTask, model: Llama, device: torch.device
+    planned: Plan, name: str, task: PairTask, model: nn.Module, device: torch.device
 ) -> Iterator[tuple[dict[str, Any], Predictions]]:
     """Linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
     trials = downstream.plan(device)
@@ -142,7 +143,7 @@ def _probed(
                 random.Random(seed).shuffle(learned)
             probe = linear_probe(states["train"][seen], learned, states["validation"], labels["validation"])
             columns = {"setup": "probe", "seed": seed, "control": control, "examples": len(seen)}
-            columns["penalty"] = probe[-1].C
+            columns["penalty"] = probe[-1].get_params()["C"]
             yield columns, {part: list(probe.predict(states[part].numpy())) for part in ("validation", "test")}
 
 
@@ -150,7 +151,7 @@ def _result(task: PairTask, columns: Mapping[str, Any], predictions: Predictions
     texts, references = predictions["test"], [pair.answer for pair in task.pairs["test"]]
     generator, samples, main = np.random.default_rng(0), [], MAIN[task.metric]
     for _ in range(RESAMPLES):
-        drawn = generator.integers(len(texts), size=len(texts)).tolist()
+        drawn: list[int] = generator.integers(len(texts), size=len(texts)).tolist()
         samples.append(METRICS[task.metric]([texts[i] for i in drawn], [references[i] for i in drawn])[main])
     lower, upper = interval(np.array(samples))
     result = {"about": "result", "task": task.name, **columns, **score(task, texts)}

@@ -159,8 +159,8 @@ def choices(
     model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int
 ) -> list[str]:
     """The most likely label for each prompt, by the joint probability of its tokens."""
-    best = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1)  # (n,)
-    return [labels[i] for i in best.tolist()]
+    best: list[int] = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1).tolist()  # (n,)
+    return [labels[i] for i in best]
 
 
 @torch.no_grad()
