@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("memory", "speed", "rates", "quality", "ablation", "targets", "variants"),
-    *("spectra", "overfitting", "downstream"),
+    *("spectra", "overfitting", "downstream", "elicitation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -46,6 +46,8 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.overfitting import RECORDER
     elif name == "downstream":
         from lora_lab.experiments.downstream import RECORDER
+    elif name == "elicitation":
+        from lora_lab.experiments.elicitation import RECORDER
     else:
         raise ValueError(f"There is no record {name!r}; there are {', '.join(NAMES)}.")
     return RECORDER
