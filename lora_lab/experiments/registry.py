@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("memory", "speed", "rates", "quality", "ablation", "targets", "variants"),
-    *("spectra", "overfitting", "downstream"),
+    *("quantised", "rank_advice", "spectra", "overfitting", "downstream"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -40,6 +40,10 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.targets import RECORDER
     elif name == "variants":
         from lora_lab.experiments.variants import RECORDER
+    elif name == "quantised":
+        from lora_lab.experiments.quantised import RECORDER
+    elif name == "rank_advice":
+        from lora_lab.experiments.rank_advice import RECORDER
     elif name == "spectra":
         from lora_lab.experiments.spectra import RECORDER
     elif name == "overfitting":
