@@ -12,7 +12,7 @@ smaller than the grid. The control shows the first alone: the base is rounded, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +35,7 @@ from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import step_time
 from lora_lab.experiments.recorder import Recorder
 from lora_lab.experiments.tuned import ON_TEST, Planned, Source, line, processes, recorder, template
-from lora_lab.inject import LoRAConfig, adapter_state, inject, lora_layers
+from lora_lab.inject import adapter_state, inject, lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
@@ -121,16 +121,14 @@ class Merges:
     examples: int
     block: int = 4
 
+    @torch.no_grad()
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
-        device = next(model.parameters()).device
-        state, adapters = adapter_state(model), lora_layers(model)
-        method = next(iter(adapters.values()))
+        state, device = adapter_state(model), next(model.parameters()).device
         model = studies.language_model(device)
-        inject(model, LoRAConfig(method.rank, method.alpha, targets=list(adapters)))
+        inject(model, METHOD.config())
         switch(model, state)
         layers = lora_layers(model)
         W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
-        D = {name: layer.delta() for name, layer in layers.items()}  # (192, 576)
         V = {name: _in_blocks(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
         judge = BlockLosses({"test": self.examples}, self.block)
         scores = {}
@@ -139,19 +137,21 @@ class Merges:
             under = W if "float32" in form else V
             blocks = next((kind for kind in (NF4, Q4_1) if form.endswith(kind)), None)
             for name, layer in layers.items():
-                dense = under[name] + D[name] if form.startswith("merged") else under[name]  # (192, 576)
+                dense = under[name] + layer.delta() if form.startswith("merged") else under[name]  # (192, 576)
                 layer.base.weight.data.copy_(_in_blocks(dense, blocks))  # (192, 576)
             with nullcontext() if unmerged else off(model):
                 scores[form] = judge(model, task)["test"]
-        kinds = {kind: rounding([(V[name], D[name]) for name in layers], kind) for kind in (NF4, Q4_1)}
-        return scores | {_ROUNDING: json.dumps(kinds)}
+        lost = {}
+        for kind in (NF4, Q4_1):
+            lost[kind] = rounding(((V[name], layer.delta()) for name, layer in layers.items()), kind)
+        return scores | {_ROUNDING: json.dumps(lost)}
 
 
 def _in_blocks(weight: Tensor, kind: str | None) -> Tensor:
     return weight if kind is None else rounded(weight, kind)
 
 
-def rounding(layers: Sequence[tuple[Tensor, Tensor]], kind: str) -> dict[str, float]:
+def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, float]:
     """What blocks make of weights and of updates to them, over all layers together.
 
     Args:

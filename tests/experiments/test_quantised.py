@@ -1,4 +1,4 @@
-"""What `lora-lab record quantised` runs, on a tiny model: every form of an adapter against the merges of the package."""
+"""What `lora-lab record quantised` runs, on a tiny model: the forms of an adapter against the package's merges."""
 
 import copy
 import json

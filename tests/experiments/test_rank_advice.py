@@ -53,14 +53,13 @@ def test_the_loss_at_full_rank_is_that_of_the_run(rows):
     assert losses["1"] != pytest.approx(losses["64"], rel=1e-3)
 
 
-def test_the_rows_can_be_assessed_or_leave_the_planted_task_open(rows):
-    try:
-        advice = assess(rows[0])
-    except ValueError as error:
-        assert "no planted task" in str(error)
-    else:
-        assert "planted 2" in set(advice.table["task"])
-        assert advice.works is None
+def test_the_rows_can_be_assessed(rows):
+    better = [
+        row | {"score_test": "[0.0]"} if row["stage"] == "judging" and row["setup"] == "r=1" else row for row in rows[0]
+    ]
+    advice = assess(better)
+    assert advice.table.set_index("task")["sufficient"].to_dict() == {"planted 2": 1, "digits 100": 1}
+    assert advice.works is None
 
 
 def test_rows_are_lines_and_a_stopped_record_goes_on(rows, no_trial_runs):
