@@ -40,25 +40,26 @@ HIGH = f"r={RANKS[-1]}"  # the setup whose runs predict
 PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
 PICTURES = (100, 500, 1200)  # of digits to train on
 MARGINS = {"planted": 0.001, "digits": 0.03, "language": 0.02}  # differences of losses that do not matter
-RATES = (6.4e-2, 3.2e-2, 3.2e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3)  # the middles of the small nets' first grids, by rank
 STEPS = {"translate-fr": 50, "style": 27}  # of the downstream tasks
-DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)  # the same, of the downstream tasks
+# The middles of the first grids, by rank; those of digits and docs are in rates.CENTRES.
+PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
+DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)
 
 
 def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in two hours, or a GPU in one."""
     gpu = device.type == "cuda"
+    centres = {data: rates.CENTRES[data]["alpha = 2r"] for data in ("digits", "docs")} | {"planted": PLANTED_RATES}
     small = {f"planted {rank}": (partial(planted, rank), 600) for rank in PLANTED}
     small |= {f"digits {count}": (partial(digits, count), 200) for count in PICTURES}
     plans = {}
     for name, (source, steps) in small.items():
-        judged_on = {"validation": 200, "test": 1000}
-        study = Study(setups(steps, 32), grids(RATES), range(3), range(3, 13), chosen_on=200, judged_on=judged_on)
+        lrs, judged_on = grids(centres[name.partition(" ")[0]]), {"validation": 200, "test": 256}
+        study = Study(setups(steps, 32), lrs, range(3), range(3, 13), chosen_on=200, judged_on=judged_on)
         plans[name] = Planned(study, source=source)
-    centres = rates.CENTRES["docs"]["alpha = 2r"]
     docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
     judging = range(5, 10) if gpu else range(3, 6)
-    plans["docs"] = Planned(Study(docs, grids(centres), range(3), judging, chosen_on=128, judged_on=ON_TEST))
+    plans["docs"] = Planned(Study(docs, grids(centres["docs"]), range(3), judging, chosen_on=128, judged_on=ON_TEST))
     for name, steps in STEPS.items():
         of_task, lrs = setups(steps, 8, Lean(torch.bfloat16)), grids(DOWNSTREAM_RATES, count=5 if gpu else 3)
         plans[name] = Planned(Study(of_task, lrs, range(2), judging, chosen_on=64, judged_on=ON_TEST))

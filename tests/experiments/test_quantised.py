@@ -190,8 +190,8 @@ def quantised_layer(layer):
 
 
 def on_grid(seed=0):
-    """A weight that Q4_1 holds exactly: whole numbers from 0 to 15, each block with both."""
-    weight = torch.randint(0, 16, (8, 32), generator=torch.Generator().manual_seed(seed)).float()
+    """A weight that Q4_1 holds exactly: in each block whole numbers from 1 to 13, and 0 and 15."""
+    weight = torch.randint(1, 14, (8, 32), generator=torch.Generator().manual_seed(seed)).float()
     weight[:, 0], weight[:, 1] = 0, 15
     return weight
 

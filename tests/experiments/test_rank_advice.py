@@ -28,7 +28,6 @@ def tiny_plan(device):
 
 @pytest.fixture(scope="module")
 def rows(small_world):
-    small_world.setattr(rank_advice, "RANKS", (1, 64))
     recorder = rank_advice.recorder("rank_advice", tiny_plan, rank_advice.high_rank_rows)
     return list(recorder.rows(CPU)), recorder
 
@@ -54,10 +53,11 @@ def test_the_loss_at_full_rank_is_that_of_the_run(rows):
 
 
 def test_the_rows_can_be_assessed(rows):
-    better = [
-        row | {"score_test": "[0.0]"} if row["stage"] == "judging" and row["setup"] == "r=1" else row for row in rows[0]
-    ]
-    advice = assess(better)
+    inside = [row | {"edge": ""} for row in rows[0]]  # so short a grid may end at an edge
+    for row in inside:
+        if row["stage"] == "judging" and row["setup"] == "r=1":
+            row["score_test"] = "[0.0]"
+    advice = assess(inside)
     assert advice.table.set_index("task")["sufficient"].to_dict() == {"planted 2": 1, "digits 100": 1}
     assert advice.works is None
 
