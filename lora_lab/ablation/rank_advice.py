@@ -157,6 +157,59 @@ class Rule:
 
 # What choose_rule chose on the planted tasks of the record, before any other task was looked at.
 RULE = Rule("energy_rank_90", 1.0)
+DOUBLINGS = 1  # its largest error on tasks whose sweep decides, to the next whole number
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The rank that :data:`RULE` predicts from runs at a high rank, and how far it may be off.
+
+    Args:
+        rank: the median over the runs.
+        low, high: :data:`DOUBLINGS` below the lowest and above the highest prediction; no more than the runs' rank.
+        runs: for each run its ``seed``, its ``predicted`` rank, and its scores by :class:`UpdateRanks`.
+    """
+
+    rank: int
+    low: int
+    high: int
+    runs: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The advice in values of JSON."""
+        return {"rank": self.rank, "low": self.low, "high": self.high, "runs": [*self.runs]}
+
+    def __str__(self) -> str:
+        lines = [f"{'seed':>4}{'90 % of the energy in':>23}  validation loss with updates cut to rank"]
+        for run in self.runs:
+            cuts = "  ".join(f"{rank}: {loss:.4f}" for rank, loss in sorted(run["losses"].items()))
+            lines.append(f"{run['seed']:>4}{run[RULE.statistic]:>12g} directions  {cuts}")
+        between = f"from {self.low} to {self.high}" if self.low < self.high else f"{self.low}"
+        return "\n".join([*lines, f"Rank {self.rank} is predicted to be enough; with the rule's error, {between}."])
+
+
+def advise(rows: Sequence[Mapping[str, Any]]) -> Advice:
+    """The rank that is enough, predicted from one run or several.
+
+    Args:
+        rows: the last row of each run in the table of :func:`lora_lab.ablation.ablate` with the judge UpdateRanks.
+
+    Raises:
+        ValueError: no run has a result.
+    """
+    done = [row for row in rows if row["outcome"] == "done"]
+    if not done:
+        reasons = "; ".join(str(row["reason"]) for row in rows)
+        raise ValueError(f"No run has a result ({reasons}), so no rank is predicted; try a lower learning rate.")
+    largest, runs = int(done[0]["rank"]), []
+    for row in done:
+        scores = {name: float(row[SCORE + name]) for name in SPECTRAL}
+        losses = {int(rank): loss for rank, loss in json.loads(row[SCORE + _TRUNCATED]).items()}
+        run = {"seed": int(row["seed"]), "predicted": RULE.predict(scores, largest), **scores, "losses": losses}
+        runs.append(run)
+    predicted = sorted(run["predicted"] for run in runs)
+    low, high = max(predicted[0] // 2**DOUBLINGS, 1), min(predicted[-1] * 2**DOUBLINGS, largest)
+    return Advice(statistics.median_high(predicted), low, high, tuple(runs))
 
 
 def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
@@ -225,8 +278,9 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
     frame, runs, undecided = pandas.DataFrame(rows), [], []
     for task, of_task in frame.groupby("data", sort=False):
         high = of_task[of_task["stage"] == "high rank"]
-        margin = float(high["margin"].iloc[0])
-        sufficient = sufficient_rank(of_task[of_task["stage"] != "high rank"], margin)
+        margin = float(high["margin"].max())
+        sweep = of_task[of_task["stage"] != "high rank"]
+        sufficient = sufficient_rank(sweep, margin) if len(high) else None
         if sufficient is None:
             undecided.append(str(task))
             continue

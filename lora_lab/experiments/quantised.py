@@ -160,10 +160,10 @@ def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, fl
 
     Returns:
         ``base_error``, |Q(V) - V| / |V|; ``merged_error``, |Q(V + D) - (V + D)| / |V|; ``update``, |D| / |V|;
-        ``unchanged``, the share of the weights that Q(V + D) leaves at Q(V); and ``cosine``, that between
-        Q(V + D) - Q(V) and D. Norms are Frobenius norms.
+        ``change``, |Q(V + D) - Q(V)| / |V|, and ``cosine``, how far that change has the direction of D. Norms are
+        Frobenius norms.
     """
-    sums: dict[str, float] = dict.fromkeys(("V", "D", "base", "merged", "change", "product", "unchanged", "count"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("V", "D", "base", "merged", "change", "product"), 0.0)
     for V, D in layers:
         before, after = rounded(V, kind), rounded(V + D, kind)  # (192, 576)
         change = after - before  # (192, 576)
@@ -171,13 +171,11 @@ def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, fl
         for name, matrix in squares.items():
             sums[name] += float(matrix.double().square().sum())
         sums["product"] += float((change.double() * D.double()).sum())
-        sums["unchanged"] += int((change == 0).sum())
-        sums["count"] += change.numel()
     return {
         "base_error": (sums["base"] / sums["V"]) ** 0.5,
         "merged_error": (sums["merged"] / sums["V"]) ** 0.5,
         "update": (sums["D"] / sums["V"]) ** 0.5,
-        "unchanged": sums["unchanged"] / sums["count"],
+        "change": (sums["change"] / sums["V"]) ** 0.5,
         "cosine": sums["product"] / max((sums["change"] * sums["D"]) ** 0.5, 1e-30),
     }
 
@@ -245,8 +243,8 @@ def line_of(row: dict[str, Any]) -> str | None:
         return f"time   {row['setup']:<10} {row['seconds']:.3f} s a step, {row['ratio']:.2f} of float32's"
     if row["stage"] == _ROUNDING:
         return (
-            f"{row['data']}, {row['setup']}: {100 * row['base_error']:.2g} % of the base and "
-            f"{100 * row['merged_error']:.2g} % of the sum is lost; {100 * row['unchanged']:.0f} % of the weights stay"
+            f"{row['data']}, {row['setup']}: off by {100 * row['base_error']:.2g} % of the base, with the update "
+            f"({100 * row['update']:.2g} %) by {100 * row['merged_error']:.2g} %; cosine {row['cosine']:.2f}"
         )
     return line(row)
 

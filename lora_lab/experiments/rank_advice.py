@@ -59,10 +59,13 @@ def plan(device: torch.device) -> dict[str, Planned]:
         plans[name] = Planned(study, source=source)
     docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
     judging = range(5, 10) if gpu else range(3, 6)
-    plans["docs"] = Planned(Study(docs, grids(centres["docs"]), range(3), judging, chosen_on=128, judged_on=ON_TEST))
+    language = {"docs": Study(docs, grids(centres["docs"]), range(3), judging, chosen_on=128, judged_on=ON_TEST)}
     for name, steps in STEPS.items():
         of_task, lrs = setups(steps, 8, Lean(torch.bfloat16)), grids(DOWNSTREAM_RATES, count=5 if gpu else 3)
-        plans[name] = Planned(Study(of_task, lrs, range(2), judging, chosen_on=64, judged_on=ON_TEST))
+        language[name] = Study(of_task, lrs, range(2), judging, chosen_on=64, judged_on=ON_TEST)
+    for name, study in language.items():
+        again = [replace(study.setups[HIGH], seed=seed) for seed in judging]
+        plans[name] = Planned(study, again=again, again_on=len(RANKS) * study.chosen_on)
     return plans
 
 
@@ -103,8 +106,10 @@ def high_rank_rows(
         device: where to train.
         folder: of the study's results.
     """
-    (lr,) = {row["lr"] for row in sweep if row["setup"] == HIGH and row["stage"] == "judging"}
-    study = planned.study
+    chosen = {row["lr"] for row in sweep if row["setup"] == HIGH and row["stage"] == "judging"}
+    if not chosen:  # every rate failed
+        return
+    (lr,), study = chosen, planned.study
     trials = [replace(study.setups[HIGH], lr=lr, seed=seed) for seed in study.judging]
     model, task = planned.model_and_task(data, device)
     judge = UpdateRanks(RANKS, study.chosen_on)

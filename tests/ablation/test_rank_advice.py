@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_lab import LoRA, LoRAConfig, evaluate, fit, inject, lora_layers
-from lora_lab.ablation import rank_advice
+from lora_lab.ablation import rank_advice, studies
 from lora_lab.ablation.rank_advice import (
     CONSTANT,
     SPECTRAL,
@@ -17,6 +17,7 @@ from lora_lab.ablation.rank_advice import (
     Rule,
     Run,
     UpdateRanks,
+    advise,
     assess,
     choose_rule,
     fit_rule,
@@ -29,7 +30,7 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import digits
 from tests.experiments.conftest import sentences
-from tests.helpers import randomise
+from tests.helpers import command, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,6 +221,7 @@ def test_tasks_that_the_sweep_leaves_open_do_not_count():
     advice = assess(rows + open_sweep + high)
     assert advice.undecided == ("docs",)
     assert set(advice.table["task"]) == set(PLANTED)
+    assert assess(rows + open_sweep).undecided == ("docs",)  # no run at the highest rank has a result
     with pytest.raises(ValueError, match="no planted task"):
         assess(open_sweep + high)
 
@@ -231,3 +233,47 @@ def test_values_are_read_from_scores():
     assert math.isclose(Rule(TRUNCATION, 1.0).predict(values_of(scores, 0.05), 64), 8)
     assert rank_advice.is_planted("planted 4")
     assert not rank_advice.is_planted("digits 100")
+
+
+# Advice
+
+
+def high_rank_row(seed, energy_rank, outcome="done"):
+    scores = {f"score_{name}": 3.0 for name in SPECTRAL} | {"score_energy_rank_90": energy_rank}
+    row = {"seed": seed, "rank": 64, "outcome": outcome, "reason": "It diverged." if outcome == "failed" else ""}
+    return row | scores | {"score_truncated": '{"64": 1.0, "1": 1.5}'}
+
+
+def test_advice_is_the_middle_of_the_runs_and_its_interval_holds_the_rules_error():
+    advice = advise([high_rank_row(0, 9.0), high_rank_row(1, 5.0), high_rank_row(2, 3.9)])
+    assert [run["predicted"] for run in advice.runs] == [8, 4, 4]
+    assert (advice.rank, advice.low, advice.high) == (4, 2, 16)
+    assert "Rank 4 is predicted to be enough; with the rule's error, from 2 to 16." in str(advice)
+    assert "1: 1.5000  64: 1.0000" in str(advice)
+
+
+def test_advice_stays_between_one_and_the_rank_of_the_run():
+    assert [(a.low, a.high) for a in (advise([high_rank_row(0, e)]) for e in (1.0, 60.0))] == [(1, 2), (32, 64)]
+
+
+def test_a_run_that_failed_gives_no_advice():
+    assert advise([high_rank_row(0, 9.0, "failed"), high_rank_row(1, 5.0)]).rank == 4
+    with pytest.raises(ValueError, match=r"No run has a result \(It diverged\.\)"):
+        advise([high_rank_row(0, 9.0, "failed")])
+
+
+def test_the_command_advises_as_the_function_and_goes_on(tmp_path, capsys):
+    arguments = ("rank", "--task", "digits", "--rank", "8", "--steps", "20", "--out", tmp_path / "rank", "--json")
+    assert command(*arguments) == 0
+    advice = json.loads(capsys.readouterr().out)
+    (run,) = advice["runs"]
+    model, task = studies.pretrained_digits(), digits()
+    fit(model, task, LoRA(8, 16), lr=3e-3, steps=20, batch_size=32, progress=False)
+    expected = UpdateRanks([1, 2, 4, 8], 64)(model, task)
+    assert run["stable_rank"] == pytest.approx(expected["stable_rank"], rel=1e-3)
+    assert run["losses"] == pytest.approx(json.loads(expected["truncated"]), rel=1e-3)
+    assert advice["low"] <= advice["rank"] == run["predicted"] <= advice["high"] <= 8
+    assert command(*arguments[:-1]) == 0
+    assert f"Rank {advice['rank']} is predicted" in capsys.readouterr().out
+    assert command("rank", "--rank", "6", "--out", tmp_path) == 1
+    assert "--rank is 6, but it must be a power of two" in capsys.readouterr().err
