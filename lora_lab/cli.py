@@ -313,7 +313,6 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     _add_json(analyze)
 
     _add_ablate(commands)
-    _add_rank(commands)
 
     record = commands.add_parser(
         "record", help="measure on this machine what the lessons show, and save it in records/"
@@ -367,27 +366,6 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--out", default="runs/ranks", help="folder of results; finished trials are not run again")
     ablate.set_defaults(run=_ablate)
     _add_json(ablate)
-
-
-def _add_rank(commands: argparse._SubParsersAction) -> None:
-    rank = commands.add_parser(
-        "rank",
-        help="which rank is enough, predicted from one run at a high rank",
-        description="Trains LoRA of a high rank, and predicts the rank that is enough from its updates. The answer is "
-        "for a learning rate that suits that rank, and for as many steps. To be sure, compare ranks: lora-lab ablate.",
-    )
-    rank.add_argument("--task", default="digits", help="planted, digits or docs; or as for finetune, your own file too")
-    rank.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file; not for the small nets")
-    rank.add_argument("--rank", type=int, default=64, help="rank of the run, a power of two")
-    rank.add_argument("--lr", type=float, help="peak learning rate (default: depends on the task)")
-    rank.add_argument("--seeds", type=int, default=1, help="number of runs")
-    rank.add_argument("--steps", type=int, help="training steps (default: depends on the task)")
-    rank.add_argument("--batch", type=int, help="examples per step (default: depends on the task)")
-    rank.add_argument("--seq", type=int, default=64, help="tokens per example, for docs")
-    rank.add_argument("--eval-examples", type=int, default=64, help="examples of each part to evaluate on")
-    rank.add_argument("--out", default="runs/rank", help="folder of results; finished runs are not run again")
-    rank.set_defaults(run=_rank)
-    _add_json(rank)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -694,35 +672,6 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
         "evaluations": rows_of(frame),
         "verdict": None if verdict is None else verdict.to_dict(),
     }
-
-
-def _rank(options: argparse.Namespace) -> dict[str, Any]:
-    from lora_lab.ablation import ablate, studies
-    from lora_lab.ablation.learning_rate import last_rows
-    from lora_lab.ablation.rank_advice import UpdateRanks, advise
-    from lora_lab.system.files import check_writable
-
-    if options.rank < 2 or options.rank & (options.rank - 1):
-        raise ValueError(f"--rank is {options.rank}, but it must be a power of two, such as 64.")
-    out = Path(options.out)
-    check_writable(out)
-    trials = studies.grid(
-        options.task,
-        "lora",
-        [options.rank],
-        [options.lr or min(studies.defaults_of(options.task).lrs)],
-        range(options.seeds),
-        alpha_per_rank=2,
-        steps=options.steps,
-        batch_size=options.batch,
-        eval_examples=options.eval_examples,
-    )
-    model, task = studies.study(options.task, options.seq, model=options.model)
-    cuts = [2**power for power in range(options.rank.bit_length())]
-    frame = ablate(model, task, trials, out / "trials", judge=UpdateRanks(cuts, options.eval_examples))
-    advice = advise(last_rows(frame).to_dict("records"))
-    print(advice)
-    return advice.to_dict()
 
 
 def _record(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,10 +34,9 @@ from tests.helpers import ROOT, command, error_line, printed_json, randomise
         ("lora_lab.experiments.demo.run_in_subprocess", ["demo"]),
         ("lora_lab.experiments.memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
-        ("lora_lab.ablation.ablate", ["rank"]),
         ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
     ],
-    ids=["demo", "record", "ablate", "rank", "analyze"],
+    ids=["demo", "record", "ablate", "analyze"],
 )
 def test_what_takes_minutes_says_before_it_starts_that_its_folder_cannot_be_written_to(
     tuned, tmp_path, capsys, monkeypatch, work, arguments
@@ -196,7 +195,7 @@ def test_a_refused_command_prints_no_json(monkeypatch, capsys):
 def test_each_command_with_a_table_has_json_and_no_other_has():
     (commands,) = (action for action in cli._parser()._actions if action.choices)
     with_json = {name for name, parser in commands.choices.items() if "--json" in parser._option_string_actions}
-    assert with_json == {"finetune", "memory", "speed", "ablate", "rank", "analyze", "record", "claims", "doctor"}
+    assert with_json == {"finetune", "memory", "speed", "ablate", "analyze", "record", "claims", "doctor"}
 
 
 def test_keys_that_json_may_have_are_documented():
@@ -337,9 +336,7 @@ def test_every_command_in_the_readme_and_its_pages_can_be_parsed():
     blocks = re.findall(r"```sh\n(.*?)```", pages.replace("\\\n", ""), flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     commands = [line[1 : line.index("&&") if "&&" in line else None] for line in lines if line[:1] == ["lora-lab"]]
-    named = (
-        "demo finetune generate chat export memory speed ablate rank analyze record claims course lessons doctor fetch"
-    )
+    named = "demo finetune generate chat export memory speed ablate analyze record claims course lessons doctor fetch"
     assert {line[0] for line in commands} == set(named.split())
     for line in commands:
         cli._parser().parse_args(line)

@@ -11,7 +11,8 @@ so that the validation loss rises by no more than the margin.
 
 Both are chosen on tasks with a planted update, and judged on the others: the statistic and the factor that are best
 on the tasks on which they are judged would always look good. What has to be beaten is a constant, which does not look
-at the run at all. Errors are in doublings: log2(predicted rank / smallest rank that the sweep shows to be enough).
+at the run at all. A sweep leaves a range of ranks: above those that it shows to be too small, up to the smallest that
+it shows to be enough. Errors are in doublings outside that range: log2(predicted rank / nearest rank of the range).
 """
 
 from __future__ import annotations
@@ -85,45 +86,47 @@ def truncation_rank(losses: Mapping[int, float], margin: float) -> int:
     return min(rank for rank in ranks if rank > max(too_small, default=0))
 
 
-def sufficient_rank(frame: pandas.DataFrame, margin: float) -> int | None:
-    """The smallest rank that a sweep shows to be enough; None if it shows none, or the largest's rate is at an edge.
+def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None:
+    """The ranks between which the smallest that is enough may lie, as far as a sweep tells.
 
-    A rank is enough if the upper bound of its loss less that of the largest rank
-    (:func:`lora_lab.ablation.comparison.differences`) is below the margin. If all others are shown to be too small, it
-    is the largest.
+    A rank is too small if the lower bound of its loss less that of the largest rank
+    (:func:`lora_lab.ablation.comparison.differences`) is above the margin, and enough if the upper bound is below it.
 
     Args:
         frame: what :func:`lora_lab.ablation.comparison.compare_tuned` yields for setups that differ in rank.
         margin: the difference that does not matter, in the task's unit of loss.
+
+    Returns:
+        The rank after the largest that is too small, and the smallest that is enough (the largest of all, if no other
+        is); None if the largest rank's rate is at the edge of its grid.
     """
     ranks = frame.drop_duplicates("setup").set_index("setup")["rank"].astype(int)
     table = differences(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
-    others = table[table["verdict"] != "reference"]
-    judged = others[~others["verdict"].isin(["edge", "failed"])]
-    enough = judged[judged["upper"] < margin]
-    if len(enough):
-        return int(enough["rank"].min())
-    too_small = judged[judged["lower"] > margin]
-    return int(ranks.max()) if len(too_small) == len(others) else None
+    judged = table[~table["verdict"].isin(["reference", "edge", "failed"])]
+    if judged.empty:
+        return None
+    enough = judged.loc[judged["upper"] < margin, "rank"].min() if (judged["upper"] < margin).any() else ranks.max()
+    too_small = judged.loc[(judged["lower"] > margin) & (judged["rank"] < enough), "rank"].max()
+    return int(ranks[~(ranks <= too_small)].min()), int(enough)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run at a high rank: its statistics, and the rank that the sweep on the same task shows to be enough.
+    """One run at a high rank: its statistics, and what the sweep on the same task says of the rank that is enough.
 
     Args:
         task: its name.
         seed: of the run.
         values: statistic -> value, of all in :data:`SPECTRAL`, :data:`TRUNCATION` and :data:`CONSTANT`.
         largest: the rank of the run.
-        sufficient: what the sweep shows.
+        left: the ranks between which the smallest that is enough may lie (:func:`ranks_left`).
     """
 
     task: str
     seed: int
     values: Mapping[str, float]
     largest: int
-    sufficient: int
+    left: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,11 @@ class Rule:
         return 2 ** min(max(doublings, 0), round(math.log2(largest)))
 
     def errors(self, runs: Iterable[Run]) -> dict[str, float]:
-        """Task -> mean over its runs of log2(predicted / sufficient), in doublings."""
+        """Task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
         by_task: dict[str, list[float]] = {}
         for run in runs:
-            error = math.log2(self.predict(run.values, run.largest) / run.sufficient)
-            by_task.setdefault(run.task, []).append(error)
+            predicted, (low, high) = self.predict(run.values, run.largest), run.left
+            by_task.setdefault(run.task, []).append(math.log2(predicted / min(max(predicted, low), high)))
         return {task: statistics.fmean(errors) for task, errors in by_task.items()}
 
     def __str__(self) -> str:
@@ -157,69 +160,17 @@ class Rule:
 
 # What choose_rule chose on the planted tasks of the record, before any other task was looked at.
 RULE = Rule("energy_rank_90", 1.0)
-DOUBLINGS = 1  # its largest error on tasks whose sweep decides, to the next whole number
-
-
-@dataclass(frozen=True)
-class Advice:
-    """The rank that :data:`RULE` predicts from runs at a high rank, and how far it may be off.
-
-    Args:
-        rank: the median over the runs.
-        low, high: :data:`DOUBLINGS` below the lowest and above the highest prediction; no more than the runs' rank.
-        runs: for each run its ``seed``, its ``predicted`` rank, and its scores by :class:`UpdateRanks`.
-    """
-
-    rank: int
-    low: int
-    high: int
-    runs: tuple[dict[str, Any], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The advice in values of JSON."""
-        return {"rank": self.rank, "low": self.low, "high": self.high, "runs": [*self.runs]}
-
-    def __str__(self) -> str:
-        lines = [f"{'seed':>4}{'90 % of the energy in':>23}  validation loss with updates cut to rank"]
-        for run in self.runs:
-            cuts = "  ".join(f"{rank}: {loss:.4f}" for rank, loss in sorted(run["losses"].items()))
-            lines.append(f"{run['seed']:>4}{run[RULE.statistic]:>12g} directions  {cuts}")
-        between = f"from {self.low} to {self.high}" if self.low < self.high else f"{self.low}"
-        return "\n".join([*lines, f"Rank {self.rank} is predicted to be enough; with the rule's error, {between}."])
-
-
-def advise(rows: Sequence[Mapping[str, Any]]) -> Advice:
-    """The rank that is enough, predicted from one run or several.
-
-    Args:
-        rows: the last row of each run in the table of :func:`lora_lab.ablation.ablate` with the judge UpdateRanks.
-
-    Raises:
-        ValueError: no run has a result.
-    """
-    done = [row for row in rows if row["outcome"] == "done"]
-    if not done:
-        reasons = "; ".join(str(row["reason"]) for row in rows)
-        raise ValueError(f"No run has a result ({reasons}), so no rank is predicted; try a lower learning rate.")
-    largest, runs = int(done[0]["rank"]), []
-    for row in done:
-        scores = {name: float(row[SCORE + name]) for name in SPECTRAL}
-        losses = {int(rank): loss for rank, loss in json.loads(row[SCORE + _TRUNCATED]).items()}
-        run = {"seed": int(row["seed"]), "predicted": RULE.predict(scores, largest), **scores, "losses": losses}
-        runs.append(run)
-    predicted = sorted(run["predicted"] for run in runs)
-    low, high = max(predicted[0] // 2**DOUBLINGS, 1), min(predicted[-1] * 2**DOUBLINGS, largest)
-    return Advice(statistics.median_high(predicted), low, high, tuple(runs))
 
 
 def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
     """The rule with the factor that suits most of the runs, and its mean absolute error in doublings, unrounded.
 
-    The factor is the median of sufficient / statistic over the tasks, in logarithms, of which each counts once.
+    The factor is the median of enough / statistic over the tasks, in logarithms, of which each counts once; enough is
+    the smallest rank that is shown to be.
     """
     by_task: dict[str, list[float]] = {}
     for run in runs:
-        by_task.setdefault(run.task, []).append(math.log2(run.sufficient / run.values[statistic]))
+        by_task.setdefault(run.task, []).append(math.log2(run.left[1] / run.values[statistic]))
     doublings = [statistics.fmean(of_task) for of_task in by_task.values()]
     middle = statistics.median(doublings)
     return Rule(statistic, 2**middle), statistics.fmean(abs(each - middle) for each in doublings)
@@ -238,9 +189,9 @@ class Assessment:
     Args:
         rule: that was chosen.
         table: a row for each task that a sweep decides: ``task``, ``planted`` (True if it took part in the choice),
-            ``sufficient`` (the sweep's rank), ``predicted`` (of each run), ``error`` (in doublings, the mean over the
-            runs) and ``constant_error`` (of always :data:`GUESS`).
-        undecided: the tasks on which no rank is shown to be enough, which do not count.
+            ``low`` and ``high`` (:func:`ranks_left`), ``predicted`` (of each run), ``error`` (in doublings, the mean
+            over the runs) and ``constant_error`` (of always :data:`GUESS`).
+        undecided: the tasks on which the largest rank has no result inside its grid of rates, which do not count.
     """
 
     rule: Rule
@@ -256,12 +207,12 @@ class Assessment:
     def works(self) -> bool | None:
         """Whether the rule is within a doubling on every judged task, and on average nearer than the constant.
 
-        None with fewer than three judged tasks.
+        None with fewer than three judged tasks, or if these do not distinguish it from the constant.
         """
-        errors = self.judged["error"].abs()
-        if len(errors) < 3:
+        errors, constant = self.judged["error"].abs(), self.judged["constant_error"].abs()
+        if len(errors) < 3 or (errors.max() <= 1 and errors.mean() == constant.mean()):
             return None
-        return bool(errors.max() <= 1 and errors.mean() < self.judged["constant_error"].abs().mean())
+        return bool(errors.max() <= 1 and errors.mean() < constant.mean())
 
 
 def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
@@ -280,13 +231,13 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
         high = of_task[of_task["stage"] == "high rank"]
         margin = float(high["margin"].max())
         sweep = of_task[of_task["stage"] != "high rank"]
-        sufficient = sufficient_rank(sweep, margin) if len(high) else None
-        if sufficient is None:
+        left = ranks_left(sweep, margin) if len(high) else None
+        if left is None:
             undecided.append(str(task))
             continue
         for row in high[high["outcome"] == "done"].to_dict("records"):
             values = values_of({name: row[SCORE + name] for name in (*SPECTRAL, _TRUNCATED)}, margin)
-            runs.append(Run(str(task), int(row["seed"]), values, int(row["rank"]), sufficient))
+            runs.append(Run(str(task), int(row["seed"]), values, int(row["rank"]), left))
     planted = [run for run in runs if is_planted(run.task)]
     if not planted:
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")
@@ -296,7 +247,7 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
         {
             "task": task,
             "planted": is_planted(task),
-            "sufficient": next(run.sufficient for run in runs if run.task == task),
+            **next(dict(zip(("low", "high"), run.left, strict=True)) for run in runs if run.task == task),
             "predicted": [rule.predict(run.values, run.largest) for run in runs if run.task == task],
             "error": error,
             "constant_error": constant[task],

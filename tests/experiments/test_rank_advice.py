@@ -58,7 +58,7 @@ def test_the_rows_can_be_assessed(rows):
         if row["stage"] == "judging" and row["setup"] == "r=1":
             row["score_test"] = "[0.0]"
     advice = assess(inside)
-    assert advice.table.set_index("task")["sufficient"].to_dict() == {"planted 2": 1, "digits 100": 1}
+    assert advice.table.set_index("task")["high"].to_dict() == {"planted 2": 1, "digits 100": 1}
     assert advice.works is None
 
 
