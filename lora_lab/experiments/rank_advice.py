@@ -3,7 +3,7 @@
 On each task a sweep over ranks, each at its own learning rate, says which rank is enough; and runs at rank 64, at the
 rate chosen for it, give the statistics from which :mod:`lora_lab.ablation.rank_advice` predicts it. The tasks are nets
 with a planted update of a known rank, on which the rule is chosen, and those on which it is judged: digits from few and
-from many pictures, Python's manual, translation and a style. The trials on Python's manual are those of
+from many pictures, Python's manual, translation and summaries. The trials on Python's manual are those of
 ``lora-lab record rates``: copy them from ``runs/record-rates/docs/choosing`` into the folder here of the same name, and
 they are not run again.
 """
@@ -40,7 +40,7 @@ HIGH = f"r={RANKS[-1]}"  # the setup whose runs predict
 PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
 PICTURES = (100, 500, 1200)  # of digits to train on
 MARGINS = {"planted": 0.001, "digits": 0.03, "language": 0.02}  # differences of losses that do not matter
-STEPS = {"translate-fr": 50, "style": 27}  # of the downstream tasks
+DOWNSTREAM = {"translate-fr": (50, 44), "summarise": (25, 113)}  # steps, and the mean tokens of an example
 # The middles of the first grids, by rank; those of digits and docs are in rates.CENTRES.
 PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
 DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)
@@ -60,12 +60,13 @@ def plan(device: torch.device) -> dict[str, Planned]:
     docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
     judging = range(5, 10) if gpu else range(3, 6)
     language = {"docs": Study(docs, grids(centres["docs"]), range(3), judging, chosen_on=128, judged_on=ON_TEST)}
-    for name, steps in STEPS.items():
+    for name, (steps, _) in DOWNSTREAM.items():
         of_task, lrs = setups(steps, 8, Lean(torch.bfloat16)), grids(DOWNSTREAM_RATES, count=5 if gpu else 3)
         language[name] = Study(of_task, lrs, range(2), judging, chosen_on=64, judged_on=ON_TEST)
     for name, study in language.items():
         again = [replace(study.setups[HIGH], seed=seed) for seed in judging]
-        plans[name] = Planned(study, again=again, again_on=len(RANKS) * study.chosen_on)
+        _, tokens = DOWNSTREAM.get(name, (None, 64))
+        plans[name] = Planned(study, tokens, again=again, again_on=len(RANKS) * study.chosen_on)
     return plans
 
 

@@ -74,7 +74,7 @@ def test_rules_are_chosen_on_planted_ranks_and_judged_on_five_other_tasks_or_mor
     plans = rank_advice.plan(device)
     judged = [name for name in plans if not name.startswith("planted")]
     assert len(plans) - len(judged) == len(rank_advice.PLANTED) >= 5
-    assert {"docs", *rank_advice.STEPS} <= set(judged)
+    assert {"docs", *rank_advice.DOWNSTREAM} <= set(judged)
     assert len(judged) >= 5
     for planned in plans.values():
         assert list(planned.study.setups) == [f"r={rank}" for rank in rates.RANKS]
