@@ -47,7 +47,7 @@ DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)
 
 
 def plan(device: torch.device) -> dict[str, Planned]:
-    """What two cores can do in two hours, or a GPU in one."""
+    """What two cores can do in two hours, or a GPU in one; there the downstream tasks have all ranks, too."""
     gpu = device.type == "cuda"
     centres = {data: rates.CENTRES[data]["alpha = 2r"] for data in ("digits", "docs")} | {"planted": PLANTED_RATES}
     small = {f"planted {rank}": (partial(planted, rank), 600) for rank in PLANTED}
@@ -61,7 +61,8 @@ def plan(device: torch.device) -> dict[str, Planned]:
     judging = range(5, 10) if gpu else range(3, 6)
     language = {"docs": Study(docs, grids(centres["docs"]), range(3), judging, chosen_on=128, judged_on=ON_TEST)}
     for name, (steps, _) in DOWNSTREAM.items():
-        of_task, lrs = setups(steps, 8, Lean(torch.bfloat16)), grids(DOWNSTREAM_RATES, count=5 if gpu else 3)
+        of_task = setups(steps, 8, Lean(torch.bfloat16), RANKS if gpu else RANKS[::2])
+        lrs = {setup: grids(DOWNSTREAM_RATES, count=5 if gpu else 3)[setup] for setup in of_task}
         language[name] = Study(of_task, lrs, range(2), judging, chosen_on=64, judged_on=ON_TEST)
     for name, study in language.items():
         again = [replace(study.setups[HIGH], seed=seed) for seed in judging]
@@ -70,9 +71,9 @@ def plan(device: torch.device) -> dict[str, Planned]:
     return plans
 
 
-def setups(steps: int, batch_size: int, lean: Lean | None = None) -> dict[str, Trial]:
+def setups(steps: int, batch_size: int, lean: Lean | None = None, ranks: Sequence[int] = RANKS) -> dict[str, Trial]:
     """LoRA of each rank, with alpha twice the rank."""
-    return {f"r={rank}": template(LoRA(rank, 2 * rank), steps, batch_size, lean) for rank in RANKS}
+    return {f"r={rank}": template(LoRA(rank, 2 * rank), steps, batch_size, lean) for rank in ranks}
 
 
 def grids(centres: Sequence[float], count: int = 5) -> dict[str, tuple[float, ...]]:
