@@ -158,10 +158,6 @@ class Rule:
         return f"{self.factor:.3g} times {self.statistic}"
 
 
-# What choose_rule chose on the planted tasks of the record, before any other task was looked at.
-RULE = Rule("energy_rank_90", 1.0)
-
-
 def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
     """The rule with the factor that suits most of the runs, and its mean absolute error in doublings, unrounded.
 
