@@ -99,15 +99,18 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
     Returns:
         The rank after the largest that is too small, and the smallest that is enough (the largest of all, if no other
         is); None if the largest rank's rate is at the edge of its grid.
+
+    Raises:
+        ValueError: the largest rank has no results for all seeds.
     """
     ranks = frame.drop_duplicates("setup").set_index("setup")["rank"].astype(int)
     table = differences(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
     judged = table[~table["verdict"].isin(["reference", "edge", "failed"])]
     if judged.empty:
         return None
-    enough = judged.loc[judged["upper"] < margin, "rank"].min() if (judged["upper"] < margin).any() else ranks.max()
-    too_small = judged.loc[(judged["lower"] > margin) & (judged["rank"] < enough), "rank"].max()
-    return int(ranks[~(ranks <= too_small)].min()), int(enough)
+    enough = min(judged.loc[judged["upper"] < margin, "rank"], default=ranks.max())
+    too_small = max(judged.loc[(judged["lower"] > margin) & (judged["rank"] < enough), "rank"], default=0)
+    return int(ranks[ranks > too_small].min()), int(enough)
 
 
 @dataclass(frozen=True)
