@@ -11,6 +11,8 @@ rates        how the best learning rate depends on the rank
 quality      is LoRA as good as full fine-tuning, after how many steps?
 targets      which layers should have adapters
 variants     do variants of LoRA learn more?
+quantised    what a base in fewer bits costs, and what its merges lose
+rank_advice  does one run at a high rank tell which rank is enough?
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
