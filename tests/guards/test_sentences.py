@@ -134,7 +134,8 @@ def test_the_readme_on_the_record_of_speed(readme, speed):
     off = others.predicted_ratio / others.ratio - 1
     within, ratios, worst = said(
         readme,
-        r"In the record (\d+) of (\d+) ratios are within 15 %, the others, all of steps of 32 tokens, are off by up to (\d+) %",
+        r"In the record (\d+) of (\d+) ratios are within 15 %, the others, all of steps of 32 tokens, are off by up to "
+        r"(\d+) %",
     )
     assert (within, ratios, worst) == ((off.abs() <= 0.15).sum(), len(others), round(100 * off.abs().max()))
     outside = others[off.abs() > 0.15]
