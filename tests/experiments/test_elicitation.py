@@ -14,15 +14,27 @@ from lora_lab import cli, records
 from lora_lab.ablation import studies
 from lora_lab.experiments import downstream, elicitation
 from lora_lab.models.llama import Llama
+from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import score, trivial
-from tests.experiments.test_downstream import french, sentiment
 from tests.helpers import enlarge
 
 CPU = torch.device("cpu")
 PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)
 TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)
 CALIBRATIONS = ("", "content-free", "validation texts")
+
+
+def sentiment(tokenizer):
+    """Three classes, of which one is the majority."""
+    pairs = [Pair(f"{i} apples?", ("good", "bad", "good", "so-so")[i % 4]) for i in range(40)]
+    return from_pairs(tokenizer, pairs, name="sentiment", metric="classification")
+
+
+def french(tokenizer):
+    """Names of one word that are written with an article."""
+    pairs = [Pair(f"Translate into French: {'abcdefgh'[i % 8]}{i}", f"le {i}") for i in range(40)]
+    return from_pairs(tokenizer, pairs, name="translate-fr", metric="translation")
 
 
 @pytest.fixture(scope="module")
