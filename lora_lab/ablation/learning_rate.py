@@ -60,6 +60,17 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.{_SIGNIFICANT}g}")
 
 
+def rate_beyond(lrs: Sequence[float], edge: str) -> float:
+    """The rate with which a grid of at least two goes on at its edge, by the ratio there.
+
+    Args:
+        lrs: the rates tried.
+        edge: "smallest" or "largest".
+    """
+    grid = sorted(lrs)
+    return _rounded(grid[0] ** 2 / grid[1] if edge == "smallest" else grid[-1] ** 2 / grid[-2])
+
+
 @dataclass(frozen=True)
 class Choice:
     """The rate of the lowest mean validation loss among those that have a result for every seed.
@@ -169,9 +180,7 @@ def tune(
         if not beyond:
             return frame
         for setup, edge in beyond.items():
-            grid = grids[setup]
-            outside = grid[0] ** 2 / grid[1] if edge == "smallest" else grid[-1] ** 2 / grid[-2]
-            grids[setup] = sorted([*grid, _rounded(outside)])
+            grids[setup] = sorted([*grids[setup], rate_beyond(grids[setup], edge)])
 
 
 def labelled(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
