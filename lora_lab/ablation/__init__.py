@@ -16,6 +16,7 @@ In reading order:
     comparison     setups at their own best rates, judged on other seeds and examples
     verdict        the smallest rank that is enough, or that more seeds are needed
     overfitting    what was learned, overfitted and forgotten, read off the curves
+    prediction     what predicts a result of many runs: rank correlations with intervals over setups
 """
 
 import lazy_loader

@@ -14,6 +14,7 @@ variants     do variants of LoRA learn more?
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
+remedies     what eases forgetting, and what predicts it
 downstream   can the model learn a downstream task?
 registry     all recorders, by name
 finetune     lora-lab finetune: a task, or your own data

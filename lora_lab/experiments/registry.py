@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("memory", "speed", "rates", "quality", "ablation", "targets", "variants"),
-    *("spectra", "overfitting", "downstream"),
+    *("spectra", "overfitting", "remedies", "downstream"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -44,6 +44,8 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.spectra import RECORDER
     elif name == "overfitting":
         from lora_lab.experiments.overfitting import RECORDER
+    elif name == "remedies":
+        from lora_lab.experiments.remedies import RECORDER
     elif name == "downstream":
         from lora_lab.experiments.downstream import RECORDER
     else:
