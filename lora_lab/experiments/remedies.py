@@ -274,10 +274,10 @@ def _at_strengths(frame: pandas.DataFrame) -> Iterator[dict[str, Any]]:
         parts = ("validation", "off_domain")
         for factor in STRENGTHS:
             losses[factor] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}
-        for factor, own in sorted(losses.items()):
+        for factor, at_strength in sorted(losses.items()):
             row = {name: last[name] for name in _COLUMNS if not name.startswith(SCORE)}
             row |= {"setup": f"{last['setup']}, scaled", "step": round(100 * factor), "gap": None, "train_loss": None}
-            yield json_safe(row | {f"{part}_loss": own[f"{part}_loss"] for part in parts} | {"test_loss": None})
+            yield json_safe(row | {f"{part}_loss": at_strength[f"{part}_loss"] for part in parts} | {"test_loss": None})
 
 
 def line(row: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from lora_lab.experiments import overfitting, planning
 from lora_lab.experiments.overfitting import Plan
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
-from lora_lab.tasks import Examples, Task
+from tests.experiments.conftest import counting_on
 from tests.helpers import COMMIT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,18 +30,6 @@ CENTRES = {"full": 1e-2, "LoRA r=8": 3e-2, "last blocks": 1e-2}
 SMALL = {"seq_len": 9, "batch_size": 4, "chosen_on": 6, "judged_on": 8, "widen": 1}
 PLAN = Plan([*METHODS], {4: 4, 8: 5}, {8: 4}, judging=(2, 3), **SMALL)
 SETUPS = {4: [*METHODS], 8: [*METHODS, *(f"{setup}, cosine" for setup in METHODS)]}
-
-
-def counting_on(seq_len, n_train=None, seed=None):
-    """Tokens that count on from a drawn one: learned in a few steps; off-domain they count down."""
-
-    def part(n, draw, step):
-        start = torch.randint(0, 260, (n, 1), generator=torch.Generator().manual_seed(draw))
-        ids = (start + step * torch.arange(seq_len + 1)) % 260
-        return Examples(ids[:, :-1], ids[:, 1:])
-
-    task = Task("counting", part(24, 0, 1), part(9, 1, 1), part(7, 2, 1), part(8, 3, -1), unit="tokens")
-    return task if n_train is None else task.limited(n_train, seed)
 
 
 class Costs:

@@ -19,7 +19,7 @@ from lora_lab.experiments import planning, remedies
 from lora_lab.experiments.remedies import DistanceFromBase, Setup, update_norm
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import base_text
-from tests.experiments.test_overfitting import counting_on
+from tests.experiments.conftest import counting_on
 from tests.helpers import COMMIT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
