@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.ablation import overfitting
+from lora_lab.ablation import overfitting, rank_advice
+from lora_lab.ablation.comparison import differences
 from lora_lab.ablation.stats import t_bounds
 from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
 from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases
@@ -69,6 +70,13 @@ def memory_as_parameters(claim: Claim, record: Record) -> Result:
         return Result(OPEN, "the record has no pair of full fine-tuning and LoRA")
     stands = savings[0] >= 0.9 * claim.stated
     return Result(STANDS if stands else FALLS, f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases")
+
+
+@decides("lora-needs-less-memory", record="memory")
+def less_memory(claim: Claim, record: Record) -> Result:
+    """Measured peaks of full fine-tuning in units of LoRA's, in the same precision."""
+    cases = [(ratio > 1, words) for ratio, words in _memory_ratios(record, FULL_AND_LORA)]
+    return over_cases(cases, "the setup")
 
 
 @decides("memory-gap-closes", record="memory")
@@ -363,25 +371,50 @@ def chrf_forty(claim: Claim, record: Record) -> Result:
     return over_cases(cases, "the run")
 
 
-@decides("lora-rate-ten-times-full", record="downstream")
-def ten_times(claim: Claim, record: Record) -> Result:
-    """The ratio of the best rates on each task, where neither is at the edge of its grid of factor 3."""
-    lrs, cases, edges = record.settings["lrs"], [], []
-    for task in sorted({row["task"] for row in record.rows if row.get("about") == "result"}):
-        results = _results(record, task)
-        best = {setup: results[setup][0]["lr"] for setup in ("full", "LoRA r=8")}
-        if any(best[setup] in (min(lrs[setup]), max(lrs[setup])) for setup in best):
-            edges.append(task)
-            continue
-        ratio = best["LoRA r=8"] / best["full"]
-        step = max(b / a for each in best for a, b in zip(sorted(lrs[each]), sorted(lrs[each])[1:], strict=False))
-        low, high = ratio / step, ratio * step  # the best rate lies within a step of the grid, on either side
-        inside = low <= claim.stated <= high
-        answer = None if inside and step > 2 else inside
-        cases.append((answer, f"{task} {ratio:.0f} ({low:.0f} to {high:.0f})"))
-    result = over_cases(cases, "the task")
-    at = f"; at an edge and not counted: {', '.join(edges)}" if edges else ""
-    return Result(result.verdict, f"{result.measured}{at}; the record 'rates' will tell", result.on)
+# Four bits, and the rank from one run
+
+
+def _compared(
+    record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]
+) -> list[tuple[bool | None, str]]:
+    """A case for each pair (setup, reference), from the verdict of :func:`differences` by ``answers``."""
+    frame, cases = record.frame(), []
+    for setup, reference in pairs:
+        table = differences(frame[frame["data"].isin(data)], reference, margin=MARGIN).set_index("setup")
+        row = table.loc[setup]
+        between = f"{row['difference']:+.4f} nats ({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
+        answer = answers.get(row["verdict"]) if row["seeds"] >= MIN_SEEDS else None
+        edge = ", a rate at the edge of its grid" if row["verdict"] == "edge" else ""
+        cases.append((answer, f"{setup} less {reference}: {between}{edge}"))
+    return cases
+
+
+@decides("qlora-matches-16-bits", record="quantised")
+def qlora_matches(claim: Claim, record: Record) -> Result:
+    """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
+    pairs = [("NF4", "float32"), ("NF4", "bfloat16")]
+    answers = {"lower": True, "equal": True, "higher": False}
+    return over_cases(_compared(record, ["float32", "bfloat16", "NF4"], pairs, answers), "the base it is compared with")
+
+
+@decides("merge-into-dequantised-base", record="quantised")
+def merge_into_dequantised(claim: Claim, record: Record) -> Result:
+    """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
+    pairs = [("merged into float32", "merged")]
+    answers = {"lower": False, "equal": False, "higher": True}
+    return over_cases(_compared(record, ["NF4, merged"], pairs, answers), "the model")
+
+
+@decides("spectrum-predicts-rank", record="rank_advice")
+def spectrum_predicts_rank(claim: Claim, record: Record) -> Result:
+    """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
+    advice = rank_advice.assess(record.rows)
+    text = f"{advice.rule}, chosen on planted ranks; in doublings: " + ", ".join(
+        f"{row['task']} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
+        for row in advice.judged.to_dict("records")
+    )
+    text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
+    return Result({True: STANDS, False: FALLS, None: OPEN}[advice.works], text)
 
 
 # What training wrote
