@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lab.claims import computed, counted, measured, rates  # noqa: F401  # their functions register themselves
+from lora_lab.claims import computed, counted, forgetting, measured, rates  # noqa: F401  # they register themselves
 from lora_lab.claims.deciding import DECIDERS, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 
@@ -25,7 +25,7 @@ HOURS = {
     "speed": "half an hour",
     "ablation": "an hour",
     "spectra": "half an hour",
-    "overfitting": "three hours",
+    "overfitting": "at most 8 hours",
     "downstream": "three hours",
     "rates": "at most 3 hours",
     "quality": "at most 8 hours",

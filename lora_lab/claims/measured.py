@@ -241,10 +241,14 @@ def _at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, s
     """The curves at each method's best rate; (size, LoRA setup) that may be judged; and what is at an edge.
 
     A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
+    Seeds that chose a rate are left out where the record has others, and so is a cosine, which contains no shorter run.
     """
     frame = record.frame()
-    best = overfitting.at_best_rate(overfitting.summarise_trials(frame), frame)
-    curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
+    if "stage" in frame:
+        best = curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
+    else:
+        best = overfitting.at_best_rate(overfitting.summarise_trials(frame), frame)
+        curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
     edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in best.to_dict("records")}
     seeds = best.groupby(["n_train", "setup"])["seed"].nunique()
     judged, doubts = [], []

@@ -16,6 +16,7 @@ rank_advice  does one run at a high rank tell which rank is enough?
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
+remedies     what eases forgetting, and what predicts it
 downstream   can the model learn a downstream task?
 elicitation  how much of that can it do untrained, if asked well?
 registry     all recorders, by name

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("memory", "speed", "rates", "quality", "ablation", "targets", "variants", "quantised", "rank_advice"),
-    *("spectra", "overfitting", "downstream", "elicitation"),
+    *("spectra", "overfitting", "remedies", "downstream", "elicitation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 

@@ -248,6 +248,22 @@ def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, setup
     assert changed("lora-overfits-less", "overfitting", rising(setups)).verdict == verdict
 
 
+@pytest.mark.parametrize(("edge", "verdict"), [("", "stands"), ("largest", "open")])
+def test_seeds_that_chose_and_cosines_are_not_judged(changed, edge, verdict):
+    best = {"full": 0.0003, "LoRA r=1": 0.002, "LoRA r=8": 0.0006, "last blocks": 0.0003}
+
+    def staged(rows):
+        for row in rising("full")(rows):
+            judged = row["lr"] == best[row["setup"]]
+            row |= {"stage": "judging" if judged else "choosing", "schedule": "constant", "edge": edge}
+            yield row
+            if judged and row["setup"].startswith("LoRA"):  # they rise more under a cosine
+                cosine = {"setup": f"{row['setup']}, cosine", "schedule": "cosine"}
+                yield row | cosine | {"validation_loss": row["validation_loss"] + row["step"]}
+
+    assert changed("lora-overfits-less", "overfitting", lambda rows: list(staged(rows))).verdict == verdict
+
+
 def test_generalisation_at_equal_fit(changed):
     assert changed("better-at-equal-fit", "overfitting", unchanged).verdict == "open"
     inside = changed("better-at-equal-fit", "overfitting", wider)
