@@ -122,12 +122,13 @@ def _add_claims(commands: argparse._SubParsersAction) -> None:
     claims = commands.add_parser(
         "claims",
         help="what is claimed of LoRA, and which claims stand, fall or depend on something",
-        description="All claims with their verdicts, computed from the records and by counting; or one of them.",
+        description="All claims with their verdicts, computed from records, lessons and by counting; or one of them.",
     )
     actions = "show explains a claim; run computes it again, or names the command that measures it (default: list all)"
     claims.add_argument("action", nargs="?", choices=["show", "run"], help=actions)
     claims.add_argument("id", metavar="ID", nargs="?", help="a claim's id, from the first column of the list")
     claims.add_argument("--records", metavar="DIR", help="folder of the records (default: those of lora_lab)")
+    claims.add_argument("--lessons", metavar="DIR", help="folder of the lessons (default: those of lora_lab)")
     claims.set_defaults(run=_claims)
     _add_json(claims)
 
@@ -714,13 +715,14 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     if (options.action is None) != (options.id is None):
         raise ValueError(f"lora-lab claims {options.action} needs the ID of a claim; lora-lab claims lists them.")
-    if options.records and not Path(options.records).is_dir():
-        raise FileNotFoundError(f"--records is {options.records!r}, but there is no such folder.")
+    for name, folder in (("records", options.records), ("lessons", options.lessons)):
+        if folder and not Path(folder).is_dir():
+            raise FileNotFoundError(f"--{name} is {folder!r}, but there is no such folder.")
     if options.action is None:
-        entries = claims.load(options.records)
+        entries = claims.load(options.records, options.lessons)
         print(claims.table(entries))
         return [entry.to_dict() for entry in entries.values()]
-    entry = claims.verdict(options.id, options.records)
+    entry = claims.verdict(options.id, options.records, options.lessons)
     print(entry.explained())
     if options.action == "run":
         print(f"\n{entry.how_to_run()}")
@@ -728,10 +730,11 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _lessons(options: argparse.Namespace) -> None:
-    from lora_lab.classroom.course import copy_lessons, shipped
+    from lora_lab.classroom.course import copy_lessons
+    from lora_lab.system.provenance import shipped_lessons
 
     print(copy_lessons(options.folder, options.solved))
-    first = min(path.name for path in shipped().glob("[0-9]*.ipynb"))
+    first = min(path.name for path in shipped_lessons().glob("[0-9]*.ipynb"))
     print(f"Open the first one: jupyter lab {Path(options.folder) / first}")
 
 

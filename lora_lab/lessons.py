@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 from IPython.display import display
 from PIL import Image
 
+from lora_lab.claims import Result, verdict
+from lora_lab.claims.deciding import IN_OUTPUT
 from lora_lab.plots import Figure, plt
+from lora_lab.system.device import pick_device
+from lora_lab.system.provenance import device_name
 
 if TYPE_CHECKING:
     import ipywidgets
     from pandas import DataFrame
 
-VERDICTS = ("confirmed", "refuted", "undecided")
 MEASURED, SURPRISE, OPEN = "#009e73", "#d55e00", "#999999"  # edges of boxes; the text says the same in words
 
 
@@ -58,6 +62,13 @@ def table(
     Raises:
         ValueError: ``formats`` names a column that is not there.
     """
+    display(_table(rows, caption, formats), raw=True)
+
+
+def _table(
+    rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A table as a page and as plain text, by MIME type."""
     import pandas
 
     frame = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(list(rows))
@@ -85,39 +96,53 @@ def table(
     heading = f"<p><b>{html.escape(caption)}</b></p>" if caption else ""
     page = f"{heading}<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
     plain = pandas.DataFrame({name: texts for name, (texts, _) in columns.items()}).to_string(index=False)
-    display({"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}, raw=True)
+    return {"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}
 
 
 @dataclass(frozen=True)
-class Claim:
-    """Something that people say of LoRA, and what became of it here.
+class Outcome:
+    """What became of a claim in a lesson.
 
-    Attributes:
-        says: the claim, as a sentence.
-        verdict: "confirmed", "refuted" or "undecided".
-        evidence: what decides it: a source and what was measured, with seeds.
-        holds: whether the lesson's numbers bear the verdict out.
+    Args:
+        claim: the claim's id in ``lora_lab/claims/claims.toml``.
+        verdict: a verdict of the ledger: "stands", "falls", "depends", "open" or "untestable".
+        evidence: what was measured here, with seeds.
+        holds: whether the numbers of this run support the verdict.
+        on: what it depends on, if it depends.
     """
 
-    says: str
+    claim: str
     verdict: str
     evidence: str
     holds: bool
-
-    def __post_init__(self) -> None:
-        if self.verdict not in VERDICTS:
-            raise ValueError(f"verdict is {self.verdict!r}, but it must be one of {', '.join(VERDICTS)}.")
+    on: str = ""
 
 
-def claims(*made: Claim) -> None:
-    """Show claims as a table, after each was held against the numbers of this run.
+def claims(*outcomes: Outcome) -> None:
+    """Show claims of the ledger, what became of them in this lesson, and the ledger's verdicts.
+
+    The output also stores this lesson's verdicts as data, by which the ledger decides what only this lesson measures.
 
     Raises:
-        AssertionError: the numbers do not bear out a claim's verdict.
+        ValueError: there is no such claim, or no such verdict.
+        AssertionError: the numbers of this run do not support a verdict.
     """
-    for claim in made:
-        assert claim.holds, f"{claim.verdict}: {claim.says} The numbers of this run say otherwise."
-    table({"people say": claim.says, "here": claim.verdict, "evidence": claim.evidence} for claim in made)
+    rows, results = [], {}
+    for outcome in outcomes:
+        entry = verdict(outcome.claim)
+        result = Result(outcome.verdict, outcome.evidence, outcome.on)
+        assert outcome.holds, (
+            f"The verdict on {outcome.claim!r} is {outcome.verdict!r}, but the numbers of this run do not support it; "
+            "run all cells above anew, or correct the verdict."
+        )
+        results[outcome.claim] = {"verdict": result.verdict, "measured": result.measured, "on": result.on}
+        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where()})"
+        claim = f"{entry.claim.sentence} [{entry.claim.cited}]"
+        rows.append({"claim": claim, "this lesson": str(result), "evidence": outcome.evidence, "ledger": ledger})
+    today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
+    stored = {"date": today, "machine": machine, "results": results}
+    caption = "Claims [source]: what this lesson shows, and the ledger's verdict, which counts where they differ"
+    display(_table(rows, caption), raw=True, metadata={IN_OUTPUT: stored})
 
 
 class Prediction:

@@ -21,6 +21,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, Polygon, Rectangle
 from matplotlib.rcsetup import cycler
+from matplotlib.ticker import LogLocator
 
 from lora_lab.costs.flops import ADAPTERS, FORWARD, INPUT, WEIGHT, Flops
 from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from pandas import DataFrame, Series
 
+    from lora_lab.ablation.learning_rate import BestRate
     from lora_lab.ablation.verdict import Verdict
     from lora_lab.lora import LoRALinear
 
@@ -88,6 +90,9 @@ _SAME_METHOD = {
     "before fine-tuning": "as it is",
     "base": "as it is",
     "zero-shot": "as it is",
+    "few-shot": "as it is",
+    "calibrated": "as it is",
+    "linear probe": "partial",
     "from scratch": "scratch",
     "random weights": "scratch",
     "noise": "chance",
@@ -602,6 +607,54 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | No
     ranks = sorted({rank for values in lines.values() for rank in values})
     _rank_axis(ax, ranks)
     ax.set_ylabel(ylabel)
+    return _legend_beside(ax)
+
+
+def best_rates(
+    lines: Mapping[str, Mapping[int, BestRate]],
+    full: BestRate | None = None,
+    power: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Best learning rates against the rank, both logarithmic, with 95 % intervals; a line for each label.
+
+    An arrow in place of an interval's end: the grid does not bound it. A best rate at the edge of its grid is hollow.
+
+    Args:
+        lines: label -> rank -> best rate.
+        full: full fine-tuning's, drawn as a line with a band.
+        power: a thin line falls as rank ** power from where the first line begins.
+    """
+    ax = ax or plt.subplots()[1]
+    if full is not None and full.vertex is not None:
+        blue = METHOD_COLOURS["full"]
+        ax.axhline(full.vertex, color=blue, label="full fine-tuning")
+        ax.axhspan(full.lower or full.tried, full.upper or full.tried, color=blue, alpha=0.15, linewidth=0)
+    count = len(lines)
+    for i, (label, by_rank) in enumerate(lines.items()):
+        style = {**_style(i), "color": (COLOURS[1], "#6b2f00", *_NEUTRAL)[i]}
+        ranks = np.array([*by_rank]) * 1.06 ** (i - (count - 1) / 2)
+        middles = np.array([best.vertex or best.tried for best in by_rank.values()])
+        ax.plot(ranks, middles, label=label, markevery=[best.vertex is not None for best in by_rank.values()], **style)
+        for x, y, best in zip(ranks, middles, by_rank.values(), strict=True):
+            if best.vertex is None:
+                ax.plot(x, y, style["marker"], color=style["color"], markerfacecolor="white")
+            low, high = (y / 1.6 if best.lower is None else best.lower), (y * 1.6 if best.upper is None else best.upper)
+            ax.plot([x, x], [low, high], color=style["color"], linewidth=1)
+            ends = (low, "v" if best.lower is None else "_"), (high, "^" if best.upper is None else "_")
+            for end, marker in ends:
+                ax.plot(x, end, marker, color=style["color"], markersize=5)
+    every = sorted({rank for by_rank in lines.values() for rank in by_rank})
+    if power is not None:
+        first = next(iter(lines.values()))
+        start = first[min(first)]
+        falling = (start.vertex or start.tried) * (np.array(every) / min(first)) ** power
+        ax.plot(every, falling, color="#999999", linewidth=1, linestyle=(0, (1, 3)), label=f"falls as rank^{power:g}")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    _rank_axis(ax, every)
+    ax.set_ylabel("best peak learning rate (bars: 95 %)")
     return _legend_beside(ax)
 
 

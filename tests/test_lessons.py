@@ -9,7 +9,7 @@ from PIL import Image
 
 mpl.use("Agg")
 
-from lora_lab import lessons
+from lora_lab import claims, lessons
 from lora_lab.plots import plt
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -57,15 +57,29 @@ def test_a_table_has_a_caption_formats_and_empty_cells(shown):
         lessons.table([{"loss": 1.0}], formats={"los": "{:.2f}"})
 
 
-def test_a_claim_must_be_borne_out_before_it_is_shown(shown):
-    good = lessons.Claim("LoRA is small.", "confirmed", "counted", 2 < 3)
-    lessons.claims(good)
-    assert all(part in shown[0]["text/html"] for part in ("people say", "LoRA is small.", "confirmed", "counted"))
-    with pytest.raises(AssertionError, match=r"refuted: LoRA is fast\. The numbers of this run say otherwise"):
-        lessons.claims(good, lessons.Claim("LoRA is fast.", "refuted", "timed", False))
-    assert len(shown) == 1
-    with pytest.raises(ValueError, match="verdict is 'maybe', but it must be one of confirmed, refuted, undecided"):
-        lessons.Claim("x", "maybe", "y", True)
+def test_an_outcome_is_beside_the_ledgers_sentence_and_verdict(shown):
+    lessons.claims(lessons.Outcome("b-zero-cannot-learn", "stands", "seen <here>", 2 < 3))
+    entry = claims.verdict("b-zero-cannot-learn")
+    assert entry.result.verdict == "falls"  # a lesson may disagree, and both are shown
+    page = shown[0]["text/html"]
+    for cell in (f"{entry.claim.sentence} [{entry.claim.source}]", "stands", "seen &lt;here&gt;", "falls (computed)"):
+        assert f">{cell}</td>" in page
+    assert "which counts where they differ" in page
+
+
+def test_an_outcome_that_the_numbers_do_not_support_is_not_shown(shown):
+    good = lessons.Outcome("b-zero-cannot-learn", "falls", "trained", 2 < 3)
+    with pytest.raises(
+        AssertionError, match="'two-real-knobs' is 'stands', but the numbers of this run do not support"
+    ):
+        lessons.claims(good, lessons.Outcome("two-real-knobs", "stands", "tried", 3 < 2))
+    with pytest.raises(ValueError, match="verdict is 'maybe', but it must be one of stands, falls, depends"):
+        lessons.claims(lessons.Outcome("two-real-knobs", "maybe", "tried", True))
+    with pytest.raises(ValueError, match="verdict is 'depends' and on is ''"):
+        lessons.claims(lessons.Outcome("two-real-knobs", "depends", "tried", True))
+    with pytest.raises(ValueError, match="no claim 'two-knobs'; the nearest are two-real-knobs"):
+        lessons.claims(lessons.Outcome("two-knobs", "stands", "tried", True))
+    assert shown == []
 
 
 def test_nothing_is_predicted_beforehand_and_the_answer_is_folded_until_then(shown):

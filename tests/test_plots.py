@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 mpl.use("Agg")
 
 from lora_lab import FullFineTuning, History, LoRA, LoRALinear, plots
+from lora_lab.ablation.learning_rate import BestRate
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.flops import Flops
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
@@ -101,6 +102,10 @@ def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_t
     assert light == sorted(light, reverse=True)
     assert len({colour[f"LoRA r={rank}"] for rank in (1, 8, 64)}) == 3
     assert colour["zero-shot"] == plots.METHOD_COLOURS["as it is"]
+    asked = plots.looks(["zero-shot", "few-shot", "calibrated", "linear probe"])
+    assert {asked[label]["color"] for label in list(asked)[:3]} == {colour["zero-shot"]}
+    assert asked["linear probe"]["color"] == colour["head"]
+    assert len({style["marker"] for style in asked.values()}) == 4
     assert plots.looks(["LoRA r=8"])["LoRA r=8"]["color"] == plots.looks(["LoRA"])["LoRA"]["color"]
     assert plots.looks(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
     pair = plots.looks(["rank 8", "rank 64"])  # a rank looks the same whatever other ranks are drawn
@@ -1053,3 +1058,22 @@ def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
     assert right.get_ylim()[0] < 0 < 1 < right.get_ylim()[1]
     assert left.get_ylim()[1] > 41
     assert [text.get_text() for text in left.texts] == ["best baseline"]
+
+
+def best(vertex, lower=None, upper=None, edge=""):
+    return BestRate(vertex or 1e-3, 2.0, vertex, lower, upper, edge, 3, 8)
+
+
+def test_best_rates_have_bars_arrows_where_the_grid_ends_and_are_hollow_at_an_edge():
+    lines = {"alpha = 2r": {1: best(4e-3, 3e-3, 5e-3), 4: best(2e-3, None, 3e-3), 16: best(None, edge="largest")}}
+    ax = plots.best_rates(lines, full=best(1e-4, 8e-5, 1.2e-4), power=-0.5)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    by_label = {line.get_label(): line for line in ax.get_lines()}
+    assert by_label["full fine-tuning"].get_color() == plots.METHOD_COLOURS["full"]
+    assert by_label["alpha = 2r"].get_ydata().tolist() == [4e-3, 2e-3, 1e-3]
+    assert by_label["falls as rank^-0.5"].get_ydata().tolist() == pytest.approx([4e-3, 2e-3, 1e-3])
+    ends = [(line.get_marker(), line.get_ydata()[0]) for line in ax.get_lines() if len(line.get_ydata()) == 1]
+    assert ("_", 3e-3) in ends  # a bound
+    assert ("v", pytest.approx(2e-3 / 1.6)) in ends  # none
+    hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata()[0] for line in hollow] == [1e-3]

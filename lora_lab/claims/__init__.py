@@ -6,10 +6,11 @@
 In reading order:
 
     facts     the claims as data, in claims.toml, checked when they are read
-    deciding  what a verdict is, and which function decides which claim
+    deciding  what a verdict is, and which function, record or lesson decides which claim
     counted   verdicts by counting parameters, bytes and FLOPs
     computed  verdicts by computing with small layers and random matrices
     measured  verdicts from records, and from what others published
+    rates     verdicts from the record of best learning rates
     ledger    each claim with its verdict: table, JSON, explanation
 """
 

@@ -10,6 +10,7 @@
     def qlora_time(claim, published): ...
 
 Each returns a :class:`Result`. None is a constant: another record, or another number in the claim, may turn it.
+A claim that only a lesson measures has no function: what the lesson's stored outputs show decides it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from pathlib import Path
 
 from lora_lab import records
 from lora_lab.claims.facts import Claim
+from lora_lab.system.files import read_json
+from lora_lab.system.provenance import shipped_lessons
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
 ANY_MACHINE = "any"
+IN_OUTPUT = "claims"  # the metadata of a lesson's output in which lora_lab.lessons.claims stores what it shows
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Result:
             raise ValueError(f"verdict is {self.verdict!r}, but it must be one of {', '.join(VERDICTS)}.")
         if (self.verdict == DEPENDS) != bool(self.on):
             raise ValueError(f"verdict is {self.verdict!r} and on is {self.on!r}, but only what depends has an 'on'.")
+
+    def __str__(self) -> str:
+        """The verdict, and on what it depends."""
+        return f"{self.verdict} on {self.on}" if self.on else self.verdict
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ def decides(claim_id: str, *, record: str = "", published: str = "") -> Callable
     return register
 
 
-def judge(claim: Claim, folder: str | Path | None = None) -> Result:
+def judge(claim: Claim, folder: str | Path | None = None, lessons: str | Path | None = None) -> Result:
     """The verdict on a claim, computed.
 
     Where several machines have a record and disagree, it depends on the machine.
@@ -98,7 +106,10 @@ def judge(claim: Claim, folder: str | Path | None = None) -> Result:
     Args:
         folder: of the records; None is :func:`lora_lab.records.shipped`, which also has what others published where
             the folder has none.
+        lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
     """
+    if claim.lesson:
+        return _from_lesson(claim, shipped_lessons() if lessons is None else Path(lessons))
     if claim.id not in DECIDERS:
         waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
         open_, reason = bool(claim.open), claim.open or claim.untestable
@@ -126,6 +137,18 @@ def judge(claim: Claim, folder: str | Path | None = None) -> Result:
     if not results:
         return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
     return _together(results)
+
+
+def _from_lesson(claim: Claim, folder: Path) -> Result:
+    """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
+    shown_by = f"lesson {claim.lesson}"
+    for cell in read_json(folder / f"{claim.lesson}.ipynb")["cells"]:
+        for output in cell.get("outputs", []):
+            stored = output.get("metadata", {}).get(IN_OUTPUT, {})
+            if claim.id in stored.get("results", {}):
+                result = Result(**stored["results"][claim.id])
+                return replace(result, shown_by=shown_by, date=stored["date"], machine=stored["machine"])
+    return Result(OPEN, "the lesson's stored outputs do not show it", shown_by=shown_by)
 
 
 def _from_record(decider: Decider, claim: Claim, record: records.Record) -> Result:

@@ -1,8 +1,8 @@
 """What is claimed: each claim as data, in ``claims.toml``, which a person can review.
 
 A file holds what others state, and what is known of our test of it. It never holds a verdict that something here can
-decide: those are computed (``lora_lab.claims.deciding``). A claim that nothing here decides yet has one of two entries
-in place of a function: ``open``, what is missing, or ``untestable``, what cannot be had here.
+decide: those are computed (``lora_lab.claims.deciding``). A claim that no function decides has one of three entries
+instead: ``lesson``, which lesson measures it, ``open``, what is missing, or ``untestable``, what cannot be had here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ FAIRNESS = ("yes", "sign only", "no")
 # How the source was read, in descending order of trust. The last two are not the source's own words.
 READINGS = ("full text", "abstract", "repository", "issue", "page", "lesson", "second-hand", "from memory")
 NONE_GIVEN = "none given"
+WITHOUT_FUNCTION = ("lesson", "open", "untestable")  # entries of claims that no function decides
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Claim:
         changes: what would change the verdict.
         value: ``number`` as a number, if the verdict's function compares with it.
         record: the kind of record that the claim waits for, if it is open.
+        lesson: the lesson whose stored outputs decide it, such as "06_which_rank".
         open: why nothing here decides it yet.
         untestable: why nothing here can decide it.
 
@@ -58,6 +60,7 @@ class Claim:
     interval: str = NONE_GIVEN
     value: float | None = None
     record: str = ""
+    lesson: str = ""
     open: str = ""
     untestable: str = ""
 
@@ -79,8 +82,8 @@ class Claim:
                 )
         if not self.sentence.endswith("."):
             raise ValueError(f"The sentence of the claim {self.id!r} is {self.sentence!r}, but it must end with a dot.")
-        if self.open and self.untestable:
-            raise ValueError(f"The claim {self.id!r} is both open and untestable; keep one of the two.")
+        if len(reasons := [name for name in WITHOUT_FUNCTION if getattr(self, name)]) > 1:
+            raise ValueError(f"The claim {self.id!r} has {' and '.join(reasons)}; keep one of them.")
         if self.record and not self.open:
             raise ValueError(f"The claim {self.id!r} waits for the record {self.record!r} but is not open.")
 
@@ -135,7 +138,7 @@ def _claim(entry: dict[str, Any]) -> Claim:
     if "verdict" in entry:
         raise ValueError(
             f"The claim {name!r} has the verdict {entry['verdict']!r} typed in; write the function that decides it, or "
-            "state as 'open' or 'untestable' why none can."
+            "state the 'lesson' that does, or as 'open' or 'untestable' why none can."
         )
     if unknown := entry.keys() - {field.name for field in fields(Claim)}:
         raise ValueError(f"The claim {name!r} has unknown entries: {', '.join(sorted(unknown))}.")

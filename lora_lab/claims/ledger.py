@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lab.claims import computed, counted, measured  # noqa: F401  # their functions register themselves
+from lora_lab.claims import computed, counted, measured, rates  # noqa: F401  # their functions register themselves
 from lora_lab.claims.deciding import DECIDERS, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 
@@ -66,6 +66,8 @@ class Entry:
 
     def where(self) -> str:
         """In a word or two what decides the claim, or what it waits for."""
+        if self.claim.lesson:
+            return f"lesson {self.claim.lesson.partition('_')[0]}"
         if self.claim.id not in DECIDERS:
             return f"waits: {self.claim.record}" if self.claim.record else "no study" if self.claim.open else "-"
         decider = DECIDERS[self.claim.id]
@@ -82,8 +84,8 @@ class Entry:
             "source": f"{claim.source} (read: {claim.read})",
             "kind": claim.kind,
             "their number": theirs,
-            "verdict": f"{result.verdict}{f' on {result.on}' if result.on else ''}",
-            "our number" if claim.id in DECIDERS else "why": result.measured,
+            "verdict": str(result),
+            "our number" if claim.lesson or claim.id in DECIDERS else "why": result.measured,
             "shown by": result.shown_by,
             "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
             "fair test": f"{claim.fair}: {claim.why}",
@@ -97,6 +99,11 @@ class Entry:
 
     def how_to_run(self) -> str:
         """What measures the claim anew: a function that has just run, or a command with its time on two cores."""
+        if self.claim.lesson:
+            return (
+                f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew, in minutes on two cores; "
+                "or run a copy of it, from lora-lab lessons DIR, and add --lessons DIR here."
+            )
         decider = DECIDERS.get(self.claim.id)
         record = decider.record if decider else self.claim.record
         if record:
@@ -109,20 +116,22 @@ class Entry:
         return "It was computed again just now, on this machine."
 
 
-def load(folder: str | Path | None = None) -> dict[str, Entry]:
-    """All claims with their verdicts, by id, computed from records and functions; this takes seconds.
+def load(folder: str | Path | None = None, lessons: str | Path | None = None) -> dict[str, Entry]:
+    """All claims with their verdicts, by id, computed from records, lessons and functions; this takes seconds.
 
     Args:
         folder: of the records; None is :func:`lora_lab.records.shipped`.
+        lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
     """
-    return {name: Entry(claim, judge(claim, folder)) for name, claim in read_claims().items()}
+    return {name: Entry(claim, judge(claim, folder, lessons)) for name, claim in read_claims().items()}
 
 
-def verdict(claim_id: str, folder: str | Path | None = None) -> Entry:
+def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path | None = None) -> Entry:
     """One claim with its verdict.
 
     Args:
         folder: as for :func:`load`.
+        lessons: as for :func:`load`.
 
     Raises:
         ValueError: there is no such claim.
@@ -131,7 +140,7 @@ def verdict(claim_id: str, folder: str | Path | None = None) -> Entry:
     if claim_id not in every:
         near = difflib.get_close_matches(claim_id, every, n=3, cutoff=0) or list(every)[:3]
         raise ValueError(f"There is no claim {claim_id!r}; the nearest are {', '.join(near)}.")
-    return Entry(every[claim_id], judge(every[claim_id], folder))
+    return Entry(every[claim_id], judge(every[claim_id], folder, lessons))
 
 
 def table(entries: Mapping[str, Entry]) -> str:

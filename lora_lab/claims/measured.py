@@ -72,6 +72,13 @@ def memory_as_parameters(claim: Claim, record: Record) -> Result:
     return Result(STANDS if stands else FALLS, f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases")
 
 
+@decides("lora-needs-less-memory", record="memory")
+def less_memory(claim: Claim, record: Record) -> Result:
+    """Measured peaks of full fine-tuning in units of LoRA's, in the same precision."""
+    cases = [(ratio > 1, words) for ratio, words in _memory_ratios(record, FULL_AND_LORA)]
+    return over_cases(cases, "the setup")
+
+
 @decides("memory-gap-closes", record="memory")
 def memory_and_context(claim: Claim, record: Record) -> Result:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
@@ -358,27 +365,6 @@ def chrf_forty(claim: Claim, record: Record) -> Result:
     ]
     cases = [(exact >= 0.5, f"{name}: chrF {chrf:.0f}, {100 * exact:.0f} % exact") for chrf, exact, name in runs]
     return over_cases(cases, "the run")
-
-
-@decides("lora-rate-ten-times-full", record="downstream")
-def ten_times(claim: Claim, record: Record) -> Result:
-    """The ratio of the best rates on each task, where neither is at the edge of its grid of factor 3."""
-    lrs, cases, edges = record.settings["lrs"], [], []
-    for task in sorted({row["task"] for row in record.rows if row.get("about") == "result"}):
-        results = _results(record, task)
-        best = {setup: results[setup][0]["lr"] for setup in ("full", "LoRA r=8")}
-        if any(best[setup] in (min(lrs[setup]), max(lrs[setup])) for setup in best):
-            edges.append(task)
-            continue
-        ratio = best["LoRA r=8"] / best["full"]
-        step = max(b / a for each in best for a, b in zip(sorted(lrs[each]), sorted(lrs[each])[1:], strict=False))
-        low, high = ratio / step, ratio * step  # the best rate lies within a step of the grid, on either side
-        inside = low <= claim.stated <= high
-        answer = None if inside and step > 2 else inside
-        cases.append((answer, f"{task} {ratio:.0f} ({low:.0f} to {high:.0f})"))
-    result = over_cases(cases, "the task")
-    at = f"; at an edge and not counted: {', '.join(edges)}" if edges else ""
-    return Result(result.verdict, f"{result.measured}{at}; the record 'rates' will tell", result.on)
 
 
 # Four bits, and the rank from one run

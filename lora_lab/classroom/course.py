@@ -24,16 +24,10 @@ from nbformat import NotebookNode
 
 from lora_lab.classroom.learner import MANIFEST
 from lora_lab.system.files import atomic_files, read_json, settle, write_json
-from lora_lab.system.provenance import checkout
+from lora_lab.system.provenance import shipped_lessons
 
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
 RAISE = 'raise NotImplementedError("your code here")'
-
-
-def shipped() -> Path:
-    """The folder of the lessons that come with lora_lab, in the checkout or in the installed package."""
-    packaged = Path(__file__).parents[1] / "notebooks"  # pyproject.toml copies the checkout's folder there
-    return packaged if packaged.is_dir() else checkout() / "notebooks"
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
@@ -140,7 +134,7 @@ def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
     hashes: dict[str, str] = dict(before["lessons"])
     written: list[str] = []
     beside: list[str] = []
-    lessons = sorted(shipped().glob("[0-9]*.ipynb"))
+    lessons = sorted(shipped_lessons().glob("[0-9]*.ipynb"))
     with atomic_files(folder) as temporary:
         for lesson in lessons:
             content = lesson.read_bytes() if solved else _student_bytes(lesson)

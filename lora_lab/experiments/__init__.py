@@ -17,6 +17,7 @@ ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
 downstream   can the model learn a downstream task?
+elicitation  how much of that can it do untrained, if asked well?
 registry     all recorders, by name
 finetune     lora-lab finetune: a task, or your own data
 demo         lora-lab demo: LoRA beside full fine-tuning

@@ -96,6 +96,12 @@ def checkout() -> Path:
     return Path(__file__).parents[2]
 
 
+def shipped_lessons() -> Path:
+    """The folder of the lessons that come with lora_lab, in the checkout or in the installed package."""
+    packaged = Path(__file__).parents[1] / "notebooks"  # pyproject.toml copies the checkout's folder there
+    return packaged if packaged.is_dir() else checkout() / "notebooks"
+
+
 def driver_version() -> str:
     """The version of NVIDIA's driver, which torch does not report; "unknown" without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

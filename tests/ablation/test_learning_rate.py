@@ -14,7 +14,9 @@ from lora_lab.ablation.learning_rate import (
     choose_rate,
     last_rows,
     losses_by_rate,
+    powers,
     rates_around,
+    ratio_interval,
     sample_vertices,
     slope,
     tune,
@@ -168,8 +170,32 @@ def test_a_planted_power_of_the_rank_is_recovered():
 
 
 def test_no_power_is_given_where_the_best_rates_are_at_edges():
-    assert all(map(math.isnan, slope({1: np.array([-7.0, math.inf, math.inf]), 2: np.array([-7.0, -7.0, -7.1])})))
-    assert slope({1: np.array([-7.0, -7.0, math.inf]), 4: np.array([-7.0, -7.0, -7.1])})[0] == pytest.approx(0)
+    power, lower, _ = slope({1: np.array([-7.0, math.inf, math.inf]), 2: np.array([-7.0, -7.0, -7.1])})
+    assert math.isnan(power)
+    assert lower == -math.inf
+    few = slope({1: np.array([-7.0, -7.0, math.inf]), 4: np.array([-7.0, -7.0, -7.1])})
+    assert few == (pytest.approx(0), -math.inf, pytest.approx(0))
+
+
+def test_a_power_holds_the_truth_though_best_rates_are_near_the_edges():
+    """Samples at an edge are not dropped: what is left would be biased."""
+    random, ranks, inside = np.random.default_rng(1), (1, 8, 64), 0
+    for _ in range(40):
+        samples = {
+            rank: sample_vertices(parabola(2.7e-3 * rank**-0.5, 3, 8, rates_around(1e-3 * rank**-0.5), 0.1, random))
+            for rank in ranks
+        }
+        _, lower, upper = slope(samples)
+        inside += lower <= -0.5 <= upper
+    assert inside >= 32
+
+
+@pytest.mark.parametrize(
+    "samples", [{}, {4: np.zeros(3)}, {(4, 4): np.zeros(3), (8, 8): np.zeros(3), (2, 2): np.ones(3)}]
+)
+def test_a_power_needs_sizes_that_differ(samples):
+    with pytest.raises(ValueError, match="cannot be fitted"):
+        (powers if any(isinstance(size, tuple) for size in samples) else slope)(samples)
 
 
 # On trials
@@ -199,6 +225,36 @@ def test_grids_are_widened_until_the_best_rate_is_inside(tmp_path):
     assert set(frame[frame["setup"] == "r=2"]["key"]) == set(frame[frame["setup"] == "the same"]["key"])
 
 
+def rows_of(outcomes):
+    """(rate, seed) -> validation loss, or the reason of a failure, as rows of a table."""
+    return pandas.DataFrame(
+        {"lr": lr, "seed": seed, "step": 4, "steps": 4, "test_loss": 1.0}
+        | (
+            {"outcome": "failed", "reason": value, "validation_loss": math.nan}
+            if isinstance(value, str)
+            else {"outcome": "done", "reason": None, "validation_loss": value}
+        )
+        for (lr, seed), value in outcomes.items()
+    )
+
+
+def test_what_is_missing_or_did_not_fit_says_nothing_of_what_lies_beyond():
+    best = {(1e-3, 0): 2.0, (1e-3, 1): 2.0, (2e-3, 0): 1.0, (2e-3, 1): 1.0}
+    for beyond in ({(4e-3, 0): 3.0}, {(4e-3, 0): 3.0, (4e-3, 1): "out of memory: 3 GB"}):
+        choice = choose_rate(rows_of(best | beyond), [0, 1])
+        assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "largest", None)
+    choice = choose_rate(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): "The loss is nan in step 3."}), [0, 1])
+    assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "", 4e-3)
+    choice = choose_rate(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): 3.0, (8e-3, 0): "nan", (8e-3, 1): "nan"}), [0, 1])
+    assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "", None)  # a rate that counts lies beyond
+
+
+def test_between_the_best_rate_and_one_that_diverged_another_is_tried():
+    lrs = {"a": (1e-3, 1e30)}
+    frame = tune(DigitsMLP(), digits(), {"a": template(FullFineTuning())}, lrs, [0], widen=2, progress=False)
+    assert sorted(frame["lr"].unique()) == pytest.approx([1e-3, 1.78e5, 3.16e13, 1e30], rel=1e-2)
+
+
 def test_a_grid_is_widened_only_so_far():
     frame = tune(
         DigitsMLP(), digits(), {"a": template(FullFineTuning())}, {"a": (1e-5, 2e-5)}, [0], widen=1, progress=False
@@ -222,6 +278,20 @@ def test_the_blocks_of_a_judge_decide_where_there_are_some():
     assert losses_by_rate(judged)[1e-3].tolist() == [[5.0, 7.0]]
 
 
+def test_losses_are_of_one_setup():
+    rows = rows_of({(1e-3, 0): 1.0})
+    both = pandas.concat([rows.assign(setup="a"), rows.assign(setup="b")])
+    with pytest.raises(ValueError, match=r"has the setups \['a', 'b'\], but must have one"):
+        losses_by_rate(both)
+
+
+def test_one_loss_a_rate_has_no_interval():
+    result = best_rate({lr: losses[:1, :1] for lr, losses in parabola(1.1e-3).items()})
+    assert (result.lower, result.upper) == (None, None)
+    assert "without an interval" in str(result)
+    assert "95%, 3 seeds:" in str(best_rate(parabola(1.1e-3)))
+
+
 def test_only_rates_with_every_seed_have_losses():
     setups = {"a": template(LoRA(2, 4))}
     frame = tune(DigitsMLP(), digits(), setups, {"a": (1e-2, 2e-2)}, [0, 1], widen=0, progress=False)
@@ -239,3 +309,34 @@ def test_blocks_of_a_sweep_arrive(tmp_path):
     frame = ablate(DigitsMLP(), digits(), trials, tmp_path, judge=judge, progress=False)
     assert {lr: values.shape for lr, values in losses_by_rate(frame).items()} == {1e-2: (1, 5), 2e-2: (1, 5)}
     assert len(last_rows(frame)) == 2
+
+
+def test_a_ratio_of_best_rates_holds_the_planted_one_and_is_paired():
+    random = np.random.default_rng(3)
+    slow = sample_vertices(parabola(5e-4, seeds=5, noise=0.02, random=random))
+    fast = sample_vertices(parabola(1.5e-3, seeds=5, noise=0.02, random=random))
+    lower, upper = ratio_interval(fast, slow)
+    assert 2.4 < lower < 3 < upper < 3.8
+    assert ratio_interval(slow, fast) == pytest.approx((1 / upper, 1 / lower))
+    assert ratio_interval(fast, fast) == (1, 1)
+
+
+def test_a_ratio_is_not_bounded_where_a_grid_is_not():
+    inside, edge = np.zeros(100), np.full(100, math.inf)
+    assert ratio_interval(edge, inside) == (math.inf, math.inf)
+    assert ratio_interval(inside, edge) == (0, 0)
+    assert ratio_interval(edge, edge) == (0, math.inf)
+    few = np.where(np.arange(100) < 10, math.inf, 0.0)  # in a tenth of the samples the best rate lies beyond
+    assert ratio_interval(few, inside) == (1, math.inf)
+
+
+def test_two_powers_are_told_from_each_other():
+    planted = {(alpha, rank): 0.01 * alpha**-0.5 * rank**0.2 for alpha in (4, 32, 128) for rank in (1, 8, 64)}
+    samples = {
+        sizes: sample_vertices(parabola(best, rates=rates_around(best, count=7))) for sizes, best in planted.items()
+    }
+    of_alpha, of_rank = powers(samples)
+    assert of_alpha == pytest.approx((-0.5, -0.5, -0.5))
+    assert of_rank == pytest.approx((0.2, 0.2, 0.2))
+    one_alpha = {(rank,): of_size for (alpha, rank), of_size in samples.items() if alpha == 32}
+    assert powers(one_alpha)[0] == pytest.approx(slope({rank: of_size for (rank,), of_size in one_alpha.items()}))

@@ -1,14 +1,19 @@
 """Which function decides which claim, and the rules that all verdicts obey."""
 
 import dataclasses
+import re
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lora_lab import records
+from lora_lab import lessons, records
+from lora_lab.claims import ledger
 from lora_lab.claims.deciding import DECIDERS, Result, decides, judge, near, over_cases
 from lora_lab.claims.facts import Claim
 from tests.helpers import COMMIT
 
+LESSON = "06_which_rank"
 CLAIM = Claim("for-a-test", "LoRA is good.", "A paper", "full text", "mechanism", "yes", "it is", "nothing")
 
 
@@ -130,3 +135,52 @@ def test_what_nothing_decides_is_open_or_untestable_with_its_reason():
     assert judge(waiting) == Result("open", "no data", shown_by="waits for the record 'rates'")
     assert judge(dataclasses.replace(CLAIM, open="no data")).shown_by == "no study is planned"
     assert judge(dataclasses.replace(CLAIM, untestable="no GPU")).verdict == "untestable"
+
+
+# From a lesson
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Writes a lesson whose last cell has shown outcomes, and returns its file."""
+
+    def run(*outcomes):
+        outputs = []
+        monkeypatch.setattr(
+            lessons,
+            "display",
+            lambda data, raw, metadata=None: outputs.append(new_output("display_data", data, metadata=metadata)),
+        )
+        lessons.claims(*outcomes)
+        cells = [new_markdown_cell("## Claims"), new_code_cell("1"), new_code_cell("2", outputs=outputs)]
+        nbformat.write(new_notebook(cells=cells), tmp_path / f"{LESSON}.ipynb")
+        return tmp_path / f"{LESSON}.ipynb"
+
+    return run
+
+
+def test_a_lessons_stored_output_decides_and_another_one_turns_the_verdict(run, monkeypatch):
+    measured = dataclasses.replace(CLAIM, lesson=LESSON)
+    monkeypatch.setattr(ledger, "read_claims", lambda: {CLAIM.id: measured})
+    path = run(lessons.Outcome(CLAIM.id, "depends", "digits, 5 seeds", True, "the rank"))
+    result = judge(measured, lessons=path.parent)
+    assert (result.verdict, result.measured, result.on) == ("depends", "digits, 5 seeds", "the rank")
+    assert result.shown_by == f"lesson {LESSON}"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result.date)
+    assert result.machine.endswith("cores")
+    stored = path.read_text(encoding="utf-8")
+    assert stored.count('"verdict": "depends"') == stored.count('"on": "the rank"') == 1
+    path.write_text(stored.replace('"depends"', '"falls"').replace('"on": "the rank"', '"on": ""'), encoding="utf-8")
+    assert judge(measured, lessons=path.parent).verdict == "falls"
+
+
+def test_what_a_lesson_has_not_shown_is_open(run):
+    path = run(lessons.Outcome("two-real-knobs", "stands", "tried", True))
+    result = judge(dataclasses.replace(CLAIM, lesson=LESSON), lessons=path.parent)
+    assert (result.verdict, result.date, result.shown_by) == ("open", None, f"lesson {LESSON}")
+
+
+def test_a_lesson_shows_that_it_decides_itself_whatever_its_last_run_stored(run, monkeypatch):
+    monkeypatch.setattr(ledger, "read_claims", lambda: {CLAIM.id: dataclasses.replace(CLAIM, lesson=LESSON)})
+    page = run(lessons.Outcome(CLAIM.id, "stands", "digits", True)).read_text(encoding="utf-8")
+    assert "this lesson decides" in page

@@ -44,7 +44,7 @@ def test_a_claim_is_read_with_what_it_leaves_out(read):
         "none given",
         10000,
     )
-    assert (claim.record, claim.open, claim.untestable) == ("", "", "")
+    assert (claim.record, claim.lesson, claim.open, claim.untestable) == ("", "", "", "")
     assert claim.cited == "A paper, section 1"
 
 
@@ -74,7 +74,8 @@ def test_a_typed_verdict_is_refused(read, word):
         ("value = 10000", "value = 9000", "has the value 9000, which its number does not show"),
         ("value = 10000", 'colour = "red"', "unknown entries: colour"),
         ("value = 10000", 'record = "rates"', "waits for the record 'rates' but is not open"),
-        ("value = 10000", 'open = "a"\nuntestable = "b"', "both open and untestable"),
+        ("value = 10000", 'open = "a"\nuntestable = "b"', "has open and untestable; keep one of them"),
+        ("value = 10000", 'lesson = "06_which_rank"\nopen = "a"', "has lesson and open; keep one of them"),
         ("[[claim]]", "[[claims]]", "has 'claims', but it must hold [[claim]] only".replace("[", r"\[")),
         ('id = "a-claim"', "id = ", "is not TOML"),
     ],

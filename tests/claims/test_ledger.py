@@ -19,11 +19,11 @@ def entries():
     return claims.load()
 
 
-def test_every_claim_has_a_function_or_a_reason_why_it_has_none_and_never_both():
+def test_every_claim_has_a_function_or_a_lesson_or_a_reason_why_it_has_none_and_never_both():
     every = read_claims()
     assert DECIDERS.keys() <= every.keys()
     for name, claim in every.items():
-        assert (name in DECIDERS) != bool(claim.open or claim.untestable), name
+        assert (name in DECIDERS) != bool(claim.lesson or claim.open or claim.untestable), name
 
 
 def test_every_claim_has_a_verdict_and_all_five_occur(entries):
@@ -102,6 +102,7 @@ def test_show_as_json_is_an_array_of_one(capsys):
             "lora-lab record quality will make the record, in at most 8 hours",
         ),
         ("qlora-39-percent-slower", "Its numbers are published ones"),
+        ("higher-rank-never-hurts", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),
         ("rank-one-enough-for-rl", "Nothing here measures it: it needs a model that reasons"),
     ],
 )
@@ -121,6 +122,7 @@ def test_an_unknown_claim_names_the_nearest(capsys):
     [
         (("show",), "lora-lab claims show needs the ID of a claim; lora-lab claims lists them."),
         (("--records", "no-such-folder"), "--records is 'no-such-folder', but there is no such folder."),
+        (("--lessons", "no-such-folder"), "--lessons is 'no-such-folder', but there is no such folder."),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(capsys, arguments, says):

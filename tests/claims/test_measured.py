@@ -90,6 +90,11 @@ def test_a_third_of_the_memory(changed, change, verdict):
     assert bool(result.on) == (verdict == "depends")
 
 
+def test_less_memory(changed):
+    assert changed("lora-needs-less-memory", "memory", unchanged).verdict == "stands"
+    assert changed("lora-needs-less-memory", "memory", where(is_lora, measured_bytes=10**10)).verdict == "falls"
+
+
 def test_the_gap_closes_only_if_it_does_at_every_length(changed):
     assert changed("memory-gap-closes", "memory", unchanged).verdict == "stands"
     at_1024 = where(lambda row: row["length"] == 1024 and row["setup"] == "LoRA r=8", measured_bytes=1000)
@@ -130,7 +135,9 @@ def test_two_to_three_times_faster(changed, change, verdict):
 def test_faster_depends_on_the_rank_and_an_interval_that_holds_1_decides_nothing(changed):
     result = changed("lora-trains-faster", "speed", unchanged)
     assert (result.verdict, result.on) == ("depends", "the rank")
-    assert "slower in 6," in result.measured
+    (record,) = records.load_all("speed").values()
+    slower = [row for row in record.rows if is_lora(row) and row["verdict"].startswith("slower")]
+    assert f"slower in {len(slower)}," in result.measured
     faster = where(is_lora, verdict="faster: 0.50 to 0.90 of full's time")
     assert changed("lora-trains-faster", "speed", faster).verdict == "stands"
     unclear = where(is_lora, verdict="no difference that this run can show: 0.90 to 1.10 of full's time")
@@ -272,15 +279,6 @@ def result_of(setup):
 def test_tasks(changed, claim_id, change, verdict):
     change_present = lambda rows: change([{k: v for k, v in row.items() if v is not None} for row in rows])  # noqa: E731
     assert changed(claim_id, "downstream", change_present).verdict == verdict
-
-
-def test_ten_times_is_open_on_a_coarse_grid_and_falls_where_the_grid_excludes_it(changed):
-    result = changed("lora-rate-ten-times-full", "downstream", unchanged)
-    assert result.verdict == "open"
-    assert "sentiment 20 (6 to 67)" in result.measured
-    assert "not counted: style, translate-fr" in result.measured
-    slow = where(lambda row: result_of("full")(row) and row["task"] in ("sentiment", "summarise"), lr=5e-5)
-    assert changed("lora-rate-ten-times-full", "downstream", slow).verdict == "falls"
 
 
 # What training wrote

@@ -9,7 +9,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_lab.classroom import course
-from lora_lab.classroom.course import MANIFEST, copy_lessons, shipped, student
+from lora_lab.classroom.course import MANIFEST, copy_lessons, student
+from lora_lab.system.provenance import shipped_lessons
 from tests.helpers import ROOT, command, error_line, run_python
 
 SOLVED = '''def one_line(W, A, B, x, s):
@@ -99,7 +100,7 @@ def solution_lines(source):
     return [line.strip() for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("path", sorted(shipped().glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(shipped_lessons().glob("*.ipynb")), ids=lambda path: path.stem)
 def test_no_line_of_a_solution_is_in_the_learners_lesson(path):
     solved = nbformat.read(path, as_version=4)
     result = student(solved)
@@ -129,7 +130,7 @@ def lessons(tmp_path, monkeypatch):
     """A folder with two small lessons, which takes the place of those that come with lora_lab."""
     folder = tmp_path / "shipped"
     folder.mkdir()
-    monkeypatch.setattr(course, "shipped", lambda: folder)
+    monkeypatch.setattr(course, "shipped_lessons", lambda: folder)
     for name in ("00_first", "01_second"):
         nbformat.write(lesson(SOLVED), folder / f"{name}.ipynb")
     (folder / "execute.py").write_text("", encoding="utf-8")
@@ -236,15 +237,6 @@ def test_an_error_in_one_lesson_leaves_the_folder_as_it_was(lessons, tmp_path):
     with pytest.raises(ValueError, match=r"01_second\.ipynb: Cell 2 has"):
         copy_lessons(tmp_path / "mine")
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
-
-
-def test_the_lessons_of_the_wheel_come_first(tmp_path, monkeypatch):
-    package = tmp_path / "lora_lab"
-    (package / "notebooks").mkdir(parents=True)
-    monkeypatch.setattr(course, "__file__", str(package / "classroom" / "course.py"))
-    assert shipped() == package / "notebooks"
-    (package / "notebooks").rmdir()
-    assert shipped() == ROOT / "notebooks"
 
 
 # The commands

@@ -3,6 +3,7 @@
 The last test changes one stored number and demands that nbval fails: the check of the check.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 import lora_lab.classroom.exercises  # noqa: F401  # registers them
+from lora_lab.claims.deciding import IN_OUTPUT
+from lora_lab.claims.facts import read_claims
 from lora_lab.classroom.exercise import EXERCISES
 from tests.helpers import ROOT
 
@@ -30,6 +33,7 @@ NAMES = [
     "09_many_tasks",
     "10_variants",
     "11_what_training_wrote",
+    "12_which_rate",
 ]
 HEADINGS = ["Question", "Run", "Explain", "Claims", "Takeaways", "Recall", "Your turn"]
 IGNORED = "nbval-ignore-output"
@@ -156,6 +160,31 @@ def test_the_lesson_has_its_parts(path):
     sources = "\n".join(cell.source for cell in code(notebook) if notebook.cells.index(cell) > claims)
     assert "assert " in sources or "lessons.claims(" in sources
     assert len(re.findall(r"^\s*[123]\. ", text[text.index("## Your turn") :], re.MULTILINE)) == 3
+
+
+def outcomes(notebook):
+    """The ids of the claims in a lesson's ``lessons.Outcome(ID, ...)``."""
+    nodes = (node for cell in code(notebook) for node in ast.walk(ast.parse(cell.source)))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "lessons.Outcome"]
+    return [ast.literal_eval(call.args[0]) for call in calls]
+
+
+@each_chapter
+def test_a_lessons_claims_are_the_ledgers_and_none_is_decided_by_another_lesson(path):
+    every, here = read_claims(), outcomes(read(path))
+    assert here
+    assert len(set(here)) == len(here)
+    assert set(here) <= every.keys()
+    decided = {name for name in here if every[name].lesson}
+    assert decided == {name for name, claim in every.items() if claim.lesson == path.stem}
+
+
+@each_chapter
+def test_the_outcomes_that_decide_claims_are_those_of_the_source(path):
+    """nbval does not compare where they are stored."""
+    notebook = read(path)
+    stored = [output.get("metadata", {}).get(IN_OUTPUT) for cell in code(notebook) for output in cell.outputs]
+    assert sorted(name for each in stored if each for name in each.results) == sorted(outcomes(notebook))
 
 
 @each_chapter

@@ -12,6 +12,7 @@ import pytest
 
 from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
 from lora_lab.ablation import overfitting as learning
+from lora_lab.claims.deciding import IN_OUTPUT
 from lora_lab.models.digits import DigitsMLP
 
 MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "amd-epyc-2-cores-speed"
@@ -265,13 +266,15 @@ def test_lesson_07_on_what_the_record_holds(lesson, overfitting):
 
 @pytest.fixture(scope="module")
 def claims(request):
-    """The claims of a lesson's stored tables: what people say -> the verdict."""
+    """The claims of a lesson's stored outputs: id -> the verdict."""
 
     def read(name):
         cells = json.loads((request.config.rootpath / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-        data = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
-        plain = "\n".join("".join(each.get("text/plain", "")) for each in data)
-        return dict(re.findall(r"^ *(\S.*?\.) +(confirmed|refuted|undecided) ", plain, re.MULTILINE))
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        stored = [
+            output["metadata"][IN_OUTPUT]["results"] for output in outputs if IN_OUTPUT in output.get("metadata", {})
+        ]
+        return {name: result["verdict"] for results in stored for name, result in results.items()}
 
     return read
 
@@ -280,8 +283,8 @@ def test_lesson_05_refutes_what_the_intervals_of_the_record_refute(claims, speed
     steps = speed[(speed.model == "small") & (speed.tokens >= 512)].set_index(["setup", "tokens"])
     lora, full = steps.loc["LoRA r=8"], steps.loc["full"]
     lowest = lora.verdict.str.extract(r"([\d.]+) to")[0].astype(float)
-    verdict = "refuted" if (lowest > lora.flops / full.flops).all() else "undecided"
-    assert claims("05_speed")["With many tokens the ratio of the times is that of the FLOPs."] == verdict
+    verdict = "falls" if (lowest > lora.flops / full.flops).all() else "open"
+    assert claims("05_speed")["time-ratio-is-flop-ratio"] == verdict
 
 
 def test_lesson_07_decides_on_overfitting_only_what_every_stopping_point_and_training_loss_shows(claims, overfitting):

@@ -10,6 +10,7 @@ import torch
 
 from lora_lab.system import provenance
 from lora_lab.system.provenance import machine_info
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -28,6 +29,14 @@ def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
         torch.set_num_threads(threads)
     assert name.endswith(f", {os.cpu_count()} cores")
     assert machine_info(CPU)["cpu"].startswith(provenance.device_name(CPU).rpartition(", ")[0])
+
+
+def test_the_lessons_of_the_wheel_come_first(tmp_path, monkeypatch):
+    assert provenance.shipped_lessons() == ROOT / "notebooks"
+    package = tmp_path / "lora_lab"
+    (package / "notebooks").mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "system" / "provenance.py"))
+    assert provenance.shipped_lessons() == package / "notebooks"
 
 
 def git(folder, *arguments):

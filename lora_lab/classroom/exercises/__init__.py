@@ -12,6 +12,7 @@ forgetting         08 forgetting
 many_tasks         09 one base, many tasks
 variants           10 variants of LoRA
 training_wrote     11 what training wrote into the weights
+which_rate         12 which learning rate
 """
 
 from lora_lab.classroom.exercises import (  # noqa: F401, I001  # in the order of the lessons
@@ -27,4 +28,5 @@ from lora_lab.classroom.exercises import (  # noqa: F401, I001  # in the order o
     many_tasks,
     variants,
     training_wrote,
+    which_rate,
 )

@@ -1,0 +1,189 @@
+"""Verdicts on learning rates, from the record "rates": best rates by rank, under two rules for alpha.
+
+A best rate is the vertex of a parabola, and what compares best rates has the interval of a bootstrap over seeds and
+blocks of examples (:mod:`lora_lab.ablation.learning_rate`). Those of the language model are judged; the digits net is
+stated beside it. Each claim has a margin: it stands if the interval lies within the margin around what is claimed,
+falls if it lies outside, and is open otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import pandas
+
+from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
+from lora_lab.ablation.stats import interval, resampled_means
+from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides
+from lora_lab.claims.facts import Claim
+from lora_lab.claims.measured import MARGIN
+from lora_lab.records import Record
+
+FULL = "full"
+SAME_SCALING, FIXED_ALPHA = "alpha = 2r", "alpha = 32"  # the rules, as the setups are named: "r=8, alpha = 32"
+DATA = {"docs": "SmolLM2-135M", "digits": "the digits net"}
+FACTOR = 1.5  # margin of a rate or of a ratio of rates
+POWER = 0.25  # margin of a power: nearer to -1/2 than to 0 or -1
+SMOLLM2_WIDTH = 576
+
+
+def best_by_rank(frame: pandas.DataFrame, rule: str) -> dict[int, dict[float, np.ndarray]]:
+    """rank -> rate -> losses (seeds, blocks) under a rule for alpha, ascending; of one kind of data."""
+    setups = frame[frame["setup"].str.endswith(f", {rule}")]
+    return {int(cast(float, rank)): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
+
+
+def _of_data(record: Record) -> dict[str, pandas.DataFrame]:
+    """data -> its rows: the language model first, which is judged."""
+    frame = record.frame()
+    return {data: frame[frame["data"] == data] for data in DATA if (frame["data"] == data).any()}
+
+
+def _on_language_model(answers: Mapping[str, tuple[bool | None, str]]) -> Result:
+    """The verdict from data -> (whether the claim holds there, words), where the language model's answer counts."""
+    if "docs" not in answers:
+        return Result(OPEN, "the record has no language model")
+    verdict = {True: STANDS, False: FALLS, None: OPEN}[answers["docs"][0]]
+    return Result(verdict, "; ".join(f"{DATA[data]}: {words}" for data, (_, words) in answers.items()))
+
+
+def _within(lower: float, upper: float, low: float, high: float) -> bool | None:
+    """Whether an interval lies within a margin: None if it lies partly outside."""
+    if low <= lower and upper <= high:
+        return True
+    return False if upper < low or lower > high else None
+
+
+def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
+    """Samples of the mean of log(best rate) over the ranks from 4 on, under alpha = 32; and each rank's in words."""
+    losses = {rank: of_rank for rank, of_rank in best_by_rank(frame, FIXED_ALPHA).items() if rank >= 4}
+    samples = np.mean([sample_vertices(of_rank) for of_rank in losses.values()], axis=0)
+    return samples, ", ".join(f"rank {rank} {best_rate(of_rank).tried:g}" for rank, of_rank in losses.items())
+
+
+@decides("lora-rate-ten-times-full", record="rates")
+def ten_times(claim: Claim, record: Record) -> Result:
+    """The best rates of the ranks from 4 on (their geometric mean), in units of full's, under alpha = 32."""
+    answers = {}
+    for data, frame in _of_data(record).items():
+        full = losses_by_rate(frame[frame["setup"] == FULL])
+        samples, each = _mean_of_ranks(frame)
+        at_full = sample_vertices(full)
+        lower, upper = ratio_interval(samples, at_full)
+        words = (
+            f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}); "
+            f"best rates tried: full {best_rate(full).tried:g}, {each}"
+        )
+        answers[data] = _within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR), words
+    return _on_language_model(answers)
+
+
+@decides("best-rate-independent-of-rank", record="rates")
+def independent_of_rank(claim: Claim, record: Record) -> Result:
+    """How far apart the best rates of the ranks from 4 on are, as the source states it, under alpha = 32.
+
+    It stands if the largest of all samples' ratios is below the claimed factor, and falls if the two ranks that are
+    furthest apart differ by more: noise alone makes the ratio of the extremes larger than 1.
+    """
+    answers = {}
+    for data, frame in _of_data(record).items():
+        losses = best_by_rank(frame, FIXED_ALPHA)
+        samples = {rank: sample_vertices(of_rank) for rank, of_rank in losses.items()}
+        counted = {rank: samples[rank] for rank in samples if rank >= 4}
+        medians = {rank: float(np.median(of_rank)) for rank, of_rank in counted.items()}
+        highest, lowest = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
+        lower, _ = ratio_interval(counted[highest], counted[lowest])
+        every = np.array([*counted.values()])  # (ranks, resamples)
+        _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
+        answer = True if upper < claim.stated else False if lower > claim.stated else None
+        words = (
+            f"from rank 4 on at least {lower:.2f} and at most {upper:.2f} times apart (highest: rank {highest}, "
+            f"lowest: {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
+        )
+        answers[data] = answer, words
+    return _on_language_model(answers)
+
+
+@decides("rate-falls-as-root-of-rank", record="rates")
+def falls_as_root(claim: Claim, record: Record) -> Result:
+    """The power p in rate ~ r^p under alpha = 2r, beside -1/2."""
+    answers = {}
+    for data, frame in _of_data(record).items():
+        of_rank = {rank: sample_vertices(losses) for rank, losses in best_by_rank(frame, SAME_SCALING).items()}
+        power, lower, upper = slope(of_rank)
+        if math.isnan(power):
+            answers[data] = None, "the best rates of some ranks are at an edge"
+            continue
+        answers[data] = (
+            _within(lower, upper, -0.5 - POWER, -0.5 + POWER),
+            f"rate ~ r^p, p = {_power(power, lower, upper)}",
+        )
+    return _on_language_model(answers)
+
+
+def _power(power: float, lower: float, upper: float) -> str:
+    return f"{power:+.2f} ({lower:+.2f} to {upper:+.2f})"
+
+
+def by_alpha_and_rank(frame: pandas.DataFrame) -> dict[tuple[float, float], np.ndarray]:
+    """(alpha, rank) -> samples of log(best rate), of all setups of LoRA under both rules."""
+    return {
+        (2.0 * rank if rule == SAME_SCALING else 32.0, float(rank)): sample_vertices(losses)
+        for rule in (SAME_SCALING, FIXED_ALPHA)
+        for rank, losses in best_by_rank(frame, rule).items()
+    }
+
+
+@decides("rate-falls-as-root-of-alpha", record="rates")
+def falls_as_root_of_alpha(claim: Claim, record: Record) -> Result:
+    """The powers p and q in rate ~ alpha^p r^q over both rules, beside -1/2 and 0."""
+    answers = {}
+    for data, frame in _of_data(record).items():
+        of_alpha, of_rank = powers(by_alpha_and_rank(frame))
+        if math.isnan(of_alpha[0]):
+            answers[data] = None, "the best rates of some setups are at an edge"
+            continue
+        within = [
+            _within(lower, upper, stated - POWER, stated + POWER)
+            for (_, lower, upper), stated in ((of_alpha, -0.5), (of_rank, 0.0))
+        ]
+        words = f"rate ~ alpha^p r^q, p = {_power(*of_alpha)}, q = {_power(*of_rank)}"
+        answers[data] = False if False in within else None if None in within else True, words
+    return _on_language_model(answers)
+
+
+@decides("rate-law-of-width", record="rates")
+def law_of_width(claim: Claim, record: Record) -> Result:
+    """The best rates of the ranks from 4 on (their geometric mean) under alpha = 32, beside the law's at this width."""
+    law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
+    samples, each = _mean_of_ranks(_of_data(record)["docs"])
+    lower, upper = ratio_interval(samples, np.zeros_like(samples))
+    answer = _within(lower, upper, law / FACTOR, law * FACTOR)
+    found = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
+    words = f"{found}, the law's {law:.2g}; best rates tried: {each}"
+    return _on_language_model({"docs": (answer, words)})
+
+
+@decides("rank-gains-at-high-rates", record="rates")
+def gains_at_high_rates(claim: Claim, record: Record) -> Result:
+    """What the largest rank gains on rank 4 at the lowest rate that both tried, and at rank 4's best, alpha = 32."""
+    answers = {}
+    for data, frame in _of_data(record).items():
+        of_rank = best_by_rank(frame, FIXED_ALPHA)
+        small, large = of_rank[4], of_rank[max(of_rank)]
+        low, high = min(set(small) & set(large)), best_rate(small).tried
+        if high not in large or low == high:
+            answers[data] = None, "the ranks share no two rates up to rank 4's best"
+            continue
+        gains = np.array([small[rate] - large[rate] for rate in (low, high)])  # (2, seeds, blocks)
+        lower, upper = interval(resampled_means(gains[1] - gains[0]))
+        answer = True if lower > MARGIN else False if upper < MARGIN else None
+        words = (
+            f"rank {max(of_rank)} gains {gains[0].mean():.4f} nats at {low:g} and {gains[1].mean():.4f} at {high:g}, "
+            f"more by {lower:+.4f} to {upper:+.4f}"
+        )
+        answers[data] = answer, words
+    return _on_language_model(answers)
