@@ -380,8 +380,8 @@ def _compared(
     """A case for each pair (setup, reference), from the verdict of :func:`differences` by ``answers``."""
     frame, cases = record.frame(), []
     for setup, reference in pairs:
-        table = differences(frame[frame["data"].isin(data)], reference, margin=MARGIN).set_index("setup")
-        row = table.loc[setup]
+        table = differences(frame[frame["data"].isin(data)], reference, margin=MARGIN)
+        row = {row["setup"]: row for row in table.to_dict("records")}[setup]
         between = f"{row['difference']:+.4f} nats ({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
         answer = answers.get(row["verdict"]) if row["seeds"] >= MIN_SEEDS else None
         edge = ", a rate at the edge of its grid" if row["verdict"] == "edge" else ""
