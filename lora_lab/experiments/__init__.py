@@ -11,10 +11,12 @@ rates        how the best learning rate depends on the rank
 quality      is LoRA as good as full fine-tuning, after how many steps?
 targets      which layers should have adapters
 variants     do variants of LoRA learn more?
+taught       what courses print, as taught and then tuned
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
 downstream   can the model learn a downstream task?
+translation  can the real model learn to translate?
 registry     all recorders, by name
 finetune     lora-lab finetune: a task, or your own data
 demo         lora-lab demo: LoRA beside full fine-tuning

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("memory", "speed", "rates", "quality", "ablation", "targets", "variants"),
-    *("spectra", "overfitting", "downstream"),
+    *("taught", "spectra", "overfitting", "downstream", "translation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -40,12 +40,16 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.targets import RECORDER
     elif name == "variants":
         from lora_lab.experiments.variants import RECORDER
+    elif name == "taught":
+        from lora_lab.experiments.taught import RECORDER
     elif name == "spectra":
         from lora_lab.experiments.spectra import RECORDER
     elif name == "overfitting":
         from lora_lab.experiments.overfitting import RECORDER
     elif name == "downstream":
         from lora_lab.experiments.downstream import RECORDER
+    elif name == "translation":
+        from lora_lab.experiments.translation import RECORDER
     else:
         raise ValueError(f"There is no record {name!r}; there are {', '.join(NAMES)}.")
     return RECORDER
