@@ -42,10 +42,12 @@ SOURCES = {
 CHANGED = {
     "sentiment": "SmolLM2-135M-Instruct in place of a 42M Llama; 552 texts of this project in place of SST-5 and "
     "CFIMDB; the language model's head in place of a new one of classes with dropout before it; the last step in place "
-    "of the best epoch; steps and batch as in the setups, where theirs are 5 epochs in batches of 80 and 10",
+    "of the best epoch; LoRA over a base in bfloat16; steps and batch as in the setups, where theirs are 5 epochs in "
+    "batches of 80 and 10",
     "docs": "SmolLM2-135M-Instruct in place of SmolLM-135M; Python's manual in place of Dolly's instructions; steps "
     "and batch as in the setups, where theirs are 300 of 8; a constant rate, as theirs is for 200 steps; the test part "
-    "in place of five openings of a few words; full fine-tuning at LoRA's rate, since the repository has no run of it",
+    "in place of five openings of a few words; LoRA over a base in bfloat16; full fine-tuning at LoRA's rate, since the "
+    "repository has no run of it",
 }
 
 
