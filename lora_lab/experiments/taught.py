@@ -46,8 +46,8 @@ CHANGED = {
     "batches of 80 and 10",
     "docs": "SmolLM2-135M-Instruct in place of SmolLM-135M; Python's manual in place of Dolly's instructions; steps "
     "and batch as in the setups, where theirs are 300 of 8; a constant rate, as theirs is for 200 steps; the test part "
-    "in place of five openings of a few words; LoRA over a base in bfloat16; full fine-tuning at LoRA's rate, since the "
-    "repository has no run of it",
+    "in place of five openings of a few words; LoRA over a base in bfloat16; full fine-tuning at LoRA's rate, since "
+    "the repository has no run of it",
 }
 
 
