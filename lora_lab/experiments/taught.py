@@ -52,7 +52,7 @@ CHANGED = {
 
 
 def plan(device: torch.device) -> dict[str, Planned]:
-    """What two cores can do in an hour and a half, or a GPU at the sources' own numbers of steps."""
+    """What two cores can do in an evening, or a GPU at the sources' own numbers of steps."""
     gpu = device.type == "cuda"
     sentiment = setups("sentiment", *((276, 10) if gpu else (100, 4)))
     docs = setups("docs", *((300, 8) if gpu else (60, 4)), weight_decay=0.01)

@@ -33,7 +33,7 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 
 
 def plan(device: torch.device) -> dict[str, Planned]:
-    """What two cores can do in an hour and a half, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
+    """What two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
     setups: dict[str, Trial] = {"LoRA r=8": template(LoRA(8, 16), 600 if gpu else 150, 8, Lean(torch.bfloat16))}
     if gpu:
