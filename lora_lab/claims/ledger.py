@@ -30,7 +30,7 @@ HOURS = {
     "rates": "at most 3 hours",
     "quality": "at most 8 hours",
     "targets": "at most 3 hours",
-    "taught": "at most 3 hours",
+    "taught": "at most 5 hours",
     "remedies": "at most 3 hours",
     "variants": "at most 3 hours",
     "quantised": "at most 3 hours",

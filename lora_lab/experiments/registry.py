@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from lora_lab.experiments.recorder import Recorder
 
 NAMES = (
-    *("memory", "speed", "rates", "quality", "ablation", "targets", "variants", "quantised", "rank_advice"),
-    *("spectra", "overfitting", "remedies", "downstream", "elicitation"),
+    *("memory", "speed", "rates", "quality", "ablation", "targets", "variants", "taught", "quantised", "rank_advice"),
+    *("spectra", "overfitting", "remedies", "downstream", "elicitation", "translation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -40,6 +40,8 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.targets import RECORDER
     elif name == "variants":
         from lora_lab.experiments.variants import RECORDER
+    elif name == "taught":
+        from lora_lab.experiments.taught import RECORDER
     elif name == "quantised":
         from lora_lab.experiments.quantised import RECORDER
     elif name == "rank_advice":
@@ -48,10 +50,14 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.spectra import RECORDER
     elif name == "overfitting":
         from lora_lab.experiments.overfitting import RECORDER
+    elif name == "remedies":
+        from lora_lab.experiments.remedies import RECORDER
     elif name == "downstream":
         from lora_lab.experiments.downstream import RECORDER
     elif name == "elicitation":
         from lora_lab.experiments.elicitation import RECORDER
+    elif name == "translation":
+        from lora_lab.experiments.translation import RECORDER
     else:
         raise ValueError(f"There is no record {name!r}; there are {', '.join(NAMES)}.")
     return RECORDER
