@@ -102,6 +102,10 @@ def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_t
     assert light == sorted(light, reverse=True)
     assert len({colour[f"LoRA r={rank}"] for rank in (1, 8, 64)}) == 3
     assert colour["zero-shot"] == plots.METHOD_COLOURS["as it is"]
+    asked = plots.looks(["zero-shot", "few-shot", "calibrated", "linear probe"])
+    assert {asked[label]["color"] for label in list(asked)[:3]} == {colour["zero-shot"]}
+    assert asked["linear probe"]["color"] == colour["head"]
+    assert len({style["marker"] for style in asked.values()}) == 4
     assert plots.looks(["LoRA r=8"])["LoRA r=8"]["color"] == plots.looks(["LoRA"])["LoRA"]["color"]
     assert plots.looks(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
     pair = plots.looks(["rank 8", "rank 64"])  # a rank looks the same whatever other ranks are drawn

@@ -15,6 +15,7 @@ In reading order:
     learning_rate  which rate is best, with an interval
     comparison     setups at their own best rates, judged on other seeds and examples
     verdict        the smallest rank that is enough, or that more seeds are needed
+    rank_advice    the same, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
 """
 
@@ -31,5 +32,5 @@ from lora_lab.system.renamed import renamed
 __all__ = ["Grid", "Halving", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
 
 # The other files are loaded already.
-_lazy, _, _ = lazy_loader.attach(__name__, ["blocks", "comparison", "overfitting", "studies"])
+_lazy, _, _ = lazy_loader.attach(__name__, ["blocks", "comparison", "overfitting", "rank_advice", "studies"])
 __getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"}, _lazy)

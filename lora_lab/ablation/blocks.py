@@ -31,7 +31,8 @@ class BlockLosses:
 
     Args:
         examples: of each part, how many, from its first; examples are in random order.
-        block: examples in a block, which are evaluated together.
+        block: examples in a block, which are evaluated together. The last block may have fewer, and still counts as
+            much as the others.
     """
 
     examples: Mapping[str, int]

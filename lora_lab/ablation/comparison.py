@@ -10,6 +10,7 @@ flattered. A setup whose best rate is at the edge of its grid, even after the gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import choose_rate, labelled, last_rows, tune
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.stats import RESAMPLES, interval, resampled_means
+from lora_lab.ablation.stats import RESAMPLES, interval, resampled_means, t_interval
 from lora_lab.costs.fake import Factory
 from lora_lab.task import Task
 
@@ -86,7 +87,8 @@ def compare_tuned(
     Args:
         model_factory, task, **options: as for :func:`lora_lab.ablation.ablate`.
         study: what is compared.
-        folder: for results, from which a study that was stopped goes on.
+        folder: for results, from which a study that was stopped goes on. Trials that are judged on other examples are
+            in other folders inside.
 
     Yields:
         Tables as ablate returns them, with the columns ``setup``, ``stage`` ("choosing", then "judging") and ``edge``
@@ -99,7 +101,7 @@ def compare_tuned(
         study.setups,
         study.lrs,
         study.choosing,
-        Path(folder) / "choosing",
+        Path(folder) / f"choosing-{study.chosen_on}-{study.block}",
         widen=study.widen,
         judge=judge,
         **options,
@@ -115,7 +117,9 @@ def compare_tuned(
     if any(trials.values()):
         judge = BlockLosses(study.judged_on, study.block)
         every = [trial for of_setup in trials.values() for trial in of_setup]
-        table = ablate(model_factory, task, every, Path(folder) / "judging", judge=judge, **options)
+        parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
+        place = Path(folder) / f"judging-{parts}-{study.block}"
+        table = ablate(model_factory, task, every, place, judge=judge, **options)
         judged = labelled(table, trials)
         yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
 
@@ -130,6 +134,10 @@ def differences(
 ) -> pandas.DataFrame:
     """The loss of each setup, less that of one, after the last step of the trials that judge.
 
+    The interval is the longer of two at either end: a bootstrap over seeds and blocks of examples, which is too short
+    with few seeds, and Student's t over the seeds, which counts the examples as given. Neither counts the chance in the
+    choice of the rates.
+
     Args:
         frame: what :func:`compare_tuned` yields, together.
         reference: the setup that the others are compared with.
@@ -139,9 +147,10 @@ def differences(
 
     Returns:
         Columns ``setup``, ``lr``, ``loss`` (mean over seeds and examples), ``difference``, ``lower`` and ``upper`` (the
-        two-sided 95 % interval), ``seeds`` and ``verdict``: "lower" or "higher" if the interval is beyond the margin,
-        "equal" if it is within, "open" if neither; "edge" if the rate of the setup or of the reference is the largest
-        or smallest tried; "failed" if a seed has no result. Of the reference itself: "reference".
+        two-sided 95 % interval; NaN for one seed), ``seeds`` and ``verdict``: "lower" or "higher" if the interval is
+        beyond the margin, "equal" if it is within, "open" if neither or with one seed; "edge" if nothing is known
+        beyond the rate of the setup or of the reference; "failed" if a seed has no result or no rate could be chosen.
+        Of the reference itself: "reference".
 
     Raises:
         ValueError: the reference has no results for all seeds.
@@ -150,7 +159,8 @@ def differences(
 
     rows = last_rows(frame[frame["stage"] == "judging"])
     seeds = sorted(rows["seed"].unique())
-    losses, lrs, edges = {}, {}, {}
+    losses, edges = {}, {}
+    lrs = dict.fromkeys(frame["setup"].unique(), math.nan)
     for setup, of_setup in rows.groupby("setup", sort=False):
         lrs[setup], edges[setup] = of_setup["lr"].iloc[0], of_setup["edge"].iloc[0]
         done = of_setup[of_setup["outcome"] == "done"].sort_values("seed")
@@ -164,7 +174,7 @@ def differences(
         if setup in losses:
             row["loss"] = losses[setup].mean()
             paired = losses[setup] - losses[reference]
-            lower, upper = interval(resampled_means(paired, resamples, seed))
+            lower, upper = _longer(interval(resampled_means(paired, resamples, seed)), t_interval(paired.mean(axis=1)))
             row |= {"difference": paired.mean(), "lower": lower, "upper": upper}
             row["verdict"] = _verdict(lower, upper, margin)
             if edges[setup] or edges[reference]:
@@ -173,6 +183,11 @@ def differences(
                 row["verdict"] = "reference"
         table.append(row)
     return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict"]]
+
+
+def _longer(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """The ends that are further out; NaN if one of them is."""
+    return float(np.minimum(one[0], other[0])), float(np.maximum(one[1], other[1]))
 
 
 def _verdict(lower: float, upper: float, margin: float) -> str:

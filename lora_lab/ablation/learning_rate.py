@@ -12,17 +12,19 @@ the slope is zero:
     log(lr*) = x_left - s_left (x_right - x_left) / (s_right - s_left)
 
 The interval is from a bootstrap over the seeds and, where losses are known by blocks of examples, over those
-(:func:`lora_lab.ablation.stats.resampled_means`).
+(:func:`lora_lab.ablation.stats.resampled_means`, which states how far it can be trusted with few seeds).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from torch import nn
 
 from lora_lab.ablation.blocks import block_losses_of
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.results import STOPPED
+from lora_lab.ablation.results import OUT_OF_MEMORY, STOPPED
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, resampled_means
 from lora_lab.costs.fake import Factory
@@ -68,7 +70,9 @@ class Choice:
 
     ``lr`` and ``validation_loss`` are None if there is none, and ``rows`` are its trials. ``note`` lists the rates that
     do not count, with the reason, and an edge of the grid that was stopped early where nothing else lies beyond the
-    choice. ``edge`` is "smallest", "largest" or "only" where the rate is at the edge of those tried.
+    choice. ``edge`` is "smallest", "largest" or "only" where nothing is known beyond the rate: rates that are missing
+    or ran out of memory say nothing, whereas one that diverged or was stopped is worse. ``diverged`` is the rate next
+    to the choice if it diverged and no rate that counts lies beyond; the best may lie between the two.
     """
 
     lr: float | None
@@ -76,6 +80,7 @@ class Choice:
     rows: pandas.DataFrame
     note: str = ""
     edge: str = ""
+    diverged: float | None = None
 
 
 def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
@@ -86,7 +91,7 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
         seeds: which a rate needs to count.
     """
     tried = sorted(map(float, rows["lr"].unique()))
-    complete, incomplete, stopped_early = [], [], []
+    complete, incomplete, stopped_early, diverged = [], [], [], []
     for lr in tried:
         trials = rows[rows["lr"] == lr]
         done = trials[(trials["outcome"] == "done") & trials["test_loss"].notna() & trials["validation_loss"].notna()]
@@ -94,6 +99,8 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
         failed = sorted(set(map(int, trials["seed"])) - set(map(int, done["seed"])) - stopped)
         missing = sorted(set(seeds) - set(map(int, trials["seed"])))
         gaps = [f"{_listed(part)} {word}" for part, word in ((failed, "failed"), (missing, "missing")) if part]
+        if (trials["outcome"] == "failed").any() and not trials["reason"].str.startswith(OUT_OF_MEMORY).any():
+            diverged.append(lr)
         if gaps:
             incomplete.append(f"lr {lr:g} does not count ({', '.join(gaps)})")
         elif stopped:  # validation has ruled it out already
@@ -105,12 +112,16 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
     if not complete:
         return Choice(None, None, rows[:0], ", ".join(incomplete))
     loss, lr, done = min(complete, key=lambda choice: choice[:2])  # of equal means, the smaller rate
-    edge = "only" if len(tried) == 1 else {tried[0]: "smallest", tried[-1]: "largest"}.get(lr, "")
+    counted = [each for _, each, _ in complete]
+    known = sorted({*counted, *stopped_early, *diverged})
+    edge = "only" if len(known) == 1 else {known[0]: "smallest", known[-1]: "largest"}.get(lr, "")
+    above, below = [each for each in diverged if each > lr], [each for each in diverged if each < lr]
+    next_diverged = min(above) if above and lr == max(counted) else max(below) if below and lr == min(counted) else None
     for rate, name in ((tried[0], "smallest"), (tried[-1], "largest")):
         beyond = [each for _, each, _ in complete if lr < each <= rate or rate <= each < lr]
         if rate in stopped_early and not beyond:
             incomplete.append(f"lr {rate:g}, the {name} tried, was stopped early")
-    return Choice(lr, loss, done, ", ".join(incomplete), edge)
+    return Choice(lr, loss, done, ", ".join(incomplete), edge, next_diverged)
 
 
 def _listed(seeds: Sequence[int]) -> str:
@@ -136,7 +147,8 @@ def tune(
 ) -> pandas.DataFrame:
     """Train each setup at its rates, and at rates beyond as long as the best is at the edge.
 
-    A rate at the edge of its grid says only that the best may be further out, so no verdict can rest on it.
+    A rate at the edge of its grid says only that the best may be further out, so no verdict can rest on it. Between the
+    best rate and one beyond it that diverged another is added, halfway by factors.
 
     Args:
         model_factory, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
@@ -157,6 +169,20 @@ def tune(
             f"The setup {short[0]!r} has the rates {grids[short[0]]}, but needs at least two to begin with."
         )
     most = {setup: len(grid) + widen for setup, grid in grids.items()}
+    with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
+        return _widened(model_factory, task, setups, grids, most, seeds, place, options)
+
+
+def _widened(
+    model_factory: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    setups: Mapping[str, Trial],
+    grids: dict[str, list[float]],
+    most: Mapping[str, int],
+    seeds: Sequence[int],
+    folder: str | Path,
+    options: Mapping[str, Any],
+) -> pandas.DataFrame:
     while True:
         trials = {
             setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
@@ -164,14 +190,28 @@ def tune(
         }
         table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
         frame = labelled(table, trials)
-        edges = {str(setup): choose_rate(last_rows(rows), seeds).edge for setup, rows in frame.groupby("setup")}
-        beyond = {setup: edge for setup, edge in edges.items() if edge and len(grids[setup]) < most[setup]}
-        if not beyond:
+        choices = {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
+        added = {setup: _next_rate(choice, grids[setup]) for setup, choice in choices.items()}
+        added = {setup: rate for setup, rate in added.items() if rate is not None and len(grids[setup]) < most[setup]}
+        if not added:
             return frame
-        for setup, edge in beyond.items():
-            grid = grids[setup]
-            outside = grid[0] ** 2 / grid[1] if edge == "smallest" else grid[-1] ** 2 / grid[-2]
-            grids[setup] = sorted([*grid, _rounded(outside)])
+        for setup, rate in added.items():
+            grids[setup] = sorted([*grids[setup], rate])
+
+
+def _next_rate(choice: Choice, grid: Sequence[float]) -> float | None:
+    """The rate to try next, if the best is not inside the rates that count; None too if it was tried already."""
+    if choice.lr is None:
+        return None
+    if choice.diverged is not None:
+        rate = _rounded(math.sqrt(choice.lr * choice.diverged))
+    elif choice.edge == "smallest":
+        rate = _rounded(grid[0] ** 2 / grid[1])
+    elif choice.edge == "largest":
+        rate = _rounded(grid[-1] ** 2 / grid[-2])
+    else:
+        return None
+    return None if rate in grid else rate
 
 
 def labelled(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
@@ -199,8 +239,10 @@ def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
     have a result for every seed are there.
 
     Raises:
-        ValueError: there is no such rate.
+        ValueError: there is no such rate, or the frame has several setups.
     """
+    if "setup" in frame and frame["setup"].nunique() > 1:
+        raise ValueError(f"The frame has the setups {[*frame['setup'].unique()]}, but must have one; select its rows.")
     rows = last_rows(frame)
     seeds, losses = sorted(rows["seed"].unique()), {}
     done = rows[rows["outcome"] == "done"].sort_values("seed")
@@ -221,7 +263,8 @@ class BestRate:
         tried: the rate of the lowest mean loss among those tried.
         loss: that mean, in the task's unit.
         vertex: of the parabola; None if ``tried`` is at an edge.
-        lower, upper: the two-sided 95 % interval of the vertex; None where it reaches beyond the rates tried.
+        lower, upper: the two-sided 95 % interval of the vertex; None where it reaches beyond the rates tried, and if
+            there is only one loss a rate, so that there is no interval.
         edge: "smallest" or "largest" where ``tried`` is that of the rates that count, else "".
         seeds, blocks: how many were resampled.
     """
@@ -238,9 +281,12 @@ class BestRate:
     def __str__(self) -> str:
         if self.vertex is None:
             return f"{self.tried:.3g}, the {self.edge} rate tried, so the best may lie beyond"
+        if self.seeds * self.blocks == 1:
+            return f"{self.vertex:.3g} (one loss a rate, so without an interval; of those tried {self.tried:.3g})"
         lower = "below all tried" if self.lower is None else f"{self.lower:.3g}"
         upper = "above all tried" if self.upper is None else f"{self.upper:.3g}"
-        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}: {lower} to {upper}; of those tried {self.tried:.3g})"
+        seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}, {seeds}: {lower} to {upper}; of those tried {self.tried:.3g})"
 
 
 def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> BestRate:
@@ -259,7 +305,7 @@ def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, se
     lowest = int(means.argmin())
     log_vertex = _log_vertices(np.log(rates), means[:, None])[0]
     bounds = map(math.exp, interval(sample_vertices(losses, resamples, seed)))
-    lower, upper = (bound if 0 < bound < math.inf else None for bound in bounds)
+    lower, upper = (bound if 0 < bound < math.inf and values[0].size > 1 else None for bound in bounds)
     return BestRate(
         tried=float(rates[lowest]),
         loss=float(means[lowest]),
@@ -282,7 +328,7 @@ def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPL
     return _log_vertices(np.log(rates), resampled_means(values, resamples, seed))
 
 
-def slope(samples: Mapping[float, np.ndarray]) -> tuple[float, float, float]:
+def slope(samples: Mapping[int, np.ndarray] | Mapping[float, np.ndarray]) -> tuple[float, float, float]:
     """How the best rate goes with a size x, such as the rank: p in lr* ~ x^p, as :func:`powers` with one size."""
     (power,) = powers({(x,): of_size for x, of_size in samples.items()})
     return power
@@ -291,23 +337,48 @@ def slope(samples: Mapping[float, np.ndarray]) -> tuple[float, float, float]:
 def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float, float, float]]:
     """How the best rate goes with several sizes, such as alpha and rank: p and q in lr* ~ x^p y^q.
 
-    By least squares in logarithms.
+    By least squares in logarithms. Where a best rate is beyond its grid it may be anywhere there, and so may the power.
 
     Args:
         samples: (x, y, ...) -> what :func:`sample_vertices` returned there; more of them than sizes.
 
     Returns:
-        For each size the median of its power over the samples, and the bounds of its two-sided 95 % interval; NaN if in
-        more than half of the samples some best rate is outside its grid.
+        For each size the median of its power over the samples, NaN if it is beyond the grids, and the bounds of its
+        two-sided 95 % interval, infinite where the grids do not bound it.
+
+    Raises:
+        ValueError: there are too few sizes to fit, or they do not differ.
     """
-    vertices = np.array([*samples.values()])  # (setups, resamples)
-    inside = vertices[:, np.isfinite(vertices).all(axis=0)]
     sizes = np.log(np.array([*samples]))  # (setups, sizes)
-    if 2 * inside.shape[1] < vertices.shape[1]:
-        return [(math.nan, math.nan, math.nan)] * sizes.shape[1]
     design = np.column_stack([sizes, np.ones(len(sizes))])
-    fitted = np.linalg.lstsq(design, inside, rcond=None)[0][:-1]  # (sizes, samples)
-    return [(float(np.median(of_size)), *interval(of_size)) for of_size in fitted]
+    if sizes.ndim < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
+        raise ValueError(f"A power cannot be fitted to the sizes {[*samples]}; give more that differ.")
+    vertices = np.array([*samples.values()])  # (setups, resamples)
+    fitted = []
+    for weights in np.linalg.pinv(design)[:-1]:  # (setups,): what each setup contributes to the power of a size
+        with np.errstate(invalid="ignore"):  # beyond two grids in opposite directions: unknown
+            power = np.where(weights[:, None] == 0, 0, weights[:, None] * vertices).sum(axis=0)
+        middle = float(np.median(np.nan_to_num(power, nan=math.inf, posinf=math.inf, neginf=-math.inf)))
+        fitted.append((middle if math.isfinite(middle) else math.nan, *_bounds(power)))
+    return fitted
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """The two-sided 95 % interval of a ratio of best rates, 0 or infinite where a grid does not bound it.
+
+    Args:
+        above, below: what :func:`sample_vertices` returned for the two, with equal samples.
+    """
+    with np.errstate(invalid="ignore"):  # beyond both grids: nothing is known of the ratio
+        lower, upper = _bounds(above - below)
+    return math.exp(lower), math.exp(upper)
+
+
+def _bounds(samples: np.ndarray) -> tuple[float, float]:
+    """The interval of samples of which some may be unknown (NaN): those count as the lowest and as the highest."""
+    lower, _ = interval(np.nan_to_num(samples, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
+    _, upper = interval(np.nan_to_num(samples, nan=math.inf, posinf=math.inf, neginf=-math.inf))
+    return lower, upper
 
 
 def _stacked(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -335,16 +406,3 @@ def _log_vertices(x: np.ndarray, means: np.ndarray) -> np.ndarray:
     share = np.divide(-falling, curvature, out=np.full_like(curvature, 0.5), where=curvature > 0)
     vertices[inside] = middle_left + share * (middle_right - middle_left)
     return vertices
-
-
-def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """The two-sided 95 % interval of a ratio of best rates, 0 or infinite where a grid does not bound it.
-
-    Args:
-        above, below: what :func:`sample_vertices` returned for the two, with equal samples.
-    """
-    with np.errstate(invalid="ignore"):  # a sample may be at the edges of both grids, which says nothing of the ratio
-        logs = above - below
-    lower, _ = interval(np.nan_to_num(logs, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
-    _, upper = interval(np.nan_to_num(logs, nan=math.inf, posinf=math.inf, neginf=-math.inf))
-    return math.exp(lower), math.exp(upper)

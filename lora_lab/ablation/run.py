@@ -43,7 +43,7 @@ from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packing import plan
-from lora_lab.ablation.results import SCHEMA, STOPPED, stored_results, table, weights_path
+from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, stored_results, table, weights_path
 from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
 from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History, is_number
@@ -517,7 +517,7 @@ def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -
         if half:
             parts = [trials[:half], trials[half:]]
         else:
-            outcomes = [_Outcome(trials[0], device, reason=f"out of memory: {error}")]
+            outcomes = [_Outcome(trials[0], device, reason=f"{OUT_OF_MEMORY}: {error}")]
     if not parts:
         engine = f"pack of {len(trials)}" if together else "separate"
         share = (time.perf_counter() - started) / len(trials)

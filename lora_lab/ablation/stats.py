@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -20,6 +21,16 @@ def t_bounds(values: Sequence[float]) -> tuple[float, float | None, float | None
         return mean, None, None
     distance = float(t.ppf(CONFIDENCE, len(values) - 1) * sem(values))
     return mean, mean - distance, mean + distance
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The two-sided 95 % interval of a mean by Student's t; NaN for a single value."""
+    from scipy.stats import sem, t
+
+    if len(values) < 2:
+        return math.nan, math.nan
+    distance = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
+    return statistics.fmean(values) - distance, statistics.fmean(values) + distance
 
 
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The control of a training run: the same with nothing to learn.
 
-    control = spectra.null(task, base)
-    fit(copy.deepcopy(base), control, LoRA(rank=8), lr=lr, steps=steps, seed=seed)    # as the real run
-    print(spectra.table(spectra.report(base, tuned)))                                # and the same report of both
+    tuned, control = copy.deepcopy(base), copy.deepcopy(base)
+    settings = {"steps": 60, "lr": 1e-3, "seed": 0}    # the same for both
+    fit(tuned, task, LoRA(rank=8), **settings)
+    fit(control, spectra.null(task, base), LoRA(rank=8), **settings)
+    print(spectra.table(spectra.report(base, tuned)), spectra.table(spectra.report(base, control)))
 
 What a statistic is for noise says what chance does, but noise has passed neither through the net nor through the
 optimiser. Here only the labels differ: they are drawn anew for every batch from the base's own predictions. No model
@@ -24,7 +26,9 @@ from lora_lab.task import IGNORE, Task, logits, mean_cross_entropy
 class DrawnLabels:
     """A loss on labels that are drawn anew for every batch from the predictions of a frozen model.
 
-    They are drawn by torch's global generator, which ``fit`` seeds.
+    In training they are drawn by torch's global generator, which ``fit`` seeds; without gradients by one that begins
+    anew at every batch, so that an evaluation repeats, and does not change what training draws. Each loss costs a
+    forward pass of the base too, which is a second model in memory.
 
     Args:
         base: the model that predicts; in evaluation mode.
@@ -36,9 +40,11 @@ class DrawnLabels:
     temperature: float = 1.0
 
     def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        generator = None if torch.is_grad_enabled() else torch.Generator(inputs.device).manual_seed(0)
         with torch.no_grad():
             scores = logits(self.base, inputs, targets).float() / self.temperature  # (32, 10) or (4, 128, 49152)
-            labels = torch.multinomial(scores.flatten(0, -2).softmax(-1), 1).view(targets.shape)  # (32,) or (4, 128)
+            chances = scores.flatten(0, -2).softmax(-1)  # (32, 10) or (4 * 128, 49152)
+            labels = torch.multinomial(chances, 1, generator=generator).view(targets.shape)  # (32,) or (4, 128)
         labels = labels.where(targets != IGNORE, IGNORE)
         return mean_cross_entropy(logits(model, inputs, targets), labels)  # ()
 

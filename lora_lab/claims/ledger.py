@@ -27,14 +27,15 @@ HOURS = {
     "spectra": "half an hour",
     "overfitting": "three hours",
     "downstream": "three hours",
+    "elicitation": "half an hour",
     "rates": "three hours",
     "quality": "ten hours",
     "targets": "an hour",
     "taught": "at most 3 hours",
     "remedies": "at most 3 hours",
     "variants": "three hours",
-    "quantised": "at most 3 hours",
-    "rank_advice": "at most 3 hours",
+    "quantised": "an hour and a half",
+    "rank_advice": "two hours",
     "translation": "at most 3 hours",
 }
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.ablation import overfitting
+from lora_lab.ablation import overfitting, rank_advice
+from lora_lab.ablation.comparison import differences
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
 from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
 from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases, within
@@ -386,6 +387,52 @@ def chrf_forty(claim: Claim, record: Record) -> Result:
     ]
     cases = [(exact >= 0.5, f"{name}: chrF {chrf:.0f}, {100 * exact:.0f} % exact") for chrf, exact, name in runs]
     return over_cases(cases, "the run")
+
+
+# Four bits, and the rank from one run
+
+
+def _compared(
+    record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]
+) -> list[tuple[bool | None, str]]:
+    """A case for each pair (setup, reference), from the verdict of :func:`differences` by ``answers``."""
+    frame, cases = record.frame(), []
+    for setup, reference in pairs:
+        table = differences(frame[frame["data"].isin(data)], reference, margin=MARGIN).set_index("setup")
+        row = table.loc[setup]
+        between = f"{row['difference']:+.4f} nats ({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
+        answer = answers.get(row["verdict"]) if row["seeds"] >= MIN_SEEDS else None
+        edge = ", a rate at the edge of its grid" if row["verdict"] == "edge" else ""
+        cases.append((answer, f"{setup} less {reference}: {between}{edge}"))
+    return cases
+
+
+@decides("qlora-matches-16-bits", record="quantised")
+def qlora_matches(claim: Claim, record: Record) -> Result:
+    """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
+    pairs = [("NF4", "float32"), ("NF4", "bfloat16")]
+    answers = {"lower": True, "equal": True, "higher": False}
+    return over_cases(_compared(record, ["float32", "bfloat16", "NF4"], pairs, answers), "the base it is compared with")
+
+
+@decides("merge-into-dequantised-base", record="quantised")
+def merge_into_dequantised(claim: Claim, record: Record) -> Result:
+    """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
+    pairs = [("merged into float32", "merged")]
+    answers = {"lower": False, "equal": False, "higher": True}
+    return over_cases(_compared(record, ["NF4, merged"], pairs, answers), "the model")
+
+
+@decides("spectrum-predicts-rank", record="rank_advice")
+def spectrum_predicts_rank(claim: Claim, record: Record) -> Result:
+    """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
+    advice = rank_advice.assess(record.rows)
+    text = f"{advice.rule}, chosen on planted ranks; in doublings: " + ", ".join(
+        f"{row['task']} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
+        for row in advice.judged.to_dict("records")
+    )
+    text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
+    return Result({True: STANDS, False: FALLS, None: OPEN}[advice.works], text)
 
 
 # What training wrote

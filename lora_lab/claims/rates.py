@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import pandas
@@ -32,7 +33,7 @@ SMOLLM2_WIDTH = 576
 def best_by_rank(frame: pandas.DataFrame, rule: str) -> dict[int, dict[float, np.ndarray]]:
     """rank -> rate -> losses (seeds, blocks) under a rule for alpha, ascending; of one kind of data."""
     setups = frame[frame["setup"].str.endswith(f", {rule}")]
-    return {int(rank): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
+    return {int(cast(float, rank)): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
 
 
 def _of_data(record: Record) -> dict[str, pandas.DataFrame]:
@@ -138,12 +139,12 @@ def falls_as_root_of_alpha(claim: Claim, record: Record) -> Result:
         if math.isnan(of_alpha[0]):
             answers[data] = None, "the best rates of some setups are at an edge"
             continue
-        within = [
+        inside = [
             within(lower, upper, stated - POWER, stated + POWER)
             for (_, lower, upper), stated in ((of_alpha, -0.5), (of_rank, 0.0))
         ]
         words = f"rate ~ alpha^p r^q, p = {_power(*of_alpha)}, q = {_power(*of_rank)}"
-        answers[data] = False if False in within else None if None in within else True, words
+        answers[data] = False if False in inside else None if None in inside else True, words
     return _on_language_model(answers)
 
 

@@ -175,7 +175,7 @@ class Times:
 
 
 def step_time(
-    model: Source,
+    model: Source | Mapping[str, Source],
     variants: Mapping[str, Method | Setup],
     batch_size: int | None = None,
     seq_len: int | None = None,
@@ -198,7 +198,8 @@ def step_time(
 
     Args:
         model: a freshly loaded model, whose weights all variants share unless they train them; or a function that
-            builds one, which is called for each variant.
+            builds one, which is called for each variant; or one of these for each variant, by its name, where the
+            models differ.
         variants: name -> how it is trained. The others are compared with the first.
         batch_size, seq_len: the batch, of random tokens, for models that read token ids.
         batch: inputs and targets, for other models or real data.
@@ -215,9 +216,10 @@ def step_time(
         raise ValueError("variants is empty, so there is nothing to time; give at least one, as {'LoRA': LoRA(8)}.")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, but it must be at least 1.")
-    device = _device_to_time(model, device)
+    models = model if isinstance(model, Mapping) else dict.fromkeys(variants, model)
+    device = _device_to_time(models[next(iter(variants))], device)
     with own_randomness(device, 0), BusyCores(thread_count(device)) as busy:
-        runs = {name: _Run(model, as_setup(method, options), device) for name, method in variants.items()}
+        runs = {name: _Run(models[name], as_setup(method, options), device) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
         batch = _random_batch(twin, batch_size, seq_len) if batch is None else batch
         batch = on_each(batch, lambda tensor: tensor.to(device))

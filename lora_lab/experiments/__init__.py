@@ -11,10 +11,13 @@ rates        how the best learning rate depends on the rank
 quality      is LoRA as good as full fine-tuning, after how many steps?
 targets      which layers should have adapters
 variants     do variants of LoRA learn more?
+quantised    what a base in fewer bits costs, and what its merges lose
+rank_advice  does one run at a high rank tell which rank is enough?
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
 downstream   can the model learn a downstream task?
+elicitation  how much of that can it do untrained, if asked well?
 registry     all recorders, by name
 finetune     lora-lab finetune: a task, or your own data
 demo         lora-lab demo: LoRA beside full fine-tuning

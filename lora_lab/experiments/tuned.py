@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.blocks import block_losses_of
@@ -20,17 +21,22 @@ from lora_lab.ablation.comparison import Study, compare_tuned
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import last_rows
 from lora_lab.ablation.results import SCORE
+from lora_lab.costs.fake import Factory
 from lora_lab.experiments.planning import planned_hours
-from lora_lab.experiments.recorder import Recorder
+from lora_lab.experiments.recorder import Recorder, Row
 from lora_lab.lean import Lean
 from lora_lab.methods import Method
 from lora_lab.records import json_safe
+from lora_lab.task import Task
 
-ON_TEST = {"validation": 130, "test": 140}  # all examples of 64 tokens in those parts of "docs"
+ON_TEST = {"validation": 128, "test": 140}  # of the 130 and 140 examples of 64 tokens in those parts of "docs"
 _COLUMNS = (
     *("data", "stage", "setup", "method", "rank", "alpha", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
     *("validation_loss", "test_loss", "score_validation", "score_test", "trainable_parameters", "commit"),
 )
+
+
+Source = tuple[nn.Module | Factory, Task | Callable[[], Task]]  # the model or what makes it, and the task or what does
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,41 @@ class Planned:
     Args:
         study: what is compared.
         seq_len: tokens an example, of a language model.
+        source: makes the model and the task on a device; None makes those of the study of that name
+            (:func:`lora_lab.ablation.studies.study`).
+        again: trials that are run once more for further rows, as far as known before: for the planned hours.
+        again_on: how many examples each of those is evaluated on.
     """
 
     study: Study
     seq_len: int = 64
+    source: Callable[[torch.device], Source] | None = None
+    again: Sequence[Trial] = ()
+    again_on: int = 0
+
+    def model_and_task(self, data: str, device: torch.device) -> Source:
+        """The model and the task of the study.
+
+        Args:
+            data: its name.
+            device: where a language model is put.
+        """
+        return studies.study(data, self.seq_len, device) if self.source is None else self.source(device)
 
 
-Plan = Callable[[torch.device], Mapping[str, Planned]]  # a study for each of :data:`studies.STUDIES` that is in it
+def processes(data: str, device: torch.device) -> int:
+    """How many trials of that data run at a time."""
+    return 1 if of_small_net(data) else studies.processes(device)
+
+
+def of_small_net(data: str) -> bool:
+    """Whether the data is for a small net, whose trials take seconds, by its name, such as "digits"."""
+    return data.partition(" ")[0] in ("digits", "planted")
+
+
+Plan = Callable[[torch.device], Mapping[str, Planned]]  # the studies of a record, by name
+# Makes further rows of a study from its name, the study, its rows, the device and the folder of its results.
+Further = Callable[[str, Planned, Sequence[Row], torch.device, Path], Iterator[Row]]
 
 
 def template(
@@ -61,12 +95,13 @@ def template(
     return Trial(method, 1e-3, steps=steps, batch_size=batch_size, eval_every=every, eval_examples=16, lean=lean)
 
 
-def recorder(name: str, plan: Plan) -> Recorder:
+def recorder(name: str, plan: Plan, further: Further | None = None) -> Recorder:
     """What ``lora-lab record <name>`` runs.
 
     Args:
         name: of the record.
         plan: what is compared on a device, by the name of the data, such as "docs".
+        further: makes more rows of each study, when its trials have ended.
     """
     hours = cache(lambda device: _hours(plan(device), device))
 
@@ -74,19 +109,23 @@ def recorder(name: str, plan: Plan) -> Recorder:
         described = {data: _described(planned) for data, planned in plan(device).items()}
         return {**described, "planned_hours": hours(device)}
 
-    def rows(device: torch.device, folder: str | Path = Path("runs") / f"record-{name}") -> Iterator[dict[str, Any]]:
+    def rows(device: torch.device, folder: str | Path = Path("runs") / f"record-{name}") -> Iterator[Row]:
         print(f"Planned: about {hours(device)} hours, more where grids of rates are widened.", flush=True)
         for data, planned in plan(device).items():
-            yield from _rows(data, planned, device, Path(folder) / data)
+            trials = []
+            for row in _rows(data, planned, device, Path(folder) / data):
+                trials.append(row)
+                yield row
+            if further is not None:
+                yield from further(data, planned, trials, device, Path(folder) / data)
 
     return Recorder(settings, rows, line)
 
 
-def _rows(data: str, planned: Planned, device: torch.device, folder: Path) -> Iterator[dict[str, Any]]:
+def _rows(data: str, planned: Planned, device: torch.device, folder: Path) -> Iterator[Row]:
     """The last row of each trial."""
-    model, task = studies.study(data, planned.seq_len, device)
-    n_jobs = studies.processes(device) if data not in ("digits", "planted") else 1
-    for frame in compare_tuned(model, task, planned.study, folder, n_jobs=n_jobs):
+    model, task = planned.model_and_task(data, device)
+    for frame in compare_tuned(model, task, planned.study, folder, n_jobs=processes(data, device)):
         table = last_rows(frame).assign(data=data).reindex(columns=[*_COLUMNS])
         for row in table.to_dict("records"):
             means = {
@@ -113,13 +152,15 @@ def _hours(plan: Mapping[str, Planned], device: torch.device) -> float:
     """Of the language model's part, for the small nets take minutes."""
     hours = 0.0
     for data, planned in plan.items():
-        if data not in ("digits", "planted"):
+        if not of_small_net(data):
             study = planned.study
             judged = [trial for trial in study.trials if trial.seed in study.judging]
             chosen = [trial for trial in study.trials if trial.seed in study.choosing]
             hours += planned_hours(chosen, planned.seq_len, device, study.chosen_on)
             if judged:
                 hours += planned_hours(judged, planned.seq_len, device, sum(study.judged_on.values()))
+            if planned.again:
+                hours += planned_hours(planned.again, planned.seq_len, device, planned.again_on)
     return round(hours, 1)
 
 

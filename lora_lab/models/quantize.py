@@ -285,6 +285,22 @@ def _not_zero(scale: Tensor) -> Tensor:
     return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
+def rounded(weight: Tensor, kind: str) -> Tensor:
+    """A matrix as blocks of this kind hold it: quantised and dequantised, in float32.
+
+    Args:
+        weight: a floating-point matrix (rows, columns).
+        kind: in :data:`FORMATS`; NF4's blocks are of 64 weights.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"Blocks of kind {kind!r} are not known here, only {list(FORMATS)}.")
+    packed, steps = FORMATS[kind].encode(weight, FORMATS[kind].block or 64)  # (13824, 33), (55, 4)
+    return BlockWeight(packed, kind, weight.shape, steps).weight  # (1536, 576)
+
+
 # Layers
 
 

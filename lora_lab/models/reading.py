@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.models.decoding import Sampling, continued
-from lora_lab.models.llama import KeyValueCache, Llama
+from lora_lab.models.llama import KeyValueCache, Llama, rotate
 from lora_lab.task import accepts, is_encoder_decoder
 
 
@@ -55,9 +55,9 @@ class Reader(ABC):
         """Logits after each of the new tokens, or after the last one alone."""
 
     def _extend(self, new: int) -> None:
-        if self.mask is not None and self.length:
-            self.mask = F.pad(self.mask, (0, new), value=1)  # (16, length + new)
         self.length += new
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)  # (16, length)
 
 
 class LlamaReader(Reader):
@@ -75,6 +75,25 @@ class LlamaReader(Reader):
         other = copy.copy(self)
         other.cache = KeyValueCache()
         other.cache.layers = dict(self.cache.layers)
+        return other
+
+    def repeated(self, mask: Tensor) -> LlamaReader:
+        """A reader of a batch of texts that all begin with the one text that this one has read, without padding.
+
+        Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
+        beginning are turned on by as many positions: rotations add up.
+
+        Args:
+            mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
+        """
+        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
+        other = LlamaReader(self.model, torch.cat([past, mask], 1))
+        other.length = self.length
+        padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
+        angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
+        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
+            turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
+            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
         return other
 
     def _logits(self, ids: Tensor, last: bool) -> Tensor:

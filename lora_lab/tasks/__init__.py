@@ -21,6 +21,7 @@ modules in reading order:
     named        a task by its name, or from a file: what the commands take
     generate     what a model answers
     metrics      scores of answers, and baselines that need no model
+    elicitation  baselines that need no training: examples in the prompt, calibration, a linear probe
 
 A new data set of prompts and answers goes into ``datasets``, any other into a file of its own; if it needs a tokenizer,
 its name in :data:`TASKS` (in ``named``) makes it a task of ``lora-lab finetune``.
@@ -69,5 +70,5 @@ __all__ = [
     "tweets",
 ]
 
-_lazy, _, _ = lazy_loader.attach(__name__, ["generate", "metrics"])  # the other files are loaded already
+_lazy, _, _ = lazy_loader.attach(__name__, ["elicitation", "generate", "metrics"])  # the other files are loaded already
 __getattr__ = renamed(__name__, {"Encoder": "TextTokenizer"}, _lazy)

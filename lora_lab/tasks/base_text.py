@@ -1,8 +1,9 @@
 r"""Replies that the base model wrote itself: on them a loss tells how far a tuned model has moved from the base.
 
-    before = evaluate(base, on_base_text(task, tokenizer), "off_domain")
-    after = evaluate(tuned, on_base_text(task, tokenizer), "off_domain")
-    after - before                                # KL(base || tuned), in nats a token
+    task = on_base_text(task)
+    before = evaluate(base, task, "off_domain")
+    history = fit(tuned := copy.deepcopy(base), task, LoRA(rank=8), lr=1e-3, steps=60)
+    print(evaluate(tuned, task, "off_domain") - before)    # KL(base || tuned), in nats a token; also in history.rows
 
 The loss on someone else's text may fall in training, because the base may not know such text well, and then it says
 nothing about what was forgotten. On samples of the base itself it rises in expectation, by the Kullback-Leibler

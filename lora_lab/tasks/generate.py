@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.reading import Reader, reader_of, stream
+from lora_lab.models.llama import Llama
+from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
 from lora_lab.task import IGNORE
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
@@ -80,26 +82,38 @@ def answers(
     if max_new_tokens is None:
         longest = int((task.train.targets != IGNORE).sum(1).max())
         max_new_tokens = longest + longest // 4
-    prompts = [task.prompt_ids(pair) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))  # similar lengths, little padding
-    texts = [""] * len(pairs)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        for i, ids in zip(batch, _continued(model, [prompts[i] for i in batch], max_new_tokens, task), strict=True):
-            texts[i] = task.tokenizer.decode(ids).strip()
-    return texts
+    order = sorted(range(len(pairs)), key=lambda i: len(task.prompt_ids(pairs[i])))  # similar lengths, little padding
+    rows: list[list[int]] = []
+    with _evaluating(model):
+        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size):
+            rows += _continued(scores, reader, max_new_tokens, stop_token(task.tokenizer))
+    texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
+    return [texts[i] for i in range(len(pairs))]
 
 
-def _read(model: nn.Module, prompts: Sequence[list[int]], stop: int | None) -> tuple[Tensor, Reader]:
-    """Run the model on a batch of prompts: the logits after each of them, (batch, vocabulary), and what has read them.
+def _read_batches(
+    model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int
+) -> Iterator[tuple[Tensor, Reader]]:
+    """Run the model on the prompts of pairs: for each batch the logits, (batch, vocabulary), and what has read them.
 
-    Prompts are padded on the left, so that all end in the same column.
+    Prompts are padded on the left, so that all end in the same column. What all begin with, such as an instruction or
+    examples, our Llama reads once.
     """
-    device, longest = next(model.parameters()).device, max(map(len, prompts))
-    ids = torch.tensor([[stop or 0] * (longest - len(prompt)) + prompt for prompt in prompts])  # (16, length)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (16, length)
-    reader = reader_of(model, mask.to(device))
-    return reader.read(ids.to(device)), reader
+    prompts = [task.prompt_ids(pair) for pair in pairs]
+    device, pad = next(model.parameters()).device, stop_token(task.tokenizer) or 0
+    same = [len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False)]  # for each token of the shortest prompt
+    begin = min([*same, False].index(False), len(same) - 1)  # at least a token of each prompt remains
+    shared = LlamaReader(model) if isinstance(model, Llama) and begin > 0 else None
+    if shared:
+        shared.read(torch.tensor([prompts[0][:begin]], device=device))
+        prompts = [prompt[begin:] for prompt in prompts]
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])  # (16, length)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
+        reader = shared.repeated(mask.to(device)) if shared else reader_of(model, mask.to(device))
+        yield reader.read(ids.to(device)), reader
 
 
 @contextmanager
@@ -113,23 +127,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _continued(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, task: PairTask) -> list[list[int]]:
-    """The most likely next tokens after each prompt, up to the end of the turn."""
-    stop = stop_token(task.tokenizer)
+def _continued(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
+    """The most likely next tokens after each prompt, up to the end of the turn.
+
+    Args:
+        scores: the logits after the prompts, (batch, vocabulary).
+        reader: has read the prompts.
+        max_new_tokens, stop: as for :meth:`lora_lab.Llama.generate`.
+    """
     tokens: list[Tensor] = []
-    with _evaluating(model):
-        scores, reader = _read(model, prompts, stop)  # (16, vocabulary)
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=scores.device)  # (16,)
-        while True:
-            token = scores.argmax(-1)  # (16,)
-            done |= token == stop
-            if bool(done.all()):
-                break
-            tokens.append(token.where(~done, -1))
-            if len(tokens) == max_new_tokens:
-                break
-            scores = reader.read(token[:, None])  # (16, vocabulary)
-    rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(prompts)
+    done = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)  # (16,)
+    while True:
+        token = scores.argmax(-1)  # (16,)
+        done |= token == stop
+        if bool(done.all()):
+            break
+        tokens.append(token.where(~done, -1))
+        if len(tokens) == max_new_tokens:
+            break
+        scores = reader.read(token[:, None])  # (16, vocabulary)
+    rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(scores)
     return [[token for token in row if token >= 0] for row in rows]
 
 
@@ -138,23 +155,50 @@ def classes(task: PairTask) -> list[str]:
     return sorted({pair.answer for pair in task.pairs["train"]})
 
 
-@torch.no_grad()
 def choices(
     model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int
 ) -> list[str]:
-    """The most likely label for each prompt, by the joint probability of its tokens; each prompt is read only once."""
+    """The most likely label for each prompt, by the joint probability of its tokens."""
+    best: list[int] = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1).tolist()  # (n,)
+    return [labels[i] for i in best]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int = 16
+) -> Tensor:
+    """The log-likelihood of each label as the answer to each prompt, in nats: (n, labels). Each prompt is read once."""
     tokens = {}
     for label in labels:
         _, targets = encode(task.tokenizer, Pair(pairs[0].prompt, label))
         tokens[label] = [token for token in targets if token != IGNORE]
-    prompts = [task.prompt_ids(pair) for pair in pairs]
-    best: list[int] = []  # index into labels
+    rows: list[Tensor] = []
     with _evaluating(model):
-        for start in range(0, len(prompts), batch_size):
-            first, reader = _read(model, prompts[start : start + batch_size], task.tokenizer.eos_id)
+        for first, reader in _read_batches(model, task, pairs, batch_size):
             scores = [_log_likelihood(reader, tokens[label], first) for label in labels]  # (16,) each
-            best += torch.stack(scores, 1).argmax(1).tolist()  # (16,)
-    return [labels[i] for i in best]
+            rows.append(torch.stack(scores, 1).cpu())  # (16, labels)
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int = 16) -> Tensor:
+    """The last hidden state at the last token of each prompt, which the head turns into logits: (n, 576).
+
+    Args:
+        model: as for :func:`reply`.
+        task: of the pairs.
+        pairs: whose prompts are read.
+        batch_size: prompts at once.
+    """
+    read: dict[str, Tensor] = {}  # what the head got last
+    head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
+    hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
+    try:
+        with _evaluating(model):
+            batches = _read_batches(model, task, pairs, batch_size)
+            return torch.cat([read["hidden"].float().cpu() for _ in batches])
+    finally:
+        hook.remove()
 
 
 def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:

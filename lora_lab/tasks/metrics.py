@@ -101,14 +101,14 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
         majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]
         return [majority_class] * len(pairs)
     if task.metric == "summary":
-        return [re.split(r"(?<=[.!?])\s", _text_of(pair))[0] for pair in pairs]
+        return [re.split(r"(?<=[.!?])\s", text_of(pair))[0] for pair in pairs]
     if task.metric == "translation":
         dictionary = _dictionary(task.pairs["train"])
-        return [" ".join(dictionary.get(word.casefold(), word) for word in _text_of(pair).split()) for pair in pairs]
+        return [" ".join(dictionary.get(word.casefold(), word) for word in text_of(pair).split()) for pair in pairs]
     raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}, which has no trivial baseline.")
 
 
-def _text_of(pair: Pair) -> str:
+def text_of(pair: Pair) -> str:
     """The text in a prompt, without the instruction before it."""
     for separator in ("\n\n", ": "):
         if separator in pair.prompt:
@@ -120,7 +120,7 @@ def _dictionary(pairs: Sequence[Pair]) -> dict[str, str]:
     """word -> its most frequent translation, from the pairs that have as many words in both languages."""
     translations: dict[str, Counter[str]] = {}
     for pair in pairs:
-        source, target = _text_of(pair).split(), pair.answer.split()
+        source, target = text_of(pair).split(), pair.answer.split()
         if len(source) == len(target):
             for word, translated in zip(source, target, strict=True):
                 translations.setdefault(word.casefold(), Counter())[translated] += 1

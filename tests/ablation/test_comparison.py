@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pandas
 import pytest
+import scipy.stats
 
 from lora_lab import FullFineTuning, LoRA
 from lora_lab.ablation import Trial
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.comparison import Study, compare_tuned, differences
 from lora_lab.ablation.learning_rate import choose_rate, last_rows
+from lora_lab.ablation.stats import interval, resampled_means
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import digits
 
@@ -73,10 +75,39 @@ def test_the_interval_is_that_of_paired_draws():
         means.append((losses["LoRA"][drawn] - losses["full"][drawn]).mean())
     row = of_lora(losses)
     width = row["upper"] - row["lower"]
-    assert row["lower"] == pytest.approx(np.quantile(means, 0.025), abs=0.06 * width)
-    assert row["upper"] == pytest.approx(np.quantile(means, 0.975), abs=0.06 * width)
+    of_seeds = (losses["LoRA"] - losses["full"]).mean(axis=1)
+    by_t = scipy.stats.t.interval(0.95, 3, of_seeds.mean(), scipy.stats.sem(of_seeds))
+    lower, upper = min(np.quantile(means, 0.025), by_t[0]), max(np.quantile(means, 0.975), by_t[1])
+    assert row["lower"] == pytest.approx(lower, abs=0.06 * width)
+    assert row["upper"] == pytest.approx(upper, abs=0.06 * width)
     unpaired = losses["LoRA"].std() / np.sqrt(20)
     assert width < 2 * 1.96 * unpaired  # without pairs it would be wider
+
+
+def test_a_difference_of_zero_is_rarely_called_one_though_seeds_are_few():
+    """With noise of whole trials a bootstrap over three seeds alone calls a quarter of them a difference."""
+    random, wrong, by_bootstrap = np.random.default_rng(3), 0, 0
+    for _ in range(100):
+        full, lora = (random.normal(2, 0.01, (3, 1)) + np.zeros((3, 5)) for _ in range(2))
+        wrong += of_lora({"full": full, "LoRA": lora})["verdict"] in ("lower", "higher")
+        lower, upper = interval(resampled_means(lora - full, 200))
+        by_bootstrap += not lower <= 0 <= upper
+    assert wrong <= 12
+    assert by_bootstrap > 15
+
+
+def test_one_seed_decides_nothing():
+    row = of_lora({"full": np.full((1, 1), 2.0), "LoRA": np.full((1, 1), 2.001)})
+    assert row["verdict"] == "open"
+    assert np.isnan(row["lower"])
+
+
+def test_a_setup_without_a_rate_is_in_the_table():
+    frame = judged(planted(0.1, 0.05))
+    chosen = frame[frame["setup"] == "LoRA"].assign(stage="choosing", setup="rsLoRA", outcome="failed")
+    table = differences(pandas.concat([chosen, frame]), "full").set_index("setup")
+    assert table.loc["rsLoRA", "verdict"] == "failed"
+    assert np.isnan(table.loc["rsLoRA", "lr"])
 
 
 def test_no_verdict_rests_on_a_rate_at_the_edge_of_its_grid():

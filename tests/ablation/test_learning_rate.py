@@ -170,8 +170,32 @@ def test_a_planted_power_of_the_rank_is_recovered():
 
 
 def test_no_power_is_given_where_the_best_rates_are_at_edges():
-    assert all(map(math.isnan, slope({1: np.array([-7.0, math.inf, math.inf]), 2: np.array([-7.0, -7.0, -7.1])})))
-    assert slope({1: np.array([-7.0, -7.0, math.inf]), 4: np.array([-7.0, -7.0, -7.1])})[0] == pytest.approx(0)
+    power, lower, _ = slope({1: np.array([-7.0, math.inf, math.inf]), 2: np.array([-7.0, -7.0, -7.1])})
+    assert math.isnan(power)
+    assert lower == -math.inf
+    few = slope({1: np.array([-7.0, -7.0, math.inf]), 4: np.array([-7.0, -7.0, -7.1])})
+    assert few == (pytest.approx(0), -math.inf, pytest.approx(0))
+
+
+def test_a_power_holds_the_truth_though_best_rates_are_near_the_edges():
+    """Samples at an edge are not dropped: what is left would be biased."""
+    random, ranks, inside = np.random.default_rng(1), (1, 8, 64), 0
+    for _ in range(40):
+        samples = {
+            rank: sample_vertices(parabola(2.7e-3 * rank**-0.5, 3, 8, rates_around(1e-3 * rank**-0.5), 0.1, random))
+            for rank in ranks
+        }
+        _, lower, upper = slope(samples)
+        inside += lower <= -0.5 <= upper
+    assert inside >= 32
+
+
+@pytest.mark.parametrize(
+    "samples", [{}, {4: np.zeros(3)}, {(4, 4): np.zeros(3), (8, 8): np.zeros(3), (2, 2): np.ones(3)}]
+)
+def test_a_power_needs_sizes_that_differ(samples):
+    with pytest.raises(ValueError, match="cannot be fitted"):
+        (powers if any(isinstance(size, tuple) for size in samples) else slope)(samples)
 
 
 # On trials
@@ -201,6 +225,36 @@ def test_grids_are_widened_until_the_best_rate_is_inside(tmp_path):
     assert set(frame[frame["setup"] == "r=2"]["key"]) == set(frame[frame["setup"] == "the same"]["key"])
 
 
+def rows_of(outcomes):
+    """(rate, seed) -> validation loss, or the reason of a failure, as rows of a table."""
+    return pandas.DataFrame(
+        {"lr": lr, "seed": seed, "step": 4, "steps": 4, "test_loss": 1.0}
+        | (
+            {"outcome": "failed", "reason": value, "validation_loss": math.nan}
+            if isinstance(value, str)
+            else {"outcome": "done", "reason": None, "validation_loss": value}
+        )
+        for (lr, seed), value in outcomes.items()
+    )
+
+
+def test_what_is_missing_or_did_not_fit_says_nothing_of_what_lies_beyond():
+    best = {(1e-3, 0): 2.0, (1e-3, 1): 2.0, (2e-3, 0): 1.0, (2e-3, 1): 1.0}
+    for beyond in ({(4e-3, 0): 3.0}, {(4e-3, 0): 3.0, (4e-3, 1): "out of memory: 3 GB"}):
+        choice = choose_rate(rows_of(best | beyond), [0, 1])
+        assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "largest", None)
+    choice = choose_rate(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): "The loss is nan in step 3."}), [0, 1])
+    assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "", 4e-3)
+    choice = choose_rate(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): 3.0, (8e-3, 0): "nan", (8e-3, 1): "nan"}), [0, 1])
+    assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "", None)  # a rate that counts lies beyond
+
+
+def test_between_the_best_rate_and_one_that_diverged_another_is_tried():
+    lrs = {"a": (1e-3, 1e30)}
+    frame = tune(DigitsMLP(), digits(), {"a": template(FullFineTuning())}, lrs, [0], widen=2, progress=False)
+    assert sorted(frame["lr"].unique()) == pytest.approx([1e-3, 1.78e5, 3.16e13, 1e30], rel=1e-2)
+
+
 def test_a_grid_is_widened_only_so_far():
     frame = tune(
         DigitsMLP(), digits(), {"a": template(FullFineTuning())}, {"a": (1e-5, 2e-5)}, [0], widen=1, progress=False
@@ -222,6 +276,20 @@ def test_the_blocks_of_a_judge_decide_where_there_are_some():
     choice = choose_rate(judged, [0])
     assert (choice.lr, choice.validation_loss, choice.edge) == (2e-3, 3.5, "largest")
     assert losses_by_rate(judged)[1e-3].tolist() == [[5.0, 7.0]]
+
+
+def test_losses_are_of_one_setup():
+    rows = rows_of({(1e-3, 0): 1.0})
+    both = pandas.concat([rows.assign(setup="a"), rows.assign(setup="b")])
+    with pytest.raises(ValueError, match=r"has the setups \['a', 'b'\], but must have one"):
+        losses_by_rate(both)
+
+
+def test_one_loss_a_rate_has_no_interval():
+    result = best_rate({lr: losses[:1, :1] for lr, losses in parabola(1.1e-3).items()})
+    assert (result.lower, result.upper) == (None, None)
+    assert "without an interval" in str(result)
+    assert "95%, 3 seeds:" in str(best_rate(parabola(1.1e-3)))
 
 
 def test_only_rates_with_every_seed_have_losses():

@@ -31,13 +31,13 @@ def test_nothing_is_learned_from_the_bases_own_labels():
     assert gain(control, 0) < 0.1 * gain(own, 0)
 
 
-@torch.no_grad()
 def test_no_model_predicts_the_labels_better_than_the_base():
     base, task = pretrained_digits(), digits()
     control = spectra.null(task, base)
     other = copy.deepcopy(base)
-    for parameter in other.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
 
     def loss(model):
         torch.manual_seed(0)
@@ -58,7 +58,6 @@ def test_labels_follow_the_temperature():
     assert uniform > 2 * DrawnLabels(base)(base, task.train.inputs, task.train.targets)
 
 
-@torch.no_grad()
 def test_targets_that_do_not_count_stay_so(tiny_config):
     base = Llama(tiny_config, seed=3)
     ids = torch.randint(tiny_config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -86,3 +85,24 @@ def test_the_base_is_copied_and_a_run_is_repeatable():
 def test_a_temperature_must_be_positive():
     with pytest.raises(ValueError, match="temperature is 0"):
         spectra.null(digits(), pretrained_digits(), 0)
+
+
+def test_an_evaluation_repeats_and_takes_nothing_from_what_training_draws():
+    base, task = pretrained_digits(), digits()
+    control, state = spectra.null(task, base), torch.get_rng_state()
+    with torch.no_grad():
+        first, again = (control.loss(base, task.train.inputs, task.train.targets).item() for _ in range(2))
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)
+    training = [control.loss(base, task.train.inputs, task.train.targets).item() for _ in range(2)]
+    assert training[0] != training[1]
+
+
+def test_the_control_does_not_change_with_how_often_it_is_evaluated():
+    base = pretrained_digits()
+    ends = []
+    for every in (1, 4):
+        options = {"steps": 4, "lr": 1e-2, "batch_size": 8, "seed": 1, "eval_every": every, "progress": False}
+        history = fit(copy.deepcopy(base), spectra.null(digits(), base), LoRA(2, 4), **options)
+        ends.append(history.rows[-1]["validation_loss"])
+    assert ends[0] == ends[1]

@@ -56,6 +56,20 @@ def test_verdicts(ratios, verdict):
     assert times([1.0] * len(ratios), ratios).verdict("LoRA").startswith(verdict)
 
 
+def test_each_variant_may_have_a_model_of_its_own():
+    models = {"narrow": partial(DigitsMLP, 16), "wide": partial(DigitsMLP, 64)}
+    made = Counter()
+
+    def make(name):
+        made[name] += 1
+        return models[name]()
+
+    factories = {name: partial(make, name) for name in models}
+    found = speed.step_time(factories, dict.fromkeys(models, LoRA(2)), batch=DIGITS, rounds=1)
+    assert made == {"narrow": 1, "wide": 1}
+    assert [*found.seconds] == ["narrow", "wide"]
+
+
 def test_no_verdict_on_a_busy_machine():
     found = times([1.0] * 9, [0.8] * 9, disturbance="Other processes kept 1.5 cores busy meanwhile.")
     assert found.verdict("LoRA") == "inconclusive on a busy machine: 0.80 to 0.80 of full's time"

@@ -15,7 +15,7 @@ from lora_lab.ablation import overfitting as learning
 from lora_lab.claims.deciding import IN_OUTPUT
 from lora_lab.models.digits import DigitsMLP
 
-MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "intel-xeon-processor-2-cores-speed"
+MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "amd-epyc-2-cores-speed"
 MIB = 2**20
 
 
@@ -133,10 +133,13 @@ def test_the_readme_on_the_record_of_speed(readme, speed):
     others = speed[speed.setup != "full"]
     off = others.predicted_ratio / others.ratio - 1
     within, ratios, worst = said(
-        readme, r"In the record (\d+) of (\d+) ratios are within 15 %, the other is off by (-\d+) %"
+        readme,
+        r"In the record (\d+) of (\d+) ratios are within 15 %, the others, all of steps of 32 tokens, are off by up to (\d+) %",
     )
-    assert (within, ratios, worst) == ((off.abs() <= 0.15).sum(), len(others), round(100 * off[off.abs().idxmax()]))
-    assert within == ratios - 1
+    assert (within, ratios, worst) == ((off.abs() <= 0.15).sum(), len(others), round(100 * off.abs().max()))
+    outside = others[off.abs() > 0.15]
+    assert within < ratios
+    assert set(outside.batch * outside.length) == {32}
 
 
 def test_the_costs_page_on_what_others_published(readme):
@@ -165,15 +168,18 @@ def test_the_costs_page_on_what_others_published(readme):
 
 
 def test_lesson_05_explains_what_the_record_shows(lesson, speed):
-    """LoRA over full climbs with the tokens by the model, and with the rank; with few adapted blocks it is low."""
+    """By the model tokens move LoRA over full up or down; it climbs with the rank; few adapted blocks keep it low."""
     text = " ".join(lesson("05_speed").split())
     assert "By the model the optimiser's work pulls the ratio down when tokens are few" in text
+    assert "With few tokens which of the two is stronger depends on the rank and the machine." in text
     assert "A higher rank pushes it up, fewer adapted blocks pull it down." in text
     predicted, ratios = (
         speed[speed.model == "smollm2-135m"].pivot_table(column, "tokens", "setup")
         for column in ("predicted_ratio", "ratio")
     )
-    assert predicted["LoRA r=8"][32] < predicted["LoRA r=8"][512]
+    climbs = predicted.loc[512] > predicted.loc[32]
+    assert climbs["LoRA r=1"]
+    assert not climbs["LoRA r=8"]
     assert (ratios["LoRA r=256"] > ratios["LoRA r=8"]).all()
     assert (ratios["LoRA r=8, last 1 block"] < ratios["LoRA r=8"]).all()
 

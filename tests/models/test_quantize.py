@@ -47,6 +47,7 @@ from lora_lab.models.quantize import (
     dequantize,
     nf4,
     quantize_nf4,
+    rounded,
 )
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
@@ -1032,6 +1033,20 @@ def test_a_requantised_layer_keeps_its_size_of_block_and_a_table_is_requantised_
     table = in_blocks(WEIGHT, "Q8_0").packed
     again = BlockEmbedding(table, "Q8_0", (48, 96)).requantized(-WEIGHT)
     assert torch.equal(again(torch.arange(48)), numbers_of(-WEIGHT, "Q8_0"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_rounded_matrix_is_what_a_layer_in_blocks_holds(kind):
+    weight = rounded(WEIGHT.bfloat16(), kind)
+    assert torch.equal(weight, in_blocks(WEIGHT.bfloat16().float(), kind).weight)
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, WEIGHT.bfloat16().float())
+    torch.testing.assert_close(rounded(weight, kind), weight, rtol=0.02, atol=0.02)  # it is on the grid already
+
+
+def test_blocks_to_round_to_must_be_known():
+    with pytest.raises(ValueError, match="'Q5_0' are not known here"):
+        rounded(WEIGHT, "Q5_0")
 
 
 def test_a_kind_of_quantised_layer_must_say_how_it_is_read_and_written():

@@ -1,0 +1,246 @@
+"""Which rank is enough, from one run: statistics against numpy's, and rules on planted answers and their opposites."""
+
+import json
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from lora_lab import LoRA, LoRAConfig, evaluate, fit, inject, lora_layers
+from lora_lab.ablation import rank_advice
+from lora_lab.ablation.rank_advice import (
+    CONSTANT,
+    SPECTRAL,
+    TRUNCATION,
+    Rule,
+    Run,
+    UpdateRanks,
+    assess,
+    choose_rule,
+    fit_rule,
+    ranks_left,
+    truncation_rank,
+    values_of,
+)
+from lora_lab.lean import Lean
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama
+from lora_lab.tasks import digits
+from tests.experiments.conftest import sentences
+from tests.helpers import randomise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def adapted():
+    model = DigitsMLP(width=32)
+    inject(model, LoRAConfig(8, 16, targets=["hidden1", "hidden2"]))
+    return randomise(model)
+
+
+def dense_copy(rank):
+    """The same model with the rank-limited updates added to its weights, by numpy."""
+    model, dense = adapted(), DigitsMLP(width=32)
+    for name, layer in lora_layers(model).items():
+        delta = 2 * layer.lora_B.detach().double().numpy() @ layer.lora_A.detach().double().numpy()
+        U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+        cut = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        dense.get_submodule(name).weight.data += torch.tensor(cut, dtype=torch.float32)
+    return dense
+
+
+def singular_values():
+    for layer in lora_layers(adapted()).values():
+        yield np.linalg.svd(2 * (layer.lora_B @ layer.lora_A).detach().double().numpy(), compute_uv=False)[:8]
+
+
+# The judge
+
+
+def test_statistics_are_medians_over_layers_of_what_numpy_computes():
+    scores = UpdateRanks([8, 2], 40)(adapted(), digits())
+    spectra = [S / S[0] for S in singular_values()]
+    stable = [(S**2).sum() for S in spectra]
+    energy = [1 + int((np.cumsum(S**2) < 0.9 * (S**2).sum()).sum()) for S in spectra]
+    assert scores["stable_rank"] == pytest.approx(np.median(stable), rel=1e-5)
+    assert scores["energy_rank_90"] == pytest.approx(np.median(energy))
+    assert scores["stable_rank"] < scores["effective_rank"] < 8
+    assert scores["energy_rank_50"] < scores["energy_rank_99"]
+
+
+def test_losses_are_those_of_dense_models_with_truncated_updates():
+    losses = {int(rank): loss for rank, loss in json.loads(scores_of_cuts()["truncated"]).items()}
+    assert losses.keys() == {8, 4, 1}
+    for rank, loss in losses.items():
+        assert loss == pytest.approx(evaluate(dense_copy(rank), digits(), limit=40), abs=1e-5)
+    assert losses[1] != pytest.approx(losses[8], rel=1e-3)
+
+
+def scores_of_cuts():
+    return UpdateRanks([1, 8, 4], 40)(adapted(), digits())
+
+
+def test_a_model_of_the_lean_step_is_cut_as_any_other(tiny_config):
+    scores = {}
+    for lean in (None, Lean()):
+        model = Llama(tiny_config, seed=3)
+        task = sentences(tiny_config.vocab_size)
+        fit(model, task, LoRA(4, 8), lr=0.05, steps=6, batch_size=4, lean=lean, progress=False)
+        scores[lean] = UpdateRanks([4, 1], 5)(model, task)
+    cuts = [json.loads(each["truncated"]) for each in scores.values()]
+    assert cuts[0] == pytest.approx(cuts[1], abs=1e-4)
+    assert abs(cuts[0]["1"] - cuts[0]["4"]) > 1e-3
+    assert scores[None]["stable_rank"] == pytest.approx(scores[Lean()]["stable_rank"], rel=1e-2)
+
+
+# Statistics and the sweep
+
+
+def test_the_truncation_rank_is_the_smallest_from_which_on_nothing_is_lost():
+    losses = {64: 1.0, 16: 1.005, 4: 1.02, 1: 1.5}
+    assert truncation_rank(losses, 0.01) == 16
+    assert truncation_rank(losses, 0.001) == 64
+    assert truncation_rank(losses, 1.0) == 1
+    assert truncation_rank({64: 1.0, 16: 1.02, 4: 1.0, 1: 1.5}, 0.01) == 64  # a smaller rank that is better by luck
+
+
+def sweep(excess, edge="", noise=0.001):
+    """Rows of a sweep in which each rank's loss is so much above the largest's."""
+    random, rows = np.random.default_rng(0), []
+    for rank, above in excess.items():
+        for seed in range(4):
+            losses = (2 + above + noise * random.normal(size=10)).tolist()
+            rows.append({"setup": f"r={rank}", "rank": rank, "stage": "judging", "lr": 1e-3, "edge": edge})
+            rows[-1] |= {"seed": seed, "outcome": "done", "step": 4, "steps": 4, "score_test": json.dumps(losses)}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("excess", "expected"),
+    [
+        ({1: 0.5, 4: 0.1, 16: 0.002, 64: 0.0}, (16, 16)),
+        ({1: 0.5, 4: 0.001, 16: 0.0, 64: 0.0}, (4, 4)),
+        ({1: -0.1, 4: -0.1, 16: -0.1, 64: 0.0}, (1, 1)),
+        ({1: 0.5, 4: 0.3, 16: 0.1, 64: 0.0}, (64, 64)),
+        ({1: 0.5, 4: 0.001, 16: 0.1, 64: 0.0}, (4, 4)),  # a larger rank that is too small by bad luck
+    ],
+)
+def test_a_sweep_without_noise_leaves_one_rank(excess, expected):
+    assert ranks_left(pandas.DataFrame(sweep(excess)), 0.01) == expected
+
+
+def test_noise_leaves_more_ranks_and_an_edge_all():
+    noisy = sweep({1: 0.5, 4: 0.012, 16: 0.009, 64: 0.0}, noise=0.02)
+    assert ranks_left(pandas.DataFrame(noisy), 0.01) == (4, 64)
+    assert ranks_left(pandas.DataFrame(noisy), 0.1) == (4, 4)
+    assert ranks_left(pandas.DataFrame(sweep({1: 0.5, 4: 0.001, 64: 0.0}, edge="largest")), 0.01) is None
+
+
+# Rules
+
+
+def values(**others):
+    return dict.fromkeys((*SPECTRAL, TRUNCATION), 3.0) | {CONSTANT: 1.0} | others
+
+
+def test_a_rule_predicts_the_nearest_power_of_two_up_to_the_largest():
+    rule = Rule("stable_rank", 2.0)
+    assert [rule.predict(values(stable_rank=value), 64) for value in (0.1, 1.3, 3.0, 6.0, 400.0)] == [1, 2, 8, 16, 64]
+
+
+def test_errors_are_in_doublings_and_each_run_of_a_task_counts():
+    runs = [Run("a", 0, values(), 64, (8, 8)), Run("a", 1, values(stable_rank=12.0), 64, (8, 8))]
+    runs += [Run("b", 0, values(), 64, (1, 1)), Run("c", 0, values(), 64, (2, 16)), Run("d", 0, values(), 64, (8, 16))]
+    errors = Rule("stable_rank", 4 / 3).errors(runs)  # predicts 4, 16, 4, 4, 4
+    assert errors == {"a": 0.0, "b": 2.0, "c": 0.0, "d": -1.0}
+
+
+def runs_of(statistic, tasks=("planted 1", "planted 2", "planted 8"), ratio=4, ranks=(1, 4, 16)):
+    """Runs in which one statistic is a multiple of the answer, and all others are the same for all."""
+    return [
+        Run(task, seed, values(**{statistic: ratio * rank}), 64, (rank, rank))
+        for task, rank in zip(tasks, ranks, strict=True)
+        for seed in range(2)
+    ]
+
+
+@pytest.mark.parametrize("statistic", ["stable_rank", "energy_rank_95", TRUNCATION])
+def test_the_statistic_that_follows_the_answer_is_chosen_with_its_factor(statistic):
+    rule = choose_rule(runs_of(statistic))
+    assert rule == Rule(statistic, pytest.approx(1 / 4))
+    assert set(rule.errors(runs_of(statistic)).values()) == {0.0}
+    _, error = fit_rule(CONSTANT, runs_of(statistic))
+    assert error == pytest.approx(4 / 3)  # doublings: 2, 0 and 2
+
+
+def record_rows(answers):
+    """task -> (the sweep's rank, the stable rank of its runs); other statistics say nothing."""
+    rows = []
+    for task, (rank, stable) in answers.items():
+        excess = {1: 0.0 if rank == 1 else 0.5, 4: 0.0 if rank <= 4 else 0.5, 16: 0.0 if rank <= 16 else 0.5, 64: 0.0}
+        rows += [{"data": task, "margin": None, **row} for row in sweep(excess)]
+        for seed in range(3):
+            scores = {f"score_{name}": 5.0 for name in SPECTRAL} | {"score_stable_rank": stable}
+            scores["score_truncated"] = json.dumps({64: 1.0, 1: 1.0})
+            row = {"data": task, "stage": "high rank", "rank": 64, "margin": 0.01, "seed": seed, "outcome": "done"}
+            rows.append(row | scores)
+    return rows
+
+
+PLANTED = {"planted 1": (1, 2.0), "planted 4": (4, 8.0), "planted 16": (16, 32.0)}
+
+
+def test_a_rule_that_holds_on_other_tasks_works():
+    advice = assess(record_rows(PLANTED | {"digits 1": (1, 2.0), "digits 2": (64, 120.0), "docs": (16, 30.0)}))
+    assert advice.rule == Rule("stable_rank", pytest.approx(0.5))
+    assert advice.judged.set_index("task")["error"].to_dict() == {"digits 1": 0.0, "digits 2": 0.0, "docs": 0.0}
+    assert advice.judged["constant_error"].tolist() == [3.0, -3.0, -1.0]
+    assert advice.works is True
+
+
+def test_a_rule_that_fails_on_other_tasks_does_not_work():
+    advice = assess(record_rows(PLANTED | {"digits 1": (64, 2.0), "digits 2": (1, 120.0), "docs": (16, 30.0)}))
+    assert advice.rule.statistic == "stable_rank"
+    assert advice.judged["error"].tolist() == [-6.0, 6.0, 0.0]
+    assert advice.works is False
+
+
+def test_what_a_constant_predicts_as_well_does_not_work():
+    others = {"digits 1": (4, 16.0), "digits 2": (16, 64.0), "docs": (4, 16.0)}  # off by a doubling each, as the guess
+    assert assess(record_rows(PLANTED | others)).works is False
+
+
+def test_tasks_that_do_not_distinguish_the_rule_from_the_constant_leave_it_open(monkeypatch):
+    monkeypatch.setattr(rank_advice, "GUESS", 4)
+    others = dict.fromkeys(("digits 1", "digits 2", "docs"), (4, 8.0))
+    assert assess(record_rows(PLANTED | others)).works is None
+    assert assess(record_rows(PLANTED | others | {"style": (1, 2.0)})).works is True
+
+
+def test_two_judged_tasks_are_too_few():
+    assert assess(record_rows(PLANTED | {"digits 1": (1, 2.0), "docs": (16, 30.0)})).works is None
+
+
+def test_tasks_whose_largest_rank_has_no_result_or_an_edge_do_not_count():
+    rows = record_rows(PLANTED)
+    at_edge = [{"data": "docs", "margin": None, **row} for row in sweep({1: 0.5, 4: 0.0, 64: 0}, edge="largest")]
+    high = [row | {"data": "docs"} for row in rows if row["data"] == "planted 1" and row["stage"] == "high rank"]
+    advice = assess(rows + at_edge + high)
+    assert advice.undecided == ("docs",)
+    assert set(advice.table["task"]) == set(PLANTED)
+    inside = [{"data": "docs", "margin": None, **row} for row in sweep({1: 0.5, 4: 0.0, 64: 0})]
+    assert assess(rows + inside + high).undecided == ()
+    assert assess(rows + inside).undecided == ("docs",)  # no run at the highest rank has a result
+    with pytest.raises(ValueError, match="no planted task"):
+        assess(at_edge + high)
+
+
+def test_values_are_read_from_scores():
+    scores = {name: 2.0 for name in SPECTRAL} | {"truncated": '{"64": 1.0, "8": 1.02, "1": 1.5}'}
+    assert values_of(scores, 0.05) == dict.fromkeys(SPECTRAL, 2.0) | {TRUNCATION: 8.0, CONSTANT: 1.0}
+    assert values_of(scores, 0.01)[TRUNCATION] == 64.0
+    assert math.isclose(Rule(TRUNCATION, 1.0).predict(values_of(scores, 0.05), 64), 8)
+    assert rank_advice.is_planted("planted 4")
+    assert not rank_advice.is_planted("digits 100")
