@@ -226,13 +226,13 @@ def first_update(claim: Claim) -> Result:
 
 @decides("many-terms-mean-structure")
 def noise_needs_many_terms(claim: Claim) -> Result:
-    """Terms for 90 % of the energy of Gaussian noise and of a matrix with structure, both 576 x 576."""
-    noise = rank.by_chance(lambda g: rank.energy_rank(rank.singular_values(rank.gaussian((576, 576), generator=g))))
-    decaying = rank.singular_values(random_matrix(576, 576) @ torch.diag(0.9 ** torch.arange(576.0).double()))
+    """Terms for 90 % of the energy of Gaussian noise and of a matrix with structure, both 192 x 192."""
+    noise = rank.by_chance(lambda g: rank.energy_rank(rank.singular_values(rank.gaussian((192, 192), generator=g))))
+    decaying = rank.singular_values(random_matrix(192, 192) @ torch.diag(0.9 ** torch.arange(192.0).double()))
     low, structured = int(noise.low), int(rank.energy_rank(decaying))
     return yes_or_no(
         structured > int(noise.high),
-        f"576 x 576: noise needs {low} to {int(noise.high)} of 576 terms; decaying columns {structured}",
+        f"192 x 192: noise needs {low} to {int(noise.high)} of 192 terms; decaying columns {structured}",
     )
 
 
