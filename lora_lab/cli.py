@@ -170,8 +170,8 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument(
         "--task",
         required=True,
-        help="docs, sentiment, style, style-plain, summarise, translate-fr (-de, -es), tweets; "
-        "or a .jsonl, .csv, .tsv, .parquet or .txt",
+        help="docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es), "
+        "tweets; or a .jsonl, .csv, .tsv, .parquet or .txt",
     )
     tune.add_argument("--method", default="lora", help="lora, rslora, lora+, lora-fa, pissa, dora, full")
     tune.add_argument("--rank", type=int, default=8, help="rank of the adapters")

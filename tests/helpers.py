@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from lora_lab import cli
-from lora_lab.tasks import Examples, Pair, Task
+from lora_lab.tasks import Examples, Pair, Task, from_pairs
 
 ROOT = Path(__file__).parents[1]  # the repository
 COMMIT = 20 * "5a"  # has the form of a git commit
 PIXELS = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))  # five inputs in the shape of the digits
+WORDS = ("red", "tree", "house", "big", "sea", "old", "cat", "sun", "ship", "fox")
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
@@ -100,6 +101,24 @@ def small_task(loss=None, n_train=12, dtype=torch.float32):
         inputs = torch.randn(n, 64, generator=generator, dtype=dtype)
         parts[part] = Examples(inputs, torch.randint(0, 10, (n,), generator=generator))
     return Task("small", **parts, **({"loss": loss} if loss else {}))
+
+
+def sentiment(tokenizer):
+    """Three classes, of which one is the majority."""
+    pairs = [Pair(f"{i} apples?", ("good", "bad", "good", "so-so")[i % 4]) for i in range(40)]
+    return from_pairs(
+        tokenizer, pairs, name="sentiment", metric="classification", about="apples", licence="a licence of apples"
+    )
+
+
+def french(tokenizer):
+    """Two words each, of which the second stays as it is; what becomes of the first no dictionary can know."""
+    pairs = [
+        Pair(f"Translate into French: {first} {second}", ("le ", "la ")[(i * j) % 3 % 2] + second, first + second)
+        for i, first in enumerate(WORDS)
+        for j, second in enumerate(WORDS[:4])
+    ]
+    return from_pairs(tokenizer, pairs, name="translate-fr", metric="translation", about="names", licence="theirs")
 
 
 def sums(count=40):

@@ -17,6 +17,7 @@ In reading order:
     verdict        the smallest rank that is enough, or that more seeds are needed
     rank_advice    the same, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
+    prediction     what predicts a result of many runs: rank correlations with intervals over setups
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Losses by blocks of examples, so that an interval can count which examples happened to be drawn.
+"""Losses, and shares of right answers, by blocks of examples, so that an interval can count which ones were drawn.
 
     frame = ablate(model, task, trials, folder, judge=BlockLosses({"validation": 256, "test": 512}))
     block_losses_of(row, "test")    # of a row of the frame: 64 losses of 8 examples each
@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 from torch import nn
 
 from lora_lab.ablation.results import SCORE
 from lora_lab.task import Task
+from lora_lab.tasks.generate import answers
+from lora_lab.tasks.instruction import PairTask
 from lora_lab.train import batch_losses
 
 _DIGITS = 6  # after the decimal point
@@ -33,17 +36,29 @@ class BlockLosses:
         examples: of each part, how many, from its first; examples are in random order.
         block: examples in a block, which are evaluated together. The last block may have fewer, and still counts as
             much as the others.
+        answered: the prompts of the test part are answered too (:func:`lora_lab.tasks.generate.answers`): the score
+            "accuracy" is the share of answers in each block that equal the reference. For a PairTask only.
     """
 
     examples: Mapping[str, int]
     block: int = 8
+    answered: bool = False
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
-        losses = {
+        scores = {
             part: [round(loss.item(), _DIGITS) for loss, _ in batch_losses(model, task, part, self.block, limit)]
             for part, limit in self.examples.items()
         }
-        return {part: json.dumps(of_part) for part, of_part in losses.items()}
+        if self.answered:
+            scores["accuracy"] = self._accuracies(model, cast(PairTask, task))
+        return {name: json.dumps(by_block) for name, by_block in scores.items()}
+
+    def _accuracies(self, model: nn.Module, task: PairTask) -> list[float]:
+        limit = self.examples.get("test")
+        predictions = answers(model, task, limit=limit)
+        right = [a == pair.answer for a, pair in zip(predictions, task.pairs["test"][:limit], strict=True)]
+        starts = range(0, len(right), self.block)
+        return [round(fmean(right[start : start + self.block]), _DIGITS) for start in starts]
 
 
 def block_losses_of(row: Mapping[Any, Any], part: str) -> list[float]:
@@ -51,7 +66,7 @@ def block_losses_of(row: Mapping[Any, Any], part: str) -> list[float]:
 
     Args:
         row: has the score, or ``<part>_loss``.
-        part: such as "validation".
+        part: such as "validation"; or "accuracy", for the shares of right answers.
     """
     text = row.get(SCORE + part)
     return json.loads(text) if isinstance(text, str) else [float(row[f"{part}_loss"])]

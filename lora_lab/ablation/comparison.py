@@ -37,13 +37,15 @@ class Study:
 
     Args:
         setups: how each trains, by name; its own rate and seed do not count.
-        lrs: the rates with which each setup begins, at least two.
+        lrs: the rates with which each setup begins. One with a single rate is judged at it, as others chose it.
         choosing: the seeds that choose each setup's rate.
         judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
         chosen_on: how many validation examples choose, from the first.
         judged_on: of each part, how many examples judge.
         block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.blocks`).
         widen: how many rates may be added to a grid.
+        answered: whether the answers to the prompts of the test part judge, too (as for
+            :class:`lora_lab.ablation.blocks.BlockLosses`).
 
     Raises:
         ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
@@ -57,6 +59,7 @@ class Study:
     judged_on: Mapping[str, int]
     block: int = 4
     widen: int = 4
+    answered: bool = False
 
     def __post_init__(self) -> None:
         if unequal := self.setups.keys() ^ self.lrs.keys():
@@ -70,7 +73,8 @@ class Study:
 
         Of the latter the rate is not known before.
         """
-        chosen = [(setup, lr, seed) for setup, lrs in self.lrs.items() for lr in lrs for seed in self.choosing]
+        grids = {setup: lrs for setup, lrs in self.lrs.items() if len(lrs) > 1}
+        chosen = [(setup, lr, seed) for setup, lrs in grids.items() for lr in lrs for seed in self.choosing]
         judged = [(setup, lrs[0], seed) for setup, lrs in self.lrs.items() for seed in self.judging]
         return [replace(self.setups[setup], lr=lr, seed=seed) for setup, lr, seed in (*chosen, *judged)]
 
@@ -94,31 +98,35 @@ def compare_tuned(
         Tables as ablate returns them, with the columns ``setup``, ``stage`` ("choosing", then "judging") and ``edge``
         ("smallest" or "largest" where the chosen rate is that of all tried, else "").
     """
-    judge = BlockLosses({"validation": study.chosen_on}, study.block)
-    tuned = tune(
-        model_factory,
-        task,
-        study.setups,
-        study.lrs,
-        study.choosing,
-        Path(folder) / f"choosing-{study.chosen_on}-{study.block}",
-        widen=study.widen,
-        judge=judge,
-        **options,
-    )
-    choices = {setup: choose_rate(last_rows(rows), study.choosing) for setup, rows in tuned.groupby("setup")}
-    edges = {setup: choice.edge for setup, choice in choices.items()}
-    yield tuned.assign(stage="choosing", edge=tuned["setup"].map(edges))
+    lrs: dict[str, float | None] = {setup: lrs[0] for setup, lrs in study.lrs.items() if len(lrs) == 1}
+    edges = dict.fromkeys(lrs, "")
+    if tunable := {setup: template for setup, template in study.setups.items() if setup not in lrs}:
+        judge = BlockLosses({"validation": study.chosen_on}, study.block)
+        tuned = tune(
+            model_factory,
+            task,
+            tunable,
+            study.lrs,
+            study.choosing,
+            Path(folder) / f"choosing-{study.chosen_on}-{study.block}",
+            widen=study.widen,
+            judge=judge,
+            **options,
+        )
+        choices = {str(setup): choose_rate(last_rows(rows), study.choosing) for setup, rows in tuned.groupby("setup")}
+        lrs |= {setup: choice.lr for setup, choice in choices.items()}
+        edges |= {setup: choice.edge for setup, choice in choices.items()}
+        yield tuned.assign(stage="choosing", edge=tuned["setup"].map(edges))
     trials = {
-        setup: [replace(template, lr=choices[setup].lr, seed=seed) for seed in study.judging]
+        setup: [replace(template, lr=lrs[setup], seed=seed) for seed in study.judging]
         for setup, template in study.setups.items()
-        if choices[setup].lr is not None
+        if lrs[setup] is not None
     }
     if any(trials.values()):
-        judge = BlockLosses(study.judged_on, study.block)
+        judge = BlockLosses(study.judged_on, study.block, study.answered)
         every = [trial for of_setup in trials.values() for trial in of_setup]
         parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
-        place = Path(folder) / f"judging-{parts}-{study.block}"
+        place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
         table = ablate(model_factory, task, every, place, judge=judge, **options)
         judged = labelled(table, trials)
         yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
@@ -141,7 +149,7 @@ def differences(
     Args:
         frame: what :func:`compare_tuned` yields, together.
         reference: the setup that the others are compared with.
-        part: of the task.
+        part: of the task; or "accuracy", where answers judged: then "lower" is worse.
         margin: the difference that does not matter, in the task's unit of loss.
         resamples, seed: of the bootstrap over seeds and blocks of examples.
 

@@ -62,6 +62,17 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.{_SIGNIFICANT}g}")
 
 
+def rate_beyond(lrs: Sequence[float], edge: str) -> float:
+    """The rate with which a grid of at least two goes on at its edge, by the ratio there.
+
+    Args:
+        lrs: the rates tried.
+        edge: "smallest" or "largest".
+    """
+    grid = sorted(lrs)
+    return _rounded(grid[0] ** 2 / grid[1] if edge == "smallest" else grid[-1] ** 2 / grid[-2])
+
+
 @dataclass(frozen=True)
 class Choice:
     """The rate of the lowest mean validation loss among those that have a result for every seed.
@@ -205,10 +216,8 @@ def _next_rate(choice: Choice, grid: Sequence[float]) -> float | None:
         return None
     if choice.diverged is not None:
         rate = _rounded(math.sqrt(choice.lr * choice.diverged))
-    elif choice.edge == "smallest":
-        rate = _rounded(grid[0] ** 2 / grid[1])
-    elif choice.edge == "largest":
-        rate = _rounded(grid[-1] ** 2 / grid[-2])
+    elif choice.edge in ("smallest", "largest"):
+        rate = rate_beyond(grid, choice.edge)
     else:
         return None
     return None if rate in grid else rate

@@ -21,6 +21,7 @@ so it is a little too good; this holds for all methods alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.learning_rate import rate_beyond
 from lora_lab.ablation.results import SCORE, STOPPED
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
@@ -51,11 +53,13 @@ def by_size(
     seeds: Sequence[int],
     folder: str | Path | None = None,
     choose: int = 1,
+    widen: int = 0,
     **options: Any,
 ) -> Iterator[pandas.DataFrame]:
     """For each size of the training set choose each setup's learning rate on the first seeds, and run the rest at it.
 
-    A method of which no rate ends well on a choosing seed is not run on the others.
+    A method of which no rate ends well on a choosing seed is not run on the others. With ``halving`` among the options,
+    rates that were stopped on one choosing seed are not tried on the next.
 
     Args:
         model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
@@ -63,38 +67,68 @@ def by_size(
         trial_of: (method, lr, seed, size) -> the trial.
         lrs: the rates that each method tries.
         choose: how many of the seeds choose. One is cheap, but unreliable where rates nearly tie.
+        widen: how many rates may be added to a grid while its best rate is at the edge.
 
     Yields:
-        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order, as soon as it is done.
-        Its setups are in the order of ``lrs``.
+        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order: those of the seeds
+        that choose as soon as they have chosen, the others as soon as they are done. Its setups are in the order of
+        ``lrs``.
 
     Raises:
         ValueError: ``choose`` is out of range, or two methods make the same trial.
     """
-    import pandas
 
     if not 1 <= choose <= len(seeds):
         raise ValueError(f"choose is {choose}, but it must be from 1 to the number of seeds, {len(seeds)}.")
+
+    def run(size: int, seed: int, lrs: Mapping[str, Sequence[float]]) -> pandas.DataFrame:
+        trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
+        frame = ablate(model_factory, task_of(size, seed), [*chain(*trials.values())], folder, **options)
+        identity = {"task": frame["task"].iloc[0], "model": frame["model"].iloc[0]}
+        setup_of = {trial.bound(**identity).key: setup for setup, group in trials.items() for trial in group}
+        if len(setup_of) < sum(len(set(group)) for group in trials.values()):
+            raise ValueError("Two methods make the same trial, so their results are indistinguishable; name one.")
+        frame = frame.assign(setup=frame["key"].map(setup_of), n_train=size)
+        place = {setup: number for number, setup in enumerate(lrs)}
+        return frame.sort_values("setup", key=lambda setups: setups.map(place), kind="stable")
+
     for size in sizes:
-        chosen, frames = lrs, []
-        for number, seed in enumerate(seeds, start=1):
-            trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in chosen.items()}
-            frame = ablate(model_factory, task_of(size, seed), [*chain(*trials.values())], folder, **options)
-            identity = {"task": frame["task"].iloc[0], "model": frame["model"].iloc[0]}
-            setup_of = {trial.bound(**identity).key: setup for setup, group in trials.items() for trial in group}
-            if len(setup_of) < sum(len(set(group)) for group in trials.values()):
-                raise ValueError("Two methods make the same trial, so their results are indistinguishable; name one.")
-            frame = frame.assign(setup=frame["key"].map(setup_of), n_train=size)
-            place = {setup: number for number, setup in enumerate(lrs)}
-            frame = frame.sort_values("setup", key=lambda setups, place=place: setups.map(place), kind="stable")
-            yield frame
-            frames.append(frame)
-            if number == choose:
-                so_far = pandas.concat(frames, ignore_index=True)
-                if not (so_far["outcome"] == "done").any():
-                    break
-                best = at_best_rate(summarise_trials(so_far))
-                chosen = {setup: (lr,) for setup, lr in zip(best["setup"], best["lr"], strict=True)}
+        frames, chosen = _choose(partial(run, size), lrs, seeds[:choose], widen)
+        yield from frames
+        for seed in seeds[choose:] if chosen else ():
+            yield run(size, seed, chosen)
+
+
+def _choose(
+    run: Callable[[int, Mapping[str, Sequence[float]]], pandas.DataFrame],
+    lrs: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    widen: int,
+) -> tuple[list[pandas.DataFrame], dict[str, tuple[float]]]:
+    """The frames of the seeds that choose, and each setup's best rate; no rates if no trial ended well."""
+    import pandas
+
+    grids = {setup: tuple(rates) for setup, rates in lrs.items()}
+    most = {setup: len(set(rates)) + widen for setup, rates in grids.items()}
+    while True:
+        frames, left = [], grids
+        for seed in seeds:
+            frames.append(run(seed, left))
+            rows = frames[-1][frames[-1]["outcome"] == STOPPED]
+            stopped = set(zip(rows["setup"], rows["lr"], strict=True))
+            left = {setup: [lr for lr in rates if (setup, lr) not in stopped] for setup, rates in left.items()}
+        so_far = pandas.concat(frames, ignore_index=True)
+        if not (so_far["outcome"] == "done").any():
+            return frames, {}
+        best = at_best_rate(summarise_trials(so_far), so_far).drop_duplicates("setup").set_index("setup")
+        beyond = {
+            str(setup): edge
+            for setup, edge in best["edge"].items()
+            if edge in ("smallest", "largest") and len(set(grids[str(setup)])) < most[str(setup)]
+        }
+        if not beyond:
+            return frames, {str(setup): (lr,) for setup, lr in best["lr"].items()}
+        grids |= {setup: (*grids[setup], rate_beyond(grids[setup], edge)) for setup, edge in beyond.items()}
 
 
 def at_rates(
@@ -172,7 +206,7 @@ def at_best_rate(trials: pandas.DataFrame, frame: pandas.DataFrame | None = None
 
     Args:
         trials: what :func:`summarise_trials` returns.
-        frame: what it summarises, if trials of it were stopped: their rates count for ``edge`` too.
+        frame: what it summarises, if trials of it were stopped: their rates cannot be the best, but count for ``edge``.
 
     Raises:
         ValueError: there are no trials, or the rates of a method have no seed in common.
@@ -181,6 +215,9 @@ def at_best_rate(trials: pandas.DataFrame, frame: pandas.DataFrame | None = None
 
     parts = []
     stopped = trials[:0] if frame is None else frame[frame["outcome"] == STOPPED]
+    if len(stopped):  # on some seed; on others a rate may have gone on
+        of_rate = [*_shared(trials), "lr"]
+        trials = trials[~trials.set_index(of_rate).index.isin(stopped.set_index(of_rate).index)]
     for of_setup, means in _by_rate(trials):
         rate = means.idxmin()
         shared = of_setup[_shared(trials)].drop_duplicates()

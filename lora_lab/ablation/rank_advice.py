@@ -225,7 +225,7 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
     """
     import pandas
 
-    frame, runs, undecided = pandas.DataFrame(rows), [], []
+    frame, runs, undecided = pandas.DataFrame([dict(row) for row in rows]), [], []
     for task, of_task in frame.groupby("data", sort=False):
         high = of_task[of_task["stage"] == "high rank"]
         margin = float(high["margin"].max())

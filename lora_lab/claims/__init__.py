@@ -5,13 +5,14 @@
 
 In reading order:
 
-    facts     the claims as data, in claims.toml, checked when they are read
-    deciding  what a verdict is, and which function, record or lesson decides which claim
-    counted   verdicts by counting parameters, bytes and FLOPs
-    computed  verdicts by computing with small layers and random matrices
-    measured  verdicts from records, and from what others published
-    rates     verdicts from the record of best learning rates
-    ledger    each claim with its verdict: table, JSON, explanation
+    facts       the claims as data, in claims.toml, checked when they are read
+    deciding    what a verdict is, and which function, record or lesson decides which claim
+    counted     verdicts by counting parameters, bytes and FLOPs
+    computed    verdicts by computing with small layers and random matrices
+    measured    verdicts from records, and from what others published
+    forgetting  verdicts from the record of remedies
+    rates       verdicts from the record of best learning rates
+    ledger      each claim with its verdict: table, JSON, explanation
 """
 
 from lora_lab.claims.deciding import Result

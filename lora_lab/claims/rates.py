@@ -76,10 +76,10 @@ def ten_times(claim: Claim, record: Record) -> Result:
 
 @decides("best-rate-independent-of-rank", record="rates")
 def independent_of_rank(claim: Claim, record: Record) -> Result:
-    """How far apart the best rates of the ranks from 4 on are, as the source states it, under alpha = 32.
+    """The ratio of the best rates of the ranks from 4 on, as the source states it, under alpha = 32.
 
-    It stands if the largest of all samples' ratios is below the claimed factor, and falls if the two ranks that are
-    furthest apart differ by more: noise alone makes the ratio of the extremes larger than 1.
+    It stands if the largest of all samples' ratios is below the claimed factor, and falls if the highest and the lowest
+    of the ranks differ by more: noise alone makes the ratio of the extremes larger than 1.
     """
     answers = {}
     for data, frame in _of_data(record).items():
@@ -93,7 +93,7 @@ def independent_of_rank(claim: Claim, record: Record) -> Result:
         _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
         answer = True if upper < claim.stated else False if lower > claim.stated else None
         words = (
-            f"from rank 4 on at least {lower:.2f} and at most {upper:.2f} times apart (highest: rank {highest}, "
+            f"from rank 4 on a factor of at least {lower:.2f} and at most {upper:.2f} (highest: rank {highest}, "
             f"lowest: {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
         )
         answers[data] = answer, words
@@ -155,8 +155,8 @@ def law_of_width(claim: Claim, record: Record) -> Result:
     samples, each = _mean_of_ranks(_of_data(record)["docs"])
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
     answer = within(lower, upper, law / FACTOR, law * FACTOR)
-    found = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
-    words = f"{found}, the law's {law:.2g}; best rates tried: {each}"
+    mean = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
+    words = f"{mean}, the law's {law:.2g}; best rates tried: {each}"
     return _on_language_model({"docs": (answer, words)})
 
 

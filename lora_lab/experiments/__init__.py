@@ -13,11 +13,14 @@ targets      which layers should have adapters
 variants     do variants of LoRA learn more?
 quantised    what a base in fewer bits costs, and what its merges lose
 rank_advice  does one run at a high rank tell which rank is enough?
+taught       what courses print, as taught and then tuned
 ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
+remedies     what eases forgetting, and what predicts it
 downstream   can the model learn a downstream task?
 elicitation  how much of that can it do untrained, if asked well?
+translation  can the real model learn to translate?
 registry     all recorders, by name
 finetune     lora-lab finetune: a task, or your own data
 demo         lora-lab demo: LoRA beside full fine-tuning

@@ -1,34 +1,46 @@
 """``lora-lab record overfitting``: which method overfits the real model, from which step, and which forgets more?
 
-Full fine-tuning, LoRA of several ranks and the last blocks alone train on small sets for ten epochs. Each setup's
-learning rate is chosen on one seed, for each size of the training set, and then run with all seeds; the seed draws the
-training examples, their order and the adapter. Losses are measured after every epoch, and the rate is constant after
-the warm-up, so that the curves show early stopping (see :mod:`lora_lab.ablation.overfitting`).
+Full fine-tuning and LoRA train on small sets: at a constant rate, so that the curve up to any step is that of a run
+that stopped there, and under a cosine for fewer epochs. For each size of the training set and each schedule two seeds
+choose a setup's learning rate by the lowest validation loss of its curve, and three others are judged
+(:mod:`lora_lab.ablation.overfitting`). The seed draws the training examples, their order and the adapter.
 
-On two cores it takes hours, and prints how many before it starts; a run that was stopped continues. On a GPU there are
-more sizes, ranks, rates and seeds.
+The off-domain part is what the base itself wrote, so the rise of the loss on it is KL(base || tuned): forgetting
+(:mod:`lora_lab.tasks.base_text`).
+
+It prints how many hours it takes before it starts; a run that was stopped continues. A GPU is given more of everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.overfitting import by_size
+from lora_lab.ablation.halving import Halving
+from lora_lab.ablation.learning_rate import rates_around
+from lora_lab.ablation.overfitting import at_best_rate, by_size, summarise_trials
 from lora_lab.experiments.planning import planned_hours as hours_of
 from lora_lab.experiments.recorder import Recorder
+from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.records import json_safe
+from lora_lab.task import Task
+from lora_lab.tasks.base_text import on_base_text
+
+if TYPE_CHECKING:
+    import pandas
 
 FOLDER = Path("runs/record-overfitting")  # of finished trials, from which a run that was stopped continues
 LAST = 4  # of the 30 blocks, for "last blocks"
+COSINE = ", cosine"  # the end of a setup's name; without it the rate is constant
 SETUPS: dict[str, Method] = {
     "full": FullFineTuning(),
     "LoRA r=1": LoRA(1, 2),
@@ -36,8 +48,13 @@ SETUPS: dict[str, Method] = {
     "LoRA r=64": LoRA(64, 128),
     "last blocks": PartialFineTuning([f"model.layers.{i}" for i in range(30 - LAST, 30)]),
 }
+CENTRES = {"full": 1.25e-4, "LoRA r=1": 2e-3, "LoRA r=8": 1e-3, "LoRA r=64": 5e-4, "last blocks": 2.5e-4}
+# Rates compare by their lowest losses so far, and one is stopped if it is behind by more than seeds differ.
+HALVING = Halving(best_so_far=True, slack=0.01)
+REPLIES = 100  # windows of 32 tokens: as long are 32 replies with their prompts
+COUNTED = 3  # of five rates: as many as have the steps that halving leaves at a constant rate
 _COLUMNS = (
-    *("n_train", "setup", "lr", "seed", "steps", "outcome", "reason", "step"),
+    *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
 )
 
@@ -47,63 +64,91 @@ class Plan:
     """How much is trained.
 
     Args:
-        sizes: of the training set, in examples.
-        lrs: the learning rates to try for each setup.
-        seeds: how many seeds.
-        epochs, batch_size, seq_len: of a trial.
-        eval_examples: how many examples of each part the losses are of, from its first.
+        setups: names in :data:`SETUPS`.
+        epochs: at a constant rate, by size of the training set in examples.
+        cosine_epochs: under a cosine; sizes that are missing have no such trials.
+        choosing, judging: seeds.
+        seq_len: tokens an example.
+        chosen_on, judged_on: how many validation examples the losses of either stage are of, from the first.
+        batch_size: examples a step.
+        evaluated: steps between evaluations, at most; small sets are evaluated after every epoch.
+        widen: how many rates may be added to a grid.
     """
 
-    sizes: tuple[int, ...]
-    lrs: Mapping[str, tuple[float, ...]]
-    seeds: int
-    epochs: int
-    batch_size: int
-    seq_len: int
-    eval_examples: int
+    setups: Sequence[str]
+    epochs: Mapping[int, int]
+    cosine_epochs: Mapping[int, int]
+    choosing: Sequence[int] = (0, 1)
+    judging: Sequence[int] = (2, 3, 4)
+    seq_len: int = 32
+    chosen_on: int = 64
+    judged_on: int = 256
+    batch_size: int = 8
+    evaluated: int = 64
+    widen: int = 2
+
+    def lrs(self, size: int) -> dict[str, tuple[float, ...]]:
+        """The rates with which each setup begins, for one size."""
+        endings = ("", COSINE) if size in self.cosine_epochs else ("",)
+        return {setup + ending: rates_around(CENTRES[setup]) for ending in endings for setup in self.setups}
 
     def trial(self, setup: str, lr: float, seed: int, size: int) -> Trial:
-        """One trial: evaluated after every epoch, the first of which is the warm-up."""
-        epoch = size // self.batch_size
+        """One trial; a constant rate is warmed up for as many steps whatever the size."""
+        name = setup.removesuffix(COSINE)
+        cosine, epoch = name != setup, size // self.batch_size
         return Trial(
-            SETUPS[setup],
+            SETUPS[name],
             lr,
             seed,
-            steps=self.epochs * epoch,
+            steps=epoch * (self.cosine_epochs if cosine else self.epochs)[size],
             batch_size=self.batch_size,
-            schedule="constant",
-            warmup=epoch,
-            eval_every=epoch,
-            eval_examples=self.eval_examples,
+            schedule="cosine" if cosine else "constant",
+            warmup=None if cosine else min(8, epoch),
+            eval_every=min(epoch, self.evaluated),
+            eval_examples=self.judged_on if seed in self.judging else self.chosen_on,
+            lean=Lean(torch.bfloat16) if isinstance(SETUPS[name], LoRA) else None,
         )
+
+    def task(self, size: int, seed: int) -> Task:
+        """The task of a seed. Those that choose are evaluated on few replies of the base, which choose nothing."""
+        task = on_base_text(studies.docs_task(self.seq_len, size, seed))
+        return replace(task, off_domain=task.off_domain[slice(0, None, 2) if seed in self.judging else slice(4)])
+
+    @property
+    def planned(self) -> list[Trial]:
+        """The trials to reckon with, if no grid is widened; of the rates that judge it is not known which."""
+        trials = []
+        for size in self.epochs:
+            for setup, lrs in self.lrs(size).items():
+                counted = lrs if setup.endswith(COSINE) else lrs[:COUNTED]
+                trials += [self.trial(setup, lr, seed, size) for lr in counted for seed in self.choosing]
+                trials += [self.trial(setup, lrs[0], seed, size) for seed in self.judging]
+        return trials
 
 
 def plan(device: torch.device) -> Plan:
-    """What two cores can do in a few hours, or a GPU in one."""
+    """What two cores can do in eight hours, or a GPU in two."""
     if device.type == "cuda":
-        lrs = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "last blocks": (3e-5, 1e-4, 3e-4, 1e-3)}
-        lrs |= {f"LoRA r={rank}": (2e-4, 6e-4, 2e-3, 6e-3, 2e-2) for rank in (1, 8, 64)}
-        sizes = (16, 64, 256, 1024)
-        return Plan(sizes, lrs, seeds=5, epochs=10, batch_size=8, seq_len=64, eval_examples=128)
-    lrs = {"full": (3e-5, 1e-4, 3e-4), "LoRA r=1": (2e-3, 6e-3, 2e-2), "LoRA r=8": (6e-4, 2e-3, 6e-3)}
-    lrs["last blocks"] = (1e-4, 3e-4, 1e-3)
-    return Plan((16, 256), lrs, seeds=3, epochs=10, batch_size=8, seq_len=32, eval_examples=32)
+        epochs = {64: 20, 256: 10, 1024: 10}
+        return Plan([*SETUPS], epochs, dict.fromkeys(epochs, 3), judging=range(2, 7))
+    return Plan(("full", "LoRA r=1", "LoRA r=8"), {64: 8, 256: 6, 1024: 3}, {64: 3, 256: 3})
 
 
 def settings(device: torch.device) -> dict[str, Any]:
     """How the rows are made, as the record states it."""
-    planned = plan(device)
-    setups = {}
-    for setup, lrs in planned.lrs.items():
-        trial = planned.trial(setup, lrs[0], 0, planned.sizes[0])
-        setups[setup] = {"lrs": list(lrs), **trial.to_dict()["method"]}
-    shared = {name: value for name, value in asdict(planned).items() if name != "lrs"}
+    planned, setups = plan(device), {}
+    for setup in planned.setups:
+        lrs = rates_around(CENTRES[setup])
+        setups[setup] = {"lrs": list(lrs), **planned.trial(setup, lrs[0], 0, min(planned.epochs)).to_dict()["method"]}
     return {
         "study": "docs",
         "setups": setups,
-        **shared,
-        "sizes": list(planned.sizes),
-        "schedule": "constant, after a warm-up of one epoch",
+        "sizes": list(planned.epochs),
+        **{name: list(getattr(planned, name)) for name in ("choosing", "judging")},
+        **{name: getattr(planned, name) for name in ("batch_size", "seq_len", "chosen_on", "judged_on", "widen")},
+        "epochs": {str(size): count for size, count in planned.epochs.items()},
+        "cosine_epochs": {str(size): count for size, count in planned.cosine_epochs.items()},
+        "halving": asdict(HALVING) | {"rungs": list(HALVING.rungs)},
         "planned_hours": planned_hours(device),
     }
 
@@ -112,13 +157,7 @@ def settings(device: torch.device) -> dict[str, Any]:
 def planned_hours(device: torch.device) -> float:
     """How long it takes, by :mod:`lora_lab.experiments.planning`."""
     planned = plan(device)
-    trials = [
-        planned.trial(setup, lr, seed, size)
-        for size in planned.sizes
-        for setup, lrs in planned.lrs.items()
-        for lr, seed in [*((lr, 0) for lr in lrs), *((lrs[0], seed) for seed in range(1, planned.seeds))]
-    ]
-    return hours_of(trials, planned.seq_len, device)
+    return hours_of(planned.planned, planned.seq_len, device, off_domain=REPLIES)
 
 
 def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
@@ -129,30 +168,55 @@ def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str
         folder: of finished trials, from which a run that was stopped continues.
     """
     planned = plan(device)
-    count = sum(len(lrs) + planned.seeds - 1 for lrs in planned.lrs.values()) * len(planned.sizes)
-    print(f"Planned: {count} trials, about {planned_hours(device)} hours.", flush=True)
-    frames = by_size(
-        partial(studies.language_model, device),
-        lambda size, seed: partial(studies.docs_task, planned.seq_len, size, seed),
-        planned.trial,
-        planned.lrs,
-        planned.sizes,
-        range(planned.seeds),
-        folder,
-        n_jobs=studies.processes(device),
-    )
+    print(f"Planned: about {planned_hours(device)} hours, more where grids of rates are widened.", flush=True)
+    for size in planned.epochs:
+        frames = by_size(
+            partial(studies.language_model, device),
+            lambda size, seed: partial(planned.task, size, seed),
+            planned.trial,
+            planned.lrs(size),
+            [size],
+            [*planned.choosing, *planned.judging],
+            folder,
+            choose=len(planned.choosing),
+            widen=planned.widen,
+            halving=HALVING,
+            n_jobs=studies.processes(device),
+        )
+        choosing = [*islice(frames, len(planned.choosing))]
+        edges = _edges(choosing)
+        yield from _rows(choosing, "choosing", edges)
+        yield from _rows(frames, "judging", edges)
+
+
+def _edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
+    """Setup -> at which edge of its grid the rate is that was chosen, if any."""
+    import pandas
+
+    frame = pandas.concat(choosing, ignore_index=True)
+    if not (frame["outcome"] == "done").any():
+        return {}
+    best = at_best_rate(summarise_trials(frame), frame)
+    return dict(zip(best["setup"], best["edge"], strict=True))
+
+
+def _rows(frames: Iterable[pandas.DataFrame], stage: str, edges: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for frame in frames:
-        yield from map(json_safe, frame[list(_COLUMNS)].to_dict("records"))
+        table = frame.assign(stage=stage, edge=frame["setup"].map(edges))
+        if stage == "choosing":
+            table["off_domain_loss"] = None  # of too few replies to be looked at
+        yield from map(json_safe, table[[*_COLUMNS]].to_dict("records"))
 
 
 def line(row: dict[str, Any]) -> str | None:
     """A row as a line for people; None if it is not a trial's last."""
-    trial = f"{row['n_train']:>5} examples  {row['setup']:<12} lr {row['lr']:<8g} seed {row['seed']}: "
+    trial = f"{row['n_train']:>5} examples  {row['setup']:<16} lr {row['lr']:<8g} seed {row['seed']}: "
     if row["outcome"] == "failed":
         return trial + row["reason"]
     if row["step"] != row["steps"]:
         return None
-    return trial + "  ".join(f"{part} {row[f'{part}_loss']:.4f}" for part in ("train", "validation", "off_domain"))
+    losses = ("train", "validation", *(("off_domain",) if row["stage"] == "judging" else ()))
+    return trial + "  ".join(f"{part} {row[f'{part}_loss']:.4f}" for part in losses)
 
 
 RECORDER = Recorder(settings, rows, line)

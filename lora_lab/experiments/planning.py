@@ -8,26 +8,32 @@ from typing import cast
 
 import torch
 
+from lora_lab.ablation import studies
 from lora_lab.ablation.grid import Trial
 from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.setup import Setup
 from lora_lab.experiments.memory import random_model
 from lora_lab.lean import Lean
-from lora_lab.methods import FullFineTuning
+from lora_lab.methods import FullFineTuning, LoRA
 
 _FULL = "full, for evaluations"
 
 
-def planned_hours(trials: Iterable[Trial], seq_len: int, device: torch.device, judged: int = 0) -> float:
-    """Hours of training and evaluation on SmolLM2-135M by :mod:`lora_lab.costs.cost_model`, one trial after another.
+def planned_hours(
+    trials: Iterable[Trial], seq_len: int, device: torch.device, judged: int = 0, off_domain: int | None = None
+) -> float:
+    """Hours of training and evaluation on SmolLM2-135M by :mod:`lora_lab.costs.cost_model`.
 
-    A forward pass is taken as a third of a step of full fine-tuning.
+    As many trials run at a time as :func:`lora_lab.ablation.studies.processes` allows, on one thread each if there are
+    several; packs would take less. A forward pass is taken as half of a step with LoRA, which has no weight gradients,
+    and as a third of one of full fine-tuning.
 
     Args:
         trials: all of one batch size.
         seq_len: tokens an example.
         device: where they train.
         judged: how many more examples each trial is evaluated on at its end.
+        off_domain: how many examples of ``seq_len`` tokens that part is long; None is as many as are evaluated.
 
     Raises:
         ValueError: the trials have different batch sizes.
@@ -41,11 +47,19 @@ def planned_hours(trials: Iterable[Trial], seq_len: int, device: torch.device, j
     setups = {labels[trial]: Setup(trial.method, lean=cast(Lean | None, trial.lean)) for trial in trials} | {
         _FULL: Setup(FullFineTuning())
     }
-    steps = cost_model(device).predict(partial(random_model, "smollm2-135m"), setups, batch_size, seq_len)
-    forward_s = steps.total_s(_FULL) / 3 / batch_size  # of one example
+    at_a_time, threads = studies.processes(device), torch.get_num_threads()
+    torch.set_num_threads(1 if at_a_time > 1 else threads)
+    try:
+        steps = cost_model(device).predict(partial(random_model, "smollm2-135m"), setups, batch_size, seq_len)
+    finally:
+        torch.set_num_threads(threads)
     seconds = 0.0
     for trial in trials:
+        step_s = steps.total_s(labels[trial])
+        forward_s = step_s / 2 if isinstance(trial.method, LoRA) else steps.total_s(_FULL) / 3
         evaluations = 1 + sum(trial.evaluates(step) for step in range(1, trial.steps + 1))  # one before training
-        examples = (2 * evaluations + 1) * (trial.eval_examples or 0) + judged  # of two parts, and of the test part
-        seconds += trial.steps * steps.total_s(labels[trial]) + examples * forward_s
-    return round(seconds / 3600, 1)
+        limit = trial.eval_examples or 0
+        examples = evaluations * (limit + min(limit, limit if off_domain is None else off_domain))
+        examples += limit + judged  # of the test part, and of the judge
+        seconds += trial.steps * step_s + examples * forward_s / batch_size
+    return round(seconds / 3600 / at_a_time, 1)

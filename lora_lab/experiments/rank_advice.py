@@ -4,8 +4,8 @@ On each task a sweep over ranks, each at its own learning rate, says which rank 
 rate chosen for it, give the statistics from which :mod:`lora_lab.ablation.rank_advice` predicts it. The tasks are nets
 with a planted update of a known rank, on which the rule is chosen, and those on which it is judged: digits from few and
 from many pictures, Python's manual, translation and summaries. The trials on Python's manual are those of
-``lora-lab record rates``: copy them from ``runs/record-rates/docs/choosing-128-4`` into the folder here of the same name, and
-they are not run again.
+``lora-lab record rates``: copy them from ``runs/record-rates/docs/choosing-128-4`` into the folder here of the same
+name, and they are not run again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lora_lab.system.renamed import warn_renamed
@@ -11,8 +10,8 @@ if TYPE_CHECKING:
     from lora_lab.experiments.recorder import Recorder
 
 NAMES = (
-    *("memory", "speed", "rates", "quality", "ablation", "targets", "variants", "quantised", "rank_advice"),
-    *("spectra", "overfitting", "downstream", "elicitation"),
+    *("memory", "speed", "rates", "quality", "ablation", "targets", "variants", "taught", "quantised", "rank_advice"),
+    *("spectra", "overfitting", "remedies", "downstream", "elicitation", "translation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -27,6 +26,38 @@ def current_name(name: str) -> str:
 
 def recorder(name: str) -> Recorder:
     """The recorder of a name in :data:`NAMES`; no other one is imported."""
-    if name not in NAMES:
+    if name == "memory":
+        from lora_lab.experiments.memory import RECORDER
+    elif name == "speed":
+        from lora_lab.experiments.speed import RECORDER
+    elif name == "rates":
+        from lora_lab.experiments.rates import RECORDER
+    elif name == "quality":
+        from lora_lab.experiments.quality import RECORDER
+    elif name == "ablation":
+        from lora_lab.experiments.ablation import RECORDER
+    elif name == "targets":
+        from lora_lab.experiments.targets import RECORDER
+    elif name == "variants":
+        from lora_lab.experiments.variants import RECORDER
+    elif name == "taught":
+        from lora_lab.experiments.taught import RECORDER
+    elif name == "quantised":
+        from lora_lab.experiments.quantised import RECORDER
+    elif name == "rank_advice":
+        from lora_lab.experiments.rank_advice import RECORDER
+    elif name == "spectra":
+        from lora_lab.experiments.spectra import RECORDER
+    elif name == "overfitting":
+        from lora_lab.experiments.overfitting import RECORDER
+    elif name == "remedies":
+        from lora_lab.experiments.remedies import RECORDER
+    elif name == "downstream":
+        from lora_lab.experiments.downstream import RECORDER
+    elif name == "elicitation":
+        from lora_lab.experiments.elicitation import RECORDER
+    elif name == "translation":
+        from lora_lab.experiments.translation import RECORDER
+    else:
         raise ValueError(f"There is no record {name!r}; there are {', '.join(NAMES)}.")
-    return import_module(f"lora_lab.experiments.{name}").RECORDER
+    return RECORDER

@@ -126,7 +126,8 @@ def _rows(data: str, planned: Planned, device: torch.device, folder: Path) -> It
     """The last row of each trial."""
     model, task = planned.model_and_task(data, device)
     for frame in compare_tuned(model, task, planned.study, folder, n_jobs=processes(data, device)):
-        table = last_rows(frame).assign(data=data).reindex(columns=[*_COLUMNS])
+        accuracy = [f"{SCORE}accuracy"] * planned.study.answered
+        table = last_rows(frame).assign(data=data).reindex(columns=[*_COLUMNS, *accuracy])
         for row in table.to_dict("records"):
             means = {
                 f"{part}_loss": fmean(block_losses_of(row, part))
@@ -142,7 +143,7 @@ def _described(planned: Planned) -> dict[str, Any]:
         "setups": {setup: trial.to_dict() for setup, trial in study.setups.items()},
         "lrs": {setup: list(lrs) for setup, lrs in study.lrs.items()},
         **{name: list(getattr(study, name)) for name in ("choosing", "judging")},
-        **{name: getattr(study, name) for name in ("chosen_on", "block", "widen")},
+        **{name: getattr(study, name) for name in ("chosen_on", "block", "widen", "answered")},
         "judged_on": dict(study.judged_on),
         "seq_len": planned.seq_len,
     }

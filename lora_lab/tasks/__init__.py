@@ -18,6 +18,7 @@ modules in reading order:
     rows         share_rows: several examples in one row
     tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
+    sentences    sentences to translate, from a grammar, with combinations and words that training lacks
     named        a task by its name, or from a file: what the commands take
     generate     what a model answers
     metrics      scores of answers, and baselines that need no model
@@ -38,6 +39,7 @@ from lora_lab.tasks.named import TASKS, task_of
 from lora_lab.tasks.planted import planted
 from lora_lab.tasks.python_docs import docs
 from lora_lab.tasks.rows import RowTask, share_rows
+from lora_lab.tasks.sentences import sentences
 from lora_lab.tasks.tables import from_arrays, from_table
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "from_text",
     "mean_squared_error",
     "planted",
+    "sentences",
     "sentiment",
     "share_rows",
     "style",

@@ -17,17 +17,17 @@ at temperature 1. What is shipped was written by SmolLM2-135M-Instruct, and is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.models.llama import Llama
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.progress import progress_bar
-from lora_lab.task import IGNORE, Task
+from lora_lab.task import IGNORE, Examples, Task
 from lora_lab.tasks.instruction import ChatTokenizer, Padded, stop_token
 
 SHIPPED = Path(__file__).parent / "data" / "smollm2_replies.json"
@@ -100,26 +100,67 @@ def write_replies(
     write_json(path, {"temperature": 1.0, "replies": replies}, indent=None)
 
 
-def on_base_text(task: Task, path: str | Path = SHIPPED) -> Task:
+def on_base_text(task: Task, path: str | Path = SHIPPED, prompts: slice = slice(None)) -> Task:
     """The task with the base's own replies as its off-domain part.
 
     Args:
         task: of a language model with the tokenizer of the base.
         path: of the file; default: the shipped one, of SmolLM2-135M-Instruct.
+        prompts: as for :func:`base_replies`.
     """
-    return replace(task, off_domain=_examples(read_json(path)["replies"]))
+    return replace(task, off_domain=base_replies(path, prompts))
 
 
-def _examples(replies: Sequence[dict[str, list[int]]]) -> Padded:
-    """Targets are the tokens of the replies; those of the prompts do not count."""
+def base_replies(path: str | Path = SHIPPED, prompts: slice = slice(None)) -> Padded:
+    """The base's own replies as examples. Targets are the tokens of the replies; those of the prompts do not count.
+
+    Args:
+        path: as for :func:`on_base_text`.
+        prompts: which of the file's prompts, in their order. Replies that are trained on and replies that judge must be
+            to different ones.
+    """
+    replies = read_json(path)["replies"]
+    chosen = list(dict.fromkeys(tuple(reply["prompt"]) for reply in replies))[prompts]
     inputs, targets = [], []
     for reply in replies:
-        ids = torch.tensor([*reply["prompt"], *reply["reply"]])  # (length + 1,)
-        counted = ids[1:].clone()  # (length,)
-        counted[: len(reply["prompt"]) - 1] = IGNORE
-        inputs.append(ids[:-1])
-        targets.append(counted)
+        if tuple(reply["prompt"]) in chosen:
+            ids = torch.tensor([*reply["prompt"], *reply["reply"]])  # (length + 1,)
+            counted = ids[1:].clone()  # (length,)
+            counted[: len(reply["prompt"]) - 1] = IGNORE
+            inputs.append(ids[:-1])
+            targets.append(counted)
     return Padded(
         pad_sequence(inputs, batch_first=True),  # (64, length)
         pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (64, length)
     )
+
+
+def with_replay(task: Task, samples: Examples, share: float) -> Task:
+    """The task with a share of its training examples drawn from elsewhere, to be rehearsed while it is learned.
+
+    Args:
+        task: of a language model.
+        samples: to rehearse, such as :func:`base_replies`. They are repeated until they make up the share.
+        share: of the training examples, from 0 to below 1; batches have it on average.
+
+    Raises:
+        ValueError: the share is out of range.
+
+    Reference: Robins 1995, "Catastrophic Forgetting, Rehearsal and Pseudorehearsal", Connection Science 7; of samples
+    that the model itself generates it speaks as pseudorehearsal.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share is {share}, but it must be from 0 to below 1.")
+    count = round(len(task.train) * share / (1 - share))
+    samples = samples[torch.arange(count) % len(samples)]  # (count, length)
+    width = max(task.train.inputs.shape[1], samples.inputs.shape[1])
+    both = [
+        (
+            F.pad(part.inputs, (0, width - part.inputs.shape[1])),
+            F.pad(part.targets, (0, width - part.targets.shape[1]), value=IGNORE),
+        )
+        for part in (task.train, samples)
+        if len(part)
+    ]
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*both, strict=True))  # 2 x (n + count, width)
+    return replace(task, train=Padded(inputs, targets))

@@ -11,12 +11,14 @@ from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.instruction import ChatTokenizer, from_jsonl, from_text
 from lora_lab.tasks.python_docs import docs
+from lora_lab.tasks.sentences import PROMPTS, sentences
 from lora_lab.tasks.tables import TABLES, from_table
 
 TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
     "docs": docs,
     "summarise": summarise,
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
+    **{f"sentences-{target}": partial(sentences, target=target) for target in PROMPTS},
     "sentiment": sentiment,
     "tweets": tweets,
     "style": style,

@@ -10,7 +10,9 @@ from lora_lab import evaluate
 from lora_lab.ablation import Grid, ablate
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.tasks import digits
+from lora_lab.models.llama import Llama
+from lora_lab.tasks import Pair, digits, from_pairs
+from lora_lab.tasks.generate import answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +28,18 @@ def test_each_number_is_the_mean_loss_of_its_block():
         assert loss == pytest.approx(F.cross_entropy(model(part.inputs), part.targets).item(), abs=1e-6)
     assert losses[0] != losses[1]
     assert json.loads(scores["test"]) == [pytest.approx(evaluate(model, task, "test", 8, 8), abs=1e-6)]
+
+
+def test_answers_are_counted_in_the_same_blocks(tiny_config, chatter):
+    pairs = [Pair(f"{i} apples?", ("good", "bad")[i % 2]) for i in range(60)]
+    task = from_pairs(chatter, pairs, metric="classification")
+    scores = BlockLosses({"test": 5}, 2, answered=True)(Llama(tiny_config, seed=3), task)
+    references = [pair.answer for pair in task.pairs["test"][:5]]
+    guess = answers(Llama(tiny_config, seed=3), task)[0]
+    right = [reference == guess for reference in references]  # an untrained model gives every prompt the same answer
+    assert json.loads(scores["accuracy"]) == [sum(right[:2]) / 2, sum(right[2:4]) / 2, float(right[4])]
+    assert len(json.loads(scores["test"])) == 3
+    assert "accuracy" not in BlockLosses({"test": 5}, 2)(Llama(tiny_config, seed=3), task)
 
 
 def test_a_model_is_left_in_the_mode_in_which_it_was():

@@ -183,6 +183,18 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     assert set(only["stage"]) == {"choosing"}
 
 
+def test_a_setup_with_a_single_rate_is_judged_at_it_and_supports_a_verdict(tmp_path):
+    fixed = study(lrs={"full": (1e-3, 3e-3), "r=2": (1e-2,)})
+    assert sum(trial.seed in (0, 1) for trial in fixed.trials) == 2 * 2
+    chosen, judged = compare_tuned(DigitsMLP(), digits(), fixed, tmp_path / "one", progress=False)
+    assert set(chosen["setup"]) == {"full"}
+    rows = judged[judged["setup"] == "r=2"]
+    assert (set(rows["lr"]), set(rows["edge"])) == ({1e-2}, {""})
+    untuned = study(lrs={"full": (1e-3,), "r=2": (1e-2,)})
+    (only,) = compare_tuned(DigitsMLP(), digits(), untuned, tmp_path / "both", progress=False)
+    assert set(differences(only, "full")["verdict"]) <= {"reference", "lower", "higher", "open"}
+
+
 def test_planned_trials_are_all_rates_of_the_first_grids_and_one_of_each_judging_seed():
     trials = study().trials
     assert len(trials) == 2 * 2 * 2 + 2 * 3

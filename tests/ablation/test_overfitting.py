@@ -12,6 +12,7 @@ import torch
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
 from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import (
     at_best_rate,
     at_equal_learning,
@@ -644,6 +645,39 @@ def test_several_seeds_may_choose_and_the_others_run_what_they_chose():
     both = pandas.concat(frames[:2])
     lowest = both.groupby(["setup", "lr", "seed"]).validation_loss.min().groupby(["setup", "lr"]).mean()
     assert dict(tried(frames[2])) == {setup: lowest[setup].idxmin() for setup in rates}
+
+
+def test_a_grid_is_widened_while_its_best_rate_is_at_the_edge():
+    rates = {"full": (1e-5, 2e-5), "LoRA": (1e-3, 3e-2, 1.0)}
+    frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2, widen=3))
+    of_full = sorted(frames[0][frames[0].setup == "full"].lr.unique())
+    assert of_full == pytest.approx([1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4])  # the best is above them all
+    assert tried(frames[0]) == tried(frames[1])
+    best = at_best_rate(summarise_trials(pandas.concat(frames[:2]))).drop_duplicates("setup").set_index("setup")
+    assert best.edge.to_dict() == {"full": "largest", "LoRA": ""}  # inside, so nothing was added
+    assert dict(tried(frames[2])) == best.lr.to_dict()
+    assert sorted(frames[0][frames[0].setup == "LoRA"].lr.unique()) == [1e-3, 3e-2, 1.0]
+    narrow = next(sweep(lrs=rates, sizes=(8,), seeds=(5,)))
+    assert tried(narrow) == sorted((setup, lr) for setup, lrs in rates.items() for lr in lrs)
+
+
+def test_a_rate_that_was_stopped_on_one_seed_is_not_tried_on_the_next_and_cannot_be_the_best():
+    rates = {"full": (1e-6, 1e-2), "LoRA": (1e-3, 3e-2)}
+    halving = Halving(rungs=[0.5], best_so_far=True, keep=0, cautious=False)
+    frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2, halving=halving))
+    stopped = [tried(frame[frame.outcome == "stopped"]) for frame in frames]
+    assert [len(each) for each in stopped] == [2, 0, 0]
+    assert tried(frames[1]) == tried(frames[2]) == sorted({*tried(frames[0])} - {*stopped[0]})
+
+
+def test_a_rate_that_went_on_with_one_seed_and_was_stopped_with_another_is_not_the_best():
+    trials = [curve("full", 0.1, 0, [2.0, 1.0]), curve("full", 0.2, 0, [2.0, 1.5]), curve("full", 0.2, 1, [2.0, 1.4])]
+    stopped = curve("full", 0.1, 1, [2.0, 1.9]).assign(outcome="stopped")
+    frame = together(*trials, stopped)
+    best = at_best_rate(summarise_trials(frame), frame)
+    assert best.lr.tolist() == [0.2, 0.2]
+    assert best.edge.tolist() == ["largest"] * 2  # the other one was tried too
+    assert at_best_rate(summarise_trials(together(*trials))).lr.tolist() == [0.1]  # by the seed that both have
 
 
 def test_no_more_seeds_can_choose_than_there_are():

@@ -207,8 +207,10 @@ def test_a_rule_that_fails_on_other_tasks_does_not_work():
     assert advice.works is False
 
 
-def test_what_a_constant_predicts_as_well_does_not_work():
-    others = {"digits 1": (4, 16.0), "digits 2": (16, 64.0), "docs": (4, 16.0)}  # off by a doubling each, as the guess
+def test_a_rule_that_is_worse_than_the_constant_does_not_work(monkeypatch):
+    others = {"digits 1": (4, 16.0), "digits 2": (16, 64.0), "docs": (4, 16.0)}  # the rule is off by a doubling each
+    assert assess(record_rows(PLANTED | others)).works is None  # as 8 is
+    monkeypatch.setattr(rank_advice, "GUESS", 4)
     assert assess(record_rows(PLANTED | others)).works is False
 
 

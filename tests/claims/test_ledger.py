@@ -51,7 +51,7 @@ def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(reques
     named = {claim.record for claim in read_claims().values()} | {each.record for each in DECIDERS.values()}
     assert (named | set(NAMES)) - {""} <= set(ledger.HOURS)
     page = (request.config.rootpath / "records/README.md").read_text(encoding="utf-8")
-    hours = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^,|]*?)(?:, planned)? \|$", page, re.MULTILINE))
+    hours = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^,|]*?)(?:, planned|, estimated)? \|$", page, re.MULTILINE))
     assert set(NAMES) <= set(hours)
     assert {name: ledger.HOURS[name] for name in NAMES} == {name: hours[name] for name in NAMES}
 

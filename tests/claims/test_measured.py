@@ -1,13 +1,16 @@
 """Verdicts from records: what the shipped ones give, and how they turn when the records change."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
 
 from lora_lab import claims, records
 from lora_lab.ablation import rank_advice
+from lora_lab.claims.measured import right_by
 from lora_lab.system.files import write_json
+from tests.helpers import COMMIT
 
 
 @pytest.fixture
@@ -285,6 +288,22 @@ def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, setup
     assert changed("lora-overfits-less", "overfitting", rising(setups)).verdict == verdict
 
 
+@pytest.mark.parametrize(("edge", "verdict"), [("", "stands"), ("largest", "open")])
+def test_seeds_that_chose_and_cosines_are_not_judged(changed, edge, verdict):
+    best = {"full": 0.0003, "LoRA r=1": 0.002, "LoRA r=8": 0.0006, "last blocks": 0.0003}
+
+    def staged(rows):
+        for row in rising("full")(rows):
+            judged = row["lr"] == best[row["setup"]]
+            row |= {"stage": "judging" if judged else "choosing", "schedule": "constant", "edge": edge}
+            yield row
+            if judged and row["setup"].startswith("LoRA"):  # they rise more under a cosine
+                cosine = {"setup": f"{row['setup']}, cosine", "schedule": "cosine"}
+                yield row | cosine | {"validation_loss": row["validation_loss"] + row["step"]}
+
+    assert changed("lora-overfits-less", "overfitting", lambda rows: list(staged(rows))).verdict == verdict
+
+
 def test_generalisation_at_equal_fit(changed):
     assert changed("better-at-equal-fit", "overfitting", unchanged).verdict == "open"
     inside = changed("better-at-equal-fit", "overfitting", wider)
@@ -319,6 +338,124 @@ def result_of(setup):
 def test_tasks(changed, claim_id, change, verdict):
     change_present = lambda rows: change([{k: v for k, v in row.items() if v is not None} for row in rows])  # noqa: E731
     assert changed(claim_id, "downstream", change_present).verdict == verdict
+
+
+# Courses
+
+
+RATES = {"as taught": (2e-5, 2e-5), "tuned": (1e-4, 8e-3)}
+
+
+def taught(accuracy=(-0.4, 0.0), loss=(0.3, 0.02), ratio=(0.55, 0.65), seeds=3, edge=""):
+    """A record in which LoRA differs from full fine-tuning by so much, as taught and with tuned rates."""
+    rows = []
+    for i, (rates, lrs) in enumerate(RATES.items()):
+        for seed in range(seeds):
+            for lora, (method, lr) in enumerate(zip(("full", "LoRA"), lrs, strict=True)):
+                row = {"stage": "judging", "setup": f"{method}, {rates}", "lr": lr, "seed": seed, "edge": edge}
+                row |= {"outcome": "done", "step": 9, "steps": 9}
+                shares = [0.7 + lora * accuracy[i] + 0.02 * (-1) ** (seed + block + lora) for block in range(8)]
+                losses = [2.5 + lora * loss[i] + 0.001 * (-1) ** (seed + block + lora) for block in range(8)]
+                rows.append(row | {"data": "sentiment", "score_accuracy": json.dumps(shares)})
+                rows.append(row | {"data": "docs", "score_test": json.dumps(losses)})
+    verdict = f"faster: {ratio[0]:.2f} to {ratio[1]:.2f} of full's time"
+    time = {"stage": "time", "model": "smollm2-135m", "tokens": 256}
+    rows += [time | {"setup": "full", "verdict": ""}, time | {"setup": "LoRA r=4", "verdict": verdict}]
+    return records.Record("taught", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "a command", {}, rows)
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "changes", "verdict"),
+    [
+        ("cmu-lora-much-worse", {}, "depends"),
+        ("cmu-lora-much-worse", {"accuracy": (-0.4, -0.3)}, "stands"),
+        ("cmu-lora-much-worse", {"accuracy": (-0.05, 0.05)}, "falls"),
+        ("cmu-lora-much-worse", {"accuracy": (-0.4, -0.136)}, "open"),
+        ("cmu-lora-much-worse", {"seeds": 2}, "open"),
+        ("cmu-lora-much-worse", {"edge": "largest"}, "open"),
+        ("smollm-lora-far-better", {}, "falls"),
+        ("smollm-lora-far-better", {"loss": (-0.3, -0.2)}, "stands"),
+        ("smollm-lora-far-better", {"loss": (-0.3, 0.0)}, "depends"),
+        ("smollm-lora-far-better", {"loss": (-0.3, -0.01)}, "open"),
+        ("smollm-minutes-not-hours", {}, "falls"),
+        ("smollm-minutes-not-hours", {"ratio": (0.2, 0.4)}, "stands"),
+        ("smollm-minutes-not-hours", {"ratio": (0.4, 0.6)}, "open"),
+    ],
+)
+def test_what_courses_print_is_decided_as_taught_and_with_tuned_rates(tmp_path, claim_id, changes, verdict):
+    records.write(taught(**changes), tmp_path)
+    result = claims.verdict(claim_id, tmp_path).result
+    assert result.verdict == verdict, result.measured
+    assert "lacks" not in result.measured
+    assert result.on == ("the learning rates" if verdict == "depends" else "")
+    assert claims.verdict(claim_id).result.verdict == "open" or records.load_all("taught")
+
+
+def test_the_words_on_a_course_have_both_numbers_and_both_rates(tmp_path):
+    records.write(taught(), tmp_path)
+    measured = claims.verdict("cmu-lora-much-worse", tmp_path).result.measured
+    assert "yes: as taught (rates 2e-05 and 2e-05, 3 seeds): accuracy 0.300 against 0.700, by -0.400" in measured
+    assert "no: tuned (rates 0.0001 and 0.008, 3 seeds)" in measured
+    assert "perplexity 12.43 against 12.18" in claims.verdict("smollm-lora-far-better", tmp_path).result.measured
+
+
+# Translation
+
+
+KINDS = ("new combination", "new word", "right by a baseline")
+
+
+def translation(shares, seeds=3, edge=""):
+    """A record in which so many of 40 examples of each kind are right, by data; every third one is of a kind."""
+    rows = []
+    for data, of_data in shares.items():
+        for position in range(120):
+            kind = KINDS[position % 3]
+            features = "plural, negation" if position % 2 else "plural"
+            example = {"stage": "example", "position": position, "kind": kind, "features": features}
+            rows.append({"data": data, **example})
+        right = [float(position // 3 < 40 * of_data[position % 3]) for position in range(120)]
+        for seed in range(seeds):
+            row = {"data": data, "stage": "judging", "setup": "LoRA r=8", "seed": seed, "edge": edge}
+            rows.append(row | {"outcome": "done", "lr": 1e-3, "score_accuracy": json.dumps(right)})
+    return records.Record("translation", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "a command", {}, rows)
+
+
+def sentences_of(fr, en):
+    return {"sentences-fr": fr, "sentences-en": en}
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "shares", "options", "verdict"),
+    [
+        ("135m-learns-to-translate", {"translate-fr": (0.1, 0.1, 1)}, {}, "falls"),
+        ("135m-learns-to-translate", {"translate-fr": (0.9, 0.9, 0)}, {}, "stands"),
+        ("135m-learns-to-translate", {"translate-fr": (0.5, 0.5, 1)}, {}, "open"),
+        ("135m-learns-to-translate", {"translate-fr": (0.9, 0.9, 0)}, {"seeds": 2}, "open"),
+        ("135m-learns-to-translate", {"translate-fr": (0.9, 0.9, 0)}, {"edge": "largest"}, "open"),
+        ("135m-learns-a-grammar", sentences_of((0.9, 0.1, 1), (0.9, 0.9, 1)), {}, "depends"),
+        ("135m-learns-a-grammar", sentences_of((0.2, 0.1, 1), (0.1, 0.1, 1)), {}, "falls"),
+        ("135m-learns-a-grammar", sentences_of((0.9, 0.9, 0), (0.9, 0.9, 0)), {}, "stands"),
+    ],
+)
+def test_translating_is_what_no_baseline_gets_right(tmp_path, claim_id, shares, options, verdict):
+    records.write(translation(shares, **options), tmp_path)
+    result = claims.verdict(claim_id, tmp_path).result
+    assert result.verdict == verdict, result.measured
+    assert "lacks" not in result.measured
+    assert "baseline:" not in result.measured
+    assert bool(result.on) == (verdict == "depends")
+
+
+def test_the_share_of_right_answers_is_counted_by_kind_and_by_feature():
+    record = translation({"sentences-fr": (0.75, 0.25, 1)})
+    by_kind = right_by(record, "sentences-fr", "LoRA r=8").set_index("kind")
+    assert by_kind["share"].to_dict() == pytest.approx(dict(zip(KINDS, (0.75, 0.25, 1), strict=True)))
+    assert (by_kind["examples"] == 40).all()
+    assert by_kind.loc["new word", "lower"] < 0.25 < by_kind.loc["new word", "upper"] < 0.5
+    by_feature = right_by(record, "sentences-fr", "LoRA r=8", "features").set_index("features")
+    assert by_feature["examples"].to_dict() == {"negation": 60, "plural": 120}
+    assert by_feature.loc["plural", "share"] == pytest.approx(2 / 3)
 
 
 # What training wrote

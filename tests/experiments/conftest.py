@@ -54,6 +54,18 @@ def sentences(vocabulary):
     return Task("sentences", part(24, 0), part(5, 1), part(6, 2), part(7, 3), unit="tokens")
 
 
+def counting_on(seq_len, n_train=None, seed=None):
+    """Tokens that count on from a drawn one: learned in a few steps; off-domain they count down."""
+
+    def part(n, draw, step):
+        start = torch.randint(0, 260, (n, 1), generator=torch.Generator().manual_seed(draw))
+        ids = (start + step * torch.arange(seq_len + 1)) % 260
+        return Examples(ids[:, :-1], ids[:, 1:])
+
+    task = Task("counting", part(24, 0, 1), part(9, 1, 1), part(7, 2, 1), part(8, 3, -1), unit="tokens")
+    return task if n_train is None else task.limited(n_train, seed)
+
+
 @pytest.fixture
 def small_study(monkeypatch, tiny_config, tmp_path):
     """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""

@@ -18,7 +18,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.tasks import TASKS, Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, trivial
-from tests.helpers import COMMIT, enlarge
+from tests.helpers import COMMIT, enlarge, french, sentiment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = downstream.plan  # the fixture puts another in its place
@@ -27,25 +27,6 @@ STEPS = {"sentiment": 5, "translate-fr": 3, "style": 4}
 PLAN = downstream.Plan(STEPS, RATES, 3, 4, 3)
 TRAINED = {"sentiment": {"full", "LoRA r=8", "scratch"}, "translate-fr": {"full", "LoRA r=8"}}
 TRAINED["style"] = TRAINED["translate-fr"]
-WORDS = ("red", "tree", "house", "big", "sea", "old", "cat", "sun", "ship", "fox")
-
-
-def sentiment(tokenizer):
-    """Three classes, of which one is the majority."""
-    pairs = [Pair(f"{i} apples?", ("good", "bad", "good", "so-so")[i % 4]) for i in range(40)]
-    return from_pairs(
-        tokenizer, pairs, name="sentiment", metric="classification", about="apples", licence="a licence of apples"
-    )
-
-
-def french(tokenizer):
-    """Two words each, of which the second stays as it is; what becomes of the first no dictionary can know."""
-    pairs = [
-        Pair(f"Translate into French: {first} {second}", ("le ", "la ")[(i * j) % 3 % 2] + second, first + second)
-        for i, first in enumerate(WORDS)
-        for j, second in enumerate(WORDS[:4])
-    ]
-    return from_pairs(tokenizer, pairs, name="translate-fr", metric="translation", about="names", licence="theirs")
 
 
 def stories(tokenizer, variant="log"):

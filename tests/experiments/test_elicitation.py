@@ -16,8 +16,7 @@ from lora_lab.experiments import downstream, elicitation
 from lora_lab.models.llama import Llama
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import score, trivial
-from tests.experiments.test_downstream import french, sentiment
-from tests.helpers import enlarge
+from tests.helpers import enlarge, french, sentiment
 
 CPU = torch.device("cpu")
 PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)

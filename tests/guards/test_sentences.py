@@ -134,7 +134,8 @@ def test_the_readme_on_the_record_of_speed(readme, speed):
     off = others.predicted_ratio / others.ratio - 1
     within, ratios, worst = said(
         readme,
-        r"In the record (\d+) of (\d+) ratios are within 15 %, the others, all of steps of 32 tokens, are off by up to (\d+) %",
+        r"In the record (\d+) of (\d+) ratios are within 15 %, the others, all of steps of 32 tokens, are off by up to "
+        r"(\d+) %",
     )
     assert (within, ratios, worst) == ((off.abs() <= 0.15).sum(), len(others), round(100 * off.abs().max()))
     outside = others[off.abs() > 0.15]
@@ -256,14 +257,6 @@ def overfitting():
     return records.load_all("overfitting")[f"{REAL}-overfitting"]
 
 
-def test_lesson_07_on_what_the_record_holds(lesson, overfitting):
-    text, plan = lesson("07_overfitting"), overfitting.settings
-    few, many, tokens = said(
-        text, r"SmolLM2-135M on (\d+) or (\d+) chunks of Python's manual, (\d+) tokens each, for ten"
-    )
-    assert [[few, many], tokens, plan["epochs"], plan["seeds"]] == [plan["sizes"], plan["seq_len"], 10, 3]
-
-
 @pytest.fixture(scope="module")
 def claims(request):
     """The claims of a lesson's stored outputs: id -> the verdict."""
@@ -295,17 +288,20 @@ def test_lesson_07_decides_on_overfitting_only_what_every_stopping_point_and_tra
         *learning.by_stopping_point(frame).verdict,
         *learning.by_training_loss(frame, [3, 2, 1.5, 1, 0.6]).verdict,
     }
-    decided = len(verdicts) == 1 and (chosen.edge == "").all()
-    verdict = {"less": "confirmed", "more": "refuted"}.get(verdicts.pop(), "undecided") if decided else "undecided"
-    assert claims("07_overfitting")["LoRA overfits less than full fine-tuning."] == verdict
+    if (chosen.edge != "").any():
+        verdict = "open"
+    elif {"less", "more"} <= verdicts:
+        verdict = "depends"
+    else:
+        verdict = {("less",): "stands", ("more",): "falls"}.get(tuple(verdicts), "open")
+    assert claims("07_overfitting")["lora-overfits-less"] == verdict
 
 
 def test_lesson_09_decides_nothing_where_the_best_rate_is_the_highest_tried(claims, downstream):
     lrs = downstream.settings["lrs"]
     best = {setup: own.lr.iloc[0] for setup, own in results(downstream, "translate-fr").items()}
     at_edge = any(best[setup] in (min(lrs[setup]), max(lrs[setup])) for setup in ("full", "LoRA r=8"))
-    verdict = claims("09_many_tasks")["Fine-tuning translates names better than a few rules do."]
-    assert verdict == "undecided" or not at_edge
+    assert claims("09_many_tasks")["135m-learns-to-translate"] == "open" or not at_edge
 
 
 def test_lesson_10_knows_the_effective_rates_of_B(request):

@@ -113,3 +113,49 @@ def test_the_shipped_replies_are_samples_of_the_model():
     assert 1 < entropy < 4
     assert loss.item() == pytest.approx(entropy.item(), abs=0.25)  # samples at temperature 1: equal in expectation
     assert F.nll_loss(logs, logs.argmax(-1)) < entropy - 0.5  # and no greedy text
+
+
+# Replies to train on
+
+
+def test_replies_to_some_prompts_are_those_of_these_prompts_alone(task, file):
+    replies = json.loads(file.read_text())["replies"]
+    first, others = base_text.base_replies(file, slice(5)), base_text.base_replies(file, slice(5, None))
+    assert len(first) == 5 * 4
+    assert len(others) == 15 * 4
+    assert first.targets[-1][first.targets[-1] != IGNORE].tolist() == replies[19]["reply"]
+    assert others.targets[0][others.targets[0] != IGNORE].tolist() == replies[20]["reply"]
+    assert len(on_base_text(task, file, slice(5)).off_domain) == 20
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_replayed_samples_make_up_a_share_of_the_training_examples(task, file, share):
+    samples = base_text.base_replies(file)
+    mixed = base_text.with_replay(task, samples, share).train
+    count = len(mixed) - len(task.train)
+    assert count / len(mixed) == pytest.approx(share, abs=0.01)
+    width = task.train.inputs.shape[1]
+    assert torch.equal(mixed.inputs[: len(task.train), :width], task.train.inputs)
+    assert (mixed.targets[: len(task.train), width:] == IGNORE).all()
+    for i in (0, 3, len(samples)):  # one after another, and again from the first
+        row, sample = mixed[len(task.train) + i :][:1], samples[i % len(samples) :][:1]
+        assert torch.equal(row.targets, sample.targets)
+        assert torch.equal(row.inputs, sample.inputs)
+
+
+def test_no_share_is_no_replay_and_all_is_refused(task, file):
+    samples = base_text.base_replies(file)
+    assert len(base_text.with_replay(task, samples, 0).train) == len(task.train)
+    with pytest.raises(ValueError, match="share is 1, but it must be from 0 to below 1"):
+        base_text.with_replay(task, samples, 1)
+
+
+def test_a_rehearsed_model_forgets_less(base, task, file):
+    few = task.limited(16)
+    plain = on_base_text(few, file, slice(10))
+    rehearsed = base_text.with_replay(plain, base_text.base_replies(file, slice(10, None)), 0.5)
+    rises = []
+    for each in (plain, rehearsed):
+        history = fit(copy.deepcopy(base), each, LoRA(4, 8), steps=60, lr=1e-2, batch_size=8, progress=False)
+        rises.append(history.rows[-1]["off_domain_loss"] - history.rows[0]["off_domain_loss"])
+    assert 0 < rises[1] < 0.9 * rises[0]

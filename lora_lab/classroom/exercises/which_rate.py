@@ -17,7 +17,7 @@ exercise = exercises_of("12_which_rate")
 
 
 def three_rates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Three ascending rates, unequally far apart, and their losses, the middle one lowest."""
+    """Three ascending rates, unequally spaced, and their losses, the middle one lowest."""
     near, far = rng.permutation([2.0, 3.0])
     rates = float(rng.choice([0.001, 0.004, 0.02])) * np.array([1 / near, 1, far])
     losses = rng.uniform(0.4, 0.6) + np.array([rng.uniform(0.02, 0.05), 0, rng.uniform(0.06, 0.1)])
@@ -181,7 +181,7 @@ def next_rate(losses):
 
 
 def ranks_and_rates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks, unequally far apart, and best rates that fall about as a power of them."""
+    """Ranks, unequally spaced, and best rates that fall about as a power of them."""
     ranks = np.sort(rng.choice([1, 2, 4, 8, 16, 32, 64, 128], 5, replace=False)).astype(float)
     power = -float(rng.uniform(0.3, 0.8))
     return ranks, 0.008 * ranks**power * np.exp(rng.normal(0, 0.15, 5))
