@@ -725,7 +725,7 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
     entry = claims.verdict(options.id, options.records, options.lessons)
     print(entry.explained())
     if options.action == "run":
-        print(f"\n{entry.how_to_run()}")
+        print(f"\n{entry.how_to_run(NAMES)}")
     return [entry.to_dict()]
 
 

@@ -170,25 +170,33 @@ def _together(results: list[Result]) -> Result:
     return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
 
 
-def over_cases(cases: Iterable[tuple[bool | None, str]], on: str) -> Result:
+def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool = False) -> Result:
     """The verdict on a claim that is stated without conditions, from the cases that were tried.
 
     Args:
         cases: whether the claim holds in a case (None: the measurement cannot tell) and the case in words.
         on: what the cases differ in.
+        always: the sentence says "never", "at most" or the like, so that one case in which it fails refutes it.
 
     Returns:
         It stands if it holds in every case, falls if it fails in some and holds in none, depends if it
-        holds in some and fails in others, and is open otherwise.
+        holds in some and fails in others (and falls if ``always``), and is open otherwise.
     """
     cases = list(cases)
     holds, fails = ([text for answer, text in cases if answer is which] for which in (True, False))
     unclear = [text for answer, text in cases if answer is None]
     groups = {"yes": holds, "no": fails, "not decided": unclear}
     text = ". ".join(f"{word}: {'; '.join(texts)}" for word, texts in groups.items() if texts) or "no case was tried"
-    if holds and fails:
+    if holds and fails and not always:
         return Result(DEPENDS, text, on)
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
+
+
+def within(lower: float, upper: float, low: float, high: float) -> bool | None:
+    """Whether an interval lies within the limits of what is claimed: None if it lies partly outside."""
+    if low <= lower and upper <= high:
+        return True
+    return False if upper < low or lower > high else None
 
 
 def near(value: float, claimed: float, share: float = 0.1) -> bool:

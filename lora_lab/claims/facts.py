@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,7 @@ class Claim:
         why: why it is fair, or what it cannot show.
         changes: what would change the verdict.
         value: ``number`` as a number, if the verdict's function compares with it.
+        values: further numbers of ``number`` that it compares with, in the order in which it takes them.
         record: the kind of record that the claim waits for, if it is open.
         lesson: the lesson whose stored outputs decide it, such as "06_which_rank".
         open: why nothing here decides it yet.
@@ -59,6 +61,7 @@ class Claim:
     number: str = NONE_GIVEN
     interval: str = NONE_GIVEN
     value: float | None = None
+    values: Sequence[float] = ()
     record: str = ""
     lesson: str = ""
     open: str = ""
@@ -69,11 +72,13 @@ class Claim:
             raise ValueError(f"The id of a claim is {self.id!r}, but it must be lower-case words with hyphens.")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "value":
-                if value is not None and f"{value:g}" not in self.number.replace(",", ""):
-                    raise ValueError(f"The claim {self.id!r} has the value {value!r}, which its number does not show.")
-            elif not isinstance(value, str) or (field.default is MISSING and not value.strip()):
+            if field.name in ("value", "values"):
+                continue
+            if not isinstance(value, str) or (field.default is MISSING and not value.strip()):
                 raise ValueError(f"The claim {self.id!r} has {value!r} as {field.name}, but it must be a text.")
+        for each in self.values if self.value is None else (self.value, *self.values):
+            if f"{each:g}" not in self.number.replace(",", ""):
+                raise ValueError(f"The claim {self.id!r} has the value {each!r}, which its number does not show.")
         for name, allowed in (("read", READINGS), ("kind", KINDS), ("fair", FAIRNESS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -17,7 +17,7 @@ import pandas
 
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.ablation.stats import interval, resampled_means
-from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides
+from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides, within
 from lora_lab.claims.facts import Claim
 from lora_lab.claims.measured import MARGIN
 from lora_lab.records import Record
@@ -50,13 +50,6 @@ def _on_language_model(answers: Mapping[str, tuple[bool | None, str]]) -> Result
     return Result(verdict, "; ".join(f"{DATA[data]}: {words}" for data, (_, words) in answers.items()))
 
 
-def _within(lower: float, upper: float, low: float, high: float) -> bool | None:
-    """Whether an interval lies within a margin: None if it lies partly outside."""
-    if low <= lower and upper <= high:
-        return True
-    return False if upper < low or lower > high else None
-
-
 def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
     """Samples of the mean of log(best rate) over the ranks from 4 on, under alpha = 32; and each rank's in words."""
     losses = {rank: of_rank for rank, of_rank in best_by_rank(frame, FIXED_ALPHA).items() if rank >= 4}
@@ -77,7 +70,7 @@ def ten_times(claim: Claim, record: Record) -> Result:
             f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}); "
             f"best rates tried: full {best_rate(full).tried:g}, {each}"
         )
-        answers[data] = _within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR), words
+        answers[data] = within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR), words
     return _on_language_model(answers)
 
 
@@ -118,7 +111,7 @@ def falls_as_root(claim: Claim, record: Record) -> Result:
             answers[data] = None, "the best rates of some ranks are at an edge"
             continue
         answers[data] = (
-            _within(lower, upper, -0.5 - POWER, -0.5 + POWER),
+            within(lower, upper, -0.5 - POWER, -0.5 + POWER),
             f"rate ~ r^p, p = {_power(power, lower, upper)}",
         )
     return _on_language_model(answers)
@@ -146,12 +139,12 @@ def falls_as_root_of_alpha(claim: Claim, record: Record) -> Result:
         if math.isnan(of_alpha[0]):
             answers[data] = None, "the best rates of some setups are at an edge"
             continue
-        within = [
-            _within(lower, upper, stated - POWER, stated + POWER)
+        inside = [
+            within(lower, upper, stated - POWER, stated + POWER)
             for (_, lower, upper), stated in ((of_alpha, -0.5), (of_rank, 0.0))
         ]
         words = f"rate ~ alpha^p r^q, p = {_power(*of_alpha)}, q = {_power(*of_rank)}"
-        answers[data] = False if False in within else None if None in within else True, words
+        answers[data] = False if False in inside else None if None in inside else True, words
     return _on_language_model(answers)
 
 
@@ -161,7 +154,7 @@ def law_of_width(claim: Claim, record: Record) -> Result:
     law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
     samples, each = _mean_of_ranks(_of_data(record)["docs"])
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
-    answer = _within(lower, upper, law / FACTOR, law * FACTOR)
+    answer = within(lower, upper, law / FACTOR, law * FACTOR)
     mean = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
     words = f"{mean}, the law's {law:.2g}; best rates tried: {each}"
     return _on_language_model({"docs": (answer, words)})

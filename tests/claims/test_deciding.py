@@ -52,6 +52,8 @@ def test_cases_make_a_verdict(answers, verdict):
     assert result.verdict == verdict
     assert result.on == ("the case" if verdict == "depends" else "")
     assert all(f"case {i}" in result.measured for i in range(len(answers)))
+    refuted = over_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case", always=True)
+    assert refuted.verdict == ("falls" if verdict == "depends" else verdict)
 
 
 def test_numbers_are_near_within_a_share():

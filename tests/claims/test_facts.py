@@ -72,6 +72,7 @@ def test_a_typed_verdict_is_refused(read, word):
         ('why = "it is"', 'why = " "', "has ' ' as why, but it must be a text"),
         ('why = "it is"', "why = 3", "has 3 as why, but it must be a text"),
         ("value = 10000", "value = 9000", "has the value 9000, which its number does not show"),
+        ("value = 10000", "value = 10000\nvalues = [10, 7]", "has the value 7, which its number does not show"),
         ("value = 10000", 'colour = "red"', "unknown entries: colour"),
         ("value = 10000", 'record = "rates"', "waits for the record 'rates' but is not open"),
         ("value = 10000", 'open = "a"\nuntestable = "b"', "has open and untestable; keep one of them"),

@@ -15,12 +15,12 @@ from tests.helpers import COMMIT
 
 @pytest.fixture
 def changed(tmp_path):
-    """(claim's id, kind of record, change of its rows) -> the result from the changed record."""
+    """(claim's id, kind of record, change of its rows, facts) -> the result from the changed record."""
 
-    def changed(claim_id, kind, change):
+    def changed(claim_id, kind, change, **facts):
         for record in records.load_all(kind).values():
             rows = change([dict(row) for row in record.rows])
-            records.write(dataclasses.replace(record, rows=rows), tmp_path)
+            records.write(dataclasses.replace(record, rows=rows, facts=record.facts | facts), tmp_path)
         return claims.verdict(claim_id, tmp_path).result
 
     return changed
@@ -113,9 +113,29 @@ def test_lora_fa_and_dora(changed):
     assert changed("lora-fa-less-memory", "memory", unchanged).verdict == "stands"
     fa = where(lambda row: row["setup"].startswith("LoRA-FA"), measured_bytes=10**10)
     assert changed("lora-fa-less-memory", "memory", fa).verdict == "falls"
-    assert changed("dora-costs-little-memory", "memory", unchanged).verdict == "falls"
-    dora = where(lambda row: row["setup"].startswith("DoRA"), measured_bytes=10**8)
-    assert changed("dora-costs-little-memory", "memory", dora).verdict == "stands"
+    half = where(lambda row: row["setup"].startswith("LoRA-FA"), measured_bytes=lambda row: row["measured_bytes"] / 2)
+    assert changed("lora-fa-less-memory", "memory", half).verdict == "falls"  # up to 2.6 times is not up to 1.4
+    without = lambda rows: [row for row in rows if row["setup"] != "LoRA-FA r=8, bf16"]  # noqa: E731
+    assert changed("lora-fa-less-memory", "memory", without).verdict == "open"  # up to 1.16 times
+
+
+def of_two_models(factor):
+    """Peaks of DoRA that are so many times LoRA's, of both models."""
+
+    def change(rows):
+        lora = [row for row in rows if row["setup"] == "LoRA r=8" and row["measured_bytes"]]
+        others = [row for row in rows if row["setup"] != "DoRA r=8"]
+        return others + [row | {"setup": "DoRA r=8", "measured_bytes": factor * row["measured_bytes"]} for row in lora]
+
+    return change
+
+
+def test_dora_is_judged_on_two_models_or_more(changed):
+    result = changed("dora-costs-little-memory", "memory", unchanged)
+    assert result.verdict == "open"
+    assert "fewer than two models" in result.measured
+    assert changed("dora-costs-little-memory", "memory", of_two_models(1.05)).verdict == "stands"
+    assert changed("dora-costs-little-memory", "memory", of_two_models(1.5)).verdict == "falls"
 
 
 def interval(low, high):
@@ -126,13 +146,17 @@ def interval(low, high):
     ("change", "verdict"),
     [
         (unchanged, "falls"),
-        (interval("0.30", "0.40"), "stands"),
+        (interval("0.35", "0.45"), "stands"),
         (interval("0.40", "0.60"), "open"),
+        (interval("0.04", "0.05"), "falls"),  # 20 times faster is not 2 to 3 times
         (where(is_lora, verdict="3 rounds will not tell; take 6 or more"), "open"),
     ],
 )
-def test_two_to_three_times_faster(changed, change, verdict):
-    assert changed("smollm2-2-to-3-times-faster", "speed", change).verdict == verdict
+def test_two_to_three_times_faster_is_decided_by_the_record_of_a_gpu_only(changed, change, verdict):
+    assert changed("smollm2-2-to-3-times-faster", "speed", change, device="cuda").verdict == verdict
+    result = changed("smollm2-2-to-3-times-faster", "speed", change)
+    assert result.verdict == "open"
+    assert "only on a CPU" in result.measured
 
 
 def test_faster_depends_on_the_rank_and_an_interval_that_holds_1_decides_nothing(changed):
@@ -147,17 +171,30 @@ def test_faster_depends_on_the_rank_and_an_interval_that_holds_1_decides_nothing
     assert changed("lora-trains-faster", "speed", unclear).verdict == "open"
 
 
+@pytest.mark.parametrize("why", ["inconclusive on a busy machine", "cannot be told, because the times jump"])
+def test_what_a_record_calls_inconclusive_decides_nothing(changed, why):
+    busy = where(is_lora, verdict=f"{why}: 0.50 to 0.60 of full's time")
+    for claim_id in ("lora-trains-faster", "time-ratio-is-flop-ratio"):
+        assert changed(claim_id, "speed", busy).verdict == "open"
+    assert changed("smollm2-2-to-3-times-faster", "speed", busy, device="cuda").verdict == "open"
+
+
 def test_times_and_flops(changed):
-    assert changed("time-ratio-is-flop-ratio", "speed", unchanged).verdict == "depends"
-    flops = {}
+    assert changed("time-ratio-is-flop-ratio", "speed", unchanged).verdict == "falls"
 
-    def share(row):
-        key = row["model"], row["tokens"]
-        flops.setdefault(key, row["flops"])  # full fine-tuning is the first of its cell
-        ratio = row["flops"] / flops[key]
-        return f"faster: {ratio - 0.02:.2f} to {ratio + 0.02:.2f} of full's time"
+    def around(offset, width):
+        flops = {}
 
-    assert changed("time-ratio-is-flop-ratio", "speed", where(lambda row: True, verdict=share)).verdict == "stands"
+        def share(row):
+            key = row["model"], row["tokens"]
+            flops.setdefault(key, row["flops"])  # full fine-tuning is the first of its cell
+            ratio = row["flops"] / flops[key] + offset
+            return f"faster: {ratio - width:.2f} to {ratio + width:.2f} of full's time"
+
+        return where(lambda row: True, verdict=share)
+
+    for offset, width, verdict in ((0, 0.02, "stands"), (0.2, 0.02, "falls"), (0, 0.09, "open"), (0.04, 0.03, "open")):
+        assert changed("time-ratio-is-flop-ratio", "speed", around(offset, width)).verdict == verdict
 
 
 # Ranks
@@ -287,8 +324,11 @@ def result_of(setup):
         ("fine-tuning-beats-asking", unchanged, "stands"),
         ("fine-tuning-beats-asking", where(result_of("zero-shot"), accuracy=0.99), "falls"),
         ("fine-tuning-beats-asking", where(result_of("zero-shot"), accuracy=0.75), "open"),
-        ("lower-loss-better-answers", unchanged, "falls"),
-        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.9), "stands"),
+        ("lower-loss-better-answers", unchanged, "open"),
+        ("lower-loss-better-answers", where(result_of("scratch"), lr=0.0003), "open"),  # the bounds hold zero
+        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.1), "open"),  # the rate is at an edge
+        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.1, lr=0.0003), "falls"),
+        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.9, lr=0.0003), "stands"),
         ("lower-loss-better-answers", where(result_of("zero-shot"), test_loss=0.1), "open"),
         ("chrf-40-means-translation", unchanged, "falls"),
         ("chrf-40-means-translation", where(lambda row: "exact" in row, exact=0.6), "stands"),
@@ -426,20 +466,15 @@ def more_seeds(rows):
     return rows + [row | {"seed": seed} for row in runs for seed in (8, 9)]
 
 
-def test_the_rank_of_updates_needs_seeds_and_a_null(changed):
+def test_the_rank_of_updates_needs_seeds(changed):
     result = changed("full-update-10-to-100-ranks", "spectra", unchanged)
     assert result.verdict == "open"
     assert "16 times rank 8" in result.measured
-    assert "fewer than 3 seeds, no null with random labels" in result.measured
-
-    def with_null(rows):
-        null = [row | {"run": "full, random labels"} for row in rows if row["about"] == "run" and row["run"] == "full"]
-        return more_seeds(rows) + null
-
-    assert changed("full-update-10-to-100-ranks", "spectra", with_null).verdict == "stands"
+    assert "1 seed; fewer than 3 seeds" in result.measured
+    assert changed("full-update-10-to-100-ranks", "spectra", more_seeds).verdict == "stands"
 
     def low(rows):
-        return where(lambda row: row["about"] == "layer" and row["run"] == "full", energy_rank=8.0)(with_null(rows))
+        return where(lambda row: row["about"] == "layer" and row["run"] == "full", energy_rank=8.0)(more_seeds(rows))
 
     assert changed("full-update-10-to-100-ranks", "spectra", low).verdict == "falls"
 
@@ -471,12 +506,16 @@ def test_published_numbers_decide_and_turn(republished):
     assert same.machine == "theirs: PEFT's method comparison on MetaMathQA"
     slow = where(lambda row: row["peft_type"] == "LORA", tokens_per_second=3000.0)
     assert republished("at-most-1-5-times-faster", "peft-metamathqa", slow).verdict == "stands"
+    one = where(lambda row: row["experiment"].endswith("rank32"), tokens_per_second=3000.0)
+    assert republished("at-most-1-5-times-faster", "peft-metamathqa", one).verdict == "falls"
 
 
-def test_the_price_of_four_bits_depends_on_the_width(republished):
-    assert republished("qlora-39-percent-slower", "litgpt", unchanged).verdict == "depends"
-    times = {None: 1.0, "nf4": 1.3, "nf4-dq": 1.39}
-    same = where(lambda row: True, iteration_s=lambda row: times[row["quantization"]])
+def test_the_price_of_four_bits_on_the_model_and_in_the_format_that_are_meant(republished):
+    result = republished("qlora-39-percent-slower", "litgpt", unchanged)
+    assert result.verdict == "falls"
+    assert "Llama 2 7B +56 %" in result.measured  # 0.2208 against 0.1416 s
+    times = {None: 1.0, "nf4": 1.39, "nf4-dq": 1.9}
+    same = where(lambda row: row["model"] == "Llama 2 7B", iteration_s=lambda row: times[row["quantization"]])
     assert republished("qlora-39-percent-slower", "litgpt", same).verdict == "stands"
 
 
