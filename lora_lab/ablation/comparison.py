@@ -43,7 +43,7 @@ class Study:
         chosen_on: how many validation examples choose, from the first.
         judged_on: of each part, how many examples judge.
         block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.blocks`).
-        widen: how many rates may be added to a grid.
+        widen, beyond: how many rates may be added to a grid, and shall lie on either side of its best.
         answered: whether the answers to the prompts of the test part judge, too (as for
             :class:`lora_lab.ablation.blocks.BlockLosses`).
 
@@ -59,6 +59,7 @@ class Study:
     judged_on: Mapping[str, int]
     block: int = 4
     widen: int = 4
+    beyond: int = 1
     answered: bool = False
 
     def __post_init__(self) -> None:
@@ -110,6 +111,7 @@ def compare_tuned(
             study.choosing,
             Path(folder) / f"choosing-{study.chosen_on}-{study.block}",
             widen=study.widen,
+            beyond=study.beyond,
             judge=judge,
             **options,
         )

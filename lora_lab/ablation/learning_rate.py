@@ -154,6 +154,7 @@ def tune(
     folder: str | Path | None = None,
     *,
     widen: int = 4,
+    beyond: int = 1,
     **options: Any,
 ) -> pandas.DataFrame:
     """Train each setup at its rates, and at rates beyond as long as the best is at the edge.
@@ -167,6 +168,8 @@ def tune(
         lrs: the rates to begin with, at least two for each setup. A grid goes on by the ratio at its edge.
         seeds: train at each rate.
         widen: how many rates may be added to a grid.
+        beyond: how many rates shall lie on either side of the best. With one the best is inside; with two the interval
+            of :func:`best_rate` is mostly bounded too, for which the best of every sample must be inside.
 
     Returns:
         The table of ablate with a column ``setup``, in the order of ``setups``.
@@ -181,7 +184,7 @@ def tune(
         )
     most = {setup: len(grid) + widen for setup, grid in grids.items()}
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
-        return _widened(model_factory, task, setups, grids, most, seeds, place, options)
+        return _widened(model_factory, task, setups, grids, most, beyond, seeds, place, options)
 
 
 def _widened(
@@ -190,6 +193,7 @@ def _widened(
     setups: Mapping[str, Trial],
     grids: dict[str, list[float]],
     most: Mapping[str, int],
+    beyond: int,
     seeds: Sequence[int],
     folder: str | Path,
     options: Mapping[str, Any],
@@ -202,7 +206,7 @@ def _widened(
         table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
         frame = labelled(table, trials)
         choices = {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
-        added = {setup: _next_rate(choice, grids[setup]) for setup, choice in choices.items()}
+        added = {setup: _next_rate(choice, grids[setup], beyond) for setup, choice in choices.items()}
         added = {setup: rate for setup, rate in added.items() if rate is not None and len(grids[setup]) < most[setup]}
         if not added:
             return frame
@@ -210,14 +214,18 @@ def _widened(
             grids[setup] = sorted([*grids[setup], rate])
 
 
-def _next_rate(choice: Choice, grid: Sequence[float]) -> float | None:
+def _next_rate(choice: Choice, grid: Sequence[float], beyond: int) -> float | None:
     """The rate to try next, if the best is not inside the rates that count; None too if it was tried already."""
     if choice.lr is None:
         return None
+    below = grid.index(choice.lr)
+    above = len(grid) - 1 - below
     if choice.diverged is not None:
         rate = _rounded(math.sqrt(choice.lr * choice.diverged))
-    elif choice.edge in ("smallest", "largest"):
-        rate = rate_beyond(grid, choice.edge)
+    elif choice.edge == "smallest" or below < beyond:
+        rate = rate_beyond(grid, "smallest")
+    elif choice.edge == "largest" or above < beyond:
+        rate = rate_beyond(grid, "largest")
     else:
         return None
     return None if rate in grid else rate

@@ -38,7 +38,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
     digits = setups(200, 32)
     docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
     seeds = range(5 if gpu else 3)
-    none = {"judging": (), "judged_on": {}}  # the rates are all that is asked for
+    none = {"judging": (), "judged_on": {}, "beyond": 2}  # the rates and their intervals are all that is asked for
     return {
         "digits": Planned(Study(digits, grids("digits"), range(5), chosen_on=200, **none)),
         "docs": Planned(Study(docs, grids("docs"), seeds, chosen_on=128, **none)),

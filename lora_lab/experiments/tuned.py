@@ -143,7 +143,7 @@ def _described(planned: Planned) -> dict[str, Any]:
         "setups": {setup: trial.to_dict() for setup, trial in study.setups.items()},
         "lrs": {setup: list(lrs) for setup, lrs in study.lrs.items()},
         **{name: list(getattr(study, name)) for name in ("choosing", "judging")},
-        **{name: getattr(study, name) for name in ("chosen_on", "block", "widen", "answered")},
+        **{name: getattr(study, name) for name in ("chosen_on", "block", "widen", "beyond", "answered")},
         "judged_on": dict(study.judged_on),
         "seq_len": planned.seq_len,
     }

@@ -255,6 +255,15 @@ def test_between_the_best_rate_and_one_that_diverged_another_is_tried():
     assert sorted(frame["lr"].unique()) == pytest.approx([1e-3, 1.78e5, 3.16e13, 1e30], rel=1e-2)
 
 
+def test_as_many_rates_as_asked_for_lie_beyond_the_best():
+    for beyond in (1, 2, 3):
+        lrs, setups = {"a": (1e-5, 3e-5)}, {"a": template(FullFineTuning())}
+        frame = tune(DigitsMLP(), digits(), setups, lrs, [0], widen=12, beyond=beyond, progress=False)
+        rates, best = sorted(frame["lr"].unique()), best_rate(losses_by_rate(frame)).tried
+        assert len(rates) - 1 - rates.index(best) == beyond
+        assert rates.index(best) >= beyond
+
+
 def test_a_grid_is_widened_only_so_far():
     frame = tune(
         DigitsMLP(), digits(), {"a": template(FullFineTuning())}, {"a": (1e-5, 2e-5)}, [0], widen=1, progress=False

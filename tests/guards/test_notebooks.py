@@ -14,6 +14,7 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 import lora_lab.classroom.exercises  # noqa: F401  # registers them
+from lora_lab.claims import verdict
 from lora_lab.claims.deciding import IN_OUTPUT
 from lora_lab.claims.facts import read_claims
 from lora_lab.classroom.exercise import EXERCISES
@@ -185,6 +186,15 @@ def test_the_outcomes_that_decide_claims_are_those_of_the_source(path):
     notebook = read(path)
     stored = [output.get("metadata", {}).get(IN_OUTPUT) for cell in code(notebook) for output in cell.outputs]
     assert sorted(name for each in stored if each for name in each.results) == sorted(outcomes(notebook))
+
+
+@each_chapter
+def test_no_lesson_says_the_opposite_of_the_ledger(path):
+    """It may leave open what the ledger decides, and decide for a small net what the ledger leaves open."""
+    for cell in code(read(path)):
+        for output in cell.outputs:
+            for name, shown in output.get("metadata", {}).get(IN_OUTPUT, {}).get("results", {}).items():
+                assert {shown["verdict"], verdict(name).result.verdict} != {"stands", "falls"}, name
 
 
 @each_chapter
