@@ -72,7 +72,7 @@ def slopes_at_the_points(rates: Any, losses: Any) -> float:
     ],
     minutes=8,
     difficulty=1,
-    praise="Five runs now tell the best rate more finely than the factor of two between them.",
+    praise="Three losses now tell the best rate more finely than the factor between the rates.",
 )
 def vertex(rates, losses):
     """The result is where the parabola through three losses, in the logarithm of the rate, is lowest."""
@@ -99,6 +99,8 @@ def swept_losses(rng: np.random.Generator) -> tuple[dict[float, list[float]]]:
     losses[other, 0] = losses[best, 0] - 0.01  # the first seed prefers this rate
     if best < 3:
         losses[4, 2] = math.inf
+        if rng.random() < 0.5:  # of the seeds that did not diverge this rate is the best
+            losses[4, :2] = losses[best].min() + np.array([0.02, -0.08])
     return ({rates[i]: [float(loss) for loss in losses[i]] for i in rng.permutation(5)},)
 
 
@@ -129,6 +131,9 @@ def finite_mean(of_seeds: Any) -> float:
         "The best rate was taken from one seed. Average the losses over the seeds first.": (
             lambda losses: next_after(losses, mean=lambda of_seeds: of_seeds[0]),
             lambda losses: next_after(losses, mean=min),
+        ),
+        "A rate at which a seed diverged is not the best: the mean with an infinite loss is infinite.": (
+            lambda losses: next_after(losses, mean=finite_mean)
         ),
         "The grid goes on by a factor, as it began: divide or multiply by the ratio of the two rates at its edge.": (
             lambda losses: next_after(losses, below=lambda a, b: 2 * a - b, above=lambda a, b: 2 * a - b),
@@ -162,7 +167,7 @@ def finite_mean(of_seeds: Any) -> float:
     ],
     minutes=8,
     difficulty=1,
-    praise="No verdict can rest on a rate at the edge, and now your sweeps widen themselves.",
+    praise="No verdict can rest on a rate at the edge. By this rule tune widens a sweep.",
     draws=60,
 )
 def next_rate(losses):
@@ -224,7 +229,7 @@ def fitted(x: Any, y: Any) -> float:
     ],
     minutes=6,
     difficulty=2,
-    praise="This one number is what the papers differ on.",
+    praise="One number now says how the rate follows the rank.",
 )
 def power(ranks, rates):
     """The result is p in rate = c * rank ** p, by least squares in the logarithms of all points."""
@@ -249,7 +254,7 @@ def rate_by_power(rate: float, old: float, new: float, power: float) -> float:
     "rate_for_alpha",
     inputs=tuned_rate,
     mistakes={
-        "It is the wrong way round: a larger alpha makes the update longer, so the rate must fall.": (
+        "It is the wrong way round: a larger alpha makes the update larger, so the rate must fall.": (
             lambda rate, old, new, moves: rate_by_power(rate, old, new, 1 if moves == "B" else 0.5)
         ),
         "If both matrices move, the rate counts twice in the update, so take a square root.": (
