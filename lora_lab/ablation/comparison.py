@@ -170,7 +170,7 @@ def differences(
     rows = last_rows(frame[frame["stage"] == "judging"])
     seeds = sorted(rows["seed"].unique())
     losses, edges = {}, {}
-    lrs = dict.fromkeys(frame["setup"].unique(), math.nan)
+    lrs = dict.fromkeys(frame[frame["stage"].isin(["choosing", "judging"])]["setup"].unique(), math.nan)
     for setup, of_setup in rows.groupby("setup", sort=False):
         lrs[setup], edges[setup] = of_setup["lr"].iloc[0], of_setup["edge"].iloc[0]
         done = of_setup[of_setup["outcome"] == "done"].sort_values("seed")

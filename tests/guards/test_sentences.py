@@ -241,9 +241,8 @@ def test_lesson_09_on_how_the_record_was_made(lesson, downstream, request):
     assert numbers == [min(steps), max(steps), plan["batch_size"]]
     assert "of each chosen from three by the validation loss of one seed, three seeds at that rate" in text
     assert {len(plan["lrs"][setup]) for setup in ("full", "LoRA r=8")} == {plan["seeds"]} == {3}
-    assert said(text, r"and (\d+) texts had to show which words we want") == [
-        plan["steps"]["sentiment"] * plan["batch_size"]
-    ]
+    labels = plan["steps"]["sentiment"] * plan["batch_size"]
+    assert said(text, r"a linear probe, which learns from (\d+) labels too") == [labels]
     (guess,) = said(text, r"\$\\ln 3 / 2 = ([\d.]+)\$ nats")
     assert guess == round(math.log(3) / 2, 2)
     assert "The model from scratch hardly pays more, and it says one word to all texts." in text
