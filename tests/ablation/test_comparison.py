@@ -183,6 +183,21 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     assert set(only["stage"]) == {"choosing"}
 
 
+def test_trials_that_were_judged_otherwise_are_not_taken_for_these(tmp_path):
+    counts = []
+    for changes in ({}, {"chosen_on": 20}, {"block": 8}, {"judged_on": {"validation": 16, "test": 12}}):
+        frames = [
+            last_rows(each) for each in compare_tuned(DigitsMLP(), digits(), study(**changes), tmp_path, progress=False)
+        ]
+        counts.append(
+            [
+                len(block_losses_of(rows.iloc[0], part))
+                for rows, part in zip(frames, ("validation", "test"), strict=True)
+            ]
+        )
+    assert counts == [[10, 6], [5, 6], [5, 3], [10, 3]]
+
+
 def test_a_setup_with_a_single_rate_is_judged_at_it_and_supports_a_verdict(tmp_path):
     fixed = study(lrs={"full": (1e-3, 3e-3), "r=2": (1e-2,)})
     assert sum(trial.seed in (0, 1) for trial in fixed.trials) == 2 * 2
