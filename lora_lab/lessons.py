@@ -138,7 +138,7 @@ def claims(*outcomes: Outcome) -> None:
         results[outcome.claim] = {"verdict": result.verdict, "measured": result.measured, "on": result.on}
         ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where()})"
         claim = f"{entry.claim.sentence} [{entry.claim.cited}]"
-        rows.append({"claim": claim, "this lesson": str(result), "evidence": outcome.evidence, "ledger": ledger})
+        rows.append({"claim": claim, "this lesson": str(result), "ledger": ledger, "evidence": outcome.evidence})
     today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
     stored = {"date": today, "machine": machine, "results": results}
     caption = "Claims [source]: what this lesson shows, and the ledger's verdict, which counts where they differ"

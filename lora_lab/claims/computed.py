@@ -215,13 +215,15 @@ def _first_fall(r: int, alpha: float, seed: int, width: int = 64) -> float:
 
 @decides("updates-have-low-rank")
 def first_update(claim: Claim) -> Result:
-    """The rank and the energy rank of the first update of a square weight by 8 tokens, under SGD and under Adam."""
-    gradient = random_matrix(128, 8, seed=1) @ random_matrix(8, 128, seed=2)
+    """The rank and the energy rank of the first update of a square weight, by tokens, under SGD and under Adam."""
     cases = []
-    for name, update in (("SGD", gradient), ("Adam", gradient.sign())):
-        full, energy = int(torch.linalg.matrix_rank(update)), int(rank.energy_rank(rank.singular_values(update)))
-        cases.append((full <= 8, f"{name}: rank {full} of 128, 90 % of the energy in {energy}"))
-    return over_cases(cases, "the optimiser: Adam's first step is the sign of the gradient")
+    for tokens in (8, 1024):
+        gradient = random_matrix(128, tokens, seed=1) @ random_matrix(tokens, 128, seed=2)
+        for name, update in (("SGD", gradient), ("Adam", gradient.sign())):
+            full, energy = int(torch.linalg.matrix_rank(update)), int(rank.energy_rank(rank.singular_values(update)))
+            words = f"{name}, {tokens:,} tokens: rank {full} of 128, 90 % of the energy in {energy}"
+            cases.append((full <= 8, words))
+    return over_cases(cases, "the number of tokens and the optimiser: Adam's first step is the gradient's sign")
 
 
 @decides("many-terms-mean-structure")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.claims import computed, counted, forgetting, measured, rates  # noqa: F401  # they register themselves
-from lora_lab.claims.deciding import DECIDERS, VERDICTS, Result, judge
+from lora_lab.claims.deciding import DECIDERS, OPEN, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 
 WIDTH = 100
@@ -73,8 +73,10 @@ class Entry:
         if self.claim.id not in DECIDERS:
             return f"waits: {self.claim.record}" if self.claim.record else "no study" if self.claim.open else "-"
         decider = DECIDERS[self.claim.id]
-        if decider.record or decider.published:
-            return f"record {decider.record}" if decider.record else decider.published.partition("-")[0]
+        if decider.record:
+            return f"{'record' if self.result.date else 'waits:'} {decider.record}"
+        if decider.published:
+            return decider.published.partition("-")[0]
         return decider.function.__module__.rpartition(".")[2]
 
     def explained(self) -> str:
@@ -115,7 +117,7 @@ class Entry:
         if record and record not in recorded:
             return f"No command makes the record {record!r} yet."
         if record:
-            again = "makes the record anew" if decider else "will make the record"
+            again = "makes the record anew" if self.result.date else "will make the record"
             return f"lora-lab record {record} {again}, in {HOURS[record]} on two cores."
         if decider is None:
             return "Nothing here measures it: " + (self.claim.open or self.claim.untestable) + "."
@@ -159,5 +161,8 @@ def table(entries: Mapping[str, Entry]) -> str:
         sentence = sentence if len(sentence) < 40 else f"{sentence[:36].rstrip()}..."
         lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
     counts = Counter(entry.result.verdict for entry in entries.values())
-    total = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
-    return "\n".join([*lines, "", f"{len(entries)} claims: {total}.", "More on one: lora-lab claims show ID"])
+    waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
+    notes = {OPEN: f" ({waiting} wait for a record)"}
+    total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
+    last = f"{len(entries)} claims: {total}."
+    return "\n".join([*lines, "", last, "More on one: lora-lab claims show ID"])

@@ -80,6 +80,16 @@ def test_the_table_fits_100_columns_and_counts(entries):
     assert lines[-2].startswith(f"{len(entries)} claims: ")
     stand = sum(entry.result.verdict == "stands" for entry in entries.values())
     assert f" {stand} stands," in lines[-2]
+    waiting = [line for line in lines if " waits: " in line]
+    assert f" open ({len(waiting)} wait for a record)" in lines[-2]
+
+
+def test_a_claim_waits_for_a_record_until_there_is_one(tmp_path):
+    shipped = claims.verdict("memory-a-third")
+    waiting = claims.verdict("memory-a-third", tmp_path)
+    assert (shipped.where(), waiting.where()) == ("record memory", "waits: memory")
+    assert "makes the record anew" in shipped.how_to_run(["memory"])
+    assert "will make the record" in waiting.how_to_run(["memory"])
 
 
 def test_the_command_prints_the_table(entries, capsys):
