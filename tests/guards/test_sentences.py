@@ -5,7 +5,6 @@ are computed again. A sentence that is written otherwise must be written otherwi
 """
 
 import json
-import math
 import re
 
 import pytest
@@ -223,42 +222,11 @@ def results(record, task):
     return {setup: own.sort_values("seed") for setup, own in rows.groupby("setup")}
 
 
-def test_lesson_02_on_scratch_and_fine_tuned(lesson, downstream):
-    text, plan = lesson("02_why_fine_tune"), downstream.settings
-    assert said(text, r"fine-tuned for (\d+) steps on the log of a lighthouse keeper") == [plan["steps"]["style"]]
-    assert said(text, r"In (\d+) steps, at these rates") == [plan["steps"]["sentiment"]]
-    assert said(text, r"nothing for the end of the turn: ([\d.]+) nats a token") == [round(math.log(3) / 2, 2)]
-    rows = downstream.frame()
-    task = rows[(rows.about == "task") & (rows.task == "sentiment")].squeeze()
-    assert said(text, r"fail on (\d+) texts") == [task.train]
-    assert "read fewer texts, and each only once" in " ".join(text.split())
-    assert plan["steps"]["sentiment"] * plan["batch_size"] < task.train
-    assert "Its best rate is the highest that was tried" in " ".join(text.split())
-    assert set(results(downstream, "sentiment")["scratch"].lr) == {max(plan["lrs"]["scratch"])}
-
-
-def test_lesson_09_on_how_the_record_was_made(lesson, downstream, request):
-    """Its other sentences about the record are printed from the numbers."""
+def test_lesson_09_on_the_readme_of_the_adapters(lesson, request):
     adapters = (request.config.rootpath / "lora_lab/adapters/data/README.md").read_text(encoding="utf-8")
     all_stories, in_style = said(lesson("09_many_tasks"), r"For all (\d+), the adapter's README in .*? counts (\d+)\.")
     counted = said(adapters, r"stories in the style, of (\d+) test prompts, sampled \| 0 \| (\d+) \|")
     assert counted == [all_stories, in_style]
-    text, plan = " ".join(lesson("09_many_tasks").split()), downstream.settings
-    steps = plan["steps"].values()
-    numbers = said(text, r"Training is short, (\d+) to (\d+) steps of (\d+) examples")
-    assert numbers == [min(steps), max(steps), plan["batch_size"]]
-    assert "of each chosen from three by the validation loss of one seed, three seeds at that rate" in text
-    assert {len(plan["lrs"][setup]) for setup in ("full", "LoRA r=8")} == {plan["seeds"]} == {3}
-    labels = plan["steps"]["sentiment"] * plan["batch_size"]
-    assert said(text, r"a linear probe, which learns from (\d+) labels too") == [labels]
-    (guess,) = said(text, r"\$\\ln 3 / 2 = ([\d.]+)\$ nats")
-    assert guess == round(math.log(3) / 2, 2)
-    assert "The model from scratch hardly pays more, and it says one word to all texts." in text
-    scratch = results(downstream, "sentiment")["scratch"]
-    assert guess < scratch.test_loss.mean() < guess + 0.1
-    assert "The judge accepts nearly all stories of the fine-tuned models" in text
-    stories = results(downstream, "style")
-    assert min(stories[setup].in_style.min() for setup in ("full", "LoRA r=8")) > 0.9
 
 
 @pytest.fixture(scope="module")
