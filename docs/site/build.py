@@ -52,10 +52,12 @@ def main(folder: Path) -> int:
     write(source / "ledger.md", ledger(entries))
     record_pages = write_records(source / "records", entries)
     reference = write_reference(source / "reference")
+    answers = ["docs/questions", "ledger", "docs/claims", "records/index", "docs/glossary"]
+    guides = [name for path in pages if (name := f"docs/{path.stem}") not in answers]
     contents = [
         toctree([f"notebooks/{path.stem}" for path in lessons], ":caption: Lessons"),
-        toctree(["docs/questions", "ledger", "docs/claims", "records/index", "docs/glossary"], ":caption: What holds"),
-        toctree([f"docs/{path.stem}" for path in pages if path.stem not in ("claims", "glossary", "questions")], ":caption: Guides"),
+        toctree(answers, ":caption: Answers"),
+        toctree(guides, ":caption: Guides"),
         toctree(["reference/index", "CONTRIBUTING"], ":caption: Reference"),
     ]
     readme = ROOT / "README.md"
