@@ -8,13 +8,14 @@ the lesson has no other way to see whether an idea was right, and the lessons in
 """
 
 import copy
-import importlib
 import inspect
 import json
 import re
 import shutil
 import sys
 from collections import Counter
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -32,7 +33,7 @@ REPOSITORY_PAGES = ["CONTRIBUTING.md", "records/README.md"]
 ROWS_SHOWN = 50
 ENTRY = re.compile(r"^ *(\w+)/? {2,}\S", re.MULTILINE)  # a file in the docstring of a package
 FRONT_DOOR = re.compile(r"^from \.(\S*) import (\w+) as \w+$", re.MULTILINE)
-WITHOUT_REFERENCE = {"__main__", "exercises", "exercise", "course"}  # they show solutions
+SHOWING_SOLUTIONS = {"exercise", "exercises", "course"}  # modules of lora_lab.classroom
 
 
 def main(folder: Path) -> int:
@@ -125,7 +126,7 @@ def write_lesson(path: Path, source: Path) -> None:
             cell.metadata.mystnb = {"code_prompt_show": "Show a solution", "code_prompt_hide": "Hide the solution"}
         for output in cell.get("outputs", []):
             if text := output.get("metadata", {}).get("image/png", {}).get("alt"):
-                cell.metadata.mystnb = {"image": {"alt": text}}
+                cell.metadata.setdefault("mystnb", {})["image"] = {"alt": text}
         cells.append(cell)
     hint = (
         "This page shows one stored run. In {download}`the notebook <../download/%s>` no cell has been run and the "
@@ -167,7 +168,8 @@ def claim_text(entry: claims.Entry) -> str:
     return "\n\n".join(
         [
             f"(claim-{claim.id})=\n### {escaped(claim.sentence)}",
-            f"**{escaped(str(result)).capitalize()}.** {escaped(result.measured)}",
+            f"**{result.verdict.capitalize()}{escaped(str(result).removeprefix(result.verdict))}.** "
+            + escaped(result.measured),
             ", ".join([f"Shown by {shown_by(result.shown_by)}", *map(escaped, measured)]) + ".",
             "<details><summary>Their number, and how fair the test is</summary>",
             "\n".join(f"- {name}: {escaped(text)}" for name, text in facts.items()),
@@ -254,7 +256,7 @@ def record_text(
 
 def write_reference(folder: Path) -> int:
     """Write a page for each file and folder of the package, in reading order, and one for the names of ``ll``."""
-    names = [name for name in ENTRY.findall(lora_lab.__doc__) if name not in WITHOUT_REFERENCE]
+    names = [name for name in ENTRY.findall(lora_lab.__doc__) if name != "__main__"]
     for name in names:
         write(folder / f"{name}.rst", "\n\n".join(module_text(f"lora_lab.{name}", "=")))
     stub = (ROOT / "lora_lab" / "__init__.pyi").read_text(encoding="utf-8")
@@ -280,12 +282,11 @@ def write_reference(folder: Path) -> int:
 
 def module_text(module: str, underline: str) -> list[str]:
     """The reference of a module, or of a package with the modules that its docstring lists."""
-    imported = importlib.import_module(module)
-    if not hasattr(imported, "__path__"):
-        return [heading(module, underline), f".. automodule:: {module}\n   :members:"]
     parts = [heading(module, underline), f".. automodule:: {module}"]
-    for name in ENTRY.findall(imported.__doc__ or ""):
-        if name not in WITHOUT_REFERENCE and importlib.util.find_spec(f"{module}.{name}"):
+    if find_spec(module).submodule_search_locations is None:
+        return [f"{parts[0]}\n\n{parts[1]}\n   :members:"]
+    for name in ENTRY.findall(import_module(module).__doc__):
+        if name not in SHOWING_SOLUTIONS and find_spec(f"{module}.{name}"):
             parts += module_text(f"{module}.{name}", "-")
     return parts
 

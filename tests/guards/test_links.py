@@ -57,8 +57,8 @@ def test_links_are_there_and_broken_ones_are_found():
 
 def test_every_guide_and_every_lesson_is_linked_from_the_readme():
     links = set(re.findall(r"\]\(([^)\s#]+)\)", prose(ROOT / "README.md")))
-    wanted = {path.relative_to(ROOT).as_posix() for path in PAGES if path.parent.name in ("docs", "notebooks")}
-    assert wanted <= links
+    expected = {path.relative_to(ROOT).as_posix() for path in PAGES if path.parent.name in ("docs", "notebooks")}
+    assert expected <= links
 
 
 def test_the_glossary_is_in_order_and_links_each_term_to_one_lesson():

@@ -82,6 +82,12 @@ def solutions(notebook):
     return [[line for line in block if len(line) > 12 and line not in shown] for block in lines]
 
 
+def test_text_in_a_closed_fold_is_distinguished_from_text_that_is_seen():
+    inner = "<details><summary>d</summary>e</details>"
+    page = Page(f"<p>a</p><details><summary>b</summary>c{inner}</details><script>s</script><p>f</p>")
+    assert (page.open, page.folded) == (["a", "b", "f"], ["c", "d", "e"])
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = Path(KEEP).resolve() if KEEP else tmp_path_factory.mktemp("site")
