@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test hostile coverage lab lab-gpu notebooks lint mutation clean
+.PHONY: help demo check test hostile coverage lab lab-gpu notebooks site lint mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -19,7 +19,7 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 # The course and what guards the rest: seconds each.
 QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_task test_history test_train \
   tasks/test_digits tasks/test_planted tasks/test_python_docs system/test_files \
-  guards/test_layering guards/test_layout guards/test_package guards/test_words
+  guards/test_layering guards/test_layout guards/test_links guards/test_package guards/test_words
 
 check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/%.py) $(ARGS)
@@ -57,6 +57,9 @@ lab-gpu: $(VENV)/.ready-test ## run every lesson at full effort on a GPU; assert
 notebooks: $(VENV)/.ready-test ## run the lessons again and store their outputs in place
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
+site: $(VENV)/.ready-docs ## build the site from the stored lessons, in about a minute: build/site/html/index.html
+	$(BIN)/python docs/site/build.py $(ARGS)
+
 mutation: $(VENV)/.ready-test ## plant 200 small faults in the core, and see which of them the tests notice (about an hour)
 	$(BIN)/python -m pip install --quiet --editable '.[test,mutation]'
 	$(BIN)/lora-lab fetch
@@ -74,4 +77,8 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

@@ -145,7 +145,7 @@ def commands(job):
 
 
 def test_the_jobs_of_the_workflow_run_everything():
-    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "browser", "wheel", "llama-cpp", "lowest"}
+    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "browser", "site", "wheel", "llama-cpp", "lowest"}
     assert "make lint" in commands("lint")
     assert WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
     for job, folder in (("unit", "tests"), ("lessons", "notebooks"), ("lowest", "tests")):
@@ -153,6 +153,8 @@ def test_the_jobs_of_the_workflow_run_everything():
     assert "apt-get install" in commands("browser")
     assert "LORA_LAB_BROWSER=required" in commands("browser")
     assert "tests/guards/test_browser.py" in commands("browser")
+    assert "LORA_LAB_SITE=" in commands("site")
+    assert "tests/guards/test_site.py" in commands("site")
     assert "pip install dist/*.whl" in commands("wheel")
     assert ".ci/smoke.py" in commands("wheel")
     assert "tests/guards/test_llama_cpp.py" in commands("llama-cpp")
@@ -201,17 +203,6 @@ def test_a_wheel_takes_every_file_of_the_package():
     taken = {path for folder, patterns in folders.items() for each in patterns for path in (ROOT / folder).glob(each)}
     assert ROOT / "lora_lab" / "py.typed" in taken
     assert [path for path in files if path.suffix != ".py" and ROOT / path not in taken] == []
-
-
-PAGES = ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_every_link_to_a_file_leads_to_one(name):
-    links = re.findall(r"\]\(([^)#]+)\)", read(name))
-    folder = (ROOT / name).parent
-    missing = [link for link in links if not link.startswith("http") and not (folder / link).exists()]
-    assert missing == []
 
 
 # Nothing that belongs to one machine or one registry

@@ -1,0 +1,207 @@
+"""The site as a reader gets it: every link leads somewhere, nothing is loaded from elsewhere, solutions are folded.
+
+Runs where the extra ``docs`` is installed. ``LORA_LAB_SITE=DIR`` demands that it is, and leaves the site there.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+
+from lora_lab.claims.facts import read_claims
+from lora_lab.classroom import course
+from tests.helpers import ROOT
+
+KEEP = os.environ.get("LORA_LAB_SITE")
+if not KEEP and not all(map(find_spec, ("sphinx", "myst_nb", "furo"))):
+    pytest.skip("the extra docs is not installed", allow_module_level=True)
+
+BUILD = ROOT / "docs" / "site" / "build.py"
+LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+LOADING = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "video": "src"}
+
+
+class Page(HTMLParser):
+    """What a page links to, what it loads, its anchors, and its text outside and inside of folds."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.links, self.loaded, self.anchors, self.pictures = [], [], set(), []
+        self.open, self.folded, self.titles = [], [], []
+        self.stack = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.anchors |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.pictures.append(attributes.get("alt", ""))
+        if attributes.get(LOADING.get(tag)):
+            self.loaded.append(attributes[LOADING[tag]])
+        self.loaded += re.findall(r"url\(([^)]+)\)", attributes.get("style") or "")
+        if tag in ("details", "summary", "script", "style", "title"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.stack and self.stack[-1] == tag:
+            self.stack.pop()
+
+    def handle_data(self, text):
+        where = self.stack[-1] if self.stack else ""
+        if where == "title":
+            self.titles.append(text)
+        elif where not in ("script", "style"):
+            # The summary of a fold is seen while it is closed, unless it lies in another one.
+            hidden = self.stack.count("details") > (where == "summary")
+            (self.folded if hidden else self.open).append(text)
+
+
+def read(lesson):
+    return nbformat.read(ROOT / "notebooks" / f"{lesson}.ipynb", as_version=4)
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def solutions(notebook):
+    """For each exercise the lines that a learner has to find: those of its solution that the learner's lesson lacks."""
+    shown = words("\n".join(cell.source for cell in course.student(notebook).cells))
+    source = "\n".join(cell.source for cell in notebook.cells)
+    blocks = re.findall(rf"{course.BEGIN}\n(.*?)\n *{course.END}", source, re.DOTALL)
+    lines = [map(words, block.splitlines()) for block in blocks]
+    return [[line for line in block if len(line) > 12 and line not in shown] for block in lines]
+
+
+def test_text_in_a_closed_fold_is_distinguished_from_text_that_is_seen():
+    inner = "<details><summary>d</summary>e</details>"
+    page = Page(f"<p>a</p><details><summary>b</summary>c{inner}</details><script>s</script><p>f</p>")
+    assert (page.open, page.folded) == (["a", "b", "f"], ["c", "d", "e"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = Path(KEEP).resolve() if KEEP else tmp_path_factory.mktemp("site")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, BUILD, folder], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path.relative_to(site).as_posix(): Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+
+
+def test_every_internal_link_leads_to_a_file_and_to_an_anchor(site, pages):
+    checked, broken = 0, []
+    for name, page in pages.items():
+        for link in {*page.links, *page.loaded}:
+            parts = urlsplit(link)
+            if not parts.scheme:
+                checked += 1
+                file = ((site / name).parent / unquote(parts.path)).resolve() if parts.path else site / name
+                target = pages.get(file.relative_to(site).as_posix())
+                anchor = unquote(parts.fragment)
+                if not file.is_file() or (anchor and (target is None or anchor not in target.anchors)):
+                    broken.append((name, link))
+    size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file())
+    print(f"{len(pages)} pages, {checked} links, {size / 1e6:.1f} MB")
+    assert broken == []
+    assert len(pages) > 50
+    assert checked > 3000
+
+
+def test_no_page_loads_anything_from_elsewhere(site, pages):
+    loaded = [(name, address) for name, page in pages.items() for address in page.loaded]
+    assert len(loaded) > len(pages)
+    assert [each for each in loaded if urlsplit(each[1]).netloc] == []
+    for path in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
+
+
+def test_every_lesson_guide_claim_and_record_has_a_page_or_a_place(pages):
+    assert {f"notebooks/{name}.html" for name in LESSONS} < pages.keys()
+    assert {f"docs/{path.stem}.html" for path in ROOT.glob("docs/*.md")} < pages.keys()
+    for path in (ROOT / "records").rglob("*.json"):
+        assert path.relative_to(ROOT).with_suffix(".html").as_posix() in pages
+    assert {f"claim-{name}" for name in read_claims()} <= pages["ledger.html"].anchors
+    assert {"lora_lab.lora.LoRALinear", "lora_lab.train.fit"} <= {
+        anchor for name, page in pages.items() if name.startswith("reference/") for anchor in page.anchors
+    }
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_solutions_are_folded_and_what_the_learner_starts_from_is_not(pages, lesson):
+    page, notebook = pages[f"notebooks/{lesson}.html"], read(lesson)
+    shown, folded = words("".join(page.open)), words("".join(page.folded))
+    exercises = solutions(notebook)
+    assert exercises
+    for lines in exercises:
+        assert lines
+        assert [line for line in lines if line in shown] == []
+        assert [line for line in lines if line not in folded] == []
+    starts = zip(notebook.cells, course.student(notebook).cells, strict=True)
+    stubs = [start.source for cell, start in starts if cell.source != start.source]
+    assert [stub for stub in stubs if words(stub) not in shown] == []
+    assert shown.count("Show a solution") == len(stubs)
+
+
+def test_no_other_page_and_no_file_has_a_solution(site, pages):
+    lines = {line for lesson in LESSONS for exercise in solutions(read(lesson)) for line in exercise}
+    texts = {name: words("".join(page.open)) for name, page in pages.items() if not name.startswith("notebooks/")}
+    texts |= {path.name: words(path.read_text(encoding="utf-8")) for path in site.rglob("*.js")}
+    assert {name: shown for name, text in texts.items() if (shown := [line for line in lines if line in text])} == {}
+    downloads = {path.stem: path.read_text(encoding="utf-8") for path in site.rglob("*.ipynb")}
+    assert sorted(downloads) == LESSONS
+    for name, text in downloads.items():
+        assert nbformat.reads(text, as_version=4) == course.student(read(name))
+    others = [path for path in site.rglob("*") if path.suffix in (".json", ".txt", ".html")]
+    assert [path.name for path in others if course.BEGIN in path.read_text(encoding="utf-8")] == []
+
+
+def test_formulas_are_drawn_without_a_script(site, pages):
+    html = (site / "notebooks" / "05_speed.html").read_text(encoding="utf-8")
+    assert html.count("<math ") >= 20
+    assert "<mfrac>" in html
+    assert not re.search(r"<script[^>]*(mathjax|katex)", html, re.IGNORECASE)
+    text = "".join(pages["notebooks/05_speed.html"].open)
+    assert not re.search(r"\\frac|\$[A-Z]", text)
+
+
+def test_pictures_are_described_for_those_who_cannot_see_them(pages):
+    described = [alt for name, page in pages.items() if name.startswith("notebooks/") for alt in page.pictures]
+    assert len(described) > 50
+    assert [alt for alt in described if " " not in alt or ".png" in alt] == []  # a path, if nobody wrote one
+
+
+def test_the_search_knows_the_words_of_lessons_claims_and_reference(site):
+    index = (site / "searchindex.js").read_text(encoding="utf-8")
+    for word in ("intrud", "lighthous", "nf4", "loralinear"):
+        assert f'"{word}' in index or f"{word}:" in index, word
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = subprocess.run([sys.executable, BUILD, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "name a new folder" in result.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_every_title_says_which_page_it_is(pages):
+    titles = {name: words("".join(page.titles)) for name, page in pages.items()}
+    assert titles["notebooks/05_speed.html"].startswith("Is LoRA faster than full fine-tuning?")
+    assert len(set(titles.values())) == len(titles)
+    for name, title in titles.items():
+        if name.startswith(("notebooks/", "docs/")) and name != "docs/teach.html":
+            assert "?" in title, name
