@@ -101,7 +101,7 @@ def forms_nothing_large(svd_of_product, rng):
     """No matrix as large as B A is formed, and nothing leaves torch."""
     from torch.overrides import TorchFunctionMode
 
-    sizes = [0]
+    sizes = [0.0]
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, function, types, arguments=(), options=None):
