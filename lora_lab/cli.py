@@ -152,7 +152,16 @@ def _add_lessons(commands: argparse._SubParsersAction) -> None:
         command = commands.add_parser(name, help=summary, description=description)
         where = "is made if it does not exist; what you have changed there is never overwritten"
         command.add_argument("folder", metavar="DIR", help=where)
-        command.set_defaults(run=_lessons, solved=name == "lessons")
+        which = "lessons by their numbers or the beginnings of their names, such as 01 03 (default: all)"
+        command.add_argument("--only", metavar="LESSON", nargs="+", help=which)
+        command.set_defaults(run=_lessons, solved=name == "lessons", grading=False, add=None)
+        if name == "course":
+            what = "files or folders of your class, such as data or a model, to copy beside the lessons: docs/teach.md"
+            command.add_argument("--add", metavar="PATH", nargs="+", help=what)
+            sheets = (
+                "instead write a course of nbgrader, with solutions and hidden tests, for the teacher: docs/teach.md"
+            )
+            command.add_argument("--grading", action="store_true", help=sheets)
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
@@ -730,11 +739,23 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _lessons(options: argparse.Namespace) -> None:
-    from lora_lab.classroom.course import copy_lessons
-    from lora_lab.system.provenance import shipped_lessons
+    from lora_lab.classroom.course import add_files, chosen_lessons, copy_lessons
 
-    print(copy_lessons(options.folder, options.solved))
-    first = min(path.name for path in shipped_lessons().glob("[0-9]*.ipynb"))
+    only, added = options.only or [], options.add or []
+    if options.grading and added:
+        raise ValueError("--add is for the lessons, but --grading writes sheets; put files into source/NAME by hand.")
+    if options.grading:
+        from lora_lab.classroom.grading.sheets import write_course
+
+        print(write_course(options.folder, only))
+        print(f"In {options.folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
+        return
+    if missing := [path for path in added if not Path(path).exists()]:
+        raise FileNotFoundError(f"There is no {missing[0]} to add; give the paths of files or folders.")
+    print(copy_lessons(options.folder, options.solved, only))
+    for name in add_files(options.folder, added):
+        print(f"Added: {name}")
+    first = chosen_lessons(only)[0].name
     print(f"Open the first one: jupyter lab {Path(options.folder) / first}")
 
 

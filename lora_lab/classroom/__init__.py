@@ -7,6 +7,7 @@ calls       one call of a learner's function: copies, captured output, a time li
 judge       right, a known mistake, or what else is wrong
 learner     check, hint, progress: what is shown, and what is remembered
 course      the lessons in a folder of the learner's, with or without the solutions
+grading/    the exercises as sheets with hidden tests, for nbgrader; for teachers, so not among the names below
 """
 
 import lazy_loader

@@ -16,6 +16,8 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,23 +25,27 @@ import nbformat
 from nbformat import NotebookNode
 
 from lora_lab.classroom.learner import MANIFEST
-from lora_lab.system.files import atomic_files, read_json, settle, write_json
+from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.provenance import shipped_lessons
 
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
+NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
 RAISE = 'raise NotImplementedError("your code here")'
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
     """The learner's version of a lesson: solutions are replaced by stubs, and no cell has been run.
 
-    Outputs go, all of them: a prediction is none if its answer is already on the page.
+    Outputs go, all of them: a prediction is none if its answer is already on the page. So does metadata
+    that the learner does not need, such as the state of sliders.
 
     Raises:
         ValueError: markers do not come in pairs, or a stub is not Python or would stop the notebook outside a function.
     """
     result = copy.deepcopy(notebook)
+    _reduce(result.metadata, NOTEBOOK_METADATA)
     for number, cell in enumerate(result.cells, start=1):
+        _reduce(cell.metadata, CELL_METADATA)
         if cell.cell_type != "code":
             if BEGIN in cell.source or END in cell.source:
                 raise ValueError(f"Cell {number} is not code, but it has the marker of a solution; remove the marker.")
@@ -48,6 +54,11 @@ def student(notebook: NotebookNode) -> NotebookNode:
             cell.source = _without_solutions(cell.source, f"Cell {number}")
         cell.outputs, cell.execution_count = [], None
     return result
+
+
+def _reduce(metadata: NotebookNode, names: Sequence[str]) -> None:
+    for name in set(metadata) - set(names):
+        del metadata[name]
 
 
 def _without_solutions(source: str, where: str) -> str:
@@ -109,8 +120,25 @@ class Copied:
         return "\n".join(lines)
 
 
-def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
-    """Copy all lessons into a folder, without ever overwriting a file that was changed since it was written.
+def chosen_lessons(only: Sequence[str] = ()) -> list[Path]:
+    """The files of the lessons, in order.
+
+    Args:
+        only: beginnings of names, such as "03" or "03_lora"; all lessons by default.
+
+    Raises:
+        ValueError: no lesson's name begins so.
+    """
+    lessons = sorted(shipped_lessons().glob("[0-9]*.ipynb"))
+    for beginning in only:
+        if not any(lesson.stem.startswith(beginning) for lesson in lessons):
+            names = ", ".join(lesson.stem for lesson in lessons)
+            raise ValueError(f"There is no lesson {beginning!r}; choose from {names}, or by their numbers.")
+    return [lesson for lesson in lessons if not only or lesson.stem.startswith(tuple(only))]
+
+
+def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] = ()) -> Copied:
+    """Copy lessons into a folder, without ever overwriting a file that was changed since it was written.
 
     A lesson that was not changed is replaced by a newer version. If it was changed, the newer version is written once
     to a file beside it, ``NAME.new.ipynb``. The folder's file :data:`MANIFEST` holds what was written.
@@ -118,9 +146,11 @@ def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
     Args:
         folder: is made if it does not exist.
         solved: with the solutions and all outputs.
+        only: beginnings of lessons' names, such as "03"; all lessons by default.
 
     Raises:
-        ValueError: the folder is a file, or has the other version, solved or not; or a lesson's markers are wrong.
+        ValueError: the folder is a file, or has the other version, solved or not; a lesson is unknown; or a lesson's
+            markers are wrong.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
@@ -134,7 +164,7 @@ def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
     hashes: dict[str, str] = dict(before["lessons"])
     written: list[str] = []
     beside: list[str] = []
-    lessons = sorted(shipped_lessons().glob("[0-9]*.ipynb"))
+    lessons = chosen_lessons(only)
     with atomic_files(folder) as temporary:
         for lesson in lessons:
             content = lesson.read_bytes() if solved else _student_bytes(lesson)
@@ -148,6 +178,30 @@ def copy_lessons(folder: str | Path, solved: bool = False) -> Copied:
             hashes |= {lesson.name: digest} if is_offered else {lesson.name: digest, name: digest}
         write_json(temporary / MANIFEST, {"solved": solved, "lessons": hashes})
     return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
+
+
+def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
+    """Copy files and folders of a class, such as its data or a model, to the lessons; what is there already stays.
+
+    Returns:
+        The names of those that were copied.
+
+    Raises:
+        OSError: one of them does not exist, or the folder cannot be written to.
+    """
+    copied = []
+    for path in map(Path, paths):
+        target = Path(folder) / path.resolve().name
+        if target.exists():
+            continue
+        if path.is_dir():
+            with atomic_folder(target) as temporary:
+                shutil.copytree(path, temporary, dirs_exist_ok=True)
+        else:
+            with atomic_file(target) as temporary:
+                shutil.copyfile(path, temporary)
+        copied.append(target.name)
+    return copied
 
 
 def _student_bytes(lesson: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The learner's copy of the lessons: no solution gets in, and nothing that the learner wrote is lost."""
 
 import copy
+import itertools
 import json
 import re
 
@@ -95,31 +96,112 @@ def test_a_marker_outside_code_is_an_error():
 
 
 def solution_lines(source):
-    """The lines between markers."""
+    """The lines between markers, without comments, that are long enough to be recognised."""
     blocks = re.findall(rf"^ *{course.BEGIN}\n(.*?)^ *{course.END}$", source, flags=re.DOTALL | re.MULTILINE)
-    return [line.strip() for block in blocks for line in block.splitlines()]
+    lines = {line.split("  #")[0].strip() for block in blocks for line in block.splitlines()}
+    return {line for line in lines if len(line) > 12}
+
+
+def without_spaces(text):
+    return re.sub(r"\s", "", text)
+
+
+def texts(value):
+    """All strings in a JSON document, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(texts, (*value.keys(), *value.values())))
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(texts, value))
+
+
+def leaks(folder, lines):
+    """(file, line) for each of these lines that stands in a file of a folder, whatever the white space."""
+    documents = {
+        path.name: [without_spaces(text) for text in texts(json.loads(path.read_text(encoding="utf-8")))]
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return {
+        (name, line)
+        for name, contents in documents.items()
+        for line in lines
+        if any(without_spaces(line) in text for text in contents)
+    }
+
+
+# Lines of solutions that a lesson shows in its own code or text, where they solve nothing.
+SHOWN = {
+    "01_low_rank.ipynb": {"U, S, Vh = np.linalg.svd(M, full_matrices=False)"},
+    "03_lora_from_scratch.ipynb": {
+        "for name, layer in list(model.named_children()):",  # the script to repair
+        "loss = loss_of(model)",
+        "loss.backward()",
+        "model.requires_grad_(False)",
+        "optimizer = torch.optim.Adam(trainable, lr=1e-2)",
+        "optimizer.step()",
+        "replace(model, name, ll.LoRALinear(layer, rank=4, alpha=8))",
+        "return model, optimizer",
+        "trainable = [p for p in model.parameters() if p.requires_grad]",
+    },
+    "04_memory.ipynb": {"if rank is None:"},
+    "05_speed.ipynb": {"device.synchronize()"},
+}
+
+
+def test_no_line_of_a_solution_is_in_any_file_of_a_learners_folder(tmp_path):
+    """In no cell, text, output, metadata or further file, of whichever lesson the solution is."""
+    lines = set()
+    for path in shipped_lessons().glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            lines |= solution_lines(cell.source)
+    assert len(lines) > 120
+    copy_lessons(tmp_path)
+    expected = {(name, line) for name, shown in SHOWN.items() for line in shown}
+    assert leaks(tmp_path, lines) == expected
+    for path in tmp_path.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
+        for cell in notebook.cells:
+            assert cell.metadata.keys() <= {"jupyter", "tags"}
+            assert not cell.get("outputs")
+            assert not cell.get("attachments")
+
+
+def test_a_line_would_be_found_wherever_it_stands(lessons, tmp_path):
+    """In another cell, in text, an output, metadata of the notebook or a cell: student takes out what it can."""
+    line = "return W @ x + s * update"
+    assert solution_lines(SOLVED) == {"update = B @ (A @ x)", line}
+    for place in ("cell", "text", "output", "cell metadata", "metadata"):
+        notebook = lesson(SOLVED, "x = 1")
+        if place == "cell":
+            notebook.cells[2].source = f"def f():\n    {line}"
+        elif place == "text":
+            notebook.cells[0].source = f"# A lesson\n\nWrite `{line.replace(' ', '')}`."
+        elif place == "output":
+            notebook.cells[2].outputs = [text_output(line)]
+        elif place == "cell metadata":
+            notebook.cells[2].metadata["solution"] = line
+        else:
+            notebook.metadata["widgets"] = {"state": {"a": [line]}}
+        nbformat.write(notebook, lessons / "00_first.ipynb")
+        copy_lessons(tmp_path / place)
+        found = leaks(tmp_path / place, solution_lines(SOLVED))
+        assert found == ({("00_first.ipynb", line)} if place in ("cell", "text") else set())
 
 
 @pytest.mark.parametrize("path", sorted(shipped_lessons().glob("*.ipynb")), ids=lambda path: path.stem)
-def test_no_line_of_a_solution_is_in_the_learners_lesson(path):
+def test_a_cell_with_a_solution_has_a_stub_and_all_others_are_as_they_were(path):
     solved = nbformat.read(path, as_version=4)
-    result = student(solved)
-    nbformat.validate(result)
-    for cell, before in zip(result.cells, solved.cells, strict=True):
-        lines = solution_lines(before.source) if before.cell_type == "code" else []
-        # Short lines, such as a lone bracket, may stand elsewhere in the cell too.
-        assert not {line for line in lines if len(line) > 12} & {line.strip() for line in cell.source.splitlines()}
+    for cell, before in zip(student(solved).cells, solved.cells, strict=True):
         assert course.BEGIN not in cell.source
         assert course.END not in cell.source
-        assert not cell.get("outputs")
-        if lines:
-            assert "NotImplementedError" in cell.source or "____" in cell.source or course.STUB in before.source
+        if course.BEGIN in before.source:
+            assert "NotImplementedError" in cell.source or "____" in cell.source
         else:
             assert cell.source == before.source
-
-
-def test_lines_of_a_solution_would_be_found():
-    assert solution_lines(SOLVED) == ["return W @ x", "update = B @ (A @ x)", "return W @ x + s * update"]
 
 
 # The folder
@@ -216,6 +298,22 @@ def test_a_lesson_that_was_removed_comes_back(lessons, tmp_path):
     assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb",)
 
 
+def test_a_choice_of_lessons_is_copied_and_others_can_follow(lessons, tmp_path):
+    assert copy_lessons(tmp_path / "mine", only=["01"]).written == ("01_second.ipynb",)
+    assert names(tmp_path / "mine") == [MANIFEST, "01_second.ipynb"]
+    work = change(tmp_path / "mine" / "01_second.ipynb")
+    assert copy_lessons(tmp_path / "mine", only=["00", "01_sec"]).written == ("00_first.ipynb",)
+    assert (tmp_path / "mine" / "01_second.ipynb").read_bytes() == work
+
+
+def test_an_unknown_lesson_is_an_error_that_lists_them(lessons, tmp_path):
+    with pytest.raises(
+        ValueError, match="There is no lesson '7'; choose from 00_first, 01_second, or by their numbers"
+    ):
+        copy_lessons(tmp_path / "mine", only=["00", "7"])
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_file_is_no_folder_for_lessons(lessons, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="is a file; name a folder"):
@@ -252,6 +350,43 @@ def test_the_commands_write_the_real_lessons(tmp_path, capsys):
     assert json.loads((tmp_path / "mine" / MANIFEST).read_text(encoding="utf-8"))["solved"] is False
     assert command("lessons", tmp_path / "mine") == 1
     assert "name another folder" in error_line(capsys)
+
+
+def test_the_commands_take_a_choice_of_lessons(tmp_path, capsys):
+    assert command("course", tmp_path / "mine", "--only", "03", "01") == 0
+    assert names(tmp_path / "mine") == [MANIFEST, "01_low_rank.ipynb", "03_lora_from_scratch.ipynb"]
+    assert f"jupyter lab {tmp_path / 'mine' / '01_low_rank.ipynb'}" in capsys.readouterr().out
+    assert command("lessons", tmp_path / "solved", "--only", "03") == 0
+    assert names(tmp_path / "solved") == [MANIFEST, "03_lora_from_scratch.ipynb"]
+
+
+def test_files_of_the_class_are_copied_once_and_never_overwritten(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "tickets.jsonl").write_text("first")
+    arguments = ("course", tmp_path / "mine", "--only", "03", "--add", tmp_path / "model", tmp_path / "tickets.jsonl")
+    assert command(*arguments) == 0
+    assert "Added: model\nAdded: tickets.jsonl\n" in capsys.readouterr().out
+    assert (tmp_path / "mine" / "model" / "config.json").read_text() == "{}"
+    (tmp_path / "tickets.jsonl").write_text("second")
+    assert command(*arguments) == 0
+    assert (tmp_path / "mine" / "tickets.jsonl").read_text() == "first"
+    capsys.readouterr()
+    assert command("course", tmp_path / "other", "--add", tmp_path / "gone.csv") == 1
+    assert "gone.csv to add; give the paths" in error_line(capsys)
+    assert not (tmp_path / "other").exists()
+    assert command("course", tmp_path / "graded", "--grading", "--add", tmp_path / "model") == 1
+    assert "--add is for the lessons" in error_line(capsys)
+
+
+def test_a_lesson_names_no_file_outside_its_folder():
+    """So a copied folder works wherever it lies: models come from the cache, and records from the package."""
+    for path in shipped_lessons().glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not re.search(r"[\"']\.\./|[\"'](/|~)\w|[\"'](records|notebooks|lora_lab)/", cell.source), (
+                    cell.source
+                )
 
 
 def test_make_lab_opens_a_copy_that_git_ignores():

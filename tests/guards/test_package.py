@@ -145,7 +145,7 @@ def commands(job):
 
 
 def test_the_jobs_of_the_workflow_run_everything():
-    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "browser", "site", "wheel", "llama-cpp", "lowest"}
+    assert set(WORKFLOW["jobs"]) == {"lint", "unit", "lessons", "browser", "site", "grading", "wheel", "llama-cpp", "lowest"}
     assert "make lint" in commands("lint")
     assert WORKFLOW["jobs"]["unit"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
     for job, folder in (("unit", "tests"), ("lessons", "notebooks"), ("lowest", "tests")):
@@ -155,6 +155,8 @@ def test_the_jobs_of_the_workflow_run_everything():
     assert "tests/guards/test_browser.py" in commands("browser")
     assert "LORA_LAB_SITE=" in commands("site")
     assert "tests/guards/test_site.py" in commands("site")
+    assert ".[test,teach]" in commands("grading")
+    assert "tests/classroom/grading" in commands("grading")
     assert "pip install dist/*.whl" in commands("wheel")
     assert ".ci/smoke.py" in commands("wheel")
     assert "tests/guards/test_llama_cpp.py" in commands("llama-cpp")
