@@ -1,6 +1,6 @@
 """What packing an ablation saves, as a user calls it, on the digits net and on a model of SmolLM2-135M's shape.
 
-    python benchmarks/ablation.py [--only digits smollm2 study] [--rounds 3] [--steps 300]
+    python benchmarks/ablation.py [--only digits smollm2 study verdicts] [--rounds 3] [--steps 300]
 
     digits     `ablate` on 20 trials (ranks 1, 2, 4, 8, 16 x 4 seeds), 32 pictures a step, everything included (fresh
                folder, fingerprints, memory, evaluations, files): separate on one thread (the baseline), packed on one
@@ -12,6 +12,8 @@
     study      a third of the trials of the recorded study of ranks (`lora-lab record ablation`: one seed of three), on
                the real model, with a tenth of their steps and evaluations: without the lean step (the baseline), with
                it, and over a base in bfloat16; minutes a sweep, and without a first round
+    verdicts   not a timing, and only if named: all of the recorded study over a base in bfloat16, half an hour on two
+               cores, and which rank is enough by it and by the record, whose base is in float32
 
 Rounds are interleaved, and medians of ratios are printed, with the extremes. Weights of smollm2 are random.
 On a CUDA GPU the language model is packed there (never tried).
@@ -20,17 +22,19 @@ On a CUDA GPU the language model is packed there (never tried).
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import common
 import torch
 
 import lora_lab as ll
-from lora_lab.ablation import Trial, ablate, fit_packed, studies
+from lora_lab import records
+from lora_lab.ablation import ablate, fit_packed, smallest_sufficient_rank, studies
 from lora_lab.ablation.packed import Run
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
@@ -38,7 +42,8 @@ from lora_lab.experiments import ablation as recorded
 from lora_lab.models import shapes
 from lora_lab.tasks import Examples, Task
 
-PARTS = ("digits", "smollm2", "study")
+PARTS = ("digits", "smollm2", "study")  # those run if none is named
+MARGINS = (0.005, 0.01, 0.02, 0.05)  # nats
 RANKS, SEEDS = (1, 2, 4, 8, 16), 4
 ADAPTERS, TOKENS, LLM_STEPS = 8, 64, 3
 METHOD = ll.LoRA(8, 16)
@@ -80,30 +85,34 @@ def study(rounds: int) -> None:
     """A third of the recorded study."""
     device = ll.pick_device()[0]
     planned = recorded.plan(device)
-    options = {
-        "alpha_per_rank": 2,
-        "steps": planned.steps // 10,
-        "batch_size": planned.batch_size,
-        "eval_every": planned.steps,
-        "eval_examples": planned.eval_examples // 10,
-    }
-
-    def trials(lean: ll.Lean | None) -> list[Trial]:
-        grids = (
-            studies.grid("docs", "lora", [rank], rates, [0], lean=lean, **options)
-            for rank, rates in planned.lrs.items()
-        )
-        return list(itertools.chain.from_iterable(grids))
-
+    fewer = {"seeds": 1, "steps": planned.steps // 10, "eval_examples": planned.eval_examples // 10}
+    trials = partial(recorded.trials, replace(planned, **fewer))
     model, task = studies.study("docs", planned.seq_len, device)
     jobs = studies.processes(device)
-    print(f"\nstudy on {device}: {len(trials(None))} trials, {options['steps']} steps, {jobs} processes")
+    print(f"\nstudy on {device}: {len(trials(None))} trials, {fewer['steps']} steps, {jobs} processes")
     calls = {
         "not lean*": lambda: sweep(model, task, trials(None), n_jobs=jobs),
         "lean": lambda: sweep(model, task, trials(ll.Lean()), n_jobs=jobs),
         "lean, base in bfloat16": lambda: sweep(model, task, trials(ll.Lean(torch.bfloat16)), n_jobs=jobs),
     }
     compare(calls, rounds, "a sweep", warm_up=False)
+
+
+def verdicts(folder: str = "runs/ablation-bf16") -> None:
+    """The whole recorded study over a base in bfloat16, beside the record."""
+    device = torch.device("cpu")
+    planned = recorded.plan(device)
+    model, task = studies.study("docs", planned.seq_len, device)
+    jobs = studies.processes(device)
+    trials = recorded.trials(planned, ll.Lean(torch.bfloat16))
+    print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)
+    # Small packs, of which less is lost when they are stopped.
+    over_bf16 = ablate(model, task, trials, folder, n_jobs=jobs, budget_bytes=1_500_000_000)
+    shipped = next(record for record in records.load_all("ablation").values() if record.facts["device"] == "cpu")
+    for margin in MARGINS:
+        for base, frame in (("float32", shipped.frame()), ("bfloat16", over_bf16)):
+            verdict = smallest_sufficient_rank(frame, margin)
+            print(f"\nbase in {base}: {verdict}")
 
 
 class Packs:
@@ -168,7 +177,7 @@ def smollm2(rounds: int) -> None:
 def main() -> None:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "verdicts"), default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300, help="of each trial of digits")
     options = parser.parse_args()
@@ -181,6 +190,8 @@ def main() -> None:
         smollm2(options.rounds)
     if "study" in options.only:
         study(options.rounds)
+    if "verdicts" in options.only:
+        verdicts()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_lab.ablation import studies
+from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import PROVENANCE
 from lora_lab.ablation.run import ablate
 from lora_lab.experiments.recorder import Recorder
@@ -53,6 +54,26 @@ def plan(device: torch.device) -> Plan:
     return Plan(lrs, seeds=3, steps=60, batch_size=4, seq_len=64, eval_examples=64)
 
 
+def trials(planned: Plan, lean: Lean | None) -> list[Trial]:
+    """All ranks at all their rates with all seeds.
+
+    Args:
+        planned: how much is trained.
+        lean: the step; :class:`lora_lab.lean.Lean` in float32 gives the results of None, in less time.
+    """
+    options = {
+        "alpha_per_rank": 2,
+        "steps": planned.steps,
+        "batch_size": planned.batch_size,
+        "eval_every": planned.steps,
+        "eval_examples": planned.eval_examples,
+        "lean": lean,
+    }
+    seeds = range(planned.seeds)
+    grids = (studies.grid("docs", "lora", [rank], lrs, seeds, **options) for rank, lrs in planned.lrs.items())
+    return list(itertools.chain.from_iterable(grids))
+
+
 def settings(device: torch.device) -> dict[str, Any]:
     """How the rows are made, as the record states it."""
     planned = asdict(plan(device))
@@ -68,19 +89,8 @@ def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str
         folder: of finished trials, from which a run that was stopped continues.
     """
     planned = plan(device)
-    options = {
-        "alpha_per_rank": 2,
-        "steps": planned.steps,
-        "batch_size": planned.batch_size,
-        "eval_every": planned.steps,
-        "eval_examples": planned.eval_examples,
-        "lean": Lean(),  # the same results in less time
-    }
-    seeds = range(planned.seeds)
-    grids = [studies.grid("docs", "lora", [rank], lrs, seeds, **options) for rank, lrs in planned.lrs.items()]
-    trials = list(itertools.chain.from_iterable(grids))
     model, task = studies.study("docs", planned.seq_len, device)
-    frame = ablate(model, task, trials, folder, n_jobs=studies.processes(device))
+    frame = ablate(model, task, trials(planned, Lean()), folder, n_jobs=studies.processes(device))
     yield from map(json_safe, frame.drop(columns=["key", "seconds", *PROVENANCE]).to_dict("records"))
 
 
