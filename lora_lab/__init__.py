@@ -36,7 +36,15 @@ In reading order. A file imports only from what is listed before it: here, and i
 ``import lora_lab`` is fast: it imports neither torch nor any module of the package.
 """
 
+import copyreg
+import importlib
+import sys
+
 import lazy_loader
 
 __version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+# lazy_loader changes this module's class, so that joblib could not send functions which use the package to other
+# processes, such as those of a notebook.
+copyreg.pickle(type(sys.modules[__name__]), lambda module: (importlib.import_module, (module.__name__,)))

@@ -287,23 +287,43 @@ def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Gener
     Raises:
         ValueError: the shapes differ, the rank is out of range, or as for :func:`svd`.
     """
+    size, projected, weight = _size_and_projection(delta, W, rank)
+    generator = generator or torch.Generator().manual_seed(0)
+    sides = (orthonormal(n, rank, generator=generator).to(weight) for n in weight.shape[-2:])
+    left, right = sides  # (192, 8), (576, 8)
+    largest = singular_values(W)[..., :rank].norm(dim=-1).to(weight.dtype)  # ()
+    random = torch.linalg.matrix_norm(left.T @ weight @ right)  # ()
+    return Amplification(_ratio(size, projected), size, projected, largest, random)
+
+
+def amplification_factor(delta: Matrix, W: Matrix, rank: int) -> Tensor:
+    """The factor of :func:`amplification` alone, for which the weight need not be decomposed.
+
+    Args:
+        delta, W, rank: as there.
+
+    Raises:
+        ValueError: as there.
+    """
+    size, projected, _ = _size_and_projection(delta, W, rank)
+    return _ratio(size, projected)
+
+
+def _size_and_projection(delta: Matrix, W: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of the update, the norm of the weight in the update's leading directions, and the weight as a tensor."""
     U, S, Vh = svd(delta)
     _check_rank(rank, S.shape[-1])
-    singular_values_of_W = singular_values(W)  # (192,)
     if isinstance(W, tuple):
-        W = (W[0] * W[1][..., None, :]) @ W[2]  # (192, 576)
+        U_of_W, S_of_W, Vh_of_W = _check_decomposition(W)
+        W = (U_of_W * S_of_W[..., None, :]) @ Vh_of_W  # (192, 576)
+    _check(W, "W")
     W = W.to(torch.promote_types(_work_dtype(W), S.dtype))
     if W.shape != (*U.shape[:-1], Vh.shape[-1]):
         raise ValueError(
             f"The weight has shape {tuple(W.shape)} and the update {(*U.shape[:-1], Vh.shape[-1])}; they must be equal."
         )
     U, Vh = U[..., :rank].to(W.dtype), Vh[..., :rank, :].to(W.dtype)  # (192, 8), (8, 576)
-    generator = generator or torch.Generator().manual_seed(0)
-    left, right = (orthonormal(n, rank, generator=generator).to(W) for n in W.shape[-2:])  # (192, 8), (576, 8)
-    norm = torch.linalg.matrix_norm
-    projected, size = norm(U.mT @ W @ Vh.mT), S.to(W.dtype).norm(dim=-1)  # (), ()
-    largest = singular_values_of_W[..., :rank].norm(dim=-1).to(W.dtype)  # ()
-    return Amplification(_ratio(size, projected), size, projected, largest, norm(left.T @ W @ right))
+    return S.to(W.dtype).norm(dim=-1), torch.linalg.matrix_norm(U.mT @ W @ Vh.mT), W  # (), (), (192, 576)
 
 
 class Intruders(NamedTuple):

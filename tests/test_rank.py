@@ -298,6 +298,7 @@ def test_amplification_is_the_papers_quotient():
     projected = np.linalg.norm(U[:, :2].T @ W.numpy() @ Vh[:2].T)
     assert float(found.projected) == pytest.approx(projected)
     assert float(found.factor) == pytest.approx(math.sqrt(30) / projected)
+    assert float(rank.amplification_factor(delta, W, 2)) == pytest.approx(math.sqrt(30) / projected)
     assert float(found.largest) == pytest.approx(np.linalg.norm(np.linalg.svd(W.numpy())[1][:2]))
     assert float(found.largest) > float(found.random)
     given_ = rank.amplification(rank.svd(delta), rank.svd(W), 2)

@@ -34,7 +34,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.rank import (
     SVD,
     Band,
-    amplification,
+    amplification_factor,
     by_chance,
     effective_rank,
     energy_rank,
@@ -228,7 +228,7 @@ def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, fl
     left, right = _random_directions(*W.shape, directions)  # (39, 192, 8), (39, 576, 8)
     projected = torch.linalg.matrix_norm(left.mT.to(W) @ W @ right.to(W))  # (39,)
     random_factors = (update.S.norm() / projected).sort().values  # (39,)
-    factor = amplification(update, W, directions).factor
+    factor = amplification_factor(update, W, directions)
     band = Band(random_factors[0], random_factors.mean(), random_factors[-1])
     return _with_band("amplification", float(factor), band)
 

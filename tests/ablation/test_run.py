@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1054,6 +1055,17 @@ def test_a_judge_goes_with_the_trials_to_other_processes(tmp_path):
     assert set(frame.score_where.dropna()) == {"there"}
     same(frame.drop(columns="score_where"), expected.drop(columns="score_where"))
     assert len(list(tmp_path.glob("pid*"))) > 1
+
+
+def test_a_judge_may_use_the_package():
+    # As a function of a notebook does, which is sent with all that it refers to.
+    from joblib.externals.loky.backend.reduction import dumps
+
+    namespace = {"lora_lab": lora_lab}
+    exec("def judge(model, task):\n    return {'rank': lora_lab.LoRA(3).rank}", namespace)
+    sent = pickle.loads(dumps(namespace["judge"]))
+    assert sent.__globals__["lora_lab"] is lora_lab
+    assert sent(None, None) == {"rank": 3}
 
 
 def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():
