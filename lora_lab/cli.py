@@ -159,7 +159,7 @@ def _add_lessons(commands: argparse._SubParsersAction) -> None:
             what = "files or folders of your class, such as data or a model, to copy beside the lessons: docs/teach.md"
             command.add_argument("--add", metavar="PATH", nargs="+", help=what)
             sheets = (
-                "instead write a course of nbgrader, with solutions and hidden tests, for the teacher: docs/teach.md"
+                "instead write a course of nbgrader, with solutions and hidden tests, for the teacher: docs/grading.md"
             )
             command.add_argument("--grading", action="store_true", help=sheets)
 
@@ -748,7 +748,7 @@ def _lessons(options: argparse.Namespace) -> None:
         from lora_lab.classroom.grading.sheets import write_course
 
         print(write_course(options.folder, only))
-        print(f"In {options.folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
+        print(f"In {options.folder}, for each sheet: nbgrader generate_assignment NAME (docs/grading.md has the rest)")
         return
     if missing := [path for path in added if not Path(path).exists()]:
         raise FileNotFoundError(f"There is no {missing[0]} to add; give the paths of files or folders.")

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import lora_lab
+from lora_lab import cli
 from tests.helpers import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -83,6 +84,18 @@ def test_every_import_of_the_package_is_a_dependency():
     for name, distributions in importlib.metadata.packages_distributions().items():
         if name in imported and name != "lora_lab":
             assert {canonicalize_name(known.get(name, each)) for each in distributions} & declared.keys(), name
+
+
+def test_the_dev_container_has_a_python_of_the_range_and_runs_what_is_there():
+    image = re.search(r"^FROM python:(\S+)$", read(".devcontainer/Dockerfile"), flags=re.MULTILINE)[1]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(image)
+    target, *commands = json.loads(read(".devcontainer/devcontainer.json"))["postCreateCommand"].split(" && ")
+    assert target == "make .venv/.ready"
+    assert re.search(r"^\$\(VENV\)/\.ready:", read("Makefile"), flags=re.MULTILINE)
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == ".venv/bin/lora-lab"
+        cli._parser().parse_args(arguments)
 
 
 # Versions

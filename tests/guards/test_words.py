@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CODE = sorted((ROOT / "lora_lab").rglob("*.py"))
-PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "records" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PROSE = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "records/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 
 NAMES = {
     "own": "what it holds, such as parameters, settings, rows",
