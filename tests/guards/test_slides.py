@@ -216,7 +216,7 @@ def test_nothing_is_cut_off_on_a_screen_and_each_slide_is_a_printed_page(browser
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
     requests = []
     page.on("request", lambda request: requests.append(request.url[:40]))
-    page.goto((folder / f"{name}.html").as_uri())
+    page.set_content((folder / f"{name}.html").read_text(encoding="utf-8"))
     looks = [slide.evaluate(LOOK) for slide in page.locator("section").all()]
     assert [(i, outside) for i, look in enumerate(looks, start=1) if (outside := look["outside"])] == []
     assert all(height > HEIGHT / 3 for look in looks for height in look["pictures"])
@@ -231,14 +231,14 @@ def test_nothing_is_cut_off_on_a_screen_and_each_slide_is_a_printed_page(browser
     assert page.locator("section").first.bounding_box()["y"] == 0
     printed = page.pdf(prefer_css_page_size=True)
     assert len(re.findall(rb"/Type\s*/Page\b", printed)) == len(looks)
-    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in requests if not url.startswith("data:")] == []
     page.close()
 
 
 @in_a_browser
 def test_what_is_cut_off_would_be_noticed(browser, folder):
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-    page.goto((folder / f"{FIRST_FIVE[0]}.html").as_uri())
+    page.set_content((folder / f"{FIRST_FIVE[0]}.html").read_text(encoding="utf-8"))
     slide = page.locator("section").first
     assert slide.evaluate(LOOK)["outside"] == []
     slide.locator("li").last.evaluate("item => item.append('word '.repeat(2000))")
