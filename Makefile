@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test hostile coverage lab lab-gpu notebooks site lint mutation clean
+.PHONY: help demo check test hostile coverage lab lab-gpu notebooks site slides lint mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -59,6 +59,9 @@ notebooks: $(VENV)/.ready-test ## run the lessons again and store their outputs 
 
 site: $(VENV)/.ready-docs ## build the site from the stored lessons, in about a minute: build/site/html/index.html
 	$(BIN)/python docs/site/build.py $(ARGS)
+
+slides: $(VENV)/.ready-docs ## write slides of each lesson from its stored outputs, in seconds: build/slides/00_first_look.html
+	$(BIN)/python docs/site/slides.py $(ARGS)
 
 mutation: $(VENV)/.ready-test ## plant 200 small faults in the core, and see which of them the tests notice (about an hour)
 	$(BIN)/python -m pip install --quiet --editable '.[test,mutation]'

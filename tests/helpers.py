@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_lab import cli
+from lora_lab.classroom import course
 from lora_lab.tasks import Examples, Pair, Task, from_pairs
 
 ROOT = Path(__file__).parents[1]  # the repository
@@ -135,6 +137,23 @@ class ByteTokenizer:
 
 class Stopped(BaseException):
     """Stands for whatever ends a run."""
+
+
+# Lessons
+
+
+def words(text):
+    """The text with single spaces."""
+    return " ".join(text.split())
+
+
+def solutions(notebook):
+    """For each exercise the lines that a learner has to find: those of its solution that the learner's lesson lacks."""
+    shown = words("\n".join(cell.source for cell in course.student(notebook).cells))
+    source = "\n".join(cell.source for cell in notebook.cells)
+    blocks = re.findall(rf"{course.BEGIN}\n(.*?)\n *{course.END}", source, re.DOTALL)
+    lines = [map(words, block.splitlines()) for block in blocks]
+    return [[line for line in block if len(line) > 12 and line not in shown] for block in lines]
 
 
 # Files, commands, processes

@@ -46,10 +46,14 @@ pygments_dark_style = "github-dark"
 SECTIONS = ("Args", "Attributes", "Example", "Examples", "Note", "Raises", "Returns", "Warns", "Yields")
 
 
+def as_mathml(formula, as_block):
+    """A formula of LaTeX as MathML, which browsers draw themselves: no script, no font, nothing to load."""
+    return tex2mathml(formula.replace(r"\dots", r"\ldots"), as_block=as_block)
+
+
 def mathml(translator, node):
-    """A formula as MathML, which browsers draw themselves: no script, no font, nothing to load."""
     as_block = isinstance(node, nodes.math_block)
-    formula = tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=as_block)
+    formula = as_mathml(node.astext(), as_block)
     translator.body.append(f'<div class="math">{formula}</div>' if as_block else formula)
     raise nodes.SkipNode
 

@@ -39,7 +39,7 @@ NAMES = [
 HEADINGS = ["Question", "Run", "Explain", "Claims", "Takeaways", "Recall", "Your turn"]
 IGNORED = "nbval-ignore-output"
 HIDDEN = "hide-input"
-KNOWN_TAGS = {IGNORED, HIDDEN, "raises-exception"}
+KNOWN_TAGS = {IGNORED, HIDDEN, "raises-exception", "slide"}
 SANITIZE = get_sanitize_patterns((ROOT / "notebooks" / "nbval_sanitize.cfg").read_text(encoding="utf-8"))
 SETTINGS = {"LORA_LAB_DEVICE", "LORA_LAB_EFFORT"}
 

@@ -166,7 +166,7 @@ def test_the_jobs_of_the_workflow_run_everything():
         assert re.search(rf"-m pytest .* {folder}$", commands(job), flags=re.MULTILINE)
     assert "apt-get install" in commands("browser")
     assert "LORA_LAB_BROWSER=required" in commands("browser")
-    assert "tests/guards/test_browser.py" in commands("browser")
+    assert "tests/guards/test_browser.py tests/guards/test_slides.py" in commands("browser")
     assert "LORA_LAB_SITE=" in commands("site")
     assert "tests/guards/test_site.py" in commands("site")
     assert ".[test,teach]" in commands("grading")

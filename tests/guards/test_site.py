@@ -17,7 +17,7 @@ import pytest
 
 from lora_lab.claims.facts import read_claims
 from lora_lab.classroom import course
-from tests.helpers import ROOT
+from tests.helpers import ROOT, solutions, words
 
 KEEP = os.environ.get("LORA_LAB_SITE")
 if not KEEP and not all(map(find_spec, ("sphinx", "myst_nb", "furo"))):
@@ -67,19 +67,6 @@ class Page(HTMLParser):
 
 def read(lesson):
     return nbformat.read(ROOT / "notebooks" / f"{lesson}.ipynb", as_version=4)
-
-
-def words(text):
-    return " ".join(text.split())
-
-
-def solutions(notebook):
-    """For each exercise the lines that a learner has to find: those of its solution that the learner's lesson lacks."""
-    shown = words("\n".join(cell.source for cell in course.student(notebook).cells))
-    source = "\n".join(cell.source for cell in notebook.cells)
-    blocks = re.findall(rf"{course.BEGIN}\n(.*?)\n *{course.END}", source, re.DOTALL)
-    lines = [map(words, block.splitlines()) for block in blocks]
-    return [[line for line in block if len(line) > 12 and line not in shown] for block in lines]
 
 
 def test_text_in_a_closed_fold_is_distinguished_from_text_that_is_seen():
