@@ -92,7 +92,7 @@ def test_the_readme_on_how_far_the_memory_bills_are_off(readme, memory):
     assert (steps, most) == (len(memory), round(100 * off.max(), 1))
     assert many == (100 * off < few).sum()
     assert memory.model.nunique() == 2
-    closest, share = said(readme, r"in the (\d+) steps of SmolLM2 within ([\d.]+) % of the bill")
+    closest, share = said(readme, r"in the (\d+) steps of SmolLM2 it is within ([\d.]+) % of the bill")
     over = (memory.process_bytes / memory.measured_bytes - 1).abs()[memory.model == "smollm2-135m"]
     assert (closest, share) == (len(over), round(100 * over.max(), 1))
     (worst,) = memory.setup[off == off.max()]
