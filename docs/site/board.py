@@ -253,16 +253,8 @@ def pareto(trials: pandas.DataFrame) -> list[pictures.Picture]:
 
 def side_by_side(board: Board) -> list[str]:
     """LoRA's memory and time in units of full fine-tuning's, in records and in what others published."""
-    columns = [
-        "Machine",
-        "Kind",
-        "Model",
-        "Setup",
-        "Batch",
-        "Length",
-        "Memory, LoRA / full",
-        "Time, LoRA / full (95 %)",
-    ]
+    ratios = ["Memory, LoRA / full", "Time, LoRA / full"]
+    columns = ["Machine", "Kind", "Model", "Setup", "Batch", "Length", *ratios]
     rows = []
     for record in board.every.values():
         if record.what in ("memory", "speed"):
@@ -272,7 +264,8 @@ def side_by_side(board: Board) -> list[str]:
     for source in board.published.values():
         rows += [[escaped(card), "GPU, published", *cells] for card, *cells in published_ratios(source)]
     notes = [f"No record of a {kind} has been made yet; numbers of others are marked as published." for kind in missing]
-    return [*notes, table(columns, rows, sortable=True)]
+    notes.append("Brackets hold the 95 % interval of a time, where enough rounds were timed.")
+    return [" ".join(notes), table(columns, rows, sortable=True)]
 
 
 def ratios_of(record: Record) -> list[list[object]]:
@@ -294,9 +287,9 @@ def memory_ratio(lora: Mapping[str, float], full: Mapping[str, float]) -> str:
 
 
 def time_ratio(row: dict) -> str:
-    """The ratio to full's time with its interval, if enough rounds were timed."""
+    """The ratio to full's time with its 95 % interval, if enough rounds were timed."""
     interval = time_interval(row)
-    return f"{row['ratio']:.2f} ({'{:.2f} to {:.2f}'.format(*interval) if interval else 'too few rounds'})"
+    return f"{row['ratio']:.2f} ({'{:.2f} to {:.2f}'.format(*interval) if interval else 'few rounds'})"
 
 
 def published_ratios(source: Published) -> list[list[object]]:
