@@ -336,6 +336,10 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     record.set_defaults(run=_record)
     _add_json(record)
 
+    check = commands.add_parser("check-record", help="check that a record is whole, before it is handed in or added")
+    check.add_argument("files", metavar="FILE", nargs="+", help="a file that record wrote")
+    check.set_defaults(run=_check_record)
+
 
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
     def numbers(kind: type):
@@ -717,6 +721,15 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
     path = rescued(lambda path: records.write(record, path), folder)
     print(f"Written: {path}")
     return {"path": path, **asdict(record)}
+
+
+def _check_record(options: argparse.Namespace) -> None:
+    from lora_lab.experiments.submission import check
+    from lora_lab.system.wording import counted
+
+    for path in options.files:
+        record = check(path)
+        print(f"{path} is whole: {record.what!r} on {record.device}, {record.date}, {counted(len(record.rows), 'row')}")
 
 
 def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1458,6 +1458,75 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
     return figure
 
 
+def undominated(points: Mapping[str, Sequence[float]]) -> list[str]:
+    """The labels that no other beats: none is as low in every quantity and lower in one (the Pareto front).
+
+    Args:
+        points: label -> quantities, of which lower is better.
+    """
+    return [
+        label
+        for label, values in points.items()
+        if not any(
+            all(theirs <= ours for theirs, ours in zip(other, values, strict=True)) and tuple(other) != tuple(values)
+            for other in points.values()
+        )
+    ]
+
+
+def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """Two quantities of each setup, of which lower is better: a filled mark at the mean, a small one for each seed.
+
+    A grey line joins the means that no other beats in both quantities.
+
+    Args:
+        points: setup -> (seeds, 2), the quantities on the two axes.
+        xlabel, ylabel: the quantities, with their units.
+    """
+    ax = ax or plt.subplots(figsize=(5, 3.8))[1]
+    seeds = {label: np.asarray(values, dtype=float) for label, values in points.items()}
+    means = {label: values.mean(axis=0).tolist() for label, values in seeds.items()}
+    front = sorted(means[label] for label in undominated(means))
+    ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1.2, drawstyle="steps-post", zorder=1)
+    for label, style in looks(list(points)).items():
+        mark = {**style, "linestyle": "none"}
+        ax.plot(*seeds[label].T, **mark, markersize=4, fillstyle="none")
+        ax.plot(*means[label], **mark, markersize=9, label=label)
+    ax.margins(0.12)
+    ax.locator_params(nbins=5)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small", columnspacing=1, handletextpad=0.2)
+    return ax
+
+
+def by_setup(table: DataFrame, xlabel: str) -> Figure:
+    """A number of each setup, a panel below another for each kind of data: a mark for each seed, a bar at their mean.
+
+    Args:
+        table: a row for each seed, with the columns ``data``, ``setup``, of which what is before a comma is the method,
+            and ``value``.
+        xlabel: the number, with its unit.
+    """
+    kinds = list(table["data"].unique())
+    counts = [table[table["data"] == kind]["setup"].nunique() for kind in kinds]
+    size = {"figsize": (6.4, 0.35 * sum(counts) + 0.9 * len(kinds)), "squeeze": False}
+    figure, axes = plt.subplots(len(kinds), 1, height_ratios=counts, **size)
+    for ax, kind in zip(axes[:, 0], kinds, strict=True):
+        rows = table[table["data"] == kind]
+        setups = list(rows["setup"].unique())
+        methods = [setup.partition(",")[0] for setup in setups]
+        styles = looks(methods)
+        for i, (setup, method) in enumerate(zip(setups, methods, strict=True)):
+            values, style = rows["value"][rows["setup"] == setup], styles[method]
+            ax.plot(values, [i] * len(values), **{**style, "linestyle": "none"}, fillstyle="none")
+            ax.vlines(values.mean(), i - 0.35, i + 0.35, color=style["color"], linewidth=2)
+        ax.set_yticks(range(len(setups)), setups)
+        ax.set(ylim=(len(setups) - 0.5, -0.5), title=kind)
+        ax.grid(axis="y", visible=False)
+    axes[-1, 0].set_xlabel(xlabel)
+    return figure
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, whole or not at all."""
     with atomic_file(path) as temporary:

@@ -1077,3 +1077,40 @@ def test_best_rates_have_bars_arrows_where_the_grid_ends_and_are_hollow_at_an_ed
     assert ("v", pytest.approx(2e-3 / 1.6)) in ends  # none
     hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "white"]
     assert [line.get_ydata()[0] for line in hollow] == [1e-3]
+
+
+def test_what_no_other_beats_is_the_pareto_front():
+    points = {"a": (1, 5), "b": (2, 2), "c": (3, 3), "d": (5, 1), "twin of b": (2, 2), "e": (5, 2)}
+    assert plots.undominated(points) == ["a", "b", "d", "twin of b"]
+    assert plots.undominated({"a": (1, 2, 3), "b": (1, 2, 4), "c": (2, 1, 9)}) == ["a", "c"]
+
+
+def test_a_trade_off_has_a_mark_for_each_seed_the_means_and_a_line_through_the_front():
+    points = {"full": [(4.0, 1.0), (6.0, 3.0)], "LoRA r=8": [(1.0, 4.0), (1.0, 2.0)], "head": [(7.0, 7.0)]}
+    ax = plots.trade_off(points, "memory (MiB)", "loss (nats)")
+    front, *marks = ax.get_lines()
+    assert list(zip(*front.get_data(), strict=True)) == [(1.0, 3.0), (5.0, 2.0)]  # without the head
+    seeds, means = marks[::2], marks[1::2]
+    assert [len(line.get_xdata()) for line in seeds] == [2, 2, 1]
+    assert [(*map(float, line.get_xdata()), *map(float, line.get_ydata())) for line in means] == [
+        (5, 2),
+        (1, 3),
+        (7, 7),
+    ]
+    assert [line.get_color() for line in means[:1]] == [plots.METHOD_COLOURS["full"]]
+    assert len({line.get_marker() for line in means}) == 3
+    assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("memory (MiB)", "loss (nats)", [*points])
+
+
+def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
+    rows = [("docs", "full, 60 steps", 3.0), ("docs", "full, 60 steps", 4.0)]
+    rows += [("docs", "LoRA r=8", 3.25), ("digits", "full", 0.5)]
+    figure = plots.by_setup(pandas.DataFrame(rows, columns=["data", "setup", "value"]), "test loss (nats)")
+    docs, digits = figure.axes
+    assert [ax.get_title() for ax in (docs, digits)] == ["docs", "digits"]
+    assert [label.get_text() for label in docs.get_yticklabels()] == ["full, 60 steps", "LoRA r=8"]
+    assert [list(line.get_xdata()) for line in docs.get_lines()] == [[3.0, 4.0], [3.25]]
+    assert [bar.get_segments()[0][0][0] for bar in docs.collections] == [3.5, 3.25]
+    assert docs.get_lines()[0].get_color() == digits.get_lines()[0].get_color() == plots.METHOD_COLOURS["full"]
+    assert digits.get_xlabel() == "test loss (nats)"
+    assert docs.get_ylim()[0] > docs.get_ylim()[1]  # the first setup on top

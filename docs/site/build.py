@@ -18,8 +18,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import board
 import nbformat
 import pandas
+from markup import escaped, toctree
 from sphinx.cmd.build import build_main
 
 import lora_lab
@@ -71,15 +73,6 @@ def main(folder: Path) -> int:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def toctree(names: list[str], *options: str) -> str:
-    return "\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", *options, "", *names, "```"])
-
-
-def escaped(text: str) -> str:
-    """The text with every character escaped that Markdown would take for markup."""
-    return re.sub(r"([\\`*_{}\[\]<>$|#~])", r"\\\1", text)
 
 
 # Pages and lessons
@@ -189,24 +182,21 @@ def shown_by(text: str) -> str:
 
 
 def write_records(folder: Path, entries: dict[str, claims.Entry]) -> int:
-    """Write a page for each record and for what others published, and one that lists them; return their number."""
-    lines = ["| record | machine | date | rows |\n|---|---|---|---|"]
-    published = ["| numbers | source | date | rows |\n|---|---|---|---|"]
+    """Write a page for each record and for what others published, and the board; return the number of the former."""
     names = []
     for path in sorted((ROOT / "records").rglob("*.json")):
         name = path.relative_to(ROOT / "records").with_suffix("").as_posix()
         if path.parent.name == "published":
             record = records.published(path.stem)
-            title, where, listed = record.what, record.source, published
+            title = record.what
             facts = {"Source": record.source, "Version": record.commit, "Licence": record.licence}
             decided = [key for key, decider in DECIDERS.items() if decider.published == path.stem]
         else:
             record = records.load(path)
-            title, where, listed = f"The record {record.what}: {record.device}", record.device, lines
+            title = f"The record {record.what}: {record.device}"
             facts = {"Machine": record.device, **record.facts, "Code": record.commit, "Command": record.command}
             decided = [key for key, decider in DECIDERS.items() if decider.record == record.what]
         facts["Date"] = record.date
-        listed.append(f"| [{path.stem}]({name}.md) | {escaped(where)} | {record.date} | {len(record.rows):,} |")
         up = "../" * (1 + name.count("/"))
         verdicts = [
             f"- [{escaped(entry.claim.sentence)}]({up}ledger.md#claim-{key}) **{escaped(str(entry.result))}**"
@@ -216,15 +206,8 @@ def write_records(folder: Path, entries: dict[str, claims.Entry]) -> int:
         write(folder / f"{name}.md", record_text(title, facts, record, path.name, verdicts))
         shutil.copy(path, folder / f"{name}.json")
         names.append(name)
-    parts = [
-        "# What was measured, on which machine?",
-        "Each record is one run of a command. [What each kind holds, and how to add one of your machine](README.md).",
-        "\n".join(lines),
-        "## Measured and published by others",
-        "\n".join(published),
-        toctree(["README", *names]),
-    ]
-    write(folder / "index.md", "\n\n".join(parts))
+    text = board.page(ROOT / "records", entries, folder)
+    write(folder / "index.md", f"{text}\n\n{toctree(['README', *names])}")
     return len(names)
 
 

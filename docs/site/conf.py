@@ -32,8 +32,9 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"
-html_static_path = ["site.css"]
+html_static_path = ["site.css", "sort.js"]
 html_css_files = ["site.css"]
+html_js_files = ["sort.js"]
 suppress_warnings = ["myst.header"]  # lesson 00 has no parts, only sections
 html_copy_source = False  # the notebooks are there with their solutions
 html_math_renderer = "mathml"

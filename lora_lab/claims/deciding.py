@@ -129,9 +129,7 @@ def judge(claim: Claim, folder: str | Path | None = None, lessons: str | Path | 
         today = datetime.now(UTC).date().isoformat()
         return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
     results = [
-        replace(
-            _from_record(decider, claim, record), shown_by=f"record {name}", date=record.date, machine=record.device
-        )
+        replace(judge_record(claim, record), shown_by=f"record {name}", date=record.date, machine=record.device)
         for name, record in records.load_all(decider.record, folder).items()
     ]
     if not results:
@@ -151,10 +149,13 @@ def _from_lesson(claim: Claim, folder: Path) -> Result:
     return Result(OPEN, "the lesson's stored outputs do not show it", shown_by=shown_by)
 
 
-def _from_record(decider: Decider, claim: Claim, record: records.Record) -> Result:
-    """The verdict of one record; one that lacks what is needed, such as a setup or a column, decides nothing."""
+def judge_record(claim: Claim, record: records.Record) -> Result:
+    """The verdict of one record on a claim that its kind decides.
+
+    A record that lacks what is needed, such as a setup or a column, decides nothing.
+    """
     try:
-        return decider.function(claim, record)
+        return DECIDERS[claim.id].function(claim, record)
     except (KeyError, TypeError, ValueError) as error:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 

@@ -149,7 +149,7 @@ def qlora_memory(claim: Claim, record: Record) -> Result:
 # Time
 
 
-def _interval(row: dict[str, Any]) -> tuple[float, float] | None:
+def time_interval(row: dict[str, Any]) -> tuple[float, float] | None:
     """The 95 % interval of the ratio of times to full fine-tuning's in a row's verdict; None if inconclusive."""
     match = re.match(r"(?:faster|slower|no .*): (\d+\.\d+) to (\d+\.\d+) of full's time", row["verdict"])
     return (float(match[1]), float(match[2])) if match else None
@@ -158,7 +158,7 @@ def _interval(row: dict[str, Any]) -> tuple[float, float] | None:
 def _timed(record: Record, setups: Sequence[str], model: str | None = None):
     """(interval, words) of each timed case with a conclusive interval."""
     for row in record.rows:
-        interval = _interval(row)
+        interval = time_interval(row)
         if row["setup"] in setups and interval and model in (None, row["model"]):
             words = f"{row['model']}, {row['tokens']} tokens, {row['setup']}: {interval[0]:.2f} to {interval[1]:.2f}"
             yield interval, words
@@ -199,7 +199,7 @@ def time_and_flops(claim: Claim, record: Record) -> Result:
     full = {(row["model"], row["tokens"]): row["flops"] for row in record.rows if row["setup"] == "full"}
     cases = []
     for row in record.rows:
-        interval = _interval(row)
+        interval = time_interval(row)
         if row["setup"] in ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256") and row["tokens"] >= 512 and interval:
             flops = row["flops"] / full[row["model"], row["tokens"]]
             same = within(*interval, flops - TIME_MARGIN, flops + TIME_MARGIN)
@@ -253,7 +253,7 @@ def rank_sixteen(claim: Claim, record: Record) -> Result:
 # Overfitting
 
 
-def _at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, str]], list[str]]:
+def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, str]], list[str]]:
     """The curves at each method's best rate; (size, LoRA setup) that may be judged; and what is at an edge.
 
     A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
@@ -305,7 +305,7 @@ def _counted(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, st
 @decides("lora-overfits-less", record="overfitting")
 def overfits_less(claim: Claim, record: Record) -> Result:
     """The rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every stopping point."""
-    curves, judged, doubts = _at_inner_rates(record)
+    curves, judged, doubts = at_inner_rates(record)
     pairs = judged or _all_pairs(curves)
     rises = overfitting.by_stopping_point(curves)
     rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
@@ -318,7 +318,7 @@ def overfits_less(claim: Claim, record: Record) -> Result:
 @decides("better-at-equal-fit", record="overfitting")
 def generalises_better(claim: Claim, record: Record) -> Result:
     """The validation loss where both methods fit the training set equally well."""
-    curves, judged, doubts = _at_inner_rates(record)
+    curves, judged, doubts = at_inner_rates(record)
     words, text = _counted(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
     text = f"validation loss at a training loss: {text}"
     return _verdict_of(words, text, "the training loss", doubts, bool(judged))

@@ -22,6 +22,7 @@ downstream   can the model learn a downstream task?
 elicitation  how much of that can it do untrained, if asked well?
 translation  can the real model learn to translate?
 registry     all recorders, by name
+submission   is a record that somebody hands in whole?
 finetune     lora-lab finetune: a task, or your own data
 demo         lora-lab demo: LoRA beside full fine-tuning
 """

@@ -131,7 +131,7 @@ def plan(device: torch.device) -> Plan:
     if device.type == "cuda":
         epochs = {64: 20, 256: 10, 1024: 10}
         return Plan([*SETUPS], epochs, dict.fromkeys(epochs, 3), judging=range(2, 7))
-    return Plan(("full", "LoRA r=1", "LoRA r=8"), {64: 8, 256: 6, 1024: 3}, {64: 3, 256: 3})
+    return Plan(("full", "LoRA r=1", "LoRA r=8"), {64: 8, 256: 6, 1024: 2}, {64: 3})
 
 
 def settings(device: torch.device) -> dict[str, Any]:

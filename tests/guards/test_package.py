@@ -188,6 +188,18 @@ def test_the_workflow_may_read_only_and_stops_what_a_newer_push_replaces():
         assert checkout["with"]["persist-credentials"] is False
 
 
+def test_the_issue_form_takes_a_record_and_names_commands_that_exist():
+    form = yaml.safe_load(read(".github/ISSUE_TEMPLATE/record.yml"))
+    assert form.keys() <= {"name", "description", "title", "labels", "body"}
+    fields = {field["id"]: field for field in form["body"] if "id" in field}
+    assert {field["type"] for field in form["body"]} <= {"markdown", "textarea", "input", "checkboxes"}
+    assert fields["record"]["validations"]["required"]
+    assert "render" not in fields["record"]["attributes"]  # with it no file could be attached
+    introduction = form["body"][0]["attributes"]["value"]
+    for command in ("lora-lab record", "lora-lab check-record", "records/README.md"):
+        assert command in introduction
+
+
 @pytest.mark.parametrize("name", [".github/workflows/ci.yml", "Makefile", ".pre-commit-config.yaml"])
 def test_every_file_that_is_named_exists(name):
     named = re.findall(r"(?<![\w/.-])(?:\.ci|lora_lab|notebooks|tests)/[\w/-]+\.\w+", read(name))

@@ -17,6 +17,8 @@ import pytest
 
 from lora_lab.claims.facts import read_claims
 from lora_lab.classroom import course
+from lora_lab.experiments.registry import NAMES
+from tests import lab
 from tests.helpers import ROOT, solutions, words
 
 KEEP = os.environ.get("LORA_LAB_SITE")
@@ -166,9 +168,51 @@ def test_formulas_are_drawn_without_a_script(site, pages):
 
 
 def test_pictures_are_described_for_those_who_cannot_see_them(pages):
-    described = [alt for name, page in pages.items() if name.startswith("notebooks/") for alt in page.pictures]
+    described = [
+        alt for name, page in pages.items() if name.startswith(("notebooks/", "records/")) for alt in page.pictures
+    ]
     assert len(described) > 50
     assert [alt for alt in described if " " not in alt or ".png" in alt] == []  # a path, if nobody wrote one
+
+
+def test_the_board_has_every_study_and_tables_that_sort(site, pages):
+    board = pages["records/index.html"]
+    assert {f"study-{name.replace('_', '-')}" for name in NAMES} <= board.anchors
+    assert len(board.pictures) > 9
+    assert (site / "records" / "index.html").read_text(encoding="utf-8").count('class="sortable') == 3
+    assert any(address.partition("?")[0].endswith("_static/sort.js") for address in board.loaded)
+
+
+@pytest.mark.skipif(not (find_spec("playwright") and lab.CHROMIUM), reason="needs playwright and Chromium")
+def test_the_boards_tables_sort_by_mouse_and_by_keys_and_no_page_of_it_is_too_wide(site):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=lab.CHROMIUM, args=lab.FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto((site / "records" / "index.html").as_uri())
+        table = page.locator("table.sortable").first
+        rows = table.locator("tbody tr td:nth-child(8)")
+        before = rows.all_inner_texts()
+        heading = table.locator("th", has_text="Rows")
+        heading.locator("button").click()
+        numbers = [text.replace(",", "") for text in rows.all_inner_texts()]
+        filled = [int(text) for text in numbers if text]
+        assert filled == sorted(int(text.replace(",", "")) for text in before if text)
+        assert numbers[len(filled) :] == [""] * (len(before) - len(filled))
+        assert heading.get_attribute("aria-sort") == "ascending"
+        page.keyboard.press("Enter")
+        assert rows.first.inner_text().replace(",", "") == str(filled[-1])
+        assert heading.get_attribute("aria-sort") == "descending"
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Space")
+        dates = [text for text in table.locator("tbody tr td:nth-child(7)").all_inner_texts() if text]
+        assert dates == sorted(dates)
+        assert heading.get_attribute("aria-sort") is None
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
 
 
 def test_the_search_knows_the_words_of_lessons_claims_and_reference(site):

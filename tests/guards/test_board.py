@@ -1,0 +1,140 @@
+"""The board of results shows what the records show: other records, another page. The extra ``docs`` is not needed."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+
+from lora_lab import records
+from lora_lab.claims.deciding import DECIDERS, judge
+from lora_lab.claims.facts import read_claims
+from lora_lab.claims.ledger import Entry
+from lora_lab.experiments.registry import NAMES
+from tests.helpers import COMMIT, PNG, ROOT
+
+sys.path.insert(0, str(ROOT / "docs" / "site"))  # scripts, which are no package
+import board
+import pictures
+
+MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "amd-epyc-2-cores-speed"
+LESS = "LoRA needs less memory than full fine-tuning, in the same precision and without dropout on the adapters."
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the records."""
+    return shutil.copytree(ROOT / "records", tmp_path / "records")
+
+
+def page(source):
+    """The page from a folder of records, without the claims that no record decides."""
+    decided = {name for name, decider in DECIDERS.items() if decider.record or decider.published}
+    every = {name: claim for name, claim in read_claims().items() if name in decided or claim.record}
+    entries = {name: Entry(claim, judge(claim, source)) for name, claim in every.items()}
+    return board.page(source, entries, source.parent / "page")
+
+
+def change(path, row_of=lambda row: row, to=None, **entries):
+    """Change rows and entries of a record; a row that becomes None is left out."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    rows = [new for row in stored["rows"] if (new := row_of(row)) is not None]
+    (to or path).write_text(json.dumps(stored | {"rows": rows} | entries), encoding="utf-8")
+
+
+def hungry(row):
+    """LoRA needs ten times as much memory."""
+    return row | {"measured_bytes": 10 * row["measured_bytes"]} if row["setup"].startswith("LoRA r=8") else row
+
+
+def cells(text, first):
+    """The cells of the rows of tables that begin so."""
+    return [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith(f"| {first}")]
+
+
+def test_a_changed_record_changes_the_verdict(source):
+    before = page(source)
+    assert [row[1].strip() for row in cells(before, f"[{LESS}]")] == ["stands"]
+    ((_, stands, falls, *_),) = cells(before, "[memory](#study-memory)")
+    change(source / f"{MEMORY}.json", hungry)
+    after = page(source)
+    assert [row[1].strip() for row in cells(after, f"[{LESS}]")] == ["falls"]
+    ((_, fewer, more, *_),) = cells(after, "[memory](#study-memory)")
+    assert int(fewer) < int(stands)
+    assert int(more) > int(falls)
+    assert cells(before, "[speed](#study-speed)") == cells(after, "[speed](#study-speed)")
+
+
+def test_machines_stand_side_by_side(source):
+    assert "No record of a GPU has been made yet" in page(source)
+    gpu = source / "nvidia-h100-80gb-hbm3-memory.json"
+    facts = records.load(source / f"{MEMORY}.json").facts | {"device": "cuda"}
+    change(source / f"{MEMORY}.json", hungry, to=gpu, device="NVIDIA H100 80GB HBM3", facts=facts)
+    text = page(source)
+    assert "No record of a" not in text
+    assert "| Claim | Intel(R) Xeon(R) Processor, 2 cores | NVIDIA H100 80GB HBM3 |" in text
+    assert [[cell.strip() for cell in row[1:]] for row in cells(text, f"[{LESS}]")] == [["stands", "falls"]]
+    ratios = {row[0].strip(): float(row[6]) for row in cells(text, "") if row[3:6] == ["LoRA r=8", "1", "64"]}
+    assert ratios["NVIDIA H100 80GB HBM3"] == pytest.approx(
+        10 * ratios["Intel(R) Xeon(R) Processor, 2 cores"], rel=0.02
+    )
+    assert {row[1] for row in cells(text, "NVIDIA H100")} == {"GPU"}
+
+
+def test_a_study_appears_as_soon_as_it_has_a_record(source):
+    before = page(source)
+    assert cells(before, "[targets](#study-targets)")[0][5] == "not recorded yet"
+    assert "`lora-lab record targets`, an hour on two cores; 3 claims wait" in before
+    rows = [
+        {"data": "docs", "stage": "judging", "setup": setup, "lr": 1e-3, "seed": seed, "test_loss": loss + seed / 100}
+        for setup, loss in (("all", 3.0), ("MLP", 3.1))
+        for seed in (2, 3, 4)
+    ]
+    records.write(records.Record("targets", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "x", {}, rows), source)
+    after = page(source)
+    assert cells(after, "[targets](#study-targets)")[0][5:7] == ["A CPU", "2026-11-27"]
+    assert "`lora-lab record targets`, an hour" not in after
+    assert "![A CPU. Test losses, each setup at its rate; means: all on docs 3.030, MLP on docs 3.130]" in after
+
+
+def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(source):
+    text = page(source)
+    for kind in NAMES:
+        assert text.count(f"(study-{kind})=") == 1
+        assert f"**{kind}**: {board.QUESTIONS[kind]}" in text or f"### {kind}: {board.QUESTIONS[kind]}" in text
+    assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(NAMES)
+    drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
+    assert len(drawn) == len(list((source.parent / "page").glob("*.png"))) == 11
+    for words, file in drawn.items():
+        assert re.search(r"\d", words), words
+        assert (source.parent / "page" / file).read_bytes().startswith(PNG)
+    assert "No picture" not in text
+
+
+def test_what_no_record_has_is_named(source):
+    text = page(source)
+    assert "Not in any record: last blocks (memory, time)." in text
+    assert (
+        "**The losses support no verdict**: 256 examples, LoRA r=1: the rate of full and LoRA r=1 is at an edge" in text
+    )
+    (source / f"{SPEED}.json").unlink()
+    change(source / f"{MEMORY}.json", lambda row: None if row["setup"] == "LoRA r=8" else row)
+    text = page(source)
+    assert "Time: no record of speed yet." in text
+    assert "LoRA r=8 (memory, time)" in text
+    assert "No picture: the record lacks what it needs (KeyError: 'LoRA r=8')." in text
+
+
+def test_numbers_of_the_trade_off_are_those_of_the_records(source):
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells(page(source), "") if len(row) == 5}
+    stored = json.loads((source / f"{MEMORY}.json").read_text(encoding="utf-8"))["rows"]
+    case = {"model": "smollm2-135m", "batch": 2, "length": 128}
+    (peak,) = (r["measured_bytes"] for r in stored if r.items() >= case.items() and r["setup"] == "full")
+    assert rows["full"][2] == f"{peak / 2**20:,.0f}"
+    stored = json.loads((source / f"{SPEED}.json").read_text(encoding="utf-8"))["rows"]
+    (seconds,) = (
+        r["seconds"] for r in stored if r["model"] == "smollm2-135m" and r["setup"] == "LoRA r=8" and r["tokens"] == 128
+    )
+    assert float(rows["LoRA r=8"][3]) == pytest.approx(seconds, rel=0.01)
+    assert rows["last blocks"][2:] == ["", ""]
