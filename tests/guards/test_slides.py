@@ -157,6 +157,12 @@ def test_another_run_gives_other_slides():
     assert slides.page(rerun, name) == before.replace(old, new)
 
 
+def test_a_title_may_have_any_characters():
+    title = nbformat.v4.new_markdown_cell("# Is 1 % enough, & for 100 %d?")
+    (slide,) = Deck(slides.page(nbformat.v4.new_notebook(cells=[title]), "01_low_rank")).slides
+    assert slide.startswith("Is 1 % enough, & for 100 %d? lora_lab 01: Is 1 % enough, & for 100 %d? 1 / 1 ")
+
+
 def test_what_a_slide_takes_of_a_text():
     text = "### A\n\nOne.\n\nTwo [link](x.md):\n\n$$x^2$$\n\nThree.\n\n- four\n\n### B\n\n- five"
     cell = nbformat.v4.new_markdown_cell(text, metadata={"tags": ["slide"]})
