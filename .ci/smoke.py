@@ -10,6 +10,7 @@ from pathlib import Path
 import lora_lab as ll
 from lora_lab import records, tasks
 from lora_lab.classroom.course import copy_lessons
+from lora_lab.classroom.grading.sheets import write_course
 from lora_lab.models.digits import DigitsMLP
 
 package = Path(ll.__file__).parent
@@ -23,6 +24,7 @@ assert (resources.files(tasks) / "data" / "style.jsonl").is_file()
 
 with tempfile.TemporaryDirectory() as folder:
     assert copy_lessons(folder).written, "the lessons did not come along"
+    assert write_course(f"{folder}/graded").written, "the hidden tests did not come along"
 
 model, task = DigitsMLP(), tasks.digits("pretrain")
 before = ll.evaluate(model, task)

@@ -30,7 +30,7 @@ from lora_lab.claims.deciding import ANY_MACHINE, DECIDERS, VERDICTS
 from lora_lab.claims.facts import NONE_GIVEN
 from lora_lab.classroom import course
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # links are resolved, too
 REPOSITORY_PAGES = ["CONTRIBUTING.md", "records/README.md"]
 ROWS_SHOWN = 50
 ENTRY = re.compile(r"^ *(\w+)/? {2,}\S", re.MULTILINE)  # a file in the docstring of a package
@@ -41,8 +41,8 @@ SHOWING_SOLUTIONS = {"exercise", "exercises", "course"}  # modules of lora_lab.c
 def main(folder: Path) -> int:
     """Write the pages below a folder, and build the site from them; warnings are errors."""
     source, marker = folder / "source", folder / ".site"
-    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
-        sys.exit(f"{folder} holds other files, which building would delete; name a new folder for the site.")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not marker.is_file()):
+        sys.exit(f"{folder} is a file, or holds files that building would delete; name a new folder for the site.")
     shutil.rmtree(folder, ignore_errors=True)
     write(marker, "")
     lessons = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))

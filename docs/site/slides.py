@@ -56,8 +56,11 @@ def page(notebook: NotebookNode, name: str) -> str:
     bodies = list(slides(notebook))
     title = html.escape(notebook.cells[0].source.split("\n", 1)[0].removeprefix("# "))
     style, script = ((HERE / f"slides.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    footer = f"<footer>lora_lab {name[:2]}: {title}<span>%d / {len(bodies)}</span></footer>"
-    sections = (f"<section>\n<div>\n{body}\n</div>\n{footer % i}\n</section>" for i, body in enumerate(bodies, start=1))
+    sections = (
+        f"<section>\n<div>\n{body}\n</div>\n"
+        f"<footer>lora_lab {name[:2]}: {title}<span>{i} / {len(bodies)}</span></footer>\n</section>"
+        for i, body in enumerate(bodies, start=1)
+    )
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">',

@@ -222,11 +222,22 @@ def test_the_search_knows_the_words_of_lessons_claims_and_reference(site):
 
 
 def test_a_folder_with_other_files_is_not_touched(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    result = subprocess.run([sys.executable, BUILD, tmp_path], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "name a new folder" in result.stderr
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    file = tmp_path / "thesis.txt"
+    file.write_text("mine")
+    for path in (tmp_path, file):
+        result = subprocess.run([sys.executable, BUILD, path], capture_output=True, text=True)
+        assert result.returncode == 1
+        assert "name a new folder" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert file.read_text() == "mine"
+
+
+def test_links_are_followed_in_a_repository_that_is_reached_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    script = "import build; print(build.adapted('[a](docs/claims.md)', build.ROOT / 'README.md', None))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "link" / "docs" / "site"), str(ROOT)])}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.stdout == "[a](docs/claims.md)\n", result.stderr
 
 
 def test_every_title_says_which_page_it_is(pages):

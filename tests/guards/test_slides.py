@@ -72,7 +72,7 @@ class Deck(HTMLParser):
             self.loaded.append(self.get_starttag_text())
 
     def handle_data(self, text):
-        if self.slides:
+        if self.slides and self.lasttag != "script":
             self.slides[-1] = words(f"{self.slides[-1]} {text}")
 
 
@@ -155,6 +155,12 @@ def test_another_run_gives_other_slides():
     before = slides.page(LESSONS[name], name)
     assert old in before
     assert slides.page(rerun, name) == before.replace(old, new)
+
+
+def test_a_title_may_have_any_characters():
+    title = nbformat.v4.new_markdown_cell("# Is 1 % enough, & for 100 %d?")
+    (slide,) = Deck(slides.page(nbformat.v4.new_notebook(cells=[title]), "01_low_rank")).slides
+    assert slide == "Is 1 % enough, & for 100 %d? lora_lab 01: Is 1 % enough, & for 100 %d? 1 / 1"
 
 
 def test_what_a_slide_takes_of_a_text():

@@ -122,7 +122,7 @@ def peak(events):
 # What is saved
 
 
-TARGETS = ({"gate"}, {"down"}, {"gate", "up"}, {"gate", "up", "down"})
+TARGETS = ({"gate"}, {"up"}, {"down"}, {"gate", "up"}, {"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
 
 
 def mlp_and_targets(rng: np.random.Generator) -> tuple[int, int, int, set[str]]:
@@ -169,7 +169,8 @@ def _by_formula(
             _by_formula(inputs=1)
         ),
         "x is stored as soon as one of gate and up has an adapter, whichever of the two.": (
-            lambda d, m, r, targets: _by_formula(inputs={"gate", "up"} <= targets)(d, m, r, targets)
+            lambda d, m, r, targets: _by_formula(inputs={"gate", "up"} <= targets)(d, m, r, targets),
+            lambda d, m, r, targets: _by_formula(inputs="gate" in targets)(d, m, r, targets),
         ),
         "m values are missing. silu's own backward pass needs its input, and the product needs both factors.": (
             _by_formula(silu=2)
@@ -195,7 +196,7 @@ def _by_formula(
     minutes=12,
     difficulty=3,
     praise="You have counted what autograd counts. Most of it does not depend on the rank at all.",
-    draws=64,
+    draws=128,
 )
 def saved_values(d, m, r, targets):
     """The result is the number of values for each token that autograd saves when such an MLP runs."""

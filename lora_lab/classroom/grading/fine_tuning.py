@@ -56,7 +56,7 @@ def does_not_ask_the_test(choose, rng):
     for _ in range(8):
         validation = {rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates}
         tests = [{rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(6)]
-        results.append({choose(validation, test) for test in tests})
+        results.append({float(choose(validation, test)) for test in tests})
     return all(len(result) == 1 and result <= set(rates) for result in results) and any(
         max(rates) not in r for r in results
     )

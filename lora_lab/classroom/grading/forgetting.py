@@ -38,20 +38,19 @@ def is_chosen_on_the_others(temperature, rng):
 @invariant_of("equal_learning")
 def reads_at_equal_learning(equal_learning, rng):
     """The two numbers are the rise of the off-domain loss where each run has learned the amount, full first."""
-    for weaker in (4.0, 2.0):
+    for amount in (4.0, 2.0):  # of the 4 that the run which learned less has learned
         one = {"validation": 9 - np.array([0.0, 1, 2, 4]), "off_domain": 0.3 + np.cumsum([0, *rng.uniform(0.1, 1, 3)])}
         other = {
             "validation": 9 - np.array([0.0, 2, 4, 8]),
             "off_domain": 0.7 + np.cumsum([0, *rng.uniform(0.1, 1, 3)]),
         }
-        amount, share = weaker, weaker / 4  # the weaker run learns 4
         places = [list(9 - run["validation"]).index(amount) for run in (one, other)]
         expected = [
             run["off_domain"][place] - run["off_domain"][0] for run, place in zip((one, other), places, strict=True)
         ]
         if not (
-            close(equal_learning(one, other, share), expected)
-            and close(equal_learning(other, one, share), expected[::-1])
+            close(equal_learning(one, other, amount / 4), expected)
+            and close(equal_learning(other, one, amount / 4), expected[::-1])
         ):
             return False
     return True

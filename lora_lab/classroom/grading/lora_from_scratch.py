@@ -61,7 +61,7 @@ def begins_at_zero_and_can_learn(start, rng):
     """B is zero, with a memory of its own, and A is not, so that B has a gradient at once."""
     A, B = start(24, 40, 4, torch.Generator().manual_seed(int(rng.integers(1000))))
     zero, moves = not B.any(), bool(A.any())
-    B[0, 0] = 1  # the other entries stay
+    B.detach()[0, 0] = 1  # the other entries stay
     return zero and moves and A.shape == (4, 40) and float(B.sum()) == 1
 
 

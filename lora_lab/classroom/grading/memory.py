@@ -52,10 +52,18 @@ def with_an_adapter_on_down(saved_values, rng):
 
 @invariant_of("saved_values")
 def with_adapters_on_gate_and_up(saved_values, rng):
-    """With one on gate, or on gate and up, x is stored, once for both, and down's input is not."""
+    """With one on gate, on up or on both, x is stored, once for both, and down's input is not."""
     sizes = [(d, m, r) for d in (5, 9) for m in (11, 17) for r in (2, 4)]
-    one = all(saved_values(d, m, r, {"gate"}) == d + 3 * m + r for d, m, r in sizes)
-    return one and all(saved_values(d, m, r, {"gate", "up"}) == d + 3 * m + 2 * r for d, m, r in sizes)
+    targets = ({"gate"}, {"up"}, {"gate", "up"})
+    return all(saved_values(d, m, r, set(t)) == d + 3 * m + len(t) * r for d, m, r in sizes for t in targets)
+
+
+@invariant_of("saved_values")
+def with_adapters_on_down_and_others(saved_values, rng):
+    """With adapters on all three, or on down and one of the others, x and down's input are both stored."""
+    sizes = [(d, m, r) for d in (5, 9) for m in (11, 17) for r in (2, 4)]
+    targets = ({"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
+    return all(saved_values(d, m, r, set(t)) == d + 4 * m + len(t) * r for d, m, r in sizes for t in targets)
 
 
 @invariant_of("saved_values")

@@ -93,7 +93,7 @@ def answers(lesson: NotebookNode) -> list[Answer]:
                     result.append(Answer(number, name, function))
                 case _:
                     raise ValueError(
-                        f"Cell {number + 1} has a solution, but its last line is no check(name, function)."
+                        f"Cell {number + 1} has a solution, but its last line is no check(name, function); add that."
                     )
     return result
 
@@ -107,7 +107,7 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
         seed: of the hidden tests' inputs.
 
     Raises:
-        ValueError: an exercise has no hidden tests, or the lesson has no reflection.
+        ValueError: an exercise has no hidden tests or no heading, or the lesson has no reflection.
     """
     solved = answers(lesson)
     if missing := [each.exercise for each in solved if each.exercise not in INVARIANTS]:
@@ -139,8 +139,10 @@ def _imports(lesson: NotebookNode, end: int) -> str:
 
 def _exercise_text(cells: Sequence[NotebookNode], exercise: str) -> Iterator[NotebookNode]:
     """From the heading of an exercise on: the text, and code that only defines functions."""
-    start = max(number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}")
-    for number, cell in enumerate(cells[start:]):
+    starts = [number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}"]
+    if not starts:
+        raise ValueError(f"There is no heading {HEADING!r} before the exercise {exercise!r}; add it to its text.")
+    for number, cell in enumerate(cells[starts[-1] :]):
         source = cell.source if number else cell.source[f"\n{cell.source}".rindex(f"\n{HEADING}") :]
         if cell.cell_type == "markdown":
             yield new_markdown_cell(source, id=f"{exercise}-text-{number}")

@@ -103,10 +103,12 @@ def has_the_length(dora, rng):
 
 @invariant_of("dora_length")
 def has_the_direction(dora, rng):
-    """Each row of the weight has the direction of that row of W + scaling * B A."""
-    W, A, B = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (3, 7), (5, 3)))
-    weight, V = dora(torch.eye(7), W, A, B, 2.0, torch.arange(2.0, 7.0)).T, W + 2 * B @ A
-    return close(weight / weight.norm(dim=1)[:, None], V / V.norm(dim=1)[:, None])
+    """The result is x times a weight whose rows have the directions of those of W + scaling * B A."""
+    W, A, B, x = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (3, 7), (5, 3), (4, 7)))
+    m, V = torch.arange(2.0, 7.0), W + 2 * B @ A
+    weight = dora(torch.eye(7), W, A, B, 2.0, m).T
+    right = close(weight / weight.norm(dim=1)[:, None], V / V.norm(dim=1)[:, None])
+    return right and close(dora(x, W, A, B, 2.0, m), x @ weight.T)
 
 
 Reflection(

@@ -15,6 +15,7 @@ import lora_lab.classroom.exercises
 import lora_lab.classroom.grading  # noqa: F401
 from lora_lab.classroom.exercise import EXERCISES
 from lora_lab.classroom.grading.invariant import INVARIANTS, PREAMBLE, PROVIDED, REFLECTIONS, close, hidden_cell, points
+from lora_lab.classroom.judge import judge
 from tests.helpers import run_python
 
 SEEDS = (1, 2, 3)
@@ -86,6 +87,66 @@ def test_the_solution_has_all_points(name):
 
 @pytest.mark.parametrize(("name", "answer"), PLANTED)
 def test_a_planted_mistake_loses_a_point(name, answer):
+    for seed in SEEDS:
+        assert points(answer, INVARIANTS[name], seed) < len(INVARIANTS[name])
+
+
+def solved(name, kind):
+    """The solution with a result of another kind."""
+    return lambda *arguments: kind(EXERCISES[name].solution(*arguments))
+
+
+def best_rank_by_torch(M, r):
+    U, S, Vh = torch.linalg.svd(torch.from_numpy(M), full_matrices=False)
+    return U[:, :r] * S[:r] @ Vh[:r]
+
+
+def terms_for_shares_of_a_unit_vector(S, share):
+    return int(np.argmax(np.cumsum((S / np.linalg.norm(S)) ** 2) >= share)) + 1
+
+
+def start_of_parameters(out, inp, r, generator):
+    return tuple(map(torch.nn.Parameter, EXERCISES["start"].solution(out, inp, r, generator)))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("best_rank", best_rank_by_torch),
+        ("terms_for", terms_for_shares_of_a_unit_vector),
+        ("start", start_of_parameters),
+        ("choose", solved("choose", np.asarray)),
+        ("smallest_enough", solved("smallest_enough", lambda rank: rank and np.int64(rank))),
+        *((name, solved(name, kind)) for name in ("longest", "seeds_needed") for kind in (np.int64, torch.tensor)),
+        *(("intruders", solved("intruders", kind)) for kind in (np.int64, torch.tensor)),
+    ],
+)
+def test_an_answer_that_check_accepts_has_all_points(name, answer):
+    assert judge(EXERCISES[name], answer).passed
+    for seed in SEEDS:
+        assert points(answer, INVARIANTS[name], seed) == len(INVARIANTS[name])
+
+
+def split_with_siblings(groups, seed):
+    """The first row of each group that judges is for training."""
+    training, *others = EXERCISES["split"].solution(groups, seed)
+    first = {groups.index(groups[row]) for part in others for row in part}
+    return [[*training, *first], *([row for row in part if row not in first] for part in others)]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("saved_values", lambda d, m, r, t: (t != {"down"}) * d + 3 * m + (t == {"down"}) * m + r * len(t)),
+        ("saved_values", lambda d, m, r, t: (t != {"down"}) * d + (3 + ("down" in t and len(t) != 2)) * m + r * len(t)),
+        ("forward", lambda x, *others: EXERCISES["forward"].solution((x + x.detach()) / 2, *others)),
+        ("split", split_with_siblings),
+        ("smallest_enough", lambda table, margin: min((r for r in table if table[r][1] < 1), default=None)),
+        ("dora_length", lambda x, *others: EXERCISES["dora_length"].solution(torch.eye(7), *others)),
+    ],
+)
+def test_an_answer_that_is_wrong_in_some_cases_only_loses_a_point(name, answer):
+    assert judge(EXERCISES[name], answer).passed is False
     for seed in SEEDS:
         assert points(answer, INVARIANTS[name], seed) < len(INVARIANTS[name])
 

@@ -162,7 +162,7 @@ def incomplete(monkeypatch):
 def test_a_course_has_a_sheet_for_each_lesson(tmp_path):
     done = write_course(tmp_path / "course")
     assert list(done.written) == LESSONS == [path.stem for path in sorted(shipped_lessons().glob("[0-9]*.ipynb"))]
-    files = sorted(str(path.relative_to(tmp_path / "course")) for path in (tmp_path / "course").rglob("*.*"))
+    files = sorted(path.relative_to(tmp_path / "course").as_posix() for path in (tmp_path / "course").rglob("*.*"))
     assert files == [CONFIG, *(f"source/{name}/{name}.ipynb" for name in LESSONS)]
 
 
@@ -224,6 +224,13 @@ def broken(source):
 def test_a_solution_without_a_check_is_an_error():
     with pytest.raises(ValueError, match=r"Cell 2 has a solution, but its last line is no check\(name, function\)"):
         answers(broken(f"def f():\n    {BEGIN}\n    return 1\n    {END}"))
+
+
+def test_an_exercise_without_a_heading_is_an_error():
+    notebook = broken(f"def f():\n    {BEGIN}\n    return 1\n    {END}\n\n\ncheck('gradient', f)")
+    notebook.cells[0].source = "# A lesson"
+    with pytest.raises(ValueError, match="no heading '### Exercise' before the exercise 'gradient'; add it"):
+        sheet(notebook, "01_low_rank", 1)
 
 
 def test_an_exercise_without_hidden_tests_is_an_error(incomplete):
