@@ -24,7 +24,7 @@ In reading order. A file imports only from what is listed before it: here, and i
     ablation/    which setting is enough?  grids, packed runs, results, verdicts
 
     records      measured runs with their provenance
-    claims/      what is claimed of LoRA, and what holds: a ledger whose verdicts are computed
+    claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
     plots        pictures of results
     lessons      what the notebooks show: predictions, tables, claims, pictures with sliders
     classroom/   exercises that name the mistake; the lessons in a learner's folder

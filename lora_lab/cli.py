@@ -121,7 +121,7 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _add_claims(commands: argparse._SubParsersAction) -> None:
     claims = commands.add_parser(
         "claims",
-        help="what is claimed of LoRA, and which claims stand, fall or depend on something",
+        help="what is claimed about LoRA, and which claims stand, fall or depend on something",
         description="All claims with their verdicts, computed from records, lessons and by counting; or one of them.",
     )
     actions = "show explains a claim; run computes it again, or names the command that measures it (default: list all)"

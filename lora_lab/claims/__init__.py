@@ -1,4 +1,4 @@
-"""What is claimed of LoRA, and what holds: published claims, each with a verdict that is computed.
+"""What is claimed about LoRA, and what holds: published claims, each with a verdict that is computed.
 
     print(ll.claims.table(ll.claims.load()))                   # all of them
     print(ll.claims.verdict("rank-one-suffices").explained())  # one: their number beside ours, and what shows it
