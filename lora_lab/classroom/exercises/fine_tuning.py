@@ -211,7 +211,7 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
     ],
     minutes=8,
     difficulty=2,
-    praise="The test data had no say, so it can still judge the rate that you chose.",
+    praise="The test data was not used to choose, so it can still judge the rate that you chose.",
     draws=10,
 )
 def choose(validation, test):
@@ -352,7 +352,7 @@ def _freeze_others(model: nn.Module, name: str) -> None:
     ],
     minutes=5,
     difficulty=1,
-    praise="This is PartialFineTuning. LoRA uses the same switch: all old parameters off, the new ones on.",
+    praise="This is PartialFineTuning. LoRA uses the same switch: the old parameters frozen, the new ones trained.",
     draws=2,
 )
 def only(model, name):
