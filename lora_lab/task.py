@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,10 +101,17 @@ def accepts(model: nn.Module, argument: str) -> bool:
     # Wrappers of peft and of torch.compile pass all arguments on, so the wrapped model decides.
     unwrap = getattr(model, "get_base_model", None)
     inner = getattr(model, "_orig_mod", model) if unwrap is None else unwrap()
+    forward = getattr(inner, "forward", inner)
+    method = getattr(forward, "__func__", None)  # anything else may hold a model, which no cache is to keep
     try:
-        return argument in inspect.signature(getattr(inner, "forward", inner)).parameters
+        return argument in (inspect.signature(forward).parameters if method is None else _parameters(method))
     except ValueError:  # a traced module has no signature
         return False
+
+
+@lru_cache(maxsize=1)  # every step asks, mostly of the same class
+def _parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(method).parameters
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

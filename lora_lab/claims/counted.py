@@ -6,8 +6,10 @@ or by the arithmetic that the source describes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
+
+import torch
 
 from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides, near, over_cases
 from lora_lab.claims.facts import Claim
@@ -52,19 +54,23 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et
 def adapter_size(config: LlamaConfig, targets: Sequence[str]) -> int:
     """Trained parameters for each rank of LoRA, counted on a model of that shape."""
     model = built_on_meta(partial(Llama, config))
-    inject(model, LoRAConfig(rank=1, targets=list(targets)))
+    with torch.device("meta"):
+        inject(model, LoRAConfig(rank=1, targets=list(targets)))
     return sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in lora_layers(model).values())
 
 
+@cache
 def parameters(config: LlamaConfig) -> int:
     """All parameters of a model of that shape, a tied head counted once."""
     return sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
 
 
-def step_flops(name: str, method: Method, tokens: int = 512) -> dict[str, int]:
+@cache
+def step_flops(name: str, method: Method, tokens: int = 512) -> Mapping[str, int]:
     """FLOPs of a training step by part of a known model: one sequence of so many tokens."""
     model = built_on_meta(partial(Llama, shapes.config(name)))
-    method.prepare(model, 0)
+    with torch.device("meta"):  # an adapter's factors too
+        method.prepare(model, 0)
     return flops.closed_form(model, tokens, tokens)
 
 
@@ -283,7 +289,7 @@ def last_block(claim: Claim) -> Result:
     """Adapters in the last of SmolLM2's 30 blocks: FLOPs in units of full fine-tuning's."""
     name = "smollm2-135m"
     block = last_blocks(built_on_meta(partial(Llama, shapes.config(name))), 1)
-    lora, full = (step_flops(name, method) for method in (LoRA(8, targets=block), FullFineTuning()))
+    lora, full = (step_flops(name, method) for method in (LoRA(8, targets=tuple(block)), FullFineTuning()))
     matrices, step = lora[flops.LAYERS] / full[flops.LAYERS], sum(lora.values()) / sum(full.values())
     cases = [
         (near(matrices, claim.stated, 0.05), f"the blocks' matrices alone {matrices:.2f}"),

@@ -15,7 +15,7 @@ A claim that only a lesson measures has no function: what the lesson's stored ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,7 +98,12 @@ def decides(claim_id: str, *, record: str = "", published: str = "") -> Callable
     return register
 
 
-def judge(claim: Claim, folder: str | Path | None = None, lessons: str | Path | None = None) -> Result:
+def judge(
+    claim: Claim,
+    folder: str | Path | None = None,
+    lessons: str | Path | None = None,
+    every: Mapping[str, records.Record] | None = None,
+) -> Result:
     """The verdict on a claim, computed.
 
     Where several machines have a record and disagree, it depends on the machine.
@@ -107,6 +112,7 @@ def judge(claim: Claim, folder: str | Path | None = None, lessons: str | Path | 
         folder: of the records; None is :func:`lora_lab.records.shipped`, which also has what others published where
             the folder has none.
         lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
+        every: the folder's records, where they have been read.
     """
     if claim.lesson:
         return _from_lesson(claim, shipped_lessons() if lessons is None else Path(lessons))
@@ -130,7 +136,8 @@ def judge(claim: Claim, folder: str | Path | None = None, lessons: str | Path | 
         return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
     results = [
         replace(judge_record(claim, record), shown_by=f"record {name}", date=record.date, machine=record.device)
-        for name, record in records.load_all(decider.record, folder).items()
+        for name, record in (records.load_all(folder=folder) if every is None else every).items()
+        if record.what == decider.record
     ]
     if not results:
         return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_lab import records
 from lora_lab.claims import computed, counted, forgetting, measured, rates  # noqa: F401  # they register themselves
 from lora_lab.claims.deciding import DECIDERS, OPEN, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
@@ -133,7 +134,8 @@ def load(folder: str | Path | None = None, lessons: str | Path | None = None) ->
         folder: of the records; None is :func:`lora_lab.records.shipped`.
         lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
     """
-    return {name: Entry(claim, judge(claim, folder, lessons)) for name, claim in read_claims().items()}
+    every = records.load_all(folder=folder)
+    return {name: Entry(claim, judge(claim, folder, lessons, every)) for name, claim in read_claims().items()}
 
 
 def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path | None = None) -> Entry:

@@ -381,7 +381,7 @@ def linear():
 @pytest.mark.parametrize(("planted_rank", "answer"), [(4, 4), (16, 16)])
 def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
     task = planted(linear(), rank=planted_rank)
-    grid = Grid(RANKS, [0.03, 0.1], range(3), steps=150, batch_size=32, alpha_per_rank=1)
+    grid = Grid(RANKS, [0.03, 0.1], range(3), steps=150, batch_size=32, alpha_per_rank=1, eval_every=150)
     frame = ablate(linear, task, grid, engine="separate")
     verdict = smallest_sufficient_rank(frame)
     assert verdict.rank == answer, str(verdict)

@@ -56,6 +56,13 @@ def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(reques
     assert {name: ledger.HOURS[name] for name in NAMES} == {name: hours[name] for name in NAMES}
 
 
+def test_each_record_is_read_once(monkeypatch):
+    read, plain = [], records.load
+    monkeypatch.setattr(records, "load", lambda path: read.append(path) or plain(path))
+    claims.load()
+    assert len(read) == len(set(read)) == len(records.load_all())
+
+
 def test_a_command_is_named_only_if_there_is_one(entries):
     assert entries["memory-a-third"].how_to_run([]) == "No command makes the record 'memory' yet."
     assert entries["memory-a-third"].how_to_run(["memory"]).startswith("lora-lab record memory makes the record anew")

@@ -4,12 +4,14 @@ An exercise that is added to lora_lab/classroom/exercises is tested here without
 """
 
 import ast
+import functools
 import inspect
 import itertools
 import textwrap
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 import lora_lab.classroom.exercises  # noqa: F401
 from lora_lab.classroom.calls import call, parameters_of, untouched
@@ -25,6 +27,14 @@ PLANTED = [
     for exercise in EXERCISES.values()
     for number, mistake in enumerate(exercise.mistakes)
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quantiles_once():
+    """Answers that try one number of seeds after another ask for thousands of quantiles, and scipy is slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "ppf", functools.cache(t.ppf))
+        yield
 
 
 @each_exercise

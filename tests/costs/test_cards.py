@@ -150,15 +150,18 @@ def test_many_launches_are_doubted():
 
 
 def test_a_step_that_the_card_has_no_memory_for_is_doubted():
+    wide = partial(Llama, LlamaConfig(32768, 8192, 65536, 4, 64, 8, 128))  # eight billion parameters in few blocks
+    attention, mlp, ends = 2 * (64 + 8) * 128 * 8192, 3 * 8192 * 65536, 2 * 32768 * 8192
+    parameters = ends + 4 * (attention + mlp) + (2 * 4 + 1) * 8192
     methods = {"full": FullFineTuning(), "LoRA": LoRA(8)}
-    found = cost_model("l40s").predict("llama-3-8b", methods, 4, 512, dtype=BF16)
+    found = cost_model("l40s").predict(wide, methods, 4, 512, dtype=BF16)
     assert doubts(found) == ["memory", "fit"]
-    size = 8 * 8_030_261_248 / 2**30  # weight, gradient and two averages of two bytes, for each parameter
+    size = 8 * parameters / 2**30  # weight, gradient and two averages of two bytes, for each parameter
     assert found.doubts[0] == (
         f"Weights, gradients and optimiser state alone need {size:.1f} GiB (full), more than the 48 GiB of the card, "
         "so the step does not fit."
     )
-    large = cost_model("a100-80gb").predict("llama-3-8b", {"full": FullFineTuning()}, 4, 512, dtype=BF16)
+    large = cost_model("a100-80gb").predict(wide, {"full": FullFineTuning()}, 4, 512, dtype=BF16)
     assert doubts(large) == ["fit"]
 
 

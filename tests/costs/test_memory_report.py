@@ -10,13 +10,18 @@ from lora_lab.models.llama import Llama
 from tests.helpers import command, llama_folder, printed_json
 
 
-def test_memory_prints_a_row_for_each_way_and_says_what_fits(tmp_path, capsys, tiny_config):
-    folder = llama_folder(tmp_path, tiny_config)
-    arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
-    bills = {
+@pytest.fixture(scope="module")
+def bills(tiny_config):
+    """The bill of each way, of two rows of 16 tokens."""
+    return {
         label: memory.predict(lambda: Llama(tiny_config), setup, 2, 16, device="cpu")
         for label, setup in training_setups(4, torch.float32).items()
     }
+
+
+def test_memory_prints_a_row_for_each_way_and_says_what_fits(bills, tmp_path, capsys, tiny_config):
+    folder = llama_folder(tmp_path, tiny_config)
+    arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
     peaks = sorted(bill.peak_bytes for bill in bills.values())
     budget = (peaks[2] + peaks[3]) // 2
     assert command("memory", *arguments, "--budget", f"{budget / 2**10}KiB", "--bills") == 0
@@ -55,13 +60,9 @@ def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_conf
     assert peak(found) <= 2**20 < peak(found + 1)
 
 
-def test_memory_as_json_has_the_bills_in_bytes_and_what_a_card_has_left(tmp_path, capsys, tiny_config):
+def test_memory_as_json_has_the_bills_in_bytes_and_what_a_card_has_left(bills, tmp_path, capsys, tiny_config):
     folder = llama_folder(tmp_path, tiny_config)
     arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
-    bills = {
-        label: memory.predict(lambda: Llama(tiny_config), setup, 2, 16, device="cpu")
-        for label, setup in training_setups(4, torch.float32).items()
-    }
     peaks = sorted(bill.peak_bytes for bill in bills.values())
     budget = 1024 * ((peaks[2] + peaks[3]) // 2048)
     assert command("memory", *arguments, "--budget", f"{budget // 1024}KiB", "--json") == 0

@@ -81,8 +81,9 @@ def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options
 )
 @pytest.mark.parametrize("columns", [64, 60], ids=["whole rows", "blocks in two rows"])
 def test_so_is_one_of_matrices_that_are_dequantised_in_slices(columns, options, both_ways, monkeypatch):
-    monkeypatch.setattr(quantize, "_AT_ONCE", 24 * columns)  # 64 and 160 rows leave a smaller last slice
-    config = replace(SHAPE, hidden_size=columns, num_attention_heads=2, head_dim=columns // 2)
+    monkeypatch.setattr(quantize, "_AT_ONCE", 44 * columns)  # of 64 and of 100 rows the last slice is smaller
+    shape = replace(SHAPE, num_hidden_layers=6, intermediate_size=100)
+    config = replace(shape, hidden_size=columns, num_attention_heads=2, head_dim=columns // 2)
     assert both_ways(deep(config), LoRA(8), 2, 24, nf4=True, **options)[-1]
 
 

@@ -28,11 +28,19 @@ def source(tmp_path):
     return shutil.copytree(ROOT / "records", tmp_path / "records")
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """(the page from the records as they are, the folder of its pictures)."""
+    source = shutil.copytree(ROOT / "records", tmp_path_factory.mktemp("stored") / "records")
+    return page(source), source.parent / "page"
+
+
 def page(source):
     """The page from a folder of records, without the claims that no record decides."""
     decided = {name for name, decider in DECIDERS.items() if decider.record or decider.published}
     every = {name: claim for name, claim in read_claims().items() if name in decided or claim.record}
-    entries = {name: Entry(claim, judge(claim, source)) for name, claim in every.items()}
+    stored = records.load_all(folder=source)
+    entries = {name: Entry(claim, judge(claim, source, every=stored)) for name, claim in every.items()}
     return board.page(source, entries, source.parent / "page")
 
 
@@ -53,8 +61,8 @@ def cells(text, first):
     return [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith(f"| {first}")]
 
 
-def test_a_changed_record_changes_the_verdict(source):
-    before = page(source)
+def test_a_changed_record_changes_the_verdict(source, stored):
+    before, _ = stored
     assert [row[1].strip() for row in cells(before, f"[{LESS}]")] == ["stands"]
     ((_, stands, falls, *_),) = cells(before, "[memory](#study-memory)")
     change(source / f"{MEMORY}.json", hungry)
@@ -66,8 +74,8 @@ def test_a_changed_record_changes_the_verdict(source):
     assert cells(before, "[speed](#study-speed)") == cells(after, "[speed](#study-speed)")
 
 
-def test_machines_stand_side_by_side(source):
-    assert "No record of a GPU has been made yet" in page(source)
+def test_machines_stand_side_by_side(source, stored):
+    assert "No record of a GPU has been made yet" in stored[0]
     gpu = source / "nvidia-h100-80gb-hbm3-memory.json"
     facts = records.load(source / f"{MEMORY}.json").facts | {"device": "cuda"}
     change(source / f"{MEMORY}.json", hungry, to=gpu, device="NVIDIA H100 80GB HBM3", facts=facts)
@@ -82,8 +90,8 @@ def test_machines_stand_side_by_side(source):
     assert {row[1] for row in cells(text, "NVIDIA H100")} == {"GPU"}
 
 
-def test_a_study_appears_as_soon_as_it_has_a_record(source):
-    before = page(source)
+def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
+    before, _ = stored
     assert cells(before, "[targets](#study-targets)")[0][5] == "not recorded yet"
     assert "`lora-lab record targets`, an hour on two cores; 3 claims wait" in before
     rows = [
@@ -98,22 +106,22 @@ def test_a_study_appears_as_soon_as_it_has_a_record(source):
     assert "![A CPU. Test losses, each setup at its rate; means: all on docs 3.030, MLP on docs 3.130]" in after
 
 
-def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(source):
-    text = page(source)
+def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(stored):
+    text, folder = stored
     for kind in NAMES:
         assert text.count(f"(study-{kind})=") == 1
         assert f"**{kind}**: {board.QUESTIONS[kind]}" in text or f"### {kind}: {board.QUESTIONS[kind]}" in text
     assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(NAMES)
     drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
-    assert len(drawn) == len(list((source.parent / "page").glob("*.png"))) == 11
+    assert len(drawn) == len(list(folder.glob("*.png"))) == 11
     for words, file in drawn.items():
         assert re.search(r"\d", words), words
-        assert (source.parent / "page" / file).read_bytes().startswith(PNG)
+        assert (folder / file).read_bytes().startswith(PNG)
     assert "No picture" not in text
 
 
-def test_what_no_record_has_is_named(source):
-    text = page(source)
+def test_what_no_record_has_is_named(source, stored):
+    text, _ = stored
     assert "Not in any record: last blocks (memory, time)." in text
     assert (
         "**The losses support no verdict**: 256 examples, LoRA r=1: the rate of full and LoRA r=1 is at an edge" in text
@@ -126,15 +134,15 @@ def test_what_no_record_has_is_named(source):
     assert "No picture: the record lacks what it needs (KeyError: 'LoRA r=8')." in text
 
 
-def test_numbers_of_the_trade_off_are_those_of_the_records(source):
-    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells(page(source), "") if len(row) == 5}
-    stored = json.loads((source / f"{MEMORY}.json").read_text(encoding="utf-8"))["rows"]
+def test_numbers_of_the_trade_off_are_those_of_the_records(stored):
+    text, _ = stored
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells(text, "") if len(row) == 5}
+    measured = json.loads((ROOT / "records" / f"{MEMORY}.json").read_text(encoding="utf-8"))["rows"]
     case = {"model": "smollm2-135m", "batch": 2, "length": 128}
-    (peak,) = (r["measured_bytes"] for r in stored if r.items() >= case.items() and r["setup"] == "full")
+    (peak,) = (r["measured_bytes"] for r in measured if r.items() >= case.items() and r["setup"] == "full")
     assert rows["full"][2] == f"{peak / 2**20:,.0f}"
-    stored = json.loads((source / f"{SPEED}.json").read_text(encoding="utf-8"))["rows"]
-    (seconds,) = (
-        r["seconds"] for r in stored if r["model"] == "smollm2-135m" and r["setup"] == "LoRA r=8" and r["tokens"] == 128
-    )
+    timed = json.loads((ROOT / "records" / f"{SPEED}.json").read_text(encoding="utf-8"))["rows"]
+    case = {"model": "smollm2-135m", "setup": "LoRA r=8", "tokens": 128}
+    (seconds,) = (row["seconds"] for row in timed if row.items() >= case.items())
     assert float(rows["LoRA r=8"][3]) == pytest.approx(seconds, rel=0.01)
     assert rows["last blocks"][2:] == ["", ""]

@@ -1,13 +1,14 @@
 """What nbval does not notice by itself: each rule here was seen to pass silently when broken.
 
-The last test changes one stored number and demands that nbval fails: the check of the check.
+The last test changes the stored numbers and demands that nbval fails: the check of the check.
 """
 
 import ast
-import os
+import json
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -39,6 +40,7 @@ NAMES = [
 HEADINGS = ["Question", "Run", "Explain", "Claims", "Takeaways", "Recall", "Your turn"]
 IGNORED = "nbval-ignore-output"
 HIDDEN = "hide-input"
+PLAIN = "text/plain"
 KNOWN_TAGS = {IGNORED, HIDDEN, "raises-exception", "slide"}
 SANITIZE = get_sanitize_patterns((ROOT / "notebooks" / "nbval_sanitize.cfg").read_text(encoding="utf-8"))
 SETTINGS = {"LORA_LAB_DEVICE", "LORA_LAB_EFFORT"}
@@ -61,14 +63,14 @@ def tags(cell):
     return set(cell.metadata.get("tags", []))
 
 
-def compared(cell):
+def compared(cell, kinds="text/"):
     """The texts of a cell that nbval compares, as they are after its sanitizer."""
     if tags(cell) & {IGNORED, "raises-exception"}:
         return
     for output in cell.outputs:
-        data = {"text/": output.text} if output.output_type == "stream" else output.get("data", {})
+        data = {PLAIN: output.text} if output.output_type == "stream" else output.get("data", {})
         for kind, text in data.items():
-            if kind.startswith("text/"):
+            if kind.startswith(kinds):
                 for pattern, replacement in SANITIZE:
                     text = re.sub(pattern, replacement, text)
                 yield text
@@ -278,26 +280,49 @@ def test_every_figure_has_a_text_for_readers_who_cannot_see_it(path):
                 assert output.data["text/plain"] == output.metadata["image/png"]["alt"]
 
 
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """Lesson -> code cell by number -> why nbval failed it, or None, for a copy with each compared number changed.
+
+    The copy's cells show what is stored, so nothing is computed: make test has nbval run the lessons as they are.
+    """
+    folder = tmp_path_factory.mktemp("changed")
+    for path in LESSONS:
+        notebook = read(path)
+        for cell in code(notebook):
+            cell.source = showing(cell.outputs)
+            for output in cell.outputs:
+                data, key = (output, "text") if output.output_type == "stream" else (output.data, PLAIN)
+                data[key] = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), data[key])
+        nbformat.write(notebook, folder / path.name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={folder / 'report.xml'}"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    reasons = {path.stem: {} for path in LESSONS}
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+        lesson = next(path.stem for path in LESSONS if path.stem in case.get("classname"))
+        failure = case.find("failure")
+        reasons[lesson][int(case.get("name").removeprefix("Cell "))] = None if failure is None else failure.text
+    return reasons
+
+
+def showing(outputs):
+    """The source of a cell with these outputs."""
+    stored = [(output.get("name"), output.get("text") or output.get("data")) for output in outputs]
+    return (
+        f"import sys, IPython.display\nfor stream, shown in {json.loads(json.dumps(stored))!r}:\n"
+        "    print(shown, end='', file=getattr(sys, stream)) if stream else IPython.display.display(shown, raw=True)"
+    )
+
+
 @each_lesson
-def test_nbval_notices_a_changed_number(path, tmp_path):
-    """On a copy that ends at the first compared number, so that it stays cheap; make test runs it as it is."""
-    notebook = read(path)
-    with_numbers = [cell for cell in code(notebook) if any(re.search(r"\d", text) for text in compared(cell))]
+def test_nbval_notices_changed_numbers(path, failures):
+    """In each cell in which it compares any; the others pass."""
+    cells, reasons = code(read(path)), failures[path.stem]
+    with_numbers = {i for i, cell in enumerate(cells) if any(re.search(r"\d", text) for text in compared(cell, PLAIN))}
     assert with_numbers, "no number is compared"
-    notebook.cells = notebook.cells[: notebook.cells.index(with_numbers[0]) + 1]
-    for output in notebook.cells[-1].outputs:
-        data, key = (output, "text") if output.output_type == "stream" else (output.data, "text/plain")
-        data[key] = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), data[key])
-    copy = tmp_path / path.name
-    nbformat.write(notebook, copy)
-    result = nbval(copy)
-    assert result.returncode == 1, result.stdout
-    assert "Cell outputs differ" in result.stdout
-    passed = re.search(r"1 failed(?:, (\d+) passed)?", result.stdout)[1]
-    assert int(passed or 0) == len(code(notebook)) - 1
-
-
-def nbval(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(path)]
-    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert reasons.keys() == set(range(len(cells)))
+    failed = {i: reason for i, reason in reasons.items() if reason is not None}
+    assert failed.keys() == with_numbers
+    assert all("Cell outputs differ" in reason for reason in failed.values())

@@ -15,14 +15,13 @@ from lora_lab.models.llama import KeyValueCache, LlamaConfig, RopeScaling, rotar
 from tests.helpers import enlarge, logits, random_ids
 
 PROMPTS = ["Once upon a time", "def fibonacci(n):\n", "The capital of France is"]
-NEW = 64
+NEW = 32
 
 
 # Logits
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("length", [1, 2, 17, 128, 300])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (4, 1), (1, 2), (4, 2), (1, 17), (4, 17), (4, 128), (1, 300)])
 def test_logits_are_bit_identical_to_transformers(smollm2, hf_smollm2, length, batch):
     model, _ = smollm2
     ids = random_ids(batch, length, 49152, seed=length)
