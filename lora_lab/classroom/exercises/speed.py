@@ -75,7 +75,7 @@ def _in_steps(
     ],
     minutes=10,
     difficulty=2,
-    praise="One of three terms is gone, and two thirds stay. That is the bound of the next section.",
+    praise="One of three terms of about equal size is gone, so two thirds stay: the bound of the next section.",
     draws=28,
 )
 def multiply_adds(M, E, T, P, method):

@@ -72,7 +72,7 @@ def slopes_at_the_points(rates: Any, losses: Any) -> float:
     ],
     minutes=8,
     difficulty=1,
-    praise="Three losses now tell the best rate more finely than the factor between the rates.",
+    praise="Three losses now locate the best rate more precisely than the grid does.",
 )
 def vertex(rates, losses):
     """The result is where the parabola through three losses, in the logarithm of the rate, is lowest."""
