@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lora_lab import LoRA, fit, memory, speed
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.task import described
+from lora_lab.task import accepts, described
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error
 from tests.helpers import ROOT, ByteTokenizer, run_python
 
@@ -25,6 +25,14 @@ def tiny(**changes):
 
 
 # Task
+
+
+def test_each_class_of_models_is_asked_for_its_own_arguments():
+    class Masked(torch.nn.Module):
+        def forward(self, x, attention_mask): ...
+
+    asked = Masked(), torch.nn.Linear(2, 2), Masked()  # in turn, because the last answer is kept
+    assert [accepts(model, "attention_mask") for model in asked] == [True, False, True]
 
 
 def test_parts_are_given_by_name_in_order():

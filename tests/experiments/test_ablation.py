@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_lab import LoRA, fit, records
+from lora_lab import Lean, LoRA, fit, records
 from lora_lab.ablation import smallest_sufficient_rank
 from lora_lab.experiments import ablation
 from tests.helpers import command
@@ -31,6 +31,14 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_
     make, task = small_study
     history = fit(make(), task(), LoRA(4, 8), lr=1e-2, seed=1, steps=4, batch_size=4, eval_every=4, eval_examples=5)
     assert row.validation_loss == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("lean", [None, Lean(), Lean(torch.bfloat16)])
+def test_every_trial_takes_the_step_that_is_asked_for(lean):  # or the record would be compared with itself
+    planned = ablation.plan(CPU)
+    made = ablation.trials(planned, lean)
+    assert {trial.lean for trial in made} == {lean}
+    assert len({trial.key for trial in made}) == len(made) == planned.seeds * sum(map(len, planned.lrs.values()))
 
 
 def test_a_stopped_ablation_goes_on_where_it_was(small_study, tmp_path):
