@@ -60,7 +60,7 @@ def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
         folder: of the file, for an error's message.
 
     Raises:
-        ValueError: an entry is missing or is not a number.
+        ValueError: an entry is missing, is not a number, or is out of its range.
     """
     rope, kind = positions(hf)
     try:
@@ -91,7 +91,5 @@ def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
         )
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
-    except TypeError as error:
-        raise ValueError(
-            f"{folder / 'config.json'} has an entry that is not a number ({error}); copy it anew."
-        ) from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {str(error).removesuffix('.')}; copy it anew.") from None

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.models.decoding import Sampling, continued
+from lora_lab.system.schema import Positive, Size, check_fields
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,18 @@ class RopeScaling:
     below ``original_context / high_freq_factor`` are unchanged, and those between are interpolated.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_context: Size
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor is {self.low_freq_factor}, but it must be less than high_freq_factor, "
+                f"{self.high_freq_factor}."
+            )
 
 
 @dataclass(frozen=True)
@@ -49,28 +58,26 @@ class LlamaConfig:
     """The shape of a Llama, with Hugging Face's names.
 
     Raises:
-        ValueError: the heads do not divide evenly, or a size is not positive.
+        ValueError: the heads do not divide evenly, or a number is not positive or not finite.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if (name.endswith(("_size", "_dim")) or name.startswith("num_")) and value < 1:
-                raise ValueError(f"{name} is {value}, but it must be at least 1.")
+        check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, but it must be a multiple of num_key_value_heads, "

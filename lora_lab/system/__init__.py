@@ -3,6 +3,7 @@
 wording      words for messages: a count with its noun, a long text in short
 device       which device to compute on, how much work to do, and reproducible randomness
 files        atomic writes: files that appear whole or not at all
+schema       what a file may say, checked against annotated types
 json_text    results as JSON text for other programs
 process      fresh processes for measurements; peak memory; cores used by other processes
 progress     the progress bar
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "progress",
         "provenance",
         "renamed",
+        "schema",
         "torch_build",
         "wording",
     ],

@@ -148,8 +148,8 @@ def test_a_folder_without_a_config_is_no_model(tmp_path, name):
     [
         ({"model_type": "qwen2"}, "holds no Llama that is built here: .*'qwen2', and lora_lab builds only 'llama'"),
         ({"hidden_size": ...}, "lacks the entry 'hidden_size'"),
-        ({"hidden_size": "64"}, "config.json has an entry that is not a number .*copy it anew"),
-        ({"num_attention_heads": None}, "config.json has an entry that is not a number .*copy it anew"),
+        ({"hidden_size": "64"}, "config.json: hidden_size is '64', but it must be a whole number; copy it anew"),
+        ({"num_attention_heads": None}, "config.json: .*None.*copy it anew"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0.*at least 1"),
     ],
     ids=str,
