@@ -31,7 +31,7 @@ from lora_lab.claims.facts import NONE_GIVEN
 from lora_lab.classroom import course
 
 ROOT = Path(__file__).resolve().parents[2]  # links are resolved, too
-REPOSITORY_PAGES = ["CONTRIBUTING.md", "records/README.md"]
+REPOSITORY_PAGES = ["CONTRIBUTING.md", "SECURITY.md", "records/README.md"]
 ROWS_SHOWN = 50
 ENTRY = re.compile(r"^ *(\w+)/? {2,}\S", re.MULTILINE)  # a file in the docstring of a package
 FRONT_DOOR = re.compile(r"^from \.(\S*) import (\w+) as \w+$", re.MULTILINE)
@@ -55,13 +55,13 @@ def main(folder: Path) -> int:
     write(source / "ledger.md", ledger(entries))
     record_pages = write_records(source / "records", entries)
     reference = write_reference(source / "reference")
-    answers = ["docs/questions", "ledger", "docs/claims", "records/index", "docs/glossary"]
+    answers = ["docs/questions", "docs/errors", "ledger", "docs/claims", "records/index", "docs/glossary"]
     guides = [name for path in pages if (name := f"docs/{path.stem}") not in answers]
     contents = [
         toctree([f"notebooks/{path.stem}" for path in lessons], ":caption: Lessons"),
         toctree(answers, ":caption: Answers"),
         toctree(guides, ":caption: Guides"),
-        toctree(["reference/index", "CONTRIBUTING"], ":caption: Reference"),
+        toctree(["reference/index", "CONTRIBUTING", "SECURITY"], ":caption: Reference"),
     ]
     readme = ROOT / "README.md"
     write(source / "index.md", "\n\n".join([adapted(readme.read_text(encoding="utf-8"), readme, source), *contents]))
