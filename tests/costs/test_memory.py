@@ -1317,8 +1317,8 @@ def test_what_cannot_be_rehearsed_is_refused_in_a_sentence(ask, model, method, b
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ((0, 8), "batch_size is 0, but it must be a whole number of at least 1"),
-        ((2, -1), "seq_len is -1, but it must be a whole number of at least 1"),
+        ((0, 8), "batch_size is 0, but it must be at least 1"),
+        ((2, -1), "seq_len is -1, but it must be at least 1"),
         ((True, 8), "batch_size is True"),
         ((2, 8.0), "seq_len is 8.0"),
         ((2, "8"), "seq_len is '8'"),
