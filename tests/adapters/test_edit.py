@@ -408,7 +408,11 @@ def without(state, *names):
             lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(0, 8), head__lora_B=torch.ones(3, 0)),
             "rank is 0",
         ),
-        (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(torch.nan)), "alpha is nan"),
+        (
+            lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(torch.nan)),
+            r"head\.alpha holds numbers that are NaN",
+        ),
+        (lambda: changed(adapter_state(pictures()), head__lora_A=torch.full((2, 8), torch.inf)), r"head\.lora_A holds"),
         (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(-1.0)), r"alpha is -1\.0"),
     ],
 )
