@@ -396,7 +396,7 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """A matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
-    norm = check(norm, Number, "norm")
+    norm = float(check(norm, Number, "norm"))
     W = torch.randn(shape, generator=generator, dtype=torch.float64)  # (192, 576)
     return W * (norm / torch.linalg.matrix_norm(W, keepdim=True))
 
@@ -414,6 +414,7 @@ def gaussian_factors(
 
 def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
     """A random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
+    n = check(n, Size, "n")
     _check_rank(k, n, "k")
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 

@@ -15,7 +15,7 @@ from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Number, Size, check
+from lora_lab.system.schema import Number, Positive, Size, check
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 
@@ -34,23 +34,29 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     layers = lora_layers(model, required=True)
     check(state, InstanceOf[Mapping], "state")
     expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
-    if wrong := sorted(expected_names ^ state.keys()):
+    if wrong := sorted(expected_names ^ state.keys(), key=str):
         raise ValueError(
             f"The state and the model's adapters differ in {wrong[0]!r}"
             + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
         )
-    check_finite(state.items(), "The state")
-    alphas, scalings = ({name: float(state[f"{name}.{key}"]) for name in layers} for key in ("alpha", "scaling"))
+    alphas, scalings = (
+        {name: float(check(state[f"{name}.{key}"], Positive, f"{name}.{key}")) for name in layers}
+        for key in ("alpha", "scaling")
+    )
     for name, layer in layers.items():
+        tensors = {f"{name}.{part}": state[f"{name}.{part}"] for part in layer.parts}
+        for key, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"The state holds a {type(value).__name__} as {key}, but it must be a tensor.")
+        check_finite(tensors.items(), "The state")
         A = state[f"{name}.lora_A"]
         rank = A.shape[0] if A.ndim else layer.rank
         for part in layer.parts:
             shape, expected = tuple(state[f"{name}.{part}"].shape), factor_shape(layer, part, rank)
             if shape != expected:
                 raise ValueError(f"The state's {name}.{part} has shape {shape}, but the model expects {expected}.")
-        check_numbers(rank, alphas[name])
-        check_numbers(rank, scalings[name])  # must be positive, as alpha
+        check_numbers(rank)
     for name, layer in layers.items():
         set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
         if layer.scaling != scalings[name]:

@@ -176,7 +176,7 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
     tensors: dict[str, dict[str, Tensor]] = {}
     scalings: dict[str, float] = {}
     for key, value in state.items():
-        name, _, part = key.rpartition(".")
+        name, _, part = str(key).rpartition(".")
         if part == "scaling":
             scalings[name] = check(value, Positive, key)
         elif part in _KEYS:

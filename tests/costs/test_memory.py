@@ -1595,7 +1595,7 @@ def test_one_size_is_given_and_the_other_looked_for(sizes):
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"seq_len": 0}])
 def test_a_size_of_nothing_is_no_size(sizes):
-    with pytest.raises(ValueError, match=r"(batch_size|seq_len) is 0, but it must be a whole number"):
+    with pytest.raises(ValueError, match=r"(batch_size|seq_len) is 0, but it must be at least 1"):
         largest(Llama(ONE), LoRA(8), 2**30, **sizes)
 
 
