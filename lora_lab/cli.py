@@ -425,17 +425,19 @@ def _generate(options: argparse.Namespace) -> None:
 
     from lora_lab.adapters.merged import base_of
     from lora_lab.adapters.peft_format import load_adapter
+    from lora_lab.models.decoding import Sampling
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
     from lora_lab.models.reading import stream
+    from lora_lab.system.schema import Size, check
     from lora_lab.tasks.generate import reply
 
-    if options.tokens < 1:
-        raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
+    check(options.tokens, Size, "--tokens")
+    sampling = {name: getattr(options, name) for name in ("temperature", "seed", "repetition_penalty")}
+    Sampling(**sampling)  # which raises before the model is loaded
     base = options.model or (base_of(options.adapter) if options.adapter else SMOLLM2)
     model, tokenizer = load_pretrained(base, device=options.device)
     if options.adapter:
         load_adapter(model, options.adapter)
-    sampling = {name: getattr(options, name) for name in ("temperature", "seed", "repetition_penalty")}
     if options.chat:
         print(reply(model, tokenizer, options.prompt, max_new_tokens=options.tokens, **sampling))
         return
@@ -449,10 +451,12 @@ def _generate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from lora_lab.adapters.chat import HELP, Conversation, talk
     from lora_lab.adapters.merged import base_of
+    from lora_lab.models.decoding import Sampling
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+    from lora_lab.system.schema import Size, check
 
-    if options.tokens < 1:
-        raise ValueError(f"--tokens is {options.tokens}, but at least 1 is needed.")
+    check(options.tokens, Size, "--tokens")
+    Sampling(options.temperature, options.seed, options.repetition_penalty)  # which raises before the model is loaded
     adapters = {Path(folder).name: folder for folder in options.adapter}
     if len(adapters) < len(options.adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
@@ -516,7 +520,9 @@ def _speed(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab.costs.setup import Setup
     from lora_lab.models.pretrained import architecture
     from lora_lab.system.device import pick_device
+    from lora_lab.system.schema import Size, check
 
+    check(options.measure, Size | None, "--measure")
     if options.card and (options.measure is not None or options.device):
         raise ValueError(f"--card {options.card} is not here, so that --measure and --device cannot go with it.")
     costs = speed.cards.cost_model(options.card) if options.card else None
@@ -621,7 +627,12 @@ def _analyze(options: argparse.Namespace) -> dict[str, Any]:
     out = Path(options.out)
     check_writable(out)
     before = None if options.base is None else load(options.base)
-    frame = spectra.report(before, options.tuned if is_adapter else load(options.tuned))
+    tuned = options.tuned if is_adapter else load(options.tuned)
+    if before is not None and not is_adapter and (differ := before.state_dict().keys() ^ tuned.state_dict().keys()):
+        raise ValueError(
+            f"Only one of {options.tuned} and {options.base} has {min(differ)}; give the model's own base."
+        )
+    frame = spectra.report(before, tuned)
     for by in ("kind", "depth"):
         print(spectra.table(frame, by), end="\n\n")
     with atomic_file(out / "layers.csv") as temporary:
@@ -648,6 +659,7 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab.ablation.verdict import check_margin
     from lora_lab.system.files import atomic_file, check_writable
     from lora_lab.system.json_text import rows_of
+    from lora_lab.system.schema import Size, check
 
     if options.margin is not None:
         check_margin(options.margin)
@@ -657,9 +669,9 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
         options.method,
         options.ranks,
         options.lrs,
-        range(options.seeds),
+        range(check(options.seeds, Size, "--seeds")),
         alpha=options.alpha,
-        alpha_per_rank=None if options.alpha else options.alpha_per_rank,
+        alpha_per_rank=options.alpha_per_rank if options.alpha is None else None,
         steps=options.steps,
         batch_size=options.batch,
         eval_examples=options.eval_examples,
@@ -676,7 +688,7 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
     for name, draw in pictures.items():
         _save_picture(draw(frame), out / f"{name}.png")
     verdict = None
-    if len(options.ranks) > 1:
+    if len(set(options.ranks)) > 1:
         verdict = smallest_sufficient_rank(frame, options.margin or studies.defaults_of(options.task).margin)
         _save_picture(plots.rank_verdict(verdict), out / "verdict.png")
         print(f"\n{verdict}")

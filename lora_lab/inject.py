@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
 from lora_lab.lora import LoRALayer, check_numbers
+from lora_lab.system.numbers import check_finite, plain
+from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
+_RANK_OF_ANY_LAYER = 1024  # up to here, and up to a weight's longer side, no rank fills a machine's memory
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,34 @@ class LoRAConfig:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        check_numbers(self.rank, self.alpha, self.dropout)
+        numbers = check_numbers(self.rank, self.alpha, self.dropout)
+        for name, value in zip(("rank", "alpha", "dropout"), numbers, strict=True):
+            object.__setattr__(self, name, value)  # of Python, which JSON can hold
         if isinstance(self.targets, str) and self.targets != "all-linear":
             raise ValueError(
                 f"targets is {self.targets!r}, but it must be 'all-linear' or a list of names; "
                 f"write [{self.targets!r}] for one name."
             )
-        if isinstance(self.exclude, str):
-            raise ValueError(f"exclude is {self.exclude!r}, but it must be a list of names; write [{self.exclude!r}].")
+        if self.targets != "all-linear":
+            check_names("targets", self.targets)
+        check_names("exclude", self.exclude)
         if not self.targets:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
+
+
+def check_names(argument: str, names: Any) -> None:
+    """Raise ValueError if an argument is no list of names, but for example one name."""
+    if isinstance(names, str):
+        raise ValueError(f"{argument} is {names!r}, but it must be a list of names; write [{names!r}].")
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument} is {reprlib.repr(names)}, but it must be a list of names.")
+
+
+def _check_type(argument: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise ValueError(
+            f"{argument} is {shortened(reprlib.repr(value))}, but it must be an instance of {expected.__name__}."
+        )
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer]:
@@ -59,8 +81,9 @@ def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer
         required: raise an error for a model without adapters, in place of returning an empty dictionary.
 
     Raises:
-        ValueError: ``required`` is true and the model has no adapters.
+        ValueError: ``required`` is true and the model has no adapters, or the model is something else, such as a path.
     """
+    _check_type("model", model, nn.Module)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     if required and not layers:
         raise ValueError("The model has no adapters; call inject(model, LoRAConfig(...)) first.")
@@ -83,13 +106,23 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
 
     Raises:
         ValueError: the model already has adapters, nothing matches, a target matches nothing or a module
-            that cannot be adapted, or a matched weight is shared by two modules. The model is then left
-            unchanged.
+            that cannot be adapted, a matched weight is shared by two modules, or the rank is far above that of any
+            matched weight. The model is then left unchanged.
     """
     require_no_adapters(model)
-    classes = match_layers(model, config.targets, config.exclude, layer)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _check_type("config", config, LoRAConfig)
+    seed = plain(seed)
+    if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed is {reprlib.repr(seed)}, but it must be a whole number of 64 bits.")
     generator = torch.Generator().manual_seed(seed)
+    classes = match_layers(model, config.targets, config.exclude, layer)
+    largest = max(max(_shape(model.get_submodule(name))) for name in classes)
+    if config.rank > max(largest, _RANK_OF_ANY_LAYER):
+        raise ValueError(
+            f"rank is {config.rank}, but no weight adapted here has a side longer than {largest}; a rank as large as "
+            "the shorter side already holds every change of a matrix."
+        )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = {}
     try:
         for name, adapter_class in classes.items():
@@ -144,9 +177,11 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
 
     Raises:
         ValueError: the model has no adapters, ``into`` is unknown, ``base`` is missing or superfluous or does not have
-            the model's layers in full precision, or no adapted layer is in blocks. The model is then left unchanged.
+            the model's layers in full precision, no adapted layer is in blocks, or a number of an adapter or of a
+            merged weight is NaN or infinite. The model is then left unchanged.
     """
     layers = lora_layers(model, required=True)
+    check_finite(adapter_state(model).items())
     if into not in MERGED_FORMS:
         value = repr(into) if isinstance(into, str) else f"a {type(into).__name__}"
         raise ValueError(f"into is {value}, but it must be one of {', '.join(map(repr, MERGED_FORMS))}.")
@@ -156,12 +191,15 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
             f"into is {into!r} and base {problem}; pass the model before it was quantised as base with "
             "into='full-precision', and only then."
         )
+    merged: dict[str, Any]
     if base is not None:
+        _check_type("base", base, nn.Module)
         merged = _merged_in_full_precision(model, layers, base)
     elif into == "blocks":
         merged = _merged_in_blocks(layers)
     else:
         merged = {name: layer.merged() for name, layer in layers.items()}
+    check_finite((f"{name}.weight", layer.weight) for name, layer in merged.items())
     for name, layer in merged.items():  # all are made by now, so that an error leaves the model whole
         replace(model, name, layer)
     return list(layers)
@@ -203,11 +241,16 @@ def _merged_in_full_precision(model: nn.Module, layers: dict[str, LoRALayer], ba
     return merged
 
 
+def _shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a layer's weight, which is not dequantised for it."""
+    return tuple(layer.shape if isinstance(layer, QuantizedLayer) else layer.weight.shape)
+
+
 def _check_full_layer(name: str, layer: Any, full: nn.Module | None) -> None:
     """Raise ValueError if ``full`` cannot take the place of an adapted or quantised layer."""
     adapted = isinstance(layer, LoRALayer)
     before = layer.base if adapted else layer
-    shape = tuple(before.shape if isinstance(before, QuantizedLayer) else before.weight.shape)
+    shape = _shape(before)
     problem = None
     if full is None:
         problem = "is missing in it"

@@ -24,11 +24,15 @@ from __future__ import annotations
 
 import copy
 import math
+import reprlib
+import sys
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lora_lab.system.numbers import plain
 
 
 class LoRALayer(nn.Module):
@@ -62,8 +66,8 @@ class LoRALayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_numbers(rank, alpha, dropout)
-        self.base, self.alpha = base, alpha
+        rank, self.alpha, dropout = check_numbers(rank, alpha, dropout)
+        self.base = base
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
         device = next(base.parameters()).device
@@ -160,11 +164,17 @@ def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generato
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
 
 
-def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
-    """Raise ValueError if rank, alpha or dropout is out of range."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank!r}, but it must be a whole number of at least 1, such as 8.")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha is {alpha!r}, but it must be a positive number, such as 16.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout!r}, but it must lie in [0, 1), such as 0.05.")
+def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> tuple[int, float, float]:
+    """Return the three as numbers of Python.
+
+    Raises:
+        ValueError: one of them is no number, or is out of range.
+    """
+    rank, alpha, dropout = plain(rank), plain(alpha), plain(dropout)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
+        raise ValueError(f"rank is {rank!r}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
+    if not (isinstance(alpha, int | float) and 0 < alpha <= sys.float_info.max):
+        raise ValueError(f"alpha is {reprlib.repr(alpha)}, but it must be a positive number, such as 16.")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ValueError(f"dropout is {reprlib.repr(dropout)}, but it must lie in [0, 1), such as 0.05.")
+    return rank, alpha, dropout

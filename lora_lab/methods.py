@@ -6,7 +6,6 @@ and ``groups(model)``, which returns the trainable parameters as groups for the 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_lab.inject import LoRAConfig, inject, lora_layers, require_no_adapters
+from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, require_no_adapters
 from lora_lab.lora import LoRALayer
+from lora_lab.system.schema import Positive, check
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
 MARK = "_lora_lab_method"  # the attribute of a prepared model that holds the method's name
@@ -83,6 +83,9 @@ class PartialFineTuning(Method):
 
     modules: Sequence[str] = ("head",)
     name: ClassVar[str] = "partial"
+
+    def __post_init__(self) -> None:
+        check_names("modules", self.modules)
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
         modules = dict(model.named_modules())
@@ -174,7 +177,9 @@ class LoRA(Method):
     layer: ClassVar[type[LoRALayer] | None] = None
 
     def __post_init__(self) -> None:
-        self.config()
+        config = self.config()
+        for name in ("rank", "alpha", "dropout"):
+            object.__setattr__(self, name, getattr(config, name))  # of Python, which JSON can hold
 
     def config(self) -> LoRAConfig:
         """The settings of the adapters."""
@@ -239,8 +244,7 @@ class LoRAPlus(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise ValueError(f"ratio is {self.ratio!r}, but it must be a positive number, such as 4.")
+        object.__setattr__(self, "ratio", check(self.ratio, Positive, "ratio"))
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Two groups: every A, and every B with ``ratio`` as its ``lr_factor``."""

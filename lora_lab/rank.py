@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_lab.system.schema import Number, Positive, Seed, Share, Size, check
+
 
 class SVD(NamedTuple):
     """U diag(S) Vh, where the columns of U and the rows of Vh are orthonormal and S is in descending order."""
@@ -64,6 +66,8 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
         raise ValueError(
             f"B has shape {tuple(B.shape)} and A {tuple(A.shape)}, but B must be (out, rank) and A (rank, in)."
         )
+    if not isinstance(scaling, Tensor):
+        scaling = check(scaling, Positive, "scaling")
     scaling = torch.as_tensor(scaling, dtype=torch.float64)  # ()
     if not (scaling.isfinite() & (scaling > 0)).all():
         raise ValueError(f"scaling is {scaling.tolist()}, but it must be a positive number.")
@@ -192,8 +196,7 @@ def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
     Raises:
         ValueError: the share is not above 0 and at most 1.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
+    share = check(share, Share, "share")
     S = _spectrum(S).sort(-1, descending=True).values  # (192,)
     energy = _ratio(S, S[..., :1]).square().cumsum(-1)  # (192,), in units of the largest
     total = energy[..., -1:]  # (1,)
@@ -354,8 +357,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     Raises:
         ValueError: the shapes differ, ``top`` or ``epsilon`` is out of range, or as for :func:`svd`.
     """
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon is {epsilon}, but it must be above 0 and at most 1.")
+    epsilon = check(epsilon, Share, "epsilon")
     old, new = svd(before), svd(after)
     if old.U.shape[:-1] != new.U.shape[:-1] or old.Vh.shape[-1] != new.Vh.shape[-1]:
         raise ValueError(
@@ -381,6 +383,8 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
         directions: vectors of the basis; default: ``width``.
         draws: random directions to average over.
     """
+    width, draws = check(width, Size, "width"), check(draws, Size, "draws")
+    directions = check(directions, Size | None, "directions")
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(draws, width, generator=generator, dtype=torch.float64)  # (200, 192)
     # The basis is the first axes, which loses nothing: all bases are alike to a random direction.
@@ -392,6 +396,7 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """A matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
+    norm = float(check(norm, Number, "norm"))
     W = torch.randn(shape, generator=generator, dtype=torch.float64)  # (192, 576)
     return W * (norm / torch.linalg.matrix_norm(W, keepdim=True))
 
@@ -400,6 +405,7 @@ def gaussian_factors(
     shape: tuple[int, int], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Noise in the form of an adapter: Gaussian B (out, r) and A (r, in), scaled so that ||B A||_F is ``norm``."""
+    rank, norm = check(rank, Size, "rank"), check(norm, Number, "norm")
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)
     size = product_svd(B, A).S.norm()  # ()
@@ -408,6 +414,7 @@ def gaussian_factors(
 
 def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
     """A random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
+    n = check(n, Size, "n")
     _check_rank(k, n, "k")
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 
@@ -437,6 +444,7 @@ def by_chance(draw: Callable[[torch.Generator], Tensor], draws: int = 39, seed: 
     Raises:
         ValueError: fewer than 39 draws.
     """
+    draws, seed = check(draws, Size, "draws"), check(seed, Seed, "seed")
     if draws < 39:
         raise ValueError(f"draws is {draws}, but a band of 95 % needs at least 39.")
     generator = torch.Generator().manual_seed(seed)

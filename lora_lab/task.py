@@ -12,8 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lora_lab.system.schema import Seed, check
 
 IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
 
@@ -182,7 +185,7 @@ class Task:
         about: one sentence on where the data comes from.
 
     Raises:
-        ValueError: a part is empty.
+        ValueError: a part is empty, or no Examples.
     """
 
     name: str
@@ -195,8 +198,8 @@ class Task:
     about: str = ""
 
     def __post_init__(self) -> None:
-        for part in self.parts:
-            if len(self.parts[part]) == 0:
+        for part, examples in self.parts.items():
+            if len(check(examples, InstanceOf[Examples], part)) == 0:
                 raise ValueError(f"The {part} part of task {self.name!r} is empty; give it at least one example.")
 
     @property
@@ -255,8 +258,9 @@ def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
     """Indices of the training examples that :meth:`Task.limited` selects: (n_train,).
 
     Raises:
-        ValueError: ``n_train`` is below 1 or above the number of training examples.
+        ValueError: ``n_train`` is below 1 or above the number of training examples, or the seed is none.
     """
+    n_train, seed = check(n_train, int, "n_train"), check(seed, Seed | None, "seed")
     if not 1 <= n_train <= len(task.train):
         raise ValueError(
             f"n_train is {n_train}, but it must be from 1 to {len(task.train)}, the number of training examples of "

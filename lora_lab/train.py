@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field, InstanceOf
 from torch import Tensor, nn
 
 from lora_lab import checkpoint
@@ -25,9 +25,11 @@ from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.progress import progress_bar
+from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_fields
 from lora_lab.task import Batch, Examples, Loss, Task
 
 
+@runtime_checkable
 class LeanStepMaker(Protocol):
     """What ``fit`` accepts as ``lean``: an object that makes a training step, such as :class:`lora_lab.lean.Lean`."""
 
@@ -68,45 +70,29 @@ class TrainConfig:
         ValueError: an option is out of range, or two options exclude each other.
     """
 
-    lr: float
-    seed: int = 0
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    steps: int
-    batch_size: int = 8
-    batches: str = "random"
-    schedule: str = "cosine"
-    warmup: int | None = None
-    accumulate: int = 1
-    eval_every: int | None = None
-    eval_examples: int | None = None
+    lr: Positive
+    seed: Seed = 0
+    weight_decay: NotNegative = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    steps: Size
+    batch_size: Size = 8
+    batches: Literal["random", "by_length"] = "random"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Count | None = None
+    accumulate: Size = 1
+    eval_every: Size | None = None
+    eval_examples: Size | None = None
     gradient_checkpointing: bool = False
     lean: LeanStepMaker | None = None
 
     def __post_init__(self) -> None:
-        for option in fields(TrainConfig):
-            value = getattr(self, option.name)
-            if isinstance(value, Real) and not isinstance(value, int):  # convert numpy's scalars to Python's
-                object.__setattr__(self, option.name, int(value) if isinstance(value, Integral) else float(value))
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_examples"):
-            value = getattr(self, name)
-            default = name.startswith("eval_") and value is None
-            self._require(name, default or (isinstance(value, int) and value >= 1), "a whole number of at least 1")
-        self._require("seed", isinstance(self.seed, int), "a whole number")
-        self._require("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number, such as 1e-4")
-        self._require("batches", self.batches in ("random", "by_length"), "'random' or 'by_length'")
-        self._require("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
-        whole = isinstance(self.warmup_steps, int) and 0 <= self.warmup_steps <= self.steps
-        self._require("warmup", whole, f"a whole number between 0 and steps, {self.steps}")
-        self._require("weight_decay", self.weight_decay >= 0, "0 or more")
-        self._require("clip", self.clip is None or self.clip > 0, "positive, or None for no clipping")
-        self._require("accumulate", self.accumulate <= self.batch_size, f"at most batch_size, {self.batch_size}")
+        check_fields(self)
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup is {self.warmup}, but it must be at most steps, {self.steps}.")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate is {self.accumulate}, but it must be at most batch_size, {self.batch_size}.")
         if self.gradient_checkpointing and self.lean is not None:
             raise ValueError("gradient_checkpointing cannot be combined with lean; use Lean(checkpoint=True).")
-
-    def _require(self, name: str, condition: bool, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be {expected}.")
 
     @property
     def by_length(self) -> bool:
@@ -304,17 +290,18 @@ def fit(
         **options: the fields of :class:`TrainConfig`, such as ``steps`` and ``lr``; they override ``config``.
 
     Raises:
-        ValueError: the model already has adapters (which ContinueLoRA() trains) or has been prepared before, an option
-            is out of range, batches go by length but all examples have the same, the task, the lean step or gradient
-            checkpointing does not fit the model or the method, or the folder's checkpoint is damaged or from another
-            run (its weights are then not loaded). Of several processes: they differ, or the model has batch norms.
+        ValueError: an argument is of another type, such as a path for the model; the model already has adapters (which
+            ContinueLoRA() trains) or has been prepared before, an option is out of range, batches go by length but all
+            examples have the same, the task, the lean step or gradient checkpointing does not fit the model or the
+            method, or the folder's checkpoint is damaged or from another run (its weights are then not loaded). Of
+            several processes: they differ, or the model has batch norms.
         DivergedError: the loss became NaN or infinite.
         ProcessEndedError: another process has ended; the message says from which step the run can go on.
         TypeError: an option is missing or unknown.
     """
+    _check_types(model=model, task=task, method=method, config=config)
     config = TrainConfig(**options) if config is None else replace(config, **options)
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every is {checkpoint_every}, but it must be at least 1, or None.")
+    checkpoint_every = check(checkpoint_every, Size | None, "checkpoint_every")
     checkpoint_interval = config.evaluation_interval if checkpoint_every is None else checkpoint_every
     task.check_model(model)
     order = data_order(task, config)
@@ -373,6 +360,20 @@ def fit(
     finally:
         model.train(training)
     return history
+
+
+_TYPES = {
+    "model": InstanceOf[nn.Module],
+    "task": InstanceOf[Task],
+    "method": InstanceOf[Method],
+    "config": InstanceOf[TrainConfig] | None,
+}
+
+
+def _check_types(**arguments: Any) -> None:
+    """Raise ValueError if an argument is something else, such as a path for the model."""
+    for name, value in arguments.items():
+        check(value, _TYPES[name], name)
 
 
 def _start(method: Method, model: nn.Module) -> dict[str, str]:
@@ -452,7 +453,11 @@ def evaluate(
         part: "train", "validation", "test" or "off_domain".
         limit: use only the first ``limit`` examples, which are in random order.
         by_length: let examples of similar length share a batch: the same mean, up to rounding, in less time.
+
+    Raises:
+        ValueError: the task has no such part, or an argument is out of range or of another type.
     """
+    _check_types(model=model, task=task)
     task.check_model(model)
     return mean_loss(model, task, part, batch_size, limit, by_length).item()
 
@@ -500,9 +505,10 @@ def batch_losses(
         processes: this one gets its share of the batches.
 
     Raises:
-        ValueError: the task has no such part.
+        ValueError: the task has no such part, or batch_size or limit is below 1.
     """
-    if part not in task.parts:
+    batch_size, limit = check(batch_size, Size, "batch_size"), check(limit, Size | None, "limit")
+    if check(part, str, "part") not in task.parts:
         raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
     examples = task.parts[part][:limit]
     if by_length and examples.lengths is not None:

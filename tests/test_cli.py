@@ -1,5 +1,6 @@
 """The command line: what it prints, writes and refuses."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -128,6 +129,7 @@ def test_generate_answers_in_the_models_chat_format(tiny_smollm2, capsys):
     ("arguments", "says"),
     [
         (("a", "--tokens", 0), "--tokens is 0"),
+        (("a", "--tokens", 128), "The prompt has 1 tokens and max_new_tokens is 128, but the model reads at most 128"),
         (("a", "--temperature", -1), "temperature is -1.0"),
         (("a", "--repetition-penalty", 0), "repetition_penalty is 0.0"),
         (("",), "non-empty"),
@@ -140,6 +142,69 @@ def test_generate_answers_in_the_models_chat_format(tiny_smollm2, capsys):
 def test_generate_says_in_one_line_what_is_wrong(tiny_smollm2, capsys, arguments, says):
     assert command("generate", *arguments) == 1
     assert says in error_line(capsys)
+
+
+HUGE = 99999999999999999999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("generate", "a", "--temperature", "nan"), "temperature is nan, but it must be"),
+        (("generate", "a", "--seed", HUGE), f"seed is {HUGE}, but it must be at most"),
+        (("generate", "a", "--tokens", HUGE), f"--tokens is {HUGE}, but it must be at most"),
+        (("chat", "--temperature", "inf"), "temperature is inf, but it must be a finite number"),
+        (("chat", "--tokens", -1), "--tokens is -1, but it must be at least 1"),
+        (("demo", "--seed", HUGE), f"seed is {HUGE}, but it must be at most"),
+        (("demo", "--rank", HUGE), f"rank is {HUGE}, but it must be "),
+        (("demo", "--steps", HUGE), f"steps is {HUGE}, but it must be at most"),
+        (("finetune", "--task", "style", "--batch", 10**20), "batch_size is 100000000000000000000, but it must be"),
+        (("finetune", "--task", "style", "--seed", HUGE), f"seed is {HUGE}, but it must be at most"),
+        (("finetune", "--task", "style", "--rank", HUGE), f"rank is {HUGE}, but it must be "),
+        (("finetune", "--task", "style", "--alpha", "nan"), "alpha is nan, but it must be"),
+        (("finetune", "--task", "style", "--lr", "inf"), "lr is inf, but it must be a finite number"),
+        (("finetune", "--task", "style", "--eval-examples", 0), "eval_examples is 0, but it must be at least 1"),
+        (("finetune", "--task", "style", "--checkpoint-every", 0), "checkpoint_every is 0, but it must be at least 1"),
+        (("ablate", "--alpha", 0), "alpha is 0.0, but it must be a positive number"),
+        (("ablate", "--alpha", "nan"), "alpha is nan, but it must be"),
+        (("ablate", "--ranks", f"1,{HUGE}"), f"rank is {HUGE}, but it must be "),
+        (("ablate", "--lrs", "nan"), "lr is nan, but it must be"),
+        (("ablate", "--seeds", HUGE), f"--seeds is {HUGE}, but it must be at most"),
+        (("ablate", "--seeds", 0), "--seeds is 0, but it must be at least 1"),
+        (("ablate", "--seeds", 10**9), "trials, but a grid has at most 1000000"),
+        (("speed", "--measure", -1), "--measure is -1, but it must be at least 1"),
+        (("speed", "--rank", HUGE), f"rank is {HUGE}, but it must be "),
+        (("memory", "--rank", HUGE), f"rank is {HUGE}, but it must be "),
+        (("memory", "--budget", "9" * 400 + "GB"), "is no size; write a number with its unit"),
+        (("memory", "--batch", HUGE), f"batch_size is {HUGE}, but it must be"),
+        (("memory", "--seq", HUGE), f"seq_len is {HUGE}, but it must be"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, tuple) else "",
+)
+def test_a_number_that_cannot_be_is_told_before_any_work(monkeypatch, tmp_path, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lora_lab.costs.speed.cost_model", lambda *_: pytest.fail("something was measured"))
+    assert command(*arguments) == 1
+    assert says in error_line(capsys)
+
+
+def test_a_rank_given_twice_is_tried_once_and_gives_no_verdict(tmp_path, capsys):
+    options = ("--task", "planted", "--ranks", "1,1", "--lrs", "0.01", "--seeds", 1, "--steps", 1, "--eval-examples", 4)
+    assert command("ablate", *options, "--out", tmp_path, "--json") == 0
+    document, _ = printed_json(capsys)
+    assert (document["trials"], document["verdict"]) == (1, None)
+
+
+def test_a_model_of_another_number_of_layers_is_not_analysed(tmp_path, capsys, tiny_config, tiny_tokenizer):
+    folders = []
+    for layers in (1, 2):
+        model = Llama(dataclasses.replace(tiny_config, num_hidden_layers=layers)).eval()
+        folders.append(save_model(model, tmp_path / str(layers), tiny_tokenizer))
+    for tuned, base in (folders, folders[::-1]):
+        assert command("analyze", tuned, "--base", base, "--out", tmp_path / "out") == 1
+        *_, last = capsys.readouterr().err.splitlines()  # after the lines that say how the models are loaded
+        assert last.startswith(f"lora-lab: Only one of {tuned} and {base} has model.layers.1.")
 
 
 def test_generate_refuses_a_damaged_adapter(tuned, capsys):

@@ -1,15 +1,17 @@
 """Which layers are adapted and by what: the registry, refusals, tied weights, and what "all-linear" does not reach."""
 
 import copy
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
+from lora_lab import LoRA, LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
 from lora_lab.adapters.edit import off, switch
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import match_layers
@@ -578,3 +580,103 @@ def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was():
         with pytest.raises(UserWarning, match="does not reach"):
             inject(model, LoRAConfig(rank=2))
     assert snapshot(model) == before
+
+
+# What is no number, no model, no config
+
+
+def adapted(**changes):
+    """A small net with random adapters, and a NaN or infinity where ``changes`` say so."""
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(rank=2))
+    randomise(model)
+    with torch.no_grad():
+        for name, value in changes.items():
+            model.get_parameter(name.replace("__", ".")).view(-1)[0] = value
+    return model
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("hidden2.lora_A", "hidden2.lora_A"), ("head.lora_B", "head.lora_B"), ("hidden1.base.weight", "hidden1.weight")],
+)
+def test_a_merge_of_numbers_that_are_not_finite_is_refused_and_the_model_stays(name, named, number):
+    model = adapted(**{name.replace(".", "__"): number})
+    before = list(lora_layers(model))
+    with pytest.raises(ValueError, match=rf"^{named} holds numbers that are NaN or infinite"):
+        merge(model)
+    assert list(lora_layers(model)) == before
+
+
+def test_a_merge_whose_sum_is_too_large_for_the_precision_of_the_base_is_refused():
+    model = DigitsMLP(width=16).half()
+    inject(model, LoRAConfig(rank=2))
+    randomise(model)
+    model.head.alpha = 1e6
+    with pytest.raises(ValueError, match=r"^head\.weight holds numbers that are NaN or infinite"):
+        merge(model)
+    model.head.alpha = 1.0
+    assert merge(model) == ["hidden1", "hidden2", "head"]
+
+
+@pytest.mark.parametrize("model", [None, "runs/model", (DigitsMLP(width=16), None), 5])
+@pytest.mark.parametrize("function", [merge, lora_layers, adapter_state, lambda model: inject(model, LoRAConfig())])
+def test_what_is_no_model_is_named(function, model):
+    with pytest.raises(ValueError, match=r"^model is .*, but it must be an instance of Module\.$"):
+        function(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"config": 8}, "config is 8, but it must be an instance of LoRAConfig"),
+        ({"config": None}, "config is None, but it must be an instance of LoRAConfig"),
+        ({"config": LoRAConfig(10**6)}, "rank is 1000000, but no weight adapted here has a side longer than 64"),
+        ({"seed": 99999999999999999999}, "seed is 99999999999999999999, but it must be a whole number of 64 bits"),
+        ({"seed": "1"}, "seed is '1', but it must be a whole number"),
+    ],
+)
+def test_inject_names_a_config_or_a_seed_that_is_none(arguments, says):
+    model = DigitsMLP(width=16)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^{says}"):
+        inject(model, **{"config": LoRAConfig(), **arguments})
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank": 10**20}, "rank is 100000000000000000000, but it must be a whole number from 1 to"),
+        ({"rank": None}, "rank is None, but it must be a whole number"),
+        ({"alpha": None}, "alpha is None, but it must be a positive number"),
+        ({"alpha": "16"}, "alpha is '16', but it must be a positive number"),
+        ({"alpha": 10**400}, "alpha is 1000.*, but it must be a positive number"),
+        ({"dropout": None}, "dropout is None, but it must lie in"),
+        ({"dropout": "0.1"}, "dropout is '0.1', but it must lie in"),
+        ({"targets": 5}, "targets is 5, but it must be a list of names"),
+        ({"targets": [5]}, r"targets is \[5\], but it must be a list of names"),
+        ({"exclude": None}, "exclude is None, but it must be a list of names"),
+        ({"exclude": [None]}, r"exclude is \[None\], but it must be a list of names"),
+    ],
+)
+@pytest.mark.parametrize("kind", [LoRAConfig, LoRA])
+def test_a_config_names_a_value_of_another_type(kind, values, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        kind(**values)
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig, LoRA])
+def test_numbers_of_numpy_and_torch_become_pythons_and_any_collection_of_names_is_accepted(kind):
+    for rank, alpha, dropout in (
+        (np.int64(4), np.float32(8), np.float64(0.5)),
+        (torch.tensor(4), torch.tensor(8.0), torch.tensor(0.5)),
+        (np.array(4), np.array(8.0), np.array(0.5)),
+    ):
+        config = kind(rank, alpha, dropout)
+        assert config == kind(4, 8.0, 0.5)
+        assert [type(value) for value in (config.rank, config.alpha, config.dropout)] == [int, float, float]
+    for names in (["head"], ("head",), {"head"}, {"head": 1}.keys()):
+        config = kind(2, targets=names, exclude=names)
+        assert inject(DigitsMLP(width=16), LoRAConfig(2, targets=config.targets)) == ["head"]

@@ -345,7 +345,7 @@ def test_the_methods_train_differently():
 
 @pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf])
 def test_a_ratio_that_is_no_positive_number_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"ratio is .*, but it must be a positive number, such as 4\."):
+    with pytest.raises(ValueError, match=r"^ratio is .*, but it must be (greater than 0|a finite number)\.$"):
         LoRAPlus(ratio=ratio)
 
 

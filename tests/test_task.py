@@ -159,6 +159,13 @@ def test_limited_says_how_many_there_are(n_train):
         tiny().limited(n_train)
 
 
+def test_a_part_that_is_no_examples_is_named():
+    with pytest.raises(ValueError, match=r"^validation is 'x', but it must be an instance of Examples"):
+        tiny(validation="x")
+    with pytest.raises(ValueError, match=r"^n_train is '2', but it must be a whole number"):
+        tiny().limited("2")
+
+
 # Losses
 
 

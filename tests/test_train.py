@@ -16,7 +16,18 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, History, Lean, Llama, LoRA, LoRAPlus, PartialFineTuning, evaluate, fit
+from lora_lab import (
+    FullFineTuning,
+    History,
+    Lean,
+    Llama,
+    LoRA,
+    LoRAPlus,
+    PartialFineTuning,
+    evaluate,
+    fit,
+    seed_everything,
+)
 from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
@@ -676,16 +687,28 @@ def test_history_comes_back_from_its_file(tmp_path):
         ({"eval_examples": 0}, "eval_examples is 0"),
         ({"checkpoint_every": -1}, "checkpoint_every is -1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
-        ({"lr": 0.0}, r"lr is 0\.0, .*positive"),
+        ({"steps": 10**20}, "steps is 100000000000000000000, .*at most"),
+        ({"batch_size": 10**20}, "batch_size is 100000000000000000000, .*at most"),
+        ({"seed": 99999999999999999999}, "seed is 99999999999999999999, .*at most"),
+        ({"seed": None}, "seed is None, .*whole number"),
+        ({"steps": None}, "steps is None, .*whole number"),
+        ({"lr": "1e-3"}, "lr is '1e-3', .*a number"),
+        ({"lr": None}, "lr is None, .*a number"),
+        ({"weight_decay": None}, "weight_decay is None, .*a number"),
+        ({"weight_decay": math.inf}, "weight_decay is inf, .*a finite number"),
+        ({"clip": "1"}, "clip is '1', .*a number"),
+        ({"lean": "yes"}, "lean is 'yes', .*LeanStepMaker"),
+        ({"checkpoint_every": "2"}, "checkpoint_every is '2', .*whole number"),
+        ({"lr": 0.0}, r"lr is 0\.0, .*greater than 0"),
         ({"lr": -1e-3}, r"lr is -0\.001"),
         ({"lr": math.nan}, "lr is nan"),
         ({"lr": math.inf}, "lr is inf"),
         ({"schedule": "linear"}, "schedule is 'linear', .*'cosine' or 'constant'"),
         ({"warmup": -1}, "warmup is -1"),
-        ({"warmup": 7}, "warmup is 7, .*between 0 and steps, 6"),
+        ({"warmup": 7}, "warmup is 7, .*at most steps, 6"),
         ({"weight_decay": -0.1}, r"weight_decay is -0\.1"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
-        ({"clip": 0.0}, r"clip is 0\.0, .*None"),
+        ({"clip": 0.0}, r"clip is 0\.0, .*greater than 0"),
         ({"clip": -1.0}, r"clip is -1\.0"),
         ({"clip": math.nan}, "clip is nan"),
     ],
@@ -697,6 +720,82 @@ def test_fit_says_which_number_is_out_of_range_and_leaves_the_model_alone(option
         run(LoRA(), model, checkpoint_dir=tmp_path / "new", **options)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
     run(LoRA(), model)  # it is not marked either
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": None}, "model is None, but it must be an instance of Module"),
+        ({"model": "runs/model"}, "model is 'runs/model', but it must be an instance of Module"),
+        ({"model": (DigitsMLP(width=16), None)}, "model is .*, but it must be an instance of Module"),
+        ({"task": "digits"}, "task is 'digits', but it must be an instance of Task"),
+        ({"method": "lora"}, "method is 'lora', but it must be an instance of Method"),
+        ({"method": LoRA}, "method is .*, but it must be an instance of Method"),
+        ({"config": 40}, "config is 40, but it must be an instance of TrainConfig"),
+    ],
+)
+def test_fit_and_evaluate_name_an_argument_of_another_type(changes, says):
+    arguments = {"model": DigitsMLP(width=16), "task": small_task(), "method": LoRA(2)}
+    with pytest.raises(ValueError, match=f"^{says}"):
+        fit(**arguments | changes, steps=1, lr=0.1)
+    if changes.keys() & {"model", "task"}:
+        with pytest.raises(ValueError, match=f"^{says}"):
+            evaluate(**{name: (arguments | changes)[name] for name in ("model", "task")})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor, np.array])
+def test_numbers_of_numpy_and_torch_train_as_pythons_do(kind, tmp_path):
+    floats = (lambda value: kind(value, dtype=kind([1.0]).dtype)) if kind in (torch.tensor, np.array) else np.float32
+    whole = {"steps": 6, "batch_size": 4, "seed": 3, "eval_every": 2, "eval_examples": 5, "warmup": 2, "accumulate": 2}
+    numbers = {"lr": 0.25, "weight_decay": 0.5, "clip": 2.0}  # exact in float32
+    _, history = run(
+        LoRA(2, alpha=floats(4.0), dropout=floats(0.25)),
+        checkpoint_every=kind(2),
+        checkpoint_dir=tmp_path / "a",
+        **{name: kind(value) for name, value in whole.items()},
+        **{name: floats(value) for name, value in numbers.items()},
+    )
+    _, expected = run(LoRA(2, alpha=4.0, dropout=0.25), **whole, **numbers)
+    assert losses(history) == losses(expected)
+    assert (history.settings, history.method) == (expected.settings, expected.method)
+    history.save(tmp_path / "history.json")
+    assert History.load(tmp_path / "history.json").settings == expected.settings
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": -1}, "batch_size is -1, but it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5, but it must be a whole number"),
+        ({"batch_size": None}, "batch_size is None, but it must be a whole number"),
+        ({"limit": 0}, "limit is 0, but it must be at least 1"),
+        ({"limit": -1}, "limit is -1, but it must be at least 1"),
+        ({"limit": "5"}, "limit is '5', but it must be a whole number"),
+        ({"part": None}, "part is None, but it must be a text"),
+    ],
+)
+def test_evaluate_refuses_sizes_that_gave_nan_or_left_examples_out(options, says):
+    with pytest.raises(ValueError, match=rf"^{says}\.$"):
+        evaluate(DigitsMLP(width=16), small_task(), **options)
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_evaluate_takes_sizes_of_numpy_and_torch(kind):
+    model = DigitsMLP(width=16)
+    expected = evaluate(model, small_task(), "test", 2, 3)
+    assert (
+        evaluate(model, small_task(), "test", kind(2), kind(3)) == expected != evaluate(model, small_task(), "test", 2)
+    )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, None, "1"])
+def test_a_seed_that_not_all_generators_take_is_refused_before_any_is_seeded(seed):
+    random.seed(1)
+    before = random.getstate()
+    with pytest.raises(ValueError, match=r"^seed is .*, but it must be"):
+        seed_everything(seed)
+    assert random.getstate() == before
 
 
 def test_fit_refuses_a_model_that_was_trained_before():

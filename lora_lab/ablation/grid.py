@@ -12,17 +12,17 @@ import itertools
 import json
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
-from operator import index
 from typing import Any, overload
 
 import torch
 
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
+from lora_lab.system.schema import Positive, Seed, Size, check
 from lora_lab.train import TrainConfig
 
 # What decides a run's result, in the order of a trial's file.
@@ -31,6 +31,7 @@ _OPTIONS = (
     *("eval_every", "eval_examples"),
 )
 BASE_DTYPE = "base_dtype"  # and this, of the lean step, if it is in use
+_MOST = 1_000_000  # trials of a grid
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
 
@@ -63,23 +64,23 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         ValueError: the method is no Method, or has no name of its own, or a number is out of range.
     """
 
-    lr: float  # these two again, since here they may be given by position
-    seed: int = 0
+    lr: Positive  # these two again, since here they may be given by position
+    seed: Seed = 0
     task: str | None = field(default=None, kw_only=True)
     model: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.method, Method):
             raise ValueError(f"method is {self.method!r}, but it must be one such as LoRA(rank=8) or FullFineTuning().")
+        if not isinstance(self.lean, Lean | None):
+            raise ValueError(f"lean is {self.lean!r}, but a trial's must be a lora_lab.Lean, or None.")
+        super().__post_init__()
         name = getattr(self.method, "name", "")
         if _address(_methods().get(name)) != _address(type(self.method)):
             raise ValueError(
                 f"The class {type(self.method).__name__} has the name {name!r}, which is not its own, so its results "
                 "would be indistinguishable from another method's; give the class a name of its own."
             )
-        if not isinstance(self.lean, Lean | None):
-            raise ValueError(f"lean is {self.lean!r}, but a trial's must be a lora_lab.Lean, or None.")
         for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
             object.__setattr__(self, name, value)
 
@@ -176,11 +177,16 @@ class Grid(Sequence[Trial]):
         alpha_per_rank: float | None = None,
         **options: Any,
     ) -> None:
+        alpha_per_rank = check(alpha_per_rank, Positive | None, "alpha_per_rank")
         if alpha is not None and alpha_per_rank is not None:
             raise ValueError(f"alpha is {alpha} and alpha_per_rank {alpha_per_rank}; give one of them, or neither.")
         for name, values in {"ranks": ranks, "lrs": lrs, "seeds": seeds, "methods": methods}.items():
+            if isinstance(values, str) or not isinstance(values, Collection):
+                raise ValueError(f"{name} is {values!r}, but it must be a list of values to try.")
             if len(values) == 0 and (name != "ranks" or any(isinstance(method, LoRA) for method in methods)):
                 raise ValueError(f"{name} is empty, so there is nothing to try; give at least one value.")
+        if (count := math.prod(map(len, (ranks, lrs, seeds, methods)))) > _MOST:
+            raise ValueError(f"These are {count} trials, but a grid has at most {_MOST}; try fewer values.")
 
         def of_each_rank(template: Method) -> list[Method]:
             if not isinstance(template, LoRA):
@@ -188,7 +194,7 @@ class Grid(Sequence[Trial]):
             fixed = template.alpha if alpha is None else alpha
             return [
                 replace(template, rank=rank, alpha=fixed if alpha_per_rank is None else alpha_per_rank * rank)
-                for rank in map(index, ranks)
+                for rank in (check(rank, Size, "rank") for rank in ranks)
             ]
 
         trials = (

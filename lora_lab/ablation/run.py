@@ -23,19 +23,20 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import joblib
 import torch
 from joblib.externals.loky import BrokenProcessPool
 from joblib.parallel import get_active_backend
+from pydantic import Field, InstanceOf
 from torch import Tensor, nn
 
 from lora_lab import checkpoint
@@ -49,14 +50,16 @@ from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History, is_number
 from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.system.device import own_randomness
-from lora_lab.system.files import check_writable, write_json
+from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
 from lora_lab.system.renamed import warn_renamed
+from lora_lab.system.schema import NotNegative, check
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
+_Jobs = Annotated[int, Field(ge=-1000, le=1000)]  # below 0, joblib counts down from the number of cores
 _BUSY = threading.Lock()  # held while this process runs a trial
 
 
@@ -112,9 +115,9 @@ def ablate(
         The DataFrame that :func:`lora_lab.ablation.load` describes, of these trials alone.
 
     Raises:
-        ValueError: no trials, a value that is not known, a model_factory that makes no model, a trial of another
-            task or model, a damaged file, a backend of threads, ``engine="packed"`` and a trial that cannot be
-            packed, or ``halving`` and trials that are not evaluated at any rung.
+        ValueError: no trials, a value that is not known or of another type, a model_factory that makes no model, a
+            trial of another task or model, a damaged file, a backend of threads, ``engine="packed"`` and a trial that
+            cannot be packed, or ``halving`` and trials that are not evaluated at any rung.
         RuntimeError: a worker cannot import lora_lab, has another version of it, makes another model or task, was
             ended by the system, or did not answer for ``timeout_s``; or the judge failed, or returned anything but
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
@@ -124,9 +127,8 @@ def ablate(
         engine = "separate"
     if engine not in ("auto", "separate", "packed"):
         raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'separate' or 'packed'.")
-    if len(trials) == 0:
-        raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
-    folder = None if folder is None else Path(folder)
+    _check_types(task, trials, n_jobs, budget_bytes, timeout_s, halving)
+    folder = None if folder is None else as_path(folder, "folder")
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
     model, data = make() if callable(make) else make, _task(task)
     if not isinstance(model, nn.Module):
@@ -181,6 +183,20 @@ def ablate(
     if failures:
         raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
     return table(results.values())
+
+
+def _check_types(task: Any, trials: Any, n_jobs: Any, budget_bytes: Any, timeout_s: Any, halving: Any) -> None:
+    """Raise ValueError if an argument of :func:`ablate` is of another type, or there are no trials."""
+    if not (isinstance(task, Task) or callable(task)):
+        raise ValueError(f"task is {reprlib.repr(task)}, but it must be a Task, or a function that makes one.")
+    if not isinstance(trials, Collection) or not all(isinstance(trial, Trial) for trial in trials):
+        raise ValueError(f"trials is {reprlib.repr(trials)}, but it must be a Grid or a list of Trials.")
+    if len(trials) == 0:
+        raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
+    check(n_jobs, _Jobs | None, "n_jobs")
+    check(budget_bytes, NotNegative | None, "budget_bytes")
+    check(timeout_s, NotNegative, "timeout_s")
+    check(halving, InstanceOf[Halving] | None, "halving")
 
 
 def fingerprint(model: nn.Module) -> str:

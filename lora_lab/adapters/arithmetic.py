@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.peft_format import read_adapter
+from lora_lab.adapters.peft_format import from_state, read_adapter
 from lora_lab.lora import check_numbers
 from lora_lab.rank import SVD, product_svd, truncate
+from lora_lab.system.schema import Number, check
 
 RULES = ("cat", "linear", "svd")
 
@@ -59,21 +60,23 @@ def combine(
 
     Raises:
         ValueError: there are no adapters; the weights, the rule or the rank do not fit; an adapter is of DoRA, whose
-            updates do not add up; or the shapes in a layer differ.
+            updates do not add up; a number of one is NaN or infinite; or the shapes in a layer differ.
     """
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if not isinstance(adapters, Collection) or isinstance(adapters, str | Mapping):
+        raise ValueError(f"adapters is a {type(adapters).__name__}, but it must be a list of adapters.")
+    weights = [1.0 for _ in adapters] if weights is None else [check(weight, Number, "weight") for weight in weights]
     if not adapters or len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights is {weights}, but each must be a finite number.")
     if how not in RULES:
         raise ValueError(f"how is {how!r}, but it must be one of {list(RULES)}.")
     if (rank is not None) != (how == "svd"):
         raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
     if rank is not None:
-        check_numbers(rank)
+        rank, *_ = check_numbers(rank)
     states = [adapter if isinstance(adapter, dict) else read_adapter(adapter) for adapter in adapters]
     names = dict.fromkeys(name for state in states for name in _layers(state))  # in the order of the first that has it
+    for state in states:
+        from_state(state)  # which raises if one is incomplete or not finite
     result, errors = Combined(), {}
     for name in names:
         terms = [

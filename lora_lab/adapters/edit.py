@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from lora_lab.inject import LoRAConfig, inject, lora_layers, match_layers, replace, require_no_adapters
+from lora_lab.inject import LoRAConfig, adapter_state, inject, lora_layers, match_layers, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
+from lora_lab.system.numbers import check_finite
+from lora_lab.system.schema import Number, Positive, Size, check
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 
@@ -25,27 +27,36 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     alpha (rsLoRA does), alpha is set so that the scaling is the state's.
 
     Raises:
-        ValueError: the model has no adapters; or the state belongs to other layers or has other shapes (for PiSSA also
-            another rank, because of its start). The model is then left unchanged.
+        ValueError: the model has no adapters; the state belongs to other layers or has other shapes (for PiSSA also
+            another rank, because of its start); or one of its numbers is NaN or infinite. The model is then left
+            unchanged.
     """
     layers = lora_layers(model, required=True)
+    check(state, InstanceOf[Mapping], "state")
     expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
-    if wrong := sorted(expected_names ^ state.keys()):
+    if wrong := sorted(expected_names ^ state.keys(), key=str):
         raise ValueError(
             f"The state and the model's adapters differ in {wrong[0]!r}"
             + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
         )
-    alphas, scalings = ({name: float(state[f"{name}.{key}"]) for name in layers} for key in ("alpha", "scaling"))
+    alphas, scalings = (
+        {name: float(check(state[f"{name}.{key}"], Positive, f"{name}.{key}")) for name in layers}
+        for key in ("alpha", "scaling")
+    )
     for name, layer in layers.items():
+        tensors = {f"{name}.{part}": state[f"{name}.{part}"] for part in layer.parts}
+        for key, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"The state holds a {type(value).__name__} as {key}, but it must be a tensor.")
+        check_finite(tensors.items(), "The state")
         A = state[f"{name}.lora_A"]
         rank = A.shape[0] if A.ndim else layer.rank
         for part in layer.parts:
             shape, expected = tuple(state[f"{name}.{part}"].shape), factor_shape(layer, part, rank)
             if shape != expected:
                 raise ValueError(f"The state's {name}.{part} has shape {shape}, but the model expects {expected}.")
-        check_numbers(rank, alphas[name])
-        check_numbers(rank, scalings[name])  # must be positive, as alpha
+        check_numbers(rank)
     for name, layer in layers.items():
         set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
         if layer.scaling != scalings[name]:
@@ -91,8 +102,7 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
         ValueError: the factor is infinite or not a number, the model has no adapters, or they are of DoRA, whose update
             is not proportional to its scaling, and the factor is not 1.
     """
-    if not math.isfinite(factor):
-        raise ValueError(f"factor is {factor}, but it must be a finite number, such as 0.5; 1 changes nothing.")
+    factor = check(factor, Number, "factor")
     layers = lora_layers(model, required=True)
     for name, layer in layers.items():
         if factor != 1 and isinstance(layer, DoRALinear):
@@ -135,11 +145,12 @@ def extract(
 
     Raises:
         ValueError: both or none of rank and energy are given, a number is out of range, the models differ in shape,
-            nothing changed, or ``base`` has adapters. ``base`` is then left unchanged.
+            nothing changed, a change holds NaN or infinity, or ``base`` has adapters. ``base`` is then left unchanged.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank is {rank} and energy {energy}; pass one of them.")
-    state = tuned.state_dict() if isinstance(tuned, nn.Module) else tuned
+    rank, energy = check(rank, Size | None, "rank"), check(energy, Number | None, "energy")
+    state = tuned.state_dict() if isinstance(tuned, nn.Module) else check(tuned, InstanceOf[Mapping], "tuned")
     require_no_adapters(base)
     factors, errors = {}, {}
     for name, lora_class in match_layers(base, "all-linear", ()).items():
@@ -152,6 +163,7 @@ def extract(
                 f"{name}.weight is {problem} in the tuned model, but must be {tuple(before.shape)}; is it of this base?"
             )
         difference = after.to(before).float() - before.float()  # (48, 64)
+        check_finite([(f"{name}.weight", difference)], "The change")
         change = svd(difference.T if issubclass(lora_class, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():
             continue
@@ -177,11 +189,12 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
         The relative error (Frobenius) of each layer's update.
 
     Raises:
-        ValueError: the rank is below 1, the model has no adapters, or they are of a kind whose update is more than
-            scaling * B A (PiSSA, DoRA). The model is then left unchanged.
+        ValueError: the rank is below 1, the model has no adapters, they are of a kind whose update is more than
+            scaling * B A (PiSSA, DoRA), or a number of theirs is NaN or infinite. The model is then left unchanged.
     """
-    check_numbers(rank)
+    rank, *_ = check_numbers(rank)
     layers = lora_layers(model, required=True)
+    check_finite(adapter_state(model).items())
     for name, layer in layers.items():
         if isinstance(layer, PiSSALinear | DoRALinear):
             raise ValueError(
@@ -210,7 +223,7 @@ def set_factors(layer: LoRALayer, tensors: dict[str, Tensor], alpha: float) -> N
         if current.shape == value.shape:
             current.copy_(value)
         else:
-            new = value.to(current.device, current.dtype, copy=True)
+            new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
             setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
     layer.alpha = alpha
 

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.merged import base_of, load_merged
 from lora_lab.adapters.peft_format import load_adapter, read_adapter
-from lora_lab.inject import lora_layers, merge
+from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.layers import lora_class
 from lora_lab.models import pretrained
 from lora_lab.models.gguf_writer import Layout, check_target, gguf_name, in_gguf_order, layout_of, write_file
 from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.system.files import as_path
+from lora_lab.system.numbers import check_finite
 from lora_lab.variants import PiSSALinear
 
 
@@ -71,21 +73,22 @@ def save_gguf(
     Raises:
         FileNotFoundError: the folder, a file in it or its base is not there.
         ValueError: the model is of another family or has no adapters; the adapter does not fit its base; a layer's
-            update is more than scaling * B A (DoRA) and merged is false; or a number, or the tokenizer, cannot be
-            written.
+            update is more than scaling * B A (DoRA) and merged is false; a number of an adapter is NaN or infinite; or
+            a number, or the tokenizer, cannot be written.
         OSError: the file cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = as_path(path, "path")
+    source = source if isinstance(source, nn.Module) else as_path(source, "source")
     check_target(path, dtype)
     if isinstance(source, nn.Module):
         layout_of(source)  # which raises for a model of another family, before any work is done
         lora_layers(source, required=True)
     if not merged:
-        updates = _updates_of_model(source) if isinstance(source, nn.Module) else _updates_of_folder(Path(source))
+        updates = _updates_of_model(source) if isinstance(source, nn.Module) else _updates_of_folder(source)
         _write_adapter(path, *updates, dtype)
         return path
     if not isinstance(source, nn.Module):
-        _check_base(Path(source), tokenizer)
+        _check_base(source, tokenizer)
         model, base_tokenizer = load_merged(source)
         tokenizer = tokenizer or base_tokenizer
     elif tokenizer is None:
@@ -129,6 +132,7 @@ def _updates_of_folder(folder: Path) -> tuple[Layout, dict[str, _Update]]:
 
 def _updates_of_model(model: nn.Module) -> tuple[Layout, dict[str, _Update]]:
     """The same of a model with adapters."""
+    check_finite(adapter_state(model).items())
     updates: dict[str, _Update] = {}
     for name, layer in lora_layers(model).items():
         product: Any = layer.difference() if isinstance(layer, PiSSALinear) else layer

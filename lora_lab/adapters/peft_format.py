@@ -10,23 +10,31 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import torch
+from pydantic import InstanceOf
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lora_lab.adapters.card import CARD, card, is_free
 from lora_lab.adapters.edit import factor_shape, set_factors
 from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
-from lora_lab.lora import LoRALayer, check_numbers
-from lora_lab.system.files import atomic_files, read_json, settle, write_json
+from lora_lab.lora import LoRALayer
+from lora_lab.system.files import as_path, atomic_files, read_json, settle, write_json
+from lora_lab.system.numbers import check_finite
+from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
+from lora_lab.system.wording import shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,10 +68,15 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no adapters; they are of several variants, or differ in dropout; the format has no
-            name for their variant; or a number is too large for ``dtype``.
+            name for their variant; ``dtype`` is no floating-point dtype; or a number is NaN, infinite or too large for
+            ``dtype``.
         OSError: the folder cannot be written to, or the disk is full.
     """
-    folder = Path(folder)
+    check(base, str | None, "base")
+    check(history, InstanceOf[History] | None, "history")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, but it must be a floating-point dtype, such as torch.float16, or None.")
+    folder = as_path(folder, "folder")
     layers = {
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
         for name, layer in lora_layers(model, required=True).items()
@@ -74,6 +87,7 @@ def save_adapter(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
         )
     variant, dropout = settings.pop()
+    check_finite((f"{name}.{part}", getattr(layer, part)) for name, layer in layers.items() for part in layer.parts)
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -123,20 +137,19 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     Raises:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged; the adapter uses a setting of PEFT that is not supported here; it does not fit
-            this model; or the model already has adapters. The model is then left unchanged.
+            this model; one of its numbers is NaN or infinite; or the model already has adapters. The model is then left
+            unchanged.
     """
     require_no_adapters(model)
     if isinstance(source, Mapping):
-        label, (config, tensors) = "The adapter", _from_state(source)
+        label, (config, tensors) = "The adapter", from_state(source)
     else:
-        label, (config, tensors) = str(source), _read(Path(source))
+        label, (config, tensors) = str(source), _read(as_path(source, "source"))
     variant = next((layer_class for setting, layer_class in _VARIANTS.items() if config.get(setting)), None)
     names = _check_names(model, tensors, variant, label)
-    ranks = {name: _value_for(config, "r", name) for name in names}
-    alphas = {name: _value_for(config, "lora_alpha", name) for name in names}
-    for name in names:
-        check_numbers(ranks[name], alphas[name])
-    start = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=names)
+    ranks, alphas = _ranks_and_alphas(config, names, label)
+    # Of rank 1, so that a rank which the tensors do not have takes no memory.
+    start = LoRAConfig(1, dropout=config.get("lora_dropout", 0.0), targets=names)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject(model, start, layer=variant)
     layers = lora_layers(model)
@@ -154,16 +167,20 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     return names
 
 
-def _from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """What :func:`_read` returns, for an adapter in memory. Its scaling counts, so rsLoRA becomes plain LoRA."""
+def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The settings of an adapter in memory, and each layer's tensors. Its scaling counts, so rsLoRA becomes plain LoRA.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, no matrix of floating-point numbers, or not finite.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     scalings: dict[str, float] = {}
     for key, value in state.items():
-        name, _, part = key.rpartition(".")
+        name, _, part = str(key).rpartition(".")
         if part == "scaling":
-            scalings[name] = float(value)
+            scalings[name] = check(value, Positive, key)
         elif part in _KEYS:
-            tensors.setdefault(name, {})[part] = value
+            tensors.setdefault(name, {})[part] = check(value, InstanceOf[Tensor], key)
         elif part != "alpha":
             raise ValueError(f"The adapter holds {key!r}, which is not part of any adapter known here.")
     complete = {name for name, parts in tensors.items() if {"lora_A", "lora_B"} <= parts.keys()}
@@ -173,6 +190,8 @@ def _from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, 
             f"The adapter is incomplete at {missing[:1]}; each layer needs lora_A, lora_B, alpha and scaling, as "
             "adapter_state returns them."
         )
+    for name, parts in tensors.items():
+        _check_numbers_of(name, parts, "The adapter")
     ranks = {name: len(parts["lora_A"]) for name, parts in tensors.items()}
     alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -188,10 +207,19 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
-    config, tensors = _read(Path(folder))
+    config, tensors = _read(as_path(folder, "folder"))
+    names = sorted(tensors, key=_natural_key)
+    ranks, alphas = _ranks_and_alphas(config, names, str(folder))
     state: dict[str, Tensor] = {}
-    for name in sorted(tensors, key=_natural_key):
-        rank, alpha = _value_for(config, "r", name), _value_for(config, "lora_alpha", name)
+    for name in names:
+        rank, alpha = ranks[name], alphas[name]
+        A, B = (tensors[name].get(part) for part in ("lora_A", "lora_B"))
+        if A is None or B is None or not (len(A) == rank == B.shape[1]):
+            shapes = [tensor if tensor is None else tuple(tensor.shape) for tensor in (A, B)]
+            raise ValueError(
+                f"{folder}: lora_A and lora_B of {name!r} have the shapes {shapes[0]} and {shapes[1]}, but must be "
+                f"(rank, in) and (out, rank) with rank {rank}; save the adapter again."
+            )
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         state |= {f"{name}.{part}": tensor for part, tensor in tensors[name].items() if part != _BASE}
         state[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float64)  # ()
@@ -202,8 +230,23 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
 # The config
 
 
+class _Settings(TypedDict, total=False):
+    """What is read here of PEFT's config."""
+
+    r: Required[Size]
+    lora_alpha: Required[Positive]
+    lora_dropout: Dropout
+    rank_pattern: dict[str, Count] | None
+    alpha_pattern: dict[str, Number] | None
+    target_modules: str | list[str] | None
+    base_model_name_or_path: str | None
+    use_dora: bool
+    use_rslora: bool
+
+
 # Entries of PEFT's config that do not change what a saved adapter computes, or that are read here.
 _HARMLESS = {
+    *_VARIANTS,
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
@@ -220,32 +263,26 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: the file is missing.
         ValueError: it is damaged, or uses a setting of PEFT that is not supported here.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     settle(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{folder} holds an adapter of type {config.get('peft_type')!r}, but only 'LORA' is read here."
+            f"{folder} holds an adapter of type {reprlib.repr(config.get('peft_type'))}, but only 'LORA' is read here."
         )
-    for name in ("r", "lora_alpha"):
-        if name not in config:
-            raise ValueError(f"{folder / CONFIG} lacks the entry {name!r}.")
+    check(config, _Settings, str(folder / CONFIG))
     for name, value in config.items():
-        if name in _VARIANTS:
-            supported = isinstance(value, bool)
-        elif name == "init_lora_weights":
+        if name == "init_lora_weights":
             supported = value in _PLAIN_STARTS
-        elif name == "bias":
-            supported = not value or value == "none"
         else:
-            supported = not value or name in _HARMLESS
+            supported = not value or name in _HARMLESS or (name, value) == ("bias", "none")
         if not supported:
-            raise ValueError(f"{folder} sets {name} to {value!r}, which changes the result and is not supported here.")
-    for name in _PATTERNS.values():
-        if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"{folder} sets {name} to {config[name]!r}, but it must map names to numbers.")
+            raise ValueError(
+                f"{folder} sets {shortened(name)} to {reprlib.repr(value)}, which changes the result and is not "
+                "supported here."
+            )
     if all(config.get(name) for name in _VARIANTS):
         raise ValueError(f"{folder} sets {' and '.join(_VARIANTS)}, which are not supported together.")
     return config
@@ -285,13 +322,47 @@ def _exceptions_to(values: Mapping[str, float], default: float) -> dict[str, flo
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
-def _value_for(config: dict[str, Any], setting: str, name: str) -> Any:
-    """A layer's value of a setting, as the config has it."""
-    for ending, value in (config.get(_PATTERNS[setting]) or {}).items():
-        # PEFT's rule: the first regular expression that matches the end of the name, after a dot.
-        if re.match(rf"(.*\.)?({ending})$", name):
-            return value
-    return config[setting]
+_PATTERN_SECONDS = 10  # of this process; real patterns take less than one
+
+
+def _ranks_and_alphas(config: dict[str, Any], names: Sequence[str], source: str) -> tuple[dict[str, Any], ...]:
+    """The rank and the alpha of each layer, as the config has them.
+
+    PEFT's rule: the first regular expression of the setting's pattern that matches the end of the name, after a dot.
+    Here the regular expressions are those of Rust, which pydantic brings: they take a time that grows in proportion to
+    the name and a limited memory, whatever a stranger has written into the file. They lack look-around and
+    back-references.
+
+    Raises:
+        ValueError: a regular expression is broken or too large, all together take too long, or a number is out of
+            range.
+    """
+    result = []
+    started = time.process_time()
+    for setting, pattern_setting in _PATTERNS.items():
+        values: dict[str, Any] = {}
+        for pattern, value in (config.get(pattern_setting) or {}).items():
+            try:
+                expression = SchemaValidator(core_schema.str_schema(pattern=rf"^(?:(.*\.)?({pattern})$)"))
+            except SchemaError as error:
+                reason = str(error).rpartition("rror: ")[2].strip().rstrip(".")
+                raise ValueError(
+                    f"{source}: {pattern_setting} has the regular expression {reprlib.repr(pattern)}, which cannot be "
+                    f"read here ({reason}); write layers' names, such as 'q_proj'."
+                ) from None
+            unmatched = [name for name in names if name not in values]
+            values |= {name: value for name in unmatched if expression.isinstance_python(name)}
+            if time.process_time() - started > _PATTERN_SECONDS:
+                raise ValueError(
+                    f"{source}: {pattern_setting} has {len(config[pattern_setting])} regular expressions, which take "
+                    f"longer than {_PATTERN_SECONDS} s; write layers' names, such as 'q_proj'."
+                )
+        result.append({name: values.get(name, config[setting]) for name in names})
+    ranks, alphas = result
+    for name in names:
+        check(ranks[name], Size, f"{source}: the rank of {name!r}")
+        check(alphas[name], Positive, f"{source}: the alpha of {name!r}")
+    return ranks, alphas
 
 
 def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
@@ -313,6 +384,7 @@ _KEYS = {
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
 _EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+_MATRICES = ("lora_A", "lora_B")
 _BASE = "base"  # stands for an adapted layer's original weight among the tensors of a file
 
 
@@ -363,7 +435,20 @@ def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]
         tensors.setdefault(name, {})[part] = value
     if not tensors:
         raise ValueError(f"{path} holds no tensors, so it would adapt nothing.")
+    for name, parts in tensors.items():
+        _check_numbers_of(name, parts, str(path))
     return tensors, digest
+
+
+def _check_numbers_of(name: str, parts: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError if a tensor of a layer's adapter is no matrix of finite floating-point numbers."""
+    for part, tensor in parts.items():
+        if part != _BASE and not (tensor.is_floating_point() and tensor.ndim >= (2 if part in _MATRICES else 1)):
+            raise ValueError(
+                f"{source}: {name}.{part} is {tuple(tensor.shape)} of {tensor.dtype}, but an adapter's matrices hold "
+                "floating-point numbers; save the adapter again."
+            )
+    check_finite(((f"{name}.{part}", tensor) for part, tensor in parts.items()), source)
 
 
 def _check_names(

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lora_lab.models.pretrained import architecture
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import pick_device
+from lora_lab.system.schema import Size, check
 from lora_lab.task import logits
 from lora_lab.train import Batch
 
@@ -43,7 +44,7 @@ def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -
     Raises:
         ValueError: a size is missing or below 1.
     """
-    sizes = [_checked_size("batch_size", batch_size), _checked_size("seq_len", seq_len)]
+    sizes = [check(batch_size, Size, "batch_size"), check(seq_len, Size, "seq_len")]
     inputs = torch.zeros(sizes, dtype=torch.long, device=device_of(model))
     return inputs, torch.zeros_like(inputs)
 
@@ -64,7 +65,7 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
     if reads == "pixel_values":
         if seq_len is not None:
             raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads pictures; leave it out.")
-        inputs = _pictures(model, _checked_size("batch_size", batch_size))
+        inputs = _pictures(model, check(batch_size, Size, "batch_size"))
     elif reads == "input_ids":
         inputs, targets = token_batch(model, batch_size, seq_len)
         if not hasattr(model, "can_generate") or model.can_generate():  # pyright: ignore[reportCallIssue]
@@ -77,12 +78,6 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
     with torch.no_grad():
         shape = logits(model, inputs[:1]).shape[1:-1]  # one class for a row, or for each of its tokens
     return inputs, torch.zeros(len(inputs), *shape, dtype=torch.long, device=inputs.device)
-
-
-def _checked_size(name: str, size: int | None) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{name} is {size!r}, but it must be a whole number of at least 1.")
-    return size
 
 
 def _pictures(model: nn.Module, count: int) -> Tensor:

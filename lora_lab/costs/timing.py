@@ -30,6 +30,7 @@ from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
+from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted
 from lora_lab.task import padding_id
 from lora_lab.train import Batch
@@ -214,8 +215,7 @@ def step_time(
     """
     if not variants:
         raise ValueError("variants is empty, so there is nothing to time; give at least one, as {'LoRA': LoRA(8)}.")
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}, but it must be at least 1.")
+    rounds = check(rounds, Size, "rounds")
     models = model if isinstance(model, Mapping) else dict.fromkeys(variants, model)
     device = _device_to_time(models[next(iter(variants))], device)
     with own_randomness(device, 0), BusyCores(thread_count(device)) as busy:

@@ -28,6 +28,7 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.files import atomic_file, atomic_files, check_writable, rescued, write_json
 from lora_lab.system.process import peak_bytes, run_in_subprocess
 from lora_lab.system.provenance import machine_info
+from lora_lab.system.schema import Seed, Size, check
 from lora_lab.tasks.generate import reply
 from lora_lab.tasks.python_docs import docs
 from lora_lab.train import evaluate, fit
@@ -140,8 +141,8 @@ def run(
         OSError: ``out`` cannot be written to; this is checked before anything else.
         MemoryError: a process was killed, most likely for lack of memory.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, but at least 1 is needed.")
+    check(steps, Size, "steps")
+    check(seed, Seed, "seed")
     out = Path(out)
     chosen, why = pick_device(device)
     # Learning rates were chosen by validation loss (32 passages) after 40 steps with seed 0. Full fine-tuning: 3.39,

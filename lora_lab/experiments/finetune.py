@@ -24,13 +24,14 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
 from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
 from lora_lab.system.provenance import machine_info
+from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted, shortened
 from lora_lab.task import Task
 from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.tasks.named import check_name
-from lora_lab.train import evaluate, fit
+from lora_lab.train import TrainConfig, evaluate, fit
 
 SHOWN = 3  # answers printed before and after
 
@@ -104,29 +105,26 @@ def run(
     if current_processes().rank == 0:
         check_writable(out)
     check_name(task)
+    lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
+    config = TrainConfig(
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        batches="by_length" if by_length else "random",
+        seed=seed,
+        eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
+        eval_examples=eval_examples,
+    )
+    check(checkpoint_every, Size | None, "checkpoint_every")
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
     data = task_of(task, tokenizer)
     print(_heading(why, data))
     before = _evaluated(net, data, eval_examples)
-    lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     checkpoints = None if checkpoint_every is None else out / "checkpoint"
     print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
     with _resumable(checkpoints):
-        history = fit(
-            net,
-            data,
-            method,
-            steps=steps,
-            lr=lr,
-            batch_size=batch_size,
-            batches="by_length" if by_length else "random",
-            seed=seed,
-            eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
-            eval_examples=eval_examples,
-            checkpoint_dir=checkpoints,
-            checkpoint_every=checkpoint_every,
-        )
+        history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=checkpoint_every)
         if half:
             _round_adapters(net, torch.float16)
         after = _evaluated(net, data, eval_examples)

@@ -22,6 +22,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
 from lora_lab.models.llama import Block, Llama, RMSNorm
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
+from lora_lab.system.schema import Size, check_fields
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
 from lora_lab.tasks.rows import row_cross_entropy
@@ -50,16 +51,13 @@ class Lean:
 
     base_dtype: torch.dtype | None = None
     checkpoint: bool = False
-    threads: int = 1
-    loss_rows: int = 256
+    threads: Size = 1
+    loss_rows: Size = 256
 
     def __post_init__(self) -> None:
         if self.base_dtype not in (None, torch.bfloat16):
             raise ValueError(f"base_dtype is {self.base_dtype!r}, but it must be torch.bfloat16 or None.")
-        for name in ("threads", "loss_rows"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1.")
+        check_fields(self)
 
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for a History."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lora_lab.system.schema import Count, NotNegative, Positive, Seed, check, check_fields
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,15 @@ class Sampling:
             text repeats itself less; 1 changes nothing.
 
     Raises:
-        ValueError: the temperature is negative, or the penalty is not positive.
+        ValueError: the temperature is negative, the penalty is not positive, or one of the three is no such number.
     """
 
-    temperature: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
+    temperature: NotNegative = 0.0
+    seed: Seed = 0
+    repetition_penalty: Positive = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, but it must be 0 (greedy) or above.")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}, but it must be a positive number, such as 1.1; 1 "
-                "changes nothing."
-            )
+        check_fields(self)
 
     def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
         """The next token, a scalar.
@@ -48,12 +45,12 @@ class Sampling:
             generator: of the samples.
         """
         if self.repetition_penalty != 1:
-            repeated = logits[text]  # (length,)
-            lower, higher = repeated * self.repetition_penalty, repeated / self.repetition_penalty  # (length,) each
+            repeated, penalty = logits[text], float(self.repetition_penalty)  # (length,)
+            lower, higher = repeated * penalty, repeated / penalty  # (length,) each
             logits[text] = torch.where(repeated < 0, lower, higher)  # (length,)
         if self.temperature == 0:
             return logits.argmax()  # ()
-        probabilities = torch.softmax(logits.float().cpu() / self.temperature, dim=-1)  # (49152,)
+        probabilities = torch.softmax(logits.float().cpu() / float(self.temperature), dim=-1)  # (49152,)
         return torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
 
 
@@ -77,10 +74,25 @@ def continued(
         sampling: how tokens are chosen.
 
     Raises:
-        ValueError: the prompt is empty or not one-dimensional.
+        ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
+            and new tokens together may exceed the model's context.
     """
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"The prompt has shape {tuple(ids.shape)}, but one non-empty row of token ids is expected.")
+    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
+        value = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else reprlib.repr(ids)
+        raise ValueError(f"The prompt is {value}, but one non-empty row of token ids is expected.")
+    config: Any = getattr(model, "config", None)
+    vocabulary, context = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"The prompt's tokens go from {int(ids.min())} to {int(ids.max())}, but the model knows {vocabulary}; "
+            "encode the prompt with the model's own tokenizer."
+        )
+    if context is not None and len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"The prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the model reads at most "
+            f"{context} (max_position_embeddings); shorten the prompt, or ask for fewer tokens."
+        )
     return _continued(model, read, ids, max_new_tokens, stop, sampling)
 
 

@@ -355,8 +355,9 @@ class Llama(nn.Module):
             Token ids (new,), new <= max_new_tokens.
 
         Raises:
-            ValueError: the prompt is empty or not one-dimensional, the temperature is negative, or the penalty is not
-                positive.
+            ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; prompt
+                and ``max_new_tokens`` together exceed ``max_position_embeddings``; the temperature is negative, or the
+                penalty is not positive.
         """
         new = list(self.stream(ids, max_new_tokens, stop, temperature, seed, repetition_penalty))
         return torch.tensor(new, dtype=torch.long)  # (new,)

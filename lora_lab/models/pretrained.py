@@ -29,7 +29,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are not read.
@@ -87,10 +87,10 @@ def load_pretrained(
         ModuleNotFoundError: the folder's model needs transformers, which is not installed.
         RuntimeError: the model cannot be downloaded.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, but weights need a floating-point one, such as torch.float32.")
     device = pick_device(device)[0]
-    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
+    path = _smollm2_folder() if source == SMOLLM2 else as_path(source, "source")
     if path.is_dir():
         reason = misfit(_config_entries(path))
         if str(source) != SMOLLM2:

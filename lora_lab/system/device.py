@@ -12,9 +12,12 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
+from lora_lab.system.schema import check
 from lora_lab.system.wording import counted
 
 
@@ -34,7 +37,7 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
         try:
             available = torch.device(requested)
             torch.empty(1, device=available)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Device {str(requested)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'."
             ) from None
@@ -63,9 +66,13 @@ def seed_everything(seed: int) -> None:
     """Seed the global random generators of Python, numpy and torch.
 
     ``fit`` and ``inject`` do not need this: they seed their own generators.
+
+    Raises:
+        ValueError: the seed is no whole number from 0 to 2^32 - 1, which is all that numpy takes.
     """
     import numpy
 
+    seed = check(seed, Annotated[int, Field(ge=0, le=2**32 - 1)], "seed")
     random.seed(seed)
     numpy.random.seed(seed)  # noqa: NPY002 - the global generator is the point
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,17 @@ _EXISTS = (errno.ENOTEMPTY, errno.EEXIST)  # errors of renaming a folder to a na
 
 class _NotWritten(OSError):
     """An error whose message already says which path could not be written, and why."""
+
+
+def as_path(path: Any, name: str) -> Path:
+    """The path that an argument of that name gives.
+
+    Raises:
+        ValueError: it is neither a text nor a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name} is {reprlib.repr(path)}, but it must be a path.")
+    return Path(path)
 
 
 def check_file(path: str | Path, what: str) -> None:
@@ -167,9 +179,9 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not JSON.
+        ValueError: the file is not JSON, or ``path`` is no path.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
     try:

@@ -2,22 +2,29 @@
 
     class Settings(TypedDict, total=False):
         r: Required[Size]
-        lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+        lora_dropout: Dropout
 
     check(read_json(path), Settings, str(path))
 
-The types are strict: a text is no number, nor is True, and NaN and infinity are no numbers either.
+The types are strict: a text is no number, nor is True, and NaN and infinity are no numbers either. The arguments of a
+function are checked alike, and there a number of numpy or torch is a number too:
+
+    batch_size = check(batch_size, Size, "batch_size")
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
+
+from lora_lab.system.numbers import plain
+from lora_lab.system.wording import shortened
 
 # So large that no real size reaches it, and products of two fit into the 64 bits of torch's sizes.
 _LARGEST = 2**31 - 1
@@ -26,37 +33,51 @@ Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Size = Annotated[int, Field(ge=1, le=_LARGEST)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]  # a probability
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # of a torch.Generator
 
 
-def check(content: Any, schema: Any, where: str = "") -> None:
-    """Check what was read from a file.
+def check(content: Any, schema: Any, where: str = "") -> Any:
+    """Check what was read from a file, or what was passed as an argument, and return it.
 
     Args:
-        content: in the values of JSON.
+        content: in the values of JSON; or a number of numpy or torch, which is returned as Python's.
         schema: a type with annotations, such as a TypedDict; entries that it does not name may have any value.
-        where: what holds the content, such as a path, for the beginning of the message.
+        where: what holds the content, such as a path, or the argument's name, for the beginning of the message.
 
     Raises:
         ValueError: an entry is missing, is of another type, or is out of its range. The message names the first one.
     """
+    content = plain(content)
     try:
         _validator(schema).validate_python(content, strict=True)
     except ValidationError as error:
         raise ValueError(_sentence(error.errors(include_url=False)[0], where)) from None
+    return content
 
 
 def check_fields(instance: Any) -> None:
     """Check the fields of a dataclass instance against their annotations, for its ``__post_init__``.
 
+    Numbers of numpy or torch become Python's, so that the fields can be written as JSON.
+
     Raises:
         ValueError: as for :func:`check`.
     """
-    check(vars(instance), _fields_of(type(instance)))
+    content = {field.name: plain(getattr(instance, field.name)) for field in fields(instance)}
+    check(content, _fields_of(type(instance)))
+    for name, value in content.items():
+        object.__setattr__(instance, name, value)  # which a frozen instance allows
 
 
 @cache
 def _fields_of(kind: type) -> Any:
-    return TypedDict(kind.__name__, get_type_hints(kind, include_extras=True))  # pyright: ignore
+    hints = get_type_hints(kind, include_extras=True)
+    schema: Any = TypedDict(kind.__name__, {field.name: hints[field.name] for field in fields(kind)})  # pyright: ignore
+    schema.__pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)  # checked by isinstance
+    return schema
 
 
 @cache
@@ -78,11 +99,13 @@ _WORDS = {
 
 
 def _sentence(error: Mapping[str, Any], where: str) -> str:
-    name = ".".join(str(part) for part in error["loc"] if "[" not in str(part))  # "list[str]" says which of a union
+    # Of a union, the location also says which type was tried: "str", "list[str]".
+    parts = [str(part) for part in error["loc"] if "[" not in str(part) and part not in ("str", "int", "float", "bool")]
+    name = shortened(".".join(parts))
     if error["type"] == "missing":
         return f"{where or 'The content'} lacks the entry {name!r}."
     expected = error["msg"]
     for words, ours in _WORDS.items():
         expected = expected.replace(words, ours)
     named = f"{where}: {name}" if where and name else name or where or "The content"
-    return f"{named} is {reprlib.repr(error['input'])}, but {expected}."
+    return f"{named} is {shortened(reprlib.repr(error['input']))}, but {expected}."

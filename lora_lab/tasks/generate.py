@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
+from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
@@ -74,8 +76,13 @@ def answers(
         One text per prompt, without the token that ends a turn.
 
     Raises:
-        ValueError: the model is not a causal language model.
+        ValueError: the model is not a causal language model, the task has no such part, or a number is below 1.
     """
+    check(task, InstanceOf[PairTask], "task")
+    if check(part, str, "part") not in task.pairs:
+        raise ValueError(f"part is {part!r}, but the pairs of task {task.name!r} are in {list(task.pairs)}.")
+    limit, batch_size = check(limit, Size | None, "limit"), check(batch_size, Size, "batch_size")
+    max_new_tokens = check(max_new_tokens, Size | None, "max_new_tokens")
     pairs = list(task.pairs[part][:limit])
     if task.metric == "classification":
         return choices(model, task, pairs, classes(task), batch_size)

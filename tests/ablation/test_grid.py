@@ -194,7 +194,7 @@ def test_a_method_without_a_name_of_its_own_is_refused():
         ({"method": {"name": ["lora"]}, "lr": 1, "steps": 2}, "not a trial's content"),
         ({"method": {"name": "lora", "rank": "4"}, "lr": 1, "steps": 2}, "not a trial's content|rank is '4'"),
         ({"method": {"name": "lora"}, "lr": "1", "steps": 2}, "not a trial's content|lr is '1'"),
-        ({"method": {"name": "lora"}, "lr": 10**400, "steps": 2}, "not a trial's content"),
+        ({"method": {"name": "lora"}, "lr": 10**400, "steps": 2}, "lr is 1000.*, but it must be a number"),
         ({"method": {"name": "lora", "rang": 4}, "lr": 1, "steps": 2}, "not a trial's content .*rang"),
         ({"method": {"name": "lora"}, "lr": 1, "steps": 2, "colour": 3}, "not a trial's content .*colour"),
     ],
@@ -211,20 +211,20 @@ def test_content_that_is_no_trial_is_refused(content, message):
     ("change", "message"),
     [
         ({"method": "lora"}, "method is 'lora', but it must be one such as"),
-        ({"lr": -1.0}, "lr is -1.0, but it must be a positive number"),
+        ({"lr": -1.0}, "lr is -1.0, but it must be greater than 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"steps": 0}, "steps is 0, but"),
         ({"steps": 2.0}, "steps is 2.0, but it must be a whole number"),
         ({"steps": "many"}, "steps is 'many', but"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"schedule": "linear"}, "schedule is 'linear'"),
-        ({"warmup": 101}, "warmup is 101"),
+        ({"warmup": 101}, "warmup is 101, but it must be at most steps, 100"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"clip": 0}, "clip is 0"),
         ({"eval_every": 0}, "eval_every is 0"),
         ({"eval_examples": 0}, "eval_examples is 0"),
         ({"seed": 1.5}, "seed is 1.5, but it must be a whole number"),
-        ({"warmup": 1.5}, "warmup is 1.5, but it must be a whole number between 0 and steps, 100"),
+        ({"warmup": 1.5}, "warmup is 1.5, but it must be a whole number"),
         ({"eval_examples": np.float32(3)}, "eval_examples is 3.0, but it must be a whole number"),
         ({"accumulate": 9}, "accumulate is 9, but it must be at most batch_size, 8"),
         ({"gradient_checkpointing": True, "lean": Lean()}, "gradient_checkpointing cannot be combined with lean"),
@@ -257,6 +257,33 @@ def test_a_trial_is_a_method_and_a_config():
     ]
     assert histories[0].settings == histories[1].settings == small.settings() == {**small.options, "accumulate": 1}
     assert [row["train_loss"] for row in histories[0].rows] == [row["train_loss"] for row in histories[1].rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"ranks": None}, "ranks is None, but it must be a list of values to try"),
+        ({"ranks": 4}, "ranks is 4, but it must be a list of values to try"),
+        ({"ranks": "8"}, "ranks is '8', but it must be a list of values to try"),
+        ({"ranks": ["8"]}, "rank is '8', but it must be a whole number"),
+        ({"ranks": [1.5]}, "rank is 1.5, but it must be a whole number"),
+        ({"ranks": [10**20]}, "rank is 100000000000000000000, but it must be at most"),
+        ({"lrs": 1e-2}, "lrs is 0.01, but it must be a list of values to try"),
+        ({"lrs": ["1e-2"]}, "lr is '1e-2', but it must be a number"),
+        ({"lrs": [None]}, "lr is None, but it must be a number"),
+        ({"seeds": 5}, "seeds is 5, but it must be a list of values to try"),
+        ({"seeds": [99999999999999999999]}, "seed is 99999999999999999999, but it must be at most"),
+        ({"seeds": range(2**31)}, "These are 2147483648 trials, but a grid has at most 1000000"),
+        ({"methods": LoRA()}, r"methods is LoRA\(.*, but it must be a list of values to try"),
+        ({"methods": ["lora"]}, "method is 'lora', but it must be one such as"),
+        ({"alpha": 0}, "alpha is 0, but it must be a positive number"),
+        ({"alpha": "16"}, "alpha is '16', but it must be a positive number"),
+        ({"alpha_per_rank": None, "alpha": None, "steps": None}, "steps is None, but it must be a whole number"),
+    ],
+)
+def test_a_grid_names_a_list_or_a_number_that_is_none(changes, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        Grid(**{"ranks": [1], "lrs": [0.01], "seeds": [0], "steps": 2, **changes})
 
 
 def test_numpys_numbers_become_pythons():

@@ -1537,6 +1537,19 @@ def test_arguments_that_make_no_sense_are_refused():
             apart(grid(), model=nothing)
     with pytest.raises(ValueError, match="no trials to run"):
         apart([])
+    for changes, says in (
+        ({"trials": None}, "trials is None, but it must be a Grid or a list of Trials"),
+        ({"trials": ["lora"]}, r"trials is \['lora'\], but it must be a Grid or a list of Trials"),
+        ({"task": "digits"}, "task is 'digits', but it must be a Task, or a function that makes one"),
+        ({"folder": 5}, "folder is 5, but it must be a path"),
+        ({"n_jobs": "2"}, "n_jobs is '2', but it must be a whole number"),
+        ({"n_jobs": 10**20}, "n_jobs is 100000000000000000000, but it must be at most 1000"),
+        ({"budget_bytes": "8GiB"}, "budget_bytes is '8GiB', but it must be a number"),
+        ({"timeout_s": None}, "timeout_s is None, but it must be a number"),
+        ({"halving": True}, "halving is True, but it must be an instance of Halving"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            ablate(**{"model_factory": DigitsMLP(width=4), "task": small_task(), "trials": grid(), **changes})
     (other,) = (dataclasses.replace(t, task="elsewhere") for t in grid(ranks=(1,), seeds=(0,)))
     with pytest.raises(ValueError, match="belongs to the task elsewhere, but this sweep's is"):
         apart([other])

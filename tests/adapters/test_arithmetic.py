@@ -1,5 +1,6 @@
 """Adapters added to one: beside PEFT's add_weighted_adapter, and beside sums of matrices."""
 
+import math
 import re
 
 import peft
@@ -148,6 +149,12 @@ def lengths():
         (([WIDE, NARROW],), "layers of different shapes"),
         (([STATE, adapter_state(adapted(1, rank=2))], None, "linear"), "ranks [3, 2], but 'linear' needs equal ones"),
         (([STATE, lengths()],), "does not add up with others"),
+        ((STATE,), "adapters is a dict, but it must be a list of adapters"),
+        (("folder",), "adapters is a str, but it must be a list of adapters"),
+        ((None,), "adapters is a NoneType, but it must be a list of adapters"),
+        (([STATE], ["1"]), "weight is '1', but it must be a number"),
+        (([{**STATE, "head.lora_A": STATE["head.lora_A"] * math.nan}],), "head.lora_A holds numbers that are NaN"),
+        (([{key: value for key, value in STATE.items() if key != "head.lora_B"}],), "incomplete at ['head']"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_in_a_sentence(arguments, says):

@@ -408,7 +408,18 @@ def without(state, *names):
             lambda: changed(adapter_state(pictures()), head__lora_A=torch.ones(0, 8), head__lora_B=torch.ones(3, 0)),
             "rank is 0",
         ),
-        (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(torch.nan)), "alpha is nan"),
+        (
+            lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(torch.nan)),
+            r"head\.alpha is nan, but it must be",
+        ),
+        (
+            lambda: changed(adapter_state(pictures()), head__scaling=torch.ones(2)),
+            r"head\.scaling is .*, but it must be",
+        ),
+        (lambda: changed(adapter_state(pictures()), head__scaling=None), "scaling is None, but it must be a number"),
+        (lambda: changed(adapter_state(pictures()), head__lora_B=None), "holds a NoneType as head.lora_B, but it must"),
+        (lambda: {**adapter_state(pictures()), 5: torch.ones(1)}, "differ in 5; switch takes"),
+        (lambda: changed(adapter_state(pictures()), head__lora_A=torch.full((2, 8), torch.inf)), r"head\.lora_A holds"),
         (lambda: changed(adapter_state(pictures()), head__alpha=torch.tensor(-1.0)), r"alpha is -1\.0"),
     ],
 )

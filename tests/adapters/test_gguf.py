@@ -475,3 +475,14 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsy
     assert command("export", *arguments) == 1
     assert says in error_line(capsys)
     assert names(tmp_path) == []
+
+
+def test_an_adapter_with_a_number_that_is_not_finite_is_not_written(base, chatter, path):
+    model = adapted(base())
+    name, layer = next(iter(lora_layers(model).items()))
+    with torch.no_grad():
+        layer.lora_A[0, 0] = torch.nan
+    for options in ({}, {"merged": True, "tokenizer": chatter}):
+        with pytest.raises(ValueError, match=f"^{re.escape(name)}.lora_A holds numbers that are NaN or infinite"):
+            save_gguf(model, path, **options)
+        assert not path.exists()

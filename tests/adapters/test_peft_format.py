@@ -2,14 +2,21 @@
 
 import copy
 import json
+import math
 import re
+import string
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab import (
     LoRAConfig,
@@ -22,7 +29,7 @@ from lora_lab import (
     save_adapter,
 )
 from lora_lab.adapters.edit import switch
-from lora_lab.adapters.peft_format import CONFIG, WEIGHTS
+from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, _ranks_and_alphas, read_adapter, read_config
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import PIXELS, randomise, snapshot
@@ -628,8 +635,6 @@ def rewrite(folder, without=(), **more):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", "yes"),
-        ("use_rslora", 1),
         ("use_qalora", True),
         ("lora_bias", True),
         ("bias", "all"),
@@ -677,16 +682,26 @@ def test_the_weights_header_notes_no_more_than_it_must(saved, tmp_path):
     ("values", "says"),
     [
         ({"rank_pattern": {"head": 2}}, r"lora_A of 'head' has shape \(3, 16\), but this model and rank 2 need"),
-        ({"rank_pattern": {"head": 3.0}}, r"rank is 3\.0"),
-        ({"rank_pattern": {"head": 0}}, "rank is 0"),
-        ({"rank_pattern": {"head": "3"}}, "rank is '3'"),
-        ({"rank_pattern": [3]}, r"sets rank_pattern to \[3\], but it must map names to numbers"),
-        ({"alpha_pattern": {"head": -1}}, "alpha is -1"),
-        ({"alpha_pattern": "head"}, "sets alpha_pattern to 'head'"),
-        ({"r": 0}, "rank is 0"),
-        ({"r": 3.0}, r"rank is 3\.0"),
+        ({"rank_pattern": {"head": 3.0}}, r"rank_pattern\.head is 3\.0, but it must be a whole number"),
+        ({"rank_pattern": {"head": 0}}, "the rank of 'head' is 0, but it must be at least 1"),
+        ({"rank_pattern": {"head": "3"}}, "rank_pattern.head is '3', but it must be a whole number"),
+        ({"rank_pattern": [3]}, r"rank_pattern is \[3\], but it must be an object"),
+        ({"alpha_pattern": {"head": -1}}, "the alpha of 'head' is -1, but it must be greater than 0"),
+        ({"alpha_pattern": "head"}, "alpha_pattern is 'head', but it must be an object"),
+        ({"r": 0}, "json: r is 0, but it must be at least 1"),
+        ({"r": "3"}, "r is '3', but it must be a whole number"),
+        ({"r": 10**20}, "r is 100000000000000000000, but it must be at most"),
+        ({"r": 3.0}, r"r is 3\.0, but it must be a whole number"),
         ({"lora_alpha": 0}, "alpha is 0"),
+        ({"lora_alpha": None}, "lora_alpha is None, but it must be a number"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan, but it must be a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*, but it must be a number"),
         ({"lora_dropout": 1.5}, r"dropout is 1\.5"),
+        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1', but it must be a number"),
+        ({"target_modules": 5}, "target_modules is 5, but it must be a text"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, but it must be a text"),
+        ({"use_dora": "yes"}, "use_dora is 'yes', but it must be true or false"),
+        ({"use_rslora": 1}, "use_rslora is 1, but it must be true or false"),
         ({"use_dora": True, "use_rslora": True}, "sets use_dora and use_rslora, which are not supported together"),
         ({"use_dora": True}, "lacks lora_magnitude_vector of 'hidden1'"),
     ],
@@ -697,10 +712,166 @@ def test_numbers_that_cannot_be_are_refused(saved, values, says):
     refuse(saved, says)
 
 
-def test_a_pattern_that_is_no_regular_expression_is_refused(saved):
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+def test_a_rank_of_a_million_in_the_config_takes_no_memory(saved):
     rewrite(saved)
-    edit(saved, alpha_pattern={"(": 2})
-    refuse(saved, "unterminated", error=re.error)
+    edit(saved, r=10**6)
+    with Largest() as made:
+        refuse(saved, r"'hidden1' has shape \(3, 64\), but this model and rank 1000000 need \(1000000, 64\)")
+    assert made.size < 10**5
+    with pytest.raises(ValueError, match=r"have the shapes \(3, 16\) and \(10, 3\), but .* with rank 1000000"):
+        read_adapter(saved)
+    edit(saved, rank_pattern={".*": 3})  # so that no layer has the rank of a million
+    back = DigitsMLP(width=16)
+    with Largest() as made:
+        load_adapter(back, saved)
+    assert made.size < 10**5
+    assert [layer.rank for layer in lora_layers(back).values()] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(", "unclosed group"),
+        ("[", "unclosed character class"),
+        ("*", "repetition operator missing expression"),
+        ("(" * 1000 + ")" * 1000, "exceed the maximum number of nested"),
+        ("a{99999999999}", "decimal literal invalid"),
+        ("(((a{1000}){1000}){1000})", "exceeds size limit"),
+        (r"(h)\1", "backreferences are not supported"),
+        ("(?=h)head", "look-around"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_regular_expression_or_too_large_is_refused(saved, setting, pattern, reason):
+    rewrite(saved)
+    edit(saved, **{setting: {pattern: 3}})
+    refuse(saved, rf"{setting} has the regular expression .*, which cannot be read here \(.*{reason}")
+    with pytest.raises(ValueError, match=setting):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize("pattern", [r"((\w+\.?)+)+!", r"((\w+\.?)+)+[^\w]", "(.*.*)*!", "(a|a)*!", ".*" * 400 + "!"])
+def test_a_pattern_on_which_backtracking_would_never_end_is_evaluated_at_once(saved, pattern):
+    rewrite(saved)
+    edit(saved, rank_pattern={pattern: 5}, alpha_pattern={pattern: 7})
+    names = [f"layers.{i}.self_attention_with_a_long_name.query_projection" for i in range(200)]
+    config = read_config(saved)
+    assert _ranks_and_alphas(config, names, "") == (dict.fromkeys(names, 3), dict.fromkeys(names, 5.0))
+
+
+def test_patterns_that_take_long_together_are_refused(saved, monkeypatch):
+    monkeypatch.setattr("lora_lab.adapters.peft_format._PATTERN_SECONDS", 0.05)
+    rewrite(saved)
+    edit(saved, alpha_pattern={r"\w" * length: 2 for length in range(100, 200)})
+    refuse(saved, "alpha_pattern has 100 regular expressions, which take longer than 0.05 s")
+
+
+LAYERS = ["base.layers.1.q_proj", "base.layers.12.q_proj", "layers.1.mlp.up_proj", "q_proj", "1", "x-y.z_9"]
+PIECES = [
+    *("q_proj", "up_proj", "layers", "base", "mlp", "1", "12", "x-y", "z_9", "q", "_proj"),
+    *(r"\.", ".", ".*", ".+", "^", "$", "|", r"\d", r"\d+", "[0-9]+", r"\w+", "[^.]*", "(1|12)", "(?:q|up)_proj", "l?"),
+    *(r"\-", r"[a-z_]+", r"\d{1,2}", ".*?", "(layers\\.)*"),
+]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join), min_size=1, max_size=3))
+def test_any_pattern_means_here_what_it_means_in_peft(patterns):
+    config = {"r": 1, "lora_alpha": 1.0, "rank_pattern": {pattern: 2 + i for i, pattern in enumerate(patterns)}}
+    try:
+        keys = {name: get_pattern_key(config["rank_pattern"], name) for name in LAYERS}
+    except re.error:
+        return
+    ranks, _ = _ranks_and_alphas(config, LAYERS, "")
+    assert ranks == {name: config["rank_pattern"].get(key, 1) for name, key in keys.items()}
+
+
+def test_names_of_layers_with_any_sign_of_text_are_patterns_that_fit_them():
+    names = [f"a.{sign}b" for sign in string.punctuation if sign != "."]
+    pattern = {f"^{re.escape(name)}": 2 + i for i, name in enumerate(names)}
+    ranks, _ = _ranks_and_alphas({"r": 1, "lora_alpha": 1.0, "rank_pattern": pattern}, names, "")
+    assert list(ranks.values()) == list(pattern.values())
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_with_a_number_that_is_not_finite_is_not_loaded(saved, part, number):
+    tensors = load_file(saved / WEIGHTS)
+    key = f"base_model.model.hidden2.{part}.weight"
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file changes
+    tensors[key][0, 0] = number
+    save_file(tensors, saved / WEIGHTS)
+    says = rf"{WEIGHTS}: hidden2\.{part} holds numbers that are NaN or infinite"
+    refuse(saved, says)
+    with pytest.raises(ValueError, match=says):
+        read_adapter(saved)
+    state = adapter_state(adapted())
+    state[f"hidden2.{part}"][0, 0] = number
+    refuse(state, rf"The adapter: hidden2\.{part} holds numbers that are NaN or infinite")
+
+
+def test_an_adapter_with_a_number_that_is_not_finite_is_not_saved_and_the_old_one_stays(saved):
+    before = (saved / WEIGHTS).read_bytes()
+    model = adapted()
+    with torch.no_grad():
+        model.head.lora_B[0, 0] = math.nan
+    for dtype in (None, torch.float16):
+        with pytest.raises(ValueError, match=r"^head\.lora_B holds numbers that are NaN or infinite"):
+            save_adapter(model, saved, dtype=dtype)
+    assert (saved / WEIGHTS).read_bytes() == before
+
+
+def test_an_adapter_of_whole_numbers_is_refused(saved):
+    rewrite(saved, **{"hidden2.lora_A.weight": torch.ones(3, 16, dtype=torch.int32)})
+    refuse(saved, r"hidden2\.lora_A is \(3, 16\) of torch\.int32, but an adapter's matrices hold floating-point")
+    rewrite(saved, **{"hidden2.lora_A.weight": torch.ones(3)})
+    refuse(saved, r"hidden2\.lora_A is \(3,\) of torch\.float32")
+
+
+@pytest.mark.parametrize("name", ["hidden1.lora_A", "hidden1.scaling"])
+@pytest.mark.parametrize("value", [None, "x", math.nan])
+def test_an_adapter_in_memory_that_holds_no_tensors_is_refused(name, value):
+    refuse(adapter_state(adapted()) | {name: value}, rf"{name} is")
+
+
+@pytest.mark.parametrize("source", [None, 5, [], b"folder"])
+def test_what_is_no_folder_is_refused(source, tmp_path):
+    refuse(source, "^source is .*, but it must be a path")
+    with pytest.raises(ValueError, match=r"^folder is .*, but it must be a path"):
+        save_adapter(adapted(), source)
+    with pytest.raises(ValueError, match=r"model is .*, but it must be an instance of Module"):
+        load_adapter(source, tmp_path)
+    with pytest.raises(ValueError, match=r"model is .*, but it must be an instance of Module"):
+        save_adapter(source, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("base", 5), ("base", Path("x")), ("history", "runs/history.json")])
+def test_a_note_of_another_type_is_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name} is .*, but it must be "):
+        save_adapter(adapted(), tmp_path / "new", **{name: value})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, 16])
+def test_what_is_no_floating_point_dtype_is_refused(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"dtype is .*, but it must be a floating-point dtype"):
+        save_adapter(adapted(), tmp_path, dtype=dtype)
 
 
 def test_settings_of_peft_that_change_nothing_are_accepted(saved):

@@ -1317,8 +1317,8 @@ def test_what_cannot_be_rehearsed_is_refused_in_a_sentence(ask, model, method, b
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ((0, 8), "batch_size is 0, but it must be a whole number of at least 1"),
-        ((2, -1), "seq_len is -1, but it must be a whole number of at least 1"),
+        ((0, 8), "batch_size is 0, but it must be at least 1"),
+        ((2, -1), "seq_len is -1, but it must be at least 1"),
         ((True, 8), "batch_size is True"),
         ((2, 8.0), "seq_len is 8.0"),
         ((2, "8"), "seq_len is '8'"),
@@ -1595,7 +1595,7 @@ def test_one_size_is_given_and_the_other_looked_for(sizes):
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"seq_len": 0}])
 def test_a_size_of_nothing_is_no_size(sizes):
-    with pytest.raises(ValueError, match=r"(batch_size|seq_len) is 0, but it must be a whole number"):
+    with pytest.raises(ValueError, match=r"(batch_size|seq_len) is 0, but it must be at least 1"):
         largest(Llama(ONE), LoRA(8), 2**30, **sizes)
 
 

@@ -140,7 +140,7 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--steps", 0), "steps is 0, but at least 1 is needed"),
+        (("--steps", 0), "steps is 0, but it must be at least 1"),
         (("--rank", 0), "rank is 0"),
         (("--device", "banana"), "Device 'banana' cannot be used here"),
     ],

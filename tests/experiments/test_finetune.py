@@ -151,7 +151,7 @@ def test_ctrl_c_says_where_the_run_goes_on(tiny, monkeypatch, capsys, options, s
 
 def test_checkpoints_are_at_least_a_step_from_each_other(tiny, capsys):
     assert command("finetune", "--task", "sums.jsonl", "--checkpoint-every", 0) == 1
-    assert capsys.readouterr().err == "lora-lab: checkpoint_every is 0, but it must be at least 1, or None.\n"
+    assert capsys.readouterr().err == "lora-lab: checkpoint_every is 0, but it must be at least 1.\n"
 
 
 def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):

@@ -329,7 +329,8 @@ lora_lab.LoRAConfig(rank=4)
 print(*sorted(name for name in sys.modules if name.startswith("lora_lab")))
 print(*({"pandas", "matplotlib", "sklearn", "safetensors", "tokenizers", "gguf"} & set(sys.modules)))
 """
-    assert printed_by(script) == ["lora_lab", "lora_lab.inject", "lora_lab.layers", "lora_lab.lora"]
+    system = ["lora_lab.system", "lora_lab.system.numbers", "lora_lab.system.wording"]
+    assert printed_by(script) == ["lora_lab", "lora_lab.inject", "lora_lab.layers", "lora_lab.lora", *system]
 
 
 def test_no_import_draws_a_random_number_prints_or_loads_a_plotting_library():

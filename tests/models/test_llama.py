@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -200,8 +202,52 @@ def test_sampling_draws_from_the_penalised_logits(tiny):
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_repetition_penalty_that_is_no_positive_number_is_refused(tiny, penalty):
-    with pytest.raises(ValueError, match=f"repetition_penalty is {penalty}, but it must be a positive number"):
+    with pytest.raises(ValueError, match=f"repetition_penalty is {penalty}, but it must be"):
         tiny.generate(torch.tensor([1]), 1, repetition_penalty=penalty)
+
+
+def test_generation_beyond_the_context_is_refused_before_it_begins(tiny):
+    context = tiny.config.max_position_embeddings
+    prompt = random_ids(1, context)[0]
+    assert len(tiny.generate(prompt[:-2], 2)) == 2
+    for ids, more in ((prompt[:-2], 3), (prompt[:1], 100_000), (prompt, 1)):
+        says = f"^The prompt has {len(ids)} tokens and max_new_tokens is {more}, but the model reads at most {context}"
+        with pytest.raises(ValueError, match=says):
+            tiny.generate(ids, more)
+        with pytest.raises(ValueError, match=says):
+            tiny.stream(ids, more)  # before the first token is asked for
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"temperature": math.nan}, "temperature is nan, but it must be"),
+        ({"temperature": math.inf}, "temperature is inf, but it must be a finite number"),
+        ({"temperature": -1}, "temperature is -1, but it must be at least 0"),
+        ({"temperature": "1"}, "temperature is '1', but it must be a number"),
+        ({"seed": 99999999999999999999}, "seed is 99999999999999999999, but it must be at most"),
+        ({"seed": 0.5}, "seed is 0.5, but it must be a whole number"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1, but it must be at least 0"),
+        ({"max_new_tokens": None}, "max_new_tokens is None, but it must be a whole number"),
+        ({"ids": None}, "The prompt is None, but one non-empty row of token ids"),
+        ({"ids": "the dog"}, "The prompt is 'the dog', but one non-empty row of token ids"),
+        ({"ids": torch.ones(2)}, r"The prompt is \(2,\) of torch.float32, but one non-empty row of token ids"),
+        ({"ids": torch.tensor([1, 260])}, "The prompt's tokens go from 1 to 260, but the model knows 260"),
+        ({"ids": torch.tensor([-1, 2])}, "The prompt's tokens go from -1 to 2, but the model knows 260"),
+    ],
+)
+def test_generation_names_what_is_no_such_number_or_no_prompt(tiny, changes, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        tiny.generate(**{"ids": torch.tensor([1, 2]), "max_new_tokens": 3, **changes})
+
+
+def test_generation_takes_numbers_of_numpy_and_torch(tiny):
+    ids, numbers = torch.tensor([1, 2]), {"temperature": 0.5, "seed": 3, "repetition_penalty": 1.5}
+    expected = tiny.generate(ids, 9, **numbers)
+    for kind in (np.array, torch.tensor):
+        assert torch.equal(
+            tiny.generate(ids, kind(9), **{name: kind(value) for name, value in numbers.items()}), expected
+        )
 
 
 def test_generation_leaves_the_model_and_the_global_generator_as_they_were(tiny):
@@ -231,7 +277,7 @@ def test_an_interrupted_generation_leaves_the_model_in_its_mode(tiny):
         (torch.tensor([], dtype=torch.long), 0.0, r"\(0,\).*non-empty row"),
         (torch.tensor([[1, 2]]), 0.0, r"\(1, 2\).*one non-empty row"),
         (torch.tensor(1), 0.0, r"\(\).*one non-empty row"),
-        (torch.tensor([1]), -0.5, "temperature is -0.5.*0 .greedy. or above"),
+        (torch.tensor([1]), -0.5, "temperature is -0.5, but it must be at least 0"),
     ],
     ids=["empty", "two-dimensional", "no dimension", "negative temperature"],
 )

@@ -103,6 +103,7 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(chatter,
     tests = [Pair("x" * n, "?", before=asked.pairs["test"][0].before) for n in (3, 17, 9, 1, 12)]
     many = dataclasses.replace(asked, pairs={**asked.pairs, "test": tests})
     read, extend = [], LlamaReader._extend
+    monkeypatch.setattr(talker, "config", dataclasses.replace(talker.config, max_position_embeddings=256))
     monkeypatch.setattr(LlamaReader, "_extend", lambda self, new: (read.append(new), extend(self, new))[1])
     written = answers(talker, many, max_new_tokens=6, batch_size=3)
     scores = log_likelihoods(talker, many, tests, LABELS, batch_size=3)

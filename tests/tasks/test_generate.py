@@ -96,3 +96,19 @@ def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker
     said = answers(talker, task, "test")
     assert set(said) <= set(labels)
     assert choices(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"limit": 0}, "limit is 0, but it must be at least 1"),
+        ({"limit": -1}, "limit is -1, but it must be at least 1"),
+        ({"batch_size": -1}, "batch_size is -1, but it must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but it must be at least 1"),  # once it never ended
+        ({"part": "tests"}, "part is 'tests', but the pairs of task 'pairs' are in"),
+        ({"task": "sums"}, "task is 'sums', but it must be an instance of PairTask"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(chatter, talker, options, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        answers(**{"model": talker, "task": from_pairs(chatter, sums()), **options})
