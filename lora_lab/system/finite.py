@@ -1,0 +1,31 @@
+"""Tensors whose numbers must all be finite, for a NaN spreads to everything that is computed with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "") -> None:
+    """Check that no number is NaN or infinite.
+
+    Args:
+        tensors: each with its name. Integers pass, and so do tensors without values: fake, on the meta device, empty.
+        where: what holds them, such as a path, for the beginning of the message.
+
+    Raises:
+        ValueError: a number is NaN or infinite. The message names the first tensor that holds one.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
+            continue
+        # One pass, in which NaN propagates; numbers of one byte have no order in torch.
+        smallest, largest = (tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()).aminmax()
+        if not (bool(smallest.isfinite()) and bool(largest.isfinite())):
+            named = f"{where}: {name}" if where else name
+            raise ValueError(
+                f"{named} holds numbers that are NaN or infinite; training has diverged, or the file is damaged, so "
+                "train or copy it anew."
+            )
