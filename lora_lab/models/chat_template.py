@@ -28,9 +28,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 2  # of the processor, for one text
+_SECONDS = 2  # of the processor, for one text
 _MEMORY = 2**30  # bytes, for the process
-_PASSED = f"it takes more than {SECONDS} s or {_MEMORY / 2**30:g} GiB"
+_PASSED = f"it takes more than {_SECONDS} s or {_MEMORY / 2**30:g} GiB"
 # A text is at most so many letters longer than this many times what it is made from.
 _LETTERS, _TIMES = 2**20, 10
 # A template of these parts alone, whose loops are over the messages and in no other loop, computes each part at most
@@ -159,7 +159,7 @@ def _serve() -> None:
     """Answer requests, one a line, until there are no more; the system ends the process where a limit is passed."""
     _limit_memory()
     for line in sys.stdin.buffer:
-        _set_timer(SECONDS)
+        _set_timer(_SECONDS)
         template, variables = json.loads(line)
         try:
             text, reason = _rendered(template, variables), None

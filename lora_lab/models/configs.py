@@ -41,7 +41,7 @@ def read_entries(path: Path) -> dict[str, Any]:
             if isinstance(value, dict):
                 parts.append(value)
             elif isinstance(value, int | float) and value > most:
-                raise ValueError(f"{path}: {name} is {value:g}, but it must be at most {most}; copy it anew.")
+                raise ValueError(f"{path}: {name} is {value!r:.20}, but it must be at most {most}; copy it anew.")
     return entries
 
 

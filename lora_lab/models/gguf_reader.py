@@ -51,7 +51,7 @@ _Header = TypedDict(
         "llama.attention.layer_norm_rms_epsilon": Required[Number],
         "llama.rope.freq_base": Number,
         "llama.rope.scaling.type": str,
-        ROPE_RULE: Annotated[list[Number], Field(min_length=4, max_length=4)],
+        "lora_lab.rope_scaling": Annotated[list[Number], Field(min_length=4, max_length=4)],
     },
     total=False,
 )

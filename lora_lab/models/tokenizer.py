@@ -52,7 +52,9 @@ _Header = TypedDict(
         "tokenizer.ggml.token_type": Required[list[int]],
         "tokenizer.ggml.add_bos_token": bool,
         "tokenizer.chat_template": str,
-        **{f"tokenizer.ggml.{name}_token_id": Count | None for name in _GGUF_IDS.values()},
+        "tokenizer.ggml.eos_token_id": Count | None,
+        "tokenizer.ggml.bos_token_id": Count | None,
+        "tokenizer.ggml.padding_token_id": Count | None,
     },
     total=False,
 )
@@ -199,7 +201,8 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({error}).") from None
+            reason = shortened(str(error))
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
         backend.no_truncation()  # some folders contain the limits of their last training run
         backend.no_padding()
         path = folder / "tokenizer_config.json"
@@ -209,7 +212,10 @@ class Tokenizer:
         for name in ("eos", "bos", "pad"):
             token = config.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            ids[f"{name}_id"] = backend.token_to_id(token) if token else None
+            try:
+                ids[f"{name}_id"] = backend.token_to_id(token) if token else None
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}: {name}_token is {token!r:.80}, which holds half a character.") from None
         template = config.get("chat_template")
         if (folder / TEMPLATE).is_file():
             try:
