@@ -144,8 +144,8 @@ class Tokenizer:
 
         Raises:
             ValueError: the model has no chat template; the template refuses the messages, fails, or takes more time or
-                memory than a text can need; or a text holds what stands
-                for a special token, which would end a turn or begin another one in the middle of the text.
+                memory than a text can need; or a text holds what stands for a special token, which would end a turn or
+                begin another one in the middle of the text.
         """
         if self.chat_template is None:
             raise ValueError(
