@@ -428,11 +428,9 @@ def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
         if name not in stored.tensors:
             raise ValueError(f"{origin} lacks the tensor {name}, so it is incomplete; copy or make it anew.")
         if name not in expected:
-            raise ValueError(
-                f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew."
-            )
+            raise ValueError(f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew.")
         value, kind = stored.tensors[name], stored.kinds.get(name)
-        if value.dtype != torch.uint8 or value.ndim != 2 if kind else not value.is_floating_point():
+        if not ((value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()):
             raise ValueError(f"{origin}: tensor {name} is {tuple(value.shape)} of {value.dtype}, which no weight is.")
         shape = shape_of(value, kind) if kind else tuple(value.shape)
         if shape != expected[name]:

@@ -237,7 +237,7 @@ class Tokenizer:
             ValueError: the file's tokenizer is of a kind that is not built here.
         """
         kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-        if kind != "gpt2" or pre not in list(PRE_TOKENIZERS):
+        if kind != "gpt2" or pre not in list(PRE_TOKENIZERS):  # a list, because pre may be anything
             raise ValueError(
                 f"The GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}) is not built here, only 'gpt2' with one of "
                 f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
