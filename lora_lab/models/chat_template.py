@@ -123,8 +123,9 @@ def _by_process(request: list[Any]) -> str:
         if process is None or process.poll() is not None:
             process = _running[os.getpid()] = _start()
         try:
-            process.stdin.write(line)  # pyright: ignore[reportOptionalMemberAccess]
-            process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
+            with suppress(BrokenPipeError):  # it was ended while it read the line
+                process.stdin.write(line)  # pyright: ignore[reportOptionalMemberAccess]
+                process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
             answer = process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
             if not answer:
                 raise ValueError(_PASSED)

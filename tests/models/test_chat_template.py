@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 
@@ -105,6 +108,17 @@ def test_an_interrupt_does_not_leave_the_answer_to_the_next_text():
         signal.signal(signal.SIGALRM, before)
     assert by_process("{{ 'the next one' | upper }}") == "THE NEXT ONE"
     assert process.poll() is not None
+
+
+def test_a_process_that_is_ended_while_it_reads_is_one_sentence(monkeypatch):
+    ended = [sys.executable, "-c", "pass"]
+    start = partial(subprocess.Popen, ended, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    chat_template._end()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template, "_start", start)
+        with pytest.raises(ValueError, match=r"^it takes more than 2 s or 1 GiB$"):
+            chat_template._by_process([OTHER, VARIABLES | {"bos_token": "x" * 1_000_000}])
+    assert render(OTHER, VARIABLES)
 
 
 def test_a_process_that_was_killed_is_replaced():
