@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
-from lora_lab.models.llama import LlamaConfig, RopeScaling
+from lora_lab.models.llama import MOST_LAYERS, LlamaConfig, RopeScaling
+from lora_lab.system.files import read_json
+from lora_lab.system.schema import check
+
+# Of entries that count something a model is built of, by their last word: more than any real model has.
+_MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "labels": 10**6}
+
+
+class _Entries(TypedDict, total=False):
+    """What decides how a config.json is read; LlamaConfig checks the sizes."""
+
+    architectures: list[str] | None
+    rope_parameters: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """The entries of a config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or counts more layers than any model has, which would take hours to build.
+    """
+    entries = read_json(path)
+    check(entries, _Entries, str(path))
+    parts = [entries]
+    while parts:  # those of parts such as "text_config" too
+        for name, value in parts.pop().items():
+            most = _MOST.get(name.rpartition("_")[2], math.inf)
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int | float) and value > most:
+                raise ValueError(f"{path}: {name} is {value!r:.20}, but it must be at most {most}; copy it anew.")
+    return entries
 
 
 def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -34,15 +69,15 @@ def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
 def misfit(entries: dict[str, Any]) -> str | None:
     """Why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
     if (kind := entries.get("model_type")) != "llama":
-        return f"it is of type {kind!r}, and lora_lab builds only 'llama'"
+        return f"it is of type {kind!r:.80}, and lora_lab builds only 'llama'"
     if (activation := entries.get("hidden_act", "silu")) != "silu":
-        return f"its activation is {activation!r}, and lora_lab builds only 'silu'"
+        return f"its activation is {activation!r:.80}, and lora_lab builds only 'silu'"
     if (scaled := positions(entries)[1]) not in ("default", "llama3"):
-        return f"its positions are scaled by {scaled!r}, and lora_lab builds only 'default' and 'llama3'"
+        return f"its positions are scaled by {scaled!r:.80}, and lora_lab builds only 'default' and 'llama3'"
     if "quantization_config" in entries:
         return "its weights are quantised in a format that lora_lab does not read"
     heads = [name for name in entries.get("architectures") or () if not name.endswith(("ForCausalLM", "LlamaModel"))]
-    return f"it is a {heads[0]}, and lora_lab builds only causal language models" if heads else None
+    return f"it is a {heads[0]:.80}, and lora_lab builds only causal language models" if heads else None
 
 
 def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:

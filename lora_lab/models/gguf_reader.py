@@ -1,24 +1,25 @@
-"""A GGUF file of the Llama family, read by the ``gguf`` library, with Hugging Face's names.
+"""A GGUF file of the Llama family, with Hugging Face's names.
 
-Matrices in the two GGUF formats of ``lora_lab.models.quantize`` stay in their blocks; the library dequantises all
-others to float32.
+Matrices in the two GGUF formats of ``lora_lab.models.quantize`` stay in their blocks; the ``gguf`` library dequantises
+all others to float32.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Required
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from lora_lab.models.gguf_header import StoredTensor, read_header
 from lora_lab.models.llama import LlamaConfig, RopeScaling, rotary_frequencies
 from lora_lab.models.quantize import BYTES_PER_BLOCK
 from lora_lab.models.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gguf.gguf_reader import ReaderTensor
+from lora_lab.system.schema import Number, Size, check
 
 # The names of a file's layers, in GGUF and in Hugging Face: at the top, and below "blk.0" or "model.layers.0".
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,6 +37,24 @@ IN_BLOCK = {
 ROPE_FACTORS = "rope_freqs.weight"
 # Our own entry, the rule of rope_freqs: factor, low_freq_factor, high_freq_factor, original_context.
 ROPE_RULE = "lora_lab.rope_scaling"
+# What a header must say of a Llama, and may say. LlamaConfig checks the ranges.
+_Header = TypedDict(
+    "_Header",
+    {
+        "llama.embedding_length": Required[Size],
+        "llama.feed_forward_length": Required[Size],
+        "llama.block_count": Required[Size],
+        "llama.attention.head_count": Required[Size],
+        "llama.attention.head_count_kv": Size,
+        "llama.attention.key_length": Size,
+        "llama.context_length": Required[Size],
+        "llama.attention.layer_norm_rms_epsilon": Required[Number],
+        "llama.rope.freq_base": Number,
+        "llama.rope.scaling.type": str,
+        "lora_lab.rope_scaling": Annotated[list[Number], Field(min_length=4, max_length=4)],
+    },
+    total=False,
+)
 
 
 @dataclass(frozen=True)
@@ -63,68 +82,60 @@ def read_gguf(path: str | Path) -> StoredModel:
         ValueError: it is not a GGUF file, is truncated, or holds an adapter, another architecture, an unknown
             tensor, an unknown tokenizer or an unknown scaling of positions.
     """
-    import gguf  # here, because the import takes a tenth of a second, and a converted model does not need it
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # damage makes the library raise ValueError, IndexError, KeyError and others
-        raise ValueError(
-            f"{path} is not a GGUF file or is truncated ({type(error).__name__}: {error}); copy or download it again."
-        ) from None
-    fields = {key: field.contents() for key, field in reader.fields.items()}
+    fields, stored = read_header(path)
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
-            f"{path.name} holds a model of architecture {architecture!r}, but only 'llama' can be built here; "
+            f"{path.name} holds a model of architecture {architecture!r:.80}, but only 'llama' can be built here; "
             "load the model's Hugging Face folder instead."
         )
     if fields.get("general.type", "model") != "model":
         raise ValueError(
-            f"{path.name} holds no model but one's {fields['general.type']}; name the GGUF file of the model, and load "
-            "an adapter from its folder with load_adapter."
+            f"{path.name} holds no model but one's {fields['general.type']!s:.80}; name the GGUF file of the model, "
+            "and load an adapter from its folder with load_adapter."
         )
-    raw = {tensor.name: tensor for tensor in reader.tensors}
+    check(fields, _Header, f"{path}: the header")
+    raw = {tensor.name: tensor for tensor in stored}
     tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, raw)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     for name, tensor in raw.items():
         if name == ROPE_FACTORS:
             continue
-        new_name, kind = _hf_name(name), tensor.tensor_type.name
-        if kind in BYTES_PER_BLOCK:
+        new_name = _hf_name(name)
+        if tensor.kind in BYTES_PER_BLOCK and tensor.data.ndim == 2:
             value = torch.from_numpy(tensor.data.copy())  # (rows, bytes), uint8
-            kinds[new_name] = kind
+            kinds[new_name] = tensor.kind
         else:
             value = _dense(tensor)  # (rows, columns), or (n,)
-        if heads := rotary_heads(name, config):
+        heads = rotary_heads(name, config)
+        if heads and len(value) == heads * config.head_dim:  # another shape is refused when the model is built
             value = _half_split(value, heads)
         tensors[new_name] = value.contiguous()
     return StoredModel(config, tensors, kinds, tokenizer)
 
 
-def _dense(tensor: ReaderTensor) -> Tensor:
+def _dense(tensor: StoredTensor) -> Tensor:
     """A tensor dequantised to float32."""
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     try:
-        dense = dequantize(tensor.data, tensor.tensor_type)
+        dense = dequantize(tensor.data, GGMLQuantizationType[tensor.kind])
     except NotImplementedError:
         raise ValueError(
-            f"The tensor {tensor.name} is of kind {tensor.tensor_type.name}, which the gguf library cannot dequantise; "
+            f"The tensor {tensor.name} is of kind {tensor.kind}, which the gguf library cannot dequantise; "
             "use a file with another quantisation, such as Q8_0."
         ) from None
     return torch.from_numpy(dense.astype("float32", copy=True))
 
 
-def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
+def _config(fields: dict[str, Any], raw: dict[str, StoredTensor]) -> LlamaConfig:
     def get(key: str, default: Any = None) -> Any:
-        value = fields.get(f"llama.{key}", default)
-        if value is None:
-            raise ValueError(f"The GGUF header lacks llama.{key}, so the model's shape is unknown.")
-        return value
+        return fields.get(f"llama.{key}", default)
 
     width, heads = get("embedding_length"), get("attention.head_count")
     config = LlamaConfig(
@@ -144,12 +155,11 @@ def _config(fields: dict[str, Any], raw: dict[str, Any]) -> LlamaConfig:
     )
     if fields.get("llama.rope.scaling.type", "none") != "none":
         raise ValueError(
-            f"The GGUF file scales positions by {fields['llama.rope.scaling.type']!r}, which is not built here; "
+            f"The GGUF file scales positions by {fields['llama.rope.scaling.type']!r:.80}, which is not built here; "
             "load the model's Hugging Face folder if its rope_type is 'llama3' or 'default'."
         )
     if ROPE_FACTORS in raw:
-        factors = torch.from_numpy(raw[ROPE_FACTORS].data.copy()).float()  # (head_dim / 2,)
-        config = _with_rope_factors(config, factors, fields.get(ROPE_RULE))
+        config = _with_rope_factors(config, _dense(raw[ROPE_FACTORS]), fields.get(ROPE_RULE))
     return config
 
 
@@ -185,7 +195,7 @@ def _hf_name(name: str) -> str:
     match stem.split("."):
         case ["blk", block, layer] if layer in IN_BLOCK:
             return f"model.layers.{block}.{IN_BLOCK[layer]}.{part}"
-    raise ValueError(f"The GGUF file holds a tensor {name!r} that a Llama does not have.")
+    raise ValueError(f"The GGUF file holds a tensor {name!r:.80} that a Llama does not have.")
 
 
 def _half_split(rows: Tensor, heads: int) -> Tensor:

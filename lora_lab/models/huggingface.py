@@ -72,7 +72,8 @@ def model_class(config: Any) -> Any:
     bare = transformers.MODEL_MAPPING.get(type(config), None)
     for name in config.architectures or ():
         named = getattr(transformers, name, None)
-        if named is not None and named is not bare:
+        is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+        if is_model and named is not bare:
             return named
     for name in _HEADS:
         if (usual := getattr(transformers, name).get(type(config), None)) is not None:
@@ -88,8 +89,15 @@ def build(config: Any) -> nn.Module:
 
     Args:
         config: from :func:`read_config`; it is not changed.
+
+    Raises:
+        ValueError: transformers has no such class, or cannot build the model.
     """
-    return model_class(config)(copy.deepcopy(config))
+    kind = model_class(config)
+    try:
+        return kind(copy.deepcopy(config))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"transformers cannot build a {kind.__name__} of this config: {_shortened(error)}") from None
 
 
 def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -21,14 +21,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.models.decoding import Sampling, continued
-from lora_lab.system.schema import Positive, Size, check_fields
+from lora_lab.system.schema import Number, Positive, Size, check_fields
+
+# Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
+# and positions are finite.
+MOST_LAYERS = 1_000
+_Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+_Heads = Annotated[int, Field(ge=1, le=2**16)]
+_Width = Annotated[int, Field(ge=1, le=2**24)]
+_Scale = Annotated[Number, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class RopeScaling:
     below ``original_context / high_freq_factor`` are unchanged, and those between are interpolated.
     """
 
-    factor: Positive
+    factor: _Scale
     low_freq_factor: Positive
     high_freq_factor: Positive
     original_context: Size
@@ -58,19 +68,19 @@ class LlamaConfig:
     """The shape of a Llama, with Hugging Face's names.
 
     Raises:
-        ValueError: the heads do not divide evenly, or a number is not positive or not finite.
+        ValueError: the heads do not divide evenly, or a number is not finite or out of the range of real models.
     """
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Size
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Size
+    vocab_size: _Width
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Layers
+    num_attention_heads: _Heads
+    num_key_value_heads: _Heads
+    head_dim: _Heads
     max_position_embeddings: Size = 2048
     rms_norm_eps: Positive = 1e-5
-    rope_theta: Positive = 10000.0
+    rope_theta: _Scale = 10000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     mlp_bias: bool = False

@@ -11,25 +11,36 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lora_lab.inject import lora_layers, replace
 from lora_lab.models import huggingface, shapes
-from lora_lab.models.configs import config_from_hf, config_to_hf, misfit
+from lora_lab.models.configs import config_from_hf, config_to_hf, misfit, read_entries
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
 from lora_lab.models.gguf_writer import layout_of, write_gguf
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
+from lora_lab.models.quantize import (
+    BYTES_PER_BLOCK,
+    FORMATS,
+    BlockEmbedding,
+    BlockLinear,
+    BlockWeight,
+    dequantize,
+    shape_of,
+)
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.numbers import check_finite
+from lora_lab.system.schema import check
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are not read.
@@ -83,7 +94,7 @@ def load_pretrained(
     Raises:
         FileNotFoundError: the path, or a file of the folder, is not there.
         ValueError: the source is unknown, damaged, of an architecture that transformers does not know either, or has
-            no blocks to keep; or dtype is not a floating-point one.
+            no blocks to keep; a weight of a Llama is NaN or infinite; or dtype is not a floating-point one.
         ModuleNotFoundError: the folder's model needs transformers, which is not installed.
         RuntimeError: the model cannot be downloaded.
     """
@@ -140,7 +151,8 @@ def _load_by_transformers(
             f"{path} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
             "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
         )
-    tokenizer = Tokenizer.load(path)  # first: it takes no time, and may be what is missing
+    _weight_files(path)  # transformers would follow an index out of the folder
+    tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
     return huggingface.load(path, dtype, device), tokenizer
 
 
@@ -189,10 +201,7 @@ def _config_entries(path: Path) -> dict[str, Any]:
     if path.is_dir() or not path.suffix:
         settle(path)
         path = path / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, but the entries of a model's config are expected.")
-    return config
+    return read_entries(path)
 
 
 def save_model(
@@ -219,8 +228,9 @@ def save_model(
             whole blocks of 32). A folder keeps the model's own.
 
     Raises:
-        ValueError: the model has adapters that are not merged, or is of another library; the format or its dtype is
-            unknown; or a GGUF file cannot hold the model, the tokenizer, or a number of the model.
+        ValueError: the model has adapters that are not merged, or is of another library; a weight is NaN or infinite;
+            the format or its dtype is unknown; or a GGUF file cannot hold the model, the tokenizer, or a number of the
+            model.
         OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
@@ -290,6 +300,7 @@ def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
             del state[f"{name}.packed"]
             state.pop(f"{name}.steps", None)
             state[f"{name}.weight"] = module.weight
+    check_finite(state.items())
     return state
 
 
@@ -302,6 +313,8 @@ def _smollm2_folder() -> Path:
     """The folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
     folder = cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
+        if lacking := [name for name in FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
     with cache_lock(_CACHE_ENTRY):
         if not folder.is_dir():
@@ -330,7 +343,7 @@ def _read_folder(folder: Path) -> StoredModel:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                stored.kinds.update(json.loads(metadata.get(_KINDS, "{}")))
+                stored.kinds.update(_block_kinds(metadata, path))
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
                     if not name.endswith("rotary_emb.inv_freq"):  # in old folders, and computed from the config here
                         stored.tensors[name] = file.get_tensor(name)
@@ -345,8 +358,27 @@ def _weight_files(folder: Path) -> list[Path]:
     # As in transformers, a single file has precedence over an index of several.
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        content = read_json(index)
+        check(content, _Index, str(index))
+        names = sorted(set(content["weight_map"].values()))
+        for name in names:
+            if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} names {name!r:.80}, but weights must be files *.safetensors beside it.")
+        return [folder / name for name in names]
     return [folder / "model.safetensors"]
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]  # from a tensor to its file
+
+
+def _block_kinds(metadata: dict[str, str], path: Path) -> dict[str, str]:
+    try:
+        kinds = json.loads(metadata.get(_KINDS, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no JSON as {_KINDS} ({error}); make or copy it anew.") from None
+    check(kinds, dict[str, str], f"{path}: {_KINDS}")
+    return kinds
 
 
 def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> Llama:
@@ -371,10 +403,12 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
         if in_blocks:
             packed = value.to(device, copy=True).view(-1, BYTES_PER_BLOCK[kinds[name]])
             weight = nn.Parameter(packed, requires_grad=False)
+            numbers = packed[:, : FORMATS[kinds[name]].scale_bytes].contiguous().view(torch.float16)  # (27648, 2)
         elif name in kinds:
-            weight = nn.Parameter(dequantize(value, kinds[name]).to(device, dtype))
+            weight = numbers = nn.Parameter(dequantize(value, kinds[name]).to(device, dtype))
         else:
-            weight = nn.Parameter(value.to(device, dtype, copy=True))
+            weight = numbers = nn.Parameter(value.to(device, dtype, copy=True))
+        check_finite([(name, numbers)], f"{origin} in {dtype}")
         tied = stored.config.tie_word_embeddings and name == _EMBEDDING
         for target in (name, _HEAD) if tied else (name,):
             if in_blocks:
@@ -394,9 +428,11 @@ def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
         if name not in stored.tensors:
             raise ValueError(f"{origin} lacks the tensor {name}, so it is incomplete; copy or make it anew.")
         if name not in expected:
-            raise ValueError(f"{origin} holds a tensor {name} that its config does not have; copy or make it anew.")
-        value = stored.tensors[name]
-        shape = shape_of(value, stored.kinds[name]) if name in stored.kinds else tuple(value.shape)
+            raise ValueError(f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew.")
+        value, kind = stored.tensors[name], stored.kinds.get(name)
+        if not ((value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()):
+            raise ValueError(f"{origin}: tensor {name} is {tuple(value.shape)} of {value.dtype}, which no weight is.")
+        shape = shape_of(value, kind) if kind else tuple(value.shape)
         if shape != expected[name]:
             raise ValueError(f"{origin}: tensor {name} has shape {shape}, but its config requires {expected[name]}.")
 

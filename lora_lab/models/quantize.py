@@ -206,7 +206,7 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
 def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
     """(rows, columns) of the matrix that :func:`dequantize` returns; raises the same errors."""
     if kind not in BYTES_PER_BLOCK:
-        raise ValueError(f"Blocks of kind {kind!r} are not read here, only {list(BYTES_PER_BLOCK)}.")
+        raise ValueError(f"Blocks of kind {kind!r:.80} are not read here, only {list(BYTES_PER_BLOCK)}.")
     rows, row_bytes = blocks.shape
     count, rest = divmod(row_bytes, BYTES_PER_BLOCK[kind])
     if rest:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import Field
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+from typing_extensions import TypedDict
 
+from lora_lab.models.chat_template import render
 from lora_lab.system.files import atomic_files, read_json, settle, write_json
+from lora_lab.system.schema import Count, check
+from lora_lab.system.wording import shortened
 
 TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
 # How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
@@ -44,6 +43,39 @@ PRE_TOKENIZERS = {
 _NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
+# What is read of a GGUF file's header.
+_Header = TypedDict(
+    "_Header",
+    {
+        "tokenizer.ggml.tokens": Required[Annotated[list[str], Field(min_length=1)]],
+        "tokenizer.ggml.merges": Required[list[str]],
+        "tokenizer.ggml.token_type": Required[list[int]],
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.chat_template": str,
+        "tokenizer.ggml.eos_token_id": Count | None,
+        "tokenizer.ggml.bos_token_id": Count | None,
+        "tokenizer.ggml.padding_token_id": Count | None,
+    },
+    total=False,
+)
+
+
+class _Word(TypedDict, total=False):
+    content: Required[str]
+
+
+class _NamedTemplate(TypedDict):
+    name: str
+    template: str
+
+
+class _Settings(TypedDict, total=False):
+    """What is read of a tokenizer_config.json."""
+
+    eos_token: str | _Word | None
+    bos_token: str | _Word | None
+    pad_token: str | _Word | None
+    chat_template: str | list[_NamedTemplate] | None
 
 
 class Tokenizer:
@@ -111,8 +143,9 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
-            ValueError: the model has no chat template; the template refuses the messages; or a text holds what stands
-                for a special token, which would end a turn or begin another one in the middle of the text.
+            ValueError: the model has no chat template; the template refuses the messages, fails, or takes more time or
+                memory than a text can need; or a text holds what stands for a special token, which would end a turn or
+                begin another one in the middle of the text.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -130,12 +163,12 @@ class Tokenizer:
             name: self.backend.id_to_token(token) if token is not None else ""
             for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))
         }
+        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **tokens}
         try:
-            return _template(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: a template adds None to a text, say
-            raise ValueError(f"The chat template refuses these messages: {error}.") from None
+            return render(self.chat_template, variables)
+        except Exception as error:  # a template is a program, which can raise whatever Python does
+            reason = shortened(str(error) or type(error).__name__).removesuffix(".")
+            raise ValueError(f"The chat template refuses these messages: {reason}.") from None
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
@@ -168,18 +201,27 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({error}).") from None
+            reason = shortened(str(error))
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
         backend.no_truncation()  # some folders contain the limits of their last training run
         backend.no_padding()
-        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        path = folder / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
+        check(config, _Settings, str(path))
         ids = {}
         for name in ("eos", "bos", "pad"):
             token = config.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            ids[f"{name}_id"] = backend.token_to_id(token) if token else None
+            try:
+                ids[f"{name}_id"] = backend.token_to_id(token) if token else None
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}: {name}_token is {token!r:.80}, which holds half a character.") from None
         template = config.get("chat_template")
         if (folder / TEMPLATE).is_file():
-            template = (folder / TEMPLATE).read_text(encoding="utf-8")
+            try:
+                template = (folder / TEMPLATE).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder / TEMPLATE} is not a text in UTF-8 ({error}); copy it anew.") from None
         if isinstance(template, list):  # several named templates
             template = {each["name"]: each["template"] for each in template}.get("default")
         return cls(backend, chat_template=template, **ids)
@@ -195,37 +237,25 @@ class Tokenizer:
             ValueError: the file's tokenizer is of a kind that is not built here.
         """
         kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        if kind != "gpt2" or pre not in list(PRE_TOKENIZERS):  # a list, because pre may be anything
             raise ValueError(
-                f"The GGUF file's tokenizer ({kind!r}, {pre!r}) is not built here, only 'gpt2' with one of "
+                f"The GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}) is not built here, only 'gpt2' with one of "
                 f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
             )
-        for key in ("tokens", "merges", "token_type"):
-            if f"tokenizer.ggml.{key}" not in fields:
-                raise ValueError(
-                    f"The GGUF header lacks tokenizer.ggml.{key}; load the model's Hugging Face folder instead."
-                )
-        tokens = fields["tokenizer.ggml.tokens"]
-        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        # Llama 3 does not split a word that is a token, whatever the merges would make of it.
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-        if fields.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
-            backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = PRE_TOKENIZERS[pre]
-        backend.decoder = decoders.ByteLevel()
-        types = fields["tokenizer.ggml.token_type"]
-        backend.add_special_tokens(
-            [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == _CONTROL]
-        )
-        backend.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == _USER_DEFINED])
+        check(fields, _Header, "The GGUF file's header")
+        tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         ids = {name: fields.get(f"tokenizer.ggml.{long}_token_id") for name, long in _GGUF_IDS.items()}
-        # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
-        if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and ids["bos_id"] is not None:
-            bos = tokens[ids["bos_id"]]
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
+        if len(types) != len(tokens) or any(i is not None and i >= len(tokens) for i in ids.values()):
+            raise ValueError(
+                f"The GGUF file's header has {len(tokens):,} tokens, but {len(types):,} types of tokens, and the ids "
+                f"{ids}; copy or download it again."
             )
+        try:
+            backend = _backend(fields, pre, ids["bos_id"])
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(
+                f"The GGUF file's tokenizer cannot be built ({shortened(str(error))}); copy or download it again."
+            ) from None
         return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
@@ -288,41 +318,28 @@ class Tokenizer:
         return [self.bos_id]
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` and ``{% endgeneration %}``, between which a template writes what the assistant says."""
-
-    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@cache
-def _template(text: str) -> jinja2.Template:
-    """A chat template, compiled once, because compiling takes longer than rendering.
-
-    Besides Jinja's own it may use what transformers offers. Only a template that insists on ``strftime_now`` gets it:
-    most have a fixed date without it, and with it a task would be another one every day.
-    """
-
-    def refuse(reason: str) -> None:
-        raise jinja2.TemplateError(reason)
-
-    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes for HTML
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+def _backend(fields: dict[str, Any], pre: str, bos_id: int | None) -> Backend:
+    """The tokenizer of a GGUF file's header."""
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    # Llama 3 does not split a word that is a token, whatever the merges would make of it.
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+    if fields.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == _CONTROL]
     )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = tojson
-    if "strftime_now is defined" not in text:
-        environment.globals["strftime_now"] = strftime_now
-    return environment.from_string(text)
+    backend.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == _USER_DEFINED])
+    # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
+    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos_id is not None:
+        bos = tokens[bos_id]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        )
+    return backend
 
 
 def _gguf_words(state: dict[str, Any]) -> str:

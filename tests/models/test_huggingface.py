@@ -99,10 +99,17 @@ def test_a_name_a_llamas_config_and_another_are_built_by_the_right_library(folde
         (hf.T5Config, None, "T5ForConditionalGeneration"),
         (hf.ViTConfig, ["ViTModel"], "ViTForImageClassification"),
         (hf.BertConfig, ["BertForTokenClassification"], "BertForTokenClassification"),
+        (hf.BertConfig, ["Trainer"], "BertForMaskedLM"),  # what is no model is not called
+        (hf.BertConfig, ["pipeline"], "BertForMaskedLM"),
     ],
 )
 def test_a_config_without_a_head_gets_the_usual_one(kind, names, expected):
     assert huggingface.model_class(kind(architectures=names)).__name__ == expected
+
+
+def test_a_config_of_which_nothing_can_be_built_is_refused():
+    with pytest.raises(ValueError, match=r"^transformers cannot build a BertForMaskedLM of this config: .*zero"):
+        huggingface.build(hf.BertConfig(num_attention_heads=0))
 
 
 def test_a_config_for_which_there_is_no_head_is_refused():
@@ -115,7 +122,12 @@ def test_a_config_for_which_there_is_no_head_is_refused():
     [
         ('{"model_type": "no-such-model"}', "transformers .* cannot read .*no-such-model"),
         ("{}", "transformers .* cannot read"),
-        ("[]", "holds a list, but the entries of a model's config"),
+        ("[]", r"config.json is \[\], but it must be an object"),
+        ('{"model_type": "gpt2", "n_layer": 1000000000}', "n_layer is 1000000000, but it must be at most 1000"),
+        (
+            '{"model_type": "bert", "num_labels": 1000000000}',
+            "num_labels is 1000000000, but .* at most 1000000",
+        ),
         ("{", "config.json"),
         ('{"model_type": "qwen3", "hidden_size": "wide"}', "cannot read"),
     ],

@@ -408,7 +408,30 @@ def test_other_factors_in_a_gguf_file_are_refused(tiny_hf, write_gguf, factors):
         ({"header": {"tokenizer.ggml.model": "llama"}}, r"tokenizer \('llama', 'gpt-2'\) is not built here.*folder"),
         ({"header": {"tokenizer.ggml.pre": "tekken"}}, r"tokenizer \('gpt2', 'tekken'\) is not built here.*folder"),
         ({"header": {"tokenizer.ggml.tokens": None}}, "tokenizer.ggml.tokens"),
-        ({"header": {"llama.block_count": None}}, "header lacks llama.block_count"),
+        ({"header": {"llama.block_count": None}}, "header lacks the entry 'llama.block_count'"),
+        ({"header": {"llama.block_count": 10**9}}, "num_hidden_layers is 1000000000, but it must be at most 1000"),
+        ({"header": {"llama.block_count": 3}}, r"lacks the tensor model.layers.2.*incomplete"),
+        ({"header": {"llama.embedding_length": "32"}}, "header: llama.embedding_length is '32', but .* whole number"),
+        ({"header": {"llama.attention.head_count": 0}}, "header: llama.attention.head_count is 0, .* at least 1"),
+        ({"header": {"llama.attention.head_count": 5}}, "must be a multiple of num_key_value_heads"),
+        ({"header": {"llama.attention.key_length": 6}}, r"proj.weight has shape \(.*32\).*requires \(.*(24|12)"),
+        ({"header": {"llama.rope.freq_base": -1.0}}, "rope_theta is -1.0, but it must be at least 1"),
+        ({"header": {"llama.rope.freq_base": math.nan}}, "rope.freq_base is nan, but it must be a finite number"),
+        ({"header": {"llama.rope.scaling.type": 5}}, "header: llama.rope.scaling.type is 5, but it must be a text"),
+        ({"header": {"lora_lab.rope_scaling": [1.0]}}, "lora_lab.rope_scaling is"),
+        ({"header": {"tokenizer.ggml.merges": ["zz q"]}}, "tokenizer cannot be built .*zz.*copy or download it again"),
+        ({"header": {"tokenizer.ggml.merges": ["t h e"]}}, "tokenizer cannot be built"),
+        ({"header": {"tokenizer.ggml.token_type": [1] * 259}}, "260 tokens, but 259 types.*copy or download it again"),
+        ({"header": {"tokenizer.ggml.bos_token_id": 260}}, "260 tokens, .* 'bos_id': 260.*copy or download it again"),
+        ({"header": {"tokenizer.ggml.token_type": "text"}}, "tokenizer.ggml.token_type is 'text', but"),
+        (
+            {"extra": {"output_norm.weight": (np.zeros(32, np.int32), gguf.GGMLQuantizationType.I32)}},
+            "output_norm.weight is of kind I32",
+        ),
+        (
+            {"extra": {"output_norm.weight": (np.full(32, np.nan, np.float32), gguf.GGMLQuantizationType.F32)}},
+            "model.gguf in torch.float32: model.norm.weight holds numbers that are NaN or infinite",
+        ),
         ({"header": {"llama.rope.scaling.type": "yarn"}}, "positions by 'yarn'.*load the model's Hugging Face folder"),
         (
             {"extra": {"blk.0.ffn_gate_inp.weight": (np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.F32)}},
@@ -426,6 +449,20 @@ def test_other_factors_in_a_gguf_file_are_refused(tiny_hf, write_gguf, factors):
 def test_gguf_files_that_are_not_built_here_are_refused(tiny_hf, write_gguf, options, says):
     with pytest.raises(ValueError, match=says):
         load_pretrained(write_gguf(tiny_hf(), **options))
+
+
+def test_l7_errors_of_a_tokenizer_are_short(tiny_hf, write_gguf):
+    with pytest.raises(ValueError, match="tokenizer cannot be built") as caught:
+        load_pretrained(write_gguf(tiny_hf(), header={"tokenizer.ggml.merges": ["z" * 10_000 + " q"]}))
+    assert len(str(caught.value)) < 500
+
+
+def test_norms_in_blocks_are_dequantised(tiny_hf, write_gguf):
+    theirs = tiny_hf()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    norm = gguf.quants.quantize(theirs.model.norm.weight.detach().numpy(), kind)
+    ours, _ = load_pretrained(write_gguf(theirs, extra={"output_norm.weight": (norm, kind)}), device="cpu")
+    assert np.array_equal(ours.model.norm.weight.detach().numpy(), gguf.quants.dequantize(norm, kind))
 
 
 def test_a_gguf_file_without_stretching_may_say_so(tiny_hf, write_gguf):
@@ -544,13 +581,81 @@ def test_damaged_json_is_refused(tiny_hf, hf_folder, name):
         ({"model.embed_tokens.weight": None}, r"lacks the tensor .*weight.*incomplete; copy or make it anew"),
         ({"model.norm.bias": torch.zeros(32)}, "holds a tensor model.norm.bias that its config does not have"),
         ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \(31,\).*requires \(32,\)"),
+        (
+            {"model.norm.weight": torch.ones(32, dtype=torch.int32)},
+            r"norm.weight is \(32,\) of torch.int32, which no we",
+        ),
+        (
+            {"model.norm.weight": torch.full((32,), math.nan)},
+            "model.norm.weight holds numbers that are NaN or infinite",
+        ),
+        ({"model.norm.weight": torch.full((32,), -math.inf)}, "model.norm.weight holds numbers that are NaN or infi"),
     ],
-    ids=["one lacks", "the embedding lacks", "one too many", "another shape"],
+    ids=["one lacks", "the embedding lacks", "one too many", "another shape", "integers", "L11: NaN", "L11: infinite"],
 )
 def test_tensors_that_do_not_fit_the_config_are_refused(tiny_hf, hf_folder, change, says):
     path = hf_folder(tiny_hf()) / "model.safetensors"
     tensors = {name: value.clone() for name, value in load_file(path).items()} | change
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(path.parent)
+
+
+def test_l11_numbers_that_are_infinite_in_half_precision_alone_are_refused_there(tiny_hf, hf_folder):
+    path = hf_folder(tiny_hf()) / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    save_file(tensors | {"model.norm.weight": torch.full((32,), 1e6)}, path)
+    assert load_pretrained(path.parent, device="cpu")[0].model.norm.weight[0] == 1e6
+    with pytest.raises(
+        ValueError, match=r"hf in torch.float16: model.norm.weight holds numbers that are NaN or infinite"
+    ):
+        load_pretrained(path.parent, torch.float16, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ("../elsewhere.safetensors", "L3: .*index.json names '../elsewhere.safetensors', but weights must be files"),
+        ("/elsewhere.safetensors", "L3: names '/elsewhere.safetensors'"),
+        (r"..\elsewhere.safetensors", "L3: names"),
+        ("weights.bin", "names 'weights.bin', but weights must be files"),
+        (None, "L4: lacks the entry 'weight_map'"),
+        ({"x": 5}, "weight_map.x is 5, but it must be a text"),
+        ([], "weight_map is"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_an_index_may_name_only_weights_beside_it(tiny_hf, hf_folder, names, says, model_type):
+    folder = hf_folder(tiny_hf())
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    content = {"weight_map": {"x": names} if isinstance(names, str) else names} if names is not None else {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says.removeprefix("L3: ").removeprefix("L4: ")):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        ("{", "has no JSON as lora_lab.block_kinds"),
+        ("[" * 100_000, "has no JSON as lora_lab.block_kinds"),
+        ("[1]", r"block_kinds is \[1\], but it must be an object"),
+        ('{"model.norm.weight": 5}', "block_kinds: model.norm.weight is 5, but it must be a text"),
+        ('{"model.norm.weight": "Q4_1"}', r"model.norm.weight is \(32,\) of torch.float32, which no weight is"),
+        ('{"lm_head.weight": "Q9"}', None),
+    ],
+    ids=["half", "deep", "a list", "a number", "a norm in blocks", "of no tensor"],
+)
+def test_kinds_of_blocks_in_a_header_are_checked(tiny_hf, hf_folder, kinds, says):
+    path = hf_folder(tiny_hf()) / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    save_file(tensors, path, {"lora_lab.block_kinds": kinds})
+    if says is None:
+        load_pretrained(path.parent, device="cpu")
+        return
     with pytest.raises(ValueError, match=says):
         load_pretrained(path.parent)
 
@@ -573,6 +678,20 @@ def test_tensors_that_older_folders_repeat_are_passed_over(tiny_hf, hf_folder):
     [
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "config.json lacks the entry 'low_freq_factor'"),
         ({"hidden_size": None}, "config.json.*hidden_size"),
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers is 1000000000, but it must be at most 1000"),
+        ({"num_hidden_layers": 900}, "lacks the tensor model.layers."),
+        ({"vocab_size": 2**40}, "config.json: vocab_size is 1099511627776, but it must be at most 16777216"),
+        ({"head_dim": 2**30}, "config.json: head_dim is 1073741824, but it must be at most 65536"),
+        ({"rope_parameters": {"rope_theta": 0}}, "config.json: rope_theta is 0, but it must be at least 1"),
+        ({"rope_parameters": {"rope_theta": math.nan}}, "rope_theta is nan, but it must be a finite number"),
+        ({"rope_parameters": {"rope_theta": "10000"}}, "rope_theta is '10000', but it must be a number"),
+        ({"rope_parameters": 5}, "config.json: rope_parameters is 5, but it must be an object"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, but it must be greater than 0"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads is 0, but it must be at least 1"),
+        ({"architectures": [5]}, "config.json: architectures.0 is 5, but it must be a text"),
+        ({"architectures": "Llama"}, "config.json: architectures is 'Llama', but"),
+        ({"model_type": "mistral", "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but .* at most 1000"),
+        ({"text_config": {"n_layers": 10**9}}, "n_layers is 1000000000, but it must be at most 1000"),
     ],
     ids=str,
 )
@@ -729,6 +848,20 @@ def adapted(tiny):
     model = tiny()
     inject(model, LoRAConfig(rank=2, alpha=6.0))
     return randomise(model)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gguf"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_l11_a_weight_that_is_not_finite_is_not_saved(tiny, tiny_tokenizer, tmp_path, format, value):
+    model = tiny()
+    path = tmp_path / "model.gguf" if format == "gguf" else tmp_path
+    save_model(model, path, tiny_tokenizer, format)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds numbers that are NaN or infinite"):
+        save_model(model, path, tiny_tokenizer, format)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
 
 def test_a_model_with_adapters_is_not_saved(adapted, tmp_path):
@@ -949,6 +1082,17 @@ def test_a_source_without_blocks_has_none_to_keep(tiny_hf, write_gguf, hf_folder
         with pytest.raises(ValueError, match=says):
             load_pretrained(source, device="cpu", keep_blocks=True)
         load_pretrained(source, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_l11_scales_of_blocks_must_be_finite(tiny_hf, write_gguf, kind):
+    blocks = np.zeros((260, 20 if kind == "Q4_1" else 34), np.uint8)  # one for each token
+    extra = {"token_embd.weight": (blocks, gguf.GGMLQuantizationType[kind])}
+    load_pretrained(write_gguf(tiny_hf(), extra=extra), device="cpu", keep_blocks=True)
+    blocks[7, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    for keep in (True, False):
+        with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds numbers that are NaN or infinite"):
+            load_pretrained(write_gguf(tiny_hf(), extra=extra), device="cpu", keep_blocks=keep)
 
 
 def test_errors_in_a_file_are_found_in_blocks_too(tiny_hf, write_gguf):

@@ -151,6 +151,7 @@ def test_a_folder_without_a_config_is_no_model(tmp_path, name):
         ({"hidden_size": "64"}, "config.json: hidden_size is '64', but it must be a whole number; copy it anew"),
         ({"num_attention_heads": None}, "config.json: .*None.*copy it anew"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0.*at least 1"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000.*at most 1000"),
     ],
     ids=str,
 )
@@ -167,8 +168,8 @@ def test_a_config_that_cannot_be_built_is_refused(tmp_path, change, says):
     ("content", "says"),
     [
         ('{"half": ', "config.json is not JSON"),
-        ("[1]", "config.json holds a list, but the entries"),
-        ("null", "NoneType"),
+        ("[1]", r"config.json is \[1\], but it must be an object"),
+        ("null", "config.json is None, but it must be an object"),
     ],
 )
 def test_a_damaged_config_is_refused(tmp_path, content, says):

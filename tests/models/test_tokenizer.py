@@ -381,6 +381,31 @@ def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path, content, err
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("[]", r"L2: tokenizer_config.json is \[\], but it must be an object"),
+        ('{"eos_token": 5}', "eos_token.* is 5, but it must be"),
+        ('{"eos_token": {"content": 5}}', "eos_token.* is {'content': 5}, but it must be"),
+        ('{"chat_template": [4]}', r"chat_template.* is \[4\], but it must be"),
+        ('{"chat_template": {"a": 1}}', "chat_template"),
+        (r'{"eos_token": "\ud83d"}', r"eos_token is '\\ud83d', which holds half a character"),
+    ],
+)
+def test_a_tokenizer_config_of_other_types_is_refused(tiny_tokenizer, tmp_path, config, says):
+    tiny_tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=rf"tokenizer_config.json.*{says.removeprefix('L2: tokenizer_config.json ')}"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_template_that_is_not_utf8_is_refused(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is not a text in UTF-8 .*copy it anew"):
+        Tokenizer.load(tmp_path)
+
+
 # GGUF headers
 
 

@@ -1,0 +1,138 @@
+"""Chat templates: what a stranger's program may take, and that what is harmless is rendered without another process."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from lora_lab.models import chat_template
+from lora_lab.models.chat_template import render
+from lora_lab.models.tokenizer import Tokenizer
+from tests.helpers import run_python
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße \ud83d \u2028 😀\n"}]
+VARIABLES = {"messages": CHAT, "add_generation_prompt": True, "bos_token": "<s>", "eos_token": ""}
+SIMPLE = "{% for m in messages %}{{ m.role }}: {{ m['content'] }}{% endfor %}{{ bos_token }}"
+OTHER = SIMPLE.replace("m.role", "m.role | upper")
+NEVER_ENDING = {
+    "M8: two loops in each other": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a list of itself, twice": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% endfor %}{{ n.x }}",
+}
+LARGE = {
+    "M8: x + x": "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "x ~ x": "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "a product": "{{ 'x' * 10**11 }}",
+    "a width": "{{ 'x'.center(10**11) }}",
+    "a list": "{{ [0] * 10**11 }}",
+}
+WRONG = {
+    "M7: a product of texts": ("{{ messages[0].content * messages[0].role }}", "can't multiply sequence"),
+    "division by zero": ("{{ 1 / 0 }}", "division by zero"),
+    "a range too far": ("{{ range(100001) }}", "Range too big"),
+    "no Jinja": ("{% if %}", "Expected an expression"),
+    "an index": ("{{ messages[0].content.index('z') }}", "substring not found"),
+    "deep": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "recursion"),
+    "deep again": ("{{ " + "-" * 20_000 + "1 }}", "recursion"),
+    "another file": ("{% include '/etc/passwd' %}", "no loader"),
+    "long": ("{{ 'x' * 9_000_000 }}", "makes a text of 9,000,000 letters"),
+}
+
+
+def by_process(template):
+    return chat_template._by_process([template, VARIABLES])
+
+
+def test_a_process_writes_the_same_text():
+    assert render(SIMPLE, VARIABLES) == by_process(SIMPLE) != by_process(OTHER)
+    assert render(OTHER, VARIABLES) == "USER: hiASSISTANT: Grüße \ud83d \u2028 😀\n<s>"
+
+
+@pytest.mark.parametrize("template", [*NEVER_ENDING.values(), *LARGE.values()], ids=[*NEVER_ENDING, *LARGE])
+def test_what_takes_too_much_is_ended_in_one_sentence(tiny_tokenizer, template):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template=template)
+    with pytest.raises(
+        ValueError, match=r"^The chat template refuses these messages: it takes more than 2 s or 1 GiB\.$"
+    ):
+        tokenizer.chat([{"role": "user", "content": "hi"}])
+    assert render(OTHER, VARIABLES)  # the next one is rendered all the same
+
+
+@pytest.mark.parametrize(("template", "says"), WRONG.values(), ids=WRONG)
+def test_m7_whatever_a_template_raises_is_one_sentence(tiny_tokenizer, template, says):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template=template)
+    with pytest.raises(ValueError, match=rf"^The chat template refuses these messages: .*{says}.*\.$") as caught:
+        tokenizer.chat([{"role": "user", "content": "hi"}])
+    assert len(str(caught.value)) < 400
+    assert not str(caught.value).endswith("..")
+
+
+@pytest.mark.parametrize(
+    ("template", "simple"),
+    [
+        (SIMPLE, True),
+        ("{% if add_generation_prompt %}{{ bos_token }}{% endif %}", True),
+        (OTHER, False),
+        ("{{ 'x' * 3 }}", False),
+        ("{{ range(3) }}", False),
+        ("{% set x = 'x' %}{{ x }}", False),
+        ("{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}", False),
+        ("{% for c in messages[0].content %}{{ c }}{% endfor %}", False),
+        ("x" * 10_001, False),
+    ],
+)
+def test_only_what_cannot_take_long_is_rendered_here(monkeypatch, template, simple):
+    monkeypatch.setattr(chat_template, "_by_process", lambda request: "by the process")
+    assert (render(template, VARIABLES) != "by the process") == simple
+    many = VARIABLES | {"messages": [{"role": "user", "content": "x" * 100}] * 10_000}
+    assert render(template, many) == "by the process"
+
+
+def test_the_real_template_needs_no_process(smollm2, monkeypatch):
+    monkeypatch.setattr(chat_template, "_by_process", lambda request: pytest.fail("a process was asked"))
+    assert smollm2[1].chat([{"role": "user", "content": "x" * 10_000}] * 3)
+
+
+def test_an_interrupt_does_not_leave_the_answer_to_the_next_text():
+    by_process(OTHER)
+    process = chat_template._running[os.getpid()]
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            by_process(next(iter(NEVER_ENDING.values())))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert by_process("{{ 'the next one' | upper }}") == "THE NEXT ONE"
+    assert process.poll() is not None
+
+
+def test_a_process_that_is_ended_while_it_reads_is_one_sentence(monkeypatch):
+    ended = [sys.executable, "-c", "pass"]
+    start = partial(subprocess.Popen, ended, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    chat_template._end()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template, "_start", start)
+        with pytest.raises(ValueError, match=r"^it takes more than 2 s or 1 GiB$"):
+            chat_template._by_process([OTHER, VARIABLES | {"bos_token": "x" * 1_000_000}])
+    assert render(OTHER, VARIABLES)
+
+
+def test_a_process_that_was_killed_is_replaced():
+    by_process(OTHER)
+    chat_template._running[os.getpid()].kill()
+    chat_template._running[os.getpid()].wait()
+    assert by_process("{{ 'x' | upper }}") == "X"
+
+
+def test_no_process_stays_behind():
+    done = run_python(
+        "from lora_lab.models import chat_template\n"
+        "chat_template._by_process(['x', {}])\n"
+        "print(*(process.pid for process in chat_template._running.values()))\n"
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
