@@ -300,7 +300,8 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
     """The trials' results as they end."""
     # One parcel at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
     options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
-    backend, lost = get_active_backend()[0], [BrokenProcessPool]
+    backend, _ = get_active_backend()
+    lost: list[type[Exception]] = [BrokenProcessPool]
     if getattr(backend, "client", None) is not None:
         from distributed import KilledWorker
 
