@@ -126,7 +126,7 @@ def of_users(folder: Path, arguments: argparse.Namespace) -> None:
         process.start()
     for process in processes:
         process.join()
-    print("users, exit status:", [process.exitcode for process in processes])
+    assert [process.exitcode for process in processes] == [0, 0]
     check_same(load(folder / "runs"), expected, "users")
     print("results by user:", dict(Counter(path.stat().st_uid for path in (folder / "runs").iterdir())))
 
