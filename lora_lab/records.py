@@ -181,7 +181,7 @@ def load(path: str | Path) -> Record:
     stored = read_json(path)
     try:
         return _from_json(stored)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error).removesuffix(".")
         raise ValueError(f"{path} is not a record of this version of lora_lab ({reason}); measure it anew.") from None
 
@@ -260,7 +260,7 @@ def published(name: str, folder: str | Path | None = None) -> Published:
     stored = read_json(paths[name])
     try:
         return Published(**stored)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{paths[name]} does not hold published numbers ({error}); restore it.") from None
 
 

@@ -48,7 +48,7 @@ def cache_lock(name: str) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
-    return FileLock(folder / f".{name}.lock")
+    return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache
 
 
 def fetch_smollm2() -> Path:
