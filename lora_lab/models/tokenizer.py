@@ -44,6 +44,7 @@ PRE_TOKENIZERS = {
 _NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
+_ROLES = ("system", "user", "assistant")
 
 
 class Tokenizer:
@@ -72,15 +73,57 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """What stands for a special token in a text, and the token's id."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    @cached_property
     def control_tokens(self) -> list[str]:
-        """The special tokens that structure a conversation: those in the chat template, and the end of a text."""
-        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        """The special tokens that structure a conversation.
+
+        These are the ends of a text, those in the chat template, and those named after a role, because some templates
+        put them together ("<|" + role + "|>").
+        """
         ends = {self.backend.id_to_token(token) for token in (self.eos_id, self.bos_id) if token is not None}
-        return sorted(token for token in special if token in ends or token in (self.chat_template or ""))
+        return sorted(
+            token
+            for token in self.special_tokens
+            if token in ends or token in (self.chat_template or "") or any(role in token for role in _ROLES)
+        )
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none)."""
+        """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none).
+
+        What stands for a special token in the text becomes that token, as in transformers: see :meth:`check_text`.
+
+        Raises:
+            ValueError: the text holds half a character.
+        """
+        _check_characters(text, "The text")
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
+        """Check that a text by a user can be read as text.
+
+        Args:
+            what: the text is, for the message.
+            allow_special: whether it may hold what stands for a special token.
+
+        Raises:
+            ValueError: it holds half a character, or one of the :attr:`control_tokens`, which would end a turn or begin
+                another one in the middle of the text.
+        """
+        _check_characters(text, what)
+        if allow_special:
+            return
+        for token in self.control_tokens:
+            if (place := text.find(token)) >= 0:
+                raise ValueError(
+                    f"{what} holds {token!r}, which the model reads as a special token and not as text: "
+                    f"{_around(text, place)}; remove or rewrite it (in a text for next-token prediction "
+                    "allow_special=True allows it)."
+                )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``.
@@ -111,8 +154,8 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
-            ValueError: the model has no chat template; the template refuses the messages; or a text holds what stands
-                for a special token, which would end a turn or begin another one in the middle of the text.
+            ValueError: the model has no chat template; the template refuses the messages; or as for
+                :meth:`check_text`.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -120,12 +163,8 @@ class Tokenizer:
                 'on lines of {"text": ...}.'
             )
         for message in messages:
-            text = str(message.get("content", ""))
-            if token := next((token for token in self.control_tokens if token in text), None):
-                raise ValueError(
-                    f"A text holds {token!r}, which the model reads as a special token and not as text: {text!r:.60}; "
-                    "remove or rewrite it."
-                )
+            for text in message.values():
+                self.check_text(str(text))
         tokens = {
             name: self.backend.id_to_token(token) if token is not None else ""
             for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))
@@ -286,6 +325,22 @@ class Tokenizer:
         if self.bos_id is None or whole != [self.bos_id, *plain]:
             raise _not_in_gguf(f"turns 'a' into the tokens {whole}, where at most bos_id={self.bos_id} may stand first")
         return [self.bos_id]
+
+
+def _check_characters(text: str, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is a {type(text).__name__}, but it must be a str.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or a byte that is not "
+            f"UTF-8: {_around(text, error.start)}; write the whole character, or remove it."
+        ) from None
+
+
+def _around(text: str, place: int) -> str:
+    return repr(text[max(0, place - 30) : place + 30])
 
 
 class _GenerationTag(Extension):
