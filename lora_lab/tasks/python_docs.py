@@ -12,7 +12,7 @@ import torch
 
 from lora_lab.task import Examples, Task, TextTokenizer
 
-_PIECE = 2**19  # characters tokenised at once; the library needs about 140 bytes for each
+_CHUNK = 2**19  # characters tokenised at once; the library needs about 140 bytes for each
 _CONTEXT = 100  # characters on each side of a cut: far more than a token has
 _WORD_END = re.compile(r"(?<=[^\W_])(?=[\W_])")
 
@@ -57,8 +57,8 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
     """
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
-    pieces = _pieces(tokenizer, "\n\n".join(texts))
-    ids = torch.cat([torch.tensor(tokenizer.encode(piece), dtype=torch.long) for piece in pieces])  # (tokens,)
+    chunks = _chunks(tokenizer, "\n\n".join(texts))
+    ids = torch.cat([torch.tensor(tokenizer.encode(chunk), dtype=torch.long) for chunk in chunks])  # (tokens,)
     rows = max(0, len(ids) - 1) // seq_len
     inputs = ids[: rows * seq_len].view(rows, seq_len)  # (rows, seq_len)
     targets = ids[1 : rows * seq_len + 1].view(rows, seq_len)  # (rows, seq_len)
@@ -66,11 +66,10 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
     return Examples(inputs[order], targets[order])
 
 
-def _pieces(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
+def _chunks(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
     """Parts of a long text whose tokens, one after another, are those of the text."""
     start = 0
-    while len(text) - start > _PIECE:
-        end = _cut(tokenizer, text, start + _PIECE)
+    while len(text) - start > _CHUNK and (end := _cut(tokenizer, text, start + _CHUNK)) < len(text):
         yield text[start:end]
         start = end
     yield text[start:]

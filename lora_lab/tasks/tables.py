@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lora_lab.system.files import check_file
+from lora_lab.system.wording import shortened
 from lora_lab.task import Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
 
@@ -50,7 +51,8 @@ def from_table(
     for role, column in columns.items():
         if column not in frame.columns:
             raise ValueError(
-                f"{name} has no column {column!r}, but {[*map(str, frame.columns)]}; name the right one with {role}=."
+                f"{name} has no column {column!r}, but {shortened(str([*map(str, frame.columns)]))}; name the right "
+                f"one with {role}=."
             )
     rows = [dict(zip(columns, values, strict=True)) for values in frame[list(columns.values())].itertuples(index=False)]
     split: dict[str, list[Pair]] = {name: [] for name in PARTS}
@@ -87,7 +89,11 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
     except ImportError:
         raise ValueError(f"{path} needs the library pyarrow; install it with pip install pyarrow.") from None
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors of format derive from these
-        raise ValueError(f"{path} cannot be read as a table ({str(error).strip().removesuffix('.')}).") from None
+        reason = shortened(str(error)).removesuffix(".")
+        raise ValueError(
+            f"{path} cannot be read as a table ({reason}); save it anew (CSV and TSV: as UTF-8, with as many cells in "
+            "each row as there are columns)."
+        ) from None
 
 
 def _cell(value: Any) -> str:
