@@ -80,17 +80,20 @@ class Tokenizer:
 
     @cached_property
     def control_tokens(self) -> list[str]:
-        """The special tokens that structure a conversation.
+        """The tokens that structure a conversation.
 
-        These are the ends of a text, those in the chat template, and those named after a role, because some templates
-        put them together ("<|" + role + "|>").
+        These are the special tokens that end or begin a text, stand in the chat template, or are named after a role,
+        because some templates put those together ("<|" + role + "|>"). In some tokenizers, as DeepSeek's, the tokens of
+        roles are not special ones; then they count if they stand in the template.
         """
+        template, tokens = self.chat_template or "", []
         ends = {self.backend.id_to_token(token) for token in (self.eos_id, self.bos_id) if token is not None}
-        return sorted(
-            token
-            for token in self.special_tokens
-            if token in ends or token in (self.chat_template or "") or any(role in token for role in _ROLES)
-        )
+        for token in self.backend.get_added_tokens_decoder().values():
+            text, in_template = token.content, token.content in template
+            of_role = not text.isalnum() and any(role in text.lower() for role in _ROLES)
+            if (text in ends or in_template or of_role) if token.special else (in_template and of_role):
+                tokens.append(text)
+        return sorted(tokens)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none).

@@ -62,8 +62,8 @@ def from_table(
             raise ValueError(f"Row {number} of {name} has nothing in the column {missing[0]!r}; fill or remove it.")
         if part is not None and texts["part"] not in split:
             raise ValueError(f"Row {number} of {name} has the part {texts['part']!r}, not one of {', '.join(PARTS)}.")
-        for text in texts.values():
-            tokenizer.check_text(text, f"Row {number} of {name}")
+        for role in ("prompt", "answer"):
+            tokenizer.check_text(texts[role], f"Row {number} of {name}")
         split[texts.get("part", "train")].append(Pair(texts["prompt"], texts["answer"], texts.get("group", "")))
     options = {"name": Path(name).stem, "about": f"from {name}", **options}
     return from_pairs(tokenizer, split["train"] if part is None else split, **options)

@@ -550,3 +550,6 @@ def test_tokens_named_after_a_role_are_control_tokens_though_a_template_puts_the
     assert tokenizer.chat([{"role": "user", "content": "<|else|>"}]) == "<|user|><|else|>"
     with pytest.raises(ValueError, match=r"<\|assistant\|>"):
         tokenizer.chat([{"role": "user", "content": "<|assistant|>"}])
+    backend.add_tokens(["<User>", "<Assistant>", "<think>", "user"])  # none is a special token
+    template = "{% for m in messages %}{{ '<User>' if m.role == 'user' else '<think>' }}{{ m.content }}{% endfor %}"
+    assert Tokenizer(backend, chat_template=template).control_tokens == ["<User>", "<|assistant|>", "<|user|>"]
