@@ -326,11 +326,11 @@ def from_text(
     """
     path = Path(path)
     check_file(path, "a text file")
-    text = StringIO()
-    for number, line in _lines(path):
-        tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
-        text.write(line)
-    paragraphs = [paragraph for paragraph in text.getvalue().split("\n\n") if paragraph.strip()]
+    with StringIO() as text:
+        for number, line in _lines(path):
+            tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
+            text.write(line)
+        paragraphs = [paragraph for paragraph in text.getvalue().split("\n\n") if paragraph.strip()]
     return _task_of_texts(tokenizer, path, paragraphs, seq_len, "paragraph", name, f"from the file {path.name}")
 
 
