@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    _accept_any_text()
     try:
         with _process_group():
             _run(_parser().parse_args(arguments))
@@ -56,6 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{'; '.join(['lora-lab: stopped', *map(str, interrupt.args)])}.", file=sys.stderr)
         return 130
     return 0
+
+
+def _accept_any_text() -> None:
+    """Show letters that the terminal lacks as escapes, and read bytes that are no letters as surrogates: no crash."""
+    for stream, errors in {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace"}.items():
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _started_by_torchrun() -> bool:
@@ -188,6 +197,11 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--steps", type=int, default=200, help="training steps")
     tune.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; 1e-4 for full)")
     tune.add_argument("--batch", type=int, default=8, help="examples per step")
+    tune.add_argument(
+        "--allow-special",
+        action="store_true",
+        help="what stands for a special token in a .txt file or in texts of JSON Lines becomes that token",
+    )
     tune.add_argument("--by-length", action="store_true", help="batches of examples of similar length, for speed")
     tune.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
     tune.add_argument("--model", default="smollm2-135m", help="a model's folder or .gguf file")
@@ -397,7 +411,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.preview:
         if options.json:
             raise ValueError("--preview shows text, for which there is no --json; leave one of the two out.")
-        task = task_of(options.task, load_tokenizer(options.model))
+        task = task_of(options.task, load_tokenizer(options.model), options.allow_special)
         print(task.describe())
         if isinstance(task, PairTask):
             print(task.preview(3))
@@ -416,6 +430,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         half=options.half,
         by_length=options.by_length,
         checkpoint_every=options.checkpoint_every,
+        allow_special=options.allow_special,
     )
     return {"folder": options.out, **finetune.document(result)}
 

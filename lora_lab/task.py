@@ -215,7 +215,7 @@ class Task:
         it, without its code: two lambdas, or a function before and after a change, have the same description. Give a
         task with another loss another name.
         """
-        digest = hashlib.sha256(f"{self.name} {described(self.loss)}".encode())
+        digest = hashlib.sha256(f"{self.name} {described(self.loss)}".encode(errors="backslashreplace"))
         for part, examples in self.parts.items():
             for tensor in (examples.inputs, examples.targets):
                 digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())

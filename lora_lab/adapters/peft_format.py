@@ -122,7 +122,7 @@ def save_adapter(
         write_json(temporary / CONFIG, config)
         if is_free(folder):
             text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
-            (temporary / CARD).write_text(text, encoding="utf-8")
+            (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _DIGEST: _config_digest(config)})
     return folder
 

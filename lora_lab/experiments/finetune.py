@@ -65,6 +65,7 @@ def run(
     half: bool = False,
     by_length: bool = False,
     checkpoint_every: int | None = None,
+    allow_special: bool = False,
 ) -> dict[str, Any]:
     """Train, print progress, and save the results in ``out``.
 
@@ -85,6 +86,7 @@ def run(
         by_length: make batches of examples of similar length, which pad each other less.
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
+        allow_special: as for :func:`lora_lab.tasks.task_of`.
 
     Returns:
         The content of result.json.
@@ -118,7 +120,7 @@ def run(
     check(checkpoint_every, Size | None, "checkpoint_every")
     chosen, why = pick_device(device)
     net, tokenizer = load_pretrained(model, device=chosen)
-    data = task_of(task, tokenizer)
+    data = task_of(task, tokenizer, allow_special)
     print(_heading(why, data))
     before = _evaluated(net, data, eval_examples)
     checkpoints = None if checkpoint_every is None else out / "checkpoint"

@@ -163,7 +163,9 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     parts, weights = case.setup.batches(token_batch(model, case.batch_size, case.seq_len))
     gc.collect()
     _trim_heap()
-    _REFERENCES.write_text("5")  # reset the kernel's high-water mark, so that it does not include the cast
+    _REFERENCES.write_text(
+        "5", encoding="ascii"
+    )  # reset the kernel's high-water mark, so that it does not include the cast
     for _ in range(2):
         step(parts, weights)
     return peak_bytes(device) - before
@@ -186,7 +188,9 @@ def _trim_heap() -> None:
 
 def _resident(field: str) -> int:
     """A field of the kernel's status of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 

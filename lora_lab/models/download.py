@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def cache_lock(name: str) -> FileLock:
         OSError: the cache cannot be written to.
     """
     folder = cache_folder()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         check_writable(folder)
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
     return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache

@@ -151,7 +151,7 @@ def write_file(
     with atomic_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         try:
-            writer.add_string("general.name", path.stem)
+            writer.add_string("general.name", path.stem.encode(errors="backslashreplace").decode())
             writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[DTYPES[dtype]]])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             add = {

@@ -43,6 +43,7 @@ PRE_TOKENIZERS = {
 _NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
+_ROLES = ("system", "user", "assistant")
 # What is read of a GGUF file's header.
 _Header = TypedDict(
     "_Header",
@@ -103,16 +104,61 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """What stands for a special token in a text, and the token's id."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(added.items()) if token.special}
+
     @cached_property
     def control_tokens(self) -> list[str]:
-        """The special tokens that structure a conversation: those in the chat template, and the end of a text."""
-        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        """The tokens that structure a conversation.
+
+        These are the special tokens that end or begin a text, stand in the chat template, or are named after a role,
+        because some templates put those together ("<|" + role + "|>"). In some tokenizers, as DeepSeek's, the tokens of
+        roles are not special ones; then they count if they stand in the template.
+        """
+        template, tokens = self.chat_template or "", []
         ends = {self.backend.id_to_token(token) for token in (self.eos_id, self.bos_id) if token is not None}
-        return sorted(token for token in special if token in ends or token in (self.chat_template or ""))
+        for token in self.backend.get_added_tokens_decoder().values():
+            text, in_template = token.content, token.content in template
+            of_role = not text.isalnum() and any(role in text.lower() for role in _ROLES)
+            if (text in ends or in_template or of_role) if token.special else (in_template and of_role):
+                tokens.append(text)
+        return sorted(tokens)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none)."""
+        """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none).
+
+        What stands for a special token in the text becomes that token, as in transformers: see :meth:`check_text`.
+
+        Raises:
+            ValueError: the text holds half a character.
+        """
+        _check_characters(text, "The text")
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
+        """Check that a text by a user can be read as text.
+
+        Args:
+            what: the text is, for the message.
+            allow_special: whether it may hold what stands for a special token.
+
+        Raises:
+            ValueError: it holds half a character, or one of the :attr:`control_tokens`, which would end a turn or begin
+                another one in the middle of the text.
+        """
+        _check_characters(text, what)
+        if allow_special:
+            return
+        for token in self.control_tokens:
+            if (place := text.find(token)) >= 0:
+                raise ValueError(
+                    f"{what} holds {token!r}, which the model reads as a special token and not as text: "
+                    f"{_around(text, place)}; remove or rewrite it (in a text for next-token prediction "
+                    "allow_special=True allows it)."
+                )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``.
@@ -144,8 +190,7 @@ class Tokenizer:
 
         Raises:
             ValueError: the model has no chat template; the template refuses the messages, fails, or takes more time or
-                memory than a text can need; or a text holds what stands for a special token, which would end a turn or
-                begin another one in the middle of the text.
+                memory than a text can need; or as for :meth:`check_text`.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -153,12 +198,8 @@ class Tokenizer:
                 'on lines of {"text": ...}.'
             )
         for message in messages:
-            text = str(message.get("content", ""))
-            if token := next((token for token in self.control_tokens if token in text), None):
-                raise ValueError(
-                    f"A text holds {token!r}, which the model reads as a special token and not as text: {text!r:.60}; "
-                    "remove or rewrite it."
-                )
+            for text in message.values():
+                self.check_text(str(text))
         tokens = {
             name: self.backend.id_to_token(token) if token is not None else ""
             for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))
@@ -180,7 +221,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first
-            self.backend.save(str(temporary / "tokenizer.json"), pretty=False)
+            (temporary / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
             write_json(temporary / "tokenizer_config.json", config)
 
     @classmethod
@@ -199,7 +240,8 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
             )
         try:
-            backend = Backend.from_file(str(folder / "tokenizer.json"))
+            # Not by its path, which the library cannot read if a folder's name is not UTF-8.
+            backend = Backend.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
             reason = shortened(str(error))
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
@@ -316,6 +358,22 @@ class Tokenizer:
         if self.bos_id is None or whole != [self.bos_id, *plain]:
             raise _not_in_gguf(f"turns 'a' into the tokens {whole}, where at most bos_id={self.bos_id} may stand first")
         return [self.bos_id]
+
+
+def _check_characters(text: str, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is a {type(text).__name__}, but it must be a str.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or a byte that could "
+            f"not be decoded: {_around(text, error.start)}; write the whole character, or remove it."
+        ) from None
+
+
+def _around(text: str, place: int) -> str:
+    return repr(text[max(0, place - 30) : place + 30])
 
 
 def _backend(fields: dict[str, Any], pre: str, bos_id: int | None) -> Backend:

@@ -13,9 +13,11 @@ several turns, of all the assistant's. All pairs of a group
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.system.files import check_file
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import counted, shortened
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
 from lora_lab.tasks.checks import suspicions
 from lora_lab.tasks.formats import Entry, Turn, parse
@@ -34,6 +36,7 @@ from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
 _SAMPLE = "Good day."  # of an assistant
+_MOST_CHARACTERS = 1000  # of a token: more than any has, so that much longer texts need not be tokenised to be too long
 T = TypeVar("T")
 
 
@@ -42,6 +45,11 @@ class ChatTokenizer(TextTokenizer, Protocol):
 
     eos_id: int | None
     pad_id: int | None
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
+
+    def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -64,6 +72,11 @@ class Pair:
     answer: str
     group: str = ""
     before: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.prompt, str) and isinstance(self.answer, str)):
+            kinds = f"a {type(self.prompt).__name__} and a {type(self.answer).__name__}"
+            raise TypeError(f"A pair's prompt and answer are {kinds}, but both must be a str.")
 
     @property
     def context(self) -> str:
@@ -128,7 +141,11 @@ class PairTask(Task):
         return self.tokenizer.encode(self.tokenizer.chat(_messages(pair)[:-1]))
 
     def preview(self, count: int = 2, part: str = "train") -> str:
-        """The first examples as the model sees them: the text it reads, the text it learns, and their lengths."""
+        """The first examples as the model sees them: the text it reads, the text it learns, and their lengths.
+
+        Special tokens that stand in the texts themselves are counted, because what is read and learned has those of
+        the chat template too.
+        """
         examples, lines = self.parts[part], []
         for row in range(min(count, len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
@@ -144,6 +161,11 @@ class PairTask(Task):
             f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers of "
             f"{int(lengths.min())} to {int(lengths.max())} tokens (median {float(lengths.median()):g})"
         )
+        if special := self.tokenizer.special_tokens:
+            written = re.compile("|".join(map(re.escape, special)))
+            texts = (text for pair in self.pairs[part] for text in (pair.context, pair.answer))
+            if counts := Counter(token for text in texts for token in written.findall(text)):
+                lines.append(f"special tokens in the texts: {_listed(counts)}")
         return "\n".join(lines)
 
 
@@ -206,7 +228,9 @@ def from_pairs(
     )
 
 
-def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128, **options) -> Task:
+def from_jsonl(
+    tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128, allow_special: bool = False, **options
+) -> Task:
     """A task from a file of JSON Lines, one example on each line, in any form of :mod:`lora_lab.tasks.formats`.
 
     Those are chat messages, ShareGPT's conversations, Alpaca's instructions, prompts with their answers (or
@@ -219,7 +243,7 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128
     Args:
         tokenizer, **options: as for :func:`from_pairs`; the name defaults to that of the file.
         path: of the file; empty lines are skipped.
-        seq_len: tokens of an example, for texts.
+        seq_len, allow_special: for texts, as for :func:`from_text`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -228,21 +252,30 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128
     """
     path = Path(path)
     check_file(path, "a JSON Lines file")
-    entries, problems = [], []
+    entries, problems, malformed = [], [], 0
     for number, line in _lines(path):
         if not line.strip():
             continue
+        if not entries and not malformed and line.lstrip().startswith("["):
+            raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
         try:
-            entries.append(_parsed(line))
+            entry = _parsed(line)
+            for text in (*(content for _, content in entry.turns), entry.text):
+                tokenizer.check_text(text, allow_special=allow_special and bool(entry.text))
+            entries.append(entry)
         except ValueError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{path} has {counted(len(problems), 'malformed line')}: {shown}.")
+            malformed += 1
+            if malformed <= 5:
+                problems.append(f"line {number}: {shortened(str(error)).removesuffix('.')}")
+    if malformed:
+        shown = "; ".join(problems) + (f"; and {malformed - 5} more" if malformed > 5 else "")
+        raise ValueError(f"{path} has {counted(malformed, 'malformed line')}: {shown}.")
     if not entries:
         raise ValueError(f"{path} is empty; write one example per line.")
     ignored = sorted(set().union(*(entry.ignored for entry in entries)))
-    about = f"from the file {path.name}" + (f", without its entries {', '.join(map(repr, ignored))}" if ignored else "")
+    about = f"from the file {path.name}"
+    if ignored:
+        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
     options = {"name": path.stem, "about": about, **options}
     if texts := [entry.text for entry in entries if entry.text]:
         if len(texts) < len(entries):
@@ -267,43 +300,61 @@ def _pair(entry: Entry) -> Pair:
     return Pair(prompt, answer, entry.group, tuple(before))
 
 
-def from_text(tokenizer: TextTokenizer, path: str | Path, *, seq_len: int = 128, name: str | None = None) -> Task:
+def from_text(
+    tokenizer: ChatTokenizer,
+    path: str | Path,
+    *,
+    seq_len: int = 128,
+    name: str | None = None,
+    allow_special: bool = False,
+) -> Task:
     """Next-token prediction on a text file of your own.
 
     Paragraphs (separated by an empty line) stay whole: of every ten, the ninth goes to validation, the tenth to test.
 
     Args:
-        tokenizer: turns text into token ids.
+        tokenizer: of the model.
         path: of the file.
         seq_len: tokens per example.
         name: of the task; defaults to that of the file.
+        allow_special: whether the text may hold what stands for a special token that structures conversations or ends
+            a text, such as "<|im_end|>"; it becomes that token. Those that there are, ``about`` counts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, or too short for ``seq_len``.
+        ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
     """
     path = Path(path)
     check_file(path, "a text file")
-    paragraphs = [text for text in "".join(line for _, line in _lines(path)).split("\n\n") if text.strip()]
+    with StringIO() as text:
+        for number, line in _lines(path):
+            tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
+            text.write(line)
+        paragraphs = [paragraph for paragraph in text.getvalue().split("\n\n") if paragraph.strip()]
     return _task_of_texts(tokenizer, path, paragraphs, seq_len, "paragraph", name, f"from the file {path.name}")
 
 
 def _task_of_texts(
-    tokenizer: TextTokenizer, path: Path, texts: Sequence[str], seq_len: int, unit: str, name: str | None, about: str
+    tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], seq_len: int, unit: str, name: str | None, about: str
 ) -> Task:
     """Next-token prediction on texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
-    split = {
-        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
+    split = {  # the large part last, so that too few texts are refused at once
         "validation": texts[8::10],
         "test": texts[9::10],
+        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
     }
-    parts = {part: windows(tokenizer, part_texts, seq_len) for part, part_texts in split.items()}
-    for part, examples in parts.items():
+    parts, counts = {}, Counter()
+    for part, part_texts in split.items():
+        parts[part] = examples = windows(tokenizer, part_texts, seq_len)
         if len(examples) == 0:
             raise ValueError(
                 f"{path} has {counted(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
                 f"example; give more or longer {unit}s, or a smaller seq_len."
             )
+        tokens = examples.inputs.flatten().bincount()
+        counts.update({token: int(tokens[i]) for token, i in tokenizer.special_tokens.items() if i < len(tokens)})
+    if counts := +counts:  # without those that do not occur
+        about += f", with the special tokens {_listed(counts)}"
     return Task(
         name or path.stem,
         train=parts["train"],
@@ -315,12 +366,24 @@ def _task_of_texts(
     )
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file and their numbers, from 1."""
-    try:
-        return list(enumerate(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), start=1))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file, which end in \\n, and their numbers, from 1.
+
+    Unlike ``str.splitlines`` a file's own lines end at no U+2028, which may stand in a JSON text as it is.
+    """
+    with path.open("rb") as data, TextIOWrapper(data, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if "\0" in line:
+                    raise ValueError(f"{path} is no text (line {number} holds a zero byte); save it as UTF-8.")
+                yield number, line
+        except UnicodeDecodeError as error:
+            place = data.tell() - len(error.object) + error.start
+            raise ValueError(f"{path} is not UTF-8 (byte {place}); unpack it, or save it as UTF-8.") from None
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{token!r} ({counted(count, 'time')})" for token, count in sorted(counts.items()))
 
 
 def _parsed(line: str) -> Entry:
@@ -333,6 +396,8 @@ def _parsed(line: str) -> Entry:
         entry = parse(json.loads(line))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not an example, but lists within lists without end") from None
     if entry.part and entry.part not in PARTS:
         raise ValueError(f"'part' is {entry.part!r}, not one of {', '.join(PARTS)}")
     return entry
@@ -471,15 +536,19 @@ def _encode_part(
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
-        input_ids, target_ids = encode(tokenizer, pair)
-        if len(input_ids) + 1 <= max_tokens:
-            short.append(pair)
-            inputs.append(torch.tensor(input_ids))  # (length,)
-            targets.append(torch.tensor(target_ids))  # (length,)
-        elif not skip_long:
+        size = f"more than {max_tokens}"
+        if len(pair.context) + len(pair.answer) <= max_tokens * _MOST_CHARACTERS:
+            input_ids, target_ids = encode(tokenizer, pair)
+            if len(input_ids) < max_tokens:
+                short.append(pair)
+                inputs.append(torch.tensor(input_ids))  # (length,)
+                targets.append(torch.tensor(target_ids))  # (length,)
+                continue
+            size = str(len(input_ids) + 1)
+        if not skip_long:
             raise ValueError(
-                f"The pair with the prompt {pair.prompt[:60]!r} has {len(input_ids) + 1} tokens, but max_tokens is "
-                f"{max_tokens}; shorten it, or raise max_tokens."
+                f"The pair with the prompt {pair.prompt[:60]!r} has {size} tokens, but max_tokens is {max_tokens}; "
+                "shorten it, or raise max_tokens."
             )
     if not short:
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")

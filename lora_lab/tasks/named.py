@@ -24,7 +24,7 @@ TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
     "style": style,
     "style-plain": partial(style, variant="plain"),
 }
-READERS: dict[str, Callable[[ChatTokenizer, str], Task]] = {
+READERS: dict[str, Callable[..., Task]] = {
     ".jsonl": from_jsonl,
     ".txt": from_text,
     **dict.fromkeys(TABLES, from_table),
@@ -48,16 +48,20 @@ def check_name(name: str) -> None:
     check_file(name, "your examples")
 
 
-def task_of(name: str, tokenizer: ChatTokenizer) -> Task:
+def task_of(name: str, tokenizer: ChatTokenizer, allow_special: bool = False) -> Task:
     """A task by its name in :data:`TASKS`, or from a file of prompts and answers or of plain text.
 
     Args:
         name: of a task, or a path that ends in ``.jsonl``, ``.txt``, ``.csv``, ``.tsv`` or ``.parquet``.
         tokenizer: of the model.
+        allow_special: as for :func:`lora_lab.tasks.from_text`, for a file of texts.
 
     Raises:
         ValueError: there is no such task, or the file cannot be read as one.
         FileNotFoundError: there is no such file.
     """
     check_name(name)
-    return TASKS[name](tokenizer) if name in TASKS else READERS[Path(name).suffix](tokenizer, name)
+    if name in TASKS:
+        return TASKS[name](tokenizer)
+    reader = READERS[Path(name).suffix]
+    return reader(tokenizer, name) if reader is from_table else reader(tokenizer, name, allow_special=allow_special)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from lora_lab.task import Examples, Task, TextTokenizer
+
+_CHUNK = 2**19  # characters tokenised at once; the library needs about 140 bytes for each
+_CONTEXT = 100  # characters on each side of a cut: far more than a token has
+_WORD_END = re.compile(r"(?<=[^\W_])(?=[\W_])")
 
 
 def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
@@ -23,10 +29,8 @@ def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
         seq_len: tokens per example.
 
     Raises:
-        ValueError: ``seq_len`` is below 2, or so long that a part stays empty.
+        ValueError: as for :func:`windows`, or ``seq_len`` is so long that a part stays empty.
     """
-    if seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     from pydoc_data.topics import topics
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
@@ -46,13 +50,39 @@ def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
 
 
 def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Examples:
-    """Texts joined and cut into sequences of ``seq_len`` tokens, in random order; targets are one token ahead."""
-    ids = torch.tensor(tokenizer.encode("\n\n".join(texts)))  # (tokens,)
+    """Texts joined and cut into sequences of ``seq_len`` tokens, in random order; targets are one token ahead.
+
+    Raises:
+        ValueError: ``seq_len`` is below 2.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
+    chunks = _chunks(tokenizer, "\n\n".join(texts))
+    ids = torch.cat([torch.tensor(tokenizer.encode(chunk), dtype=torch.long) for chunk in chunks])  # (tokens,)
     rows = max(0, len(ids) - 1) // seq_len
     inputs = ids[: rows * seq_len].view(rows, seq_len)  # (rows, seq_len)
     targets = ids[1 : rows * seq_len + 1].view(rows, seq_len)  # (rows, seq_len)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))  # (rows,)
     return Examples(inputs[order], targets[order])
+
+
+def _chunks(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
+    """Parts of a long text whose tokens, one after another, are those of the text."""
+    start = 0
+    while len(text) - start > _CHUNK and (end := _cut(tokenizer, text, start + _CHUNK)) < len(text):
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _cut(tokenizer: TextTokenizer, text: str, start: int) -> int:
+    """The first place from ``start`` on at which a cut changes no token; the text's end where that is far away."""
+    for word_end in islice(_WORD_END.finditer(text, start), 100):
+        place = word_end.start()
+        left, right = text[place - _CONTEXT : place], text[place : place + _CONTEXT]
+        if tokenizer.encode(left + right) == tokenizer.encode(left) + tokenizer.encode(right):
+            return place
+    return len(text)
 
 
 def _related(pages: Sequence[str]) -> list[list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lora_lab.system.files import check_file
+from lora_lab.system.wording import shortened
 from lora_lab.task import Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
 
@@ -50,7 +51,8 @@ def from_table(
     for role, column in columns.items():
         if column not in frame.columns:
             raise ValueError(
-                f"{name} has no column {column!r}, but {[*map(str, frame.columns)]}; name the right one with {role}=."
+                f"{name} has no column {column!r}, but {shortened(str([*map(str, frame.columns)]))}; name the right "
+                f"one with {role}=."
             )
     rows = [dict(zip(columns, values, strict=True)) for values in frame[list(columns.values())].itertuples(index=False)]
     split: dict[str, list[Pair]] = {name: [] for name in PARTS}
@@ -60,6 +62,8 @@ def from_table(
             raise ValueError(f"Row {number} of {name} has nothing in the column {missing[0]!r}; fill or remove it.")
         if part is not None and texts["part"] not in split:
             raise ValueError(f"Row {number} of {name} has the part {texts['part']!r}, not one of {', '.join(PARTS)}.")
+        for role in ("prompt", "answer"):
+            tokenizer.check_text(texts[role], f"Row {number} of {name}")
         split[texts.get("part", "train")].append(Pair(texts["prompt"], texts["answer"], texts.get("group", "")))
     options = {"name": Path(name).stem, "about": f"from {name}", **options}
     return from_pairs(tokenizer, split["train"] if part is None else split, **options)
@@ -85,7 +89,11 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
     except ImportError:
         raise ValueError(f"{path} needs the library pyarrow; install it with pip install pyarrow.") from None
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors of format derive from these
-        raise ValueError(f"{path} cannot be read as a table ({str(error).strip().removesuffix('.')}).") from None
+        reason = shortened(str(error)).removesuffix(".")
+        raise ValueError(
+            f"{path} cannot be read as a table ({reason}); save it anew (CSV and TSV: as UTF-8, with as many cells in "
+            "each row as there are columns)."
+        ) from None
 
 
 def _cell(value: Any) -> str:

@@ -183,3 +183,11 @@ def test_the_real_download(smollm2_gguf):
         assert path.parent == Path(folder)
         assert filecmp.cmp(path, smollm2_gguf, shallow=False)
         assert names(path.parent) == [".fetch.lock", fetch.FILE]
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_cache_that_is_a_file_or_cannot_be_made_is_named_with_the_remedy(tmp_path, monkeypatch, below):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "file" / below))
+    with pytest.raises(OSError, match=r"file.* cannot be written to .*; name another folder.*LORA_LAB_CACHE names it"):
+        fetch.cache_lock("fetch")

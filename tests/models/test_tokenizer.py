@@ -534,3 +534,47 @@ def test_a_template_that_fails_on_a_message_refuses_it_in_one_sentence(tiny_toke
     tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template="{{ messages[0].content + none }}")
     with pytest.raises(ValueError, match=r"^The chat template refuses these messages: .*\.$"):
         tokenizer.chat([{"role": "user", "content": "hi"}])
+
+
+# Texts that people bring
+
+
+@pytest.mark.parametrize("text", ["half: \ud83d", "\udcff a byte"])
+def test_m8_half_a_character_is_named(chatter, text):
+    message = [{"role": "user", "content": text}]
+    for call in (lambda: chatter.encode(text), lambda: chatter.chat(message), lambda: chatter.check_text(text)):
+        with pytest.raises(ValueError, match=r"holds '.udc?[8f][3f]d?', which is half a character .*; write the whole"):
+            call()
+    assert chatter.encode("whole: \U0001f600")
+
+
+@pytest.mark.parametrize("text", [None, b"bytes", 5, ["a"]])
+def test_what_is_no_text_is_refused(chatter, text):
+    with pytest.raises(TypeError, match=r"The text is a .*, but it must be a str"):
+        chatter.encode(text)
+
+
+def test_a_special_token_is_refused_wherever_a_message_holds_it(chatter):
+    good = {"role": "user", "content": "a < s > b"}
+    assert chatter.chat([good])
+    for change in ({"content": "x" * 1000 + "<s>y"}, {"role": "user<s>"}, {"name": "</s>"}, {"content": ["</s>"]}):
+        with pytest.raises(ValueError, match="which the model reads as a special token") as raised:
+            chatter.chat([good | change])
+        assert len(str(raised.value)) < 300
+    chatter.check_text("<s>", allow_special=True)
+
+
+def test_tokens_named_after_a_role_are_control_tokens_though_a_template_puts_them_together(tiny_tokenizer):
+    backend = Backend.from_str(tiny_tokenizer.backend.to_str())
+    tokens = ("<|user|>", "<|assistant|>", "<|else|>")
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content }}{% endfor %}"
+    tokenizer = Tokenizer(backend, chat_template=template)
+    assert tokenizer.control_tokens == ["<|assistant|>", "<|user|>"]
+    assert tokenizer.special_tokens == {token: backend.token_to_id(token) for token in ("<s>", "</s>", *tokens)}
+    assert tokenizer.chat([{"role": "user", "content": "<|else|>"}]) == "<|user|><|else|>"
+    with pytest.raises(ValueError, match=r"<\|assistant\|>"):
+        tokenizer.chat([{"role": "user", "content": "<|assistant|>"}])
+    backend.add_tokens(["<User>", "<Assistant>", "<think>", "user"])  # none is a special token
+    template = "{% for m in messages %}{{ '<User>' if m.role == 'user' else '<think>' }}{{ m.content }}{% endfor %}"
+    assert Tokenizer(backend, chat_template=template).control_tokens == ["<User>", "<|assistant|>", "<|user|>"]

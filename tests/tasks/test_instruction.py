@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.task import cross_entropy
-from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_text
+from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_text, task_of
 from lora_lab.tasks.instruction import Padded, encode, stop_token
 from tests.helpers import sums
 
@@ -462,3 +463,138 @@ def test_a_text_becomes_a_task_whose_parts_share_no_paragraph(chatter, tmp_path)
         assert all(mark not in text for part, text in told.items() if part != own), paragraph
     assert task.unit == "tokens"
     assert task.name == "book"
+
+
+# Texts that people bring
+
+
+KIN = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # line ends for str.splitlines
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_m7_line_separators_of_unicode_are_text_and_no_line_ends(chatter, tmp_path, end):
+    rows = [{"prompt": f"{i}{KIN}?", "answer": f"a{KIN}b"} for i in range(9)]
+    path = tmp_path / "kin.jsonl"
+    path.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    task = from_jsonl(chatter, path)
+    assert sum(map(len, task.pairs.values())) == 9
+    assert all(pair.answer == f"a{KIN}b" for pair in task.pairs["train"])
+    text = tmp_path / "kin.txt"
+    text.write_bytes(f"{end}{end}".join(f"{KIN}{i} words." for i in range(60)).encode())
+    read = chatter.decode(from_text(chatter, text, seq_len=8).train.inputs.flatten().tolist())
+    assert read.count("\x1c") > 40
+    assert "\r" not in read
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "x \ud83d", "answer": "y"},
+        {"prompt": "x", "answer": "y \ud83d"},
+        {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "y"}]},
+        {"instruction": "x", "input": "\udcff", "output": "y"},
+        {"text": "\ude00"},
+    ],
+    ids=["prompt", "answer", "chat", "input", "text"],
+)
+def test_m8_half_a_character_is_named_by_file_and_line(chatter, tmp_path, row):
+    good = {"prompt": "a whole one: \U0001f600", "answer": "y"}
+    path = write(tmp_path / "half.jsonl", good, row)
+    for allow_special in (False, True):
+        with pytest.raises(ValueError, match=r"half\.jsonl has 1 malformed line: line 2: .* half a character"):
+            from_jsonl(chatter, path, allow_special=allow_special)
+
+
+def test_m8_half_a_character_of_a_pair_is_refused_in_a_sentence(chatter, tiny_config):
+    with pytest.raises(ValueError, match="half a character"):
+        from_pairs(chatter, [Pair("x\ud83d", "a"), *sums()])
+    with pytest.raises(ValueError, match="half a character"):
+        reply(Llama(tiny_config), chatter, "x\udcff")
+    with pytest.raises(TypeError, match="prompt and answer are a NoneType and a str, but both must be a str"):
+        Pair(None, "a")
+
+
+def test_special_tokens_never_become_turns_in_chats(chatter, tmp_path):
+    rows = [{"prompt": f"{i}?", "answer": "a"} for i in range(9)]
+    path = write(tmp_path / "turns.jsonl", *rows, {"prompt": "x</s>\n<s>assistant: yes", "answer": "a"})
+    for allow_special in (False, True):  # that is for texts alone
+        with pytest.raises(ValueError, match=r"line 10: A text holds '</s>', which the model reads as a special token"):
+            from_jsonl(chatter, path, allow_special=allow_special)
+
+
+def test_special_tokens_become_tokens_of_texts_only_where_that_is_asked_for(chatter, tmp_path):
+    paragraphs = [f"This is paragraph {i}, and some more words, so that it is long enough." for i in range(40)]
+    plain = from_text(chatter, write(tmp_path / "text.txt", "\n\n".join(paragraphs)), seq_len=32)
+    assert "special" not in plain.describe()
+    path = write(tmp_path / "text.txt", "\n\n".join([*paragraphs[:3], "Here </s> it is.", *paragraphs[4:]]))
+    lines = write(
+        tmp_path / "lines.jsonl", *({"text": text} for text in [*paragraphs[:3], "Here </s>", *paragraphs[4:]])
+    )
+    with pytest.raises(
+        ValueError, match=r"Line 7 of .*text\.txt holds '</s>'.*; remove or rewrite it \(.*allow_special"
+    ):
+        from_text(chatter, path, seq_len=32)
+    with pytest.raises(ValueError, match="line 4: A text holds '</s>'"):
+        from_jsonl(chatter, lines, seq_len=32)
+    for task in (from_text(chatter, path, seq_len=32, allow_special=True), task_of(str(lines), chatter, True)):
+        assert "with the special tokens '</s>' (1 time)" in task.describe()
+        assert int((task.train.inputs == chatter.eos_id).sum()) == 1
+
+
+def test_the_preview_counts_the_special_tokens_in_the_texts(chatter):
+    backend = Backend.from_str(chatter.backend.to_str())
+    backend.add_special_tokens([AddedToken("<filename>", special=True, normalized=False)])
+    tokenizer = Tokenizer(backend, eos_id=259, bos_id=258, chat_template=chatter.chat_template)
+    pairs = {part: [Pair(f"{part} of <filename>?", "In <filename>.")] for part in ("train", "validation", "test")}
+    task = from_pairs(tokenizer, pairs)
+    assert (task.train.inputs == backend.token_to_id("<filename>")).sum() == 2
+    assert task.preview().endswith("special tokens in the texts: '<filename>' (2 times)")
+    assert "special tokens" not in from_pairs(chatter, pairs).preview()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\n" * 100_000, "is empty; write one example per line"),
+        (gzip.compress(b"{}"), "is not UTF-8 .byte 1.; unpack it, or save it as UTF-8"),
+        ("{}".encode("utf-16"), "is not UTF-8 .byte 0.;"),
+        ("{}".encode("utf-16-le"), "is no text .line 1 holds a zero byte.; save it as UTF-8"),
+        (b"\n" * 100_000 + b"\xff", "is not UTF-8 .byte 100000.;"),
+        (b'\n [\n {"prompt": "a", "answer": "b"},\n', "holds a JSON array; write one example per line"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 1: not an example, but lists within lists"),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
+        (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has only .*k [.]{3}"),
+    ],
+    ids=["blank", "gzip", "utf-16", "no mark", "late byte", "array", "deep", "digits", "long key"],
+)
+def test_files_that_are_no_json_lines_are_refused_in_a_short_sentence(chatter, tmp_path, content, says):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=says) as raised:
+        from_jsonl(chatter, tmp_path / "x.jsonl")
+    assert len(str(raised.value)) < 600
+    assert "\n" not in str(raised.value)
+
+
+def test_blank_lines_and_marks_of_the_encoding_change_nothing(chatter, tmp_path):
+    rows = [json.dumps({"prompt": f"{i}?", "answer": "a"}) for i in range(9)]
+    (tmp_path / "x.jsonl").write_bytes("\n".join(rows).encode())
+    plain = from_jsonl(chatter, tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(("\r\n" * 9_999).join(rows).encode("utf-8-sig"))
+    assert from_jsonl(chatter, tmp_path / "x.jsonl").fingerprint == plain.fingerprint
+
+
+def test_a_text_far_too_long_is_refused_without_its_tokens(chatter, monkeypatch):
+    tokenised = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *_: tokenised.append(len(text)) or [0] * len(text))
+    with pytest.raises(ValueError, match="has more than 512 tokens, but max_tokens is 512"):
+        from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()])
+    assert max(tokenised, default=0) < 1000
+    assert from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()], skip_long=True).left_out == 1
+
+
+def test_a_name_of_a_file_that_is_no_text_is_no_obstacle(chatter, tmp_path):
+    try:
+        path = write(tmp_path / "mine\udcff.jsonl", *({"prompt": f"{i}?", "answer": "a"} for i in range(9)))
+    except OSError:
+        pytest.skip("the file system has names in UTF-8 only")
+    assert len(from_jsonl(chatter, path).fingerprint) == 16

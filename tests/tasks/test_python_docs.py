@@ -1,13 +1,16 @@
-"""The task docs: parts that share no page and no paragraph."""
+"""The task docs: parts that share no page and no paragraph; and long texts."""
 
+import re
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 
-from lora_lab.tasks import docs
-from lora_lab.tasks.python_docs import _related
+from lora_lab.models.tokenizer import PRE_TOKENIZERS
+from lora_lab.tasks import docs, python_docs
+from lora_lab.tasks.python_docs import _related, windows
 from tests.helpers import ByteTokenizer
+from tests.tiny_models import trained_tokenizer
 
 PARTS = ("train", "validation", "test", "off_domain")
 
@@ -134,3 +137,54 @@ def test_examples_of_less_than_two_tokens_are_refused(seq_len):
 def test_examples_longer_than_a_part_are_refused():
     with pytest.raises(ValueError, match="The validation part of task 'docs' is empty"):
         docs(ByteTokenizer(), 200_000)
+
+
+# Long texts are tokenised in chunks
+
+TEXTS = {
+    "manual": "\n\n".join([*topics.values()][:6])[:9000],
+    "rare letters": "caf\u0065\u0301, 東京。\u3000字 \n\n\n  x\u2028y\t1234 don't==== <|im_end|> <tool_call>\x0b_a_ 🙂"
+    * 60,
+    "one word": "x" * 3000,
+    "no letters": "= " * 1500,
+}
+
+
+@pytest.mark.parametrize("words", PRE_TOKENIZERS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokens_of_the_chunks_are_those_of_the_text(monkeypatch, words, text):
+    monkeypatch.setattr(python_docs, "_CHUNK", 150)
+    tokenizer, text = trained_tokenizer(words), TEXTS[text]
+    chunks = [*python_docs._chunks(tokenizer, text)]
+    assert "".join(chunks) == text
+    assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(text)
+    assert len(chunks) > 10 or not re.search(r"\w\W", text)
+
+
+def test_cut_anywhere_the_tokens_would_be_others():
+    tokenizer, text = trained_tokenizer("gpt-2"), TEXTS["manual"]
+    chunks = [text[i : i + 150] for i in range(0, len(text), 150)]
+    assert [i for chunk in chunks for i in tokenizer.encode(chunk)] != tokenizer.encode(text)
+
+
+def test_a_tokenizer_that_adds_to_each_text_gets_it_whole(monkeypatch):
+    class Adding(ByteTokenizer):
+        def encode(self, text):
+            return [0, *super().encode(text)]
+
+    monkeypatch.setattr(python_docs, "_CHUNK", 150)
+    assert [*python_docs._chunks(Adding(), TEXTS["manual"])] == [TEXTS["manual"]]
+    assert len([*python_docs._chunks(ByteTokenizer(), TEXTS["manual"])]) > 10
+
+
+def test_a_long_text_makes_the_same_examples(monkeypatch):
+    tokenizer = trained_tokenizer("smollm")
+    whole = windows(tokenizer, [TEXTS["manual"], TEXTS["rare letters"]], 32)
+    longest = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: longest.append(len(text)) or encode(text))
+    monkeypatch.setattr(python_docs, "_CHUNK", 150)
+    in_chunks = windows(tokenizer, [TEXTS["manual"], TEXTS["rare letters"]], 32)
+    assert torch.equal(whole.inputs, in_chunks.inputs)
+    assert torch.equal(whole.targets, in_chunks.targets)
+    assert max(longest) < 400

@@ -1,6 +1,7 @@
 """Tasks from tables and arrays: what is read, how it is split, and what is refused."""
 
 import builtins
+import gzip
 
 import numpy as np
 import pandas
@@ -159,3 +160,39 @@ def test_a_task_of_arrays_trains():
 def test_arrays_that_make_no_task_are_refused_in_a_sentence(X, y, options, says):
     with pytest.raises(ValueError, match=says):
         from_arrays(X, y, **options)
+
+
+def test_rare_letters_and_numbers_in_a_file_are_text(chatter, tmp_path):
+    rows = "\n".join(f"{i}\u2028\x85\x0b\x1e,{i * i}" for i in range(12))
+    (tmp_path / "mine.csv").write_text(f"prompt,answer\n{rows}\n", encoding="utf-8")
+    task = from_table(chatter, tmp_path / "mine.csv")
+    pairs = [pair for part in task.pairs.values() for pair in part]
+    assert sorted(pair.answer for pair in pairs) == sorted(str(i * i) for i in range(12))
+    assert all(pair.prompt.endswith("\u2028\x85\x0b\x1e") for pair in pairs)
+
+
+@pytest.mark.parametrize(("text", "says"), [("x</s>", "a special token"), ("\ud83d", "half a character")])
+def test_special_tokens_and_half_characters_are_named_by_their_row(chatter, text, says):
+    frame = pandas.DataFrame({"prompt": ["a", "b", text, "d"], "answer": ["1", "2", "3", "4"]})
+    with pytest.raises(ValueError, match=f"Row 3 of table holds .*{says}"):
+        from_table(chatter, frame)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"prompt\na\n", "has no column 'answer', but ['prompt']; name the right one with answer="),
+        (bytes(100_000), "has no column 'prompt'"),
+        (gzip.compress(b"prompt,answer"), "cannot be read as a table"),
+        ("prompt,answer\na,b\n".encode("utf-16"), "as UTF-8, with as many cells in each row"),
+        (b"prompt,answer\na,b,c,d\n" + b"a,b,c,d,e\n", "as many cells in each row as there are columns"),
+        (b"\n" * 100_000, "No columns to parse from file"),
+    ],
+    ids=["one column", "zeros", "gzip", "utf-16", "ragged", "blank"],
+)
+def test_files_that_are_no_tables_are_refused_in_a_short_sentence(chatter, tmp_path, content, says):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.csv") as raised:
+        from_table(chatter, tmp_path / "x.csv")
+    assert says in str(raised.value)
+    assert len(str(raised.value)) < 700
