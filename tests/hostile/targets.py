@@ -1,6 +1,6 @@
 """All targets, and the share of each in the cases."""
 
-from tests.hostile import adapters, folders, gguf
+from tests.hostile import adapters, data, folders, gguf, runs
 from tests.hostile.workers import Target
 
 TARGETS = {
@@ -9,5 +9,7 @@ TARGETS = {
         Target.of(gguf, 0.25),
         Target.of(folders, 0.15),
         Target.of(adapters, 0.15),
+        Target.of(data, 0.08),
+        Target.of(runs, 0.12),
     )
 }
