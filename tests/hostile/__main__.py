@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 
 from tests.hostile.core import BAD, OUTCOMES
 from tests.hostile.targets import TARGETS
@@ -50,6 +53,9 @@ def main() -> int:
     parser.add_argument("--case", type=int, metavar="NUMBER", help="run this case of the target again, with traceback")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--also", choices=OUTCOMES, nargs="+", default=[], help="list causes of these outcomes too")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="write each case and its outcome as a line of JSON"
+    )
     options = parser.parse_args()
     targets = [TARGETS[name] for name in options.target]
     if options.case is not None:
@@ -58,10 +64,13 @@ def main() -> int:
         return outcome.name in BAD
     started = time.perf_counter()
     results = list(run(targets, options.cases, options.seed, options.jobs))
+    if options.results:
+        options.results.write_text("".join(f"{json.dumps(asdict(result))}\n" for result in results), encoding="utf-8")
     print(causes(results, {*BAD, *options.also}))
     print(f"\n{table(results)}\n")
     slowest = max(results, key=lambda result: result.seconds if result.outcome.name not in BAD else 0)
-    print(f"{len(results):,} cases in {time.perf_counter() - started:.0f} s; slowest {slowest.seconds:.1f} s: {slowest.repeat}")
+    print(f"{len(results):,} cases in {time.perf_counter() - started:.0f} s")
+    print(f"slowest {slowest.seconds:.1f} s: {slowest.repeat}")
     return any(result.outcome.name in BAD for result in results)
 
 

@@ -16,9 +16,7 @@ from torch import nn
 
 from lora_lab import (
     DoRA,
-    Llama,
     LoRA,
-
     RsLoRA,
     adapter_state,
     adapters,
@@ -27,8 +25,8 @@ from lora_lab import (
     merge,
     save_adapter,
 )
-from lora_lab.methods import Method
 from lora_lab.adapters.merged import base_of, load_merged
+from lora_lab.methods import Method
 from tests.helpers import randomise
 from tests.hostile.core import Case
 from tests.hostile.damage import damaged_bytes, damaged_json, damaged_safetensors, replace_file
@@ -39,7 +37,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS: tuple[Method, ...] = (LoRA(4, 8.0), RsLoRA(4, 8.0, targets=["q_proj", "down_proj"]), DoRA(2, 4.0))
 
 
-def prepare(folder: Path, values: Values) -> tuple[Path, Llama, dict[str, Path], Values]:
+def prepare(folder: Path, values: Values) -> tuple[dict[str, Path], Values]:
     """Adapters of three methods on one model, and one of several ranks, each as we save it and as PEFT does."""
     base = model_folder(folder / "base")
     folders = {}
@@ -48,12 +46,12 @@ def prepare(folder: Path, values: Values) -> tuple[Path, Llama, dict[str, Path],
         method.prepare(model, 0)
         save_adapter(randomise(model), folder / method.name, base=str(base))
         folders[method.name] = folder / method.name
-    return base, llama(), folders, values
+    return folders, values
 
 
-def case(rng: random.Random, folder: Path, material: tuple[Path, Llama, dict[str, Path], Values]) -> Case:
+def case(rng: random.Random, folder: Path, material: tuple[dict[str, Path], Values]) -> Case:
     """A damaged folder or a damaged adapter in memory, on a model that an error must leave as it was."""
-    base, pristine, folders, values = material
+    folders, values = material
     adapter = shutil.copytree(folders[rng.choice(list(folders))], folder / "adapter")
     if rng.random() < 0.6:
         _as_peft_saves(adapter)
@@ -113,15 +111,22 @@ def _in_memory(rng: random.Random, folder: Path, values: Values) -> Case:
     """A state that was changed."""
     state: dict[Any, Any] = dict(adapters.read_adapter(folder))
     names = list(state)
-    name, kind = rng.choice(names), rng.choice(("gone", "renamed", "shape", "dtype", "value", "number", "nan", "object"))
+    name, kind = (
+        rng.choice(names),
+        rng.choice(("gone", "renamed", "shape", "dtype", "value", "number", "nan", "object")),
+    )
     if kind == "gone":
         del state[name]
     elif kind == "renamed":
         state[rng.choice((name + "x", "x", "", name.upper(), rng.choice(names), 5))] = state.pop(name)
     elif kind == "shape":
-        state[name] = rng.choice((state[name].flatten(), state[name][None], torch.zeros(0), state[name].mT, torch.ones(3)))
+        state[name] = rng.choice(
+            (state[name].flatten(), state[name][None], torch.zeros(0), state[name].mT, torch.ones(3))
+        )
     elif kind == "dtype":
-        state[name] = state[name].to(rng.choice((torch.int64, torch.float16, torch.bool, torch.complex64, torch.float64)))
+        state[name] = state[name].to(
+            rng.choice((torch.int64, torch.float16, torch.bool, torch.complex64, torch.float64))
+        )
     elif kind == "nan":
         state[name] = state[name].clone().fill_(rng.choice((float("nan"), float("inf"), 1e30)))
     elif kind == "object":
@@ -160,7 +165,7 @@ def _config(adapter: Path, rng: random.Random, values: Values) -> str:
 def _setting(adapter: Path, rng: random.Random, values: Values) -> str:
     """Another value of what decides the result."""
     entries = json.loads((adapter / CONFIG).read_text())
-    name, make = rng.choice(list(_SETTINGS.items()))
+    name, make = rng.choice([*_SETTINGS.items(), *3 * [("r", _SETTINGS["r"])]])
     entries[name] = make(rng, values)
     (adapter / CONFIG).write_text(json.dumps(entries))
     return f"{CONFIG}: {name} = {entries[name]!r:.100}"
@@ -170,7 +175,9 @@ _SETTINGS: dict[str, Callable[[random.Random, Values], Any]] = {
     "r": lambda rng, values: rng.choice((values.json_value, values.integer, values.number))(rng),
     "lora_alpha": lambda rng, values: rng.choice((values.json_value, values.number))(rng),
     "lora_dropout": lambda rng, values: rng.choice((values.json_value, values.number))(rng),
-    "target_modules": lambda rng, values: rng.choice((values.json_value(rng), values.pattern(rng), [5], ["q_proj", None])),
+    "target_modules": lambda rng, values: rng.choice(
+        (values.json_value(rng), values.pattern(rng), [5], ["q_proj", None])
+    ),
     "peft_type": lambda rng, values: rng.choice(("LORA", "IA3", values.json_value(rng))),
     "bias": lambda rng, values: rng.choice(("none", "all", "lora_only", values.json_value(rng))),
     "use_rslora": lambda rng, values: rng.choice((True, False, values.json_value(rng))),
@@ -179,7 +186,9 @@ _SETTINGS: dict[str, Callable[[random.Random, Values], Any]] = {
     "modules_to_save": lambda rng, values: values.json_value(rng),
     "layers_to_transform": lambda rng, values: values.json_value(rng),
     "fan_in_fan_out": lambda rng, values: values.json_value(rng),
-    "base_model_name_or_path": lambda rng, values: rng.choice((values.text(rng), values.json_value(rng), "/etc", "x.gguf")),
+    "base_model_name_or_path": lambda rng, values: rng.choice(
+        (values.text(rng), values.json_value(rng), "/etc", "x.gguf")
+    ),
     "rank_pattern": lambda rng, values: values.json_value(rng),
     "alpha_pattern": lambda rng, values: values.json_value(rng),
     "task_type": lambda rng, values: values.json_value(rng),

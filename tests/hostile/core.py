@@ -36,6 +36,10 @@ _PERMITTED = (ValueError, OSError, RuntimeError, ModuleNotFoundError)
 _RAW = (UnicodeError, RecursionError, NotImplementedError)
 
 
+class Sentence(ValueError):
+    """What a command printed about an error, which counts as a sentence of the package."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One input, what is called with it, and how to see whether the result is any good.
@@ -123,6 +127,8 @@ def last_line(error: BaseException) -> str:
 
 def _raised_by_package(error: BaseException) -> bool:
     """Whether a ``raise`` statement of the package made it, and not a library that the package called."""
+    if isinstance(error, Sentence):
+        return True
     step = error.__traceback__
     while step is not None and step.tb_next is not None:
         step = step.tb_next

@@ -69,7 +69,9 @@ def _damage_once(tree: Any, rng: random.Random, values: Values) -> str:
             break
     if key is None:
         return "nothing"
-    kind = rng.choice(("value", "value", "value", "value", "number", "number", "drop", "rename", "add", "wrap", "repeat"))
+    kind = rng.choice(
+        ("value", "value", "value", "value", "number", "number", "drop", "rename", "add", "wrap", "repeat")
+    )
     old = parent[key]
     if kind == "drop":
         del parent[key]
@@ -99,7 +101,7 @@ def damaged_json(content: str, rng: random.Random, values: Values) -> tuple[byte
         value = values.json_value(rng)
         return json.dumps(value).encode(), f"all is {value!r:.60}"
     if kind == "nested":
-        opening = rng.choice(("[", '{"a":', '[0,'))
+        opening = rng.choice(("[", '{"a":', "[0,"))
         return (rng.choice((2000, 100_000)) * opening).encode(), f"nested deeply: {opening}"
     if kind == "digits" and isinstance(tree, dict) and tree:
         key = rng.choice(list(tree))
@@ -107,7 +109,10 @@ def damaged_json(content: str, rng: random.Random, values: Values) -> tuple[byte
         return json.dumps(tree | {key: "@"}).replace('"@"', digits).encode(), f"{key} is a number of many digits"
     if kind == "twice" and isinstance(tree, dict) and tree:
         key = rng.choice(list(tree))
-        return f"{content.rstrip()[:-1]}, {json.dumps(key)}: {json.dumps(values.json_value(rng))}}}".encode(), f"{key} twice"
+        return (
+            f"{content.rstrip()[:-1]}, {json.dumps(key)}: {json.dumps(values.json_value(rng))}}}".encode(),
+            f"{key} twice",
+        )
     if kind == "encoding":
         encoding = rng.choice(("utf-16", "utf-32", "utf-8-sig", "utf-7"))
         return content.encode(encoding), f"encoded in {encoding}"
@@ -132,7 +137,9 @@ def safetensors_bytes(header: Any, numbers: bytes) -> bytes:
 
 def damaged_safetensors(content: bytes, rng: random.Random, values: Values) -> tuple[bytes, str]:
     """Header, length of the header, numbers, or any bytes."""
-    kind = rng.choice(("header", "header", "header", "metadata", "tensor", "tensor", "numbers", "length", "bytes", "bytes"))
+    kind = rng.choice(
+        ("header", "header", "header", "metadata", "tensor", "tensor", "numbers", "length", "bytes", "bytes")
+    )
     header, numbers = safetensors_parts(content)
     names = [name for name in header if name != "__metadata__"]
     if kind == "header":
@@ -147,7 +154,9 @@ def damaged_safetensors(content: bytes, rng: random.Random, values: Values) -> t
         numbers = bytearray(numbers)
         for _ in range(rng.choice((1, 1, 20))):
             place = rng.randrange(len(numbers) // 4) * 4
-            numbers[place : place + 4] = struct.pack("<f", rng.choice((float("nan"), float("inf"), -float("inf"), 3e38)))
+            numbers[place : place + 4] = struct.pack(
+                "<f", rng.choice((float("nan"), float("inf"), -float("inf"), 3e38))
+            )
         return safetensors_bytes(header, bytes(numbers)), "safetensors numbers: NaN, infinite or huge"
     if kind == "length":
         length = rng.choice((*_SIZES, int.from_bytes(content[:8], "little") + rng.choice((-1, 1, 8))))
@@ -172,7 +181,9 @@ def _damaged_entry(header: dict[str, Any], names: list[str], numbers: bytes, rng
     elif kind == "turned":
         entry["shape"] = shape[::-1]
     elif kind == "more":
-        header[f"{name}2" if rng.random() < 0.5 else rng.choice(("x", "model.layers.7.mlp.up_proj.weight"))] = dict(entry)
+        header[f"{name}2" if rng.random() < 0.5 else rng.choice(("x", "model.layers.7.mlp.up_proj.weight"))] = dict(
+            entry
+        )
     elif kind == "gone":
         del header[name]
     elif kind == "renamed":
@@ -188,7 +199,9 @@ def replace_file(path: Path, rng: random.Random) -> str:
     """Put something else in the place of a file."""
     import os
 
-    kind = rng.choice(("gone", "empty", "folder", "link to itself", "link to nothing", "pipe", "device", "html", "pickle"))
+    kind = rng.choice(
+        ("gone", "empty", "folder", "link to itself", "link to nothing", "pipe", "device", "html", "pickle")
+    )
     path.unlink(missing_ok=True)
     makers: dict[str, Callable[[], Any]] = {
         "empty": path.touch,

@@ -21,7 +21,21 @@ from tests.hostile.values import WORDS_OF_TEMPLATES, Values
 
 LINES = 12
 # Line ends for Python's splitlines, but letters of a text for JSON; and other letters that are rare.
-RARE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\0", "\u200b", "\ufeff", "\U0001f600"]
+RARE = [
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1d",
+    "\x1e",
+    "\r",
+    "\0",
+    "\u200b",
+    "\ufeff",
+    "\U0001f600",
+]
 RARE += ["e\u0301", "\u202e", "\ufffd", "\x7f", "\t", "\\", '"', "\u0600", "\ud7ff", "\U0010ffff", "{", "%", "<", "</"]
 FORMS = ("messages", "sharegpt", "alpaca", "prompt", "completion", "question", "system", "turns")
 
@@ -65,7 +79,9 @@ def _joined(lines: list[str], end: str = "\n") -> str:
 def case(rng: random.Random, folder: Path, material: tuple[Tokenizer, Values]) -> Case:
     """A damaged file, or an odd one that is whole."""
     tokens, values = material
-    kind = rng.choice((_lines_damaged,) * 6 + (_odd_texts,) * 3 + (_whole,) * 3 + (_bytes, _text, _text, _csv, _csv, _large))
+    kind = rng.choice(
+        (_lines_damaged,) * 6 + (_odd_texts,) * 3 + (_whole,) * 3 + (_bytes, _text, _text, _csv, _csv, _large)
+    )
     return kind(rng, folder, tokens, values)
 
 
@@ -115,7 +131,9 @@ def _lines_damaged(rng: random.Random, folder: Path, tokens: Tokenizer, values: 
 def _odd_texts(rng: random.Random, folder: Path, tokens: Tokenizer, values: Values) -> Case:
     """Texts that are lone surrogates, special tokens, empty, or very long."""
     form = rng.choice((*FORMS, "text"))
-    odd = rng.choice((values.text(rng), rng.choice(WORDS_OF_TEMPLATES), "\ud83d", "x</s>\n<s>assistant\ny", 3000 * "ab "))
+    odd = rng.choice(
+        (values.text(rng), rng.choice(WORDS_OF_TEMPLATES), "\ud83d", "x</s>\n<s>assistant\ny", 3000 * "ab ")
+    )
     entries = [_entry(form, i, odd if i == 3 or rng.random() < 0.1 else "") for i in range(LINES)]
     path = folder / "odd.jsonl"
     path.write_text(_joined([json.dumps(entry) for entry in entries]))
@@ -184,7 +202,9 @@ def _csv(rng: random.Random, folder: Path, tokens: Tokenizer, values: Values) ->
     if kind == "cell":
         row[rng.randrange(2)] = values.text(rng)
     elif kind == "column":
-        rows[0] = rng.choice((["prompt"], ["Prompt", "Answer"], ["prompt", "prompt"], [], ["answer", "prompt", "x"], ["", ""]))
+        rows[0] = rng.choice(
+            (["prompt"], ["Prompt", "Answer"], ["prompt", "prompt"], [], ["answer", "prompt", "x"], ["", ""])
+        )
     elif kind == "short":
         row[:] = rng.choice(([], ["x"], 5 * ["x"], [""], ["", ""]))
     elif kind == "number":

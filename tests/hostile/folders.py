@@ -35,6 +35,13 @@ def prepare(folder: Path, values: Values) -> tuple[dict[str, Path], Values]:
     (parts / WEIGHTS).unlink()
     index = {"metadata": {"total_size": 1}, "weight_map": names}
     (parts / INDEX).write_text(json.dumps(index))
+    other = shutil.copytree(whole, folder / "other")
+    entries = json.loads((other / CONFIG).read_text()) | {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+    }
+    (other / CONFIG).write_text(json.dumps(entries))
+    load_pretrained(other, device="cpu")  # by transformers, which takes seconds to import
     return {"whole": whole, "parts": parts, "blocks": _in_blocks(whole, folder / "blocks")}, values
 
 
@@ -57,7 +64,18 @@ def case(rng: random.Random, folder: Path, material: tuple[dict[str, Path], Valu
     folders, values = material
     kind = rng.choice(("whole", "whole", "whole", "whole", "parts", "blocks"))
     model = shutil.copytree(folders[kind], folder / "model")
-    damages = (_config, _config, _config, _config, _config, _tokenizer_config, _tokenizer, _template, _weights, _weights)
+    damages = (
+        _config,
+        _config,
+        _config,
+        _config,
+        _config,
+        _tokenizer_config,
+        _tokenizer,
+        _template,
+        _weights,
+        _weights,
+    )
     what = rng.choice((*damages, _file, _index if kind == "parts" else _config, _added))(model, rng, values)
     if rng.random() < 0.05:
         return Case(what, partial(read_config, model))
@@ -182,7 +200,9 @@ def _index(model: Path, rng: random.Random, values: Values) -> str:
         return f"index: {what}"
     index = json.loads(path.read_text())
     names = index["weight_map"]
-    odd = rng.choice(("../whole/model.safetensors", "/etc/passwd", "", ".", "\0", "x" * 300, 5, None, "model.bin", "a/b"))
+    odd = rng.choice(
+        ("../whole/model.safetensors", "/etc/passwd", "", ".", "\0", "x" * 300, 5, None, "model.bin", "a/b")
+    )
     names[rng.choice(list(names))] = odd
     path.write_text(json.dumps(index))
     return f"index: a file {odd!r:.50}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import numpy
 from gguf import GGMLQuantizationType, quants
 
-from lora_lab import load_pretrained
+from lora_lab import Llama, load_pretrained
 from lora_lab.models.gguf_reader import read_gguf
 from lora_lab.models.pretrained import load_tokenizer
+from lora_lab.models.tokenizer import Tokenizer
 from tests.hostile.core import Case
 from tests.hostile.damage import damaged_bytes
 from tests.hostile.material import BOS, CONFIG, EOS, MERGES, TEMPLATE, TOKENS, complaints, llama
@@ -58,6 +60,7 @@ class File:
     entry_count: int | None = None
     tensor_count: int | None = None
     padding: int = _ALIGNMENT
+    contradicts: str = ""  # how the file contradicts itself so that a reader must see it
 
     def to_bytes(self) -> bytes:
         entries = len(self.entries) if self.entry_count is None else self.entry_count
@@ -149,7 +152,13 @@ def case(rng: random.Random, folder: Path, material: tuple[File, Values]) -> Cas
         return Case(what, partial(read_gguf, path))
     if rng.random() < 0.1:
         return Case(what, partial(load_tokenizer, path))
-    return Case(what, partial(load_pretrained, path, device="cpu", keep_blocks=keep), lambda both: complaints(*both))
+
+    def wrong(both: tuple[Llama, Tokenizer]) -> Iterator[str]:
+        if file.contradicts:
+            yield f"it was loaded, although {file.contradicts}"
+        yield from complaints(*both)
+
+    return Case(what, partial(load_pretrained, path, device="cpu", keep_blocks=keep), wrong)
 
 
 def _entry(file: File, rng: random.Random, values: Values) -> str:
@@ -184,6 +193,7 @@ def _list(file: File, rng: random.Random, values: Values) -> str:
     odd = values.integer(rng) % 2**32 if name == "token_type" else values.text(rng)
     if kind == "shorter":
         del items[place : place + rng.choice((1, 2, len(items)))]
+        file.contradicts = "tokens and their types differ in number" if name != "merges" else ""
     elif kind == "longer":
         items += rng.choice((1, 2, 300)) * [odd]
     elif kind == "same":
@@ -216,6 +226,7 @@ def _structure(file: File, rng: random.Random, values: Values) -> str:
         file.entries.remove(entry)
     elif kind == "twice":
         file.entries.append(copy.copy(entry))
+        file.contradicts = "an entry is there twice"
     elif kind == "type":
         entry.kind = rng.choice((*range(14), 255, 2**31))
         return f"{what} {entry.kind}"
@@ -228,7 +239,10 @@ def _structure(file: File, rng: random.Random, values: Values) -> str:
                 (b"general.type", values.text(rng)),
                 (b"llama.rope.scaling.type", values.text(rng)),
                 (b"llama.rope.dimension_count", values.integer(rng)),
-                (b"lora_lab.rope_scaling", rng.choice(([8.0, 1.0, 4.0, 64.0], [], [0.0], ["x"], 1, [1.0, 4.0, 1.0, 8.0]))),
+                (
+                    b"lora_lab.rope_scaling",
+                    rng.choice(([8.0, 1.0, 4.0, 64.0], [], [0.0], ["x"], 1, [1.0, 4.0, 1.0, 8.0])),
+                ),
                 (b"lora_lab.normalizer", values.text(rng)),
                 (b"llama.vocab_size", values.integer(rng)),
                 (b"tokenizer.ggml.padding_token_id", values.integer(rng)),
@@ -273,7 +287,9 @@ def _counts(file: File, rng: random.Random, values: Values) -> str:
 def _tensor(file: File, rng: random.Random, values: Values) -> str:
     """What the file says of one tensor, and what not of this one."""
     tensor = rng.choice(file.tensors)
-    kind = rng.choice(("lengths", "length", "type", "offset", "offset", "name", "twice", "gone", "added", "flat", "cut"))
+    kind = rng.choice(
+        ("lengths", "length", "type", "offset", "offset", "name", "twice", "gone", "added", "flat", "cut")
+    )
     what = f"{tensor.name.decode()}: {kind}"
     if kind == "lengths":
         tensor.lengths = rng.choice(
@@ -297,9 +313,13 @@ def _tensor(file: File, rng: random.Random, values: Values) -> str:
     elif kind == "type":
         tensor.kind = rng.choice((*range(35), 39, 99, 2**31, 2**32 - 1))
         what += f" {tensor.kind}"
+        if tensor.kind in range(24, 28):
+            file.contradicts = "a tensor of weights is of whole numbers"
     elif kind == "offset":
         tensor.offset = rng.choice((0, 1, 16, 32, 4096, 10**6, 2**31, 2**62, 2**63, 2**64 - 32, 2**64 - 1))
         what += f" {tensor.offset}"
+        if tensor.offset % _ALIGNMENT or (tensor is not file.tensors[0] and tensor.offset == 0):
+            file.contradicts = "a tensor begins within another one, or between the places where one may begin"
     elif kind == "name":
         names = (b"", b"\xff", b"x.weight", b"blk.7.attn_q.weight", b"blk.-1.attn_q.weight", b"blk.0.attn_q.bias")
         names += (b"blk.0.attn_norm.bias", b"rope_freqs.weight", b"output.weight", b"blk.00.attn_q.weight", 70 * b"n")
@@ -307,13 +327,16 @@ def _tensor(file: File, rng: random.Random, values: Values) -> str:
         what += f" {tensor.name!r}"
     elif kind == "twice":
         file.tensors.append(copy.copy(tensor))
+        file.contradicts = "a tensor is there twice"
     elif kind == "gone":
         file.tensors.remove(tensor)
     elif kind == "added":
         name = rng.choice((b"rope_freqs.weight", b"output.weight", b"blk.0.attn_q.bias", b"blk.0.ffn_up.bias", b"x"))
         lengths = rng.choice(([4], [32], [8], [32, len(TOKENS)], [1], [0]))
         size = 4 * int(numpy.prod(lengths))
-        numbers = numpy.frombuffer(rng.randbytes(size), "<f4").copy() if rng.random() < 0.5 else numpy.ones(size // 4, "<f4")
+        numbers = (
+            numpy.frombuffer(rng.randbytes(size), "<f4").copy() if rng.random() < 0.5 else numpy.ones(size // 4, "<f4")
+        )
         file.tensors.append(Tensor(name, lengths, 0, numbers.astype("<f4").tobytes()))
         what = f"added {name.decode()} {lengths}"
     elif kind == "flat":
@@ -339,5 +362,3 @@ def _template(file: File, rng: random.Random, values: Values) -> str:
     entry = next(entry for entry in file.entries if entry.key == b"tokenizer.chat_template")
     _, entry.value = _value(template)
     return f"template: {template!r:.80}"
-
-

@@ -1,6 +1,6 @@
 """All targets, and the share of each in the cases."""
 
-from tests.hostile import adapters, data, folders, gguf, runs
+from tests.hostile import adapters, api, commands, data, folders, gguf, interrupted, runs, security
 from tests.hostile.workers import Target
 
 TARGETS = {
@@ -11,5 +11,9 @@ TARGETS = {
         Target.of(adapters, 0.15),
         Target.of(data, 0.08),
         Target.of(runs, 0.12),
+        Target.of(api, 0.17),
+        Target.of(commands, 0.03),
+        Target.of(interrupted, 0.04),
+        Target.of(security, 0.03),
     )
 }

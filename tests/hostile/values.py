@@ -23,8 +23,35 @@ WORDS_OF_TEMPLATES = ["<|im_start|>", "<|im_end|>", "{% for x in y %}", "{{ x }}
 
 # Each alone takes exponential time on a long name, or is no pattern at all.
 PATTERNS = [r"((\w+\.?)+)+!", r"(.*)*x", r"(a|a)*b", r"(.*.*.*.*.*.*.*.*)!", r"(\w+)+\d", r"(?:.|\w)*!", "(x+x+)+y"]
-PATTERNS += ["(", "[", "*", "+a", "(?i)x", "a{99999999999}", "(?P<n>", r"\1", "(?<=a*)b", "a**", "[z-a]", "\\", "(?", ")"]
-PATTERNS += [500 * "(" + 500 * ")", 5000 * "(a|", "(?R)", "(?#", "[[:alpha:]]", "q_proj$", "^q_proj", ".*", "", "|", ".*|x"]
+PATTERNS += [
+    "(",
+    "[",
+    "*",
+    "+a",
+    "(?i)x",
+    "a{99999999999}",
+    "(?P<n>",
+    r"\1",
+    "(?<=a*)b",
+    "a**",
+    "[z-a]",
+    "\\",
+    "(?",
+    ")",
+]
+PATTERNS += [
+    500 * "(" + 500 * ")",
+    5000 * "(a|",
+    "(?R)",
+    "(?#",
+    "[[:alpha:]]",
+    "q_proj$",
+    "^q_proj",
+    ".*",
+    "",
+    "|",
+    ".*|x",
+]
 _ATOMS = ["q_proj", "layers", r"\.", ".", r"\d", r"\w", "[a-z]", "(", ")", "(?:", "|", "*", "+", "?", "{2,5}", "{0,}"]
 _ATOMS += ["^", "$", "\\", "[", "]", "(?i)", "x", "0", "(?=", "(?!", "é", r"\b", "{"]
 
@@ -59,7 +86,9 @@ class Values:
     def __init__(self, seed: int) -> None:
         text = st.text(st.characters(), max_size=20)
         scalar = st.none() | st.booleans() | st.integers() | st.floats() | text
-        tree = st.recursive(scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4))
+        tree = st.recursive(
+            scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4)
+        )
         self.texts = TEXTS + drawn(text, 60, seed)
         self.json = drawn(tree, 120, seed)
 

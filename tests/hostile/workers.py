@@ -32,7 +32,9 @@ from typing import Any
 import psutil
 import torch
 
+from lora_lab.models.pretrained import SMOLLM2
 from tests.hostile.core import BAD, PACKAGE, Case, Outcome, outcome_of
+from tests.hostile.material import model_folder
 from tests.hostile.values import Values
 
 CPU_SECONDS = 5  # of one case, which usually takes a hundredth of one
@@ -42,6 +44,9 @@ RESIDENT_BYTES = 2**29  # the most by which one case may raise a worker's peak
 LARGEST_FILE = 2**28
 GROUP = 40  # cases of a worker
 RAM = Path("/dev/shm")  # where files need not reach a disk
+
+
+PREPARED: dict[str, Any] = {}  # what targets have prepared, by name; forked processes have it too
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class Result:
     def signature(self) -> tuple[str, str, str, str]:
         """What results of one cause have in common."""
         outcome = self.outcome
-        kind = re.sub(r"\d[\d.e+-]*", "#", outcome.message)[:70] if outcome.name in ("silent", "lost") else outcome.error
+        kind = (
+            re.sub(r"\d[\d.e+-]*", "#", outcome.message)[:70] if outcome.name in ("silent", "lost") else outcome.error
+        )
         return self.target, outcome.name, kind, outcome.where
 
     @property
@@ -97,6 +104,7 @@ def workplace() -> Iterator[Path]:
         folder = Path(name)
         os.environ |= {"LORA_LAB_CACHE": str(folder / "cache"), "LORA_LAB_PROGRESS": "0", "LORA_LAB_DEVICE": "cpu"}
         torch.set_num_threads(1)
+        model_folder(folder / "cache" / f"{SMOLLM2}-v1")  # takes the place of SmolLM2, so that nothing is downloaded
         yield folder
 
 
@@ -112,13 +120,10 @@ def run(targets: Sequence[Target], cases: int, seed: int, jobs: int = 2) -> Iter
             numbers = range(max(1, round(cases * target.share / whole)))
             groups += [(target, numbers[start : start + GROUP]) for start in range(0, len(numbers), GROUP)]
         random.Random(0).shuffle(groups)  # so that the slow targets do not come last
-        _PREPARED.update(material)
+        PREPARED.update(material)
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-            for results in pool.map(partial(_run_group, seed, folder), *zip(*groups, strict=True)):
+            for results in pool.map(partial(run_group, seed, folder), *zip(*groups, strict=True)):
                 yield from results
-
-
-_PREPARED: dict[str, Any] = {}  # by target; forked processes have it too
 
 
 def make_case(target: Target, seed: int, number: int, folder: Path, material: Any) -> Case:
@@ -141,14 +146,15 @@ def repeat(target: Target, seed: int, number: int) -> Outcome:
                 traceback.print_exc()
                 raise
 
-        faulthandler.dump_traceback_later(CPU_SECONDS, exit=True)
+        _limit()
+        faulthandler.dump_traceback_later(2 * CPU_SECONDS, exit=True)
         outcome = outcome_of(replace(case, call=partial(shown, case.call), use=partial(shown, case.use)))
         faulthandler.cancel_dump_traceback_later()
         return outcome
 
 
-def _run_group(seed: int, folder: Path, target: Target, numbers: Sequence[int]) -> list[Result]:
-    """Run the cases of a group, in as many workers as need be."""
+def run_group(seed: int, folder: Path, target: Target, numbers: Sequence[int]) -> list[Result]:
+    """Run the cases of a prepared target, one after another, in as many workers as need be."""
     results: list[Result] = []
     while len(results) < len(numbers):
         results += _run_worker(seed, folder, target, numbers[len(results) :])
@@ -201,11 +207,7 @@ def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writi
     """What a worker does: run the cases, and write two lines for each, when it begins and when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    size = psutil.Process().memory_info().vms + ADDRESS_BYTES
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+    _limit()
     with open(writing, "w", buffering=1) as pipe, open(trace, "w") as places:
         faulthandler.register(signal.SIGPROF, places, all_threads=False, chain=True)  # then it ends the process
         for number in numbers:
@@ -214,7 +216,7 @@ def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writi
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
             started = time.perf_counter()
             try:
-                case = make_case(target, seed, number, place, _PREPARED[target.name])
+                case = make_case(target, seed, number, place, PREPARED[target.name])
             except Exception:
                 pipe.write(json.dumps({"number": number, "bug": traceback.format_exc()}) + "\n")
                 return
@@ -229,6 +231,15 @@ def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writi
             shutil.rmtree(place, ignore_errors=True)
             if growth > RESIDENT_BYTES:
                 return  # another worker measures the next case from its own start
+
+
+def _limit() -> None:
+    """Let this process have little more memory than it has."""
+    size = psutil.Process().memory_info().vms + ADDRESS_BYTES
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
 
 def _peak() -> int:
