@@ -121,7 +121,7 @@ def _in_memory(rng: random.Random, folder: Path, values: Values) -> Case:
         state[rng.choice((name + "x", "x", "", name.upper(), rng.choice(names), 5))] = state.pop(name)
     elif kind == "shape":
         state[name] = rng.choice(
-            (state[name].flatten(), state[name][None], torch.zeros(0), state[name].mT, torch.ones(3))
+            (state[name].flatten(), state[name][None], torch.zeros(0), state[name][..., None], torch.ones(3))
         )
     elif kind == "dtype":
         state[name] = state[name].to(
@@ -133,7 +133,7 @@ def _in_memory(rng: random.Random, folder: Path, values: Values) -> Case:
         state[name] = rng.choice((None, 5, "x", [1.0], state[name].tolist(), nn.Parameter(state[name]), {}))
     else:
         name = rng.choice([each for each in names if each.endswith((".scaling", ".alpha"))])
-        state[name] = torch.tensor(values.number(rng) if rng.random() < 0.3 else rng.choice((0.0, -1.0, 1e300)))
+        state[name] = torch.tensor(rng.choice((0.0, -1.0, 1e300, 1e-40, float("nan"), float("inf"))))
     what = f"in memory: {kind} {name}"
     if rng.random() < 0.3:
         weights = rng.choice(([1.0, 1.0], [0.5, -0.5], [0.0, 0.0]))

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -112,48 +113,16 @@ _SLOW = ("speed", "memory", "memory cpu", "analyze")
 _LONG = {"--steps", "--seeds", "--jobs", "--measure", "--threads", "--tokens"}
 _PATHS = ["nowhere", "", ".", "..", "/dev/null", "/dev/zero", "/dev/null/x", "/etc/passwd", "a\0b", 300 * "x", "~", "-"]
 _PATHS += ["out/\u00e9 \u2028 x", "x.jsonl", "x.gguf", "//", "$(true)", "out;true", "*", "a\nb", "\udcff"]
-_OPTIONS = [
-    "--json",
-    "--half",
-    "--preview",
-    "--merged",
-    "--bills",
-    "--by-length",
-    "--chat",
-    "--nope",
-    "--",
-    "-x",
-    "--help",
-]
-_OPTIONS += ["--device=meta", "--device=cuda", "--device=tpu", "--rank=0", "--rank=-1", "--method=full", "--method=x"]
-_OPTIONS += [
-    "--card=x",
-    "--largest=batch",
-    "--dtype=int4",
-    "--alpha=nan",
-    "--lr=inf",
-    "--temperature=nan",
-    "--ranks=1,1",
-]
-_OPTIONS += [
-    "--budget=x",
-    "--budget=-1GB",
-    "--budget=nanGB",
-    "--budget=99999999999999999999GB",
-    "--seq=0",
-    "--batch=-1",
-]
-_OPTIONS += [
-    "--engine=x",
-    "--task=x",
-    "--lrs=",
-    "--lrs=0",
-    "--lrs=nan",
-    "--ranks=",
-    "--margin=-1",
-    "--margin=nan",
-    "--alpha=0",
-]
+_OPTIONS = re.findall(
+    r"\S+",
+    """
+    --json --half --preview --merged --bills --by-length --chat --nope -- -x --help --device=meta --device=cuda
+    --device=tpu --rank=0 --rank=-1 --method=full --method=x --card=x --largest=batch --dtype=int4 --alpha=nan
+    --lr=inf --temperature=nan --ranks=1,1 --budget=x --budget=-1GB --budget=nanGB
+    --budget=99999999999999999999GB --seq=0 --batch=-1 --engine=x --task=x --lrs= --lrs=0 --lrs=nan --ranks=
+    --margin=-1 --margin=nan --alpha=0
+    """,
+)
 
 
 def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Case:

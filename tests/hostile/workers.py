@@ -184,8 +184,6 @@ def _run_worker(seed: int, folder: Path, target: Target, numbers: Sequence[int])
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     results, begun = [], None
     for line in map(json.loads, text.splitlines()):
-        if "bug" in line:
-            raise RuntimeError(f"{target.name}: the case {line['number']} could not be made.\n{line['bug']}")
         begun = Result(target.name, seed, line["number"], line["what"], Outcome(""))
         if "outcome" in line:
             results.append(replace(begun, outcome=Outcome(**line["outcome"]), seconds=line["seconds"]))
@@ -217,9 +215,8 @@ def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writi
             started = time.perf_counter()
             try:
                 case = make_case(target, seed, number, place, PREPARED[target.name])
-            except Exception:
-                pipe.write(json.dumps({"number": number, "bug": traceback.format_exc()}) + "\n")
-                return
+            except Exception as error:  # a fault of the harness, which must be seen and end nothing else
+                case = Case("a case that could not be made", partial(_raise, error))
             begun = {"number": number, "what": case.what[:300]}
             pipe.write(json.dumps(begun) + "\n")
             outcome = outcome_of(case)
@@ -231,6 +228,10 @@ def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writi
             shutil.rmtree(place, ignore_errors=True)
             if growth > RESIDENT_BYTES:
                 return  # another worker measures the next case from its own start
+
+
+def _raise(error: Exception) -> None:
+    raise AssertionError(f"the harness failed: {error!r}") from error
 
 
 def _limit() -> None:
