@@ -29,7 +29,7 @@ from lora_lab.adapters.merged import base_of, load_merged
 from lora_lab.methods import Method
 from tests.helpers import randomise
 from tests.hostile.core import Case
-from tests.hostile.damage import damaged_bytes, damaged_json, damaged_safetensors, replace_file
+from tests.hostile.damage import WHOLE, damaged_bytes, damaged_json, damaged_safetensors, nothing, replace_file
 from tests.hostile.material import complaints, llama, model_folder
 from tests.hostile.values import Values
 
@@ -58,7 +58,7 @@ def case(rng: random.Random, folder: Path, material: tuple[dict[str, Path], Valu
     if rng.random() < 0.1:
         return _in_memory(rng, adapter, values)
     damages = (_config, _config, _setting, _setting, _pattern, _pattern, _weights, _weights, _file)
-    what = rng.choice(damages)(adapter, rng, values)
+    what = rng.choice((*2 * damages, nothing))(adapter, rng, values)
     call = rng.choice(("load", "load", "load", "load", "read", "config", "base", "merged", "gguf"))
     if call == "read":
         return Case(what, partial(adapters.read_adapter, adapter), _complaints_of_state)
@@ -99,7 +99,7 @@ def _on_a_model(what: str, adapter: Any) -> Case:
         merge(model)
         yield from complaints(model)
 
-    return Case(what, partial(load_adapter, model, adapter), wrong, changed)
+    return Case(what, partial(load_adapter, model, adapter), wrong, changed, good=what == WHOLE)
 
 
 def _complaints_of_state(state: dict[str, torch.Tensor]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.hostile.values import Values
 
+WHOLE = "whole"
 _SIZES = (0, 1, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -193,6 +194,11 @@ def _damaged_entry(header: dict[str, Any], names: list[str], numbers: bytes, rng
     else:
         entry["shape"], entry["data_offsets"] = [0, *shape[1:]], [entry["data_offsets"][0]] * 2
     return safetensors_bytes(header, numbers), f"safetensors: {name} {kind}"
+
+
+def nothing(*_: object) -> str:
+    """No damage, so that the file must be read."""
+    return WHOLE
 
 
 def replace_file(path: Path, rng: random.Random) -> str:

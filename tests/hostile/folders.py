@@ -16,7 +16,7 @@ from lora_lab import load_pretrained
 from lora_lab.models.pretrained import architecture, load_tokenizer, read_config
 from lora_lab.models.quantize import dequantize
 from tests.hostile.core import Case
-from tests.hostile.damage import damaged_bytes, damaged_json, damaged_safetensors, replace_file
+from tests.hostile.damage import WHOLE, damaged_bytes, damaged_json, damaged_safetensors, nothing, replace_file
 from tests.hostile.material import TEMPLATE, complaints, model_folder
 from tests.hostile.templates import any_template
 from tests.hostile.values import Values
@@ -76,7 +76,7 @@ def case(rng: random.Random, folder: Path, material: tuple[dict[str, Path], Valu
         _weights,
         _weights,
     )
-    what = rng.choice((*damages, _file, _index if kind == "parts" else _config, _added))(model, rng, values)
+    what = rng.choice((*damages, _file, _index if kind == "parts" else _config, _added, nothing))(model, rng, values)
     if rng.random() < 0.05:
         return Case(what, partial(read_config, model))
     if rng.random() < 0.05:
@@ -84,7 +84,8 @@ def case(rng: random.Random, folder: Path, material: tuple[dict[str, Path], Valu
     if rng.random() < 0.05:
         return Case(what, partial(load_tokenizer, model))
     keep = kind == "blocks" and rng.random() < 0.5
-    return Case(what, partial(load_pretrained, model, device="cpu", keep_blocks=keep), lambda both: complaints(*both))
+    call = partial(load_pretrained, model, device="cpu", keep_blocks=keep)
+    return Case(what, call, lambda both: complaints(*both), good=what == WHOLE)
 
 
 def _on_meta(model: Path) -> torch.nn.Module:

@@ -19,7 +19,7 @@ from lora_lab.models.gguf_reader import read_gguf
 from lora_lab.models.pretrained import load_tokenizer
 from lora_lab.models.tokenizer import Tokenizer
 from tests.hostile.core import Case
-from tests.hostile.damage import damaged_bytes
+from tests.hostile.damage import WHOLE, damaged_bytes, nothing
 from tests.hostile.material import BOS, CONFIG, EOS, MERGES, TEMPLATE, TOKENS, complaints, llama
 from tests.hostile.templates import any_template
 from tests.hostile.values import Values
@@ -139,7 +139,7 @@ def case(rng: random.Random, folder: Path, material: tuple[File, Values]) -> Cas
     """A damaged file, which is loaded as a model or read in part."""
     file, values = copy.deepcopy(material[0]), material[1]
     damages = (_entry, _entry, _entry, _entry, _list, _list, _structure, _counts, _tensor, _tensor, _tensor, _numbers)
-    damage = rng.choice((*damages, None, None, _template))
+    damage = rng.choice(2 * (*damages, None, None, _template) + (nothing,))
     if damage is None:
         content, what = damaged_bytes(file.to_bytes(), rng)
     else:
@@ -158,7 +158,7 @@ def case(rng: random.Random, folder: Path, material: tuple[File, Values]) -> Cas
             yield f"it was loaded, although {file.contradicts}"
         yield from complaints(*both)
 
-    return Case(what, partial(load_pretrained, path, device="cpu", keep_blocks=keep), wrong)
+    return Case(what, partial(load_pretrained, path, device="cpu", keep_blocks=keep), wrong, good=what == WHOLE)
 
 
 def _entry(file: File, rng: random.Random, values: Values) -> str:

@@ -74,7 +74,8 @@ def complaints(model: nn.Module, tokens: Tokenizer | None = None) -> Iterator[st
         for token in (tokens.eos_id, tokens.bos_id, tokens.pad_id):
             if token is not None and not (isinstance(token, int) and 0 <= token < model.config.vocab_size):
                 yield "a special token has no row in the embedding"
-    logits = model(torch.tensor([ids]))
+    outputs = model(torch.tensor([ids]))
+    logits = getattr(outputs, "logits", outputs)  # transformers' or ours
     if not bool(torch.isfinite(logits).all()):
         yield "logits are not finite"
     if isinstance(model, Llama):
