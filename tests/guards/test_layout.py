@@ -43,7 +43,7 @@ def test_such_an_import_would_be_found(line):
 def test_the_tests_lie_in_the_folders_of_the_code():
     code = {path.parent.relative_to(ROOT / "lora_lab") for path in (ROOT / "lora_lab").rglob("*.py")}
     folders = {path.parent.relative_to(TESTS) for path in FILES}
-    assert {str(folder) for folder in folders - code} == {"guards"}
+    assert {str(folder) for folder in folders - code} == {"guards", "hostile"}
     assert all((TESTS / folder / "__init__.py").is_file() for folder in folders)
 
 

@@ -1,0 +1,198 @@
+"""Odd arguments to ``lora-lab``: a command that works, with one argument or two changed, added or left out.
+
+The command is called in the process, as ``lora-lab`` does. An error must be one line on standard error and status 1,
+or 2 where argparse refuses the arguments.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from lora_lab import LoRA, cli, inject, records, save_adapter
+from tests.helpers import randomise
+from tests.hostile.core import Case, Sentence
+from tests.hostile.material import llama, model_folder
+from tests.hostile.values import Values
+
+
+def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
+    """A model, an adapter, data, a folder of a sweep; each command has been called once, so that it is imported."""
+    model_folder(folder / "model")
+    model = llama()
+    inject(model, LoRA(2).config())
+    save_adapter(randomise(model), folder / "adapter", base=str(folder / "model"))
+    lines = [json.dumps({"prompt": f"question {i}", "answer": f"answer {i}"}) for i in range(12)]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    (folder / "text.txt").write_text("\n\n".join(f"Paragraph {i} " + 60 * "so on " for i in range(12)))
+    for number, words in enumerate(_commands(folder).values()):
+        place = folder / f"warm-{number}"
+        place.mkdir()
+        if "nothing" not in words:
+            _called(words, place)
+    return folder, values
+
+
+def _commands(folder: Path) -> dict[str, list[str]]:
+    """Commands that end within a second."""
+    model, adapter, data = str(folder / "model"), str(folder / "adapter"), str(folder / "data.jsonl")
+    small = [
+        "--model",
+        model,
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--eval-examples",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+    ]
+    record = min(records.shipped().glob("*.json"), key=lambda path: path.stat().st_size)
+    commands = {
+        "finetune": ["finetune", "--task", data, *small, "--rank", "2", "--lr", "1e-3", "--seed", "0"],
+        "finetune alpha": ["finetune", "--task", data, *small, "--alpha", "4", "--method", "lora", "--json"],
+        "finetune preview": ["finetune", "--task", data, "--model", model, "--preview"],
+        "finetune text": [
+            "finetune",
+            "--task",
+            str(folder / "text.txt"),
+            *small,
+            "--checkpoint-every",
+            "1",
+        ],
+        "generate": ["generate", "the", "--model", model, "--tokens", "3", "--temperature", "0.5", "--seed", "0"],
+        "generate adapter": ["generate", "the", "--adapter", adapter, "--tokens", "2", "--repetition-penalty", "1.1"],
+        "generate chat": ["generate", "the", "--model", model, "--tokens", "2", "--chat", "--device", "cpu"],
+        "chat": ["chat", "--adapter", adapter, "--tokens", "3", "--temperature", "0", "--seed", "0"],
+        "export": ["export", adapter, "--out", "out.gguf", "--dtype", "f16"],
+        "export merged": ["export", adapter, "--out", "out", "--merged", "--dtype", "f32"],
+        "export model": ["export", model, "--out", "m.gguf", "--dtype", "q8_0"],
+        "speed": ["speed", "--model", model, "--card", "l40s", "--batch", "1", "--seq", "8", "--rank", "2", "4"],
+        "memory": ["memory", "--model", model, "--budget", "1GiB", "--batch", "1", "--seq", "8", "--rank", "2"],
+        "memory cpu": ["memory", "--model", model, "--device", "cpu", "--dtype", "float32", "--seq", "8", "--json"],
+        "analyze": ["analyze", adapter, "--out", "out"],
+        "ablate": ["ablate", "--task", "digits", "--ranks", "1", "--lrs", "1e-2", "--seeds", "1", "--steps", "1"],
+        "check-record": ["check-record", str(record)],
+        "claims show": ["claims", "show", "rank-one-suffices"],
+        "course": ["course", "lessons", "--only", "01"],
+        "lessons": ["lessons", "lessons", "--only", "01"],
+        "doctor": ["doctor", "--json"],
+        "record": ["record", "nothing", "--out", "out"],  # a whole one takes hours
+        "no command": [],
+    }
+    commands["ablate"] += [
+        "--eval-examples",
+        "4",
+        "--batch",
+        "4",
+        "--margin",
+        "0.1",
+        "--alpha-per-rank",
+        "2",
+        "--out",
+        "out",
+    ]
+    return commands
+
+
+# These predict by going through a step of training, which takes seconds.
+_SLOW = ("speed", "memory", "memory cpu", "analyze")
+# Values of these options are taken at their word, so that a large one takes as long as it says.
+_LONG = {"--steps", "--seeds", "--jobs", "--measure", "--threads", "--tokens"}
+_PATHS = ["nowhere", "", ".", "..", "/dev/null", "/dev/zero", "/dev/null/x", "/etc/passwd", "a\0b", 300 * "x", "~", "-"]
+_PATHS += ["out/\u00e9 \u2028 x", "x.jsonl", "x.gguf", "//", "$(true)", "out;true", "*", "a\nb", "\udcff"]
+_OPTIONS = re.findall(
+    r"\S+",
+    """
+    --json --half --preview --merged --bills --by-length --chat --nope -- -x --help --device=meta --device=cuda
+    --device=tpu --rank=0 --rank=-1 --method=full --method=x --card=x --largest=batch --dtype=int4 --alpha=nan
+    --lr=inf --temperature=nan --ranks=1,1 --budget=x --budget=-1GB --budget=nanGB
+    --budget=99999999999999999999GB --seq=0 --batch=-1 --engine=x --task=x --lrs= --lrs=0 --lrs=nan --ranks=
+    --margin=-1 --margin=nan --alpha=0
+    """,
+)
+
+
+def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Case:
+    """A command with odd arguments, called in an empty folder."""
+    place, values = material
+    commands = _commands(place)
+    words = commands[rng.choice([*commands, *4 * [name for name in commands if name not in _SLOW]])]
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        _change(words, rng, values)
+    (folder / "here").mkdir()
+    kept = folder / "kept.txt"
+    kept.write_text("the user's own")
+
+    def changed() -> Iterator[str]:
+        if kept.read_text() != "the user's own":
+            yield "a file of the user has changed"
+
+    return Case(" ".join(map(repr, words))[:300], lambda: _called(words, folder / "here"), lambda _: changed(), changed)
+
+
+def _change(words: list[str], rng: random.Random, values: Values) -> None:
+    """Change, add or leave out an argument."""
+    kind = rng.choice(("value", "value", "value", "path", "option", "option", "gone", "twice", "word"))
+    if kind == "option" or not words:
+        words.insert(rng.randrange(1, len(words) + 1) if words else 0, rng.choice(_OPTIONS))
+        return
+    place = rng.randrange(len(words)) if rng.random() < 0.1 or len(words) < 2 else rng.randrange(1, len(words))
+    if kind == "gone":
+        del words[place]
+    elif kind == "twice":
+        words.insert(place, words[place])
+    elif kind == "word":
+        words.insert(place, values.text(rng))
+    elif kind == "path":
+        words[place] = rng.choice(_PATHS)
+    else:
+        if (numbers := [i for i, word in enumerate(words) if _is_number(word)]) and rng.random() < 0.7:
+            place = rng.choice(numbers)
+        number = rng.choice((values.integer, values.number))(rng)
+        if place and words[place - 1] in _LONG:
+            number = -abs(number)
+        words[place] = rng.choice((str, str, lambda n: f"{n}GB", lambda n: f"{n},1"))(number)
+        if rng.random() < 0.3:
+            words[place] = values.text(rng)
+
+
+def _is_number(word: str) -> bool:
+    return word.replace("e-", "").replace(".", "").isdigit()
+
+
+def _called(words: list[str], folder: Path) -> str:
+    """Call the command in a folder, and return what it printed.
+
+    Raises:
+        Sentence: it has ended with a status that is not 0, and a line that says why.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "stdin", io.StringIO("the\n/quit\n")):
+            status: Any = cli.main([*words])
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os.chdir("/")
+    lines = err.getvalue().strip().splitlines() or [""]
+    if "can't allocate memory" in lines[-1]:
+        raise MemoryError(lines[-1])
+    if status == 1 and not lines[-1].startswith("lora-lab: "):
+        raise Sentence("\n".join(lines[-3:]))  # several lines, which is too long
+    if status:
+        raise Sentence(lines[-1])
+    return out.getvalue()
