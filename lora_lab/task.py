@@ -207,6 +207,16 @@ class Task:
         """The four parts by name."""
         return {name: getattr(self, name) for name in ("train", "validation", "test", "off_domain")}
 
+    def part(self, name: str) -> Examples:
+        """The part of that name.
+
+        Raises:
+            ValueError: the task has no such part.
+        """
+        if check(name, str, "part") not in self.parts:
+            raise ValueError(f"part is {name!r}, but task {self.name!r} has {list(self.parts)}.")
+        return self.parts[name]
+
     @property
     def fingerprint(self) -> str:
         """A hash of name, data and loss. Tasks with equal fingerprints have equal data.

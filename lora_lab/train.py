@@ -508,9 +508,7 @@ def batch_losses(
         ValueError: the task has no such part, or batch_size or limit is below 1.
     """
     batch_size, limit = check(batch_size, Size, "batch_size"), check(limit, Size | None, "limit")
-    if check(part, str, "part") not in task.parts:
-        raise ValueError(f"part is {part!r}, but task {task.name!r} has {list(task.parts)}.")
-    examples = task.parts[part][:limit]
+    examples = task.part(part)[:limit]
     if by_length and examples.lengths is not None:
         examples = examples[examples.lengths.argsort(stable=True)]
     training = model.training

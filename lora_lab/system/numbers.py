@@ -18,24 +18,29 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, Fraction) else value
 
 
+# Trained weights are far below it, and products of a few numbers beyond it are infinite in float32.
+_LARGEST = 1e9
+
+
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "") -> None:
-    """Check that no number is NaN or infinite, for it would spread to everything that is computed with it.
+    """Check that no number is NaN, infinite or so large that products are, which spreads to all that is computed.
 
     Args:
         tensors: each with its name. Integers pass, and so do tensors without values: fake, on the meta device, empty.
         where: what holds them, such as a path, for the beginning of the message.
 
     Raises:
-        ValueError: a number is NaN or infinite. The message names the first tensor that holds one.
+        ValueError: a number is NaN or infinite, or its magnitude is above 1e9. The message names the first tensor that
+            holds one.
     """
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
             continue
         # One pass, in which NaN propagates; numbers of one byte have no order in torch.
         smallest, largest = (tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()).aminmax()
-        if not (bool(smallest.isfinite()) and bool(largest.isfinite())):
+        if not (-_LARGEST <= float(smallest) and float(largest) <= _LARGEST):
             named = f"{where}: {name}" if where else name
             raise ValueError(
-                f"{named} holds numbers that are NaN or infinite; training has diverged, or the file is damaged, so "
-                "train or copy it anew."
+                f"{named} holds numbers that are NaN or infinite, or above {_LARGEST:g}; training has diverged, or the "
+                "file is damaged, so train or copy it anew."
             )

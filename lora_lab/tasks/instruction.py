@@ -145,8 +145,11 @@ class PairTask(Task):
 
         Special tokens that stand in the texts themselves are counted, because what is read and learned has those of
         the chat template too.
+
+        Raises:
+            ValueError: the task has no such part.
         """
-        examples, lines = self.parts[part], []
+        examples, lines = self.part(part), []
         for row in range(min(count, len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
             last = int((targets != IGNORE).nonzero()[-1])

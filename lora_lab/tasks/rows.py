@@ -72,7 +72,7 @@ class RowTask(PairTask):
 
     def preview(self, count: int = 2, part: str = "train") -> str:
         """The first examples as the model sees them, and how many rows all of them share."""
-        rows = self.parts[part]
+        rows = self.part(part)
         last = f"in {len(rows)} rows of up to {self.length} tokens, none of which attends to another example"
         return f"{self.source.preview(count, part)}\n{last}"
 

@@ -21,10 +21,17 @@ def test_the_first_tensor_with_a_number_that_is_not_finite_is_named(dtype):
         bad = bad.to(dtype)
         if bad.float().isfinite().all():  # a type without infinity may have rounded to its largest number
             continue
-        with pytest.raises(ValueError, match=r"^b holds numbers that are NaN or infinite; "):
+        with pytest.raises(ValueError, match=r"^b holds numbers that are NaN or infinite, or above 1e\+09; "):
             check_finite([("a", good), ("b", bad), ("c", bad)])
         with pytest.raises(ValueError, match=r"^x\.safetensors: b holds numbers that are NaN"):
             check_finite([("b", bad)], "x.safetensors")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_whose_products_are_infinite_is_not_taken_for_a_weight(sign):
+    check_finite([("b", torch.tensor([0.5, sign * 1e9]))])
+    with pytest.raises(ValueError, match=r"^b holds numbers .*, or above 1e\+09; "):
+        check_finite([("b", torch.tensor([0.5, sign * 1.001e9]))])
 
 
 def test_tensors_without_values_and_whole_numbers_pass():
