@@ -200,7 +200,9 @@ class Tokenizer:
             )
         try:
             backend = Backend.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and its panics are not even that
             reason = shortened(str(error))
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
         backend.no_truncation()  # some folders contain the limits of their last training run
