@@ -230,7 +230,7 @@ def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[d
         raise ValueError(f"The file cannot be read: {error}.") from None
     expected = {"sha256", *names}
     if note.keys() != expected and not (unsigned and note.keys() == names):
-        raise ValueError(f"The header has the entries {sorted(note)}, not {sorted(expected)}.")
+        raise ValueError(f"The header has the entries {reprlib.repr(sorted(note))}, not {sorted(expected)}.")
     checksum = note.pop("sha256", None)
     if checksum is not None and checksum != _checksum(tensors, note):
         raise ValueError("The content does not match the checksum in the header.")

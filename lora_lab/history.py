@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.schema import check_fields
+from lora_lab.system.wording import shortened
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -146,7 +147,8 @@ class History:
         if not isinstance(content, dict):
             raise ValueError(f"The content is a {type(content).__name__}, but it must be an object.")
         if mismatched := content.keys() ^ {entry.name for entry in fields(cls)}:
-            raise ValueError(f"The content has missing or unknown entries: {', '.join(sorted(mismatched))}.")
+            names = shortened(", ".join(sorted(mismatched)))
+            raise ValueError(f"The content has missing or unknown entries: {names}.")
         history = cls(**content)
         for step, row in enumerate(history.rows):
             _check_row(step, row)

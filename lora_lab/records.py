@@ -20,6 +20,7 @@ import torch
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.json_text import plain
 from lora_lab.system.provenance import checkout, device_name, driver_version, machine_info, slug
+from lora_lab.system.wording import shortened
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -273,7 +274,7 @@ def _from_json(stored: Any) -> Record:
     if missing := expected - stored.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if unknown := stored.keys() - expected:
-        raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))}")
+        raise ValueError(f"it has unknown entries: {shortened(', '.join(sorted(unknown)))}")
     if stored["what"] in ("overfitting", *_KINDS):
         stored = _with_current_names(stored)
     return Record(**stored)

@@ -82,6 +82,7 @@ def stored(**changes):
         (None, "The content is a NoneType"),
         ({}, "The content has missing or unknown entries: method, optimizer_bytes, rows, settings, task, total_param"),
         (stored(colour=1, size=2), "The content has missing or unknown entries: colour, size"),
+        (stored(**{"x" * 10**6: 1}), r"The content has missing or unknown entries: x+ \.\.\."),
         (stored(task="digits"), "task is 'digits', but it must be an object"),
         (stored(method=None), "method is None"),
         (stored(settings=1), "settings is 1"),

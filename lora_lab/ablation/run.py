@@ -317,12 +317,8 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
     # One parcel at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
     options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
     backend, _ = get_active_backend()
-    lost: list[type[Exception]] = [BrokenProcessPool]
     if getattr(backend, "client", None) is not None:
-        from distributed import KilledWorker
-
         options["backend"] = _reporting(backend)
-        lost.append(KilledWorker)
     parallel: Any = joblib.Parallel(n_jobs, **options)
     try:
         with closing(parallel(joblib.delayed(_run)(work) for work in works)) as parcels:
@@ -335,7 +331,7 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
             f"No trial ended for {timeout_s:g} s, so a worker may hang; look at the workers, or give a longer "
             "timeout_s. What has ended is kept: start the sweep again to go on."
         ) from None
-    except tuple(lost) as error:
+    except BrokenProcessPool as error:
         raise RuntimeError(
             "The system ended a worker, most likely for lack of memory; use fewer n_jobs or a smaller budget_bytes. "
             "What has ended is kept: start the sweep again to go on."
@@ -343,7 +339,7 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
 
 
 def _reporting(backend: Any) -> Any:
-    """joblib's backend for Dask, made to report errors of Dask too, such as that a trial has lost too many workers.
+    """joblib's backend for Dask, made to report errors of Dask too, such as KilledWorker: a trial lost four workers.
 
     joblib's own reports only the errors of functions, and would wait for such a trial forever.
     """
@@ -356,7 +352,10 @@ def _reporting(backend: Any) -> Any:
 
         def retrieve_result_callback(self, out: Any) -> Any:
             if isinstance(out, BaseException):
-                raise out
+                raise RuntimeError(
+                    f"Dask gave up a trial ({type(out).__name__}), most likely because the system ended its workers, "
+                    "for lack of memory; look at their logs. What has ended is kept: start the sweep again to go on."
+                ) from out
             return super().retrieve_result_callback(out)
 
     return Reporting(client=backend.client, **backend.submit_kwargs)

@@ -117,6 +117,7 @@ def load_pretrained(
         raise FileNotFoundError(
             f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
         )
+    _check_first_tokens(stored, path)
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
@@ -417,6 +418,16 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
                 dense[target] = weight
     model.load_state_dict(dense, assign=True, strict=False)  # the blocks are in the model already
     return model.eval()
+
+
+def _check_first_tokens(stored: StoredModel, origin: Path) -> None:
+    """Raise ValueError if the tokenizer puts tokens around every text that the model does not know."""
+    largest = max(stored.tokenizer.encode("", add_special_tokens=True), default=0)
+    if largest >= stored.config.vocab_size:
+        raise ValueError(
+            f"{origin}: the tokenizer adds token {largest} to every text, but the model has {stored.config.vocab_size} "
+            "tokens; copy both of the same model."
+        )
 
 
 def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:

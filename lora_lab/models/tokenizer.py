@@ -242,7 +242,9 @@ class Tokenizer:
         try:
             # Not by its path, which the library cannot read if a folder's name is not UTF-8.
             backend = Backend.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and its panics are not even that
             reason = shortened(str(error))
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
         backend.no_truncation()  # some folders contain the limits of their last training run

@@ -1256,7 +1256,7 @@ def test_a_trial_that_dask_gives_up_is_an_error_and_not_waited_for(cluster, tmp_
     (tmp_path / "go").touch()
     monkeypatch.setattr(made.scheduler, "allowed_failures", 0)  # usually 3
     with pytest.raises(
-        RuntimeError, match=r"The system ended a worker, .* What has ended is kept: start the sweep again"
+        RuntimeError, match=r"Dask gave up a trial \(KilledWorker\), .* What has ended is kept: start the sweep again"
     ):
         on_dask(client, grid(ranks=(1,), seeds=(0, 1)), tmp_path / "runs", model=make, timeout_s=60)
     assert_frame_equal(load(tmp_path / "runs"), done)

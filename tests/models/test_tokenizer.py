@@ -399,6 +399,15 @@ def test_a_tokenizer_config_of_other_types_is_refused(tiny_tokenizer, tmp_path, 
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_at_which_the_library_panics_is_refused(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"] |= {"continuing_subword_prefix": "##", "end_of_word_suffix": "</w>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer file \(.*\); copy it anew"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_template_that_is_not_utf8_is_refused(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
