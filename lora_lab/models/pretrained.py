@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BYTES_PER_BLOCK, BlockEmbedding, BlockLinear, BlockWeight, dequantize, shape_of
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are not read.
@@ -89,8 +90,10 @@ def load_pretrained(
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}, but weights need a floating-point one, such as torch.float32.")
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source is a {type(source).__name__}, but it must be {SMOLLM2!r} or a path.")
     device = pick_device(device)[0]
-    path = _smollm2_folder() if source == SMOLLM2 else as_path(source, "source")
+    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
     if path.is_dir():
         reason = misfit(_config_entries(path))
         if str(source) != SMOLLM2:
