@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -100,8 +101,10 @@ def load_pretrained(
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}, but weights need a floating-point one, such as torch.float32.")
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source is a {type(source).__name__}, but it must be {SMOLLM2!r} or a path.")
     device = pick_device(device)[0]
-    path = _smollm2_folder() if source == SMOLLM2 else as_path(source, "source")
+    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
     if path.is_dir():
         reason = misfit(_config_entries(path))
         if str(source) != SMOLLM2:

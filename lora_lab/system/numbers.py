@@ -38,7 +38,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "") -> None
             continue
         # One pass, in which NaN propagates; numbers of one byte have no order in torch.
         smallest, largest = (tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()).aminmax()
-        if not (-_LARGEST <= float(smallest) and float(largest) <= _LARGEST):
+        if not (float(smallest) >= -_LARGEST and float(largest) <= _LARGEST):
             named = f"{where}: {name}" if where else name
             raise ValueError(
                 f"{named} holds numbers that are NaN or infinite, or above {_LARGEST:g}; training has diverged, or the "

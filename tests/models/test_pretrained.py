@@ -519,6 +519,22 @@ def test_a_dtype_that_is_no_float_is_refused(dtype):
         load_pretrained(dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"source": None}, "source is a NoneType, but it must be 'smollm2-135m' or a path"),
+        ({"source": torch.nn.Linear(2, 2)}, "source is a Linear, but it must be 'smollm2-135m' or a path"),
+        ({"dtype": "float16"}, "dtype is 'float16', but weights need a floating-point one"),
+        ({"dtype": None}, "dtype is None, but weights need a floating-point one"),
+        ({"device": 1.5}, "Device '1.5' cannot be used here"),
+        ({"device": 10**20}, "Device '100000000000000000000' cannot be used here"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(arguments, says, tmp_path):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        load_pretrained(**{"source": tmp_path, **arguments})
+
+
 # Hugging Face folders
 
 
