@@ -189,7 +189,6 @@ _PARTS_OF_TOKENIZERS: list[tuple[str, Any]] = [
     ("pre_tokenizer", {"type": "Whitespace"}),
     ("pre_tokenizer", None),
     ("decoder", None),
-    ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}),
     ("decoder", {"type": "Strip", "content": "t", "start": 2**40, "stop": 1}),
     ("post_processor", {"type": "RobertaProcessing", "sep": ["x", 2**31], "cls": ["y", 5], "trim_offsets": True}),
     ("post_processor", {"type": "BertProcessing", "sep": ["x", 2**32 - 1], "cls": ["y", 999]}),
