@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import hypothesis
@@ -133,11 +131,3 @@ def nested(depth: int, of_lists: bool) -> Any:
 
 def _any_float(rng: random.Random) -> float:
     return rng.choice((1, -1)) * rng.random() * 10.0 ** rng.randint(-40, 40)
-
-
-def as_json(value: Any, rng: random.Random) -> str:
-    """The JSON of a value, with letters escaped or not."""
-    return json.dumps(value, ensure_ascii=rng.random() < 0.5)
-
-
-Damage = Callable[[random.Random], Any]
