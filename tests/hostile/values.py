@@ -19,37 +19,11 @@ TEXTS += ["\0", "\n", "\\", '"', "'", "{}", "{{", "%s", "\u2028", "\ufeff", "\ud
 TEXTS += [100 * "long ", 10**5 * "x", "-", "--help", "$(true)", ";true", "~", "C:\\x", "con", "a/b", ".", "..", "*"]
 WORDS_OF_TEMPLATES = ["<|im_start|>", "<|im_end|>", "{% for x in y %}", "{{ x }}", "{# x", "<s>", "</s>"]
 
-# Each alone takes exponential time on a long name, or is no pattern at all.
+# The first seven take exponential time on a long name; most others are no patterns.
 PATTERNS = [r"((\w+\.?)+)+!", r"(.*)*x", r"(a|a)*b", r"(.*.*.*.*.*.*.*.*)!", r"(\w+)+\d", r"(?:.|\w)*!", "(x+x+)+y"]
-PATTERNS += [
-    "(",
-    "[",
-    "*",
-    "+a",
-    "(?i)x",
-    "a{99999999999}",
-    "(?P<n>",
-    r"\1",
-    "(?<=a*)b",
-    "a**",
-    "[z-a]",
-    "\\",
-    "(?",
-    ")",
-]
-PATTERNS += [
-    500 * "(" + 500 * ")",
-    5000 * "(a|",
-    "(?R)",
-    "(?#",
-    "[[:alpha:]]",
-    "q_proj$",
-    "^q_proj",
-    ".*",
-    "",
-    "|",
-    ".*|x",
-]
+PATTERNS += ["(", "[", "*", "+a", "(?i)x", "a{99999999999}", "(?P<n>", r"\1", "(?<=a*)b", "a**", "[z-a]", "\\", "(?"]
+PATTERNS += [")", 500 * "(" + 500 * ")", 5000 * "(a|", "(?R)", "(?#", "[[:alpha:]]", "q_proj$", "^q_proj", ".*", ""]
+PATTERNS += ["|", ".*|x"]
 _ATOMS = ["q_proj", "layers", r"\.", ".", r"\d", r"\w", "[a-z]", "(", ")", "(?:", "|", "*", "+", "?", "{2,5}", "{0,}"]
 _ATOMS += ["^", "$", "\\", "[", "]", "(?i)", "x", "0", "(?=", "(?!", "é", r"\b", "{"]
 
