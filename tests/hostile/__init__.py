@@ -10,7 +10,8 @@ The files in reading order:
     workers      cases in processes of their own, with limits of time and memory
     values       odd numbers, texts, JSON values, patterns and Python objects to damage things with
     damage       what is done to bytes, to JSON, and to the header of a safetensors file
-    material     the tiny model, tokenizer and data that are damaged
+    templates    chat templates: broken, endless, and looking for a door
+    material     the tiny model and tokenizer that are damaged
 
 and one file for each target. It makes a case from a random generator, so a target, a seed and a number are a case:
 
@@ -18,7 +19,7 @@ and one file for each target. It makes a case from a random generator, so a targ
     folders      Hugging Face folders: config, tokenizer, template, index, weights
     adapters     PEFT's folders, adapters in memory, patterns
     data         files of examples: JSON Lines, text, tables
-    runs         checkpoints, histories, records, results of sweeps
+    runs         what we have written: checkpoints, histories, records, results of sweeps, lessons, replies
     api          odd arguments to the public functions
     commands     odd arguments to ``lora-lab``
     interrupted  signals, a full disk, and two processes in one folder

@@ -34,10 +34,10 @@ def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
     lines = [json.dumps({"prompt": f"question {i}", "answer": f"answer {i}"}) for i in range(12)]
     (folder / "data.jsonl").write_text("\n".join(lines))
     (folder / "text.txt").write_text("\n\n".join(f"Paragraph {i} " + 60 * "so on " for i in range(12)))
-    for number, words in enumerate(_commands(folder).values()):
+    for number, (name, words) in enumerate(_commands(folder).items()):
         place = folder / f"warm-{number}"
         place.mkdir()
-        if "nothing" not in words:
+        if name not in ("record", "speed", "memory cpu"):  # what these import, others do too
             _called(words, place)
     return folder, values
 

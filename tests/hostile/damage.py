@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -203,8 +204,6 @@ def nothing(*_: object) -> str:
 
 def replace_file(path: Path, rng: random.Random) -> str:
     """Put something else in the place of a file."""
-    import os
-
     kind = rng.choice(
         ("gone", "empty", "folder", "link to itself", "link to nothing", "pipe", "device", "html", "pickle")
     )

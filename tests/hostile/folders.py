@@ -166,9 +166,47 @@ def _tokenizer_config(model: Path, rng: random.Random, values: Values) -> str:
 
 def _tokenizer(model: Path, rng: random.Random, values: Values) -> str:
     path = model / "tokenizer.json"
-    content, what = damaged_json(path.read_text(encoding="utf-8"), rng, values)
-    path.write_bytes(content)
-    return f"tokenizer.json: {what}"
+    if rng.random() < 0.6:
+        content, what = damaged_json(path.read_text(encoding="utf-8"), rng, values)
+        path.write_bytes(content)
+        return f"tokenizer.json: {what}"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    part, content = rng.choice(_PARTS_OF_TOKENIZERS)
+    state[part] = state[part] | content if part == "model" else content
+    path.write_text(json.dumps(state), encoding="utf-8")
+    return f"tokenizer.json: {part} {content!r:.80}"
+
+
+# What the library accepts in a tokenizer.json, and what no tokenizer should have.
+_PARTS_OF_TOKENIZERS: list[tuple[str, Any]] = [
+    ("normalizer", {"type": "Replace", "pattern": {"String": "t"}, "content": 10**6 * "x"}),
+    ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a|a)*$"}, "content": ""}),
+    ("normalizer", {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
+    ("normalizer", {"type": "Sequence", "normalizers": 50 * [{"type": "Prepend", "prepend": 99 * "x"}]}),
+    ("normalizer", {"type": "Lowercase"}),
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(.*)*x"}, "behavior": "Removed", "invert": False}),
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "[t-a]"}, "behavior": "Isolated", "invert": False}),
+    ("pre_tokenizer", {"type": "Whitespace"}),
+    ("pre_tokenizer", None),
+    ("decoder", None),
+    ("decoder", {"type": "Strip", "content": "t", "start": 2**40, "stop": 1}),
+    ("post_processor", {"type": "RobertaProcessing", "sep": ["x", 2**31], "cls": ["y", 5], "trim_offsets": True}),
+    ("post_processor", {"type": "BertProcessing", "sep": ["x", 2**32 - 1], "cls": ["y", 999]}),
+    ("padding", {"strategy": {"Fixed": 2**40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 9}),
+    ("truncation", {"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 0}),
+    ("added_tokens", [{"id": 2**32 - 1, "content": "<x>", "special": True}]),
+    ("added_tokens", []),
+    ("model", {"type": "WordLevel", "unk_token": "[UNK]"}),
+    ("model", {"type": "WordPiece", "unk_token": "[UNK]", "max_input_chars_per_word": 0}),
+    ("model", {"type": "Unigram", "unk_id": 7, "vocab": [["x", -1.0]]}),
+    ("model", {"unk_token": "missing", "merges": [], "vocab": {"a": 0}}),
+    ("model", {"dropout": 1.0}),
+    ("model", {"dropout": -5.0}),
+    ("model", {"vocab": {}}),
+    ("model", {"vocab": {"a": 2**32 - 1}}),
+    ("model", {"continuing_subword_prefix": "##", "end_of_word_suffix": "</w>"}),
+    ("model", {"byte_fallback": True, "fuse_unk": True}),
+]
 
 
 def _template(model: Path, rng: random.Random, values: Values) -> str:

@@ -62,8 +62,8 @@ def complaints(model: nn.Module, tokens: Tokenizer | None = None) -> Iterator[st
         yield "weights are not finite"
     if isinstance(model, Llama):
         turns = rotary_frequencies(model.config)
-        if not bool(torch.isfinite(turns).all()) or bool((turns <= 0).any()):
-            yield "positions are no finite positive numbers, so that attention gives zeros"
+        if not bool(torch.isfinite(turns).all()) or bool((turns < 0).any()):
+            yield "positions are no finite numbers, or turn backwards, so that attention gives zeros"
     ids = [1, 5, 9, 200] if tokens is None else tokens.encode(TEXT, add_special_tokens=True)
     if tokens is not None:
         if not ids or max(ids) >= model.config.vocab_size:

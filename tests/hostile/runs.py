@@ -1,4 +1,4 @@
-"""What runs leave and read again: checkpoints, histories, records of a machine, results and weights of a sweep."""
+"""What we have written and read again: checkpoints, histories, records, results of a sweep, lessons, replies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from lora_lab import History, LoRA, Trial, ablate, ablation, checkpoint, fit, records
+from lora_lab.classroom.course import copy_lessons
+from lora_lab.classroom.learner import MANIFEST
 from lora_lab.experiments import submission
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.task import Task
 from lora_lab.tasks import digits
+from lora_lab.tasks.base_text import SHIPPED, base_replies
 from tests.hostile.core import Case
 from tests.hostile.damage import (
     damaged_bytes,
@@ -103,7 +106,8 @@ def _run(model: nn.Module, task: Task, folder: Path | None = None, **options: An
 
 def case(rng: random.Random, folder: Path, material: Material) -> Case:
     """A damaged file, which is read as a user would."""
-    kind = rng.choice((_checkpoint, _checkpoint, _history, _history, _record, _sweep, _sweep, _weights, _trial))
+    several = 2 * (_checkpoint, _history, _sweep, _record)
+    kind = rng.choice((*several, _weights, _trial, _replies, _lessons, _published))
     return kind(rng, folder, material)
 
 
@@ -257,6 +261,35 @@ def _weights(rng: random.Random, folder: Path, material: Material) -> Case:
             yield "weights that are not finite were scored"
 
     return Case(f"weights of a result: {what}", call, wrong)
+
+
+def _replies(rng: random.Random, folder: Path, material: Material) -> Case:
+    """What a base model answered, on which forgetting is measured."""
+    stored = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    stored["replies"] = stored["replies"][:3]
+    content, what = damaged_json(json.dumps(stored), rng, material.values)
+    path = folder / "replies.json"
+    path.write_bytes(content)
+    return Case(f"replies: {what}", partial(base_replies, path))
+
+
+def _lessons(rng: random.Random, folder: Path, material: Material) -> Case:
+    """The list of what was written to a learner's folder."""
+    copy_lessons(folder, only=["01"])
+    path = folder / MANIFEST
+    content, what = damaged_json(path.read_text(encoding="utf-8"), rng, material.values)
+    path.write_bytes(content)
+    return Case(f"lessons: {what}", partial(copy_lessons, folder, rng.random() < 0.5, ["01"]))
+
+
+def _published(rng: random.Random, folder: Path, material: Material) -> Case:
+    """Numbers that others published."""
+    path = folder / "published" / "litgpt.json"
+    path.parent.mkdir()
+    whole = records.shipped() / "published" / path.name
+    content, what = damaged_json(whole.read_text(encoding="utf-8"), rng, material.values)
+    path.write_bytes(content)
+    return Case(f"published: {what}", partial(records.published, "litgpt", folder))
 
 
 def _trial(rng: random.Random, folder: Path, material: Material) -> Case:

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from lora_lab import adapters, load_adapter, load_pretrained, save_adapter, save_model
+from lora_lab import LoRA, adapters, load_adapter, load_pretrained, save_adapter, save_model
 from lora_lab.adapters.merged import load_merged
 from lora_lab.classroom.course import add_files
 from lora_lab.models import download
@@ -89,11 +89,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
     """A model and an adapter; the hook, which stays for good, and does nothing without a watch."""
     model_folder(folder / "model")
-    model = llama()
-    from lora_lab import LoRA
-
-    LoRA(2).prepare(model, 0)
-    save_adapter(model, folder / "adapter", base=str(folder / "model"))
+    save_adapter(_adapted(), folder / "adapter", base=str(folder / "model"))
     load_merged(folder / "adapter")
     sys.addaudithook(_audit)
     return folder, values
@@ -251,8 +247,6 @@ def _links(rng: random.Random, inside: Path, outside: Path, watch: Watch, materi
 
 
 def _adapted() -> Any:
-    from lora_lab import LoRA
-
     model = llama()
     LoRA(2).prepare(model, 0)
     return model
