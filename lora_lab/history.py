@@ -8,16 +8,21 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from torch import nn
 
 from lora_lab.system.files import read_json, write_json
+from lora_lab.system.schema import check_fields
+from lora_lab.system.wording import shortened
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
+
+_Total = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class DivergedError(RuntimeError):
@@ -36,10 +41,13 @@ class History:
     task: dict[str, str]
     method: dict[str, Any]
     settings: dict[str, Any]
-    trainable_parameters: int
-    total_parameters: int
-    optimizer_bytes: int = 0
+    trainable_parameters: _Total
+    total_parameters: _Total
+    optimizer_bytes: _Total = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def start(self) -> None:
         """Append row 0, the model before training."""
@@ -139,22 +147,16 @@ class History:
         if not isinstance(content, dict):
             raise ValueError(f"The content is a {type(content).__name__}, but it must be an object.")
         if mismatched := content.keys() ^ {entry.name for entry in fields(cls)}:
-            raise ValueError(f"The content has missing or unknown entries: {', '.join(sorted(map(str, mismatched)))}.")
-        for name in ("task", "method", "settings"):
-            if not isinstance(content[name], dict):
-                raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be an object.")
-        for name in ("trainable_parameters", "total_parameters", "optimizer_bytes"):
-            if type(content[name]) is not int or not 0 <= content[name] <= sys.float_info.max:
-                raise ValueError(f"{name} is {reprlib.repr(content[name])}, but it must be a whole number.")
-        if not isinstance(content["rows"], list):
-            raise ValueError(f"rows are {reprlib.repr(content['rows'])}, but they must be a list.")
-        for step, row in enumerate(content["rows"]):
+            names = shortened(", ".join(sorted(mismatched)))
+            raise ValueError(f"The content has missing or unknown entries: {names}.")
+        history = cls(**content)
+        for step, row in enumerate(history.rows):
             _check_row(step, row)
-        return cls(**content)
+        return history
 
 
-def _check_row(step: int, row: Any) -> None:
-    if not isinstance(row, dict) or row.keys() != set(COLUMNS):
+def _check_row(step: int, row: dict[str, Any]) -> None:
+    if row.keys() != set(COLUMNS):
         raise ValueError(f"Row {step} is {reprlib.repr(row)}, but it must have the values {', '.join(COLUMNS)}.")
     if type(row["step"]) is not int or row["step"] != step:
         raise ValueError(f"Row {step} is of step {reprlib.repr(row['step'])}, but rows must be of steps 0, 1, 2, ...")

@@ -20,6 +20,7 @@ import torch
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.json_text import plain
 from lora_lab.system.provenance import checkout, device_name, driver_version, machine_info, slug
+from lora_lab.system.wording import shortened
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -181,7 +182,7 @@ def load(path: str | Path) -> Record:
     stored = read_json(path)
     try:
         return _from_json(stored)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error).removesuffix(".")
         raise ValueError(f"{path} is not a record of this version of lora_lab ({reason}); measure it anew.") from None
 
@@ -260,7 +261,7 @@ def published(name: str, folder: str | Path | None = None) -> Published:
     stored = read_json(paths[name])
     try:
         return Published(**stored)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{paths[name]} does not hold published numbers ({error}); restore it.") from None
 
 
@@ -273,7 +274,7 @@ def _from_json(stored: Any) -> Record:
     if missing := expected - stored.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if unknown := stored.keys() - expected:
-        raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))}")
+        raise ValueError(f"it has unknown entries: {shortened(', '.join(sorted(unknown)))}")
     if stored["what"] in ("overfitting", *_KINDS):
         stored = _with_current_names(stored)
     return Record(**stored)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -133,6 +134,18 @@ class ByteTokenizer:
 
     def encode(self, text):
         return list(text.encode())
+
+
+HOSTILE = [None, True, "banana", -1.5, math.nan, math.inf, 10**400, [], {}, [[1]], {"a": {}}]
+
+
+def places(content, path=()):
+    """Every place in nested dicts and lists, as the names that lead there; of a list its last one."""
+    if isinstance(content, list) and content:
+        content = {-1: content[-1]}
+    for name in content if isinstance(content, dict) else ():
+        yield (*path, name)
+        yield from places(content[name], (*path, name))
 
 
 class Stopped(BaseException):

@@ -1,6 +1,9 @@
 """Records: what is let in, what is written and read back, where they are kept, and how they are named."""
 
+import copy
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -19,7 +22,7 @@ from lora_lab import records
 from lora_lab.records import Record, load, load_all, write
 from lora_lab.system import provenance
 from lora_lab.system.provenance import machine_info
-from tests.helpers import COMMIT, ROOT, names
+from tests.helpers import COMMIT, HOSTILE, ROOT, names, places
 
 CPU = torch.device("cpu")
 
@@ -220,6 +223,54 @@ def test_a_damaged_file_is_refused(tmp_path, content, says):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="anew"):
         load_all(folder=tmp_path)
+
+
+def changed(content, place, value):
+    """A copy of the content with the value in that place."""
+    content = copy.deepcopy(content)
+    functools.reduce(lambda entry, name: entry[name], place[:-1], content)[place[-1]] = value
+    return content
+
+
+def numbers_of_outcomes(path, whole, read, advice):
+    """How many of the contents with something else in one place are read, and how many refused in a sentence."""
+    accepted, refused = 0, []
+    for place, value in itertools.product(list(places(whole)), HOSTILE):
+        path.write_text(json.dumps(changed(whole, place, value)))
+        try:
+            read()
+            accepted += 1
+        except ValueError as error:
+            refused.append((type(error), str(error)))
+    for kind, message in refused:
+        assert kind is ValueError
+        assert message.startswith(str(path))
+        assert message.endswith(advice)
+        assert len(message) < 1000
+    return accepted, len(refused)
+
+
+def test_whatever_stands_in_a_record_it_is_read_or_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "gpu-memory.json"
+    accepted, refused = numbers_of_outcomes(path, without(""), lambda: load(path), "measure it anew.")
+    assert refused > 100
+    assert accepted > 50  # within settings and rows there may be anything that JSON can hold
+    path.write_text(json.dumps(without("")).replace("[4, 128]", "[" * 700 + "]" * 700))
+    with pytest.raises(
+        ValueError, match=r"gpu-memory\.json is not a record .*maximum recursion depth.*measure it anew"
+    ):
+        load(path)
+
+
+def test_whatever_stands_in_published_numbers_they_are_read_or_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "published" / "theirs.json"
+    path.parent.mkdir()
+    whole = json.loads((records.shipped() / "published" / "torchtune.json").read_text(encoding="utf-8"))
+    outcomes = numbers_of_outcomes(path, whole, lambda: records.published("theirs", tmp_path), "restore it.")
+    assert min(outcomes) > 20
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"theirs\.json does not hold published numbers .*; restore it\."):
+        records.published("theirs", tmp_path)
 
 
 def test_all_records_of_a_folder_are_read_by_name_in_order(tmp_path):

@@ -135,10 +135,10 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         """
         try:
             settings = {**content["method"]}  # a TypeError where it is no mapping
-            name = settings.pop("name")
-            if name not in _methods():
+            name, methods = settings.pop("name"), _methods()
+            if name not in methods:
                 raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
-            options = {**content, "method": _methods()[name](**settings)}
+            options = {**content, "method": methods[name](**settings)}
             if BASE_DTYPE in options:
                 options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
             return cls(**options)

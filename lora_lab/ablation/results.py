@@ -5,11 +5,14 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from lora_lab.ablation.grid import BASE_DTYPE, Trial
 from lora_lab.history import History, is_number
 from lora_lab.system.files import read_json
+from lora_lab.system.schema import Number, check
 from lora_lab.train import TrainConfig
 
 SCHEMA = 1
@@ -20,6 +23,20 @@ STOPPED = "stopped"  # the outcome of a trial that halving has stopped
 OUT_OF_MEMORY = "out of memory"  # how the reason of a trial begins that did not fit; others that failed diverged
 SCORE = "score_"  # how the columns of a judge's scores begin
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
+
+# What a result of each outcome holds beside its trial. A trial that is done may have the reason that its judge failed.
+_ENTRIES = {
+    "done": {"reason": str | None, "history": dict, "test_loss": Number, "scores": dict | None},
+    STOPPED: {"reason": str, "history": dict | None, "test_loss": None, "scores": None},
+    "failed": {"reason": str, "history": None, "test_loss": None, "scores": None},
+}
+_OUTCOMES = {name: TypedDict(name, entries) for name, entries in _ENTRIES.items()}  # pyright: ignore
+_Provenance = TypedDict("_Provenance", dict.fromkeys(PROVENANCE, str), total=False)  # pyright: ignore
+
+
+class _Result(TypedDict):
+    outcome: Literal["done", "failed", "stopped"]
+    provenance: _Provenance
 
 
 def load(folder: str | Path):
@@ -44,7 +61,7 @@ def load(folder: str | Path):
     paths = sorted(path for path in Path(folder).glob("*.json") if not path.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no results (files <key>.json); run ablate with this folder first.")
-    return table([_read(path) for path in paths])
+    return table(_read(path) for path in paths)  # one at a time, because their histories may not fit into memory
 
 
 def stored_results(
@@ -96,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         trial = Trial.from_dict(result["trial"])
         key = trial.key
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError for deeply nested settings
         reason = str(error).removesuffix(".")
         raise ValueError(f"{path} cannot be read: {reason}; if that is no help, {advice}.") from None
     if not path.stem == result["key"] == key:
@@ -114,43 +131,21 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
     Raises:
         ValueError: an entry is not of the kind that ablate writes.
     """
-    provenance = result["provenance"]
-    if not isinstance(provenance, dict):
-        raise ValueError(f"provenance is {reprlib.repr(provenance)}, but it must be an object")
-    for name in PROVENANCE:
-        if name in provenance and not isinstance(provenance[name], str):
-            raise ValueError(f"{name} is {reprlib.repr(provenance[name])}, but it must be a text")
-    reason, scores = result["reason"], result["scores"]
-    if result["outcome"] == "failed":
-        if not isinstance(reason, str) or any(result[name] is not None for name in ("history", "test_loss", "scores")):
-            raise ValueError("a trial that failed must have a reason, and neither history, test_loss nor scores")
+    check(result, _Result)
+    outcome, scores = result["outcome"], result["scores"]
+    check(result, _OUTCOMES[outcome], f"outcome {outcome!r}")
+    if scores is not None and not all(map(_is_score, scores.values())):
+        raise ValueError(f"scores are {reprlib.repr(scores)}, but they must be numbers and texts by name")
+    if result["history"] is None:
         return
-    if result["outcome"] == STOPPED:
-        _check_stopped(result, trial)
-        return
-    if result["outcome"] != "done":
-        expected = f"'done', 'failed' or {STOPPED!r}"
-        raise ValueError(f"outcome is {reprlib.repr(result['outcome'])}, but it must be {expected}")
-    if reason is not None and not isinstance(reason, str):
-        raise ValueError(f"reason is {reprlib.repr(reason)}, but it must be a text or nothing")
-    if not is_number(result["test_loss"]):
-        raise ValueError(f"test_loss is {reprlib.repr(result['test_loss'])}, but it must be a finite number")
-    if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
-        raise ValueError(f"scores are {reprlib.repr(scores)}, but they must be numbers and texts by name, or nothing")
     rows = History.from_dict(result["history"]).rows
-    if len(rows) != trial.steps + 1:
-        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
-    if rows[-1]["validation_loss"] is None:
-        raise ValueError("the last row of the history has no validation_loss")
-
-
-def _check_stopped(result: dict[str, Any], trial: Trial) -> None:
-    if not isinstance(result["reason"], str) or result["test_loss"] is not None or result["scores"] is not None:
-        raise ValueError("a trial that was stopped must have a reason, and neither test_loss nor scores")
-    if result["history"] is not None:
-        rows = History.from_dict(result["history"]).rows
+    if outcome == STOPPED:
         if not 0 < len(rows) <= trial.steps:
             raise ValueError(f"the history has {len(rows)} rows, but it was stopped before step {trial.steps}")
+    elif len(rows) != trial.steps + 1:
+        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
+    elif rows[-1]["validation_loss"] is None:
+        raise ValueError("the last row of the history has no validation_loss")
 
 
 def _is_score(value: Any) -> bool:

@@ -300,6 +300,9 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
     """The trials' results as they end."""
     # One parcel at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
     options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
+    backend, _ = get_active_backend()
+    if getattr(backend, "client", None) is not None:
+        options["backend"] = _reporting(backend)
     parallel: Any = joblib.Parallel(n_jobs, **options)
     try:
         with closing(parallel(joblib.delayed(_run)(work) for work in works)) as parcels:
@@ -317,6 +320,29 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
             "The system ended a worker, most likely for lack of memory; use fewer n_jobs or a smaller budget_bytes. "
             "What has ended is kept: start the sweep again to go on."
         ) from error
+
+
+def _reporting(backend: Any) -> Any:
+    """joblib's backend for Dask, made to report errors of Dask too, such as KilledWorker: a trial lost four workers.
+
+    joblib's own reports only the errors of functions, and would wait for such a trial forever.
+    """
+
+    class Reporting(type(backend)):
+        def submit(self, func: Any, callback: Any = None) -> Any:
+            future = super().submit(func, callback)
+            future.add_done_callback(lambda ended: ended.exception() and callback(ended.exception()))
+            return future
+
+        def retrieve_result_callback(self, out: Any) -> Any:
+            if isinstance(out, BaseException):
+                raise RuntimeError(
+                    f"Dask gave up a trial ({type(out).__name__}), most likely because the system ended its workers, "
+                    "for lack of memory; look at their logs. What has ended is kept: start the sweep again to go on."
+                ) from out
+            return super().retrieve_result_callback(out)
+
+    return Reporting(client=backend.client, **backend.submit_kwargs)
 
 
 def _here() -> tuple[str, int]:
