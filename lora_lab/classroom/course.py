@@ -23,14 +23,21 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from typing_extensions import TypedDict
 
 from lora_lab.classroom.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.provenance import shipped_lessons
+from lora_lab.system.schema import check
 
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
 NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
 RAISE = 'raise NotImplementedError("your code here")'
+
+
+class _Manifest(TypedDict):
+    solved: bool
+    lessons: dict[str, str]  # the SHA-256 of each file that was written, by its name
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
@@ -149,15 +156,15 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         only: beginnings of lessons' names, such as "03"; all lessons by default.
 
     Raises:
-        ValueError: the folder is a file, or has the other version, solved or not; a lesson is unknown; or a lesson's
-            markers are wrong.
+        ValueError: the folder is a file, or has the other version, solved or not; a lesson is unknown; a lesson's
+            markers are wrong; or the manifest is damaged.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     settle(folder)
-    before = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
+    before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
     if before["solved"] != solved:
         there, here = ("without", "with") if solved else ("with", "without")
         raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
@@ -202,6 +209,16 @@ def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
                 shutil.copyfile(path, temporary)
         copied.append(target.name)
     return copied
+
+
+def _manifest(path: Path) -> _Manifest:
+    try:
+        stored = read_json(path)
+        check(stored, _Manifest)
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{path} is damaged ({reason}); delete it, and lessons that you changed stay.") from None
+    return stored
 
 
 def _student_bytes(lesson: Path) -> bytes:

@@ -14,16 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from IPython.display import display
+from typing_extensions import TypedDict
 
 import lora_lab.classroom.exercises  # noqa: F401  # registers them
 from lora_lab.classroom.exercise import EXERCISES, Exercise
 from lora_lab.classroom.judge import judge
+from lora_lab.system import schema
 from lora_lab.system.files import read_json, write_json
 
 MANIFEST = ".lora_lab_course.json"  # a folder with this file is a learner's copy of the lessons
 PROGRESS = "progress.json"
 GREEN, AMBER, GREY = "#009e73", "#e69f00", "#999999"
 _ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
+
+
+class _Progress(TypedDict):
+    done: list[str]
+    tried: list[str]
+
 
 _passed: set[str] = set()
 _tried: set[str] = set()
@@ -186,9 +194,10 @@ def _remembered() -> tuple[set[str], set[str]]:
     if Path(MANIFEST).is_file():
         try:
             stored = read_json(PROGRESS)
+            schema.check(stored, _Progress)
             done |= set(stored["done"])
             tried |= set(stored["tried"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             pass  # there is none yet, or it is damaged and will be written anew
     return done, tried
 

@@ -337,6 +337,31 @@ def test_an_error_in_one_lesson_leaves_the_folder_as_it_was(lessons, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "it must be an object"),
+        ("{}", "lacks the entry 'solved'"),
+        ('{"solved": false, "lessons": ["00_first.ipynb"]}', "lessons is .*, but it must be an object"),
+        ('{"solved": 0, "lessons": {}}', "solved is 0, but it must be true or false"),
+        ('{"solved": false, "lessons": {"00_first.ipynb": 5}}', "is 5, but it must be a text"),
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence_and_without_it_what_was_changed_stays(lessons, tmp_path, damage, says):
+    mine = tmp_path / "mine"
+    copy_lessons(mine)
+    work = change(mine / "00_first.ipynb")
+    (mine / MANIFEST).write_text(damage, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"{MANIFEST} is damaged \(.*{says}.*\); delete it, and lessons that you changed"
+    ):
+        copy_lessons(mine)
+    (mine / MANIFEST).unlink()
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)
+    assert (mine / "00_first.ipynb").read_bytes() == work
+
+
 # The commands
 
 

@@ -130,7 +130,10 @@ def test_a_learners_copy_remembers(capsys, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"done": 3}', '{"done": [["a"]], "tried": []}'])
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", '{"done": 3}', '{"done": [["a"]], "tried": []}', '{"done": [1], "tried": []}', '{"done": "abc"}'],
+)
 def test_a_damaged_file_is_written_anew(damage, capsys, tmp_path):
     (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
     (tmp_path / PROGRESS).write_text(damage, encoding="utf-8")
