@@ -142,18 +142,15 @@ def settle(folder: str | Path) -> None:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``path``, unless another process has made ``path`` by then."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with _workspace(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         try:
             temporary.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:

@@ -21,10 +21,12 @@ import torch
 from torch.nn import functional
 
 from lora_lab import (
+    History,
     Llama,
     LoRA,
     LoRAConfig,
     adapters,
+    checkpoint,
     cli,
     fit,
     inject,
@@ -338,3 +340,26 @@ def test_what_a_killed_save_left_is_cleared_away_by_the_next_one(arena):
     assert any(path.name.startswith(".") for path in arena.folder.iterdir())
     arena.save()
     assert sorted(path.name for path in arena.folder.iterdir()) == sorted(arena.whole["new"])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_checkpoint_that_was_ended_by_a_signal_left_is_cleared_away_by_the_next_one(tmp_path, number):
+    model = DigitsMLP(width=8)
+    run = model, torch.optim.AdamW(model.parameters()), History({}, {}, {}, 1, 1)
+    checkpoint.save(tmp_path, *run)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+
+    def ended():
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)  # without a handler of Python's
+        sys.addaudithook(lambda event, arguments: os.kill(os.getpid(), number) if event == "os.rename" else None)
+        checkpoint.save(tmp_path, *run)
+
+    with forked(ended) as process:
+        pass
+    assert process.exitcode == -number
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+    checkpoint.save(tmp_path, *run)
+    assert list(tmp_path.iterdir()) == [path]

@@ -118,6 +118,7 @@ with atomic_folder(sys.argv[1]) as temporary:
     with atomic_folder(path) as temporary:
         (temporary / "two").write_text("2")
     assert names(path) == ["two"]
+    assert names(tmp_path) == ["entry"]  # what the kill left is cleared away
 
 
 @pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
