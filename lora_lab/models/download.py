@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 def cache_lock(name: str) -> FileLock:
     """A lock between processes, so that only one of them writes an entry of the cache."""
     cache_folder().mkdir(parents=True, exist_ok=True)
-    return FileLock(cache_folder() / f".{name}.lock")
+    return FileLock(cache_folder() / f".{name}.lock", mode=0o666)  # several users may share a cache
 
 
 def fetch_smollm2() -> Path:

@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,13 @@ def test_the_cache_is_where_the_variable_says_or_where_the_system_keeps_caches(m
     assert fetch.cache_folder() == usual
     monkeypatch.delenv("LORA_LAB_CACHE")
     assert fetch.cache_folder() == usual
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+def test_another_user_of_a_shared_cache_can_take_its_lock(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
+    with fetch.cache_lock("entry"):
+        assert stat.S_IMODE((tmp_path / ".entry.lock").stat().st_mode) == 0o666
 
 
 def test_a_truncated_file_in_the_cache_is_refused(empty_cache, smollm2_gguf):
