@@ -39,7 +39,7 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import check
 
