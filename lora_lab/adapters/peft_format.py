@@ -407,8 +407,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     tensors, digest = _read_weights(folder / WEIGHTS)
     if digest is not None and digest != _config_digest(config):
         raise ValueError(
-            f"{folder}: weights and config are from two different saves (rank, alpha and targets {digest} against "
-            f"{_config_digest(config)}); save the adapter again."
+            f"{folder}: weights and config are from two different saves (rank, alpha and targets {shortened(digest)} "
+            f"against {shortened(_config_digest(config))}); save the adapter again."
         )
     return config, tensors
 
