@@ -30,8 +30,8 @@ from tests.hostile.core import Case
 from tests.hostile.material import CONFIG, llama, model_folder, tokenizer
 from tests.hostile.values import Values
 
-# A large value of these is asked for, not an error: the call takes as long as it says.
-LONG = {"steps", "draws", "count"}
+# A large value of these is asked for, not an error: the call takes as long, or as much memory, as it says.
+LONG = {"steps", "draws", "count", "n", "k", "shape", "width", "directions", "n_train"}
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
@@ -157,7 +157,8 @@ def _odd_value(rng: random.Random, material: Material, long: bool) -> Any:
     if kind == "none":
         return None
     if kind == "list":
-        return [rng.choice((values.number, values.text))(rng) for _ in range(rng.choice((0, 1, 2, 5)))]
+        items = [rng.choice((values.number, values.text))(rng) for _ in range(rng.choice((0, 1, 2, 5)))]
+        return [-item if long and not isinstance(item, str) else item for item in items]
     return rng.choice(_OBJECTS)(material)
 
 

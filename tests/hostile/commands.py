@@ -164,6 +164,8 @@ def _change(words: list[str], rng: random.Random, values: Values) -> None:
         number = rng.choice((values.integer, values.number))(rng)
         if place and words[place - 1] in _LONG:
             number = -abs(number)
+        elif place and words[place - 1] == "--batch" and 64 < number < 10**12:
+            number *= 10**12  # a batch of thousands can be meant
         words[place] = rng.choice((str, str, lambda n: f"{n}GB", lambda n: f"{n},1"))(number)
         if rng.random() < 0.3:
             words[place] = values.text(rng)
