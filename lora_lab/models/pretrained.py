@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -322,8 +321,6 @@ def _smollm2_folder() -> Path:
         return folder
     with cache_lock(_CACHE_ENTRY):
         if not folder.is_dir():
-            for incomplete in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
-                shutil.rmtree(incomplete, ignore_errors=True)
             stored = read_gguf(fetch_smollm2())
             with atomic_folder(folder) as temporary:
                 _write_blocks(stored, temporary)
