@@ -269,7 +269,7 @@ def from_jsonl(
         except ValueError as error:
             malformed += 1
             if malformed <= 5:
-                problems.append(f"line {number}: {shortened(str(error)).removesuffix('.')}")
+                problems.append(f"line {number}: {shortened(str(error), 250).removesuffix('.')}")
     if malformed:
         shown = "; ".join(problems) + (f"; and {malformed - 5} more" if malformed > 5 else "")
         raise ValueError(f"{path} has {counted(malformed, 'malformed line')}: {shown}.")
@@ -448,7 +448,7 @@ def _check_disjoint(split: Mapping[str, Sequence[Pair]]) -> None:
     for part, pairs in split.items():
         for group in {_group(pair) for pair in pairs} | {_prompt_group(pair.context) for pair in pairs}:
             if part_of.setdefault(group, part) != part:
-                what = f"The prompt {group[1:60]!r}" if group[0] == "\0" else f"The group {group!r}"
+                what = f"The prompt {group[1:60]!r}" if group[0] == "\0" else f"The group {group!r:.60}"
                 raise ValueError(f"{what} is in {part_of[group]} and in {part}; put it into one part.")
 
 

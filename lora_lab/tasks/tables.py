@@ -61,7 +61,9 @@ def from_table(
         if missing := [columns[role] for role in ("prompt", "answer") if not texts[role].strip()]:
             raise ValueError(f"Row {number} of {name} has nothing in the column {missing[0]!r}; fill or remove it.")
         if part is not None and texts["part"] not in split:
-            raise ValueError(f"Row {number} of {name} has the part {texts['part']!r}, not one of {', '.join(PARTS)}.")
+            raise ValueError(
+                f"Row {number} of {name} has the part {texts['part']!r:.60}, not one of {', '.join(PARTS)}."
+            )
         for role in ("prompt", "answer"):
             tokenizer.check_text(texts[role], f"Row {number} of {name}")
         split[texts.get("part", "train")].append(Pair(texts["prompt"], texts["answer"], texts.get("group", "")))
