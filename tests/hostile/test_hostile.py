@@ -37,6 +37,7 @@ KNOWN: dict[tuple[str, str], int] = {
     ("gguf", "memory"): 1,
     ("gguf", "silent"): 13,
     ("runs", "crash"): 2,
+    ("security", "crash"): 1,
 }
 
 
