@@ -87,7 +87,9 @@ class Result:
         """What results of one cause have in common."""
         outcome = self.outcome
         kind = (
-            re.sub(r"\d[\d.e+-]*", "#", outcome.message)[:70] if outcome.name in ("silent", "lost") else outcome.error
+            re.sub(r"\d[\d.e+-]*|new-\w+", "#", outcome.message)[:70]
+            if outcome.name in ("silent", "lost")
+            else outcome.error
         )
         return self.target, outcome.name, kind, outcome.where
 
