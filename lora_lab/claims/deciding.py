@@ -19,11 +19,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from lora_lab import records
 from lora_lab.claims.facts import Claim
 from lora_lab.system.files import read_json
 from lora_lab.system.provenance import shipped_lessons
+from lora_lab.system.schema import check
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
@@ -144,10 +148,17 @@ def judge(
     return _together(results)
 
 
+class _Notebook(TypedDict):
+    cells: list[dict[str, Any]]
+
+
 def _from_lesson(claim: Claim, folder: Path) -> Result:
     """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
     shown_by = f"lesson {claim.lesson}"
-    for cell in read_json(folder / f"{claim.lesson}.ipynb")["cells"]:
+    path = folder / f"{claim.lesson}.ipynb"
+    notebook = read_json(path)
+    check(notebook, _Notebook, str(path))
+    for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             stored = output.get("metadata", {}).get(IN_OUTPUT, {})
             if claim.id in stored.get("results", {}):

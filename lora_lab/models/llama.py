@@ -101,7 +101,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """The angle by which each pair of a head rotates per position, in radians: (head_dim / 2,), always float32."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")  # (32,) on the CPU: equal everywhere
     exponent = pairs / config.head_dim  # (32,)
-    frequencies = 1.0 / config.rope_theta**exponent  # (32,)
+    frequencies = 1.0 / float(config.rope_theta) ** exponent  # (32,)
     if (scaling := config.rope_scaling) is None:
         return frequencies  # (32,)
     wavelength = 2 * math.pi / frequencies  # (32,) positions for one full rotation
@@ -308,10 +308,15 @@ class Llama(nn.Module):
             logits_to_keep: indices (columns,) of the positions whose logits are returned; None returns all.
 
         Raises:
-            ValueError: both ``cache`` and ``position_ids`` are given.
+            ValueError: both ``cache`` and ``position_ids`` are given, ``ids`` has another shape, or
+                ``logits_to_keep`` is no tensor.
         """
+        if ids.ndim != 2:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}, but it must be (batch, length).")
         hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
         if logits_to_keep is not None:
+            if not isinstance(logits_to_keep, Tensor):
+                raise ValueError(f"logits_to_keep is {logits_to_keep!r:.80}, but it must be a tensor of positions.")
             hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
         return self.lm_head(hidden)  # (4, 128, 49152)
 

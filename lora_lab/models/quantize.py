@@ -44,6 +44,7 @@ from lora_lab.lora import LoRALinear
 BLOCK = 32  # weights in a block of GGUF's formats
 _GROUP = 256  # blocks of NF4-double that share a step
 _E4M3_MAX = 448.0  # the largest number of torch.float8_e4m3fn
+_LONGEST_BLOCK = 2**16  # of NF4
 # Weights dequantised at a time: allocating 100 MB at once takes longer than computing the weights in it.
 _AT_ONCE = 2**20
 _MOST_SLICES = 32  # of a larger matrix: each slice takes a dozen operations, whatever its size
@@ -259,12 +260,14 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
         the scales and the step of each group (None without double quantisation).
 
     Raises:
-        ValueError: block is not an even whole number of at least 2.
+        ValueError: block is not an even whole number from 2 to 65,536.
 
     Reference: Dettmers et al. 2023, section 3, "4-bit NormalFloat Quantization" and "Double Quantization".
     """
-    if not isinstance(block, int) or block < 2 or block % 2:
-        raise ValueError(f"block is {block!r}, but it must be an even whole number of at least 2, such as 64.")
+    if not isinstance(block, int) or not 2 <= block <= _LONGEST_BLOCK or block % 2:
+        raise ValueError(
+            f"block is {block!r}, but it must be an even whole number from 2 to {_LONGEST_BLOCK:,}, such as 64."
+        )
     weights = _split(weight, block)  # (13824, 64)
     scale = weights.abs().amax(dim=1, keepdim=True)  # (13824, 1)
     level = weight.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device

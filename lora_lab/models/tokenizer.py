@@ -43,6 +43,8 @@ PRE_TOKENIZERS = {
 _NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
+_LETTERS = "a " + "".join(map(chr, range(33, 127)))
+_MOST_TOKENS = 10  # that a letter becomes; bytes of UTF-8 are at most four
 _ROLES = ("system", "user", "assistant")
 # What is read of a GGUF file's header.
 _Header = TypedDict(
@@ -242,13 +244,14 @@ class Tokenizer:
         try:
             # Not by its path, which the library cannot read if a folder's name is not UTF-8.
             backend = Backend.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            backend.no_truncation()  # some folders contain the limits of their last training run
+            backend.no_padding()
+            _try_out(backend)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises plain Exception, and its panics are not even that
             reason = shortened(str(error))
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
-        backend.no_truncation()  # some folders contain the limits of their last training run
-        backend.no_padding()
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         check(config, _Settings, str(path))
@@ -296,6 +299,7 @@ class Tokenizer:
             )
         try:
             backend = _backend(fields, pre, ids["bos_id"])
+            _try_out(backend)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(
                 f"The GGUF file's tokenizer cannot be built ({shortened(str(error))}); copy or download it again."
@@ -376,6 +380,24 @@ def _check_characters(text: str, what: str) -> None:
 
 def _around(text: str, place: int) -> str:
     return repr(text[max(0, place - 30) : place + 30])
+
+
+def _try_out(backend: Backend) -> None:
+    """Encode and decode a short text, for some damage shows only then.
+
+    Raises:
+        ValueError: the text becomes very long, or letters of it are lost where every byte has a token.
+        Exception: whatever the library raises.
+    """
+    text = _LETTERS + "\u00e9\U0001f600"
+    ids = backend.encode(text, add_special_tokens=False).ids
+    if len(ids) > _MOST_TOKENS * len(text):
+        raise ValueError(f"it makes {len(ids):,} tokens of {len(text)} letters")
+    decoded = backend.decode(ids, skip_special_tokens=False)
+    # A normalizer may change letters on purpose, such as capitals and accents.
+    kept = _LETTERS.lower() in decoded.lower() if backend.normalizer else text[:-1] in decoded
+    if "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}" and not kept:
+        raise ValueError(f"it loses letters: {text!r} comes back as {decoded!r:.200}")
 
 
 def _backend(fields: dict[str, Any], pre: str, bos_id: int | None) -> Backend:

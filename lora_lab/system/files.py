@@ -244,10 +244,12 @@ def _workspace(folder: Path) -> Iterator[Path]:
             lock = _lock(temporary, wait=True)
         yield temporary
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        try:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+        finally:  # after a KeyboardInterrupt too, so that the next save can remove what is left
+            if lock is not None:
+                os.close(lock)
 
 
 def _lock(folder: Path, wait: bool) -> int | None:

@@ -19,16 +19,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import TypedDict
 
 from lora_lab.models.llama import Llama
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.progress import progress_bar
+from lora_lab.system.schema import Count, check
 from lora_lab.task import IGNORE, Examples, Task
 from lora_lab.tasks.instruction import ChatTokenizer, Padded, stop_token
+
+_Tokens = Annotated[list[Count], Field(min_length=1)]
+
+
+class _Reply(TypedDict):
+    prompt: _Tokens
+    reply: _Tokens
+
+
+class _Content(TypedDict):
+    replies: Annotated[list[_Reply], Field(min_length=1)]
+
 
 SHIPPED = Path(__file__).parent / "data" / "smollm2_replies.json"
 PROMPTS = (
@@ -118,8 +134,14 @@ def base_replies(path: str | Path = SHIPPED, prompts: slice = slice(None)) -> Pa
         path: as for :func:`on_base_text`.
         prompts: which of the file's prompts, in their order. Replies that are trained on and replies that judge must be
             to different ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
     """
-    replies = read_json(path)["replies"]
+    content = read_json(path)
+    check(content, _Content, str(path))
+    replies = content["replies"]
     chosen = list(dict.fromkeys(tuple(reply["prompt"]) for reply in replies))[prompts]
     inputs, targets = [], []
     for reply in replies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,11 @@ def from_arrays(
         return Examples(torch.from_numpy(X_part), _targets(y_part, split))
 
     train, validation, test = (examples(features[rows], values[rows]) for rows in parts)
-    other = test if off_domain is None else examples(_features(off_domain[0]), np.asarray(off_domain[1]))
+    other = test
+    if off_domain is not None:
+        if not isinstance(off_domain, tuple | list) or len(off_domain) != 2:
+            raise ValueError(f"off_domain is {reprlib.repr(off_domain)}, but it must be another (X, y), or None.")
+        other = examples(_features(off_domain[0]), np.asarray(off_domain[1]))
     loss = cross_entropy if split is not None else mean_squared_error
     about = (
         f"{len(features)} examples of yours, {len(split)} classes" if split else f"{len(features)} examples of yours"

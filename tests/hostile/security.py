@@ -36,6 +36,7 @@ from tests.hostile.material import llama, model_folder, tokenizer
 from tests.hostile.templates import ESCAPES
 from tests.hostile.values import Values
 
+_TEMPORARY = os.path.realpath(tempfile.gettempdir())  # here, because finding it out writes a file, which the hook sees
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
 _FORBIDDEN += ("pickle.find_class", "webbrowser.open")
 _CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
@@ -64,7 +65,7 @@ class Watch:
                     self._check(os.fsdecode(path), event)
 
     def _check(self, path: str, event: str) -> None:
-        places = (os.path.realpath(self.folder), os.path.realpath(tempfile.gettempdir()), "/dev/null", "/dev/fd")
+        places = (os.path.realpath(self.folder), _TEMPORARY, "/dev/null", "/dev/fd")
         # A link is followed by what opens it, and is itself renamed or removed.
         real = os.path.realpath(path) if event == "open" else f"{os.path.realpath(Path(path).parent)}/x"
         if path.startswith("/") and not real.startswith(places) and "__pycache__" not in path:

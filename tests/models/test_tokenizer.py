@@ -587,3 +587,31 @@ def test_tokens_named_after_a_role_are_control_tokens_though_a_template_puts_the
     backend.add_tokens(["<User>", "<Assistant>", "<think>", "user"])  # none is a special token
     template = "{% for m in messages %}{{ '<User>' if m.role == 'user' else '<think>' }}{{ m.content }}{% endfor %}"
     assert Tokenizer(backend, chat_template=template).control_tokens == ["<User>", "<|assistant|>", "<|user|>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pre_tokenizer": None}, r"loses letters: 'a !.* comes back as 'a?!"),
+        ({"decoder": None}, "loses letters: .* comes back as 'a Ġ ! "),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "t"}, "content": "xy" * 5000}},
+            "makes 10,101 tokens of 98 letters",
+        ),
+    ],
+    ids=["spaces", "bytes", "length"],
+)
+def test_a_tokenizer_that_loses_letters_or_never_ends_is_refused(tiny_tokenizer, tmp_path, change, says):
+    tiny_tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json is not a tokenizer file \(it {says}.*copy it anew"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_lowers_capitals_on_purpose_is_read(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.decode(loaded.encode("A Cat")) == "a cat"
