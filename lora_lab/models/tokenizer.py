@@ -395,8 +395,8 @@ def _try_out(backend: Backend) -> None:
         raise ValueError(f"it makes {len(ids):,} tokens of {len(text)} letters")
     decoded = backend.decode(ids, skip_special_tokens=False)
     # A normalizer may change letters on purpose, such as capitals and accents.
-    kept = _LETTERS.lower() in decoded.lower() if backend.normalizer else text[:-1] in decoded
-    if "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}" and not kept:
+    unchanged = _LETTERS.lower() in decoded.lower() if backend.normalizer else text[:-1] in decoded
+    if "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}" and not unchanged:
         raise ValueError(f"it loses letters: {text!r} comes back as {decoded!r:.200}")
 
 
