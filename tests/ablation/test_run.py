@@ -738,7 +738,7 @@ def nest_deeply(path):
         (lambda path: path.write_text("[" * 100_000), r"damaged: it is not JSON; delete it"),
         (lambda path: path.write_text("9" * 5000), r"damaged: it is not JSON; delete it"),
         (lambda path: path.write_text("[]"), r"not a result in this version's format"),
-        (nest_deeply, r"cannot be read: maximum recursion depth exceeded.*delete it to run its trial again"),
+        (nest_deeply, r"cannot be read: targets is .*, but it must be a list of names; .*delete it to run its trial again"),
         (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), r"schema 1\); delete"),
         (lambda path: path.write_text(path.read_text().replace('"name": "lora"', '"name": "x"')), "'x' is not known"),
         (change_seed, r"holds trial \w+, which is not what its name and key say; delete it"),
@@ -1367,7 +1367,7 @@ def test_the_memory_of_small_packs_is_not_predicted_and_of_others_it_is(monkeypa
     assert torch.equal(torch.get_rng_state(), state)
     assert sizes(2**20) == [6]  # it fits as well, but not by far
     assert len(predicted) == 1
-    assert sizes(2**30, ranks=(5000,)) == [3]  # adapters that are larger than the model
+    assert sizes(2**27, ranks=(1024,)) == [3]  # adapters that are larger than the model
     assert len(predicted) == 1
     assert max(sizes(2**13)) < 6
 
