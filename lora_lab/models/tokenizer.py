@@ -386,7 +386,7 @@ def _try_out(backend: Backend) -> None:
     """Encode and decode a short text, for some damage shows only then.
 
     Raises:
-        ValueError: the text becomes very long, or letters of it are lost where every byte has a token.
+        ValueError: the text becomes very long, or letters of it are lost where most bytes have a token.
         Exception: whatever the library raises.
     """
     text = _LETTERS + "\u00e9\U0001f600"
@@ -396,7 +396,9 @@ def _try_out(backend: Backend) -> None:
     decoded = backend.decode(ids, skip_special_tokens=False)
     # A normalizer may change letters on purpose, such as capitals and accents.
     unchanged = _LETTERS.lower() in decoded.lower() if backend.normalizer else text[:-1] in decoded
-    if "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}" and not unchanged:
+    by_bytes = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
+    bytes_known = sum(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
+    if by_bytes and bytes_known > 128 and not unchanged:
         raise ValueError(f"it loses letters: {text!r} comes back as {decoded!r:.200}")
 
 

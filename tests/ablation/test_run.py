@@ -738,7 +738,7 @@ def nest_deeply(path):
         (lambda path: path.write_text("[" * 100_000), r"damaged: it is not JSON; delete it"),
         (lambda path: path.write_text("9" * 5000), r"damaged: it is not JSON; delete it"),
         (lambda path: path.write_text("[]"), r"not a result in this version's format"),
-        (nest_deeply, r"cannot be read: targets is .*, but it must be a list of names; .*delete it to run its trial again"),
+        (nest_deeply, r"cannot be read: targets is .*, but it must be a list of names; .*delete it to run its trial"),
         (lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 2')), r"schema 1\); delete"),
         (lambda path: path.write_text(path.read_text().replace('"name": "lora"', '"name": "x"')), "'x' is not known"),
         (change_seed, r"holds trial \w+, which is not what its name and key say; delete it"),

@@ -615,3 +615,10 @@ def test_a_tokenizer_that_lowers_capitals_on_purpose_is_read(tiny_tokenizer, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     loaded = Tokenizer.load(tmp_path)
     assert loaded.decode(loaded.encode("A Cat")) == "a cat"
+
+
+def test_a_small_vocabulary_may_lack_letters(tmp_path):
+    backend = Backend(models.BPE(vocab={"e": 0, "h": 1, "t": 2, "th": 3}, merges=[("t", "h")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    Tokenizer(backend).save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("the") == [3, 0]
