@@ -186,3 +186,9 @@ def test_a_lesson_shows_that_it_decides_itself_whatever_its_last_run_stored(run,
     monkeypatch.setattr(ledger, "read_claims", lambda: {CLAIM.id: dataclasses.replace(CLAIM, lesson=LESSON)})
     page = run(lessons.Outcome(CLAIM.id, "stands", "digits", True)).read_text(encoding="utf-8")
     assert "this lesson decides" in page
+
+
+def test_a_damaged_lesson_is_told(tmp_path):
+    (tmp_path / f"{LESSON}.ipynb").write_text("{}")
+    with pytest.raises(ValueError, match=r"\.ipynb lacks the entry 'cells'"):
+        judge(dataclasses.replace(CLAIM, lesson=LESSON), lessons=tmp_path)

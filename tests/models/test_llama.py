@@ -581,3 +581,16 @@ def test_checkpointing_is_one_models_and_keeps_less(tiny):
         kept.append(sum(sizes.values()))
         del result
     assert kept[1] < kept[0] / 2
+
+
+def test_ids_and_positions_of_another_form_are_refused():
+    model = Llama(LlamaConfig(16, 8, 16, 1, 2, 1, 4))
+    with pytest.raises(ValueError, match=r"ids has shape \(3,\), but it must be \(batch, length\)"):
+        model(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="logits_to_keep is 1, but it must be a tensor of positions"):
+        model(torch.tensor([[1, 2, 3]]), logits_to_keep=1)
+
+
+def test_a_rope_theta_that_is_a_large_whole_number_is_a_number():
+    config = LlamaConfig(16, 8, 16, 1, 2, 1, 4, rope_theta=10**30)
+    assert torch.isfinite(rotary_frequencies(config)).all()

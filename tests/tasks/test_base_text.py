@@ -159,3 +159,19 @@ def test_a_rehearsed_model_forgets_less(base, task, file):
         history = fit(copy.deepcopy(base), each, LoRA(4, 8), steps=60, lr=1e-2, batch_size=8, progress=False)
         rises.append(history.rows[-1]["off_domain_loss"] - history.rows[0]["off_domain_loss"])
     assert 0 < rises[1] < 0.9 * rises[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({}, "lacks the entry 'replies'"),
+        ({"replies": []}, "replies is"),
+        ({"replies": [{"prompt": [1]}]}, "lacks the entry 'replies.0.reply'"),
+        ({"replies": [{"prompt": [1], "reply": ["a"]}]}, "replies.0.reply.0 is 'a', but it must be a whole number"),
+    ],
+)
+def test_a_file_of_other_content_is_refused(tmp_path, content, says):
+    path = tmp_path / "replies.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"replies\.json.*{says}"):
+        base_text.base_replies(path)

@@ -196,3 +196,10 @@ def test_files_that_are_no_tables_are_refused_in_a_short_sentence(chatter, tmp_p
         from_table(chatter, tmp_path / "x.csv")
     assert says in str(raised.value)
     assert len(str(raised.value)) < 700
+
+
+@pytest.mark.parametrize("off_domain", [{}, [], "test", (1, 2, 3)])
+def test_an_off_domain_part_that_is_no_pair_is_refused(off_domain):
+    X, y = np.ones((20, 3)), np.arange(20) % 2
+    with pytest.raises(ValueError, match=r"off_domain is .*, but it must be another \(X, y\), or None"):
+        from_arrays(X, y, off_domain=off_domain)
