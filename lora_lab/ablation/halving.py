@@ -35,11 +35,14 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE, STOPPED
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
+from lora_lab.system.schema import NotNegative, Size, check_fields
 
 if TYPE_CHECKING:
     import pandas
@@ -106,22 +109,17 @@ class Halving:
     """
 
     rungs: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
-    keep: float = 0.25
-    slack: float = 0.0
-    choose: int | None = None
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.25
+    slack: NotNegative = 0.0
+    choose: Size | None = None
     best_so_far: bool = False
     cautious: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rungs", tuple(self.rungs))
+        check_fields(self)
         if not self.rungs or not all(0 < rung < 1 for rung in self.rungs) or sorted(self.rungs) != [*self.rungs]:
             raise ValueError(f"rungs is {self.rungs!r}, but it must be shares of the steps between 0 and 1, ascending.")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep is {self.keep!r}, but it must be a share from 0 to 1.")
-        if not 0 <= self.slack < math.inf:
-            raise ValueError(f"slack is {self.slack!r}, but it must be 0 or a positive loss.")
-        if self.choose is not None and self.choose < 1:
-            raise ValueError(f"choose is {self.choose!r}, but it must be at least 1, or None for all seeds.")
 
     def check(self, trials: Iterable[Trial]) -> None:
         """Raise ValueError if the rates of some group are not evaluated at any rung."""

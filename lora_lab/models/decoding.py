@@ -5,7 +5,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,19 +80,28 @@ def continued(
     if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
         value = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else reprlib.repr(ids)
         raise ValueError(f"The prompt is {value}, but one non-empty row of token ids is expected.")
-    config: Any = getattr(model, "config", None)
-    vocabulary, context = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(
             f"The prompt's tokens go from {int(ids.min())} to {int(ids.max())}, but the model knows {vocabulary}; "
             "encode the prompt with the model's own tokenizer."
         )
-    if context is not None and len(ids) + max_new_tokens > context:
+    check_context(model, len(ids), max_new_tokens)
+    return _continued(model, read, ids, max_new_tokens, stop, sampling)
+
+
+def check_context(model: nn.Module, length: int, max_new_tokens: int) -> None:
+    """Check that a prompt of ``length`` tokens and the new ones fit into the model's context, if its config names one.
+
+    Raises:
+        ValueError: they do not.
+    """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if context is not None and length + max_new_tokens > context:
         raise ValueError(
-            f"The prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the model reads at most "
+            f"The prompt has {length} tokens and max_new_tokens is {max_new_tokens}, but the model reads at most "
             f"{context} (max_position_embeddings); shorten the prompt, or ask for fewer tokens."
         )
-    return _continued(model, read, ids, max_new_tokens, stop, sampling)
 
 
 @torch.no_grad()

@@ -308,16 +308,24 @@ class Llama(nn.Module):
             logits_to_keep: indices (columns,) of the positions whose logits are returned; None returns all.
 
         Raises:
-            ValueError: both ``cache`` and ``position_ids`` are given, ``ids`` has another shape, or
-                ``logits_to_keep`` is no tensor.
+            ValueError: both ``cache`` and ``position_ids`` are given, ``ids`` or ``position_ids`` has another shape,
+                or ``logits_to_keep`` is no tensor of positions.
         """
         if ids.ndim != 2:
             raise ValueError(f"ids has shape {tuple(ids.shape)}, but it must be (batch, length).")
+        if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape != ids.shape):
+            raise ValueError(
+                f"position_ids is {position_ids!r:.80}, but it must be a tensor of the shape of ids, "
+                f"{tuple(ids.shape)}."
+            )
         hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
         if logits_to_keep is not None:
-            if not isinstance(logits_to_keep, Tensor):
+            if not isinstance(logits_to_keep, Tensor) or logits_to_keep.ndim != 1:
                 raise ValueError(f"logits_to_keep is {logits_to_keep!r:.80}, but it must be a tensor of positions.")
-            hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
+            try:
+                hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
+            except IndexError as error:
+                raise ValueError(f"logits_to_keep must be positions below {ids.shape[1]}, but {error}.") from None
         return self.lm_head(hidden)  # (4, 128, 49152)
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -167,8 +167,15 @@ class Tokenizer:
 
         A byte that the vocabulary lacks is lost. SmolLM2 lacks six control characters (04, 06, 13, 14, 16 and
         1D in hexadecimal) and Unicode's planes 4 to 11, in which no character is assigned.
+
+        Raises:
+            ValueError: an id is negative, or too large for any vocabulary.
         """
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        try:
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        except OverflowError:
+            wrong = next(i for i in ids if not 0 <= i < 2**32)
+            raise ValueError(f"ids holds {shortened(str(wrong))}, which is no token's id.") from None
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ``ids`` in parts, each as soon as its letters are complete; together they are ``decode(ids)``."""
@@ -394,8 +401,9 @@ def _try_out(backend: Backend) -> None:
     if len(ids) > _MOST_TOKENS * len(text):
         raise ValueError(f"it makes {len(ids):,} tokens of {len(text)} letters")
     decoded = backend.decode(ids, skip_special_tokens=False)
-    # A normalizer may change letters on purpose, such as capitals and accents.
-    unchanged = _LETTERS.lower() in decoded.lower() if backend.normalizer else text[:-1] in decoded
+    # A normalizer may change letters on purpose, such as capitals and accents, and a tokenizer may put a space first.
+    expected, found = (_LETTERS.lower(), decoded.lower()) if backend.normalizer else (text[:-1], decoded)
+    unchanged = found.lstrip().startswith(expected)
     by_bytes = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
     bytes_known = sum(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
     if by_bytes and bytes_known > 128 and not unchanged:

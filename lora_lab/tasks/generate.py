@@ -10,6 +10,7 @@ import torch
 from pydantic import InstanceOf
 from torch import Tensor, nn
 
+from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
 from lora_lab.system.schema import Size, check
@@ -76,7 +77,8 @@ def answers(
         One text per prompt, without the token that ends a turn.
 
     Raises:
-        ValueError: the model is not a causal language model, the task has no such part, or a number is below 1.
+        ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
+            prompts and answers may exceed the model's context.
     """
     check(task, InstanceOf[PairTask], "task")
     if check(part, str, "part") not in task.pairs:
@@ -89,7 +91,9 @@ def answers(
     if max_new_tokens is None:
         longest = int((task.train.targets != IGNORE).sum(1).max())
         max_new_tokens = longest + longest // 4
-    order = sorted(range(len(pairs)), key=lambda i: len(task.prompt_ids(pairs[i])))  # similar lengths, little padding
+    lengths = [len(task.prompt_ids(pair)) for pair in pairs]
+    check_context(model, max(lengths), max_new_tokens)
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
     rows: list[list[int]] = []
     with _evaluating(model):
         for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size):

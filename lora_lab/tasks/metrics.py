@@ -13,8 +13,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
+from pydantic import Field
+
+from lora_lab.system.schema import check
 from lora_lab.tasks.instruction import Pair, PairTask
+
+_Texts = Annotated[Sequence[str], Field(min_length=1)]
 
 # Scores
 
@@ -28,10 +34,14 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
         part: of the task.
 
     Raises:
-        ValueError: the task has no metric, or there are no predictions, or more than prompts.
+        ValueError: the task has no metric or no such part, or there are no predictions, or more than prompts.
     """
     if task.metric not in METRICS:
-        raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}, but it must be {', '.join(METRICS)}.")
+        raise ValueError(
+            f"Task {task.name!r} has the metric {task.metric!r}, but answers are scored by one of "
+            f'{", ".join(METRICS)}; name one where the task is made, such as from_pairs(metric="summary").'
+        )
+    task.part(part)
     if not 1 <= len(predictions) <= len(task.pairs[part]):
         raise ValueError(
             f"There are {len(predictions)} predictions, but the {part} part has {len(task.pairs[part])} prompts; give "
@@ -44,6 +54,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     """Mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
+    _check_texts(predictions, references)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(references, predictions, strict=True)
     f1 = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs]
@@ -54,6 +65,7 @@ def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[s
     """Exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
 
+    _check_texts(predictions, references)
     pairs = zip(predictions, references, strict=True)
     matches = sum(prediction.strip().casefold() == reference.casefold() for prediction, reference in pairs)
     chrf = CHRF().corpus_score(list(predictions), [list(references)]).score
@@ -64,6 +76,7 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     """Accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score
 
+    _check_texts(predictions, references)
     return {
         "accuracy": float(accuracy_score(references, predictions)),
         "macro_f1": float(
@@ -76,6 +89,15 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
             )
         ),
     }
+
+
+def _check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
+    check(predictions, _Texts, "predictions")
+    check(references, _Texts, "references")
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"There are {len(predictions)} predictions for {len(references)} references; give one for each."
+        )
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
+from lora_lab.system.schema import check
 from lora_lab.task import Examples, Task, TextTokenizer
 
 _CHUNK = 2**19  # characters tokenised at once; the library needs about 140 bytes for each
@@ -55,8 +58,7 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
     Raises:
         ValueError: ``seq_len`` is below 2.
     """
-    if seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
+    check(seq_len, Annotated[int, Field(ge=2)], "seq_len")
     chunks = _chunks(tokenizer, "\n\n".join(texts))
     ids = torch.cat([torch.tensor(tokenizer.encode(chunk), dtype=torch.long) for chunk in chunks])  # (tokens,)
     rows = max(0, len(ids) - 1) // seq_len

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, Examples, Task, accepts, cross_entropy, described, logits, mean_cross_entropy
 from lora_lab.tasks.instruction import Padded, PairTask
 
@@ -150,6 +151,7 @@ def share_rows(task: Task, length: int = 512) -> RowTask:
             f"The loss of task {task.name!r} is {described(task.loss)!r}, but rows of several examples need "
             "lora_lab.tasks.cross_entropy; use the task as it is."
         )
+    length = check(length, Size, "length")
     for part, examples in task.parts.items():
         if (longest := max(_lengths(examples))) > length:
             raise ValueError(

@@ -48,7 +48,7 @@ def from_table(
     """
     frame, name = _frame(table)
     chosen = {"prompt": prompt, "answer": answer, "group": group, "part": part}
-    columns = {role: column for role, column in chosen.items() if column is not None}
+    columns = {role: column for role, column in chosen.items() if column is not None or role in ("prompt", "answer")}
     for role, column in columns.items():
         if column not in frame.columns:
             raise ValueError(
@@ -177,7 +177,10 @@ def from_arrays(
 
 
 def _features(X: Any) -> np.ndarray:
-    features = np.asarray(X, dtype=np.float32)
+    try:
+        features = np.asarray(X, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"X must be an array of numbers (n, features), but {shortened(str(error))}.") from None
     if features.ndim < 2:
         raise ValueError(f"X has shape {features.shape}, but it must be (n, features).")
     if not np.isfinite(features).all():

@@ -66,7 +66,9 @@ class Material:
 def prepare(folder: Path, values: Values) -> Material:
     """A folder with a model, an adapter, two tasks and the table of a sweep."""
     tokens, digits = tokenizer(), tasks.digits().limited(16)
-    pairs = tasks.from_pairs(tokens, [Pair(f"question {i}", f"answer {i % 2}") for i in range(12)])
+    pairs = tasks.from_pairs(
+        tokens, [Pair(f"question {i}", f"answer {i % 2}") for i in range(12)], metric="translation"
+    )
     model_folder(folder / "model")
     model = DigitsMLP(width=8)
     history = ll.fit(model, digits, ll.LoRA(2), steps=2, lr=1e-2, eval_examples=4, progress=False)

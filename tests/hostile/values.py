@@ -83,7 +83,7 @@ class Values:
                 lambda rng: rng.choice((None, True, False)),
                 lambda rng: rng.choice(([], {}, [None], [[]], [1, 2], ["x"], {"a": 1}, {"": None}, [{}])),
                 lambda rng: rng.choice(self.json),
-                lambda rng: nested(rng.choice((3, 50, 900)), rng.random() < 0.5),
+                lambda rng: nested(rng.choice((3, 50, 450)), rng.random() < 0.5),
                 lambda rng: {"type": self.text(rng), "rope_type": self.text(rng), "content": self.text(rng)},
             )
         )(rng)

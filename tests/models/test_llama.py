@@ -589,6 +589,10 @@ def test_ids_and_positions_of_another_form_are_refused():
         model(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="logits_to_keep is 1, but it must be a tensor of positions"):
         model(torch.tensor([[1, 2, 3]]), logits_to_keep=1)
+    with pytest.raises(ValueError, match=r"position_ids is .*, but it must be a tensor of the shape of ids"):
+        model(torch.tensor([[1, 2, 3]]), position_ids=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="logits_to_keep must be positions below 3, but index 5 is out of bounds"):
+        model(torch.tensor([[1, 2, 3]]), logits_to_keep=torch.tensor([5]))
 
 
 def test_a_rope_theta_that_is_a_large_whole_number_is_a_number():

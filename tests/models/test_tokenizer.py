@@ -1,6 +1,7 @@
 """The tokenizer against transformers' import of the same file, its digit rule, exact round trips, and chats."""
 
 import json
+import math
 import random
 import unicodedata
 from datetime import datetime
@@ -598,8 +599,9 @@ def test_tokens_named_after_a_role_are_control_tokens_though_a_template_puts_the
             {"normalizer": {"type": "Replace", "pattern": {"String": "t"}, "content": "xy" * 5000}},
             "makes 10,101 tokens of 98 letters",
         ),
+        ({"normalizer": {"type": "Prepend", "prepend": "xy"}}, "loses letters: 'a !.* comes back as 'xya !"),
     ],
-    ids=["spaces", "bytes", "length"],
+    ids=["spaces", "bytes", "length", "prefix"],
 )
 def test_a_tokenizer_that_loses_letters_or_never_ends_is_refused(tiny_tokenizer, tmp_path, change, says):
     tiny_tokenizer.save(tmp_path)
@@ -615,6 +617,12 @@ def test_a_tokenizer_that_lowers_capitals_on_purpose_is_read(tiny_tokenizer, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     loaded = Tokenizer.load(tmp_path)
     assert loaded.decode(loaded.encode("A Cat")) == "a cat"
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**30, math.inf])
+def test_what_is_no_id_is_told(tiny_tokenizer, wrong):
+    with pytest.raises(ValueError, match=f"ids holds {wrong}, which is no token's id"):
+        tiny_tokenizer.decode([1, wrong])
 
 
 def test_a_small_vocabulary_may_lack_letters(tmp_path):

@@ -30,6 +30,8 @@ def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker
         alone = talker.generate(torch.tensor(task.prompt_ids(pair)), 12, stop=chatter.eos_id)
         assert own == chatter.decode(alone.tolist()).strip()
     assert len(set(said)) > 1
+    with pytest.raises(ValueError, match="max_new_tokens is 999999999, but the model reads at most"):
+        answers(talker, task, max_new_tokens=999_999_999)
 
 
 def test_a_reply_is_the_answer_to_one_prompt_in_the_chat_template(chatter, talker):

@@ -25,9 +25,19 @@ def test_scores_are_those_of_hand_computed_cases():
     assert METRICS["translation"](["Autriche"], ["Autriche"])["chrf"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_needs_texts_and_as_many_references(metric):
+    with pytest.raises(ValueError, match=r"predictions is .*, but .* at least 1 item"):
+        METRICS[metric]([], [])
+    with pytest.raises(ValueError, match="predictions is 7, but"):
+        METRICS[metric](7, ["1"])
+    with pytest.raises(ValueError, match="There are 1 predictions for 2 references; give one for each"):
+        METRICS[metric](["1"], ["1", "2"])
+
+
 def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
     task = from_pairs(chatter, sums())
-    with pytest.raises(ValueError, match="has the metric '', but it must be summary, translation"):
+    with pytest.raises(ValueError, match="has the metric '', but answers are scored by one of summary, translation"):
         score(task, ["1"])
     with pytest.raises(ValueError, match="has no trivial baseline"):
         trivial(task)

@@ -43,6 +43,8 @@ def test_two_columns_become_prompts_and_answers(chatter, table):
     assert torch.equal(task.train.inputs, expected.train.inputs)
     assert task.metric == "classification"
     assert task.name in ("mine", "table", "dataset")
+    with pytest.raises(ValueError, match=r"has no column None, but .*; name the right one with answer="):
+        from_table(chatter, table, prompt="text", answer=None)
 
 
 def test_a_parquet_file_is_read_too_or_what_it_needs_is_named(chatter, tmp_path, monkeypatch):
