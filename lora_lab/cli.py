@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from io import TextIOWrapper
 from itertools import chain
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 # threads make small matrix multiplications several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-
+_BROKEN_PIPE = 128 + 13  # what a shell reports of a process that SIGPIPE has ended
 DEVICE_HELP = "cpu, cuda, ... (default: the best available)"
 
 
@@ -49,8 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     _accept_any_text()
     try:
-        with _process_group():
+        with _process_group(), _flushed_output():
             _run(_parser().parse_args(arguments))
+    except BrokenPipeError:
+        return _BROKEN_PIPE
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"lora-lab: {error}", file=sys.stderr)
         return 1
@@ -65,6 +69,32 @@ def _accept_any_text() -> None:
     for stream, errors in {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace"}.items():
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def _flushed_output() -> Iterator[None]:
+    """Flush standard output after the block, since Python would only do so where its errors are no longer handled.
+
+    Raises:
+        BrokenPipeError: nobody reads what is printed any longer, as after ``| head``.
+        OSError: what is printed cannot be written, since the device is full.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if isinstance(sys.stdout, TextIOWrapper):  # it is None where a shell has closed it
+                sys.stdout.flush()
+    except OSError as error:
+        full = error.errno == errno.ENOSPC and bool(error.strerror) and error.filename is None
+        if not full and not isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself flushes at its end
+        if full:
+            raise OSError(
+                f"The output cannot be written ({error.strerror}); make room, or send it elsewhere."
+            ) from None
+        raise
 
 
 def _started_by_torchrun() -> bool:
@@ -358,9 +388,12 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
     def numbers(kind: type):
         def parse(text: str) -> list:
-            return [kind(number) for number in text.split(",")]
+            try:
+                return [kind(number) for number in text.split(",")]
+            except ValueError:
+                what = "whole numbers" if kind is int else "numbers"
+                raise argparse.ArgumentTypeError(f"must be {what} separated by commas, not {text!r}") from None
 
-        parse.__name__ = f"list of {kind.__name__}"  # for argparse's error message
         return parse
 
     ablate = commands.add_parser(
@@ -627,7 +660,7 @@ def _analyze(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
-    from lora_lab.system.files import atomic_file, check_writable, settle
+    from lora_lab.system.files import atomic_file, check_replaceable, check_writable, settle
     from lora_lab.system.json_text import rows_of
 
     def load(name: str):
@@ -641,6 +674,7 @@ def _analyze(options: argparse.Namespace) -> dict[str, Any]:
         )
     out = Path(options.out)
     check_writable(out)
+    check_replaceable(out / "layers.csv", ("layer", "kind", "depth"))
     before = None if options.base is None else load(options.base)
     tuned = options.tuned if is_adapter else load(options.tuned)
     if before is not None and not is_adapter and (differ := before.state_dict().keys() ^ tuned.state_dict().keys()):
@@ -672,7 +706,7 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab import plots
     from lora_lab.ablation import ablate, smallest_sufficient_rank, studies
     from lora_lab.ablation.verdict import check_margin
-    from lora_lab.system.files import atomic_file, check_writable
+    from lora_lab.system.files import atomic_file, check_replaceable, check_writable
     from lora_lab.system.json_text import rows_of
     from lora_lab.system.schema import Size, check
 
@@ -692,6 +726,7 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
         eval_examples=options.eval_examples,
     )
     check_writable(out)
+    check_replaceable(out / "table.csv", ("key", "method", "lr", "outcome"))
     model, task = studies.study(options.task, options.seq, model=options.model)
     print(f"{len(grid)} trials; results in {out / 'trials'}, from which a run that was stopped continues")
     frame = ablate(model, task, grid, out / "trials", n_jobs=options.jobs, engine=options.engine)

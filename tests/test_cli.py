@@ -3,12 +3,14 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -51,6 +53,41 @@ def test_what_takes_minutes_says_before_it_starts_that_its_folder_cannot_be_writ
         f"lora-lab: {out} cannot be written to (Not a directory); name another folder, or make this one writable.\n"
     )
     assert "[1/4]" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("work", "file", "own", "arguments"),
+    [
+        ("lora_lab.experiments.demo.run_in_subprocess", "demo.json", '{"machine": {}, "results": []}', ["demo"]),
+        ("lora_lab.ablation.ablate", "table.csv", "key,method,lr,outcome\n", ["ablate", "--task", "planted"]),
+        ("lora_lab.analysis.spectra.report", "layers.csv", "layer,kind,depth\n", ["analyze", "adapter"]),
+        (
+            "lora_lab.experiments.finetune.load_pretrained",
+            "result.json",
+            (ROOT / "lora_lab/adapters/data/sentiment/result.json").read_text(encoding="utf-8"),
+            ["finetune", "--task", "docs"],
+        ),
+    ],
+    ids=["demo", "ablate", "analyze", "finetune"],
+)
+def test_a_result_of_another_program_is_refused_before_any_work_and_stays(
+    tuned, tmp_path, capsys, monkeypatch, work, file, own, arguments
+):
+    def start(*_, **__):
+        raise RuntimeError("started")
+
+    monkeypatch.setattr(work, start)
+    arguments = [tuned[1] if argument == "adapter" else argument for argument in arguments]
+    path = tmp_path / "out" / file
+    path.parent.mkdir()
+    for foreign in ('{"mine": 1}', "mine,yours\n1,2\n", "[1]", "5", ""):
+        path.write_text(foreign)
+        assert command(*arguments, "--out", path.parent) == 1
+        assert f"{file} was not written by this command, which would replace it; name another" in error_line(capsys)
+        assert path.read_text() == foreign
+    path.write_text(own, encoding="utf-8")
+    assert command(*arguments, "--out", path.parent) == 1
+    assert capsys.readouterr().err.endswith("lora-lab: started\n")
 
 
 # generate
@@ -308,6 +345,36 @@ def test_an_error_of_the_system_is_one_line_and_an_interruption_a_status_of_its_
         assert capsys.readouterr().err == says
 
 
+@pytest.fixture(params=[-1, 0], ids=["buffered", "unbuffered"])
+def printed_to(request, monkeypatch):
+    """Runs ``lora-lab fetch``, which here prints a line, with a file in place of standard output."""
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda **_: print("a line"))
+
+    def run(file):
+        with (
+            open(file, "wb", request.param) as opened,
+            io.TextIOWrapper(opened, write_through=request.param == 0) as stdout,
+        ):
+            monkeypatch.setattr(sys, "stdout", stdout)
+            return command("fetch")
+
+    return run
+
+
+def test_a_reader_that_stops_reading_ends_a_command_quietly(printed_to, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert printed_to(writing) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_device_is_told_in_a_sentence(printed_to, capsys):
+    assert printed_to("/dev/full") == 1
+    says = "The output cannot be written (No space left on device); make room, or send it elsewhere."
+    assert capsys.readouterr().err == f"lora-lab: {says}\n"
+
+
 def test_only_what_has_a_recorder_can_be_recorded(capsys):
     recorders = {name: recorder(name) for name in NAMES}
     assert all(isinstance(each, Recorder) for each in recorders.values())
@@ -370,6 +437,13 @@ def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
         cli.main(arguments)
     assert done.value.code == 2
     assert "usage: lora-lab" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "says"), [("--ranks", "whole numbers"), ("--lrs", "numbers")])
+def test_a_list_that_is_none_of_numbers_is_told_with_what_it_must_be(capsys, option, says):
+    with pytest.raises(SystemExit):
+        command("ablate", option, "2,x")
+    assert f"argument {option}: must be {says} separated by commas, not '2,x'" in capsys.readouterr().err
 
 
 def test_no_default_is_written_into_a_help_text_by_hand():

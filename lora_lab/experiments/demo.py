@@ -25,7 +25,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import atomic_file, atomic_files, check_writable, rescued, write_json
+from lora_lab.system.files import atomic_file, atomic_files, check_replaceable, check_writable, rescued, write_json
 from lora_lab.system.process import peak_bytes, run_in_subprocess
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Seed, Size, check
@@ -137,7 +137,7 @@ def run(
         out: folder for picture, adapter, model and numbers.
 
     Raises:
-        ValueError: ``steps``, ``rank`` or ``device`` is invalid.
+        ValueError: ``steps``, ``rank`` or ``device`` is invalid, or ``out`` holds a demo.json of another program.
         OSError: ``out`` cannot be written to; this is checked before anything else.
         MemoryError: a process was killed, most likely for lack of memory.
     """
@@ -154,6 +154,7 @@ def run(
     ]
     for folder in (out, *(run[3] for run in runs)):
         check_writable(folder)
+    check_replaceable(out / "demo.json", ("machine", "results"))
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training")
     before, voice = run_in_subprocess(before_training, device)

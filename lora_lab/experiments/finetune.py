@@ -22,7 +22,15 @@ from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
 from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
-from lora_lab.system.files import atomic_files, check_writable, read_json, rescued, settle, write_json
+from lora_lab.system.files import (
+    atomic_files,
+    check_replaceable,
+    check_writable,
+    read_json,
+    rescued,
+    settle,
+    write_json,
+)
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted, shortened
@@ -93,7 +101,8 @@ def run(
 
     Raises:
         ValueError: ``half`` is true, but the method trains no adapter; ``by_length`` is, but all examples have the same
-            length; there is no such task; or ``out`` is the folder of the model.
+            length; there is no such task; or ``out`` is the folder of the model, or holds a result.json of another
+            program.
         FileNotFoundError: there is no such file.
         KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
         OSError: ``out`` cannot be written to. This is checked before the model is loaded; if it happens at the end, the
@@ -106,6 +115,8 @@ def run(
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
     if current_processes().rank == 0:
         check_writable(out)
+        settle(out)
+        check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     config = TrainConfig(

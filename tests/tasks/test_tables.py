@@ -43,7 +43,7 @@ def test_two_columns_become_prompts_and_answers(chatter, table):
     assert torch.equal(task.train.inputs, expected.train.inputs)
     assert task.metric == "classification"
     assert task.name in ("mine", "table", "dataset")
-    with pytest.raises(ValueError, match=r"has no column None, but .*; name the right one with answer="):
+    with pytest.raises(ValueError, match=r"has no column None, but .*; rename the right one, or .*, answer="):
         from_table(chatter, table, prompt="text", answer=None)
 
 
@@ -91,7 +91,7 @@ def test_an_empty_cell_is_named_by_its_row(chatter, empty):
 
 def test_what_is_no_table_is_refused_in_a_sentence(chatter, tmp_path):
     with pytest.raises(
-        ValueError, match=r"has no column 'prompt', but \['text', 'label', 'x'\]; name the right one with"
+        ValueError, match=r"has no column 'prompt', but \['text', 'label', 'x'\]; rename the right one, or make"
     ):
         from_table(chatter, FRAME)
     with pytest.raises(FileNotFoundError, match="There is no file"):
@@ -183,7 +183,10 @@ def test_special_tokens_and_half_characters_are_named_by_their_row(chatter, text
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"prompt\na\n", "has no column 'answer', but ['prompt']; name the right one with answer="),
+        (
+            b"prompt\na\n",
+            "has no column 'answer', but ['prompt']; rename the right one, or make",
+        ),
         (bytes(100_000), "has no column 'prompt'"),
         (gzip.compress(b"prompt,answer"), "cannot be read as a table"),
         ("prompt,answer\na,b\n".encode("utf-16"), "as UTF-8, with as many cells in each row"),
