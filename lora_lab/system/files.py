@@ -225,7 +225,7 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
     if not path.exists():
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""  # a device may never end
         content = json.loads(text) if path.suffix == ".json" else text.partition("\n")[0].split(",")
     except (ValueError, RecursionError, OSError):
         content = None

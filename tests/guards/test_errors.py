@@ -84,7 +84,8 @@ class Lab:
         self.tokenizer.save(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
         auto = types.SimpleNamespace(from_pretrained=lambda *_, **__: types.SimpleNamespace(**config or {}))
-        self.patch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoConfig=auto, __version__="0"))
+        stand_in = types.SimpleNamespace(AutoConfig=auto, CONFIG_MAPPING=("gpt2",), __version__="0")
+        self.patch.setitem(sys.modules, "transformers", stand_in)
         return folder
 
 
@@ -424,8 +425,8 @@ def _(lab, right):
 
 
 @mistake("so the numbers would be wrong")
-def _(lab, right):
-    with joblib.parallel_config(backend="sequential" if right else "threading", n_jobs=2):
+def _(lab):
+    with joblib.parallel_config(backend="threading", n_jobs=2):
         sweep()
 
 
@@ -489,7 +490,7 @@ def _(lab, right):
     model, adapter = lab.adapted()
     (adapter / ".lora_lab-ready").mkdir()
     (adapter / ".lora_lab-ready" / "README.md").write_text("new")
-    if not right:  # as what is in the way of a file; everybody can write to a folder as root
+    if not right:
         (adapter / "README.md").unlink()
         (adapter / "README.md").mkdir()
     ll.merge(model)
