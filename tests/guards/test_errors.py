@@ -556,6 +556,8 @@ def test_what_the_page_says_no_check_sees_is_seen_by_none(lab):
     folder = lab.saved()
     shutil.copy(lab.saved("other", seed=2) / "model.safetensors", folder)  # weights of another model of equal shapes
     loaded, _ = load_pretrained(folder)
+    edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode("The")) == "the"
     ids = random_ids(1, 8)
     with torch.no_grad():
         assert torch.equal(loaded(ids), other(ids))
