@@ -402,8 +402,8 @@ def _try_out(backend: Backend) -> None:
         raise ValueError(f"it makes {len(ids):,} tokens of {len(text)} letters")
     decoded = backend.decode(ids, skip_special_tokens=False)
     # A normalizer may change letters on purpose, such as capitals and accents, and a tokenizer may put a space first.
-    expected, found = (_LETTERS.lower(), decoded.lower()) if backend.normalizer else (text[:-1], decoded)
-    unchanged = found.lstrip().startswith(expected)
+    expected, came_back = (_LETTERS.lower(), decoded.lower()) if backend.normalizer else (text[:-1], decoded)
+    unchanged = came_back.lstrip().startswith(expected)
     by_bytes = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
     bytes_known = sum(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
     if by_bytes and bytes_known > 128 and not unchanged:
