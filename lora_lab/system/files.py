@@ -37,6 +37,15 @@ _EXISTS = (errno.ENOTEMPTY, errno.EEXIST)  # errors of renaming a folder to a na
 class _NotWritten(OSError):
     """An error whose message already says which path could not be written, and why."""
 
+    sentence = ""
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+class _NoPlace(_NotWritten):
+    """The same, of a folder in which nothing can be made."""
+
 
 def as_path(path: Any, name: str) -> Path:
     """The path that an argument of that name gives.
@@ -65,6 +74,27 @@ def check_file(path: str | Path, what: str) -> None:
     raise FileNotFoundError(f"There is no file {shortened(str(path))}; give the path of {what}.")
 
 
+def check_folder(folder: str | Path, what: str) -> None:
+    """Check that a folder exists.
+
+    Args:
+        folder: its path.
+        what: it should be, such as "a saved adapter".
+
+    Raises:
+        FileNotFoundError: it does not, or is a file.
+    """
+    folder = Path(folder)
+    with suppress(OSError):  # as for check_file
+        if folder.is_dir():
+            return
+        if folder.is_file():
+            raise FileNotFoundError(f"{folder} is a file, but {what} is a folder; give {folder.parent}.") from None
+    raise FileNotFoundError(
+        f"There is no folder {shortened(str(folder))}; give the path of {what} (names of a hub are not downloaded)."
+    )
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there replaces ``path``.
@@ -72,10 +102,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     A crash at any moment leaves either the old file or the new one.
 
     Raises:
-        OSError: the file cannot be written; the old file is unchanged. If the disk is full the message is one
-            sentence, whatever error the writing library raised.
+        OSError: the file cannot be written, or the path is that of a folder; the old file is unchanged. If the disk is
+            full the message is one sentence, whatever error the writing library raised.
     """
     path = Path(path)
+    _check_no_folder(path)
     with _full_disk_as_one_sentence(path), _workspace(path.parent) as folder:
         yield folder / path.name
         _flush(folder / path.name)
@@ -105,10 +136,7 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
             if names := list(remove):
                 (temporary / _REMOVE).write_text("\n".join(names), encoding="utf-8")
             for file in temporary.iterdir():
-                if (folder / file.name).is_dir():
-                    raise IsADirectoryError(
-                        f"{folder / file.name} is a folder, but a file is to be written there; move it away."
-                    )
+                _check_no_folder(folder / file.name)
                 _flush(file)
             _commit(temporary, folder)
     finally:
@@ -202,9 +230,7 @@ def check_writable(folder: str | Path) -> None:
         with _workspace(folder) as temporary:
             (temporary / "trial").write_bytes(bytes(4096))
     except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written to ({error.strerror}); name another folder, or make this one writable."
-        ) from None
+        raise _no_place(folder, error) from None
     finally:
         for path in missing:
             with suppress(OSError):
@@ -256,18 +282,25 @@ def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
 
 @contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
-    """A hidden folder within ``folder`` for the duration of the block; those of dead processes are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_NEW}*"):
-        if (lock := _lock(leftover, wait=False)) is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            os.close(lock)
+    """A hidden folder within ``folder`` for the duration of the block; those of dead processes are removed.
+
+    After an error, ``folder`` is removed too if it did not exist before and is empty.
+    """
+    made: list[Path] = []
     temporary, lock = None, None
     try:
-        while temporary is None or not temporary.exists():  # another process may remove it before it is locked
-            temporary = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder))
-            lock = _lock(temporary, wait=True)
+        with _no_place_as_one_sentence(folder):
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"{_NEW}*"):
+                if (old := _lock(leftover, wait=False)) is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    os.close(old)
+            while temporary is None or not temporary.exists():  # another process may remove it before it is locked
+                temporary = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder))
+                lock = _lock(temporary, wait=True)
         yield temporary
+        made = []
     finally:
         try:
             if temporary is not None:
@@ -275,6 +308,16 @@ def _workspace(folder: Path) -> Iterator[Path]:
         finally:  # after a KeyboardInterrupt too, so that the next save can remove what is left
             if lock is not None:
                 os.close(lock)
+            for path in made:
+                with suppress(OSError):  # something else is in it
+                    path.rmdir()
+
+
+def _check_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder, but a file is to be written there; choose another name, or move it away."
+        )
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
@@ -325,17 +368,37 @@ def _full_disk_as_one_sentence(path: Path) -> Iterator[None]:
         # Libraries in Rust raise exceptions of various classes, with the system's error code in the text.
         code_in_text = re.search(r"\(os error (\d+)\)", str(error))
         if isinstance(error, OSError):
-            code = error.errno if isinstance(error, _NotWritten) or error.errno in _FULL else None
+            written = isinstance(error, _NotWritten) and not isinstance(error, _NoPlace)
+            code = error.errno if written or error.errno in _FULL else None
         else:
             code = int(code_in_text[1]) if code_in_text else None
         if code is None:
             raise
-        not_written = _NotWritten(
+        not_written = _NotWritten(code, os.strerror(code))
+        not_written.sentence = (
             f"{path} could not be written ({os.strerror(code)}), and the previous content is unchanged; make room, or "
             "choose another folder."
         )
-        not_written.errno = code
         raise not_written from None
+
+
+@contextmanager
+def _no_place_as_one_sentence(folder: Path) -> Iterator[None]:
+    """Convert the system's error to a sentence, where a folder can neither be made nor written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise _no_place(folder, error) from None
+
+
+def _no_place(folder: Path, error: OSError) -> _NoPlace:
+    no_place = _NoPlace(error.errno, "it is a file" if folder.is_file() else error.strerror)
+    no_place.sentence = (
+        f"{folder} cannot be written to ({no_place.strerror}); name another folder, or make this one writable."
+    )
+    return no_place
 
 
 def _umask() -> int:

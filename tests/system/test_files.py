@@ -468,7 +468,7 @@ def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "deep" / "down"):
-        says = rf"^{folder} cannot be written to \((Not a directory|File exists)\); name another folder"
+        says = rf"^{folder} cannot be written to \((Not a directory|it is a file)\); name another folder"
         with pytest.raises(OSError, match=says):
             check_writable(folder)
     assert texts(tmp_path) == {"file": "mine"}
@@ -497,7 +497,7 @@ def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_na
     with pytest.raises(OSError, match="file") as caught:
         rescued(save, tmp_path / "file")
     (spare,) = spares.iterdir()
-    assert str(caught.value).endswith(f"file'. The files are in {spare} instead.")
+    assert str(caught.value).endswith(f"make this one writable. The files are in {spare} instead.")
     assert read_json(spare / "a.json") == {"a": 1}
 
     def fail(folder):
