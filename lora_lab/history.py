@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from torch import nn
 
-from lora_lab.system.files import read_json, write_json
+from lora_lab.system.files import as_path, check_file, read_json, write_json
 from lora_lab.system.schema import check_fields
 from lora_lab.system.wording import shortened
 
@@ -129,6 +129,7 @@ class History:
             FileNotFoundError: the file does not exist.
             ValueError: the file is damaged, or holds something else.
         """
+        check_file(as_path(path, "path"), "a History that History.save wrote")
         stored = read_json(path)
         try:
             return cls.from_dict(stored)

@@ -108,6 +108,8 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
         ValueError: the model already has adapters, nothing matches, a target matches nothing or a module
             that cannot be adapted, a matched weight is shared by two modules, or the rank is far above that of any
             matched weight. The model is then left unchanged.
+
+    Warns of a rank that is above the shorter side of every matched weight.
     """
     require_no_adapters(model)
     _check_type("config", config, LoRAConfig)
@@ -117,10 +119,10 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     generator = torch.Generator().manual_seed(seed)
     classes = match_layers(model, config.targets, config.exclude, layer)
     largest = max(max(_shape(model.get_submodule(name))) for name in classes)
-    if config.rank > max(largest, _RANK_OF_ANY_LAYER):
+    if config.rank > (most := max(largest, _RANK_OF_ANY_LAYER)):
         raise ValueError(
-            f"rank is {config.rank}, but no weight adapted here has a side longer than {largest}; a rank as large as "
-            "the shorter side already holds every change of a matrix."
+            f"rank is {config.rank}, but it must be at most {most} here, where no weight has a side longer than "
+            f"{largest}; a rank as large as the shorter side already holds every change of a matrix."
         )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = {}
@@ -133,6 +135,13 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
+    useful = max(min(adapter.lora_A.numel(), adapter.lora_B.numel()) // config.rank for adapter in adapters.values())
+    if config.rank > useful:
+        warnings.warn(
+            f"rank is {config.rank}, but no weight adapted here has a shorter side above {useful}: rank {useful} holds "
+            "every change of them already, and a higher one only costs memory and time.",
+            stacklevel=2,
+        )
     model.requires_grad_(False)
     for name, adapter in adapters.items():
         replace(model, name, adapter)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,14 +19,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.system.schema import Seed, check
+from lora_lab.system.wording import shortened
 
 IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
     """The part of a tokenizer's interface that text tasks use."""
 
     def encode(self, text: str) -> list[int]: ...
+
+
+def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
+    """Raise ValueError if it does not have what the interface of a tokenizer asks for, as a path has not."""
+    if not isinstance(tokenizer, interface):
+        raise ValueError(
+            f"tokenizer is {shortened(reprlib.repr(tokenizer))}, but it must be the one that load_pretrained or "
+            "load_tokenizer returns."
+        )
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,21 @@ def accepts(model: nn.Module, argument: str) -> bool:
 @lru_cache(maxsize=1)  # every step asks, mostly of the same class
 def _parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(method).parameters
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """How many tokens a model knows, by its input embedding; None if it has none that says so."""
+    method = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if method is None else method()
+    except NotImplementedError:  # transformers', for a model without one
+        return None
+    return getattr(getattr(embedding, "base", embedding), "num_embeddings", None)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens a model is made to read; None if its config does not say."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -237,11 +265,34 @@ class Task:
         return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Check that a model can be trained on this task, before it is changed. Here nothing is checked.
+        """Check that a model can be trained on this task, before it is changed: that it knows all tokens.
+
+        Warns of examples that are longer than the model's context.
 
         Raises:
             ValueError: it cannot.
         """
+        rows, context = embedding_rows(model), context_length(model)
+        if rows is None or self.train.inputs.ndim != 2 or self.train.inputs.is_floating_point():
+            return
+        for part, examples in self.parts.items():
+            # The last token of an example is a target only.
+            next_tokens = self.unit == "tokens" and not is_encoder_decoder(model)
+            for ids in (examples.inputs, examples.targets) if next_tokens else (examples.inputs,):
+                if ids.numel() and (largest := int(ids.max())) >= rows:
+                    raise ValueError(
+                        f"The {part} part of task {self.name!r} has the token {largest}, but the model knows {rows} "
+                        "tokens, so the task was made with another tokenizer; make it with the model's own."
+                    )
+        lengths = self.train.lengths
+        longest = self.train.inputs.shape[-1] if lengths is None else int(lengths.max())
+        if context is not None and longest > context:
+            warnings.warn(
+                f"Training examples of task {self.name!r} have up to {longest} tokens, but the model is for at most "
+                f"{context} (max_position_embeddings); what it does with later tokens is not reliable, so make shorter "
+                "examples (max_tokens, seq_len).",
+                stacklevel=3,
+            )
 
     def describe(self) -> str:
         """A summary in a few lines of text: sizes, shapes, source, fingerprint."""

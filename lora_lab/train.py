@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -24,6 +25,7 @@ from lora_lab.inject import adapter_state
 from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
+from lora_lab.system.files import as_path
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_fields
 from lora_lab.task import Batch, Examples, Loss, Task
@@ -293,15 +295,22 @@ def fit(
         ValueError: an argument is of another type, such as a path for the model; the model already has adapters (which
             ContinueLoRA() trains) or has been prepared before, an option is out of range, batches go by length but all
             examples have the same, the task, the lean step or gradient checkpointing does not fit the model or the
-            method, or the folder's checkpoint is damaged or from another run (its weights are then not loaded). Of
-            several processes: they differ, or the model has batch norms.
+            method, checkpoint_every is given without checkpoint_dir, or the folder's checkpoint is damaged or from
+            another run (its weights are then not loaded). Of several processes: they differ, or the model has batch
+            norms.
         DivergedError: the loss became NaN or infinite.
         ProcessEndedError: another process has ended; the message says from which step the run can go on.
         TypeError: an option is missing or unknown.
     """
     _check_types(model=model, task=task, method=method, config=config)
-    config = TrainConfig(**options) if config is None else replace(config, **options)
+    config = _config(config, options)
     checkpoint_every = check(checkpoint_every, Size | None, "checkpoint_every")
+    if checkpoint_dir is not None:
+        checkpoint_dir = as_path(checkpoint_dir, "checkpoint_dir")
+    elif checkpoint_every is not None:
+        raise ValueError(
+            f"checkpoint_every is {checkpoint_every}, but there is no folder to write to; give checkpoint_dir too."
+        )
     checkpoint_interval = config.evaluation_interval if checkpoint_every is None else checkpoint_every
     task.check_model(model)
     order = data_order(task, config)
@@ -360,6 +369,29 @@ def fit(
     finally:
         model.train(training)
     return history
+
+
+def _config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:
+    """The config with the options.
+
+    Raises:
+        TypeError: an option is unknown, or one without a default is missing.
+    """
+    check_options("fit", options, [option.name for option in fields(TrainConfig)])
+    if config is not None:
+        return replace(config, **options)
+    if missing := [name for name in ("steps", "lr") if name not in options]:
+        raise TypeError(f"fit lacks the option {missing[0]!r}; write fit(model, task, method, steps=100, lr=1e-3).")
+    return TrainConfig(**options)
+
+
+def check_options(caller: str, options: Collection[str], known: Sequence[str]) -> None:
+    """Raise TypeError for the first keyword that is not known, with the nearest that is."""
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}."
+            raise TypeError(f"{caller} has no option {name!r}; {advice}")
 
 
 _TYPES = {

@@ -171,7 +171,7 @@ def test_generate_answers_in_the_models_chat_format(tiny_smollm2, capsys):
         (("a", "--repetition-penalty", 0), "repetition_penalty is 0.0"),
         (("",), "non-empty"),
         (("a", "--model", "no-such-model"), "no model 'no-such-model'"),
-        (("a", "--adapter", "no-such-folder"), "no-such-folder lacks the file adapter_config.json"),
+        (("a", "--adapter", "no-such-folder"), "There is no folder no-such-folder"),
         (("a", "--device", "banana"), "Device 'banana'"),
         (("a", "--chat"), "no chat template"),
     ],

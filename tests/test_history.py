@@ -123,7 +123,7 @@ def test_a_file_that_is_no_json_or_is_not_there_is_told(tmp_path):
     (tmp_path / "history.json").write_text("{")
     with pytest.raises(ValueError, match=r"history\.json is not JSON"):
         History.load(tmp_path / "history.json")
-    with pytest.raises(FileNotFoundError, match=r"lacks the file other\.json"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*other\.json"):
         History.load(tmp_path / "other.json")
 
 

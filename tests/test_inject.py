@@ -632,7 +632,10 @@ def test_what_is_no_model_is_named(function, model):
     [
         ({"config": 8}, "config is 8, but it must be an instance of LoRAConfig"),
         ({"config": None}, "config is None, but it must be an instance of LoRAConfig"),
-        ({"config": LoRAConfig(10**6)}, "rank is 1000000, but no weight adapted here has a side longer than 64"),
+        (
+            {"config": LoRAConfig(10**6)},
+            "rank is 1000000, but it must be at most 1024 here, .* longer than 64",
+        ),
         ({"seed": 99999999999999999999}, "seed is 99999999999999999999, but it must be a whole number of 64 bits"),
         ({"seed": "1"}, "seed is '1', but it must be a whole number"),
     ],
@@ -680,3 +683,15 @@ def test_numbers_of_numpy_and_torch_become_pythons_and_any_collection_of_names_i
     for names in (["head"], ("head",), {"head"}, {"head": 1}.keys()):
         config = kind(2, targets=names, exclude=names)
         assert inject(DigitsMLP(width=16), LoRAConfig(2, targets=config.targets)) == ["head"]
+
+
+def test_a_rank_above_the_shorter_side_of_every_layer_is_warned_of():
+    shapes = {"linear": 4, "words": 4, "image": 3, "gpt": 4}  # the shorter sides: 4 x 4, 7 x 4, 3 x (2 * 3 * 3), 4 x 5
+    for name, shorter in shapes.items():
+        with pytest.warns(UserWarning, match=rf"rank is {shorter + 1}, but no weight .* shorter side above {shorter}:"):
+            inject(EveryKind(), LoRAConfig(shorter + 1, targets=[name]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, shorter in shapes.items():
+            inject(EveryKind(), LoRAConfig(shorter, targets=[name]))
+        inject(EveryKind(), LoRAConfig(4, targets=["image", "words"]))  # enough for one of them

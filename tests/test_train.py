@@ -8,6 +8,7 @@ import json
 import math
 import random
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -22,12 +23,15 @@ from lora_lab import (
     Lean,
     Llama,
     LoRA,
+    LoRAConfig,
     LoRAPlus,
     PartialFineTuning,
     evaluate,
     fit,
+    inject,
     seed_everything,
 )
+from lora_lab.ablation import Grid
 from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
@@ -1124,3 +1128,63 @@ def test_keywords_override_a_config():
     config = TrainConfig(steps=100, lr=1e-2, batch_size=8)
     settings = fit(model, task, LoRA(2), config, steps=3, progress=False).settings
     assert (settings["steps"], settings["lr"], settings["batch_size"], settings["warmup"]) == (3, 1e-2, 8, 0)
+
+
+# A task that does not fit
+
+
+def words(largest, length=8, unit="tokens", last=None):
+    """Next-token prediction on tokens up to ``largest``, which is the ``last`` target if that is given."""
+    ids = torch.arange(length).expand(4, length).contiguous()
+    inputs, targets = ids.clone(), ids.clone()
+    (inputs if last is None else targets)[0, -1] = largest if last is None else last
+    part = Examples(inputs, targets)
+    return Task("words", part, part, part, part, unit=unit)
+
+
+def test_a_task_of_another_tokenizer_is_told_before_anything_is_trained(tiny_config):
+    model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
+    size, before = tiny_config.vocab_size, snapshot(model)
+    says = rf"train part of task 'words' has the token {size}, but the model knows {size} tokens, .*another tokenizer"
+    for task in (words(size), words(size - 1, last=size)):
+        for call in (lambda task: run(LoRA(2), model, task), lambda task: evaluate(model, task)):
+            with pytest.raises(ValueError, match=says):
+                call(task)
+    assert snapshot(model) == before
+    inject(model, LoRAConfig(2, targets=["embed_tokens"]))
+    with pytest.raises(ValueError, match=says):
+        evaluate(model, words(size))
+    evaluate(model, words(size - 1))
+    evaluate(DigitsMLP(width=16), small_task())  # has no embedding
+
+
+def test_examples_longer_than_the_models_context_are_warned_of(tiny_config):
+    model = Llama(dataclasses.replace(tiny_config, max_position_embeddings=8))
+    with pytest.warns(UserWarning, match=r"up to 9 tokens, but the model is for at most 8 \(max_position_embeddings\)"):
+        evaluate(model, words(1, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(model, words(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stepz": 3, "lr": 0.1, "steps": 3}, "^fit has no option 'stepz'; did you mean 'steps'\\?$"),
+        ({"zzz": 3}, "^fit has no option 'zzz'; choose from lr, seed, .*lean\\.$"),
+        ({"lr": 0.1}, "^fit lacks the option 'steps'; write fit"),
+        ({"steps": 3}, "^fit lacks the option 'lr'; write fit"),
+    ],
+)
+def test_an_unknown_or_missing_option_is_one_sentence(options, says):
+    with pytest.raises(TypeError, match=says):
+        fit(DigitsMLP(width=16), small_task(), LoRA(), **options)
+    with pytest.raises(TypeError, match=r"^Grid has no option 'stepz'; did you mean 'steps'\?$"):
+        Grid([1], [0.1], [0], stepz=3)
+
+
+def test_checkpoints_need_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint_every is 2, but there is no folder .*give checkpoint_dir too"):
+        run(checkpoint_every=2)
+    with pytest.raises(ValueError, match="checkpoint_dir is 5, but it must be a path"):
+        run(checkpoint_dir=5)

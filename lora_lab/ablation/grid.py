@@ -13,7 +13,7 @@ import json
 import math
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, overload
@@ -23,7 +23,7 @@ import torch
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
 from lora_lab.system.schema import Positive, Seed, Size, check
-from lora_lab.train import TrainConfig
+from lora_lab.train import TrainConfig, check_options
 
 # What decides a run's result, in the order of a trial's file.
 _OPTIONS = (
@@ -177,6 +177,7 @@ class Grid(Sequence[Trial]):
         alpha_per_rank: float | None = None,
         **options: Any,
     ) -> None:
+        check_options("Grid", options, [option.name for option in fields(Trial)])
         alpha_per_rank = check(alpha_per_rank, Positive | None, "alpha_per_rank")
         if alpha is not None and alpha_per_rank is not None:
             raise ValueError(f"alpha is {alpha} and alpha_per_rank {alpha_per_rank}; give one of them, or neither.")

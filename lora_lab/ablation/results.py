@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from typing_extensions import TypedDict
 
 from lora_lab.ablation.grid import BASE_DTYPE, Trial
 from lora_lab.history import History, is_number
-from lora_lab.system.files import read_json
+from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
+from lora_lab.system.wording import counted
 from lora_lab.train import TrainConfig
 
 SCHEMA = 1
@@ -51,17 +53,26 @@ def load(folder: str | Path):
         scores; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
         ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
         losses. One that halving has stopped has the rows up to there, or such a row if it was not begun; it has no
-        test loss.
+        test loss. ``model`` and ``task`` are hashes of the weights and of the data; a warning names
+        those that differ.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no result.
-        ValueError: a file is damaged or no result.
+        ValueError: a file is damaged or no result, or the folder is no path.
     """
+    folder = as_path(folder, "folder")
     # A killed write leaves a hidden file.
-    paths = sorted(path for path in Path(folder).glob("*.json") if not path.name.startswith("."))
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no results (files <key>.json); run ablate with this folder first.")
-    return table(_read(path) for path in paths)  # one at a time, because their histories may not fit into memory
+    frame = table(_read(path) for path in paths)  # one at a time, because their histories may not fit into memory
+    if several := [name for name in ("model", "task") if frame[name].nunique() > 1]:
+        counts = " and of ".join(counted(frame[name].nunique(), name) for name in several)
+        warnings.warn(
+            f"{folder} holds results of {counts}; compare only rows with equal values in {' and in '.join(several)}.",
+            stacklevel=2,
+        )
+    return frame
 
 
 def stored_results(

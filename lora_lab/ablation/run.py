@@ -115,9 +115,10 @@ def ablate(
         The DataFrame that :func:`lora_lab.ablation.load` describes, of these trials alone.
 
     Raises:
-        ValueError: no trials, a value that is not known or of another type, a model_factory that makes no model, a
-            trial of another task or model, a damaged file, a backend of threads, ``engine="packed"`` and a trial that
-            cannot be packed, or ``halving`` and trials that are not evaluated at any rung.
+        ValueError: no trials, a value that is not known or of another type, a model_factory that makes no model, a task
+            that does not fit the model, a trial of another task or model, a damaged file, a backend of threads,
+            ``engine="packed"`` and a trial that cannot be packed, or ``halving`` and trials that are not evaluated at
+            any rung.
         RuntimeError: a worker cannot import lora_lab, has another version of it, makes another model or task, was
             ended by the system, or did not answer for ``timeout_s``; or the judge failed, or returned anything but
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
@@ -136,6 +137,7 @@ def ablate(
             f"model_factory gave a {type(model).__name__}, but it must be a torch.nn.Module, or a function that makes "
             "one anew at every call."
         )
+    data.check_model(model)
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
     requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
     results, unjudged = stored_results(folder, requested, judge is not None)

@@ -12,6 +12,7 @@ import math
 import re
 import reprlib
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +32,10 @@ from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
-from lora_lab.system.files import as_path, atomic_files, read_json, settle, write_json
+from lora_lab.system.files import as_path, atomic_files, check_folder, read_json, settle, write_json
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import counted, shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -139,6 +140,8 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         ValueError: a file is damaged; the adapter uses a setting of PEFT that is not supported here; it does not fit
             this model; one of its numbers is NaN or infinite; or the model already has adapters. The model is then left
             unchanged.
+
+    Warns of layers that its targets match and for which it has nothing, as where the model has more layers.
     """
     require_no_adapters(model)
     if isinstance(source, Mapping):
@@ -150,6 +153,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     ranks, alphas = _ranks_and_alphas(config, names, label)
     # Of rank 1, so that a rank which the tensors do not have takes no memory.
     start = LoRAConfig(1, dropout=config.get("lora_dropout", 0.0), targets=names)
+    left_out = _targeted(model, config, variant) - tensors.keys()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject(model, start, layer=variant)
     layers = lora_layers(model)
@@ -164,6 +168,12 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         raise
     for name, layer in layers.items():
         set_factors(layer, tensors[name], alphas[name])
+    if left_out:
+        warnings.warn(
+            f"{label} has nothing for {counted(len(left_out), 'layer')} that its target_modules match, such as "
+            f"{min(left_out, key=_natural_key)!r}, so they stay as they are; is it the adapter's own base model?",
+            stacklevel=2,
+        )
     return names
 
 
@@ -252,6 +262,7 @@ _HARMLESS = {
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # leave layers out that targets match
 # Values of init_lora_weights that leave the base unchanged. Others (pissa, olora, ...) subtract from it.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -260,17 +271,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings of a saved adapter, with PEFT's names.
 
     Raises:
-        FileNotFoundError: the file is missing.
+        FileNotFoundError: the folder or the file is missing.
         ValueError: it is damaged, or uses a setting of PEFT that is not supported here.
     """
     folder = as_path(folder, "folder")
+    check_folder(folder, "a saved adapter")
     settle(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{folder} holds an adapter of type {reprlib.repr(config.get('peft_type'))}, but only 'LORA' is read here."
+            f"{folder} holds an adapter of type {reprlib.repr(config.get('peft_type'))}, but only 'LORA' is read here; "
+            "use the library peft for others."
         )
     check(config, _Settings, str(folder / CONFIG))
     for name, value in config.items():
@@ -281,10 +294,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         if not supported:
             raise ValueError(
                 f"{folder} sets {shortened(name)} to {reprlib.repr(value)}, which changes the result and is not "
-                "supported here."
+                "supported here; merge the adapter in peft and load the merged model."
             )
     if all(config.get(name) for name in _VARIANTS):
-        raise ValueError(f"{folder} sets {' and '.join(_VARIANTS)}, which are not supported together.")
+        raise ValueError(
+            f"{folder} sets {' and '.join(_VARIANTS)}, which are not supported together; use the library peft."
+        )
     return config
 
 
@@ -372,6 +387,21 @@ def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
     modules = [name for name, _ in model.named_modules() if not name.startswith(inside_adapters)]
     matches = {name for name in modules if name.rpartition(".")[2] in endings}
     return sorted(endings) if matches == set(names) else names
+
+
+def _targeted(model: nn.Module, config: Mapping[str, Any], variant: type[LoRALayer] | None) -> set[str]:
+    """The layers that the config's target_modules match, where they are names or endings of names.
+
+    None where PEFT would leave some of them out by another setting.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or any(config.get(setting) for setting in _NARROWING):
+        return set()
+    return {
+        name
+        for name, module in model.named_modules()
+        if any(name_matches(name, target) for target in targets) and lora_class(module, variant) is not None
+    }
 
 
 # The weights

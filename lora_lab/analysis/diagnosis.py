@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.inject import lora_layers
+from lora_lab.system.schema import check
 
 _PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 # Ours: "<layer>.lora_A". PEFT's: "<layer>.lora_A.<adapter>.weight" and "<layer>.lora_embedding_A.<adapter>".
@@ -101,8 +103,13 @@ def diagnose(
             returned.
 
     Raises:
+        ValueError: the model, the optimizer or the base is something else, such as a path.
         TypeError: load_report has no ``missing_keys`` and ``unexpected_keys``.
     """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise ValueError(f"optimizer is {optimizer!r:.80}, but it must be the torch optimizer that trains the model.")
+    if base is not None:
+        check(base, InstanceOf[nn.Module] | InstanceOf[Mapping], "base")
     layers = lora_layers(model)
     our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())

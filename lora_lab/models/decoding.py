@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, check, check_fields
+from lora_lab.task import context_length
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def continued(
             and new tokens together may exceed the model's context.
     """
     max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
-    if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
+    if isinstance(ids, Tensor) and ids.shape == (0,):
+        raise ValueError("The prompt is empty, but one non-empty row of token ids is expected; give at least one word.")
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
         value = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else reprlib.repr(ids)
         raise ValueError(f"The prompt is {value}, but one non-empty row of token ids is expected.")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -96,7 +99,7 @@ def check_context(model: nn.Module, length: int, max_new_tokens: int) -> None:
     Raises:
         ValueError: they do not.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and length + max_new_tokens > context:
         raise ValueError(
             f"The prompt has {length} tokens and max_new_tokens is {max_new_tokens}, but the model reads at most "

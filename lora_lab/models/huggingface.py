@@ -7,12 +7,14 @@ code that a folder may hold is run, and no weights are read but safetensors.
 from __future__ import annotations
 
 import copy
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lab.models.configs import read_entries
 from lora_lab.system.files import settle
 
 _LONGEST = 300  # letters of an error of transformers that are shown
@@ -56,6 +58,12 @@ def read_config(path: str | Path) -> Any:
         path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; give a folder with a config.json, or the path of one.")
+    kind = read_entries(path).get("model_type")
+    if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot read {path}: it does not know the model_type "
+            f"{reprlib.repr(kind)}; use another model, or a version of transformers that knows it."
+        )
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the entries of the file lead to
@@ -127,8 +135,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             f"{folder} holds an adapter beside the model, which transformers would put on it; move the adapter's files "
             "to another folder."
         )
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} holds no file *.safetensors, the only format of weights that is read.")
+    check_weights(folder)
     try:
         model, report = model_class(config).from_pretrained(
             folder,
@@ -144,6 +151,20 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
     return model.to(device).eval()
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a folder holds weights in the one format that is read.
+
+    Raises:
+        FileNotFoundError: it holds none.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{folder} holds no file *.safetensors, the only format of weights that is read; where you trust the "
+            "others, such as *.bin, which can run code, convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)."
+        )
 
 
 def save(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -311,8 +312,9 @@ class Llama(nn.Module):
             ValueError: both ``cache`` and ``position_ids`` are given, ``ids`` or ``position_ids`` has another shape,
                 or ``logits_to_keep`` is no tensor of positions.
         """
-        if ids.ndim != 2:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}, but it must be (batch, length).")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            what = f"has shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"is {reprlib.repr(ids)}"
+            raise ValueError(f"ids {what}, but it must be a tensor of token ids, (batch, length).")
         if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape != ids.shape):
             raise ValueError(
                 f"position_ids is {position_ids!r:.80}, but it must be a tensor of the shape of ids, "
@@ -327,6 +329,10 @@ class Llama(nn.Module):
             except IndexError as error:
                 raise ValueError(f"logits_to_keep must be positions below {ids.shape[1]}, but {error}.") from None
         return self.lm_head(hidden)  # (4, 128, 49152)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens, with as many rows as the model knows tokens."""
+        return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head, which "all-linear" does not adapt."""

@@ -15,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast, overload
 
 import torch
+from pydantic import InstanceOf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import check
 
@@ -240,7 +241,8 @@ def save_model(
         raise ValueError(
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
-    path = Path(path)
+    path = as_path(path, "path")
+    check(tokenizer, InstanceOf[Tokenizer] | None, "tokenizer")
     if format == "gguf":
         if tokenizer is None:
             raise ValueError(
@@ -338,9 +340,10 @@ def _read_folder(folder: Path) -> StoredModel:
     entries = _config_entries(folder)
     config = config_from_hf(entries, folder)
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
+    huggingface.check_weights(folder)
     for path in _weight_files(folder):
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} lacks the file {path.name}.")
+            raise FileNotFoundError(f"{folder} lacks the file {path.name}, so it is incomplete; copy the folder again.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -442,10 +445,15 @@ def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
             raise ValueError(f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew.")
         value, kind = stored.tensors[name], stored.kinds.get(name)
         if not ((value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()):
-            raise ValueError(f"{origin}: tensor {name} is {tuple(value.shape)} of {value.dtype}, which no weight is.")
+            raise ValueError(
+                f"{origin}: tensor {name} is {tuple(value.shape)} of {value.dtype}, which no weight is; copy it anew."
+            )
         shape = shape_of(value, kind) if kind else tuple(value.shape)
         if shape != expected[name]:
-            raise ValueError(f"{origin}: tensor {name} has shape {shape}, but its config requires {expected[name]}.")
+            raise ValueError(
+                f"{origin}: tensor {name} has shape {shape}, but its config requires {expected[name]}; copy the config "
+                "and the weights of the same model."
+            )
 
 
 def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype: torch.dtype) -> None:

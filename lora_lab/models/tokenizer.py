@@ -107,6 +107,15 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     @property
+    def chat_template(self) -> str | None:
+        """The model's Jinja template for conversations; it may be set."""
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self._chat_template = check(template, str | None, "chat_template")
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """What stands for a special token in a text, and the token's id."""
         added = self.backend.get_added_tokens_decoder()
@@ -169,13 +178,17 @@ class Tokenizer:
         1D in hexadecimal) and Unicode's planes 4 to 11, in which no character is assigned.
 
         Raises:
-            ValueError: an id is negative, or too large for any vocabulary.
+            ValueError: an id is negative, or too large for any vocabulary, or is no whole number.
         """
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ValueError(f"ids is {shortened(repr(ids))}, but it must be a list of token ids.")
         try:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
         except OverflowError:
             wrong = next(i for i in ids if not 0 <= i < 2**32)
             raise ValueError(f"ids holds {shortened(str(wrong))}, which is no token's id.") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"ids is {shortened(repr(ids))}, but it must be a list of token ids.") from None
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ``ids`` in parts, each as soon as its letters are complete; together they are ``decode(ids)``."""

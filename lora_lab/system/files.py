@@ -84,15 +84,15 @@ def check_folder(folder: str | Path, what: str) -> None:
     Raises:
         FileNotFoundError: it does not, or is a file.
     """
-    folder = Path(folder)
+    is_file = False
     with suppress(OSError):  # as for check_file
-        if folder.is_dir():
+        if Path(folder).is_dir():
             return
-        if folder.is_file():
-            raise FileNotFoundError(f"{folder} is a file, but {what} is a folder; give {folder.parent}.") from None
-    raise FileNotFoundError(
-        f"There is no folder {shortened(str(folder))}; give the path of {what} (names of a hub are not downloaded)."
-    )
+        is_file = Path(folder).is_file()
+    named = shortened(str(folder))
+    if is_file:
+        raise FileNotFoundError(f"{named} is a file, but the path of a folder is expected, {what}.")
+    raise FileNotFoundError(f"There is no folder {named}; give the path of {what} (names of a hub are not downloaded).")
 
 
 @contextmanager

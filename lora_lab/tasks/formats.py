@@ -18,11 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.system.wording import shortened
+
 Turn = tuple[str, str]  # role and content
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"} | {role: role for role in ROLES}
 _PAIRS = (("prompt", "answer"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 _ALPACA = ("instruction", "output")
+_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 _COMMON = {"group", "part"}
 
 
@@ -51,7 +54,7 @@ def parse(entry: Any) -> Entry:
         ValueError: what is wrong with it, in a few words.
     """
     if not isinstance(entry, Mapping):
-        raise ValueError(f"a {type(entry).__name__}, not an object")
+        raise ValueError(f"a {type(entry).__name__}, not an object such as {_EXAMPLE}")
     keys, turns, text = _form(entry)
     group, part = (_string(entry, key) if entry.get(key) is not None else "" for key in ("group", "part"))
     return Entry(turns, text, group, part, frozenset(map(str, entry.keys() - keys - _COMMON)))
@@ -81,7 +84,10 @@ def _form(entry: Mapping[str, Any]) -> tuple[set[str], tuple[Turn, ...], str]:
     missing = sorted({other for pair in (*_PAIRS, _ALPACA) for other in pair if known & {*pair}} - known)
     if missing:
         raise ValueError(f"has {' and '.join(map(repr, sorted(known)))}, but lacks {' or '.join(map(repr, missing))}")
-    raise ValueError(f"has only {sorted(map(str, entry))}, and no form known here has these keys")
+    raise ValueError(
+        f"has only {shortened(str(sorted(map(str, entry))), 80)}, and no form known here has these keys, such as "
+        f'{_EXAMPLE}, {{"messages": [...]}} or {{"text": "..."}}'
+    )
 
 
 def _turns(value: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> tuple[Turn, ...]:

@@ -14,7 +14,7 @@ from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
 from lora_lab.system.schema import Size, check
-from lora_lab.task import IGNORE
+from lora_lab.task import IGNORE, check_tokenizer
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
 
@@ -46,6 +46,7 @@ def reply(
     """
     options = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
     reader_of(model)  # refuses a model that cannot answer, before the template is asked
+    check_tokenizer(tokenizer, ChatTokenizer)
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
     return tokenizer.decode(list(stream(model, ids, max_new_tokens, stop_token(tokenizer), **options))).strip()
@@ -129,7 +130,12 @@ def _read_batches(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the model's previous mode afterwards."""
+    """Evaluation mode inside, the model's previous mode afterwards.
+
+    Raises:
+        ValueError: as for :func:`lora_lab.models.reading.reader_of`.
+    """
+    reader_of(model)
     training = model.training
     model.eval()
     try:

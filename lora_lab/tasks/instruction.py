@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,15 +22,15 @@ from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lab.system.files import check_file
+from lora_lab.system.files import as_path, check_file
 from lora_lab.system.wording import counted, shortened
-from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, drawn
+from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, drawn
 from lora_lab.tasks.checks import suspicions
 from lora_lab.tasks.formats import Entry, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
@@ -40,6 +41,7 @@ _MOST_CHARACTERS = 1000  # of a token: more than any has, so that much longer te
 T = TypeVar("T")
 
 
+@runtime_checkable
 class ChatTokenizer(TextTokenizer, Protocol):
     """A chat model's tokenizer: the part of it that a :class:`PairTask` needs."""
 
@@ -174,7 +176,7 @@ class PairTask(Task):
 
 def from_pairs(
     tokenizer: ChatTokenizer,
-    pairs: Iterable[Pair] | Mapping[str, Iterable[Pair]],
+    pairs: Iterable[Pair | tuple[str, str]] | Mapping[str, Iterable[Pair | tuple[str, str]]],
     *,
     name: str = "pairs",
     max_tokens: int = 512,
@@ -188,8 +190,9 @@ def from_pairs(
 
     Args:
         tokenizer: of the model that will be trained.
-        pairs: a dict of "train", "validation" and "test" if they are split already. Otherwise about 80 % of the pairs
-            go to training and 10 % each to validation and test, by whole groups.
+        pairs: of :class:`Pair`, or of a prompt and an answer; in a dict of "train", "validation" and "test" if they are
+            split already. Otherwise about 80 % of the pairs go to training and 10 % each to validation and test, by
+            whole groups.
         name: of the task.
         max_tokens: the most tokens that an example may have, prompt and answer together.
         skip_long: leave longer examples out, after the split, instead of raising an error.
@@ -197,14 +200,15 @@ def from_pairs(
         metric, about, licence: as for :class:`PairTask`.
 
     Raises:
-        ValueError: a text is empty, an example too long, a part empty or missing, a group in two parts, a prompt in two
-            parts, or there are fewer than three groups.
+        ValueError: an argument is of another type, a text is empty, an example too long, a part empty or missing, a
+            group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
+    check_tokenizer(tokenizer, ChatTokenizer)
     if isinstance(pairs, Mapping):
-        pairs = cast("Mapping[str, Iterable[Pair]]", pairs)
-        split = {part: list(part_pairs) for part, part_pairs in pairs.items()}
+        pairs = cast("Mapping[str, Iterable[Any]]", pairs)
+        split = {part: _pairs(part_pairs) for part, part_pairs in pairs.items()}
     else:
-        split = _split(pairs, seed)
+        split = _split(_pairs(pairs), seed)
     if set(split) != set(PARTS):
         raise ValueError(f"pairs has the parts {sorted(split)}, but it must have {', '.join(PARTS)}.")
     for part, part_pairs in split.items():
@@ -231,6 +235,25 @@ def from_pairs(
     )
 
 
+def _pairs(pairs: Any) -> list[Pair]:
+    """Pairs of what :func:`from_pairs` takes.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    expected = "must be a Pair, or a prompt and an answer such as ('Capital of France?', 'Paris')"
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise ValueError(f"pairs is {shortened(reprlib.repr(pairs))}, but it must be a list, of which each {expected}.")
+    result: list[Pair] = []
+    for pair in pairs:
+        if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+            pair = Pair(*pair)
+        if not isinstance(pair, Pair):
+            raise ValueError(f"pairs holds {shortened(reprlib.repr(pair))}, but each {expected}.")
+        result.append(pair)
+    return result
+
+
 def from_jsonl(
     tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128, allow_special: bool = False, **options
 ) -> Task:
@@ -253,7 +276,8 @@ def from_jsonl(
         ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
             not, or as for :func:`from_pairs`.
     """
-    path = Path(path)
+    check_tokenizer(tokenizer, ChatTokenizer)
+    path = as_path(path, "path")
     check_file(path, "a JSON Lines file")
     entries, problems, malformed = [], [], 0
     for number, line in _lines(path):
@@ -262,7 +286,7 @@ def from_jsonl(
         if not entries and not malformed and line.lstrip().startswith("["):
             raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
         try:
-            entry = _parsed(line)
+            entry = _parsed(line.rstrip())  # where a line ends too early, json's column would be of the next line
             for text in (*(content for _, content in entry.turns), entry.text):
                 tokenizer.check_text(text, allow_special=allow_special and bool(entry.text))
             entries.append(entry)
@@ -327,7 +351,8 @@ def from_text(
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
     """
-    path = Path(path)
+    check_tokenizer(tokenizer, ChatTokenizer)
+    path = as_path(path, "path")
     check_file(path, "a text file")
     with StringIO() as text:
         for number, line in _lines(path):
@@ -424,9 +449,11 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
     for pair in pairs:
         groups[_group(pair)].append(pair)
     if len(groups) < len(PARTS):
+        count = sum(map(len, groups.values()))
+        what = f"All {count} pairs have" if len(groups) == 1 else f"There are {len(groups)} groups of pairs with"
         raise ValueError(
-            f"There are {len(groups)} groups of pairs, but {', '.join(PARTS)} need at least one each; give more pairs, "
-            "or smaller groups."
+            f"{what} the same prompt or group, but {', '.join(PARTS)} need at least one group each; give more pairs "
+            "with other prompts, or smaller groups."
         )
     tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffled(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, InstanceOf
 
 from lora_lab.system.schema import check
 from lora_lab.tasks.instruction import Pair, PairTask
@@ -36,6 +36,8 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
     Raises:
         ValueError: the task has no metric or no such part, or there are no predictions, or more than prompts.
     """
+    check(task, InstanceOf[PairTask], "task")
+    check(predictions, Sequence[str], "predictions")
     if task.metric not in METRICS:
         raise ValueError(
             f"Task {task.name!r} has the metric {task.metric!r}, but answers are scored by one of "
@@ -116,8 +118,9 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
     The dictionary translates word by word, as in the training pairs; words that it lacks stay as they are.
 
     Raises:
-        ValueError: the task's metric has no such baseline.
+        ValueError: the task's metric has no such baseline, or it has no such part.
     """
+    check(task, InstanceOf[PairTask], "task").part(part)
     pairs = task.pairs[part]
     if task.metric == "classification":
         majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from lora_lab.system.schema import check
-from lora_lab.task import Examples, Task, TextTokenizer
+from lora_lab.task import Examples, Task, TextTokenizer, check_tokenizer
 
 _CHUNK = 2**19  # characters tokenised at once; the library needs about 140 bytes for each
 _CONTEXT = 100  # characters on each side of a cut: far more than a token has
@@ -58,6 +58,7 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
     Raises:
         ValueError: ``seq_len`` is below 2.
     """
+    check_tokenizer(tokenizer)
     check(seq_len, Annotated[int, Field(ge=2)], "seq_len")
     chunks = _chunks(tokenizer, "\n\n".join(texts))
     ids = torch.cat([torch.tensor(tokenizer.encode(chunk), dtype=torch.long) for chunk in chunks])  # (tokens,)

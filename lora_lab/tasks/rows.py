@@ -82,12 +82,13 @@ class RowTask(PairTask):
         return share_rows(self.source.limited(n_train, seed), self.length)
 
     def check_model(self, model: nn.Module) -> None:
-        """Check on the first two examples of a row that a model keeps them separate.
+        """As for :class:`Task`; and check on the first two examples of a row that a model keeps them separate.
 
         Raises:
-            ValueError: it takes no positions, as one with an encoder and a decoder, or its logits are not those of the
-                examples in rows of their own, as for one that looks ahead.
+            ValueError: as for :class:`Task`; or it takes no positions, as one with an encoder and a decoder, or its
+                logits are not those of the examples in rows of their own, as for one that looks ahead.
         """
+        self.source.check_model(model)
         name = type(model).__name__
         if not accepts(model, "position_ids"):
             raise ValueError(

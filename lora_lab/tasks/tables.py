@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from lora_lab.system.files import check_file
 from lora_lab.system.wording import shortened
-from lora_lab.task import Examples, Task, cross_entropy, mean_squared_error
+from lora_lab.task import Examples, Task, check_tokenizer, cross_entropy, mean_squared_error
 from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def from_table(
         ValueError: the file is of another kind or cannot be read, a column is missing, a cell is empty, or as for
             :func:`lora_lab.tasks.from_pairs`.
     """
+    check_tokenizer(tokenizer, ChatTokenizer)
     frame, name = _frame(table)
     chosen = {"prompt": prompt, "answer": answer, "group": group, "part": part}
     columns = {role: column for role, column in chosen.items() if column is not None or role in ("prompt", "answer")}
@@ -80,6 +82,10 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
         return table, "table"
     if hasattr(table, "to_pandas"):  # as a Dataset of the datasets library has
         return table.to_pandas(), "dataset"
+    if not isinstance(table, str | os.PathLike):
+        raise ValueError(
+            f"table is {shortened(reprlib.repr(table))}, but it must be a path, a pandas DataFrame or a Dataset."
+        )
     path = Path(table)
     if path.suffix not in TABLES:
         raise ValueError(f"{path} is no table that can be read here; its name must end in one of {', '.join(TABLES)}.")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import joblib
@@ -1621,3 +1622,31 @@ def test_columns_have_the_same_types_whatever_the_trials_are():
     assert set(odd.outcome) == {"failed"}
     for column in ("rank", "alpha", "lr", "clip", "step", "validation_loss", "test_loss", "seconds"):
         assert plain[column].dtype == odd[column].dtype == "float64"
+
+
+# What does not go together
+
+
+def test_a_task_of_another_tokenizer_stops_a_sweep_before_it_begins(tiny_config, tmp_path):
+    part = Examples(torch.full((4, 8), tiny_config.vocab_size), torch.zeros(4, 8, dtype=torch.long))
+    task = Task("words", part, part, part, part, unit="tokens")
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        ablate(Llama(tiny_config), task, Grid([1], [1e-2], [0], steps=1), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_several_models_or_tasks_is_warned_of(tmp_path):
+    grid = Grid([1], [1e-2], [0], steps=1, eval_examples=4)
+    for seed, count in ((0, 8), (0, 12), (1, 12)):
+        ablate(DigitsMLP(width=16, seed=seed), small_task().limited(count), grid, tmp_path / f"{seed}", progress=False)
+    with pytest.warns(UserWarning, match="0 holds results of 2 tasks; compare only rows with equal values in task"):
+        assert load(tmp_path / "0").task.nunique() == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path / "1")
+    for path in (tmp_path / "1").iterdir():
+        path.rename(tmp_path / "0" / path.name)
+    with pytest.warns(UserWarning, match="of 2 models and of 2 tasks; .* equal values in model and in task"):
+        load(tmp_path / "0")
+    with pytest.raises(ValueError, match="folder is None, but it must be a path"):
+        load(None)

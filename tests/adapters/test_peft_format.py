@@ -5,6 +5,8 @@ import json
 import math
 import re
 import string
+import warnings
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -898,6 +900,28 @@ def test_other_types_of_adapter_are_refused(saved, kind):
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     refuse(saved, f"lacks the file {name}", FileNotFoundError)
+
+
+def test_what_is_no_folder_of_an_adapter_is_told(saved):
+    for call in (partial(load_adapter, DigitsMLP(width=16)), read_adapter, read_config):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder someone/adapter; .*hub are not downloaded"):
+            call("someone/adapter")
+        with pytest.raises(FileNotFoundError, match=rf"{CONFIG} is a file, but the path of a folder is expected"):
+            call(saved / CONFIG)
+
+
+def test_layers_that_the_targets_match_and_the_file_lacks_are_warned_of(tmp_path):
+    shorter, longer = ({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(count)} for count in (2, 4))
+    model = nn.ModuleDict(shorter)
+    inject(model, LoRAConfig(2, targets=["0"]))
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"has nothing for 2 layers .*such as 'block2\.0', .*own base model\?"):
+        load_adapter(nn.ModuleDict(longer), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(nn.ModuleDict({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(2)}), tmp_path)
+        edit(tmp_path, exclude_modules=["block2.0", "block3.0"])
+        load_adapter(nn.ModuleDict({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(4)}), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha"])

@@ -274,7 +274,7 @@ def test_an_interrupted_generation_leaves_the_model_in_its_mode(tiny):
 @pytest.mark.parametrize(
     ("prompt", "temperature", "says"),
     [
-        (torch.tensor([], dtype=torch.long), 0.0, r"\(0,\).*non-empty row"),
+        (torch.tensor([], dtype=torch.long), 0.0, "The prompt is empty.*non-empty row"),
         (torch.tensor([[1, 2]]), 0.0, r"\(1, 2\).*one non-empty row"),
         (torch.tensor(1), 0.0, r"\(\).*one non-empty row"),
         (torch.tensor([1]), -0.5, "temperature is -0.5, but it must be at least 0"),
@@ -598,3 +598,9 @@ def test_ids_and_positions_of_another_form_are_refused():
 def test_a_rope_theta_that_is_a_large_whole_number_is_a_number():
     config = LlamaConfig(16, 8, 16, 1, 2, 1, 4, rope_theta=10**30)
     assert torch.isfinite(rotary_frequencies(config)).all()
+
+
+@pytest.mark.parametrize("ids", ["hello", None, [[1, 2]]])
+def test_what_is_no_tensor_of_ids_is_told(tiny, ids):
+    with pytest.raises(ValueError, match=r"ids is .*, but it must be a tensor of token ids, \(batch, length\)"):
+        tiny(ids)

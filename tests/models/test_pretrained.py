@@ -555,7 +555,7 @@ def test_a_folders_tokenizer_comes_with_it(tiny_hf, hf_folder, tiny_tokenizer):
     assert tokenizer.encode("the <s>Grüße 😀") == tiny_tokenizer.encode("the <s>Grüße 😀")
 
 
-@pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "model.safetensors", "shard"])
+@pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "shard"])
 def test_a_folder_that_lacks_a_file_names_it(tiny_hf, hf_folder, lacking):
     folder = hf_folder(tiny_hf(), **({"max_shard_size": "20KB"} if lacking == "shard" else {}))
     if lacking == "shard":
@@ -563,6 +563,22 @@ def test_a_folder_that_lacks_a_file_names_it(tiny_hf, hf_folder, lacking):
     (folder / lacking).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{folder.name} lacks the file {lacking}"):
         load_pretrained(folder)
+
+
+def test_weights_in_pickles_are_named_with_the_remedy(tiny_hf, hf_folder):
+    folder = hf_folder(tiny_hf())
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"holds no file \*\.safetensors.*save_pretrained\(folder, safe"):
+        load_pretrained(folder)
+
+
+def test_a_bad_argument_of_save_model_leaves_nothing_behind(tiny, tmp_path):
+    (tmp_path / "data.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="tokenizer is 'model', but it must be an instance of Tokenizer"):
+        save_model(tiny(), tmp_path / "new", "model")
+    with pytest.raises(OSError, match=r"^\S*data\.jsonl cannot be written to \(it is a file\); name another folder"):
+        save_model(tiny(), tmp_path / "data.jsonl")
+    assert names(tmp_path) == ["data.jsonl"]
 
 
 def test_a_folder_needs_no_tokenizer_config(tiny_hf, hf_folder):

@@ -630,3 +630,15 @@ def test_a_small_vocabulary_may_lack_letters(tmp_path):
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     Tokenizer(backend).save(tmp_path)
     assert Tokenizer.load(tmp_path).encode("the") == [3, 0]
+
+
+def test_what_is_no_list_of_ids_or_no_template_is_told(tiny_tokenizer):
+    for ids in ("abc", 5, None, [None], ["a"]):
+        with pytest.raises(ValueError, match=r"ids is .*, but it must be a list of token ids"):
+            tiny_tokenizer.decode(ids)
+    tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template="{{ messages }}")
+    with pytest.raises(ValueError, match="chat_template is 5, but it must be a text"):
+        tokenizer.chat_template = 5
+    with pytest.raises(ValueError, match="chat_template is 5, but it must be a text"):
+        Tokenizer(tiny_tokenizer.backend, chat_template=5)
+    tokenizer.chat_template = None

@@ -544,3 +544,22 @@ def test_unreadable_json_says_what_to_do(tmp_path, content, error, says):
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(error, match=says):
         read_json(tmp_path / "a.json")
+
+
+# Places
+
+
+def test_a_place_where_nothing_can_be_made_is_one_sentence_and_nothing_stays(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for folder, reason in {"file": "it is a file", "file/deep": "Not a directory"}.items():
+        for write in (atomic_files, lambda path: atomic_file(path / "a.txt")):
+            says = rf"^{tmp_path / folder} cannot be written to \({reason}\); name another folder, .* writable\.$"
+            with pytest.raises(OSError, match=says) as caught, write(tmp_path / folder):
+                pass
+            assert caught.value.__suppress_context__
+    with pytest.raises(IsADirectoryError, match=rf"^{tmp_path / 'folder'} is a folder, but a file is to be written"):
+        write_json(tmp_path / "folder", 1)
+    with pytest.raises(RuntimeError, match=r"^stop$"), atomic_files(tmp_path / "new" / "deep"):
+        raise RuntimeError("stop")
+    assert names(tmp_path) == ["file", "folder"]

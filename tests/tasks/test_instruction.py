@@ -16,9 +16,9 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.task import cross_entropy
-from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_text, task_of
+from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_table, from_text, task_of
 from lora_lab.tasks.instruction import Padded, encode, stop_token
-from tests.helpers import sums
+from tests.helpers import ByteTokenizer, sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -302,7 +302,15 @@ def token_ids(tokenizer, pair):
     [
         ([], "There are 0 groups of pairs"),
         ([Pair("a?", "b"), Pair("c?", "d")], "There are 2 groups of pairs"),
-        ([Pair("a?", "b", "g"), Pair("c?", "d", "g"), Pair("e?", "f", "g")], "There are 1 groups"),
+        (
+            [Pair("a?", "b", "g"), Pair("c?", "d", "g"), Pair("e?", "f", "g")],
+            "All 3 pairs have the same",
+        ),
+        ([("a?", "b")] * 20, "All 20 pairs have the same prompt or group.* give more pairs with other prompts"),
+        ([("a?", 5), ("c?", "d")], r"pairs holds \('a\?', 5\), but each must be a Pair, or a prompt and an answer"),
+        (["ab", "cd"], "pairs holds 'ab', but each must be a Pair"),
+        ({"train": [{"prompt": "a?", "answer": "b"}]}, "pairs holds {'answer': 'b', .*but each must be a Pair"),
+        (5, "pairs is 5, but it must be a list"),
         ([Pair("a?", " "), Pair("c?", "d"), Pair("e?", "f")], "has an empty text"),
         ([Pair("a?", "b" * 99), Pair("c?", "d"), Pair("e?", "f")], r"has \d+ tokens, but max_tokens is 80"),
         ({"train": [Pair("a?", "b")], "test": [Pair("c?", "d")]}, "it must have train, validation, test"),
@@ -316,11 +324,46 @@ def token_ids(tokenizer, pair):
             "The group 'g' is in .* and in",
         ),
     ],
-    ids=["none", "two", "one group", "empty answer", "too long", "a part missing", "a part empty", "prompt", "group"],
+    ids=[
+        *["none", "two", "one group", "equal", "a number", "texts", "dicts", "no list", "empty answer"],
+        *["too long", "a part missing", "a part empty", "prompt", "group"],
+    ],
 )
 def test_bad_pairs_are_refused_with_the_reason(chatter, pairs, says):
     with pytest.raises(ValueError, match=says):
         from_pairs(chatter, pairs, max_tokens=80)
+
+
+def test_two_texts_are_a_pair(chatter):
+    texts = [(pair.prompt, pair.answer) for pair in sums()]
+    expected = from_pairs(chatter, sums())
+    assert from_pairs(chatter, texts).fingerprint == expected.fingerprint
+    assert from_pairs(chatter, map(list, texts)).fingerprint == expected.fingerprint
+    assert from_pairs(chatter, texts[:-1]).fingerprint != expected.fingerprint
+    split = {"train": texts[:2], "validation": texts[2:3], "test": texts[3:4]}
+    assert from_pairs(chatter, split).pairs["test"] == [sums()[3]]
+
+
+def test_what_is_no_tokenizer_or_no_path_is_told(chatter, tiny_config, tmp_path):
+    path = write(tmp_path / "mine.jsonl", {"prompt": "a", "answer": "b"})
+    calls = (from_jsonl, path), (from_jsonl, chatter), (from_text, path), (from_pairs, sums()), (from_table, "a.csv")
+    for function, argument in calls:
+        for tokenizer in (None, str(path), ByteTokenizer()):
+            with pytest.raises(ValueError, match=r"tokenizer is .*, but it must be the one that load_pretrained"):
+                function(tokenizer, argument)
+    for function in (from_jsonl, from_text):
+        with pytest.raises(ValueError, match=r"path is \[.*, but it must be a path"):
+            function(chatter, [path])
+    with pytest.raises(ValueError, match="table is None, but it must be a path, a pandas DataFrame or a Dataset"):
+        from_table(chatter, None)
+    with pytest.raises(ValueError, match="tokenizer is None"):
+        reply(Llama(tiny_config), None, "a")
+
+
+def test_the_column_of_a_line_that_ends_too_early_is_where_it_ends(chatter, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt":"abc","answer":"d"\n')
+    with pytest.raises(ValueError, match=r"line 2: not JSON .*at column 29"):
+        from_jsonl(chatter, tmp_path / "bad.jsonl")
 
 
 def test_a_template_that_does_not_end_where_the_answer_begins_is_refused(tiny_tokenizer):
@@ -411,10 +454,10 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
     ("line", "says"),
     [
         ("{", "line 2: not JSON"),
-        ("[1]", "line 2: a list, not an object"),
+        ("[1]", 'line 2: a list, not an object such as {"prompt": "...", "answer": "..."}'),
         ({"prompt": "a"}, "line 2: has 'prompt', but lacks 'answer' or 'completion' or 'response'"),
         ({"answer": "b"}, "line 2: has 'answer', but lacks 'prompt' or 'question'"),
-        ({"label": "c"}, "line 2: has only ['label'], and no form known here has these keys"),
+        ({"label": "c"}, "line 2: has only ['label'], and no form known here has these keys, such as {\"prompt\""),
         ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a string"),
         ({"prompt": " ", "answer": "b"}, "line 2: 'prompt' is empty"),
         ({"prompt": "a", "answer": "b", "part": "dev"}, "line 2: 'part' is 'dev', not one of train"),

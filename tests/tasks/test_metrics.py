@@ -44,6 +44,13 @@ def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
     named = from_pairs(chatter, sums(), metric="translation")
     with pytest.raises(ValueError, match="There are 99 predictions, but the test part has 4 prompts"):
         score(named, ["1"] * 99)
+    for arguments in ((["1"], named), ("named", ["1"])):
+        with pytest.raises(ValueError, match=r"task is .*, but it must be an instance of PairTask"):
+            score(*arguments)
+    with pytest.raises(ValueError, match="predictions is 5, but it must be an instance of Sequence"):
+        score(named, 5)
+    with pytest.raises(ValueError, match=r"task is \['1'\], but it must be an instance of PairTask"):
+        trivial(["1"])
 
 
 def test_the_dictionary_knows_what_training_pairs_say_word_for_word(chatter):
