@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from lora_lab.history import History, stop_if_diverged
 from lora_lab.system.distributed import ProcessEndedError
 from lora_lab.system.files import atomic_file
+from lora_lab.system.wording import short_repr
 from lora_lab.task import bytes_of
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -230,7 +230,7 @@ def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[d
         raise ValueError(f"The file cannot be read: {error}.") from None
     expected = {"sha256", *names}
     if note.keys() != expected and not (unsigned and note.keys() == names):
-        raise ValueError(f"The header has the entries {reprlib.repr(sorted(note))}, not {sorted(expected)}.")
+        raise ValueError(f"The header has the entries {short_repr(sorted(note))}, not {sorted(expected)}.")
     checksum = note.pop("sha256", None)
     if checksum is not None and checksum != _checksum(tensors, note):
         raise ValueError("The content does not match the checksum in the header.")
@@ -252,8 +252,8 @@ def _check_same_run(path: Path, expected: dict[str, Any], stored: dict[str, Any]
         for name in {**expected[group], **stored[group]}:  # some settings are stored only if they are in use
             if stored[group].get(name) != expected[group].get(name):
                 raise ValueError(
-                    f"{path} is from another run: its {group}.{name} is {reprlib.repr(stored[group].get(name))}, "
-                    f"not {reprlib.repr(expected[group].get(name))}; use another folder, or delete it."
+                    f"{path} is from another run: its {group}.{name} is {short_repr(stored[group].get(name))}, "
+                    f"not {short_repr(expected[group].get(name))}; use another folder, or delete it."
                 )
 
 

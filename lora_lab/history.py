@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +14,7 @@ from torch import nn
 
 from lora_lab.system.files import as_path, check_file, read_json, write_json
 from lora_lab.system.schema import check_fields
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -158,16 +157,16 @@ class History:
 
 def _check_row(step: int, row: dict[str, Any]) -> None:
     if row.keys() != set(COLUMNS):
-        raise ValueError(f"Row {step} is {reprlib.repr(row)}, but it must have the values {', '.join(COLUMNS)}.")
+        raise ValueError(f"Row {step} is {short_repr(row)}, but it must have the values {', '.join(COLUMNS)}.")
     if type(row["step"]) is not int or row["step"] != step:
-        raise ValueError(f"Row {step} is of step {reprlib.repr(row['step'])}, but rows must be of steps 0, 1, 2, ...")
+        raise ValueError(f"Row {step} is of step {short_repr(row['step'])}, but rows must be of steps 0, 1, 2, ...")
     # Losses are not evaluated at every step, and row 0 is before the first step.
     optional = {"validation_loss", "off_domain_loss"} | ({"train_loss", "lr", "grad_norm"} if step == 0 else set())
     for name in COLUMNS[1:]:
         value = row[name]
         overflow = name == "grad_norm" and value == math.inf  # the sum of squares overflows; clipping handles that
         if not (is_number(value) or overflow or (value is None and name in optional)):
-            raise ValueError(f"Row {step} has {reprlib.repr(value)} as {name}, but it must be a finite number.")
+            raise ValueError(f"Row {step} has {short_repr(value)} as {name}, but it must be a finite number.")
 
 
 def is_number(value: Any) -> bool:

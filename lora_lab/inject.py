@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
 from lora_lab.lora import LoRALayer, check_numbers
-from lora_lab.system.numbers import check_finite, plain
-from lora_lab.system.wording import shortened
+from lora_lab.system.numbers import check_finite, is_list, plain
+from lora_lab.system.wording import short_repr
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
 _RANK_OF_ANY_LAYER = 1024  # up to here, and up to a weight's longer side, no rank fills a machine's memory
@@ -52,10 +51,10 @@ class LoRAConfig:
                 f"targets is {self.targets!r}, but it must be 'all-linear' or a list of names; "
                 f"write [{self.targets!r}] for one name."
             )
-        if self.targets != "all-linear":
+        if not isinstance(self.targets, str):
             check_names("targets", self.targets)
         check_names("exclude", self.exclude)
-        if not self.targets:
+        if len(self.targets) == 0:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
 
 
@@ -63,15 +62,13 @@ def check_names(argument: str, names: Any) -> None:
     """Raise ValueError if an argument is no list of names, but for example one name."""
     if isinstance(names, str):
         raise ValueError(f"{argument} is {names!r}, but it must be a list of names; write [{names!r}].")
-    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} is {reprlib.repr(names)}, but it must be a list of names.")
+    if not is_list(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument} is {short_repr(names)}, but it must be a list of names.")
 
 
 def _check_type(argument: str, value: Any, expected: type) -> None:
     if not isinstance(value, expected):
-        raise ValueError(
-            f"{argument} is {shortened(reprlib.repr(value))}, but it must be an instance of {expected.__name__}."
-        )
+        raise ValueError(f"{argument} is {short_repr(value)}, but it must be an instance of {expected.__name__}.")
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer]:
@@ -113,9 +110,11 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     """
     require_no_adapters(model)
     _check_type("config", config, LoRAConfig)
+    if layer is not None and not (isinstance(layer, type) and issubclass(layer, LoRALayer)):
+        raise ValueError(f"layer is {short_repr(layer)}, but it must be a class of adapters, such as DoRALinear.")
     seed = plain(seed)
-    if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
-        raise ValueError(f"seed is {reprlib.repr(seed)}, but it must be a whole number of 64 bits.")
+    if isinstance(seed, bool) or not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed is {short_repr(seed)}, but it must be a whole number of 64 bits.")
     generator = torch.Generator().manual_seed(seed)
     classes = match_layers(model, config.targets, config.exclude, layer)
     largest = max(max(_shape(model.get_submodule(name))) for name in classes)
@@ -191,7 +190,7 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     """
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
-    if into not in MERGED_FORMS:
+    if not isinstance(into, str) or into not in MERGED_FORMS:
         value = repr(into) if isinstance(into, str) else f"a {type(into).__name__}"
         raise ValueError(f"into is {value}, but it must be one of {', '.join(map(repr, MERGED_FORMS))}.")
     if (base is None) == (into == "full-precision"):

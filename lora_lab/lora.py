@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import math
-import reprlib
 import sys
 from typing import Any, ClassVar
 
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.system.numbers import plain
+from lora_lab.system.wording import short_repr
 
 
 class LoRALayer(nn.Module):
@@ -172,9 +172,9 @@ def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> tuple[
     """
     rank, alpha, dropout = plain(rank), plain(alpha), plain(dropout)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
-        raise ValueError(f"rank is {rank!r}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
+        raise ValueError(f"rank is {short_repr(rank)}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
     if not (isinstance(alpha, int | float) and 0 < alpha <= sys.float_info.max):
-        raise ValueError(f"alpha is {reprlib.repr(alpha)}, but it must be a positive number, such as 16.")
+        raise ValueError(f"alpha is {short_repr(alpha)}, but it must be a positive number, such as 16.")
     if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ValueError(f"dropout is {reprlib.repr(dropout)}, but it must lie in [0, 1), such as 0.05.")
+        raise ValueError(f"dropout is {short_repr(dropout)}, but it must lie in [0, 1), such as 0.05.")
     return rank, alpha, dropout

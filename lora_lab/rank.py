@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.system.schema import Number, Positive, Seed, Share, Size, check
+from lora_lab.system.wording import short_repr
 
 
 class SVD(NamedTuple):
@@ -143,7 +144,7 @@ def truncate(
     Raises:
         ValueError: the rank is out of range, or as for :func:`svd`.
     """
-    if randomized and isinstance(W, Tensor):
+    if check(randomized, bool, "randomized") and isinstance(W, Tensor):
         _check(W, "W")
         _check_rank(rank, min(W.shape[-2:]))
         U, S, Vh = _randomized_svd(W.to(_work_dtype(W)), rank, generator)
@@ -396,6 +397,9 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """A matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
+    if not isinstance(shape, tuple | list) or len(shape) < 2:
+        raise ValueError(f"shape is {short_repr(shape)}, but it must be that of a matrix, such as (192, 576).")
+    shape = tuple(check(size, Size, "shape") for size in shape)
     norm = float(check(norm, Number, "norm"))
     W = torch.randn(shape, generator=generator, dtype=torch.float64)  # (192, 576)
     return W * (norm / torch.linalg.matrix_norm(W, keepdim=True))
@@ -507,7 +511,9 @@ def _spectrum(S: Tensor) -> Tensor:
 
 def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
-        raise ValueError(f"{name} is {rank!r}, but for this matrix it must be a whole number from 1 to {largest}.")
+        raise ValueError(
+            f"{name} is {short_repr(rank)}, but for this matrix it must be a whole number from 1 to {largest}."
+        )
 
 
 def _check_bases(V1: Tensor, V2: Tensor) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
@@ -20,7 +19,7 @@ import torch
 from lora_lab.system.files import read_json, write_json
 from lora_lab.system.json_text import plain
 from lora_lab.system.provenance import checkout, device_name, driver_version, machine_info, slug
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -88,16 +87,16 @@ class Record:
         for name, (pattern, expected) in _TEXTS.items():
             value = getattr(self, name)
             if not isinstance(value, str) or not re.fullmatch(pattern, value):
-                raise ValueError(f"{name} is {reprlib.repr(value)}, but it must be {expected}.")
+                raise ValueError(f"{name} is {short_repr(value)}, but it must be {expected}.")
         try:
             date.fromisoformat(self.date)
         except ValueError:
             raise ValueError(f"date is {self.date!r}, but it must be a day of the calendar.") from None
         if not _is_dict(self.facts) or not all(isinstance(value, str) and value for value in self.facts.values()):
-            raise ValueError(f"facts are {reprlib.repr(self.facts)}, but they must be a dict of texts, none empty.")
+            raise ValueError(f"facts are {short_repr(self.facts)}, but they must be a dict of texts, none empty.")
         if not _is_dict(self.settings) or not _is_json(self.settings):
             raise ValueError(
-                f"settings are {reprlib.repr(self.settings)}, but they must be a dict of JSON values, numbers finite."
+                f"settings are {short_repr(self.settings)}, but they must be a dict of JSON values, numbers finite."
             )
         _check_rows(self.rows)
 
@@ -238,10 +237,10 @@ class Published:
         for name in ("what", "source", "commit", "date", "licence"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} is {reprlib.repr(value)}, but it must be a text that is not empty.")
+                raise ValueError(f"{name} is {short_repr(value)}, but it must be a text that is not empty.")
         date.fromisoformat(self.date)
         if not _is_dict(self.settings) or not _is_json(self.settings):
-            raise ValueError(f"settings are {reprlib.repr(self.settings)}, but they must be a dict of JSON values.")
+            raise ValueError(f"settings are {short_repr(self.settings)}, but they must be a dict of JSON values.")
         _check_rows(self.rows)
 
 
@@ -292,14 +291,14 @@ def _with_current_names(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _check_rows(rows: Any) -> None:
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"rows are {reprlib.repr(rows)}, but they must be a list of at least one dict.")
+        raise ValueError(f"rows are {short_repr(rows)}, but they must be a list of at least one dict.")
     for i, row in enumerate(rows):
         if not _is_dict(row) or not row:
-            raise ValueError(f"row {i} is {reprlib.repr(row)}, but it must be a dict of at least one named value.")
+            raise ValueError(f"row {i} is {short_repr(row)}, but it must be a dict of at least one named value.")
         for name, value in row.items():
             if not _is_scalar(value):
                 raise ValueError(
-                    f"row {i} has {reprlib.repr(value)} as {name!r}, but it must be a text, a finite number, "
+                    f"row {i} has {short_repr(value)} as {name!r}, but it must be a text, a finite number, "
                     "True, False or None."
                 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.system.schema import Seed, check
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr
 
 IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
 
@@ -35,7 +34,7 @@ def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
     """Raise ValueError if it does not have what the interface of a tokenizer asks for, as a path has not."""
     if not isinstance(tokenizer, interface):
         raise ValueError(
-            f"tokenizer is {shortened(reprlib.repr(tokenizer))}, but it must be the one that load_pretrained or "
+            f"tokenizer is {short_repr(tokenizer)}, but it must be the one that load_pretrained or "
             "load_tokenizer returns."
         )
 

@@ -302,16 +302,9 @@ def fit(
         ProcessEndedError: another process has ended; the message says from which step the run can go on.
         TypeError: an option is missing or unknown.
     """
-    _check_types(model=model, task=task, method=method, config=config)
+    _check_types(model=model, task=task, method=method, config=config, on_row=on_row)
     config = _config(config, options)
-    checkpoint_every = check(checkpoint_every, Size | None, "checkpoint_every")
-    if checkpoint_dir is not None:
-        checkpoint_dir = as_path(checkpoint_dir, "checkpoint_dir")
-    elif checkpoint_every is not None:
-        raise ValueError(
-            f"checkpoint_every is {checkpoint_every}, but there is no folder to write to; give checkpoint_dir too."
-        )
-    checkpoint_interval = config.evaluation_interval if checkpoint_every is None else checkpoint_every
+    checkpoint_interval = _checkpoint_interval(checkpoint_dir, checkpoint_every, config)
     task.check_model(model)
     order = data_order(task, config)
     training_step = make_step(model, task.loss, method, config)
@@ -399,6 +392,7 @@ _TYPES = {
     "task": InstanceOf[Task],
     "method": InstanceOf[Method],
     "config": InstanceOf[TrainConfig] | None,
+    "on_row": Callable[..., Any] | None,
 }
 
 
@@ -406,6 +400,20 @@ def _check_types(**arguments: Any) -> None:
     """Raise ValueError if an argument is something else, such as a path for the model."""
     for name, value in arguments.items():
         check(value, _TYPES[name], name)
+
+
+def _checkpoint_interval(folder: str | Path | None, every: int | None, config: TrainConfig) -> int:
+    """Steps between checkpoints.
+
+    Raises:
+        ValueError: the folder is no path, or the steps are given without it.
+    """
+    if folder is not None:
+        as_path(folder, "checkpoint_dir")
+    every = check(every, Size | None, "checkpoint_every")
+    if every is not None and folder is None:
+        raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir too.")
+    return config.evaluation_interval if every is None else every
 
 
 def _start(method: Method, model: nn.Module) -> dict[str, str]:
@@ -540,6 +548,7 @@ def batch_losses(
         ValueError: the task has no such part, or batch_size or limit is below 1.
     """
     batch_size, limit = check(batch_size, Size, "batch_size"), check(limit, Size | None, "limit")
+    by_length = check(by_length, bool, "by_length")
     examples = task.part(part)[:limit]
     if by_length and examples.lengths is not None:
         examples = examples[examples.lengths.argsort(stable=True)]

@@ -74,7 +74,9 @@ def stopping(step=None, calls=None):
 def run(kind, folder=None, loss=None, model=None, method=None, **options):
     make, usual = KINDS[kind]
     model = model if model is not None else make()
-    options = {"steps": STEPS, "lr": 0.01, "batch_size": 4, "eval_every": 3, "checkpoint_every": EVERY} | options
+    options = {"steps": STEPS, "lr": 0.01, "batch_size": 4, "eval_every": 3} | options
+    if folder is not None:
+        options = {"checkpoint_every": EVERY} | options
     data = options.pop("task", None) or task(loss or stopping())
     return model, fit(model, data, method or usual, checkpoint_dir=folder, **options)
 

@@ -695,3 +695,13 @@ def test_a_rank_above_the_shorter_side_of_every_layer_is_warned_of():
         for name, shorter in shapes.items():
             inject(EveryKind(), LoRAConfig(shorter, targets=[name]))
         inject(EveryKind(), LoRAConfig(4, targets=["image", "words"]))  # enough for one of them
+
+
+def test_odd_names_and_classes_are_told():
+    for targets in (np.array(5), torch.tensor(1.0), {"a": 1}, 5, np.array([1, 2])):
+        with pytest.raises(ValueError, match=r"targets is .*, but it must be a list of names"):
+            LoRAConfig(targets=targets)
+    for layer in ("dora", DoRALinear(nn.Linear(4, 4), 2, 4.0), nn.Linear):
+        with pytest.raises(ValueError, match=r"layer is .*, but it must be a class of adapters"):
+            inject(DigitsMLP(width=16), LoRAConfig(2), layer=layer)
+    inject(DigitsMLP(width=16), LoRAConfig(2, targets={"hidden1": 1, "hidden2": 2}.keys()), seed=np.int64(3))

@@ -11,8 +11,7 @@ import hashlib
 import itertools
 import json
 import math
-import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -22,7 +21,9 @@ import torch
 
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
+from lora_lab.system.numbers import is_list
 from lora_lab.system.schema import Positive, Seed, Size, check
+from lora_lab.system.wording import short_repr
 from lora_lab.train import TrainConfig, check_options
 
 # What decides a run's result, in the order of a trial's file.
@@ -71,9 +72,11 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
-            raise ValueError(f"method is {self.method!r}, but it must be one such as LoRA(rank=8) or FullFineTuning().")
+            raise ValueError(
+                f"method is {short_repr(self.method)}, but it must be one such as LoRA(rank=8) or FullFineTuning()."
+            )
         if not isinstance(self.lean, Lean | None):
-            raise ValueError(f"lean is {self.lean!r}, but a trial's must be a lora_lab.Lean, or None.")
+            raise ValueError(f"lean is {short_repr(self.lean)}, but a trial's must be a lora_lab.Lean, or None.")
         super().__post_init__()
         name = getattr(self.method, "name", "")
         if _address(_methods().get(name)) != _address(type(self.method)):
@@ -144,7 +147,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
                 options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
             return cls(**options)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"This is not a trial's content ({error}): {reprlib.repr(content)}.") from None
+            raise ValueError(f"This is not a trial's content ({error}): {short_repr(content)}.") from None
 
 
 class Grid(Sequence[Trial]):
@@ -182,8 +185,8 @@ class Grid(Sequence[Trial]):
         if alpha is not None and alpha_per_rank is not None:
             raise ValueError(f"alpha is {alpha} and alpha_per_rank {alpha_per_rank}; give one of them, or neither.")
         for name, values in {"ranks": ranks, "lrs": lrs, "seeds": seeds, "methods": methods}.items():
-            if isinstance(values, str) or not isinstance(values, Collection):
-                raise ValueError(f"{name} is {values!r}, but it must be a list of values to try.")
+            if not is_list(values):
+                raise ValueError(f"{name} is {short_repr(values)}, but it must be a list of values to try.")
             if len(values) == 0 and (name != "ranks" or any(isinstance(method, LoRA) for method in methods)):
                 raise ValueError(f"{name} is empty, so there is nothing to try; give at least one value.")
         if (count := math.prod(map(len, (ranks, lrs, seeds, methods)))) > _MOST:

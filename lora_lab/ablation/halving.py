@@ -116,7 +116,8 @@ class Halving:
     cautious: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rungs", tuple(self.rungs))
+        if isinstance(self.rungs, Iterable):
+            object.__setattr__(self, "rungs", tuple(self.rungs))
         check_fields(self)
         if not self.rungs or not all(0 < rung < 1 for rung in self.rungs) or sorted(self.rungs) != [*self.rungs]:
             raise ValueError(f"rungs is {self.rungs!r}, but it must be shares of the steps between 0 and 1, ascending.")

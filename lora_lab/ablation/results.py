@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from lora_lab.ablation.grid import BASE_DTYPE, Trial
 from lora_lab.history import History, is_number
 from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.train import TrainConfig
 
 SCHEMA = 1
@@ -64,7 +63,9 @@ def load(folder: str | Path):
     # A killed write leaves a hidden file.
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no results (files <key>.json); run ablate with this folder first.")
+        raise FileNotFoundError(
+            f"{shortened(str(folder))} holds no results (files <key>.json); run ablate with this folder first."
+        )
     frame = table(_read(path) for path in paths)  # one at a time, because their histories may not fit into memory
     if several := [name for name in ("model", "task") if frame[name].nunique() > 1]:
         counts = " and of ".join(counted(frame[name].nunique(), name) for name in several)
@@ -86,7 +87,6 @@ def stored_results(
     """
     if folder is None:
         return {}, {}
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
     results = {key: _read(path) for key, path in paths.items() if path.is_file()}
     if not judged:
@@ -146,7 +146,7 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
     outcome, scores = result["outcome"], result["scores"]
     check(result, _OUTCOMES[outcome], f"outcome {outcome!r}")
     if scores is not None and not all(map(_is_score, scores.values())):
-        raise ValueError(f"scores are {reprlib.repr(scores)}, but they must be numbers and texts by name")
+        raise ValueError(f"scores are {short_repr(scores)}, but they must be numbers and texts by name")
     if result["history"] is None:
         return
     rows = History.from_dict(result["history"]).rows

@@ -18,12 +18,11 @@ import math
 import multiprocessing
 import os
 import platform
-import reprlib
 import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -51,10 +50,12 @@ from lora_lab.history import DivergedError, History, is_number
 from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
+from lora_lab.system.numbers import is_list
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
 from lora_lab.system.renamed import warn_renamed
 from lora_lab.system.schema import NotNegative, check
+from lora_lab.system.wording import short_repr
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step
 
@@ -123,11 +124,12 @@ def ablate(
             ended by the system, or did not answer for ``timeout_s``; or the judge failed, or returned anything but
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
     """
+    engine = check(engine, str, "engine")
     if engine == "apart":
         warn_renamed("engine='apart'", "engine='separate'")
         engine = "separate"
     if engine not in ("auto", "separate", "packed"):
-        raise ValueError(f"engine is {engine!r}, but it must be 'auto', 'separate' or 'packed'.")
+        raise ValueError(f"engine is {short_repr(engine)}, but it must be 'auto', 'separate' or 'packed'.")
     _check_types(task, trials, n_jobs, budget_bytes, timeout_s, halving)
     folder = None if folder is None else as_path(folder, "folder")
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
@@ -189,10 +191,10 @@ def ablate(
 
 def _check_types(task: Any, trials: Any, n_jobs: Any, budget_bytes: Any, timeout_s: Any, halving: Any) -> None:
     """Raise ValueError if an argument of :func:`ablate` is of another type, or there are no trials."""
-    if not (isinstance(task, Task) or callable(task)):
-        raise ValueError(f"task is {reprlib.repr(task)}, but it must be a Task, or a function that makes one.")
-    if not isinstance(trials, Collection) or not all(isinstance(trial, Trial) for trial in trials):
-        raise ValueError(f"trials is {reprlib.repr(trials)}, but it must be a Grid or a list of Trials.")
+    if not (isinstance(task, Task) or callable(task)) or isinstance(task, nn.Module):
+        raise ValueError(f"task is {short_repr(task)}, but it must be a Task, or a function that makes one.")
+    if not is_list(trials) or not all(isinstance(trial, Trial) for trial in trials):
+        raise ValueError(f"trials is {short_repr(trials)}, but it must be a Grid or a list of Trials.")
     if len(trials) == 0:
         raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
     check(n_jobs, _Jobs | None, "n_jobs")
@@ -435,7 +437,7 @@ def _call_factory(factory: Callable[[], Task]) -> Task:
 
 
 def _task(task: Task | Callable[[], Task]) -> Task:
-    return task if isinstance(task, Task) else _call_factory(task)
+    return check(task if isinstance(task, Task) else _call_factory(task), InstanceOf[Task], "task")
 
 
 def _run(work: _Work) -> list[_Arrival]:
@@ -678,7 +680,7 @@ def _score(name: Any, value: Any) -> Any:
     if isinstance(value, Real) and not isinstance(value, Integral):
         return float(value)
     raise TypeError(
-        f"it gave {reprlib.repr(value)}, a {type(value).__name__}, as {name!r}, but it must be a number within a "
+        f"it gave {short_repr(value)}, a {type(value).__name__}, as {name!r}, but it must be a number within a "
         "float's range or a text, such as float(...) of it"
     )
 

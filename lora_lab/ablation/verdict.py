@@ -25,7 +25,7 @@ this number of steps.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -37,7 +37,9 @@ from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
 if TYPE_CHECKING:
     import pandas
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
+from lora_lab.system.numbers import plain
 from lora_lab.system.renamed import renamed
+from lora_lab.system.wording import short_repr
 
 _NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
 # All else is a setting, and settings must be equal for a comparison to be one.
@@ -145,7 +147,7 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
         ValueError: the margin is not positive; or the frame lacks columns, mixes settings, holds a trial twice, has
             fewer than two ranks, or has several methods and none was named.
     """
-    check_margin(margin)
+    margin = check_margin(margin)
     trials = _last_rows(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
     tried = sorted(int(rank) for rank in trials["rank"].unique())
@@ -170,22 +172,30 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 
-def check_margin(margin: float) -> None:
-    """Raise ValueError unless ``margin`` is a positive number; call it before a long run whose verdict needs it."""
-    if not (math.isfinite(margin) and margin > 0):
-        raise ValueError(f"margin is {margin!r}, but it must be a positive number, such as 0.01.")
+def check_margin(margin: float) -> float:
+    """The margin; ValueError unless it is a positive number. Call it before a long run whose verdict needs it."""
+    margin = plain(margin)
+    if not (isinstance(margin, int | float) and 0 < margin <= sys.float_info.max):
+        raise ValueError(f"margin is {short_repr(margin)}, but it must be a positive number, such as 0.01.")
+    return margin
 
 
 def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     """The last row of each trial of the method, which is one that can be compared with the others."""
+    import pandas
+
+    if not isinstance(frame, pandas.DataFrame):
+        raise ValueError(f"frame is {short_repr(frame)}, but it must be the table that ablate or load returns.")
     if missing := [name for name in _NEEDED if name not in frame]:
         raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
     with_ranks = frame[frame["rank"].notna()]
     methods = sorted(with_ranks["method"].unique())
     if method is None and len(methods) == 1:
         method = methods[0]
-    if method not in methods:
-        raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
+    if not isinstance(method, str) or method not in methods:
+        raise ValueError(
+            f"method is {short_repr(method)}, but the methods with ranks in this frame are {methods}; name one."
+        )
     of_method = with_ranks[with_ranks["method"] == method]
     rows = last_rows(of_method)
     for name in map(str, rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from lora_lab.adapters.peft_format import from_state, read_adapter
 from lora_lab.lora import check_numbers
 from lora_lab.rank import SVD, product_svd, truncate
+from lora_lab.system.numbers import is_list
 from lora_lab.system.schema import Number, check
+from lora_lab.system.wording import short_repr
 
 RULES = ("cat", "linear", "svd")
 
@@ -62,13 +64,17 @@ def combine(
         ValueError: there are no adapters; the weights, the rule or the rank do not fit; an adapter is of DoRA, whose
             updates do not add up; a number of one is NaN or infinite; or the shapes in a layer differ.
     """
-    if not isinstance(adapters, Collection) or isinstance(adapters, str | Mapping):
+    if not is_list(adapters):
         raise ValueError(f"adapters is a {type(adapters).__name__}, but it must be a list of adapters.")
-    weights = [1.0 for _ in adapters] if weights is None else [check(weight, Number, "weight") for weight in weights]
-    if not adapters or len(weights) != len(adapters):
+    if weights is None:
+        weights = [1.0 for _ in adapters]
+    elif not is_list(weights):
+        raise ValueError(f"weights is {short_repr(weights)}, but it must be a list of numbers, one for each adapter.")
+    weights = [check(weight, Number, "weight") for weight in weights]
+    if len(adapters) == 0 or len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
-    if how not in RULES:
-        raise ValueError(f"how is {how!r}, but it must be one of {list(RULES)}.")
+    if not isinstance(how, str) or how not in RULES:
+        raise ValueError(f"how is {short_repr(how)}, but it must be one of {list(RULES)}.")
     if (rank is not None) != (how == "svd"):
         raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
     if rank is not None:

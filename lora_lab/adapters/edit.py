@@ -117,7 +117,7 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
     alphas = {name: layer.alpha for name, layer in layers.items()}
     try:
         for layer in layers.values():
-            layer.alpha *= factor
+            layer.alpha *= float(factor)
         yield model
     finally:
         for name, layer in layers.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 import time
 import warnings
 from collections import Counter
@@ -35,7 +34,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.system.files import as_path, atomic_files, check_folder, read_json, settle, write_json
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
-from lora_lab.system.wording import counted, shortened
+from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,7 +75,9 @@ def save_adapter(
     check(base, str | None, "base")
     check(history, InstanceOf[History] | None, "history")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}, but it must be a floating-point dtype, such as torch.float16, or None.")
+        raise ValueError(
+            f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
+        )
     folder = as_path(folder, "folder")
     layers = {
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
@@ -282,7 +283,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{folder} holds an adapter of type {reprlib.repr(config.get('peft_type'))}, but only 'LORA' is read here; "
+            f"{folder} holds an adapter of type {short_repr(config.get('peft_type'))}, but only 'LORA' is read here; "
             "use the library peft for others."
         )
     check(config, _Settings, str(folder / CONFIG))
@@ -293,7 +294,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             supported = not value or name in _HARMLESS or (name, value) == ("bias", "none")
         if not supported:
             raise ValueError(
-                f"{folder} sets {shortened(name)} to {reprlib.repr(value)}, which changes the result and is not "
+                f"{folder} sets {shortened(name)} to {short_repr(value)}, which changes the result and is not "
                 "supported here; merge the adapter in peft and load the merged model."
             )
     if all(config.get(name) for name in _VARIANTS):
@@ -362,7 +363,7 @@ def _ranks_and_alphas(config: dict[str, Any], names: Sequence[str], source: str)
             except SchemaError as error:
                 reason = str(error).rpartition("rror: ")[2].strip().rstrip(".")
                 raise ValueError(
-                    f"{source}: {pattern_setting} has the regular expression {reprlib.repr(pattern)}, which cannot be "
+                    f"{source}: {pattern_setting} has the regular expression {short_repr(pattern)}, which cannot be "
                     f"read here ({reason}); write layers' names, such as 'q_proj'."
                 ) from None
             unmatched = [name for name in names if name not in values]

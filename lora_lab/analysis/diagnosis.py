@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.inject import lora_layers
-from lora_lab.system.schema import check
+from lora_lab.system.wording import short_repr
 
 _PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 # Ours: "<layer>.lora_A". PEFT's: "<layer>.lora_A.<adapter>.weight" and "<layer>.lora_embedding_A.<adapter>".
@@ -107,9 +106,11 @@ def diagnose(
         TypeError: load_report has no ``missing_keys`` and ``unexpected_keys``.
     """
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise ValueError(f"optimizer is {optimizer!r:.80}, but it must be the torch optimizer that trains the model.")
-    if base is not None:
-        check(base, InstanceOf[nn.Module] | InstanceOf[Mapping], "base")
+        raise ValueError(
+            f"optimizer is {short_repr(optimizer)}, but it must be the torch optimizer that trains the model."
+        )
+    if not isinstance(base, nn.Module | Mapping | None):
+        raise ValueError(f"base is {short_repr(base)}, but it must be the pre-trained model or its state dict.")
     layers = lora_layers(model)
     our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())

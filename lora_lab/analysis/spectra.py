@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.adapters.peft_format import read_adapter
@@ -49,6 +50,7 @@ from lora_lab.rank import (
 )
 from lora_lab.rank import singular_values as matrix_singular_values
 from lora_lab.system.progress import progress_bar
+from lora_lab.system.schema import Size, check
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class _Factors:
 
 
 Weights = nn.Module | Mapping[str, Tensor]
+_State = InstanceOf[Mapping]  # of the two, what is no module
 Source = Weights | str | Path | Mapping[str, Update]
 
 
@@ -187,6 +190,7 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
     """
     import pandas
 
+    directions = check(directions, Size, "directions")
     rows = []
     for name, update in updates(before, after, progress=progress).items():
         S = update.svd.S
@@ -363,7 +367,7 @@ def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
     """The weights with two dimensions or more, by layer, as matrices; each tensor once."""
     if isinstance(source, str | Path):
         raise ValueError(f"before is {str(source)!r}; load it first, with load_pretrained(...).")
-    state = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
+    state = dict(source.named_parameters()) if isinstance(source, nn.Module) else check(source, _State, "a state")
     return {
         name.removesuffix(".weight").replace(".base", ""): tensor.detach().flatten(1)
         for name, tensor in state.items()
@@ -392,7 +396,7 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
     """The update of each adapted layer, as factors if it has low rank; empty if the source has no adapters."""
     if isinstance(source, nn.Module):
         return {name: _update_of(layer) for name, layer in lora_layers(source).items()}
-    state = read_adapter(source) if isinstance(source, str | Path) else source
+    state = read_adapter(source) if isinstance(source, str | Path) else check(source, _State, "after")
     factors: dict[str, _Factors | Update] = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")

@@ -18,6 +18,7 @@ from lora_lab import records
 from lora_lab.claims import computed, counted, forgetting, measured, rates  # noqa: F401  # they register themselves
 from lora_lab.claims.deciding import DECIDERS, OPEN, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
+from lora_lab.system.schema import check
 
 WIDTH = 100
 # Kind of a record -> how long it takes on two cores, as records/README.md has it.
@@ -149,7 +150,7 @@ def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path
         ValueError: there is no such claim.
     """
     every = read_claims()
-    if claim_id not in every:
+    if check(claim_id, str, "claim_id") not in every:
         near = difflib.get_close_matches(claim_id, every, n=3, cutoff=0) or list(every)[:3]
         raise ValueError(f"There is no claim {claim_id!r}; the nearest are {', '.join(near)}.")
     return Entry(every[claim_id], judge(every[claim_id], folder, lessons))

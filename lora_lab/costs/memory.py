@@ -47,6 +47,7 @@ from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.methods import Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
+from lora_lab.system.wording import short_repr
 from lora_lab.train import Batch, TrainingStep
 
 __all__ = [
@@ -481,7 +482,10 @@ def device_to_predict(model: Source, device: torch.device | str | None) -> tuple
     if device is None:
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")
         device = pick_device()[0] if device.type == "meta" else device
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device is {short_repr(device)}, but it must be a device such as 'cpu' or 'cuda'.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         return torch.device("cpu"), True
     return device, False

@@ -16,6 +16,7 @@ from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.renamed import renamed
+from lora_lab.system.schema import check
 
 
 def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool = True) -> dict[str, Setup]:
@@ -157,6 +158,7 @@ def parse_bytes(text: str) -> int:
         ValueError: the text is not a positive number with such a unit.
     """
     units = {"KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    check(text, str, "text")
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")

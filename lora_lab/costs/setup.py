@@ -13,6 +13,7 @@ from lora_lab.costs.fake import shape_of
 from lora_lab.lean.step import Lean, LeanStep
 from lora_lab.methods import FullFineTuning, Method
 from lora_lab.models.quantize import quantize_nf4
+from lora_lab.system.wording import short_repr
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step
 
@@ -50,7 +51,9 @@ class Setup:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
-            raise ValueError(f"method is {self.method!r}, but it must be one such as LoRA(rank=8) or FullFineTuning().")
+            raise ValueError(
+                f"method is {short_repr(self.method)}, but it must be one such as LoRA(rank=8) or FullFineTuning()."
+            )
         if self.optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}, but it must be 'adamw', 'adamw-foreach' or 'sgd'.")
         if self.optimizer != "adamw" and self.lean is not None:

@@ -23,6 +23,7 @@ from lora_lab.methods import Method
 from lora_lab.models.llama import Block, Llama, RMSNorm
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.system.schema import Size, check_fields
+from lora_lab.system.wording import short_repr
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
 from lora_lab.tasks.rows import row_cross_entropy
@@ -55,8 +56,8 @@ class Lean:
     loss_rows: Size = 256
 
     def __post_init__(self) -> None:
-        if self.base_dtype not in (None, torch.bfloat16):
-            raise ValueError(f"base_dtype is {self.base_dtype!r}, but it must be torch.bfloat16 or None.")
+        if self.base_dtype is not None and self.base_dtype is not torch.bfloat16:
+            raise ValueError(f"base_dtype is {short_repr(self.base_dtype)}, but it must be torch.bfloat16 or None.")
         check_fields(self)
 
     def settings(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, check, check_fields
+from lora_lab.system.wording import short_repr
 from lora_lab.task import context_length
 
 
@@ -77,11 +77,11 @@ def continued(
         ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
             and new tokens together may exceed the model's context.
     """
-    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
+    max_new_tokens, stop = check(max_new_tokens, Count, "max_new_tokens"), check(stop, int | None, "stop")
     if isinstance(ids, Tensor) and ids.shape == (0,):
         raise ValueError("The prompt is empty, but one non-empty row of token ids is expected; give at least one word.")
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
-        value = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else reprlib.repr(ids)
+        value = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else short_repr(ids)
         raise ValueError(f"The prompt is {value}, but one non-empty row of token ids is expected.")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:

@@ -7,7 +7,6 @@ code that a folder may hold is run, and no weights are read but safetensors.
 from __future__ import annotations
 
 import copy
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab.models.configs import read_entries
 from lora_lab.system.files import settle
+from lora_lab.system.wording import short_repr
 
 _LONGEST = 300  # letters of an error of transformers that are shown
 # In the order in which they are tried where a config names no architecture with a head.
@@ -62,7 +62,7 @@ def read_config(path: str | Path) -> Any:
     if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"transformers {transformers.__version__} cannot read {path}: it does not know the model_type "
-            f"{reprlib.repr(kind)}; use another model, or a version of transformers that knows it."
+            f"{short_repr(kind)}; use another model, or a version of transformers that knows it."
         )
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -19,19 +19,19 @@ References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, InstanceOf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.models.decoding import Sampling, continued
-from lora_lab.system.schema import Number, Positive, Size, check_fields
+from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
+from lora_lab.system.wording import short_repr
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
 # and positions are finite.
@@ -278,10 +278,15 @@ class Llama(nn.Module):
     Args:
         config: the shape.
         seed: of the weights; the global random generator is not used.
+
+    Raises:
+        ValueError: an argument is of another type.
     """
 
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
         super().__init__()
+        check(config, InstanceOf[LlamaConfig], "config")
+        seed = check(seed, Seed, "seed")
         self.config = config
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights too, which are replaced below
             self.model = Trunk(config)
@@ -310,20 +315,37 @@ class Llama(nn.Module):
 
         Raises:
             ValueError: both ``cache`` and ``position_ids`` are given, ``ids`` or ``position_ids`` has another shape,
-                or ``logits_to_keep`` is no tensor of positions.
+                ``logits_to_keep`` is no tensor of positions, or another argument is of another type or shape.
         """
         if not isinstance(ids, Tensor) or ids.ndim != 2:
-            what = f"has shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"is {reprlib.repr(ids)}"
+            what = f"has shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"is {short_repr(ids)}"
             raise ValueError(f"ids {what}, but it must be a tensor of token ids, (batch, length).")
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids is of {ids.dtype}, but token ids are whole numbers, of torch.int64.")
+        if not isinstance(cache, KeyValueCache | None):
+            raise ValueError(f"cache is {short_repr(cache)}, but it must be a KeyValueCache or None.")
+        if attention_mask is not None:
+            shape = len(ids), ids.shape[1] + (0 if cache is None else cache.length)
+            if (
+                not isinstance(attention_mask, Tensor)
+                or attention_mask.ndim != 2
+                or attention_mask.shape[1] != shape[1]
+            ):
+                value = (
+                    tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else short_repr(attention_mask)
+                )
+                raise ValueError(f"attention_mask is {value}, but it must be a tensor of shape {shape}.")
         if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape != ids.shape):
             raise ValueError(
-                f"position_ids is {position_ids!r:.80}, but it must be a tensor of the shape of ids, "
+                f"position_ids is {short_repr(position_ids)}, but it must be a tensor of the shape of ids, "
                 f"{tuple(ids.shape)}."
             )
         hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
         if logits_to_keep is not None:
             if not isinstance(logits_to_keep, Tensor) or logits_to_keep.ndim != 1:
-                raise ValueError(f"logits_to_keep is {logits_to_keep!r:.80}, but it must be a tensor of positions.")
+                raise ValueError(
+                    f"logits_to_keep is {short_repr(logits_to_keep)}, but it must be a tensor of positions."
+                )
             try:
                 hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
             except IndexError as error:

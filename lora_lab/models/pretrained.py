@@ -42,6 +42,7 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import check
+from lora_lab.system.wording import short_repr
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are not read.
@@ -100,9 +101,10 @@ def load_pretrained(
         RuntimeError: the model cannot be downloaded.
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}, but weights need a floating-point one, such as torch.float32.")
+        raise ValueError(f"dtype is {short_repr(dtype)}, but weights need a floating-point one, such as torch.float32.")
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"source is a {type(source).__name__}, but it must be {SMOLLM2!r} or a path.")
+    keep_blocks = check(keep_blocks, bool, "keep_blocks")
     device = pick_device(device)[0]
     path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
     if path.is_dir():
@@ -243,6 +245,8 @@ def save_model(
         )
     path = as_path(path, "path")
     check(tokenizer, InstanceOf[Tokenizer] | None, "tokenizer")
+    check(format, str, "format")
+    check(dtype, str | None, "dtype")
     if format == "gguf":
         if tokenizer is None:
             raise ValueError(
@@ -250,7 +254,7 @@ def save_model(
             )
         write_gguf(path, layout_of(model), _dense_state(model), tokenizer, dtype or "f16")
     elif format != "safetensors":
-        raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
+        raise ValueError(f"format is {short_repr(format)}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
     elif dtype is not None:
         raise ValueError(
             f"dtype is {dtype!r}, but it is for format='gguf'; a folder holds the model in its own dtype, so convert "

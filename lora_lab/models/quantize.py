@@ -37,9 +37,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lora_lab.inject import name_matches, output_head, replace, require_no_adapters
+from lora_lab.inject import check_names, name_matches, output_head, replace, require_no_adapters
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
+from lora_lab.system.schema import check
+from lora_lab.system.wording import short_repr
 
 BLOCK = 32  # weights in a block of GGUF's formats
 _GROUP = 256  # blocks of NF4-double that share a step
@@ -266,7 +268,8 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
     """
     if not isinstance(block, int) or not 2 <= block <= _LONGEST_BLOCK or block % 2:
         raise ValueError(
-            f"block is {block!r}, but it must be an even whole number from 2 to {_LONGEST_BLOCK:,}, such as 64."
+            f"block is {short_repr(block)}, but it must be an even whole number from 2 to {_LONGEST_BLOCK:,}, such as "
+            "64."
         )
     weights = _split(weight, block)  # (13824, 64)
     scale = weights.abs().amax(dim=1, keepdim=True)  # (13824, 1)
@@ -539,8 +542,8 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
         ValueError: the model has adapters, there is no such layer, a weight belongs to two modules, or block
             is not an even whole number. The model is then left as it was.
     """
-    if isinstance(exclude, str):
-        raise ValueError(f"exclude is {exclude!r}, but it must be a list of names; write [{exclude!r}].")
+    check_names("exclude", exclude)
+    double = check(double, bool, "double")
     require_no_adapters(model)
     head = output_head(model)
     layers = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Required
@@ -113,6 +113,7 @@ class Tokenizer:
 
     @chat_template.setter
     def chat_template(self, template: str | None) -> None:
+        """Set the template."""
         self._chat_template = check(template, str | None, "chat_template")
 
     @property
@@ -147,6 +148,7 @@ class Tokenizer:
             ValueError: the text holds half a character.
         """
         _check_characters(text, "The text")
+        add_special_tokens = check(add_special_tokens, bool, "add_special_tokens")
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
@@ -219,7 +221,7 @@ class Tokenizer:
                 "This tokenizer has no chat template; pass plain text to the model instead, to train on a .txt file or "
                 'on lines of {"text": ...}.'
             )
-        for message in messages:
+        for message in check(messages, Sequence[Mapping[str, Any]], "messages"):
             for text in message.values():
                 self.check_text(str(text))
         tokens = {

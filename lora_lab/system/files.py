@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 try:
     import fcntl
@@ -51,10 +50,10 @@ def as_path(path: Any, name: str) -> Path:
     """The path that an argument of that name gives.
 
     Raises:
-        ValueError: it is neither a text nor a path.
+        ValueError: it is neither a text nor a path, or no system has such a name.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"{name} is {reprlib.repr(path)}, but it must be a path.")
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise ValueError(f"{name} is {short_repr(path)}, but it must be a path.")
     return Path(path)
 
 
@@ -208,7 +207,7 @@ def read_json(path: str | Path) -> Any:
     """
     path = as_path(path, "path")
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
+        raise FileNotFoundError(f"{path.parent} lacks the file {shortened(path.name)}.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError for deeply nested lists

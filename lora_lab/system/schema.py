@@ -14,7 +14,6 @@ function are checked alike, and there a number of numpy or torch is a number too
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -24,7 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
 from lora_lab.system.numbers import plain
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 # So large that no real size reaches it, and products of two fit into the 64 bits of torch's sizes.
 _LARGEST = 2**31 - 1
@@ -108,4 +107,4 @@ def _sentence(error: Mapping[str, Any], where: str) -> str:
     for words, ours in _WORDS.items():
         expected = expected.replace(words, ours)
     named = f"{where}: {name}" if where and name else name or where or "The content"
-    return f"{named} is {shortened(reprlib.repr(error['input']))}, but {expected}."
+    return f"{named} is {short_repr(error['input'])}, but {expected}."

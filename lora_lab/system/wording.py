@@ -1,6 +1,9 @@
-"""Words for messages: a count with its noun, and a long text in short."""
+"""Words for messages: a count with its noun, and a long text or value in short."""
 
 from __future__ import annotations
+
+import reprlib
+from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
@@ -12,3 +15,8 @@ def shortened(text: str, most: int = 300) -> str:
     """A text on one line, cut off after ``most`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 4] + " ..."
+
+
+def short_repr(value: Any) -> str:
+    """A value's repr on one line, cut off in the middle if it is long, as that of a model or a tensor."""
+    return shortened(reprlib.repr(value))

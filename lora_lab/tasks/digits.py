@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from lora_lab.system.schema import Seed, check
+from lora_lab.system.wording import short_repr
 from lora_lab.task import Examples, Task
 
 
@@ -21,9 +23,12 @@ def digits(part: str = "adapt", seed: int = 0, n_train: int = 500) -> Task:
     Raises:
         ValueError: ``part`` is neither of the two, or ``n_train`` is out of range.
     """
-    if part not in ("pretrain", "adapt"):
-        raise ValueError(f"part is {part!r}, but it must be 'pretrain' (digits as they are) or 'adapt' (moved down).")
-    if not 1 <= n_train <= 1200:
+    if not isinstance(part, str) or part not in ("pretrain", "adapt"):
+        raise ValueError(
+            f"part is {short_repr(part)}, but it must be 'pretrain' (digits as they are) or 'adapt' (moved down)."
+        )
+    seed = check(seed, Seed, "seed")
+    if not 1 <= check(n_train, int, "n_train") <= 1200:
         raise ValueError(f"n_train is {n_train}, but it must be from 1 to 1,200; there are 1,797 pictures in all.")
     from sklearn.datasets import load_digits
 

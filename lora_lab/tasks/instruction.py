@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,14 +21,16 @@ from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.system.files import as_path, check_file
-from lora_lab.system.wording import counted, shortened
+from lora_lab.system.schema import Count, Seed, Size, check
+from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, drawn
 from lora_lab.tasks.checks import suspicions
 from lora_lab.tasks.formats import Entry, Turn, parse
@@ -39,6 +40,7 @@ PARTS = ("train", "validation", "test")
 _SAMPLE = "Good day."  # of an assistant
 _MOST_CHARACTERS = 1000  # of a token: more than any has, so that much longer texts need not be tokenised to be too long
 T = TypeVar("T")
+_Turn = Annotated[Sequence[str], Field(min_length=2, max_length=2)]
 
 
 @runtime_checkable
@@ -79,6 +81,8 @@ class Pair:
         if not (isinstance(self.prompt, str) and isinstance(self.answer, str)):
             kinds = f"a {type(self.prompt).__name__} and a {type(self.answer).__name__}"
             raise TypeError(f"A pair's prompt and answer are {kinds}, but both must be a str.")
+        check(self.group, str, "group")
+        check(self.before, Sequence[_Turn], "before")
 
     @property
     def context(self) -> str:
@@ -149,9 +153,10 @@ class PairTask(Task):
         the chat template too.
 
         Raises:
-            ValueError: the task has no such part.
+            ValueError: the task has no such part, or the count is none.
         """
         examples, lines = self.part(part), []
+        count = check(count, Count, "count")
         for row in range(min(count, len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
             last = int((targets != IGNORE).nonzero()[-1])
@@ -204,6 +209,9 @@ def from_pairs(
             group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
+    max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
+    for text, argument in ((name, "name"), (metric, "metric"), (about, "about"), (licence, "licence")):
+        check(text, str, argument)
     if isinstance(pairs, Mapping):
         pairs = cast("Mapping[str, Iterable[Any]]", pairs)
         split = {part: _pairs(part_pairs) for part, part_pairs in pairs.items()}
@@ -242,14 +250,14 @@ def _pairs(pairs: Any) -> list[Pair]:
         ValueError: it is something else.
     """
     expected = "must be a Pair, or a prompt and an answer such as ('Capital of France?', 'Paris')"
-    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
-        raise ValueError(f"pairs is {shortened(reprlib.repr(pairs))}, but it must be a list, of which each {expected}.")
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable) or getattr(pairs, "ndim", 1) == 0:
+        raise ValueError(f"pairs is {short_repr(pairs)}, but it must be a list, of which each {expected}.")
     result: list[Pair] = []
     for pair in pairs:
         if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
             pair = Pair(*pair)
         if not isinstance(pair, Pair):
-            raise ValueError(f"pairs holds {shortened(reprlib.repr(pair))}, but each {expected}.")
+            raise ValueError(f"pairs holds {short_repr(pair)}, but each {expected}.")
         result.append(pair)
     return result
 
@@ -352,7 +360,7 @@ def from_text(
         ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
-    path = as_path(path, "path")
+    path, name = as_path(path, "path"), check(name, str | None, "name")
     check_file(path, "a text file")
     with StringIO() as text:
         for number, line in _lines(path):

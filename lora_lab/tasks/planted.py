@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.inject import LoRAConfig, inject, lora_layers
+from lora_lab.system.schema import NotNegative, Seed, Size, check
 from lora_lab.task import Examples, Task, mean_squared_error
 
 
@@ -36,26 +38,28 @@ def planted(
         seed: of everything random.
 
     Raises:
-        ValueError: ``noise`` is negative, or as for :func:`lora_lab.inject`.
+        ValueError: ``noise`` is negative, an argument is of another type, the model has no linear layer, or as for
+             :func:`lora_lab.inject`.
     """
-    if noise < 0:
-        raise ValueError(f"noise is {noise}, but a standard deviation cannot be negative.")
+    noise, n_train = check(noise, NotNegative, "noise"), check(n_train, Size, "n_train")
+    check(model, InstanceOf[nn.Module], "model")
+    if (first := next((module for module in model.modules() if isinstance(module, nn.Linear)), None)) is None:
+        raise ValueError(f"A {type(model).__name__} has no linear layer, but planted needs a net of features.")
     teacher = copy.deepcopy(model).eval()
     inject(teacher, LoRAConfig(rank=rank, alpha=rank, targets=targets), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check(seed, Seed, "seed"))
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    features = next(module for module in model.modules() if isinstance(module, nn.Linear)).in_features
     with torch.no_grad():
         for layer in lora_layers(teacher).values():
             layer.lora_B.copy_(draw(*layer.lora_B.shape))  # (out, rank)
             layer.lora_B.mul_(cast(Tensor, layer.base.weight).norm() / layer.delta().norm())
-        inputs = draw(n_train + 3 * 256, features)
+        inputs = draw(n_train + 3 * 256, first.in_features)
         outputs = teacher(inputs)  # (n, out)
         outputs[:n_train] += noise * outputs.std() * draw(n_train, outputs.shape[1])
-        off_inputs = 3 * draw(256, features)  # three times as far out
+        off_inputs = 3 * draw(256, first.in_features)  # three times as far out
         off_domain = Examples(off_inputs, model(off_inputs))
     rows = Examples(inputs, outputs)
     return Task(

@@ -59,7 +59,7 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
         ValueError: ``seq_len`` is below 2.
     """
     check_tokenizer(tokenizer)
-    check(seq_len, Annotated[int, Field(ge=2)], "seq_len")
+    check(seq_len, Annotated[int, Field(ge=2, lt=2**31)], "seq_len")
     chunks = _chunks(tokenizer, "\n\n".join(texts))
     ids = torch.cat([torch.tensor(tokenizer.encode(chunk), dtype=torch.long) for chunk in chunks])  # (tokens,)
     rows = max(0, len(ids) - 1) // seq_len

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from lora_lab.system.files import check_file
-from lora_lab.system.wording import shortened
+from lora_lab.system.schema import check
+from lora_lab.system.wording import short_repr, shortened
 from lora_lab.task import Examples, Task, check_tokenizer, cross_entropy, mean_squared_error
 from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, from_pairs
 
@@ -52,9 +53,9 @@ def from_table(
     chosen = {"prompt": prompt, "answer": answer, "group": group, "part": part}
     columns = {role: column for role, column in chosen.items() if column is not None or role in ("prompt", "answer")}
     for role, column in columns.items():
-        if column not in frame.columns:
+        if not isinstance(column, Hashable) or column not in frame.columns:
             raise ValueError(
-                f"{name} has no column {column!r}, but {shortened(str([*map(str, frame.columns)]))}; rename the right "
+                f"{name} has no column {short_repr(column)}, but {shortened(str([*map(str, frame.columns)]))}; rename the right "
                 f"one, or make the task in Python with from_table(tokenizer, table, {role}=...)."
             )
     rows = [dict(zip(columns, values, strict=True)) for values in frame[list(columns.values())].itertuples(index=False)]
@@ -83,12 +84,13 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
     if hasattr(table, "to_pandas"):  # as a Dataset of the datasets library has
         return table.to_pandas(), "dataset"
     if not isinstance(table, str | os.PathLike):
-        raise ValueError(
-            f"table is {shortened(reprlib.repr(table))}, but it must be a path, a pandas DataFrame or a Dataset."
-        )
+        raise ValueError(f"table is {short_repr(table)}, but it must be a path, a pandas DataFrame or a Dataset.")
     path = Path(table)
     if path.suffix not in TABLES:
-        raise ValueError(f"{path} is no table that can be read here; its name must end in one of {', '.join(TABLES)}.")
+        raise ValueError(
+            f"{shortened(str(path))} is no table that can be read here; its name must end in one of "
+            f"{', '.join(TABLES)}."
+        )
     check_file(path, "a table")
     try:
         if path.suffix == ".parquet":
@@ -144,9 +146,12 @@ def from_arrays(
         ValueError: the arrays do not fit each other, hold something that is not finite, have fewer than ten examples,
             or y does not fit the kind.
     """
-    if kind not in ("auto", "classification", "regression"):
-        raise ValueError(f"kind is {kind!r}, but it must be 'auto', 'classification' or 'regression'.")
-    features, values = _features(X), np.asarray(y)
+    seed = check(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
+    if not isinstance(kind, str) or kind not in ("auto", "classification", "regression"):
+        raise ValueError(f"kind is {short_repr(kind)}, but it must be 'auto', 'classification' or 'regression'.")
+    features, values = _features(X), _array(y)
+    if values.ndim == 0:
+        raise ValueError(f"y is {short_repr(y)}, but it must be an array (n,), or (n, outputs).")
     if len(features) != len(values):
         raise ValueError(f"X has {len(features)} examples and y has {len(values)}, but each needs one of the other.")
     if len(features) < 10:
@@ -172,8 +177,8 @@ def from_arrays(
     other = test
     if off_domain is not None:
         if not isinstance(off_domain, tuple | list) or len(off_domain) != 2:
-            raise ValueError(f"off_domain is {reprlib.repr(off_domain)}, but it must be another (X, y), or None.")
-        other = examples(_features(off_domain[0]), np.asarray(off_domain[1]))
+            raise ValueError(f"off_domain is {short_repr(off_domain)}, but it must be another (X, y), or None.")
+        other = examples(_features(off_domain[0]), _array(off_domain[1]))
     loss = cross_entropy if split is not None else mean_squared_error
     about = (
         f"{len(features)} examples of yours, {len(split)} classes" if split else f"{len(features)} examples of yours"
@@ -182,9 +187,14 @@ def from_arrays(
     return Task(name, train, validation, test, other, loss=loss, about=about)
 
 
+def _array(values: Any) -> np.ndarray:
+    """An array of what holds numbers or texts, tensors that require gradients included."""
+    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+
+
 def _features(X: Any) -> np.ndarray:
     try:
-        features = np.asarray(X, dtype=np.float32)
+        features = np.asarray(_array(X), dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"X must be an array of numbers (n, features), but {shortened(str(error))}.") from None
     if features.ndim < 2:

@@ -397,3 +397,14 @@ def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
 def test_seeds_are_listed_in_the_singular_and_in_the_plural():
     assert _listed([3]) == "seed 3"
     assert _listed([0, 1, 4]) == "seeds 0, 1, 4"
+
+
+def test_what_is_no_frame_or_no_margin_is_told():
+    for frame in (None, "runs", [1], torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"frame is .*, but it must be the table that ablate or load returns"):
+            smallest_sufficient_rank(frame)
+    for margin in ("0.1", None, 10**400, torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"margin is .*, but it must be a positive number"):
+            smallest_sufficient_rank(frame_of(PLANTED), margin)
+    with pytest.raises(ValueError, match=r"method is \['lora'\], but the methods with ranks"):
+        smallest_sufficient_rank(frame_of(PLANTED), method=["lora"])

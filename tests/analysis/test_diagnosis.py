@@ -801,5 +801,5 @@ def test_no_operation_makes_a_copy_of_the_model(whose):
 def test_what_is_no_optimizer_or_base_is_told():
     with pytest.raises(ValueError, match="optimizer is 'adam', but it must be the torch optimizer"):
         diagnose(Net(), "adam")
-    with pytest.raises(ValueError, match="base is 'folder', but it must be an instance of Module"):
+    with pytest.raises(ValueError, match="base is 'folder', but it must be the pre-trained model"):
         diagnose(Net(), base="folder")

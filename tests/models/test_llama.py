@@ -604,3 +604,29 @@ def test_a_rope_theta_that_is_a_large_whole_number_is_a_number():
 def test_what_is_no_tensor_of_ids_is_told(tiny, ids):
     with pytest.raises(ValueError, match=r"ids is .*, but it must be a tensor of token ids, \(batch, length\)"):
         tiny(ids)
+
+
+def test_a_seed_of_numpy_is_pythons_and_what_is_none_is_told(tiny_config):
+    model = Llama(tiny_config, seed=np.int64(3))
+    assert torch.equal(model.lm_head.weight, Llama(tiny_config, seed=3).lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, Llama(tiny_config, seed=4).lm_head.weight)
+    for seed in ("3", None, 10**400):
+        with pytest.raises(ValueError, match="seed is "):
+            Llama(tiny_config, seed=seed)
+    with pytest.raises(ValueError, match="config is 'tiny', but it must be an instance of LlamaConfig"):
+        Llama("tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"ids": torch.ones(1, 3)}, r"ids is of torch\.float32, but token ids are whole numbers"),
+        ({"cache": True}, "cache is True, but it must be a KeyValueCache or None"),
+        ({"attention_mask": True}, r"attention_mask is True, but it must be a tensor of shape \(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask is \(1, 2\), but .* shape \(1, 3\)"),
+        ({"attention_mask": torch.tensor(5)}, r"attention_mask is \(\), but .* shape \(1, 3\)"),
+    ],
+)
+def test_forward_says_which_argument_does_not_fit(tiny, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        tiny(**{"ids": torch.tensor([[1, 2, 3]]), **arguments})

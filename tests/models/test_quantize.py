@@ -919,7 +919,7 @@ def text_task():
 
 @ALL_KINDS
 def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop(llama, kind, tmp_path):
-    options = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3, "checkpoint_every": 2}
+    options = {"steps": 6, "lr": 0.01, "batch_size": 4, "eval_every": 3}
     model = llama(kind)
     dense = to_dense(model)
     whole = fit(model, text_task(), LoRA(rank=2), **options)
@@ -938,15 +938,16 @@ def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop
         return cross_entropy(model, inputs, targets)
 
     stopping.__name__ = "cross_entropy"  # the same task, for its fingerprint
+    options |= {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
     with pytest.raises(Stopped):
-        fit(llama(kind), dataclasses.replace(task, loss=stopping), LoRA(rank=2), checkpoint_dir=tmp_path, **options)
+        fit(llama(kind), dataclasses.replace(task, loss=stopping), LoRA(rank=2), **options)
     stored = load_file(tmp_path / "checkpoint.safetensors")
     assert not any("packed" in name or "steps" in name for name in stored)
     assert sum(value.numel() for name, value in stored.items() if name != "random.cpu") < 3.1 * (
         whole.trainable_parameters
     )
     resumed = llama(kind)
-    history = fit(resumed, task, LoRA(rank=2), checkpoint_dir=tmp_path, **options)
+    history = fit(resumed, task, LoRA(rank=2), **options)
     assert [row["train_loss"] for row in history.rows[1:]] == losses
     assert torch.equal(resumed(IDS), model(IDS))
 

@@ -104,7 +104,7 @@ def small_run(folder=None, dropout=0.0, **options):
     """As :func:`run`, with adapters of the digits net, checkpoints and dropout."""
     model, loss = digits(), options.pop("loss", F.cross_entropy)
     task = numbers(loss=lambda model, inputs, targets: loss(model(inputs), targets))
-    options = {"checkpoint_dir": folder, "checkpoint_every": 2} | options
+    options = ({"checkpoint_dir": folder, "checkpoint_every": 2} if folder else {}) | options
     history = fit(model, task, LoRA(rank=2, dropout=dropout), **(OPTIONS | options))
     return without_seconds(history.rows), model.state_dict()
 

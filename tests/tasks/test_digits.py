@@ -1,5 +1,6 @@
 """The task digits: parts that share no picture, moved or as they are."""
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -126,3 +127,10 @@ def test_digits_say_how_many_can_be_trained_on(part, n_train):
 def test_digits_say_which_parts_there_are():
     with pytest.raises(ValueError, match="part is 'train', but it must be 'pretrain'"):
         digits("train")
+
+
+def test_odd_arguments_are_named():
+    assert digits(seed=np.int64(3)).fingerprint == digits(seed=3).fingerprint != digits(seed=4).fingerprint
+    for options in ({"seed": "3"}, {"seed": 10**400}, {"n_train": "3"}, {"n_train": None}, {"part": ["adapt"]}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))} is "):
+            digits(**options)

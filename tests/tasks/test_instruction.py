@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -641,3 +642,37 @@ def test_a_name_of_a_file_that_is_no_text_is_no_obstacle(chatter, tmp_path):
     except OSError:
         pytest.skip("the file system has names in UTF-8 only")
     assert len(from_jsonl(chatter, path).fingerprint) == 16
+
+
+# Odd arguments
+
+
+def test_a_seed_of_numpy_is_pythons(chatter):
+    zero, one, other = (from_pairs(chatter, sums(), seed=seed).fingerprint for seed in (0, 1, np.int64(1)))
+    assert zero != one == other
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seed": 10**400}, "seed is 1"),
+        ({"max_tokens": "80"}, "max_tokens is '80', but it must be a whole number"),
+        ({"max_tokens": 0}, "max_tokens is 0, but it must be at least 1"),
+        ({"name": 5}, "name is 5, but it must be a text"),
+        ({"about": 5}, "about is 5, but it must be a text"),
+    ],
+)
+def test_odd_options_of_a_task_are_named(chatter, options, says):
+    with pytest.raises(ValueError, match=says):
+        from_pairs(chatter, sums(), **options)
+
+
+def test_odd_parts_of_a_pair_are_named(chatter):
+    for before in ([["user"]], ["hello"], [0.5, 2], {"x": 1}, 5, [("user", 5)]):
+        with pytest.raises(ValueError, match=r"^(before|0|1)"):
+            Pair("a?", "b", before=before)
+    with pytest.raises(ValueError, match="group is 5, but it must be a text"):
+        Pair("a?", "b", 5)
+    assert Pair("a?", "b", before=[["system", "c"]]).context == Pair("a?", "b", before=(("system", "c"),)).context
+    with pytest.raises(ValueError, match="count is nan, but it must be a whole number"):
+        from_pairs(chatter, sums()).preview(float("nan"))

@@ -208,3 +208,16 @@ def test_an_off_domain_part_that_is_no_pair_is_refused(off_domain):
     X, y = np.ones((20, 3)), np.arange(20) % 2
     with pytest.raises(ValueError, match=r"off_domain is .*, but it must be another \(X, y\), or None"):
         from_arrays(X, y, off_domain=off_domain)
+
+
+def test_odd_arguments_are_named(chatter):
+    for column in (["text"], 5, None, "texts"):
+        with pytest.raises(ValueError, match=r"table has no column .*; rename the right one, .*prompt="):
+            from_table(chatter, FRAME, prompt=column, answer="label")
+    X, y = torch.rand(30, 4, requires_grad=True), torch.arange(30) % 2
+    assert len(from_arrays(X, y).train) == len(from_arrays(X.detach(), y).train)
+    for options in ({"seed": 10**400}, {"seed": -1}, {"kind": ["auto"]}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))} is "):
+            from_arrays(X, y, **options)
+    with pytest.raises(ValueError, match=r"y is 5, but it must be an array \(n,\)"):
+        from_arrays(X, 5)

@@ -1,0 +1,14 @@
+"""Words for messages."""
+
+import torch
+from torch import nn
+
+from lora_lab.system.wording import short_repr
+
+
+def test_a_value_of_many_lines_is_shown_on_one():
+    assert short_repr("a") == "'a'"
+    assert short_repr(8) == "8"
+    for value in (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), torch.zeros(9, 9), "a\nb" * 99, [[1] * 99] * 99):
+        assert 5 < len(short_repr(value)) <= 300
+        assert "\n" not in short_repr(value)
