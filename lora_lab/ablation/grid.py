@@ -23,7 +23,7 @@ from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
 from lora_lab.system.numbers import is_list
 from lora_lab.system.schema import Positive, Seed, Size, check
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import short_repr, shortened
 from lora_lab.train import TrainConfig, check_options
 
 # What decides a run's result, in the order of a trial's file.
@@ -147,7 +147,8 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
                 options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
             return cls(**options)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"This is not a trial's content ({error}): {short_repr(content)}.") from None
+            reason = shortened(str(error))
+            raise ValueError(f"This is not a trial's content ({reason}): {short_repr(content)}.") from None
 
 
 class Grid(Sequence[Trial]):

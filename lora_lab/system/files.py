@@ -156,12 +156,13 @@ def settle(folder: str | Path) -> None:
     ready = folder / _READY
     reason = "it reappears"
     for _ in range(100):  # a limit, in case the folder cannot be emptied
-        if ready.is_symlink() or not ready.is_dir():  # a link could lead to files outside the folder
+        if not _is_own_folder(ready):
             return
         try:
             for file in sorted(ready.iterdir(), key=_in_order):
-                if file.name == _REMOVE and file.is_file():
-                    for name in file.read_text(encoding="utf-8").splitlines():
+                if file.name == _REMOVE:
+                    names = "" if file.is_symlink() else file.read_text(encoding="utf-8")
+                    for name in names.replace("\0", "").splitlines():
                         (folder / Path(name).name).unlink(missing_ok=True)  # the last part: nothing outside the folder
                     file.unlink()
                 else:
@@ -312,6 +313,14 @@ def _workspace(folder: Path) -> Iterator[Path]:
                     path.rmdir()
 
 
+def _is_own_folder(path: Path) -> bool:
+    """Whether a folder is there, and no link, which could lead to files elsewhere."""
+    try:
+        return path.is_dir() and not path.is_symlink()
+    except OSError:  # the system refuses to look for a name that is too long
+        return False
+
+
 def _check_no_folder(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(
@@ -344,6 +353,8 @@ def _flush(file: Path) -> None:
 def _commit(temporary: Path, folder: Path) -> None:
     while True:
         settle(folder)  # finish an earlier save
+        if (folder / _READY).is_symlink():
+            raise FileExistsError(f"{folder / _READY} is a link, which no save makes; remove it.")
         try:
             temporary.rename(folder / _READY)
         except OSError as error:
@@ -369,6 +380,8 @@ def _full_disk_as_one_sentence(path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             written = isinstance(error, _NotWritten) and not isinstance(error, _NoPlace)
             code = error.errno if written or error.errno in _FULL else None
+            if re.search(r"\d+ requested and \d+ written", str(error)):  # numpy's
+                code = errno.ENOSPC
         else:
             code = int(code_in_text[1]) if code_in_text else None
         if code is None:
@@ -393,9 +406,13 @@ def _no_place_as_one_sentence(folder: Path) -> Iterator[None]:
 
 
 def _no_place(folder: Path, error: OSError) -> _NoPlace:
-    no_place = _NoPlace(error.errno, "it is a file" if folder.is_file() else error.strerror)
+    reason = error.strerror
+    with suppress(OSError):  # the system refuses to look for a name that is too long
+        reason = "it is a file" if folder.is_file() else reason
+    no_place = _NoPlace(error.errno, reason)
     no_place.sentence = (
-        f"{folder} cannot be written to ({no_place.strerror}); name another folder, or make this one writable."
+        f"{shortened(str(folder))} cannot be written to ({no_place.strerror}); name another folder, or make this one "
+        "writable."
     )
     return no_place
 

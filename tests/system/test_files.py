@@ -428,9 +428,10 @@ def full(number):
         full(errno.ENOSPC),
         full(errno.EDQUOT),
         Exception(f"No space left on device (os error {errno.ENOSPC})"),
+        OSError("8320 requested and 980 written"),
         RuntimeError(f"Error while serializing: I/O error: whatever (os error {errno.EIO})"),
     ],
-    ids=["python", "quota", "rust", "rust, another error"],
+    ids=["python", "quota", "rust", "numpy", "rust, another error"],
 )
 @pytest.mark.parametrize("several", [False, True], ids=["one file", "several"])
 def test_a_full_disk_is_one_sentence_with_the_path(tmp_path, error, several):
@@ -439,7 +440,11 @@ def test_a_full_disk_is_one_sentence_with_the_path(tmp_path, error, several):
     outer, inner = atomic_files(place) if several else atomic_file(place), atomic_file(path.parent / "inner")
     with pytest.raises(OSError, match="could not be written") as caught, outer, inner:
         raise error
-    number = error.errno if isinstance(error, OSError) else int(str(error).rpartition(" ")[2].rstrip(")"))
+    number = (
+        errno.ENOSPC
+        if "requested" in str(error)
+        else getattr(error, "errno", None) or int(str(error).rpartition(" ")[2].rstrip(")"))
+    )
     assert caught.value.errno == number
     assert str(caught.value) == (
         f"{place} could not be written ({os.strerror(number)}), and the previous content is unchanged; make room, or "
@@ -563,3 +568,29 @@ def test_a_place_where_nothing_can_be_made_is_one_sentence_and_nothing_stays(tmp
     with pytest.raises(RuntimeError, match=r"^stop$"), atomic_files(tmp_path / "new" / "deep"):
         raise RuntimeError("stop")
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_what_another_has_put_where_a_save_is_prepared_is_not_followed(tmp_path):
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for each in (folder, outside, folder / ".lora_lab-ready"):
+        each.mkdir()
+    (folder / "a.txt").write_text("mine")
+    (folder / ".lora_lab-ready" / ".remove").write_text("b\0c\n")
+    settle(folder)
+    (folder / ".lora_lab-ready").mkdir()
+    (outside / "names").write_text("a.txt")
+    (folder / ".lora_lab-ready" / ".remove").symlink_to(outside / "names")
+    settle(folder)
+    assert texts(folder) == {"a.txt": "mine"}
+    (folder / ".lora_lab-ready").symlink_to(outside)
+    with pytest.raises(FileExistsError, match=r"\.lora_lab-ready is a link, which no save makes; remove it"):
+        write_files(folder, "new")
+    assert texts(outside) == {"names": "a.txt"}
+
+
+def test_a_name_that_is_too_long_is_one_sentence():
+    with (
+        pytest.raises(OSError, match=r"^x+ ?\.\.\. cannot be written to \(File name too long\)"),
+        atomic_files("x" * 400),
+    ):
+        pass
