@@ -52,8 +52,8 @@ def load(folder: str | Path):
         scores; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
         ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
         losses. One that halving has stopped has the rows up to there, or such a row if it was not begun; it has no
-        test loss. ``model`` and ``task`` are hashes of the weights and of the data; a warning names
-        those that differ.
+        test loss. ``model`` and ``task`` are hashes of the weights and of the data; a warning
+        names those that differ.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no result.

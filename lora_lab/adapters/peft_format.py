@@ -393,7 +393,7 @@ def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
 def _targeted(model: nn.Module, config: Mapping[str, Any], variant: type[LoRALayer] | None) -> set[str]:
     """The layers that the config's target_modules match, where they are names or endings of names.
 
-    None where PEFT would leave some of them out by another setting.
+    Empty where PEFT would leave some of them out by another setting.
     """
     targets = config.get("target_modules")
     if not isinstance(targets, list) or any(config.get(setting) for setting in _NARROWING):

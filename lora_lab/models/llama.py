@@ -325,16 +325,12 @@ class Llama(nn.Module):
         if not isinstance(cache, KeyValueCache | None):
             raise ValueError(f"cache is {short_repr(cache)}, but it must be a KeyValueCache or None.")
         if attention_mask is not None:
-            shape = len(ids), ids.shape[1] + (0 if cache is None else cache.length)
-            if (
-                not isinstance(attention_mask, Tensor)
-                or attention_mask.ndim != 2
-                or attention_mask.shape[1] != shape[1]
-            ):
-                value = (
-                    tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else short_repr(attention_mask)
+            length = ids.shape[1] + (0 if cache is None else cache.length)
+            if not isinstance(attention_mask, Tensor) or attention_mask.shape[1:] != (length,):
+                raise ValueError(
+                    f"attention_mask is {short_repr(attention_mask)}, but it must be a tensor of shape "
+                    f"{(len(ids), length)}."
                 )
-                raise ValueError(f"attention_mask is {value}, but it must be a tensor of shape {shape}.")
         if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape != ids.shape):
             raise ValueError(
                 f"position_ids is {short_repr(position_ids)}, but it must be a tensor of the shape of ids, "

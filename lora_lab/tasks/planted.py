@@ -39,7 +39,7 @@ def planted(
 
     Raises:
         ValueError: ``noise`` is negative, an argument is of another type, the model has no linear layer, or as for
-             :func:`lora_lab.inject`.
+            :func:`lora_lab.inject`.
     """
     noise, n_train = check(noise, NotNegative, "noise"), check(n_train, Size, "n_train")
     check(model, InstanceOf[nn.Module], "model")

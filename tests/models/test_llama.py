@@ -623,8 +623,8 @@ def test_a_seed_of_numpy_is_pythons_and_what_is_none_is_told(tiny_config):
         ({"ids": torch.ones(1, 3)}, r"ids is of torch\.float32, but token ids are whole numbers"),
         ({"cache": True}, "cache is True, but it must be a KeyValueCache or None"),
         ({"attention_mask": True}, r"attention_mask is True, but it must be a tensor of shape \(1, 3\)"),
-        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask is \(1, 2\), but .* shape \(1, 3\)"),
-        ({"attention_mask": torch.tensor(5)}, r"attention_mask is \(\), but .* shape \(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask is tensor.*, but .* shape \(1, 3\)"),
+        ({"attention_mask": torch.tensor(5)}, r"attention_mask is tensor\(5\), but .* shape \(1, 3\)"),
     ],
 )
 def test_forward_says_which_argument_does_not_fit(tiny, arguments, says):
