@@ -55,8 +55,8 @@ def from_table(
     for role, column in columns.items():
         if not isinstance(column, Hashable) or column not in frame.columns:
             raise ValueError(
-                f"{name} has no column {short_repr(column)}, but {shortened(str([*map(str, frame.columns)]))}; rename the right "
-                f"one, or make the task in Python with from_table(tokenizer, table, {role}=...)."
+                f"{name} has no column {short_repr(column)}, but {shortened(str([*map(str, frame.columns)]))}; rename "
+                f"the right one, or make the task in Python with from_table(tokenizer, table, {role}=...)."
             )
     rows = [dict(zip(columns, values, strict=True)) for values in frame[list(columns.values())].itertuples(index=False)]
     split: dict[str, list[Pair]] = {name: [] for name in PARTS}
