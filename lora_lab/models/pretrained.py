@@ -344,8 +344,9 @@ def _read_folder(folder: Path) -> StoredModel:
     entries = _config_entries(folder)
     config = config_from_hf(entries, folder)
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
+    paths = _weight_files(folder)
     huggingface.check_weights(folder)
-    for path in _weight_files(folder):
+    for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks the file {path.name}, so it is incomplete; copy the folder again.")
         try:
