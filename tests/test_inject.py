@@ -96,7 +96,7 @@ def test_the_class_of_a_layer_counts_and_not_what_it_derives_from():
     with pytest.raises(ValueError, match="'odd' matches 'odd', a Odd, which cannot be adapted here"):
         inject(model, LoRAConfig(targets=["odd"]))
     with pytest.warns(UserWarning, match=r"does not reach .*, so they stay frozen: odd\.weight\."):
-        assert inject(model, LoRAConfig()) == ["plain"]
+        assert inject(model, LoRAConfig(2)) == ["plain"]
 
 
 class Named(nn.Linear):

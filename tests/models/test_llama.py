@@ -585,7 +585,7 @@ def test_checkpointing_is_one_models_and_keeps_less(tiny):
 
 def test_ids_and_positions_of_another_form_are_refused():
     model = Llama(LlamaConfig(16, 8, 16, 1, 2, 1, 4))
-    with pytest.raises(ValueError, match=r"ids has shape \(3,\), but it must be \(batch, length\)"):
+    with pytest.raises(ValueError, match=r"ids has shape \(3,\), but it must be a tensor of token ids"):
         model(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="logits_to_keep is 1, but it must be a tensor of positions"):
         model(torch.tensor([[1, 2, 3]]), logits_to_keep=1)
