@@ -122,8 +122,8 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     """
     if not isinstance(model, Llama):
         raise ValueError(
-            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; use "
-            "gradient_checkpointing=True in place of lean."
+            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; leave "
+            "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
         )
     _check(model, lean)
     parameter = next(model.parameters())

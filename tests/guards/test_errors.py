@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import joblib
@@ -28,7 +29,9 @@ from tests.helpers import ROOT, random_ids, small_task
 
 PAGE = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"^\| the message says .*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
-QUOTED = [words for table in TABLES for words in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)]
+QUOTED = [
+    words for table in TABLES for words in re.findall(r"^\| `([^`]+)` (?:\(a warning\) )?\|", table, re.MULTILINE)
+]
 
 # Rows whose mistake is not made here, because that takes seconds or another machine; the words must be in the source.
 NOT_MADE = {
@@ -235,6 +238,18 @@ def _(lab, right):
 # Loading an adapter
 
 
+@mistake("There is no folder", FileNotFoundError)
+def _(lab, right):
+    _, adapter = lab.adapted()
+    ll.load_adapter(lab.llama(), adapter if right else "a-name/of-the-hub")
+
+
+@mistake("that its target_modules match, such as", UserWarning)
+def _(lab, right):
+    _, adapter = lab.adapted()
+    ll.load_adapter(lab.llama(num_hidden_layers=2 if right else 3), adapter)
+
+
 @mistake("but the model has no such layer")
 def _(lab, right):
     _, adapter = lab.adapted()
@@ -350,6 +365,31 @@ def _(lab, right):
     train(None if right else model)
 
 
+@mistake("holds every change of them already", UserWarning)
+def _(lab, right):
+    ll.inject(lab.llama(), ll.LoRAConfig(rank=32 if right else 33))
+
+
+@mistake("has no option", TypeError)
+def _(lab, right):
+    train(**{"warmup" if right else "warmpu": 1})
+
+
+@mistake("so the task was made with another tokenizer")
+def _(lab, right):
+    train(lab.llama(vocab_size=260 if right else 100), from_pairs(lab.chatter, pairs()))
+
+
+@mistake("what it does with later tokens is not reliable", UserWarning)
+def _(lab, right):
+    train(lab.llama(max_position_embeddings=128 if right else 16), from_pairs(lab.chatter, pairs()))
+
+
+@mistake("but there is no folder to write to")
+def _(lab, right):
+    train(checkpoint_every=1, checkpoint_dir=lab.folder if right else None)
+
+
 @mistake("matches no module")
 def _(lab, right):
     ll.inject(lab.llama(), ll.LoRAConfig(rank=2, targets="all-linear" if right else ["c_attn"]))
@@ -441,6 +481,15 @@ def _(lab, right):
     ablation.ablate(make, small_task(), trials, engine="separate", progress=False)
 
 
+@mistake("compare only rows with equal values", UserWarning)
+def _(lab, right):
+    sweep(lab.folder / "one")
+    trials = ablation.Grid([2], [1e-3], [0], steps=2, batch_size=4, alpha=4)
+    folder = lab.folder / ("two" if right else "one")
+    ablation.ablate(DigitsMLP(width=8, seed=1), small_task(), trials, folder, progress=False)
+    ablation.load(lab.folder / "one")
+
+
 @mistake("cannot be compared")
 def _(lab, right):
     trials = ablation.Grid([1, 2], [1e-3], range(2), steps=2, batch_size=4, alpha=4)
@@ -477,6 +526,12 @@ def _(lab, right):
 def _(lab, right):
     lab.file("file", "mine")
     files.check_writable(lab.folder / ("results" if right else "file/results"))
+
+
+@mistake("is a folder, but a file is to be written there", OSError)
+def _(lab, right):
+    (lab.folder / "history.json").mkdir()
+    train().save(lab.folder / ("mine.json" if right else "history.json"))
 
 
 @mistake("was not written by this command")
@@ -526,20 +581,28 @@ def test_every_row_of_the_tables_quotes_a_message_whose_mistake_is_made_here():
     assert not MISTAKES.keys() & NOT_MADE.keys()
 
 
+def perform(words, *arguments):
+    """Make a mistake, or do it right; where the message is a warning, that is raised."""
+    kind, make = MISTAKES[words]
+    with warnings.catch_warnings():
+        if issubclass(kind, Warning):
+            warnings.simplefilter("error", kind)
+        make(*arguments)
+
+
 @pytest.mark.parametrize("words", MISTAKES)
 def test_the_mistake_of_a_row_gets_the_message_that_is_quoted(lab, words):
-    kind, make = MISTAKES[words]
+    kind, _ = MISTAKES[words]
     with pytest.raises(kind) as caught:
-        make(lab, False) if words in HELPED else make(lab)
+        perform(words, lab, *([False] if words in HELPED else []))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert f"`{kind.__name__}`" in PAGE
+    assert f"`{kind.__name__}`" in PAGE or issubclass(kind, Warning)
 
 
 @pytest.mark.parametrize("words", HELPED)
 def test_what_helps_by_the_page_helps(lab, words):
-    _, make = MISTAKES[words]
-    make(lab, True)
+    perform(words, lab, True)
 
 
 def test_a_message_whose_mistake_is_not_made_here_is_in_the_package():
