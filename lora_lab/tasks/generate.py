@@ -79,7 +79,7 @@ def answers(
 
     Raises:
         ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
-            prompts and answers may exceed the model's context.
+            prompts and ``max_new_tokens`` exceed the model's context.
     """
     check(task, InstanceOf[PairTask], "task")
     if check(part, str, "part") not in task.pairs:
@@ -89,11 +89,12 @@ def answers(
     pairs = list(task.pairs[part][:limit])
     if task.metric == "classification":
         return choices(model, task, pairs, classes(task), batch_size)
-    if max_new_tokens is None:
+    lengths = [len(task.prompt_ids(pair)) for pair in pairs]
+    if max_new_tokens is not None:
+        check_context(model, max(lengths), max_new_tokens)
+    else:
         longest = int((task.train.targets != IGNORE).sum(1).max())
         max_new_tokens = longest + longest // 4
-    lengths = [len(task.prompt_ids(pair)) for pair in pairs]
-    check_context(model, max(lengths), max_new_tokens)
     order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
     rows: list[list[int]] = []
     with _evaluating(model):

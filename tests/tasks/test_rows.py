@@ -290,8 +290,7 @@ def test_a_limit_counts_examples(texts):
 
 
 def test_answers_and_scores_are_of_the_pairs(chatter, texts, tiny_config):
-    model = Llama(dataclasses.replace(tiny_config, max_position_embeddings=512), seed=3)
-    task = share_rows(texts, 300)
+    model, task = Llama(tiny_config, seed=3), share_rows(texts, 300)
     assert answers(model, task, limit=3) == answers(model, texts, limit=3)
     scored = dataclasses.replace(texts, metric="classification")
     references = [pair.answer for pair in texts.pairs["test"]]
