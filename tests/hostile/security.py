@@ -1,7 +1,8 @@
 """What a stranger's file must not be able to do: run code, read or write outside its folder, follow planted links.
 
-An audit hook of Python sees each file that is opened for writing, each process that is started, each connection, and
-each name that a pickle looks up.
+An audit hook of Python sees each file that is opened for writing, each read of a secret outside, each process that is
+started, each connection, and each name that a pickle looks up. It does not see the package's process for templates, of
+which the effects are looked for: files, and the secret or objects of Python in the text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,13 +34,14 @@ from lora_lab.models import download
 from lora_lab.system.files import settle, write_json
 from lora_lab.tasks import from_jsonl
 from tests.hostile.core import PACKAGE, Case
-from tests.hostile.material import llama, model_folder, tokenizer
+from tests.hostile.material import SECRET, llama, model_folder, tokenizer
 from tests.hostile.templates import ESCAPES
 from tests.hostile.values import Values
 
 _TEMPORARY = os.path.realpath(tempfile.gettempdir())  # here, because finding it out writes a file, which the hook sees
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
 _FORBIDDEN += ("pickle.find_class", "webbrowser.open")
+_IN_FOLDERS = ("os.remove", "os.rmdir")  # by the number of an open folder, as shutil.rmtree does
 _CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
 
 
@@ -57,18 +60,22 @@ class Watch:
             return  # the package's own process for templates
         if event in _FORBIDDEN:
             self.seen.append(f"{event} {arguments[0]!r:.80}")
-        elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike) and _writes(arguments):
-            self._check(os.fsdecode(arguments[0]), event)
+        elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            path = os.path.realpath(os.fsdecode(arguments[0]))  # a link is followed by what opens it
+            if path.endswith("/outside/secret.txt"):
+                self.seen.append(f"{event} {arguments[0]!r:.80}")
+            elif _writes(arguments):
+                self._check(path, event)
         elif event in _CHANGING:
+            folders = [each for each in arguments if isinstance(each, int) and each > 2]  # to which names are relative
             for path in arguments[:2]:
-                if isinstance(path, str | bytes | os.PathLike):
-                    self._check(os.fsdecode(path), event)
+                if isinstance(path, str | bytes | os.PathLike) and not (folders and event in _IN_FOLDERS):
+                    path = Path(os.fsdecode(path))  # a link is itself renamed or removed
+                    self._check(f"{os.path.realpath(path.parent)}/{path.name}", event)
 
     def _check(self, path: str, event: str) -> None:
         places = (os.path.realpath(self.folder), _TEMPORARY, "/dev/null", "/dev/fd")
-        # A link is followed by what opens it, and is itself renamed or removed.
-        real = os.path.realpath(path) if event == "open" else f"{os.path.realpath(Path(path).parent)}/x"
-        if path.startswith("/") and not real.startswith(places) and "__pycache__" not in path:
+        if not path.startswith(places) and "__pycache__" not in path:
             self.seen.append(f"{event} {path[:80]}")
 
 
@@ -101,7 +108,7 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
     """A file that looks for a door."""
     outside = folder / "outside"
     outside.mkdir()
-    (outside / "secret.txt").write_text("the user's own")
+    (outside / "secret.txt").write_text(SECRET)
     inside = folder / "inside"
     inside.mkdir()
     os.chdir(inside)
@@ -119,7 +126,7 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
 
     def harm() -> Iterator[str]:
         yield from watch.seen
-        if {path.name: path.read_text() for path in outside.iterdir()} != {"secret.txt": "the user's own"}:
+        if {path.name: path.read_text() for path in outside.iterdir()} != {"secret.txt": SECRET}:
             yield "a file outside has changed"
         if any(inside.rglob("ESCAPED")):
             yield "code has run"
@@ -174,9 +181,20 @@ _STEPS += (
 )
 
 
-def _no_secret(text: Any) -> Iterator[str]:
-    if "<function" in str(text) and "__subclasses__" in str(text):
-        yield "the template has reached the classes of Python"
+def _no_secret(text: str) -> Iterator[str]:
+    """Complaints about a text in which objects of Python are shown that no template is given."""
+    if SECRET in text:
+        yield "the secret was read"
+    shown = set(re.findall(r"<(?:class|module|function|built-in|bound|method|code|frame|slot|generator)\b[^>]*", text))
+    if reached := [each for each in shown if not re.match(_GIVEN, each)]:
+        yield f"the template has reached {reached[0]}"
+
+
+# What Jinja and the package give to a template, and methods of texts and lists.
+_GIVEN = (
+    r"<(class 'range'|class 'dict'|class 'jinja2\.(utils|runtime)\.\w+'|function generate_lorem_ipsum"
+    r"|function _environment\.<locals>\.|built-in method |function ImmutableSandboxedEnvironment|generator object )"
+)
 
 
 class _Runs:
