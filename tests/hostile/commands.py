@@ -209,7 +209,11 @@ def _called(words: list[str]) -> str:
             status: Any = cli.main([*words])
     except SystemExit as end:
         status = end.code
-    return ended(status, out.getvalue(), err.getvalue())
+    said = err.getvalue()
+    for word in words:
+        if len(word) > 100 or "\n" in word:  # which is quoted as it was written
+            said = said.replace(word, "...")
+    return ended(status, out.getvalue(), said)
 
 
 def ended(status: Any, out: str, err: str) -> str:
@@ -226,5 +230,5 @@ def ended(status: Any, out: str, err: str) -> str:
     if status == 2 and not re.match(r"(?s)usage: lora-lab.*\nlora-lab[^\n]*: error: ", err):
         raise NoEnd(f"status 2 without a usage: {err[-300:]}")
     if status:
-        raise Sentence(lines[-1])
+        raise Sentence(lines[-1] if status == 1 else lines[-1][:300])  # argparse quotes in full
     return out

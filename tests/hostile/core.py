@@ -14,17 +14,14 @@ import lora_lab
 PACKAGE = Path(lora_lab.__file__).parent
 LONGEST_MESSAGE = 1500
 
-# Each outcome that a case may have. The first four are as they should be, or let through, as is said there.
+# Each outcome that a case may have. The first three are as they should be, or let through where it says so.
 OUTCOMES = {
     "accepted": "it was read, and nothing is wrong with what was read, as far as the case can see",
     "clean": "one sentence that the package wrote; whether it names a remedy is not seen",
-    "foreign": "an error of a permitted class in the words of a library: let through if Python code of the library "
-    "raised it, and it is one of LIBRARIES",
     "wrong type": "Python's words for an object of another type than the argument's: let through for the arguments in "
     "api.LET_THROUGH",
     "too long": "a permitted error without a message, or whose message has several lines or too many letters",
-    "crash": "a traceback for a user: an error of another class, or of Python, torch or another library where the "
-    "package lacks a check",
+    "crash": "an error of another class, or in the words of Python, torch or a library, where a check is missing",
     "late": "it was accepted, and the first use of it raised an error that is no sentence of the package",
     "hang": "it did not end",
     "slow": "it ended, but took far longer than it should, its child processes included",
@@ -34,9 +31,7 @@ OUTCOMES = {
     "lost": "something that was there before is gone or damaged",
     "refused": "nothing is wrong with the input, and yet it was refused",
 }
-BAD = tuple(OUTCOMES)[4:]
-# Libraries whose own checks say what is wrong, so that the package need not repeat them.
-LIBRARIES: dict[str, str] = {}
+BAD = tuple(OUTCOMES)[3:]
 
 _PERMITTED = (ValueError, OSError, RuntimeError, ModuleNotFoundError)
 
@@ -114,12 +109,12 @@ def outcome_of_error(error: BaseException, case: Case) -> Outcome:
         name = "memory"
     elif case.wrong_type and not ours and _is_of_a_type(error):
         name = "wrong type"
-    elif not isinstance(error, permitted) or not (ours or _library(error) in LIBRARIES):
+    elif not isinstance(error, permitted) or not ours:
         name = "crash"
     elif not message.strip() or "\n" in message.strip() or len(message) > LONGEST_MESSAGE:
         name = "too long"
     else:
-        name = "clean" if ours else "foreign"
+        name = "clean"
     return Outcome(name, type(error).__name__, where, message[:300])
 
 
@@ -127,20 +122,6 @@ def _is_of_a_type(error: BaseException) -> bool:
     """Whether an error of Python or a library is one for an object of the wrong type."""
     array_as_condition = isinstance(error, ValueError | RuntimeError) and "ambiguous" in str(error)
     return isinstance(error, TypeError | AttributeError) or array_as_condition
-
-
-def _library(error: BaseException) -> str:
-    """The name of the library whose Python code an exception comes from, passing over Python's own library.
-
-    It is "lora_lab" for what Python itself, or a library in another language, raised in a line of the package.
-    """
-    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    for path in reversed(frames):
-        if path.is_relative_to(PACKAGE):
-            return PACKAGE.name
-        if "site-packages" in path.parts:
-            return path.parts[path.parts.index("site-packages") + 1]
-    return ""
 
 
 def last_line(error: BaseException) -> str:

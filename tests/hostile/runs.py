@@ -221,7 +221,7 @@ def _record(rng: random.Random, folder: Path, material: Material) -> Case:
 def _changed(content: dict[str, Any], accepted: dict[str, Any], *others: str) -> Iterator[str]:
     """Entries of which something else was accepted than the file says, or what is no number in JSON."""
     for name in content.keys() - set(others):
-        if json.dumps(content[name], sort_keys=True) != json.dumps(accepted.get(name), sort_keys=True):
+        if content[name] != json.loads(json.dumps(accepted.get(name))):
             yield f"{name} is not what the file says"
         if re.search(r"\b(NaN|Infinity)\b", json.dumps(content[name])):
             yield f"{name} holds what is no number"

@@ -1,8 +1,8 @@
 """What a stranger's file must not be able to do: run code, read or write outside its folder, follow planted links.
 
 An audit hook of Python sees each file that is opened for writing, each read of a secret outside, each process that is
-started, each connection, and each name that a pickle looks up. It does not see the package's process for templates, of
-which the effects are looked for: files, and the secret or objects of Python in the text.
+started, each connection, and each name that a pickle looks up. The package's process for templates gets a hook as well,
+which writes what it sees to a file.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Watch:
     """What the process did since the watch began, as far as it should not."""
 
     folder: Path
+    secret: Path
     seen: list[str] = field(default_factory=list)
     active: bool = False
 
@@ -62,7 +63,7 @@ class Watch:
             self.seen.append(f"{event} {arguments[0]!r:.80}")
         elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.path.realpath(os.fsdecode(arguments[0]))  # a link is followed by what opens it
-            if path.endswith("/outside/secret.txt"):
+            if Path(path) == self.secret:
                 self.seen.append(f"{event} {arguments[0]!r:.80}")
             elif _writes(arguments):
                 self._check(path, event)
@@ -75,7 +76,7 @@ class Watch:
 
     def _check(self, path: str, event: str) -> None:
         places = (os.path.realpath(self.folder), _TEMPORARY, "/dev/null", "/dev/fd")
-        if not path.startswith(places) and "__pycache__" not in path:
+        if not any(Path(path).is_relative_to(place) for place in places) and "__pycache__" not in path:
             self.seen.append(f"{event} {path[:80]}")
 
 
@@ -95,8 +96,24 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         watch.hook(event, arguments)
 
 
+# A hook for the package's process for templates, which needs to open nothing but Python's own files.
+_CHILDS_HOOK = f"""
+import os, sys
+places = *map(os.path.realpath, (sys.prefix, sys.base_prefix, {str(PACKAGE)!r}, os.path.dirname(__file__))), "/dev/null"
+seen = os.open(f"{{__file__}}-{{os.getppid()}}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def hook(event, arguments):
+    opened = event == "open" and isinstance(arguments[0], (str, bytes))
+    outside = opened and not os.path.realpath(os.fsdecode(arguments[0])).startswith(places)
+    if outside or event in {_FORBIDDEN + _CHANGING}:
+        os.write(seen, ascii((event, arguments[0])).encode())
+sys.addaudithook(hook)
+"""
+
+
 def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
-    """A model and an adapter; the hook, which stays for good, and does nothing without a watch."""
+    """A model and an adapter; the hooks, of which the one here stays for good and does nothing without a watch."""
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(_CHILDS_HOOK)  # which Python imports when it starts
     model_folder(folder / "model")
     save_adapter(_adapted(), folder / "adapter", base=str(folder / "model"))
     load_merged(folder / "adapter")
@@ -112,7 +129,9 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
     inside = folder / "inside"
     inside.mkdir()
     os.chdir(inside)
-    watch = Watch(inside)
+    os.environ["PYTHONPATH"] = str(material[0] / "hook")
+    by_child = material[0] / "hook" / f"sitecustomize.py-{os.getpid()}"
+    watch = Watch(inside, (outside / "secret.txt").resolve())
     _WATCHES[:] = [watch]
     kinds = 2 * (_template, _pickle, _links, _ready, _wheel) + (_paths, _index, _base, _add, _remote)
     made = rng.choice(kinds)(rng, inside, outside, watch, material)
@@ -126,6 +145,9 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
 
     def harm() -> Iterator[str]:
         yield from watch.seen
+        if by_child.exists() and by_child.read_text():
+            yield f"by the process for templates: {by_child.read_text()[:80]}"
+            os.truncate(by_child, 0)
         if {path.name: path.read_text() for path in outside.iterdir()} != {"secret.txt": SECRET}:
             yield "a file outside has changed"
         if any(inside.rglob("ESCAPED")):
@@ -192,8 +214,8 @@ def _no_secret(text: str) -> Iterator[str]:
 
 # What Jinja and the package give to a template, and methods of texts and lists.
 _GIVEN = (
-    r"<(class 'range'|class 'dict'|class 'jinja2\.(utils|runtime)\.\w+'|function generate_lorem_ipsum"
-    r"|function _environment\.<locals>\.|built-in method |function ImmutableSandboxedEnvironment|generator object )"
+    r"<(class 'range'|class 'dict'|class 'jinja2\.(utils|runtime)\.\w+'|function (generate_lorem_ipsum|str\.)"
+    r"|function _environment\.<locals$|built-in method |function ImmutableSandboxedEnvironment|generator object )"
 )
 
 
@@ -230,6 +252,7 @@ def _pickle(rng: random.Random, inside: Path, outside: Path, watch: Watch, mater
 
 def _links(rng: random.Random, inside: Path, outside: Path, watch: Watch, material: tuple[Path, Values]) -> Case:
     """Links at the places that a save writes to, which lead outside."""
+    watch.secret = Path()  # a README that is there is read, and a link followed
     secret, kind = outside / "secret.txt", rng.choice(("model", "adapter", "json", "gguf"))
     target = inside / "target"
     target.mkdir()
@@ -275,6 +298,7 @@ def _ready(rng: random.Random, inside: Path, outside: Path, watch: Watch, materi
     if rng.random() < 0.2:
         (ready / ".remove").unlink()
         (ready / ".remove").symlink_to(outside / "secret.txt")
+        watch.secret = Path()  # a link is followed
     reader = rng.choice((settle, partial(load_pretrained, device="cpu"), adapters.read_config))
     return Case(f"a save that claims to remove {names}", partial(reader, model))
 
@@ -389,6 +413,7 @@ def _add(rng: random.Random, inside: Path, outside: Path, watch: Watch, material
     else:
         path.symlink_to(path if path.name == "loop" else outside)
     (lessons / path.name).symlink_to(outside / "secret.txt")
+    watch.secret = Path()  # whoever adds a link adds what it leads to
     return Case(f"a file to add: {path.name}", partial(add_files, lessons, [path]))
 
 

@@ -7,24 +7,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_lab import LoRAConfig
 from lora_lab.costs.memory_report import parse_bytes
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.system.files import read_json
 from lora_lab.tasks import Pair
+from lora_lab.tasks.base_text import base_replies
 from tests.helpers import ROOT
 
 pytest.importorskip("resource", reason="Windows has neither its limits nor fork")
 from tests.hostile import __main__ as program
-from tests.hostile import api, core, workers
+from tests.hostile import api, commands, runs, security, workers
 from tests.hostile.commands import ended
-from tests.hostile.core import BAD, OUTCOMES, PACKAGE, Case
+from tests.hostile.core import BAD, OUTCOMES, PACKAGE, Case, outcome_of
 from tests.hostile.damage import damaged_bytes, damaged_json, safetensors_bytes, safetensors_parts
 from tests.hostile.values import Values
 
@@ -128,10 +133,110 @@ def test_what_is_let_through_is_printed_and_is_an_argument_of_a_call(tmp_path):
         assert f"{call}({', '.join(sorted(names))})" in printed
 
 
+def test_a_watch_sees_reads_of_the_secret_and_what_leaves_the_folder(tmp_path, monkeypatch):
+    for name in ("inside", "outside"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    monkeypatch.setattr(security, "_TEMPORARY", "/nowhere")
+    secret = tmp_path / "outside" / "secret.txt"
+    secret.touch()
+    Path("link").symlink_to(secret)
+
+    def seen(event, *arguments):
+        watch = security.Watch(tmp_path / "inside", secret.resolve(), active=True)
+        watch.hook(event, arguments)
+        return len(watch.seen)
+
+    for path in ("../outside/secret.txt", str(secret), "link"):
+        assert seen("open", path, "r", 0) == 1, path
+    for path in ("../x", "../../x", "/etc/x", "../inside-too/x"):
+        assert (seen("open", path, "w", 0), seen("open", path, "r", 0), seen("os.remove", path, -1)) == (1, 0, 1), path
+    for path in ("x", "../inside/x", "folder/../x"):
+        assert seen("open", path, "w", 0) + seen("os.remove", path, -1) + seen("os.rename", path, path, -1, -1) == 0
+    assert seen("os.remove", "link", -1) == 0
+    assert seen("subprocess.Popen", "sh", ["sh"], None, None) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "complaints"),
+    [
+        ("the user's own", 1),
+        ("[<class 'os._wrap_close'>, <class 'int'>]", 1),
+        ("<module 'os' (frozen)>", 1),
+        ("<function render at 0x7f>", 1),
+        ("<class 'range'> <function _environment.<locals>.refuse at 0x7f> x < y", 0),
+    ],
+)
+def test_a_secret_in_the_text_of_a_template_is_noticed(text, complaints):
+    assert len([*security._no_secret(text)]) == complaints
+
+
+def test_the_process_for_templates_has_a_hook(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(security._CHILDS_HOOK)
+    (tmp_path / "secret.txt").touch()
+
+    def seen(code):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        subprocess.run([sys.executable, "-P", "-c", code], env=environment, cwd=tmp_path.parent, check=True)
+        log = tmp_path / f"sitecustomize.py-{os.getpid()}"
+        return log.read_text()
+
+    assert seen("import jinja2.sandbox, json, decimal; open(json.__file__).close()") == ""
+    assert "passwd" in seen("open('/etc/passwd').close()")
+    assert "os.system" in seen("import os; os.system('true')")
+
+
+def test_numbers_that_a_command_should_not_print_or_write_are_noticed(tmp_path):
+    def complaints(printed="", written="{}"):
+        (tmp_path / "result.json").write_text(written)
+        return len([*commands._wrong_numbers(tmp_path, printed)])
+
+    assert complaints("loss 0.5, infinite patience, nan-x, information", '{"loss": 0.5, "name": "NaN"}') == 0
+    assert complaints("loss nan") == complaints("| -inf |") == complaints(written='{"loss": NaN}') == 1
+    save_file({"x": torch.tensor([float("inf")])}, tmp_path / "adapter_model.safetensors")
+    assert complaints() == 1
+
+
+@pytest.fixture(scope="module")
+def run_material(tmp_path_factory):
+    return runs.prepare(tmp_path_factory.mktemp("runs"), Values(0))
+
+
+def overwritten(folder, solved, only):
+    for path in Path(folder).glob("*.ipynb"):
+        path.write_text("another")
+
+
+def other_tokens(path):
+    examples = base_replies(path)
+    return replace(examples, targets=examples.targets + 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "outcome"),
+    [
+        ("_lessons", overwritten, "lost"),
+        ("_replies", other_tokens, "silent"),
+        ("_published", lambda *args: SimpleNamespace(what="x"), "silent"),
+        ("_record", lambda path: SimpleNamespace(rows=[1], frame=list), "silent"),
+        ("_trial", lambda content: runs.Trial(runs.LoRA(7), 0.5, steps=1), "silent"),
+    ],
+)
+def test_other_content_than_the_file_has_is_noticed(kind, fault, outcome, run_material, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "damaged_json", lambda text, rng, values: (text.encode(), "nothing"))
+    monkeypatch.setattr(runs, "damaged_tree", lambda content, rng, values: (content, "nothing"))
+    for number, expected in enumerate(("accepted", outcome)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        case = getattr(runs, kind)(random.Random(2), folder, run_material)
+        if number:
+            case = replace(case, call=partial(fault, *case.call.args))
+        assert outcome_of(case).name == expected
+
+
 ENDS = {
     "accepted": Case("", int),
     "clean": Case("", lambda: LoRAConfig(rank=0)),
-    "foreign": Case("", lambda: pandas.DataFrame([[1]], columns=["a", "b"])),
     "wrong type": Case("", lambda: parse_bytes(5), wrong_type=True),
     "too long": Case("", lambda: read_json(Path("x" + 100 * ("/" + 15 * "y") + ".json"))),
     "crash": Case("", lambda: len(5)),
@@ -169,6 +274,7 @@ OTHERS = {
     "a key that is missing": ("crash", Case("", lambda: checked({}.__getitem__, "x"), python=True)),
     "a file that is missing": ("crash", Case("", lambda: checked(open, "no such file"), python=True)),
     "a missing file, through Python's library": ("crash", Case("", lambda: checked(Path("none").read_text))),
+    "a library's own check": ("crash", Case("", lambda: pandas.DataFrame([[1]], columns=["a", "b"]))),
     "shapes, for torch": ("crash", Case("", lambda: torch.ones(2, 3) @ torch.ones(2, 3))),
     "Python's limit of recursion": ("crash", Case("", lambda: json.loads(100_000 * "["))),
     "text that is not UTF-8": ("crash", Case("", lambda: b"\xff".decode())),
@@ -190,7 +296,6 @@ OTHERS = {
 def test_each_end_of_a_case_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "CPU_SECONDS", 1.5)
     monkeypatch.setattr(workers, "LONGEST_SECONDS", 0.2)  # times how busy the machine is
-    monkeypatch.setitem(core.LIBRARIES, "pandas", "as an example")
     cases = [*ENDS.items(), *OTHERS.values()]
     monkeypatch.setitem(workers.PREPARED, "planted", None)
 
