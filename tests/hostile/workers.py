@@ -109,6 +109,7 @@ def workplace() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="hostile-", dir=RAM if RAM.is_dir() else None) as name:
         folder = Path(name)
         os.environ |= {"LORA_LAB_CACHE": str(folder / "cache"), "LORA_LAB_PROGRESS": "0", "LORA_LAB_DEVICE": "cpu"}
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         torch.set_num_threads(1)
         model_folder(folder / "cache" / f"{SMOLLM2}-v1")  # takes the place of SmolLM2, so that nothing is downloaded
         yield folder
