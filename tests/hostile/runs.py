@@ -104,7 +104,9 @@ def net() -> DigitsMLP:
 
 def _run(model: nn.Module, task: Task, folder: Path | None = None, **options: Any) -> History:
     settings: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "batch_size": 4, "progress": False, "eval_examples": 4}
-    return fit(model, task, LoRA(2), checkpoint_dir=folder, checkpoint_every=1, **settings, **options)
+    if folder is not None:
+        settings |= {"checkpoint_dir": folder, "checkpoint_every": 1}
+    return fit(model, task, LoRA(2), **settings, **options)
 
 
 def case(rng: random.Random, folder: Path, material: Material) -> Case:
