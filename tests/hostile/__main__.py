@@ -15,7 +15,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.hostile.api import LET_THROUGH
+from tests.hostile.api import LET_THROUGH, RUN
 from tests.hostile.core import BAD, OUTCOMES
 from tests.hostile.targets import TARGETS
 from tests.hostile.workers import Result, repeat, run
@@ -51,9 +51,12 @@ def causes(results: Iterable[Result], names: Iterable[str] = BAD) -> str:
 
 
 def let_through() -> str:
-    """What the table counts as "wrong type", in words."""
-    arguments = [f"{call}({', '.join(sorted(names))})" for call, names in sorted(LET_THROUGH.items())]
-    return f"wrong type: {OUTCOMES['wrong type']}:\n{', '.join(arguments) or 'none'}"
+    """What the table counts as "foreign" and "wrong type", in words."""
+    lines = []
+    for name, listed in {"foreign": RUN, "wrong type": LET_THROUGH}.items():
+        arguments = [f"{call}({', '.join(sorted(names))})" for call, names in listed.items()]
+        lines.append(f"{name}: {OUTCOMES[name]}, which are {'; '.join(arguments)}")
+    return "\n".join(lines)
 
 
 def changes(before: dict[str, float], folder: Path) -> list[str]:

@@ -43,7 +43,7 @@ def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
         place.mkdir()
         if name not in ("record", "speed", "memory cpu"):  # what these import, others do too
             with chdir(place):
-                _called(words)
+                called(words)
     return folder, values
 
 
@@ -143,7 +143,7 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
     if rng.random() < 0.2 and not good:
         (folder / HERE / "out" / "result.json").write_text(SECRET)
     what = " ".join(map(repr, words))[:300]
-    return Case(what, lambda: _called(words), partial(_wrong_numbers, folder / HERE), good=good)
+    return Case(what, lambda: called(words), partial(_wrong_numbers, folder / HERE), good=good)
 
 
 def _wrong_numbers(here: Path, printed: str) -> Iterator[str]:
@@ -196,7 +196,7 @@ class NoEnd(Exception):
     """A command ended as none should."""
 
 
-def _called(words: list[str]) -> str:
+def called(words: list[str]) -> str:
     """Call the command in the working folder, and return what it printed.
 
     Raises:
@@ -217,7 +217,7 @@ def _called(words: list[str]) -> str:
 
 
 def ended(status: Any, out: str, err: str) -> str:
-    """What a command printed, if it ended as one should; see :func:`_called`."""
+    """What a command printed, if it ended as one should; see :func:`called`."""
     lines = err.strip().split("\n")
     if "Traceback" in out + err or status not in (None, 0, 1, 2):
         raise NoEnd(f"status {status}: {err[-300:]}")

@@ -14,10 +14,12 @@ import lora_lab
 PACKAGE = Path(lora_lab.__file__).parent
 LONGEST_MESSAGE = 1500
 
-# Each outcome that a case may have. The first three are as they should be, or let through where it says so.
+# Each outcome that a case may have. The first two are as they should be, and the next two are let through.
 OUTCOMES = {
     "accepted": "it was read, and nothing is wrong with what was read, as far as the case can see",
     "clean": "one sentence that the package wrote; whether it names a remedy is not seen",
+    "foreign": "torch's words, where what was passed runs a model on data that it is not for: let through for the "
+    "arguments in api.RUN",
     "wrong type": "Python's words for an object of another type than the argument's: let through for the arguments in "
     "api.LET_THROUGH",
     "too long": "a permitted error without a message, or whose message has several lines or too many letters",
@@ -31,7 +33,7 @@ OUTCOMES = {
     "lost": "something that was there before is gone or damaged",
     "refused": "nothing is wrong with the input, and yet it was refused",
 }
-BAD = tuple(OUTCOMES)[3:]
+BAD = tuple(OUTCOMES)[4:]
 
 _PERMITTED = (ValueError, OSError, RuntimeError, ModuleNotFoundError)
 
@@ -52,6 +54,7 @@ class Case:
         complaint: which outcome a complaint is, "silent" or "lost".
         python: called from Python, where the package may also raise a TypeError or an AttributeError.
         wrong_type: an argument has another type than it should, and Python's words for that are let through.
+        foreign: a model or its data is odd, and torch's words are let through.
         good: nothing is wrong with the input, so any error is one of the package.
     """
 
@@ -62,6 +65,7 @@ class Case:
     complaint: str = "silent"
     python: bool = False
     wrong_type: bool = False
+    foreign: bool = False
     good: bool = False
 
 
@@ -109,6 +113,8 @@ def outcome_of_error(error: BaseException, case: Case) -> Outcome:
         name = "memory"
     elif case.wrong_type and not ours and _is_of_a_type(error):
         name = "wrong type"
+    elif case.foreign and not ours and _is_torchs(error):
+        name = "foreign"
     elif not isinstance(error, permitted) or not ours:
         name = "crash"
     elif not message.strip() or "\n" in message.strip() or len(message) > LONGEST_MESSAGE:
@@ -122,6 +128,12 @@ def _is_of_a_type(error: BaseException) -> bool:
     """Whether an error of Python or a library is one for an object of the wrong type."""
     array_as_condition = isinstance(error, ValueError | RuntimeError) and "ambiguous" in str(error)
     return isinstance(error, TypeError | AttributeError) or array_as_condition
+
+
+def _is_torchs(error: BaseException) -> bool:
+    """Whether an error is one of torch about tensors, and not Python's own RuntimeError."""
+    pythons = isinstance(error, RecursionError) or "StopIteration" in str(error)
+    return isinstance(error, RuntimeError) and not pythons
 
 
 def last_line(error: BaseException) -> str:

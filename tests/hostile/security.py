@@ -29,10 +29,10 @@ import torch
 
 from lora_lab import LoRA, adapters, load_adapter, load_pretrained, save_adapter, save_model
 from lora_lab.adapters.merged import load_merged
-from lora_lab.classroom.course import add_files
 from lora_lab.models import download
 from lora_lab.system.files import settle, write_json
 from lora_lab.tasks import from_jsonl
+from tests.hostile.commands import called
 from tests.hostile.core import PACKAGE, Case
 from tests.hostile.material import SECRET, llama, model_folder, tokenizer
 from tests.hostile.templates import ESCAPES
@@ -298,7 +298,6 @@ def _ready(rng: random.Random, inside: Path, outside: Path, watch: Watch, materi
     if rng.random() < 0.2:
         (ready / ".remove").unlink()
         (ready / ".remove").symlink_to(outside / "secret.txt")
-        watch.secret = Path()  # a link is followed
     reader = rng.choice((settle, partial(load_pretrained, device="cpu"), adapters.read_config))
     return Case(f"a save that claims to remove {names}", partial(reader, model))
 
@@ -414,7 +413,8 @@ def _add(rng: random.Random, inside: Path, outside: Path, watch: Watch, material
         path.symlink_to(path if path.name == "loop" else outside)
     (lessons / path.name).symlink_to(outside / "secret.txt")
     watch.secret = Path()  # whoever adds a link adds what it leads to
-    return Case(f"a file to add: {path.name}", partial(add_files, lessons, [path]))
+    words = ["course", str(lessons), "--only", "01", "--add", str(path)]
+    return Case(f"a file to add: {path.name}", partial(called, words))
 
 
 def _remote(rng: random.Random, inside: Path, outside: Path, watch: Watch, material: tuple[Path, Values]) -> Case:

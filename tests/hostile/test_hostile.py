@@ -98,6 +98,10 @@ def checked(function, *arguments):
     return eval(code, {"function": function, "arguments": arguments})
 
 
+def stopped():
+    yield next(iter(()))
+
+
 def killed(number):
     os.kill(os.getpid(), number)
 
@@ -128,7 +132,7 @@ def test_a_change_of_the_folder_that_a_run_begins_in_is_noticed(tmp_path):
 
 def test_what_is_let_through_is_printed_and_is_an_argument_of_a_call(tmp_path):
     printed, material = program.let_through(), api.prepare(tmp_path, Values(0))
-    for call, names in api.LET_THROUGH.items():
+    for call, names in [*api.LET_THROUGH.items(), *api.RUN.items()]:
         assert names <= api._CALLS[call](material, tmp_path)[1].keys()
         assert f"{call}({', '.join(sorted(names))})" in printed
 
@@ -237,6 +241,7 @@ def test_other_content_than_the_file_has_is_noticed(kind, fault, outcome, run_ma
 ENDS = {
     "accepted": Case("", int),
     "clean": Case("", lambda: LoRAConfig(rank=0)),
+    "foreign": Case("", lambda: torch.ones(2, 3) @ torch.ones(2, 3), foreign=True),
     "wrong type": Case("", lambda: parse_bytes(5), wrong_type=True),
     "too long": Case("", lambda: read_json(Path("x" + 100 * ("/" + 15 * "y") + ".json"))),
     "crash": Case("", lambda: len(5)),
@@ -275,6 +280,7 @@ OTHERS = {
     "a file that is missing": ("crash", Case("", lambda: checked(open, "no such file"), python=True)),
     "a missing file, through Python's library": ("crash", Case("", lambda: checked(Path("none").read_text))),
     "a library's own check": ("crash", Case("", lambda: pandas.DataFrame([[1]], columns=["a", "b"]))),
+    "Python's own, for a model": ("crash", Case("", lambda: [*stopped()], foreign=True)),
     "shapes, for torch": ("crash", Case("", lambda: torch.ones(2, 3) @ torch.ones(2, 3))),
     "Python's limit of recursion": ("crash", Case("", lambda: json.loads(100_000 * "["))),
     "text that is not UTF-8": ("crash", Case("", lambda: b"\xff".decode())),
