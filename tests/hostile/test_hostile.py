@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 
 from lora_lab import LoRAConfig
-from lora_lab.costs.memory_report import parse_bytes
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.system.files import read_json
 from lora_lab.tasks import Pair
@@ -43,7 +42,8 @@ def sample(tmp_path_factory):
     (start / "notes.txt").write_text("the user's own")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.hostile", "--cases", str(CASES), "--results", str(path)]
-    subprocess.run(command, cwd=start, env=environment, capture_output=True, timeout=600)
+    done = subprocess.run(command, cwd=start, env=environment, capture_output=True, text=True, timeout=600)
+    assert path.exists(), done.stderr
     assert [(each.name, each.read_text()) for each in start.iterdir()] == [("notes.txt", "the user's own")]
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -242,7 +242,7 @@ ENDS = {
     "accepted": Case("", int),
     "clean": Case("", lambda: LoRAConfig(rank=0)),
     "foreign": Case("", lambda: torch.ones(2, 3) @ torch.ones(2, 3), foreign=True),
-    "wrong type": Case("", lambda: parse_bytes(5), wrong_type=True),
+    "wrong type": Case("", lambda: checked(len, 5), wrong_type=True),
     "too long": Case("", lambda: read_json(Path("x" + 100 * ("/" + 15 * "y") + ".json"))),
     "crash": Case("", lambda: len(5)),
     "late": Case("", dict, lambda result: result["x"]),
@@ -273,7 +273,7 @@ OTHERS = {
     ),
     "our TypeError": ("clean", Case("", lambda: Pair(5, "x"), python=True)),
     "our TypeError, for a file": ("crash", Case("", lambda: Pair(5, "x"))),
-    "a wrong type that is not listed": ("crash", Case("", lambda: parse_bytes(5), python=True)),
+    "a wrong type that is not listed": ("crash", Case("", lambda: checked(len, 5), python=True)),
     "an odd number, for Python": ("crash", Case("", lambda: checked(int, "x"), python=True)),
     "an empty list, for Python": ("crash", Case("", lambda: checked(max, []), python=True)),
     "a key that is missing": ("crash", Case("", lambda: checked({}.__getitem__, "x"), python=True)),
