@@ -211,7 +211,7 @@ def called(words: list[str]) -> str:
         status = end.code
     said = err.getvalue()
     for word in words:
-        if len(word) > 100 or "\n" in word:  # which is quoted as it was written
+        if len(word) > 100 or "\n" in word.strip():  # which is quoted as it was written
             said = said.replace(word, "...")
     return ended(status, out.getvalue(), said)
 

@@ -343,6 +343,7 @@ def _trial(rng: random.Random, folder: Path, material: Material) -> Case:
         if Trial.from_dict(trial.to_dict()).key != trial.key:
             yield "its content is that of another trial"
         given = {name: value for name, value in content.items() if value is not None}  # None is for a default
-        yield from _changed(given, trial.to_dict())
+        yield from _changed(given, trial.to_dict(), "method")
+        yield from _changed(content["method"], trial.to_dict()["method"])
 
     return Case(f"trial: {what}", partial(Trial.from_dict, content), wrong)
