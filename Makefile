@@ -32,9 +32,9 @@ test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every note
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(TIMED:%=--ignore=%) notebooks tests $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TIMED)
 
-hostile: $(VENV)/.ready-test ## 10,000 damaged files and odd arguments, and saves that are stopped at 200 random moments each
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile $(ARGS)
-	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP tests/guards/test_kills.py
+hostile: $(VENV)/.ready-test ## 10,000 damaged files and odd arguments, half of them new each day, and saves that are stopped at 200 moments each
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile --today $(ARGS)
+	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP --numprocesses=2 tests/guards/test_kills.py
 
 coverage: $(VENV)/.ready-test ## print which lines and branches of the package the unit tests miss
 	$(BIN)/lora-lab fetch

@@ -1,6 +1,10 @@
 """Hostile input: thousands of damaged files and odd arguments, each of which must end in one sentence, quickly.
 
-    make hostile                                                    # all targets, about three minutes on two cores
+The sentence must be one that the package wrote, in one line; whether it says what to do is for ``tests/guards/
+test_errors.py``. What is let through is listed by argument in ``api``: Python's words for an object of the wrong type
+(``LET_THROUGH``), and torch's for a model and data that do not go together (``RUN``).
+
+    make hostile                                                    # all targets, seed 0 and today's date as a seed
     python -m tests.hostile --target gguf --cases 300 --seed 7      # other cases of one target
     python -m tests.hostile --target gguf --seed 7 --case 123       # one of them again, with its traceback
 

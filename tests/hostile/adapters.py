@@ -138,7 +138,7 @@ def _in_memory(rng: random.Random, folder: Path, values: Values) -> Case:
     if rng.random() < 0.3:
         weights = rng.choice(([1.0, 1.0], [0.5, -0.5], [0.0, 0.0]))
         whole = adapters.read_adapter(folder)
-        return _python(Case(what, partial(adapters.combine, [whole, state], weights), _complaints_of_state))
+        return Case(what, partial(adapters.combine, [whole, state], weights), _complaints_of_state)
     if rng.random() < 0.3:
         model = llama()
         load_adapter(model, folder)
@@ -148,12 +148,8 @@ def _in_memory(rng: random.Random, folder: Path, values: Values) -> Case:
             if not all(torch.equal(value, before[key]) for key, value in adapter_state(model).items()):
                 yield "the error left half of the adapter"
 
-        return _python(Case(what, partial(adapters.switch, model, state), lambda _: complaints(model), changed))
-    return _python(_on_a_model(what, state))
-
-
-def _python(case: Case) -> Case:
-    return Case(case.what, case.call, case.use, case.after_error, python=True)
+        return Case(what, partial(adapters.switch, model, state), lambda _: complaints(model), changed)
+    return _on_a_model(what, state)
 
 
 def _config(adapter: Path, rng: random.Random, values: Values) -> str:

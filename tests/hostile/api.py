@@ -31,7 +31,7 @@ from tests.hostile.material import CONFIG, llama, model_folder, tokenizer
 from tests.hostile.values import Values
 
 # A large value of these is asked for, not an error: the call takes as long, or as much memory, as it says.
-LONG = {"steps", "draws", "count", "n", "k", "shape", "width", "directions", "n_train"}
+LONG = {"steps", "batch_size", "draws", "count", "n", "k", "shape", "width", "directions", "n_train"}
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
@@ -84,10 +84,12 @@ def case(rng: random.Random, folder: Path, material: Material) -> Case:
     function, arguments = _CALLS[name](material, folder)
     names = sorted(arguments.keys() - {"generator"})  # without one, the global one is used, and changes
     odd = rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2)))) if rng.random() < 0.97 else []
-    tensors = False
+    tensors = wrong_type = False
+    foreign = not RUN.get(name, set()).isdisjoint(odd)
     for argument in odd:
         value = _odd_value(rng, material, argument in LONG)
         tensors |= isinstance(value, torch.Tensor | numpy.ndarray | nn.Module)
+        wrong_type |= argument in LET_THROUGH.get(name, ()) and _kind(value) is not _kind(arguments[argument])
         arguments[argument] = value
     what = f"{name}({', '.join(f'{argument}={_described(arguments[argument])}' for argument in odd)})"
     watched = [value for value in arguments.values() if isinstance(value, nn.Module)] if name in _UNCHANGED else []
@@ -108,9 +110,25 @@ def case(rng: random.Random, folder: Path, material: Material) -> Case:
         if not tensors and not all(math.isfinite(number) for number in _numbers(result)):
             yield "the result is not finite"
 
+    good = not odd and name not in _FAILING
     return Case(
-        what, partial(function, **arguments), wrong, changed, python=True, good=not odd and name not in _FAILING
+        what,
+        partial(function, **arguments),
+        wrong,
+        changed,
+        python=True,
+        wrong_type=wrong_type,
+        foreign=foreign,
+        good=good,
     )
+
+
+def _kind(value: Any) -> Any:
+    """The type of an object, where types that are used alike, such as those of numbers or of paths, are one."""
+    return next((kind for kind in _KINDS if isinstance(value, kind)), type(value))
+
+
+_KINDS = (str | Path, bool | int | float | numpy.number, list | tuple, torch.Tensor, nn.Module, Task)
 
 
 def _described(value: Any) -> str:
@@ -228,6 +246,22 @@ _TRAINING |= {"accumulate": 1, "eval_every": 1, "eval_examples": 4, "schedule": 
 _LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear", "exclude": ()}
 _SAMPLING = {"max_new_tokens": 3, "temperature": 0.5, "seed": 0, "repetition_penalty": 1.1}
 _BEYOND = "the text is longer than the model can read"
+# By call, the arguments for which Python may answer an object of another type. This list only gets shorter.
+LET_THROUGH: dict[str, set[str]] = {
+    "fit, checkpoints": {"on_row"},  # the function that was passed raises it
+    "lora_layers": {"required"},
+    "spectra.report": {"before", "after"},
+    "Halving": {"rungs"},
+}
+# By call, the models and tasks that are run together.
+RUN: dict[str, set[str]] = {
+    "fit": {"model", "task"},
+    "fit, a loss of partial": {"task"},
+    "fit, checkpoints": {"on_row"},
+    "ablate": {"model_factory", "task"},
+    "evaluate": {"model", "task"},
+    "memory.predict": {"model"},
+}
 IDS = torch.tensor([1, 5, 9])
 
 

@@ -1,27 +1,31 @@
 """Odd arguments to ``lora-lab``: a command that works, with one argument or two changed, added or left out.
 
-The command is called in the process, as ``lora-lab`` does. An error must be one line on standard error and status 1,
-or 2 where argparse refuses the arguments.
+The command is called in the process, as ``lora-lab`` does. An error must end with status 1 and one line that begins
+with "lora-lab: ", or with status 2 and argparse's usage; any other status, and a traceback anywhere, is a crash. Now
+and then no word is changed, and the command must succeed.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+from safetensors.torch import load_file
+
 from lora_lab import LoRA, cli, inject, records, save_adapter
 from tests.helpers import randomise
 from tests.hostile.core import Case, Sentence
-from tests.hostile.material import llama, model_folder
+from tests.hostile.material import HERE, SECRET, llama, model_folder
 from tests.hostile.values import Values
 
 
@@ -38,7 +42,8 @@ def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
         place = folder / f"warm-{number}"
         place.mkdir()
         if name not in ("record", "speed", "memory cpu"):  # what these import, others do too
-            _called(words, place)
+            with chdir(place):
+                called(words)
     return folder, values
 
 
@@ -109,6 +114,7 @@ def _commands(folder: Path) -> dict[str, list[str]]:
 
 # These predict by going through a step of training, which takes seconds.
 _SLOW = ("speed", "memory", "memory cpu", "analyze")
+_FAILING = ("record",)  # there is no record of that name
 # Values of these options are taken at their word, so that a large one takes as long as it says.
 _LONG = {"--steps", "--seeds", "--jobs", "--measure", "--threads", "--tokens"}
 _PATHS = ["nowhere", "", ".", "..", "/dev/null", "/dev/zero", "/dev/null/x", "/etc/passwd", "a\0b", 300 * "x", "~", "-"]
@@ -129,18 +135,29 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
     """A command with odd arguments, called in an empty folder."""
     place, values = material
     commands = _commands(place)
-    words = commands[rng.choice([*commands, *4 * [name for name in commands if name not in _SLOW]])]
-    for _ in range(rng.choice((1, 1, 1, 2))):
+    name = rng.choice([*commands, *4 * [name for name in commands if name not in _SLOW]])
+    words = commands[name]
+    good = rng.random() < 0.05 and name not in _FAILING
+    for _ in range(0 if good else rng.choice((1, 1, 1, 2))):
         _change(words, rng, values)
-    (folder / "here").mkdir()
-    kept = folder / "kept.txt"
-    kept.write_text("the user's own")
+    if rng.random() < 0.2 and not good:
+        (folder / HERE / "out" / "result.json").write_text(SECRET)
+    what = " ".join(map(repr, words))[:300]
+    return Case(what, lambda: called(words), partial(_wrong_numbers, folder / HERE), good=good)
 
-    def changed() -> Iterator[str]:
-        if kept.read_text() != "the user's own":
-            yield "a file of the user has changed"
 
-    return Case(" ".join(map(repr, words))[:300], lambda: _called(words, folder / "here"), lambda _: changed(), changed)
+def _wrong_numbers(here: Path, printed: str) -> Iterator[str]:
+    """What a command printed or wrote that is no number."""
+    if odd := re.findall(r"(?i)(?<![\w.-])[+-]?(?:nan|inf|infinity)(?![\w-])", printed):
+        yield f"it printed {odd[0]}"
+    for path in here.rglob("*.json"):
+        if odd := re.findall(r"(?<=[:,\[])\s*(?:NaN|-?Infinity)\b", path.read_text(encoding="utf-8")):
+            yield f"it wrote {odd[0].strip()} to {path.name}"
+    for path in here.rglob("*.safetensors"):
+        if not all(
+            bool(torch.isfinite(value).all()) for value in load_file(path).values() if value.is_floating_point()
+        ):
+            yield f"it wrote numbers that are not finite to {path.name}"
 
 
 def _change(words: list[str], rng: random.Random, values: Values) -> None:
@@ -175,26 +192,43 @@ def _is_number(word: str) -> bool:
     return word.replace("e-", "").replace(".", "").isdigit()
 
 
-def _called(words: list[str], folder: Path) -> str:
-    """Call the command in a folder, and return what it printed.
+class NoEnd(Exception):
+    """A command ended as none should."""
+
+
+def called(words: list[str]) -> str:
+    """Call the command in the working folder, and return what it printed.
 
     Raises:
-        Sentence: it has ended with a status that is not 0, and a line that says why.
+        Sentence: it has ended with status 1 or 2, and a line that says why.
+        NoEnd: it has ended with another status, or printed a traceback.
     """
     out, err = io.StringIO(), io.StringIO()
-    os.chdir(folder)
     try:
         with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "stdin", io.StringIO("the\n/quit\n")):
             status: Any = cli.main([*words])
     except SystemExit as end:
         status = end.code
-    finally:
-        os.chdir("/")
-    lines = err.getvalue().strip().splitlines() or [""]
+    said = err.getvalue()
+    for word in words:
+        if len(word) > 100 or "\n" in word.strip():  # which is quoted as it was written
+            said = said.replace(word, "...")
+    return ended(status, out.getvalue(), said)
+
+
+def ended(status: Any, out: str, err: str) -> str:
+    """What a command printed, if it ended as one should; see :func:`called`."""
+    lines = err.strip().split("\n")
+    if "Traceback" in out + err or status not in (None, 0, 1, 2):
+        raise NoEnd(f"status {status}: {err[-300:]}")
     if "can't allocate memory" in lines[-1]:
         raise MemoryError(lines[-1])
-    if status == 1 and not lines[-1].startswith("lora-lab: "):
+    if "[Errno " in lines[-1]:
+        raise NoEnd(f"the words of the system: {lines[-1][-300:]}")
+    if status == 1 and (not lines[-1].startswith("lora-lab: ") or err.count("lora-lab: ") > 1):
         raise Sentence("\n".join(lines[-3:]))  # several lines, which is too long
+    if status == 2 and not re.match(r"(?s)usage: lora-lab.*\nlora-lab[^\n]*: error: ", err):
+        raise NoEnd(f"status 2 without a usage: {err[-300:]}")
     if status:
-        raise Sentence(lines[-1])
-    return out.getvalue()
+        raise Sentence(lines[-1] if status == 1 else lines[-1][:300])  # argparse quotes in full
+    return out

@@ -18,6 +18,8 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+HERE = "here"  # the working folder of a case, in its own
+SECRET = "the user's own"  # content of files that nothing may change
 TEXT = "the cat, 12 of them"
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = [*BYTES, "th", "the", "<s>", "</s>"]

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from lora_lab.classroom.course import copy_lessons
 from lora_lab.classroom.learner import MANIFEST
 from lora_lab.experiments import submission
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.task import Task
+from lora_lab.task import IGNORE, Task
 from lora_lab.tasks import digits
 from lora_lab.tasks.base_text import SHIPPED, base_replies
+from lora_lab.tasks.instruction import Padded
 from tests.hostile.core import Case
 from tests.hostile.damage import (
     damaged_bytes,
@@ -34,6 +36,7 @@ from tests.hostile.damage import (
     safetensors_bytes,
     safetensors_parts,
 )
+from tests.hostile.material import SECRET
 from tests.hostile.values import Values
 
 STEPS = 3
@@ -101,7 +104,9 @@ def net() -> DigitsMLP:
 
 def _run(model: nn.Module, task: Task, folder: Path | None = None, **options: Any) -> History:
     settings: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "batch_size": 4, "progress": False, "eval_examples": 4}
-    return fit(model, task, LoRA(2), checkpoint_dir=folder, checkpoint_every=1, **settings, **options)
+    if folder is not None:
+        settings |= {"checkpoint_dir": folder, "checkpoint_every": 1}
+    return fit(model, task, LoRA(2), **settings, **options)
 
 
 def case(rng: random.Random, folder: Path, material: Material) -> Case:
@@ -206,11 +211,22 @@ def _record(rng: random.Random, folder: Path, material: Material) -> Case:
     path.write_bytes(content)
     if rng.random() < 0.2:
         return Case(f"record: {what}", partial(submission.check, path))
-    return Case(f"record: {what}", partial(records.load, path), lambda record: _no_complaint(record.frame()))
+
+    def wrong(record: records.Record) -> Iterator[str]:
+        yield from _changed(json.loads(content), vars(record), "schema")
+        if len(record.frame()) != len(record.rows):
+            yield "the table has other rows"
+
+    return Case(f"record: {what}", partial(records.load, path), wrong)
 
 
-def _no_complaint(used: object) -> Iterator[str]:
-    yield from ()
+def _changed(content: dict[str, Any], accepted: dict[str, Any], *others: str) -> Iterator[str]:
+    """Entries of which something else was accepted than the file says, or what is no number in JSON."""
+    for name in content.keys() - set(others):
+        if content[name] != json.loads(json.dumps(accepted.get(name))):
+            yield f"{name} is not what the file says"
+        if re.search(r"\b(NaN|Infinity)\b", json.dumps(content[name])):
+            yield f"{name} holds what is no number"
 
 
 def _sweep(rng: random.Random, folder: Path, material: Material) -> Case:
@@ -270,16 +286,39 @@ def _replies(rng: random.Random, folder: Path, material: Material) -> Case:
     content, what = damaged_json(json.dumps(stored), rng, material.values)
     path = folder / "replies.json"
     path.write_bytes(content)
-    return Case(f"replies: {what}", partial(base_replies, path))
+
+    def wrong(examples: Padded) -> Iterator[str]:
+        replies = json.loads(content)["replies"]
+        if len(replies) != len(examples.inputs):
+            yield "there are other replies than in the file"
+        for reply, inputs, targets in zip(replies, examples.inputs, examples.targets, strict=False):
+            ids, start = [*reply["prompt"], *reply["reply"]], len(reply["prompt"]) - 1
+            if (
+                inputs[: len(ids) - 1].tolist() != ids[:-1]
+                or targets[start : len(ids) - 1].tolist() != ids[start + 1 :]
+            ):
+                yield "a reply has other tokens than in the file"
+            if not bool((torch.cat([targets[:start], targets[len(ids) - 1 :]]) == IGNORE).all()):
+                yield "tokens of a prompt count"
+
+    return Case(f"replies: {what}", partial(base_replies, path), wrong)
 
 
 def _lessons(rng: random.Random, folder: Path, material: Material) -> Case:
-    """The list of what was written to a learner's folder."""
+    """The list of what was written to a learner's folder, in which the learner has changed a lesson."""
     copy_lessons(folder, only=["01"])
+    lesson = next(folder.glob("01*.ipynb"))
+    lesson.write_text(SECRET)
     path = folder / MANIFEST
     content, what = damaged_json(path.read_text(encoding="utf-8"), rng, material.values)
     path.write_bytes(content)
-    return Case(f"lessons: {what}", partial(copy_lessons, folder, rng.random() < 0.5, ["01"]))
+
+    def lost(copied: object = None) -> Iterator[str]:
+        if lesson.read_text() != SECRET:
+            yield "the learner's lesson has changed"
+
+    call = partial(copy_lessons, folder, rng.random() < 0.5, ["01"])
+    return Case(f"lessons: {what}", call, lost, lost, complaint="lost")
 
 
 def _published(rng: random.Random, folder: Path, material: Material) -> Case:
@@ -289,10 +328,22 @@ def _published(rng: random.Random, folder: Path, material: Material) -> Case:
     whole = records.shipped() / "published" / path.name
     content, what = damaged_json(whole.read_text(encoding="utf-8"), rng, material.values)
     path.write_bytes(content)
-    return Case(f"published: {what}", partial(records.published, "litgpt", folder))
+
+    def wrong(published: records.Published) -> Iterator[str]:
+        yield from _changed(json.loads(content), vars(published))
+
+    return Case(f"published: {what}", partial(records.published, "litgpt", folder), wrong)
 
 
 def _trial(rng: random.Random, folder: Path, material: Material) -> Case:
     """A trial as data."""
     content, what = damaged_tree(material.trials[0].to_dict(), rng, material.values)
-    return Case(f"trial: {what}", partial(Trial.from_dict, content), lambda trial: _no_complaint(trial.key))
+
+    def wrong(trial: Trial) -> Iterator[str]:
+        if Trial.from_dict(trial.to_dict()).key != trial.key:
+            yield "its content is that of another trial"
+        given = {name: value for name, value in content.items() if value is not None}  # None is for a default
+        yield from _changed(given, trial.to_dict(), "method")
+        yield from _changed(content["method"], trial.to_dict()["method"])
+
+    return Case(f"trial: {what}", partial(Trial.from_dict, content), wrong)

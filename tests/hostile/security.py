@@ -1,7 +1,8 @@
 """What a stranger's file must not be able to do: run code, read or write outside its folder, follow planted links.
 
-An audit hook of Python sees each file that is opened for writing, each process that is started, each connection, and
-each name that a pickle looks up.
+An audit hook of Python sees each file that is opened for writing, each read of a secret outside, each process that is
+started, each connection, and each name that a pickle looks up. The package's process for templates gets a hook as well,
+which writes what it sees to a file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -27,18 +29,19 @@ import torch
 
 from lora_lab import LoRA, adapters, load_adapter, load_pretrained, save_adapter, save_model
 from lora_lab.adapters.merged import load_merged
-from lora_lab.classroom.course import add_files
 from lora_lab.models import download
 from lora_lab.system.files import settle, write_json
 from lora_lab.tasks import from_jsonl
+from tests.hostile.commands import called
 from tests.hostile.core import PACKAGE, Case
-from tests.hostile.material import llama, model_folder, tokenizer
+from tests.hostile.material import SECRET, llama, model_folder, tokenizer
 from tests.hostile.templates import ESCAPES
 from tests.hostile.values import Values
 
 _TEMPORARY = os.path.realpath(tempfile.gettempdir())  # here, because finding it out writes a file, which the hook sees
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
 _FORBIDDEN += ("pickle.find_class", "webbrowser.open")
+_IN_FOLDERS = ("os.remove", "os.rmdir")  # by the number of an open folder, as shutil.rmtree does
 _CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
 
 
@@ -47,6 +50,7 @@ class Watch:
     """What the process did since the watch began, as far as it should not."""
 
     folder: Path
+    secret: Path
     seen: list[str] = field(default_factory=list)
     active: bool = False
 
@@ -57,18 +61,22 @@ class Watch:
             return  # the package's own process for templates
         if event in _FORBIDDEN:
             self.seen.append(f"{event} {arguments[0]!r:.80}")
-        elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike) and _writes(arguments):
-            self._check(os.fsdecode(arguments[0]), event)
+        elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            path = os.path.realpath(os.fsdecode(arguments[0]))  # a link is followed by what opens it
+            if Path(path) == self.secret:
+                self.seen.append(f"{event} {arguments[0]!r:.80}")
+            elif _writes(arguments):
+                self._check(path, event)
         elif event in _CHANGING:
+            folders = [each for each in arguments if isinstance(each, int) and each > 2]  # to which names are relative
             for path in arguments[:2]:
-                if isinstance(path, str | bytes | os.PathLike):
-                    self._check(os.fsdecode(path), event)
+                if isinstance(path, str | bytes | os.PathLike) and not (folders and event in _IN_FOLDERS):
+                    path = Path(os.fsdecode(path))  # a link is itself renamed or removed
+                    self._check(f"{os.path.realpath(path.parent)}/{path.name}", event)
 
     def _check(self, path: str, event: str) -> None:
         places = (os.path.realpath(self.folder), _TEMPORARY, "/dev/null", "/dev/fd")
-        # A link is followed by what opens it, and is itself renamed or removed.
-        real = os.path.realpath(path) if event == "open" else f"{os.path.realpath(Path(path).parent)}/x"
-        if path.startswith("/") and not real.startswith(places) and "__pycache__" not in path:
+        if not any(Path(path).is_relative_to(place) for place in places) and "__pycache__" not in path:
             self.seen.append(f"{event} {path[:80]}")
 
 
@@ -88,8 +96,24 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         watch.hook(event, arguments)
 
 
+# A hook for the package's process for templates, which needs to open nothing but Python's own files.
+_CHILDS_HOOK = f"""
+import os, sys
+places = *map(os.path.realpath, (sys.prefix, sys.base_prefix, {str(PACKAGE)!r}, os.path.dirname(__file__))), "/dev/null"
+seen = os.open(f"{{__file__}}-{{os.getppid()}}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def hook(event, arguments):
+    opened = event == "open" and isinstance(arguments[0], (str, bytes))
+    outside = opened and not os.path.realpath(os.fsdecode(arguments[0])).startswith(places)
+    if outside or event in {_FORBIDDEN + _CHANGING}:
+        os.write(seen, ascii((event, arguments[0])).encode())
+sys.addaudithook(hook)
+"""
+
+
 def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
-    """A model and an adapter; the hook, which stays for good, and does nothing without a watch."""
+    """A model and an adapter; the hooks, of which the one here stays for good and does nothing without a watch."""
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(_CHILDS_HOOK)  # which Python imports when it starts
     model_folder(folder / "model")
     save_adapter(_adapted(), folder / "adapter", base=str(folder / "model"))
     load_merged(folder / "adapter")
@@ -101,11 +125,13 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
     """A file that looks for a door."""
     outside = folder / "outside"
     outside.mkdir()
-    (outside / "secret.txt").write_text("the user's own")
+    (outside / "secret.txt").write_text(SECRET)
     inside = folder / "inside"
     inside.mkdir()
     os.chdir(inside)
-    watch = Watch(inside)
+    os.environ["PYTHONPATH"] = str(material[0] / "hook")
+    by_child = material[0] / "hook" / f"sitecustomize.py-{os.getpid()}"
+    watch = Watch(inside, (outside / "secret.txt").resolve())
     _WATCHES[:] = [watch]
     kinds = 2 * (_template, _pickle, _links, _ready, _wheel) + (_paths, _index, _base, _add, _remote)
     made = rng.choice(kinds)(rng, inside, outside, watch, material)
@@ -119,7 +145,10 @@ def case(rng: random.Random, folder: Path, material: tuple[Path, Values]) -> Cas
 
     def harm() -> Iterator[str]:
         yield from watch.seen
-        if {path.name: path.read_text() for path in outside.iterdir()} != {"secret.txt": "the user's own"}:
+        if by_child.exists() and by_child.read_text():
+            yield f"by the process for templates: {by_child.read_text()[:80]}"
+            os.truncate(by_child, 0)
+        if {path.name: path.read_text() for path in outside.iterdir()} != {"secret.txt": SECRET}:
             yield "a file outside has changed"
         if any(inside.rglob("ESCAPED")):
             yield "code has run"
@@ -174,9 +203,20 @@ _STEPS += (
 )
 
 
-def _no_secret(text: Any) -> Iterator[str]:
-    if "<function" in str(text) and "__subclasses__" in str(text):
-        yield "the template has reached the classes of Python"
+def _no_secret(text: str) -> Iterator[str]:
+    """Complaints about a text in which objects of Python are shown that no template is given."""
+    if SECRET in text:
+        yield "the secret was read"
+    shown = set(re.findall(r"<(?:class|module|function|built-in|bound|method|code|frame|slot|generator)\b[^>]*", text))
+    if reached := [each for each in shown if not re.match(_GIVEN, each)]:
+        yield f"the template has reached {reached[0]}"
+
+
+# What Jinja and the package give to a template, and methods of texts and lists.
+_GIVEN = (
+    r"<(class 'range'|class 'dict'|class 'jinja2\.(utils|runtime)\.\w+'|function (generate_lorem_ipsum|str\.)"
+    r"|function _environment\.<locals$|built-in method |function ImmutableSandboxedEnvironment|generator object )"
+)
 
 
 class _Runs:
@@ -212,6 +252,7 @@ def _pickle(rng: random.Random, inside: Path, outside: Path, watch: Watch, mater
 
 def _links(rng: random.Random, inside: Path, outside: Path, watch: Watch, material: tuple[Path, Values]) -> Case:
     """Links at the places that a save writes to, which lead outside."""
+    watch.secret = Path()  # a README that is there is read, and a link followed
     secret, kind = outside / "secret.txt", rng.choice(("model", "adapter", "json", "gguf"))
     target = inside / "target"
     target.mkdir()
@@ -371,7 +412,9 @@ def _add(rng: random.Random, inside: Path, outside: Path, watch: Watch, material
     else:
         path.symlink_to(path if path.name == "loop" else outside)
     (lessons / path.name).symlink_to(outside / "secret.txt")
-    return Case(f"a file to add: {path.name}", partial(add_files, lessons, [path]))
+    watch.secret = Path()  # whoever adds a link adds what it leads to
+    words = ["course", str(lessons), "--only", "01", "--add", str(path)]
+    return Case(f"a file to add: {path.name}", partial(called, words))
 
 
 def _remote(rng: random.Random, inside: Path, outside: Path, watch: Watch, material: tuple[Path, Values]) -> Case:

@@ -34,17 +34,21 @@ import torch
 
 from lora_lab.models.pretrained import SMOLLM2
 from tests.hostile.core import BAD, PACKAGE, Case, Outcome, outcome_of
-from tests.hostile.material import model_folder
+from tests.hostile.material import HERE, SECRET, model_folder
 from tests.hostile.values import Values
 
-CPU_SECONDS = 5  # of one case, which usually takes a hundredth of one
-WALL_SECONDS = 60  # of one case that waits for something
+CPU_SECONDS = 5  # of one case, which usually takes a hundredth of one, with its child processes
+LONGEST_SECONDS = 5  # by the clock, twice in succession; more on a machine that is busy
+WALL_SECONDS = 60  # by the clock, after which a case that waits for something is ended
 ADDRESS_BYTES = 2 * 2**30  # beyond what a worker has from the start
 RESIDENT_BYTES = 2**29  # the most by which one case may raise a worker's peak
 LARGEST_FILE = 2**28
 GROUP = 40  # cases of a worker
 RAM = Path("/dev/shm")  # where files need not reach a disk
 
+
+# Of the user, in the working folder, under names that odd arguments have.
+_USERS_FILES = ("notes.txt", "x", "0", "con", "llama/README.md", "nowhere/README.md", "out/README.md", "out/notes.txt")
 
 PREPARED: dict[str, Any] = {}  # what targets have prepared, by name; forked processes have it too
 
@@ -105,6 +109,7 @@ def workplace() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="hostile-", dir=RAM if RAM.is_dir() else None) as name:
         folder = Path(name)
         os.environ |= {"LORA_LAB_CACHE": str(folder / "cache"), "LORA_LAB_PROGRESS": "0", "LORA_LAB_DEVICE": "cpu"}
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         torch.set_num_threads(1)
         model_folder(folder / "cache" / f"{SMOLLM2}-v1")  # takes the place of SmolLM2, so that nothing is downloaded
         yield folder
@@ -129,9 +134,26 @@ def run(targets: Sequence[Target], cases: int, seed: int, jobs: int = 2) -> Iter
 
 
 def make_case(target: Target, seed: int, number: int, folder: Path, material: Any) -> Case:
-    """A case, whose files are in the folder."""
-    folder.mkdir(parents=True)
+    """A case, whose files are in the folder; its working folder is one in it, where files of the user stand."""
+    here = folder / HERE
+    here.mkdir(parents=True)
+    for name in _USERS_FILES:
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(SECRET)
+    os.chdir(here)
     return target.case(random.Random(f"{seed} {target.name} {number}"), folder, material)
+
+
+def outcome_in(folder: Path, case: Case) -> Outcome:
+    """Run a case that was made in the folder, and look after the files of the user."""
+    users = [path for path in (folder / HERE).rglob("*") if _is_users(path)]
+    outcome = outcome_of(case)
+    changed = [str(path.relative_to(folder)) for path in users if not _is_users(path)]
+    return Outcome("lost", message=f"changed: {changed}; {outcome.message}") if changed else outcome
+
+
+def _is_users(path: Path) -> bool:
+    return path.is_file() and path.read_bytes() == SECRET.encode()
 
 
 def repeat(target: Target, seed: int, number: int) -> Outcome:
@@ -150,8 +172,11 @@ def repeat(target: Target, seed: int, number: int) -> Outcome:
 
         _limit()
         faulthandler.dump_traceback_later(2 * CPU_SECONDS, exit=True)
-        outcome = outcome_of(replace(case, call=partial(shown, case.call), use=partial(shown, case.use)))
+        outcome = outcome_in(
+            folder / "case", replace(case, call=partial(shown, case.call), use=partial(shown, case.use))
+        )
         faulthandler.cancel_dump_traceback_later()
+        os.chdir("/")
         return outcome
 
 
@@ -160,7 +185,10 @@ def run_group(seed: int, folder: Path, target: Target, numbers: Sequence[int]) -
     results: list[Result] = []
     while len(results) < len(numbers):
         results += _run_worker(seed, folder, target, numbers[len(results) :])
-    return results
+    return [
+        _run_worker(seed, folder, target, [result.number])[0] if result.outcome.name == "slow" else result
+        for result in results
+    ]
 
 
 def _run_worker(seed: int, folder: Path, target: Target, numbers: Sequence[int]) -> list[Result]:
@@ -193,10 +221,13 @@ def _run_worker(seed: int, folder: Path, target: Target, numbers: Sequence[int])
     if begun is not None:
         places = re.findall(rf'"{re.escape(str(PACKAGE))}/(.+?)", line (\d+)', trace.read_text())
         where = ":".join(places[0]) if places else ""
-        name = "hang" if code == -signal.SIGPROF else "memory"
+        name = _ENDS.get(code, "crash" if code >= 0 else "segfault")
         results.append(replace(begun, outcome=Outcome(name, f"exit {code}", where), seconds=CPU_SECONDS))
         shutil.rmtree(_place(folder, target, begun.number), ignore_errors=True)
     return results
+
+
+_ENDS = {-signal.SIGPROF: "hang", -signal.SIGKILL: "memory"}  # the first by us, the second by the system
 
 
 def _place(folder: Path, target: Target, number: int) -> Path:
@@ -205,13 +236,15 @@ def _place(folder: Path, target: Target, number: int) -> Path:
 
 def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writing: int, trace: Path) -> None:
     """What a worker does: run the cases, and write two lines for each, when it begins and when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
+    faulthandler.disable()  # which would write to the terminal when a signal ends the process
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    os.dup2(0, 2)
     _limit()
     with open(writing, "w", buffering=1) as pipe, open(trace, "w") as places:
         faulthandler.register(signal.SIGPROF, places, all_threads=False, chain=True)  # then it ends the process
         for number in numbers:
-            before = _peak()
+            before, computed = _peak(), _computed()
             place = _place(folder, target, number)
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
             started = time.perf_counter()
@@ -221,12 +254,16 @@ def _work(seed: int, folder: Path, target: Target, numbers: Sequence[int], writi
                 case = Case("a case that could not be made", partial(_raise, error))
             begun = {"number": number, "what": case.what[:300]}
             pipe.write(json.dumps(begun) + "\n")
-            outcome = outcome_of(case)
+            outcome = outcome_in(place, case)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            seconds, growth = time.perf_counter() - started, _peak() - before
+            seconds, growth, computed = time.perf_counter() - started, _peak() - before, _computed() - computed
             if growth > RESIDENT_BYTES and outcome.name not in BAD:
                 outcome = replace(outcome, name="memory", message=f"{growth >> 20} MiB; {outcome.message}")
+            if (seconds > LONGEST_SECONDS * _busy() or computed > CPU_SECONDS) and outcome.name not in BAD:
+                message = f"{seconds:.1f} s, of which {computed:.1f} s computing; {outcome.message}"
+                outcome = replace(outcome, name="slow", message=message)
             pipe.write(json.dumps(begun | {"outcome": asdict(outcome), "seconds": seconds}) + "\n")
+            os.chdir("/")
             shutil.rmtree(place, ignore_errors=True)
             if growth > RESIDENT_BYTES:
                 return  # another worker measures the next case from its own start
@@ -243,6 +280,21 @@ def _limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+
+
+def _computed() -> float:
+    """Seconds of the processor of this process and of its children that have ended."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def _busy() -> float:
+    """How many times longer than alone this process has taken so far, because others had the processor."""
+    try:
+        computing, waiting = map(int, Path("/proc/self/schedstat").read_text().split()[:2])
+    except OSError:  # macOS does not tell
+        return 1.0
+    return (computing + waiting) / computing
 
 
 def _peak() -> int:
