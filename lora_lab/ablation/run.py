@@ -55,7 +55,7 @@ from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
 from lora_lab.system.renamed import warn_renamed
 from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import short_repr, shortened
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step
 
@@ -185,7 +185,9 @@ def ablate(
                 raise _judge_error(failures, "mend it, and give a folder, so that no training is lost")
             bar.update()
     if failures:
-        raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
+        raise _judge_error(
+            failures, f"mend it and start the sweep again: what was trained is kept in {shortened(str(folder))}"
+        )
     return table(results.values())
 
 

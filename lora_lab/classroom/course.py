@@ -26,7 +26,7 @@ from nbformat import NotebookNode
 from typing_extensions import TypedDict
 
 from lora_lab.classroom.learner import MANIFEST
-from lora_lab.system.files import atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.provenance import shipped_lessons
 from lora_lab.system.schema import check
 
@@ -160,7 +160,7 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
             markers are wrong; or the manifest is damaged.
         OSError: the folder cannot be written to.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     settle(folder)

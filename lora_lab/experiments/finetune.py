@@ -23,6 +23,7 @@ from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrain
 from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
 from lora_lab.system.files import (
+    as_path,
     atomic_files,
     check_replaceable,
     check_writable,
@@ -111,7 +112,7 @@ def run(
     if half and isinstance(method, FullFineTuning):
         raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
     out = Path(out)
-    if Path(model).is_dir() and Path(model).resolve() == out.resolve():
+    if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
     if current_processes().rank == 0:
         check_writable(out)

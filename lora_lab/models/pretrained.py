@@ -106,7 +106,7 @@ def load_pretrained(
         raise ValueError(f"source is a {type(source).__name__}, but it must be {SMOLLM2!r} or a path.")
     keep_blocks = check(keep_blocks, bool, "keep_blocks")
     device = pick_device(device)[0]
-    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
+    path = _smollm2_folder() if str(source) == SMOLLM2 else as_path(source, "source")
     if path.is_dir():
         reason = misfit(_config_entries(path))
         if str(source) != SMOLLM2:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from lora_lab.system.schema import check
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import counted, shortened
 
 
 def pick_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
@@ -39,7 +39,7 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
             torch.empty(1, device=available)
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Device {str(requested)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'."
+                f"Device {shortened(str(requested))!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'."
             ) from None
         if available.type == "meta":
             raise ValueError("Device 'meta' stores shapes but no values, so it cannot be trained on; try 'cpu'.")

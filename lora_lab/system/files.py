@@ -28,6 +28,7 @@ except ImportError:  # on Windows, where hidden folders of killed processes are 
 
 _NEW = ".lora_lab-new-"  # begins the name of a hidden folder
 _READY = ".lora_lab-ready"  # its name when all its files are written and about to be moved to the target folder
+_LONGEST_NAME = 255  # for the usual file systems
 _REMOVE = ".remove"  # a file in it with the names of files to remove from the target folder, one per line
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _EXISTS = (errno.ENOTEMPTY, errno.EEXIST)  # errors of renaming a folder to a name that exists
@@ -54,6 +55,8 @@ def as_path(path: Any, name: str) -> Path:
     """
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise ValueError(f"{name} is {short_repr(path)}, but it must be a path.")
+    if any(len(part) > _LONGEST_NAME for part in Path(path).parts):
+        raise ValueError(f"{name} is {short_repr(path)}, but a name in a path has at most {_LONGEST_NAME} letters.")
     return Path(path)
 
 

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_lab.system.files import (
+    as_path,
     atomic_file,
     atomic_files,
     atomic_folder,
@@ -38,6 +39,12 @@ def umask():
     old = os.umask(0o022)
     yield os.umask
     os.umask(old)
+
+
+def test_a_name_that_is_too_long_for_a_file_system_is_one_sentence(tmp_path):
+    assert as_path(tmp_path / (255 * "x"), "folder").exists() is False
+    with pytest.raises(ValueError, match=r"folder is .*, but a name in a path has at most 255 letters"):
+        as_path(f"{tmp_path}/{256 * 'x'}/y", "folder")
 
 
 def test_new_content_takes_the_place_of_the_old(tmp_path):
