@@ -148,7 +148,7 @@ def ablate(
     workers, timeout = 1, None
     if missing:
         if folder is not None:
-            check_writable(folder)
+            check_writable(folder, leave=True)
         workers, timeout = _workers(n_jobs, timeout_s)
 
     def parcels(model: nn.Module, trials: Sequence[Trial], pause: _Pause | None = None) -> list[_Work]:
@@ -185,9 +185,7 @@ def ablate(
                 raise _judge_error(failures, "mend it, and give a folder, so that no training is lost")
             bar.update()
     if failures:
-        raise _judge_error(
-            failures, f"mend it and start the sweep again: what was trained is kept in {shortened(str(folder))}"
-        )
+        raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
     return table(results.values())
 
 
@@ -718,7 +716,7 @@ def _judge_error(failures: Mapping[str, _Failure], what_to_do: str) -> RuntimeEr
     """The error to raise when the judge has failed on some trials, whose keys are given."""
     key, first = next(iter(failures.items()))
     count = f"{len(failures)} trials, first on " if len(failures) > 1 else ""
-    error = RuntimeError(f"The judge failed on {count}{key} ({first.words}); {what_to_do}.")
+    error = RuntimeError(f"The judge failed on {count}{key} ({first.words}); {shortened(what_to_do)}.")
     error.add_note(first.trace)
     return error
 

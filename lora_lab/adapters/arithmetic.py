@@ -119,7 +119,7 @@ def _layers(state: dict[str, Tensor]) -> list[str]:
         ValueError: an update is more than scaling * B A.
     """
     for key in state:
-        if key.rpartition(".")[2] not in ("lora_A", "lora_B", "alpha", "scaling"):
+        if not isinstance(key, str) or key.rpartition(".")[2] not in ("lora_A", "lora_B", "alpha", "scaling"):
             raise ValueError(
                 f"An adapter holds {key!r}, so its update is more than scaling * B A and does not add up with others; "
                 "merge it, extract a plain adapter, and combine that."

@@ -31,7 +31,16 @@ from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
-from lora_lab.system.files import as_path, atomic_files, check_folder, read_json, settle, write_json
+from lora_lab.system.files import (
+    MixedSavesError,
+    as_path,
+    atomic_files,
+    check_folder,
+    read_json,
+    read_whole,
+    settle,
+    write_json,
+)
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
 from lora_lab.system.wording import counted, short_repr, shortened
@@ -148,7 +157,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     if isinstance(source, Mapping):
         label, (config, tensors) = "The adapter", from_state(source)
     else:
-        label, (config, tensors) = str(source), _read(as_path(source, "source"))
+        label, (config, tensors) = str(source), read_whole(_read, as_path(source, "source"))
     variant = next((layer_class for setting, layer_class in _VARIANTS.items() if config.get(setting)), None)
     names = _check_names(model, tensors, variant, label)
     ranks, alphas = _ranks_and_alphas(config, names, label)
@@ -218,7 +227,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
-    config, tensors = _read(as_path(folder, "folder"))
+    config, tensors = read_whole(_read, as_path(folder, "folder"))
     names = sorted(tensors, key=_natural_key)
     ranks, alphas = _ranks_and_alphas(config, names, str(folder))
     state: dict[str, Tensor] = {}
@@ -437,7 +446,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     config = read_config(folder)
     tensors, digest = _read_weights(folder / WEIGHTS)
     if digest is not None and digest != _config_digest(config):
-        raise ValueError(
+        raise MixedSavesError(
             f"{folder}: weights and config are from two different saves (rank, alpha and targets {shortened(digest)} "
             f"against {shortened(_config_digest(config))}); save the adapter again."
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from lora_lab.system.schema import Count, NotNegative, Positive, Seed, check, check_fields
+from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
 from lora_lab.system.wording import short_repr
 from lora_lab.task import context_length
 
@@ -23,15 +25,15 @@ class Sampling:
         seed: of the samples.
         repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included, and
             multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1 the
-            text repeats itself less; 1 changes nothing.
+            text repeats itself less; 1 changes nothing. From 0.001 to 1000.
 
     Raises:
-        ValueError: the temperature is negative, the penalty is not positive, or one of the three is no such number.
+        ValueError: the temperature is negative, the penalty is out of range, or one of the three is no such number.
     """
 
     temperature: NotNegative = 0.0
     seed: Seed = 0
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)

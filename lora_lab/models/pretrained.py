@@ -39,7 +39,17 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
+from lora_lab.system.files import (
+    MixedSavesError,
+    as_path,
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    read_json,
+    read_whole,
+    settle,
+    write_json,
+)
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import check
 from lora_lab.system.wording import short_repr
@@ -113,7 +123,7 @@ def load_pretrained(
             _say_which(path, reason)
         if reason is not None:
             return _load_by_transformers(path, dtype, device, keep_blocks)
-        stored = _read_folder(path)
+        stored = read_whole(_read_folder, path)
     elif path.suffix == ".gguf":
         stored = read_gguf(path)
     elif path.exists():
@@ -359,7 +369,7 @@ def _read_folder(folder: Path) -> StoredModel:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
         if metadata.get(_SAVE) != entries.get(_SAVE) and _SAVE in metadata and _SAVE in entries:
-            raise ValueError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
+            raise MixedSavesError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
     return stored
 
 

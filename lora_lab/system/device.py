@@ -39,7 +39,8 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
             torch.empty(1, device=available)
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Device {shortened(str(requested))!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'."
+                f"Device {shortened(str(requested))!r} cannot be used here ({shortened(str(error).splitlines()[0])}); "
+                "try 'cpu'."
             ) from None
         if available.type == "meta":
             raise ValueError("Device 'meta' stores shapes but no values, so it cannot be trained on; try 'cpu'.")

@@ -13,10 +13,11 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_lab.system.wording import short_repr, shortened
 
@@ -26,6 +27,7 @@ except ImportError:  # on Windows, where hidden folders of killed processes are 
     fcntl = None
 
 
+T = TypeVar("T")
 _NEW = ".lora_lab-new-"  # begins the name of a hidden folder
 _READY = ".lora_lab-ready"  # its name when all its files are written and about to be moved to the target folder
 _LONGEST_NAME = 255  # for the usual file systems
@@ -43,6 +45,10 @@ class _NotWritten(OSError):
         return self.sentence
 
 
+class MixedSavesError(ValueError):
+    """The files of a folder are of two different saves."""
+
+
 class _NoPlace(_NotWritten):
     """The same, of a folder in which nothing can be made."""
 
@@ -53,7 +59,7 @@ def as_path(path: Any, name: str) -> Path:
     Raises:
         ValueError: it is neither a text nor a path, or no system has such a name.
     """
-    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+    if not isinstance(path, str | os.PathLike) or not _can_be_named(str(path)):
         raise ValueError(f"{name} is {short_repr(path)}, but it must be a path.")
     if any(len(part) > _LONGEST_NAME for part in Path(path).parts):
         raise ValueError(f"{name} is {short_repr(path)}, but a name in a path has at most {_LONGEST_NAME} letters.")
@@ -74,6 +80,13 @@ def check_file(path: str | Path, what: str) -> None:
         if Path(path).is_file():
             return
     raise FileNotFoundError(f"There is no file {shortened(str(path))}; give the path of {what}.")
+
+
+def _can_be_named(path: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def check_folder(folder: str | Path, what: str) -> None:
@@ -218,10 +231,28 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); it may be damaged, so make or copy it anew.") from None
 
 
-def check_writable(folder: str | Path) -> None:
+def read_whole(read: Callable[[Path], T], folder: Path) -> T:
+    """``read(folder)``, and once more if it met files of two saves, as while another process saves to the folder.
+
+    Raises:
+        MixedSavesError: it met them again.
+    """
+    try:
+        return read(folder)
+    except MixedSavesError:
+        time.sleep(0.1)  # in which the files of a save are moved to their places
+        settle(folder)
+        return read(folder)
+
+
+def check_writable(folder: str | Path, leave: bool = False) -> None:
     """Check that a folder can be written to, by writing a file and removing it, and the folder if it did not exist.
 
     For work that takes minutes and writes its results at the end, so that it fails at the beginning instead.
+
+    Args:
+        folder: its path.
+        leave: the folder there, because other processes may be about to write to it too.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -229,7 +260,7 @@ def check_writable(folder: str | Path) -> None:
     folder = Path(folder)
     missing: list[Path] = []
     try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        missing = [] if leave else [path for path in (folder, *folder.parents) if not path.exists()]
         with _workspace(folder) as temporary:
             (temporary / "trial").write_bytes(bytes(4096))
     except OSError as error:

@@ -872,7 +872,7 @@ def test_a_result_under_another_name_is_not_counted_twice(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_training_and_may_be_read(tmp_path, monkeypatch):
     frame = apart(grid(), tmp_path)
 
-    def refuse(folder):
+    def refuse(folder, **_):
         raise OSError(f"{folder} cannot be written to")
 
     monkeypatch.setattr("lora_lab.ablation.run.check_writable", refuse)

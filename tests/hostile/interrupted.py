@@ -45,6 +45,7 @@ from tests.hostile.material import CONFIG, TEMPLATE, tokenizer
 from tests.hostile.values import Values
 
 _OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.chmod", "fcntl.flock")
+_GROWING = ("open", "os.mkdir", "os.rename")  # which a full disk refuses
 
 
 class Trap:
@@ -53,9 +54,12 @@ class Trap:
     def __init__(self) -> None:
         self.action: Callable[[], Any] | None = None
         self.left = 0
+        self.growing = False
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.action is not None and event in _OPERATIONS:
+        if self.action is not None and event in (_GROWING if self.growing else _OPERATIONS):
+            if self.growing and event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
             self.left -= 1
             if self.left < 0:
                 action, self.action = self.action, None
@@ -277,11 +281,11 @@ def _full(number: int, call: Callable[[], Any]) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    _TRAP.left, _TRAP.action = number, full
+    _TRAP.left, _TRAP.action, _TRAP.growing = number, full, True
     try:
         call()
     finally:
-        _TRAP.action = None
+        _TRAP.action, _TRAP.growing = None, False
 
 
 def _large(size: int, call: Callable[[], Any]) -> None:

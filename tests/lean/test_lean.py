@@ -1066,7 +1066,7 @@ def with_class(layer):
 @pytest.mark.parametrize(
     ("make", "lean", "says"),
     [
-        (lambda: DigitsMLP(width=8), Lean(), "built for lora_lab's Llama, but the model is a DigitsMLP; leave lean out"),
+        (lambda: DigitsMLP(width=8), Lean(), "lora_lab's Llama, but the model is a DigitsMLP; leave lean out"),
         (lambda: Llama(SHAPE), Lean(), "the model has no adapters"),
         (lambda: with_class(None), Lean(), "is a Other, whose forward pass has no lean form"),
         (unlocked, Lean(), "'model.norm.weight' is trained"),

@@ -200,7 +200,7 @@ def test_sampling_draws_from_the_penalised_logits(tiny):
         assert torch.equal(tiny.generate(prompt, 1, temperature=20.0, seed=seed, repetition_penalty=3.0), expected)
 
 
-@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("penalty", [0.0, -1.0, 2.9e-39, float("nan"), float("inf")])
 def test_a_repetition_penalty_that_is_no_positive_number_is_refused(tiny, penalty):
     with pytest.raises(ValueError, match=f"repetition_penalty is {penalty}, but it must be"):
         tiny.generate(torch.tensor([1]), 1, repetition_penalty=penalty)

@@ -15,12 +15,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_lab.system.files import (
+    MixedSavesError,
     as_path,
     atomic_file,
     atomic_files,
     atomic_folder,
     check_writable,
     read_json,
+    read_whole,
     rescued,
     settle,
     write_json,
@@ -466,6 +468,25 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
         raise RuntimeError("stop")
 
 
+def test_files_of_two_saves_are_read_again_because_another_process_may_be_saving(tmp_path):
+    reads = []
+
+    def read(folder):
+        reads.append(folder)
+        if len(reads) < 2:
+            raise MixedSavesError("mixed")
+        return "whole"
+
+    assert read_whole(read, tmp_path) == "whole"
+    assert reads == [tmp_path, tmp_path]
+
+    def mixed(folder):
+        raise MixedSavesError("they stay mixed")
+
+    with pytest.raises(ValueError, match="they stay mixed"):
+        read_whole(mixed, tmp_path)
+
+
 # Before and after work that takes long
 
 
@@ -475,6 +496,17 @@ def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
     (tmp_path / "a.txt").write_text("mine")
     check_writable(tmp_path)
     assert texts(tmp_path) == {"a.txt": "mine"}
+
+
+def test_a_folder_that_others_write_to_at_the_same_time_stays_there(tmp_path):
+    check_writable(tmp_path / "deep" / "down", leave=True)
+    assert (tmp_path / "deep" / "down").is_dir()
+
+
+@pytest.mark.parametrize("name", ["\ud83d", "a\0b"])
+def test_what_no_file_can_be_called_is_no_path(name):
+    with pytest.raises(ValueError, match=r"folder is .*, but it must be a path"):
+        as_path(name, "folder")
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
