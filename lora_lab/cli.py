@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_lab import __version__
 from lora_lab.experiments.registry import NAMES, OF_MODELS, current_name, recorder
@@ -50,18 +50,27 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     _accept_any_text()
+    error: Exception | None = None
     try:
-        with _process_group(), _flushed_output():
+        with _process_group():
             _run(_parser().parse_args(arguments))
-    except BrokenPipeError:
-        return _BROKEN_PIPE
-    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"lora-lab: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as raised:
+        error = raised
     except KeyboardInterrupt as interrupt:
         print(f"{'; '.join(['lora-lab: stopped', *map(str, interrupt.args)])}.", file=sys.stderr)
         return 130
-    return 0
+    finally:
+        unwritten = _flush_output()
+    if unwritten is None and _is_of_output(error):
+        unwritten = error
+    if unwritten is not None and (error is None or getattr(error, "errno", None) == unwritten.errno):
+        if isinstance(unwritten, BrokenPipeError):
+            return _BROKEN_PIPE
+        error = OSError(f"The output cannot be written ({unwritten.strerror}); make room, or send it elsewhere.")
+    if error is None:
+        return 0
+    print(f"lora-lab: {error}", file=sys.stderr)
+    return 1
 
 
 def _accept_any_text() -> None:
@@ -71,30 +80,38 @@ def _accept_any_text() -> None:
             stream.reconfigure(errors=errors)
 
 
-@contextmanager
-def _flushed_output() -> Iterator[None]:
-    """Flush standard output after the block, since Python would only do so where its errors are no longer handled.
+def _flush_output() -> OSError | None:
+    """Flush standard output here, since Python would only do so where its errors are no longer handled.
 
-    Raises:
-        BrokenPipeError: nobody reads what is printed any longer, as after ``| head``.
-        OSError: what is printed cannot be written, since the device is full.
+    Returns:
+        Why that is not possible: nobody reads it any longer, as after ``| head``, or its device is full. What is left
+        to be written is then dropped.
     """
+    if not isinstance(sys.stdout, TextIOWrapper):  # it is None where a shell has closed it
+        return None
     try:
-        try:
-            yield
-        finally:
-            if isinstance(sys.stdout, TextIOWrapper):  # it is None where a shell has closed it
-                sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
-        full = error.errno == errno.ENOSPC and bool(error.strerror) and error.filename is None
-        if not full and not isinstance(error, BrokenPipeError):
-            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself flushes at its end
-        if full:
-            raise OSError(
-                f"The output cannot be written ({error.strerror}); make room, or send it elsewhere."
-            ) from None
-        raise
+        return error
+    return None
+
+
+def _is_of_output(error: Exception | None) -> TypeGuard[OSError]:
+    """Whether an error is one of printing, where each line is written at once."""
+    if isinstance(error, BrokenPipeError):
+        return _reader_has_gone()
+    # Files are written by system/files.py, whose errors are of other classes and name the file.
+    return type(error) is OSError and error.errno == errno.ENOSPC and error.filename is None
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any longer, as far as the system tells."""
+    if sys.platform == "win32" or not isinstance(sys.stdout, TextIOWrapper):
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in output.poll(0))
 
 
 def _started_by_torchrun() -> bool:
@@ -725,7 +742,7 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
         batch_size=options.batch,
         eval_examples=options.eval_examples,
     )
-    check_writable(out)
+    check_writable(out, leave=True)
     check_replaceable(out / "table.csv", ("key", "method", "lr", "outcome"))
     model, task = studies.study(options.task, options.seq, model=options.model)
     print(f"{len(grid)} trials; results in {out / 'trials'}, from which a run that was stopped continues")

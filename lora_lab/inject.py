@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -117,11 +118,18 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
         raise ValueError(f"seed is {short_repr(seed)}, but it must be a whole number of 64 bits.")
     generator = torch.Generator().manual_seed(seed)
     classes = match_layers(model, config.targets, config.exclude, layer)
-    largest = max(max(_shape(model.get_submodule(name))) for name in classes)
+    shapes = [_shape(model.get_submodule(name)) for name in classes]
+    largest, useful = max(map(max, shapes)), max(min(out, math.prod(rest)) for out, *rest in shapes)
     if config.rank > (most := max(largest, _RANK_OF_ANY_LAYER)):
         raise ValueError(
             f"rank is {config.rank}, but it must be at most {most} here, where no weight has a side longer than "
             f"{largest}; a rank as large as the shorter side already holds every change of a matrix."
+        )
+    if config.rank > useful:
+        warnings.warn(
+            f"rank is {config.rank}, but no weight adapted here has a shorter side above {useful}: rank {useful} holds "
+            "every change of them already, and a higher one only costs memory and time.",
+            stacklevel=2,
         )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = {}
@@ -134,13 +142,6 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-    useful = max(min(adapter.lora_A.numel(), adapter.lora_B.numel()) // config.rank for adapter in adapters.values())
-    if config.rank > useful:
-        warnings.warn(
-            f"rank is {config.rank}, but no weight adapted here has a shorter side above {useful}: rank {useful} holds "
-            "every change of them already, and a higher one only costs memory and time.",
-            stacklevel=2,
-        )
     model.requires_grad_(False)
     for name, adapter in adapters.items():
         replace(model, name, adapter)

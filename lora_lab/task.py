@@ -13,11 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.system.schema import Seed, check
+from lora_lab.system.schema import Seed, check, instance_of
 from lora_lab.system.wording import short_repr
 
 IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
@@ -31,8 +30,8 @@ class TextTokenizer(Protocol):
 
 
 def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
-    """Raise ValueError if it does not have what the interface of a tokenizer asks for, as a path has not."""
-    if not isinstance(tokenizer, interface):
+    """Raise ValueError if an argument lacks a method of a tokenizer, such as a path (and a text has an ``encode``)."""
+    if isinstance(tokenizer, str) or not isinstance(tokenizer, interface):
         raise ValueError(
             f"tokenizer is {short_repr(tokenizer)}, but it must be the one that load_pretrained or "
             "load_tokenizer returns."
@@ -140,8 +139,9 @@ def embedding_rows(model: nn.Module) -> int | None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many tokens a model is made to read; None if its config does not say."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    """How many tokens a model is made to read; None if its config does not say, or says -1 for any number."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -226,7 +226,7 @@ class Task:
 
     def __post_init__(self) -> None:
         for part, examples in self.parts.items():
-            if len(check(examples, InstanceOf[Examples], part)) == 0:
+            if len(check(examples, instance_of(Examples), part)) == 0:
                 raise ValueError(f"The {part} part of task {self.name!r} is empty; give it at least one example.")
 
     @property

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field, InstanceOf
+from pydantic import Field
 from torch import Tensor, nn
 
 from lora_lab import checkpoint
@@ -27,7 +27,7 @@ from lora_lab.system.device import own_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import as_path
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_fields
+from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_fields, instance_of
 from lora_lab.task import Batch, Examples, Loss, Task
 
 
@@ -388,10 +388,10 @@ def check_options(caller: str, options: Collection[str], known: Sequence[str]) -
 
 
 _TYPES = {
-    "model": InstanceOf[nn.Module],
-    "task": InstanceOf[Task],
-    "method": InstanceOf[Method],
-    "config": InstanceOf[TrainConfig] | None,
+    "model": instance_of(nn.Module),
+    "task": instance_of(Task),
+    "method": instance_of(Method),
+    "config": instance_of(TrainConfig) | None,
     "on_row": Callable[..., Any] | None,
 }
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and refuses."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import io
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -366,6 +368,28 @@ def test_a_reader_that_stops_reading_ends_a_command_quietly(printed_to, capsys):
     os.close(reading)
     assert printed_to(writing) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_stops_reading_does_not_hide_an_error(monkeypatch, printed_to, capsys):
+    def fail(*_):
+        with suppress(OSError):
+            print("something")
+        raise ValueError("the real reason")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert printed_to(writing) == 1
+    assert capsys.readouterr().err == "lora-lab: the real reason\n"
+
+
+def test_a_broken_pipe_that_is_not_that_of_the_output_is_told(monkeypatch, capfd):
+    def fail(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert command("fetch") == 1
+    assert "Broken pipe" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")

@@ -695,6 +695,12 @@ def test_a_rank_above_the_shorter_side_of_every_layer_is_warned_of():
         for name, shorter in shapes.items():
             inject(EveryKind(), LoRAConfig(shorter, targets=[name]))
         inject(EveryKind(), LoRAConfig(4, targets=["image", "words"]))  # enough for one of them
+        model = EveryKind()
+        before, trainable = snapshot(model), [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises(UserWarning, match="rank is 5"):
+            inject(model, LoRAConfig(5, targets=["linear"]))
+    assert snapshot(model) == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
 
 
 def test_odd_names_and_classes_are_told():

@@ -151,6 +151,9 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
             raise ValueError(f"This is not a trial's content ({reason}): {short_repr(content)}.") from None
 
 
+_VARIED = ("method", "lr", "seed")  # by a grid
+
+
 class Grid(Sequence[Trial]):
     """All combinations of methods, ranks, learning rates and seeds, as a sequence of trials without repeats.
 
@@ -181,7 +184,7 @@ class Grid(Sequence[Trial]):
         alpha_per_rank: float | None = None,
         **options: Any,
     ) -> None:
-        check_options("Grid", options, [option.name for option in fields(Trial)])
+        check_options("Grid", options, [option.name for option in fields(Trial) if option.name not in _VARIED])
         alpha_per_rank = check(alpha_per_rank, Positive | None, "alpha_per_rank")
         if alpha is not None and alpha_per_rank is not None:
             raise ValueError(f"alpha is {alpha} and alpha_per_rank {alpha_per_rank}; give one of them, or neither.")

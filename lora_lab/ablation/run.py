@@ -35,7 +35,7 @@ import joblib
 import torch
 from joblib.externals.loky import BrokenProcessPool
 from joblib.parallel import get_active_backend
-from pydantic import Field, InstanceOf
+from pydantic import Field
 from torch import Tensor, nn
 
 from lora_lab import checkpoint
@@ -54,7 +54,7 @@ from lora_lab.system.numbers import is_list
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
 from lora_lab.system.renamed import warn_renamed
-from lora_lab.system.schema import NotNegative, check
+from lora_lab.system.schema import NotNegative, check, instance_of
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step
@@ -200,7 +200,7 @@ def _check_types(task: Any, trials: Any, n_jobs: Any, budget_bytes: Any, timeout
     check(n_jobs, _Jobs | None, "n_jobs")
     check(budget_bytes, NotNegative | None, "budget_bytes")
     check(timeout_s, NotNegative, "timeout_s")
-    check(halving, InstanceOf[Halving] | None, "halving")
+    check(halving, instance_of(Halving) | None, "halving")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -437,7 +437,7 @@ def _call_factory(factory: Callable[[], Task]) -> Task:
 
 
 def _task(task: Task | Callable[[], Task]) -> Task:
-    return check(task if isinstance(task, Task) else _call_factory(task), InstanceOf[Task], "task")
+    return check(task if isinstance(task, Task) else _call_factory(task), instance_of(Task), "task")
 
 
 def _run(work: _Work) -> list[_Arrival]:

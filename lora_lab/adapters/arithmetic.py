@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -68,6 +68,8 @@ def combine(
         raise ValueError(f"adapters is a {type(adapters).__name__}, but it must be a list of adapters.")
     if weights is None:
         weights = [1.0 for _ in adapters]
+    elif isinstance(weights, Iterator):
+        weights = list(weights)
     elif not is_list(weights):
         raise ValueError(f"weights is {short_repr(weights)}, but it must be a list of numbers, one for each adapter.")
     weights = [check(weight, Number, "weight") for weight in weights]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.inject import LoRAConfig, adapter_state, inject, lora_layers, match_layers, replace, require_no_adapters
@@ -15,7 +14,7 @@ from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Number, Positive, Size, check
+from lora_lab.system.schema import Number, Positive, Size, check, instance_of
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 
@@ -32,7 +31,7 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
             unchanged.
     """
     layers = lora_layers(model, required=True)
-    check(state, InstanceOf[Mapping], "state")
+    check(state, instance_of(Mapping), "state")
     expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
     if wrong := sorted(expected_names ^ state.keys(), key=str):
         raise ValueError(
@@ -150,7 +149,7 @@ def extract(
     if (rank is None) == (energy is None):
         raise ValueError(f"rank is {rank} and energy {energy}; pass one of them.")
     rank, energy = check(rank, Size | None, "rank"), check(energy, Number | None, "energy")
-    state = tuned.state_dict() if isinstance(tuned, nn.Module) else check(tuned, InstanceOf[Mapping], "tuned")
+    state = tuned.state_dict() if isinstance(tuned, nn.Module) else check(tuned, instance_of(Mapping), "tuned")
     require_no_adapters(base)
     factors, errors = {}, {}
     for name, lora_class in match_layers(base, "all-linear", ()).items():

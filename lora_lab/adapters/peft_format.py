@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Required
 
 import torch
-from pydantic import InstanceOf
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -42,7 +41,7 @@ from lora_lab.system.files import (
     write_json,
 )
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
+from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check, instance_of
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
@@ -82,7 +81,7 @@ def save_adapter(
         OSError: the folder cannot be written to, or the disk is full.
     """
     check(base, str | None, "base")
-    check(history, InstanceOf[History] | None, "history")
+    check(history, instance_of(History) | None, "history")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
             f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
@@ -200,7 +199,7 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         if part == "scaling":
             scalings[name] = check(value, Positive, key)
         elif part in _KEYS:
-            tensors.setdefault(name, {})[part] = check(value, InstanceOf[Tensor], key)
+            tensors.setdefault(name, {})[part] = check(value, instance_of(Tensor), key)
         elif part != "alpha":
             raise ValueError(f"The adapter holds {key!r}, which is not part of any adapter known here.")
     complete = {name for name, parts in tensors.items() if {"lora_A", "lora_B"} <= parts.keys()}

@@ -163,7 +163,7 @@ def check_weights(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} holds no file *.safetensors, the only format of weights that is read; where you trust the "
             "others, such as *.bin, which can run code, convert them with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)."
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
         )
 
 

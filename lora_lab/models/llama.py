@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field, InstanceOf
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.models.decoding import Sampling, continued
-from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
+from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields, instance_of
 from lora_lab.system.wording import short_repr
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
@@ -285,7 +285,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
         super().__init__()
-        check(config, InstanceOf[LlamaConfig], "config")
+        check(config, instance_of(LlamaConfig), "config")
         seed = check(seed, Seed, "seed")
         self.config = config
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights too, which are replaced below
@@ -328,13 +328,11 @@ class Llama(nn.Module):
             length = ids.shape[1] + (0 if cache is None else cache.length)
             if not isinstance(attention_mask, Tensor) or attention_mask.shape[1:] != (length,):
                 raise ValueError(
-                    f"attention_mask is {short_repr(attention_mask)}, but it must be a tensor of shape "
-                    f"{(len(ids), length)}."
+                    f"attention_mask is {_form(attention_mask)}, but it must be a tensor of shape {(len(ids), length)}."
                 )
         if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape != ids.shape):
             raise ValueError(
-                f"position_ids is {short_repr(position_ids)}, but it must be a tensor of the shape of ids, "
-                f"{tuple(ids.shape)}."
+                f"position_ids is {_form(position_ids)}, but it must be a tensor of shape {tuple(ids.shape)}, like ids."
             )
         hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
         if logits_to_keep is not None:
@@ -425,6 +423,10 @@ class Llama(nn.Module):
             return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
 
         return continued(self, read, ids, max_new_tokens, stop, Sampling(temperature, seed, repetition_penalty))
+
+
+def _form(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short_repr(value)
 
 
 def _mask(

@@ -15,7 +15,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast, overload
 
 import torch
-from pydantic import InstanceOf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ from lora_lab.system.files import (
     write_json,
 )
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import check
+from lora_lab.system.schema import check, instance_of
 from lora_lab.system.wording import short_repr
 
 SMOLLM2 = "smollm2-135m"
@@ -254,7 +253,7 @@ def save_model(
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
     path = as_path(path, "path")
-    check(tokenizer, InstanceOf[Tokenizer] | None, "tokenizer")
+    check(tokenizer, instance_of(Tokenizer) | None, "tokenizer")
     check(format, str, "format")
     check(dtype, str | None, "dtype")
     if format == "gguf":

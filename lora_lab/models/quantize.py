@@ -40,7 +40,6 @@ from torch.nn import functional as F
 from lora_lab.inject import check_names, name_matches, output_head, replace, require_no_adapters
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
-from lora_lab.system.schema import check
 from lora_lab.system.wording import short_repr
 
 BLOCK = 32  # weights in a block of GGUF's formats
@@ -543,7 +542,8 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
             is not an even whole number. The model is then left as it was.
     """
     check_names("exclude", exclude)
-    double = check(double, bool, "double")
+    if not isinstance(double, bool):
+        raise ValueError(f"double is {short_repr(double)}, but it must be True or False.")
     require_no_adapters(model)
     head = output_head(model)
     layers = {

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from lora_lab.models.chat_template import render
 from lora_lab.system.files import atomic_files, read_json, settle, write_json
 from lora_lab.system.schema import Count, check
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
 # How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
@@ -115,6 +115,7 @@ class Tokenizer:
     def chat_template(self, template: str | None) -> None:
         """Set the template."""
         self._chat_template = check(template, str | None, "chat_template")
+        self.__dict__.pop("control_tokens", None)  # which depend on it
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -183,14 +184,14 @@ class Tokenizer:
             ValueError: an id is negative, or too large for any vocabulary, or is no whole number.
         """
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-            raise ValueError(f"ids is {shortened(repr(ids))}, but it must be a list of token ids.")
+            raise ValueError(f"ids is {short_repr(ids)}, but it must be a list of token ids.")
         try:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
         except OverflowError:
             wrong = next(i for i in ids if not 0 <= i < 2**32)
             raise ValueError(f"ids holds {shortened(str(wrong))}, which is no token's id.") from None
         except (TypeError, ValueError):
-            raise ValueError(f"ids is {shortened(repr(ids))}, but it must be a list of token ids.") from None
+            raise ValueError(f"ids is {short_repr(ids)}, but it must be a list of token ids.") from None
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ``ids`` in parts, each as soon as its letters are complete; together they are ``decode(ids)``."""

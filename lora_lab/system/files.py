@@ -50,7 +50,11 @@ class MixedSavesError(ValueError):
 
 
 class _NoPlace(_NotWritten):
-    """The same, of a folder in which nothing can be made."""
+    """The same, for a folder in which nothing can be created."""
+
+
+class _NoPermission(_NoPlace, PermissionError):
+    """The same, because this user may not."""
 
 
 def as_path(path: Any, name: str) -> Path:
@@ -61,8 +65,11 @@ def as_path(path: Any, name: str) -> Path:
     """
     if not isinstance(path, str | os.PathLike) or not _can_be_named(str(path)):
         raise ValueError(f"{name} is {short_repr(path)}, but it must be a path.")
-    if any(len(part) > _LONGEST_NAME for part in Path(path).parts):
-        raise ValueError(f"{name} is {short_repr(path)}, but a name in a path has at most {_LONGEST_NAME} letters.")
+    if any(len(os.fsencode(part) if os.name == "posix" else part) > _LONGEST_NAME for part in Path(path).parts):
+        raise ValueError(
+            f"{name} is {short_repr(path)}, but a name in a path has at most {_LONGEST_NAME} bytes; give the path of a "
+            "file or folder, not its text."
+        )
     return Path(path)
 
 
@@ -177,7 +184,7 @@ def settle(folder: str | Path) -> None:
         try:
             for file in sorted(ready.iterdir(), key=_in_order):
                 if file.name == _REMOVE:
-                    names = "" if file.is_symlink() else file.read_text(encoding="utf-8")
+                    names = "" if file.is_symlink() or not file.is_file() else file.read_text(encoding="utf-8")
                     for name in names.replace("\0", "").splitlines():
                         (folder / Path(name).name).unlink(missing_ok=True)  # the last part: nothing outside the folder
                     file.unlink()
@@ -252,7 +259,7 @@ def check_writable(folder: str | Path, leave: bool = False) -> None:
 
     Args:
         folder: its path.
-        leave: the folder there, because other processes may be about to write to it too.
+        leave: whether the folder stays, because other processes may be about to write to it too.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -443,7 +450,7 @@ def _no_place(folder: Path, error: OSError) -> _NoPlace:
     reason = error.strerror
     with suppress(OSError):  # the system refuses to look for a name that is too long
         reason = "it is a file" if folder.is_file() else reason
-    no_place = _NoPlace(error.errno, reason)
+    no_place = (_NoPermission if isinstance(error, PermissionError) else _NoPlace)(error.errno, reason)
     no_place.sentence = (
         f"{shortened(str(folder))} cannot be written to ({no_place.strerror}); name another folder, or make this one "
         "writable."

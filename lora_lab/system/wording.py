@@ -5,6 +5,9 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+_SHORT = reprlib.Repr()
+_SHORT.maxother = 200  # such as a path
+
 
 def counted(count: int, noun: str) -> str:
     """A count and its noun, in the plural unless it is one: "1 thread", "1,200 tokens"."""
@@ -19,4 +22,7 @@ def shortened(text: str, most: int = 300) -> str:
 
 def short_repr(value: Any) -> str:
     """A value's repr on one line, cut off in the middle if it is long, as that of a model or a tensor."""
-    return shortened(reprlib.repr(value))
+    try:
+        return shortened(_SHORT.repr(value))
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return "a number of very many digits"

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
-from lora_lab.system.schema import Size, check
+from lora_lab.system.schema import Size, check, instance_of
 from lora_lab.task import IGNORE, check_tokenizer
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
@@ -81,7 +80,7 @@ def answers(
         ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
             prompts and ``max_new_tokens`` exceed the model's context.
     """
-    check(task, InstanceOf[PairTask], "task")
+    check(task, instance_of(PairTask), "task")
     if check(part, str, "part") not in task.pairs:
         raise ValueError(f"part is {part!r}, but the pairs of task {task.name!r} are in {list(task.pairs)}.")
     limit, batch_size = check(limit, Size | None, "limit"), check(batch_size, Size, "batch_size")

@@ -458,6 +458,11 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
         groups[_group(pair)].append(pair)
     if len(groups) < len(PARTS):
         count = sum(map(len, groups.values()))
+        if count <= 1:
+            raise ValueError(
+                f"There {'is one pair' if count else 'are no pairs'}, but {', '.join(PARTS)} need at least one each; "
+                "give more pairs."
+            )
         what = f"All {count} pairs have" if len(groups) == 1 else f"There are {len(groups)} groups of pairs with"
         raise ValueError(
             f"{what} the same prompt or group, but {', '.join(PARTS)} need at least one group each; give more pairs "

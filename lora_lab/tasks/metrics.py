@@ -13,14 +13,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
-from pydantic import Field, InstanceOf
-
-from lora_lab.system.schema import check
+from lora_lab.system.numbers import is_list
+from lora_lab.system.schema import check, instance_of
+from lora_lab.system.wording import short_repr
 from lora_lab.tasks.instruction import Pair, PairTask
-
-_Texts = Annotated[Sequence[str], Field(min_length=1)]
 
 # Scores
 
@@ -36,7 +33,7 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
     Raises:
         ValueError: the task has no metric or no such part, or there are no predictions, or more than prompts.
     """
-    check(task, InstanceOf[PairTask], "task")
+    check(task, instance_of(PairTask), "task")
     check(predictions, Sequence[str], "predictions")
     if task.metric not in METRICS:
         raise ValueError(
@@ -56,7 +53,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     """Mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    _check_texts(predictions, references)
+    predictions, references = _texts(predictions, references)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(references, predictions, strict=True)
     f1 = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs]
@@ -67,10 +64,10 @@ def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[s
     """Exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
 
-    _check_texts(predictions, references)
+    predictions, references = _texts(predictions, references)
     pairs = zip(predictions, references, strict=True)
     matches = sum(prediction.strip().casefold() == reference.casefold() for prediction, reference in pairs)
-    chrf = CHRF().corpus_score(list(predictions), [list(references)]).score
+    chrf = CHRF().corpus_score(predictions, [references]).score
     return {"exact": matches / len(references), "chrf": chrf}
 
 
@@ -78,7 +75,7 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     """Accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    _check_texts(predictions, references)
+    predictions, references = _texts(predictions, references)
     return {
         "accuracy": float(accuracy_score(references, predictions)),
         "macro_f1": float(
@@ -93,13 +90,15 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     }
 
 
-def _check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
-    check(predictions, _Texts, "predictions")
-    check(references, _Texts, "references")
+def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
+    for name, texts in {"predictions": predictions, "references": references}.items():
+        if not is_list(texts) or len(texts) == 0 or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} is {short_repr(texts)}, but it must be a list of at least one text.")
     if len(predictions) != len(references):
         raise ValueError(
             f"There are {len(predictions)} predictions for {len(references)} references; give one for each."
         )
+    return list(predictions), list(references)
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
@@ -120,7 +119,7 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
     Raises:
         ValueError: the task's metric has no such baseline, or it has no such part.
     """
-    check(task, InstanceOf[PairTask], "task").part(part)
+    check(task, instance_of(PairTask), "task").part(part)
     pairs = task.pairs[part]
     if task.metric == "classification":
         majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]

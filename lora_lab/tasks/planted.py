@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.inject import LoRAConfig, inject, lora_layers
-from lora_lab.system.schema import NotNegative, Seed, Size, check
+from lora_lab.system.schema import NotNegative, Seed, Size, check, instance_of
 from lora_lab.task import Examples, Task, mean_squared_error
 
 
@@ -42,7 +41,7 @@ def planted(
             :func:`lora_lab.inject`.
     """
     noise, n_train = check(noise, NotNegative, "noise"), check(n_train, Size, "n_train")
-    check(model, InstanceOf[nn.Module], "model")
+    check(model, instance_of(nn.Module), "model")
     if (first := next((module for module in model.modules() if isinstance(module, nn.Linear)), None)) is None:
         raise ValueError(f"A {type(model).__name__} has no linear layer, but planted needs a net of features.")
     teacher = copy.deepcopy(model).eval()

@@ -56,7 +56,7 @@ def from_table(
         if not isinstance(column, Hashable) or column not in frame.columns:
             raise ValueError(
                 f"{name} has no column {short_repr(column)}, but {shortened(str([*map(str, frame.columns)]))}; rename "
-                f"the right one, or make the task in Python with from_table(tokenizer, table, {role}=...)."
+                f"the right one, or name it in Python: from_table(tokenizer, table, {role}=...)."
             )
     rows = [dict(zip(columns, values, strict=True)) for values in frame[list(columns.values())].itertuples(index=False)]
     split: dict[str, list[Pair]] = {name: [] for name in PARTS}

@@ -201,7 +201,7 @@ def test_ablate_refuses_what_makes_no_sense_in_one_sentence(tmp_path, capsys, ar
 def test_a_list_that_is_none_is_argparses_to_refuse(capsys):
     with pytest.raises(SystemExit):
         ablate("--ranks", "1,two")
-    assert "invalid list of int value: '1,two'" in capsys.readouterr().err
+    assert "must be whole numbers separated by commas, not '1,two'" in capsys.readouterr().err
 
 
 def test_the_pictures_of_an_ablation(tmp_path):

@@ -642,3 +642,13 @@ def test_what_is_no_list_of_ids_or_no_template_is_told(tiny_tokenizer):
     with pytest.raises(ValueError, match="chat_template is 5, but it must be a text"):
         Tokenizer(tiny_tokenizer.backend, chat_template=5)
     tokenizer.chat_template = None
+
+
+def test_a_template_that_is_set_later_has_control_tokens_of_its_own(tiny_tokenizer):
+    backend = Backend.from_str(tiny_tokenizer.backend.to_str())
+    backend.add_special_tokens([AddedToken("<|turn|>", special=True, normalized=False)])
+    tokenizer = Tokenizer(backend)
+    tokenizer.check_text("<|turn|>")
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.role }}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"holds '<\|turn\|>'"):
+        tokenizer.check_text("<|turn|>")

@@ -301,7 +301,7 @@ def token_ids(tokenizer, pair):
 @pytest.mark.parametrize(
     ("pairs", "says"),
     [
-        ([], "There are 0 groups of pairs"),
+        ([], "There are no pairs, but train"),
         ([Pair("a?", "b"), Pair("c?", "d")], "There are 2 groups of pairs"),
         (
             [Pair("a?", "b", "g"), Pair("c?", "d", "g"), Pair("e?", "f", "g")],
@@ -482,7 +482,7 @@ def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
     for read in (from_jsonl, from_text):
         with pytest.raises(FileNotFoundError, match="There is no file"):
             read(chatter, tmp_path / "nowhere")
-        with pytest.raises(FileNotFoundError) as raised:
+        with pytest.raises(ValueError, match="give the path of a file or folder, not its text") as raised:
             read(chatter, "A text\n\nin place of a path. " * 200)
         assert len(str(raised.value)) < 400
         assert "\n" not in str(raised.value)

@@ -1,5 +1,6 @@
 """Scores against cases by hand, and baselines that need no model."""
 
+import numpy
 import pytest
 
 from lora_lab.tasks import Pair, from_pairs
@@ -27,7 +28,8 @@ def test_scores_are_those_of_hand_computed_cases():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_metric_needs_texts_and_as_many_references(metric):
-    with pytest.raises(ValueError, match=r"predictions is .*, but .* at least 1 item"):
+    assert METRICS[metric](numpy.array(["1", "2"]), {1: "1", 2: "2"}.values())
+    with pytest.raises(ValueError, match=r"predictions is .*, but .* at least one text"):
         METRICS[metric]([], [])
     with pytest.raises(ValueError, match="predictions is 7, but"):
         METRICS[metric](7, ["1"])

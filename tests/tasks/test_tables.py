@@ -91,7 +91,7 @@ def test_an_empty_cell_is_named_by_its_row(chatter, empty):
 
 def test_what_is_no_table_is_refused_in_a_sentence(chatter, tmp_path):
     with pytest.raises(
-        ValueError, match=r"has no column 'prompt', but \['text', 'label', 'x'\]; rename the right one, or make"
+        ValueError, match=r"has no column 'prompt', but \['text', 'label', 'x'\]; rename the right one, or name it"
     ):
         from_table(chatter, FRAME)
     with pytest.raises(FileNotFoundError, match="There is no file"):
@@ -185,7 +185,7 @@ def test_special_tokens_and_half_characters_are_named_by_their_row(chatter, text
     [
         (
             b"prompt\na\n",
-            "has no column 'answer', but ['prompt']; rename the right one, or make",
+            "has no column 'answer', but ['prompt']; rename the right one, or name it",
         ),
         (bytes(100_000), "has no column 'prompt'"),
         (gzip.compress(b"prompt,answer"), "cannot be read as a table"),
