@@ -77,6 +77,7 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     Q_A, R_A = torch.linalg.qr(A.mT.to(dtype))  # (576, 8), (8, 8)
     small = R_B @ R_A.mT  # (8, 8)
     small = small * scaling[..., None, None].to(small)  # (8, 8)
+    _check(small, "scaling * B A")
     U, S, Vh = torch.linalg.svd(small, full_matrices=False)  # (8, 8), (8,), (8, 8)
     return SVD(Q_B @ U, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
 

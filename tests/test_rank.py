@@ -70,6 +70,8 @@ def test_a_stack_may_have_a_scaling_for_each():
         torch.testing.assert_close(found.S[i], rank.product_svd(B[i], A[i], float(scaling[i])).S)
     with pytest.raises(ValueError, match="scaling is"):
         rank.product_svd(B, A, torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"scaling \* B A has \d+ entries that are NaN or infinite"):
+        rank.product_svd(B, A, 1e308)
 
 
 def test_the_product_is_never_made():
