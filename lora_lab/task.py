@@ -264,13 +264,15 @@ class Task:
         return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Check that a model can be trained on this task, before it is changed: that it knows all tokens.
+        """Check, before it is changed, that a model can be trained on this task: has parameters, and knows all tokens.
 
         Warns of examples that are longer than the model's context.
 
         Raises:
             ValueError: it cannot.
         """
+        if next(model.parameters(), None) is None:
+            raise ValueError(f"The model, a {type(model).__name__}, has no parameters; pass the one that is to learn.")
         rows, context = embedding_rows(model), context_length(model)
         if rows is None or self.train.inputs.ndim != 2 or self.train.inputs.is_floating_point():
             return

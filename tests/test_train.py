@@ -1158,6 +1158,14 @@ def test_a_task_of_another_tokenizer_is_told_before_anything_is_trained(tiny_con
     evaluate(DigitsMLP(width=16), small_task())  # has no embedding
 
 
+def test_a_model_without_parameters_is_told():
+    says = "The model, a ReLU, has no parameters; pass the one that is to learn"
+    with pytest.raises(ValueError, match=says):
+        evaluate(nn.ReLU(), small_task())
+    with pytest.raises(ValueError, match=says):
+        fit(nn.ReLU(), small_task(), FullFineTuning(), steps=1, lr=0.1)
+
+
 def test_examples_longer_than_the_models_context_are_warned_of(tiny_config):
     model = Llama(dataclasses.replace(tiny_config, max_position_embeddings=8))
     with pytest.warns(UserWarning, match=r"up to 9 tokens, but the model is for at most 8 \(max_position_embeddings\)"):
