@@ -589,7 +589,7 @@ def test_ids_and_positions_of_another_form_are_refused():
         model(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="logits_to_keep is 1, but it must be a tensor of positions"):
         model(torch.tensor([[1, 2, 3]]), logits_to_keep=1)
-    with pytest.raises(ValueError, match=r"position_ids is .*, but it must be a tensor of the shape of ids"):
+    with pytest.raises(ValueError, match=r"position_ids is .*, but it must be a tensor of shape \(1, 3\), like ids"):
         model(torch.tensor([[1, 2, 3]]), position_ids=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="logits_to_keep must be positions below 3, but index 5 is out of bounds"):
         model(torch.tensor([[1, 2, 3]]), logits_to_keep=torch.tensor([5]))
@@ -623,8 +623,8 @@ def test_a_seed_of_numpy_is_pythons_and_what_is_none_is_told(tiny_config):
         ({"ids": torch.ones(1, 3)}, r"ids is of torch\.float32, but token ids are whole numbers"),
         ({"cache": True}, "cache is True, but it must be a KeyValueCache or None"),
         ({"attention_mask": True}, r"attention_mask is True, but it must be a tensor of shape \(1, 3\)"),
-        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask is tensor.*, but .* shape \(1, 3\)"),
-        ({"attention_mask": torch.tensor(5)}, r"attention_mask is tensor\(5\), but .* shape \(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask is a tensor of shape \(1, 2\), but .* shape \(1, 3\)"),
+        ({"attention_mask": torch.tensor(5)}, r"attention_mask is a tensor of shape \(\), but .* shape \(1, 3\)"),
     ],
 )
 def test_forward_says_which_argument_does_not_fit(tiny, arguments, says):
