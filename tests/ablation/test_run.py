@@ -1650,3 +1650,14 @@ def test_a_folder_of_several_models_or_tasks_is_warned_of(tmp_path):
         load(tmp_path / "0")
     with pytest.raises(ValueError, match="folder is None, but it must be a path"):
         load(None)
+
+
+def test_the_first_check_of_a_sweep_leaves_its_folder_to_the_others(tmp_path, monkeypatch):
+    check = run.check_writable
+
+    def watched(folder, **options):
+        check(folder, **options)
+        assert folder.is_dir()
+
+    monkeypatch.setattr(run, "check_writable", watched)
+    assert len(apart(grid(), tmp_path / "new")) > 0
