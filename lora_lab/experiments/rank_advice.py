@@ -59,7 +59,8 @@ def plan(device: torch.device) -> dict[str, Planned]:
         plans[name] = Planned(study, source=source)
     docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
     judging = range(5, 10) if gpu else range(3, 6)
-    language = {"docs": Study(docs, grids(centres["docs"]), range(3), judging, chosen_on=128, judged_on=ON_TEST)}
+    choosing = rates.docs_seeds(device)
+    language = {"docs": Study(docs, grids(centres["docs"]), choosing, judging, chosen_on=128, judged_on=ON_TEST)}
     for name, (steps, _) in DOWNSTREAM.items():
         of_task = setups(steps, 8, Lean(torch.bfloat16), RANKS if gpu else RANKS[::2])
         lrs = {setup: grids(DOWNSTREAM_RATES, count=5 if gpu else 3)[setup] for setup in of_task}

@@ -37,12 +37,16 @@ def plan(device: torch.device) -> dict[str, Planned]:
     gpu = device.type == "cuda"
     digits = setups(200, 32)
     docs = setups(300, 8, Lean(torch.bfloat16)) if gpu else setups(60, 4, Lean(torch.bfloat16))
-    seeds = range(5 if gpu else 3)
     none = {"judging": (), "judged_on": {}, "beyond": 2}  # the rates and their intervals are all that is asked for
     return {
         "digits": Planned(Study(digits, grids("digits"), range(5), chosen_on=200, **none)),
-        "docs": Planned(Study(docs, grids("docs"), seeds, chosen_on=128, **none)),
+        "docs": Planned(Study(docs, grids("docs"), docs_seeds(device), chosen_on=128, **none)),
     }
+
+
+def docs_seeds(device: torch.device) -> range:
+    """The seeds that choose the rates of the real model."""
+    return range(5 if device.type == "cuda" else 2)
 
 
 def setups(steps: int, batch_size: int, lean: Lean | None = None) -> dict[str, Trial]:

@@ -88,11 +88,11 @@ def template(
 ) -> Trial:
     """A setup's trial, whose rate and seed are to be filled in.
 
-    It is evaluated on few examples, because the losses that decide are those of
-    :class:`lora_lab.ablation.blocks.BlockLosses`.
+    It is evaluated on few examples, and on fewer still where its curve is not looked at, because the losses that decide
+    are those of :class:`lora_lab.ablation.blocks.BlockLosses`.
     """
-    every = steps if eval_every is None else eval_every
-    return Trial(method, 1e-3, steps=steps, batch_size=batch_size, eval_every=every, eval_examples=16, lean=lean)
+    every, examples = (steps, 4) if eval_every is None else (eval_every, 16)
+    return Trial(method, 1e-3, steps=steps, batch_size=batch_size, eval_every=every, eval_examples=examples, lean=lean)
 
 
 def recorder(name: str, plan: Plan, further: Further | None = None) -> Recorder:
