@@ -771,9 +771,11 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
     from lora_lab import records
+    from lora_lab.experiments.recorder import take_over
     from lora_lab.system.device import pick_device
     from lora_lab.system.files import check_writable, rescued
     from lora_lab.system.provenance import commit as current_commit
+    from lora_lab.system.wording import counted
 
     if options.models and options.what not in OF_MODELS:
         names = " and ".join(OF_MODELS)
@@ -791,6 +793,8 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
     records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # validate now, not after hours
     folder = records.destination(options.out)
     check_writable(folder)
+    if begun := take_over(options.what):
+        print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
     for row in chosen.rows(device, options.models) if options.what in OF_MODELS else chosen.rows(device):
         rows.append(row)

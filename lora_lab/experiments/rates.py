@@ -46,7 +46,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
 
 def docs_seeds(device: torch.device) -> range:
     """The seeds that choose the rates of the real model."""
-    return range(5 if device.type == "cuda" else 2)
+    return range(5 if device.type == "cuda" else 3)
 
 
 def setups(steps: int, batch_size: int, lean: Lean | None = None) -> dict[str, Trial]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from lora_lab import records
+from lora_lab.system.files import read_json, write_json
 
 Row = dict[str, Any]
 
@@ -25,3 +29,23 @@ class Recorder:
     settings: Callable[[torch.device], dict[str, Any]]
     rows: Callable[..., Iterator[Row]]
     line: Callable[[Row], str | None]
+
+
+def take_over(name: str) -> int:
+    """Copy what is there of a record that is not whole yet to where its recorder goes on.
+
+    A study of many hours takes several sittings. A trial that has ended is a file in ``runs/record-<name>``, which git
+    ignores; those that are committed in ``records/unfinished/<name>`` need not be run again, on any machine.
+
+    Args:
+        name: of the record.
+
+    Returns:
+        How many trials were copied. Files that are there already are left as they are.
+    """
+    source, target = records.shipped() / "unfinished" / name, Path("runs") / f"record-{name}"
+    missing = [path.relative_to(source) for path in sorted(source.rglob("*.json"))]
+    missing = [path for path in missing if not (target / path).exists()]
+    for path in missing:
+        write_json(target / path, read_json(source / path), indent=None)
+    return len(missing)
