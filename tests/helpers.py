@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from lora_lab import cli
-from lora_lab.classroom import course
 from lora_lab.tasks import Examples, Pair, Task, from_pairs
 
 ROOT = Path(__file__).parents[1]  # the repository
@@ -162,6 +161,9 @@ def words(text):
 
 def solutions(notebook):
     """For each exercise the lines that a learner has to find: those of its solution that the learner's lesson lacks."""
+    # Its libraries for notebooks take over a second to import, and workers that run tests' functions import this file.
+    from lora_lab.classroom import course
+
     shown = words("\n".join(cell.source for cell in course.student(notebook).cells))
     source = "\n".join(cell.source for cell in notebook.cells)
     blocks = re.findall(rf"{course.BEGIN}\n(.*?)\n *{course.END}", source, re.DOTALL)
