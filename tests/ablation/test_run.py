@@ -995,42 +995,62 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
-def sweeping(folder):
-    """A process of its own that runs eight trials in a folder."""
+def sweeping(folder, number, seconds):
+    """A process of its own that runs eight trials in a folder, and lingers in the trial of a number for seconds.
+
+    It lingers when that trial has been trained, but nothing of it is written.
+    """
     script = f"""
-import sys
+import sys, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.ablation.test_run import EIGHT, apart
+from tests.ablation.test_run import EIGHT, apart, fit, run
+
+trained = []
+
+def lingering(*arguments, **options):
+    history = fit(*arguments, **options)
+    trained.append(history)
+    time.sleep({seconds} if len(trained) == {number} else 0)
+    return history
+
+run.fit = lingering
 apart(EIGHT, {str(folder)!r})
 """
     return subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-EIGHT = grid(ranks=(1, 3), seeds=range(4), steps=200, eval_every=100)
+EIGHT = grid(ranks=(1, 3), seeds=range(4))
 
 
-def test_a_killed_process_loses_no_more_than_the_running_trial(tmp_path, monkeypatch):
-    process = sweeping(tmp_path)
+@pytest.fixture(scope="module")
+def eight():
+    """The table of the eight trials."""
+    return apart(EIGHT)
+
+
+def test_a_killed_process_loses_no_more_than_the_running_trial(eight, tmp_path, monkeypatch):
+    process = sweeping(tmp_path, number=4, seconds=60)
     wait_for(lambda: len(list(tmp_path.glob("[!.]*.json"))) >= 3)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     left = load(tmp_path)  # every file is whole
     count = left.key.nunique()
-    assert 3 <= count < 8
+    assert count == 3
     called = counting(monkeypatch)
     frame = apart(EIGHT, tmp_path)
     assert len(called) == 8 - count
     assert_frame_equal(frame[frame.key.isin(left.key)].reset_index(drop=True), left)
-    same(frame, apart(EIGHT))
+    same(frame, eight)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process and let it go on")
-def test_two_sweeps_at_once_in_one_folder_of_which_one_sleeps_lose_nothing(tmp_path):
-    sleeper = sweeping(tmp_path)
+def test_two_sweeps_at_once_in_one_folder_of_which_one_sleeps_lose_nothing(eight, tmp_path):
+    sleeper = sweeping(tmp_path, number=3, seconds=2)  # time to stop it in
     wait_for(lambda: len(list(tmp_path.glob("[!.]*.json"))) >= 2)
     sleeper.send_signal(signal.SIGSTOP)
+    assert len(load(tmp_path).key.unique()) == 2
     frame = apart(EIGHT, tmp_path)  # it waits for nobody
-    same(frame, apart(EIGHT))
+    same(frame, eight)
     sleeper.send_signal(signal.SIGCONT)
     assert sleeper.wait(timeout=60) == 0
     same(load(tmp_path), frame)
@@ -1214,10 +1234,33 @@ def test_a_dask_worker_with_another_version_is_told(cluster, monkeypatch):
         on_dask(cluster[1], grid())
 
 
+def test_a_trial_that_dask_gives_up_is_an_error_and_not_waited_for(cluster, tmp_path, monkeypatch):
+    made, client = cluster
+    here = os.getpid()
+
+    def make():
+        if os.getpid() != here and (tmp_path / "go").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return MODEL()
+
+    done = on_dask(client, grid(ranks=(1,), seeds=(0,)), tmp_path / "runs", model=make)
+    (tmp_path / "go").touch()
+    monkeypatch.setattr(made.scheduler, "allowed_failures", 0)  # usually 3
+    with pytest.raises(
+        RuntimeError, match=r"Dask gave up a trial \(KilledWorker\), .* What has ended is kept: start the sweep again"
+    ):
+        on_dask(client, grid(ranks=(1,), seeds=(0, 1)), tmp_path / "runs", model=make, timeout_s=60)
+    assert_frame_equal(load(tmp_path / "runs"), done)
+    (tmp_path / "go").unlink()
+    client.wait_for_workers(2)
+    same(on_dask(client, grid(ranks=(1,)), tmp_path / "runs", model=make), apart(grid(ranks=(1,))))
+
+
 def test_a_dask_cluster_loses_a_worker_in_mid_sweep_and_gives_every_result(cluster, tmp_path):
     _, client = cluster
     here, starts, runs = os.getpid(), tmp_path / "starts", tmp_path / "runs"
     starts.mkdir()
+    client.wait_for_workers(2)
     victim = next(iter(client.run(os.getpid).values()))
     assert victim != here
 
@@ -1241,29 +1284,6 @@ def test_a_dask_cluster_loses_a_worker_in_mid_sweep_and_gives_every_result(clust
     same(frame, expected)
     assert_frame_equal(load(runs), frame)
     assert len(list(starts.iterdir())) == len(trials) + 1  # the lost trial, and no other, was started once more
-
-
-def test_a_trial_that_dask_gives_up_is_an_error_and_not_waited_for(cluster, tmp_path, monkeypatch):
-    made, client = cluster
-    here = os.getpid()
-
-    def make():
-        if os.getpid() != here and (tmp_path / "go").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return MODEL()
-
-    client.wait_for_workers(2)  # with one joblib would run the trials here
-    done = on_dask(client, grid(ranks=(1,), seeds=(0,)), tmp_path / "runs", model=make)
-    (tmp_path / "go").touch()
-    monkeypatch.setattr(made.scheduler, "allowed_failures", 0)  # usually 3
-    with pytest.raises(
-        RuntimeError, match=r"Dask gave up a trial \(KilledWorker\), .* What has ended is kept: start the sweep again"
-    ):
-        on_dask(client, grid(ranks=(1,), seeds=(0, 1)), tmp_path / "runs", model=make, timeout_s=60)
-    assert_frame_equal(load(tmp_path / "runs"), done)
-    (tmp_path / "go").unlink()
-    client.wait_for_workers(2)
-    same(on_dask(client, grid(ranks=(1,)), tmp_path / "runs", model=make), apart(grid(ranks=(1,))))
 
 
 def test_a_dask_worker_of_several_threads_is_refused():
@@ -1330,7 +1350,7 @@ def test_auto_packs_what_agrees_and_runs_the_rest_apart(monkeypatch):
 
 def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
     sizes = fake_packs(monkeypatch)
-    trials = grid(ranks=(1, 4), seeds=range(6))
+    trials = grid(ranks=(1, 4), seeds=range(6), steps=1)
     task, model = small_task(), MODEL()
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
     bill = packing.predict(model, LoRA(4, 8), batch=(task.train.inputs[:4], task.train.targets[:4]))
@@ -1477,7 +1497,8 @@ def tokens():
 )
 def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path):
     model, task = make(tiny_config), tokens()
-    trials = grid(ranks=(1, 3), lrs=(0.01,), **step)
+    options = {"steps": 4, "batch_size": 4}  # the last step is of another epoch
+    trials = [Trial(LoRA(rank, 2 * rank), 0.01, seed, **options, **step) for seed, rank in enumerate((1, 3))]
     frames = {
         engine: ablate(model, task, trials, tmp_path / engine, engine=engine, progress=False, judge=of_validation)
         for engine in ("separate", "packed")
@@ -1485,7 +1506,7 @@ def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path)
     tolerance = 2e-2 if step.get("lean") == Lean(torch.bfloat16, True, 2) and make is language_model else 1e-3
     for one in trials:
         twin = copy.deepcopy(model)
-        history = fit(twin, task, one.method, lr=one.lr, seed=one.seed, steps=6, batch_size=4, **step)
+        history = fit(twin, task, one.method, lr=one.lr, seed=one.seed, **options, **step)
         for engine, frame in frames.items():
             stored = json.loads((tmp_path / engine / f"{frame.key.iloc[0]}.json").read_text())
             assert stored["history"]["settings"].get("lean") == history.settings.get("lean")
@@ -1494,8 +1515,9 @@ def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path)
             np.testing.assert_allclose(rows.validation_loss, history.curve("validation_loss")[1], **exact)
             np.testing.assert_allclose(rows.score_loss.iloc[-1], rows.validation_loss.iloc[-1], rtol=tolerance)
             np.testing.assert_allclose(rows.test_loss.iloc[-1], evaluate(twin, task, "test", 4), **exact)
-    assert set(frames["packed"].engine) == {"pack of 4"}
-    plain = ablate(model, task, grid(ranks=(1, 3), lrs=(0.01,)), tmp_path / "packed", engine="packed", progress=False)
+    assert set(frames["packed"].engine) == {"pack of 2"}
+    ordinary = [Trial(one.method, one.lr, one.seed, **options) for one in trials]
+    plain = ablate(model, task, ordinary, tmp_path / "packed", engine="packed", progress=False)
     shared = set(plain.key) == set(frames["packed"].key)  # what changes no result is not computed anew
     assert shared == ("lean" not in step or step["lean"].base_dtype is None)
     if not shared:
@@ -1508,7 +1530,7 @@ def test_trials_of_every_step_pause_and_go_on_bit_for_bit(tiny_config, step, eng
     model, task, pauses = language_model(tiny_config), tokens(), []
     save = run.checkpoint.save
     monkeypatch.setattr(run.checkpoint, "save", lambda *arguments: pauses.append(save(*arguments)))
-    trials = grid(ranks=(2,), lrs=(0.01, 0.02), eval_every=1, warmup=0, **step)
+    trials = grid(ranks=(2,), lrs=(0.01, 0.02), seeds=(0,), steps=4, eval_every=1, warmup=0, **step)
     options = {"engine": engine, "progress": False}
     whole = ablate(model, task, trials, **options)
     assert not pauses
