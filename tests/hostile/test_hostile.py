@@ -63,20 +63,26 @@ def test_no_case_of_the_sample_ends_badly(sample, name):
 
 # The harness itself
 
+
+@pytest.fixture(scope="module")
+def values():
+    """Those of seed 0, which hypothesis takes half a second to draw."""
+    return Values(0)
+
+
 CONTENT = json.dumps({"hidden_size": 32, "rope_theta": 1e4, "names": ["a", {"b": None}], "tied": True})
 
 
 @pytest.mark.parametrize("damage", [damaged_json, lambda content, rng, values: damaged_bytes(content.encode(), rng)])
-def test_damage_is_the_same_for_a_seed_and_another_for_another(damage):
-    values = Values(0)
+def test_damage_is_the_same_for_a_seed_and_another_for_another(damage, values):
     contents = [damage(CONTENT, random.Random(seed), values)[0] for seed in range(100)]
     assert contents == [damage(CONTENT, random.Random(seed), values)[0] for seed in range(100)]
     assert len(set(contents)) > 80
     assert sum(content == CONTENT.encode() for content in contents) < 5
 
 
-def test_hypothesis_draws_other_values_for_another_seed():
-    first, again, other = Values(0), Values(0), Values(1)
+def test_hypothesis_draws_other_values_for_another_seed(values):
+    first, again, other = values, Values(0), Values(1)
     assert (first.texts, repr(first.json)) == (again.texts, repr(again.json))
     assert first.texts != other.texts
     assert repr(first.json) != repr(other.json)
@@ -130,8 +136,8 @@ def test_a_change_of_the_folder_that_a_run_begins_in_is_noticed(tmp_path):
     assert program.changes(before, tmp_path) == ["gone", "new", "written"]
 
 
-def test_what_is_let_through_is_printed_and_is_an_argument_of_a_call(tmp_path):
-    printed, material = program.let_through(), api.prepare(tmp_path, Values(0))
+def test_what_is_let_through_is_printed_and_is_an_argument_of_a_call(tmp_path, values):
+    printed, material = program.let_through(), api.prepare(tmp_path, values)
     for call, names in [*api.LET_THROUGH.items(), *api.RUN.items()]:
         assert names <= api._CALLS[call](material, tmp_path)[1].keys()
         assert f"{call}({', '.join(sorted(names))})" in printed
@@ -202,8 +208,8 @@ def test_numbers_that_a_command_should_not_print_or_write_are_noticed(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run_material(tmp_path_factory):
-    return runs.prepare(tmp_path_factory.mktemp("runs"), Values(0))
+def run_material(tmp_path_factory, values):
+    return runs.prepare(tmp_path_factory.mktemp("runs"), values)
 
 
 def overwritten(folder, solved, only):
@@ -258,7 +264,7 @@ OTHERS = {
     "a process that ends": ("crash", Case("", lambda: os._exit(3))),
     "a process that the system ends": ("memory", Case("", lambda: killed(signal.SIGKILL))),
     "more than there is": ("memory", Case("", lambda: torch.empty(2**40))),
-    "a child that computes": ("slow", Case("", lambda: in_a_child(lambda: computing(2)))),
+    "a child that computes": ("slow", Case("", lambda: in_a_child(lambda: computing(1.2)))),
     "an error that changes something": (
         "silent",
         Case("", lambda: LoRAConfig(0), after_error=lambda: ["other weights"]),
@@ -300,7 +306,7 @@ OTHERS = {
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_each_end_of_a_case_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "CPU_SECONDS", 1.5)
+    monkeypatch.setattr(workers, "CPU_SECONDS", 1.0)
     monkeypatch.setattr(workers, "LONGEST_SECONDS", 0.2)  # times how busy the machine is
     cases = [*ENDS.items(), *OTHERS.values()]
     monkeypatch.setitem(workers.PREPARED, "planted", None)
