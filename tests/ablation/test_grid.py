@@ -5,6 +5,7 @@ import dataclasses
 import fractions
 import itertools
 import json
+import os
 import subprocess
 
 import numpy as np
@@ -50,14 +51,14 @@ def test_the_key_is_the_hash_of_this_text():
 
 
 def test_the_key_is_the_same_in_another_process_whatever_its_hash_seed():
+    targets = list("qkvogudabc")  # so many that two seeds do not put them in one order by chance
     script = (
         "from lora_lab import LoRA; from lora_lab.ablation.grid import Trial\n"
-        "print(Trial(LoRA(rank=4, targets=['q', 'v']), 0.1 + 0.2, 3, steps=50, task='t', model='m').key)"
+        f"print(Trial(LoRA(rank=4, targets={targets}), 0.1 + 0.2, 3, steps=50, task='t', model='m').key)"
     )
-    keys = set()
-    for hash_seed in ("0", "1"):
-        keys.add(run_python(script, PYTHONHASHSEED=hash_seed).stdout.strip())
-    assert keys == {trial(LoRA(rank=4, targets=["q", "v"]), 0.1 + 0.2, 3, steps=50, task="t", model="m").key}
+    key = trial(LoRA(rank=4, targets=targets), 0.1 + 0.2, 3, steps=50, task="t", model="m").key
+    other = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
+    assert run_python(script, PYTHONHASHSEED=other).stdout.strip() == key
 
 
 @pytest.mark.parametrize(
