@@ -1,6 +1,7 @@
 """Predictions for cards that are not here: operations by hand, and what others measured."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -142,11 +143,15 @@ def doubts(found):
 
 def test_many_launches_are_doubted():
     """LitGPT's step of Llama 2 7B took 142 ms, where 41 are predicted."""
-    litgpt = partial(Llama, LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128))
-    for model, method in ((litgpt, LoRA(8, targets=["q_proj", "v_proj"])), ("smollm2-135m", LoRA(8))):
+    litgpt = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
+    for config, method, share in (
+        (litgpt, LoRA(8, targets=["q_proj", "v_proj"]), r"4\d"),
+        (shapes.config("smollm2-135m"), LoRA(8), r"9\d"),
+    ):
+        model = partial(Llama, replace(config, num_hidden_layers=6))  # the share is nearly that of all 30 or 32 blocks
         found = cost_model("a100-40gb").predict(model, {"LoRA": method}, 1, 128, dtype=BF16)
         assert doubts(found) == ["launches", "fit"]
-        assert re.match(r"Launches alone make up (4\d|9\d) % \(LoRA\) of the predicted time, and each", found.doubts[0])
+        assert re.match(rf"Launches alone make up {share} % \(LoRA\) of the predicted time, and each", found.doubts[0])
 
 
 def test_a_step_that_the_card_has_no_memory_for_is_doubted():
@@ -170,12 +175,28 @@ def test_other_shares_are_not_said_to_be_those_that_were_compared(tiny_config):
     assert found.doubts == []
 
 
+def predicted_for_all_blocks(config, *args, **options):
+    """A prediction for an L40S from models of two and four blocks: by the datasheet all but the first cost the same."""
+    few, more = (
+        speed.cards.cost_model("l40s").predict(
+            partial(Llama, replace(config, num_hidden_layers=blocks)), *args, **options
+        )
+        for blocks in (2, 4)
+    )
+    times = (config.num_hidden_layers - 4) / 2
+    seconds = {
+        name: {cause: s + times * (s - few.seconds[name][cause]) for cause, s in parts.items()}
+        for name, parts in more.seconds.items()
+    }
+    return replace(more, seconds=seconds)
+
+
 def test_full_fine_tuning_was_three_times_slower_on_an_l40s_because_adamw_moved_all_weights():
     rows = {row["experiment"]: row["tokens_per_second"] for row in records.published("peft-metamathqa").rows}
     measured = rows["lora/llama-3.2-3B-rank32"] / rows["full-finetuning/llama-3.2-3B-lr_0.00001"]
     assert measured == pytest.approx(3.1, abs=0.05)
-    found = speed.cards.cost_model("l40s").predict(
-        partial(Llama, shapes.config("llama-3.2-3b")),
+    found = predicted_for_all_blocks(
+        shapes.config("llama-3.2-3b"),
         {"LoRA": LoRA(32, 64, targets=["q_proj", "v_proj"]), "full": FullFineTuning()},
         4,
         210,
@@ -184,4 +205,4 @@ def test_full_fine_tuning_was_three_times_slower_on_an_l40s_because_adamw_moved_
     )
     assert found.ratio("full") == pytest.approx(measured, rel=0.25)
     assert found.changes("full")[speed.UPDATE] > 0.8 * (found.total_s("full") - found.total_s("LoRA"))
-    assert doubts(found) == ["fit"]  # launches are few, and there is memory enough
+    assert doubts(found) == ["fit"]  # launches are few
