@@ -21,7 +21,9 @@ from lora_lab.models import quantize
 
 BF16 = torch.bfloat16
 CKPT = {"gradient_checkpointing": True}
-SHAPE = LlamaConfig(300, 64, 160, 7, 4, 2, 16, tie_word_embeddings=True)
+SHAPE = LlamaConfig(300, 64, 160, 6, 4, 2, 16, tie_word_embeddings=True)  # just enough blocks to leave some out
+TWO = ["q_proj", "down_proj"]  # one layer in attention and one in the MLP, as good as all seven for half the operations
+SEVEN = replace(SHAPE, num_hidden_layers=7)
 TEMPORARY = Part.TEMPORARIES
 
 
@@ -55,18 +57,14 @@ def both_ways(monkeypatch):
     ("method", "options"),
     [
         (LoRA(8), {}),
-        (LoRA(8), {"device": "cuda"}),
-        (LoRA(8, targets=["q_proj", "down_proj"], dropout=0.1), {"accumulate": 2}),
-        (LoRA(8), CKPT),
-        (LoRA(8), {"nf4": True, "dtype": BF16, "device": "cuda"}),
-        (LoRA(8), {"lean": Lean()}),
-        (LoRA(8), {"lean": Lean(checkpoint=True, base_dtype=BF16)}),
+        (LoRA(8, targets=TWO, dropout=0.1), {"accumulate": 2, "device": "cuda"}),
+        (LoRA(8), {"lean": Lean(base_dtype=BF16)}),
         (FullFineTuning(), {}),
         (FullFineTuning(), {"dtype": BF16, "optimizer": "sgd", "clip": None}),
         (FullFineTuning(), {"device": "cuda", **CKPT}),
-        (DoRA(8), {}),
-        (LoRAFA(8), {}),
-        (PiSSA(8), {}),
+        (DoRA(8, targets=TWO), {}),
+        (LoRAFA(8, targets=TWO), {}),
+        (PiSSA(8, targets=TWO), {}),
     ],
     ids=str,
 )
@@ -75,16 +73,23 @@ def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"device": "cuda", "dtype": BF16, **CKPT}, {"lean": Lean(checkpoint=True)}, {"accumulate": 2, **CKPT}],
+    ("columns", "layers", "options"),
+    [
+        (64, 6, {}),  # both shortcuts; below, slices are the only one
+        (60, 2, {}),
+        (60, 2, {"device": "cuda", "dtype": BF16, **CKPT}),
+        (64, 2, {"lean": Lean(checkpoint=True)}),
+        (60, 2, {"accumulate": 2, **CKPT}),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("columns", [64, 60], ids=["whole rows", "blocks in two rows"])
-def test_so_is_one_of_matrices_that_are_dequantised_in_slices(columns, options, both_ways, monkeypatch):
+def test_so_is_one_of_matrices_that_are_dequantised_in_slices(columns, layers, options, both_ways, monkeypatch):
+    # A slice of 44 rows ends with a block of 64 weights where rows have 64 columns; of 60 it ends within one.
     monkeypatch.setattr(quantize, "_AT_ONCE", 44 * columns)  # of 64 and of 100 rows the last slice is smaller
-    shape = replace(SHAPE, num_hidden_layers=6, intermediate_size=100)
+    shape = replace(SHAPE, num_hidden_layers=layers, intermediate_size=100)
     config = replace(shape, hidden_size=columns, num_attention_heads=2, head_dim=columns // 2)
-    assert both_ways(deep(config), LoRA(8), 2, 24, nf4=True, **options)[-1]
+    succeeded = both_ways(deep(config), LoRA(8, targets=TWO), 2, 24, nf4=True, **options)
+    assert succeeded[-1:] == ([True] if layers == 6 else [])
 
 
 def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
@@ -102,8 +107,9 @@ def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
 def test_so_is_one_whose_peak_lies_in_a_block(both_ways):
     config = replace(SHAPE, vocab_size=16, intermediate_size=2000)
     assert both_ways(deep(config), LoRA(8), 2, 48, **CKPT)[-1]
-    assert "layers" in predict(deep(config), DoRA(8), 1, 2).moment
-    assert both_ways(deep(config), DoRA(8), 1, 2)[-1]
+    wide = DoRA(8, targets=["down_proj"])
+    assert "layers" in predict(deep(config), wide, 1, 2).moment
+    assert both_ways(deep(config), wide, 1, 2)[-1]
 
 
 def test_the_shortcut_rehearses_few_blocks(monkeypatch):
@@ -112,24 +118,25 @@ def test_the_shortcut_rehearses_few_blocks(monkeypatch):
     monkeypatch.setattr(
         memory._Rehearsal, "_record", lambda *args: depths.append(len(args[1].model.model.layers)) or plain(*args)
     )
-    predict(deep(), LoRA(8), 1, 8)
+    predict(deep(), LoRA(8, targets=TWO), 1, 8)
     assert depths == [2, 3]
     depths.clear()
-    predict(deep(replace(SHAPE, num_hidden_layers=5)), LoRA(8), 1, 8)  # too few to matter
+    predict(deep(replace(SHAPE, num_hidden_layers=5)), LoRA(8, targets=TWO), 1, 8)  # too few to matter
     assert depths == [5]
 
 
 def test_blocks_that_differ_are_not_taken_for_alike(both_ways):
-    model = deep()
+    model = deep(SEVEN)
     top = last_blocks(model, 1)  # six blocks below are alike, but the names are those of the whole model
     assert both_ways(model, LoRA(8, targets=top), 2, 24) == []
     named = [f"model.layers.{i}.self_attn.q_proj" for i in range(7)]  # all alike, but a shorter model lacks some
     assert both_ways(model, LoRA(8, targets=named), 2, 24) == []
+    assert longest_run(model).count == 7
     model.model.layers[4].mlp.register_forward_hook(lambda *_: None)
-    assert both_ways(model, LoRA(8), 2, 24) == []
-    wide = deep()
+    assert longest_run(model) is None
+    wide = deep(SEVEN)
     wide.model.layers[4] = Llama(replace(SHAPE, intermediate_size=96)).model.layers[0].to("meta")
-    assert both_ways(wide, LoRA(8), 2, 24) == []
+    assert longest_run(wide) is None
 
 
 class Alternating(nn.Module):
@@ -166,23 +173,27 @@ def transformers_model(name, **changes):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        ("Llama", {}),
-        ("Qwen3", {"head_dim": 8}),
-        ("Mistral", {}),
-        ("Phi", {}),
-        ("Olmo2", {}),
-        ("Bert", {}),
-        ("Gemma3Text", {"head_dim": 8, "sliding_window": 4}),  # every sixth layer sees the whole context
-        ("SmolLM3", {}),  # every fourth layer has no positions
-    ],
+    [("Llama", {}), ("Qwen3", {"head_dim": 8}), ("Mistral", {}), ("Phi", {}), ("Olmo2", {}), ("Bert", {})],
 )
 def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, changes, both_ways):
     model, ids = transformers_model(name, **changes), torch.zeros(2, 12, dtype=torch.long)
     batch = ids, (torch.zeros(2, dtype=torch.long) if name == "Bert" else ids)
-    for method, options in ((LoRA(4), {}), (FullFineTuning(), CKPT)):
-        succeeded = both_ways(model, method, batch=batch, device="cpu", **options)
-        assert succeeded[-1:] == ([] if name in ("Gemma3Text", "SmolLM3") else [True])
+    # Adapters on queries let the first block differ from the others: no gradient flows to its input.
+    assert both_ways(model, LoRA(4, targets=["query" if name == "Bert" else "q_proj"]), batch=batch, device="cpu")[-1]
+    if name in ("Llama", "Bert"):  # checkpointing is the same in all of them
+        assert both_ways(model, FullFineTuning(), batch=batch, device="cpu", **CKPT)[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Gemma3Text", {"head_dim": 8, "sliding_window": 4}),  # every sixth layer sees the whole context
+        ("SmolLM3", {}),  # every fourth layer has no positions
+    ],
+)
+def test_models_of_transformers_whose_blocks_differ_are_rehearsed_whole(name, changes, both_ways):
+    model, ids = transformers_model(name, **changes), torch.zeros(2, 12, dtype=torch.long)
+    assert both_ways(model, LoRA(4, targets=["q_proj"]), batch=(ids, ids), device="cpu") == []
 
 
 def test_a_model_that_peft_made_ready_has_the_same_bill_from_a_few_blocks(tiny_hf, both_ways):
@@ -214,8 +225,8 @@ def test_experts_are_no_stack_of_blocks():
 def test_a_prediction_shares_nothing_with_the_model_it_shortens():
     model = Llama(SHAPE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    predict(model, LoRA(8), 1, 8)
-    assert len(model.model.layers) == 7
+    predict(model, LoRA(8, targets=TWO), 1, 8)
+    assert len(model.model.layers) == 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -276,6 +287,7 @@ def test_a_setup_is_prepared_once_for_all_sizes_of_a_search(monkeypatch):
     monkeypatch.setattr(
         Setup, "step", lambda setup, model: calls.append(len(model.model.layers)) or plain(setup, model)
     )
-    size, _ = memory.largest(deep(), LoRA(8), 20 * 2**20, seq_len=16)
+    size, _ = memory.largest(deep(), LoRA(8, targets=TWO), 3 * 2**20, seq_len=16)
     assert size > 1
-    assert calls.count(7) == 1
+    assert calls.count(6) == 1
+    assert calls.count(3) > 2  # sizes
