@@ -36,11 +36,17 @@ def seeded():
 
 
 @pytest.fixture(scope="module")
-def frozen_heap():
-    """``measure`` collects garbage; what was imported and made before need not be looked through each time."""
-    gc.freeze()
+def heap_that_thaws():
+    """After the last test of a file garbage is looked for everywhere again."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def frozen_heap(heap_that_thaws):
+    """``measure`` collects garbage; what was imported and made before a test need not be looked through each time."""
+    gc.collect()  # of what the tests before left, since the last freeze only
+    gc.freeze()
 
 
 @pytest.fixture

@@ -55,9 +55,9 @@ DIGITS = X, torch.zeros(BATCH, dtype=torch.long)
 
 # A small Llama, and what its sizes are called where bytes are counted by hand.
 B, S, T = 4, 64, 4 * 64  # sequences, their length, tokens
-V, D, INNER, LAYERS, HEADS, KV, HEAD = 1000, 64, 160, 3, 4, 2, 16
+V, D, INNER, LAYERS, HEADS, KV, HEAD = 1000, 64, 160, 2, 4, 2, 16
 SHAPE = LlamaConfig(V, D, INNER, LAYERS, HEADS, KV, HEAD, tie_word_embeddings=True)
-FEW = replace(SHAPE, vocab_size=100, num_hidden_layers=2)  # so few tokens that logits do not hide the rest
+FEW = replace(SHAPE, vocab_size=100)  # so few tokens that logits do not hide the rest
 ONE = replace(FEW, num_hidden_layers=1)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ANGLES = 2 * S * HEAD  # numbers: cosines and sines
@@ -425,10 +425,10 @@ def test_a_base_in_nf4_takes_33_bytes_for_64_weights(ask):
     packed = sum(33 * count + 4 * (1 + math.ceil(count / 256)) for count in blocks)
     expected = packed + 4 * (V * D + (2 * LAYERS + 1) * D)
     bill = llama(ask, LoRA(8), nf4=True)
-    assert bill.parts["frozen weights"] == expected < 4 * NUMBERS / 2
+    assert bill.parts["frozen weights"] == expected < 4 * NUMBERS * 0.6
     assert bill.saved == llama(predicted, LoRA(8)).saved
     half = llama(ask, LoRA(8), nf4=True, dtype=BF16)
-    assert half.parts["frozen weights"] == packed + 2 * (V * D + 7 * D)
+    assert half.parts["frozen weights"] == packed + 2 * (V * D + (2 * LAYERS + 1) * D)
 
 
 @BOTH
@@ -594,7 +594,7 @@ CASES = {
     "full, bf16, ckpt": (FullFineTuning(), {"dtype": BF16, **CKPT}),
     "full, accumulate": (FullFineTuning(), {"accumulate": 2}),
     "full, sgd": (FullFineTuning(), {"optimizer": "sgd"}),
-    "partial": (PartialFineTuning(("model.layers.2",)), {}),
+    "partial": (PartialFineTuning(("model.layers.1",)), {}),
     "r=1": (LoRA(1), {}),
     "r=8": (LoRA(8), {}),
     "r=64": (LoRA(64), {}),
@@ -659,7 +659,8 @@ def test_the_predicted_peak_is_within_three_percent_of_the_measured_one(case):
 @pytest.mark.parametrize("case", ["full", "r=8", "r=64", "DoRA", "r=8, ckpt", "lean, ckpt"])
 def test_so_it_is_where_logits_are_few_and_the_peak_is_elsewhere(case):
     method, options = CASES[case]
-    rehearsed, real = (llama(ask, method, FEW, **options) for ask in (predicted, measure))
+    deeper = replace(FEW, num_hidden_layers=3)  # of which one is neither the first nor the last
+    rehearsed, real = (llama(ask, method, deeper, **options) for ask in (predicted, measure))
     assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
     assert rehearsed.parts == {part: size for part, size in real.parts.items() if part != REST}
 
@@ -1539,8 +1540,9 @@ class Tokens(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("quadratic", [False, True])
-@pytest.mark.parametrize("fixed", [{"seq_len": 5}, {"batch_size": 2}], ids=["batch", "context"])
+@pytest.mark.parametrize(
+    ("quadratic", "fixed"), [(False, {"seq_len": 5}), (True, {"batch_size": 2})], ids=["batch", "context"]
+)
 def test_the_largest_size_is_that_of_trying_them_all(quadratic, fixed, monkeypatch):
     model, method = Tokens(quadratic), FullFineTuning()
     (name,) = {"batch_size", "seq_len"} - fixed.keys()
