@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.costs.fake import Source, batch_for, fake_copy, storage_of
+from lora_lab.costs.fake import Source, batch_for, built_on_meta, fake_copy, storage_of
+from lora_lab.costs.repeated import count_short, longest_run, prepared_shapes
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.costs.trace import StepTracer, adapter_modules
 from lora_lab.inject import lora_layers, output_head, transformer_blocks
@@ -344,6 +345,8 @@ def flops(
 ) -> Flops:
     """Count the FLOPs of a training step by rehearsing it on fake tensors; nothing is allocated or changed.
 
+    Of a stack of identical blocks a few are rehearsed, and each of the others adds as much.
+
     They are counted as torch's ``FlopCounterMode`` counts: two for each multiply-add in matrix multiplications and
     convolutions, none for other operations. Attention is computed by its plain formula, because a fused kernel on the
     CPU would count as nothing, and a mask is ignored.
@@ -360,19 +363,26 @@ def flops(
         ValueError: the batch is not described, a value is out of range, the model cannot be made ready, or ``lean``
             has several threads.
     """
-    setup = as_setup(method, options)
+    setup, cpu = as_setup(method, options), torch.device("cpu")
     setup.check_watchable()
-    cpu = torch.device("cpu")
-    with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
-        batch = batch_for(twin, batch_size, seq_len, batch)
-        parts, weights = setup.batches(batch)
-        counter = FlopCounter(setup.step(twin))
-        counter.run(parts, weights)
-        counts, (tokens, length) = counter.counts(), size_of(batch)
-        known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(twin) is not None)
-        plain = not any(name == AGAIN for _, name in counts) and _of_plain_blocks(twin)
-        closed = closed_form(twin, tokens, length) if known and plain else None
-        return Flops(counts, tokens, setting_of(setup, twin, batch), length, closed)
+    counted_batch: list[Batch] = []
+
+    def count(model: nn.Module) -> tuple[nn.Module, Counter[tuple[str, str]]]:
+        with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
+            counted_batch[:] = [batch_for(twin, batch_size, seq_len, batch)]
+            counter = FlopCounter(setup.step(twin))
+            counter.run(*setup.batches(*counted_batch))
+            return counter.step.model, counter.counts()
+
+    model = built_on_meta(model)
+    prepared = prepared_shapes(model, setup)
+    run = longest_run(prepared)
+    counts = (run and count_short(model, run, count)) or count(model)[1]
+    tokens, length = size_of(*counted_batch)
+    known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(prepared) is not None)
+    plain = not any(name == AGAIN for _, name in counts) and _of_plain_blocks(prepared)
+    closed = closed_form(prepared, tokens, length) if known and plain else None
+    return Flops(counts, tokens, setting_of(setup, prepared, *counted_batch), length, closed)
 
 
 def break_even_rank(

@@ -4,7 +4,8 @@ A Llama of 80 equal blocks takes 80 times the same operations, and a rehearsal s
 recordings of the same model with two and with three blocks show what one more block adds to a step: a stretch of
 operations in each forward and each backward pass, further entries in what is allocated at once for all weights, and
 nothing else. :func:`extended` adds it as often as blocks are missing, and checks what it can: the stretch that the
-third block adds must be, byte for byte, the one that precedes it.
+third block adds must be, byte for byte, the one that precedes it. What is only counted, such as FLOPs, needs no more
+than the counts of the two (:func:`count_short`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from lora_lab.costs.bill import Part
-from lora_lab.costs.fake import copy_sharing_weights
+from lora_lab.costs.fake import copy_sharing_weights, meta_copy
 from lora_lab.costs.recording import Operation, Recording, Storage
+from lora_lab.costs.setup import Setup
 from lora_lab.inject import transformer_blocks
+from lora_lab.system.device import own_randomness
 
+Key = TypeVar("Key", bound=Hashable)
 _FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save little
 _LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
 _INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}  # what our Llama and transformers call a block's number
@@ -113,6 +117,38 @@ def _look(block: nn.Module) -> Hashable:
         ]
         modules.append((name, type(module), tuple(settings), tuple(tensors)))
     return tuple(modules)
+
+
+def prepared_shapes(model: nn.Module, setup: Setup) -> nn.Module:
+    """A copy of a model that is ready to train, on the meta device: a tenth of the time that fake tensors take."""
+    with torch.device("meta"), own_randomness(torch.device("cpu"), 0):
+        return setup.step(meta_copy(model, setup.dtype)).model
+
+
+def count_short(
+    model: nn.Module, run: Run, count: Callable[[nn.Module], tuple[nn.Module, Counter[Key]]]
+) -> Counter[Key] | None:
+    """What counting a step of the whole model would give, if each further block adds what the third one adds.
+
+    Args:
+        model: as it is before it is prepared.
+        run: what :func:`longest_run` found in the prepared model.
+        count: prepares a copy of a model and counts something in a step; returns the copy and the counts.
+
+    Returns:
+        The counts; None if the method does not fit a shortened model.
+    """
+    counts = []
+    for blocks in (2, 3):
+        try:
+            short, counted = count(run.shortened(model, blocks))
+        except ValueError:  # the method names blocks one by one, and some of them are left out
+            return None
+        if not run.fits(short, blocks):
+            return None
+        counts.append(counted)
+    few, more = counts
+    return Counter({key: few[key] + (run.count - 2) * (more[key] - few[key]) for key in few | more})
 
 
 def record_short(

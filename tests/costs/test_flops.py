@@ -27,6 +27,7 @@ from lora_lab import (
 )
 from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.flops import PARTS, PASSES, Flops, break_even_rank, closed_form, flops
+from lora_lab.costs.repeated import count_short
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
@@ -34,6 +35,7 @@ from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.shapes import config
 
 ATEN = torch.ops.aten
+COUNTING = sys.modules["lora_lab.costs.flops"]  # the package has a function of that name
 SMOLLM2 = partial(Llama, config("smollm2-135m"))
 DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
 FORWARD, INPUT, WEIGHT, AGAIN = PASSES
@@ -294,6 +296,40 @@ def test_smollm2_is_within_one_per_cent_of_the_formula(s, method, weights):
     assert sum(found.closed.values()) == expected
     assert found.part("attention") == 2 * s * 3 * T
     assert found.part("attention") / found.total > {128: 0.03, 2048: 0.3}[s]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (FullFineTuning(), {}),
+        (LoRA(4), {"gradient_checkpointing": True}),
+        (DoRA(4, targets=["q_proj"]), {"accumulate": 2}),
+        (LoRA(4, targets=["down_proj"]), {"nf4": True}),
+        (LoRA(4, targets=["down_proj"]), {"lean": Lean()}),
+    ],
+    ids=str,
+)
+def test_flops_from_two_and_three_blocks_are_those_of_all(tiny_config, method, options, monkeypatch):
+    def deep():
+        return Llama(replace(tiny_config, num_hidden_layers=7))
+
+    short = []
+    with monkeypatch.context() as patch:
+        patch.setattr(COUNTING, "count_short", lambda *args: short.append(count_short(*args)) or short[-1])
+        few = flops(deep, method, 2, 8, **options)
+    monkeypatch.setattr(COUNTING, "longest_run", lambda model: None)
+    assert few == flops(deep, method, 2, 8, **options)  # the counts, the setting and the closed form
+    assert few.counts == short[0]
+
+
+def test_blocks_that_differ_are_all_counted(tiny_config, monkeypatch):
+    def deep():
+        return Llama(replace(tiny_config, num_hidden_layers=7))
+
+    top = LoRA(4, targets=["model.layers.6.mlp.up_proj"])  # six blocks are alike, but a shorter model lacks the seventh
+    few = flops(deep, top, 2, 8)
+    monkeypatch.setattr(COUNTING, "longest_run", lambda model: None)
+    assert few == flops(deep, top, 2, 8)
 
 
 def test_lora_on_smollm2_has_more_flops_than_full_fine_tuning_above_rank_147():
