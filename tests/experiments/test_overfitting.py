@@ -57,7 +57,7 @@ def tiny(small_world, tiny_config):
     small_world.setattr(overfitting, "on_base_text", lambda task: task)
     small_world.setattr(overfitting, "SETUPS", METHODS)
     small_world.setattr(overfitting, "CENTRES", CENTRES)
-    small_world.setattr(overfitting, "HALVING", Halving(best_so_far=True, slack=0.2))
+    small_world.setattr(overfitting, "HALVING", Halving(rungs=(0.5,), best_so_far=True, slack=0.2))
     small_world.setattr(planning, "cost_model", lambda device: Costs())
     small_world.setattr(overfitting, "plan", lambda device: PLAN)
     return make
@@ -200,7 +200,8 @@ def test_a_line_is_printed_for_the_last_evaluation_alone():
     assert overfitting.line({**row, "step": None, "outcome": "stopped"}) is None
 
 
-def test_a_stopped_record_goes_on_where_it_was(tiny, whole, tmp_path):
+def test_a_stopped_record_goes_on_where_it_was(tiny, whole, monkeypatch, tmp_path):
+    monkeypatch.setattr(overfitting, "plan", lambda device: Plan([*METHODS], {4: 4}, {}, judging=(2, 3), **SMALL))
     rows = overfitting.rows(CPU, tmp_path)
     first = list(islice(rows, 1))
     rows.close()
@@ -210,7 +211,7 @@ def test_a_stopped_record_goes_on_where_it_was(tiny, whole, tmp_path):
     everything = list(overfitting.rows(CPU, tmp_path))
     assert everything[:1] == first
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert [row["lr"] for row in everything] == [row["lr"] for row in whole[0].rows]
+    assert [row["lr"] for row in everything] == [row["lr"] for row in whole[0].rows if row["n_train"] == 4]
 
 
 def test_of_a_record_that_is_whole_nothing_is_run_again(whole, tmp_path, no_trial_runs):
