@@ -45,9 +45,15 @@ LLAMA_65B = LlamaConfig(
 )
 # GPT-3's parameters: Hu et al. 2021, table 4; its width and layers: Brown et al. 2020, arXiv 2005.14165, table 2.1.
 GPT3_PARAMETERS, GPT3_WIDTH, GPT3_LAYERS = 175_255_800_000, 12288, 96
-HALF = 2  # bytes of a weight in 16 bits
+HALF, FLOAT32 = 2, 4  # bytes of a weight in 16 bits and in 32
 ADAM = 16  # bytes of a trained weight in float32, with its gradient and Adam's two averages
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et al. 2023, section 3
+
+
+def rank_of_equal_static_memory(config: LlamaConfig) -> int:
+    """The rank from which on LoRA's weights, gradients and averages of Adam in float32 need more than full's."""
+    whole = sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
+    return (ADAM - FLOAT32) * whole // (ADAM * adapter_size(config, ALL)) + 1
 
 
 @cache
