@@ -49,6 +49,7 @@ lint: $(VENV)/.ready-test ## check style, notebooks too, and the types of the pa
 LESSONS ?= my_lessons
 
 lab: $(VENV)/.ready ## open your copy of the lessons in JupyterLab, with the exercises for you to solve
+	$(BIN)/lora-lab fetch
 	$(BIN)/lora-lab course $(LESSONS)
 	$(BIN)/jupyter lab "$$(ls $(LESSONS)/[0-9]*.ipynb | head -n 1)" $(ARGS)
 

@@ -6,6 +6,8 @@ import argparse
 import errno
 import os
 import select
+import shlex
+import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
@@ -36,7 +38,7 @@ class _WithDefaults(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         value, text = action.default, action.help or ""
-        if not action.option_strings or value is None or value is False or value is argparse.SUPPRESS:
+        if not action.option_strings or value is None or value is False or value in ([], argparse.SUPPRESS):
             return text
         default = ",".join(map(str, value)) if isinstance(value, list) else value
         return f"{text} (default: {default})"
@@ -835,7 +837,7 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _lessons(options: argparse.Namespace) -> None:
-    from lora_lab.classroom.course import add_files, chosen_lessons, copy_lessons
+    from lora_lab.classroom.course import add_files, check_files, chosen_lessons, copy_lessons
 
     only, added = options.only or [], options.add or []
     if options.grading and added:
@@ -846,13 +848,13 @@ def _lessons(options: argparse.Namespace) -> None:
         print(write_course(options.folder, only))
         print(f"In {options.folder}, for each sheet: nbgrader generate_assignment NAME (docs/grading.md has the rest)")
         return
-    if missing := [path for path in added if not Path(path).exists()]:
-        raise FileNotFoundError(f"There is no {missing[0]} to add; give the paths of files or folders.")
+    check_files(added)
     print(copy_lessons(options.folder, options.solved, only))
-    for name in add_files(options.folder, added):
-        print(f"Added: {name}")
-    first = chosen_lessons(only)[0].name
-    print(f"Open the first one: jupyter lab {Path(options.folder) / first}")
+    if result := str(add_files(options.folder, added)):
+        print(result)
+    first = str(Path(options.folder) / chosen_lessons(only)[0].name)
+    quoted = shlex.quote(first) if os.name == "posix" else subprocess.list2cmdline([first])
+    print(f"Open the first one: jupyter lab {quoted}")
 
 
 def _doctor(options: argparse.Namespace) -> dict[str, Any]:

@@ -514,6 +514,14 @@ def test_the_help_lists_all_tasks_and_methods(capsys):
         assert expected <= set(re.findall(r"[\w+-]+", text)), name
 
 
+def test_the_help_shows_no_empty_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "may be given repeatedly --model" in text
+    assert "(default: 0)" in text  # a number that is 0 is none
+
+
 def test_the_command_is_installed():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="lora-lab")
     assert entry.load() is cli.main

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import ast
 import copy
+import filecmp
 import hashlib
+import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 import nbformat
 from nbformat import NotebookNode
@@ -29,7 +33,9 @@ from lora_lab.classroom.learner import MANIFEST
 from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
 from lora_lab.system.provenance import shipped_lessons
 from lora_lab.system.schema import check
+from lora_lab.system.wording import counted
 
+CONFIG = "nbgrader_config.py"  # a folder with this file is a course to grade
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
 NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
 RAISE = 'raise NotImplementedError("your code here")'
@@ -38,6 +44,7 @@ RAISE = 'raise NotImplementedError("your code here")'
 class _Manifest(TypedDict):
     solved: bool
     lessons: dict[str, str]  # the SHA-256 of each file that was written, by its name
+    linked: NotRequired[dict[str, str]]  # of the lesson with all its links, where some were taken out
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
@@ -123,7 +130,7 @@ class Copied:
     def __str__(self) -> str:
         lines = [f"Written: {name}" for name in self.written]
         lines += [f"Newer than the lesson that you have changed, so written beside it: {name}" for name in self.beside]
-        lines += [f"Already there: {self.unchanged} lessons"] if self.unchanged else []
+        lines += [f"Already there: {counted(self.unchanged, 'lesson')}"] if self.unchanged else []
         return "\n".join(lines)
 
 
@@ -148,7 +155,8 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
     """Copy lessons into a folder, without ever overwriting a file that was changed since it was written.
 
     A lesson that was not changed is replaced by a newer version. If it was changed, the newer version is written once
-    to a file beside it, ``NAME.new.ipynb``. The folder's file :data:`MANIFEST` holds what was written.
+    to a file beside it, ``NAME.new.ipynb``. A link to a lesson that is not in the folder becomes plain text. The
+    folder's file :data:`MANIFEST` holds what was written.
 
     Args:
         folder: is made if it does not exist.
@@ -156,50 +164,108 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         only: beginnings of lessons' names, such as "03"; all lessons by default.
 
     Raises:
-        ValueError: the folder is a file, or has the other version, solved or not; a lesson is unknown; a lesson's
-            markers are wrong; or the manifest is damaged.
+        ValueError: the folder is a file or a course to grade, or has the other version, solved or not; a lesson is
+            unknown; a lesson's markers are wrong; or the manifest is damaged.
         OSError: the folder cannot be written to.
     """
     folder = as_path(folder, "folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the lessons.")
+    if (folder / CONFIG).exists():
+        raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
     settle(folder)
     before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
     if before["solved"] != solved:
         there, here = ("without", "with") if solved else ("with", "without")
         raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
     hashes: dict[str, str] = dict(before["lessons"])
+    linked: dict[str, str] = dict(before.get("linked", {}))
     written: list[str] = []
     beside: list[str] = []
     lessons = chosen_lessons(only)
+    missing = {lesson.name for lesson in chosen_lessons()} - {lesson.name for lesson in lessons}
+    missing = {name for name in missing if not (folder / name).exists()}
     with atomic_files(folder) as temporary:
         for lesson in lessons:
-            content = lesson.read_bytes() if solved else _student_bytes(lesson)
-            digest = hashlib.sha256(content).hexdigest()
+            whole = lesson.read_bytes() if solved else _student_bytes(lesson)
+            content = _without_links(whole, missing)
+            digest, whole_digest = (hashlib.sha256(each).hexdigest() for each in (content, whole))
             untouched = _digest(folder / lesson.name) in (None, digest, hashes.get(lesson.name))
             name = lesson.name if untouched else _free_name(folder, lesson.stem, digest, hashes)
-            is_offered = not untouched and hashes.get(lesson.name) == digest  # now or by an earlier call
+            offered = linked.get(lesson.name, hashes.get(lesson.name))
+            is_offered = not untouched and offered == whole_digest  # now or by an earlier call
             if not is_offered and _digest(folder / name) != digest:
                 (temporary / name).write_bytes(content)
                 (written if untouched else beside).append(name)
             hashes |= {lesson.name: digest} if is_offered else {lesson.name: digest, name: digest}
-        write_json(temporary / MANIFEST, {"solved": solved, "lessons": hashes})
+            linked.pop(lesson.name, None)
+            linked |= {} if digest == whole_digest else {lesson.name: whole_digest}
+        manifest = {"solved": solved, "lessons": hashes} | ({"linked": linked} if linked else {})
+        write_json(temporary / MANIFEST, manifest)
     return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
 
 
-def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
-    """Copy files and folders of a class, such as its data or a model, to the lessons; what is there already stays.
+def _without_links(notebook: bytes, missing: Collection[str]) -> bytes:
+    """A notebook's file in which links to these files have become plain text."""
 
-    Returns:
-        The names of those that were copied.
+    def replaced(link: re.Match[str]) -> str:
+        return link[1] if link[2] in missing else link[0]
+
+    return re.sub(r"\[([^\[\]]*)\]\((\w+\.ipynb)\)", replaced, notebook.decode()).encode()
+
+
+@dataclass(frozen=True)
+class Added:
+    """What :func:`add_files` did.
+
+    Attributes:
+        copied: names of files and folders that were copied.
+        differing: names of those that were there already, with other content.
+    """
+
+    copied: tuple[str, ...]
+    differing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"Added: {name}" for name in self.copied]
+        lines += [
+            f"Kept, though yours is different now; delete it there to copy yours: {name}" for name in self.differing
+        ]
+        return "\n".join(lines)
+
+
+def check_files(paths: Sequence[str | Path]) -> None:
+    """Check that :func:`add_files` can copy these.
+
+    Raises:
+        FileNotFoundError: one of them does not exist.
+        ValueError: a folder has a link that does not lead to a file in that folder.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no {path} to add; give the paths of files or folders.")
+        root = os.path.realpath(path)
+        for link in filter(Path.is_symlink, path.rglob("*")):
+            if not link.is_file() or not Path(os.path.realpath(link)).is_relative_to(root):
+                raise ValueError(
+                    f"{link} is a link that leads to no file in {path}, so it could hand out something else of yours; "
+                    "put a copy in its place, or delete it."
+                )
+
+
+def add_files(folder: str | Path, paths: Sequence[str | Path]) -> Added:
+    """Copy files and folders of a class, such as its data or a model, to the lessons; what is there already stays.
 
     Raises:
         OSError: one of them does not exist, or the folder cannot be written to.
+        ValueError: as for :func:`check_files`.
     """
-    copied = []
+    check_files(paths)
+    copied, differing = [], []
     for path in map(Path, paths):
         target = Path(folder) / path.resolve().name
         if target.exists():
+            differing += [] if _is_same(path, target) else [target.name]
             continue
         if path.is_dir():
             with atomic_folder(target) as temporary:
@@ -208,7 +274,15 @@ def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
             with atomic_file(target) as temporary:
                 shutil.copyfile(path, temporary)
         copied.append(target.name)
-    return copied
+    return Added(tuple(copied), tuple(differing))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two files, or two folders with all that is in them, have the same content."""
+    if one.is_file() and other.is_file():
+        return filecmp.cmp(one, other, shallow=False)
+    names, others = ({path.relative_to(each) for path in each.rglob("*") if path.is_file()} for each in (one, other))
+    return one.is_dir() == other.is_dir() and names == others and all(_is_same(one / n, other / n) for n in names)
 
 
 def _manifest(path: Path) -> _Manifest:

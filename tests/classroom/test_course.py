@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 import re
 
 import nbformat
@@ -10,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_lab.classroom import course
-from lora_lab.classroom.course import MANIFEST, copy_lessons, student
+from lora_lab.classroom.course import CONFIG, MANIFEST, copy_lessons, student
 from lora_lab.system.provenance import shipped_lessons
 from tests.helpers import ROOT, command, error_line, run_python
 
@@ -320,6 +321,60 @@ def test_a_file_is_no_folder_for_lessons(lessons, tmp_path):
         copy_lessons(tmp_path / "mine")
 
 
+def test_one_lesson_is_one_lesson(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine", only=["01"])
+    assert str(copy_lessons(tmp_path / "mine", only=["01"])) == "Already there: 1 lesson"
+
+
+def test_a_course_to_grade_is_no_folder_for_lessons(lessons, tmp_path):
+    (tmp_path / "graded").mkdir()
+    (tmp_path / "graded" / CONFIG).write_text("# nbgrader")
+    with pytest.raises(ValueError, match=rf"is a course to grade \(it holds {CONFIG}\); name another folder"):
+        copy_lessons(tmp_path / "graded")
+    assert names(tmp_path / "graded") == [CONFIG]
+
+
+LINKS = "See [the second](01_second.ipynb), [the first](00_first.ipynb), [a page](https://a.b/c) and [x](x.ipynb)."
+
+
+def text_of(path):
+    return nbformat.read(path, as_version=4).cells[-1].source
+
+
+@pytest.mark.parametrize("solved", [False, True])
+def test_links_to_lessons_that_are_not_there_become_text_and_links_again_when_they_are(lessons, tmp_path, solved):
+    change(lessons / "00_first.ipynb", LINKS)
+    first = tmp_path / "mine" / "00_first.ipynb"
+    copy_lessons(tmp_path / "mine", solved, only=["00"])
+    assert text_of(first) == LINKS.replace("[the second](01_second.ipynb)", "the second")
+    copy_lessons(tmp_path / "mine", solved, only=["01"])
+    assert copy_lessons(tmp_path / "mine", solved, only=["00"]).written == ("00_first.ipynb",)
+    assert text_of(first) == LINKS
+    assert set(json.loads((tmp_path / "mine" / MANIFEST).read_text())) == {"solved", "lessons"}
+
+
+def test_a_lesson_that_was_changed_is_not_offered_again_for_its_links_alone(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    change(lessons / "00_first.ipynb", LINKS)
+    copy_lessons(mine, only=["00"])
+    work = change(mine / "00_first.ipynb")
+    for _ in range(2):
+        assert copy_lessons(mine).beside == ()
+    assert (mine / "00_first.ipynb").read_bytes() == work
+    change(lessons / "00_first.ipynb", "newer")
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)
+
+
+def test_the_links_of_real_lessons_lead_to_lessons_of_the_folder(tmp_path):
+    copy_lessons(tmp_path / "all")
+    assert "(05_speed.ipynb)" in (tmp_path / "all" / "00_first_look.ipynb").read_text(encoding="utf-8")
+    copy_lessons(tmp_path / "some", only=["00", "02", "03"])
+    links = []
+    for path in (tmp_path / "some").glob("*.ipynb"):
+        links += re.findall(r"[(/\"'](\w+\.ipynb)", path.read_text(encoding="utf-8"))
+    assert set(links) == {"00_first_look.ipynb", "02_why_fine_tune.ipynb", "03_lora_from_scratch.ipynb"}
+
+
 def test_solutions_are_never_written_over_a_learners_copy(lessons, tmp_path):
     for solved, there in ((False, "with"), (True, "without")):
         copy_lessons(tmp_path / there, solved=not solved)
@@ -396,12 +451,43 @@ def test_files_of_the_class_are_copied_once_and_never_overwritten(tmp_path, caps
     (tmp_path / "tickets.jsonl").write_text("second")
     assert command(*arguments) == 0
     assert (tmp_path / "mine" / "tickets.jsonl").read_text() == "first"
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "Kept, though yours is different now; delete it there to copy yours: tickets.jsonl\n" in printed
+    assert "model" not in printed
+    (tmp_path / "model" / "config.json").write_text("[]")
+    assert command(*arguments) == 0
+    assert "copy yours: model\n" in capsys.readouterr().out
+    assert (tmp_path / "mine" / "model" / "config.json").read_text() == "{}"
     assert command("course", tmp_path / "other", "--add", tmp_path / "gone.csv") == 1
     assert "gone.csv to add; give the paths" in error_line(capsys)
     assert not (tmp_path / "other").exists()
     assert command("course", tmp_path / "graded", "--grading", "--add", tmp_path / "model") == 1
     assert "--add is for the lessons" in error_line(capsys)
+
+
+@pytest.mark.parametrize("target", ["../secret", "..", ".", "gone"])
+def test_links_in_an_added_folder_lead_to_files_in_it(tmp_path, capsys, target):
+    """Or what is handed out holds something that nobody chose."""
+    (tmp_path / "secret").write_text("mine")
+    data = tmp_path / "data"
+    (data / "deeper").mkdir(parents=True)
+    (data / "one.txt").write_text("one")
+    (data / "deeper" / "same.txt").symlink_to("../one.txt")
+    assert command("course", tmp_path / "good", "--only", "03", "--add", data) == 0
+    assert (tmp_path / "good" / "data" / "deeper" / "same.txt").read_text() == "one"
+    (data / "link").symlink_to(target)
+    capsys.readouterr()
+    assert command("course", tmp_path / "bad", "--add", data) == 1
+    assert f"link is a link that leads to no file in {data}" in error_line(capsys)
+    assert not (tmp_path / "bad").exists()
+    with pytest.raises(ValueError, match="put a copy in its place"):
+        course.add_files(tmp_path, [data])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the quotes of a POSIX shell")
+def test_a_path_with_a_space_is_printed_as_a_shell_needs_it(tmp_path, capsys):
+    assert command("course", tmp_path / "my class", "--only", "03") == 0
+    assert f"jupyter lab '{tmp_path / 'my class' / '03_lora_from_scratch.ipynb'}'" in capsys.readouterr().out
 
 
 def test_a_lesson_names_no_file_outside_its_folder():
@@ -419,5 +505,5 @@ def test_make_lab_opens_a_copy_that_git_ignores():
     (folder,) = re.findall(r"^LESSONS \?= (\w+)$", makefile, flags=re.MULTILINE)
     assert f"{folder}/" in ignored.splitlines()
     (recipe,) = re.findall(r"^lab: .*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
-    assert "lora-lab course $(LESSONS)" in recipe
+    assert recipe.index("lora-lab fetch\n") < recipe.index("lora-lab course $(LESSONS)")
     assert "lora-lab lessons" not in recipe

@@ -1,12 +1,14 @@
 """The exercises of a lesson as a sheet, and a course of such sheets, which nbgrader hands out, collects and grades.
 
 A sheet has the lesson's imports, the text of each exercise with its answer, a locked cell with hidden tests after each,
-and a reflection at the end. So to grade it takes seconds, and neither a model nor the rest of the lesson.
+and a reflection at the end. So to run and grade it takes seconds, and neither a model nor the rest of the lesson. Who
+works on it has the lesson open beside it, because the texts use what that explains: each names its section.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +18,24 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lora_lab.classroom.course import BEGIN, END, RAISE, STUB, chosen_lessons
+from lora_lab.classroom.course import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
 from lora_lab.classroom.grading.invariant import INVARIANTS, REFLECTIONS, Reflection, hidden_cell
 from lora_lab.classroom.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
-CONFIG = "nbgrader_config.py"
 HEADING = "### Exercise"  # with it the text of an exercise begins
+LESSON_ONLY = (  # what a lesson's text says and a sheet's must not, and what the sheet says instead
+    (r" ?[^.]*`lora-lab lessons[^.]*\.\)?", ""),  # the sentence that tells where the solutions are
+    (r", `TASKS\[[^`]*`\.", " in the lesson."),  # names that are defined in the lesson alone
+    (r" Compute this chrF on the test part too.*? for the record below\.", ""),
+)
 INTRODUCTION = """# {title}: the exercises
 
-This sheet belongs to the lesson `{lesson}`. Write your code where a cell says so, and run it: `check` names the
-mistake, and `hint("NAME")` in a new cell helps. When you have handed it in, the cell below each answer tries it again,
-on inputs of its own, and gives a point for each sentence in it that is true. Leave these cells as they are. The
-question at the end is read by a person."""
+This sheet belongs to the lesson `{lesson}`. Have the lesson open beside it: each exercise names the section that it
+comes from, which explains its words and symbols, and *above* and *below* in a text refer to the exercise's place in the
+lesson. Write your code where a cell says so, and run it: `check` names the mistake, and `hint("NAME")` in a new cell
+helps. When you have handed it in, the cell below each answer tries it again, on inputs of its own, and gives a point
+for each sentence in it that is true. Leave these cells as they are. The question at the end is read by a person."""
 SETTINGS = f'''"""The settings of this course, for every command of nbgrader that is called in this folder."""
 
 import os
@@ -121,7 +128,8 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
     ]
     for position, each in enumerate(solved):
         first = solved[position - 1].number + 1 if position else 0
-        cells += _exercise_text(lesson.cells[first : each.number], each.exercise)
+        origin = f"From {_section(lesson.cells[: each.number])} of the lesson {name}."
+        cells += _exercise_text(lesson.cells[first : each.number], each.exercise, origin)
         cells += _graded(lesson.cells[each.number].source, each, seed)
     cells += _reflection(REFLECTIONS[name])
     return new_notebook(cells=cells, metadata={"kernelspec": dict(lesson.metadata.kernelspec)})
@@ -137,14 +145,26 @@ def _imports(lesson: NotebookNode, end: int) -> str:
     return "\n".join(lines)
 
 
-def _exercise_text(cells: Sequence[NotebookNode], exercise: str) -> Iterator[NotebookNode]:
-    """From the heading of an exercise on: the text, and code that only defines functions."""
+def _section(cells: Sequence[NotebookNode]) -> str:
+    """The section that the last of these cells belongs to, in words."""
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^##+ (?!Exercise)(.+)$", text, flags=re.MULTILINE)
+    return f'the section "{headings[-1]}"' if headings else "the beginning"
+
+
+def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) -> Iterator[NotebookNode]:
+    """From the heading of an exercise on: the text, with its origin, and code that only defines functions."""
     starts = [number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}"]
     if not starts:
         raise ValueError(f"There is no heading {HEADING!r} before the exercise {exercise!r}; add it to its text.")
     for number, cell in enumerate(cells[starts[-1] :]):
         source = cell.source if number else cell.source[f"\n{cell.source}".rindex(f"\n{HEADING}") :]
         if cell.cell_type == "markdown":
+            for pattern, instead in LESSON_ONLY:
+                source = re.sub(pattern, instead, source)
+            if not number:
+                heading, _, text = source.partition("\n")
+                source = f"{heading}\n\n{origin}\n{text}"
             yield new_markdown_cell(source, id=f"{exercise}-text-{number}")
         elif all(isinstance(node, ast.FunctionDef) for node in ast.parse(source).body):
             yield new_code_cell(source, id=f"{exercise}-code-{number}")

@@ -1,7 +1,9 @@
 """Sheets: what nbgrader reads, what a learner gets, and that nothing is lost or overwritten."""
 
 import ast
+import builtins
 import itertools
+import re
 
 import nbformat
 import pytest
@@ -14,6 +16,7 @@ from lora_lab.system.provenance import shipped_lessons
 from tests.helpers import command, error_line
 
 LESSONS = sorted(REFLECTIONS)
+FORMULAS = {"04_memory": {"down", "silu", "gate", "up"}}  # names in formulas that are written as code
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 
 
@@ -40,6 +43,71 @@ def test_a_sheet_has_each_exercise_with_its_text_its_answer_and_its_tests(name):
         assert text.count("### ") == 1
     assert ids[-2:] == ["question", "reflection"]
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in notebook.cells)
+
+
+@each_lesson
+def test_each_exercise_names_the_section_of_the_lesson_that_it_comes_from(name):
+    headings = {
+        heading: cell.source
+        for cell in lesson(name).cells
+        if cell.cell_type == "markdown"
+        for heading in re.findall(r"^##+ (.+)$", cell.source, flags=re.MULTILINE)
+    }
+    sections = []
+    for cell in sheet(lesson(name), name, 3).cells:
+        if cell.id.endswith("-text-0"):
+            (section,) = re.findall(rf'^From the section "(.+)" of the lesson {name}\.$', cell.source, re.MULTILINE)
+            assert section in headings
+            sections.append(section)
+    assert len(sections) == len(answers(lesson(name)))
+    assert name != "05_speed" or sections == ["FLOPs by hand", "Two thirds", "What FLOPs cannot explain"]
+
+
+@each_lesson
+def test_a_sheet_does_not_say_how_to_get_the_solutions(name):
+    cells = sheet(lesson(name), name, 3).cells
+    assert not [cell.id for cell in cells if "lora-lab lessons" in cell.source]
+
+
+def test_lessons_do_say_it():
+    """Or the test above shows nothing."""
+    for name in ("00_first_look", "03_lora_from_scratch"):
+        assert any("lora-lab lessons solved" in cell.source for cell in lesson(name).cells)
+
+
+def unknown_names(text, code):
+    """Names that calls and subscripts in a text use, and that the code of a sheet neither imports nor defines."""
+    trees = list(map(ast.parse, code))
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    known = {*dir(builtins), *(node.arg for node in nodes if isinstance(node, ast.arg))}
+    known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    known |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    known |= {(alias.asname or alias.name).split(".")[0] for each in imports for alias in each.names}
+    used = set()
+    for fragment in re.findall(r"`([^`]*[(\[][^`]*)`", text):
+        try:
+            tree = ast.parse(fragment)
+        except SyntaxError:
+            continue  # a formula
+        used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return used - known
+
+
+def test_names_that_a_text_uses_without_their_definition_are_found():
+    assert unknown_names("Score `metrics.score(TASKS['a'], names)`, $B A$.", ["from a import metrics"]) == {
+        "TASKS",
+        "names",
+    }
+    assert not unknown_names("Write `f(x)`; `len(x[:3])` is 3, and `other` a word.", ["def f(x):\n    pass"])
+
+
+@each_lesson
+def test_the_texts_use_no_name_that_only_the_lesson_defines(name):
+    cells = sheet(lesson(name), name, 3).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    text = "\n".join(cell.source for cell in cells if cell.id.rpartition("-")[0].endswith("-text"))
+    assert unknown_names(text, code) <= FORMULAS.get(name, set())
 
 
 @each_lesson
