@@ -28,6 +28,7 @@ from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import as_path
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_fields, instance_of
+from lora_lab.system.wording import short_repr
 from lora_lab.task import Batch, Examples, Loss, Task
 
 
@@ -390,7 +391,7 @@ def check_options(caller: str, options: Collection[str], known: Sequence[str]) -
 _TYPES = {
     "model": instance_of(nn.Module),
     "task": instance_of(Task),
-    "method": instance_of(Method),
+    "method": Any,  # checked by _check_types, which names one
     "config": instance_of(TrainConfig) | None,
     "on_row": Callable[..., Any] | None,
 }
@@ -399,6 +400,10 @@ _TYPES = {
 def _check_types(**arguments: Any) -> None:
     """Raise ValueError if an argument is something else, such as a path for the model."""
     for name, value in arguments.items():
+        if name == "method" and not isinstance(value, Method):
+            raise ValueError(
+                f"method is {short_repr(value)}, but it must be an instance of Method, such as LoRA(rank=8)."
+            )
         check(value, _TYPES[name], name)
 
 

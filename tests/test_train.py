@@ -733,8 +733,8 @@ def test_fit_says_which_number_is_out_of_range_and_leaves_the_model_alone(option
         ({"model": "runs/model"}, "model is 'runs/model', but it must be an instance of Module"),
         ({"model": (DigitsMLP(width=16), None)}, "model is .*, but it must be an instance of Module"),
         ({"task": "digits"}, "task is 'digits', but it must be an instance of Task"),
-        ({"method": "lora"}, "method is 'lora', but it must be an instance of Method"),
-        ({"method": LoRA}, "method is .*, but it must be an instance of Method"),
+        ({"method": "lora"}, r"method is 'lora', but it must be an instance of Method, such as LoRA\(rank=8\)\.$"),
+        ({"method": LoRA}, r"method is .*, but it must be an instance of Method, such as LoRA\(rank=8\)\.$"),
         ({"config": 40}, "config is 40, but it must be an instance of TrainConfig"),
     ],
 )

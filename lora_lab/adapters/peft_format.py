@@ -459,7 +459,7 @@ def _natural_key(name: str) -> str:
 
 def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}.")
+        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}; copy the adapter's folder again.")
     try:
         with safe_open(path, framework="pt") as file:
             digest = (file.metadata() or {}).get(_DIGEST)

@@ -32,6 +32,10 @@ def read_entries(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or counts more layers than any model has, which would take hours to build.
     """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.parent} lacks the file {path.name}, so it is no model's folder; name one, or a .gguf file."
+        )
     entries = read_json(path)
     check(entries, _Entries, str(path))
     parts = [entries]
@@ -125,6 +129,8 @@ def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks the entry {error}.") from None
+        raise ValueError(
+            f"{folder / 'config.json'} lacks the entry {error}; copy it anew, or name another model."
+        ) from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{folder / 'config.json'}: {str(error).removesuffix('.')}; copy it anew.") from None

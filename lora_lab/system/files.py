@@ -226,12 +226,16 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist, or is a folder or a device.
         ValueError: the file is not JSON, or ``path`` is no path.
     """
     path = as_path(path, "path")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise FileNotFoundError(f"{path} is {kind}, but it must be a file of JSON; give the path of one.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} lacks the file {shortened(path.name)}.")
+        folder = "The current folder" if path.parent == Path() else path.parent
+        raise FileNotFoundError(f"{folder} lacks the file {shortened(path.name)}; check the path.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError for deeply nested lists

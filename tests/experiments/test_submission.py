@@ -83,7 +83,7 @@ def test_the_command_names_each_file_and_stops_at_a_broken_one(tmp_path, capsys)
     assert command("check-record", write(tmp_path, {"commit": "unknown"}), MEMORY) == 1
     assert "'unknown'" in error_line(capsys)
     assert command("check-record", tmp_path / "none.json") == 1
-    assert "lacks the file none.json" in error_line(capsys)
+    assert "lacks the file none.json; check the path" in error_line(capsys)
     (tmp_path / MEMORY.name).write_text(MEMORY.read_text(encoding="utf-8")[:-100], encoding="utf-8")
     assert command("check-record", tmp_path / MEMORY.name) == 1
     assert "is not JSON" in error_line(capsys)

@@ -139,7 +139,7 @@ def test_positions_are_read_with_their_stretching(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "config.json"])
 def test_a_folder_without_a_config_is_no_model(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=r"lacks the file config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"lacks the file config\.json, so it is no model's folder; name one"):
         read_config(tmp_path / name)
 
 
@@ -147,7 +147,7 @@ def test_a_folder_without_a_config_is_no_model(tmp_path, name):
     ("change", "says"),
     [
         ({"model_type": "qwen2"}, "holds no Llama that is built here: .*'qwen2', and lora_lab builds only 'llama'"),
-        ({"hidden_size": ...}, "lacks the entry 'hidden_size'"),
+        ({"hidden_size": ...}, "lacks the entry 'hidden_size'; copy it anew, or name another model"),
         ({"hidden_size": "64"}, "config.json: hidden_size is '64', but it must be a whole number; copy it anew"),
         ({"num_attention_heads": None}, "config.json: .*None.*copy it anew"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0.*at least 1"),

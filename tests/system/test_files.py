@@ -579,7 +579,7 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "says"),
     [
-        (None, FileNotFoundError, "lacks the file a.json"),
+        (None, FileNotFoundError, "lacks the file a.json; check the path"),
         (b'{"half": ', ValueError, "a.json is not JSON.*damaged.*make or copy it anew"),
         (b"\xff\xfe\x00", ValueError, "a.json is not JSON.*damaged.*make or copy it anew"),
         (b"", ValueError, "a.json is not JSON.*damaged.*make or copy it anew"),
@@ -591,6 +591,18 @@ def test_unreadable_json_says_what_to_do(tmp_path, content, error, says):
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(error, match=says):
         read_json(tmp_path / "a.json")
+
+
+def test_what_is_no_file_of_json_is_named_as_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^The current folder lacks the file none\.json; check the path\.$"):
+        read_json("none.json")
+    for folder in (".", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r" is a folder, but it must be a file of JSON; give the path of"):
+            read_json(folder)
+    if Path("/dev/zero").exists():
+        with pytest.raises(FileNotFoundError, match=r"^/dev/zero is a device or a pipe, but it must be a file of"):
+            read_json("/dev/zero")
 
 
 # Places
