@@ -4,9 +4,9 @@
     python benchmarks/classroom.py 03 09 --students 2  # then two kernels at once
 
 Each kernel runs the solved lesson from top to bottom on the CPU, with one thread in each process, as fast as it can.
-Students read and write in between, so that a class asks for less than this at any moment. Lessons 02, 06, 07, 08, 10 and
-12 compute in two worker processes of the kernel for part of the time; the memory is that of the kernel and its workers
-together (pages that they share are counted in each). Times mean something only where nothing else runs.
+Students read and write in between, so that a class asks for less than this at any moment. Lessons 02, 06, 07, 08, 10
+and 12 compute in two worker processes of the kernel for part of the time; the memory is that of the kernel and its
+workers together (pages that they share are counted in each). Times mean something only where nothing else runs.
 """
 
 from __future__ import annotations

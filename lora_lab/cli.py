@@ -238,7 +238,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         "--task",
         required=True,
         help="docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es), "
-        "tweets; or a .jsonl, .csv, .tsv, .parquet or .txt",
+        "tweets; or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt",
     )
     tune.add_argument("--method", default="lora", help="lora, rslora, lora+, lora-fa, pissa, dora, full")
     tune.add_argument("--rank", type=int, default=8, help="rank of the adapters")
