@@ -30,6 +30,7 @@ from lora_lab.inject import transformer_blocks
 from lora_lab.system.device import own_randomness
 
 Key = TypeVar("Key", bound=Hashable)
+Rehearsed = TypeVar("Rehearsed")  # what a rehearsal records or counts
 _FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save little
 _LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
 _INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}  # what our Llama and transformers call a block's number
@@ -125,6 +126,17 @@ def prepared_shapes(model: nn.Module, setup: Setup) -> nn.Module:
         return setup.step(meta_copy(model, setup.dtype)).model
 
 
+def _of_shortened(
+    model: nn.Module, run: Run, blocks: int, rehearse: Callable[[nn.Module], tuple[nn.Module, Rehearsed]]
+) -> Rehearsed | None:
+    """What rehearsing a model with so many blocks of a run gives; None if the method does not fit it."""
+    try:
+        short, rehearsed = rehearse(run.shortened(model, blocks))
+    except ValueError:  # the method names blocks one by one, and some of them are left out
+        return None
+    return rehearsed if run.fits(short, blocks) else None
+
+
 def count_short(
     model: nn.Module, run: Run, count: Callable[[nn.Module], tuple[nn.Module, Counter[Key]]]
 ) -> Counter[Key] | None:
@@ -140,11 +152,7 @@ def count_short(
     """
     counts = []
     for blocks in (2, 3):
-        try:
-            short, counted = count(run.shortened(model, blocks))
-        except ValueError:  # the method names blocks one by one, and some of them are left out
-            return None
-        if not run.fits(short, blocks):
+        if (counted := _of_shortened(model, run, blocks, count)) is None:
             return None
         counts.append(counted)
     few, more = counts
@@ -166,11 +174,7 @@ def record_short(
     """
     shorter = None
     for count in (2, 3, 4):
-        try:
-            short, longer = record(run.shortened(model, count))
-        except ValueError:  # the method names blocks one by one, and some of them are left out
-            return None
-        if not run.fits(short, count):
+        if (longer := _of_shortened(model, run, count, record)) is None:
             return None
         whole = None if shorter is None else extended(shorter, longer, run.count - count + 1)
         if whole is not None:
