@@ -277,7 +277,7 @@ def two_thirds(claim: Claim) -> Result:
         for rank in (1, 16, 64, 256):
             ratio = flop_ratio(name, rank)
             cases.append((2 / 3 <= ratio < 0.75, f"{name} rank {rank} {ratio:.2f}"))
-    return over_cases(cases, "rank and width")
+    return over_cases(cases, "the rank and the model's shape")
 
 
 @decides("never-more-flops-than-full")

@@ -94,7 +94,7 @@ def test_a_high_rank_has_more_flops_than_full_fine_tuning():
 
 def test_more_than_two_thirds_depends_on_the_rank():
     result = result_of("two-thirds-of-the-flops")
-    assert (result.verdict, result.on) == ("depends", "rank and width")
+    assert (result.verdict, result.on) == ("depends", "the rank and the model's shape")
     assert "llama-3-8b rank 16 0.6" in result.measured
 
 
