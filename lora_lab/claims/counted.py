@@ -222,12 +222,21 @@ def double_quantisation(claim: Claim) -> Result:
 
 @decides("qlora-65b-in-48-gb")
 def qlora_65b(claim: Claim) -> Result:
-    """LLaMA 65B in NF4, and 16 bytes for each number of an adapter: small as in their example, and of rank 64."""
+    """LLaMA 65B in NF4, and 16 bytes for each number of an adapter: small as in their example, and of rank 64.
+
+    Activations are one sequence of 512 tokens: the inputs of all blocks in 16 bits, as with checkpointing, and the
+    logits in float32 three times (they, their logarithms and their gradients). Less cannot be held at once.
+    """
     example, rank_64 = round(0.002 * parameters(LLAMA_65B)), 64 * adapter_size(LLAMA_65B, ALL)
+    inputs = HALF * LLAMA_65B.num_hidden_layers * LLAMA_65B.hidden_size
+    activations = 512 * (inputs + 3 * FLOAT32 * LLAMA_65B.vocab_size)
     cases = []
     for count, words in ((example, "0.2 % of the weights, as in their example"), (rank_64, "rank 64 on all layers")):
-        total = (_nf4_bytes(LLAMA_65B) + ADAM * count) / 1e9
-        cases.append((total < claim.stated, f"adapters of {words}: {total:.1f} GB before activations"))
+        total = (_nf4_bytes(LLAMA_65B) + ADAM * count + activations) / 1e9
+        cases.append((total < claim.stated, f"adapters of {words}: {total:.1f} GB with 512 tokens"))
+    (stated_full,) = claim.values
+    full = ADAM * parameters(LLAMA_65B) / 1e9
+    cases.append((full > stated_full, f"full fine-tuning: {full:,.0f} GB before activations"))
     return over_cases(cases, "the adapters, at 16 bytes a number")
 
 

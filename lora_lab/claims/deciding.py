@@ -15,7 +15,7 @@ A claim that only a lesson measures has no function: what the lesson's stored ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,23 +71,27 @@ class Result:
 
 @dataclass(frozen=True)
 class Decider:
-    """A function that decides a claim, and what it reads: the kind of a record, or a file of published numbers."""
+    """A function that decides a claim, and what it reads: kinds of records, or a file of published numbers."""
 
     function: Callable[..., Result]
     record: str = ""
     published: str = ""
+    beside: str = ""
 
 
 DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
 
 
-def decides(claim_id: str, *, record: str = "", published: str = "") -> Callable[[Callable], Callable]:
+def decides(
+    claim_id: str, *, record: str = "", published: str = "", beside: str = ""
+) -> Callable[[Callable], Callable]:
     """Register a function as what decides a claim.
 
     Args:
         claim_id: the claim's id.
         record: the function takes the claim and a record of this kind.
         published: the function takes the claim and this file of ``records/published``.
+        beside: the function also takes a list of all records of this second kind, which may be empty.
 
     Raises:
         ValueError: another function decides that claim already.
@@ -96,7 +100,7 @@ def decides(claim_id: str, *, record: str = "", published: str = "") -> Callable
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         if claim_id in DECIDERS:
             raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
-        DECIDERS[claim_id] = Decider(function, record, published)
+        DECIDERS[claim_id] = Decider(function, record, published, beside)
         return function
 
     return register
@@ -138,9 +142,16 @@ def judge(
         shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
         today = datetime.now(UTC).date().isoformat()
         return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
+    every = records.load_all(folder=folder) if every is None else every
+    beside = {name: record for name, record in every.items() if record.what == decider.beside}
     results = [
-        replace(judge_record(claim, record), shown_by=f"record {name}", date=record.date, machine=record.device)
-        for name, record in (records.load_all(folder=folder) if every is None else every).items()
+        replace(
+            judge_record(claim, record, list(beside.values())),
+            shown_by=" and ".join(f"record {each}" for each in (name, *beside)),
+            date=record.date,
+            machine=record.device,
+        )
+        for name, record in every.items()
         if record.what == decider.record
     ]
     if not results:
@@ -167,13 +178,14 @@ def _from_lesson(claim: Claim, folder: Path) -> Result:
     return Result(OPEN, "the lesson's stored outputs do not show it", shown_by=shown_by)
 
 
-def judge_record(claim: Claim, record: records.Record) -> Result:
-    """The verdict of one record on a claim that its kind decides.
+def judge_record(claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
+    """The verdict of one record on a claim that its kind decides, beside those of a second kind where it asks for one.
 
     A record that lacks what is needed, such as a setup or a column, decides nothing.
     """
+    decider = DECIDERS[claim.id]
     try:
-        return DECIDERS[claim.id].function(claim, record)
+        return decider.function(claim, record, beside) if decider.beside else decider.function(claim, record)
     except (KeyError, TypeError, ValueError) as error:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
