@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_lab.classroom.calls import Outcome, TimeUp, call, file_of, limited, parameters_of, untouched
-from lora_lab.classroom.exercise import Exercise
+from lora_lab.classroom.exercise import Exercise, Probe
 from lora_lab.classroom.values import SHOWN, as_array, difference, factor, same, short_text, size
 
 SECONDS = 2.0  # for one check
@@ -32,7 +32,7 @@ class Verdict:
         passed: whether it is right; None if nothing has been written yet.
         text: one or two sentences.
         example: the smallest inputs on which a wrong answer differs, with both results; often empty.
-        printed: what a wrong answer printed on the first inputs.
+        printed: what a wrong answer printed, on the first inputs or while the check ran that failed.
     """
 
     passed: bool | None
@@ -111,17 +111,22 @@ def _by_probes(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Ver
     kind = "class" if isinstance(answer, type) else "function"
     printed = io.StringIO()
 
+    def passes(probe: Probe) -> bool:
+        printed.seek(0)
+        printed.truncate()
+        return probe.passes(answer, rng)
+
     def first_failure() -> Verdict:
         for probe in exercise.probes:
             try:
-                if not all(probe.passes(answer, rng) for _ in range(exercise.draws)):
-                    return Verdict(False, probe.sentence)
+                if not all(passes(probe) for _ in range(exercise.draws)):
+                    return Verdict(False, probe.sentence, printed=printed.getvalue())
             except (TimeUp, KeyboardInterrupt):
                 raise
             except BaseException as error:
                 if _is_stub(error, answer):
                     return Verdict(None, NOT_STARTED)
-                return Verdict(False, _about_error(error, answer))
+                return Verdict(False, _about_error(error, answer), printed=printed.getvalue())
         return Verdict(True, exercise.praise)
 
     _warm_up(exercise)

@@ -24,6 +24,7 @@ from lora_lab.system.files import read_json, write_json
 
 MANIFEST = ".lora_lab_course.json"  # a folder with this file is a learner's copy of the lessons
 PROGRESS = "progress.json"
+LINES, LINE = 10, 100  # of what an answer printed: as many lines are shown, of as many characters
 GREEN, AMBER, GREY = "#009e73", "#e69f00", "#999999"
 _ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
 
@@ -107,8 +108,8 @@ def check(name: str, answer: Any) -> Outcome:
     example = verdict.example
     if verdict.printed.strip():
         printed = verdict.printed.strip().splitlines()
-        shown = "\n".join(line[:100] for line in printed[:5]) + ("\n..." if len(printed) > 5 else "")
-        example = "\n\n".join(filter(None, [example, f"It printed on the first inputs:\n{shown}"]))
+        shown = "\n".join(line[:LINE] for line in printed[:LINES]) + ("\n..." if len(printed) > LINES else "")
+        example = "\n\n".join(filter(None, [example, f"It printed:\n{shown}"]))
     footer = " ".join(filter(None, [_about_hints(exercise), unsaved]))
     display(Box("Not yet.", verdict.text, example, footer, AMBER))
     return Outcome(False)

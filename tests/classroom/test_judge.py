@@ -283,6 +283,21 @@ def test_what_is_printed_is_shown_once(trial):
     assert judge(trial, answer).printed == "(2, 3)\n"
 
 
+def test_what_is_printed_while_a_probe_fails_is_shown_and_nothing_before(register):
+    def answer(fail):
+        print(f"fail: {fail}")
+        return 1 / 0 if fail == "by an error" else fail
+
+    solution = lambda_with_docstring(lambda fail: False)
+    probes = [
+        Probe(lambda answer, rng: answer(False) is False, "Never.", ()),
+        Probe(lambda answer, rng: not answer(True), "No.", ()),
+    ]
+    assert judge(register(solution, probes=probes), answer).printed == "fail: True\n"
+    error = Probe(lambda answer, rng: answer("by an error"), "No.", ())
+    assert judge(register(solution, "another", probes=[error]), answer).printed == "fail: by an error\n"
+
+
 def test_inputs_are_fresh_each_time(register):
     """So that no answer can be memorised."""
     seen = []

@@ -35,7 +35,8 @@ This sheet belongs to the lesson `{lesson}`. Have the lesson open beside it: eac
 comes from, which explains its words and symbols, and *above* and *below* in a text refer to the exercise's place in the
 lesson. Write your code where a cell says so, and run it: `check` names the mistake, and `hint("NAME")` in a new cell
 helps. When you have handed it in, the cell below each answer tries it again, on inputs of its own, and gives a point
-for each sentence in it that is true. Leave these cells as they are. The question at the end is read by a person."""
+for each sentence in it that is true. Leave these cells as they are: until then they are empty, so that the button
+*Validate* of nbgrader tests nothing that you wrote. The question at the end is read by a person."""
 SETTINGS = f'''"""The settings of this course, for every command of nbgrader that is called in this folder."""
 
 import os
