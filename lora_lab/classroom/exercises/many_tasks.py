@@ -232,7 +232,7 @@ def conversation(rng: np.random.Generator) -> tuple[list[int], int]:
             lambda ids, start: [IGNORE] * (start - 1) + ids[start:-1],
             lambda ids, start: [IGNORE] * (start - 1) + ids[start:-1] + [IGNORE],
         ),
-        "Token 0 became the answer to the prompt. What does not count is IGNORE, which is -100.": (
+        "The prompt's labels are token 0. Where a label does not count, write tasks.IGNORE, which is -100.": (
             lambda ids, start: [0] * (start - 1) + ids[start:]
         ),
         "What does not count is None, and a loss needs numbers. Use tasks.IGNORE, which is -100.": (

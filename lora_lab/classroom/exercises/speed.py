@@ -46,7 +46,7 @@ def _in_steps(
         "The gradients of the inputs are missing. The layers below wait for them, with both methods.": (
             lambda M, E, T, P, method: M + E + T + (2 * P if method == "LoRA" else M + E)
         ),
-        "With LoRA a weight gradient is too much. Nothing needs the gradient of a frozen weight.": (
+        "With LoRA you count one weight gradient too many. Nothing needs the gradient of a frozen weight.": (
             _in_steps(weights=2)
         ),
         "T is counted twice. Attention has two inputs, so its backward pass multiplies 2 T and its forward pass T.": (

@@ -64,7 +64,7 @@ def bound(mean: Any, sd: Any, n: int) -> float:
         "This is the lower bound. The upper one adds to the mean difference.": (
             lambda a, b: float(2 * np.mean(a - b) - bound(np.mean(a - b), np.std(a - b, ddof=1), len(a)))
         ),
-        "The difference has the other sign. It is positive where the first rank loses more.": (
+        "The difference has the wrong sign. It is positive where the first rank has the higher loss.": (
             lambda a, b: bound(np.mean(b - a), np.std(a - b, ddof=1), len(a))
         ),
     },
@@ -138,7 +138,7 @@ def down_from_the_largest(table: Any, margin: float) -> int | None:
         "This is the largest rank that is enough. You pay for each rank, so take the smallest.": (
             lambda table, margin: max((rank for rank, (_, upper) in table.items() if upper < margin), default=None)
         ),
-        "This is the rank with the lowest loss. It need not win: it must lose less than the margin.": (
+        "This is the rank with the lowest loss. A rank need not win: its upper bound must be below the margin.": (
             lambda table, margin: min(table, key=lambda rank: table[rank][0])
         ),
         "This is the rank whose bound is nearest to the margin. Take the smallest rank, whatever its bound.": (

@@ -66,7 +66,7 @@ def slopes_at_the_points(rates: Any, losses: Any) -> float:
         ),
     },
     hints=[
-        "Rates are tried in factors, so work with x = log(rate), in which they are steps.",
+        "Rates are compared by their ratios, so work with x = log(rate), where ratios become differences.",
         "np.polyfit(x, losses, 2) returns a, b and c of the parabola a x^2 + b x + c through three points.",
         "Its slope 2 a x + b is zero at the lowest point. Solve for x, and take exp to have a rate again.",
     ],
