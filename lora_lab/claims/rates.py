@@ -118,7 +118,8 @@ def falls_as_root(claim: Claim, record: Record) -> Result:
 
 
 def _power(power: float, lower: float, upper: float) -> str:
-    return f"{power:+.2f} ({lower:+.2f} to {upper:+.2f})"
+    ends = ("unbounded" if math.isinf(end) else f"{end:+.2f}" for end in (lower, upper))
+    return f"{power:+.2f} ({' to '.join(ends)})"
 
 
 def by_alpha_and_rank(frame: pandas.DataFrame) -> dict[tuple[float, float], np.ndarray]:
@@ -162,7 +163,11 @@ def law_of_width(claim: Claim, record: Record) -> Result:
 
 @decides("rank-gains-at-high-rates", record="rates")
 def gains_at_high_rates(claim: Claim, record: Record) -> Result:
-    """What the largest rank gains on rank 4 at the lowest rate that both tried, and at rank 4's best, alpha = 32."""
+    """What the largest rank gains on rank 4 at the lowest rate that both tried, and at rank 4's best, alpha = 32.
+
+    It stands if the second gain is larger by more than the margin. It falls if the second is not shown to be larger,
+    and cannot be so by the margin. A growth that is shown and stays within the margin decides nothing.
+    """
     answers = {}
     for data, frame in _of_data(record).items():
         of_rank = best_by_rank(frame, FIXED_ALPHA)
@@ -173,10 +178,10 @@ def gains_at_high_rates(claim: Claim, record: Record) -> Result:
             continue
         gains = np.array([small[rate] - large[rate] for rate in (low, high)])  # (2, seeds, blocks)
         lower, upper = interval(resampled_means(gains[1] - gains[0]))
-        answer = True if lower > MARGIN else False if upper < MARGIN else None
+        answer = True if lower > MARGIN else False if lower <= 0 and upper < MARGIN else None
         words = (
             f"rank {max(of_rank)} gains {gains[0].mean():.4f} nats at {low:g} and {gains[1].mean():.4f} at {high:g}, "
-            f"more by {lower:+.4f} to {upper:+.4f}"
+            f"more by {lower:+.4f} to {upper:+.4f}, margin {MARGIN:g}"
         )
         answers[data] = answer, words
     return _on_language_model(answers)

@@ -11,7 +11,9 @@ import pytest
 
 from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
 from lora_lab.ablation import overfitting as learning
+from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers
 from lora_lab.claims.deciding import IN_OUTPUT
+from lora_lab.claims.rates import by_alpha_and_rank
 from lora_lab.models.digits import DigitsMLP
 
 MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "amd-epyc-2-cores-speed"
@@ -292,3 +294,20 @@ def test_lesson_10_knows_the_effective_rates_of_B(request):
         method.prepare(net := DigitsMLP(width=16), seed=0)
         times[name] = net.hidden1.scaling / 2 * max(group.get("lr_factor", 1) for group in method.groups(net))
     assert json.loads(stated) == times
+
+
+def test_the_page_of_questions_states_how_far_the_best_rates_are_above_full_fine_tunings(readme, lesson):
+    (frame,) = (record.frame() for record in records.load_all("rates").values())
+    best = {
+        setup: best_rate(losses_by_rate(rows)).vertex for setup, rows in frame[frame["data"] == "docs"].groupby("setup")
+    }
+    fixed = [best[f"r={rank}, alpha = 32"] / best["full"] for rank in (1, 2, 4, 8, 16, 32, 64)]
+    stated = said(readme, r"was (\d+) to (\d+) times full fine-tuning's with alpha = 32, at all ranks from 1 to 64")
+    assert stated == [round(min(fixed)), round(max(fixed))]
+    moving = [best[f"r={rank}, alpha = 2r"] / best["full"] for rank in (1, 64)]
+    stated = said(readme, r"with alpha = 2r it was (\d+) times at rank 1 and (\d+) times at rank 64")
+    assert stated == [round(factor) for factor in moving]
+    of_alpha, of_rank = powers(by_alpha_and_rank(frame[frame["data"] == "docs"]))
+    assert abs(of_alpha[0] + 0.5) < 0.1  # "about proportional to 1 / √alpha"
+    assert 0 < of_rank[0] < 0.15  # "a slight rise"
+    assert "on SmolLM2-135M a slight rise" in lesson("12_which_rate")
