@@ -114,7 +114,7 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
         assert f"**{kind}**: {board.QUESTIONS[kind]}" in text or f"### {kind}: {board.QUESTIONS[kind]}" in text
     assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(NAMES)
     drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
-    assert len(drawn) == len(list(folder.glob("*.png"))) == 11
+    assert len(drawn) == len(list(folder.glob("*.png"))) == 12
     for words, file in drawn.items():
         assert re.search(r"\d", words), words
         assert (folder / file).read_bytes().startswith(PNG)

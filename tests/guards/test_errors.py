@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import errno
+import importlib.machinery
+import importlib.util
 import json
 import re
 import shutil
@@ -140,6 +142,13 @@ def _(lab):
     folder = lab.foreign()
     lab.patch.setitem(sys.modules, "transformers", None)
     load_pretrained(folder)
+
+
+@mistake("module 'lora_lab' has no attribute", AttributeError)
+def _(lab):
+    (lab.folder / "lora_lab" / "lora_lab").mkdir(parents=True)  # a clone, seen from the folder around it
+    found = importlib.machinery.PathFinder.find_spec("lora_lab", [str(lab.folder)])
+    return importlib.util.module_from_spec(found).LoRA
 
 
 @mistake("cannot be used here")
