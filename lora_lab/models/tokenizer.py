@@ -128,8 +128,8 @@ class Tokenizer:
         """The tokens that structure a conversation.
 
         These are the special tokens that end or begin a text, stand in the chat template, or are named after a role,
-        because some templates put those together ("<|" + role + "|>"). In some tokenizers, as DeepSeek's, the tokens of
-        roles are not special ones; then they count if they stand in the template.
+        because some templates put those together (``"<|" + role + "|>"``). In some tokenizers, as DeepSeek's, the
+        tokens of roles are not special ones; then they count if they stand in the template.
         """
         template, tokens = self.chat_template or "", []
         ends = {self.backend.id_to_token(token) for token in (self.eos_id, self.bos_id) if token is not None}

@@ -353,7 +353,7 @@ def from_text(
         seq_len: tokens per example.
         name: of the task; defaults to that of the file.
         allow_special: whether the text may hold what stands for a special token that structures conversations or ends
-            a text, such as "<|im_end|>"; it becomes that token. Those that there are, ``about`` counts.
+            a text, such as ``<|im_end|>``; it becomes that token. Those that there are, ``about`` counts.
 
     Raises:
         FileNotFoundError: there is no such file.
