@@ -78,6 +78,14 @@ class Decider:
     published: str = ""
     beside: str = ""
 
+    def of_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
+        """What the function decides from one record, beside those of a second kind where it asks for one.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record lacks what is needed, such as a setup or a column.
+        """
+        return self.function(claim, record, beside) if self.beside else self.function(claim, record)
+
 
 DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
 
@@ -183,9 +191,8 @@ def judge_record(claim: Claim, record: records.Record, beside: Sequence[records.
 
     A record that lacks what is needed, such as a setup or a column, decides nothing.
     """
-    decider = DECIDERS[claim.id]
     try:
-        return decider.function(claim, record, beside) if decider.beside else decider.function(claim, record)
+        return DECIDERS[claim.id].of_record(claim, record, beside)
     except (KeyError, TypeError, ValueError) as error:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
