@@ -159,9 +159,9 @@ def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, fl
         kind: of the blocks Q.
 
     Returns:
-        ``base_error``, |Q(V) - V| / |V|; ``merged_error``, |Q(V + D) - (V + D)| / |V|; ``update``, |D| / |V|;
-        ``change``, |Q(V + D) - Q(V)| / |V|, and ``cosine``, how far that change has the direction of D. Norms are
-        Frobenius norms.
+        ``base_error``, ``|Q(V) - V| / |V|``; ``merged_error``, ``|Q(V + D) - (V + D)| / |V|``; ``update``,
+        ``|D| / |V|``; ``change``, ``|Q(V + D) - Q(V)| / |V|``; and ``cosine``, the cosine between that change and D.
+        Norms are Frobenius norms.
     """
     sums: dict[str, float] = dict.fromkeys(("V", "D", "base", "merged", "change", "product"), 0.0)
     for V, D in layers:
