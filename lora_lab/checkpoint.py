@@ -135,7 +135,7 @@ def advice_if_interrupted(folder: str | Path | None) -> Iterator[None]:
 def _advice(folder: str | Path | None) -> str:
     """How a run that has ended early can go on."""
     if folder is None:
-        return "nothing is left, because the run writes no checkpoints"
+        return "the run cannot be resumed, because it writes no checkpoints"
     if (step := step_of(folder)) is None:
         return f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
     return f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"

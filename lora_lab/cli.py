@@ -180,7 +180,7 @@ def _add_claims(commands: argparse._SubParsersAction) -> None:
     claims = commands.add_parser(
         "claims",
         help="what is claimed about LoRA, and which claims stand, fall or depend on something",
-        description="All claims with their verdicts, computed from records, lessons and by counting; or one of them.",
+        description="List all claims, or show one, with verdicts computed from records, lessons and counts.",
     )
     actions = "show explains a claim; run computes it again, or names the command that measures it (default: list all)"
     claims.add_argument("action", nargs="?", choices=["show", "run"], help=actions)
@@ -208,7 +208,7 @@ def _add_lessons(commands: argparse._SubParsersAction) -> None:
     )
     for name, summary, description in versions:
         command = commands.add_parser(name, help=summary, description=description)
-        where = "is made if it does not exist; what you have changed there is never overwritten"
+        where = "the target folder, created if it does not exist; files that you have changed are never overwritten"
         command.add_argument("folder", metavar="DIR", help=where)
         which = "lessons by their numbers or the beginnings of their names, such as 01 03 (default: all)"
         command.add_argument("--only", metavar="LESSON", nargs="+", help=which)
@@ -249,7 +249,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     tune.add_argument(
         "--allow-special",
         action="store_true",
-        help="what stands for a special token in a .txt file or in texts of JSON Lines becomes that token",
+        help="accept special tokens in a .txt file or in JSON Lines texts, and encode them as special tokens",
     )
     tune.add_argument("--by-length", action="store_true", help="batches of examples of similar length, for speed")
     tune.add_argument("--seed", type=int, default=0, help="seed of adapters and data order")
@@ -260,7 +260,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         "--checkpoint-every",
         type=int,
         metavar="STEPS",
-        help="save a checkpoint so often, from which the same command goes on if it was stopped (default: never)",
+        help="save a checkpoint every STEPS steps; if stopped, the same command resumes from it (default: never)",
     )
     tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
     tune.add_argument("--out", default="runs/finetune", help="folder for the results")
@@ -280,7 +280,7 @@ def _add_generating(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
     generate.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1, words that are there already are less likely"
+        "--repetition-penalty", type=float, default=1.0, help="values above 1 make tokens less likely to be repeated"
     )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--device", help=DEVICE_HELP)
@@ -298,7 +298,7 @@ def _add_generating(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--tokens", type=int, default=200, help="the most tokens of an answer")
     chat.add_argument("--temperature", type=float, default=0.5, help="0 decodes greedily")
     chat.add_argument(
-        "--repetition-penalty", type=float, default=1.1, help="above 1, words that are there already are less likely"
+        "--repetition-penalty", type=float, default=1.1, help="values above 1 make tokens less likely to be repeated"
     )
     chat.add_argument("--seed", type=int, default=0, help="seed of the sampling, above temperature 0")
     chat.add_argument("--device", help=DEVICE_HELP)
@@ -308,7 +308,7 @@ def _add_generating(commands: argparse._SubParsersAction) -> None:
 def _add_exporting(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser("export", help="write an adapter, or a whole model, for llama.cpp, Ollama or others")
     export.add_argument(
-        "adapter", metavar="ADAPTER", help="a folder with an adapter; or a model, whole: its folder, or smollm2-135m"
+        "adapter", metavar="ADAPTER", help="an adapter's folder; or, for a whole model, its folder or smollm2-135m"
     )
     export.add_argument(
         "--out",
@@ -320,7 +320,7 @@ def _add_exporting(commands: argparse._SubParsersAction) -> None:
         "--merged", action="store_true", help="write the whole model, with the adapter merged into its base"
     )
     export.add_argument(
-        "--dtype", help="of the matrices: f32, f16 (the default) or q8_0; in a folder f32 (the default), f16 or bf16"
+        "--dtype", help="dtype of matrices: f32, f16 (the default) or q8_0; for a folder f32 (the default), f16 or bf16"
     )
     export.set_defaults(run=_export)
 
@@ -338,14 +338,14 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
     speed.add_argument(
         "--card",
         metavar="NAME",
-        help="predict for a card that is not here, such as l40s, from its datasheet; an unknown name lists the cards",
+        help="predict for another GPU from its datasheet, such as l40s; an unknown name lists the GPUs",
     )
     speed.add_argument(
         "--dtype",
         help="type of the weights: bfloat16 or float32 (default: bfloat16 with --card, otherwise as they are)",
     )
     speed.add_argument("--device", help=DEVICE_HELP)
-    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in so many rounds")
+    speed.add_argument("--measure", type=int, metavar="ROUNDS", help="also measure real steps, in this many rounds")
     speed.set_defaults(run=_speed)
     _add_json(speed)
 
@@ -399,7 +399,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     record.set_defaults(run=_record)
     _add_json(record)
 
-    check = commands.add_parser("check-record", help="check that a record is whole, before it is handed in or added")
+    check = commands.add_parser("check-record", help="check that a record is complete before you submit it")
     check.add_argument("files", metavar="FILE", nargs="+", help="a file that record wrote")
     check.set_defaults(run=_check_record)
 
@@ -591,7 +591,7 @@ def _speed(options: argparse.Namespace) -> dict[str, Any]:
 
     check(options.measure, Size | None, "--measure")
     if options.card and (options.measure is not None or options.device):
-        raise ValueError(f"--card {options.card} is not here, so that --measure and --device cannot go with it.")
+        raise ValueError(f"--card {options.card} predicts for another machine; leave out --measure and --device.")
     costs = speed.cards.cost_model(options.card) if options.card else None
     device, why = pick_device(options.device)
     factory = architecture(options.model)

@@ -172,7 +172,7 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     Intel Xeon, ``benchmarks/qlora_merge.py``): "dequantised" keeps the validation loss of 3.27; "blocks" raises it to
     3.93, nearly the 3.94 of the base in NF4, since a change smaller than half a gap between two levels is rounded away;
     and "full-precision" lowers it to 3.23. The largest changes of a logit are 0.0001 (float32's rounding), 19 and 15.
-    The last of these models put into NF4 (:func:`lora_lab.quantize_nf4`) has 3.31, so it is the better one in blocks.
+    Quantised to NF4 (:func:`lora_lab.quantize_nf4`), the last of these models has 3.31: better than "blocks".
 
     Every class brings its own forms: the first is what the adapter's :meth:`LoRALayer.merged` returns, the second what
     its base's :meth:`lora_lab.layers.QuantizedLayer.requantized` makes of that matrix, and the third is ``merged`` of

@@ -241,7 +241,7 @@ def explore(
 ) -> Explorer:
     """Show what ``draw`` returns, with a control for each of its arguments.
 
-    Texts of one control are all on the page that has no kernel; otherwise such a page shows the start.
+    A page without a kernel shows all texts of a single control; for figures or several controls it shows the start.
 
     Args:
         draw: takes a value of each control by name, and returns a figure or a text. Drawn once for each setting.

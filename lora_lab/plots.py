@@ -1020,7 +1020,7 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
         ax.set_xlabel(f"training loss ({unit}), falling to the right")
         ax.legend()
     left.set_ylabel(f"validation loss ({unit})")
-    right.set_ylabel(f"validation loss minus full's ({unit})")
+    right.set_ylabel(f"validation loss minus that of full fine-tuning ({unit})")
     return figure
 
 
@@ -1126,7 +1126,7 @@ def after_cuts(
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
     ax.minorticks_off()
-    ax.set_xlabel("rank that is left of each update")
+    ax.set_xlabel("rank to which each update is truncated")
     ax.set_ylabel(ylabel)
     ax.legend()
     return ax

@@ -13,8 +13,8 @@ it again.
 
 No statistic means anything without a baseline. A Gaussian matrix of 576 x 576 has 90 % of its energy in 294 directions,
 the product of Gaussian factors of rank 8 in 7, and neither contains any signal: :func:`by_chance` returns the range of
-a statistic without signal. That sets the scale and shows no learning: for that, compare with a training of as many
-steps that has nothing to learn (lesson 11).
+a statistic without signal. That sets the scale, but a value outside the range does not show learning: for that, compare
+with a training run of the same number of steps that has nothing to learn (lesson 11).
 
 Shapes in the comments: an update of a weight from 576 to 192 (W is 192 x 576, k = 192) by an adapter of rank 8.
 """

@@ -264,7 +264,9 @@ class Task:
         return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Check, before it is changed, that a model can be trained on this task: has parameters, and knows all tokens.
+        """Check that a model can be trained on this task, before training changes it.
+
+        The model must have parameters, and its vocabulary must contain all tokens of the task.
 
         Warns of examples that are longer than the model's context.
 

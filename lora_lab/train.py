@@ -541,7 +541,7 @@ def batch_losses(
     by_length: bool = False,
     processes: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, int]]:
-    """The mean loss of each batch of a part in turn, and how many targets it is of, without dropout.
+    """Yield each batch's mean loss and the number of targets in that mean, for one part, without dropout.
 
     The losses are on the CPU, in float64. Batches without a target that counts are left out.
 

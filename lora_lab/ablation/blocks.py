@@ -1,10 +1,11 @@
-"""Losses, and shares of right answers, by blocks of examples, so that an interval can count which ones were drawn.
+"""Losses and accuracies by blocks of examples, so that an interval can account for the choice of examples.
 
     frame = ablate(model, task, trials, folder, judge=BlockLosses({"validation": 256, "test": 512}))
     block_losses_of(row, "test")    # of a row of the frame: 64 losses of 8 examples each
 
-The mean of a few hundred examples moves by their choice as much as by the seed, and two trials that are compared share
-their examples. A bootstrap over blocks of them measures it (see :mod:`lora_lab.ablation.learning_rate`).
+The mean loss of a few hundred examples depends on the choice of examples as much as on the seed. Trials that are
+compared share their examples. A bootstrap over blocks of examples measures this effect (see
+:mod:`lora_lab.ablation.learning_rate`).
 """
 
 from __future__ import annotations

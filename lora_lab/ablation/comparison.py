@@ -70,9 +70,9 @@ class Study:
 
     @property
     def trials(self) -> list[Trial]:
-        """The trials that are planned, at least: those of the first grids, and at one of their rates those that judge.
+        """The trials that run in any case: those of the first grids, and the judging trials.
 
-        Of the latter the rate is not known before.
+        The rates of the judging trials are not known in advance, so the first rate of each grid stands in for them.
         """
         grids = {setup: lrs for setup, lrs in self.lrs.items() if len(lrs) > 1}
         chosen = [(setup, lr, seed) for setup, lrs in grids.items() for lr in lrs for seed in self.choosing]
@@ -142,11 +142,11 @@ def differences(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pandas.DataFrame:
-    """The loss of each setup, less that of one, after the last step of the trials that judge.
+    """Each setup's loss minus the reference's, after the last step of the judging trials.
 
-    The interval is the longer of two at either end: a bootstrap over seeds and blocks of examples, which is too short
-    with few seeds, and Student's t over the seeds, which counts the examples as given. Neither counts the chance in the
-    choice of the rates.
+    Each end of the interval is the outer one of two: a bootstrap over seeds and blocks of examples, which is too narrow
+    with few seeds, and Student's t over the seeds, which takes the examples as fixed. Neither includes the uncertainty
+    in the choice of the rates.
 
     Args:
         frame: what :func:`compare_tuned` yields, together.

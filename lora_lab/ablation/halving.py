@@ -18,8 +18,8 @@ trails the best is stopped only if
 
    h is not within the warm-up, where no rate has come to its peak yet; and
 
-3. it is the lower of the two, unless the schedule is constant. A decaying schedule takes from a high rate, in its last
-   steps, a loss that no curve before shows.
+3. it is lower than the best rate, unless the schedule is constant. Under a decaying schedule the loss of a high rate
+   falls further in the last steps, which its curve up to there does not show.
 
 All the same a rate may be stopped that would have become the best, most often one that is nearly as good. A ``slack``
 of the margin of the verdict makes it rarer and saves less; `benchmarks/halving.py` measures both.
@@ -157,7 +157,7 @@ class Halving:
         reason = "another seed failed at this learning rate, so it cannot be chosen"
         stopped: dict[float, tuple[int | None, str]] = {lr: (None, reason) for lr in failed}
         left = {lr: by_seed for lr, by_seed in sorted(curves.items()) if lr not in failed}
-        if not left:  # nothing can be chosen, and what can be known is still worth knowing
+        if not left:  # every rate has failed: no choice can be made, so the other seeds go on and show what they can
             return Decision({}, None)
         for step, earlier in self.rungs_at(plan):
             if len(left) < 2:

@@ -299,11 +299,11 @@ class BestRate:
         if self.vertex is None:
             return f"{self.tried:.3g}, the {self.edge} rate tried, so the best may lie beyond"
         if self.seeds * self.blocks == 1:
-            return f"{self.vertex:.3g} (one loss a rate, so without an interval; of those tried {self.tried:.3g})"
+            return f"{self.vertex:.3g} (one loss per rate, so no interval; best rate tried: {self.tried:.3g})"
         lower = "below all tried" if self.lower is None else f"{self.lower:.3g}"
         upper = "above all tried" if self.upper is None else f"{self.upper:.3g}"
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
-        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}, {seeds}: {lower} to {upper}; of those tried {self.tried:.3g})"
+        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}, {seeds}: {lower} to {upper}; best rate tried: {self.tried:.3g})"
 
 
 def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> BestRate:

@@ -164,8 +164,8 @@ class Rule:
 def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
     """The rule with the factor that suits most of the runs, and its mean absolute error in doublings, unrounded.
 
-    The factor is the median of enough / statistic over the tasks, in logarithms, of which each counts once; enough is
-    the smallest rank that is shown to be.
+    The factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale. Each task counts
+    once. The enough rank is the smallest rank that the sweep shows to be enough.
     """
     by_task: dict[str, list[float]] = {}
     for run in runs:

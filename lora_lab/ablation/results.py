@@ -21,7 +21,7 @@ SCHEMA = 1
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
 OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
 STOPPED = "stopped"  # the outcome of a trial that halving has stopped
-OUT_OF_MEMORY = "out of memory"  # how the reason of a trial begins that did not fit; others that failed diverged
+OUT_OF_MEMORY = "out of memory"  # begins the reason of a trial that did not fit; all other failed trials diverged
 SCORE = "score_"  # how the columns of a judge's scores begin
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
 

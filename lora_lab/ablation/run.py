@@ -91,12 +91,12 @@ def ablate(
     Args:
         model_factory: makes the model that every trial starts from, the same each time, on the device where it is
             to be trained; or such a model, which is copied for each trial and left as it is. A model is sent to
-            workers with every trial, a function that can be imported there only by its name.
+            workers with every trial; of a function that they can import, only the name is sent.
         task: data and loss; or a function that makes it, which is called once in each process.
         trials: a :class:`~lora_lab.ablation.grid.Grid` or a list of trials. Repeats are run once.
         folder: where results are kept, one file a trial; None keeps none, and an interrupt then loses all.
-        n_jobs: processes; None is one, this one, or what the caller's ``joblib.parallel_config`` says. Each worker
-            computes with one torch thread.
+        n_jobs: number of processes; None means this process alone, or what the caller's ``joblib.parallel_config``
+            says. Each worker computes with one torch thread.
         engine: "separate" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
             (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed and runs the rest one by one.
         budget_bytes: memory for one pack, by :func:`lora_lab.costs.memory.predict`; default half of what is free on
@@ -182,10 +182,10 @@ def ablate(
             if folder is not None:
                 _keep(folder, arrival)
             elif failures:
-                raise _judge_error(failures, "mend it, and give a folder, so that no training is lost")
+                raise _judge_error(failures, "fix the judge, and pass a folder, so that no training is lost")
             bar.update()
     if failures:
-        raise _judge_error(failures, f"mend it and start the sweep again: what was trained is kept in {folder}")
+        raise _judge_error(failures, f"fix the judge and start the sweep again: the trained weights are in {folder}")
     return table(results.values())
 
 
@@ -343,7 +343,7 @@ def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None
 
 
 def _reporting(backend: Any) -> Any:
-    """joblib's backend for Dask, made to report errors of Dask too, such as KilledWorker: a trial lost four workers.
+    """joblib's Dask backend, extended to report Dask's own errors, such as KilledWorker after four lost workers.
 
     joblib's own reports only the errors of functions, and would wait for such a trial forever.
     """

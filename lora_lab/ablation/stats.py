@@ -36,11 +36,11 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Means over seeds and blocks of examples in samples of a bootstrap, which draws both with replacement.
 
-    All else in ``values`` shares the seeds and the examples, so differences between the means are paired. What is noise
-    of single trials on single blocks counts up to three times, which makes intervals too long (Owen 2007, "The
-    Pigeonhole Bootstrap", Annals of Applied Statistics 1); what is noise of whole trials is drawn from few seeds, which
-    makes them too short: where nothing else varies, a 95 % interval of three seeds holds a planted value in four cases
-    of five.
+    The other dimensions of ``values`` share the seeds and the examples, so differences between the means are paired.
+    Noise of a single trial on a single block is counted up to three times, which makes intervals too wide (Owen 2007,
+    "The Pigeonhole Bootstrap", Annals of Applied Statistics 1). Noise of whole trials is drawn from few seeds, which
+    makes intervals too narrow: where nothing else varies, a 95 % interval from three seeds contains a planted value in
+    four cases of five.
 
     Args:
         values: (..., seeds, blocks).

@@ -46,8 +46,8 @@ def combine(
     * "cat" puts the factors side by side. The update is the sum to rounding, and its rank is the sum of the ranks.
     * "svd" is the nearest update of the given rank.
     * "linear" adds the factors, each multiplied by the square root of w_i s_i. It keeps the rank, but B A then also
-      has the products of one adapter's B with another's A: in general it is *not* the sum of the updates. An adapter
-      and itself at half the weight each give twice its update.
+      has the products of one adapter's B with another's A: in general it is *not* the sum of the updates. Combining
+      an adapter with itself, each at weight 0.5, for example, gives twice its update.
 
     Args:
         adapters: folders, or what :func:`read_adapter` or :func:`lora_lab.adapter_state` returned; of plain LoRA,

@@ -19,7 +19,7 @@ from lora_lab.tasks.instruction import stop_token
 HELP = """\
 /adapter NAME     answer with this adapter
 /off              answer as the base model
-/strength NUMBER  let the adapter's update count so many times: 0 is the base, 1 the adapter as it was trained
+/strength NUMBER  multiply the adapter's update by NUMBER: 0 gives the base, 1 the adapter as it was trained
 /new              begin a new conversation
 /quit             end (so does the end of the input)"""
 
@@ -132,8 +132,8 @@ class Conversation:
                 return "From the next answer on it is the base model that answers."
             if word == "/strength":
                 self.strength = _number(value)
-                waits = "" if self.name else ", once /adapter NAME puts one on"
-                return f"The adapter's update counts {self.strength:g} times from now on{waits}."
+                waits = "" if self.name else ", once /adapter NAME has chosen an adapter"
+                return f"The adapter's update is multiplied by {self.strength:g} from now on{waits}."
             if word == "/new":
                 self.messages.clear()
                 return "A new conversation begins."

@@ -6,8 +6,8 @@
     fit(control, spectra.null(task, base), LoRA(rank=8), **settings)
     print(spectra.table(spectra.report(base, tuned)), spectra.table(spectra.report(base, control)))
 
-What a statistic is for noise says what chance does, but noise has passed neither through the net nor through the
-optimiser. Here only the labels differ: they are drawn anew for every batch from the base's own predictions. No model
+A statistic's value for noise shows what chance alone gives, but noise has passed neither through the net nor through
+the optimiser. Here only the labels differ: they are drawn for every batch from the base's own predictions. No model
 predicts them better than the base, so on average the loss cannot fall.
 """
 

@@ -7,9 +7,9 @@
 The statistics are those of :mod:`lora_lab.rank`. Each comes with its band for noise, in the columns
 ``<statistic>_low`` and ``<statistic>_high``, which holds 95 % of draws: a product of Gaussian factors of the same shape
 and rank for an adapter, a Gaussian matrix for a difference of two matrices. Where the norm matters, both have the norm
-of the update. Noise sets the scale and is no null for training: an update that had nothing to learn, from labels
-drawn from the base's own predictions, lies below the band too (lesson 11). :func:`null` makes the task of such a
-training, with which the same report says what training alone writes.
+of the update. Noise sets the scale, but it is not a null model of training: an update from labels drawn from the base's
+own predictions, with nothing to learn, lies below the band, too (lesson 11). :func:`null` makes a task for such a
+training run; a report on that run shows what training alone writes.
 """
 
 from __future__ import annotations

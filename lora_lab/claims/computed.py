@@ -1,6 +1,6 @@
 """Verdicts by computing with small layers and random matrices: exact statements, which need no training of a model.
 
-Each takes well under a second or two on one core, from seeds of its own.
+Each takes two seconds at most on one core, and draws its random numbers from its own seeds.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et
 
 
 def rank_of_equal_static_memory(config: LlamaConfig) -> int:
-    """The rank from which on LoRA's weights, gradients and averages of Adam in float32 need more than full's."""
+    """The lowest rank at which LoRA's weights, gradients and Adam moments (float32) exceed full fine-tuning's."""
     whole = sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
     return (ADAM - FLOAT32) * whole // (ADAM * adapter_size(config, ALL)) + 1
 

@@ -48,7 +48,7 @@ class Result:
         machine: where it was measured; "any" if the same comes out on every machine.
 
     Raises:
-        ValueError: another verdict; or one that depends, and does not say on what, or says so and does not.
+        ValueError: the verdict is unknown; or it is "depends" without an ``on``, or another verdict with one.
     """
 
     verdict: str

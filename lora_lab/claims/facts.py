@@ -38,7 +38,7 @@ class Claim:
         kind: one of :data:`KINDS`.
         fair: whether our test is fair to the claim, one of :data:`FAIRNESS`.
         why: why it is fair, or what it cannot show.
-        changes: what would change the verdict.
+        changes: what would decide the claim, if it is open, or change its verdict.
         value: ``number`` as a number, if the verdict's function compares with it.
         values: further numbers of ``number`` that it compares with, in the order in which it takes them.
         record: the kind of record that the claim waits for, if it is open.

@@ -68,7 +68,7 @@ def forgets_more_at_defaults(claim: Claim, record: Record) -> Result:
     text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
     beside = "; ".join(words for _, _, words in _at_equal_learning(record, [lora], full))
     verdict = STANDS if row["lower"] > 0 else FALLS if row["upper"] < 0 else OPEN
-    return Result(verdict, f"{text}; where as much was learned: {beside}")
+    return Result(verdict, f"{text}; at equal learning: {beside}")
 
 
 @decides("kl-predicts-forgetting", record="remedies")

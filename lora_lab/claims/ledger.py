@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_lab import records
 from lora_lab.claims import computed, counted, forgetting, measured, rates  # noqa: F401  # they register themselves
-from lora_lab.claims.deciding import DECIDERS, OPEN, VERDICTS, Result, judge
+from lora_lab.claims.deciding import DECIDERS, OPEN, UNTESTABLE, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 from lora_lab.system.schema import check
 
@@ -95,7 +95,7 @@ class Entry:
             "shown by": result.shown_by,
             "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
             "fair test": f"{claim.fair}: {claim.why}",
-            "would change it": claim.changes,
+            "would decide it" if result.verdict in (OPEN, UNTESTABLE) else "would change it": claim.changes,
         }
         indent = 17 * " "
         filled = [

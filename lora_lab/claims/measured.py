@@ -92,7 +92,7 @@ def less_memory(claim: Claim, record: Record) -> Result:
         for ratio, words in _memory_ratios(record, [pair]):
             cases.append((ratio > 1, f"rank {pair[1].partition('=')[2].partition(',')[0]} {words}"))
     rank = rank_of_equal_static_memory(shapes.config("smollm2-135m"))
-    counted_case = f"from rank {rank} on SmolLM2-135M's weights, gradients and averages of Adam alone (counted)"
+    counted_case = f"from rank {rank} upwards, counting only SmolLM2-135M's weights, gradients and Adam's moments"
     return over_cases([*cases, (False, counted_case)] if cases else [], "the rank")
 
 

@@ -180,7 +180,7 @@ class CardCosts(CostModel):
         if many := [f"{share * 100:.0f} % ({name})" for name, share in shares.items() if share > _MANY_LAUNCHES]:
             doubts.append(
                 f"Launches alone make up {', '.join(many)} of the predicted time, and each may take longer than is "
-                "assumed: the real time may be a multiple of the predicted one, and the ratio another."
+                "assumed: the real time may be several times the predicted one, and the ratio may differ, too."
             )
         sizes = {name: work.static_bytes for name, work in prediction.works.items()}
         if large := [f"{size / GIB:,.1f} GiB ({name})" for name, size in sizes.items() if size > chosen.memory_bytes]:

@@ -47,7 +47,8 @@ class Communication:
         """What each process sends, and receives, at the least: 2 (n - 1) / n of what is summed, without headers.
 
         A ring reaches that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters of
-        workstations, section 3): n - 1 times 1/n of the sum is passed on to be added to, and n - 1 times to be copied.
+        workstations, section 3): each process passes on 1/n of the data n - 1 times to be added, and n - 1 times to be
+        copied.
         """
         return 2 * (self.processes - 1) / self.processes * self.reduced_bytes
 

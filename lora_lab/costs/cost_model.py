@@ -475,8 +475,8 @@ class CostModel:
         fixed = (batch_size if seq_len is None else seq_len) or 0
         if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
             raise ValueError(
-                f"between is {between}, but it must be two rising numbers of tokens, the second at least the "
-                f"{fixed} of one step, which must be 1 or more."
+                f"between is {between}, but it must be two ascending numbers of tokens; the second must be at least "
+                f"{fixed}, the tokens of the smallest step, which must have 1 or more."
             )
 
         def point(count: int) -> tuple[int, float]:

@@ -64,7 +64,7 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
     reads = getattr(model, "main_input_name", "input_ids")
     if reads == "pixel_values":
         if seq_len is not None:
-            raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads pictures; leave it out.")
+            raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads images; leave seq_len out.")
         inputs = _pictures(model, check(batch_size, Size, "batch_size"))
     elif reads == "input_ids":
         inputs, targets = token_batch(model, batch_size, seq_len)

@@ -115,7 +115,7 @@ def report(
     if not setups:
         raise ValueError("setups is empty, so there is nothing to report; give some, such as training_setups(8).")
     if look_for and budget_bytes is None:
-        raise ValueError(f"look_for is {look_for!r}, but there is no budget_bytes to look for what fits into.")
+        raise ValueError(f"look_for is {look_for!r}, but budget_bytes is missing; give the memory to fit into.")
     bills: dict[str, Bill] = {}
     with progress_bar(len(setups), "memory", None, "setup") as bar:
         for label, setup in setups.items():
@@ -136,7 +136,7 @@ def report(
             bar.update()
     predicted_for, estimated = device_to_predict(model, device)
     if estimated or predicted_for.type == "cuda":
-        print("Beside it a process keeps CUDA's own context on the card, some hundred MiB, and the allocator's gaps.")
+        print("In addition, CUDA's own context takes a few hundred MiB on the GPU, and the allocator leaves gaps.")
     for bill in bills.values() if with_bills else ():
         print(f"\n{bill}")
     return bills

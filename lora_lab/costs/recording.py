@@ -134,9 +134,9 @@ class _Life:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a function did when it was called: its operations, and its storages, whose times count from the first one.
+    """A recorded function call: its operations, and its storages with times relative to its first operation.
 
-    The storage that is not released is the result's, of which ``like`` has shape, strides, dtype and device.
+    The one storage that is not released is that of the result. ``like`` makes an empty tensor of its form.
     """
 
     names: Sequence[str]
@@ -281,7 +281,8 @@ class StorageLog(StepTracer):
     def _note_sum(self, first: Tensor, total: Tensor) -> None:
         """Remember a sum that autograd makes of two gradients of one tensor, and that may take the first one's storage.
 
-        The first was then made by another of its nodes than the one that is running. A view gives no storage away.
+        In that case the first gradient was made by another node of the graph than the one that is running. A view never
+        gives its storage away.
         """
         before, after = (self._alive.get(storage_of(tensor)) for tensor in (first, total))
         if before is None or after is None or before[0].node == after[0].node or first._is_view():

@@ -51,8 +51,8 @@ SETUPS: dict[str, Method] = {
 CENTRES = {"full": 1.25e-4, "LoRA r=1": 2e-3, "LoRA r=8": 1e-3, "LoRA r=64": 5e-4, "last blocks": 2.5e-4}
 # Rates compare by their lowest losses so far, and one is stopped if it is behind by more than seeds differ.
 HALVING = Halving(best_so_far=True, slack=0.01)
-REPLIES = 100  # windows of 32 tokens: as long are 32 replies with their prompts
-COUNTED = 3  # of five rates: as many as have the steps that halving leaves at a constant rate
+REPLIES = 100  # windows of 32 tokens, about as long as 32 replies with their prompts
+COUNTED = 3  # of five rates: with halving, five constant rates take about as many steps as three full ones
 _COLUMNS = (
     *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def planned(self) -> list[Trial]:
-        """The trials to reckon with, if no grid is widened; of the rates that judge it is not known which."""
+        """The expected trials if no grid is widened; the first rate stands in for the rate still to be chosen."""
         trials = []
         for size in self.epochs:
             for setup, lrs in self.lrs(size).items():
@@ -190,7 +190,7 @@ def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str
 
 
 def _edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
-    """Setup -> at which edge of its grid the rate is that was chosen, if any."""
+    """Setup -> the edge of its grid at which the chosen rate lies, if it lies at one."""
     import pandas
 
     frame = pandas.concat(choosing, ignore_index=True)

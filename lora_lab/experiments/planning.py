@@ -33,7 +33,7 @@ def planned_hours(
         seq_len: tokens an example.
         device: where they train.
         judged: how many more examples each trial is evaluated on at its end.
-        off_domain: how many examples of ``seq_len`` tokens that part is long; None is as many as are evaluated.
+        off_domain: the length of that part, in examples of ``seq_len`` tokens; None means as many as are evaluated.
 
     Raises:
         ValueError: the trials have different batch sizes.

@@ -1,4 +1,4 @@
-"""``lora-lab record quality``: is LoRA as good as full fine-tuning, and up to which number of steps does which rank?
+"""``lora-lab record quality``: is LoRA as good as full fine-tuning, and up to how many steps does each rank keep up?
 
 Full fine-tuning and LoRA of three ranks on the real model, after several numbers of steps, each with the learning rate
 that is best for that number.

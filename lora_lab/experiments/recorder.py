@@ -32,7 +32,7 @@ class Recorder:
 
 
 def take_over(name: str) -> int:
-    """Copy what is there of a record that is not whole yet to where its recorder goes on.
+    """Copy the finished trials of an incomplete record to the folder in which its recorder continues.
 
     A study of many hours takes several sittings. A trial that has ended is a file in ``runs/record-<name>``, which git
     ignores; those that are committed in ``records/unfinished/<name>`` need not be run again, on any machine.

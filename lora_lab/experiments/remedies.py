@@ -1,4 +1,4 @@
-"""``lora-lab record remedies``: what eases forgetting when as much is learned, and what predicts it?
+"""``lora-lab record remedies``: what reduces forgetting at equal learning, and what predicts forgetting?
 
 LoRA of rank 8 learns Python's manual: as it is, at three rates; with a share of the base's own replies, or of other
 text, among its training examples; with a penalty on the divergence from the base; with weight decay; and its adapter

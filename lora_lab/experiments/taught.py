@@ -1,9 +1,10 @@
-"""``lora-lab record taught``: what courses print of LoRA and full fine-tuning on models of this size, and what is left.
+"""``lora-lab record taught``: do the results on LoRA and full fine-tuning that courses print survive tuned rates?
 
-A course has LoRA of rank 4 and full fine-tuning learn sentiment, both at full fine-tuning's rate and LoRA with an alpha
-of 1: LoRA is much worse. A public repository prints that LoRA of rank 4 has the far lower perplexity, in minutes where
-full fine-tuning takes hours. Both are repeated here as they are taught, on SmolLM2-135M and data of this project, and
-then with nothing changed but the learning rates, each method at its best one. Steps of both methods are timed in turn.
+One course trains a sentiment classifier with LoRA of rank 4 and with full fine-tuning, both at full fine-tuning's rate,
+and LoRA with alpha = 1. There LoRA is much worse. A public repository reports that LoRA of rank 4 has a far lower
+perplexity, and takes minutes where full fine-tuning takes hours. Both comparisons are repeated here as they are taught,
+on SmolLM2-135M and this project's data. Then only the learning rates change: each method gets its best one. Steps of
+both methods are timed in turn.
 """
 
 from __future__ import annotations

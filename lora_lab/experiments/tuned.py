@@ -48,7 +48,7 @@ class Planned:
         seq_len: tokens an example, of a language model.
         source: makes the model and the task on a device; None makes those of the study of that name
             (:func:`lora_lab.ablation.studies.study`).
-        again: trials that are run once more for further rows, as far as known before: for the planned hours.
+        again: trials that will be run once more to make further rows; used to estimate the planned hours.
         again_on: how many examples each of those is evaluated on.
     """
 

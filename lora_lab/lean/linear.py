@@ -20,7 +20,7 @@ from lora_lab.models.quantize import BlockLinear
 
 
 class JointLinear(nn.Module):
-    """A linear layer of another kind, which says itself how several of its kind multiply one input: a pack's layers."""
+    """A linear layer that defines how several layers of its class multiply one input, such as the layers of a pack."""
 
     def project(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
         """As the function :func:`project`, of layers of this class."""

@@ -31,9 +31,9 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
         inputs, targets: token ids (batch, length), or as for :func:`lora_lab.tasks.rows.row_cross_entropy`; a target of
             -100 does not count.
         rows: tokens whose logits exist at the same time.
-        every_target: whether every target is known to count. Otherwise the targets are read, for which Python waits on
-            a GPU. If it is wrong, the head's targets of -100 raise an error, or make the loss NaN over a head in
-            blocks.
+        every_target: whether the caller knows that every target counts. If not, the targets are read, which makes
+            Python wait for a GPU. If True is wrong, a target of -100 raises an error, or makes the loss NaN if the
+            head is in blocks.
     """
     ids, positions = inputs.unbind(1) if inputs.ndim == 3 else (inputs, None)  # (4, 128), (4, 128)
     hidden = model.model(ids, position_ids=positions).flatten(0, 1)  # (512, 576)

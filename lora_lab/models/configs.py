@@ -13,7 +13,7 @@ from lora_lab.models.llama import MOST_LAYERS, LlamaConfig, RopeScaling
 from lora_lab.system.files import read_json
 from lora_lab.system.schema import check
 
-# Of entries that count something a model is built of, by their last word: more than any real model has.
+# Upper limits, above any real model, for config entries whose names end in these words, such as num_hidden_layers.
 _MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "labels": 10**6}
 
 

@@ -88,7 +88,7 @@ def continued(
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(
-            f"The prompt's tokens go from {int(ids.min())} to {int(ids.max())}, but the model knows {vocabulary}; "
+            f"The prompt's token ids range from {int(ids.min())} to {int(ids.max())}, but the model has {vocabulary}; "
             "encode the prompt with the model's own tokenizer."
         )
     check_context(model, len(ids), max_new_tokens)

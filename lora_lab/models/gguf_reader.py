@@ -94,7 +94,7 @@ def read_gguf(path: str | Path) -> StoredModel:
         )
     if fields.get("general.type", "model") != "model":
         raise ValueError(
-            f"{path.name} holds no model but one's {fields['general.type']!s:.80}; name the GGUF file of the model, "
+            f"{path.name} is a GGUF file of type {fields['general.type']!s:.80}, not a model; name the model's file, "
             "and load an adapter from its folder with load_adapter."
         )
     check(fields, _Header, f"{path}: the header")

@@ -53,7 +53,7 @@ class Layout:
 def layout_of(model: nn.Module) -> Layout:
     """The layout of a model in a GGUF file; the model may be on torch's meta device.
 
-    llama.cpp's attention in these architectures has no window, so the context of a model that has one ends with it.
+    llama.cpp has no sliding-window attention in these architectures, so a model that uses it is limited to its window.
 
     Args:
         model: a :class:`lora_lab.Llama`, or of transformers: Llama, Mistral, Qwen2 or Qwen3.
@@ -66,7 +66,7 @@ def layout_of(model: nn.Module) -> Layout:
     kind = type(model).__name__
     if kind not in _ARCHITECTURES:
         raise ValueError(
-            f"The model is a {kind}, but a GGUF file is written here only of a lora_lab.Llama and of transformers' "
+            f"The model is a {kind}, but lora_lab writes GGUF files only for a lora_lab.Llama and for transformers' "
             f"{', '.join(_ARCHITECTURES)}; {_REMEDY}."
         )
     architecture, entries = _ARCHITECTURES[kind], model.config.to_dict()  # pyright: ignore

@@ -81,7 +81,7 @@ class LlamaReader(Reader):
         """A reader of a batch of texts that all begin with the one text that this one has read, without padding.
 
         Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
-        beginning are turned on by as many positions: rotations add up.
+        beginning are rotated by the number of padding positions: rotations add up.
 
         Args:
             mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.

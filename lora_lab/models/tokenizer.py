@@ -119,7 +119,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """What stands for a special token in a text, and the token's id."""
+        """The special tokens, as they are written in a text, with their ids."""
         added = self.backend.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
@@ -153,7 +153,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
-        """Check that a text by a user can be read as text.
+        """Check that a user's text contains no control tokens and no invalid characters.
 
         Args:
             what: the text is, for the message.
@@ -309,7 +309,7 @@ class Tokenizer:
         kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pre not in list(PRE_TOKENIZERS):  # a list, because pre may be anything
             raise ValueError(
-                f"The GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}) is not built here, only 'gpt2' with one of "
+                f"lora_lab cannot build the GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}), only 'gpt2' with one of "
                 f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
             )
         check(fields, _Header, "The GGUF file's header")
@@ -333,7 +333,7 @@ class Tokenizer:
         """The entries of a GGUF file's header from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
 
         Qwen2's puts a text into Unicode's NFC first, which :meth:`from_gguf` does too, but llama.cpp does not: of a
-        text that is not in NFC, such as a letter and its accent in two characters, its tokens are others.
+        text that is not in NFC, such as a letter and its accent in two characters, llama.cpp's tokens differ.
 
         Args:
             vocab_size: rows of the model's embedding. Ids without a token become unused tokens, such as "[PAD260]".

@@ -95,7 +95,6 @@ _WORDS = {
     "Input should be": "it must be",
     "valid ": "",
     "a integer": "a whole number",
-    "a string": "a text",
     "a boolean": "true or false",
     "a dictionary": "an object",
     "greater than or equal to": "at least",

@@ -85,7 +85,7 @@ def _form(entry: Mapping[str, Any]) -> tuple[set[str], tuple[Turn, ...], str]:
     if missing:
         raise ValueError(f"has {' and '.join(map(repr, sorted(known)))}, but lacks {' or '.join(map(repr, missing))}")
     raise ValueError(
-        f"has only {shortened(str(sorted(map(str, entry))), 80)}, and no form known here has these keys, such as "
+        f"has the keys {shortened(str(sorted(map(str, entry))), 80)}, which match no known form; use a form such as "
         f'{_EXAMPLE}, {{"messages": [...]}} or {{"text": "..."}}'
     )
 

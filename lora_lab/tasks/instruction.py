@@ -38,7 +38,7 @@ from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
 _SAMPLE = "Good day."  # of an assistant
-_MOST_CHARACTERS = 1000  # of a token: more than any has, so that much longer texts need not be tokenised to be too long
+_MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
 T = TypeVar("T")
 _Turn = Annotated[Sequence[str], Field(min_length=2, max_length=2)]
 
@@ -352,8 +352,8 @@ def from_text(
         path: of the file.
         seq_len: tokens per example.
         name: of the task; defaults to that of the file.
-        allow_special: whether the text may hold what stands for a special token that structures conversations or ends
-            a text, such as ``<|im_end|>``; it becomes that token. Those that there are, ``about`` counts.
+        allow_special: whether the text may contain the special tokens that structure conversations or end a text, such
+            as ``<|im_end|>``. They are then encoded as these tokens, and ``about`` states how often each occurs.
 
     Raises:
         FileNotFoundError: there is no such file.

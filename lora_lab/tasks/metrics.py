@@ -44,7 +44,7 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
     if not 1 <= len(predictions) <= len(task.pairs[part]):
         raise ValueError(
             f"There are {len(predictions)} predictions, but the {part} part has {len(task.pairs[part])} prompts; give "
-            "from one prediction to one for each prompt."
+            "at least one prediction, and at most one for each prompt."
         )
     return METRICS[task.metric](predictions, [pair.answer for pair in task.pairs[part][: len(predictions)]])
 

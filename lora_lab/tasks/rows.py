@@ -1,4 +1,4 @@
-"""Several examples in one row, so that short ones need no padding ("packing", in the field's word).
+"""Packing: several examples in one row, so that short examples need no padding.
 
     task = share_rows(summarise(tokenizer), length=512)
     fit(model, task, LoRA(rank=8), steps=100, lr=1e-3, batch_size=2)  # a batch is of rows now, each of many examples
@@ -33,9 +33,9 @@ _ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
 def row_cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """``cross_entropy`` of rows that hold several examples each.
 
-    Of models that can leave logits out, ours and those of transformers, only the columns are asked for in which a
-    target of some row counts: answers are a small part of the tokens, and logits a large part of the work. (Not on fake
-    tensors, which have no values: a prediction counts all columns.)
+    Our Llama and the models of transformers can skip logits. They are asked only for the columns in which a target of
+    some row counts: answers are a small part of the tokens, and logits a large part of the work. (Fake tensors have no
+    values, so for them all columns are computed.)
 
     Args:
         model: a causal language model that takes ``position_ids``.

@@ -6,7 +6,7 @@
 
 A sentence has a subject, a verb in the present or the future, negated or not, and an object; subject and object have a
 determiner and perhaps an adjective. French asks for gender and number in determiners and adjectives, puts most
-adjectives behind the noun, elides vowels (l'épée, n'achète) and has other verbs for many than for one.
+adjectives after the noun, elides vowels (l'épée, n'achète) and has different verb forms for singular and plural.
 
 The test part separates what can be remembered from what must be put together: its sentences have either a verb with an
 object that training never shows together ("new combination"), or an object that training never shows ("new word"). And

@@ -124,8 +124,8 @@ def from_arrays(
 ) -> Task:
     """A task for small nets from arrays, as scikit-learn takes them: classification or regression.
 
-    Four fifths of the examples are for training, a tenth each for validation and test, drawn at random; of each class
-    as much as of all, where a class has ten examples or more.
+    Four fifths of the examples are for training, a tenth each for validation and test, drawn at random. The split is
+    stratified by class if each class has ten examples or more.
 
     Args:
         X: features, (n, ...); they become float32. Scale them as the model needs.
@@ -153,7 +153,7 @@ def from_arrays(
     if values.ndim == 0:
         raise ValueError(f"y is {short_repr(y)}, but it must be an array (n,), or (n, outputs).")
     if len(features) != len(values):
-        raise ValueError(f"X has {len(features)} examples and y has {len(values)}, but each needs one of the other.")
+        raise ValueError(f"X has {len(features)} examples and y has {len(values)}, but both must have the same number.")
     if len(features) < 10:
         raise ValueError(f"There are {len(features)} examples, but a split into three parts needs at least 10.")
     floating = values.dtype.kind == "f"

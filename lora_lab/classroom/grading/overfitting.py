@@ -58,7 +58,7 @@ def makes_it_largest(rig, rng):
 
 @invariant_of("fair")
 def compares_rises(fair, rng):
-    """Where all rises of LoRA are higher by some amount, the result is; where all of full are, it is lower."""
+    """If all rises of LoRA grow by an amount, so does the result; if all rises of full do, the result falls by it."""
     full, lora = ({"lowest": rng.uniform(0, 1, (5, 8)), "rise": rng.uniform(0, 1, (5, 8))} for _ in range(2))
     result = fair(full, lora, [1, 4, 6], [0, 2, 3, 5, 7])
     more = fair(full, {"lowest": lora["lowest"], "rise": lora["rise"] + 0.3}, [1, 4, 6], [0, 2, 3, 5, 7])

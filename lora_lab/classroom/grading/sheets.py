@@ -1,8 +1,8 @@
 """The exercises of a lesson as a sheet, and a course of such sheets, which nbgrader hands out, collects and grades.
 
 A sheet has the lesson's imports, the text of each exercise with its answer, a locked cell with hidden tests after each,
-and a reflection at the end. So to run and grade it takes seconds, and neither a model nor the rest of the lesson. Who
-works on it has the lesson open beside it, because the texts use what that explains: each names its section.
+and a reflection at the end. So running and grading a sheet takes seconds, and needs neither a model nor the rest of the
+lesson. Learners keep the lesson open while they work on its sheet: each exercise names the section that explains it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ INTRODUCTION = """# {title}: the exercises
 This sheet belongs to the lesson `{lesson}`. Have the lesson open beside it: each exercise names the section that it
 comes from, which explains its words and symbols, and *above* and *below* in a text refer to the exercise's place in the
 lesson. Write your code where a cell says so, and run it: `check` names the mistake, and `hint("NAME")` in a new cell
-helps. When you have handed it in, the cell below each answer tries it again, on inputs of its own, and gives a point
-for each sentence in it that is true. Leave these cells as they are: until then they are empty, so that the button
-*Validate* of nbgrader tests nothing that you wrote. The question at the end is read by a person."""
+helps. After you hand in the sheet, the cell below each answer tests that answer on new inputs, and gives a point for
+each sentence in the cell that is true. Do not edit these cells: they contain no tests until you hand in the sheet, so
+nbgrader's *Validate* button tests none of your code. A person reads your answer to the question at the end."""
 SETTINGS = f'''"""The settings of this course, for every command of nbgrader that is called in this folder."""
 
 import os

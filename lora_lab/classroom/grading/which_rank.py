@@ -11,7 +11,7 @@ from lora_lab.classroom.grading.invariant import Reflection, close, invariant_of
 
 @invariant_of("upper_bound")
 def uses_the_pairs(upper_bound, rng):
-    """What moves both losses of a seed alike changes nothing; what raises the first everywhere raises it as much."""
+    """A number added to both losses of a seed changes nothing; one added to all first losses is added to the bound."""
     a, b, shared = rng.normal(size=(3, 6))
     bound = upper_bound(a, b)
     return close(upper_bound(a + shared, b + shared), bound) and close(upper_bound(a + 0.7, b), bound + 0.7)
@@ -42,7 +42,7 @@ def is_the_smallest(smallest_enough, rng):
 
 @invariant_of("smallest_enough")
 def can_say_none(smallest_enough, rng):
-    """Where no bound is below the margin it is None, also if means are, and a rank where one is."""
+    """If no bound is below the margin the result is None, even if means are below it; otherwise it is a rank."""
     none = [{1: (0.5, 1.4), 4: (0.2, 1.1), 8: (-0.1, 1.0)}, {2: (1.3, 1.6), 16: (1.2, 1.5)}]
     return [smallest_enough(table, 1.0) for table in none] == [None, None] and smallest_enough(
         {4: (0.1, 0.9)}, 1.0
