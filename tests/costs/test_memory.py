@@ -1300,7 +1300,7 @@ def ready():
         (lambda: Llama(ONE), LoRA(8), text(ONE), {"lean": Lean(), **CKPT}, r"use Lean\(checkpoint=True\)"),
         (lambda: Llama(ONE), FullFineTuning(), text(ONE), {"nf4": True}, "quantised blocks, which have no gradient"),
         (lambda: Llama(ONE), FullFineTuning(), text(ONE), {"lean": Lean()}, "has no adapters; use a LoRA method"),
-        (ready, LoRA(2), DIGITS, {}, "already been prepared for 'lora'.*freshly loaded"),
+        (ready, LoRA(2), DIGITS, {}, "already has adapters on 3 layers.*freshly loaded"),
         (DigitsMLP, LoRA(2), DIGITS, CKPT, "A DigitsMLP has no method gradient_checkpointing_enable.*=False"),
         (DigitsMLP, LoRA(2), DIGITS, {"lean": Lean()}, "built for lora_lab's Llama, but the model is a DigitsMLP"),
         (lambda: DigitsMLP().requires_grad_(False), AsItIs(), DIGITS, {}, "No parameter.*requires a gradient"),
