@@ -1663,7 +1663,7 @@ def test_a_report_for_cuda_says_what_else_a_card_holds_and_one_refused_prints_no
     report(Tokens(quadratic=False), "Toy", {"in full": Setup()}, 2, 4, device="cuda")
     printed = capsys.readouterr().out
     assert "estimated for CUDA, not measured" in printed.splitlines()[0]
-    assert printed.splitlines()[-1].startswith("Beside it a process keeps CUDA's own context on the card")
+    assert printed.splitlines()[-1].startswith("In addition, CUDA's own context takes")
     with pytest.raises(ValueError, match="batch_size is 0"):
         report(Tokens(quadratic=False), "Toy", {"in full": Setup()}, 0, 4)
     assert capsys.readouterr().out == ""
@@ -1725,5 +1725,5 @@ def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
 def test_a_report_of_nothing_and_a_search_without_a_budget_are_refused():
     with pytest.raises(ValueError, match="setups is empty"):
         report(DigitsMLP, "digits", {}, 8, 16)
-    with pytest.raises(ValueError, match="there is no budget_bytes"):
+    with pytest.raises(ValueError, match="budget_bytes is missing; give the memory to fit into"):
         report(DigitsMLP, "digits", {"full": Setup()}, 8, 16, look_for="batch")

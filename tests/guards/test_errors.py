@@ -318,7 +318,7 @@ def from_lines(wrong, right_entry=None):
 
 mistake("malformed line")(from_lines('{"prompt": "b?", "answer": "b"\n'))
 mistake("is not UTF-8")(from_lines('{"prompt": "b?", "answer": "\xfc"}\n'.encode("latin-1")))
-mistake("and no form known here has these keys")(from_lines(lines({"q": "b?", "a": "b"})))
+mistake("which match no known form")(from_lines(lines({"q": "b?", "a": "b"})))
 mistake("is a NoneType, not a string")(from_lines(lines({"prompt": "b?", "answer": None})))
 mistake("which is half a character")(from_lines('{"prompt": "b?", "answer": "\\ud83d"}\n'))
 
