@@ -35,9 +35,9 @@ from lora_lab.system.files import (
     as_path,
     atomic_files,
     check_folder,
+    finish_interrupted_save,
     read_json,
     read_whole,
-    settle,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
@@ -285,7 +285,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = as_path(folder, "folder")
     check_folder(folder, "a saved adapter")
-    settle(folder)
+    finish_interrupted_save(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")

@@ -27,9 +27,9 @@ from lora_lab.system.files import (
     atomic_files,
     check_replaceable,
     check_writable,
+    finish_interrupted_save,
     read_json,
     rescued,
-    settle,
     write_json,
 )
 from lora_lab.system.provenance import machine_info
@@ -116,7 +116,7 @@ def run(
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
     if current_processes().rank == 0:
         check_writable(out)
-        settle(out)
+        finish_interrupted_save(out)
         check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
@@ -203,7 +203,7 @@ def _outdated(folder: Path, method: Method) -> tuple[str, ...]:
 
     Everything that no run saved stays.
     """
-    settle(folder)
+    finish_interrupted_save(folder)
     try:
         earlier = read_json(folder / "result.json")["method"]["name"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.models.configs import read_entries
-from lora_lab.system.files import settle
-from lora_lab.system.wording import short_repr
+from lora_lab.system.files import finish_interrupted_save
+from lora_lab.system.wording import short_repr, shortened
 
-_LONGEST = 300  # letters of an error of transformers that are shown
 # In the order in which they are tried where a config names no architecture with a head.
 _HEADS = (
     "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
@@ -54,7 +53,7 @@ def read_config(path: str | Path) -> Any:
     transformers = require_transformers()
     path = Path(path)
     if path.is_dir():
-        settle(path)
+        finish_interrupted_save(path)
         path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; give a folder with a config.json, or the path of one.")
@@ -67,7 +66,7 @@ def read_config(path: str | Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the entries of the file lead to
-        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_shortened(error)}") from None
+        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_reason(error)}") from None
 
 
 def model_class(config: Any) -> Any:
@@ -105,7 +104,7 @@ def build(config: Any) -> nn.Module:
     try:
         return kind(copy.deepcopy(config))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"transformers cannot build a {kind.__name__} of this config: {_shortened(error)}") from None
+        raise ValueError(f"transformers cannot build a {kind.__name__} of this config: {_reason(error)}") from None
 
 
 def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -146,7 +145,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
-        raise ValueError(f"{folder} cannot be loaded by transformers: {_shortened(error)}") from None
+        raise ValueError(f"{folder} cannot be loaded by transformers: {_reason(error)}") from None
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
@@ -184,7 +183,5 @@ def save(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     write(folder, state_dict=state, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
 
 
-def _shortened(error: Exception) -> str:
-    """An error's text on one line, without what no reader would reach."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]"
+def _reason(error: Exception) -> str:
+    return shortened(str(error)) or type(error).__name__

@@ -44,9 +44,9 @@ from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
+    finish_interrupted_save,
     read_json,
     read_whole,
-    settle,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
@@ -214,7 +214,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
 def _config_entries(path: Path) -> dict[str, Any]:
     """The entries of a folder's config.json, or of a file of another name."""
     if path.is_dir() or not path.suffix:
-        settle(path)
+        finish_interrupted_save(path)
         path = path / "config.json"
     return read_entries(path)
 
