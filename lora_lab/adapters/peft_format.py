@@ -30,6 +30,7 @@ from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
+from lora_lab.models.huggingface import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import (
     MixedSavesError,
     as_path,
@@ -45,7 +46,7 @@ from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DIGEST = "lora_lab.config"  # in the header of the weights: rank, alpha and targets of the config saved with them
 # PEFT's settings for the variants that it knows too.
@@ -76,8 +77,8 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no adapters; they are of several variants, or differ in dropout; the format has no
-            name for their variant; ``dtype`` is no floating-point dtype; or a number is NaN, infinite or too large for
-            ``dtype``.
+            name for their variant; the folder holds a model; ``dtype`` is no floating-point dtype; or a number is NaN,
+            infinite or too large for ``dtype``.
         OSError: the folder cannot be written to, or the disk is full.
     """
     check(base, str | None, "base")
@@ -87,6 +88,7 @@ def save_adapter(
             f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
         )
     folder = as_path(folder, "folder")
+    check_separate(folder, "adapter")
     layers = {
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
         for name, layer in lora_layers(model, required=True).items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lora_lab.models.configs import read_entries
 from lora_lab.system.files import finish_interrupted_save
 from lora_lab.system.wording import short_repr, shortened
 
+ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
 # In the order in which they are tried where a config names no architecture with a head.
 _HEADS = (
     "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
@@ -129,7 +130,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             f"{folder} holds weights that are quantised ({method}), which are not read here; load the original weights "
             "and quantise them with lora_lab.quantize_nf4(model)."
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{folder} holds an adapter beside the model, which transformers would put on it; move the adapter's files "
             "to another folder."
@@ -150,6 +151,35 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
     return model.to(device).eval()
+
+
+def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
+    """Check that a folder to which a model is to be saved holds no adapter, or the reverse.
+
+    From a folder with both, ``from_pretrained`` of transformers returns the model with the adapter on it, which after a
+    merge counts twice.
+
+    Args:
+        folder: it need not exist.
+        new: what is to be saved.
+
+    Raises:
+        ValueError: the folder holds the other.
+    """
+    try:
+        finish_interrupted_save(folder)
+        if new == "model":
+            held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
+        else:
+            weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+            held = "a model" if weights and (folder / "config.json").is_file() else None
+    except OSError:  # the folder cannot be written to either, and the save says why
+        return
+    if held is not None:
+        raise ValueError(
+            f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
+            f"another folder for the {new}."
+        )
 
 
 def check_weights(folder: Path) -> None:

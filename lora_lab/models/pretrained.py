@@ -243,9 +243,9 @@ def save_model(
             whole blocks of 32). A folder keeps the model's own.
 
     Raises:
-        ValueError: the model has adapters that are not merged, or is of another library; a weight is NaN or infinite;
-            the format or its dtype is unknown; or a GGUF file cannot hold the model, the tokenizer, or a number of the
-            model.
+        ValueError: the model has adapters that are not merged, or is of another library; the folder holds an adapter;
+            a weight is NaN or infinite; the format or its dtype is unknown; or a GGUF file cannot hold the model, the
+            tokenizer, or a number of the model.
         OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
@@ -270,6 +270,7 @@ def save_model(
             "the model with model.to(...) first."
         )
     else:
+        huggingface.check_separate(path, "model")
         _save_folder(model, path, tokenizer)
     return path
 

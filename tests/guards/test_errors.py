@@ -543,6 +543,13 @@ def _(lab, right):
     train().save(lab.folder / ("mine.json" if right else "history.json"))
 
 
+@mistake("and transformers loads a model with the adapter that is in its folder")
+def _(lab, right):
+    model, adapter = lab.adapted()
+    ll.merge(model)
+    save_model(model, lab.folder / "whole" if right else adapter, lab.tokenizer)
+
+
 @mistake("was not written by this command")
 def _(lab, right):
     lab.file("result.json", '{"mine": 1}')
