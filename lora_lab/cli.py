@@ -263,7 +263,11 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         help="save a checkpoint every STEPS steps; if stopped, the same command resumes from it (default: never)",
     )
     tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
-    tune.add_argument("--out", default="runs/finetune", help="folder for the results")
+    tune.add_argument(
+        "--out",
+        help="folder for the results (default: runs/finetune, or if it holds some, runs/finetune-2 and so on)",
+    )
+    tune.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in the folder")
     tune.add_argument("--device", help=DEVICE_HELP)
     tune.set_defaults(run=_finetune)
     _add_json(tune)
@@ -468,10 +472,15 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         if isinstance(task, PairTask):
             print(task.preview(3))
         return None
+    if options.out is not None:
+        out = Path(options.out)
+    else:
+        out = finetune.OUT if options.overwrite else finetune.unused_folder(options.checkpoint_every is not None)
+        print(f"The results will be in {out}")
     result = finetune.run(
         options.task,
         method,
-        options.out,
+        out,
         steps=options.steps,
         lr=options.lr,
         batch_size=options.batch,
@@ -483,8 +492,9 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         by_length=options.by_length,
         checkpoint_every=options.checkpoint_every,
         allow_special=options.allow_special,
+        overwrite=options.overwrite,
     )
-    return {"folder": options.out, **finetune.document(result)}
+    return {"folder": str(out), **finetune.document(result)}
 
 
 def _generate(options: argparse.Namespace) -> None:
