@@ -144,7 +144,8 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
     Args:
         source: the folder of a saved adapter; or an adapter in memory, as :func:`read_adapter`,
-            :func:`lora_lab.adapter_state` and :func:`lora_lab.adapters.combine` return it.
+            :func:`lora_lab.adapter_state` and :func:`lora_lab.adapters.combine` return it. rsLoRA and LoRA-FA become
+            plain LoRA of the same function, and PiSSA plain LoRA of twice the rank, over the pre-trained weights.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -189,7 +190,9 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
 
 def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The settings of an adapter in memory, and each layer's tensors. Its scaling counts, so rsLoRA becomes plain LoRA.
+    """The settings of an adapter in memory, and each layer's tensors.
+
+    Its scaling counts, so rsLoRA becomes plain LoRA, and PiSSA becomes plain LoRA of twice the rank.
 
     Raises:
         ValueError: a tensor is missing, unknown, no matrix of floating-point numbers, or not finite.
@@ -200,7 +203,7 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         name, _, part = str(key).rpartition(".")
         if part == "scaling":
             scalings[name] = check(value, Positive, key)
-        elif part in _KEYS:
+        elif part in _KEYS or part in _STARTS:
             tensors.setdefault(name, {})[part] = check(value, instance_of(Tensor), key)
         elif part != "alpha":
             raise ValueError(f"The adapter holds {key!r}, which is not part of any adapter known here.")
@@ -213,12 +216,27 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         )
     for name, parts in tensors.items():
         _check_numbers_of(name, parts, "The adapter")
+        if _STARTS & parts.keys():
+            tensors[name] = _as_plain_lora(name, parts)
     ranks = {name: len(parts["lora_A"]) for name, parts in tensors.items()}
     alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {"r": rank, "lora_alpha": alpha, "use_dora": any("lora_magnitude_vector" in t for t in tensors.values())}
     config |= {"rank_pattern": _exceptions_to(ranks, rank), "alpha_pattern": _exceptions_to(alphas, alpha)}
     return config, tensors
+
+
+def _as_plain_lora(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer's PiSSA adapter as those of plain LoRA over the pre-trained weights."""
+    for part, start in (("lora_A", "start_A"), ("lora_B", "start_B")):
+        if start not in parts or parts[start].shape != parts[part].shape:
+            held = tuple(parts[start].shape) if start in parts else "missing"
+            raise ValueError(
+                f"The adapter's {name}.{start} is {held}, but must have the shape {tuple(parts[part].shape)} of "
+                f"{part}; pass all that adapter_state returned."
+            )
+    A, B = PiSSALinear.plain_factors(*(parts[part] for part in PiSSALinear.parts))
+    return {"lora_A": A, "lora_B": B, **{part: parts[part] for part in parts.keys() - {*PiSSALinear.parts}}}
 
 
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
@@ -426,6 +444,7 @@ _KEYS = {
 }
 _EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 _MATRICES = ("lora_A", "lora_B")
+_STARTS = {"start_A", "start_B"}  # of PiSSA, in memory alone
 _BASE = "base"  # stands for an adapted layer's original weight among the tensors of a file
 
 

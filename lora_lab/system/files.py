@@ -121,7 +121,8 @@ def check_folder(folder: str | Path, what: str) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there replaces ``path``.
 
-    A crash at any moment leaves either the old file or the new one.
+    A crash at any moment leaves either the old file or the new one. If ``path`` is a symbolic link, the file replaces
+    the link, and what it leads to stays as it is: a stranger's folder may hold a link to a file of the user's.
 
     Raises:
         OSError: the file cannot be written, or the path is that of a folder; the old file is unchanged. If the disk is
@@ -410,7 +411,10 @@ def _commit(temporary: Path, folder: Path) -> None:
 
 
 def _in_order(file: Path) -> tuple[bool, str]:
-    """A sort key that puts weights last, because they name the config that they belong to."""
+    """A sort key that puts tensors last, because their header names the other files of the save.
+
+    The order is fixed here, because the process that finishes an interrupted save is not the one that began it.
+    """
     return file.suffix == ".safetensors", file.name
 
 

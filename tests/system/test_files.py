@@ -92,6 +92,21 @@ def test_an_error_leaves_no_file_where_there_was_none(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("target", ["file", "nothing", "itself"])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path, target):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("mine")
+    link = tmp_path / "folder" / "a.txt"
+    link.parent.mkdir()
+    link.symlink_to(link if target == "itself" else tmp_path / "outside" / target)
+    with atomic_file(link) as temporary:
+        temporary.write_text("new")
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+    assert names(tmp_path / "outside") == ["file"]
+    assert (tmp_path / "outside" / "file").read_text() == "mine"
+
+
 def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
