@@ -134,15 +134,7 @@ def run(
     if half and isinstance(method, FullFineTuning):
         raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
     out = Path(out)
-    if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
-        raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
-    if current_processes().rank == 0:
-        check_writable(out)
-        finish_interrupted_save(out)
-        check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
-        if not overwrite:
-            _check_unused(out)
-        check_separate(out, "model" if (_earlier_method(out) or method.name) == FullFineTuning.name else "adapter")
+    _check_out(out, model, method, overwrite)
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     config = TrainConfig(
@@ -197,6 +189,21 @@ def run(
         checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
+
+
+def _check_out(out: Path, model: str, method: Method, overwrite: bool) -> None:
+    """Check that the results can be saved in the folder, and that nothing would be lost there."""
+    if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
+    if current_processes().rank != 0:
+        return
+    check_writable(out)
+    finish_interrupted_save(out)
+    check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
+    if not overwrite:
+        _check_unused(out)
+    saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
+    check_separate(out, "model" if saved == FullFineTuning.name else "adapter")
 
 
 def _heading(why: str, data: Task) -> str:
