@@ -476,7 +476,6 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         out = Path(options.out)
     else:
         out = finetune.OUT if options.overwrite else finetune.unused_folder(options.checkpoint_every is not None)
-        print(f"The results will be in {out}")
     result = finetune.run(
         options.task,
         method,
