@@ -67,7 +67,7 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
         raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {_ADVICE}.")
     if note["frozen"] != frozen_hash(model):
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
-    if difference := misfit(tensors, _expected_tensors(model, optimizer, tensors)):
+    if difference := mismatch(tensors, _expected_tensors(model, optimizer, tensors)):
         raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
     try:  # first, because these may raise; own_randomness restores the previous states
         torch.set_rng_state(tensors["random.cpu"])
@@ -211,7 +211,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
 
 
-def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """The first difference from the expected tensors in names, shapes and dtypes, as text; None if there is none."""
 
     def form(tensor: Tensor) -> str:

@@ -263,7 +263,11 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         help="save a checkpoint every STEPS steps; if stopped, the same command resumes from it (default: never)",
     )
     tune.add_argument("--preview", action="store_true", help="show what the model would read and learn, and stop")
-    tune.add_argument("--out", default="runs/finetune", help="folder for the results")
+    tune.add_argument(
+        "--out",
+        help="folder for the results (default: runs/finetune, or if it holds some, runs/finetune-2 and so on)",
+    )
+    tune.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in the folder")
     tune.add_argument("--device", help=DEVICE_HELP)
     tune.set_defaults(run=_finetune)
     _add_json(tune)
@@ -468,10 +472,14 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         if isinstance(task, PairTask):
             print(task.preview(3))
         return None
+    if options.out is not None:
+        out = Path(options.out)
+    else:
+        out = finetune.OUT if options.overwrite else finetune.unused_folder(options.checkpoint_every is not None)
     result = finetune.run(
         options.task,
         method,
-        options.out,
+        out,
         steps=options.steps,
         lr=options.lr,
         batch_size=options.batch,
@@ -483,8 +491,9 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
         by_length=options.by_length,
         checkpoint_every=options.checkpoint_every,
         allow_special=options.allow_special,
+        overwrite=options.overwrite,
     )
-    return {"folder": options.out, **finetune.document(result)}
+    return {"folder": str(out), **finetune.document(result)}
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -554,7 +563,7 @@ def _export(options: argparse.Namespace) -> None:
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.models.gguf_writer import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
-    from lora_lab.system.files import check_writable, settle
+    from lora_lab.system.files import check_writable, finish_interrupted_save
 
     source, out = Path(options.adapter), Path(options.out)
     as_folder, dtype = out.suffix != ".gguf", options.dtype or "f16"
@@ -566,7 +575,7 @@ def _export(options: argparse.Namespace) -> None:
     if not as_folder:
         check_target(out, dtype)
     check_writable(out if as_folder else out.parent)
-    settle(source)
+    finish_interrupted_save(source)
     if source.is_dir() and not any((source / name).is_file() for name in (CONFIG, "config.json")):
         raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
     if as_folder:
@@ -679,13 +688,13 @@ def _analyze(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
-    from lora_lab.system.files import atomic_file, check_replaceable, check_writable, settle
+    from lora_lab.system.files import atomic_file, check_replaceable, check_writable, finish_interrupted_save
     from lora_lab.system.json_text import rows_of
 
     def load(name: str):
         return load_pretrained(name, device="cpu")[0]
 
-    settle(options.tuned)
+    finish_interrupted_save(options.tuned)
     is_adapter = (Path(options.tuned) / CONFIG).is_file()
     if not is_adapter and options.base is None:
         raise ValueError(

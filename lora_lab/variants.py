@@ -110,9 +110,15 @@ class PiSSALinear(LoRALinear):
         """A LoRALinear over the same base that computes the same function, with rank 2 r and the same scaling."""
         # With its own generator, so that saving a model draws nothing from the global one.
         plain = LoRALinear(self.base, 2 * self.rank, 2 * self.alpha, getattr(self.dropout, "p", 0.0), torch.Generator())
-        plain.lora_A.copy_(torch.cat((self.lora_A, self.start_A)))  # (8, 64)
-        plain.lora_B.copy_(torch.cat((self.lora_B, -self.start_B), dim=1))  # (48, 8)
+        A, B = self.plain_factors(self.lora_A, self.lora_B, self.start_A, self.start_B)  # (8, 64), (48, 8)
+        plain.lora_A.copy_(A)
+        plain.lora_B.copy_(B)
         return plain.train(self.training)
+
+    @staticmethod
+    def plain_factors(A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors (2 r, in) and (out, 2 r) whose product is B A - start_B start_A."""
+        return torch.cat((A, start_A)), torch.cat((B, -start_B), dim=1)  # (8, 64), (48, 8)
 
 
 class DoRALinear(LoRALinear):

@@ -67,7 +67,7 @@ def test_what_takes_minutes_says_before_it_starts_that_its_folder_cannot_be_writ
             "lora_lab.experiments.finetune.load_pretrained",
             "result.json",
             (ROOT / "lora_lab/adapters/data/sentiment/result.json").read_text(encoding="utf-8"),
-            ["finetune", "--task", "docs"],
+            ["finetune", "--task", "docs", "--overwrite"],
         ),
     ],
     ids=["demo", "ablate", "analyze", "finetune"],

@@ -44,7 +44,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packing import plan
 from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, stored_results, table, weights_path
-from lora_lab.checkpoint import frozen_hash, load_tensors, misfit, save_tensors, trained
+from lora_lab.checkpoint import frozen_hash, load_tensors, mismatch, save_tensors, trained
 from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History, is_number
 from lora_lab.inject import adapter_state, lora_layers
@@ -700,8 +700,8 @@ def _judge_again(work: _Work, judge: Judge, stored: dict[str, Any], folder: Path
             weights, note = load_tensors(path, {"key", "frozen"})
             if note != {"key": trial.key, "frozen": frozen_hash(model)}:
                 raise ValueError("It is of another trial, or what is frozen comes out differently here.")
-            if mismatch := misfit(weights, trained(model)):
-                raise ValueError(f"It does not fit the model: {mismatch}.")
+            if difference := mismatch(weights, trained(model)):
+                raise ValueError(f"It does not fit the model: {difference}.")
         except ValueError as error:
             reason = str(error).removesuffix(".")
             raise ValueError(f"{path} cannot be judged ({reason}); delete it to train its trial again.") from None

@@ -11,8 +11,9 @@ from torch import nn
 from lora_lab.adapters.peft_format import CONFIG, load_adapter, read_config
 from lora_lab.inject import merge
 from lora_lab.models import pretrained
+from lora_lab.models.huggingface import check_separate
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.system.files import atomic_file, settle
+from lora_lab.system.files import atomic_file, finish_interrupted_save
 
 # Of the folder that is written, and of torch.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -65,11 +66,11 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
     Raises:
         FileNotFoundError: the adapter, its base, or the model is not there.
         ValueError: the adapter does not fit its base, the dtype is unknown or too small for a number of the model, or
-            the folder is one that is read.
+            the folder is one that is read, or holds an adapter.
         OSError: the folder cannot be written to, or the disk is full.
     """
     source, folder = Path(source), Path(folder)
-    settle(source)
+    finish_interrupted_save(source)
     is_adapter = (source / CONFIG).is_file()
     base = Path(base_of(source)) if is_adapter else source
     if dtype not in DTYPES:
@@ -77,10 +78,7 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
     for read in (source, base):
         if folder.exists() and read.exists() and folder.samefile(read):
             raise ValueError(f"{folder} holds what is read, which would be lost; choose another folder for the model.")
-    if (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder} holds an adapter, which would be loaded on top of the merged model; choose another folder."
-        )
+    check_separate(folder, "model")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, but a folder is to be written there; choose another name.")
     model, tokenizer = load_merged(source) if is_adapter else pretrained.load_pretrained(str(source), device="cpu")

@@ -30,14 +30,15 @@ from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
+from lora_lab.models.huggingface import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import (
     MixedSavesError,
     as_path,
     atomic_files,
     check_folder,
+    finish_interrupted_save,
     read_json,
     read_whole,
-    settle,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
@@ -45,7 +46,7 @@ from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DIGEST = "lora_lab.config"  # in the header of the weights: rank, alpha and targets of the config saved with them
 # PEFT's settings for the variants that it knows too.
@@ -76,8 +77,8 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no adapters; they are of several variants, or differ in dropout; the format has no
-            name for their variant; ``dtype`` is no floating-point dtype; or a number is NaN, infinite or too large for
-            ``dtype``.
+            name for their variant; the folder holds a model; ``dtype`` is no floating-point dtype; or a number is NaN,
+            infinite or too large for ``dtype``.
         OSError: the folder cannot be written to, or the disk is full.
     """
     check(base, str | None, "base")
@@ -87,6 +88,7 @@ def save_adapter(
             f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
         )
     folder = as_path(folder, "folder")
+    check_separate(folder, "adapter")
     layers = {
         name: layer.difference() if isinstance(layer, PiSSALinear) else layer
         for name, layer in lora_layers(model, required=True).items()
@@ -142,7 +144,8 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
     Args:
         source: the folder of a saved adapter; or an adapter in memory, as :func:`read_adapter`,
-            :func:`lora_lab.adapter_state` and :func:`lora_lab.adapters.combine` return it.
+            :func:`lora_lab.adapter_state` and :func:`lora_lab.adapters.combine` return it. rsLoRA and LoRA-FA become
+            plain LoRA of the same function, and PiSSA plain LoRA of twice the rank, over the pre-trained weights.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -187,7 +190,9 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
 
 def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The settings of an adapter in memory, and each layer's tensors. Its scaling counts, so rsLoRA becomes plain LoRA.
+    """The settings of an adapter in memory, and each layer's tensors.
+
+    Its scaling counts, so rsLoRA becomes plain LoRA, and PiSSA becomes plain LoRA of twice the rank.
 
     Raises:
         ValueError: a tensor is missing, unknown, no matrix of floating-point numbers, or not finite.
@@ -198,7 +203,7 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         name, _, part = str(key).rpartition(".")
         if part == "scaling":
             scalings[name] = check(value, Positive, key)
-        elif part in _KEYS:
+        elif part in _KEYS or part in _STARTS:
             tensors.setdefault(name, {})[part] = check(value, instance_of(Tensor), key)
         elif part != "alpha":
             raise ValueError(f"The adapter holds {key!r}, which is not part of any adapter known here.")
@@ -211,12 +216,27 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         )
     for name, parts in tensors.items():
         _check_numbers_of(name, parts, "The adapter")
+        if _STARTS & parts.keys():
+            tensors[name] = _as_plain_lora(name, parts)
     ranks = {name: len(parts["lora_A"]) for name, parts in tensors.items()}
     alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {"r": rank, "lora_alpha": alpha, "use_dora": any("lora_magnitude_vector" in t for t in tensors.values())}
     config |= {"rank_pattern": _exceptions_to(ranks, rank), "alpha_pattern": _exceptions_to(alphas, alpha)}
     return config, tensors
+
+
+def _as_plain_lora(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer's PiSSA adapter as those of plain LoRA over the pre-trained weights."""
+    for part, start in (("lora_A", "start_A"), ("lora_B", "start_B")):
+        if start not in parts or parts[start].shape != parts[part].shape:
+            held = tuple(parts[start].shape) if start in parts else "missing"
+            raise ValueError(
+                f"The adapter's {name}.{start} is {held}, but must have the shape {tuple(parts[part].shape)} of "
+                f"{part}; pass all that adapter_state returned."
+            )
+    A, B = PiSSALinear.plain_factors(*(parts[part] for part in PiSSALinear.parts))
+    return {"lora_A": A, "lora_B": B, **{part: parts[part] for part in parts.keys() - {*PiSSALinear.parts}}}
 
 
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
@@ -285,7 +305,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = as_path(folder, "folder")
     check_folder(folder, "a saved adapter")
-    settle(folder)
+    finish_interrupted_save(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
@@ -424,6 +444,7 @@ _KEYS = {
 }
 _EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 _MATRICES = ("lora_A", "lora_B")
+_STARTS = {"start_A", "start_B"}  # of PiSSA, in memory alone
 _BASE = "base"  # stands for an adapted layer's original weight among the tensors of a file
 
 

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from lora_lab import records
 from lora_lab.claims.facts import Claim
 from lora_lab.system.files import read_json
-from lora_lab.system.provenance import shipped_lessons
+from lora_lab.system.provenance import shipped_folder
 from lora_lab.system.schema import check
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
@@ -131,7 +131,7 @@ def judge(
         every: the folder's records, where they have been read.
     """
     if claim.lesson:
-        return _from_lesson(claim, shipped_lessons() if lessons is None else Path(lessons))
+        return _from_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
     if claim.id not in DECIDERS:
         waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
         open_, reason = bool(claim.open), claim.open or claim.untestable

@@ -27,6 +27,7 @@ from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
 from lora_lab.claims.counted import rank_of_equal_static_memory
 from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases, within
 from lora_lab.claims.facts import Claim
+from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
 from lora_lab.records import Published, Record
 from lora_lab.system.wording import counted
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 MARGIN = 0.01  # nats that do not matter
 TIME_MARGIN = 0.05  # of full fine-tuning's time, that does not matter
 MIN_SEEDS = 3
-GIB = 2**30
 
 # Memory
 
@@ -110,7 +110,7 @@ def memory_and_context(claim: Claim, record: Record) -> Result:
         if len(by_length) >= 3:
             rising = all(a[0] / a[1] < b[0] / b[1] for a, b in pairwise(by_length.values()))
             texts = [
-                f"{lora / full:.2f} at {length} ({(full - lora) / 2**20:,.0f} MiB less)"
+                f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
                 for length, (lora, full) in by_length.items()
             ]
             cases.append((rising, f"{model}: {', '.join(texts)}"))

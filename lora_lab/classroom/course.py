@@ -30,8 +30,16 @@ from nbformat import NotebookNode
 from typing_extensions import TypedDict
 
 from lora_lab.classroom.learner import MANIFEST
-from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, settle, write_json
-from lora_lab.system.provenance import shipped_lessons
+from lora_lab.system.files import (
+    as_path,
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    finish_interrupted_save,
+    read_json,
+    write_json,
+)
+from lora_lab.system.provenance import shipped_folder
 from lora_lab.system.schema import check
 from lora_lab.system.wording import counted
 
@@ -143,7 +151,7 @@ def chosen_lessons(only: Sequence[str] = ()) -> list[Path]:
     Raises:
         ValueError: no lesson's name begins so.
     """
-    lessons = sorted(shipped_lessons().glob("[0-9]*.ipynb"))
+    lessons = sorted(shipped_folder("notebooks").glob("[0-9]*.ipynb"))
     for beginning in only:
         if not any(lesson.stem.startswith(beginning) for lesson in lessons):
             names = ", ".join(lesson.stem for lesson in lessons)
@@ -173,7 +181,7 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
-    settle(folder)
+    finish_interrupted_save(folder)
     before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
     if before["solved"] != solved:
         there, here = ("without", "with") if solved else ("with", "without")

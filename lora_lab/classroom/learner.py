@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import html
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,20 +99,20 @@ def check(name: str, answer: Any) -> Outcome:
     verdict = judge(exercise, answer)
     if verdict.passed:
         _passed.add(name)
-        unsaved = _remember()
-        display(Box("Correct.", verdict.text, footer=unsaved, colour=GREEN))
+        note = _remember()
+        display(Box("Correct.", verdict.text, footer=note, colour=GREEN))
         return Outcome(True)
     if verdict.passed is None:
         display(Box("Open.", verdict.text, footer=_about_hints(exercise), colour=GREY))
         return Outcome(False)
     _tried.add(name)
-    unsaved = _remember()
+    note = _remember()
     example = verdict.example
     if verdict.printed.strip():
         printed = verdict.printed.strip().splitlines()
         shown = "\n".join(line[:LINE] for line in printed[:LINES]) + ("\n..." if len(printed) > LINES else "")
         example = "\n\n".join(filter(None, [example, f"It printed:\n{shown}"]))
-    footer = " ".join(filter(None, [_about_hints(exercise), unsaved]))
+    footer = " ".join(filter(None, [_about_hints(exercise), note]))
     display(Box("Not yet.", verdict.text, example, footer, AMBER))
     return Outcome(False)
 
@@ -134,7 +136,9 @@ def progress(lesson: str = "") -> None:
     Args:
         lesson: the beginning of a lesson's name, such as "03"; all lessons by default.
     """
-    done, tried = _remembered()
+    done, tried, damaged = _remembered()
+    if damaged:
+        display(Box("Damaged.", damaged, colour=AMBER))
     display(Map([each for each in EXERCISES.values() if each.lesson.startswith(lesson)], done, tried))
 
 
@@ -189,27 +193,48 @@ def _about_hints(exercise: Exercise) -> str:
     return f'hint("{exercise.name}") gives {which}.'
 
 
-def _remembered() -> tuple[set[str], set[str]]:
-    """Names of the exercises that are done, and of those that were tried, in this kernel or before."""
-    done, tried = set(_passed), set(_tried)
+def _remembered() -> tuple[set[str], set[str], str]:
+    """Names of the exercises that are done, and of those that were tried, in this kernel or before.
+
+    The third value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
+    """
+    done, tried, damaged = set(_passed), set(_tried), ""
     if Path(MANIFEST).is_file():
         try:
             stored = read_json(PROGRESS)
             schema.check(stored, _Progress)
             done |= set(stored["done"])
             tried |= set(stored["tried"])
+        except FileNotFoundError:
+            pass  # there is none yet
         except (OSError, ValueError):
-            pass  # there is none yet, or it is damaged and will be written anew
-    return done, tried
+            damaged = _moved_aside()
+    return done, tried, damaged
+
+
+def _moved_aside() -> str:
+    """Move ``progress.json``, which is damaged, to a name that no file has; a sentence that says so."""
+    try:
+        handle, aside = tempfile.mkstemp(prefix=f"{Path(PROGRESS).stem}-damaged-", suffix=".json", dir=".")
+        os.close(handle)
+        Path(PROGRESS).replace(aside)
+    except OSError as error:
+        return f"{PROGRESS} is damaged and could not be moved aside ({error.strerror}); delete it, or move it yourself."
+    return (
+        f"{PROGRESS} was damaged and is now {Path(aside).name}; a new one starts, so check the exercises that you had "
+        "done again."
+    )
 
 
 def _remember() -> str:
-    """Save which exercises are done and tried, in a learner's folder; a sentence if that fails."""
+    """Save which exercises are done and tried, in a learner's folder; a sentence if that fails or one was damaged."""
     if not Path(MANIFEST).is_file():
         return ""
-    done, tried = _remembered()
+    done, tried, damaged = _remembered()
+    if damaged and Path(PROGRESS).exists():
+        return damaged
     try:
         write_json(PROGRESS, {"done": sorted(done), "tried": sorted(tried)})
     except OSError as error:
         return f"{PROGRESS} could not be written ({error.strerror}), so this is remembered until the kernel stops."
-    return ""
+    return damaged

@@ -17,7 +17,7 @@ from lora_lab.adapters.card import yield_to
 from lora_lab.adapters.edit import off
 from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_lab.adapters.shipped import shipped
-from lora_lab.costs.memory import predict
+from lora_lab.costs.memory import MIB, predict
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
@@ -42,7 +42,6 @@ PROMPT = "The with statement is used to"
 # By data/README.md of the adapter: greedy decoding goes in circles.
 SAMPLING: dict[str, Any] = {"max_new_tokens": 130, "temperature": 0.5, "repetition_penalty": 1.1, "seed": 3}
 SEQ_LEN, BATCH_SIZE, EVAL_EXAMPLES, SAMPLE_TOKENS = 64, 4, 16, 48
-MIB = 2**20
 
 
 @dataclass(frozen=True)

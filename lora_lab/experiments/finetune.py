@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
+from lora_lab.models.huggingface import check_separate
 from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
 from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
@@ -27,9 +29,9 @@ from lora_lab.system.files import (
     atomic_files,
     check_replaceable,
     check_writable,
+    finish_interrupted_save,
     read_json,
     rescued,
-    settle,
     write_json,
 )
 from lora_lab.system.provenance import machine_info
@@ -42,7 +44,10 @@ from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.tasks.named import check_name
 from lora_lab.train import TrainConfig, evaluate, fit
 
+OUT = Path("runs/finetune")  # where the command saves its results if no folder is named
+CHECKPOINTS = "checkpoint"  # the folder of checkpoints in it
 SHOWN = 3  # answers printed before and after
+_SAVED = ("result.json", "history.json", *FILES, CONFIG, WEIGHTS)  # a folder with one of them is in use
 
 
 def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
@@ -57,6 +62,20 @@ def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
         names = ", ".join((FullFineTuning.name, *LORA_METHODS))
         raise ValueError(f"method is {name!r}, but it must be one of {names}.")
     return LORA_METHODS[name](rank, 2 * rank if alpha is None else alpha)
+
+
+def unused_folder(checkpoints: bool) -> Path:
+    """The first of runs/finetune, runs/finetune-2, runs/finetune-3 and so on that holds no results.
+
+    Args:
+        checkpoints: whether the run writes checkpoints, and so goes on from the one that a stopped run has left in the
+            folder; a run without them leaves such a folder alone.
+    """
+    return next(
+        folder
+        for folder in chain([OUT], (OUT.with_name(f"{OUT.name}-{number}") for number in count(2)))
+        if _saved_before(folder) is None and (checkpoints or not (folder / CHECKPOINTS).exists())
+    )
 
 
 def run(
@@ -75,17 +94,18 @@ def run(
     by_length: bool = False,
     checkpoint_every: int | None = None,
     allow_special: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train, print progress, and save the results in ``out``.
 
     These are the adapter (or the whole model after full fine-tuning), ``history.json``, and ``result.json`` with losses
-    and scores before and after. All files appear at once, and replace those of an earlier run. Of several processes
-    (:func:`lora_lab.system.distributed.process_group`) rank 0 saves them.
+    and scores before and after. All files appear at once. The adapter's config names the base: by its absolute path,
+    if it is a folder or a file. Of several processes (:func:`lora_lab.system.distributed.process_group`) rank 0 saves.
 
     Args:
         task: as for :func:`lora_lab.tasks.task_of`.
         method: what is trained.
-        out: a folder.
+        out: a folder without a model, an adapter or results of an earlier run.
         steps, batch_size, seed: as for :func:`lora_lab.fit`.
         lr: peak learning rate; defaults to 1e-4 for full fine-tuning and 1e-3 otherwise.
         model, device: as for :func:`lora_lab.load_pretrained`.
@@ -96,14 +116,16 @@ def run(
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
         allow_special: as for :func:`lora_lab.tasks.task_of`.
+        overwrite: replace what an earlier run has saved in ``out``, its model or adapter included.
 
     Returns:
         The content of result.json.
 
     Raises:
         ValueError: ``half`` is true, but the method trains no adapter; ``by_length`` is, but all examples have the same
-            length; there is no such task; or ``out`` is the folder of the model, or holds a result.json of another
-            program.
+            length; there is no such task; or ``out`` is the folder of the model, holds a result.json of another
+            program, or would hold a model beside an adapter.
+        FileExistsError: ``out`` holds results, a model or an adapter, and ``overwrite`` is false.
         FileNotFoundError: there is no such file.
         KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
         OSError: ``out`` cannot be written to. This is checked before the model is loaded; if it happens at the end, the
@@ -112,12 +134,7 @@ def run(
     if half and isinstance(method, FullFineTuning):
         raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
     out = Path(out)
-    if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
-        raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
-    if current_processes().rank == 0:
-        check_writable(out)
-        settle(out)
-        check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
+    _check_out(out, model, method, overwrite)
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     config = TrainConfig(
@@ -135,7 +152,7 @@ def run(
     data = task_of(task, tokenizer, allow_special)
     print(_heading(why, data))
     before = _evaluated(net, data, eval_examples)
-    checkpoints = None if checkpoint_every is None else out / "checkpoint"
+    checkpoints = None if checkpoint_every is None else out / CHECKPOINTS
     print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
     with _resumable(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=checkpoint_every)
@@ -154,9 +171,12 @@ def run(
         result["trivial"] = score(data, trivial(data)[:eval_examples])
 
     def save(folder: Path) -> None:
+        if not overwrite:
+            _check_unused(folder)  # again, because another run may have ended in the meantime
         with atomic_files(folder, remove=_outdated(folder, method)) as temporary:
             if lora_layers(net):
-                save_adapter(net, temporary, base=model, dtype=torch.float16 if half else None, history=history)
+                dtype = torch.float16 if half else None
+                save_adapter(net, temporary, base=base_name(model), dtype=dtype, history=history)
                 yield_to(folder, temporary)
             else:
                 save_model(net, temporary, tokenizer)
@@ -169,6 +189,21 @@ def run(
         checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
+
+
+def _check_out(out: Path, model: str, method: Method, overwrite: bool) -> None:
+    """Check that the results can be saved in the folder, and that nothing would be lost there."""
+    if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
+    if current_processes().rank != 0:
+        return
+    check_writable(out)
+    finish_interrupted_save(out)
+    check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
+    if not overwrite:
+        _check_unused(out)
+    saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
+    check_separate(out, "model" if saved == FullFineTuning.name else "adapter")
 
 
 def _heading(why: str, data: Task) -> str:
@@ -198,15 +233,40 @@ def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
+def base_name(model: str) -> str:
+    """What an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
+    return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
+
+
+def _saved_before(folder: Path) -> str | None:
+    """The name of a file in the folder that belongs to results, a model or an adapter; None if there is none."""
+    finish_interrupted_save(folder)
+    return next((name for name in _SAVED if (folder / name).exists()), None)
+
+
+def _check_unused(folder: Path) -> None:
+    if (name := _saved_before(folder)) is not None:
+        raise FileExistsError(
+            f"{folder} holds {name} already; name another folder (--out), or pass --overwrite to replace what an "
+            "earlier run saved there."
+        )
+
+
+def _earlier_method(folder: Path) -> str | None:
+    """The name of the method of the run whose results the folder holds, by its result.json; None if there is none."""
+    finish_interrupted_save(folder)
+    try:
+        return read_json(folder / "result.json")["method"]["name"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _outdated(folder: Path, method: Method) -> tuple[str, ...]:
     """Files that an earlier run saved in the folder, by its result.json, and that this run would not overwrite.
 
     Everything that no run saved stays.
     """
-    settle(folder)
-    try:
-        earlier = read_json(folder / "result.json")["method"]["name"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    if (earlier := _earlier_method(folder)) is None:
         return ()
     was_full, is_full = (name == FullFineTuning.name for name in (earlier, method.name))
     if was_full == is_full:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.models.configs import read_entries
-from lora_lab.system.files import settle
-from lora_lab.system.wording import short_repr
+from lora_lab.system.files import finish_interrupted_save
+from lora_lab.system.wording import short_repr, shortened
 
-_LONGEST = 300  # letters of an error of transformers that are shown
+ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
 # In the order in which they are tried where a config names no architecture with a head.
 _HEADS = (
     "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
@@ -54,7 +54,7 @@ def read_config(path: str | Path) -> Any:
     transformers = require_transformers()
     path = Path(path)
     if path.is_dir():
-        settle(path)
+        finish_interrupted_save(path)
         path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; give a folder with a config.json, or the path of one.")
@@ -67,7 +67,7 @@ def read_config(path: str | Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the entries of the file lead to
-        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_shortened(error)}") from None
+        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_reason(error)}") from None
 
 
 def model_class(config: Any) -> Any:
@@ -105,7 +105,7 @@ def build(config: Any) -> nn.Module:
     try:
         return kind(copy.deepcopy(config))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"transformers cannot build a {kind.__name__} of this config: {_shortened(error)}") from None
+        raise ValueError(f"transformers cannot build a {kind.__name__} of this config: {_reason(error)}") from None
 
 
 def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -130,7 +130,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             f"{folder} holds weights that are quantised ({method}), which are not read here; load the original weights "
             "and quantise them with lora_lab.quantize_nf4(model)."
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{folder} holds an adapter beside the model, which transformers would put on it; move the adapter's files "
             "to another folder."
@@ -146,11 +146,40 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
-        raise ValueError(f"{folder} cannot be loaded by transformers: {_shortened(error)}") from None
+        raise ValueError(f"{folder} cannot be loaded by transformers: {_reason(error)}") from None
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
     return model.to(device).eval()
+
+
+def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
+    """Check that a folder to which a model is to be saved holds no adapter, or the reverse.
+
+    From a folder with both, ``from_pretrained`` of transformers returns the model with the adapter on it, which after a
+    merge counts twice.
+
+    Args:
+        folder: it need not exist.
+        new: what is to be saved.
+
+    Raises:
+        ValueError: the folder holds the other.
+    """
+    try:
+        finish_interrupted_save(folder)
+        if new == "model":
+            held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
+        else:
+            weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+            held = "a model" if weights and (folder / "config.json").is_file() else None
+    except OSError:  # the folder cannot be written to either, and the save says why
+        return
+    if held is not None:
+        raise ValueError(
+            f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
+            f"another folder for the {new}."
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -184,7 +213,5 @@ def save(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     write(folder, state_dict=state, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
 
 
-def _shortened(error: Exception) -> str:
-    """An error's text on one line, without what no reader would reach."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]"
+def _reason(error: Exception) -> str:
+    return shortened(str(error)) or type(error).__name__

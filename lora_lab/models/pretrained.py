@@ -44,9 +44,9 @@ from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
+    finish_interrupted_save,
     read_json,
     read_whole,
-    settle,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
@@ -214,7 +214,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
 def _config_entries(path: Path) -> dict[str, Any]:
     """The entries of a folder's config.json, or of a file of another name."""
     if path.is_dir() or not path.suffix:
-        settle(path)
+        finish_interrupted_save(path)
         path = path / "config.json"
     return read_entries(path)
 
@@ -243,9 +243,9 @@ def save_model(
             whole blocks of 32). A folder keeps the model's own.
 
     Raises:
-        ValueError: the model has adapters that are not merged, or is of another library; a weight is NaN or infinite;
-            the format or its dtype is unknown; or a GGUF file cannot hold the model, the tokenizer, or a number of the
-            model.
+        ValueError: the model has adapters that are not merged, or is of another library; the folder holds an adapter;
+            a weight is NaN or infinite; the format or its dtype is unknown; or a GGUF file cannot hold the model, the
+            tokenizer, or a number of the model.
         OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
@@ -270,6 +270,7 @@ def save_model(
             "the model with model.to(...) first."
         )
     else:
+        huggingface.check_separate(path, "model")
         _save_folder(model, path, tokenizer)
     return path
 

@@ -121,7 +121,8 @@ def check_folder(folder: str | Path, what: str) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there replaces ``path``.
 
-    A crash at any moment leaves either the old file or the new one.
+    A crash at any moment leaves either the old file or the new one. If ``path`` is a symbolic link, the file replaces
+    the link, and what it leads to stays as it is: a stranger's folder may hold a link to a file of the user's.
 
     Raises:
         OSError: the file cannot be written, or the path is that of a folder; the old file is unchanged. If the disk is
@@ -140,10 +141,10 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
     """Yield a temporary folder; when the block ends without an error, its files move to ``folder`` as one transaction.
 
     All other files in ``folder`` stay. After an error, a signal, a kill or a full disk at any moment, a reader that
-    calls :func:`settle` first finds either all old files or all new ones. The transaction is committed by one rename,
-    of the temporary folder; if the moves that follow are interrupted, the next save or load finishes them. Only a
-    reader that does not call ``settle`` (PEFT, transformers) can see a mixture: after a kill during the moves, which
-    take less than a millisecond, and before the next save or load by lora_lab.
+    calls :func:`finish_interrupted_save` first finds either all old files or all new ones. The transaction is committed
+    by one rename, of the temporary folder; if the moves that follow are interrupted, the next save or load finishes
+    them. Only a reader that does not call ``finish_interrupted_save`` (PEFT, transformers) can see a mixture: after a
+    kill during the moves, which take less than a millisecond, and before the next save or load by lora_lab.
 
     Args:
         remove: names of files in ``folder`` to remove in the same transaction.
@@ -163,13 +164,13 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
             _commit(temporary, folder)
     finally:
         try:
-            settle(folder)
+            finish_interrupted_save(folder)
         except KeyboardInterrupt:  # finish the moves first, because the new files are committed
-            settle(folder)
+            finish_interrupted_save(folder)
             raise
 
 
-def settle(folder: str | Path) -> None:
+def finish_interrupted_save(folder: str | Path) -> None:
     """Finish an interrupted :func:`atomic_files`, if there is one, so that all files in ``folder`` are from one save.
 
     Raises:
@@ -252,7 +253,7 @@ def read_whole(read: Callable[[Path], T], folder: Path) -> T:
         return read(folder)
     except MixedSavesError:
         time.sleep(0.1)  # in which the files of a save are moved to their places
-        settle(folder)
+        finish_interrupted_save(folder)
         return read(folder)
 
 
@@ -397,7 +398,7 @@ def _flush(file: Path) -> None:
 
 def _commit(temporary: Path, folder: Path) -> None:
     while True:
-        settle(folder)  # finish an earlier save
+        finish_interrupted_save(folder)  # finish an earlier save
         if (folder / _READY).is_symlink():
             raise FileExistsError(f"{folder / _READY} is a link, which no save makes; remove it.")
         try:
@@ -410,7 +411,10 @@ def _commit(temporary: Path, folder: Path) -> None:
 
 
 def _in_order(file: Path) -> tuple[bool, str]:
-    """A sort key that puts weights last, because they name the config that they belong to."""
+    """A sort key that puts tensors last, because their header names the other files of the save.
+
+    The order is fixed here, because the process that finishes an interrupted save is not the one that began it.
+    """
     return file.suffix == ".safetensors", file.name
 
 

@@ -96,10 +96,10 @@ def checkout() -> Path:
     return Path(__file__).parents[2]
 
 
-def shipped_lessons() -> Path:
-    """The folder of the lessons that come with lora_lab, in the checkout or in the installed package."""
-    packaged = Path(__file__).parents[1] / "notebooks"  # pyproject.toml copies the checkout's folder there
-    return packaged if packaged.is_dir() else checkout() / "notebooks"
+def shipped_folder(name: str) -> Path:
+    """A folder that comes with lora_lab under the same name in the checkout and in the installed package."""
+    packaged = Path(__file__).parents[1] / name  # pyproject.toml copies the checkout's folder there
+    return packaged if packaged.is_dir() else checkout() / name
 
 
 def driver_version() -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, save_adapter, save_model
+from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_adapter, save_model
 from lora_lab.adapters import CONFIG, load_merged, save_gguf, save_merged
 from lora_lab.variants import DoRALinear
 from tests.helpers import command, error_line, logits, names, random_ids, randomise, randomise_all
@@ -102,11 +102,41 @@ def test_no_folder_that_is_read_is_written_to(adapter, tmp_path):
     for each in (folder, tmp_path / "base", tmp_path / "adapter" / ".." / "base"):
         refuse(folder, each, "holds what is read, which would be lost; choose another folder")
     other = save_adapter(model, tmp_path / "other")
-    refuse(folder, other, "holds an adapter, which would be loaded on top of the merged model")
+    refuse(folder, other, "other holds an adapter, and transformers loads a model with the adapter that is in its")
     (tmp_path / "file").write_text("mine")
     refuse(folder, tmp_path / "file", "is a file, but a folder is to be written there")
     assert (tmp_path / "file").read_text() == "mine"
     torch.testing.assert_close(logits(load_pretrained(tmp_path / "base")[0], IDS), logits(load_base(model), IDS))
+
+
+def test_a_model_and_an_adapter_are_not_saved_in_one_folder(adapter, chatter, tmp_path):
+    folder, model = adapter()
+    base = tmp_path / "base"
+    before = {path: path.read_bytes() for place in (folder, base) for path in place.iterdir()}
+    both = "and transformers loads a model with the adapter that is in its folder; name another folder for the"
+    with pytest.raises(ValueError, match=rf"base holds a model, {both} adapter\.$"):
+        save_adapter(model, base)
+    merge(model)
+    with pytest.raises(ValueError, match=rf"adapter holds an adapter, {both} model\.$"):
+        save_model(model, folder, chatter)
+    assert {path: path.read_bytes() for place in (folder, base) for path in place.iterdir()} == before
+
+
+def test_an_adapter_whose_save_was_interrupted_counts_as_one(make, adapter, tmp_path):
+    folder, _ = adapter()
+    (tmp_path / "new").mkdir()
+    folder.rename(tmp_path / "new" / ".lora_lab-ready")
+    with pytest.raises(ValueError, match="new holds an adapter"):
+        save_model(make("ours"), tmp_path / "new")
+    assert CONFIG in names(tmp_path / "new")
+
+
+def test_a_config_of_another_program_is_no_model(adapter, tmp_path):
+    _, model = adapter()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    save_adapter(model, tmp_path / "mine")
+    save_adapter(model, tmp_path / "mine")
 
 
 def load_base(model):

@@ -544,6 +544,30 @@ def test_variants_that_peft_does_not_know_are_saved_as_plain_lora_of_the_same_fu
     assert not torch.allclose(logits(model, PIXELS), logits(Pictures(), PIXELS), atol=0.1)
 
 
+@pytest.mark.parametrize(("kind", "rank"), [(LoRAFALinear, 2), (RsLoRALinear, 2), (PiSSALinear, 4)])
+def test_an_adapter_in_memory_becomes_plain_lora_of_the_same_function(kind, rank):
+    model = pictures(targets=["hidden", "head"], layer=kind)
+    back = Pictures()
+    load_adapter(back, adapter_state(model))
+    assert {(type(layer), layer.rank) for layer in lora_layers(back).values()} == {(LoRALinear, rank)}
+    torch.testing.assert_close(logits(back, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(model, PIXELS), logits(Pictures(), PIXELS), atol=0.1)
+
+
+@pytest.mark.parametrize(("part", "value"), [("start_A", None), ("start_B", None), ("start_A", torch.ones(1, 8))])
+def test_an_adapter_in_memory_with_no_start_that_fits_is_refused(part, value):
+    state = adapter_state(pictures(targets=["head"], layer=PiSSALinear))
+    del state[f"head.{part}"]
+    model = Pictures()
+    before = snapshot(model)
+    held = "missing" if value is None else r"\(1, 8\)"
+    with pytest.raises(
+        ValueError, match=rf"head\.{part} is {held}, but must have the shape .*adapter_state returned\.$"
+    ):
+        load_adapter(model, state if value is None else state | {f"head.{part}": value})
+    assert snapshot(model) == before
+
+
 def test_embeddings_and_convolutions_have_pefts_names_and_shapes(tmp_path):
     save_adapter(pictures(targets=["patches", "places"]), tmp_path)
     shapes = {name.removeprefix("base_model.model."): v.shape for name, v in load_file(tmp_path / WEIGHTS).items()}

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from lora_lab.classroom import course
 from lora_lab.classroom.course import CONFIG, MANIFEST, copy_lessons, student
-from lora_lab.system.provenance import shipped_lessons
+from lora_lab.system.provenance import shipped_folder
 from tests.helpers import ROOT, command, error_line, run_python
 
 SOLVED = '''def one_line(W, A, B, x, s):
@@ -154,7 +154,7 @@ SHOWN = {
 def test_no_line_of_a_solution_is_in_any_file_of_a_learners_folder(tmp_path):
     """In no cell, text, output, metadata or further file, of whichever lesson the solution is."""
     lines = set()
-    for path in shipped_lessons().glob("*.ipynb"):
+    for path in shipped_folder("notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             lines |= solution_lines(cell.source)
     assert len(lines) > 120
@@ -193,7 +193,7 @@ def test_a_line_would_be_found_wherever_it_stands(lessons, tmp_path):
         assert found == ({("00_first.ipynb", line)} if place in ("cell", "text") else set())
 
 
-@pytest.mark.parametrize("path", sorted(shipped_lessons().glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(shipped_folder("notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_cell_with_a_solution_has_a_stub_and_all_others_are_as_they_were(path):
     solved = nbformat.read(path, as_version=4)
     for cell, before in zip(student(solved).cells, solved.cells, strict=True):
@@ -213,7 +213,7 @@ def lessons(tmp_path, monkeypatch):
     """A folder with two small lessons, which takes the place of those that come with lora_lab."""
     folder = tmp_path / "shipped"
     folder.mkdir()
-    monkeypatch.setattr(course, "shipped_lessons", lambda: folder)
+    monkeypatch.setattr(course, "shipped_folder", lambda name: folder)
     for name in ("00_first", "01_second"):
         nbformat.write(lesson(SOLVED), folder / f"{name}.ipynb")
     (folder / "execute.py").write_text("", encoding="utf-8")
@@ -492,7 +492,7 @@ def test_a_path_with_a_space_is_printed_as_a_shell_needs_it(tmp_path, capsys):
 
 def test_a_lesson_names_no_file_outside_its_folder():
     """So a copied folder works wherever it lies: models come from the cache, and records from the package."""
-    for path in shipped_lessons().glob("*.ipynb"):
+    for path in shipped_folder("notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
                 assert not re.search(r"[\"']\.\./|[\"'](/|~)\w|[\"'](records|notebooks|lora_lab)/", cell.source), (

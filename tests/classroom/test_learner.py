@@ -134,12 +134,36 @@ def test_a_learners_copy_remembers(capsys, tmp_path, monkeypatch):
     "damage",
     ["", "{", "[]", '{"done": 3}', '{"done": [["a"]], "tried": []}', '{"done": [1], "tried": []}', '{"done": "abc"}'],
 )
-def test_a_damaged_file_is_written_anew(damage, capsys, tmp_path):
+@pytest.mark.parametrize("first", ["check", "progress"])
+def test_a_damaged_file_is_moved_aside_and_that_is_said_once(damage, first, capsys, tmp_path):
     (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
-    (tmp_path / PROGRESS).write_text(damage, encoding="utf-8")
-    assert lines(capsys)[1]["best_rank"] == "open"
-    assert check("best_rank", RIGHT)
-    assert json.loads((tmp_path / PROGRESS).read_text(encoding="utf-8"))["done"] == ["best_rank"]
+    for number in (1, 2):
+        (tmp_path / PROGRESS).write_text(damage, encoding="utf-8")
+        said = []
+        for _ in range(2):
+            if first == "progress":
+                progress("01")
+            assert check("best_rank", RIGHT)
+            said.append(capsys.readouterr().out)
+        assert said[0].count("progress.json was damaged and is now progress-damaged-") == 1
+        assert "damaged" not in said[1]
+        assert json.loads((tmp_path / PROGRESS).read_text(encoding="utf-8"))["done"] == ["best_rank"]
+        aside = list(tmp_path.glob("progress-damaged-*.json"))
+        assert [path.read_text(encoding="utf-8") for path in aside] == number * [damage]
+        assert any(path.name in said[0] for path in aside)
+
+
+def test_a_damaged_file_that_cannot_be_moved_is_named(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
+    (tmp_path / PROGRESS).write_text("{", encoding="utf-8")
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    for call in (lambda: progress("01"), lambda: check("best_rank", RIGHT)):
+        call()
+        assert "progress.json is damaged and could not be moved aside (No space left on dev" in capsys.readouterr().out
+    assert (tmp_path / PROGRESS).read_text(encoding="utf-8") == "{"
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(capsys, tmp_path):

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, load_pretrained, save_model
+from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, save_adapter, save_model
+from lora_lab.adapters.merged import base_of, load_merged
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
+from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
 from lora_lab.train import TrainingStep
 from tests.helpers import command, error_line, names, printed_json
@@ -163,7 +166,8 @@ def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
 @pytest.mark.parametrize("methods", [("lora", "full"), ("full", "dora")])
 def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, tmp_path, methods):
     for method in (*methods, methods[0]):
-        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
+        arguments = ["--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept", "--overwrite"]
+        assert command("finetune", *arguments) == 0
         (tmp_path / "kept" / "notes.txt").write_text("mine")
         own = MODEL if method == "full" else ADAPTER
         assert {path.name for path in (tmp_path / "kept").iterdir()} == {
@@ -177,21 +181,129 @@ def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, t
 
 
 def test_a_readme_of_the_users_stays(tiny, tmp_path):
+    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept", "--overwrite"]
     for _ in range(2):
-        assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "kept") == 0
+        assert command("finetune", *arguments) == 0
     card = tmp_path / "kept" / "README.md"
     assert "## Training" in card.read_text()
     card.write_text("Mine.")
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "kept") == 0
-    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 1, "--out", "kept") == 0
+    assert command("finetune", *arguments) == 0
+    assert command("finetune", *arguments, "--method", "full") == 0
     assert card.read_text() == "Mine."
 
 
-def test_an_adapter_in_the_folder_of_its_own_model_leaves_the_model(tiny, tmp_path, tiny_config):
-    save_model(Llama(tiny_config, seed=5), "mine", tiny)  # by the user, not by a run
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "mine") == 0
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {*MODEL, *ADAPTER, "history.json", "result.json"}
-    load_pretrained("mine", device="cpu")
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def no_training(monkeypatch):
+    monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_folder_with_results_is_refused_before_the_training(tiny, tmp_path, capsys, monkeypatch, method):
+    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept"]
+    assert command("finetune", *arguments) == 0
+    before = contents(tmp_path / "kept")
+    capsys.readouterr()
+    no_training(monkeypatch)
+    assert command("finetune", *arguments, "--method", method) == 1
+    assert error_line(capsys) == (
+        "lora-lab: kept holds result.json already; name another folder (--out), or pass --overwrite to replace what an "
+        "earlier run saved there.\n"
+    )
+    assert contents(tmp_path / "kept") == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_or_an_adapter_that_no_run_saved_is_kept_too(tiny, tmp_path, tiny_config, capsys, monkeypatch, method):
+    save_model(Llama(tiny_config, seed=5), "model", tiny)
+    adapted = Llama(tiny_config, seed=5)
+    LoRA(2).prepare(adapted, 0)
+    save_adapter(adapted, "adapter")
+    no_training(monkeypatch)
+    for folder, first in (("model", "config.json"), ("adapter", "adapter_config.json")):
+        before = contents(tmp_path / folder)
+        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--out", folder) == 1
+        assert f"{folder} holds {first} already" in error_line(capsys)
+        assert contents(tmp_path / folder) == before
+    beside = "model" if method == "lora" else "adapter"
+    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--out", beside, "--overwrite") == 1
+    assert f"{beside} holds a" in error_line(capsys)
+
+
+def test_a_users_model_beside_an_adapter_of_a_run_is_not_replaced(tiny, tmp_path, tiny_config, capsys, monkeypatch):
+    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept", "--overwrite"]
+    assert command("finetune", *arguments) == 0
+    save_model(Llama(tiny_config, seed=5), "mine", tiny)
+    shutil.copytree("mine", "kept", dirs_exist_ok=True)
+    capsys.readouterr()
+    no_training(monkeypatch)
+    assert command("finetune", *arguments, "--method", "full") == 1
+    assert "kept holds a model" in error_line(capsys)
+
+
+def test_without_a_folder_each_run_gets_one_of_its_own(tiny, tmp_path, capsys):
+    for method, folder in (("lora", "runs/finetune"), ("full", "runs/finetune-2"), ("lora", "runs/finetune-3")):
+        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--json") == 0
+        assert printed_json(capsys)[0]["folder"] == folder
+    assert {*MODEL} < {*names(tmp_path / "runs/finetune-2")}
+    for folder in ("runs/finetune", "runs/finetune-3"):
+        assert names(tmp_path / folder) == sorted([*ADAPTER, "history.json", "result.json"])
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 2, "--overwrite") == 0
+    assert "Saved in runs/finetune\n" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "runs/finetune/history.json").read_text())["rows"]) == 3
+    assert names(tmp_path / "runs") == ["finetune", "finetune-2", "finetune-3"]
+
+
+def test_without_a_folder_a_stopped_run_goes_on_and_others_leave_its_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2]
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "table", stopped)
+        assert command("finetune", *arguments) == 130
+    assert names(tmp_path / "runs/finetune-2") == ["checkpoint"]
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1) == 0
+    assert names(tmp_path / "runs/finetune-2") == ["checkpoint"]
+    assert "result.json" in names(tmp_path / "runs/finetune-3")
+    capsys.readouterr()
+    assert command("finetune", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Going on from step 5, with the checkpoint in runs/finetune-2/checkpoint" in printed
+    assert "Saved in runs/finetune-2\n" in printed
+
+
+def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(tiny, tmp_path, monkeypatch, capsys):
+    def meanwhile(result):
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "result.json").write_text("of the other run")
+        return ""
+
+    monkeypatch.setattr(finetune, "table", meanwhile)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "kept") == 1
+    (spare,) = tmp_path.glob("lora_lab-*")
+    assert capsys.readouterr().err.endswith(f"saved there. The files are in {spare} instead.\n")
+    assert contents(tmp_path / "kept") == {"result.json": b"of the other run"}
+    assert names(spare) == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, monkeypatch):
+    save_model(Llama(tiny_config, seed=3), "models/base", tiny)
+    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--model", "models/base", "--out", "kept") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert base_of("../kept") == str(tmp_path / "models" / "base")
+    load_merged("../kept")
+
+
+def test_the_name_of_a_base_stays_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / SMOLLM2).mkdir()
+    assert [finetune.base_name(name) for name in (SMOLLM2, "someone/model")] == [SMOLLM2, "someone/model"]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -242,7 +354,8 @@ def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, caps
         write(path, value)
 
     monkeypatch.setattr(finetune, "write_json", full)
-    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept") == 1
+    arguments = ["--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept", "--overwrite"]
+    assert command("finetune", *arguments) == 1
     (spare,) = tmp_path.glob("lora_lab-*")
     said = capsys.readouterr()
     assert said.err == (

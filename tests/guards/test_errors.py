@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_lab as ll
 from lora_lab import ablation
+from lora_lab.experiments import finetune
 from lora_lab.models import download
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import load_pretrained, save_model
@@ -545,6 +546,19 @@ def _(lab, right):
 def _(lab, right):
     (lab.folder / "history.json").mkdir()
     train().save(lab.folder / ("mine.json" if right else "history.json"))
+
+
+@mistake("and transformers loads a model with the adapter that is in its folder")
+def _(lab, right):
+    model, adapter = lab.adapted()
+    ll.merge(model)
+    save_model(model, lab.folder / "whole" if right else adapter, lab.tokenizer)
+
+
+@mistake("name another folder (--out), or pass --overwrite", OSError)
+def _(lab):
+    _, adapter = lab.adapted()
+    finetune.run("style", ll.LoRA(rank=2), adapter)
 
 
 @mistake("was not written by this command")

@@ -278,7 +278,7 @@ def test_what_a_learner_has_done_is_read(folder, monkeypatch):
     for name in ("_passed", "_tried"):
         monkeypatch.setattr(learner, name, set())
     monkeypatch.chdir(folder / "lessons")
-    assert learner._remembered() == ({"best_rank"}, {"terms_for"})
+    assert learner._remembered() == ({"best_rank"}, {"terms_for"}, "")
     with pytest.raises(ValueError, match="has the lessons without solutions"):
         course.copy_lessons(folder / "lessons", solved=True)
 

@@ -30,7 +30,7 @@ import torch
 from lora_lab import LoRA, adapters, load_adapter, load_pretrained, save_adapter, save_model
 from lora_lab.adapters.merged import load_merged
 from lora_lab.models import download
-from lora_lab.system.files import settle, write_json
+from lora_lab.system.files import finish_interrupted_save, write_json
 from lora_lab.tasks import from_jsonl
 from tests.hostile.commands import called
 from tests.hostile.core import PACKAGE, Case
@@ -298,7 +298,7 @@ def _ready(rng: random.Random, inside: Path, outside: Path, watch: Watch, materi
     if rng.random() < 0.2:
         (ready / ".remove").unlink()
         (ready / ".remove").symlink_to(outside / "secret.txt")
-    reader = rng.choice((settle, partial(load_pretrained, device="cpu"), adapters.read_config))
+    reader = rng.choice((finish_interrupted_save, partial(load_pretrained, device="cpu"), adapters.read_config))
     return Case(f"a save that claims to remove {names}", partial(reader, model))
 
 

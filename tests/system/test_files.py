@@ -21,10 +21,10 @@ from lora_lab.system.files import (
     atomic_files,
     atomic_folder,
     check_writable,
+    finish_interrupted_save,
     read_json,
     read_whole,
     rescued,
-    settle,
     write_json,
 )
 from tests.helpers import names
@@ -90,6 +90,21 @@ def test_an_error_leaves_no_file_where_there_was_none(tmp_path):
     with pytest.raises(ValueError, match="stop"):
         write()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["file", "nothing", "itself"])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path, target):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("mine")
+    link = tmp_path / "folder" / "a.txt"
+    link.parent.mkdir()
+    link.symlink_to(link if target == "itself" else tmp_path / "outside" / target)
+    with atomic_file(link) as temporary:
+        temporary.write_text("new")
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+    assert names(tmp_path / "outside") == ["file"]
+    assert (tmp_path / "outside" / "file").read_text() == "mine"
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
@@ -258,9 +273,9 @@ def test_a_save_that_is_stopped_within_its_moves_is_finished_by_the_next_reader(
     folder = interrupted(moves)
     found = [path.read_text() for path in sorted(folder.glob("?.txt"))]
     assert found == ["new"] * moves + ["old"] * (3 - moves)
-    settle(folder)
+    finish_interrupted_save(folder)
     assert texts(folder) == all_of("new", keep="kept")
-    settle(folder)  # nothing is left to do
+    finish_interrupted_save(folder)  # nothing is left to do
     assert texts(folder) == all_of("new", keep="kept")
 
 
@@ -297,7 +312,7 @@ def test_where_a_save_cannot_be_finished_one_sentence_says_so(interrupted, monke
     monkeypatch.setattr(Path, "replace", refuse)
     says = r"folder holds a save that was interrupted, in .*, and it cannot be finished \(Permission denied\); make"
     with pytest.raises(OSError, match=says):
-        settle(folder)
+        finish_interrupted_save(folder)
 
 
 def test_two_that_finish_a_save_at_once_are_not_in_each_others_way(interrupted, monkeypatch):
@@ -310,7 +325,7 @@ def test_two_that_finish_a_save_at_once_are_not_in_each_others_way(interrupted, 
         return move(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    settle(folder)
+    finish_interrupted_save(folder)
     assert others
     assert texts(folder) == all_of("new", keep="kept")
 
@@ -338,15 +353,15 @@ def test_a_foreign_folder_cannot_reach_out_of_itself(tmp_path):
         each.mkdir()
     (outside / "a.txt").write_text("theirs")
     (folder / ".lora_lab-ready" / ".remove").write_text(f"../outside/a.txt\n{outside}/a.txt\na.txt")
-    settle(folder)
+    finish_interrupted_save(folder)
     assert names(folder) == []
     for name in ("inner", ".lora_lab-ready/inner"):
         (folder / name / "full").mkdir(parents=True)
     with pytest.raises(OSError, match=r"interrupted, in \.lora_lab-ready, and it cannot be finished \(Directory not"):
-        settle(folder)  # and does not try for ever
+        finish_interrupted_save(folder)  # and does not try for ever
     shutil.rmtree(folder / ".lora_lab-ready")
     (folder / ".lora_lab-ready").symlink_to(outside)
-    settle(folder)
+    finish_interrupted_save(folder)
     assert texts(outside) == {"a.txt": "theirs"}
 
 
@@ -630,11 +645,11 @@ def test_what_another_has_put_where_a_save_is_prepared_is_not_followed(tmp_path)
         each.mkdir()
     (folder / "a.txt").write_text("mine")
     (folder / ".lora_lab-ready" / ".remove").write_text("b\0c\n")
-    settle(folder)
+    finish_interrupted_save(folder)
     (folder / ".lora_lab-ready").mkdir()
     (outside / "names").write_text("a.txt")
     (folder / ".lora_lab-ready" / ".remove").symlink_to(outside / "names")
-    settle(folder)
+    finish_interrupted_save(folder)
     assert texts(folder) == {"a.txt": "mine"}
     (folder / ".lora_lab-ready").symlink_to(outside)
     with pytest.raises(FileExistsError, match=r"\.lora_lab-ready is a link, which no save makes; remove it"):

@@ -32,11 +32,11 @@ def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
 
 
 def test_the_lessons_of_the_wheel_come_first(tmp_path, monkeypatch):
-    assert provenance.shipped_lessons() == ROOT / "notebooks"
+    assert provenance.shipped_folder("notebooks") == ROOT / "notebooks"
     package = tmp_path / "lora_lab"
     (package / "notebooks").mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(package / "system" / "provenance.py"))
-    assert provenance.shipped_lessons() == package / "notebooks"
+    assert provenance.shipped_folder("notebooks") == package / "notebooks"
 
 
 def git(folder, *arguments):

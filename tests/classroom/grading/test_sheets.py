@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from lora_lab.classroom.course import BEGIN, END, copy_lessons
 from lora_lab.classroom.grading.invariant import INVARIANTS, REFLECTIONS
 from lora_lab.classroom.grading.sheets import CONFIG, SETTINGS, answers, sheet, write_course
-from lora_lab.system.provenance import shipped_lessons
+from lora_lab.system.provenance import shipped_folder
 from tests.helpers import command, error_line
 
 LESSONS = sorted(REFLECTIONS)
@@ -21,7 +21,7 @@ each_lesson = pytest.mark.parametrize("name", LESSONS)
 
 
 def lesson(name):
-    return nbformat.read(shipped_lessons() / f"{name}.ipynb", as_version=4)
+    return nbformat.read(shipped_folder("notebooks") / f"{name}.ipynb", as_version=4)
 
 
 def marks(notebook):
@@ -229,7 +229,8 @@ def incomplete(monkeypatch):
 
 def test_a_course_has_a_sheet_for_each_lesson(tmp_path):
     done = write_course(tmp_path / "course")
-    assert list(done.written) == LESSONS == [path.stem for path in sorted(shipped_lessons().glob("[0-9]*.ipynb"))]
+    lessons = sorted(path.stem for path in shipped_folder("notebooks").glob("[0-9]*.ipynb"))
+    assert list(done.written) == LESSONS == lessons
     files = sorted(path.relative_to(tmp_path / "course").as_posix() for path in (tmp_path / "course").rglob("*.*"))
     assert files == [CONFIG, *(f"source/{name}/{name}.ipynb" for name in LESSONS)]
 
