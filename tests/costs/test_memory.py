@@ -1589,6 +1589,12 @@ def test_the_largest_batch_of_a_llama_fits_and_one_more_does_not():
         assert predict(Llama(ONE), LoRA(8), size + 1, S, **options).peak_bytes > 24 * MIB
 
 
+@pytest.mark.parametrize(("budget", "expected"), [("24GiB", "a number"), (None, "a number"), (-1, "at least 0")])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget, expected):
+    with pytest.raises(ValueError, match=rf"budget_bytes is {budget!r}, but it must be {expected}"):
+        largest(Llama(ONE), LoRA(8), budget, seq_len=S)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"batch_size": 2, "seq_len": 8}])
 def test_one_size_is_given_and_the_other_looked_for(sizes):
     with pytest.raises(ValueError, match="pass exactly one: the other is searched"):
@@ -1725,5 +1731,5 @@ def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
 def test_a_report_of_nothing_and_a_search_without_a_budget_are_refused():
     with pytest.raises(ValueError, match="setups is empty"):
         report(DigitsMLP, "digits", {}, 8, 16)
-    with pytest.raises(ValueError, match="there is no budget_bytes"):
+    with pytest.raises(ValueError, match="budget_bytes is missing"):
         report(DigitsMLP, "digits", {"full": Setup()}, 8, 16, look_for="batch")
