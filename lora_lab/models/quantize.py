@@ -31,10 +31,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from statistics import NormalDist
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
@@ -42,12 +40,12 @@ from torch.nn import functional as F
 from lora_lab.inject import check_names, name_matches, output_head, replace, require_no_adapters
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
-from lora_lab.system.schema import check
+from lora_lab.system.wording import short_repr
 
 BLOCK = 32  # weights in a block of GGUF's formats
 _GROUP = 256  # blocks of NF4-double that share a step
 _E4M3_MAX = 448.0  # the largest number of torch.float8_e4m3fn
-_Block = Annotated[int, Field(ge=2, le=2**16, multiple_of=2)]  # weights per scale of NF4
+_LONGEST_BLOCK = 2**16  # of NF4
 # Weights dequantised at a time: allocating 100 MB at once takes longer than computing the weights in it.
 _AT_ONCE = 2**20
 _MOST_SLICES = 32  # of a larger matrix: each slice takes a dozen operations, whatever its size
@@ -267,7 +265,11 @@ def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, T
 
     Reference: Dettmers et al. 2023, section 3, "4-bit NormalFloat Quantization" and "Double Quantization".
     """
-    block = check(block, _Block, "block")
+    if not isinstance(block, int) or not 2 <= block <= _LONGEST_BLOCK or block % 2:
+        raise ValueError(
+            f"block is {short_repr(block)}, but it must be an even whole number from 2 to {_LONGEST_BLOCK:,}, such as "
+            "64."
+        )
     weights = _split(weight, block)  # (13824, 64)
     scale = weights.abs().amax(dim=1, keepdim=True)  # (13824, 1)
     level = weight.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device
@@ -540,7 +542,8 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
             is not an even whole number. The model is then left as it was.
     """
     check_names("exclude", exclude)
-    double = check(double, bool, "double")
+    if not isinstance(double, bool):
+        raise ValueError(f"double is {short_repr(double)}, but it must be True or False.")
     require_no_adapters(model)
     head = output_head(model)
     layers = {
