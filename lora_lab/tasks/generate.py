@@ -99,7 +99,7 @@ def answers(
     rows: list[list[int]] = []
     with _evaluating(model):
         for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size, max_new_tokens):
-            rows += _continued(scores, reader, max_new_tokens, stop_token(task.tokenizer))
+            rows += _greedy_continuations(scores, reader, max_new_tokens, stop_token(task.tokenizer))
     texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
     return [texts[i] for i in range(len(pairs))]
 
@@ -152,7 +152,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _continued(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
+def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
     """The most likely next tokens after each prompt, up to the end of the turn.
 
     Args:

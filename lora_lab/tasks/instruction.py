@@ -338,19 +338,19 @@ def from_jsonl(
         about = f"from the file {path.name}"
         if ignored:
             about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
-    given = {"max_tokens": max_tokens, "skip_long": skip_long, "seed": seed, "metric": metric, "licence": licence}
-    of_pairs: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    options = {"max_tokens": max_tokens, "skip_long": skip_long, "seed": seed, "metric": metric, "licence": licence}
+    options: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if texts := [entry.text for entry in entries if entry.text]:
         if len(texts) < len(entries):
             raise ValueError(
                 f"{path} has {len(texts)} texts and {len(entries) - len(texts)} conversations; split them."
             )
-        if of_pairs:
-            raise ValueError(f"{path} holds texts, which take no {' or '.join(of_pairs)}; leave that out.")
+        if options:
+            raise ValueError(f"{path} holds texts, which take no {' or '.join(options)}; leave that out.")
         return _task_of_texts(tokenizer, path, texts, _SEQ_LEN if seq_len is None else seq_len, "text", name, about)
     if seq_len is not None:
         raise ValueError(f"{path} holds conversations, which take no seq_len; leave it out, or give max_tokens.")
-    options = {"name": path.stem if name is None else name, "about": about, **of_pairs}
+    options |= {"name": path.stem if name is None else name, "about": about}
     if not any(entry.part for entry in entries):
         return from_pairs(tokenizer, map(_pair, entries), **options)
     if not all(entry.part for entry in entries):
