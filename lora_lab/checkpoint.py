@@ -105,13 +105,39 @@ def step_of(folder: str | Path | None) -> int | None:
     Raises:
         ValueError: the header is damaged.
     """
+    stored = _header(folder)
+    return None if stored is None else len(stored["rows"]) - 1
+
+
+def holds(folder: str | Path | None, history: History) -> bool:
+    """Whether a folder holds a checkpoint of this run, by its header.
+
+    Raises:
+        ValueError: the header is damaged, or the checkpoint is of another run.
+    """
+    stored = _header(folder)
+    if folder is None or stored is None:
+        return False
+    path = Path(folder) / _CHECKPOINT
+    try:
+        _check_same_run(path, asdict(history), stored)
+    except ValueError:
+        _contents(path)  # a damaged file may look like that of another run
+        raise
+    return True
+
+
+def _header(folder: str | Path | None) -> dict[str, Any] | None:
+    """The content of the history in the header of a folder's checkpoint; None if there is none."""
     if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return len(json.loads(file.metadata()["history"])["rows"]) - 1
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            stored = json.loads(file.metadata()["history"])
+        History.from_dict(stored)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
+    return stored
 
 
 @contextmanager

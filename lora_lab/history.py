@@ -34,7 +34,7 @@ class History:
 
     ``rows`` has one dict per step with the keys of ``COLUMNS``; row 0 is the model before training. Losses are in nats
     (or the unit of the task's loss), ``seconds`` is the time of the step without evaluation, and ``tokens`` is the
-    number of targets that count, in the task's unit. A loss that was not evaluated at a step is None.
+    size of the batch in the task's unit. A loss that was not evaluated at a step is None.
     """
 
     task: dict[str, str]

@@ -6,9 +6,9 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.system.numbers import check_finite, is_list, plain
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import short_repr, shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
 _RANK_OF_ANY_LAYER = 1024  # up to here, and up to a weight's longer side, no rank fills a machine's memory
@@ -31,7 +31,7 @@ class LoRAConfig:
         alpha: the update is multiplied by ``alpha / rank``.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1).
         targets: "all-linear", or module names or endings of names, such as ``["q_proj", "v_proj"]``.
-        exclude: names or endings of names that "all-linear" leaves out.
+        exclude: names or endings of names of layers to leave out, whatever ``targets`` is.
 
     Raises:
         ValueError: a value is out of range, or a list of names is empty.
@@ -42,29 +42,38 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
     exclude: Sequence[str] = ()
+    layer: ClassVar[type[LoRALayer] | None] = None  # the class of the adapters, as for :func:`inject`
 
     def __post_init__(self) -> None:
         numbers = check_numbers(self.rank, self.alpha, self.dropout)
-        for name, value in zip(("rank", "alpha", "dropout"), numbers, strict=True):
-            object.__setattr__(self, name, value)  # of Python, which JSON can hold
+        values: dict[str, Any] = dict(zip(("rank", "alpha", "dropout"), numbers, strict=True))
         if isinstance(self.targets, str) and self.targets != "all-linear":
             raise ValueError(
                 f"targets is {self.targets!r}, but it must be 'all-linear' or a list of names; "
                 f"write [{self.targets!r}] for one name."
             )
         if not isinstance(self.targets, str):
-            check_names("targets", self.targets)
-        check_names("exclude", self.exclude)
+            values["targets"] = check_names("targets", self.targets)
+        values["exclude"] = check_names("exclude", self.exclude)
         if len(self.targets) == 0:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # of Python, which JSON can hold
 
 
-def check_names(argument: str, names: Any) -> None:
-    """Raise ValueError if an argument is no list of names, but for example one name."""
+def check_names(argument: str, names: Any) -> Sequence[str]:
+    """Return names as JSON can hold them: a list or tuple as it is, a set sorted, any other collection as a list.
+
+    Raises:
+        ValueError: the argument is no list of names, but for example one name.
+    """
     if isinstance(names, str):
         raise ValueError(f"{argument} is {names!r}, but it must be a list of names; write [{names!r}].")
     if not is_list(names) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument} is {short_repr(names)}, but it must be a list of names.")
+    if isinstance(names, list | tuple):
+        return names
+    return sorted(names) if isinstance(names, Set) else list(names)
 
 
 def _check_type(argument: str, value: Any, expected: type) -> None:
@@ -91,10 +100,11 @@ def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRALayer] | None = None) -> list[str]:
     """Freeze ``model`` and put an adapter on each layer that ``config`` names, in place.
 
-    "all-linear" means every linear layer except the output head (see :func:`output_head`) and the names in
-    ``config.exclude``.
+    "all-linear" means every linear layer except the output head (see :func:`output_head`). What ``config.exclude``
+    names is left out.
 
     Args:
+        config: the settings; or a method, such as ``DoRA(rank=8)``, whose class of adapters is then the default.
         seed: of the generator that every A is drawn from, in the model's order.
         layer: the class of the adapters, such as a variant of ``lora_lab.variants``; by default the class
             that ``lora_lab.layers`` has registered for each kind of layer.
@@ -103,9 +113,9 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
         The names of the adapted layers.
 
     Raises:
-        ValueError: the model already has adapters, nothing matches, a target matches nothing or a module
-            that cannot be adapted, a matched weight is shared by two modules, or the rank is far above that of any
-            matched weight. The model is then left unchanged.
+        ValueError: the model already has adapters, nothing matches, a target matches nothing or a module that cannot be
+            adapted, a name in ``exclude`` matches nothing, a matched weight is shared by two modules, or the rank is
+            far above that of any matched weight. The model is then left unchanged.
 
     Warns of a rank that is above the shorter side of every matched weight.
     """
@@ -117,7 +127,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     if isinstance(seed, bool) or not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
         raise ValueError(f"seed is {short_repr(seed)}, but it must be a whole number of 64 bits.")
     generator = torch.Generator().manual_seed(seed)
-    classes = match_layers(model, config.targets, config.exclude, layer)
+    classes = match_layers(model, config.targets, config.exclude, config.layer if layer is None else layer)
     shapes = [_shape(model.get_submodule(name)) for name in classes]
     largest, useful = max(map(max, shapes)), max(min(out, math.prod(rest)) for out, *rest in shapes)
     if config.rank > (most := max(largest, _RANK_OF_ANY_LAYER)):
@@ -152,8 +162,8 @@ def require_no_adapters(model: nn.Module) -> None:
     """Raise ValueError if the model has adapters, because a second set would be trained on top of the first."""
     if layers := lora_layers(model):
         raise ValueError(
-            f"The model already has adapters on {len(layers)} layers; merge them with merge(model) "
-            "or start from a freshly loaded model."
+            f"The model already has adapters on {len(layers)} layers; merge them with merge(model), train them further "
+            "with ContinueLoRA(), or start from a freshly loaded model."
         )
 
 
@@ -315,42 +325,57 @@ def match_layers(
 
     Args:
         targets: "all-linear" (all layers registered as linear, except the output head), or names and endings of names.
-        exclude: names or endings of names that "all-linear" leaves out.
+        exclude: names or endings of names of layers to leave out.
         layer: as in :func:`lora_class`.
 
     Raises:
-        ValueError: nothing matches, a target matches nothing or a module that cannot be adapted, or a
-            matched weight is shared by two modules.
+        ValueError: nothing matches, a target matches nothing or a module that cannot be adapted, a name in ``exclude``
+            matches nothing, or a matched weight is shared by two modules.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    classes = {name: kind for name, module in modules.items() if (kind := lora_class(module, layer)) is not None}
+    left_out = excluded(modules, exclude)
+    classes = {
+        name: kind
+        for name, module in modules.items()
+        if name not in left_out and (kind := lora_class(module, layer)) is not None
+    }
     if targets == "all-linear":
         head = output_head(model)
-        names = [
-            name
-            for name in classes
-            if is_linear(modules[name])
-            and modules[name] is not head
-            and not any(name_matches(name, ending) for ending in exclude)
-        ]
+        names = [name for name in classes if is_linear(modules[name]) and modules[name] is not head]
         if not names:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer inside it to adapt; "
                 f"its output head and what exclude={list(exclude)} names are left out."
             )
         _warn_of_unadapted_weights(
-            {
-                name: module
-                for name, module in modules.items()
-                if name not in classes and not any(name_matches(name, ending) for ending in exclude)
-            }
+            {name: module for name, module in modules.items() if name not in classes and name not in left_out}
         )
     else:
         for target in targets:
-            _check_target(target, modules, classes)
+            _check_target(target, modules, classes, left_out)
         names = [name for name in classes if any(name_matches(name, target) for target in targets)]
+        if not names:
+            raise ValueError(
+                f"exclude is {list(exclude)}, which leaves out every layer that targets={list(targets)} names, so "
+                "nothing would be adapted; exclude fewer."
+            )
     _check_unshared(model, modules, names)
     return {name: classes[name] for name in names}
+
+
+def excluded(names: Collection[str], exclude: Sequence[str]) -> set[str]:
+    """Those of the names that are in ``exclude``, or end in a dot and an entry of it.
+
+    Raises:
+        ValueError: an entry matches none of the names.
+    """
+    for ending in exclude:
+        if not any(name_matches(name, ending) for name in names):
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise ValueError(
+                f"exclude has {ending!r}, which matches no module; names here end in {shortened(endings)}."
+            )
+    return {name for name in names if any(name_matches(name, ending) for ending in exclude)}
 
 
 def name_matches(name: str, ending: str) -> bool:
@@ -384,12 +409,14 @@ def last_blocks(model: nn.Module, count: int) -> list[str]:
     ]
 
 
-def _check_target(target: str, modules: dict[str, nn.Module], classes: dict[str, type[LoRALayer]]) -> None:
+def _check_target(
+    target: str, modules: dict[str, nn.Module], classes: dict[str, type[LoRALayer]], left_out: set[str]
+) -> None:
     matches = [name for name in modules if name_matches(name, target)]
     if not matches:
         endings = sorted({name.rpartition(".")[2] for name in classes})
         raise ValueError(f"Target {target!r} matches no module; the layers that can be adapted here end in {endings}.")
-    if unsupported := [name for name in matches if name not in classes]:
+    if unsupported := [name for name in matches if name not in classes and name not in left_out]:
         kinds = sorted({type(modules[name]).__name__ for name in classes})
         raise ValueError(
             f"Target {target!r} matches {unsupported[0]!r}, a {type(modules[unsupported[0]]).__name__}, which cannot "

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, require_no_adapters
+from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, replace, require_no_adapters
 from lora_lab.lora import LoRALayer
 from lora_lab.system.schema import Positive, check
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 
-MARK = "_lora_lab_method"  # the attribute of a prepared model that holds the method's name
+MARK = "_lora_lab_method"  # the attribute of a model whose own weights a method trains: that method's name
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Method(ABC):
     name: ClassVar[str]
 
     def prepare(self, model: nn.Module, seed: int) -> None:
-        """Prepare ``model`` for training, in place, and mark it as prepared.
+        """Prepare ``model`` for training, in place.
+
+        It is marked if weights of its own are trained. Adapters need no mark: they are there until they are merged.
 
         Args:
             seed: of all that the method draws at random.
@@ -36,15 +39,14 @@ class Method(ABC):
         Raises:
             ValueError: the model has adapters, has been prepared before, or would have no trainable parameter.
         """
-        if mark := getattr(model, MARK, None):
-            raise ValueError(
-                f"The model has already been prepared for {mark!r}; start each run from a freshly loaded model."
-            )
+        require_unmarked(model)
         require_no_adapters(model)
         self._prepare(model, seed)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        if not trained:
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
-        setattr(model, MARK, self.name)
+        if trained - {parameter for layer in lora_layers(model).values() for parameter in layer.parameters(False)}:
+            setattr(model, MARK, self.name)
 
     @abstractmethod
     def _prepare(self, model: nn.Module, seed: int) -> None:
@@ -60,6 +62,52 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The method as plain data, for a History or a record."""
         return {"name": self.name, **asdict(self)}
+
+
+def require_unmarked(model: nn.Module) -> None:
+    """Raise ValueError if a method has trained weights of the model's own, which are then not the pre-trained ones."""
+    if mark := getattr(model, MARK, None):
+        raise ValueError(
+            f"The model has already been prepared for {mark!r}, which changes its weights; start each run from a "
+            "freshly loaded model, and to train these weights further, load them into one: "
+            "fresh.load_state_dict(model.state_dict())."
+        )
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a model has on it before a method prepares it: the names of its adapted layers, and its mark."""
+
+    adapted: tuple[str, ...]
+    mark: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Before:
+        """What the model has on it now."""
+        return cls(tuple(lora_layers(model)), getattr(model, MARK, None))
+
+    def restore(self, model: nn.Module) -> None:
+        """Take off the adapters and the mark that a method has put on since; weights stay as they are."""
+        for name, layer in lora_layers(model).items():
+            if name not in self.adapted:
+                replace(model, name, layer.base)
+        if self.mark is None:
+            vars(model).pop(MARK, None)
+
+
+def undoing(model: nn.Module) -> ExitStack:
+    """A context at whose end ``model`` is as no method had prepared it in there, unless its ``pop_all()`` is called."""
+    before, trainable = Before.of(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def undo() -> None:
+        before.restore(model)
+        model.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    stack = ExitStack()
+    stack.callback(undo)
+    return stack
 
 
 @dataclass(frozen=True)
@@ -85,7 +133,7 @@ class PartialFineTuning(Method):
     name: ClassVar[str] = "partial"
 
     def __post_init__(self) -> None:
-        check_names("modules", self.modules)
+        object.__setattr__(self, "modules", check_names("modules", self.modules))
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
         modules = dict(model.named_modules())
@@ -138,7 +186,6 @@ class ContinueLoRA(Method):
             ValueError: the model has no adapters.
         """
         self._prepare(model, seed)
-        setattr(model, MARK, self.name)
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
         layers = lora_layers(model)
@@ -162,31 +209,16 @@ def _check_trainable(modules: Sequence[nn.Module]) -> None:
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(LoRAConfig, Method):
     """Freeze the model and train low-rank updates of its layers (see ``lora_lab.lora``).
 
     Args: as for :class:`lora_lab.LoRAConfig`.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: str | Sequence[str] = "all-linear"
-    exclude: Sequence[str] = ()
     name: ClassVar[str] = "lora"
-    layer: ClassVar[type[LoRALayer] | None] = None
-
-    def __post_init__(self) -> None:
-        config = self.config()
-        for name in ("rank", "alpha", "dropout"):
-            object.__setattr__(self, name, getattr(config, name))  # of Python, which JSON can hold
-
-    def config(self) -> LoRAConfig:
-        """The settings of the adapters."""
-        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.exclude)
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
-        inject(model, self.config(), seed, layer=self.layer)
+        inject(model, self, seed)
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class Published:
         for name in ("what", "source", "commit", "date", "licence"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} is {short_repr(value)}, but it must be a text that is not empty.")
+                raise ValueError(f"{name} is {short_repr(value)}, but it must be a string that is not empty.")
         date.fromisoformat(self.date)
         if not _is_dict(self.settings) or not _is_json(self.settings):
             raise ValueError(f"settings are {short_repr(self.settings)}, but they must be a dict of JSON values.")
@@ -298,7 +298,7 @@ def _check_rows(rows: Any) -> None:
         for name, value in row.items():
             if not _is_scalar(value):
                 raise ValueError(
-                    f"row {i} has {short_repr(value)} as {name!r}, but it must be a text, a finite number, "
+                    f"row {i} has {short_repr(value)} as {name!r}, but it must be a string, a finite number, "
                     "True, False or None."
                 )
 

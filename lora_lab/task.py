@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.system.schema import Seed, check, instance_of
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import counted, short_repr
 
 IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
 
@@ -43,13 +43,18 @@ class Examples:
     """Inputs and targets, (n, ...) each, one row per example, on the CPU.
 
     Raises:
-        ValueError: the numbers of inputs and targets differ.
+        ValueError: inputs or targets are no tensor, or their numbers differ.
     """
 
     inputs: Tensor
     targets: Tensor
 
     def __post_init__(self) -> None:
+        for name, value in (("inputs", self.inputs), ("targets", self.targets)):
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} is {short_repr(value)}, but it must be a tensor; write torch.as_tensor({name})."
+                )
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{len(self.inputs)} inputs cannot be paired with {len(self.targets)} targets.")
 
@@ -60,6 +65,17 @@ class Examples:
     def lengths(self) -> Tensor | None:
         """The length of each example, (n,); None if all have the same."""
         return None
+
+    @property
+    def counts(self) -> Tensor:
+        """How many targets of each example the mean loss of a batch is taken over, (n,).
+
+        Those are the targets other than ``IGNORE``. Targets in floating point all count, equally many in each example,
+        so the number given for them is 1.
+        """
+        if self.targets.is_floating_point():
+            return torch.ones(len(self), dtype=torch.long)
+        return (self.targets != IGNORE)[:, None].flatten(1).sum(1)
 
     def __getitem__(self, rows: Tensor | slice) -> Examples:
         return Examples(self.inputs[rows], self.targets[rows])
@@ -208,11 +224,11 @@ class Task:
         name: a short name.
         train, validation, test, off_domain: see ``lora_lab.tasks``.
         loss: (model, inputs, targets) -> mean loss of a batch; a function or another callable.
-        unit: what is counted for speed: "tokens" or "examples".
+        unit: what sizes and speed are given in: "tokens", for targets that are tokens, or "examples".
         about: one sentence on where the data comes from.
 
     Raises:
-        ValueError: a part is empty, or no Examples.
+        ValueError: a part is empty, has no target that counts in the loss, or is no Examples; or the unit is another.
     """
 
     name: str
@@ -221,13 +237,15 @@ class Task:
     test: Examples
     off_domain: Examples
     loss: Loss = cross_entropy
-    unit: str = "examples"
+    unit: Literal["tokens", "examples"] = "examples"
     about: str = ""
 
     def __post_init__(self) -> None:
+        check(self.unit, Literal["tokens", "examples"], "unit")
         for part, examples in self.parts.items():
             if len(check(examples, instance_of(Examples), part)) == 0:
                 raise ValueError(f"The {part} part of task {self.name!r} is empty; give it at least one example.")
+            self.check_counted(part, None)
 
     @property
     def parts(self) -> dict[str, Examples]:
@@ -260,8 +278,29 @@ class Task:
         return digest.hexdigest()[:16]
 
     def counted(self, examples: Examples) -> int:
-        """The number of targets that count in a batch: tokens for text, examples otherwise."""
-        return int((examples.targets != IGNORE).sum()) if self.unit == "tokens" else len(examples)
+        """The number of targets that the mean loss of a batch is taken over, which is the weight of that mean."""
+        return int(examples.counts.sum())
+
+    def size(self, examples: Examples) -> int:
+        """The size of a batch in the task's unit: its targets that count, or its examples."""
+        return self.counted(examples) if self.unit == "tokens" else len(examples)
+
+    def check_counted(self, part: str, limit: int | None) -> None:
+        """Check that a target counts in the loss.
+
+        Args:
+            part: its name.
+            limit: how many of its examples, the first ones, are to be used; None for all.
+
+        Raises:
+            ValueError: all their targets are ``IGNORE``.
+        """
+        if self.counted(self.parts[part][:limit]) == 0:
+            examples = "" if limit is None else f"first {counted(limit, 'example')} of the "
+            raise ValueError(
+                f"No target of the {examples}{part} part of task {self.name!r} counts in the loss, because all are "
+                f"{IGNORE}; use more examples, or others."
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Check that a model can be trained on this task, before training changes it.
@@ -302,7 +341,7 @@ class Task:
         lines = [f"{self.name}: {self.about}"]
         for part, examples in self.parts.items():
             shape = " x ".join(str(n) for n in examples.inputs.shape[1:])
-            lines.append(f"  {part:<11}{len(examples):>6} examples of {shape}, {self.counted(examples):,} {self.unit}")
+            lines.append(f"  {part:<11}{len(examples):>6} examples of {shape}, {self.size(examples):,} {self.unit}")
         return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
 
     def limited(self, n_train: int, seed: int | None = None) -> Task:

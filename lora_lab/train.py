@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from lora_lab import checkpoint
 from lora_lab.history import History, count_parameters
-from lora_lab.inject import adapter_state
-from lora_lab.methods import ContinueLoRA, Method
+from lora_lab.inject import adapter_state, lora_layers
+from lora_lab.methods import Before, ContinueLoRA, Method, undoing
 from lora_lab.system.device import own_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import as_path
@@ -30,6 +31,9 @@ from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_fields, instance_of
 from lora_lab.system.wording import short_repr
 from lora_lab.task import Batch, Examples, Loss, Task
+
+EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
+_RUN = "_lora_lab_run"  # the attribute of a model that holds the run that trains it, and the model's state before it
 
 
 @runtime_checkable
@@ -279,12 +283,16 @@ def fit(
     call this alike. Each takes its share of every batch; what they compute is what one process would, up to rounding,
     except that dropout draws other numbers. Rank 0 shows the progress bar, writes checkpoints and calls ``on_row``.
 
+    An error before the first step leaves the model without adapters or a mark, so that the call can be corrected and
+    made again. (The blocks of a lean step stay.)
+
     Args:
         model: a freshly loaded model, on the device to train on.
         task: data and loss.
         method: FullFineTuning(), LoRA(...), ...
         config: how to train; or its fields as keywords.
-        checkpoint_dir: a folder for this run alone. If it holds a checkpoint of this run, the run continues from it.
+        checkpoint_dir: a folder for this run alone. If it holds a checkpoint of this run, the run continues from it,
+            with a freshly loaded model or with the one that it was training when it was stopped.
         checkpoint_every: steps between checkpoints; default: as ``eval_every``.
         progress: show a progress bar; default: only in a terminal or notebook, and unless LORA_LAB_PROGRESS is 0.
         on_row: called with each new row of the History as soon as it is complete, for a logger of your own. The row is
@@ -307,31 +315,36 @@ def fit(
     config = _config(config, options)
     checkpoint_interval = _checkpoint_interval(checkpoint_dir, checkpoint_every, config)
     task.check_model(model)
-    order = data_order(task, config)
-    training_step = make_step(model, task.loss, method, config)
-    processes = training_step.processes = current_processes()
-    history = History(
-        task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
-        method=method.settings() | _start(method, model),
-        settings=config.settings(),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=count_parameters(model),
-    )
-    peaks = [group["lr"] for group in training_step.optimizer.param_groups]
-    task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
-
-    def add_evaluations() -> None:
-        options = config.batch_size, config.eval_examples, config.by_length, processes
-        for part in ("validation", "off_domain"):
-            history.add_evaluation(part, mean_loss(model, task_of_step, part, *options).item())
-        history.optimizer_bytes = state_bytes(training_step.optimizer)
-
+    check_evaluated(task, config)
+    order, processes = data_order(task, config), current_processes()
+    history = _new_history(model, task, method, config)
+    run = [history.task, history.method, history.settings]
+    before = _before(model, run, checkpoint.holds(checkpoint_dir, history))
     report = on_row if on_row and processes.rank == 0 else (lambda row: None)
-    training, device = model.training, next(model.parameters()).device
-    model.train()
-    try:
-        with own_randomness(device, config.seed), checkpoint.advice_if_a_process_ends(checkpoint_dir):
+    advice, device = checkpoint.advice_if_a_process_ends(checkpoint_dir), next(model.parameters()).device
+    with undoing(model) as preparation:
+        training_step = make_step(model, task.loss, method, config)
+        training_step.processes = processes
+        history.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        history.total_parameters = count_parameters(model)
+        peaks = [group["lr"] for group in training_step.optimizer.param_groups]
+        task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
+
+        def add_evaluations() -> None:
+            options = config.batch_size, config.eval_examples, config.by_length, processes
+            for part in EVALUATED:
+                history.add_evaluation(part, mean_loss(model, task_of_step, part, *options).item())
+            history.optimizer_bytes = state_bytes(training_step.optimizer)
+
+        def keep_preparation(*_: Any) -> None:
+            preparation.pop_all()
+            setattr(model, _RUN, (run, before))
+
+        training_step.optimizer.register_step_pre_hook(keep_preparation)  # each step changes weights
+        with _training_mode(model), own_randomness(device, config.seed), advice:
             done = checkpoint.resume(checkpoint_dir, model, training_step.optimizer, history)
+            if done:
+                keep_preparation()
             _check_alike(processes, model, history, done)
             with progress_bar(config.steps, method.name, progress if processes.rank == 0 else False, done=done) as bar:
                 if not history.rows:
@@ -360,8 +373,6 @@ def fit(
                         checkpoint.save(checkpoint_dir, model, training_step.optimizer, history)
                     report(dict(history.rows[-1]))
                     bar.update()
-    finally:
-        model.train(training)
     return history
 
 
@@ -421,9 +432,48 @@ def _checkpoint_interval(folder: str | Path | None, every: int | None, config: T
     return config.evaluation_interval if every is None else every
 
 
+def _new_history(model: nn.Module, task: Task, method: Method, config: TrainConfig) -> History:
+    """The history of a run whose model is not prepared yet, so that its parameters are not counted."""
+    return History(
+        task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
+        method=method.settings() | _start(method, model),
+        settings=config.settings(),
+        trainable_parameters=0,
+        total_parameters=0,
+    )
+
+
+def _before(model: nn.Module, run: list[Any], stored: bool) -> Before:
+    """What the model had on it before this run, which may have been stopped: it is then put back into that state.
+
+    Args:
+        stored: whether there is a checkpoint, which holds all that the run has trained.
+    """
+    last_run, before = getattr(model, _RUN, (None, None))
+    if before is None or last_run != run or not stored:
+        return Before.of(model)
+    before.restore(model)
+    return before
+
+
+@contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode, and back into the mode that it was in."""
+    training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _start(method: Method, model: nn.Module) -> dict[str, str]:
     """What a run started from, if not from the base: a hash of the adapters that it continues."""
-    return {"start": checkpoint.tensors_hash(adapter_state(model))} if isinstance(method, ContinueLoRA) else {}
+    return (
+        {"start": checkpoint.tensors_hash(adapter_state(model))}
+        if isinstance(method, ContinueLoRA) and lora_layers(model)
+        else {}
+    )
 
 
 def _check_alike(processes: Processes, model: nn.Module, history: History, done: int) -> None:
@@ -453,8 +503,8 @@ def micro_batches(
     """The micro-batches of a step that this process computes: ``accumulate`` for each thread of each process, or fewer.
 
     Returns:
-        The micro-batches, the weight of each in the loss of the whole batch, and the number of targets that count in
-        the whole batch.
+        The micro-batches, the weight of each in the loss of the whole batch, and the size of the whole batch in the
+        task's unit.
 
     Raises:
         ValueError: no target counts.
@@ -466,7 +516,7 @@ def micro_batches(
     if not parts:
         raise ValueError(f"No target of the batch at step {step} counts in the loss; use larger batches.")
     counts, mine = [task.counted(part) for part in parts], slice(processes.rank, None, processes.world_size)
-    return parts[mine], [count / sum(counts) for count in counts[mine]], sum(counts)
+    return parts[mine], [count / sum(counts) for count in counts[mine]], task.size(batch)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -566,6 +616,12 @@ def batch_losses(
                 yield task.loss(model, *to_device(batch, model)).cpu().double(), counted
     finally:
         model.train(training)
+
+
+def check_evaluated(task: Task, config: TrainConfig) -> None:
+    """Raise ValueError if no target counts in the examples of a part on which a run is evaluated."""
+    for part in EVALUATED:
+        task.check_counted(part, config.eval_examples)
 
 
 def data_order(task: Task, config: TrainConfig) -> DataOrder:

@@ -90,7 +90,7 @@ def stored(**changes):
         (stored(total_parameters=-1), "total_parameters is -1"),
         (stored(optimizer_bytes=True), "optimizer_bytes is True"),
         (stored(optimizer_bytes=10**400), "optimizer_bytes is 10+.*, but it must be less than"),
-        (stored(task={"name": 5}), "task.name is 5, but it must be a text"),
+        (stored(task={"name": 5}), "task.name is 5, but it must be a string"),
         (stored(rows={"0": {}}), r"rows is \{'0': \{\}\}, but it must be a list"),
         (stored(rows=[row(0), row(2)]), "Row 1 is of step 2, but rows must be of steps 0, 1, 2"),
         (stored(rows=[row(0), row(1.0)]), "Row 1 is of step 1.0"),

@@ -1,17 +1,32 @@
 """Which layers are adapted and by what: the registry, refusals, tied weights, and what "all-linear" does not reach."""
 
 import copy
+import json
 import math
 import warnings
 
 import numpy as np
+import pandas as pd
+import peft
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab import LoRA, LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
+from lora_lab import (
+    DoRA,
+    LoRA,
+    LoRAConfig,
+    LoRALinear,
+    RsLoRA,
+    adapter_state,
+    inject,
+    layers,
+    lora_layers,
+    merge,
+    save_adapter,
+)
 from lora_lab.adapters.edit import off, switch
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import match_layers
@@ -19,7 +34,7 @@ from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjec
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.variants import DoRALinear, RsLoRALinear
-from tests.helpers import perturbed, randomise, relative_error, run_python, snapshot
+from tests.helpers import PIXELS, perturbed, randomise, relative_error, run_python, snapshot
 from tests.tiny_models import PICTURES, SHAPE, Pictures, bert, falcon, fresh, gpt2, llama, t5, vit, whisper
 
 
@@ -680,9 +695,48 @@ def test_numbers_of_numpy_and_torch_become_pythons_and_any_collection_of_names_i
         config = kind(rank, alpha, dropout)
         assert config == kind(4, 8.0, 0.5)
         assert [type(value) for value in (config.rank, config.alpha, config.dropout)] == [int, float, float]
-    for names in (["head"], ("head",), {"head"}, {"head": 1}.keys()):
+    for names in (["head"], ("head",), {"head"}, {"head": 1}.keys(), np.array(["head"]), pd.Series(["head"])):
         config = kind(2, targets=names, exclude=names)
         assert inject(DigitsMLP(width=16), LoRAConfig(2, targets=config.targets)) == ["head"]
+        kept = type(names) if isinstance(names, list | tuple) else list
+        assert type(config.targets) is type(config.exclude) is kept
+        assert json.dumps([config.targets, config.exclude]) == '[["head"], ["head"]]'
+    assert kind(2, targets={"head", "hidden1", "hidden2"}).targets == ["head", "hidden1", "hidden2"]
+
+
+def test_what_exclude_names_is_left_out_of_any_targets():
+    model = EveryKind()
+    assert inject(model, LoRAConfig(2, targets=["linear", "words", "image"], exclude=["words"])) == ["linear", "image"]
+    with_norm = nn.ModuleDict({"a": nn.ModuleDict({"norm": nn.LayerNorm(4)}), "norm": nn.Linear(4, 4)})
+    assert inject(with_norm, LoRAConfig(2, targets=["norm"], exclude=["a.norm"])) == ["norm"]
+    model = EveryKind()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^exclude is \['linear'\], which leaves out every layer that targets="):
+        inject(model, LoRAConfig(2, targets=["linear"], exclude=["linear"]))
+    for targets in ("all-linear", ["linear"]):
+        with pytest.raises(
+            ValueError, match=r"^exclude has 'lineer', which matches no module; names here end in .*image"
+        ):
+            inject(model, LoRAConfig(2, targets=targets, exclude=["words", "lineer"]))
+    assert snapshot(model) == before
+
+
+def test_peft_reads_an_adapter_that_was_saved_with_exclude(tmp_path):
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(2, targets=["hidden1", "head"], exclude=["head"]))
+    save_adapter(randomise(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(DigitsMLP(width=16), tmp_path)
+    assert torch.allclose(theirs(PIXELS), model(PIXELS), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA, RsLoRA])
+def test_a_method_is_a_config_with_its_class_of_adapters(kind):
+    ours, expected = DigitsMLP(width=16), DigitsMLP(width=16)
+    inject(ours, kind(rank=2))
+    inject(expected, LoRAConfig(rank=2), layer=kind.layer)
+    assert [type(layer) for layer in lora_layers(ours).values()] == [kind.layer or LoRALinear] * 3
+    assert all(map(torch.equal, ours.state_dict().values(), expected.state_dict().values()))
+    assert kind(rank=2) != LoRAConfig(rank=2)
 
 
 def test_a_rank_above_the_shorter_side_of_every_layer_is_warned_of():

@@ -2,7 +2,8 @@
 
 import copy
 import math
-import re
+import pickle
+from dataclasses import dataclass
 
 import peft
 import pytest
@@ -142,11 +143,53 @@ def test_a_model_can_be_made_ready_once_only(method, second):
     model = DigitsMLP()
     method.prepare(model, seed=0)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"already been prepared for '{re.escape(method.name)}'.*freshly loaded"):
-        second.prepare(model, seed=0)
+    says = (
+        "already has adapters on 3 layers" if isinstance(method, LoRA) else f"already been prepared for '{method.name}'"
+    )
+    for again in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=rf"{says}.*freshly loaded"):
+            second.prepare(again, seed=0)
     assert snapshot(model) == before
-    with pytest.raises(ValueError, match="already been prepared"):
-        second.prepare(copy.deepcopy(model), seed=0)
+
+
+@pytest.mark.parametrize("second", [FullFineTuning(), LoRA(rank=2)], ids=lambda method: method.name)
+def test_a_merged_model_can_be_trained_again_and_one_whose_weights_were_trained_cannot(second):
+    model = pretrained()
+    fit(model, TASK, LoRA(rank=2), steps=2, lr=1e-2)
+    merge(model)
+    weight = model.head.weight.clone()
+    fit(model, TASK, second, steps=2, lr=1e-2)
+    base = model.head.base.weight if isinstance(second, LoRA) else weight
+    assert torch.equal(base, weight)
+    trained = pretrained()
+    FullFineTuning().prepare(trained, seed=0)
+    inject(trained, LoRAConfig(rank=2))
+    fit(trained, TASK, ContinueLoRA(), steps=1, lr=1e-2)
+    merge(trained)
+    with pytest.raises(
+        ValueError, match=r"already been prepared for 'full', which changes its weights.*load_state_dict"
+    ):
+        second.prepare(trained, seed=0)
+    fresh = pretrained()
+    fresh.load_state_dict(trained.state_dict())
+    second.prepare(fresh, seed=0)
+    assert torch.equal((fresh.head.base if isinstance(second, LoRA) else fresh.head).weight, trained.head.weight)
+
+
+def test_a_method_that_trains_adapters_and_more_leaves_a_mark():
+    @dataclass(frozen=True)
+    class WithHead(LoRA):
+        name = "with head"
+
+        def _prepare(self, model, seed):
+            super()._prepare(model, seed)
+            model.head.base.bias.requires_grad_(True)
+
+    model = DigitsMLP()
+    WithHead(rank=2).prepare(model, seed=0)
+    merge(model)
+    with pytest.raises(ValueError, match="already been prepared for 'with head'"):
+        LoRA(rank=2).prepare(model, seed=0)
 
 
 @METHODS
@@ -253,7 +296,12 @@ def test_settings_are_the_method_as_plain_data(method, expected):
 
 @pytest.mark.parametrize("kind", [LoRA, RsLoRA, LoRAFA, LoRAPlus, PiSSA, DoRA])
 def test_every_kind_of_lora_has_the_defaults_of_the_config(kind):
-    assert kind().config() == LoRAConfig()
+    method, config = kind(), LoRAConfig()
+    assert isinstance(method, LoRAConfig)
+    assert {name: getattr(method, name) for name in vars(config)} == vars(config)
+    again = pickle.loads(pickle.dumps(method))
+    assert (again, repr(again)) == (method, repr(method))
+    assert repr(method).startswith(f"{kind.__name__}(rank=8, alpha=16.0, dropout=0.0, targets='all-linear', exclude=()")
 
 
 def test_partial_fine_tuning_trains_the_head_by_default():

@@ -100,7 +100,7 @@ def test_a_row_is_a_dict_by_name(row):
     "value", [float("nan"), float("inf"), -float("inf"), [1], {"a": 1}, np.int64(1), np.float32(1), torch.tensor(1.0)]
 )
 def test_a_rows_values_are_flat_and_finite(value):
-    with pytest.raises(ValueError, match=r"^row 1 has .* as 'loss', but it must be a text, a finite number, True"):
+    with pytest.raises(ValueError, match=r"^row 1 has .* as 'loss', but it must be a string, a finite number, True"):
         a_record(rows=[{"loss": 1.0}, {"method": "LoRA", "loss": value}])
 
 
@@ -444,7 +444,7 @@ def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"licence": ""}, "licence is '', but it must be a text that is not empty"),
+        ({"licence": ""}, "licence is '', but it must be a string that is not empty"),
         ({"date": "soon"}, "soon"),
         ({"settings": [1]}, r"settings are \[1\], but they must be a dict of JSON values"),
         ({"rows": []}, "rows are"),

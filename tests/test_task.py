@@ -125,10 +125,46 @@ def test_description_gives_sizes_shapes_units_source_and_fingerprint():
     assert lines[5].split() == ["fingerprint", task.fingerprint]
 
 
-def test_tokens_count_where_the_target_is_not_ignored_and_examples_always():
+def test_targets_count_unless_they_are_ignored_whatever_the_unit():
     part = Examples(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 0]]))
-    assert tiny(unit="tokens").counted(part) == 3
-    assert tiny().counted(part) == 2
+    tokens, examples = tiny(unit="tokens"), tiny()
+    assert (tokens.counted(part), tokens.size(part)) == (3, 3)
+    assert (examples.counted(part), examples.size(part)) == (3, 2)
+    classes = Examples(torch.zeros(3, 1), torch.tensor([4, IGNORE, 0]))
+    assert (examples.counted(classes), examples.size(classes)) == (2, 3)
+    assert part.counts.tolist() == [2, 1]
+    assert classes.counts.tolist() == [1, 0, 1]
+
+
+def test_targets_in_floating_point_all_count():
+    part = Examples(torch.zeros(2, 3), torch.tensor([[1.0, IGNORE], [IGNORE, IGNORE]]))  # temperatures, say
+    assert (tiny().counted(part), tiny().size(part)) == (2, 2)
+
+
+@pytest.mark.parametrize("unit", ["token", "", None, 1])
+def test_a_unit_that_is_none_is_refused_when_the_task_is_made(unit):
+    with pytest.raises(ValueError, match=rf"^unit is {unit!r}, but it must be 'tokens' or 'examples'\.$"):
+        tiny(unit=unit)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "examples"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_in_which_no_target_counts_is_named(part, unit):
+    targets = torch.full((2, 3), IGNORE)
+    with pytest.raises(
+        ValueError, match=rf"^No target of the {part} part of task 'tiny' counts in the loss, because all"
+    ):
+        tiny(unit=unit, **{part: Examples(torch.zeros(2, 3, dtype=torch.long), targets)})
+    targets[1, 2] = 0
+    tiny(unit=unit, **{part: Examples(torch.zeros(2, 3, dtype=torch.long), targets)})
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets"])
+def test_what_is_no_tensor_is_named(name):
+    values = {"inputs": torch.zeros(2, 3), "targets": torch.zeros(2)}
+    says = rf"^{name} is array\(.*, but it must be a tensor; write torch\.as_tensor\({name}\)\.$"
+    with pytest.raises(ValueError, match=says):
+        Examples(**values | {name: values[name].numpy()})
 
 
 def test_limited_keeps_the_first_examples_and_all_other_parts():

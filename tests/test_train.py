@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab import (
+    ContinueLoRA,
+    DoRA,
     FullFineTuning,
     History,
     Lean,
@@ -26,6 +28,7 @@ from lora_lab import (
     LoRAConfig,
     LoRAPlus,
     PartialFineTuning,
+    PiSSA,
     evaluate,
     fit,
     inject,
@@ -33,6 +36,7 @@ from lora_lab import (
 )
 from lora_lab.ablation import Grid
 from lora_lab.history import COLUMNS, DivergedError
+from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
 from lora_lab.tasks.instruction import Padded
@@ -490,12 +494,9 @@ def test_a_micro_batch_without_a_counted_target_changes_no_result(accumulate):
 
 def test_a_batch_without_any_counted_target_stops_the_run_at_its_step():
     task = token_task()
-    for part in task.parts.values():
-        part.targets[:] = IGNORE
-        part.targets[0, 0] = 1
-    one = Examples(task.train.inputs[1:], task.train.targets[1:])
-    with pytest.raises((ValueError, DivergedError), match="step 1"):
-        fit(Tokens(), dataclasses.replace(task, train=one), FullFineTuning(), steps=2, lr=0.05, batch_size=2)
+    task.train.targets[DataOrder(len(task.train), 0).rows(2, 2)] = IGNORE
+    with pytest.raises(ValueError, match="No target of the batch at step 2 counts in the loss"):
+        fit(Tokens(), task, FullFineTuning(), steps=3, lr=0.05, batch_size=2)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -776,7 +777,7 @@ def test_numbers_of_numpy_and_torch_train_as_pythons_do(kind, tmp_path):
         ({"limit": 0}, "limit is 0, but it must be at least 1"),
         ({"limit": -1}, "limit is -1, but it must be at least 1"),
         ({"limit": "5"}, "limit is '5', but it must be a whole number"),
-        ({"part": None}, "part is None, but it must be a text"),
+        ({"part": None}, "part is None, but it must be a string"),
     ],
 )
 def test_evaluate_refuses_sizes_that_gave_nan_or_left_examples_out(options, says):
@@ -857,12 +858,12 @@ def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
 def test_a_training_step_runs_on_tensors_that_have_no_values(tiny_config, method, fused):
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+    task_loss = token_task().loss
     with FakeTensorMode():
         model = Llama(tiny_config)
         method.prepare(model, seed=0)
         optimizer = torch.optim.AdamW(method.groups(model), lr=1e-3, fused=fused)
         ids = torch.zeros(2, 5, dtype=torch.long)
-        task_loss = token_task().loss
         loss, norm = TrainingStep(model, task_loss, optimizer, 1.0)([(ids, ids), (ids, ids)], [0.5, 0.5])
     assert isinstance(loss, FakeTensor)
     assert isinstance(norm, FakeTensor)
@@ -1128,6 +1129,147 @@ def test_keywords_override_a_config():
     config = TrainConfig(steps=100, lr=1e-2, batch_size=8)
     settings = fit(model, task, LoRA(2), config, steps=3, progress=False).settings
     assert (settings["steps"], settings["lr"], settings["batch_size"], settings["warmup"]) == (3, 1e-2, 8, 0)
+
+
+# Weights of micro-batches, whatever the unit
+
+
+@pytest.mark.parametrize("unit", ["tokens", "examples"])
+def test_sizes_of_batches_change_no_loss_where_examples_count_unequally(tiny_config, unit):
+    targets = llama_task().train.targets.clone()
+    for row in range(len(targets)):
+        targets[row, row + 1 :] = IGNORE
+    task = dataclasses.replace(llama_task(), unit=unit, train=Examples(llama_task().train.inputs, targets))
+    model = Llama(tiny_config)
+    expected = evaluate(model, task, "train", batch_size=6)
+    for batch_size in (1, 4):
+        assert evaluate(model, task, "train", batch_size) == pytest.approx(expected, rel=1e-6)
+    whole, split = (
+        fit(Llama(tiny_config), task, LoRA(2), steps=2, lr=0.01, batch_size=6, accumulate=accumulate)
+        for accumulate in (1, 3)
+    )
+    assert split.curve("train_loss")[1] == pytest.approx(whole.curve("train_loss")[1], rel=1e-5)
+    assert whole.rows[1]["tokens"] == split.rows[1]["tokens"] == {"tokens": 21, "examples": 6}[unit]
+
+
+# What an error leaves of a preparation
+
+
+def of_other_run(folder):
+    run(LoRA(rank=3), checkpoint_dir=folder)
+
+
+def not_written(model, inputs, targets):
+    raise NotImplementedError
+
+
+def only_evaluated(model, inputs, targets):
+    if torch.is_grad_enabled():
+        raise torch.OutOfMemoryError
+    return cross_entropy(model, inputs, targets)
+
+
+EARLY_ERRORS = {
+    "checkpoint of another run": (of_other_run, {}, ValueError),
+    "the loss, at the first evaluation": (None, {"loss": not_written}, NotImplementedError),
+    "memory, at the first step": (None, {"loss": only_evaluated}, torch.OutOfMemoryError),
+    "on_row": (None, {"on_row": lambda row: 1 / 0}, ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize(("before", "options", "error"), EARLY_ERRORS.values(), ids=EARLY_ERRORS)
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), PiSSA(rank=2), FullFineTuning(), PartialFineTuning(["head"]), ContinueLoRA()], ids=str
+)
+def test_an_error_before_the_first_step_leaves_the_model_as_it_was(method, before, options, error, tmp_path):
+    def made():
+        model = DigitsMLP(width=16)
+        if isinstance(method, ContinueLoRA):
+            inject(model, LoRAConfig(2))
+        model.hidden1.requires_grad_(False)
+        return model
+
+    model, options, folder = made(), dict(options), None
+    if before is not None:
+        before(tmp_path / "one")
+        folder = tmp_path / "one"
+    state = snapshot(model)
+    with pytest.raises(error):
+        run(method, model, small_task(loss=options.pop("loss", None)), checkpoint_dir=folder, **options)
+    assert snapshot(model) == state
+    _, history = run(method, model, checkpoint_dir=tmp_path / "two")
+    assert losses(history) == losses(run(method, made())[1])
+
+
+@pytest.mark.parametrize(("method", "says"), [(LoRA(rank=2), "adapters"), (FullFineTuning(), "prepared for 'full'")])
+def test_an_error_from_the_first_step_on_leaves_the_model_as_it_is(method, says):
+    def diverging(*batch):
+        return cross_entropy(*batch) * (math.nan if torch.is_grad_enabled() else 1.0)
+
+    model = DigitsMLP(width=16)
+    with pytest.raises(DivergedError, match="at step 1 "):
+        run(method, model, small_task(loss=diverging))
+    with pytest.raises(ValueError, match=f"already .*{says}"):
+        run(method, model)
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2, dropout=0.1), DoRA(rank=2), FullFineTuning(), PartialFineTuning(["head"])], ids=str
+)
+def test_a_cell_that_was_interrupted_can_be_run_again_with_the_same_model(method, tmp_path):
+    def stop(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    whole, expected = run(method)
+    model = DigitsMLP(width=16)
+    with pytest.raises(KeyboardInterrupt):
+        run(method, model, checkpoint_dir=tmp_path, checkpoint_every=2, on_row=stop)
+    _, history = run(method, model, checkpoint_dir=tmp_path, checkpoint_every=2)
+    assert losses(history) == losses(expected)
+    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
+    assert [*model.state_dict()] == [*whole.state_dict()]
+    for other in ({"seed": 1, "checkpoint_dir": tmp_path / "other"}, {}):  # of another run, or without a checkpoint
+        with pytest.raises(ValueError, match="already"):
+            run(method, model, **other)
+
+
+def test_a_checkpoint_takes_no_adapters_off_that_its_run_has_not_put_on(tmp_path):
+    run(LoRA(rank=2), checkpoint_dir=tmp_path)
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already has adapters"):
+        run(LoRA(rank=2), model, checkpoint_dir=tmp_path)
+    assert snapshot(model) == before
+
+
+def test_an_interrupted_run_of_a_model_that_another_tool_prepared_goes_on_with_its_adapters(tmp_path):
+    def adapted():
+        model = DigitsMLP(width=16)
+        inject(model, LoRAConfig(2))
+        return model
+
+    def stop(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    model, (whole, _) = adapted(), run(AsItIs(), adapted())
+    with pytest.raises(KeyboardInterrupt):
+        run(AsItIs(), model, checkpoint_dir=tmp_path, checkpoint_every=2, on_row=stop)
+    run(AsItIs(), model, checkpoint_dir=tmp_path, checkpoint_every=2)
+    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
+
+
+@pytest.mark.parametrize("part", ["validation", "off_domain"])
+def test_evaluations_in_which_no_target_counts_are_refused_before_anything_is_changed(part):
+    model, task = DigitsMLP(width=16), small_task()
+    task.parts[part].targets[:2] = IGNORE
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"^No target of the first 2 examples of the {part} part of task .* counts"):
+        run(LoRA(rank=2), model, task, eval_examples=2)
+    assert snapshot(model) == before
+    run(LoRA(rank=2), model, task, eval_examples=3)
 
 
 # A task that does not fit

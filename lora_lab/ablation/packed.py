@@ -44,19 +44,19 @@ from lora_lab.lean import cross_entropy as lean_cross_entropy
 from lora_lab.lora import LoRALinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
-from lora_lab.task import IGNORE, Examples, Loss, Task, cross_entropy
+from lora_lab.task import Examples, Loss, Task, cross_entropy
 from lora_lab.train import (
+    EVALUATED,
     Batch,
     TrainConfig,
     TrainingStep,
+    check_evaluated,
     data_order,
     enable_checkpointing,
     make_adamw,
     mean_loss,
     to_device,
 )
-
-EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
 
@@ -128,6 +128,7 @@ def fit_packed(
     make_config = TrainConfig if config is None else partial(dataclasses.replace, config)
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_layers(model, task, runs)
+    check_evaluated(task, configs[0])
     config = configs[0]  # all but lr and seed are the same for all
     lean = cast(Lean | None, config.lean)
     if lean is not None or config.gradient_checkpointing:
@@ -569,8 +570,8 @@ def joined_batches(
     """The micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with the examples of all trials.
 
     Returns:
-        The micro-batches; each one's share of every trial's targets that count, (trials,); and how many count in all,
-        for each trial, as in ``task.counted``.
+        The micro-batches; each one's share of every trial's targets that count, (trials,); and the size of each trial's
+        batch, as in ``task.size``.
 
     Raises:
         ValueError: a live trial's batch has no target that counts, as in ``fit``.
@@ -578,17 +579,15 @@ def joined_batches(
     rows = order.rows((step - 1) * config.batch_size, config.batch_size).view(len(order.seeds), -1)  # (20, 32)
     columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
     parts = [task.train[part.flatten()] for part in columns]  # 640 rows
-    if task.unit != "tokens":
-        shares = [torch.full((len(rows),), part.shape[1] / config.batch_size, dtype=torch.float64) for part in columns]
-        return parts, shares, [config.batch_size] * len(rows)
-    counts = [(part.targets != IGNORE).view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
+    counts = [part.counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
     total = torch.stack(counts).sum(0)  # (20,)
     if empty := [order.seeds[k] for k in live if not total[k]]:
         raise ValueError(
             f"No target of the batch at step {step} of seed {empty[0]} counts, so it teaches nothing; "
             "use larger batches."
         )
-    return parts, [count / total.clamp(min=1) for count in counts], total.long().tolist()
+    sizes = total.long().tolist() if task.unit == "tokens" else [config.batch_size] * len(rows)
+    return parts, [count / total.clamp(min=1) for count in counts], sizes
 
 
 def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:

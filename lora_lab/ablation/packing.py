@@ -18,7 +18,7 @@ from lora_lab.costs.fake import fake_copy
 from lora_lab.costs.memory import Part, predict, saved_bytes
 from lora_lab.inject import match_layers, require_no_adapters
 from lora_lab.lean.step import Lean
-from lora_lab.methods import MARK, LoRA, Method, RsLoRA
+from lora_lab.methods import LoRA, Method, RsLoRA, require_unmarked
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
 from lora_lab.task import Examples, Task, described
@@ -43,9 +43,8 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
             f"The loss {described(task.loss)!r} cannot be computed for each trial of a pack; use fit, or "
             f"{' or '.join(loss.__name__ for loss in TRIAL_LOSSES)} of lora_lab.tasks."
         )
-    if mark := getattr(model, MARK, None):
-        return f"The model has already been made ready for {mark!r}; start each run from a freshly loaded model."
     try:
+        require_unmarked(model)
         require_no_adapters(model)
         names = match_layers(model, method.targets, method.exclude)
     except ValueError as error:  # fit would say the same

@@ -75,7 +75,7 @@ class Claim:
             if field.name in ("value", "values"):
                 continue
             if not isinstance(value, str) or (field.default is MISSING and not value.strip()):
-                raise ValueError(f"The claim {self.id!r} has {value!r} as {field.name}, but it must be a text.")
+                raise ValueError(f"The claim {self.id!r} has {value!r} as {field.name}, but it must be a string.")
         for each in self.values if self.value is None else (self.value, *self.values):
             if f"{each:g}" not in self.number.replace(",", ""):
                 raise ValueError(f"The claim {self.id!r} has the value {each!r}, which its number does not show.")

@@ -21,6 +21,7 @@ import numpy as np
 from lora_lab.ablation import overfitting, rank_advice
 from lora_lab.ablation.blocks import block_losses_of
 from lora_lab.ablation.comparison import differences
+from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.ablation.stats import CONFIDENCE, interval, resampled_means, t_bounds
 from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
 from lora_lab.claims.counted import rank_of_equal_static_memory
@@ -171,12 +172,16 @@ def trains_faster(claim: Claim, record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
     ranks = ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256")
     cases: list[tuple[bool | None, str]] = []
+    by_rank: dict[str, set[bool]] = {}
     for row, _, words in _timed(record, ranks):
-        cases.append(({"faster": True, "slower": False}.get(row["verdict"].partition(":")[0]), words))
+        answer = {"faster": True, "slower": False}.get(row["verdict"].partition(":")[0])
+        cases.append((answer, words))
+        by_rank.setdefault(row["setup"], set()).update(() if answer is None else (answer,))
+    alike = all(len(answers) < 2 for answers in by_rank.values())
     answers = [answer for answer, _ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words in cases if answer is False)
-    result = over_cases(cases, "the rank and the model")
+    result = over_cases(cases, "the rank" if alike else "the rank, the model and the tokens")
     return Result(result.verdict, f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}", result.on)
 
 
@@ -223,7 +228,21 @@ def _rank_results(record: Record) -> tuple[dict[int, RankResult], list[int], int
     return {each.rank: each for each in answer.ranks}, edges, len(answer.seeds)
 
 
-def _rank_is_enough(record: Record, rank: int) -> Result:
+def _best_inside(record: Record, wider: Sequence[Record], rank: int, rate: float | None) -> bool:
+    """Whether a record "rates" of the same training runs shows a rate as the best inside a wider grid."""
+    setup, same = f"r={rank}, alpha = 2r", ("seq_len", "steps", "batch_size")
+    for other in wider:
+        study = other.settings.get("docs", {})
+        options = {**study.get("setups", {}).get(setup, {}), "seq_len": study.get("seq_len")}
+        if [options.get(key) for key in same] == [record.settings.get(key) for key in same]:
+            frame = other.frame()
+            best = best_rate(losses_by_rate(frame[(frame["data"] == "docs") & (frame["setup"] == setup)]))
+            if best.tried == rate and not best.edge:
+                return True
+    return False
+
+
+def _rank_is_enough(record: Record, rank: int, wider: Sequence[Record]) -> Result:
     results, edges, seeds = _rank_results(record)
     largest = max(results)
     if rank not in results or rank == largest:
@@ -235,23 +254,26 @@ def _rank_is_enough(record: Record, rank: int) -> Result:
         f"test loss {result.difference:+.3f} ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}, "
         f"margin {MARGIN:g}, {seeds} seeds"
     )
-    if at_edge := [each for each in (rank, largest) if each in edges]:
-        return Result(OPEN, f"{text}; the rate of rank {at_edge[0]} is at the edge of its grid")
+    for each in (rank, largest):
+        if each in edges and not _best_inside(record, wider, each, results[each].lr):
+            return Result(OPEN, f"{text}; the rate of rank {each} is at the edge of its grid")
+        if each in edges:
+            text += f"; rank {each}'s rate, at the edge of this grid, is the best inside that of the record 'rates'"
     if seeds < MIN_SEEDS:
         return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
     return Result({"enough": STANDS, "too small": FALLS}.get(result.status, OPEN), text)
 
 
-@decides("rank-one-suffices", record="ablation")
-def rank_one(claim: Claim, record: Record) -> Result:
+@decides("rank-one-suffices", record="ablation", beside="rates")
+def rank_one(claim: Claim, record: Record, wider: Sequence[Record]) -> Result:
     """Rank 1 beside the largest rank, each at its own rate."""
-    return _rank_is_enough(record, 1)
+    return _rank_is_enough(record, 1, wider)
 
 
-@decides("loss-flat-from-rank-16", record="ablation")
-def rank_sixteen(claim: Claim, record: Record) -> Result:
+@decides("loss-flat-from-rank-16", record="ablation", beside="rates")
+def rank_sixteen(claim: Claim, record: Record, wider: Sequence[Record]) -> Result:
     """Rank 16 beside the largest rank, each at its own rate."""
-    return _rank_is_enough(record, 16)
+    return _rank_is_enough(record, 16, wider)
 
 
 # Overfitting

@@ -13,6 +13,7 @@ from lora_lab.costs.fake import shape_of
 from lora_lab.lean.step import Lean, LeanStep
 from lora_lab.methods import FullFineTuning, Method
 from lora_lab.models.quantize import quantize_nf4
+from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import short_repr
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step
@@ -60,8 +61,7 @@ class Setup:
             raise ValueError(
                 f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own; use lean=None."
             )
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate}, but it must be at least 1.")
+        object.__setattr__(self, "accumulate", check(self.accumulate, Size, "accumulate"))
 
     def step(self, model: nn.Module) -> TrainingStep:
         """Make ``model`` ready to train, in place. A fake model gets a step that assumes that every target counts.

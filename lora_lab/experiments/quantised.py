@@ -125,7 +125,7 @@ class Merges:
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
         state, device = adapter_state(model), next(model.parameters()).device
         model = studies.language_model(device)
-        inject(model, METHOD.config())
+        inject(model, METHOD)
         switch(model, state)
         layers = lora_layers(model)
         W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)

@@ -109,7 +109,7 @@ class LeanStep(TrainingStep):
 
 
 def apply_lean(model: nn.Module, lean: Lean) -> None:
-    """Replace the blocks, embedding and head of an adapted Llama by lean ones, in place.
+    """Replace the blocks, embedding and head of an adapted Llama by lean ones, in place. Lean ones take new options.
 
     Names and parameters stay, and so does what the model computes. The blocks read the weights of adapted layers and
     norms without calling them, so forward hooks on modules inside a block do not fire; hooks on the new blocks do.
@@ -133,7 +133,10 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         _cast_base(model, lean.base_dtype)
     trunk, head = model.model, model.lm_head
     for index, block in enumerate(trunk.layers):
-        replace(trunk, f"layers.{index}", LeanBlock(cast(Block, block), lean.checkpoint))
+        if isinstance(block, LeanBlock):
+            block.checkpoint = lean.checkpoint
+        else:
+            replace(trunk, f"layers.{index}", LeanBlock(cast(Block, block), lean.checkpoint))
     for module in trunk.modules():
         if isinstance(module, RMSNorm | BlockEmbedding):
             _raise_to_float32(module)
@@ -148,8 +151,6 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
 
 
 def _check(model: Llama, lean: Lean) -> None:
-    if isinstance(model.model.layers[0], LeanBlock):
-        raise ValueError("The model's blocks are lean already; start each run from a freshly loaded model.")
     layers = lora_layers(model)
     if not layers:
         raise ValueError("The lean step trains adapters, but the model has no adapters; use a LoRA method.")
@@ -161,7 +162,8 @@ def _check(model: Llama, lean: Lean) -> None:
         if parameter.requires_grad and id(parameter) not in in_adapted_layers:
             raise ValueError(f"{name!r} is trained, but the lean step is for a frozen base; freeze it.")
     for name, module in model.named_modules():
-        if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        hooks = (getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+        if any(hooks) and not isinstance(module, LeanBlock):
             raise ValueError(
                 f"{name or 'the model'!r} has a hook, which the lean step would not call; remove it, or register it on "
                 "a block once the model is lean."

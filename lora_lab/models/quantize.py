@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lora_lab.inject import check_names, name_matches, output_head, replace, require_no_adapters
+from lora_lab.inject import check_names, excluded, output_head, replace, require_no_adapters
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
 from lora_lab.system.wording import short_repr
@@ -538,18 +538,20 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
         The names of the layers now in NF4.
 
     Raises:
-        ValueError: the model has adapters, there is no such layer, a weight belongs to two modules, or block
-            is not an even whole number. The model is then left as it was.
+        ValueError: the model has adapters, there is no such layer, a name in ``exclude`` matches nothing, a weight
+            belongs to two modules, or block is not an even whole number. The model is then left as it was.
     """
-    check_names("exclude", exclude)
+    exclude = check_names("exclude", exclude)
     if not isinstance(double, bool):
         raise ValueError(f"double is {short_repr(double)}, but it must be True or False.")
     require_no_adapters(model)
     head = output_head(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    left_out = excluded(modules, exclude)
     layers = {
         name: module
-        for name, module in model.named_modules()
-        if name and type(module) is nn.Linear and module is not head and not any(name_matches(name, e) for e in exclude)
+        for name, module in modules.items()
+        if type(module) is nn.Linear and module is not head and name not in left_out
     }
     if not layers:
         raise ValueError(

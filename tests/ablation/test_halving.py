@@ -334,7 +334,7 @@ def test_trials_that_are_evaluated_at_no_rung_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"reason": None}, "outcome 'stopped': reason is None, but it must be a text"),
+        ({"reason": None}, "outcome 'stopped': reason is None, but it must be a string"),
         ({"test_loss": 1.0}, "outcome 'stopped': test_loss is 1.0, but it must be None"),
         ({"outcome": "done", "reason": None}, "test_loss is None"),
     ],

@@ -543,12 +543,22 @@ def test_a_model_that_gives_nan_from_the_start_ends_every_trial_before_training(
     assert "at step 0 " in str(results[0].error)
 
 
-def test_a_part_in_which_nothing_counts_ends_every_trial_as_it_ends_fit(tiny_config):
+def test_a_part_in_which_nothing_counts_is_refused_as_by_fit(tiny_config):
     model, task = Llama(tiny_config, seed=3), sentences()
-    task.off_domain.targets[:] = IGNORE
-    results = fit_packed(model, task, RUNS[:3], **OPTIONS)
-    assert {str(result.error) for result in results} == {message(model, task, RUNS[0], **OPTIONS)}
-    assert "The off_domain loss is nan at step 0" in str(results[0].error)
+    task.off_domain.targets[:2] = IGNORE
+    for train in (
+        lambda: fit_packed(model, task, RUNS[:3], eval_examples=2, **OPTIONS),
+        lambda: separate(model, task, RUNS[0], eval_examples=2, **OPTIONS),
+    ):
+        with pytest.raises(ValueError, match="No target of the first 2 examples of the off_domain part of task"):
+            train()
+
+
+@pytest.mark.parametrize("unit", ["tokens", "examples"])
+def test_micro_batches_are_weighted_by_the_targets_that_count_whatever_the_unit(tiny_config, unit):
+    model, task, options = Llama(tiny_config, seed=3), replace(sentences(), unit=unit), {**OPTIONS, "accumulate": 2}
+    for run, result in zip(RUNS[:2], fit_packed(model, task, RUNS[:2], **options), strict=True):
+        assert_as_separate(result, *separate(model, task, run, **options), rtol=1e-3)
 
 
 # What is left behind
@@ -596,7 +606,7 @@ def test_the_model_is_left_as_it_was_and_so_are_the_random_numbers():
 
 def test_the_model_is_left_as_it_was_after_an_error_too():
     task = sentences(vocabulary=11)
-    task.train.targets[:] = IGNORE
+    task.train.targets[torch.randperm(14, generator=torch.Generator().manual_seed(0))[:4]] = IGNORE
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
     before, random = facts(model), torch.get_rng_state()
     with pytest.raises(ValueError, match="batch at step 1 of seed 0 counts"):
@@ -687,7 +697,7 @@ def assert_refused(model, task, runs, sentence, reason):
 
 FIRST = LoRA(rank=2, targets=["first"])
 REFUSED_MODELS = {
-    "ready": (ready_net, LoRA(rank=2), "made ready for 'full'"),
+    "ready": (ready_net, LoRA(rank=2), "prepared for 'full'"),
     "adapted": (adapted_net, LoRA(rank=2), "already has adapters"),
     "dtypes": (mixed_net, LoRA(rank=2), "float32 and float64"),
     "embedding": (lambda: Net(nn.Embedding(4, 12)), LoRA(targets=["first", "middle"]), "'middle' is a Embedding"),

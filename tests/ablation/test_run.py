@@ -378,7 +378,7 @@ def test_an_error_of_the_judge_loses_no_training(tmp_path, monkeypatch, engine, 
     first, second = frame[frame["rank"] == 1].key.unique()
     assert re.fullmatch(
         rf"The judge failed on 2 trials, first on ({first}|{second}) \({words}\); "
-        rf"mend it and start the sweep again: what was trained is kept in {re.escape(str(tmp_path))}\.",
+        rf"fix the judge and start the sweep again: the trained weights are in {re.escape(str(tmp_path))}\.",
         str(caught.value),
     )
     assert "in judge\n    raise error" in caught.value.__notes__[0]  # the way to the error
@@ -470,7 +470,7 @@ def test_what_is_judged_later_is_the_trained_model_to_the_last_bit(tmp_path, mon
 def test_without_a_folder_an_error_of_the_judge_is_told_at_once(monkeypatch):
     called = counting(monkeypatch)
     with pytest.raises(
-        RuntimeError, match=r"failed on \w+ \(ValueError: it says nothing at all\); mend it, and give a f"
+        RuntimeError, match=r"failed on \w+ \(ValueError: it says nothing at all\); fix the judge, and pass a f"
     ):
         apart(grid(), judge=failing_on(1)[0])
     assert called == [(1, 0)]
@@ -607,7 +607,9 @@ def test_a_judge_may_give_numbers_of_any_kind(tmp_path):
 )
 def test_what_a_judge_may_not_give_is_told_and_no_training_lost(tmp_path, monkeypatch, given, says):
     trials = grid(ranks=(1,), seeds=(0,))
-    with pytest.raises(RuntimeError, match=rf"The judge failed on \w+ \({says}.*\); mend it and start the sweep again"):
+    with pytest.raises(
+        RuntimeError, match=rf"The judge failed on \w+ \({says}.*\); fix the judge and start the sweep again"
+    ):
         apart(trials, tmp_path, judge=lambda model, task: given)
     called = counting(monkeypatch)
     assert apart(trials, tmp_path, judge=told).score_total.notna().sum() == 1
@@ -827,11 +829,11 @@ def test_whatever_stands_in_a_result_it_is_read_or_refused_in_a_sentence(tmp_pat
         ({"test_loss": math.nan}, "test_loss is nan"),
         ({"history": None}, "outcome 'done': history is None, but it must be an object"),
         ({"provenance": None}, "provenance is None, but it must be an object"),
-        ({"reason": 5}, "outcome 'done': reason is 5, but it must be a text"),
+        ({"reason": 5}, "outcome 'done': reason is 5, but it must be a string"),
         ({"scores": {"a": [1]}}, r"scores are \{'a': \[1\]\}, but they must be numbers and texts by name"),
         ({"outcome": {}}, "outcome is {}, but it must be 'done', 'failed' or 'stopped'"),
-        ({"provenance": {"torch": 2}}, "provenance.torch is 2, but it must be a text"),
-        ({"outcome": "failed"}, "outcome 'failed': reason is None, but it must be a text"),
+        ({"provenance": {"torch": 2}}, "provenance.torch is 2, but it must be a string"),
+        ({"outcome": "failed"}, "outcome 'failed': reason is None, but it must be a string"),
         ({"trial": None}, "cannot be read: This is not a trial's content .*: None; if that is no help"),
         ({"trial": "lora"}, "cannot be read: This is not a trial's content .*: 'lora'; if that is no help"),
     ],

@@ -429,7 +429,7 @@ def test_a_number_that_is_too_large_is_refused_and_the_older_file_stays(base, pa
 
 def test_an_adapters_file_is_not_loaded_as_a_model(base, path):
     save_gguf(adapted(base()), path)
-    with pytest.raises(ValueError, match=r"adapter\.gguf holds no model but one's adapter.*load_adapter"):
+    with pytest.raises(ValueError, match=r"adapter\.gguf is a GGUF file of type adapter, not a model.*load_adapter"):
         load_pretrained(path)
 
 

@@ -36,7 +36,7 @@ def task(tiny_config):
 def moved(base, scale=0.5):
     """The base with an adapter that does something."""
     model = copy.deepcopy(base)
-    inject(model, LoRA(2, 4).config(), 0)
+    inject(model, LoRA(2, 4), 0)
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B.add_(scale * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1)))
@@ -66,7 +66,7 @@ def test_the_mean_divergence_is_over_the_targets_that_count(base, task):
 @pytest.mark.parametrize("lean", [False, True])
 def test_the_penalised_loss_is_cross_entropy_plus_the_weighted_divergence_in_training_alone(base, task, lean):
     model, batch = copy.deepcopy(base), (task.train.inputs, task.train.targets)
-    inject(model, LoRA(2, 4).config(), 0)
+    inject(model, LoRA(2, 4), 0)
     if lean:
         apply_lean(model, Lean())
     with torch.no_grad():

@@ -87,7 +87,7 @@ def test_lora_forgets_less_where_each_nat_costs_it_less(verdict):
 def test_at_the_defaults_the_last_step_decides(verdict):
     result = verdict("lora-forgets-more-at-defaults", changed())
     assert result.verdict == "stands"  # it has learned more, too
-    assert "where as much was learned: LoRA r=32, PEFT's rate at 50 %: -0.0" in result.measured
+    assert "at equal learning: LoRA r=32, PEFT's rate at 50 %: -0.0" in result.measured
     assert verdict("lora-forgets-more-at-defaults", changed(LoRA=0.01)).verdict == "falls"
 
 

@@ -31,7 +31,9 @@ def write(rows, folder):
     records.write(dataclasses.replace(shipped, what="rates", rows=rows), folder)
 
 
-def rows(full=1e-4, fixed=lambda rank: 1e-3, same=lambda rank: 4e-3 / rank**0.5, gain=lambda rate: 0.0, noise=0.002):
+def rows(
+    full=1e-4, fixed=lambda rank: 1e-3, same=lambda rank: 4e-3 / rank**0.5, gain=lambda rate: 0.0, noise=0.002, steps=60
+):
     """Rows of the record: best rates by rank under alpha = 32 and alpha = 2r, and what a doubling of the rank gains."""
     random = np.random.default_rng(0)
     hard = random.normal(0, 0.3, BLOCKS)  # examples differ, for all trials alike
@@ -48,19 +50,27 @@ def rows(full=1e-4, fixed=lambda rank: 1e-3, same=lambda rank: 4e-3 / rank**0.5,
                     blocks = loss + hard + noise * random.normal(size=BLOCKS)
                     yield {
                         **{"data": data, "stage": "choosing", "setup": setup, "rank": rank, "alpha": alpha, "lr": rate},
-                        **{"seed": seed, "steps": 60, "step": 60, "outcome": "done", "reason": None},
+                        **{"seed": seed, "steps": steps, "step": steps, "outcome": "done", "reason": None},
                         "score_validation": json.dumps(blocks.tolist()),
                         "validation_loss": blocks.mean(),
                     }
 
 
 def test_ten_times_full(verdict):
-    result = verdict("lora-rate-ten-times-full", fixed=lambda rank: 1e-3 if rank >= 4 else 3e-3)
+    result = verdict("lora-rate-ten-times-full", fixed=lambda rank: 1e-3 if rank >= 4 else 3e-3, steps=100)
     assert result.verdict == "stands"
     assert "SmolLM2-135M: 10." in result.measured
-    assert verdict("lora-rate-ten-times-full", full=3e-5).verdict == "falls"
-    assert verdict("lora-rate-ten-times-full", full=1e-3).verdict == "falls"
-    assert verdict("lora-rate-ten-times-full", full=6e-5, noise=0.02).verdict == "open"
+    assert verdict("lora-rate-ten-times-full", full=3e-5, steps=100).verdict == "falls"
+    assert verdict("lora-rate-ten-times-full", full=1e-3, steps=100).verdict == "falls"
+    assert verdict("lora-rate-ten-times-full", full=6e-5, noise=0.02, steps=100).verdict == "open"
+
+
+def test_fifteen_times_full_in_short_runs_and_neither_claim_is_judged_by_runs_of_the_other_length(verdict):
+    assert verdict("lora-rate-15-times-full-early", full=1e-3 / 15).verdict == "stands"
+    assert verdict("lora-rate-15-times-full-early", full=1e-3 / 40).verdict == "falls"
+    assert verdict("lora-rate-15-times-full-early", full=1e-3 / 15, steps=100).verdict == "open"
+    assert verdict("lora-rate-ten-times-full", steps=60).verdict == "open"
+    assert "after 60 steps" in verdict("lora-rate-ten-times-full", steps=60).measured
 
 
 def test_a_rate_that_does_not_depend_on_the_rank(verdict):
@@ -81,11 +91,20 @@ def test_a_rate_that_falls_as_the_root_of_the_rank(verdict):
     assert verdict("rate-falls-as-root-of-rank", noise=0.3).verdict == "open"
 
 
+def test_the_ranks_that_suggested_the_root_do_not_judge_it(verdict):
+    hinted = {1, 4, 16, 64}
+    result = verdict("rate-falls-as-root-of-rank", same=lambda rank: 4e-3 / rank**0.5 if rank in hinted else 1e-3)
+    assert result.verdict == "falls"
+    assert "over ranks 2, 8, 32, which are judged" in result.measured
+    judged = lambda rank: 1e-3 if rank in hinted else 4e-3 / rank**0.5  # noqa: E731
+    assert verdict("rate-falls-as-root-of-rank", same=judged).verdict == "stands"
+
+
 def test_a_rate_that_falls_as_the_root_of_alpha(verdict):
     law = {"fixed": lambda rank: 1e-3, "same": lambda rank: 1e-3 * (32 / (2 * rank)) ** 0.5}
     stands = verdict("rate-falls-as-root-of-alpha", **law)
     assert stands.verdict == "stands"
-    assert "p = -0.49" in stands.measured
+    assert "alpha 2 to 128: rate ~ alpha^p r^q, p = -0.49" in stands.measured
     by_rank = {"fixed": lambda rank: 1e-3 * rank**0.5, "same": lambda rank: 1e-3 * (32 / (2 * rank)) ** 0.5}
     assert verdict("rate-falls-as-root-of-alpha", **by_rank).verdict == "falls"
     first_step = {"fixed": lambda rank: 1e-3, "same": lambda rank: 1e-3 * 32 / (2 * rank)}

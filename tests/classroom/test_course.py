@@ -400,7 +400,7 @@ def test_an_error_in_one_lesson_leaves_the_folder_as_it_was(lessons, tmp_path):
         ("{}", "lacks the entry 'solved'"),
         ('{"solved": false, "lessons": ["00_first.ipynb"]}', "lessons is .*, but it must be an object"),
         ('{"solved": 0, "lessons": {}}', "solved is 0, but it must be true or false"),
-        ('{"solved": false, "lessons": {"00_first.ipynb": 5}}', "is 5, but it must be a text"),
+        ('{"solved": false, "lessons": {"00_first.ipynb": 5}}', "is 5, but it must be a string"),
     ],
 )
 def test_a_damaged_manifest_is_one_sentence_and_without_it_what_was_changed_stays(lessons, tmp_path, damage, says):

@@ -1300,7 +1300,7 @@ def ready():
         (lambda: Llama(ONE), LoRA(8), text(ONE), {"lean": Lean(), **CKPT}, r"use Lean\(checkpoint=True\)"),
         (lambda: Llama(ONE), FullFineTuning(), text(ONE), {"nf4": True}, "quantised blocks, which have no gradient"),
         (lambda: Llama(ONE), FullFineTuning(), text(ONE), {"lean": Lean()}, "has no adapters; use a LoRA method"),
-        (ready, LoRA(2), DIGITS, {}, "already been prepared for 'lora'.*freshly loaded"),
+        (ready, LoRA(2), DIGITS, {}, "already has adapters on 3 layers.*freshly loaded"),
         (DigitsMLP, LoRA(2), DIGITS, CKPT, "A DigitsMLP has no method gradient_checkpointing_enable.*=False"),
         (DigitsMLP, LoRA(2), DIGITS, {"lean": Lean()}, "built for lora_lab's Llama, but the model is a DigitsMLP"),
         (lambda: DigitsMLP().requires_grad_(False), AsItIs(), DIGITS, {}, "No parameter.*requires a gradient"),
@@ -1669,7 +1669,7 @@ def test_a_report_for_cuda_says_what_else_a_card_holds_and_one_refused_prints_no
     report(Tokens(quadratic=False), "Toy", {"in full": Setup()}, 2, 4, device="cuda")
     printed = capsys.readouterr().out
     assert "estimated for CUDA, not measured" in printed.splitlines()[0]
-    assert printed.splitlines()[-1].startswith("Beside it a process keeps CUDA's own context on the card")
+    assert printed.splitlines()[-1].startswith("In addition, CUDA's own context takes")
     with pytest.raises(ValueError, match="batch_size is 0"):
         report(Tokens(quadratic=False), "Toy", {"in full": Setup()}, 0, 4)
     assert capsys.readouterr().out == ""
@@ -1731,5 +1731,5 @@ def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
 def test_a_report_of_nothing_and_a_search_without_a_budget_are_refused():
     with pytest.raises(ValueError, match="setups is empty"):
         report(DigitsMLP, "digits", {}, 8, 16)
-    with pytest.raises(ValueError, match="budget_bytes is missing"):
+    with pytest.raises(ValueError, match="budget_bytes is missing; give the memory to fit into"):
         report(DigitsMLP, "digits", {"full": Setup()}, 8, 16, look_for="batch")

@@ -60,6 +60,7 @@ def test_keywords_make_a_setup_of_a_method_and_change_one_of_a_setup():
         ({"optimizer": "adam"}, "optimizer is 'adam', but it must be 'adamw', 'adamw-foreach' or 'sgd'"),
         ({"optimizer": "sgd", "lean": Lean()}, "the lean step has an AdamW of its own; use lean=None"),
         ({"accumulate": 0}, "accumulate is 0, but it must be at least 1"),
+        ({"accumulate": "2"}, "accumulate is '2', but it must be a whole number"),
     ],
 )
 def test_what_no_setup_can_be_is_refused(options, says):

@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(t
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "nothing is left, because the run writes no checkpoints"),
+        ([], "the run cannot be resumed, because it writes no checkpoints"),
         (["--checkpoint-every", 9], "out/checkpoint holds no checkpoint yet, so start the same command again from the"),
         (
             ["--checkpoint-every", 1],

@@ -163,8 +163,14 @@ def test_speed_of_a_card_that_is_not_here_comes_from_its_datasheet(tmp_path, cap
         (["--seq", 0], "seq_len is 0"),
         (["--rank", 0], "rank is 0"),
         (["--card", "l40"], "No card is known by the name 'l40'; use one of"),
-        (["--card", "l40s", "--measure", 2], "--card l40s is not here, so that --measure and --device cannot go"),
-        (["--card", "l40s", "--device", "cpu"], "--card l40s is not here, so that --measure and --device cannot go"),
+        (
+            ["--card", "l40s", "--measure", 2],
+            "--card l40s predicts for another machine; leave out --measure and --device",
+        ),
+        (
+            ["--card", "l40s", "--device", "cpu"],
+            "--card l40s predicts for another machine; leave out --measure and --device",
+        ),
         (["--dtype", "int8"], "--dtype is 'int8', but it must be bfloat16 or float32"),
     ],
 )

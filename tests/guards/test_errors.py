@@ -318,7 +318,7 @@ def from_lines(wrong, right_entry=None):
 
 mistake("malformed line")(from_lines('{"prompt": "b?", "answer": "b"\n'))
 mistake("is not UTF-8")(from_lines('{"prompt": "b?", "answer": "\xfc"}\n'.encode("latin-1")))
-mistake("and no form known here has these keys")(from_lines(lines({"q": "b?", "a": "b"})))
+mistake("which match no known form")(from_lines(lines({"q": "b?", "a": "b"})))
 mistake("is a NoneType, not a string")(from_lines(lines({"prompt": "b?", "answer": None})))
 mistake("which is half a character")(from_lines('{"prompt": "b?", "answer": "\\ud83d"}\n'))
 
@@ -367,11 +367,10 @@ def _(lab, right):
 
 @mistake("The model has already been prepared for")
 def _(lab, right):
-    model = DigitsMLP(width=8)
-    train(model)
-    if not right:
-        ll.merge(model)  # which is no remedy here
-    train(None if right else model)
+    model, fresh = DigitsMLP(width=8), DigitsMLP(width=8)
+    train(model, method=ll.FullFineTuning())
+    fresh.load_state_dict(model.state_dict())
+    train(fresh if right else model)
 
 
 @mistake("holds every change of them already", UserWarning)
@@ -419,6 +418,11 @@ def _(lab, right):
     task = dataclasses.replace(small_task(), unit="tokens")
     task.train.targets[: 8 if right else None] = IGNORE
     train(task=task, batch_size=12 if right else 4)
+
+
+@mistake(", which matches no module; names here end in")
+def _(lab, right):
+    ll.inject(lab.llama(), ll.LoRAConfig(rank=2, exclude=["v_proj" if right else "v_porj"]))
 
 
 @mistake("is from another run")

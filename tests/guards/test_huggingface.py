@@ -83,7 +83,7 @@ def trained(make, method, **options):
 def test_losses_are_those_of_a_loop_written_by_hand_and_fall(make, method):
     theirs = fresh(make)
     if method.name == "lora":
-        inject(theirs, method.config(), seed=5)
+        inject(theirs, method, seed=5)
     theirs.train()
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
@@ -214,7 +214,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 def test_flops_are_those_that_torch_counts_in_a_real_step(make, method):
     model = fresh(make)
     if method.name == "lora":
-        inject(model, method.config())
+        inject(model, method)
     model.train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         by_hand(model, Examples(*ONE)).backward()

@@ -184,7 +184,7 @@ def scores(model, family):
 @EVERY
 def test_losses_are_those_of_a_plain_loop_with_pefts_adapter_which_can_be_read_back(family, tmp_path):
     start = fresh(family.make)
-    inject(start, family.method.config(), seed=SEED)
+    inject(start, family.method, seed=SEED)
     ll.save_adapter(start, tmp_path / "start")
     theirs = peft.PeftModel.from_pretrained(fresh(family.make), tmp_path / "start", is_trainable=True).train()
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
@@ -322,7 +322,7 @@ def test_flops_are_those_that_torch_counts_in_a_real_step(family, full):
     if family.make in (mixtral, qwen3_moe):
         model.set_experts_implementation("eager")  # torch's counter does not know the grouped product
     if not full:
-        inject(model, method.config())
+        inject(model, method)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         their_loss(model.train(), examples, masked=False).backward()
     found = flops(original(family.make), method, batch=(examples.inputs, examples.targets))

@@ -11,7 +11,13 @@ import pytest
 
 from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
 from lora_lab.ablation import overfitting as learning
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers
+from lora_lab.ablation.learning_rate import (
+    best_rate,
+    losses_by_rate,
+    powers,
+    ratio_interval,
+    sample_vertices,
+)
 from lora_lab.claims.deciding import IN_OUTPUT
 from lora_lab.claims.rates import by_alpha_and_rank
 from lora_lab.models.digits import DigitsMLP
@@ -298,15 +304,22 @@ def test_lesson_10_knows_the_effective_rates_of_B(request):
 
 def test_the_page_of_questions_states_how_far_the_best_rates_are_above_full_fine_tunings(readme, lesson):
     (frame,) = (record.frame() for record in records.load_all("rates").values())
-    best = {
-        setup: best_rate(losses_by_rate(rows)).vertex for setup, rows in frame[frame["data"] == "docs"].groupby("setup")
-    }
+    losses = {setup: losses_by_rate(rows) for setup, rows in frame[frame["data"] == "docs"].groupby("setup")}
+    best = {setup: best_rate(of_setup).vertex for setup, of_setup in losses.items()}
+    samples = {setup: sample_vertices(of_setup) for setup, of_setup in losses.items()}
+    reach = {setup: ratio_interval(of_setup, samples["full"]) for setup, of_setup in samples.items()}
     fixed = [best[f"r={rank}, alpha = 32"] / best["full"] for rank in (1, 2, 4, 8, 16, 32, 64)]
     stated = said(readme, r"was (\d+) to (\d+) times full fine-tuning's with alpha = 32, at all ranks from 1 to 64")
     assert stated == [round(min(fixed)), round(max(fixed))]
+    lower, upper = zip(*(reach[f"r={rank}, alpha = 32"] for rank in (1, 2, 4, 8, 16, 32, 64)), strict=True)
+    assert said(readme, r"intervals reach from (\d+) to (\d+)\)") == [round(min(lower)), round(max(upper))]
     moving = [best[f"r={rank}, alpha = 2r"] / best["full"] for rank in (1, 64)]
-    stated = said(readme, r"with alpha = 2r it was (\d+) times at rank 1 and (\d+) times at rank 64")
-    assert stated == [round(factor) for factor in moving]
+    stated = said(
+        readme,
+        r"alpha = 2r it was (\d+) times at rank 1 \((\d+) to (\d+)\) and (\d+) times at rank 64 \((\d+) to (\d+)\)",
+    )
+    one, most = (reach[f"r={rank}, alpha = 2r"] for rank in (1, 64))
+    assert stated == [round(number) for number in (moving[0], *one, moving[1], *most)]
     of_alpha, of_rank = powers(by_alpha_and_rank(frame[frame["data"] == "docs"]))
     assert abs(of_alpha[0] + 0.5) < 0.1  # "about proportional to 1 / √alpha"
     assert 0 < of_rank[0] < 0.15  # "a slight rise"

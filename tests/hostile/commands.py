@@ -33,7 +33,7 @@ def prepare(folder: Path, values: Values) -> tuple[Path, Values]:
     """A model, an adapter, data, a folder of a sweep; each command has been called once, so that it is imported."""
     model_folder(folder / "model")
     model = llama()
-    inject(model, LoRA(2).config())
+    inject(model, LoRA(2))
     save_adapter(randomise(model), folder / "adapter", base=str(folder / "model"))
     lines = [json.dumps({"prompt": f"question {i}", "answer": f"answer {i}"}) for i in range(12)]
     (folder / "data.jsonl").write_text("\n".join(lines))

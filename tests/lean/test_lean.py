@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab import (
+    ContinueLoRA,
     DoRA,
     FullFineTuning,
     Lean,
@@ -1037,18 +1038,6 @@ def unlocked():
     return model
 
 
-def already_lean():
-    model = adapted()
-    apply_lean(model, Lean())
-    return model
-
-
-def already_lean_in_one_block():
-    model = adapted(LlamaConfig(**{**vars(SHAPE), "num_hidden_layers": 1}))
-    apply_lean(model, Lean())
-    return model
-
-
 def hooked(name, kind):
     model = adapted()
     getattr(model.get_submodule(name), f"register_{kind}_hook")(lambda *_: None)
@@ -1070,8 +1059,6 @@ def with_class(layer):
         (lambda: Llama(SHAPE), Lean(), "the model has no adapters"),
         (lambda: with_class(None), Lean(), "is a Other, whose forward pass has no lean form"),
         (unlocked, Lean(), "'model.norm.weight' is trained"),
-        (already_lean, Lean(), "lean already"),
-        (already_lean_in_one_block, Lean(), "lean already"),
         (lambda: hooked("model.layers.1", "forward"), Lean(), "'model.layers.1' has a hook"),
         (lambda: hooked("model.layers.0.mlp.up_proj", "forward_pre"), Lean(), "'model.layers.0.mlp.up_proj' has a"),
         (lambda: hooked("model.layers.0.self_attn", "full_backward"), Lean(), "'model.layers.0.self_attn' has a"),
@@ -1079,7 +1066,7 @@ def with_class(layer):
         (lambda: hooked("", "forward"), Lean(torch.bfloat16), "'the model' has a hook"),
         (lambda: adapted(dropout=0.1), Lean(torch.bfloat16, threads=2), "threads is 2, but the adapters have dropout"),
     ],
-    ids=["no Llama", "no adapters", "own forward", "trained base", "twice", "twice, one block", "hook on a block",
+    ids=["no Llama", "no adapters", "own forward", "trained base", "hook on a block",
          "hook on an adapter", "hook of gradients", "hook on the head", "hook on the model", "threads and dropout"],
 )  # fmt: skip
 def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
@@ -1090,6 +1077,65 @@ def test_what_cannot_be_lean_is_refused_and_left_as_it_was(make, lean, says):
         apply_lean(model, lean)
     assert [(name, id(module)) for name, module in model.named_modules()] == before
     assert [p.dtype for p in model.parameters()] == dtypes
+
+
+SHORT = {"steps": 3, "lr": 0.01, "batch_size": 4}
+
+
+@pytest.mark.parametrize("lean", [Lean(), Lean(torch.bfloat16, checkpoint=True)], ids=["float32", "bfloat16"])
+def test_adapters_are_trained_further_in_the_lean_blocks_that_are_there(lean):
+    model, other = Llama(SHAPE), Llama(SHAPE)
+    fit(model, toy_task(), LoRA(rank=4), lean=lean, **SHORT)
+    load_adapter(other, adapter_state(model))
+    histories = [fit(each, toy_task(), ContinueLoRA(), lean=lean, **SHORT) for each in (model, other)]
+    assert histories[0].curve("train_loss") == histories[1].curve("train_loss")
+    for name, value in adapter_state(other).items():
+        assert torch.equal(adapter_state(model)[name], value)
+
+
+def test_lean_blocks_take_new_options_and_may_have_hooks():
+    model, seen = adapted(dtype=torch.float32), []
+    apply_lean(model, Lean())
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    blocks = [*model.model.layers]
+    apply_lean(model, Lean(torch.bfloat16, checkpoint=True))
+    assert all(map(lambda one, other: one is other, model.model.layers, blocks))
+    assert all(block.checkpoint for block in blocks)
+    assert model.model.layers[0].mlp.up_proj.base.weight.dtype == torch.bfloat16
+    cross_entropy(model, *text()).backward()
+    assert seen
+
+
+def test_a_lean_model_is_trained_again_once_it_is_merged():
+    model = Llama(SHAPE)
+    fit(model, toy_task(), LoRA(rank=4), lean=Lean(), **SHORT)
+    merge(model)
+    plain = copy.deepcopy(model)
+    lean = fit(model, toy_task(), LoRA(rank=4), lean=Lean(), **SHORT)
+    expected = fit(plain, toy_task(), LoRA(rank=4), **SHORT)
+    assert lean.curve("train_loss")[1] == pytest.approx(expected.curve("train_loss")[1], rel=1e-3)
+
+
+def test_a_call_that_the_lean_step_refused_can_be_corrected():
+    model, options = Llama(SHAPE), {"lean": Lean(threads=2), **SHORT}
+    with pytest.raises(ValueError, match="threads is 2, but the adapters have dropout"):
+        fit(model, toy_task(), LoRA(rank=4, dropout=0.1), **options)
+    corrected, expected = (fit(each, toy_task(), LoRA(rank=4), **options) for each in (model, Llama(SHAPE)))
+    assert corrected.curve("validation_loss") == expected.curve("validation_loss")
+
+
+def test_an_error_at_the_first_step_of_a_lean_run_leaves_a_model_that_can_be_trained():
+    def loss(model, inputs, targets):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+        return plain_cross_entropy(model, inputs, targets)
+
+    model, lean = Llama(SHAPE), Lean(torch.bfloat16)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(model, toy_task(loss), LoRA(rank=4), lean=lean, **SHORT)
+    assert not lora_layers(model)
+    again, expected = (fit(each, toy_task(), LoRA(rank=4), lean=lean, **SHORT) for each in (model, Llama(SHAPE)))
+    assert again.curve("train_loss") == expected.curve("train_loss")
 
 
 @pytest.mark.parametrize("method", [FullFineTuning(), PiSSA(rank=2), DoRA(rank=2)], ids=lambda method: method.name)

@@ -233,7 +233,7 @@ def test_a_model_of_transformers_is_saved_and_read_again(folder, chatter, tiny_c
     assert not (saved / "generation_config.json").exists()  # it was the other model's
     with pytest.raises(ValueError, match=r"^A Linear is neither a lora_lab.Llama nor a model of transformers"):
         save_model(torch.nn.Linear(2, 2), tmp_path / "layer")
-    with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but a GGUF file is written here only of"):
+    with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but lora_lab writes GGUF files only for"):
         save_model(fresh(gpt2), tmp_path / "x.gguf", chatter, format="gguf")
 
 

@@ -234,8 +234,8 @@ def test_generation_beyond_the_context_is_refused_before_it_begins(tiny):
         ({"ids": None}, "The prompt is None, but one non-empty row of token ids"),
         ({"ids": "the dog"}, "The prompt is 'the dog', but one non-empty row of token ids"),
         ({"ids": torch.ones(2)}, r"The prompt is \(2,\) of torch.float32, but one non-empty row of token ids"),
-        ({"ids": torch.tensor([1, 260])}, "The prompt's tokens go from 1 to 260, but the model knows 260"),
-        ({"ids": torch.tensor([-1, 2])}, "The prompt's tokens go from -1 to 2, but the model knows 260"),
+        ({"ids": torch.tensor([1, 260])}, "The prompt's token ids range from 1 to 260, but the model has 260"),
+        ({"ids": torch.tensor([-1, 2])}, "The prompt's token ids range from -1 to 2, but the model has 260"),
     ],
 )
 def test_generation_names_what_is_no_such_number_or_no_prompt(tiny, changes, says):

@@ -736,6 +736,11 @@ class Twins(nn.Module):
         (lambda: Twins(whole=True), (), "'one' is shared with another module"),
         (lambda: DigitsMLP(width=16), ["hidden1", "hidden2", "head"], r"DigitsMLP has no nn.Linear inside it .*'head'"),
         (lambda: DigitsMLP(width=16), "head", r"exclude is 'head', but it must be a list of names; write \['head'\]"),
+        (
+            lambda: DigitsMLP(width=16),
+            ["head", "heat"],
+            "exclude has 'heat', which matches no module; names here end in",
+        ),
         (lambda: nn.Linear(64, 64), (), "Linear has no nn.Linear inside it to quantise"),
         (lambda: adapted(DigitsMLP(width=16)), (), r"already has adapters on 3 layers; merge them with merge\(model\)"),
     ],

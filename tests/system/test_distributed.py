@@ -276,7 +276,7 @@ def test_a_killed_process_ends_the_other_with_one_sentence_and_a_whole_checkpoin
 
 def test_without_a_checkpoint_the_sentence_says_so(tmp_path):
     for folder, says in (
-        (None, "nothing is left, because the run writes no checkpoints."),
+        (None, "the run cannot be resumed, because it writes no checkpoints."),
         (tmp_path, f"{tmp_path} holds no checkpoint yet, so start the same command again from the beginning."),
     ):
         expected = pytest.raises(ProcessEndedError, match=re.escape(f"ends them all (SIGTERM); {says}"))

@@ -70,7 +70,7 @@ def test_other_content_is_refused_in_one_sentence(content, sentence):
 
 @pytest.mark.parametrize("targets", [5, [5], {"q": 1}])
 def test_of_several_types_one_must_fit(targets):
-    with pytest.raises(ValueError, match=r"^a\.json: targets(\.0)? is .*, but it must be a text\.$"):
+    with pytest.raises(ValueError, match=r"^a\.json: targets(\.0)? is .*, but it must be a string\.$"):
         check({"rank": 1, "targets": targets}, Content, "a.json")
 
 

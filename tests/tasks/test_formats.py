@@ -54,8 +54,8 @@ def test_a_text_is_no_conversation_and_other_keys_are_ignored_by_name():
     ("entry", "says"),
     [
         ("text", "a str, not an object"),
-        ({}, r"has only \[\], and no form known here"),
-        ({"content": "x"}, r"has only \['content'\], and no form known here"),
+        ({}, r"has the keys \[\], which match no known form"),
+        ({"content": "x"}, r"has the keys \['content'\], which match no known form"),
         ({"prompt": "a"}, "has 'prompt', but lacks 'answer' or 'completion' or 'response'"),
         ({"instruction": "a"}, "has 'instruction', but lacks 'output'"),
         ({"prompt": "a", "answer": None}, "'answer' is a NoneType, not a string"),

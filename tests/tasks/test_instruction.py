@@ -488,7 +488,7 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
         ("[1]", 'line 2: a list, not an object such as {"prompt": "...", "answer": "..."}'),
         ({"prompt": "a"}, "line 2: has 'prompt', but lacks 'answer' or 'completion' or 'response'"),
         ({"answer": "b"}, "line 2: has 'answer', but lacks 'prompt' or 'question'"),
-        ({"label": "c"}, "line 2: has only ['label'], and no form known here has these keys, such as {\"prompt\""),
+        ({"label": "c"}, "line 2: has the keys ['label'], which match no known form; use a form such as {\"prompt\""),
         ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a string"),
         ({"prompt": " ", "answer": "b"}, "line 2: 'prompt' is empty"),
         ({"prompt": "a", "answer": "b", "part": "dev"}, "line 2: 'part' is 'dev', not one of train"),
@@ -688,8 +688,8 @@ def test_a_seed_of_numpy_is_pythons(chatter):
         ({"seed": 10**400}, "seed is 1"),
         ({"max_tokens": "80"}, "max_tokens is '80', but it must be a whole number"),
         ({"max_tokens": 0}, "max_tokens is 0, but it must be at least 1"),
-        ({"name": 5}, "name is 5, but it must be a text"),
-        ({"about": 5}, "about is 5, but it must be a text"),
+        ({"name": 5}, "name is 5, but it must be a string"),
+        ({"about": 5}, "about is 5, but it must be a string"),
         ({"metric": "clasification"}, "metric is 'clasification', but it must be '', 'classification', 'style', .* or"),
     ],
 )
@@ -702,7 +702,7 @@ def test_odd_parts_of_a_pair_are_named(chatter):
     for before in ([["user"]], ["hello"], [0.5, 2], {"x": 1}, 5, [("user", 5)]):
         with pytest.raises(ValueError, match=r"^(before|0|1)"):
             Pair("a?", "b", before=before)
-    with pytest.raises(ValueError, match="group is 5, but it must be a text"):
+    with pytest.raises(ValueError, match="group is 5, but it must be a string"):
         Pair("a?", "b", 5)
     assert Pair("a?", "b", before=[["system", "c"]]).context == Pair("a?", "b", before=(("system", "c"),)).context
     with pytest.raises(ValueError, match="count is nan, but it must be a whole number"):

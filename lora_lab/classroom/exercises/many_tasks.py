@@ -483,7 +483,7 @@ def _from_a_list(name):
     probes=[
         Probe(
             _answers_are_texts,
-            "The result must be a text, your guess at the French name.",
+            "The result must be a string, your guess at the French name.",
             (lambda name: None, lambda name: name.split()),
         ),
         Probe(
