@@ -733,13 +733,11 @@ def _save_picture(axes: plots.Axes, path: Path) -> None:
 def _ablate(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab import plots
     from lora_lab.ablation import ablate, smallest_sufficient_rank, studies
-    from lora_lab.ablation.verdict import check_margin
     from lora_lab.system.files import atomic_file, check_replaceable, check_writable
     from lora_lab.system.json_text import rows_of
-    from lora_lab.system.schema import Size, check
+    from lora_lab.system.schema import Positive, Size, check
 
-    if options.margin is not None:
-        check_margin(options.margin)
+    check(options.margin, Positive | None, "--margin")
     out = Path(options.out)
     grid = studies.grid(
         options.task,

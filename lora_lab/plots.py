@@ -28,6 +28,7 @@ from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
 from lora_lab.history import History
 from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
+from lora_lab.system.renamed import renamed
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -149,14 +150,14 @@ def curves(
 ) -> Axes:
     """Losses against steps: a colour and marker for each run, a line style for each column.
 
-    Runs of different methods have their methods' colours, other runs those of their labels (see :func:`looks`).
+    Runs of different methods have their methods' colours, other runs those of their labels (see :func:`line_styles`).
     """
     ax = ax or plt.subplots()[1]
     names = [history.method["name"] for history in histories.values()]
     if len(set(names)) == len(names) and METHOD_COLOURS.keys() >= set(names):
         colours = [METHOD_COLOURS[name] for name in names]
     else:  # by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning
-        colours = [style["color"] for style in looks(list(histories)).values()]
+        colours = [style["color"] for style in line_styles(list(histories)).values()]
     for i, (label, history) in enumerate(histories.items()):
         for j, column in enumerate(columns):
             steps, values = history.curve(column)
@@ -170,7 +171,7 @@ def curves(
     return ax
 
 
-def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """label -> colour, marker and line style: a method has one colour in every figure, and so has each rank of LoRA.
 
     Args:
@@ -512,7 +513,7 @@ def _legend_beside(ax: Axes) -> Axes:
 def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Singular values from the largest down, each divided by the largest, on a logarithmic scale."""
     ax = ax or plt.subplots()[1]
-    styles = looks(list(values))
+    styles = line_styles(list(values))
     for label, sizes in values.items():
         sizes = np.asarray(sizes, dtype=float)
         every = max(1, len(sizes) // 12)
@@ -570,7 +571,7 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
     failed = frame[frame.outcome != "done"][[by, "lr"]].drop_duplicates().itertuples(index=False, name=None)
     last = frame[frame.step == frame.steps].set_index([by, "lr"]).drop(list(failed), errors="ignore")
     names = {value: f"rank {value:g}" if by == "rank" else str(value) for value in last.reset_index()[by].unique()}
-    styles = looks([names[value] for value in (sorted(names) if by == "rank" else names)])
+    styles = line_styles([names[value] for value in (sorted(names) if by == "rank" else names)])
     for place, (value, losses) in enumerate(last.validation_loss.groupby(by, sort=by == "rank")):
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
@@ -709,7 +710,7 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = 
     absent = [method for method in frame.method.unique() if method not in losses]
     for position in range(len(absent)):
         right.text(0, position, " no run at this rate", va="center")
-    styles = looks(list(frame.method.unique()))
+    styles = line_styles(list(frame.method.unique()))
     colours, positions = [styles[str(method)]["color"] for method in losses.index], range(len(absent), len(styles))
     right.barh(positions, losses, color=colours, height=0.6)
     right.set_yticks(range(len(styles)), [*absent, *losses.index])
@@ -763,7 +764,7 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
     labels = [  # NaN: a method without a rank
         str(method) if rank != rank else f"{method}, rank {rank:g}" for (method, rank), _ in groups
     ]
-    styles = looks(labels)
+    styles = line_styles(labels)
     for label, (_, trials) in zip(labels, groups, strict=True):
         style = {**styles[label], "linestyle": "none"}
         ax.plot(trials.off_domain_loss, trials.test_loss, label=label, **style)
@@ -783,7 +784,7 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
         best: the trials to draw, as :func:`lora_lab.ablation.overfitting.at_best_rate` returns them.
     """
     ax = ax or plt.subplots()[1]
-    styles = looks(list(best.setup.unique()))
+    styles = line_styles(list(best.setup.unique()))
     for setup, trials in best.groupby("setup", sort=False):
         style = styles[str(setup)]
         rows = frame[(frame.setup == setup) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
@@ -835,7 +836,7 @@ def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
         ("share of right answers", {"old_right": "old task, at the end"}),
     ]
     decays = sorted(means.decay.unique())
-    styles = looks([str(setup) for setup in means.setup.unique()])
+    styles = line_styles([str(setup) for setup in means.setup.unique()])
     for ax, (ylabel, columns) in zip(axes, panels, strict=True):
         for line, (column, what) in zip(LINES, columns.items(), strict=False):
             for setup, rows in means.groupby("setup", sort=False):
@@ -856,7 +857,7 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
         ylabel: the quantity, with its unit.
     """
     ax = ax or plt.subplots()[1]
-    styles = looks(list(table.setup.unique()))
+    styles = line_styles(list(table.setup.unique()))
     for i, (setup, rows) in enumerate(table.groupby("setup", sort=False)):
         reach = [rows["mean"] - rows.least, rows.most - rows["mean"]]
         shifted = rows.n_train * 1.06**i  # so that error bars do not hide each other
@@ -880,7 +881,7 @@ def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) 
     """
     ax = ax or plt.subplots()[1]
     mean = rows.assign(training=rows.validation_loss - rows.gap).groupby("step")[["training", "validation_loss"]].mean()
-    style = looks([str(rows.setup.iloc[0])])[str(rows.setup.iloc[0])]
+    style = line_styles([str(rows.setup.iloc[0])])[str(rows.setup.iloc[0])]
     validation, training = mean.validation_loss, mean.training.dropna()
     ax.plot(validation, color=style["color"], label="validation loss")
     ax.plot(training, color=style["color"], linestyle=":", label="training loss")
@@ -914,7 +915,7 @@ def rigged(frame: DataFrame, rates: Mapping[str, float], unit: str = "nats", ax:
         unit: of the loss.
     """
     ax = ax or plt.subplots()[1]
-    styles, rises = looks([str(setup) for setup in frame.setup.unique()]), []
+    styles, rises = line_styles([str(setup) for setup in frame.setup.unique()]), []
     for setup, rate in rates.items():
         rows = frame[(frame.setup == setup) & (frame.lr == rate)]
         mean = rows.groupby("step").validation_loss.mean()
@@ -941,7 +942,7 @@ def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     means = trials.groupby(["setup", "lr"], sort=False)[["best_loss", "overfit"]].mean()
-    styles = looks([str(setup) for setup in trials.setup.unique()])
+    styles = line_styles([str(setup) for setup in trials.setup.unique()])
     for setup, style in styles.items():
         left.plot(means.best_loss[setup].sort_index(), label=setup, **style)
         right.plot(means.overfit[setup].sort_index(), label=setup, **style)
@@ -973,7 +974,7 @@ def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float = 1,
         unit: of the loss.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    styles = looks([str(setup) for setup in frame.setup.unique()])
+    styles = line_styles([str(setup) for setup in frame.setup.unique()])
     for setup, rows in frame.groupby("setup", sort=False):
         mean = rows.groupby("step").validation_loss.mean()
         left.plot(mean.index / per_epoch, mean, label=setup, **styles[str(setup)])
@@ -998,7 +999,7 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
         unit: of the losses.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    styles = looks([str(setup) for setup in frame.setup.unique()])
+    styles = line_styles([str(setup) for setup in frame.setup.unique()])
     for setup, rows in frame.dropna(subset="gap").groupby("setup", sort=False):
         mean = (
             rows.assign(training=rows.validation_loss - rows.gap)
@@ -1047,7 +1048,7 @@ def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None =
 def medians_by_depth(frames: Mapping[str, DataFrame], statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
     """As :func:`by_depth` for several reports: medians over the layers of each block, and bands from min to max."""
     ax = ax or plt.subplots()[1]
-    styles = looks(list(frames))
+    styles = line_styles(list(frames))
     for label, frame in frames.items():
         layers = frame.dropna(subset=["depth"])
         blocks = _against_noise(layers, statistic, ax).groupby(layers.depth.astype(int))
@@ -1084,7 +1085,7 @@ def overlaps(similarities: Mapping[str, ArrayLike], width: int, rows: Sequence[i
         rows: the i of each panel.
     """
     figure, axes = plt.subplots(1, len(rows), figsize=(10, 3.9), sharey=True, squeeze=False)
-    styles = looks(list(similarities))
+    styles = line_styles(list(similarities))
     for ax, i in zip(axes[0], rows, strict=True):
         longest = 1
         for label, similarity in similarities.items():
@@ -1100,7 +1101,7 @@ def overlaps(similarities: Mapping[str, ArrayLike], width: int, rows: Sequence[i
     return figure
 
 
-def after_cuts(
+def after_truncation(
     table: DataFrame, ylabel: str, columns: Sequence[str] = ("gain", "energy"), ax: Axes | None = None
 ) -> Axes:
     """What is left when updates are truncated to a rank, against that rank.
@@ -1112,7 +1113,7 @@ def after_cuts(
     """
     ax = ax or plt.subplots()[1]
     setups = list(table.setup.unique())
-    styles = looks(setups)
+    styles = line_styles(setups)
     for setup in setups:
         rows = table[table.setup == setup].sort_values("rank")
         for column, line in zip(columns, LINES, strict=False):
@@ -1140,7 +1141,7 @@ def intruders_by_size(table: DataFrame) -> Figure:
     """
     layers = list(table.layer.unique())
     figure, axes = plt.subplots(1, len(layers), figsize=(9, 3.9), sharey=True, squeeze=False)
-    styles = looks(list(table.setup.unique()))
+    styles = line_styles(list(table.setup.unique()))
     for ax, layer in zip(axes[0], layers, strict=True):
         for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
             style = styles[str(setup)] if len(rows) > 1 else {**styles[str(setup)], "linestyle": "none"}
@@ -1251,10 +1252,10 @@ def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
 
     Args:
         prompt: stands above, to the right.
-        texts: who answers -> what; a name that :func:`looks` knows gives the bubble its method's colour.
+        texts: who answers -> what; a name that :func:`line_styles` knows gives the bubble its method's colour.
         columns: where lines are broken.
     """
-    styles = looks(list(texts))
+    styles = line_styles(list(texts))
     bubbles = [("you", prompt, "#555555"), *((who, text, styles[who]["color"]) for who, text in texts.items())]
     wrapped = [textwrap.wrap(text, columns) or [""] for _, text, _ in bubbles]
     heights = [len(lines) + 2.4 for lines in wrapped]  # in lines of text
@@ -1336,7 +1337,7 @@ def energy(spectra: Mapping[str, Sequence[float]], share: float = 0.9, ax: Axes 
         share: of the energy, from 0 to 1.
     """
     ax = ax or plt.subplots()[1]
-    styles = looks(list(spectra))
+    styles = line_styles(list(spectra))
     for label, values in spectra.items():
         S = torch.as_tensor(np.asarray(values, dtype=float))
         percent = 100 * (S.square().cumsum(0) / S.square().sum()).numpy()
@@ -1358,7 +1359,7 @@ def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: 
         ylabel: what the shares are of, with "(%)".
     """
     ax = ax or plt.subplots(figsize=(9, 4))[1]
-    styles = looks(list(shares))
+    styles = line_styles(list(shares))
     for label, by_rank in shares.items():
         draws = 100 * np.array([list(values) for values in by_rank.values()])  # (ranks, draws)
         ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
@@ -1438,7 +1439,7 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
     """
     tasks = list(baselines)
     figure, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 3.6), squeeze=False)
-    styles = looks(list(table.setup.unique()))
+    styles = line_styles(list(table.setup.unique()))
     for ax, task in zip(axes[0], tasks, strict=True):
         rows = table[table.task == task]
         setups = list(rows.setup.unique())
@@ -1458,7 +1459,7 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
     return figure
 
 
-def undominated(points: Mapping[str, Sequence[float]]) -> list[str]:
+def pareto_front(points: Mapping[str, Sequence[float]]) -> list[str]:
     """The labels that no other beats: none is as low in every quantity and lower in one (the Pareto front).
 
     Args:
@@ -1486,9 +1487,9 @@ def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str, ax: Axe
     ax = ax or plt.subplots(figsize=(5, 3.8))[1]
     seeds = {label: np.asarray(values, dtype=float) for label, values in points.items()}
     means = {label: values.mean(axis=0).tolist() for label, values in seeds.items()}
-    front = sorted(means[label] for label in undominated(means))
+    front = sorted(means[label] for label in pareto_front(means))
     ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1.2, drawstyle="steps-post", zorder=1)
-    for label, style in looks(list(points)).items():
+    for label, style in line_styles(list(points)).items():
         mark = {**style, "linestyle": "none"}
         ax.plot(*seeds[label].T, **mark, markersize=4, fillstyle="none")
         ax.plot(*means[label], **mark, markersize=9, label=label)
@@ -1515,7 +1516,7 @@ def by_setup(table: DataFrame, xlabel: str) -> Figure:
         rows = table[table["data"] == kind]
         setups = list(rows["setup"].unique())
         methods = [setup.partition(",")[0] for setup in setups]
-        styles = looks(methods)
+        styles = line_styles(methods)
         for i, (setup, method) in enumerate(zip(setups, methods, strict=True)):
             values, style = rows["value"][rows["setup"] == setup], styles[method]
             ax.plot(values, [i] * len(values), **{**style, "linestyle": "none"}, fillstyle="none")
@@ -1532,3 +1533,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
     return Path(path)
+
+
+__getattr__ = renamed(
+    __name__, {"looks": "line_styles", "undominated": "pareto_front", "after_cuts": "after_truncation"}
+)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_lab.system.numbers import plain
 from lora_lab.system.schema import Number, Positive, Seed, Share, Size, check
 from lora_lab.system.wording import short_repr
 
@@ -147,13 +148,13 @@ def truncate(
     """
     if check(randomized, bool, "randomized") and isinstance(W, Tensor):
         _check(W, "W")
-        _check_rank(rank, min(W.shape[-2:]))
+        rank = _checked_rank(rank, min(W.shape[-2:]))
         U, S, Vh = _randomized_svd(W.to(_work_dtype(W)), rank, generator)
         missing = torch.linalg.matrix_norm(W.to(S.dtype) - U * S[..., None, :] @ Vh)  # ()
         whole = torch.linalg.matrix_norm(W.to(S.dtype))  # ()
     else:
         U, S, Vh = svd(W)
-        _check_rank(rank, S.shape[-1])
+        rank = _checked_rank(rank, S.shape[-1])
         missing, whole = S[..., rank:].norm(dim=-1), S.norm(dim=-1)  # (), ()
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]  # (192, 8), (8,), (8, 576)
     root = S.sqrt()  # (8,)
@@ -240,7 +241,7 @@ def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not match, or the columns are not orthonormal.
     """
-    _check_bases(V1, V2)
+    V1, V2 = _checked_bases(V1, V2)
     shared = (V1.mT @ V2).square().cumsum(-1).cumsum(-2)  # (8, 64)
     i = torch.arange(1, V1.shape[-1] + 1, device=V1.device)  # (8,)
     j = torch.arange(1, V2.shape[-1] + 1, device=V1.device)  # (64,)
@@ -256,7 +257,7 @@ def principal_angles(V1: Tensor, V2: Tensor) -> Tensor:
     Raises:
         ValueError: as for :func:`subspace_similarity`.
     """
-    _check_bases(V1, V2)
+    V1, V2 = _checked_bases(V1, V2)
     if V1.shape[-1] < V2.shape[-1]:
         V1, V2 = V2, V1
     cross = V1.mT @ V2  # (64, 8)
@@ -317,7 +318,7 @@ def amplification_factor(delta: Matrix, W: Matrix, rank: int) -> Tensor:
 def _size_and_projection(delta: Matrix, W: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of the update, the norm of the weight in the update's leading directions, and the weight as a tensor."""
     U, S, Vh = svd(delta)
-    _check_rank(rank, S.shape[-1])
+    rank = _checked_rank(rank, S.shape[-1])
     if isinstance(W, tuple):
         U_of_W, S_of_W, Vh_of_W = _check_decomposition(W)
         W = (U_of_W * S_of_W[..., None, :]) @ Vh_of_W  # (192, 576)
@@ -366,7 +367,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
             f"The weights have {tuple(old.U.shape[:-1])} and {tuple(new.U.shape[:-1])} rows and {old.Vh.shape[-1]} and "
             f"{new.Vh.shape[-1]} columns; their shapes must be equal."
         )
-    _check_rank(top, new.S.shape[-1], "top")
+    top = _checked_rank(top, new.S.shape[-1], "top")
     dtype = torch.promote_types(old.U.dtype, new.U.dtype)
     cosines = (new.U[..., :top].mT.to(dtype) @ old.U.to(dtype)).abs().amax(-1)  # (10, 192) -> (10,)
     intrudes = cosines < epsilon  # (10,)
@@ -420,7 +421,7 @@ def gaussian_factors(
 def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
     """A random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
     n = check(n, Size, "n")
-    _check_rank(k, n, "k")
+    k = _checked_rank(k, n, "k")
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 
 
@@ -510,21 +511,28 @@ def _spectrum(S: Tensor) -> Tensor:
     return S.to(_work_dtype(S))
 
 
-def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
+def _checked_rank(rank: int, largest: int, name: str = "rank") -> int:
+    rank = plain(rank)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ValueError(
             f"{name} is {short_repr(rank)}, but for this matrix it must be a whole number from 1 to {largest}."
         )
+    return rank
 
 
-def _check_bases(V1: Tensor, V2: Tensor) -> None:
+def _checked_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype to compute in, after checks."""
     for V, name in ((V1, "V1"), (V2, "V2")):
         _check(V, name)
-        deviation = (V.mT @ V - torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)).abs().max()
-        if deviation > 1e3 * torch.finfo(V.dtype).eps:
+        wide = V.to(_work_dtype(V))  # (576, 8)
+        deviation = (wide.mT @ wide - torch.eye(V.shape[-1], dtype=wide.dtype, device=V.device)).abs().max()
+        # Rounding unit columns to half precision changes their products by eps at most.
+        if deviation > max(1e3 * torch.finfo(wide.dtype).eps, 2 * torch.finfo(V.dtype).eps):
             raise ValueError(
                 f"The columns of {name} {tuple(V.shape)} are not orthonormal (off by {float(deviation):.1e}); pass U "
                 "or Vh.mT of an SVD, or the Q of torch.linalg.qr."
             )
     if V1.shape[-2] != V2.shape[-2]:
         raise ValueError(f"V1 has columns of length {V1.shape[-2]} and V2 of {V2.shape[-2]}; they must be equal.")
+    dtype = torch.promote_types(_work_dtype(V1), _work_dtype(V2))
+    return V1.to(dtype), V2.to(dtype)

@@ -93,7 +93,9 @@ def test_every_method_has_a_colour_of_its_own():
 
 
 def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_to_dark():
-    styles = plots.looks(["full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "head", "last blocks", "zero-shot", "mine"])
+    styles = plots.line_styles(
+        ["full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "head", "last blocks", "zero-shot", "mine"]
+    )
     colour = {label: style["color"] for label, style in styles.items()}
     assert colour["full"] == plots.METHOD_COLOURS["full"]
     assert colour["head"] == colour["last blocks"] == plots.METHOD_COLOURS["partial"]
@@ -102,15 +104,15 @@ def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_t
     assert light == sorted(light, reverse=True)
     assert len({colour[f"LoRA r={rank}"] for rank in (1, 8, 64)}) == 3
     assert colour["zero-shot"] == plots.METHOD_COLOURS["as it is"]
-    asked = plots.looks(["zero-shot", "few-shot", "calibrated", "linear probe"])
+    asked = plots.line_styles(["zero-shot", "few-shot", "calibrated", "linear probe"])
     assert {asked[label]["color"] for label in list(asked)[:3]} == {colour["zero-shot"]}
     assert asked["linear probe"]["color"] == colour["head"]
     assert len({style["marker"] for style in asked.values()}) == 4
-    assert plots.looks(["LoRA r=8"])["LoRA r=8"]["color"] == plots.looks(["LoRA"])["LoRA"]["color"]
-    assert plots.looks(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
-    pair = plots.looks(["rank 8", "rank 64"])  # a rank looks the same whatever other ranks are drawn
+    assert plots.line_styles(["LoRA r=8"])["LoRA r=8"]["color"] == plots.line_styles(["LoRA"])["LoRA"]["color"]
+    assert plots.line_styles(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
+    pair = plots.line_styles(["rank 8", "rank 64"])  # a rank looks the same whatever other ranks are drawn
     assert [pair[label]["color"] for label in pair] == [colour["LoRA r=8"], colour["LoRA r=64"]]
-    assert plots.looks(["rank 256"])["rank 256"]["color"] != colour["LoRA r=64"]
+    assert plots.line_styles(["rank 256"])["rank 256"]["color"] != colour["LoRA r=64"]
 
 
 def test_the_schematic_states_shapes_scaling_and_the_count():
@@ -547,7 +549,7 @@ def test_what_cuts_leave_has_a_line_for_each_setup_and_column_and_bars_where_the
         ("LoRA r=8", 1, 60.0, 50.0, 55, 65),
     ]
     table = pandas.DataFrame(rows, columns=["setup", "rank", "gain", "energy", "least", "most"])
-    ax = plots.after_cuts(table, "left (%)")
+    ax = plots.after_truncation(table, "left (%)")
     assert set(legend(ax)) == {f"{setup}: {column}" for setup in ("full", "LoRA r=8") for column in ("gain", "energy")}
     gain = ax.containers[0]
     assert (gain.lines[0].get_xdata().tolist(), gain.lines[0].get_ydata().tolist()) == ([1, 4], [30.0, 80.0])
@@ -557,7 +559,7 @@ def test_what_cuts_leave_has_a_line_for_each_setup_and_column_and_bars_where_the
     assert energy.get_color() == gain.lines[0].get_color()
     assert energy.get_linestyle() != gain.lines[0].get_linestyle()
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "4"]
-    assert not plots.after_cuts(table.drop(columns=["least", "most"]), "left (%)", ["gain"]).containers
+    assert not plots.after_truncation(table.drop(columns=["least", "most"]), "left (%)", ["gain"]).containers
 
 
 def test_intruders_have_a_panel_for_each_layer():
@@ -785,7 +787,7 @@ def test_a_headline_follows_the_rates_that_were_picked():
     assert points(full) == [(0, 3.0), (10, 1.0), (20, 2.0)]
     assert points(lora) == [(0, 3.0), (10, 1.0), (20, 3.5)]
     assert full.get_markevery() == lora.get_markevery() == [1]  # a mark at the lowest
-    assert lora.get_color() == plots.looks(["LoRA r=8"])["LoRA r=8"]["color"]
+    assert lora.get_color() == plots.line_styles(["LoRA r=8"])["LoRA r=8"]["color"]
     even = TWO_METHODS.assign(setup=TWO_METHODS.setup.replace({"LoRA r=1": "LoRA r=4"}))
     even.loc[(even.setup == "LoRA r=4"), "validation_loss"] = [3.0, 1.0, 5.0]
     alike = plots.rigged(even, {"full": 1e-2, "LoRA r=4": 1e-2})
@@ -1081,8 +1083,8 @@ def test_best_rates_have_bars_arrows_where_the_grid_ends_and_are_hollow_at_an_ed
 
 def test_what_no_other_beats_is_the_pareto_front():
     points = {"a": (1, 5), "b": (2, 2), "c": (3, 3), "d": (5, 1), "twin of b": (2, 2), "e": (5, 2)}
-    assert plots.undominated(points) == ["a", "b", "d", "twin of b"]
-    assert plots.undominated({"a": (1, 2, 3), "b": (1, 2, 4), "c": (2, 1, 9)}) == ["a", "c"]
+    assert plots.pareto_front(points) == ["a", "b", "d", "twin of b"]
+    assert plots.pareto_front({"a": (1, 2, 3), "b": (1, 2, 4), "c": (2, 1, 9)}) == ["a", "c"]
 
 
 def test_a_trade_off_has_a_mark_for_each_seed_the_means_and_a_line_through_the_front():

@@ -441,6 +441,25 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(rank.product_svd(B, A).S, rank.product_svd(B.float(), A.float()).S)
     assert rank.singular_values(W).dtype == torch.float64
     assert float(rank.stable_rank(torch.ones(300, dtype=dtype))) == pytest.approx(300)
+    V1, V2 = basis(40, 4).to(dtype), basis(40, 10, seed=1).to(dtype)
+    for compare in (rank.subspace_similarity, rank.principal_angles):
+        assert compare(V1, V2).dtype == torch.float32
+        torch.testing.assert_close(compare(V1, V2), compare(basis(40, 4), basis(40, 10, 1)).float(), rtol=0, atol=0.01)
+        with pytest.raises(ValueError, match=r"columns of V2 .* are not orthonormal"):
+            compare(V1, 0.3 * normal(40, 10, dtype=dtype))
+
+
+def test_the_random_baseline_in_float64_can_be_compared_with_an_svd_in_float32():
+    leading = rank.svd(normal(40, 30, dtype=torch.float32)).U[:, :4]
+    for compare in (rank.subspace_similarity, rank.principal_angles):
+        found = compare(leading, rank.orthonormal(40, 10, generator=torch.Generator().manual_seed(0)))
+        expected = compare(leading, rank.orthonormal(40, 10, generator=torch.Generator().manual_seed(0)).float())
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), expected)
+
+
+def test_a_rank_may_be_numpys():
+    assert torch.equal(rank.truncate(W, np.int64(2)).B, rank.truncate(W, 2).B)
 
 
 W = normal(4, 6)

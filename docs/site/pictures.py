@@ -150,7 +150,7 @@ def by_seed(trials: pandas.DataFrame, *columns: str) -> dict[str, np.ndarray]:
 def in_both(points: Mapping[str, np.ndarray]) -> str:
     means = {setup: values.mean(axis=0).tolist() for setup, values in points.items()}
     each = ", ".join(f"{setup} {x:,.4g} and {y:,.4g}" for setup, (x, y) in means.items())
-    return f"Means: {each}. No other is lower in both than {', '.join(plots.undominated(means))}"
+    return f"Means: {each}. No other is lower in both than {', '.join(plots.pareto_front(means))}"
 
 
 OF_ALL = {"memory": memory, "speed": speed}

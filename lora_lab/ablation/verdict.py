@@ -25,7 +25,6 @@ this number of steps.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -37,8 +36,8 @@ from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
 if TYPE_CHECKING:
     import pandas
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.system.numbers import plain
 from lora_lab.system.renamed import renamed
+from lora_lab.system.schema import Positive, check
 from lora_lab.system.wording import short_repr
 
 _NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
@@ -147,7 +146,7 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
         ValueError: the margin is not positive; or the frame lacks columns, mixes settings, holds a trial twice, has
             fewer than two ranks, or has several methods and none was named.
     """
-    margin = check_margin(margin)
+    margin = check(margin, Positive, "margin")
     trials = _last_rows(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
     tried = sorted(int(rank) for rank in trials["rank"].unique())
@@ -170,14 +169,6 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     if untuned := [each for each, choice in choices.items() if choice.edge == "only"]:
         notes.append(f"only one learning rate was tried for {_ranks(untuned)}, so it may not be the best.")
     return Verdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
-
-
-def check_margin(margin: float) -> float:
-    """The margin; ValueError unless it is a positive number. Call it before a long run whose verdict needs it."""
-    margin = plain(margin)
-    if not (isinstance(margin, int | float) and 0 < margin <= sys.float_info.max):
-        raise ValueError(f"margin is {short_repr(margin)}, but it must be a positive number, such as 0.01.")
-    return margin
 
 
 def _last_rows(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:

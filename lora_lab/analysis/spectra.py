@@ -368,10 +368,17 @@ def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
         raise ValueError(f"before is {str(source)!r}; load it first, with load_pretrained(...).")
     state = dict(source.named_parameters()) if isinstance(source, nn.Module) else check(source, _State, "a state")
     return {
-        name.removesuffix(".weight").replace(".base", ""): tensor.detach().flatten(1)
+        _layer_of(name, state): tensor.detach().flatten(1)
         for name, tensor in state.items()
         if tensor.ndim >= 2 and tensor.dtype.is_floating_point
     }
+
+
+def _layer_of(name: str, state: Mapping[str, Tensor]) -> str:
+    """The layer of a parameter; a weight under an adapter, ``<layer>.base.weight``, is its adapted layer's."""
+    module = name.removesuffix(".weight")
+    layer = module.removesuffix(".base")
+    return layer if f"{layer}.lora_A" in state else module
 
 
 def _common_names(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:

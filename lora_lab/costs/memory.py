@@ -46,6 +46,7 @@ from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.methods import Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
+from lora_lab.system.schema import NotNegative, check
 from lora_lab.system.wording import short_repr
 from lora_lab.train import Batch, TrainingStep
 
@@ -342,11 +343,12 @@ def largest(
         The size, and its bill; if not even a size of 1 fits, 0 and the bill of size 1.
 
     Raises:
-        ValueError: both sizes or neither are passed, or as for :func:`predict`.
+        ValueError: both sizes or neither are passed, the budget is not a number of bytes, or as for :func:`predict`.
     """
     if (batch_size is None) == (seq_len is None):
         raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; pass exactly one: the other is searched.")
 
+    budget_bytes = check(budget_bytes, NotNegative, "budget_bytes")
     rehearsal = _Rehearsal(model, as_setup(method, options), device)
 
     def bill_of(size: int) -> Bill:

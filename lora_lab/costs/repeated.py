@@ -37,7 +37,7 @@ _INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}  # what our Llama a
 
 
 @dataclass(frozen=True)
-class Run:
+class BlockRun:
     """Consecutive blocks of a model that differ in nothing but their number.
 
     Args:
@@ -66,7 +66,7 @@ class Run:
         return list(_groups(short)) == expected
 
 
-def longest_run(model: nn.Module) -> Run | None:
+def longest_run(model: nn.Module) -> BlockRun | None:
     """The longest run of blocks that look alike; None if it is too short to matter, or looks may deceive.
 
     Blocks look alike if their modules have the same classes, the same settings (numbers, texts and truth values), and
@@ -92,7 +92,7 @@ def longest_run(model: nn.Module) -> Run | None:
     stack = next(iter(blocks)).rpartition(".")[0]
     if any(part.isdigit() for part in stack.split(".")):  # parts of one block, such as experts
         return None
-    return Run(stack, sum(size for _, size in groups[:place]), groups[place][1], groups)
+    return BlockRun(stack, sum(size for _, size in groups[:place]), groups[place][1], groups)
 
 
 def _groups(model: nn.Module) -> tuple[tuple[Hashable, int], ...]:
@@ -127,7 +127,7 @@ def prepared_shapes(model: nn.Module, setup: Setup) -> nn.Module:
 
 
 def _of_shortened(
-    model: nn.Module, run: Run, blocks: int, rehearse: Callable[[nn.Module], tuple[nn.Module, Rehearsed]]
+    model: nn.Module, run: BlockRun, blocks: int, rehearse: Callable[[nn.Module], tuple[nn.Module, Rehearsed]]
 ) -> Rehearsed | None:
     """What rehearsing a model with so many blocks of a run gives; None if the method does not fit it."""
     try:
@@ -138,7 +138,7 @@ def _of_shortened(
 
 
 def count_short(
-    model: nn.Module, run: Run, count: Callable[[nn.Module], tuple[nn.Module, Counter[Key]]]
+    model: nn.Module, run: BlockRun, count: Callable[[nn.Module], tuple[nn.Module, Counter[Key]]]
 ) -> Counter[Key] | None:
     """What counting a step of the whole model would give, if each further block adds what the third one adds.
 
@@ -160,7 +160,7 @@ def count_short(
 
 
 def record_short(
-    model: nn.Module, run: Run, record: Callable[[nn.Module], tuple[nn.Module, Recording]]
+    model: nn.Module, run: BlockRun, record: Callable[[nn.Module], tuple[nn.Module, Recording]]
 ) -> Recording | None:
     """What recording the whole model would give, from recordings of it with two to four blocks of a run.
 

@@ -263,7 +263,7 @@ def page(
     same = voice.off == voice.base
     answers = {"base": voice.base, "with the adapter": voice.adapted, "adapter off": voice.off}
     samples = {"before training": before, **{result.label: result.sample for result in results}}
-    styles = plots.looks([*answers, *samples])
+    styles = plots.line_styles([*answers, *samples])
     html = template.render(
         model="SmolLM2-135M-Instruct",
         steps=steps,

@@ -14,13 +14,15 @@ from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
 from lora_lab.system.wording import short_repr
 from lora_lab.task import context_length
 
+_LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from its logits.
 
     Args:
-        temperature: 0 always takes the most probable token (greedy); above 0 tokens are sampled from
+        temperature: 0 always takes the most probable token (greedy); from 0.000001 on tokens are sampled from
             softmax(logits / temperature).
         seed: of the samples.
         repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included, and
@@ -28,7 +30,7 @@ class Sampling:
             text repeats itself less; 1 changes nothing. From 0.001 to 1000.
 
     Raises:
-        ValueError: the temperature is negative, the penalty is out of range, or one of the three is no such number.
+        ValueError: the temperature or the penalty is out of range, or one of the three is no such number.
     """
 
     temperature: NotNegative = 0.0
@@ -37,6 +39,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if 0 < self.temperature < _LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}, but it must be at least {_LOWEST_TEMPERATURE:f}; for the most "
+                "probable token each time, set it to 0."
+            )
 
     def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
         """The next token, a scalar.

@@ -401,8 +401,8 @@ class Llama(nn.Module):
 
         Raises:
             ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; prompt
-                and ``max_new_tokens`` together exceed ``max_position_embeddings``; the temperature is negative, or the
-                penalty is not positive.
+                and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
+                out of range.
         """
         new = list(self.stream(ids, max_new_tokens, stop, temperature, seed, repetition_penalty))
         return torch.tensor(new, dtype=torch.long)  # (new,)

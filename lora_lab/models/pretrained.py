@@ -24,6 +24,7 @@ from lora_lab.inject import lora_layers, replace
 from lora_lab.models import huggingface, shapes
 from lora_lab.models.configs import config_from_hf, config_to_hf, misfit, read_entries
 from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
+from lora_lab.models.gguf_header import read_header
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
 from lora_lab.models.gguf_writer import layout_of, write_gguf
 from lora_lab.models.llama import Llama, LlamaConfig
@@ -147,7 +148,11 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
         RuntimeError: the model cannot be downloaded.
     """
     path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
-    return Tokenizer.load(path) if path.is_dir() else load_pretrained(source, device="cpu")[1]
+    if path.is_dir():
+        return Tokenizer.load(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return Tokenizer.from_gguf(read_header(path)[0])
+    return load_pretrained(source, device="cpu")[1]  # which says what is wrong with the source
 
 
 def _say_which(path: Path, reason: str | None) -> None:

@@ -17,7 +17,7 @@ at temperature 1. What is shipped was written by SmolLM2-135M-Instruct, and is r
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -165,6 +165,9 @@ def with_replay(task: Task, samples: Examples, share: float) -> Task:
         samples: to rehearse, such as :func:`base_replies`. They are repeated until they make up the share.
         share: of the training examples, from 0 to below 1; batches have it on average.
 
+    Returns:
+        A plain Task: the samples come without the texts that a PairTask keeps of its examples.
+
     Raises:
         ValueError: the share is out of range.
 
@@ -185,4 +188,5 @@ def with_replay(task: Task, samples: Examples, share: float) -> Task:
         if len(part)
     ]
     inputs, targets = (torch.cat(tensors) for tensors in zip(*both, strict=True))  # 2 x (n + count, width)
-    return replace(task, train=Padded(inputs, targets))
+    plain = Task(**{entry.name: getattr(task, entry.name) for entry in fields(Task)})
+    return replace(plain, train=Padded(inputs, targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
+from lora_lab.system.renamed import renamed
 from lora_lab.system.schema import Size, check, instance_of
-from lora_lab.task import IGNORE, check_tokenizer
+from lora_lab.task import IGNORE, check_tokenizer, context_length
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
 
@@ -70,7 +72,8 @@ def answers(
         task: gives the prompts.
         part: "train", "validation" or "test".
         limit: how many prompts to answer, from the first; None answers all.
-        max_new_tokens: where an answer is cut; by default a quarter longer than the longest answer in training.
+        max_new_tokens: where an answer is cut; by default a quarter longer than the longest answer in training, as far
+            as the model's context allows.
         batch_size: prompts at once.
 
     Returns:
@@ -81,37 +84,42 @@ def answers(
             prompts and ``max_new_tokens`` exceed the model's context.
     """
     check(task, instance_of(PairTask), "task")
-    if check(part, str, "part") not in task.pairs:
-        raise ValueError(f"part is {part!r}, but the pairs of task {task.name!r} are in {list(task.pairs)}.")
+    pairs = task.pairs_of(part)
     limit, batch_size = check(limit, Size | None, "limit"), check(batch_size, Size, "batch_size")
     max_new_tokens = check(max_new_tokens, Size | None, "max_new_tokens")
-    pairs = list(task.pairs[part][:limit])
+    pairs = pairs[:limit]
     if task.metric == "classification":
-        return choices(model, task, pairs, classes(task), batch_size)
+        return most_likely_labels(model, task, pairs, classes(task), batch_size)
     lengths = [len(task.prompt_ids(pair)) for pair in pairs]
-    if max_new_tokens is not None:
-        check_context(model, max(lengths), max_new_tokens)
-    else:
+    if max_new_tokens is None:
         longest = int((task.train.targets != IGNORE).sum(1).max())
-        max_new_tokens = longest + longest // 4
+        room = (context_length(model) or sys.maxsize) - max(lengths)
+        max_new_tokens = max(1, min(longest + longest // 4, room))
     order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
     rows: list[list[int]] = []
     with _evaluating(model):
-        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size):
-            rows += _continued(scores, reader, max_new_tokens, stop_token(task.tokenizer))
+        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size, max_new_tokens):
+            rows += _greedy_continuations(scores, reader, max_new_tokens, stop_token(task.tokenizer))
     texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
     return [texts[i] for i in range(len(pairs))]
 
 
 def _read_batches(
-    model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int
+    model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int, new: int
 ) -> Iterator[tuple[Tensor, Reader]]:
     """Run the model on the prompts of pairs: for each batch the logits, (batch, vocabulary), and what has read them.
 
     Prompts are padded on the left, so that all end in the same column. What all begin with, such as an instruction or
     examples, our Llama reads once.
+
+    Args:
+        new: how many tokens may follow a prompt.
+
+    Raises:
+        ValueError: a prompt and these tokens exceed the model's context.
     """
     prompts = [task.prompt_ids(pair) for pair in pairs]
+    check_context(model, max(map(len, prompts)), new)
     device, pad = next(model.parameters()).device, stop_token(task.tokenizer) or 0
     same = [len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False)]  # for each token of the shortest prompt
     begin = min([*same, False].index(False), len(same) - 1)  # at least a token of each prompt remains
@@ -144,7 +152,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _continued(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
+def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
     """The most likely next tokens after each prompt, up to the end of the turn.
 
     Args:
@@ -172,7 +180,7 @@ def classes(task: PairTask) -> list[str]:
     return sorted({pair.answer for pair in task.pairs["train"]})
 
 
-def choices(
+def most_likely_labels(
     model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int
 ) -> list[str]:
     """The most likely label for each prompt, by the joint probability of its tokens."""
@@ -184,14 +192,18 @@ def choices(
 def log_likelihoods(
     model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int = 16
 ) -> Tensor:
-    """The log-likelihood of each label as the answer to each prompt, in nats: (n, labels). Each prompt is read once."""
+    """The log-likelihood of each label as the answer to each prompt, in nats: (n, labels). Each prompt is read once.
+
+    Raises:
+        ValueError: as for :func:`answers`.
+    """
     tokens = {}
     for label in labels:
         _, targets = encode(task.tokenizer, Pair(pairs[0].prompt, label))
         tokens[label] = [token for token in targets if token != IGNORE]
     rows: list[Tensor] = []
     with _evaluating(model):
-        for first, reader in _read_batches(model, task, pairs, batch_size):
+        for first, reader in _read_batches(model, task, pairs, batch_size, max(map(len, tokens.values()))):
             scores = [_log_likelihood(reader, tokens[label], first) for label in labels]  # (16,) each
             rows.append(torch.stack(scores, 1).cpu())  # (16, labels)
     return torch.cat(rows)
@@ -212,7 +224,7 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_s
     hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
     try:
         with _evaluating(model):
-            batches = _read_batches(model, task, pairs, batch_size)
+            batches = _read_batches(model, task, pairs, batch_size, 0)
             return torch.cat([read["hidden"].float().cpu() for _ in batches])
     finally:
         hook.remove()
@@ -232,3 +244,6 @@ def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:
         logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
     log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
     return log_probabilities[:, range(len(answer)), answer].sum(1)  # (16,)
+
+
+__getattr__ = renamed(__name__, {"choices": "most_likely_labels"})

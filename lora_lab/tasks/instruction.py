@@ -21,7 +21,7 @@ from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -37,6 +37,8 @@ from lora_lab.tasks.formats import Entry, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
+Metric = Literal["", "classification", "style", "summary", "translation"]
+_SEQ_LEN = 128  # tokens per example of texts
 _SAMPLE = "Good day."  # of an assistant
 _MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
 T = TypeVar("T")
@@ -124,7 +126,7 @@ class PairTask(Task):
 
     pairs: Mapping[str, Sequence[Pair]] = field(kw_only=True, repr=False, compare=False)
     tokenizer: ChatTokenizer = field(kw_only=True, repr=False, compare=False)
-    metric: str = ""
+    metric: Metric = ""
     licence: str = ""
     left_out: int = field(default=0, compare=False)
 
@@ -142,6 +144,16 @@ class PairTask(Task):
         train_pairs = [self.pairs["train"][row] for row in rows.tolist()]
         return replace(self, train=self.train[rows], pairs={**self.pairs, "train": train_pairs})
 
+    def pairs_of(self, part: str) -> Sequence[Pair]:
+        """The pairs of "train", "validation" or "test".
+
+        Raises:
+            ValueError: the part has no pairs, or there is no such part.
+        """
+        if check(part, str, "part") not in self.pairs:
+            raise ValueError(f"part is {part!r}, but the pairs of task {self.name!r} are in {list(self.pairs)}.")
+        return self.pairs[part]
+
     def prompt_ids(self, pair: Pair) -> list[int]:
         """The tokens that the model reads before it answers."""
         return self.tokenizer.encode(self.tokenizer.chat(_messages(pair)[:-1]))
@@ -153,9 +165,9 @@ class PairTask(Task):
         the chat template too.
 
         Raises:
-            ValueError: the task has no such part, or the count is none.
+            ValueError: the part has no pairs, there is no such part, or the count is none.
         """
-        examples, lines = self.part(part), []
+        pairs, examples, lines = self.pairs_of(part), self.part(part), []
         count = check(count, Count, "count")
         for row in range(min(count, len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
@@ -173,7 +185,7 @@ class PairTask(Task):
         )
         if special := self.tokenizer.special_tokens:
             written = re.compile("|".join(map(re.escape, special)))
-            texts = (text for pair in self.pairs[part] for text in (pair.context, pair.answer))
+            texts = (text for pair in pairs for text in (pair.context, pair.answer))
             if counts := Counter(token for text in texts for token in written.findall(text)):
                 lines.append(f"special tokens in the texts: {_listed(counts)}")
         return "\n".join(lines)
@@ -187,7 +199,7 @@ def from_pairs(
     max_tokens: int = 512,
     skip_long: bool = False,
     seed: int = 0,
-    metric: str = "",
+    metric: Metric = "",
     about: str = "",
     licence: str = "",
 ) -> PairTask:
@@ -205,12 +217,13 @@ def from_pairs(
         metric, about, licence: as for :class:`PairTask`.
 
     Raises:
-        ValueError: an argument is of another type, a text is empty, an example too long, a part empty or missing, a
-            group in two parts, a prompt in two parts, or there are fewer than three groups.
+        ValueError: an argument is of another type, there is no such metric, a text is empty, an example too long, a
+            part empty or missing, a group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
-    for text, argument in ((name, "name"), (metric, "metric"), (about, "about"), (licence, "licence")):
+    check(metric, Metric, "metric")
+    for text, argument in ((name, "name"), (about, "about"), (licence, "licence")):
         check(text, str, argument)
     if isinstance(pairs, Mapping):
         pairs = cast("Mapping[str, Iterable[Any]]", pairs)
@@ -263,7 +276,18 @@ def _pairs(pairs: Any) -> list[Pair]:
 
 
 def from_jsonl(
-    tokenizer: ChatTokenizer, path: str | Path, *, seq_len: int = 128, allow_special: bool = False, **options
+    tokenizer: ChatTokenizer,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    about: str | None = None,
+    seq_len: int | None = None,
+    allow_special: bool = False,
+    max_tokens: int | None = None,
+    skip_long: bool | None = None,
+    seed: int | None = None,
+    metric: Metric | None = None,
+    licence: str | None = None,
 ) -> Task:
     """A task from a file of JSON Lines, one example on each line, in any form of :mod:`lora_lab.tasks.formats`.
 
@@ -275,17 +299,19 @@ def from_jsonl(
     "group" go to the same part.
 
     Args:
-        tokenizer, **options: as for :func:`from_pairs`; the name defaults to that of the file.
+        tokenizer: of the model that will be trained.
         path: of the file; empty lines are skipped.
-        seq_len, allow_special: for texts, as for :func:`from_text`.
+        name, about: of the task; by default they name the file.
+        seq_len, allow_special: of a file of texts, as for :func:`from_text`.
+        max_tokens, skip_long, seed, metric, licence: of a file of any other form, as for :func:`from_pairs`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
-            not, or as for :func:`from_pairs`.
+            not, an argument does not apply to the form of the lines, or as for :func:`from_pairs`.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
-    path = as_path(path, "path")
+    path, name, about = as_path(path, "path"), check(name, str | None, "name"), check(about, str | None, "about")
     check_file(path, "a JSON Lines file")
     entries, problems, malformed = [], [], 0
     for number, line in _lines(path):
@@ -308,16 +334,23 @@ def from_jsonl(
     if not entries:
         raise ValueError(f"{path} is empty; write one example per line.")
     ignored = sorted(set().union(*(entry.ignored for entry in entries)))
-    about = f"from the file {path.name}"
-    if ignored:
-        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
-    options = {"name": path.stem, "about": about, **options}
+    if about is None:
+        about = f"from the file {path.name}"
+        if ignored:
+            about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
+    options = {"max_tokens": max_tokens, "skip_long": skip_long, "seed": seed, "metric": metric, "licence": licence}
+    options: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if texts := [entry.text for entry in entries if entry.text]:
         if len(texts) < len(entries):
             raise ValueError(
                 f"{path} has {len(texts)} texts and {len(entries) - len(texts)} conversations; split them."
             )
-        return _task_of_texts(tokenizer, path, texts, seq_len, "text", options["name"], options["about"])
+        if options:
+            raise ValueError(f"{path} holds texts, which take no {' or '.join(options)}; leave that out.")
+        return _task_of_texts(tokenizer, path, texts, _SEQ_LEN if seq_len is None else seq_len, "text", name, about)
+    if seq_len is not None:
+        raise ValueError(f"{path} holds conversations, which take no seq_len; leave it out, or give max_tokens.")
+    options |= {"name": path.stem if name is None else name, "about": about}
     if not any(entry.part for entry in entries):
         return from_pairs(tokenizer, map(_pair, entries), **options)
     if not all(entry.part for entry in entries):
@@ -339,7 +372,7 @@ def from_text(
     tokenizer: ChatTokenizer,
     path: str | Path,
     *,
-    seq_len: int = 128,
+    seq_len: int = _SEQ_LEN,
     name: str | None = None,
     allow_special: bool = False,
 ) -> Task:

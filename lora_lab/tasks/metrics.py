@@ -40,13 +40,13 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
             f"Task {task.name!r} has the metric {task.metric!r}, but answers are scored by one of "
             f'{", ".join(METRICS)}; name one where the task is made, such as from_pairs(metric="summary").'
         )
-    task.part(part)
-    if not 1 <= len(predictions) <= len(task.pairs[part]):
+    pairs = task.pairs_of(part)
+    if not 1 <= len(predictions) <= len(pairs):
         raise ValueError(
-            f"There are {len(predictions)} predictions, but the {part} part has {len(task.pairs[part])} prompts; give "
+            f"There are {len(predictions)} predictions, but the {part} part has {len(pairs)} prompts; give "
             "at least one prediction, and at most one for each prompt."
         )
-    return METRICS[task.metric](predictions, [pair.answer for pair in task.pairs[part][: len(predictions)]])
+    return METRICS[task.metric](predictions, [pair.answer for pair in pairs[: len(predictions)]])
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -119,8 +119,7 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
     Raises:
         ValueError: the task's metric has no such baseline, or it has no such part.
     """
-    check(task, instance_of(PairTask), "task").part(part)
-    pairs = task.pairs[part]
+    pairs = check(task, instance_of(PairTask), "task").pairs_of(part)
     if task.metric == "classification":
         majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]
         return [majority_class] * len(pairs)

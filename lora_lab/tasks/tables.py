@@ -108,9 +108,9 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
 
 
 def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return ""
-    return str(value)
+    import pandas
+
+    return "" if pandas.api.types.is_scalar(value) and pandas.isna(value) else str(value)
 
 
 def from_arrays(
@@ -162,7 +162,7 @@ def from_arrays(
     if kind == "classification":
         if values.ndim != 1:
             raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
-        classes, labels = np.unique(values, return_inverse=True)
+        classes, labels = _classes(y, values)
         if len(classes) < 2:
             raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
         split, stratum = {value: i for i, value in enumerate(classes.tolist())}, labels
@@ -187,9 +187,30 @@ def from_arrays(
     return Task(name, train, validation, test, other, loss=loss, about=about)
 
 
-def _array(values: Any) -> np.ndarray:
+def _array(values: Any, dtype: Any = None) -> np.ndarray:
     """An array of what holds numbers or texts, tensors that require gradients included."""
-    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)
+
+
+def _classes(y: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct classes in sorted order, and the number of each example's class (n,).
+
+    Args:
+        y: as for :func:`from_arrays`; in a list of texts NaN is still a missing value, in ``values`` it is a text.
+        values: the array of y, (n,).
+    """
+    import pandas
+
+    objects = _array(y, object)  # (n,)
+    if pandas.isna(objects).any():
+        raise ValueError("y holds classes that are missing; fill or remove them.")
+    try:
+        return np.unique(values, return_inverse=True)
+    except TypeError:
+        types = ", ".join(sorted({type(value).__name__ for value in objects}))
+        raise ValueError(
+            f"y holds classes of the types {types}, which have no common order; make all of them numbers or all texts."
+        ) from None
 
 
 def _features(X: Any) -> np.ndarray:
@@ -212,7 +233,7 @@ def _targets(values: np.ndarray, numbers: dict[Hashable, int] | None) -> torch.T
         return torch.tensor([numbers[value] for value in values.tolist()])  # (n,)
     try:
         targets = values.astype(np.float32)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"y holds {values.dtype}, but a regression needs numbers.") from None
     if not np.isfinite(targets).all():
         raise ValueError("y holds numbers that are infinite or missing; fill or remove them.")

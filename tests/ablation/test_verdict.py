@@ -137,7 +137,7 @@ def test_the_margin_is_the_callers():
     frame = frame_of(PLANTED, own=0.001)
     assert [smallest_sufficient_rank(frame, margin).rank for margin in (0.01, 0.1, 0.4)] == [4, 2, 1]
     for margin in (0, -0.01, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"margin is .* positive number"):
+        with pytest.raises(ValueError, match=r"margin is .*, but it must be (greater than 0|a finite number)"):
             smallest_sufficient_rank(frame, margin)
 
 
@@ -404,7 +404,7 @@ def test_what_is_no_frame_or_no_margin_is_told():
         with pytest.raises(ValueError, match=r"frame is .*, but it must be the table that ablate or load returns"):
             smallest_sufficient_rank(frame)
     for margin in ("0.1", None, 10**400, torch.zeros(3)):
-        with pytest.raises(ValueError, match=r"margin is .*, but it must be a positive number"):
+        with pytest.raises(ValueError, match=r"margin is .*, but it must be a number"):
             smallest_sufficient_rank(frame_of(PLANTED), margin)
     with pytest.raises(ValueError, match=r"method is \['lora'\], but the methods with ranks"):
         smallest_sufficient_rank(frame_of(PLANTED), method=["lora"])

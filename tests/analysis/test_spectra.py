@@ -1,11 +1,13 @@
 """Rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
 
 import copy
+from collections import OrderedDict
 
 import numpy as np
 import pandas
 import pytest
 import torch
+from torch import nn
 
 from lora_lab import (
     LoRAConfig,
@@ -88,6 +90,22 @@ def test_the_same_adapter_from_model_state_and_folder(tmp_path, kind):
     alone = spectra.report(None, tmp_path)
     assert "amplification" not in alone
     np.testing.assert_allclose(alone.norm.sort_values(), first.norm.sort_values(), rtol=1e-5)
+
+
+def test_layers_whose_names_hold_base_keep_their_names_and_their_weights():
+    def net():
+        inner = nn.Sequential(OrderedDict(baseline=nn.Linear(8, 8), base=nn.Linear(8, 8)))
+        return nn.Sequential(OrderedDict(base=inner, head=nn.Linear(8, 2)))
+
+    names = ["base.baseline", "base.base", "head"]
+    base, adapted = net(), trained(net())
+    assert list(spectra.report(base, perturbed(base)).layer) == names
+    untrained = copy.deepcopy(base)
+    inject(untrained, LoRAConfig(3, 6))
+    for before in (base, base.state_dict(), untrained):
+        frame = spectra.report(before, adapter_state(adapted))
+        assert list(frame.layer) == names
+        assert frame[["relative_norm", "amplification"]].notna().all(axis=None)
 
 
 def test_two_models_are_compared_matrix_by_matrix():

@@ -1589,6 +1589,12 @@ def test_the_largest_batch_of_a_llama_fits_and_one_more_does_not():
         assert predict(Llama(ONE), LoRA(8), size + 1, S, **options).peak_bytes > 24 * MIB
 
 
+@pytest.mark.parametrize(("budget", "expected"), [("24GiB", "a number"), (None, "a number"), (-1, "at least 0")])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget, expected):
+    with pytest.raises(ValueError, match=rf"budget_bytes is {budget!r}, but it must be {expected}"):
+        largest(Llama(ONE), LoRA(8), budget, seq_len=S)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"batch_size": 2, "seq_len": 8}])
 def test_one_size_is_given_and_the_other_looked_for(sizes):
     with pytest.raises(ValueError, match="pass exactly one: the other is searched"):

@@ -27,7 +27,8 @@ CALIBRATIONS = ("", "content-free", "validation texts")
 @pytest.fixture(scope="module")
 def tiny(small_world, tiny_config, chatter):
     """The real model is a tiny one with something to say, and its tasks are small."""
-    model = enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 5)
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=False, max_position_embeddings=1024)
+    model = enlarge(Llama(config, seed=4), 5)
     small = {"sentiment": cache(sentiment), "translate-fr": cache(french)}
     small_world.setattr(studies, "language_model", lambda device: model)
     small_world.setattr(downstream, "TASKS", small)

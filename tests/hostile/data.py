@@ -46,7 +46,7 @@ def prepare(folder: Path, values: Values) -> tuple[Tokenizer, Values]:
     for form in (*FORMS, "text"):
         path = folder / f"{form}.jsonl"
         path.write_text(_joined([json.dumps(_entry(form, i)) for i in range(LINES)]))
-        from_jsonl(tokens, path, seq_len=16)
+        from_jsonl(tokens, path)
     (folder / "table.csv").write_text(_table(",", _rows()))
     task_of(str(folder / "table.csv"), tokens)
     return tokens, values
@@ -86,8 +86,8 @@ def case(rng: random.Random, folder: Path, material: tuple[Tokenizer, Values]) -
 
 
 def _task(path: Path, tokens: Tokenizer) -> Task:
-    """As the commands read a file; short rows, where texts are cut into rows."""
-    return from_jsonl(tokens, path, seq_len=16) if path.suffix == ".jsonl" else task_of(str(path), tokens)
+    """As the commands read a file."""
+    return task_of(str(path), tokens)
 
 
 def _complaints(task: Task) -> Iterator[str]:

@@ -158,7 +158,8 @@ def test_sampling_repeats_by_seed_and_follows_the_temperature(tiny):
     assert draw[0] != draw[2]
     greedy = tiny.generate(prompt, 20).tolist()
     assert draw[0] != greedy
-    assert tiny.generate(prompt, 20, temperature=1e-4, seed=5).tolist() == greedy
+    for temperature in (1e-4, 1e-6):
+        assert tiny.generate(prompt, 20, temperature=temperature, seed=5).tolist() == greedy
 
 
 def test_sampling_draws_each_token_as_often_as_softmax_says(tiny):
@@ -224,6 +225,7 @@ def test_generation_beyond_the_context_is_refused_before_it_begins(tiny):
         ({"temperature": math.nan}, "temperature is nan, but it must be"),
         ({"temperature": math.inf}, "temperature is inf, but it must be a finite number"),
         ({"temperature": -1}, "temperature is -1, but it must be at least 0"),
+        ({"temperature": 1e-300}, "temperature is 1e-300, but it must be at least 0.000001; .*, set it to 0"),
         ({"temperature": "1"}, "temperature is '1', but it must be a number"),
         ({"seed": 99999999999999999999}, "seed is 99999999999999999999, but it must be at most"),
         ({"seed": 0.5}, "seed is 0.5, but it must be a whole number"),

@@ -23,6 +23,7 @@ from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, me
 from lora_lab.models import download as fetch
 from lora_lab.models import pretrained
 from lora_lab.models.llama import RopeScaling
+from lora_lab.models.pretrained import load_tokenizer
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import cross_entropy
@@ -329,6 +330,25 @@ def test_gguf_files_of_every_kind_load_with_transformers_logits(tiny_hf, write_g
     assert same_weights(ours, theirs)
     assert same_logits(ours, theirs)
     assert same_logits(ours, before) == (kind == "F32")  # all others round
+
+
+def test_the_tokenizer_of_a_gguf_file_is_read_without_its_model(tiny_hf, write_gguf, monkeypatch):
+    path = write_gguf(tiny_hf())
+    whole = load_pretrained(path, device="cpu")[1]
+    monkeypatch.setattr(pretrained, "read_gguf", lambda _: pytest.fail("the model was read"))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.backend.to_str() == whole.backend.to_str()
+    assert (tokenizer.eos_id, tokenizer.chat_template) == (whole.eos_id, whole.chat_template)
+
+
+def test_what_has_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*none\.gguf"):
+        load_tokenizer(tmp_path / "none.gguf")
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"torn\.gguf is not a GGUF file or is truncated"):
+        load_tokenizer(tmp_path / "torn.gguf")
+    with pytest.raises(FileNotFoundError, match="There is no model"):
+        load_tokenizer(tmp_path / "none")
 
 
 def test_the_rows_of_queries_and_keys_are_put_in_order(tiny_hf, write_gguf):

@@ -27,6 +27,10 @@ OLD = {
     "lean.InThreads": "lean.ThreadedStep",
     "lean.rewire": "lean.apply_lean",
     "models.shapes.shape": "models.shapes.config",
+    "plots.after_cuts": "plots.after_truncation",
+    "plots.looks": "plots.line_styles",
+    "plots.undominated": "plots.pareto_front",
+    "tasks.generate.choices": "tasks.generate.most_likely_labels",
     "tasks.Encoder": "tasks.TextTokenizer",
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch.nn import functional as F
 
 from lora_lab import LoRA, evaluate, fit
 from lora_lab.models.llama import Llama
-from lora_lab.task import IGNORE
+from lora_lab.task import IGNORE, Task
 from lora_lab.tasks import base_text
 from lora_lab.tasks.base_text import PROMPTS, SHIPPED, on_base_text, write_replies
+from lora_lab.tasks.instruction import Pair, PairTask
 from lora_lab.tasks.python_docs import docs
 
 
@@ -148,6 +150,16 @@ def test_no_share_is_no_replay_and_all_is_refused(task, file):
     assert len(base_text.with_replay(task, samples, 0).train) == len(task.train)
     with pytest.raises(ValueError, match="share is 1, but it must be from 0 to below 1"):
         base_text.with_replay(task, samples, 1)
+
+
+def test_a_task_with_replay_can_be_limited_whatever_it_was(task, file):
+    data = {entry.name: getattr(task, entry.name) for entry in fields(task)}
+    pairs = {part: [Pair("a", "b")] * len(task.parts[part]) for part in ("train", "validation", "test")}
+    paired = PairTask(**data, pairs=pairs, tokenizer=Letters())
+    mixed = base_text.with_replay(paired, base_text.base_replies(file), 0.5)
+    assert mixed.fingerprint == base_text.with_replay(task, base_text.base_replies(file), 0.5).fingerprint
+    assert len(mixed.limited(len(mixed.train)).train) == len(mixed.train) > len(task.train)
+    assert type(mixed) is Task
 
 
 def test_a_rehearsed_model_forgets_less(base, task, file):

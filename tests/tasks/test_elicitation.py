@@ -24,7 +24,8 @@ LABELS = ("bad", "good")
 
 @pytest.fixture(scope="module")
 def talker(tiny_config):
-    return enlarge(Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False), seed=4), 20)
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=False, max_position_embeddings=512)
+    return enlarge(Llama(config, seed=4), 20)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lab import Llama
 from lora_lab.tasks import IGNORE, Pair, from_pairs, generate
-from lora_lab.tasks.generate import answers, choices, classes, reply
+from lora_lab.tasks.generate import answers, classes, log_likelihoods, most_likely_labels, reply
 from tests.helpers import enlarge, sums
 from tests.tiny_models import bert, fresh, llama, t5
 
@@ -32,6 +33,24 @@ def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker
     assert len(set(said)) > 1
     with pytest.raises(ValueError, match="max_new_tokens is 999999999, but the model reads at most"):
         answers(talker, task, max_new_tokens=999_999_999)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2"])
+def test_answers_end_where_the_context_ends_and_longer_prompts_are_refused(chatter, tiny_config, kind):
+    task = from_pairs(chatter, [Pair("x" * 20, "y" * 60) for _ in range(3)] + [Pair(f"{i}?", "z") for i in range(9)])
+    longest = max(len(task.prompt_ids(pair)) for pair in task.pairs["test"])
+
+    def model(context):
+        if kind == "Llama":
+            return Llama(dataclasses.replace(tiny_config, max_position_embeddings=context))
+        config = GPT2Config(vocab_size=260, n_positions=context, n_embd=16, n_layer=1, n_head=2)
+        return GPT2LMHeadModel(config).eval()
+
+    roomy, full = model(longest + 5), model(longest)
+    assert answers(roomy, task) == answers(roomy, task, max_new_tokens=5)
+    for call in (answers, lambda model, task: log_likelihoods(model, task, task.pairs["test"], ["z"])):
+        with pytest.raises(ValueError, match=rf"has {longest} tokens .*, but the model reads at most {longest} "):
+            call(full, task)
 
 
 def test_a_reply_is_the_answer_to_one_prompt_in_the_chat_template(chatter, talker):
@@ -90,14 +109,16 @@ def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker
             return F.cross_entropy(talker(one.inputs)[0, -len(counted) :], counted, reduction="none")
 
     longest, otherwise = labels[1:], 0
-    for pair, own in zip(task.pairs["train"], choices(talker, task, task.pairs["train"], longest, 7), strict=True):
+    for pair, own in zip(
+        task.pairs["train"], most_likely_labels(talker, task, task.pairs["train"], longest, 7), strict=True
+    ):
         each = {label: losses(pair.prompt, label) for label in longest}
         assert own == min(longest, key=lambda label: float(each[label].sum()))
         otherwise += own != min(longest, key=lambda label: float(each[label].max()))
     assert otherwise  # the worst token alone would have chosen another
     said = answers(talker, task, "test")
     assert set(said) <= set(labels)
-    assert choices(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
+    assert most_likely_labels(talker, task, task.pairs["test"], ["no"], 4) == ["no"] * len(said)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ def test_the_preview_shows_what_is_read_and_what_is_learned(chatter):
     assert repr(f"<s>user: {pair.prompt}\n<s>assistant: ") in shown
     assert repr(f"{pair.answer}</s>") in shown
     assert f"{len(task.train)} examples, padded to {task.train.inputs.shape[1]} tokens" in shown
+    with pytest.raises(ValueError, match="part is 'off_domain', but the pairs of task 'pairs' are in"):
+        task.preview(1, "off_domain")
 
 
 def test_a_task_can_be_fitted_and_limited(chatter, model):
@@ -441,6 +443,34 @@ def test_a_file_of_json_lines_becomes_a_task(chatter, tmp_path):
     assert "mine.jsonl" in task.describe()
 
 
+def test_options_of_a_file_are_those_of_its_form(chatter, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", *({"prompt": f"{i}?", "answer": "yes"} for i in range(20)))
+    texts = write(tmp_path / "texts.jsonl", *({"text": f"This is text {i}. " * 12} for i in range(20)))
+    task = from_jsonl(chatter, pairs, name="mine", metric="classification", seed=3, licence="ours", max_tokens=99)
+    assert (task.name, task.about, task.metric, task.licence) == (
+        "mine",
+        "from the file pairs.jsonl",
+        task.metric,
+        "ours",
+    )
+    assert task.pairs == from_pairs(chatter, [(f"{i}?", "yes") for i in range(20)], seed=3).pairs
+    assert from_jsonl(chatter, texts).train.inputs.shape[1] == 128
+    assert from_jsonl(chatter, texts, seq_len=64).train.inputs.shape[1] == 64
+    assert from_jsonl(chatter, texts, name="mine", about="ours").describe().startswith("mine: ours; off-domain")
+    with pytest.raises(
+        ValueError, match=r"texts\.jsonl holds texts, which take no max_tokens or metric; leave that out"
+    ):
+        from_jsonl(chatter, texts, seq_len=64, max_tokens=5, metric="summary")
+    with pytest.raises(
+        ValueError, match="holds conversations, which take no seq_len; leave it out, or give max_tokens"
+    ):
+        from_jsonl(chatter, pairs, seq_len=64)
+    with pytest.raises(TypeError, match="seqlen"):
+        from_jsonl(chatter, texts, seqlen=64)
+    with pytest.raises(ValueError, match="name is 5, but it must be a string"):
+        from_jsonl(chatter, texts, name=5)
+
+
 def test_a_file_may_bring_its_own_split(chatter, tmp_path):
     parts = ["train"] * 5 + ["validation"] * 2 + ["test"] * 3
     rows = [{"prompt": f"{i}?", "answer": "yes", "part": part} for i, part in enumerate(parts)]
@@ -660,6 +690,7 @@ def test_a_seed_of_numpy_is_pythons(chatter):
         ({"max_tokens": 0}, "max_tokens is 0, but it must be at least 1"),
         ({"name": 5}, "name is 5, but it must be a string"),
         ({"about": 5}, "about is 5, but it must be a string"),
+        ({"metric": "clasification"}, "metric is 'clasification', but it must be '', 'classification', 'style', .* or"),
     ],
 )
 def test_odd_options_of_a_task_are_named(chatter, options, says):

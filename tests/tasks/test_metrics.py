@@ -1,9 +1,12 @@
 """Scores against cases by hand, and baselines that need no model."""
 
+from typing import get_args
+
 import numpy
 import pytest
 
 from lora_lab.tasks import Pair, from_pairs
+from lora_lab.tasks.instruction import Metric
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from tests.helpers import sums
 
@@ -46,6 +49,9 @@ def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
     named = from_pairs(chatter, sums(), metric="translation")
     with pytest.raises(ValueError, match="There are 99 predictions, but the test part has 4 prompts"):
         score(named, ["1"] * 99)
+    for call in (lambda: score(named, ["1"], "off_domain"), lambda: trivial(named, "off_domain")):
+        with pytest.raises(ValueError, match="part is 'off_domain', but the pairs of task 'pairs' are in"):
+            call()
     for arguments in ((["1"], named), ("named", ["1"])):
         with pytest.raises(ValueError, match=r"task is .*, but it must be an instance of PairTask"):
             score(*arguments)
@@ -53,6 +59,10 @@ def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
         score(named, 5)
     with pytest.raises(ValueError, match=r"task is \['1'\], but it must be an instance of PairTask"):
         trivial(["1"])
+
+
+def test_a_task_takes_the_metrics_that_there_are():
+    assert {*METRICS, "style", ""} == {*get_args(Metric)}
 
 
 def test_the_dictionary_knows_what_training_pairs_say_word_for_word(chatter):

@@ -81,9 +81,15 @@ def test_columns_may_decide_groups_and_the_split(chatter):
         from_table(chatter, frame, **COLUMNS, part="writer")
 
 
-@pytest.mark.parametrize("empty", [None, float("nan"), "", "  "])
-def test_an_empty_cell_is_named_by_its_row(chatter, empty):
-    frame = FRAME.astype({"label": object})
+@pytest.mark.parametrize(
+    ("empty", "dtype"),
+    [
+        *((empty, object) for empty in (None, float("nan"), np.float32("nan"), "", "  ", pandas.NaT)),
+        *((pandas.NA, dtype) for dtype in (object, "string", "Int64", "category")),
+    ],
+)
+def test_an_empty_cell_is_named_by_its_row(chatter, empty, dtype):
+    frame = FRAME.astype({"label": dtype})
     frame.loc[4, "label"] = empty
     with pytest.raises(ValueError, match="Row 5 of table has nothing in the column 'label'; fill or remove it"):
         from_table(chatter, frame, **COLUMNS)
@@ -154,10 +160,24 @@ def test_a_task_of_arrays_trains():
         (np.ones((20, 2)), np.zeros((20, 2)), {}, r"y has shape \(20, 2\), but classes must be"),
         (np.ones((20, 2)), np.full(20, np.inf), {"kind": "regression"}, "y holds numbers that are infinite"),
         (np.ones((20, 2)), np.array(["a", "b"] * 10), {"kind": "regression"}, "but a regression needs numbers"),
+        (
+            np.ones((20, 2)),
+            pandas.Series([1, None] * 10, dtype="Int64"),
+            {"kind": "regression"},
+            "y holds numbers that are",
+        ),
+        (np.ones((20, 2)), ["a", None] * 10, {}, "y holds classes that are missing; fill or remove them"),
+        (np.ones((20, 2)), ["a", "b", float("nan"), "c"] * 5, {}, "y holds classes that are missing"),
+        (np.ones((20, 2)), pandas.Series(["a", None] * 10, dtype="string"), {}, "y holds classes that are missing"),
+        (np.ones((20, 2)), [0.0, 1.0, float("nan"), 1.0] * 5, {"kind": "classification"}, "classes that are missing"),
+        (np.ones((20, 2)), np.array(["a", 1] * 10, dtype=object), {}, "y holds classes of the types int, str, which"),
         (np.ones((20, 2)), np.arange(20), {"kind": "ranking"}, "kind is 'ranking'"),
         (np.ones((20, 2)), np.arange(20) % 2, {"off_domain": (np.ones((2, 2)), [0, 7])}, "off_domain has the class 7"),
     ],
-    ids=["lengths", "few", "flat", "nan", "one class", "two columns", "infinite", "texts", "kind", "off-domain"],
+    ids=[
+        *("lengths", "few", "flat", "nan", "one class", "two columns", "infinite", "texts", "missing number"),
+        *("missing", "NaN among texts", "missing in pandas", "NaN", "mixed", "kind", "off-domain"),
+    ],
 )
 def test_arrays_that_make_no_task_are_refused_in_a_sentence(X, y, options, says):
     with pytest.raises(ValueError, match=says):
