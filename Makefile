@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test hostile coverage lab lab-gpu notebooks site slides lint mutation clean
+.PHONY: help demo check test slow hostile coverage lab lab-gpu notebooks site slides lint mutation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -22,15 +22,20 @@ QUICK := test_lora test_layers test_variants test_inject test_methods test_rank 
   guards/test_layering guards/test_layout guards/test_links guards/test_package guards/test_words
 
 check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK:%=tests/%.py) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile -m 'not slow' $(QUICK:%=tests/%.py) $(ARGS)
 
 # Asserts on measured times, so it runs alone, after all that runs in parallel.
 TIMED := notebooks/05_speed.ipynb
 
-test: $(VENV)/.ready-test lint ## lint, unit tests, and every cell of every notebook
+# A tenth of the tests takes more than half of the time: these are marked slow, and have a target of their own.
+test: $(VENV)/.ready-test lint ## lint, the unit tests that are not slow, and every cell of every notebook
 	$(BIN)/lora-lab fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(TIMED:%=--ignore=%) notebooks tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not slow' $(TIMED:%=--ignore=%) notebooks tests $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TIMED)
+
+slow: $(VENV)/.ready-test ## the slow unit tests: after a change of what they test, and before a release
+	$(BIN)/lora-lab fetch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile -m slow tests $(ARGS)
 
 hostile: $(VENV)/.ready-test ## 10,000 damaged files and odd arguments, half of them new each day, and saves that are stopped at 200 moments each
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile --today $(ARGS)

@@ -103,6 +103,7 @@ def assert_same_end(one, other):
 # Stopped by an exception, at every step
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_run_stopped_within_any_step_ends_bit_identical(tmp_path, kind, step):
@@ -273,6 +274,7 @@ def rows_in(folder):
         return json.loads(file.metadata()["history"])["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_run_killed_at_one_point_after_another_ends_bit_identical(start, tmp_path, kind):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -488,6 +488,7 @@ def one_step(model, x):
     return out.detach(), adapter_state(model)
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_another_process_learns_there_and_its_adapter_comes_back():
     model = mixed(alpha=0.7)
     before, expected = one_step(copy.deepcopy(model), IMAGES)
@@ -505,6 +506,7 @@ def test_a_model_goes_to_another_process_learns_there_and_its_adapter_comes_back
     assert (model(IMAGES) - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_computes_and_learns_the_same_and_follows_switch_and_off(backend):
     torch._dynamo.reset()

@@ -502,6 +502,7 @@ REPORT = layers(
 )
 
 
+@pytest.mark.slow
 def test_a_statistic_over_depth_is_divided_by_the_null_of_its_own_layer():
     """One band around 1 for all shapes. The union of their bands would hold layers that are far below their own."""
     ax = plots.by_depth(REPORT)

@@ -367,6 +367,7 @@ def test_any_callable_trains_as_a_loss(loss, tmp_path):
 
 
 @EACH
+@pytest.mark.slow
 def test_any_callable_serves_where_memory_and_time_are_asked_for(loss):
     model, batch = DigitsMLP(width=8), (classes().train.inputs, classes().train.targets)
     bill = memory.predict(model, LoRA(rank=2), batch=batch, loss=loss)

@@ -233,6 +233,7 @@ def interrupting(monkeypatch, calls):
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [4, 9, 12, 14])
 def test_an_interrupted_sweep_goes_on_with_the_same_decisions_and_trains_no_step_twice(calls, tmp_path, monkeypatch):
     halving = CAUTIOUS
@@ -289,6 +290,7 @@ def test_rates_go_on_when_the_one_that_led_fails_later():
     assert {trial.lr for trial in stops} == {0.1, 0.3}
 
 
+@pytest.mark.slow
 def test_processes_and_packs_decide_the_same(tmp_path):
     expected = uninterrupted(CAUTIOUS)
     same(sweep(grid(), tmp_path, n_jobs=2), expected)

@@ -129,6 +129,7 @@ def planted_net():
     return net.double(), Task("planted", **parts, loss=mean_squared_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -216,6 +217,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"], ["q_proj", "lm_head"]], ids=str)
 @pytest.mark.parametrize("step", STEPS)
 def test_each_trial_equals_its_own_run_whatever_the_step(tiny_config, step, targets):

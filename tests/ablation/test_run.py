@@ -1030,6 +1030,7 @@ def eight():
     return apart(EIGHT)
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_more_than_the_running_trial(eight, tmp_path, monkeypatch):
     process = sweeping(tmp_path, number=4, seconds=60)
     wait_for(lambda: len(list(tmp_path.glob("[!.]*.json"))) >= 3)
@@ -1045,6 +1046,7 @@ def test_a_killed_process_loses_no_more_than_the_running_trial(eight, tmp_path, 
     same(frame, eight)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process and let it go on")
 def test_two_sweeps_at_once_in_one_folder_of_which_one_sleeps_lose_nothing(eight, tmp_path):
     sleeper = sweeping(tmp_path, number=3, seconds=2)  # time to stop it in
@@ -1161,6 +1163,7 @@ def test_a_silent_worker_is_an_error_in_the_end(tmp_path):
     assert load(tmp_path).seed.unique().tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_worker_ended_by_the_system_is_told():
     here = os.getpid()
 
@@ -1219,6 +1222,7 @@ def on_dask(client, *arguments, **options):
         return apart(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_a_dask_worker_without_lora_lab_is_told_at_once(cluster):
     _, client = cluster
     (poor, *_) = client.nthreads()
@@ -1236,6 +1240,7 @@ def test_a_dask_worker_with_another_version_is_told(cluster, monkeypatch):
         on_dask(cluster[1], grid())
 
 
+@pytest.mark.slow
 def test_a_trial_that_dask_gives_up_is_an_error_and_not_waited_for(cluster, tmp_path, monkeypatch):
     made, client = cluster
     here = os.getpid()
@@ -1487,6 +1492,7 @@ def tokens():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [language_model, in_blocks])
 @pytest.mark.parametrize(
     "step",

@@ -378,6 +378,7 @@ def linear():
         return nn.Sequential(nn.Linear(24, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("planted_rank", "answer"), [(4, 4), (16, 16)])
 def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
     task = planted(linear(), rank=planted_rank)

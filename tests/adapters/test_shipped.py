@@ -97,6 +97,7 @@ def test_it_changes_the_real_model_and_at_strength_0_the_model_is_the_base(smoll
     assert (adapted - expected).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_the_keepers_story_is_in_the_style_where_the_base_writes_another(smollm2):
     """The beginning of one story, with the settings that the README recommends."""
     base, tokenizer = smollm2
@@ -116,6 +117,7 @@ def test_the_keepers_story_is_in_the_style_where_the_base_writes_another(smollm2
     assert scores(task, [plain]) == {"in_style": 0.0}
 
 
+@pytest.mark.slow
 def test_sentiments_answers_are_right_often_enough(smollm2):
     """On the first 12 of the 69 texts of which the README counts the right answers."""
     base, tokenizer = smollm2

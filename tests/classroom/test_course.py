@@ -62,6 +62,7 @@ def test_solutions_become_stubs_and_no_cell_has_been_run():
     nbformat.validate(result)
 
 
+@pytest.mark.slow
 def test_the_learners_cell_runs_and_says_that_it_is_not_started():
     """A hole is a NameError when it is called, and not before."""
     done = run_python(f"from lora_lab.classroom import check\n{student(lesson(SOLVED)).cells[1].source}")
@@ -151,6 +152,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.slow
 def test_no_line_of_a_solution_is_in_any_file_of_a_learners_folder(tmp_path):
     """In no cell, text, output, metadata or further file, of whichever lesson the solution is."""
     lines = set()

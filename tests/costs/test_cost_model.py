@@ -123,6 +123,7 @@ def test_attention_and_what_is_recomputed_have_causes_of_their_own(tiny_config):
     assert found.works["plain"].count(cause=speed.AGAIN) == 0
 
 
+@pytest.mark.slow
 def test_every_operation_of_a_phase_has_its_overhead(tiny_config):
     fixed = {"forward": 1.0, "backward": 10.0, "clipping": 100.0, "optimiser step": 1000.0}
     found = predict(tiny_config, lambda _: 0.0, {phase: (seconds, 0.0) for phase, seconds in fixed.items()})

@@ -179,6 +179,7 @@ PASSED = {"one block": 1 / 2, "queries": 3 / 4, "head": 3 / 4}
 SEPARATE = LlamaConfig(260, 32, 48, 2, 4, 2, 8, attention_bias=True)  # an untied head may have an adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_total_is_torchs_and_the_parts_are_whose_they_are(way):
     method, options = WAYS[way]
@@ -298,6 +299,7 @@ def test_smollm2_is_within_one_per_cent_of_the_formula(s, method, weights):
     assert found.part("attention") / found.total > {128: 0.03, 2048: 0.3}[s]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -631,6 +631,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_predicted_peak_is_within_three_percent_of_the_measured_one(case):
     method, options = CASES[case]
@@ -656,6 +657,7 @@ def test_the_predicted_peak_is_within_three_percent_of_the_measured_one(case):
     assert max(moment.total_bytes for moment in real.timeline) == rehearsed.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["full", "r=8", "r=64", "DoRA", "r=8, ckpt", "lean, ckpt"])
 def test_so_it_is_where_logits_are_few_and_the_peak_is_elsewhere(case):
     method, options = CASES[case]
@@ -699,6 +701,7 @@ MATTERS = {  # where each part is a good deal of the peak
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", MATTERS)
 def test_a_predictor_that_loses_a_part_misses_the_peak_that_is_measured_as_before(part, monkeypatch):
     config, method, size, options = MATTERS[part]
@@ -772,6 +775,7 @@ print(peak_bytes(device) - before, bill.peak_bytes, bill.parts["trained weights"
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_eight_billion_parameters_is_predicted_in_no_memory():
     done = run_python(BIG)
     grown, peak, trained, state = map(int, done.stdout.split())
@@ -983,6 +987,7 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=200, n_embd=64, n_layer=2, n_head=4, n_positions=64, **ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method", "options"),
     [
@@ -1036,6 +1041,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_devices_that_are_not_there_cannot_abort_the_interpreter():
     done = run_python(NO_CUDA)
@@ -1540,6 +1546,7 @@ class Tokens(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quadratic", "fixed"), [(False, {"seq_len": 5}), (True, {"batch_size": 2})], ids=["batch", "context"]
 )
@@ -1581,6 +1588,7 @@ def test_nothing_fits_a_budget_below_the_smallest_step_and_its_bill_is_returned(
     assert found.parts == predict(Llama(ONE), LoRA(8), 2, 1).parts
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_a_llama_fits_and_one_more_does_not():
     for options in ({}, CKPT) if torch.cuda.is_available() else ({}, {"device": "cuda", **CKPT}):
         size, found = largest(lambda: Llama(ONE), LoRA(8), 24 * MIB, seq_len=S, **options)
@@ -1714,6 +1722,7 @@ print(before, grown, peak_bytes(device))
 """
 
 
+@pytest.mark.slow
 def test_the_peak_grows_by_what_is_touched_stays_and_leaves_the_parent_out():
     # More than any build of torch takes (the CUDA one 0.7 GiB); a started process must not report it as its own.
     ballast = torch.ones(1200 * MIB, dtype=torch.uint8)

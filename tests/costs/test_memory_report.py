@@ -9,6 +9,8 @@ from lora_lab.costs.memory_report import training_setups
 from lora_lab.models.llama import Llama
 from tests.helpers import command, llama_folder, printed_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bills(tiny_config):

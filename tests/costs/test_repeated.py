@@ -53,6 +53,7 @@ def both_ways(monkeypatch):
     return predict_twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -72,6 +73,7 @@ def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options
     assert both_ways(deep(), method, 2, 24, **options)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "layers", "options"),
     [
@@ -171,6 +173,7 @@ def transformers_model(name, **changes):
         return getattr(transformers, name.removesuffix("Text") + kind)(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("Llama", {}), ("Qwen3", {"head_dim": 8}), ("Mistral", {}), ("Phi", {}), ("Olmo2", {}), ("Bert", {})],

@@ -20,6 +20,8 @@ from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, trivial
 from tests.helpers import COMMIT, enlarge, french, sentiment
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = downstream.plan  # the fixture puts another in its place
 RATES = {"full": (1e-4, 1e-2), "LoRA r=8": (3e-2, 1e-3), "scratch": (1e-2, 1e-4)}

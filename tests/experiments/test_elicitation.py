@@ -18,6 +18,8 @@ from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import score, trivial
 from tests.helpers import enlarge, french, sentiment
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)
 TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)

@@ -14,6 +14,8 @@ from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from tests.helpers import command, printed_json
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

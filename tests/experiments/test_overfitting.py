@@ -23,6 +23,8 @@ from lora_lab.models.shapes import config
 from tests.experiments.conftest import counting_on
 from tests.helpers import COMMIT
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN, REAL_SETUPS, REAL_CENTRES = overfitting.plan, dict(overfitting.SETUPS), dict(overfitting.CENTRES)
 METHODS = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), "last blocks": PartialFineTuning(["model.layers.1"])}

@@ -19,6 +19,8 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
 from tests.experiments.conftest import sentences
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

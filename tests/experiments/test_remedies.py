@@ -22,6 +22,8 @@ from lora_lab.tasks import base_text
 from tests.experiments.conftest import counting_on
 from tests.helpers import COMMIT
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = remedies.plan
 SETUPS = {

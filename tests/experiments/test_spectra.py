@@ -9,6 +9,8 @@ from lora_lab.experiments import ablation
 from lora_lab.experiments import spectra as spectra_records
 from tests.helpers import command
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

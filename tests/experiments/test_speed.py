@@ -10,6 +10,8 @@ from lora_lab.experiments import speed as recording
 from lora_lab.models.llama import Llama
 from tests.helpers import command, llama_folder, printed_json
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -17,6 +17,8 @@ from lora_lab.tasks import Pair, from_pairs
 from tests.experiments.conftest import sentences
 from tests.helpers import command
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PLAN = taught.plan
 

@@ -16,6 +16,8 @@ from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.sentences import COMBINATION, WORD, sentences
 from tests.helpers import command
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -61,6 +61,7 @@ def cells(text, first):
     return [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith(f"| {first}")]
 
 
+@pytest.mark.slow
 def test_a_changed_record_changes_the_verdict(source, stored):
     before, _ = stored
     assert [row[1].strip() for row in cells(before, f"[{LESS}]")] == ["depends on the rank"]
@@ -74,6 +75,7 @@ def test_a_changed_record_changes_the_verdict(source, stored):
     assert cells(before, "[speed](#study-speed)") == cells(after, "[speed](#study-speed)")
 
 
+@pytest.mark.slow
 def test_machines_stand_side_by_side(source, stored):
     assert "No record of a GPU has been made yet" in stored[0]
     gpu = source / "nvidia-h100-80gb-hbm3-memory.json"
@@ -91,6 +93,7 @@ def test_machines_stand_side_by_side(source, stored):
     assert {row[1] for row in cells(text, "NVIDIA H100")} == {"GPU"}
 
 
+@pytest.mark.slow
 def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
     before, _ = stored
     assert cells(before, "[targets](#study-targets)")[0][5] == "not recorded yet"
@@ -121,6 +124,7 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
     assert "No picture" not in text
 
 
+@pytest.mark.slow
 def test_what_no_record_has_is_named(source, stored):
     text, _ = stored
     assert "Not in any record: last blocks (memory, time)." in text

@@ -182,6 +182,7 @@ def test_a_compiled_model_is_told_to_build_no_cache_too():
 CHECKPOINTING, HALF = {"gradient_checkpointing": True}, {"dtype": torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "method", "options"),
     [
@@ -209,6 +210,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert (size, bill.peak_bytes) == (3, budget - 100)
 
 
+@pytest.mark.slow
 @AND_FALCON
 @METHODS
 def test_flops_are_those_that_torch_counts_in_a_real_step(make, method):
@@ -373,6 +375,7 @@ def test_each_token_is_read_once_where_there_is_a_cache_of_keys_and_values(make,
     assert lengths == ([4, 5, 6, 7] if make is mamba else [4, 1, 1, 1])
 
 
+@pytest.mark.slow
 @SPEAKERS
 @torch.no_grad()
 def test_a_class_is_chosen_by_the_log_likelihood_that_transformers_computes(make, plain):

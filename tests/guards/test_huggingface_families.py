@@ -181,6 +181,7 @@ def scores(model, family):
 # Training
 
 
+@pytest.mark.slow
 @EVERY
 def test_losses_are_those_of_a_plain_loop_with_pefts_adapter_which_can_be_read_back(family, tmp_path):
     start = fresh(family.make)
@@ -282,6 +283,7 @@ def test_an_encoder_decoder_whose_config_names_no_first_token_is_refused_in_one_
 # Bytes, products and seconds
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("how", ["full", "LoRA", "LoRA, own checkpoints, bfloat16"])
 def test_the_predicted_peak_is_the_measured_one(family, how):
@@ -315,6 +317,7 @@ def test_sizes_that_do_not_describe_a_batch_are_refused_in_one_sentence():
         memory.predict(original(whisper), LoRA(), 4, 8)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("full", [True, False], ids=["full", "LoRA"])
 def test_flops_are_those_that_torch_counts_in_a_real_step(family, full):
@@ -351,6 +354,7 @@ def test_each_expert_more_has_the_products_of_its_three_matrices_in_both_dtypes(
     assert two.total - one.total == 2 * batch[0].numel() * 2 * 2 * 3 * config.hidden_size * inner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "ViT", "T5", "Mixtral", "Mamba"])
 def test_steps_are_timed_and_priced(name):
     family = FAMILIES[name]

@@ -172,6 +172,7 @@ def forked(function):
         process.exitcode = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_at_random_leaves_the_old_files_or_the_new_ones(arena):
     took = []
     for _ in range(5):
@@ -193,6 +194,7 @@ def test_a_save_that_is_killed_at_random_leaves_the_old_files_or_the_new_ones(ar
     assert lost == []
 
 
+@pytest.mark.slow
 def test_a_kill_before_each_of_its_operations_on_files_leaves_the_old_files_or_the_new_ones(arena):
     outcomes = []
     operations = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")

@@ -316,6 +316,7 @@ def showing(outputs):
     )
 
 
+@pytest.mark.slow
 @each_lesson
 def test_nbval_notices_changed_numbers(path, failures):
     """In each cell in which it compares any; the others pass."""

@@ -192,6 +192,7 @@ def test_adapters_start_as_the_base_and_each_kind_acts_in_every_mode(case, train
             apart(run(alone, case), before)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.0), (True, 0.3), (False, 0.3)])
 def test_logits_and_gradients_are_pefts(case, training, dropout):
@@ -323,6 +324,7 @@ def lora_types(case, targets):
     return [type(layer) for layer in lora_layers(adapted(case, targets=targets)).values()]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, phases=QUICK)
 @given(settings_of_peft())
 def test_any_adapter_of_peft_is_read_here_saved_again_and_read_by_peft(drawn):

@@ -65,6 +65,7 @@ def test_the_help_is_shown_in_ascii_too(ascii_alone):
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="names of files and arguments are in Unicode there")
 @pytest.mark.skipif(not sys.prefix.isascii(), reason="torch cannot be imported from such a folder there")
 def test_m8_a_fine_tuning_in_a_folder_of_any_name_where_the_system_knows_ascii_alone(

@@ -249,6 +249,7 @@ def test_one_of_two_processes_sums_on_the_device_what_it_would_on_the_cpu(gpu, m
     assert set(devices) == {"cuda"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_BLOCKS)
 def test_fit_gives_the_cpus_numbers_on_a_base_in_blocks(gpu, name):
     method, options = METHODS[name]
@@ -537,6 +538,7 @@ def test_the_lesson_on_memory_measures_there(lesson):
     assert names["real_lora"].parts["cuBLAS workspace"] == 2 * WORKSPACE
 
 
+@pytest.mark.slow
 def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     timed = speed.step_time
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))

@@ -32,6 +32,8 @@ from tests.hostile.core import BAD, OUTCOMES, PACKAGE, Case, outcome_of
 from tests.hostile.damage import damaged_bytes, damaged_json, safetensors_bytes, safetensors_parts
 from tests.hostile.values import Values
 
+pytestmark = pytest.mark.slow
+
 CASES = 500
 
 

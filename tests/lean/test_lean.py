@@ -616,6 +616,7 @@ def test_a_base_in_blocks_gives_the_gradients_of_its_dense_twin(in_blocks, lengt
         assert torch.equal(model.get_parameter(name), value)
 
 
+@pytest.mark.slow
 def test_the_real_model_in_its_blocks_gives_the_gradients_of_the_float32_one(smollm2):
     ids = torch.tensor(
         [smollm2[1].encode("Low-rank adaptation changes a model by a product of two thin matrices. " * 3)]

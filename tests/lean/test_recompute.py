@@ -106,6 +106,7 @@ def test_nothing_is_alive_after_the_backward_pass():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_lean_step_does_not_load_torchs_compiler_and_a_plain_one_does():
     code = """
 import sys, torch

@@ -51,6 +51,7 @@ def test_a_process_writes_the_same_text():
     assert render(OTHER, VARIABLES) == "USER: hiASSISTANT: Grüße \ud83d \u2028 😀\n<s>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [*NEVER_ENDING.values(), *LARGE.values()], ids=[*NEVER_ENDING, *LARGE])
 def test_what_takes_too_much_is_ended_in_one_sentence(tiny_tokenizer, template):
     tokenizer = Tokenizer(tiny_tokenizer.backend, chat_template=template)

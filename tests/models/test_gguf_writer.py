@@ -216,6 +216,7 @@ def save_relative(kind, model, path, dtype="f32"):
     return save_model(model, path, trained_tokenizer(RELATIVES[kind][3]), "gguf", dtype)
 
 
+@pytest.mark.slow
 @EACH_RELATIVE
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_a_relatives_file_with_equal_logits(path, kind, tied):

@@ -52,6 +52,7 @@ def changed(folder, **entries):
 # Configs without weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_published_config_has_its_published_number_of_parameters_and_a_bill(path):
     config = json.loads(path.read_text())
@@ -69,6 +70,7 @@ def test_at_least_six_families_are_among_the_configs():
     assert len({json.loads(path.read_text())["model_type"] for path in CONFIGS}) >= 6
 
 
+@pytest.mark.slow
 def test_a_bill_of_a_config_is_that_of_the_model_with_weights(folder):
     options = {"batch_size": 2, "seq_len": 16, "device": "cpu"}
     expected = memory.predict(hf.Qwen3ForCausalLM.from_pretrained(folder), LoRA(rank=4), **options)
@@ -252,6 +254,7 @@ def chat_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--task", chat_file, "--model", folder, "--device", "cpu"]
@@ -286,6 +289,7 @@ def test_full_fine_tuning_saves_the_model_of_transformers(folder, chat_file, tmp
     assert not torch.equal(logits(tuned, IDS), logits(load_pretrained(folder, device="cpu")[0], IDS))
 
 
+@pytest.mark.slow
 def test_memory_and_speed_take_a_folder_and_leave_the_lean_step_to_our_llama(folder, capsys):
     assert command("memory", "--model", folder, "--seq", 16, "--device", "cpu") == 0
     printed = capsys.readouterr().out

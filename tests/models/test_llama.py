@@ -23,6 +23,7 @@ NEW = 32
 # Logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (4, 1), (1, 2), (4, 2), (1, 17), (4, 17), (4, 128), (1, 300)])
 def test_logits_are_bit_identical_to_transformers(smollm2, hf_smollm2, length, batch):
     model, _ = smollm2
@@ -87,6 +88,7 @@ def continuations(smollm2):
     return [(prompt, model.generate(prompt, NEW)) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_greedy_generation_equals_transformers_token_for_token(continuations, hf_smollm2):
     for prompt, ours in continuations:
         theirs = hf_smollm2.generate(

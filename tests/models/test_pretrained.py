@@ -161,6 +161,7 @@ def test_a_conversion_killed_half_way_leaves_no_half_entry(killed):
     assert any(name.startswith(".lora_lab-new-") for name in left)  # so it was killed in the middle
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_load_and_only_one_converts(smollm2, in_blocks, raced):
     _, tokenizer = smollm2
     total = sum(parameter.sum(dtype=torch.float64).item() for parameter in in_blocks.parameters())
@@ -213,6 +214,7 @@ print(json.dumps([imported, *peaks]))
     return json.loads(output)
 
 
+@pytest.mark.slow
 def test_once_converted_it_loads_without_the_gguf_file_gguf_or_transformers(loaded):
     imported, *_ = loaded
     assert imported == ["safetensors", "tokenizers"]
@@ -1071,6 +1073,7 @@ def test_no_matrix_of_numbers_is_in_a_model_in_blocks(in_blocks):
     assert in_blocks.lm_head.packed is in_blocks.model.embed_tokens.packed
 
 
+@pytest.mark.slow
 def test_in_blocks_the_real_model_computes_writes_and_learns_the_same(in_blocks, smollm2):
     (dense, tokenizer), ids = smollm2, random_ids(2, 16, 49152)
     expected = logits(dense, ids)

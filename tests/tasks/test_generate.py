@@ -96,6 +96,7 @@ def test_an_answer_ends_with_its_turn(chatter, talker):
     assert answers(ending, task, "test") == [""] * len(task.pairs["test"])
 
 
+@pytest.mark.slow
 def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker):
     labels = ["no", "perhaps it is so", "yes indeed"]
     task = from_pairs(chatter, [Pair(f"Is {i} even?", labels[i % 3]) for i in range(90)], metric="classification")

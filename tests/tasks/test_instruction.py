@@ -75,6 +75,7 @@ def test_the_preview_shows_what_is_read_and_what_is_learned(chatter):
         task.preview(1, "off_domain")
 
 
+@pytest.mark.slow
 def test_a_task_can_be_fitted_and_limited(chatter, model):
     task = from_pairs(chatter, sums()).limited(8, seed=1)
     assert [pair.answer for pair in task.pairs["train"]] == [

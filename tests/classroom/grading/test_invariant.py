@@ -85,6 +85,7 @@ def test_the_solution_has_all_points(name):
         assert points(EXERCISES[name].solution, INVARIANTS[name], seed) == len(INVARIANTS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "answer"), PLANTED)
 def test_a_planted_mistake_loses_a_point(name, answer):
     for seed in SEEDS:
@@ -189,6 +190,7 @@ def test_a_fixed_result_has_no_points(name):
         assert points(lambda *_: result, INVARIANTS[name], 1) == 0
 
 
+@pytest.mark.slow
 @each_exercise
 def test_points_do_not_depend_on_what_ran_before(name):
     answers = [mistake.answer for mistake in EXERCISES[name].mistakes]
@@ -277,6 +279,7 @@ def test_each_reflection_has_a_rubric():
         assert all(sentence.endswith(".") for sentence in (*reflection.rubric, reflection.expected))
 
 
+@pytest.mark.slow
 def test_a_learners_session_imports_none_of_it():
     script = """
 import sys
