@@ -470,7 +470,7 @@ def test_llama3_takes_a_word_that_is_a_token_whole_whatever_its_merges_say():
 def test_a_header_with_another_tokenizer_is_refused(changes):
     with pytest.raises(
         ValueError,
-        match=r"lora_lab cannot build the GGUF file.s tokenizer .*'gpt2'.*'smollm'.*load the model's Hugging Face folder",
+        match=r"lora_lab cannot build the GGUF file.s tokenizer .*'gpt2'.*'smollm'.*Hugging Face folder",
     ):
         Tokenizer.from_gguf(header(**changes))
 

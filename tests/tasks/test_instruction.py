@@ -637,7 +637,7 @@ def test_the_preview_counts_the_special_tokens_in_the_texts(chatter):
         (b'\n [\n {"prompt": "a", "answer": "b"},\n', "holds a JSON array; write one example per line"),
         (b'{"prompt": ' + b"[" * 100_000, "line 1: not an example, but lists within lists"),
         (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
-        (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has only .*k [.]{3}"),
+        (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has the keys .*k [.]{3}"),
     ],
     ids=["blank", "gzip", "utf-16", "no mark", "late byte", "array", "deep", "digits", "long key"],
 )
