@@ -27,7 +27,7 @@ In reading order. A file imports only from what is listed before it: here, and i
     claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
     plots        pictures of results
     lessons      what the notebooks show: predictions, tables, claims, pictures with sliders
-    classroom/   exercises that name the mistake; the lessons in a learner's folder
+    classroom/   exercises that name the mistake; figures of one lesson; the lessons in a learner's folder
     experiments/ the runs behind the records; fine-tuning and the demo
     cli          the command ``lora-lab``
     __main__     the same, for ``torchrun -m lora_lab``

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import torch
 
 from lora_lab import cli
+from lora_lab.costs.memory import MIB, Bill, Moment
 from lora_lab.tasks import Examples, Pair, Task, from_pairs
 
 ROOT = Path(__file__).parents[1]  # the repository
@@ -217,3 +219,63 @@ def run_python(code, *arguments, **environment):
     done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
+
+
+# Figures
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def points(line):
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def bill(timeline=(), **parts):
+    names = {"frozen": "frozen weights", "state": "optimiser state", "mlp": "saved: MLP", "norms": "saved: norms"}
+    return Bill(
+        {names.get(part, part): size * MIB for part, size in parts.items()}, "backward", "predicted", "a", {}, timeline
+    )
+
+
+def moments(*rows):
+    names = {"frozen": "frozen weights", "mlp": "saved: MLP", "loss": "logits and loss"}
+    return [
+        Moment(phase, {names[part]: size * MIB for part, size in parts.items()}, operation)
+        for operation, (phase, parts) in enumerate(rows)
+    ]
+
+
+STEP = moments(
+    ("before", {"frozen": 10}),
+    ("forward", {"frozen": 10, "mlp": 2}),
+    ("forward", {"frozen": 10, "mlp": 4, "loss": 1}),
+    ("backward", {"frozen": 10, "mlp": 4, "loss": 3}),
+    ("backward", {"frozen": 10, "mlp": 1}),
+    ("optimiser step", {"frozen": 10}),
+)
+_EARLY = moments(*[("forward", {"frozen": 10})] * 40, *[("backward", {"frozen": 10})] * 40)
+_HIGH = Moment("backward", {"frozen weights": 10 * MIB, "logits and loss": 7 * MIB}, 80)
+_LATE = [Moment("backward", {"frozen weights": 10 * MIB}, operation) for operation in range(81, 121)]
+PEAKED = bill([*_EARLY, _HIGH, *_LATE], frozen=10, loss=7)  # the peak is one operation, in the middle
+
+
+def sweep(losses):
+    """What ablate returns, in short: {method: {lr: [validation loss of each seed]}}."""
+    rows = [
+        {"method": method, "rank": 4, "lr": lr, "seed": seed, "steps": 9, "step": step, "outcome": "done"}
+        | {"validation_loss": loss + (9 - step)}
+        for method, by_rate in losses.items()
+        for lr, values in by_rate.items()
+        for seed, loss in enumerate(values)
+        for step in (0, 9)
+    ]
+    return pandas.DataFrame(rows)
+
+
+LOSSES = {
+    "LoRA": {0.01: [0.8, 0.9], 0.02: [0.4, 0.6]},
+    "DoRA": {0.01: [0.4, 0.5], 0.02: [0.7, 0.9]},
+    "LoRA+": {0.02: [0.3, 0.35]},
+}

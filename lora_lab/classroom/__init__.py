@@ -6,6 +6,7 @@ values      equal up to rounding, and what differs
 calls       one call of a learner's function: copies, captured output, a time limit
 judge       right, a known mistake, or what else is wrong
 learner     check, hint, progress: what is shown, and what is remembered
+figures     what one lesson draws; all other figures are in lora_lab.plots
 course      the lessons in a folder of the learner's, with or without the solutions
 grading/    the exercises as sheets with hidden tests, for nbgrader; for teachers, so not among the names below
 """
@@ -14,6 +15,6 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    ["calls", "course", "exercise", "exercises", "judge", "learner", "values"],
+    ["calls", "course", "exercise", "exercises", "figures", "judge", "learner", "values"],
     {"learner": ["check", "hint", "progress"]},
 )

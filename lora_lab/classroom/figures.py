@@ -1,0 +1,674 @@
+"""Figures that one lesson draws, for a point that it makes, in the order of the lessons.
+
+What can be drawn of a model, a table or a record of one's own is in ``lora_lab.plots``, with colours and styles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Polygon, Rectangle
+
+from lora_lab.costs.flops import ADAPTERS, FORWARD, INPUT, WEIGHT, Flops
+from lora_lab.costs.memory import MIB, Bill, Part
+from lora_lab.plots import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    METHOD_COLOURS,
+    filling,
+    legend_beside,
+    line_styles,
+    loss_by_rate,
+    memory_of_a_step,
+    rank_axis,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from pandas import DataFrame
+
+
+# Lesson 01, low rank
+
+
+def numbers(matrices: Mapping[str, Any]) -> Figure:
+    """Small matrices side by side below their names, coloured and with their entries written on them.
+
+    Args:
+        matrices: name -> (rows, columns). All share one colour scale, white at zero.
+    """
+    arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
+    limit = max(np.abs(array).max() for array in arrays.values())
+    figure, axes = plt.subplots(1, len(arrays), figsize=(2.3 * len(arrays), 2.9), squeeze=False)
+    for ax, (name, array) in zip(axes.flat, arrays.items(), strict=True):
+        ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
+        for (i, j), entry in np.ndenumerate(array):
+            ink = "#ffffff" if abs(entry) > 0.7 * limit else "#000000"
+            ax.text(j, i, f"{entry:.0f}", ha="center", va="center", color=ink)
+        ax.set(title=name, xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
+        ax.grid(visible=False)
+    axes[0, 0].set_ylabel("row")
+    return figure
+
+
+def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str, ax: Axes | None = None) -> Axes:
+    """Shares in per cent against the rank: a line through the means of the draws, a band from min to max.
+
+    Args:
+        shares: label -> rank -> one share for each draw; 1 is the whole.
+        ylabel: what the shares are of, with "(%)".
+    """
+    ax = ax or plt.subplots(figsize=(9, 4))[1]
+    styles = line_styles(list(shares))
+    for label, by_rank in shares.items():
+        draws = 100 * np.array([list(values) for values in by_rank.values()])  # (ranks, draws)
+        ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
+        ax.plot(list(by_rank), draws.mean(1), label=label, **styles[label])
+    ticks = sorted({rank for by_rank in shares.values() for rank in by_rank})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(rank) for rank in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("rank")
+    ax.set_ylabel(ylabel)
+    return legend_beside(ax)
+
+
+# Lesson 03, LoRA from scratch
+
+
+def schematic(
+    rank: int = 4,
+    out_features: int = 48,
+    in_features: int = 64,
+    alpha: float = 8,
+    ax: Axes | None = None,
+) -> Axes:
+    """LoRA drawn: the input goes through the frozen W0 and through A, then B; the two results are added.
+
+    The boxes of A and B are as narrow as the rank is beside the features, and the count of parameters stands below.
+
+    Args:
+        rank: r, at most the smaller number of features.
+        out_features: rows of W0 and of B.
+        in_features: columns of W0 and of A.
+        alpha: the update is scaled by alpha / rank.
+    """
+    ax = ax or plt.subplots(figsize=(6.4, 4.2))[1]
+    unit = 3.0 / max(in_features, out_features)
+    wide, tall, narrow = unit * in_features, unit * out_features, max(unit * rank, 0.06)
+    frozen, trained = "#d9d9d9", METHOD_COLOURS["lora"]
+
+    def box(x: float, y: float, corners: Sequence[tuple[float, float]], colour: str, text: str, ink: str) -> None:
+        ax.add_patch(Polygon([(x + dx, y + dy) for dx, dy in corners], facecolor=colour, edgecolor="#333333"))
+        ax.text(x, y, text, ha="center", va="center", fontsize=14, color=ink)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2})
+
+    def label(x: float, y: float, text: str, colour: str = "#000000", side: Literal["left", "center"] = "left") -> None:
+        ax.text(x, y, text, ha=side, va="center", fontsize=9.5, color=colour)
+
+    left, right, low, high = -2.2, 2.2, -1.0, 1.0
+    half = (wide + tall) / 4
+    box(left, 0, [(-half, -1.5), (half, -1.5), (half, 1.5), (-half, 1.5)], frozen, "", "#000000")
+    label(left, 0.25, "$W_0$", side="center")
+    label(left, -0.3, f"{out_features} x {in_features}, frozen", side="center")
+    funnel = [(-wide / 2, -0.5), (wide / 2, -0.5), (narrow / 2, 0.5), (-narrow / 2, 0.5)]
+    box(right, low, funnel, trained, "$A$", "#ffffff" if narrow > 0.3 else "#000000")
+    funnel = [(-narrow / 2, -0.5), (narrow / 2, -0.5), (tall / 2, 0.5), (-tall / 2, 0.5)]
+    box(right, high, funnel, trained, "$B$", "#ffffff" if narrow > 0.3 else "#000000")
+    label(right + wide / 2 + 0.15, low, f"{rank} x {in_features}, trained\nstarts random")
+    label(right + wide / 2 + 0.15, high, f"{out_features} x {rank}, trained\nstarts at zero")
+    label(right + narrow / 2 + 0.2, 0, f"{rank} number{'s' * (rank > 1)} pass{'es' * (rank == 1)}")
+    arrow((right, low + 0.5), (right, high - 0.5))
+    label(0, -2.75, f"$x$: {in_features} numbers", side="center")
+    for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
+        arrow((0, -2.5), (x, bottom))
+        arrow((x, top), (0.05 * x, 2.2))
+    label(1.55, 2.1, rf"$s$ = {alpha:g} / {rank} = {alpha / rank:.3g}", trained)
+    label(0, 2.17, "+", side="center")
+    label(0, 2.6, rf"$h = W_0\,x + s\,B A\,x$: {out_features} numbers", side="center")
+    count, whole = rank * (in_features + out_features), in_features * out_features
+    ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
+    ax.set(xlim=(-4.1, 6.3), ylim=(-3.1, 3.0), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+# Lesson 04, memory
+
+
+def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
+    """A row for each step, on one scale: the whole step, and beside it the 20 operations before and after its peak.
+
+    The step begins with its forward pass: what an earlier one left behind and is released first is not drawn.
+    """
+    size = {"figsize": (10, 3.5 * len(bills)), "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(len(bills), 2, width_ratios=[2, 1], **size)
+    for (whole, near), (title, bill) in zip(axes, bills.items(), strict=True):
+        begun = [moment for moment in bill.timeline if moment.phase != "before"]
+        memory_of_a_step(replace(bill, timeline=begun), whole).set_title(title)
+        whole.get_legend().remove()
+        whole.texts[0].set_text(f"{whole.texts[0].get_text()} (see right)")
+        last = begun[-1].phase
+        if last not in [text.get_text() for text in whole.texts]:  # too narrow for its name
+            at_the_top = whole.get_xaxis_transform()
+            whole.text(99.5, 0.99, f"{last} →", ha="right", va="top", fontsize="small", transform=at_the_top)
+        memory_of_a_step(bill, near, around_peak=20).set_title("the same, around the peak")
+        near.set_ylabel("")
+        logits = max(bill.timeline, key=lambda moment: moment.total_bytes).parts.get(Part.LOGITS, 0)
+        if logits:
+            near.text(2, bill.peak_bytes / MIB, f"{logits / MIB:,.0f} of it logits", va="center", fontsize="small")
+    axes[0, 0].set_ylim(0, 1.2 * max(bill.peak_bytes for bill in bills.values()) / MIB)
+    return figure
+
+
+def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | None = None) -> Axes:
+    """A transformer block drawn from its input down to its output, with what each layer saves for the backward pass.
+
+    Args:
+        saved: layer, in the order of computation -> what it saves, and how many values for each token: with both
+            methods, with full fine-tuning alone, with LoRA alone. A layer whose name begins with "add" adds the
+            residual stream, which has bypassed the layers since the last such layer.
+    """
+    ax = ax or plt.subplots(figsize=(10, 0.48 * len(saved) + 1.2))[1]
+    looks = {
+        "both": (COLOURS[2], ""),
+        "full fine-tuning alone": (METHOD_COLOURS["full"], "//"),
+        "LoRA alone": (METHOD_COLOURS["lora"], ".."),
+    }
+    most = max(sum(values) for _, *values in saved.values())
+    arrow = {"arrowstyle": "-|>", "color": "#333333"}
+    branch = -0.85  # where the residual stream left
+    for row, (layer, (what, *values)) in enumerate(saved.items()):
+        ax.annotate("", (-2, row - 0.28), (-2, row - (0.72 if row else 1)), arrowprops=arrow)
+        adds = layer.startswith("add")
+        shape = "circle,pad=0.2" if adds else "round,pad=0.3"
+        box = {"boxstyle": shape, "facecolor": "#eeeeee", "edgecolor": "#333333"}
+        ax.text(-2, row, "+" if adds else layer, ha="center", va="center", bbox=box)
+        if adds:
+            ax.plot([-2, -3.4, -3.4], [branch, branch, row], color="#333333", linewidth=1.2)
+            ax.annotate("", (-2.14, row), (-3.4, row), arrowprops={**arrow, "shrinkA": 0})
+            branch = row + 0.4
+        left = 0.0
+        for value, (name, look) in zip(values, looks.items(), strict=True):
+            width = 6 * value / most
+            ax.barh(row, width, left=left, height=0.55, label=name if row == 0 else None, **filling(*look))
+            left += width
+        if any(values):
+            counts = " + ".join(f"{value:,}" for value in values if value)
+            ax.text(left + 0.1, row, f"{counts}   {what}", va="center", fontsize="small")
+    ax.text(-2, -1.15, "input", ha="center", va="center")
+    last = len(saved) - 0.25
+    ax.annotate("", (-2, last), (-2, last - 0.45), arrowprops=arrow)
+    ax.text(-2, last + 0.15, "output", ha="center", va="center")
+    ax.set(xlim=(-3.7, 10), ylim=(last + 0.4, -1.4))
+    ax.legend(loc="upper right", title="values stored for each token")
+    ax.axis("off")
+    return ax
+
+
+# Lesson 05, speed
+
+
+def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
+    """The FLOPs of each step, from the forward pass to the weight gradients, and what is gone from the first one.
+
+    Args:
+        steps: label -> FLOPs of a step; what the first has and another lacks is drawn as an empty box.
+    """
+    ax = ax or plt.subplots(figsize=(9, 0.9 * len(steps) + 1.4))[1]
+    looks = {FORWARD: ("#999999", ""), INPUT: ("#999999", ".."), ADAPTERS: (METHOD_COLOURS["lora"], "xx")}
+    looks[WEIGHT] = (METHOD_COLOURS["full"], "//")
+    reference = next(iter(steps.values()))
+    for row, step in enumerate(steps.values()):
+        left = 0.0
+        for name, look in looks.items():
+            size, missing = _without_adapters(step, name), _without_adapters(reference, name)
+            gone = size == 0 < missing
+            style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#333333"} if gone else filling(*look)
+            width = (missing if gone else size) / 1e9
+            ax.barh(row, width, left=left, height=0.6, linestyle="--" if gone else "-", **style)
+            if width > 0.05 * reference.total / 1e9:
+                patch = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                text = f"{'gone: ' * gone}{width:,.0f}"
+                ax.text(left + width / 2, row, text, ha="center", va="center", bbox=patch)
+            elif width:  # too narrow for its number
+                ax.text(left + width / 2, row - 0.32, f"{width:,.1f}", ha="center", va="bottom", fontsize="small")
+            left += width
+        share = f" ({step.total / reference.total:.2f})" if row else ""
+        ax.text(left, row, f"  {step.total / 1e9:,.0f}{share}", va="center")
+    handles = [Patch(**filling(*look), label=name) for name, look in looks.items()]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
+    ax.set_yticks(range(len(steps)), list(steps))
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel("GFLOP of a step")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def _without_adapters(step: Flops, name: str) -> int:
+    """The FLOPs of a pass without those of the adapters, or all FLOPs of the adapters."""
+    return step.part(ADAPTERS) if name == ADAPTERS else step.in_pass(name) - step.counts.get((ADAPTERS, name), 0)
+
+
+def published(reports: Mapping[str, float], bound: float, ax: Axes | None = None) -> Axes:
+    """Published ratios of times, LoRA's over full fine-tuning's, beside the lowest ratio of FLOPs.
+
+    Args:
+        reports: source -> ratio.
+        bound: no ratio of FLOPs is below it.
+    """
+    ax = ax or plt.subplots(figsize=(9, 0.45 * len(reports) + 1.4))[1]
+    ax.plot(list(reports.values()), range(len(reports)), "o", color="#000000", markersize=8)
+    for row, ratio in enumerate(reports.values()):
+        ax.text(ratio, row - 0.18, f"{ratio:.2f}", ha="center", va="bottom", fontsize="small")
+    low, high = min(*reports.values(), bound) - 0.1, max(*reports.values(), 1) + 0.1
+    areas = [(low, bound, COLOURS[5]), (bound, 1, "#ffffff"), (1, high, COLOURS[4])]
+    words = ["faster than FLOPs explain", "faster, FLOPs may be why", "slower"]
+    for (start, end, colour), text in zip(areas, words, strict=True):
+        ax.axvspan(start, end, color=colour, alpha=0.2, linewidth=0)
+        ax.text((start + end) / 2, -0.8, text, ha="center", va="center", fontsize="small")
+    ax.axvline(bound, color="#000000", linestyle="--", label=f"{bound:.2f}, the bound of FLOPs")
+    ax.axvline(1, color="#000000", label="equal")
+    ax.legend(loc="lower left", fontsize="small")
+    ax.set(xlim=(low, high), ylim=(len(reports) - 0.5, -1.1), xlabel="time of LoRA / time of full fine-tuning")
+    ax.set_yticks(range(len(reports)), list(reports))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+# Lesson 06, which rank
+
+
+def seed_by_seed(losses: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """What each seed alone says of the ranks: a grey line and a star at its lowest loss; in colour the mean.
+
+    Args:
+        losses: a row for each seed, a column for each rank; test losses.
+        unit: of the losses.
+    """
+    ax = ax or plt.subplots()[1]
+    ranks = [int(rank) for rank in losses.columns]
+    colour, star = METHOD_COLOURS["lora"], {"marker": "*", "markersize": 11, "linestyle": "none"}
+    for i, row in enumerate(losses.to_numpy()):
+        ax.plot(ranks, row, color="#999999", linewidth=0.8, label=None if i else "one seed")
+        ax.plot(ranks[row.argmin()], row.min(), color=colour, label=None if i else "its best rank", **star)
+    ax.plot(ranks, losses.mean(), "o-", color="#000000", label="mean of all seeds")
+    rank_axis(ax, ranks)
+    ax.set_ylabel(f"test loss ({unit})")
+    return legend_beside(ax)
+
+
+# Lesson 07, overfitting
+
+
+def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """How a training curve is read: the lowest validation loss, the rise after it, and the gap at the end.
+
+    Args:
+        rows: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one setup, rate and size. Seeds are
+            averaged.
+        unit: of the loss.
+    """
+    ax = ax or plt.subplots()[1]
+    mean = rows.assign(training=rows.validation_loss - rows.gap).groupby("step")[["training", "validation_loss"]].mean()
+    style = line_styles([str(rows.setup.iloc[0])])[str(rows.setup.iloc[0])]
+    validation, training = mean.validation_loss, mean.training.dropna()
+    ax.plot(validation, color=style["color"], label="validation loss")
+    ax.plot(training, color=style["color"], linestyle=":", label="training loss")
+    lowest, last = validation.min(), float(validation.index[-1])
+    stop = float(validation.index.to_numpy()[int(validation.to_numpy().argmin())])
+    ax.plot(stop, lowest, "o", color=style["color"])
+    note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
+    ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)
+    ends = {"rise": (last, lowest, validation[last]), "gap": (1.16 * last, training[last], validation[last])}
+    for name, (place, low, high) in ends.items():
+        arrow = {"arrowstyle": "<->", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (place, high), (place, low), arrowprops=arrow)
+        ax.annotate(f"{name} {high - low:.2f}", (place, (low + high) / 2), (5, 0), **note)
+    ax.hlines(
+        [lowest, training[last], validation[last]], [stop, last, last], [last, *[1.16 * last] * 2], "#999999", lw=0.8
+    )
+    ax.set(xlabel="training step", ylabel=f"loss ({unit}, mean of seeds)")
+    ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= last])
+    ax.set(xlim=(0, 1.32 * last))
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return ax
+
+
+def rigged(frame: DataFrame, rates: Mapping[str, float], unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """Two setups at one rate each, and the headline that their rises after the lowest loss seem to allow.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size; other setups may be in it.
+        rates: two setups -> learning rate; the headline is about the second one.
+        unit: of the loss.
+    """
+    ax = ax or plt.subplots()[1]
+    styles, rises = line_styles([str(setup) for setup in frame.setup.unique()]), []
+    for setup, rate in rates.items():
+        rows = frame[(frame.setup == setup) & (frame.lr == rate)]
+        mean = rows.groupby("step").validation_loss.mean()
+        ends = rows.sort_values("step").groupby("seed").validation_loss.agg(["min", "last"])
+        rises.append(float((ends["last"] - ends["min"]).mean()))
+        label = f"{setup}, rate {rate:g}: lowest {ends['min'].mean():.2f}, rise {rises[-1]:.2f}"
+        ax.plot(mean, label=label, markevery=[int(mean.argmin())], **styles[setup])
+    reference, setup = rates
+    more = "MORE" if rises[1] > rises[0] else "LESS" if rises[1] < rises[0] else "AS MUCH"
+    ax.set_title(f'"{setup} overfits {more}{" as" if more == "AS MUCH" else " than"} {reference}!"')
+    ax.set(xlabel="training step", ylabel=f"validation loss ({unit}, mean of seeds)", yscale="log", ylim=(0.4, 8))
+    ax.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    ax.minorticks_off()
+    ax.legend(loc="upper right")
+    return ax
+
+
+def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
+    """The lowest validation loss and the rise after it against the learning rate, a line for each setup.
+
+    Args:
+        trials: from :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size. Seeds are averaged.
+        unit: of the loss.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    means = trials.groupby(["setup", "lr"], sort=False)[["best_loss", "overfit"]].mean()
+    styles = line_styles([str(setup) for setup in trials.setup.unique()])
+    for setup, style in styles.items():
+        left.plot(means.best_loss[setup].sort_index(), label=setup, **style)
+        right.plot(means.overfit[setup].sort_index(), label=setup, **style)
+    rates = sorted(trials.lr.unique())
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="learning rate")
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.minorticks_off()
+    left.set(ylabel=f"lowest validation loss ({unit})")
+    left.set_ylim(bottom=0)
+    right.set(ylabel=f"rise after the lowest ({unit})")
+    right.set_yscale("symlog", linthresh=0.01)
+    right.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    right.set_ylim(0, max(1.0, 1.5 * means.overfit.max()))
+    right.axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
+    note = "logarithmic above the dotted line, linear below"
+    right.text(0.03, 0.94, note, transform=right.transAxes, color="#666666", fontsize="x-small")
+    legend_beside(right)
+    return figure
+
+
+def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float = 1, unit: str = "nats") -> Figure:
+    """Validation losses, and beside them how much more each setup had risen than another at each stopping point.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.overfitting.by_stopping_point`, of one size. Seeds are averaged.
+        compared: what that returns for "overfit".
+        per_epoch: steps in an epoch.
+        unit: of the loss.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    styles = line_styles([str(setup) for setup in frame.setup.unique()])
+    for setup, rows in frame.groupby("setup", sort=False):
+        mean = rows.groupby("step").validation_loss.mean()
+        left.plot(mean.index / per_epoch, mean, label=setup, **styles[str(setup)])
+    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        places = rows.step / per_epoch + 0.12 * i  # so that bounds do not hide each other
+        right.errorbar(places, rows.difference, reach, capsize=2, label=setup, **styles[str(setup)])
+    right.axhline(0, color="#000000", linewidth=0.8)
+    left.set(xlabel="epoch", ylabel=f"validation loss ({unit})")
+    right.set(xlabel="if training had stopped after epoch", ylabel=f"rise minus full's ({unit})")
+    left.legend()
+    right.legend()
+    return figure
+
+
+def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats") -> Figure:
+    """Validation loss against training loss, and beside it how much each setup differs from another at equal ones.
+
+    Args:
+        frame: as for :func:`lora_lab.ablation.overfitting.by_training_loss`, of one size. Seeds are averaged.
+        compared: what that returns.
+        unit: of the losses.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    styles = line_styles([str(setup) for setup in frame.setup.unique()])
+    for setup, rows in frame.dropna(subset="gap").groupby("setup", sort=False):
+        mean = (
+            rows.assign(training=rows.validation_loss - rows.gap)
+            .groupby("step")[["training", "validation_loss"]]
+            .mean()
+        )
+        left.plot(mean.training, mean.validation_loss, label=setup, **styles[str(setup)])
+    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        places = rows.train_loss * 1.03**i  # so that bounds do not hide each other
+        right.errorbar(places, rows.difference, reach, capsize=2, label=setup, **styles[str(setup)])
+    right.axhline(0, color="#000000", linewidth=0.8)
+    right.set_xscale("log")
+    losses = compared.train_loss.unique().tolist()
+    right.set_xticks(losses, [f"{loss:g}" for loss in losses])
+    right.minorticks_off()
+    for ax in (left, right):
+        ax.invert_xaxis()  # training goes from left to right
+        ax.set_xlabel(f"training loss ({unit}), falling to the right")
+        ax.legend()
+    left.set_ylabel(f"validation loss ({unit})")
+    right.set_ylabel(f"validation loss minus that of full fine-tuning ({unit})")
+    return figure
+
+
+# Lesson 08, forgetting
+
+
+def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
+    """What stronger and stronger weight decay does to weights, losses and right answers, a colour for each setup.
+
+    Args:
+        means: columns ``setup``, ``decay``; ``moved`` and ``size``, the norm of the change of the weights and of the
+            weights themselves, each over the norm at the start; ``new_loss`` on the new task; ``old_scaled``, the
+            loss on the old task after temperature scaling; ``old_right``, the share of right answers on the old task.
+        unit: of the losses.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.2))
+    panels = [
+        ("norm / norm at the start", {"size": "size of the weights", "moved": "distance from the start"}),
+        (f"loss ({unit})", {"new_loss": "new task, lowest", "old_scaled": "old task, scaled, at the end"}),
+        ("share of right answers", {"old_right": "old task, at the end"}),
+    ]
+    decays = sorted(means.decay.unique())
+    styles = line_styles([str(setup) for setup in means.setup.unique()])
+    for ax, (ylabel, columns) in zip(axes, panels, strict=True):
+        for line, (column, what) in zip(LINES, columns.items(), strict=False):
+            for setup, rows in means.groupby("setup", sort=False):
+                values = rows.set_index("decay")[column].loc[decays]
+                ax.plot(values.tolist(), label=f"{setup}: {what}", **{**styles[str(setup)], "linestyle": line})
+        ax.set(xlabel="weight decay (not to scale)", ylabel=ylabel)
+        ax.set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    return figure
+
+
+# Lesson 09, many tasks
+
+
+def copies_and_adapters(model_mb: float, adapter_mb: float, tasks: int = 4, ax: Axes | None = None) -> Axes:
+    """The files that several tasks need, drawn as squares whose areas are to scale.
+
+    Left full fine-tuning, with a model for each task; right LoRA, with one base and an adapter for each task.
+
+    Args:
+        model_mb: size of the model, in MB.
+        adapter_mb: size of an adapter, in MB.
+        tasks: how many.
+    """
+    ax = ax or plt.subplots(figsize=(9.5, 2.6))[1]
+    small, full, lora = (adapter_mb / model_mb) ** 0.5, METHOD_COLOURS["full"], METHOD_COLOURS["lora"]
+
+    def square(x: float, side: float, colour: str, name: str, hatch: str = "") -> None:
+        ax.add_patch(Rectangle((x, 0), side, side, edgecolor="white", facecolor=colour, hatch=hatch, linewidth=0))
+        ax.text(x + side / 2, -0.08, name, ha="center", va="top")
+
+    for task in range(tasks):
+        square(1.15 * task, 1, full, f"task {task + 1}", "//")
+        square(1.15 * tasks + 1.8 + 0.6 * task, small, lora, f"task {task + 1}")
+    start, end = 1.15 * tasks + 0.4, 1.15 * tasks + 1.4 + 0.6 * tasks
+    square(start, 1, "#d9d9d9", "base")
+    together = model_mb + tasks * adapter_mb
+    for left, right, text in (
+        (0, start - 0.55, f"full fine-tuning: {tasks} x {model_mb:,.0f} MB = {tasks * model_mb:,.0f} MB"),
+        (start, end, f"LoRA: {model_mb:,.0f} MB + {tasks} x {adapter_mb:.1f} MB = {together:,.0f} MB"),
+    ):
+        ax.text((left + right) / 2, 1.15, text, ha="center", va="bottom")
+    ax.set(xlim=(-0.1, end + 0.3), ylim=(-0.3, 1.4), aspect="equal")
+    ax.set_title("A further task costs an adapter instead of a model (areas are to scale)")
+    ax.axis("off")
+    return ax
+
+
+def effect_of_adapters(changes: DataFrame, limit: float = 3.0, ax: Axes | None = None) -> Axes:
+    """What each adapter does to the loss of each task: below zero (orange) it helps.
+
+    Args:
+        changes: the loss with the adapter minus that of the base, in nats per token; a row for each adapter, a column
+            for each task.
+        limit: from this change on, colours are the darkest.
+    """
+    ax = ax or plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
+    numbers = changes.to_numpy()
+    picture = ax.imshow(numbers, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), number in np.ndenumerate(numbers):
+        ink = "white" if abs(number) > 0.6 * limit else "black"
+        ax.text(column, row, f"{number:+.2f}", color=ink, ha="center", va="center")
+    ax.set_xticks(range(len(changes.columns)), changes.columns)
+    ax.set_yticks(range(len(changes)), changes.index)
+    ax.set(xlabel="test loss of the task", ylabel="adapter")
+    ax.grid(visible=False)
+    ax.figure.colorbar(picture, ax=ax, extend="both", label="change in loss\n(nats per token)")
+    return ax
+
+
+# Lesson 10, variants
+
+
+def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = "LoRA") -> Figure:
+    """Validation loss against the learning rate, and beside it the methods ranked at one common rate.
+
+    Args:
+        frame: as for :func:`lora_lab.plots.loss_by_rate`, of several methods at one rank; ``method`` holds the
+            names to show.
+        rate: at which the methods are ranked, by their mean loss over the seeds. Those without a run at it are named
+            below, without a bar.
+        xlabel: whose learning rate that is.
+        reference: the method that each bar is compared with.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2])
+    loss_by_rate(frame, left, by="method").legend().remove()
+    left.axvline(rate, color="#000000", linewidth=5, alpha=0.2)
+    rates = sorted(frame.lr.unique())
+    left.set_xticks(rates[::2], [f"{each:g}" for each in rates[::2]])
+    left.set_yscale("log")
+    left.set_yticks([0.2, 0.3, 0.5, 1, 2], ["0.2", "0.3", "0.5", "1", "2"])
+    left.minorticks_off()
+    left.set(xlabel=xlabel, title="Each method at every rate")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
+    losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
+    losses = losses.sort_values(ascending=False)
+    absent = [method for method in frame.method.unique() if method not in losses]
+    for position in range(len(absent)):
+        right.text(0, position, " no run at this rate", va="center")
+    styles = line_styles(list(frame.method.unique()))
+    colours, positions = [styles[str(method)]["color"] for method in losses.index], range(len(absent), len(styles))
+    right.barh(positions, losses, color=colours, height=0.6)
+    right.set_yticks(range(len(styles)), [*absent, *losses.index])
+    right.set_ylim(-0.55, len(styles) - 0.45)
+    for position, (method, loss) in zip(positions, losses.items(), strict=True):
+        compared = reference in losses and method != reference
+        difference = f" ({loss / losses[reference] - 1:+.0%})" if compared else ""
+        right.text(loss, position, f" {loss:.2f}{difference}", va="center")
+    right.set(xlim=(0, 1.5 * losses.max()), xlabel="validation loss (mean over seeds)")
+    right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from {reference})")
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: Axes | None = None) -> Axes:
+    """Differences from a reference with their bounds, a row for each method and a mark for each rule of comparison.
+
+    Args:
+        table: columns ``setup``, ``rule``, ``difference``, ``lower`` and ``upper``, from
+            :func:`lora_lab.ablation.overfitting.compare` and a name for the rule.
+        xlabel: what differs from what, with its unit.
+        margin: a difference that does not matter, drawn as a grey band.
+    """
+    ax = ax or plt.subplots(figsize=(8, 3.8))[1]
+    setups, rules = list(table.setup.unique()), list(table.rule.unique())
+    if margin is not None:
+        ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
+    ax.axvline(0, color="#000000", linewidth=1)
+    shades = np.linspace(0.65, 0, len(rules)) if len(rules) > 1 else [0.0]
+    for i, rule in enumerate(rules):
+        rows = table[table.rule == rule]
+        position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]
+        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
+        style: dict[str, Any] = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
+        ax.errorbar(rows.difference, position, xerr=reach, label=rule, **style)
+    ax.set(yticks=range(len(setups)), yticklabels=setups, ylim=(len(setups) - 0.5, -0.5), xlabel=xlabel)
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+# Lesson 11, what training wrote
+
+
+def overlaps(similarities: Mapping[str, ArrayLike], width: int, rows: Sequence[int] = (1, 8)) -> Figure:
+    """How much of the leading directions of one update lies among those of another: phi(i, j) against j.
+
+    Args:
+        similarities: label -> phi (I, J), from :func:`lora_lab.rank.subspace_similarity`.
+        width: of the space in which the directions lie; phi is max(i, j) / width by chance.
+        rows: the i of each panel.
+    """
+    figure, axes = plt.subplots(1, len(rows), figsize=(10, 3.9), sharey=True, squeeze=False)
+    styles = line_styles(list(similarities))
+    for ax, i in zip(axes[0], rows, strict=True):
+        longest = 1
+        for label, similarity in similarities.items():
+            values = np.asarray(similarity, dtype=float)[i - 1]
+            longest = max(longest, len(values))
+            ax.plot(np.arange(1, len(values) + 1), values, label=label, **{**styles[label], "markevery": [0, -1]})
+        j = np.arange(1, longest + 1)
+        ax.plot(j, np.maximum(i, j) / width, color=METHOD_COLOURS["chance"], linewidth=3, alpha=0.6, label="chance")
+        leading = "the leading direction" if i == 1 else f"the {i} leading directions"
+        ax.set(xlabel="j, leading directions of the other update", ylim=(0, 1.05), title=f"Of {leading}: phi({i}, j)")
+    axes[0, 0].set_ylabel("similarity phi (no unit)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(similarities) + 1)
+    return figure
+
+
+def intruders_by_size(table: DataFrame) -> Figure:
+    """Intruder dimensions against the size of the update, a panel a layer, a line (or one marker) a setup.
+
+    Args:
+        table: columns ``layer``, ``setup``, ``size`` (norm of the update / of the weight) and ``intruders``.
+    """
+    layers = list(table.layer.unique())
+    figure, axes = plt.subplots(1, len(layers), figsize=(9, 3.9), sharey=True, squeeze=False)
+    styles = line_styles(list(table.setup.unique()))
+    for ax, layer in zip(axes[0], layers, strict=True):
+        for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
+            style = styles[str(setup)] if len(rows) > 1 else {**styles[str(setup)], "linestyle": "none"}
+            ax.plot(rows["size"], rows.intruders, label=setup, **style)
+        ax.set(title=layer, xscale="log", xlabel="size of the update / of the weight (norms)")
+    axes[0, 0].set_ylabel("intruders among the 10 leading directions")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
+    return figure
