@@ -56,7 +56,7 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
     in its config, and have one class for each row. Inside :func:`fake_copy` they are fake tensors.
 
     Raises:
-        ValueError: as for :func:`token_batch`, the model reads pictures and ``seq_len`` is given, or it reads something
+        ValueError: as for :func:`token_batch`, the model reads images and ``seq_len`` is given, or it reads something
             else.
     """
     if batch is not None:

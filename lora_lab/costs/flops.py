@@ -355,7 +355,7 @@ def flops(
         model: a freshly loaded model; or a function that builds one, of any size; or what names one, as for
             :func:`lora_lab.memory.predict`.
         method: how it is trained, or a complete :class:`lora_lab.costs.setup.Setup`.
-        batch_size, seq_len: the batch; ``batch_size`` alone for a model of transformers that reads pictures.
+        batch_size, seq_len: the batch; ``batch_size`` alone for a model of transformers that reads images.
         batch: inputs and targets, for other models; only their shapes and dtypes matter.
         **options: as in :class:`lora_lab.costs.setup.Setup`.
 

@@ -93,7 +93,7 @@ def predict(
         model: a freshly loaded model; or a function that builds one, of any size; or a name such as "llama-3-8b", or a
             folder with a config.json or the path of one, as for :func:`lora_lab.models.pretrained.architecture`.
         method: how it is trained, or a complete :class:`lora_lab.costs.setup.Setup`.
-        batch_size, seq_len: the batch; ``batch_size`` alone for a model of transformers that reads pictures.
+        batch_size, seq_len: the batch; ``batch_size`` alone for a model of transformers that reads images.
         batch: inputs and targets, for other models; only their shapes and dtypes matter.
         device: where the step would run; default the model's device, or the best one for a factory. Where "cuda" is
             not available, the bill is an estimate, and its ``source`` says so: the CPU's bill with CUDA's block

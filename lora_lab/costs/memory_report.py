@@ -101,7 +101,7 @@ def report(
     A bar on standard error shows which bill is being made, and how many there are.
 
     Args:
-        model, batch_size, seq_len, device: as for :func:`predict`; ``seq_len`` is None for a model that reads pictures.
+        model, batch_size, seq_len, device: as for :func:`predict`; ``seq_len`` is None for a model that reads images.
         name: the model's name, for the heading.
         setups: label -> setup, such as those of :func:`training_setups`.
         budget_bytes: the card's memory; None leaves out the comparison.

@@ -311,7 +311,7 @@ def test_a_batch_that_is_not_given_is_what_the_model_reads(name):
 
 
 def test_sizes_that_do_not_describe_a_batch_are_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"^seq_len is 8, but a ViTForImageClassification reads pictures; leave"):
+    with pytest.raises(ValueError, match=r"^seq_len is 8, but a ViTForImageClassification reads images; leave"):
         memory.predict(original(vit), LoRA(), 4, 8)
     with pytest.raises(ValueError, match=r"^A WhisperFor\w+ reads input_features, whose shape .*; pass inputs and"):
         memory.predict(original(whisper), LoRA(), 4, 8)
