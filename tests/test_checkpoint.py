@@ -634,6 +634,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_without_a_checksum_is_looked_through_before_anything_is_changed(tmp_path, damage):
     change, says = DAMAGES[damage]

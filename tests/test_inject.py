@@ -304,6 +304,7 @@ def test_a_registered_kind_is_linear_only_if_it_says_so():
     assert inject(model, LoRAConfig(rank=2, targets=["1"])) == ["1"]
 
 
+@pytest.mark.slow
 def test_every_kind_is_known_even_if_only_the_heart_was_imported_and_no_library_of_theirs_is():
     script = """
 import sys, types

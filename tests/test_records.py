@@ -168,6 +168,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert names(tmp_path) == [path.name]
 
 
+@pytest.mark.slow
 def test_a_killed_write_leaves_the_old_file_and_is_not_taken_for_a_record(tmp_path):
     path = write(a_record(), tmp_path)
     code = """

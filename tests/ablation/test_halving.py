@@ -173,6 +173,7 @@ def test_options_that_make_no_sense_are_refused(options, says):
 # The sweep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halving", [CAUTIOUS, PLAIN, Halving(choose=1), Halving(choose=2, cautious=False)])
 def test_a_sweep_stops_what_a_replay_of_the_whole_one_stops(halving, tmp_path):
     whole, frame = uninterrupted(None), sweep(grid(), tmp_path, halving)
@@ -298,6 +299,7 @@ def test_processes_and_packs_decide_the_same(tmp_path):
     close(as_packs, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engines", [("packed", "separate"), ("separate", "packed"), ("packed", "packed")])
 def test_either_engine_goes_on_with_what_the_other_paused(engines, tmp_path, monkeypatch):
     expected = uninterrupted(CAUTIOUS)
@@ -333,6 +335,7 @@ def test_trials_that_are_evaluated_at_no_rung_are_refused(tmp_path):
     assert len(sweep(grid(lrs=[1e-2], eval_every=20))) == 2 * 3  # one rate needs no rung
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -255,6 +255,7 @@ def test_between_the_best_rate_and_one_that_diverged_another_is_tried():
     assert sorted(frame["lr"].unique()) == pytest.approx([1e-3, 1.78e5, 3.16e13, 1e30], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_as_many_rates_as_asked_for_lie_beyond_the_best():
     for beyond in (1, 2, 3):
         lrs, setups = {"a": (1e-5, 3e-5)}, {"a": template(FullFineTuning())}

@@ -154,6 +154,7 @@ def test_each_trial_equals_its_own_run_after_fifty_steps(make, options):
         assert not np.allclose(column(results[0], "train_loss"), alone[other][0].curve("train_loss")[1], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]], ids=str)
 def test_each_trial_equals_its_own_run_on_a_llama_whose_batches_count_unequally(tiny_config, targets):
     model, task = Llama(tiny_config, seed=3).double(), sentences()

@@ -797,6 +797,7 @@ def harmless(path, value, before):
     return True  # what is within method and settings, and other entries of provenance
 
 
+@pytest.mark.slow
 def test_whatever_stands_in_a_result_it_is_read_or_refused_in_a_sentence(tmp_path):
     frame = apart(grid(ranks=(1,), seeds=(0,), steps=2), tmp_path, judge=told)
     (path,) = tmp_path.glob("*.json")
@@ -1234,6 +1235,7 @@ def test_a_dask_worker_without_lora_lab_is_told_at_once(cluster):
         client.run(exec, "import sys; del sys.modules['lora_lab']", workers=[poor])
 
 
+@pytest.mark.slow
 def test_a_dask_worker_with_another_version_is_told(cluster, monkeypatch):
     monkeypatch.setattr(lora_lab, "__version__", "99.0")
     with pytest.raises(RuntimeError, match=r"has lora_lab \d.*, but this process has 99\.0; install the same"):
@@ -1532,6 +1534,7 @@ def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path)
         assert set(load(tmp_path / "packed").base_dtype) == {"torch.bfloat16", "as loaded"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["separate", "packed"])
 @pytest.mark.parametrize("step", [{"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}], ids=str)
 def test_trials_of_every_step_pause_and_go_on_bit_for_bit(tiny_config, step, engine, tmp_path, monkeypatch):

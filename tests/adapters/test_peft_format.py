@@ -143,6 +143,7 @@ def test_what_peft_saved_is_read_here_and_gives_the_same_logits(pair, tmp_path, 
     assert (logits(ours) - base).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_peft_reads_an_adapter_of_the_real_model(smollm2, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -200,6 +200,7 @@ def test_in_a_notebook_a_check_is_one_box(monkeypatch):
     assert table["text/html"].count("<tr>") == len(EXERCISES) + 1
 
 
+@pytest.mark.slow
 def test_the_names_of_a_lesson_are_imported_quickly_and_quietly():
     done = run_python(
         "from lora_lab.classroom import check, hint, progress; import sys; print('matplotlib' in sys.modules)"

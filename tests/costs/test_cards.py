@@ -141,6 +141,7 @@ def doubts(found):
     return [word for doubt in found.doubts for start, word in words.items() if doubt.startswith(start)]
 
 
+@pytest.mark.slow
 def test_many_launches_are_doubted():
     """LitGPT's step of Llama 2 7B took 142 ms, where 41 are predicted."""
     litgpt = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
@@ -154,6 +155,7 @@ def test_many_launches_are_doubted():
         assert re.match(rf"Launches alone make up {share} % \(LoRA\) of the predicted time, and each", found.doubts[0])
 
 
+@pytest.mark.slow
 def test_a_step_that_the_card_has_no_memory_for_is_doubted():
     wide = partial(Llama, LlamaConfig(32768, 8192, 65536, 4, 64, 8, 128))  # eight billion parameters in few blocks
     attention, mlp, ends = 2 * (64 + 8) * 128 * 8192, 3 * 8192 * 65536, 2 * 32768 * 8192
@@ -191,6 +193,7 @@ def predicted_for_all_blocks(config, *args, **options):
     return replace(more, seconds=seconds)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_was_three_times_slower_on_an_l40s_because_adamw_moved_all_weights():
     rows = {row["experiment"]: row["tokens_per_second"] for row in records.published("peft-metamathqa").rows}
     measured = rows["lora/llama-3.2-3B-rank32"] / rows["full-finetuning/llama-3.2-3B-lr_0.00001"]

@@ -50,6 +50,7 @@ def test_refusals(tiny_config):
         speed.step_time(model, {"full": FullFineTuning()}, 2, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_and_the_generators_stay_as_they_are(tiny_config, training):
     model = Llama(tiny_config).train(training)
@@ -385,6 +386,7 @@ def test_the_phases_of_a_step_are_timed_apart(clock):
     assert len(step.optimizer._optimizer_step_pre_hooks) == 1  # its own is taken off
 
 
+@pytest.mark.slow
 def test_a_machine_is_calibrated_and_predicts(tiny_config, monkeypatch):
     monkeypatch.setattr(replay, "_SAMPLE_S", 1e-5)
     monkeypatch.setattr(replay, "ROUNDS", 1)

@@ -286,6 +286,7 @@ def test_a_product_that_is_summed_into_a_gradient_is_no_weight_gradient():
 # FLOPs, the real shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "weights", "s"), [(FullFineTuning(), 3, 128), (LoRA(8), 2, 2048)], ids=["full", "LoRA"]
 )
@@ -343,6 +344,7 @@ def test_lora_on_smollm2_has_more_flops_than_full_fine_tuning_above_rank_147():
     assert break_even_rank(partial(Llama, replace(config("smollm2-135m"), num_hidden_layers=3)), 1, 8) == by_hand(3)
 
 
+@pytest.mark.slow
 def test_the_break_even_rank_of_the_tiny_llama_by_hand(tiny_config):
     # 2 (M + E) - FIRST + 3 T + (3 P - 3 * 32) r <= 3 (M + E) + 3 T
     assert break_even_rank(partial(Llama, tiny_config), 2, 16) == (M + E + FIRST) // (3 * P - 96) == 9

@@ -667,6 +667,7 @@ def test_so_it_is_where_logits_are_few_and_the_peak_is_elsewhere(case):
     assert rehearsed.parts == {part: size for part, size in real.parts.items() if part != REST}
 
 
+@pytest.mark.slow
 def test_the_real_model_is_predicted_within_three_percent(smollm2):
     model, tokenizer = smollm2
     ids = torch.tensor([tokenizer.encode("Low-rank adaptation changes a model by a product of two matrices. " * 3)])
@@ -859,6 +860,7 @@ def global_state():
     }
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_the_model_and_torch_are_left_as_they_were_bit_for_bit(ask, kind):
@@ -1104,6 +1106,7 @@ def test_for_cuda_the_bill_is_the_cpus_and_named_corrections(options, monkeypatc
     assert there.saved.keys() == here.saved.keys()
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_for_cuda_scores_are_made_whole_where_keys_are_shared_in_float32_and_nowhere_else():
     def kept(ask, config, length, **options):
@@ -1121,6 +1124,7 @@ def test_for_cuda_scores_are_made_whole_where_keys_are_shared_in_float32_and_now
     assert kept(on_cuda, lone, 256) == kept(predicted, lone, 256)  # enable_gqa is on, but nothing is shared
 
 
+@pytest.mark.slow
 @needs_no_gpu
 @pytest.mark.parametrize("options", [CKPT, {"lean": Lean(checkpoint=True)}], ids=["checkpointed", "lean"])
 def test_for_cuda_scores_are_made_whole_in_blocks_that_are_computed_again_too(options):
@@ -1163,6 +1167,7 @@ def test_for_cuda_attention_is_recognised_by_its_arguments_however_they_are_give
     assert sizes[True, 2] - sizes[True, 4] > 4 * BATCH * 4 * 8 * 8 / 2
 
 
+@pytest.mark.slow
 @needs_no_gpu
 @pytest.mark.parametrize("options", [{}, {"dtype": BF16}], ids=["float32", "bfloat16"])
 def test_for_cuda_a_norm_keeps_its_input_and_one_number_a_row(options):
@@ -1442,6 +1447,7 @@ def phases(bill):
 STEP = ["before", "forward", "backward", "clipping", "optimiser step"]
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_timeline_holds_the_peak_and_nothing_above_it_with_the_phases_in_order(ask):
     found = llama(ask, LoRA(8), FEW, **CKPT)
@@ -1616,6 +1622,7 @@ def test_a_size_of_nothing_is_no_size(sizes):
         largest(Llama(ONE), LoRA(8), 2**30, **sizes)
 
 
+@pytest.mark.slow
 def test_ways_are_six_setups_from_full_to_four_bits():
     found = training_setups(rank=4, dtype=BF16)
     assert list(found) == [
@@ -1661,6 +1668,7 @@ def test_a_report_prints_a_row_for_each_way_and_returns_the_bills(capsys):
     assert {row.split("GiB")[1].split()[0] for row in rows} == {"yes", "no"}
 
 
+@pytest.mark.slow
 def test_a_report_looks_for_the_longest_context_and_prints_bills_on_request(capsys):
     model, setups = Tokens(quadratic=True), {"in full": Setup()}
     report(model, "Toy", setups, 2, 16, budget_bytes=2**17, look_for="seq")

@@ -210,6 +210,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_can_be_done_again(quick, kind):
     watch = OperationTimer(CPU)

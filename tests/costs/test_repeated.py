@@ -106,6 +106,7 @@ def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
     assert Counter(shapes) == {(64, 64): 2, (32, 64): 2, (160, 64): 2, (64, 160): 4}
 
 
+@pytest.mark.slow
 def test_so_is_one_whose_peak_lies_in_a_block(both_ways):
     config = replace(SHAPE, vocab_size=16, intermediate_size=2000)
     assert both_ways(deep(config), LoRA(8), 2, 48, **CKPT)[-1]
@@ -187,6 +188,7 @@ def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, chang
         assert both_ways(model, FullFineTuning(), batch=batch, device="cpu", **CKPT)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

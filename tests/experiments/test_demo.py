@@ -172,6 +172,7 @@ def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, t
     ]
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_readme_of_the_users(small_demo, tmp_path):
     folder = tmp_path / "results" / "lora"
     folder.mkdir(parents=True)

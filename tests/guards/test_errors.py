@@ -627,6 +627,7 @@ def test_the_mistake_of_a_row_gets_the_message_that_is_quoted(lab, words):
     assert f"`{kind.__name__}`" in PAGE or issubclass(kind, Warning)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", HELPED)
 def test_what_helps_by_the_page_helps(lab, words):
     perform(words, lab, True)

@@ -78,6 +78,7 @@ def trained(make, method, **options):
 # fit and evaluate
 
 
+@pytest.mark.slow
 @AND_FALCON
 @METHODS
 def test_losses_are_those_of_a_loop_written_by_hand_and_fall(make, method):
@@ -345,6 +346,7 @@ def plain(tiny_tokenizer):
 SPEAKERS = pytest.mark.parametrize("make", [llama, gpt2, gemma3, phi, mamba])
 
 
+@pytest.mark.slow
 @SPEAKERS
 @torch.no_grad()
 def test_answers_are_those_of_transformers_own_generate_with_padding_on_the_left(make, plain):

@@ -236,6 +236,7 @@ def test_a_mask_reaches_only_models_in_which_tokens_attend_to_later_ones(family)
     assert given[0].get("use_cache", False) is False
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("own", [False, True], ids=["fit's", "own"])
 def test_checkpointing_of_fit_or_of_the_model_itself_changes_no_loss(family, own):
@@ -300,6 +301,7 @@ def test_the_predicted_peak_is_the_measured_one(family, how):
     assert predicted.parts == {part: size for part, size in measured.parts.items() if part != memory.Part.REST}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "BERT for tokens", "ViT", "T5"])
 def test_a_batch_that_is_not_given_is_what_the_model_reads(name):
     family = FAMILIES[name]
@@ -370,6 +372,7 @@ def test_steps_are_timed_and_priced(name):
 # Ablations
 
 
+@pytest.mark.slow
 @EVERY
 def test_two_ranks_are_packed_and_end_as_fit_does_or_are_refused_with_the_reason(family):
     options = {"lr": LR, "steps": 4, "batch_size": BATCH, "eval_every": 4}

@@ -22,6 +22,7 @@ def imported_tests(source):
     return {part for part in parts if part.startswith("test_")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_test_file_imports_another(path):
     assert imported_tests(path.read_text(encoding="utf-8")) == set()

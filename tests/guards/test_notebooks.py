@@ -190,6 +190,7 @@ def test_the_outcomes_that_decide_claims_are_those_of_the_source(path):
     assert sorted(name for each in stored if each for name in each.results) == sorted(outcomes(notebook))
 
 
+@pytest.mark.slow
 @each_chapter
 def test_no_lesson_says_the_opposite_of_the_ledger(path):
     """It may leave open what the ledger decides, and decide for a small net what the ledger leaves open."""

@@ -171,6 +171,7 @@ def test_the_cases_cover_every_kind_of_layer_strides_and_padding():
 # The same function
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])

@@ -228,6 +228,7 @@ METHODS = {
 IN_BLOCKS = ("LoRA", "DoRA", "checkpointing", "lean", "lean, checkpointing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_fit_gives_the_cpus_numbers_to_the_bit(gpu, name):
     method, options = METHODS[name]
@@ -558,6 +559,7 @@ def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     assert names["costs"].seconds.failed == set()  # each operation could be done alone on the device
 
 
+@pytest.mark.slow
 def test_the_lesson_on_ranks_trains_there(lesson):
     few = {"steps": 2, "eval_every": 2}
     stand_ins = {"Grid": lambda ranks, lrs, seeds, **options: Grid(ranks[:2], lrs[:1], seeds, **{**options, **few})}

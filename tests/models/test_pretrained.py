@@ -155,6 +155,7 @@ print(len(tokenizer), sum(parameter.sum(dtype=torch.float64).item() for paramete
     return [output.split("\n") for output, _ in said]
 
 
+@pytest.mark.slow
 def test_a_conversion_killed_half_way_leaves_no_half_entry(killed):
     _, left = killed
     assert ENTRY not in left

@@ -957,6 +957,7 @@ def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop
     assert torch.equal(resumed(IDS), model(IDS))
 
 
+@pytest.mark.slow
 @ALL_KINDS
 def test_a_checkpoint_meets_its_own_blocks_or_is_refused(llama, kind, tmp_path):
     options = {"steps": 2, "lr": 0.01, "batch_size": 4, "checkpoint_dir": tmp_path}
@@ -1082,6 +1083,7 @@ def qlora(llama, kind, layer=None, **config):
     return full, adapted(llama(kind), layer, **config)
 
 
+@pytest.mark.slow
 @ALL_KINDS
 @VARIANTS
 def test_the_three_merges_are_three_models_and_each_is_the_sum_that_its_name_says(llama, kind, layer):
@@ -1315,6 +1317,7 @@ def test_full_precision_over_a_dense_model_takes_the_bases_weights():
     assert torch.equal(model.hidden1.bias, full.hidden1.bias)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_no_more_than_torch():
     script = """
 import sys

@@ -152,6 +152,7 @@ def test_an_answer_that_is_wrong_in_some_cases_only_loses_a_point(name, answer):
         assert points(answer, INVARIANTS[name], seed) < len(INVARIANTS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in GRADED if len(EXERCISES[name].mistakes) > 3])
 def test_some_mistake_has_some_of_the_points(name):
     results = {points(mistake.answer, INVARIANTS[name], 1) for mistake in EXERCISES[name].mistakes}
@@ -238,6 +239,7 @@ def test_a_hidden_cell_runs_by_itself_and_does_not_call_check(name):
     assert eval(compile(ast.Expression(last.value), "cell", "eval"), namespace) == len(INVARIANTS[name])
 
 
+@pytest.mark.slow
 def test_names_that_a_learner_has_changed_do_not_matter():
     changed = "sum = abs = all = any = bool = len = print = isinstance = close = points = lambda *_, **__: True\n"
     script = f"{changed}def answer(delta, z):\n    return delta\n{hidden_cell('gradient', 'answer', 1)}"
