@@ -322,7 +322,7 @@ def fit(
     before = _before(model, run, checkpoint.holds(checkpoint_dir, history))
     report = on_row if on_row and processes.rank == 0 else (lambda row: None)
     advice, device = checkpoint.advice_if_a_process_ends(checkpoint_dir), next(model.parameters()).device
-    with undoing(model) as preparation:
+    with undoing(model) as preparation:  # by an error, unless a step has been taken
         training_step = make_step(model, task.loss, method, config)
         training_step.processes = processes
         history.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
