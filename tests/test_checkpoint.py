@@ -356,7 +356,11 @@ def test_a_checkpoint_of_another_run_is_refused_and_told_apart(tmp_path, options
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
-@pytest.mark.parametrize("way", [{"lean": Lean()}, {"gradient_checkpointing": True}], ids=["lean", "checkpointing"])
+@pytest.mark.parametrize(
+    "way",
+    [{"lean": Lean()}, {"gradient_checkpointing": True}, {"autocast": torch.bfloat16}],
+    ids=["lean", "checkpointing", "autocast"],
+)
 def test_a_checkpoint_of_another_kind_of_step_is_refused_both_ways(tmp_path, tiny_config, way):
     ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
     rows = Examples(ids[:, :-1], ids[:, 1:])

@@ -38,6 +38,7 @@ from lora_lab.ablation import Grid
 from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.task import mean_cross_entropy
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
 from lora_lab.tasks.instruction import Padded
 from lora_lab.train import DataOrder, LengthOrder, TrainConfig, TrainingStep, learning_rate, make_step
@@ -1010,6 +1011,9 @@ def test_make_step_makes_a_lean_step(tiny_config):
 # Checkpointing
 
 
+BF16 = torch.bfloat16
+
+
 def llama_task(loss=cross_entropy):
     ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
     rows = Examples(ids[:, :-1], ids[:, 1:])
@@ -1113,6 +1117,60 @@ def test_checkpointing_is_refused_where_it_cannot_be_and_the_model_is_left_alone
         fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, gradient_checkpointing=True, lean=Lean())
     assert not model.model.gradient_checkpointing
     fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, lean=Lean(checkpoint=True))
+
+
+# Autocast
+
+
+def halved(model, inputs, targets):
+    with torch.autocast("cpu", torch.bfloat16):
+        return cross_entropy(model, inputs, targets)
+
+
+@pytest.mark.parametrize("method", [LoRA(2, dropout=0.3), DoRA(2), FullFineTuning()], ids=lambda method: method.name)
+def test_autocast_is_torchs_around_the_loss_in_steps_and_evaluations(tiny_config, method):
+    (_, plain), (model, found) = (fit_llama(tiny_config, method, autocast=on) for on in (None, BF16))
+    by_hand = Llama(tiny_config)
+    expected = fit(by_hand, llama_task(halved), method, steps=4, lr=0.01, batch_size=3, eval_every=2)
+    assert losses(found) == losses(expected)
+    assert all(map(torch.equal, model.state_dict().values(), by_hand.state_dict().values()))
+    for ours, theirs in zip(losses(found), losses(plain), strict=True):
+        assert ours != theirs  # the untrained model's too, on which it is evaluated
+        assert [loss for loss in ours if loss] == pytest.approx([loss for loss in theirs if loss], abs=0.02)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert found.optimizer_bytes == plain.optimizer_bytes
+
+
+def test_autocast_computes_in_half_precision(tiny_config):
+    seen = []
+
+    def loss(model, inputs, targets):
+        scores = model(inputs)
+        seen.append(scores.dtype)
+        return mean_cross_entropy(scores, targets)
+
+    for autocast in (None, BF16):
+        fit(Llama(tiny_config), llama_task(loss), LoRA(2), steps=1, lr=0.01, batch_size=3, autocast=autocast)
+    assert seen == [torch.float32] * 5 + [BF16] * 5  # two parts before and after a step
+
+
+def test_autocast_is_recorded_where_it_is_on_only(tiny_config):
+    (_, plain), (_, found) = (fit_llama(tiny_config, LoRA(2), steps=1, autocast=on) for on in (None, BF16))
+    assert found.settings == {**plain.settings, "autocast": "torch.bfloat16"}
+    assert "autocast" not in plain.settings
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, "bfloat16", True])
+def test_autocast_to_another_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=rf"autocast is {dtype!r}, but it must be torch\.bfloat16 or None\."):
+        TrainConfig(steps=1, lr=0.1, autocast=dtype)
+
+
+def test_autocast_is_not_for_the_lean_step():
+    with pytest.raises(
+        ValueError, match=r"^autocast cannot be combined with lean; use Lean\(base_dtype=torch\.bfloat16"
+    ):
+        TrainConfig(steps=1, lr=0.1, autocast=BF16, lean=Lean())
 
 
 def test_defaults_of_a_config_follow_its_steps():

@@ -31,7 +31,7 @@ _OPTIONS = (
     *("lr", "seed", "steps", "batch_size", "schedule", "warmup", "weight_decay", "clip"),
     *("eval_every", "eval_examples"),
 )
-BASE_DTYPE = "base_dtype"  # and this, of the lean step, if it is in use
+BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"  # and these, the first of the lean step, if they are in use
 _MOST = 1_000_000  # trials of a grid
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
@@ -55,6 +55,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         method: FullFineTuning(), LoRA(...), ...
         lr, seed, steps, batch_size, batches, schedule, warmup, weight_decay, clip, eval_every, eval_examples: as for
             :class:`lora_lab.train.TrainConfig`. The defaults of ``warmup`` and ``eval_every`` are filled in.
+        autocast: as there; part of the content.
         accumulate, gradient_checkpointing, lean: as there. They change no result but for rounding, and for what dropout
             draws in micro-batches, so two trials that differ in them are equal; all but the lean step's ``base_dtype``,
             which rounds the frozen weights and is part of the content.
@@ -91,10 +92,12 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
     def options(self) -> dict[str, Any]:
         """The keywords of :func:`lora_lab.fit`, all of them but those that change no result.
 
-        ``batches`` is included only if it is not the default.
+        ``batches`` and ``autocast`` are included only if they are not the default, because the keys of earlier trials
+        have no such entries. The lean step is left out, even if its ``base_dtype`` rounds.
         """
-        batches = {"batches": self.batches} if self.by_length else {}  # the keys of earlier trials have no such entry
-        return {name: getattr(self, name) for name in _OPTIONS} | batches
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        later = {"batches": self.batches, AUTOCAST: self.autocast}
+        return options | {name: value for name, value in later.items() if value != getattr(TrainConfig, name)}
 
     @cached_property
     def key(self) -> str:
@@ -128,6 +131,8 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         content = {"method": self.method.settings(), **self.options, "task": self.task, "model": self.model}
         if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:  # the keys of earlier trials have none
             content[BASE_DTYPE] = str(self.lean.base_dtype)
+        if self.autocast is not None:
+            content[AUTOCAST] = str(self.autocast)  # in place of the dtype
         return {name: _plain(value) for name, value in content.items()}
 
     @classmethod
@@ -144,7 +149,9 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
                 raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
             options = {**content, "method": methods[name](**settings)}
             if BASE_DTYPE in options:
-                options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
+                options["lean"] = Lean(_dtype(BASE_DTYPE, options.pop(BASE_DTYPE)))
+            if AUTOCAST in options:
+                options[AUTOCAST] = _dtype(AUTOCAST, options[AUTOCAST])
             return cls(**options)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = shortened(str(error))
@@ -228,15 +235,15 @@ class Grid(Sequence[Trial]):
         return f"Grid of {len(self)} trials"
 
 
-def _dtype(name: str) -> torch.dtype:
-    """The dtype of which ``str`` gave the name.
+def _dtype(entry: str, name: str) -> torch.dtype:
+    """The dtype of which ``str`` gave the name, which is an entry of a trial's content.
 
     Raises:
         ValueError: there is none.
     """
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if str(dtype) != name or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{BASE_DTYPE} is {name!r}, but it must be a dtype's name, such as 'torch.bfloat16'.")
+        raise ValueError(f"{entry} is {name!r}, but it must be a dtype's name, such as 'torch.bfloat16'.")
     return dtype
 
 

@@ -127,7 +127,7 @@ def fit_packed(
     """
     make_config = TrainConfig if config is None else partial(dataclasses.replace, config)
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
-    names = _common_layers(model, task, runs)
+    names = _common_layers(model, task, runs, configs)
     check_evaluated(task, configs[0])
     config = configs[0]  # all but lr and seed are the same for all
     lean = cast(Lean | None, config.lean)
@@ -201,12 +201,12 @@ def _losses_at_start(
     return _evaluations(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
 
 
-def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run]) -> list[str]:
+def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run], configs: Sequence[TrainConfig]) -> list[str]:
     """The names of the layers that all runs adapt."""
     if not runs:
         raise ValueError("runs is empty, but a pack needs at least one, such as Run(LoRA(rank=8), lr=1e-3).")
     for run in runs:
-        if reason := refusal(model, task, run.method):
+        if reason := refusal(model, task, run.method, configs[0].autocast):
             raise PackingError(reason)
     names = [list(match_layers(model, lora_of(run).targets, lora_of(run).exclude)) for run in runs]
     for run, adapted in zip(runs, names, strict=True):

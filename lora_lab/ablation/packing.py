@@ -28,7 +28,7 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 _MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
 
 
-def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
+def refusal(model: nn.Module, task: Task, method: Method, autocast: torch.dtype | None = None) -> str | None:
     """Why a run cannot be packed, in a sentence, or None if it can.
 
     It looks at modules and settings only; ``packed.fit_packed`` also tries the model, before it trains.
@@ -36,6 +36,8 @@ def refusal(model: nn.Module, task: Task, method: Method) -> str | None:
     if type(method) is not LoRA and type(method) is not RsLoRA:  # the two differ in scaling alone
         name = getattr(method, "name", method)
         return f"Method {name!r} cannot be packed, only LoRA and RsLoRA can; use fit."
+    if autocast is not None:
+        return "A pack multiplies in the dtypes of its weights, without autocast; use fit, or Lean(torch.bfloat16)."
     if method.dropout > 0:
         return f"The method's dropout is {method.dropout:g}, but trials in one pass must not draw at random; use fit."
     if not any(task.loss is loss for loss in TRIAL_LOSSES):  # a loss need not be hashable
@@ -122,19 +124,19 @@ def plan(
     _check_steps(model, task, trials)
     if engine == "separate":
         return [([trial], False) for trial in trials]
-    refusals: dict[str, str | None] = {}
+    refusals: dict[tuple[str, torch.dtype | None], str | None] = {}
     groups: dict[str, list[Trial]] = {}
     separate = []
     for trial in trials:
-        method = str(trial.method)
-        if method not in refusals:
-            refusals[method] = refusal(model, task, trial.method)
-        if refusals[method] is None:
+        kind = str(trial.method), trial.autocast
+        if kind not in refusals:
+            refusals[kind] = refusal(model, task, trial.method, trial.autocast)
+        if refusals[kind] is None:
             groups.setdefault(_common_settings(trial), []).append(trial)
         elif engine == "auto":
             separate.append(([trial], False))
         else:
-            raise ValueError(f"engine is 'packed', but {method} cannot be packed: {refusals[method]}")
+            raise ValueError(f"engine is 'packed', but {trial.method} cannot be packed: {refusals[kind]}")
     parcels = []
     for group in groups.values():
         most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from lora_lab.ablation.grid import BASE_DTYPE, Trial
+from lora_lab.ablation.grid import AUTOCAST, BASE_DTYPE, Trial
 from lora_lab.history import History, is_number
 from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
@@ -178,6 +178,8 @@ def table(results: Iterable[dict[str, Any]]):
         frame["batches"] = frame["batches"].fillna(TrainConfig.batches)
     if BASE_DTYPE in frame:
         frame[BASE_DTYPE] = frame[BASE_DTYPE].fillna("as loaded")
+    if AUTOCAST in frame:
+        frame[AUTOCAST] = frame[AUTOCAST].fillna("none")
     frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials are; missing values are NaN
     return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
 

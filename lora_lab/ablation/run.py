@@ -644,7 +644,7 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _judged(work: _Work, trial: Trial, model: nn.Module, task: Task, history: History) -> _Outcome:
-    device = next(model.parameters()).device
+    device, task = next(model.parameters()).device, replace(task, loss=trial.computed(task.loss))
     loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples, trial.by_length)
     if not math.isfinite(loss):
         return _Outcome(trial, device, reason=f"The test loss is {loss} after the last step.")
@@ -708,7 +708,8 @@ def _judge_again(work: _Work, judge: Judge, stored: dict[str, Any], folder: Path
         with torch.no_grad():
             for name, value in trained(model).items():
                 value.copy_(weights[name])
-        scores, failure = _scores(judge, model, _task(work.task))
+        task = _task(work.task)
+        scores, failure = _scores(judge, model, replace(task, loss=trial.computed(task.loss)))
     return _Arrival(stored | {"scores": scores, "reason": failure and failure.reason}, failure)
 
 

@@ -32,7 +32,7 @@ class Setup:
         nf4: quantise the linear layers to 4 bits first, as QLoRA does (:func:`lora_lab.quantize_nf4`).
         optimizer: "adamw", as in ``fit``: one operation a weight; "adamw-foreach", torch's default on a GPU: eight
             passes over all weights; or "sgd": plain gradient descent, which has no state.
-        gradient_checkpointing, lean, clip: as in :func:`lora_lab.fit`.
+        gradient_checkpointing, lean, autocast, clip: as in :func:`lora_lab.fit`.
         accumulate: the number of micro-batches that a batch is split into.
         loss: (model, inputs, targets) -> mean loss.
 
@@ -49,6 +49,7 @@ class Setup:
     clip: float | None = 1.0
     accumulate: int = 1
     loss: Loss = cross_entropy
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -77,6 +78,7 @@ class Setup:
             clip=self.clip,
             gradient_checkpointing=self.gradient_checkpointing,
             lean=self.lean,
+            autocast=self.autocast,
         )
         step = make_step(model.train(), self.loss, self.method, config)
         if self.optimizer != "adamw":
@@ -118,6 +120,8 @@ class Setup:
             words.append(str(self.dtype).removeprefix("torch."))
         if self.lean is not None:
             words.append("lean" + (" bf16 base" if self.lean.base_dtype else ""))
+        if self.autocast is not None:
+            words.append("autocast")
         if self.gradient_checkpointing or (self.lean is not None and self.lean.checkpoint):
             words.append("checkpointing")
         if self.accumulate > 1:

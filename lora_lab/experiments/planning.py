@@ -43,10 +43,10 @@ def planned_hours(
     if len(sizes) != 1:
         raise ValueError(f"The trials have the batch sizes {sorted(sizes)}, but must have one.")
     (batch_size,) = sizes
-    labels = {trial: f"{trial.method} {trial.lean}" for trial in trials}
-    setups = {labels[trial]: Setup(trial.method, lean=cast(Lean | None, trial.lean)) for trial in trials} | {
-        _FULL: Setup(FullFineTuning())
-    }
+    labels = {trial: f"{trial.method} {trial.lean} {trial.autocast}" for trial in trials}
+    setups = {_FULL: Setup(FullFineTuning())}
+    for trial in trials:
+        setups[labels[trial]] = Setup(trial.method, lean=cast(Lean | None, trial.lean), autocast=trial.autocast)
     at_a_time, threads = studies.processes(device), torch.get_num_threads()
     torch.set_num_threads(1 if at_a_time > 1 else threads)
     try:

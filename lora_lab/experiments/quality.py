@@ -1,7 +1,7 @@
 """``lora-lab record quality``: is LoRA as good as full fine-tuning, and up to how many steps does each rank keep up?
 
 Full fine-tuning and LoRA of three ranks on the real model, after several numbers of steps, each with the learning rate
-that is best for that number.
+that is best for that number. All of them multiply by the model's weights in bfloat16; what they train is in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
     setups, lrs = {}, {}
     for steps in (60, 240, 960):
         size = 8 if gpu else 4
-        setups[f"full, {steps} steps"] = template(FullFineTuning(), steps, size)
+        setups[f"full, {steps} steps"] = template(FullFineTuning(), steps, size, autocast=torch.bfloat16)
         for rank in RANKS:
             setups[f"r={rank}, {steps} steps"] = template(LoRA(rank, 2 * rank), steps, size, Lean(torch.bfloat16))
         for name, centres in CENTRES.items():

@@ -138,8 +138,8 @@ class Plan:
             "weight_decay": setup.weight_decay,
             "eval_every": max(1, self.steps // 6),
             "eval_examples": self.eval_examples,
-            "lean": Lean(torch.bfloat16) if isinstance(setup.method, LoRA) else None,
         }
+        options |= {"lean": Lean(torch.bfloat16)} if isinstance(setup.method, LoRA) else {"autocast": torch.bfloat16}
         return [Trial(setup.method, lr, seed, **options) for lr in setup.lrs for seed in self.seeds]
 
     def task(self, change: Callable[[Task], Task] | None) -> Task:

@@ -70,16 +70,16 @@ def plan(device: torch.device) -> dict[str, Planned]:
 
 def setups(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, Trial]:
     """Both methods, as taught and tuned: constant rates without warm-up, and no clipping."""
-    methods: dict[str, tuple[Method, Lean | None]] = {
-        "full": (FullFineTuning(), None),
-        "LoRA": (LORA[data], Lean(torch.bfloat16)),
+    methods: dict[str, tuple[Method, dict[str, Any]]] = {
+        "full": (FullFineTuning(), {"autocast": torch.bfloat16}),
+        "LoRA": (LORA[data], {"lean": Lean(torch.bfloat16)}),
     }
     return {
         f"{name}, {rates}": replace(
-            template(method, steps, batch_size, lean), schedule="constant", warmup=0, clip=None, **options
+            template(method, steps, batch_size, **step), schedule="constant", warmup=0, clip=None, **options
         )
         for rates in ("as taught", "tuned")
-        for name, (method, lean) in methods.items()
+        for name, (method, step) in methods.items()
     }
 
 

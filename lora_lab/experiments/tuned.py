@@ -84,15 +84,16 @@ Further = Callable[[str, Planned, Sequence[Row], torch.device, Path], Iterator[R
 
 
 def template(
-    method: Method, steps: int, batch_size: int, lean: Lean | None = None, eval_every: int | None = None
+    method: Method, steps: int, batch_size: int, lean: Lean | None = None, eval_every: int | None = None, **options: Any
 ) -> Trial:
-    """A setup's trial, whose rate and seed are to be filled in.
+    """A setup's trial, whose rate and seed are to be filled in; ``options`` are further ones of a Trial.
 
     It is evaluated on few examples, and on fewer still where its curve is not looked at, because the losses that decide
     are those of :class:`lora_lab.ablation.blocks.BlockLosses`.
     """
     every, examples = (steps, 4) if eval_every is None else (eval_every, 16)
-    return Trial(method, 1e-3, steps=steps, batch_size=batch_size, eval_every=every, eval_examples=examples, lean=lean)
+    options |= {"steps": steps, "batch_size": batch_size, "eval_every": every, "eval_examples": examples, "lean": lean}
+    return Trial(method, 1e-3, **options)
 
 
 def recorder(name: str, plan: Plan, further: Further | None = None) -> Recorder:

@@ -22,8 +22,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
 from lora_lab.models.llama import Block, Llama, RMSNorm
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
-from lora_lab.system.schema import Size, check_fields
-from lora_lab.system.wording import short_repr
+from lora_lab.system.schema import Size, check_bfloat16, check_fields
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
 from lora_lab.tasks.rows import row_cross_entropy
@@ -56,8 +55,7 @@ class Lean:
     loss_rows: Size = 256
 
     def __post_init__(self) -> None:
-        if self.base_dtype is not None and self.base_dtype is not torch.bfloat16:
-            raise ValueError(f"base_dtype is {short_repr(self.base_dtype)}, but it must be torch.bfloat16 or None.")
+        check_bfloat16(self.base_dtype, "base_dtype")
         check_fields(self)
 
     def settings(self) -> dict[str, Any]:

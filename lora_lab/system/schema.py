@@ -19,6 +19,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
+import torch
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
@@ -75,6 +76,12 @@ def check_fields(instance: Any) -> None:
     check(content, _fields_of(type(instance)))
     for name, value in content.items():
         object.__setattr__(instance, name, value)  # which a frozen instance allows
+
+
+def check_bfloat16(dtype: Any, name: str) -> None:
+    """Raise ValueError if an argument is neither ``torch.bfloat16`` nor None."""
+    if dtype is not None and dtype is not torch.bfloat16:
+        raise ValueError(f"{name} is {short_repr(dtype)}, but it must be torch.bfloat16 or None.")
 
 
 @cache

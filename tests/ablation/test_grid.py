@@ -132,6 +132,21 @@ def test_how_a_step_is_computed_is_no_part_of_the_content(options):
     assert all(getattr(each, name) == value for each in Grid([1], [0.1], [0], steps=3, **options) for name in options)
 
 
+def test_autocast_makes_another_trial():
+    rounded = trial(autocast=torch.bfloat16)
+    assert rounded.to_dict() == {**trial().to_dict(), "autocast": "torch.bfloat16"}
+    assert rounded.key not in (trial().key, trial(lean=Lean(torch.bfloat16)).key)
+    back = Trial.from_dict(json.loads(json.dumps(rounded.to_dict())))
+    assert back == rounded
+    assert back.bound("t", "m").autocast is torch.bfloat16
+    for name, says in {
+        "half": "autocast is 'half', but it must be a dtype's name",
+        "torch.float16": "autocast is torch",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            Trial.from_dict({**trial().to_dict(), "autocast": name})
+
+
 def test_a_base_in_bfloat16_is_another_trial():
     rounded = trial(lean=Lean(torch.bfloat16))
     assert rounded.to_dict() == {**trial().to_dict(), "base_dtype": "torch.bfloat16"}

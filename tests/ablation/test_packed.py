@@ -688,10 +688,16 @@ def test_a_method_that_cannot_be_packed_is_refused_with_the_reason(method, reaso
     assert_refused(model, task, [RUNS[0], Run(method, lr=1e-3)], refusal(model, task, method), reason)
 
 
-def assert_refused(model, task, runs, sentence, reason):
+def test_autocast_cannot_be_packed():
+    model, task = DigitsMLP(width=16), pictures()
+    sentence = refusal(model, task, RUNS[0].method, torch.bfloat16)
+    assert_refused(model, task, RUNS, sentence, "without autocast; use fit, or Lean", autocast=torch.bfloat16)
+
+
+def assert_refused(model, task, runs, sentence, reason, **options):
     before = facts(model)
     with pytest.raises(ValueError, match=reason) as error:
-        fit_packed(model, task, runs, **OPTIONS)
+        fit_packed(model, task, runs, **OPTIONS | options)
     assert type(error.value) is PackingError
     assert str(error.value) == sentence
     assert sentence.endswith(".")

@@ -1534,6 +1534,26 @@ def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path)
         assert set(load(tmp_path / "packed").base_dtype) == {"torch.bfloat16", "as loaded"}
 
 
+def test_trials_under_autocast_train_one_by_one_beside_packs(tiny_config, tmp_path):
+    model, task = language_model(tiny_config), tokens()
+    options = {"steps": 2, "batch_size": 4}
+    trials = [Trial(LoRA(2), 0.01, seed, autocast=on, **options) for seed in (0, 1) for on in (None, torch.bfloat16)]
+    frame = ablate(model, task, trials, tmp_path, progress=False, judge=of_validation).groupby("key").last()
+    assert sorted(zip(frame.autocast, frame.engine, strict=True)) == [
+        *[("none", "pack of 2")] * 2,
+        *[("torch.bfloat16", "separate")] * 2,
+    ]
+    twin = copy.deepcopy(model)
+    history = fit(twin, task, LoRA(2), lr=0.01, seed=1, autocast=torch.bfloat16, **options)
+    found = frame[(frame.autocast == "torch.bfloat16") & (frame.seed == 1)]
+    assert found.validation_loss.item() == history.rows[-1]["validation_loss"]
+    halved = dataclasses.replace(task, loss=trials[1].computed(task.loss))
+    assert found.test_loss.item() == evaluate(twin, halved, "test", 4) != evaluate(twin, task, "test", 4)
+    assert found.score_loss.item() == evaluate(twin, halved, "validation", 4)
+    with pytest.raises(ValueError, match=r"engine is 'packed', but .* cannot be packed: .* without autocast"):
+        ablate(model, task, trials, engine="packed", progress=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["separate", "packed"])
 @pytest.mark.parametrize("step", [{"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}], ids=str)

@@ -115,6 +115,15 @@ def test_products_are_counted_by_cause(tiny_config):
     assert (found.works["LoRA"].trained, found.works["full"].trained) == (4 * P, M + E + 5 * 32)
 
 
+def test_products_under_autocast_are_priced_in_half_precision(tiny_config):
+    variants = {"plain": FullFineTuning(), "half": Setup(autocast=torch.bfloat16)}
+    dtypes = {}
+    for name, work in predict(tiny_config, lambda _: 0.0, variants=variants).works.items():
+        products = [operation for operation in work.kinds() if operation.flops]
+        dtypes[name] = {operand.dtype for operation in products for operand in operation.operands}
+    assert dtypes == {"plain": {torch.float32}, "half": {torch.bfloat16}}
+
+
 def test_attention_and_what_is_recomputed_have_causes_of_their_own(tiny_config):
     variants = {"plain": LoRA(4), "again": Setup(LoRA(4), gradient_checkpointing=True)}
     found = predict(tiny_config, lambda operation: float("attention" in operation.name), variants=variants)

@@ -169,6 +169,8 @@ WAYS = {
     "LoRA, checkpointing": (LoRA(4), {"gradient_checkpointing": True}),
     "LoRA, bfloat16": (LoRA(4), {"dtype": torch.bfloat16}),
     "LoRA, NF4": (LoRA(4), {"nf4": True}),
+    "full, autocast": (FullFineTuning(), {"autocast": torch.bfloat16}),
+    "LoRA, autocast": (LoRA(4), {"autocast": torch.bfloat16}),
     "full, two micro-batches": (FullFineTuning(), {"accumulate": 2}),
     "full, SGD": (FullFineTuning(), {"optimizer": "sgd"}),
 }

@@ -33,6 +33,7 @@ def test_a_setup_says_in_a_few_words_how_a_model_is_trained():
         "full, SGD": Setup(optimizer="sgd"),
         "full, AdamW by foreach": Setup(optimizer="adamw-foreach"),
         "lora r=8, lean": Setup(LoRA(8), lean=Lean()),
+        "full, autocast": Setup(autocast=torch.bfloat16),
         "lora r=8, lean bf16 base, checkpointing": Setup(
             LoRA(8), lean=Lean(base_dtype=torch.bfloat16, checkpoint=True)
         ),

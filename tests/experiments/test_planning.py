@@ -1,5 +1,6 @@
 """Hours that are planned, against sums worked by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ def threads(monkeypatch):
     def predict(factory, setups, batch_size, seq_len):
         asked.append(torch.get_num_threads())
         hours = {label: 9 if setup.method == FullFineTuning() else 2 for label, setup in setups.items()}
+        hours |= {label: 5 for label, setup in setups.items() if setup.autocast}
         return SimpleNamespace(total_s=lambda label: 3600 * hours[label])
 
     monkeypatch.setattr(planning, "cost_model", lambda device: SimpleNamespace(predict=predict))
@@ -36,6 +38,12 @@ def test_a_forward_pass_is_a_third_of_a_full_step_and_half_of_one_with_an_adapte
     assert planned_hours([ADAPTER], 8, CPU) == pytest.approx(4 * 2 + examples / 2 * 2 / 2, abs=0.1)
     both = planned_hours([FULL, ADAPTER], 8, CPU)
     assert both == pytest.approx(planned_hours([FULL], 8, CPU) + planned_hours([ADAPTER], 8, CPU), abs=0.1)
+
+
+def test_a_step_under_autocast_has_its_own_time(threads):
+    halved = replace(FULL, autocast=torch.bfloat16)
+    saved = planned_hours([FULL, FULL], 8, CPU) - planned_hours([FULL, halved], 8, CPU)
+    assert saved == pytest.approx(4 * (9 - 5), abs=0.1)
 
 
 def test_what_is_judged_and_a_short_off_domain_part_are_counted(threads):
