@@ -1379,7 +1379,7 @@ def test_examples_longer_than_the_models_context_are_warned_of(tiny_config):
     ("options", "says"),
     [
         ({"stepz": 3, "lr": 0.1, "steps": 3}, "^fit has no option 'stepz'; did you mean 'steps'\\?$"),
-        ({"zzz": 3}, "^fit has no option 'zzz'; choose from lr, seed, .*lean\\.$"),
+        ({"zzz": 3}, "^fit has no option 'zzz'; choose from lr, seed, .*autocast\\.$"),
         ({"lr": 0.1}, "^fit lacks the option 'steps'; write fit"),
         ({"steps": 3}, "^fit lacks the option 'lr'; write fit"),
     ],
