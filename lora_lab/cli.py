@@ -423,7 +423,9 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
         "ablate", help="which rank is enough: ranks x rates x seeds; continues if it was stopped"
     )
     ablate.add_argument(
-        "--task", default="digits", help="planted, digits or docs; or as for finetune, your own file too"
+        "--task",
+        default="digits",
+        help="planted, digits or docs; or one that finetune takes, such as a file of your own",
     )
     ablate.add_argument(
         "--model", default="smollm2-135m", help="a model's folder or .gguf file; not for the small nets"

@@ -461,7 +461,7 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
         ax.set_xlabel(f"training loss ({unit}), falling to the right")
         ax.legend()
     left.set_ylabel(f"validation loss ({unit})")
-    right.set_ylabel(f"validation loss minus that of full fine-tuning ({unit})")
+    right.set_ylabel(f"LoRA's loss minus full's ({unit})")
     return figure
 
 

@@ -247,7 +247,7 @@ def test_validation_losses_are_compared_at_equal_training_loss_beside_the_curves
     assert left.get_xlabel() == right.get_xlabel() == "training loss (bits), falling to the right"
     assert left.xaxis_inverted()
     assert right.xaxis_inverted()
-    assert right.get_ylabel() == "validation loss minus that of full fine-tuning (bits)"
+    assert right.get_ylabel() == "LoRA's loss minus full's (bits)"
     assert points(by_label(left)["full"]) == [(1.0, 0.5), (0.5, 4.5)]
     assert points(by_label(left)["LoRA r=8"]) == [(1.0, 1.0), (0.25, 3.5)]
     bars = bars_of(right)

@@ -190,7 +190,7 @@ def test_the_costs_page_on_what_others_published(readme):
 def test_lesson_05_explains_what_the_record_shows(lesson, speed):
     """By the model LoRA over full climbs with tokens at rank 1, and with the rank; few adapted blocks keep it low."""
     text = " ".join(lesson("05_speed").split())
-    assert "By the model the optimiser's work pulls the ratio down when tokens are few" in text
+    assert "According to the model, the optimiser's work pulls the ratio down when tokens are few" in text
     assert "A higher rank pushes it up, fewer adapted blocks pull it down." in text
     predicted, ratios = (
         speed[speed.model == "smollm2-135m"].pivot_table(column, "tokens", "setup")

@@ -514,7 +514,7 @@ def _from_a_list(name):
     ],
     minutes=10,
     difficulty=2,
-    praise="Your rules hardly know a word of French, and no language model. That is how little this score asks for.",
+    praise="Your rules know hardly a word of French and use no language model. That is how little this score asks for.",
     draws=2,
 )
 def guess_french(name):
