@@ -561,6 +561,12 @@ def _(lab):
     finetune.run("style", ll.LoRA(rank=2), adapter)
 
 
+@mistake("is in use by another run", OSError)
+def _(lab, right):
+    with files.claimed(lab.folder / "out"), files.claimed(lab.folder / ("another" if right else "out")):
+        pass
+
+
 @mistake("was not written by this command")
 def _(lab, right):
     lab.file("result.json", '{"mine": 1}')

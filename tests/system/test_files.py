@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from lora_lab.system.files import (
     atomic_files,
     atomic_folder,
     check_writable,
+    claimed,
     finish_interrupted_save,
+    is_claimed,
     read_json,
     read_whole,
     rescued,
@@ -519,6 +522,70 @@ def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
 def test_a_folder_that_others_write_to_at_the_same_time_stays_there(tmp_path):
     check_writable(tmp_path / "deep" / "down", leave=True)
     assert (tmp_path / "deep" / "down").is_dir()
+
+
+def test_a_claimed_folder_is_refused_to_others_until_its_block_ends(tmp_path):
+    folder = tmp_path / "deep" / "down"
+    assert not is_claimed(folder)
+    with claimed(folder):
+        assert is_claimed(folder)
+        with (
+            pytest.raises(FileExistsError, match=r"down is in use by another run.*; name another folder"),
+            claimed(folder),
+        ):
+            pytest.fail("claimed twice")
+        write_json(folder / "a.json", 1)
+        check_writable(folder)
+    assert not is_claimed(folder)
+    with claimed(folder):
+        pass
+    assert names(folder) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_claimed_folder_with_nothing_in_it_is_removed(tmp_path, error):
+    with pytest.raises(error) if error else nullcontext(), claimed(tmp_path / "deep" / "down"):
+        if error:
+            raise error
+    assert names(tmp_path) == []
+    with claimed(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+
+
+def test_the_claim_of_a_killed_process_ends_with_it(tmp_path):
+    code = """
+import sys
+from lora_lab.system.files import claimed
+with claimed(sys.argv[1]):
+    print("claimed", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "claimed\n"
+        assert is_claimed(tmp_path)
+        other.kill()
+    with claimed(tmp_path):
+        pass
+
+
+def test_without_locks_every_claim_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_lab.system.files.fcntl", None)
+    with claimed(tmp_path), claimed(tmp_path):
+        assert not is_claimed(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_cannot_be_claimed(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="deep cannot be written to"), claimed(tmp_path / "file" / "deep"):
+        pytest.fail("claimed")
+
+
+def test_an_empty_text_is_no_path():
+    with pytest.raises(ValueError, match=r"folder is '', but it must be a path; write '\.' for the current folder"):
+        as_path("", "folder")
+    assert as_path(".", "folder") == Path()
 
 
 @pytest.mark.parametrize("name", ["\ud83d", "a\0b"])
