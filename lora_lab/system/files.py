@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -99,6 +100,25 @@ def _can_be_named(path: str) -> bool:
         return False
 
 
+def check_readable(path: str | Path) -> None:
+    """Check that this user may read a file, or look for it in its folder; a missing file passes.
+
+    Raises:
+        PermissionError: this user may not.
+    """
+    path = Path(path)
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            path.open("rb").close()
+    except PermissionError as error:
+        raise PermissionError(
+            f"{shortened(str(path))} cannot be read ({error.strerror}); change its permissions, or make a copy that "
+            "you may read."
+        ) from None
+    except OSError:  # such as that of a name that is too long
+        return
+
+
 def check_folder(folder: str | Path, what: str) -> None:
     """Check that a folder exists.
 
@@ -108,12 +128,14 @@ def check_folder(folder: str | Path, what: str) -> None:
 
     Raises:
         FileNotFoundError: it does not, or is a file.
+        PermissionError: this user may not look for it.
     """
     is_file = False
     with suppress(OSError):  # as for check_file
         if Path(folder).is_dir():
             return
         is_file = Path(folder).is_file()
+    check_readable(folder)  # a folder above it may be closed to this user
     named = shortened(str(folder))
     if is_file:
         raise FileNotFoundError(f"{named} is a file, but the path of a folder is expected, {what}.")
@@ -231,9 +253,11 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist, or is a folder or a device.
+        PermissionError: this user may not read it.
         ValueError: the file is not JSON, or ``path`` is no path.
     """
     path = as_path(path, "path")
+    check_readable(path)
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise FileNotFoundError(f"{path} is {kind}, but it must be a file of JSON; give the path of one.")

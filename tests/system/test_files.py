@@ -21,6 +21,8 @@ from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
+    check_folder,
+    check_readable,
     check_writable,
     claimed,
     finish_interrupted_save,
@@ -30,7 +32,7 @@ from lora_lab.system.files import (
     rescued,
     write_json,
 )
-from tests.helpers import names
+from tests.helpers import as_ordinary_user, names
 
 
 def run_until_killed(code, *arguments):
@@ -635,6 +637,35 @@ def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_na
     with pytest.raises(OSError, match=rf"^{tmp_path / 'file'} is no good$"):
         rescued(fail, tmp_path / "file")
     assert names(spares) == [spare.name]
+
+
+@pytest.fixture
+def closed(tmp_path_factory):
+    """A folder whose files this test's user may not read, and one in which the user may not even look for them."""
+    top = tmp_path_factory.mktemp("open")
+    for folder in (top, *top.parents[:2]):
+        folder.chmod(0o755)
+    for name in ("files", "hidden"):
+        (top / name).mkdir()
+        (top / name / "a.json").write_text("{}")
+    (top / "files" / "a.json").chmod(0)
+    (top / "hidden").chmod(0)
+    yield top
+    (top / "hidden").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["files/a.json", "hidden/a.json", "hidden/missing.json"])
+def test_a_file_that_this_user_may_not_read_is_one_sentence(closed, name):
+    says = rf"^{closed / name} cannot be read \(Permission denied\); change its permissions, or make a copy"
+    with as_ordinary_user():
+        for check in (check_readable, read_json):
+            with pytest.raises(PermissionError, match=says):
+                check(closed / name)
+        if name.startswith("hidden"):
+            with pytest.raises(PermissionError, match=says):
+                check_folder(closed / name, "a saved adapter")
+    check_readable(closed / "files")
+    check_readable(closed / "missing")
 
 
 # JSON
