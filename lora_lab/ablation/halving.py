@@ -131,11 +131,11 @@ class Halving:
                     "a shorter warm-up": {"warmup": 0},
                     "more steps": {"steps": 10 * first.steps},
                 }
-                ways = [way for way, change in changes.items() if self.rungs_at(Plan.of(replace(first, **change)))]
+                helps = [text for text, change in changes.items() if self.rungs_at(Plan.of(replace(first, **change)))]
                 raise ValueError(
                     f"eval_every is {first.eval_every} for {first.steps} steps, {first.warmup} of them warm-up, so "
                     "there is no rung at which learning rates can be compared; use "
-                    f"{' or '.join([*ways, 'no halving'])}."
+                    f"{' or '.join([*helps, 'no halving'])}."
                 )
 
     def choosing(self, seeds: Iterable[int]) -> list[int]:

@@ -330,17 +330,17 @@ def test_a_method_without_rank_has_its_rates_compared_too():
 
 
 @pytest.mark.parametrize(
-    ("options", "way", "helps"),
+    ("options", "advice", "changes"),
     [
         ({"eval_every": 20}, "eval_every=2 or more steps or", {"eval_every": 2}),
         ({"steps": 30, "warmup": 20, "eval_every": 3}, "a shorter warm-up or more steps or", {"warmup": 0}),
         ({"steps": 2, "eval_every": 1}, "more steps or", {"steps": 20}),
     ],
 )
-def test_trials_that_are_evaluated_at_no_rung_are_refused_with_ways_that_help(options, way, helps):
-    with pytest.raises(ValueError, match=rf"eval_every is .*, so there is no rung .*; use {way} no halving\.$"):
+def test_trials_that_are_evaluated_at_no_rung_are_refused_with_advice_that_helps(options, advice, changes):
+    with pytest.raises(ValueError, match=rf"eval_every is .*, so there is no rung .*; use {advice} no halving\.$"):
         Halving().check(grid(**options))
-    Halving().check(grid(**options | helps))
+    Halving().check(grid(**options | changes))
     Halving().check(grid(lrs=[1e-2], **options))  # one rate needs no rung
 
 
