@@ -463,6 +463,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
     from lora_lab.experiments import finetune
     from lora_lab.models.pretrained import load_tokenizer
+    from lora_lab.system.files import as_path
     from lora_lab.tasks import PairTask, task_of
 
     method = finetune.method_of(options.method, options.rank, options.alpha)
@@ -475,7 +476,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
             print(task.preview(3))
         return None
     if options.out is not None:
-        out = Path(options.out)
+        out = as_path(options.out, "--out")
     else:
         out = finetune.OUT if options.overwrite else finetune.unused_folder(options.checkpoint_every is not None)
     result = finetune.run(

@@ -61,8 +61,8 @@ class LoRAConfig:
             object.__setattr__(self, name, value)  # of Python, which JSON can hold
 
 
-def check_names(argument: str, names: Any) -> Sequence[str]:
-    """Return names as JSON can hold them: a list or tuple as it is, a set sorted, any other collection as a list.
+def check_names(argument: str, names: Any) -> tuple[str, ...]:
+    """Return names as a tuple, which a frozen config can hold and JSON stores as a list; those of a set are sorted.
 
     Raises:
         ValueError: the argument is no list of names, but for example one name.
@@ -71,9 +71,7 @@ def check_names(argument: str, names: Any) -> Sequence[str]:
         raise ValueError(f"{argument} is {names!r}, but it must be a list of names; write [{names!r}].")
     if not is_list(names) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument} is {short_repr(names)}, but it must be a list of names.")
-    if isinstance(names, list | tuple):
-        return names
-    return sorted(names) if isinstance(names, Set) else list(names)
+    return tuple(map(str, sorted(names) if isinstance(names, Set) else names))  # numpy has texts of its own
 
 
 def _check_type(argument: str, value: Any, expected: type) -> None:

@@ -31,6 +31,7 @@ from lora_lab.adapters.edit import off, switch
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import match_layers
 from lora_lab.layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRAOutProjection, lora_class, register
+from lora_lab.methods import PartialFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.variants import DoRALinear, RsLoRALinear
@@ -699,10 +700,19 @@ def test_numbers_of_numpy_and_torch_become_pythons_and_any_collection_of_names_i
     for names in (["head"], ("head",), {"head"}, {"head": 1}.keys(), np.array(["head"]), pd.Series(["head"])):
         config = kind(2, targets=names, exclude=names)
         assert inject(DigitsMLP(width=16), LoRAConfig(2, targets=config.targets)) == ["head"]
-        kept = type(names) if isinstance(names, list | tuple) else list
-        assert type(config.targets) is type(config.exclude) is kept
+        assert config.targets == config.exclude == ("head",)
+        assert hash(config) == hash(kind(2, targets=["head"], exclude=["head"]))
+        assert repr(config.targets) == "('head',)"
         assert json.dumps([config.targets, config.exclude]) == '[["head"], ["head"]]'
-    assert kind(2, targets={"head", "hidden1", "hidden2"}).targets == ["head", "hidden1", "hidden2"]
+    assert kind(2, targets={"head", "hidden1", "hidden2"}).targets == ("head", "hidden1", "hidden2")
+
+
+def test_a_config_does_not_change_with_the_list_that_it_was_made_of():
+    names = ["head"]
+    config, method = LoRAConfig(targets=names, exclude=names), PartialFineTuning(names)
+    names.append("hidden1")
+    assert config.targets == config.exclude == method.modules == ("head",)
+    assert hash(method) == hash(PartialFineTuning(("head",)))
 
 
 def test_what_exclude_names_is_left_out_of_any_targets():

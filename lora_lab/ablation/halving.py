@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -96,7 +96,7 @@ class Halving:
             rung needs an earlier evaluation too, between the end of the warm-up and half its step.
         keep: the share of the rates left that always goes on from a rung, the best ones; at least one.
         slack: a rate is never stopped for a difference up to this, in the task's unit of loss.
-        choose: how many of a group's seeds choose the rate, from its first; default: all. The others train only at
+        choose: how many of a group's seeds choose the rate, the lowest ones; default: all. The others train only at
             the rates that are left after the last rung. One seed is cheap, but shows no noise, so that near ties are
             decided by chance: give a ``slack`` then, such as the margin of the verdict.
         best_so_far: compare the lowest validation losses so far, where training is to be stopped early at its best
@@ -126,15 +126,21 @@ class Halving:
         """Raise ValueError if the rates of some group are not evaluated at any rung."""
         for first, *others in _groups(trials):
             if any(trial.lr != first.lr for trial in others) and not self.rungs_at(Plan.of(first)):
+                changes = {
+                    f"eval_every={(every := max(1, first.steps // 10))}": {"eval_every": every},
+                    "a shorter warm-up": {"warmup": 0},
+                    "more steps": {"steps": 10 * first.steps},
+                }
+                helps = [text for text, change in changes.items() if self.rungs_at(Plan.of(replace(first, **change)))]
                 raise ValueError(
                     f"eval_every is {first.eval_every} for {first.steps} steps, {first.warmup} of them warm-up, so "
                     "there is no rung at which learning rates can be compared; use "
-                    f"eval_every={max(1, first.steps // 10)}, a shorter warm-up, or no halving."
+                    f"{' or '.join([*helps, 'no halving'])}."
                 )
 
     def choosing(self, seeds: Iterable[int]) -> list[int]:
-        """Those of a group's seeds that choose the rate."""
-        return [*dict.fromkeys(seeds)][: self.choose]
+        """Those of a group's seeds that choose the rate, ascending."""
+        return sorted(set(seeds))[: self.choose]
 
     def rungs_at(self, plan: Plan) -> list[tuple[int, int | None]]:
         """The steps of the rungs, each with the evaluation from which the trend is followed."""
@@ -174,33 +180,24 @@ class Halving:
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in curves.values())))
         if not seeds:
             return []
-
-        def loss(lr: float, seed: int, at: int) -> float:
-            curve = curves[lr][seed]
-            return min(value for each, value in curve.items() if each <= at) if self.best_so_far else curve[at]
-
-        means = {lr: statistics.fmean(loss(lr, seed, step) for seed in seeds) for lr in curves}
+        losses = {lr: [self._loss(by_seed[seed], step) for seed in seeds] for lr, by_seed in curves.items()}
+        means = {lr: statistics.fmean(of_seeds) for lr, of_seeds in losses.items()}
         best, *others = sorted(means, key=lambda lr: (means[lr], lr))
         stopped = []
         for lr in others[max(1, math.ceil(self.keep * len(means))) - 1 :]:
             if self.cautious and plan.decays and lr > best:
                 continue
-            now = [loss(lr, seed, step) - loss(best, seed, step) for seed in seeds]
+            now = [loss - of_best for loss, of_best in zip(losses[lr], losses[best], strict=True)]
             reason = (
                 f"validation loss {means[lr]:.4g} after {step} of {plan.steps} steps, "
                 f"{statistics.fmean(now):.2g} above learning rate {best:g}"
             )
             if self.cautious and earlier is not None:
                 log_steps = math.log(plan.steps / step) / math.log(step / earlier)
-                at_end = []
-                for seed, difference in zip(seeds, now, strict=True):
-                    if self.best_so_far:  # the best rate may have had its best already
-                        curve = curves[lr][seed]
-                        fall = (curve[earlier] - curve[step]) * log_steps
-                        at_end.append(min(difference, curve[step] - fall - loss(best, seed, step)))
-                    else:
-                        before = loss(lr, seed, earlier) - loss(best, seed, earlier)
-                        at_end.append(difference + (difference - before) * log_steps)
+                at_end = [
+                    self._difference_at_end(curves[lr][seed], curves[best][seed], step, earlier, log_steps)
+                    for seed in seeds
+                ]
                 mean, lower, _ = t_bounds(now)
                 lower, expected = mean if lower is None else lower, statistics.fmean(at_end)
                 if min(lower, expected) <= self.slack:
@@ -209,6 +206,24 @@ class Halving:
                 reason += f"{sure}, and by the trend {expected:.2g} after the last step"
             stopped.append((lr, f"{reason}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"))
         return stopped
+
+    def _loss(self, curve: Mapping[int, float], step: int) -> float:
+        """The loss by which a curve is compared at a step."""
+        return min(value for each, value in curve.items() if each <= step) if self.best_so_far else curve[step]
+
+    def _difference_at_end(
+        self, curve: Mapping[int, float], best: Mapping[int, float], step: int, earlier: int, log_steps: float
+    ) -> float:
+        """A seed's difference to the best rate after the last step, by the trend from ``earlier`` to ``step``.
+
+        Args:
+            log_steps: the logarithm of the last step over ``step``, in units of that of ``step`` over ``earlier``.
+        """
+        now = self._loss(curve, step) - self._loss(best, step)
+        if self.best_so_far:  # the best rate may have had its best already, so the curve alone is followed
+            fall = (curve[earlier] - curve[step]) * log_steps
+            return min(now, curve[step] - fall - self._loss(best, step))
+        return now + (now - (curve[earlier] - best[earlier])) * log_steps
 
 
 def next_round(
@@ -283,7 +298,7 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
         for lr, seed, step, loss in done[["lr", "seed", "step", "validation_loss"]].itertuples(index=False):
             curves.setdefault(float(lr), {}).setdefault(int(seed), {})[int(step)] = float(loss)
         failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
-        seeds = halving.choosing(sorted(of_group["seed"]))
+        seeds = halving.choosing(of_group["seed"])
         chosen = {lr: {seed: by_seed[seed] for seed in seeds if seed in by_seed} for lr, by_seed in curves.items()}
         steps_of = [set(curve) for by_seed in chosen.values() for curve in by_seed.values()]
         evaluated = sorted(set.intersection(*steps_of)) if steps_of else []

@@ -161,7 +161,7 @@ def extract(
             raise ValueError(
                 f"{name}.weight is {problem} in the tuned model, but must be {tuple(before.shape)}; is it of this base?"
             )
-        difference = after.to(before).float() - before.float()  # (48, 64)
+        difference = after.to(before.device).float() - before.float()  # (48, 64)
         check_finite([(f"{name}.weight", difference)], "The change")
         change = svd(difference.T if issubclass(lora_class, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():

@@ -36,6 +36,7 @@ from lora_lab.system.files import (
     as_path,
     atomic_files,
     check_folder,
+    check_readable,
     finish_interrupted_save,
     read_json,
     read_whole,
@@ -47,6 +48,7 @@ from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"  # the weights, as PEFT saved them before it had safetensors
 _PREFIX = "base_model.model."
 _DIGEST = "lora_lab.config"  # in the header of the weights: rank, alpha and targets of the config saved with them
 # PEFT's settings for the variants that it knows too.
@@ -67,7 +69,11 @@ def save_adapter(
     An older adapter there stays intact until the new one is complete: see :func:`lora_lab.system.files.atomic_files`.
     Plain LoRA, rsLoRA and DoRA are saved as themselves, LoRA-FA as plain LoRA. PiSSA is saved as plain LoRA of twice
     the rank, the difference to the pre-trained weights, so that it fits the unchanged base; training cannot resume from
-    it as PiSSA.
+    it as PiSSA. Names are those in the model itself, also if it is compiled by torch.compile.
+
+    Nothing else of the model is in the folder. Where a classifier of transformers was loaded with a new head, which it
+    fills with random numbers, the adapter fits no model with another such head: save the model with its head, by
+    ``model.save_pretrained``, before the training.
 
     Args:
         base: name or path of the model that the adapters belong to, stored in the config as a note.
@@ -81,6 +87,7 @@ def save_adapter(
             infinite or too large for ``dtype``.
         OSError: the folder cannot be written to, or the disk is full.
     """
+    model = _uncompiled(model)
     check(base, str | None, "base")
     check(history, instance_of(History) | None, "history")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -155,6 +162,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
     Warns of layers that its targets match and for which it has nothing, as where the model has more layers.
     """
+    model = _uncompiled(model)
     require_no_adapters(model)
     if isinstance(source, Mapping):
         label, (config, tensors) = "The adapter", from_state(source)
@@ -187,6 +195,11 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             stacklevel=2,
         )
     return names
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile has wrapped, whose layers have their own names; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -480,8 +493,15 @@ def _natural_key(name: str) -> str:
 
 def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     if not path.is_file():
+        if (path.parent / _PICKLE).is_file():
+            raise FileNotFoundError(
+                f"{path.parent} holds its weights in {_PICKLE}, a pickle, which can run code and is not opened here; "
+                "where you trust it, load the adapter in peft and save it again: "
+                "PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
+            )
         raise FileNotFoundError(f"{path.parent} lacks the file {path.name}; copy the adapter's folder again.")
     try:
+        check_readable(path)
         with safe_open(path, framework="pt") as file:
             digest = (file.metadata() or {}).get(_DIGEST)
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict

@@ -82,7 +82,7 @@ class Decider:
         """What the function decides from one record, beside those of a second kind where it asks for one.
 
         Raises:
-            KeyError, TypeError, ValueError: the record lacks what is needed, such as a setup or a column.
+            KeyError, ValueError: the record lacks what is needed, such as a setup, a column or a seed.
         """
         return self.function(claim, record, beside) if self.beside else self.function(claim, record)
 
@@ -189,11 +189,12 @@ def _from_lesson(claim: Claim, folder: Path) -> Result:
 def judge_record(claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
     """The verdict of one record on a claim that its kind decides, beside those of a second kind where it asks for one.
 
-    A record that lacks what is needed, such as a setup or a column, decides nothing.
+    A record that lacks what is needed, such as a setup or a column, decides nothing: that is a KeyError, or the
+    ValueError that functions of tables raise. Any other error of the function that decides is raised.
     """
     try:
         return DECIDERS[claim.id].of_record(claim, record, beside)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
 

@@ -18,10 +18,12 @@ from torch import nn
 from lora_lab import checkpoint
 from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
+from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
 from lora_lab.models.huggingface import check_separate
 from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
 from lora_lab.system.files import (
@@ -29,20 +31,22 @@ from lora_lab.system.files import (
     atomic_files,
     check_replaceable,
     check_writable,
+    claimed,
     finish_interrupted_save,
+    is_claimed,
     read_json,
     rescued,
     write_json,
 )
 from lora_lab.system.provenance import machine_info
-from lora_lab.system.schema import Size, check
+from lora_lab.system.schema import Size, check, instance_of
 from lora_lab.system.wording import counted, shortened
 from lora_lab.task import Task
 from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.tasks.named import check_name
-from lora_lab.train import TrainConfig, evaluate, fit
+from lora_lab.train import TrainConfig, _new_history, evaluate, fit
 
 OUT = Path("runs/finetune")  # where the command saves its results if no folder is named
 CHECKPOINTS = "checkpoint"  # the folder of checkpoints in it
@@ -65,17 +69,24 @@ def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
 
 
 def unused_folder(checkpoints: bool) -> Path:
-    """The first of runs/finetune, runs/finetune-2, runs/finetune-3 and so on that holds no results.
+    """The first of runs/finetune, runs/finetune-2 and so on that holds no results and that no run is using.
+
+    Of several processes, all get the one of rank 0.
 
     Args:
         checkpoints: whether the run writes checkpoints, and so goes on from the one that a stopped run has left in the
             folder; a run without them leaves such a folder alone.
     """
-    return next(
+    processes = current_processes()
+    folders = chain([OUT], (OUT.with_name(f"{OUT.name}-{number}") for number in count(2)))
+    free = (
         folder
-        for folder in chain([OUT], (OUT.with_name(f"{OUT.name}-{number}") for number in count(2)))
-        if _saved_before(folder) is None and (checkpoints or not (folder / CHECKPOINTS).exists())
+        for folder in folders
+        if _saved_before(folder) is None
+        and (checkpoints or not (folder / CHECKPOINTS).exists())
+        and not is_claimed(folder)
     )
+    return processes.from_first(next(free) if processes.rank == 0 else OUT)
 
 
 def run(
@@ -116,25 +127,27 @@ def run(
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
         allow_special: as for :func:`lora_lab.tasks.task_of`.
-        overwrite: replace what an earlier run has saved in ``out``, its model or adapter included.
+        overwrite: replace what an earlier run has saved in ``out``, its model or adapter included, and begin anew where
+            ``out``/checkpoint is damaged or of another run. A checkpoint of this run is continued all the same.
 
     Returns:
         The content of result.json.
 
     Raises:
-        ValueError: ``half`` is true, but the method trains no adapter; ``by_length`` is, but all examples have the same
-            length; there is no such task; or ``out`` is the folder of the model, holds a result.json of another
-            program, or would hold a model beside an adapter.
-        FileExistsError: ``out`` holds results, a model or an adapter, and ``overwrite`` is false.
+        ValueError: ``method`` or ``out`` is of another type; ``half`` is true, but the method trains no adapter;
+            ``by_length`` is, but all examples have the same length; there is no such task; ``out`` is the folder of the
+            model, holds a result.json of another program, or would hold a model beside an adapter; or its checkpoint is
+            damaged or of another run, and ``overwrite`` is false.
+        FileExistsError: ``out`` holds results, a model or an adapter, and ``overwrite`` is false; or another run that
+            has not ended saves its results there.
         FileNotFoundError: there is no such file.
         KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
         OSError: ``out`` cannot be written to. This is checked before the model is loaded; if it happens at the end, the
             results are saved in another folder, which the error names.
     """
+    check(method, instance_of(Method), "method")
     if half and isinstance(method, FullFineTuning):
         raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
-    out = Path(out)
-    _check_out(out, model, method, overwrite)
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     config = TrainConfig(
@@ -147,63 +160,108 @@ def run(
         eval_examples=eval_examples,
     )
     check(checkpoint_every, Size | None, "checkpoint_every")
-    chosen, why = pick_device(device)
-    net, tokenizer = load_pretrained(model, device=chosen)
-    data = task_of(task, tokenizer, allow_special)
-    print(_heading(why, data))
-    before = _evaluated(net, data, eval_examples)
+    out, dtype = as_path(out, "out"), torch.float16 if half else None
     checkpoints = None if checkpoint_every is None else out / CHECKPOINTS
-    print(f"{method}: {steps} steps of {batch_size} examples at learning rate {lr:g}")
-    with _resumable(checkpoints):
-        history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=checkpoint_every)
-        if half:
-            _round_adapters(net, torch.float16)
-        after = _evaluated(net, data, eval_examples)
-    result = {
-        "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
-        "method": method.settings(),
-        "settings": history.settings,
-        "machine": machine_info(chosen),
-        "before": before,
-        "after": after,
-    }
-    if isinstance(data, PairTask) and data.metric in METRICS:
-        result["trivial"] = score(data, trivial(data)[:eval_examples])
-
-    def save(folder: Path) -> None:
-        if not overwrite:
-            _check_unused(folder)  # again, because another run may have ended in the meantime
-        with atomic_files(folder, remove=_outdated(folder, method)) as temporary:
-            if lora_layers(net):
-                dtype = torch.float16 if half else None
-                save_adapter(net, temporary, base=base_name(model), dtype=dtype, history=history)
-                yield_to(folder, temporary)
-            else:
-                save_model(net, temporary, tokenizer)
-            history.save(temporary / "history.json")
-            write_json(temporary / "result.json", result)
-
-    print(f"\n{table(result)}")
-    if current_processes().rank == 0:
-        rescued(save, out)
-        checkpoint.remove(checkpoints)
+    with _held(out, model, method, overwrite):
+        chosen, why = pick_device(device)
+        net, tokenizer = load_pretrained(model, device=chosen)
+        data = task_of(task, tokenizer, allow_special)
+        print(_heading(why, data))
+        _check_checkpoint(checkpoints, _new_history(net, data, method, config), overwrite)
+        history, before, after = _trained(net, data, method, config, checkpoints, checkpoint_every, dtype)
+        result = {
+            "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
+            "method": method.settings(),
+            "settings": history.settings,
+            "machine": machine_info(chosen),
+            "before": before,
+            "after": after,
+        }
+        if isinstance(data, PairTask) and data.metric in METRICS:
+            result["trivial"] = score(data, trivial(data)[:eval_examples])
+        print(f"\n{table(result)}")
+        if current_processes().rank == 0:
+            base = base_name(model)
+            rescued(lambda folder: _save(folder, net, tokenizer, base, dtype, history, result, overwrite), out)
+            checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
 
 
-def _check_out(out: Path, model: str, method: Method, overwrite: bool) -> None:
-    """Check that the results can be saved in the folder, and that nothing would be lost there."""
+@contextmanager
+def _held(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[None]:
+    """Hold the folder of the results for the block, if they can be saved there and nothing would be lost."""
     if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
     if current_processes().rank != 0:
+        yield
         return
-    check_writable(out)
-    finish_interrupted_save(out)
-    check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
+    with claimed(out):
+        check_writable(out)
+        finish_interrupted_save(out)
+        check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
+        if not overwrite:
+            _check_unused(out)
+        saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
+        check_separate(out, "model" if saved == FullFineTuning.name else "adapter")
+        yield
+
+
+def _check_checkpoint(checkpoints: Path | None, history: History, overwrite: bool) -> None:
+    """Check that a checkpoint in the folder is one from which this run can go on, or remove it if that is allowed."""
+    processes = current_processes()
+    if processes.rank == 0:
+        try:
+            checkpoint.holds(checkpoints, history)
+        except ValueError:
+            if not overwrite:
+                raise
+            checkpoint.remove(checkpoints)
+            print(f"The checkpoint in {checkpoints} is not of this run, so --overwrite removes it\n")
+    processes.from_first(None)  # the others wait
+
+
+def _trained(
+    net: nn.Module,
+    data: Task,
+    method: Method,
+    config: TrainConfig,
+    checkpoints: Path | None,
+    checkpoint_every: int | None,
+    dtype: torch.dtype | None,
+) -> tuple[History, dict[str, Any], dict[str, Any]]:
+    """Train the model, in place, and round its adapters to ``dtype``: the history, and evaluations before and after."""
+    before = _evaluated(net, data, config.eval_examples)
+    print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
+    with _resumable(checkpoints):
+        history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=checkpoint_every)
+        if dtype is not None:
+            _round_adapters(net, dtype)
+        after = _evaluated(net, data, config.eval_examples)
+    return history, before, after
+
+
+def _save(
+    folder: Path,
+    net: nn.Module,
+    tokenizer: Tokenizer,
+    base: str,
+    dtype: torch.dtype | None,
+    history: History,
+    result: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Save the adapter, or the whole model, with the history and the result, in one transaction."""
     if not overwrite:
-        _check_unused(out)
-    saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
-    check_separate(out, "model" if saved == FullFineTuning.name else "adapter")
+        _check_unused(folder)  # again, because something else may have been saved there in the meantime
+    with atomic_files(folder, remove=_outdated(folder, history.method["name"])) as temporary:
+        if lora_layers(net):
+            save_adapter(net, temporary, base=base, dtype=dtype, history=history)
+            yield_to(folder, temporary)
+        else:
+            save_model(net, temporary, tokenizer)
+        history.save(temporary / "history.json")
+        write_json(temporary / "result.json", result)
 
 
 def _heading(why: str, data: Task) -> str:
@@ -261,14 +319,14 @@ def _earlier_method(folder: Path) -> str | None:
         return None
 
 
-def _outdated(folder: Path, method: Method) -> tuple[str, ...]:
-    """Files that an earlier run saved in the folder, by its result.json, and that this run would not overwrite.
+def _outdated(folder: Path, method: str) -> tuple[str, ...]:
+    """Files that an earlier run saved in the folder, by its result.json, and that a method's run would not overwrite.
 
     Everything that no run saved stays.
     """
     if (earlier := _earlier_method(folder)) is None:
         return ()
-    was_full, is_full = (name == FullFineTuning.name for name in (earlier, method.name))
+    was_full, is_full = (name == FullFineTuning.name for name in (earlier, method))
     if was_full == is_full:
         return ()
     return (*FILES, GENERATION) if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))

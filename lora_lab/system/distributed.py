@@ -14,13 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from lora_lab.system.device import seed_generators
+
+T = TypeVar("T")
 
 
 class ProcessEndedError(RuntimeError):
@@ -63,6 +65,18 @@ class Processes:
                 dist.all_reduce(flat)
             for tensor, total in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def from_first(self, value: T) -> T:
+        """The value that rank 0 calls this with, in every process.
+
+        Raises:
+            ProcessEndedError: as for :meth:`sum`.
+        """
+        values = [value]
+        if self.world_size > 1:
+            with _errors_in_one_sentence():
+                dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Check that all processes call this with equal values, by name.

@@ -2,7 +2,8 @@
 
 Everything is first written to a hidden folder ``.lora_lab-new-...`` inside the target folder, and then renamed. A
 process holds a lock on its hidden folder as long as it lives, so the next process that writes to the target folder can
-remove the hidden folders of killed processes.
+remove the hidden folders of killed processes. A run that will save its results in a folder can hold a lock on the
+folder itself (:func:`claimed`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from lora_lab.system.wording import short_repr, shortened
 
 try:
     import fcntl
-except ImportError:  # on Windows, where hidden folders of killed processes are not removed
+except ImportError:  # on Windows, where hidden folders of killed processes are not removed and no folder is claimed
     fcntl = None
 
 
@@ -61,8 +63,10 @@ def as_path(path: Any, name: str) -> Path:
     """The path that an argument of that name gives.
 
     Raises:
-        ValueError: it is neither a text nor a path, or no system has such a name.
+        ValueError: it is neither a text nor a path, is empty, or no system has such a name.
     """
+    if path == "":
+        raise ValueError(f"{name} is '', but it must be a path; write '.' for the current folder.")
     if not isinstance(path, str | os.PathLike) or not _can_be_named(str(path)):
         raise ValueError(f"{name} is {short_repr(path)}, but it must be a path.")
     if any(len(os.fsencode(part) if os.name == "posix" else part) > _LONGEST_NAME for part in Path(path).parts):
@@ -96,6 +100,25 @@ def _can_be_named(path: str) -> bool:
         return False
 
 
+def check_readable(path: str | Path) -> None:
+    """Check that this user may read a file, or look for it in its folder; a missing file passes.
+
+    Raises:
+        PermissionError: this user may not.
+    """
+    path = Path(path)
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            path.open("rb").close()
+    except PermissionError as error:
+        raise PermissionError(
+            f"{shortened(str(path))} cannot be read ({error.strerror}); change its permissions, or make a copy that "
+            "you may read."
+        ) from None
+    except OSError:  # such as that of a name that is too long
+        return
+
+
 def check_folder(folder: str | Path, what: str) -> None:
     """Check that a folder exists.
 
@@ -105,12 +128,14 @@ def check_folder(folder: str | Path, what: str) -> None:
 
     Raises:
         FileNotFoundError: it does not, or is a file.
+        PermissionError: this user may not look for it.
     """
     is_file = False
     with suppress(OSError):  # as for check_file
         if Path(folder).is_dir():
             return
         is_file = Path(folder).is_file()
+    check_readable(folder)  # a folder above it may be closed to this user
     named = shortened(str(folder))
     if is_file:
         raise FileNotFoundError(f"{named} is a file, but the path of a folder is expected, {what}.")
@@ -228,9 +253,11 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist, or is a folder or a device.
+        PermissionError: this user may not read it.
         ValueError: the file is not JSON, or ``path`` is no path.
     """
     path = as_path(path, "path")
+    check_readable(path)
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise FileNotFoundError(f"{path} is {kind}, but it must be a file of JSON; give the path of one.")
@@ -270,17 +297,49 @@ def check_writable(folder: str | Path, leave: bool = False) -> None:
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
-    missing: list[Path] = []
     try:
-        missing = [] if leave else [path for path in (folder, *folder.parents) if not path.exists()]
-        with _workspace(folder) as temporary:
+        with nullcontext() if leave else _made(folder), _workspace(folder) as temporary:
             (temporary / "trial").write_bytes(bytes(4096))
     except OSError as error:
         raise _no_place(folder, error) from None
-    finally:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for the duration of the block, so that no other process can claim it.
+
+    The folder is made if it does not exist, and removed at the end if nothing is in it. A claim ends with its process,
+    however that ends. Where the system or the file system has no locks, as on Windows, every claim succeeds.
+
+    Raises:
+        FileExistsError: another process, or another block of this one, holds the folder.
+        OSError: the folder cannot be made.
+    """
+    folder = Path(folder)
+    with _made(folder):
+        try:
+            lock = _lock(folder, wait=False)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{shortened(str(folder))} is in use by another run, which has not ended; name another folder (--out), "
+                "or wait for it."
+            ) from None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def is_claimed(folder: str | Path) -> bool:
+    """Whether a folder is held by :func:`claimed`."""
+    try:
+        lock = _lock(Path(folder), wait=False)
+    except BlockingIOError:
+        return True
+    if lock is not None:
+        os.close(lock)
+    return False
 
 
 def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
@@ -327,6 +386,21 @@ def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
 
 
 @contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, for the duration of the block; of those, the empty ones are removed again."""
+    made: list[Path] = []
+    try:
+        with _no_place_as_one_sentence(folder):
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
+
+
+@contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
     """A hidden folder within ``folder`` for the duration of the block; those of dead processes are removed.
 
@@ -339,9 +413,10 @@ def _workspace(folder: Path) -> Iterator[Path]:
             made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"{_NEW}*"):
-                if (old := _lock(leftover, wait=False)) is not None:
-                    shutil.rmtree(leftover, ignore_errors=True)
-                    os.close(old)
+                with suppress(BlockingIOError):  # its process is alive
+                    if (old := _lock(leftover, wait=False)) is not None:
+                        shutil.rmtree(leftover, ignore_errors=True)
+                        os.close(old)
             while temporary is None or not temporary.exists():  # another process may remove it before it is locked
                 temporary = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder))
                 lock = _lock(temporary, wait=True)
@@ -375,16 +450,22 @@ def _check_no_folder(path: Path) -> None:
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
-    """A handle with which this process holds the folder's lock; None if it cannot be locked."""
+    """A handle with which this process holds the folder's lock; None if it cannot be locked.
+
+    Raises:
+        BlockingIOError: the lock is held already, and ``wait`` is false.
+    """
     if fcntl is None:
         return None
     handle = None
     try:
         handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         if handle is not None:
             os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return handle
 

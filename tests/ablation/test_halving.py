@@ -329,10 +329,29 @@ def test_a_method_without_rank_has_its_rates_compared_too():
     same(replay(sweep(trials, halving=None), PLAIN), frame)
 
 
-def test_trials_that_are_evaluated_at_no_rung_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"eval_every is 20 for 20 steps, 2 of them warm-up.* use eval_every=2,"):
-        sweep(grid(eval_every=20), tmp_path)
-    assert len(sweep(grid(lrs=[1e-2], eval_every=20))) == 2 * 3  # one rate needs no rung
+@pytest.mark.parametrize(
+    ("options", "advice", "changes"),
+    [
+        ({"eval_every": 20}, "eval_every=2 or more steps or", {"eval_every": 2}),
+        ({"steps": 30, "warmup": 20, "eval_every": 3}, "a shorter warm-up or more steps or", {"warmup": 0}),
+        ({"steps": 2, "eval_every": 1}, "more steps or", {"steps": 20}),
+    ],
+)
+def test_trials_that_are_evaluated_at_no_rung_are_refused_with_advice_that_helps(options, advice, changes):
+    with pytest.raises(ValueError, match=rf"eval_every is .*, so there is no rung .*; use {advice} no halving\.$"):
+        Halving().check(grid(**options))
+    Halving().check(grid(**options | changes))
+    Halving().check(grid(lrs=[1e-2], **options))  # one rate needs no rung
+
+
+def test_the_lowest_seeds_choose_in_whatever_order_they_are_given():
+    halving = Halving(choose=1, cautious=False, keep=0, rungs=[0.5])
+    trials = grid(lrs=[1e-4, 1e-2, 1.0], seeds=(2, 0, 1), steps=8)
+    frame = sweep(trials, halving=halving)
+    assert halving.choosing([2, 0, 1, 0]) == [0]
+    assert {*frame[(frame.outcome == "stopped") & (frame.step > 0)].seed} == {0}
+    expected = replay(sweep(trials, halving=None), halving)
+    same(frame[frame.step.notna()], expected[(expected.outcome == "done") | (expected.seed == 0)])
 
 
 @pytest.mark.slow

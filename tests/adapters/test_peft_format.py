@@ -34,7 +34,7 @@ from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, _ranks_and_alphas, read_adapter, read_config
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PIXELS, randomise, snapshot
+from tests.helpers import PIXELS, as_ordinary_user, randomise, snapshot
 from tests.tiny_models import PICTURES, Pictures, pictures
 
 IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -877,7 +877,7 @@ def test_an_adapter_in_memory_that_holds_no_tensors_is_refused(name, value):
     refuse(adapter_state(adapted()) | {name: value}, rf"{name} is")
 
 
-@pytest.mark.parametrize("source", [None, 5, [], b"folder"])
+@pytest.mark.parametrize("source", [None, 5, [], b"folder", ""])
 def test_what_is_no_folder_is_refused(source, tmp_path):
     refuse(source, "^source is .*, but it must be a path")
     with pytest.raises(ValueError, match=r"^folder is .*, but it must be a path"):
@@ -925,6 +925,35 @@ def test_other_types_of_adapter_are_refused(saved, kind):
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     refuse(saved, f"lacks the file {name}", FileNotFoundError)
+
+
+def test_weights_in_a_pickle_are_not_opened_and_the_message_says_how_peft_converts_them(saved):
+    torch.save(load_file(saved / WEIGHTS), saved / "adapter_model.bin")
+    (saved / WEIGHTS).unlink()
+    refuse(saved, r"holds its weights in adapter_model\.bin, a pickle.*not opened here", FileNotFoundError)
+    peft.PeftModel.from_pretrained(DigitsMLP(width=16), saved).save_pretrained(saved)
+    back = DigitsMLP(width=16)
+    load_adapter(back, saved)
+    assert torch.equal(logits(back, PIXELS), logits(adapted(), PIXELS))
+
+
+def test_weights_that_this_user_may_not_read_are_told(tmp_path_factory):
+    folder = save_adapter(adapted(), tmp_path_factory.mktemp("open"))
+    for path in (folder, *folder.parents[:2]):
+        path.chmod(0o755)
+    (folder / WEIGHTS).chmod(0)
+    with as_ordinary_user():
+        refuse(folder, rf"{WEIGHTS} cannot be read \(Permission denied\)", PermissionError)
+
+
+def test_a_compiled_model_is_saved_and_loaded_by_the_names_of_its_own_layers(tmp_path):
+    model = adapted()
+    save_adapter(torch.compile(model, backend="eager"), tmp_path)
+    plain, compiled = DigitsMLP(width=16), DigitsMLP(width=16)
+    for target in (plain, torch.compile(compiled, backend="eager")):
+        assert load_adapter(target, tmp_path) == list(lora_layers(model))
+    for back in (plain, compiled):
+        assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
 
 
 def test_what_is_no_folder_of_an_adapter_is_told(saved):

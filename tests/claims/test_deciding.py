@@ -112,6 +112,13 @@ def test_a_record_that_lacks_what_is_needed_decides_nothing(registered, tmp_path
     assert (result.verdict, result.measured) == ("open", "this record lacks what is needed (KeyError: 'missing')")
 
 
+def test_a_function_that_fails_for_another_reason_is_not_taken_for_a_record_that_lacks_something(registered, tmp_path):
+    registered(CLAIM.id, record="trial")(lambda claim, record: Result("stands", sorted([1, None])))
+    write(tmp_path, 1)
+    with pytest.raises(TypeError, match="not supported between"):
+        judge(CLAIM, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("scores", "verdict", "machine"),
     [

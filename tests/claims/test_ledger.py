@@ -177,3 +177,13 @@ def test_records_of_another_folder_decide(tmp_path, capsys):
     assert command("claims", "show", "qlora-39-percent-slower", "--records", tmp_path, "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert entry["verdict"] == "falls"  # what others published does not change with the machine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", *sorted({record.what for record in records.load_all().values()})])
+def test_no_claim_fails_where_records_of_one_kind_alone_are_there(kind, tmp_path):
+    for record in records.load_all().values():
+        if record.what == kind:
+            records.write(record, tmp_path)
+    entries = claims.load(tmp_path)
+    assert not [name for name, entry in entries.items() if "lacks what is needed" in entry.result.measured]

@@ -278,7 +278,6 @@ def test_without_a_folder_a_stopped_run_goes_on_and_others_leave_its_checkpoint(
 
 def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(tiny, tmp_path, monkeypatch, capsys):
     def meanwhile(result):
-        (tmp_path / "kept").mkdir()
         (tmp_path / "kept" / "result.json").write_text("of the other run")
         return ""
 
@@ -289,6 +288,108 @@ def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(t
     assert capsys.readouterr().err.endswith(f"saved there. The files are in {spare} instead.\n")
     assert contents(tmp_path / "kept") == {"result.json": b"of the other run"}
     assert names(spare) == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+def while_training(monkeypatch, function):
+    """Let the next run call a function before its training."""
+    fit = finetune.fit
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.setattr(finetune, "fit", fit)
+        function()
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(finetune, "fit", meanwhile)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_a_folder_in_which_another_run_will_save_is_refused_before_a_model_is_loaded(
+    tiny, tmp_path, monkeypatch, capsys, options
+):
+    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept", *options]
+    seen = []
+
+    def another():
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
+            seen.append(command("finetune", *arguments, "--seed", 1))
+
+    while_training(monkeypatch, another)
+    assert command("finetune", *arguments) == 0
+    assert seen == [1]
+    assert capsys.readouterr().err == (
+        "lora-lab: kept is in use by another run, which has not ended; name another folder (--out), or wait for it.\n"
+    )
+    assert json.loads((tmp_path / "kept" / "result.json").read_text())["settings"]["seed"] == 0
+    assert command("finetune", *arguments, "--overwrite", "--seed", 1) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpoint-every", 1]])
+def test_without_a_folder_runs_at_the_same_time_get_one_each(tiny, tmp_path, monkeypatch, options):
+    arguments = ["--task", "sums.jsonl", "--steps", 1, *options]
+    while_training(monkeypatch, lambda: command("finetune", *arguments, "--seed", 1))
+    assert command("finetune", *arguments) == 0
+    seeds = [json.loads(path.read_text())["settings"]["seed"] for path in sorted(tmp_path.glob("runs/*/result.json"))]
+    assert names(tmp_path / "runs") == ["finetune", "finetune-2"]
+    assert seeds == [0, 1]
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path, monkeypatch):
+    """The folder of a run that was stopped at its end, at step 5, before anything was saved."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "table", stop)
+        arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept"]
+        assert command("finetune", *arguments) == 130
+    return tmp_path / "kept"
+
+
+def test_another_runs_checkpoint_is_refused_before_anything_is_evaluated(stopped, monkeypatch, capsys):
+    capsys.readouterr()
+    monkeypatch.setattr(finetune, "_evaluated", lambda *_: pytest.fail("evaluated"))
+    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--lr", 0.5]
+    assert command("finetune", *arguments) == 1
+    said = capsys.readouterr()
+    assert "is from another run: its settings.lr is 0.001, not 0.5; use another folder, or delete it" in said.err
+    assert "Going on" not in said.out
+    assert names(stopped) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_overwrite_begins_anew_in_place_of_another_runs_checkpoint(stopped, capsys, damaged):
+    if damaged:
+        (stopped / "checkpoint" / "checkpoint.safetensors").write_bytes(b"?")
+    capsys.readouterr()
+    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--overwrite"]
+    assert command("finetune", *arguments, "--lr", 0.001 if damaged else 0.5) == 0
+    printed = capsys.readouterr().out
+    assert "The checkpoint in kept/checkpoint is not of this run, so --overwrite removes it\n" in printed
+    assert "Going on" not in printed
+    assert names(stopped) == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+def test_overwrite_goes_on_from_the_runs_own_checkpoint(stopped, capsys):
+    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--overwrite"]
+    assert command("finetune", *arguments) == 0
+    assert "Going on from step 5, with the checkpoint in kept/checkpoint\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "out", "says"),
+    [
+        ("lora", "kept", "method is 'lora', but it must be an instance of Method"),
+        (LoRA(2), None, "out is None, but it must be a path"),
+        (LoRA(2), "", r"out is '', but it must be a path; write '\.' for the current folder"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_before_anything_is_loaded(tiny, monkeypatch, method, out, says):
+    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=says):
+        finetune.run("sums.jsonl", method, out)
 
 
 def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, monkeypatch):
@@ -321,14 +422,14 @@ def test_what_an_earlier_run_kept_is_asked_of_its_last_save_even_if_that_was_sto
     (tmp_path / ".lora_lab-ready").mkdir()
     for folder, name in ((tmp_path, "lora"), (tmp_path / ".lora_lab-ready", "full")):
         (folder / "result.json").write_text(json.dumps({"method": {"name": name}}))
-    assert set(finetune._outdated(tmp_path, LoRA(2))) == {*MODEL, "generation_config.json"}
+    assert set(finetune._outdated(tmp_path, "lora")) == {*MODEL, "generation_config.json"}
 
 
 @pytest.mark.parametrize("content", [None, "?", "[]", "{}", '{"method": 5}'])
 def test_without_a_result_of_a_run_nothing_gives_way(tmp_path, content):
     if content is not None:
         (tmp_path / "result.json").write_text(content)
-    assert finetune._outdated(tmp_path, FullFineTuning()) == ()
+    assert finetune._outdated(tmp_path, "full") == ()
 
 
 @pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])

@@ -39,6 +39,7 @@ QUOTED = [
 # Rows whose mistake is not made here, because that takes seconds or another machine; the words must be in the source.
 NOT_MADE = {
     "is of kind": "a file in a kind that the gguf library lacks must be written; tests/models/test_pretrained.py",
+    "cannot be read (": "takes a user who is not root; tests/system/test_files.py",
     "The system ended a worker": "takes processes of which one is killed; tests/ablation/test_run.py",
     "The output cannot be written": "takes a device that is full; tests/test_cli.py",
     "The files are in": "takes a training whose folder vanishes; tests/experiments/test_finetune.py",
@@ -252,6 +253,13 @@ def _(lab, right):
 def _(lab, right):
     _, adapter = lab.adapted()
     ll.load_adapter(lab.llama(), adapter if right else "a-name/of-the-hub")
+
+
+@mistake("a pickle, which can run code and is not opened here", FileNotFoundError)
+def _(lab):
+    _, adapter = lab.adapted()
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    ll.load_adapter(lab.llama(), adapter)
 
 
 @mistake("that its target_modules match, such as", UserWarning)
@@ -559,6 +567,12 @@ def _(lab, right):
 def _(lab):
     _, adapter = lab.adapted()
     finetune.run("style", ll.LoRA(rank=2), adapter)
+
+
+@mistake("is in use by another run", OSError)
+def _(lab, right):
+    with files.claimed(lab.folder / "out"), files.claimed(lab.folder / ("another" if right else "out")):
+        pass
 
 
 @mistake("was not written by this command")

@@ -27,7 +27,7 @@ from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
 from lora_lab.tasks.generate import answers, most_likely_labels, reply
 from tests.helpers import enlarge, randomise_all
-from tests.tiny_models import SHAPE, falcon, fresh, gemma3, gpt2, llama, mamba, original, phi, qwen3
+from tests.tiny_models import SHAPE, bert, falcon, fresh, gemma3, gpt2, llama, mamba, original, phi, qwen3
 
 pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 
@@ -273,6 +273,24 @@ def test_peft_reads_what_was_trained_and_merging_keeps_it(make, tmp_path):
         torch.testing.assert_close(model(ONE[0]).logits, expected, rtol=1e-5, atol=1e-5)
     kinds = {name: type(module) for name, module in original(make).named_modules()}
     assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
+def test_an_adapter_fits_its_classifier_if_the_model_was_saved_with_its_new_head(tmp_path):
+    """The recipe of docs/huggingface.md."""
+    parts = [Examples(rows(16, seed).inputs, torch.arange(16) % 2) for seed in range(4)]
+    task = Task("classes", *parts)
+    fresh(bert).save_pretrained(tmp_path / "with head")
+    model = hf.BertForSequenceClassification.from_pretrained(tmp_path / "with head")
+    fit(model, task, LoRA(rank=4), steps=STEPS, lr=LR, batch_size=BATCH)
+    assert "classifier" in lora_layers(model)
+    ll.save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "with head"))
+    again = hf.BertForSequenceClassification.from_pretrained(tmp_path / "with head")
+    ll.load_adapter(again, tmp_path / "adapter")
+    assert evaluate(again, task) == evaluate(model, task)
+    merge(model)
+    model.save_pretrained(tmp_path / "tuned")
+    whole = hf.BertForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert evaluate(whole, task) == pytest.approx(evaluate(again, task), rel=1e-5)
 
 
 @EVERY

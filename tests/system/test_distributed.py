@@ -154,6 +154,8 @@ def work(rank, folder):
     drawn, results["drawn"] = [], [None, None]
     small_run(loss=lambda *batch: drawn.append(torch.initial_seed()) or F.cross_entropy(*batch))
     dist.all_gather_object(results["drawn"], drawn)
+    results["from first"] = [None, None]
+    dist.all_gather_object(results["from first"], current_processes().from_first(f"of process {rank}"))
     for dropout in (0.5, 0.0):
         message(Stopped, small_run, folder / f"stopped at {dropout}", dropout, loss=At(4, stop))
     results["resumed"] = small_run(folder / "stopped at 0.5", 0.5)
@@ -217,6 +219,11 @@ def test_sums_keep_dtypes_and_layouts(two):
     assert matrix.stride() == (1, 3)
     assert vector.tolist() == [1.2000000000000002] * 3
     assert (matrix.dtype, vector.dtype, scalar.item()) == (torch.float32, torch.float64, 2.0)
+
+
+def test_each_process_gets_the_value_of_the_first(two):
+    _, results = two
+    assert results["from first"] == ["of process 0"] * 2
 
 
 def test_rank_0_alone_calls_on_row_with_each_row(two):
@@ -308,6 +315,7 @@ def test_what_would_train_something_else_is_refused(two, refused, says):
 def test_one_process_needs_no_check():
     assert current_processes() == distributed.ALONE
     distributed.ALONE.check_same({"seed": 1})
+    assert distributed.ALONE.from_first("own") == "own"
     fit(Normed(), numbers(), FullFineTuning(), **OPTIONS)
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,18 @@ from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
+    check_folder,
+    check_readable,
     check_writable,
+    claimed,
     finish_interrupted_save,
+    is_claimed,
     read_json,
     read_whole,
     rescued,
     write_json,
 )
-from tests.helpers import names
+from tests.helpers import as_ordinary_user, names
 
 
 def run_until_killed(code, *arguments):
@@ -521,6 +526,70 @@ def test_a_folder_that_others_write_to_at_the_same_time_stays_there(tmp_path):
     assert (tmp_path / "deep" / "down").is_dir()
 
 
+def test_a_claimed_folder_is_refused_to_others_until_its_block_ends(tmp_path):
+    folder = tmp_path / "deep" / "down"
+    assert not is_claimed(folder)
+    with claimed(folder):
+        assert is_claimed(folder)
+        with (
+            pytest.raises(FileExistsError, match=r"down is in use by another run.*; name another folder"),
+            claimed(folder),
+        ):
+            pytest.fail("claimed twice")
+        write_json(folder / "a.json", 1)
+        check_writable(folder)
+    assert not is_claimed(folder)
+    with claimed(folder):
+        pass
+    assert names(folder) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_claimed_folder_with_nothing_in_it_is_removed(tmp_path, error):
+    with pytest.raises(error) if error else nullcontext(), claimed(tmp_path / "deep" / "down"):
+        if error:
+            raise error
+    assert names(tmp_path) == []
+    with claimed(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+
+
+def test_the_claim_of_a_killed_process_ends_with_it(tmp_path):
+    code = """
+import sys
+from lora_lab.system.files import claimed
+with claimed(sys.argv[1]):
+    print("claimed", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "claimed\n"
+        assert is_claimed(tmp_path)
+        other.kill()
+    with claimed(tmp_path):
+        pass
+
+
+def test_without_locks_every_claim_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_lab.system.files.fcntl", None)
+    with claimed(tmp_path), claimed(tmp_path):
+        assert not is_claimed(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_cannot_be_claimed(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="deep cannot be written to"), claimed(tmp_path / "file" / "deep"):
+        pytest.fail("claimed")
+
+
+def test_an_empty_text_is_no_path():
+    with pytest.raises(ValueError, match=r"folder is '', but it must be a path; write '\.' for the current folder"):
+        as_path("", "folder")
+    assert as_path(".", "folder") == Path()
+
+
 @pytest.mark.parametrize("name", ["\ud83d", "a\0b"])
 def test_what_no_file_can_be_called_is_no_path(name):
     with pytest.raises(ValueError, match=r"folder is .*, but it must be a path"):
@@ -568,6 +637,35 @@ def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_na
     with pytest.raises(OSError, match=rf"^{tmp_path / 'file'} is no good$"):
         rescued(fail, tmp_path / "file")
     assert names(spares) == [spare.name]
+
+
+@pytest.fixture
+def closed(tmp_path_factory):
+    """A folder whose files this test's user may not read, and one in which the user may not even look for them."""
+    top = tmp_path_factory.mktemp("open")
+    for folder in (top, *top.parents[:2]):
+        folder.chmod(0o755)
+    for name in ("files", "hidden"):
+        (top / name).mkdir()
+        (top / name / "a.json").write_text("{}")
+    (top / "files" / "a.json").chmod(0)
+    (top / "hidden").chmod(0)
+    yield top
+    (top / "hidden").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["files/a.json", "hidden/a.json", "hidden/missing.json"])
+def test_a_file_that_this_user_may_not_read_is_one_sentence(closed, name):
+    says = rf"^{closed / name} cannot be read \(Permission denied\); change its permissions, or make a copy"
+    with as_ordinary_user():
+        for check in (check_readable, read_json):
+            with pytest.raises(PermissionError, match=says):
+                check(closed / name)
+        if name.startswith("hidden"):
+            with pytest.raises(PermissionError, match=says):
+                check_folder(closed / name, "a saved adapter")
+    check_readable(closed / "files")
+    check_readable(closed / "missing")
 
 
 # JSON
