@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,14 +30,14 @@ def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     """Write all that a run needs to continue, into one file, so that weights and history are always of the same step.
 
     Raises:
-        DivergedError: a weight is NaN or infinite; the previous checkpoint stays.
+        DivergedError: a trained parameter is NaN or infinite; the previous checkpoint stays.
         OSError: the file cannot be written.
     """
     device = next(model.parameters()).device
     tensors = trained(model)
-    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        stop_if_diverged("weight", math.nan, history.rows[-1])
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():  # a buffer may be infinite, such as a causal mask
+        if parameter.requires_grad and not bool((finite := torch.isfinite(parameter.detach())).all()):
+            stop_if_diverged(f"parameter {name!r}", parameter.detach()[~finite][0].item(), history.rows[-1])
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
@@ -48,11 +47,21 @@ def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     save_tensors(Path(folder) / _CHECKPOINT, tensors, note)
 
 
-def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> int:
+def resume(
+    folder: str | Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    before_change: Callable[[], None] = lambda: None,
+) -> int:
     """Restore a run from its checkpoint, and return the number of steps done (0 without a checkpoint).
 
     The whole checkpoint is checked before anything is changed. The states of torch's global random generators are
     restored too, so call it within :func:`lora_lab.system.device.own_randomness`, as ``fit`` does.
+
+    Args:
+        folder, model, optimizer, history: as for :func:`save`; the history has no rows yet.
+        before_change: called once the checkpoint has been checked, just before the model's weights change.
 
     Raises:
         ValueError: the file is damaged, or belongs to another run or to other frozen weights.
@@ -61,6 +70,7 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
         return 0
     path, device = Path(folder) / _CHECKPOINT, next(model.parameters()).device
     tensors, note, stored = _contents(path)
+    tensors = without_nonpersistent(tensors, model)
     _check_same_run(path, asdict(history), stored)
     done, steps = len(stored["rows"]) - 1, history.settings["steps"]
     if not 1 <= done <= steps:
@@ -75,6 +85,7 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {_ADVICE}.") from None
+    before_change()
     with torch.no_grad():
         for name, value in trained(model).items():
             value.copy_(tensors[name])
@@ -84,8 +95,8 @@ def resume(folder: str | Path | None, model: nn.Module, optimizer: torch.optim.O
                 value, state = tensors[f"optimizer.{name}.{key}"], optimizer.state[parameter]
                 if key in state:  # a view of the lean optimiser's flat tensor
                     state[key].copy_(value)
-                else:
-                    state[key] = value.to(parameter.device)
+                else:  # a copy: on the CPU ``value`` is a part of the file, which Windows could then not replace
+                    state[key] = value.to(parameter.device, copy=True)
     history.rows = stored["rows"]
     history.optimizer_bytes = stored["optimizer_bytes"]
     return done
@@ -206,9 +217,19 @@ def _expected_tensors(
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors that training changes, trainable parameters and buffers, by their names in a checkpoint."""
+    """The model's tensors that training changes, trainable parameters and buffers, by their names in a checkpoint.
+
+    Non-persistent buffers, those that are not in ``model.state_dict()``, are left out: the model computes them itself.
+    """
     parameters = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
+    persistent = model.state_dict().keys()
+    return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def without_nonpersistent(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A file's tensors without the model's non-persistent buffers, which earlier versions stored too."""
+    left_out = {f"buffer.{name}" for name, _ in model.named_buffers()} - trained(model).keys()
+    return {name: value for name, value in tensors.items() if name not in left_out}
 
 
 def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

@@ -183,6 +183,12 @@ def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
         row: of the step, with its number and its learning rate.
     """
     if not math.isfinite(loss):
+        if row["step"] == 0:
+            raise DivergedError(
+                f"The {what} is {loss} at step 0 (before training), so no learning rate can help; look for NaN and "
+                "infinite numbers in the model's weights and the task's inputs, and if there are none, load the model "
+                "in float32, because its own dtype overflows."
+            )
         raise DivergedError(
             f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "
             "lower the learning rate, and reload the model, because its weights are unusable."

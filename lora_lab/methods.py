@@ -7,14 +7,13 @@ and ``groups(model)``, which returns the trainable parameters as groups for the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, replace, require_no_adapters
+from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, require_no_adapters
 from lora_lab.lora import LoRALayer
 from lora_lab.system.schema import Positive, check
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
@@ -75,42 +74,6 @@ def require_unmarked(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a model has on it before a method prepares it: the names of its adapted layers, and its mark."""
-
-    adapted: tuple[str, ...]
-    mark: str | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Before:
-        """What the model has on it now."""
-        return cls(tuple(lora_layers(model)), getattr(model, MARK, None))
-
-    def restore(self, model: nn.Module) -> None:
-        """Take off the adapters and the mark that a method has put on since; weights stay as they are."""
-        for name, layer in lora_layers(model).items():
-            if name not in self.adapted:
-                replace(model, name, layer.base)
-        if self.mark is None:
-            vars(model).pop(MARK, None)
-
-
-def undoing(model: nn.Module) -> ExitStack:
-    """A context at whose end ``model`` is as no method had prepared it in there, unless its ``pop_all()`` is called."""
-    before, trainable = Before.of(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def undo() -> None:
-        before.restore(model)
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-    stack = ExitStack()
-    stack.callback(undo)
-    return stack
-
-
-@dataclass(frozen=True)
 class FullFineTuning(Method):
     """Train every parameter."""
 
@@ -126,7 +89,8 @@ class PartialFineTuning(Method):
     """Train only the named modules, such as a new head or the last blocks, and freeze all others.
 
     Args:
-        modules: exact names, as in ``model.named_modules()``.
+        modules: exact names, as in ``model.named_modules()``. Of modules that share a weight, such as a tied head and
+            embedding, all must be named, or none.
     """
 
     modules: Sequence[str] = ("head",)
@@ -144,6 +108,7 @@ class PartialFineTuning(Method):
                     f"{[*model._modules]}."
                 )
         _check_trainable([modules[name] for name in self.modules])
+        _check_unshared(modules, self.modules)
         model.requires_grad_(False)
         for name in self.modules:
             modules[name].requires_grad_(True)
@@ -198,6 +163,18 @@ class ContinueLoRA(Method):
         for layer in layers.values():
             for name, parameter in layer.named_parameters(recurse=False):
                 parameter.requires_grad_(not (isinstance(layer, LoRAFALinear) and name == "lora_A"))
+
+
+def _check_unshared(modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    """Raise ValueError if a module outside the named ones has one of their parameters, and so would be trained too."""
+    named = {module for name in names for module in modules[name].modules()}
+    owners = {parameter: name for name in names for parameter in modules[name].parameters()}
+    for other, module in modules.items():
+        if module not in named and (shared := owners.keys() & set(module.parameters(recurse=False))):
+            raise ValueError(
+                f"{owners[shared.pop()]!r} shares a weight with {other!r}, so training one trains the other; name both "
+                "in modules, or neither."
+            )
 
 
 def _check_trainable(modules: Sequence[nn.Module]) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -198,6 +199,17 @@ def _shifted(model: nn.Module, targets: Tensor | None) -> Tensor:
             f"The config of the {type(model).__name__} names no decoder_start_token_id or pad_token_id, so what its "
             "decoder reads is not known; set both."
         ) from None
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give each module the mode back, train or eval, that it has now; one that is put in gets that of its parent."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():  # a parent comes before its children
+            module.training = modes.setdefault(name, modes[name.rpartition(".")[0]])
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from lora_lab import checkpoint
 from lora_lab.history import History, count_parameters
 from lora_lab.inject import adapter_state, lora_layers
-from lora_lab.methods import Before, ContinueLoRA, Method, undoing
+from lora_lab.inject import replace as replace_layer
+from lora_lab.methods import MARK, ContinueLoRA, Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
-from lora_lab.system.files import as_path
+from lora_lab.system.files import as_path, check_writable
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import (
     Count,
@@ -41,10 +42,10 @@ from lora_lab.system.schema import (
     instance_of,
 )
 from lora_lab.system.wording import short_repr
-from lora_lab.task import Batch, Examples, Loss, Task
+from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
-_RUN = "_lora_lab_run"  # the attribute of a model that holds the run that trains it, and the model's state before it
+_RUN = "_lora_lab_run"  # the attribute of a model that holds the run that has trained it last, and that run's _Start
 
 
 @runtime_checkable
@@ -268,14 +269,34 @@ def enable_checkpointing(model: nn.Module) -> None:
     Raises:
         ValueError: it has no method for that.
     """
-    # transformers 5 has renamed the method, and warns of the old name.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    if not hasattr(model, names[1]):
+    if not hasattr(model, "gradient_checkpointing_enable"):
         raise ValueError(
             f"A {type(model).__name__} has no method gradient_checkpointing_enable, as lora_lab's Llama and "
             "transformers' models have; use gradient_checkpointing=False."
         )
-    getattr(model, next(name for name in names if hasattr(model, name)))()
+    _switch_checkpointing(model, "enable")
+
+
+def _switch_checkpointing(model: nn.Module, to: Literal["enable", "disable"]) -> None:
+    """Call the model's method for that, if it has one."""
+    # transformers 5 has renamed the methods, and warns of the old names.
+    names = (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}")
+    getattr(model, next((name for name in names if hasattr(model, name)), ""), lambda: None)()
+
+
+@contextmanager
+def _checkpointing_restored(model: nn.Module) -> Iterator[None]:
+    """Switch gradient checkpointing off again if the block switches it on."""
+
+    def is_on() -> bool:  # as transformers find it out
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    before = is_on()
+    try:
+        yield
+    finally:
+        if not before and is_on():
+            _switch_checkpointing(model, "disable")
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:
@@ -310,7 +331,10 @@ def fit(
         fit(model, task, LoRA(rank=8), steps=40, lr=2e-3, batch_size=4)
 
     All randomness (adapter weights, data order, dropout) comes from ``seed``, and the global generators
-    are left unchanged. The model ends in the mode, train or eval, that it was passed in.
+    are left unchanged. The model's modules end in the modes, train or eval, that they were passed in.
+
+    What is frozen stays as it is: where parts of the model are frozen, a batch norm without trainable parameters stays
+    in eval mode, so that its statistics do not change.
 
     If torch's process group is initialised (docs/distributed.md), its processes train together, and all of them must
     call this alike. Each takes its share of every batch; what they compute is what one process would, up to rounding,
@@ -336,10 +360,11 @@ def fit(
     Raises:
         ValueError: an argument is of another type, such as a path for the model; the model already has adapters (which
             ContinueLoRA() trains) or has been prepared before, an option is out of range, batches go by length but all
-            examples have the same, the task, the lean step or gradient checkpointing does not fit the model or the
-            method, checkpoint_every is given without checkpoint_dir, or the folder's checkpoint is damaged or from
-            another run (its weights are then not loaded). Of several processes: they differ, or the model has batch
-            norms.
+            examples have the same, no target of a batch counts in the loss, the task, the lean step or gradient
+            checkpointing does not fit the model or the method, checkpoint_every is given without checkpoint_dir, or the
+            folder's checkpoint is damaged or from another run (its weights are then not loaded). Of several processes:
+            they differ, or the model has batch norms that are trained.
+        OSError: checkpoint_dir cannot be written to.
         DivergedError: the loss became NaN or infinite.
         ProcessEndedError: another process has ended; the message says from which step the run can go on.
         TypeError: an option is missing or unknown.
@@ -350,12 +375,16 @@ def fit(
     task.check_model(model)
     check_evaluated(task, config)
     order, processes = data_order(task, config), current_processes()
-    history = _new_history(model, task, method, config)
+    check_batches(task, order, config)
+    history = _new_history(task, method, config)
     run = [history.task, history.method, history.settings]
-    before = _before(model, run, checkpoint.holds(checkpoint_dir, history))
+    start = _start(model, run, checkpoint_dir)
+    if isinstance(method, ContinueLoRA) and start.adapters is not None:
+        history.method = history.method | {"start": start.adapters}
+    _check_checkpoint_dir(checkpoint_dir, history, processes)
     report = on_row if on_row and processes.rank == 0 else (lambda row: None)
     advice, device = checkpoint.advice_if_a_process_ends(checkpoint_dir), next(model.parameters()).device
-    with undoing(model) as preparation:  # by an error, unless a step has been taken
+    with modes_restored(model), _checkpointing_restored(model), _undone_by_an_error(model, run, start) as before_change:
         training_step = make_step(model, task.loss, method, config)
         training_step.processes = processes
         history.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -369,15 +398,10 @@ def fit(
                 history.add_evaluation(part, mean_loss(model, task_of_step, part, *options).item())
             history.optimizer_bytes = state_bytes(training_step.optimizer)
 
-        def keep_preparation(*_: Any) -> None:
-            preparation.pop_all()
-            setattr(model, _RUN, (run, before))
-
-        training_step.optimizer.register_step_pre_hook(keep_preparation)  # each step changes weights
-        with _training_mode(model), own_randomness(device, config.seed), advice:
-            done = checkpoint.resume(checkpoint_dir, model, training_step.optimizer, history)
-            if done:
-                keep_preparation()
+        training_step.optimizer.register_step_pre_hook(lambda *_: before_change())
+        set_training_mode(model)
+        with own_randomness(device, config.seed), advice:
+            done = checkpoint.resume(checkpoint_dir, model, training_step.optimizer, history, before_change)
             _check_alike(processes, model, history, done)
             with progress_bar(config.steps, method.name, progress if processes.rank == 0 else False, done=done) as bar:
                 if not history.rows:
@@ -465,60 +489,138 @@ def _checkpoint_interval(folder: str | Path | None, every: int | None, config: T
     return config.evaluation_interval if every is None else every
 
 
-def _new_history(model: nn.Module, task: Task, method: Method, config: TrainConfig) -> History:
+def _check_checkpoint_dir(folder: str | Path | None, history: History, processes: Processes) -> None:
+    """Check that a run can go on from the checkpoint in a folder, and can write the next one.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another run.
+        OSError: the folder cannot be written to.
+    """
+    checkpoint.holds(folder, history)
+    if folder is not None and processes.rank == 0 and checkpoint.step_of(folder) != history.settings["steps"]:
+        check_writable(folder)
+
+
+def _new_history(task: Task, method: Method, config: TrainConfig) -> History:
     """The history of a run whose model is not prepared yet, so that its parameters are not counted."""
     return History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
-        method=method.settings() | _start(method, model),
+        method=method.settings(),
         settings=config.settings(),
         trainable_parameters=0,
         total_parameters=0,
     )
 
 
-def _before(model: nn.Module, run: list[Any], stored: bool) -> Before:
-    """What the model had on it before this run, which may have been stopped: it is then put back into that state.
+@dataclass(frozen=True)
+class _Start:
+    """What a run starts from: what the model has on it before the run prepares it.
 
     Args:
-        stored: whether there is a checkpoint, which holds all that the run has trained.
+        adapted: the names of its adapted layers.
+        adapters: the hash of their adapters, from which ContinueLoRA starts; None if there are none.
+        trainable: the names of the parameters that require a gradient.
+        mark: as ``methods.MARK``.
     """
-    last_run, before = getattr(model, _RUN, (None, None))
-    if before is None or last_run != run or not stored:
-        return Before.of(model)
-    before.restore(model)
-    return before
+
+    adapted: frozenset[str]
+    adapters: str | None
+    trainable: frozenset[str]
+    mark: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Start:
+        """What the model has on it now."""
+        adapted = frozenset(lora_layers(model))
+        return cls(
+            adapted,
+            checkpoint.tensors_hash(adapter_state(model)) if adapted else None,
+            frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+            getattr(model, MARK, None),
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Take off the adapters that were put on since, and give back the flags and the mark; weights do not change."""
+        for name, layer in lora_layers(model).items():
+            if name not in self.adapted:
+                replace_layer(model, name, layer.base)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+        _set_mark(model, self.mark)
+
+
+def _start(model: nn.Module, run: list[Any], folder: str | Path | None) -> _Start:
+    """What a run starts from: what the model has on it now, or had when this run began to train it.
+
+    Args:
+        run: what identifies the run.
+        folder: with the run's checkpoint if it was stopped.
+    """
+    last_run, start = getattr(model, _RUN, (None, _Start.of(model)))
+    return start if last_run == run and checkpoint.step_of(folder) is not None else _Start.of(model)
 
 
 @contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode, and back into the mode that it was in."""
-    training = model.training
-    model.train()
+def _undone_by_an_error(model: nn.Module, run: list[Any], start: _Start) -> Iterator[Callable[[], None]]:
+    """Prepare and train a model in the block, and undo the preparation if an error ends it before a weight has changed.
+
+    Args:
+        model: the block finds it as it was at the start of the run.
+        run: what identifies the run.
+        start: what the run starts from.
+
+    Yields:
+        A function to call before weights change.
+    """
+    mark, changed = getattr(model, MARK, None), False  # a run that was stopped has left its mark
+
+    def before_change() -> None:
+        nonlocal changed
+        changed = True
+        setattr(model, _RUN, (run, start))
+
     try:
-        yield
-    finally:
-        model.train(training)
+        start.restore(model)
+        yield before_change
+    except BaseException:
+        if not changed:
+            start.restore(model)
+            _set_mark(model, mark)
+        raise
 
 
-def _start(method: Method, model: nn.Module) -> dict[str, str]:
-    """What a run started from, if not from the base: a hash of the adapters that it continues."""
-    return (
-        {"start": checkpoint.tensors_hash(adapter_state(model))}
-        if isinstance(method, ContinueLoRA) and lora_layers(model)
-        else {}
-    )
+def _set_mark(model: nn.Module, mark: str | None) -> None:
+    if mark is not None:
+        setattr(model, MARK, mark)
+    elif hasattr(model, MARK):
+        delattr(model, MARK)
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Put a prepared model into training mode, except what would change the running statistics of a frozen layer.
+
+    That is a batch norm without trainable parameters, unless the whole model is trained.
+    """
+    model.train()
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for module in model.modules():
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if getattr(module, "track_running_stats", False) and not trained:
+            module.eval()
 
 
 def _check_alike(processes: Processes, model: nn.Module, history: History, done: int) -> None:
     """Check that all processes train the same model in the same way, and go on from the same step.
 
     Raises:
-        ValueError: they do not, or the model has batch norms.
+        ValueError: they do not, or the model has batch norms that are trained.
     """
     if processes.world_size == 1:
         return
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and module.training and not isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"{name!r} is a {type(module).__name__}, whose statistics would be those of one process's examples; "
                 "use one process, or on GPUs torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)."
@@ -538,16 +640,11 @@ def micro_batches(
     Returns:
         The micro-batches, the weight of each in the loss of the whole batch, and the size of the whole batch in the
         task's unit.
-
-    Raises:
-        ValueError: no target counts.
     """
     batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]
     size = math.ceil(len(batch) / (config.accumulate * threads * processes.world_size))
     parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
     parts = [part for part in parts if task.counted(part)]  # a mean over no target would be NaN
-    if not parts:
-        raise ValueError(f"No target of the batch at step {step} counts in the loss; use larger batches.")
     counts, mine = [task.counted(part) for part in parts], slice(processes.rank, None, processes.world_size)
     return parts[mine], [count / sum(counts) for count in counts[mine]], task.size(batch)
 
@@ -583,10 +680,13 @@ def evaluate(
         by_length: let examples of similar length share a batch: the same mean, up to rounding, in less time.
 
     Raises:
-        ValueError: the task has no such part, or an argument is out of range or of another type.
+        ValueError: the task has no such part, no target of these examples counts in the loss, or an argument is out of
+            range or of another type.
     """
     _check_types(model=model, task=task)
     task.check_model(model)
+    task.part(part)
+    task.check_counted(part, check(limit, Size | None, "limit"))
     return mean_loss(model, task, part, batch_size, limit, by_length).item()
 
 
@@ -640,21 +740,31 @@ def batch_losses(
     examples = task.part(part)[:limit]
     if by_length and examples.lengths is not None:
         examples = examples[examples.lengths.argsort(stable=True)]
-    training = model.training
-    model.eval()
-    try:
+    with modes_restored(model):
+        model.eval()
         for start in range(processes.rank * batch_size, len(examples), processes.world_size * batch_size):
             batch = examples[slice(start, start + batch_size)]
             if counted := task.counted(batch):
                 yield task.loss(model, *to_device(batch, model)).cpu().double(), counted
-    finally:
-        model.train(training)
 
 
 def check_evaluated(task: Task, config: TrainConfig) -> None:
     """Raise ValueError if no target counts in the examples of a part on which a run is evaluated."""
     for part in EVALUATED:
         task.check_counted(part, config.eval_examples)
+
+
+def check_batches(task: Task, order: DataOrder, config: TrainConfig) -> None:
+    """Raise ValueError if no target counts in one of the run's batches, whose loss would be a mean over nothing."""
+    counts = task.train.counts  # (n,)
+    if not (empty := int((counts == 0).sum())):
+        return
+    for step in range(1, config.steps + 1):
+        if not counts[order.rows((step - 1) * config.batch_size, config.batch_size)].any():
+            raise ValueError(
+                f"No target of the batch at step {step} (seed {config.seed}) counts in the loss; remove the training "
+                f"examples in which none counts, {empty} of {len(counts)} in task {task.name!r}, or use larger batches."
+            )
 
 
 def data_order(task: Task, config: TrainConfig) -> DataOrder:

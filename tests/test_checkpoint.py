@@ -689,6 +689,45 @@ def test_a_frozen_scalar_is_part_of_the_base(tmp_path):
     assert_same_end(*(run("lora on batch norm", folder, model=make(1.0)) for folder in (tmp_path, None)))
 
 
+class Masked(nn.Module):
+    """A net with a causal mask of -inf, and a table that is not persistent and grows in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 10)
+        self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
+        self.register_buffer("table", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        if len(self.table) < 8:
+            self.register_buffer("table", torch.linspace(0, 1, 8), persistent=False)
+        x = self.hidden(x.view(-1, 8, 8)) * self.table
+        return self.head((torch.softmax(x @ x.mT + self.mask, -1) @ x).mean(1))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), FullFineTuning()], ids=lambda method: method.name)
+def test_a_buffer_may_be_infinite_and_one_that_is_not_persistent_of_any_shape(tmp_path, method):
+    interrupt("lora", tmp_path, 6, model=Masked(), method=method)
+    note, tensors = content_of(tmp_path / CHECKPOINT)
+    assert [name for name in tensors if name.startswith("buffer.")] == ["buffer.mask"]
+    whole = run("lora", model=Masked(), method=method)
+    assert_same_end(run("lora", tmp_path / "again", model=Masked(), method=method), whole)
+    del note["sha256"]
+    save_file(tensors | {"buffer.table": torch.zeros(8)}, tmp_path / CHECKPOINT, metadata=note)  # as it was once stored
+    assert_same_end(run("lora", tmp_path, model=Masked(), method=method), whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+@ALL
+def test_a_resumed_run_keeps_no_part_of_the_file_which_windows_could_not_replace(tmp_path, kind):
+    interrupt(kind, tmp_path, 6)
+    file, mapped = str(tmp_path / CHECKPOINT), []
+    run(kind, tmp_path, on_row=lambda row: mapped.append(file in Path("/proc/self/maps").read_text()))
+    assert mapped == [False] * 5
+
+
 def test_a_diverged_run_leaves_the_last_good_checkpoint(tmp_path):
     interrupt("lora", tmp_path, 4)
     before = (tmp_path / CHECKPOINT).read_bytes()

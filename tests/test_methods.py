@@ -1,6 +1,7 @@
 """Methods: what each makes trainable, the mark it leaves, what it refuses, and how each trains."""
 
 import copy
+import dataclasses
 import math
 import pickle
 from dataclasses import dataclass
@@ -73,6 +74,31 @@ def test_partial_fine_tuning_trains_the_named_modules_and_nothing_else(frozen, m
     expected = {name for name in every if any(name.startswith(module + ".") for module in modules)}
     assert trainable(frozen) == expected
     assert 0 < len(expected) < len(every)
+
+
+def test_partial_fine_tuning_trains_no_module_that_is_not_named_through_a_shared_weight(tiny_config):
+    model = Llama(tiny_config)
+    before = snapshot(model)
+    for names, other in ((["lm_head"], "model.embed_tokens"), (["model"], "lm_head")):
+        with pytest.raises(
+            ValueError,
+            match=rf"^'{names[0]}' shares a weight with '{other}', so training one trains the other; name both in "
+            r"modules, or neither\.$",
+        ):
+            PartialFineTuning(names).prepare(model, seed=0)
+    assert snapshot(model) == before
+    PartialFineTuning(["lm_head", "model.embed_tokens"]).prepare(model, seed=0)
+    assert trainable(model) == {"model.embed_tokens.weight"}
+    untied = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
+    PartialFineTuning(["lm_head"]).prepare(untied, seed=0)
+    assert trainable(untied) == {"lm_head.weight"}
+
+
+def test_a_module_with_two_names_is_one_module():
+    model = nn.Module()
+    model.first = model.second = nn.Linear(3, 2)
+    PartialFineTuning(["first"]).prepare(model, seed=0)
+    assert trainable(model) == {"first.weight", "first.bias"}
 
 
 @pytest.mark.parametrize("name", ["heads", "layers.2", "", "proj"])

@@ -6,9 +6,12 @@ import io
 import itertools
 import json
 import math
+import os
 import random
+import re
 import sys
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -29,10 +32,14 @@ from lora_lab import (
     LoRAPlus,
     PartialFineTuning,
     PiSSA,
+    checkpoint,
     evaluate,
     fit,
     inject,
+    load_adapter,
+    save_adapter,
     seed_everything,
+    train,
 )
 from lora_lab.ablation import Grid
 from lora_lab.history import COLUMNS, DivergedError
@@ -41,7 +48,15 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.task import mean_cross_entropy
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error, planted
 from lora_lab.tasks.instruction import Padded
-from lora_lab.train import DataOrder, LengthOrder, TrainConfig, TrainingStep, learning_rate, make_step
+from lora_lab.train import (
+    DataOrder,
+    LengthOrder,
+    TrainConfig,
+    TrainingStep,
+    enable_checkpointing,
+    learning_rate,
+    make_step,
+)
 from tests.helpers import Stopped, small_task, snapshot
 
 
@@ -60,7 +75,7 @@ def losses(history):
 
 
 def run(method=None, model=None, task=None, **options):
-    model = model or DigitsMLP(width=16)
+    model = DigitsMLP(width=16) if model is None else model
     options = {"steps": 6, "lr": 0.01, "batch_size": 4} | options
     return model, fit(model, task or small_task(), method or FullFineTuning(), **options)
 
@@ -493,11 +508,19 @@ def test_a_micro_batch_without_a_counted_target_changes_no_result(accumulate):
         torch.testing.assert_close(value, results[1][name], rtol=0, atol=1e-10)
 
 
-def test_a_batch_without_any_counted_target_stops_the_run_at_its_step():
-    task = token_task()
+def test_a_batch_without_any_counted_target_is_told_before_the_first_step():
+    task, rows, model = token_task(), [], Tokens()
+    options = {"lr": 0.05, "batch_size": 2, "on_row": rows.append}
     task.train.targets[DataOrder(len(task.train), 0).rows(2, 2)] = IGNORE
-    with pytest.raises(ValueError, match="No target of the batch at step 2 counts in the loss"):
-        fit(Tokens(), task, FullFineTuning(), steps=3, lr=0.05, batch_size=2)
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError,
+        match=r"^No target of the batch at step 2 \(seed 0\) counts in the loss; remove the training examples in which "
+        r"none counts, 2 of 6 in task 'tokens', or use larger batches\.$",
+    ):
+        fit(model, task, FullFineTuning(), steps=3, **options)
+    assert (snapshot(model), rows) == (before, [])
+    fit(model, task, FullFineTuning(), steps=1, **options)  # the second batch is not reached
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -548,7 +571,8 @@ def test_evaluation_weighs_batches_by_the_targets_that_count():
 def test_evaluation_of_a_batch_without_counted_targets_does_not_spoil_the_mean():
     model, task = Tokens(), token_task(empty_row=True)
     assert evaluate(model, task, "train", 1) == pytest.approx(evaluate(model, task, "train", 6), rel=1e-12)
-    assert math.isnan(evaluate(model, task, "train", 1, limit=1))
+    with pytest.raises(ValueError, match=r"^No target of the first 1 example of the train part of task .* counts"):
+        evaluate(model, task, "train", 1, limit=1)
 
 
 def test_evaluation_takes_only_as_many_examples_as_asked():
@@ -836,6 +860,17 @@ def test_a_last_step_that_spoils_the_weights_is_not_reported_as_a_result():
         run(steps=1, lr=1e38, warmup=0)
 
 
+@pytest.mark.parametrize("spoilt", ["model", "task"])
+def test_a_loss_that_is_no_number_before_training_is_not_put_down_to_the_learning_rate(spoilt):
+    model, task = DigitsMLP(width=16), small_task()
+    with torch.no_grad():
+        (model.head.bias if spoilt == "model" else task.validation.inputs)[0] = math.nan
+    with pytest.raises(
+        DivergedError, match=r"^The validation loss is nan at step 0 \(before training\), so no learning rate .*weights"
+    ):
+        run(LoRA(rank=2), model, task)
+
+
 def test_a_run_stores_no_checkpoint_of_weights_that_its_evaluation_found_spoilt(tmp_path):
     with pytest.raises(DivergedError):
         run(lr=1e38, warmup=0, eval_every=1, checkpoint_dir=tmp_path)
@@ -846,7 +881,7 @@ def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
     def loss(model, inputs, targets):  # finite itself, but its gradient is not
         return F.cross_entropy(model(inputs), targets) + (model.head.bias * 0).sqrt().sum()
 
-    with pytest.raises(DivergedError, match="at step 1 "):
+    with pytest.raises(DivergedError, match=r"^The parameter 'hidden1\.weight' is nan at step 1 "):
         run(task=small_task(loss=loss), eval_every=100, checkpoint_dir=tmp_path, checkpoint_every=1)
     assert not list(tmp_path.glob("checkpoint*"))
 
@@ -1087,17 +1122,44 @@ def test_blocks_are_computed_again_in_steps_and_not_in_evaluation(tiny_config, m
     assert len(calls) == 2 * 3
 
 
+def checkpointing(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("make", ["ours", "transformers'"])
+def test_checkpointing_is_switched_off_again_unless_it_was_on_before(tiny_config, tiny_hf, make, before, error):
+    model, seen = Llama(tiny_config) if make == "ours" else tiny_hf(), set()
+    if before:
+        enable_checkpointing(model)
+
+    def loss(model, inputs, targets):
+        seen.add(checkpointing(model))
+        if error and torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return cross_entropy(model, inputs, targets)
+
+    with pytest.raises(KeyboardInterrupt) if error else nullcontext():
+        fit(model, llama_task(loss), LoRA(2), steps=1, lr=0.1, batch_size=3, gradient_checkpointing=True)
+    assert seen == {True}
+    assert checkpointing(model) is before
+
+
 def test_checkpointing_asks_transformers_models_in_their_own_way(tiny_hf):
     def loss(model, inputs, targets):
+        seen.add(checkpointing(model))
         return model(input_ids=inputs, labels=targets).loss
 
-    histories = []
+    histories, seen = [], set()
     for on in (False, True):
         model = tiny_hf()
         histories.append(
             fit(model, llama_task(loss), LoRA(2), steps=2, lr=0.01, batch_size=3, gradient_checkpointing=on)
         )
-        assert model.is_gradient_checkpointing is on
+        assert seen == {on}
+        seen.clear()
+        assert not checkpointing(model)
     found = [[loss for row in losses(history) for loss in row if loss is not None] for history in histories]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -1290,6 +1352,169 @@ def test_a_cell_that_was_interrupted_can_be_run_again_with_the_same_model(method
     for other in ({"seed": 1, "checkpoint_dir": tmp_path / "other"}, {}):  # of another run, or without a checkpoint
         with pytest.raises(ValueError, match="already"):
             run(method, model, **other)
+
+
+def stopped_at(step):
+    """An ``on_row`` that ends the run after a step."""
+
+    def stop(row):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_continuation_that_was_interrupted_can_be_run_again_with_the_same_model(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    whole, expected = run(ContinueLoRA(), run(LoRA(rank=2))[0])
+    model, _ = run(LoRA(rank=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(ContinueLoRA(), model, on_row=stopped_at(3), **options)
+    _, history = run(ContinueLoRA(), model, **options)
+    assert (losses(history), history.method) == (losses(expected), expected.method)
+    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
+    (tmp_path / "checkpoint.safetensors").unlink()
+    _, later = run(ContinueLoRA(), model, **options)  # nothing is left of the first run but where it has ended
+    assert later.method["start"] != history.method["start"]
+    assert losses(later)[0][1] == losses(history)[-1][1]
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["head"])], ids=lambda method: method.name)
+def test_only_a_resumed_run_takes_half_trained_weights(method, tmp_path, monkeypatch):
+    model, options = DigitsMLP(width=16), {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(method, model, on_row=stopped_at(3), **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_contents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(method, model, **options)
+    says = f"already been prepared for '{method.name}'"
+    with pytest.raises(ValueError, match=says):
+        run(LoRA(rank=2), model)
+    file = tmp_path / "checkpoint.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="delete it to restart the run"):
+        run(method, model, **options)
+    file.unlink()
+    with pytest.raises(ValueError, match=says):
+        run(method, model, **options)
+    file.write_bytes(whole)
+    assert losses(run(method, model, **options)[1]) == losses(run(method)[1])
+
+
+def test_a_fresh_model_that_a_checkpoint_was_half_copied_to_is_not_taken_for_pre_trained(tmp_path, monkeypatch):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(on_row=stopped_at(3), **options)
+    model, copy_ = DigitsMLP(width=16), torch.Tensor.copy_
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", lambda *both: interrupted(copy_(*both)))
+        with pytest.raises(KeyboardInterrupt):
+            run(model=model, **options)
+    assert not torch.equal(model.hidden1.weight, DigitsMLP(width=16).hidden1.weight)
+    with pytest.raises(ValueError, match="already been prepared for 'full'"):
+        run(LoRA(rank=2), model)
+    assert losses(run(model=model, **options)[1]) == losses(run()[1])
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2)], ids=lambda method: method.name)
+def test_an_error_before_the_first_step_leaves_a_compiled_model_as_it_was(method):
+    model = torch.compile(DigitsMLP(width=16), backend="eager")
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        run(method, model, on_row=lambda row: 1 / 0)
+    assert snapshot(model) == before
+    assert losses(run(method, model)[1]) == losses(run(method)[1])
+
+
+@pytest.mark.parametrize("kind", ["a file", "read-only"])
+def test_a_folder_for_checkpoints_that_cannot_be_written_to_is_told_before_the_model_is_prepared(kind, tmp_path):
+    folder, model = tmp_path / "run", DigitsMLP(width=16)
+    before = snapshot(model)
+    if kind == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir(mode=0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("this user may write anywhere")
+    with pytest.raises(OSError, match=r"run cannot be written to .*name another folder"):
+        run(LoRA(rank=2), model, checkpoint_dir=folder, on_row=lambda row: pytest.fail("it was trained"))
+    assert snapshot(model) == before
+
+
+def test_a_finished_run_is_read_from_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    _, history = run(checkpoint_dir=tmp_path)
+    monkeypatch.setattr(train, "check_writable", lambda folder: pytest.fail("nothing is to be written"))
+    assert run(checkpoint_dir=tmp_path)[1] == history
+
+
+# Modes, and statistics of what is frozen
+
+
+class Pictures(nn.Module):
+    """A net with two norms that keep running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Linear(64, 12), nn.BatchNorm1d(12)
+            self.plain, self.head = nn.BatchNorm1d(12, affine=False), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(self.plain(F.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        (LoRA(rank=2), []),
+        (PartialFineTuning(["head"]), []),
+        (PartialFineTuning(["norm"]), ["norm"]),
+        (FullFineTuning(), ["norm", "plain"]),
+    ],
+    ids=str,
+)
+def test_the_statistics_of_a_batch_norm_change_only_where_it_is_trained(method, changed, tmp_path):
+    model, fresh = Pictures(), Pictures()
+    modes = []
+
+    def loss(model, inputs, targets):
+        if torch.is_grad_enabled():
+            modes.append([name for name in ("norm", "plain") if getattr(model, name).training])
+        return cross_entropy(model, inputs, targets)
+
+    run(method, model, small_task(loss=loss), eval_every=1)
+    assert modes == [changed] * 6  # after evaluations too
+    found = [name for name in ("norm", "plain") if not torch.equal(getattr(model, name).running_mean, torch.zeros(12))]
+    assert found == changed
+    if isinstance(method, LoRA):
+        save_adapter(model, tmp_path / "adapter")
+        load_adapter(fresh, tmp_path / "adapter")
+        assert evaluate(fresh, small_task()) == evaluate(model, small_task())
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2, dropout=0.1)], ids=lambda method: method.name)
+@pytest.mark.parametrize("error", [False, True])
+def test_each_module_gets_its_mode_back(tiny_config, method, error):
+    model = Llama(tiny_config).eval()
+    model.model.layers[0].train()
+    model.model.layers[0].mlp.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert set(modes.values()) == {False, True}
+    evaluate(model, llama_task())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    with pytest.raises(ZeroDivisionError) if error else nullcontext():
+        fit(model, llama_task(), method, steps=1, lr=0.1, on_row=(lambda row: 1 / 0) if error else None)
+    found = {name: module.training for name, module in model.named_modules()}
+    assert {name: found[name] for name in modes} == modes
+    for name in found.keys() - modes.keys():  # of an adapter
+        assert found[name] == modes[re.sub(r"\.(base|dropout)$", "", name)]
 
 
 def test_a_checkpoint_takes_no_adapters_off_that_its_run_has_not_put_on(tmp_path):

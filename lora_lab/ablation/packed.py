@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,12 +44,13 @@ from lora_lab.lean import cross_entropy as lean_cross_entropy
 from lora_lab.lora import LoRALinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.progress import progress_bar
-from lora_lab.task import Examples, Loss, Task, cross_entropy
+from lora_lab.task import Examples, Loss, Task, cross_entropy, modes_restored
 from lora_lab.train import (
     EVALUATED,
     Batch,
     TrainConfig,
     TrainingStep,
+    check_batches,
     check_evaluated,
     data_order,
     enable_checkpointing,
@@ -129,13 +130,14 @@ def fit_packed(
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_layers(model, task, runs, configs)
     check_evaluated(task, configs[0])
+    order = JoinedOrder(task, configs)  # which checks the batches
     config = configs[0]  # all but lr and seed are the same for all
     lean = cast(Lean | None, config.lean)
     if lean is not None or config.gradient_checkpointing:
         model = copy_sharing_weights(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    with own_randomness(next(model.parameters()).device, 0), _restored(model, names):
+    with own_randomness(next(model.parameters()).device, 0), modes_restored(model), _restored(model, names):
         adapters = PackedAdapters(model, runs, names, lean)
         at_start = None
         if lean is not None and paused is None:
@@ -143,7 +145,6 @@ def fit_packed(
         adapters.place(1 if lean is None else lean.threads)
         step = PackedStep(task.loss, adapters, configs)
         history = PackedHistory(task, configs, step)
-        order = JoinedOrder(task, configs)
         peaks = [group["lr"] for group in step.optimizer.param_groups]
         judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
         model.train()
@@ -162,7 +163,7 @@ def fit_packed(
                 if not history.live:
                     break
                 started = time.perf_counter()
-                parts, weights, counts = joined_batches(task, order, number, config, history.live)
+                parts, weights, counts = joined_batches(task, order, number, config)
                 factor = config.rate_factor(number)
                 for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
@@ -220,13 +221,12 @@ def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run], configs: S
 
 @contextmanager
 def _restored(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Let the block change modes, what is trainable, buffers and the named layers, and undo it afterwards."""
+    """Let the block change what is trainable, buffers and the named layers, and undo it afterwards."""
     layers = {name: model.get_submodule(name) for name in names}
-    modes = {module: module.training for module in model.modules()}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
         (module, name, buffer, buffer.clone())
-        for module in modes
+        for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
@@ -234,8 +234,6 @@ def _restored(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             replace(model, name, layer)
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         for module, name, buffer, value in buffers:
@@ -552,11 +550,16 @@ class JoinedOrder:
     Args:
         task: what they train on.
         configs: one for each trial, which differ in seed and rate.
+
+    Raises:
+        ValueError: no target of a batch counts in the loss, or as for :func:`lora_lab.train.data_order`.
     """
 
     def __init__(self, task: Task, configs: Sequence[TrainConfig]) -> None:
         self.seeds = [config.seed for config in configs]
         self._orders = {config.seed: data_order(task, config) for config in configs}
+        for config in {config.seed: config for config in configs}.values():
+            check_batches(task, self._orders[config.seed], config)
 
     def rows(self, position: int, count: int) -> Tensor:
         """What :meth:`DataOrder.rows` gives for each trial, one after another: (trials * count,)."""
@@ -565,29 +568,21 @@ class JoinedOrder:
 
 
 def joined_batches(
-    task: Task, order: JoinedOrder, step: int, config: TrainConfig, live: Collection[int]
+    task: Task, order: JoinedOrder, step: int, config: TrainConfig
 ) -> tuple[list[Examples], list[Tensor], list[int]]:
     """The micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with the examples of all trials.
 
     Returns:
         The micro-batches; each one's share of every trial's targets that count, (trials,); and the size of each trial's
         batch, as in ``task.size``.
-
-    Raises:
-        ValueError: a live trial's batch has no target that counts, as in ``fit``.
     """
     rows = order.rows((step - 1) * config.batch_size, config.batch_size).view(len(order.seeds), -1)  # (20, 32)
     columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
     parts = [task.train[part.flatten()] for part in columns]  # 640 rows
     counts = [part.counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
     total = torch.stack(counts).sum(0)  # (20,)
-    if empty := [order.seeds[k] for k in live if not total[k]]:
-        raise ValueError(
-            f"No target of the batch at step {step} of seed {empty[0]} counts, so it teaches nothing; "
-            "use larger batches."
-        )
     sizes = total.long().tolist() if task.unit == "tokens" else [config.batch_size] * len(rows)
-    return parts, [count / total.clamp(min=1) for count in counts], sizes
+    return parts, [count / total for count in counts], sizes
 
 
 def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:

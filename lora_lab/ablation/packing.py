@@ -119,9 +119,12 @@ def plan(
     """The trials in parcels, and whether each parcel is a pack.
 
     Raises:
-        ValueError: ``engine`` is "packed" and a trial cannot be packed, or as for :func:`_check_steps`.
+        ValueError: ``engine`` is "packed" and a trial cannot be packed, no target counts in the examples of the test
+            part, or as for :func:`_check_steps`.
     """
     _check_steps(model, task, trials)
+    for limit in dict.fromkeys(trial.eval_examples for trial in trials):
+        task.check_counted("test", limit)  # of which each trial's result is; fit checks the other parts
     if engine == "separate":
         return [([trial], False) for trial in trials]
     refusals: dict[tuple[str, torch.dtype | None], str | None] = {}

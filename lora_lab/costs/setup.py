@@ -16,7 +16,7 @@ from lora_lab.models.quantize import quantize_nf4
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import short_repr
 from lora_lab.task import Loss, cross_entropy
-from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step
+from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step, set_training_mode
 
 _OPTIMIZERS = {"adamw": "AdamW", "adamw-foreach": "AdamW by foreach", "sgd": "SGD"}  # name -> in a description
 
@@ -80,7 +80,8 @@ class Setup:
             lean=self.lean,
             autocast=self.autocast,
         )
-        step = make_step(model.train(), self.loss, self.method, config)
+        step = make_step(model, self.loss, self.method, config)
+        set_training_mode(model)
         if self.optimizer != "adamw":
             trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
             sgd = self.optimizer == "sgd"

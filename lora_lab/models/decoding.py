@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
 from lora_lab.system.wording import short_repr
-from lora_lab.task import context_length
+from lora_lab.task import context_length, modes_restored
 
 _LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
 
@@ -125,11 +125,10 @@ def _continued(
     stop: int | None,
     sampling: Sampling,
 ) -> Iterator[int]:
-    training = model.training
-    model.eval()
     generator = torch.Generator().manual_seed(sampling.seed)
     new, text = ids[None], ids  # (1, length), then (1, 1); (length,), then longer
-    try:
+    with modes_restored(model):
+        model.eval()
         for _ in range(max_new_tokens):
             token = sampling.choose(read(new)[0], text, generator)  # ()
             if int(token) == stop:
@@ -137,5 +136,3 @@ def _continued(
             yield int(token)
             new = token.to(ids.device).view(1, 1)  # (1, 1)
             text = torch.cat([text, new[0]])  # (length + new,)
-    finally:
-        model.train(training)

@@ -361,6 +361,10 @@ class Llama(nn.Module):
         """
         self.model.gradient_checkpointing = True
 
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        self.model.gradient_checkpointing = False
+
     def tie(self) -> None:
         """Share one matrix between head and embedding, if the config ties them."""
         if self.config.tie_word_embeddings:

@@ -15,7 +15,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
 from lora_lab.system.renamed import renamed
 from lora_lab.system.schema import Size, check, instance_of
-from lora_lab.task import IGNORE, check_tokenizer, context_length
+from lora_lab.task import IGNORE, check_tokenizer, context_length, modes_restored
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
 
@@ -138,18 +138,15 @@ def _read_batches(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the model's previous mode afterwards.
+    """Evaluation mode inside, the modes of before afterwards.
 
     Raises:
         ValueError: as for :func:`lora_lab.models.reading.reader_of`.
     """
     reader_of(model)
-    training = model.training
-    model.eval()
-    try:
+    with modes_restored(model):
+        model.eval()
         yield
-    finally:
-        model.train(training)
 
 
 def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:

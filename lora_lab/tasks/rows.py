@@ -23,7 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.system.schema import Size, check
-from lora_lab.task import IGNORE, Examples, Task, accepts, cross_entropy, described, logits, mean_cross_entropy
+from lora_lab.task import (
+    IGNORE,
+    Examples,
+    Task,
+    accepts,
+    cross_entropy,
+    described,
+    logits,
+    mean_cross_entropy,
+    modes_restored,
+)
 from lora_lab.tasks.instruction import Padded, PairTask
 
 # The root mean square difference of logits up to which it is rounding, in their standard deviations.
@@ -97,18 +107,15 @@ class RowTask(PairTask):
             )
         if (row := self._first_shared_row()) is None:
             return
-        device, training = next(model.parameters()).device, model.training
+        device = next(model.parameters()).device
         (ids,), (positions,) = row.to(device).unbind(1)  # (512,), (512,)
         starts = (positions == 0).nonzero().flatten().tolist()
         second, end = starts[1], [*starts, len(ids)][2]
-        model.eval()
-        try:
-            with torch.no_grad():
-                separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
-                expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
-                shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
-        finally:
-            model.train(training)
+        with modes_restored(model), torch.no_grad():
+            model.eval()
+            separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
+            expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
+            shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
         rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
         if (shared.double() - expected).square().mean().sqrt() > rounding * expected.std():
             raise ValueError(

@@ -6,6 +6,7 @@ import errno
 import importlib.machinery
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -374,6 +375,14 @@ def _(lab, right):
     train(method=ll.FullFineTuning(), lr=1e-3 if right else 1e38, steps=9)
 
 
+@mistake("before training), so no learning rate can help", RuntimeError)
+def _(lab, right):
+    model = DigitsMLP(width=8)
+    if not right:
+        torch.nn.init.constant_(model.head.bias, math.nan)
+    train(model)
+
+
 @mistake("The model has already been prepared for")
 def _(lab, right):
     model, fresh = DigitsMLP(width=8), DigitsMLP(width=8)
@@ -415,6 +424,12 @@ def _(lab, right):
 @mistake("is shared with another module")
 def _(lab, right):
     ll.inject(lab.llama(), ll.LoRAConfig(rank=2, targets=["q_proj"] if right else ["lm_head"]))
+
+
+@mistake("so training one trains the other")
+def _(lab, right):
+    names = ["lm_head", "model.embed_tokens"] if right else ["lm_head"]
+    ll.PartialFineTuning(names).prepare(lab.llama(), seed=0)
 
 
 @mistake("a side longer than")

@@ -309,10 +309,16 @@ def test_a_model_in_bfloat16_trains_and_a_tied_head_stays_tied(make, method):
 
 @EVERY
 def test_checkpointing_gives_the_same_losses_and_no_warning(make):
+    model, on = fresh(make), []
+
+    def note(row):
+        on.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model, losses = trained(make, LoRA(rank=4), gradient_checkpointing=True)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        losses = run(model, LoRA(rank=4), gradient_checkpointing=True, on_row=note).curve("train_loss")[1]
+    note(None)
+    assert on == [True] * (STEPS + 1) + [False]  # and off again
     assert losses == pytest.approx(trained(make, LoRA(rank=4))[1], rel=1e-6)
 
 
