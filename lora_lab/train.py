@@ -376,7 +376,7 @@ def fit(
     check_evaluated(task, config)
     order, processes = data_order(task, config), current_processes()
     check_batches(task, order, config)
-    history = _new_history(task, method, config)
+    history = new_history(task, method, config)
     run = [history.task, history.method, history.settings]
     start = _start(model, run, checkpoint_dir)
     if isinstance(method, ContinueLoRA) and start.adapters is not None:
@@ -501,7 +501,7 @@ def _check_checkpoint_dir(folder: str | Path | None, history: History, processes
         check_writable(folder)
 
 
-def _new_history(task: Task, method: Method, config: TrainConfig) -> History:
+def new_history(task: Task, method: Method, config: TrainConfig) -> History:
     """The history of a run whose model is not prepared yet, so that its parameters are not counted."""
     return History(
         task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},

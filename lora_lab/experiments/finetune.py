@@ -46,7 +46,7 @@ from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.tasks.named import check_name
-from lora_lab.train import TrainConfig, _new_history, evaluate, fit
+from lora_lab.train import TrainConfig, evaluate, fit, new_history
 
 OUT = Path("runs/finetune")  # where the command saves its results if no folder is named
 CHECKPOINTS = "checkpoint"  # the folder of checkpoints in it
@@ -167,7 +167,7 @@ def run(
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_heading(why, data))
-        _check_checkpoint(checkpoints, _new_history(net, data, method, config), overwrite)
+        _check_checkpoint(checkpoints, new_history(data, method, config), overwrite)
         history, before, after = _trained(net, data, method, config, checkpoints, checkpoint_every, dtype)
         result = {
             "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
