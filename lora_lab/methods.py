@@ -59,8 +59,9 @@ class Method(ABC):
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
     def settings(self) -> dict[str, Any]:
-        """The method as plain data, for a History or a record."""
-        return {"name": self.name, **asdict(self)}
+        """The method as plain data, for a History or a record: as a file of JSON would give it back."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"name": self.name, **fields}
 
 
 def require_unmarked(model: nn.Module) -> None:

@@ -289,16 +289,16 @@ def test_a_method_without_a_prepare_of_its_own_is_abstract():
     ("method", "expected"),
     [
         (FullFineTuning(), {"name": "full"}),
-        (PartialFineTuning(["head"]), {"name": "partial", "modules": ("head",)}),
+        (PartialFineTuning(["head"]), {"name": "partial", "modules": ["head"]}),
         (AsItIs(), {"name": "as it is"}),
         (
             LoRA(rank=4, alpha=2, targets=["head"]),
-            {"name": "lora", "rank": 4, "alpha": 2, "dropout": 0.0, "targets": ("head",), "exclude": ()},
+            {"name": "lora", "rank": 4, "alpha": 2, "dropout": 0.0, "targets": ["head"], "exclude": []},
         ),
         *(
             (
                 kind(rank=4, dropout=0.1),
-                {"name": name, "rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "all-linear", "exclude": ()},
+                {"name": name, "rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "all-linear", "exclude": []},
             )
             for kind, name in {RsLoRA: "rslora", LoRAFA: "lora-fa", PiSSA: "pissa", DoRA: "dora"}.items()
         ),
@@ -310,7 +310,7 @@ def test_a_method_without_a_prepare_of_its_own_is_abstract():
                 "alpha": 16.0,
                 "dropout": 0.0,
                 "targets": "all-linear",
-                "exclude": ("head",),
+                "exclude": ["head"],
                 "ratio": 4.0,
             },
         ),
