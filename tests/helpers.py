@@ -177,6 +177,14 @@ def solutions(notebook):
 # Files, commands, processes
 
 
+def let_all_users_in(folder):
+    """Open pytest's temporary folder, and the closed ones above it that pytest has made, to every user."""
+    for path in (folder, *folder.parents):
+        path.chmod(0o755)
+        if path.name.startswith("pytest-of-"):
+            return
+
+
 @contextmanager
 def as_ordinary_user():
     """Within the block, permissions hold for this process, which they do not for root."""

@@ -34,7 +34,7 @@ from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, _ranks_and_alphas, read_adapter, read_config
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PIXELS, as_ordinary_user, randomise, snapshot
+from tests.helpers import PIXELS, as_ordinary_user, let_all_users_in, randomise, snapshot
 from tests.tiny_models import PICTURES, Pictures, pictures
 
 IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -939,8 +939,7 @@ def test_weights_in_a_pickle_are_not_opened_and_the_message_says_how_peft_conver
 
 def test_weights_that_this_user_may_not_read_are_told(tmp_path_factory):
     folder = save_adapter(adapted(), tmp_path_factory.mktemp("open"))
-    for path in (folder, *folder.parents[:2]):
-        path.chmod(0o755)
+    let_all_users_in(folder)
     (folder / WEIGHTS).chmod(0)
     with as_ordinary_user():
         refuse(folder, rf"{WEIGHTS} cannot be read \(Permission denied\)", PermissionError)

@@ -32,7 +32,7 @@ from lora_lab.system.files import (
     rescued,
     write_json,
 )
-from tests.helpers import as_ordinary_user, names
+from tests.helpers import as_ordinary_user, let_all_users_in, names
 
 
 def run_until_killed(code, *arguments):
@@ -643,8 +643,7 @@ def test_what_cannot_be_saved_in_its_place_is_saved_in_another_that_the_error_na
 def closed(tmp_path_factory):
     """A folder whose files this test's user may not read, and one in which the user may not even look for them."""
     top = tmp_path_factory.mktemp("open")
-    for folder in (top, *top.parents[:2]):
-        folder.chmod(0o755)
+    let_all_users_in(top)
     for name in ("files", "hidden"):
         (top / name).mkdir()
         (top / name / "a.json").write_text("{}")
