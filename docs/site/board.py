@@ -78,6 +78,11 @@ class Board:
         return [f"![{escaped(words)}]({name}-{i}.png)" for i, (_, words) in enumerate(drawn)]
 
 
+def record_files(source: Path) -> list[Path]:
+    """The records in a folder, and what others published; trials of studies that have not ended are no records."""
+    return sorted([*source.glob("*.json"), *source.glob("published/*.json")])
+
+
 def page(source: Path, entries: Mapping[str, claims.Entry], folder: Path) -> str:
     """The page in Markdown; its pictures are written.
 

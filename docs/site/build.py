@@ -184,7 +184,7 @@ def shown_by(text: str) -> str:
 def write_records(folder: Path, entries: dict[str, claims.Entry]) -> int:
     """Write a page for each record and for what others published, and the board; return the number of the former."""
     names = []
-    for path in sorted((ROOT / "records").rglob("*.json")):
+    for path in board.record_files(ROOT / "records"):
         name = path.relative_to(ROOT / "records").with_suffix("").as_posix()
         if path.parent.name == "published":
             record = records.published(path.stem)

@@ -35,6 +35,14 @@ def stored(tmp_path_factory):
     return page(source), source.parent / "page"
 
 
+def test_trials_of_unfinished_studies_are_no_records(source):
+    before = board.record_files(source)
+    assert {path.parent.name for path in before} == {"records", "published"}
+    (source / "unfinished" / "rates").mkdir(parents=True)
+    (source / "unfinished" / "rates" / "0123.json").write_text("{}")
+    assert board.record_files(source) == before
+
+
 def page(source):
     """The page from a folder of records, without the claims that no record decides."""
     decided = {name for name, decider in DECIDERS.items() if decider.record or decider.published}
