@@ -65,7 +65,7 @@ def as_path(path: Any, name: str) -> Path:
     Raises:
         ValueError: it is neither a text nor a path, is empty, or no system has such a name.
     """
-    if path == "":
+    if isinstance(path, str) and not path:
         raise ValueError(f"{name} is '', but it must be a path; write '.' for the current folder.")
     if not isinstance(path, str | os.PathLike) or not _can_be_named(str(path)):
         raise ValueError(f"{name} is {short_repr(path)}, but it must be a path.")

@@ -240,11 +240,16 @@ def test_a_mask_reaches_only_models_in_which_tokens_attend_to_later_ones(family)
 @EVERY
 @pytest.mark.parametrize("own", [False, True], ids=["fit's", "own"])
 def test_checkpointing_of_fit_or_of_the_model_itself_changes_no_loss(family, own):
-    model = fresh(family.make)
+    model, on = fresh(family.make), []
     if own:
         model.gradient_checkpointing_enable()
-    losses = run(family, model, steps=3, gradient_checkpointing=not own).curve("train_loss")[1]
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    def look(_):
+        on.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+
+    losses = run(family, model, steps=3, gradient_checkpointing=not own, on_row=look).curve("train_loss")[1]
+    look(None)
+    assert on == [True] * 4 + [own]  # what fit has switched on, it switches off again
     assert losses == pytest.approx(trained(family)[1][:3], rel=1e-6)
 
 

@@ -584,6 +584,11 @@ def test_a_folder_that_cannot_be_made_cannot_be_claimed(tmp_path):
         pytest.fail("claimed")
 
 
+def test_a_table_is_no_path():
+    with pytest.raises(ValueError, match=r"source is .*, but it must be a path"):
+        as_path(np.zeros((2, 2)), "source")
+
+
 def test_an_empty_text_is_no_path():
     with pytest.raises(ValueError, match=r"folder is '', but it must be a path; write '\.' for the current folder"):
         as_path("", "folder")
