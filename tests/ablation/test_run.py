@@ -1534,6 +1534,20 @@ def test_trials_take_the_steps_that_fit_takes(tiny_config, make, step, tmp_path)
         assert set(load(tmp_path / "packed").base_dtype) == {"torch.bfloat16", "as loaded"}
 
 
+def test_what_is_judged_later_is_judged_under_the_trials_autocast(tiny_config, tmp_path):
+    model, task = language_model(tiny_config), tokens()
+    trials = [Trial(LoRA(2), 0.01, steps=2, batch_size=4, autocast=torch.bfloat16)]
+
+    def fails(model, task):
+        raise KeyError("scores")
+
+    with pytest.raises(RuntimeError, match="The judge failed on"):
+        ablate(model, task, trials, tmp_path, progress=False, judge=fails)
+    later = ablate(model, task, trials, tmp_path, progress=False, judge=of_validation)
+    at_once = ablate(model, task, trials, progress=False, judge=of_validation)
+    assert later.score_loss.iloc[-1] == at_once.score_loss.iloc[-1] == later.validation_loss.iloc[-1]
+
+
 def test_trials_under_autocast_train_one_by_one_beside_packs(tiny_config, tmp_path):
     model, task = language_model(tiny_config), tokens()
     options = {"steps": 2, "batch_size": 4}

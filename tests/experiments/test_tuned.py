@@ -11,7 +11,7 @@ from lora_lab.ablation import Trial, studies
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.comparison import Study, differences
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
-from lora_lab.experiments import planning, quality, rates, registry, targets, taught, tuned, variants
+from lora_lab.experiments import planning, quality, rates, registry, remedies, targets, taught, tuned, variants
 from lora_lab.experiments.tuned import Planned
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
@@ -141,6 +141,17 @@ def test_hours_are_planned_for_one_batch_size_at_a_time():
     trials = [Trial(LoRA(), 1e-3, steps=1, batch_size=size) for size in (8, 32)]
     with pytest.raises(ValueError, match=r"the batch sizes \[8, 32\]"):
         planning.planned_hours(trials, 64, CPU)
+
+
+def test_where_full_fine_tuning_is_compared_all_methods_multiply_in_bfloat16():
+    cpu = torch.device("cpu")
+    planned = [*quality.plan(cpu).values(), *taught.plan(cpu).values()]
+    trials = [trial for each in planned for trial in each.study.setups.values()]
+    plan = remedies.plan(cpu)
+    trials += [trial for name in plan.setups for trial in plan.trials(name)]
+    assert {type(trial.method) for trial in trials} == {FullFineTuning, LoRA}
+    for trial in trials:
+        assert (trial.autocast or trial.lean.base_dtype) is torch.bfloat16, trial.method
 
 
 @pytest.mark.parametrize("module", [rates, quality, targets, variants, taught])
