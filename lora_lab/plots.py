@@ -610,13 +610,41 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
         reach = [rows["mean"] - rows.least, rows.most - rows["mean"]]
         shifted = rows.n_train * 1.06**i  # so that error bars do not hide each other
         ax.errorbar(shifted, rows["mean"], reach, capsize=2, label=setup, **styles[str(setup)])
-    sizes = sorted(table.n_train.unique())
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    ax.minorticks_off()
-    ax.set_xlabel("training examples")
+    _size_axis(ax, table.n_train)
     ax.set_ylabel(ylabel)
     return legend_beside(ax)
+
+
+def gains(table: DataFrame, ylabel: str) -> Figure:
+    """By how much one way is better than another, against the size of the training set: a panel for each model.
+
+    Args:
+        table: columns ``model``, ``data`` (a line each), ``n_train``, ``mean``, ``lower`` and ``upper``.
+        ylabel: the gain, with its unit.
+    """
+    models, data = table["model"].unique(), list(table["data"].unique())
+    figure, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 3.6), sharey=True, squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        of_model = table[table["model"] == model]
+        for i, name in enumerate(data):
+            rows = of_model[of_model["data"] == name]
+            reach = [rows["mean"] - rows["lower"], rows["upper"] - rows["mean"]]
+            ax.errorbar(rows["n_train"] * 1.06**i, rows["mean"], reach, capsize=2, label=name, **_style(i))
+        ax.axhline(0, color="#000000", linewidth=0.8)
+        _size_axis(ax, of_model["n_train"])
+        ax.set_title(model)
+    axes[0][0].set_ylabel(ylabel)
+    axes[0][0].legend()
+    return figure
+
+
+def _size_axis(ax: Axes, sizes: Series) -> None:
+    """Sizes of training sets as the ticks of the x axis."""
+    ticks = sorted(sizes.unique())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("training examples")
 
 
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:

@@ -11,6 +11,7 @@ from lora_lab import plots
 from lora_lab.ablation import overfitting
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.ablation.verdict import smallest_sufficient_rank
+from lora_lab.claims import head_start as claims_on_head_start
 from lora_lab.claims.measured import MARGIN, at_inner_rates, time_interval
 from lora_lab.claims.rates import FIXED_ALPHA, FULL, SAME_SCALING, best_by_rank
 from lora_lab.records import Record
@@ -100,6 +101,14 @@ def overfitted(record: Record) -> Picture:
     return figure, f"Validation loss against the rise of the off-domain loss, which is at the end {words}"
 
 
+def head_start(record: Record) -> Picture:
+    table = claims_on_head_start.table(claims_on_head_start.gains(record))
+    each = [f"{row['data']}, {row['model']}, {row['n_train']} {row['mean']:+.2f}" for row in table.to_dict("records")]
+    figure = plots.gains(table[table["data"] != claims_on_head_start.DOCS], "from scratch minus fine-tuned (nats)")
+    figure.suptitle("Test loss: what a head start gains")
+    return figure, f"What fine-tuning gains over training from scratch in test loss: {'; '.join(each)}"
+
+
 def spectra(record: Record) -> Picture:
     layers = record.frame().query("about == 'layer'")
     runs = {run: layers[layers["run"] == run] for run in layers["run"].unique() if "," not in run}  # no other seed
@@ -160,6 +169,7 @@ OF_EACH: dict[str, Callable[[Record], Picture]] = {
     "spectra": spectra,
     "overfitting": overfitted,
     "remedies": remedies,
+    "head_start": head_start,
     "downstream": scores,
     "elicitation": scores,
     **dict.fromkeys(("quality", "targets", "variants", "taught", "quantised", "rank_advice", "translation"), losses),

@@ -93,19 +93,30 @@ def by_size(
         return frame.sort_values("setup", key=lambda setups: setups.map(place), kind="stable")
 
     for size in sizes:
-        frames, chosen = _choose(partial(run, size), lrs, seeds[:choose], widen)
+        frames, chosen = tune_by_seed(partial(run, size), lrs, seeds[:choose], widen)
         yield from frames
         for seed in seeds[choose:] if chosen else ():
             yield run(size, seed, chosen)
 
 
-def _choose(
+def tune_by_seed(
     run: Callable[[int, Mapping[str, Sequence[float]]], pandas.DataFrame],
     lrs: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
     widen: int,
 ) -> tuple[list[pandas.DataFrame], dict[str, tuple[float]]]:
-    """The frames of the seeds that choose, and each setup's best rate; no rates if no trial ended well."""
+    """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
+
+    Args:
+        run: (seed, setup -> rates) -> the table of :func:`lora_lab.ablation.ablate` with a column ``setup``. A trial
+            that was run before is asked for again, so it should keep results in a folder.
+        lrs: the rates that each setup tries first.
+        seeds: choose.
+        widen: how many rates may be added to a grid while its best rate is at the edge.
+
+    Returns:
+        The frames of the seeds, and each setup's best rate; no rates if no trial ended well.
+    """
     import pandas
 
     grids = {setup: tuple(rates) for setup, rates in lrs.items()}

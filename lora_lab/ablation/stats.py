@@ -12,14 +12,19 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def t_bounds(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean of the values, and its one-sided lower and upper 95 % bounds by Student's t; None for a single value."""
+def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float | None, float | None]:
+    """Mean of the values, and its one-sided lower and upper bounds by Student's t; None for a single value.
+
+    Args:
+        values: such as a difference for each seed.
+        confidence: of each bound. For bounds that hold for n means together it is 1 - 0.05 / n (Bonferroni).
+    """
     from scipy.stats import sem, t  # ttest_1samp would warn where all values are equal
 
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
-    distance = float(t.ppf(CONFIDENCE, len(values) - 1) * sem(values))
+    distance = float(t.ppf(confidence, len(values) - 1) * sem(values))
     return mean, mean - distance, mean + distance
 
 

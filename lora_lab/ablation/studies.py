@@ -160,10 +160,10 @@ def language_model(device: torch.device | None = None, source: str = SMOLLM2) ->
     return load_pretrained(source, device=device)[0]
 
 
-def random_init(device: torch.device | None = None) -> nn.Module:
-    """A model of the same shape that has learned nothing: random weights, the same on every call."""
+def random_init(device: torch.device | None = None, seed: int = 0) -> nn.Module:
+    """A model of the same shape that has learned nothing: random weights, the same on every call with that seed."""
     model = cast(Llama, language_model(device))
-    return Llama(model.config, seed=0).to(next(model.parameters()).device)
+    return Llama(model.config, seed=seed).to(next(model.parameters()).device)
 
 
 def docs_task(seq_len: int, n_train: int | None = None, seed: int | None = None, model: str = SMOLLM2) -> Task:

@@ -12,6 +12,7 @@ In reading order:
     measured    verdicts from records, and from what others published
     forgetting  verdicts from the record of remedies
     rates       verdicts from the record of best learning rates
+    head_start  verdicts from the record of fine-tuning against training from scratch
     ledger      each claim with its verdict: table, JSON, explanation
 """
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab import records
-from lora_lab.claims import computed, counted, forgetting, measured, rates  # noqa: F401  # they register themselves
+from lora_lab.claims import (  # noqa: F401  # they register themselves
+    computed,
+    counted,
+    forgetting,
+    head_start,
+    measured,
+    rates,
+)
 from lora_lab.claims.deciding import DECIDERS, OPEN, UNTESTABLE, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 from lora_lab.system.schema import check
@@ -28,6 +35,7 @@ HOURS = {
     "ablation": "an hour",
     "spectra": "half an hour",
     "overfitting": "eight hours",
+    "head_start": "an hour",
     "downstream": "three hours",
     "elicitation": "half an hour",
     "rates": "three hours",

@@ -18,6 +18,7 @@ ablation     which rank is enough
 spectra      what training writes into the weights
 overfitting  which method overfits, and which forgets
 remedies     what eases forgetting, and what predicts it
+head_start   is fine-tuning better than training from scratch?
 downstream   can the model learn a downstream task?
 elicitation  how much of that can it do untrained, if asked well?
 translation  can the real model learn to translate?

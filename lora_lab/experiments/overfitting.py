@@ -184,12 +184,12 @@ def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str
             n_jobs=studies.processes(device),
         )
         choosing = [*islice(frames, len(planned.choosing))]
-        edges = _edges(choosing)
-        yield from _rows(choosing, "choosing", edges)
-        yield from _rows(frames, "judging", edges)
+        at_edges = edges(choosing)
+        yield from _rows(choosing, "choosing", at_edges)
+        yield from _rows(frames, "judging", at_edges)
 
 
-def _edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
+def edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
     """Setup -> the edge of its grid at which the chosen rate lies, if it lies at one."""
     import pandas
 
@@ -200,9 +200,9 @@ def _edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
     return dict(zip(best["setup"], best["edge"], strict=True))
 
 
-def _rows(frames: Iterable[pandas.DataFrame], stage: str, edges: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _rows(frames: Iterable[pandas.DataFrame], stage: str, at_edges: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for frame in frames:
-        table = frame.assign(stage=stage, edge=frame["setup"].map(edges))
+        table = frame.assign(stage=stage, edge=frame["setup"].map(at_edges))
         if stage == "choosing":
             table["off_domain_loss"] = None  # of too few replies to be looked at
         yield from map(json_safe, table[[*_COLUMNS]].to_dict("records"))

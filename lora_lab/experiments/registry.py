@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("memory", "speed", "rates", "quality", "ablation", "targets", "variants", "taught", "quantised", "rank_advice"),
-    *("spectra", "overfitting", "remedies", "downstream", "elicitation", "translation"),
+    *("spectra", "overfitting", "remedies", "head_start", "downstream", "elicitation", "translation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -52,6 +52,8 @@ def recorder(name: str) -> Recorder:
         from lora_lab.experiments.overfitting import RECORDER
     elif name == "remedies":
         from lora_lab.experiments.remedies import RECORDER
+    elif name == "head_start":
+        from lora_lab.experiments.head_start import RECORDER
     elif name == "downstream":
         from lora_lab.experiments.downstream import RECORDER
     elif name == "elicitation":

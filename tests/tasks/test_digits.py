@@ -119,9 +119,45 @@ def test_more_digits_to_train_on_leave_fewer_as_they_are_and_no_picture_is_in_tw
 @pytest.mark.parametrize("n_train", [0, -3, 1201])
 @pytest.mark.parametrize("part", ["pretrain", "adapt"])
 def test_digits_say_how_many_can_be_trained_on(part, n_train):
-    with pytest.raises(ValueError, match=f"n_train is {n_train}, but it must be from 1 to 1,200"):
+    with pytest.raises(ValueError, match=f"n_train is {n_train}, but with the change 'moved' it must be from 1 to"):
         digits(part, n_train=n_train)
     assert len(digits("adapt", n_train=1200).train) == 1200
+
+
+def test_inverted_digits_are_split_as_moved_ones_and_have_black_and_white_swapped(pictures):
+    moved, inverted = digits("adapt"), digits("adapt", change="inverted")
+    for part in PARTS[:3]:
+        swapped = [tuple(picture) for picture in (1 - inverted.parts[part].inputs).tolist()]
+        assert [picture[:56] for picture in swapped] == upright(moved.parts[part].inputs)
+        assert set(swapped) <= pictures.keys()
+        assert torch.equal(inverted.parts[part].targets, moved.parts[part].targets)
+    assert torch.equal(inverted.off_domain.inputs, moved.off_domain.inputs)
+    for part in PARTS[:3]:
+        assert torch.equal(
+            digits("pretrain", change="inverted").parts[part].inputs, digits("pretrain").parts[part].inputs
+        )
+
+
+def test_other_digits_are_five_to_nine_after_zero_to_four(pictures):
+    before, after = digits("pretrain", 2, change="other digits"), digits("adapt", 2, change="other digits")
+    labels, places = load_digits().target, []
+    for task, allowed in ((before, range(5)), (after, range(5, 10))):
+        for part in PARTS[:3]:
+            rows = [pictures[tuple(picture)] for picture in task.parts[part].inputs.tolist()]
+            assert task.parts[part].targets.tolist() == labels[rows].tolist()
+            assert set(labels[rows]) == set(allowed)
+            places += rows
+    assert sorted(places) == list(range(1797))
+    assert [len(after.parts[part]) for part in PARTS] == [500, 200, 196, 100]
+    assert torch.equal(after.off_domain.inputs, before.validation.inputs)
+    with pytest.raises(ValueError, match="with the change 'other digits' it must be from 1 to 600"):
+        digits(n_train=601, change="other digits")
+    assert len(digits(n_train=600, change="other digits").test) == 96
+
+
+def test_digits_say_which_changes_there_are():
+    with pytest.raises(ValueError, match="change is 'mirrored', but it must be one of 'moved', 'inverted', 'other"):
+        digits(change="mirrored")
 
 
 def test_digits_say_which_parts_there_are():

@@ -1,0 +1,160 @@
+"""Verdicts from the record ``head_start``: fine-tuning against training from scratch, by net, change and examples.
+
+A case is one net, one change of the data and one number of examples. What decides it is the difference of the test
+losses over the seeds that were judged. So many cases are looked at that some would seem decided by chance alone, so
+their bounds hold for all cases of a claim together with 95 % (Bonferroni: each for itself at 1 - 0.05 / cases).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, cast
+
+from lora_lab.ablation.stats import CONFIDENCE, t_bounds
+from lora_lab.claims.deciding import Result, decides, over_cases
+from lora_lab.claims.facts import Claim
+from lora_lab.claims.measured import MIN_SEEDS
+from lora_lab.records import Record
+
+if TYPE_CHECKING:
+    import pandas
+
+# As the setups, the language model's data and the numbers of pictures are named in the record.
+FINE_TUNED, FROM_SCRATCH, LONGER = "fine-tuned", "from scratch", "from scratch, longer"
+DOCS, SIZES = "docs", (10, 40, 160, 500)
+FEW = 240  # examples at most, of "few examples"
+ON = "what carries over to the new task"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much fine-tuning has the lower test loss than training from scratch, for each seed, in nats.
+
+    Args:
+        data, model, n_train: the case.
+        values: one for each seed.
+        at_edge: a learning rate is at the edge of its grid, so that a better one may lie beyond.
+    """
+
+    data: str
+    model: str
+    n_train: int
+    values: Sequence[float]
+    at_edge: bool
+
+    def bounds(self, cases: int) -> tuple[float, float, float]:
+        """The mean, and its one-sided bounds that hold for so many cases together."""
+        return cast(tuple[float, float, float], t_bounds(self.values, 1 - (1 - CONFIDENCE) / cases))  # no single seed
+
+    def answer(self, cases: int) -> bool | None:
+        """Whether fine-tuning is better; None if the bounds hold zero or a rate is at an edge."""
+        _, lower, upper = self.bounds(cases)
+        return None if self.at_edge or lower <= 0 <= upper else lower > 0
+
+
+def gains(record: Record, reference: str = FROM_SCRATCH) -> list[Gain]:
+    """The cases of a record in its order.
+
+    Args:
+        record: of the kind "head_start".
+        reference: a way of training from scratch, which fine-tuning is compared with. Cases without it are left out.
+
+    Raises:
+        ValueError: a case has fewer than three seeds with a result for both.
+    """
+    frame = record.frame()
+    judged = frame[(frame["stage"] == "judging") & (frame["outcome"] == "done")]
+    every = []
+    for (data, model, n_train), case in judged.groupby(["data", "model", "n_train"], sort=False):
+        if reference not in set(case["setup"]):
+            continue
+        losses = case.pivot(index="seed", columns="setup", values="test_loss")[[FINE_TUNED, reference]].dropna()
+        if len(losses) < MIN_SEEDS:
+            raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
+        edges = case[case["setup"].isin([FINE_TUNED, reference])]["edge"]
+        values = (losses[reference] - losses[FINE_TUNED]).tolist()
+        every.append(Gain(str(data), str(model), cast(int, n_train), values, bool(edges.fillna("").any())))
+    return every
+
+
+def table(every: Sequence[Gain]) -> pandas.DataFrame:
+    """The cases as rows, with bounds that hold for all of them together, as :func:`lora_lab.plots.gains` draws them."""
+    import pandas
+
+    rows = []
+    for gain in every:
+        mean, lower, upper = gain.bounds(len(every))
+        case = {"data": gain.data, "model": gain.model, "n_train": gain.n_train, "at_edge": gain.at_edge}
+        rows.append(case | {"mean": mean, "lower": lower, "upper": upper, "answer": gain.answer(len(every))})
+    return pandas.DataFrame(rows)
+
+
+def _in_words(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Iterator[tuple[bool | None, str]]:
+    """The answers, cases that differ in their examples alone together where their answers are equal."""
+    key = lambda pair: (pair[0].data, pair[0].model, str(pair[1]))  # noqa: E731
+    for (data, model, _), pairs in groupby(sorted(answered, key=key), key):
+        gained, answers = zip(*pairs, strict=True)
+        sizes = ", ".join(f"{gain.n_train:,}{'*' * gain.at_edge}" for gain in gained)
+        each = [gain.bounds(cases) for gain in gained]
+        lower, upper = min(low for _, low, _ in each), max(high for *_, high in each)
+        means = " to ".join(dict.fromkeys(f"{extreme(mean for mean, *_ in each):+.2f}" for extreme in (min, max)))
+        yield answers[0], f"{data}, {model}, {sizes} examples: {means} nats (bounds {lower:+.2f} to {upper:+.2f})"
+
+
+def _compared(every: Sequence[Gain], always: bool = False) -> Result:
+    answered = [(gain, gain.answer(len(every))) for gain in every]
+    result = over_cases(_in_words(answered, len(every)), ON, always)
+    return _with_edges(result, every)
+
+
+def _with_edges(result: Result, every: Sequence[Gain]) -> Result:
+    edges = ". *: a rate is at the edge of its grid" if any(gain.at_edge for gain in every) else ""
+    return Result(result.verdict, f"gain of fine-tuning in test loss. {result.measured}{edges}", result.on)
+
+
+@decides("fine-tuning-beats-scratch", record="head_start")
+def beats_scratch(claim: Claim, record: Record) -> Result:
+    """Test losses after equally many steps, where there are few examples."""
+    return _compared([gain for gain in gains(record) if gain.n_train <= FEW])
+
+
+@decides("never-train-from-scratch", record="head_start")
+def scratch_never_pays(claim: Claim, record: Record) -> Result:
+    """Test losses after equally many steps, for all numbers of examples: one case is enough to refute it."""
+    return _compared(gains(record), always=True)
+
+
+@decides("head-start-shrinks-with-data", record="head_start")
+def shrinks_with_data(claim: Claim, record: Record) -> Result:
+    """The gain with the fewest examples less that with the most, of the nets and changes that gain with the fewest."""
+    of_size = {(gain.data, gain.model, gain.n_train): gain for gain in gains(record) if gain.data != DOCS}
+    names = dict.fromkeys((data, model) for data, model, _ in of_size)
+    pairs = [(of_size[(*name, SIZES[0])], of_size[(*name, SIZES[-1])]) for name in names]
+    begun = [(few, many) for few, many in pairs if few.answer(len(pairs))]
+    cases = []
+    for few, many in begun:
+        shrunk = [a - b for a, b in zip(few.values, many.values, strict=True)]
+        difference = Gain(few.data, few.model, few.n_train, shrunk, many.at_edge)
+        mean, lower, upper = difference.bounds(len(begun))
+        words = f"{few.data}, {few.model}: {mean:+.2f} nats (bounds {lower:+.2f} to {upper:+.2f})"
+        cases.append((difference.answer(len(begun)), words))
+    result = over_cases(cases, ON)
+    text = f"gain with {SIZES[0]} examples less that with {SIZES[-1]}, where there is one with {SIZES[0]}"
+    return Result(result.verdict, f"{text}. {result.measured}", result.on)
+
+
+@decides("fine-tuning-needs-fewer-steps", record="head_start")
+def fewer_steps(claim: Claim, record: Record) -> Result:
+    """It holds if fine-tuning is better than a longer training from scratch, and fails if it is worse than one as long.
+
+    Steps of pre-training are not counted: they are paid once.
+    """
+    every, longer = [gain for gain in gains(record) if gain.data != DOCS], gains(record, LONGER)
+    cases = len(every) + len(longer)
+    answered = []
+    for short, long in zip(every, longer, strict=True):
+        better, worse = long.answer(cases) is True, short.answer(cases) is False
+        answered.append((long if better or not worse else short, better or (False if worse else None)))
+    return _with_edges(over_cases(_in_words(answered, cases), ON), [*every, *longer])
