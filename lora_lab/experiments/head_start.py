@@ -48,6 +48,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "
 PRETRAINING, TRAINING = 400, 150  # steps on digits
 BATCH = 32  # pictures a step
 SEQ_LEN = 64  # tokens an example of the language model
+OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
 _COLUMNS = (
     *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
     *("validation_loss", "test_loss", "score_accuracy", "commit"),
@@ -98,7 +99,8 @@ class Case:
     def task(self, seed: int) -> Task:
         """What is learned."""
         if self.data == DOCS:
-            return studies.docs_task(SEQ_LEN, self.n_train, seed)
+            task = studies.docs_task(SEQ_LEN, self.n_train, seed)
+            return replace(task, off_domain=task.off_domain[:OFF_DOMAIN])
         return tasks.digits("adapt", seed, change=self.data).limited(self.n_train, seed)
 
     def train(
@@ -198,7 +200,7 @@ def settings(device: torch.device) -> dict[str, Any]:
 def planned_hours(device: torch.device) -> float:
     """How long the language model's part takes, by :mod:`lora_lab.experiments.planning`; the digits take minutes."""
     (docs,) = (case for case in plan(device) if case.data == DOCS)
-    return hours_of(docs.planned, SEQ_LEN, device)
+    return hours_of(docs.planned, SEQ_LEN, device, off_domain=OFF_DOMAIN)
 
 
 def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[Row]:
