@@ -23,7 +23,7 @@ from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.learning_rate import choose_rate, labelled, last_rows, tune
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.stats import RESAMPLES, interval, resampled_means, t_interval
+from lora_lab.ablation.stats import RESAMPLES, outer_interval
 from lora_lab.costs.fake import Factory
 from lora_lab.task import Task
 
@@ -144,9 +144,8 @@ def differences(
 ) -> pandas.DataFrame:
     """Each setup's loss minus the reference's, after the last step of the judging trials.
 
-    Each end of the interval is the outer one of two: a bootstrap over seeds and blocks of examples, which is too narrow
-    with few seeds, and Student's t over the seeds, which takes the examples as fixed. Neither includes the uncertainty
-    in the choice of the rates.
+    The interval is that of :func:`lora_lab.ablation.stats.outer_interval`. It does not include the uncertainty in the
+    choice of the rates.
 
     Args:
         frame: what :func:`compare_tuned` yields, together.
@@ -184,7 +183,7 @@ def differences(
         if setup in losses:
             row["loss"] = losses[setup].mean()
             paired = losses[setup] - losses[reference]
-            lower, upper = _longer(interval(resampled_means(paired, resamples, seed)), t_interval(paired.mean(axis=1)))
+            lower, upper = outer_interval(paired, resamples, seed)
             row |= {"difference": paired.mean(), "lower": lower, "upper": upper}
             row["verdict"] = _verdict(lower, upper, margin)
             if edges[setup] or edges[reference]:
@@ -193,11 +192,6 @@ def differences(
                 row["verdict"] = "reference"
         table.append(row)
     return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict"]]
-
-
-def _longer(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """The ends that are further out; NaN if one of them is."""
-    return float(np.minimum(one[0], other[0])), float(np.maximum(one[1], other[1]))
 
 
 def _verdict(lower: float, upper: float, margin: float) -> str:

@@ -38,6 +38,21 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return statistics.fmean(values) - distance, statistics.fmean(values) + distance
 
 
+def outer_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The two-sided 95 % interval of a mean over seeds and blocks of examples, each end the outer one of two intervals.
+
+    One is that of a bootstrap over seeds and blocks, which is too narrow with few seeds, and the other Student's t over
+    the seeds, which takes the examples as fixed. NaN for a single seed.
+
+    Args:
+        values: (seeds, blocks).
+        resamples, seed: of the bootstrap.
+    """
+    of_both = interval(resampled_means(values, resamples, seed)), t_interval(values.mean(axis=1))
+    (lower, other_lower), (upper, other_upper) = zip(*of_both, strict=True)
+    return float(np.minimum(lower, other_lower)), float(np.maximum(upper, other_upper))
+
+
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Means over seeds and blocks of examples in samples of a bootstrap, which draws both with replacement.
 

@@ -11,9 +11,10 @@ from functools import cache, partial
 
 import torch
 
-from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides, near, over_cases
+from lora_lab.claims.deciding import FALLS, STANDS, UNTESTABLE, Result, decides, near, over_cases
 from lora_lab.claims.facts import Claim
 from lora_lab.costs import flops
+from lora_lab.costs.bill import GIB
 from lora_lab.costs.fake import built_on_meta
 from lora_lab.inject import LoRAConfig, inject, last_blocks, lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
@@ -180,14 +181,16 @@ def hundred_models(claim: Claim) -> Result:
 
 @decides("gpt3-needs-1-2-tb")
 def full_fine_tuning_of_gpt3(claim: Claim) -> Result:
-    """What full fine-tuning with Adam holds for each parameter, by the usual ways of storing it."""
+    """What full fine-tuning with Adam holds, by the usual ways of storing it; and the weights alone, for LoRA."""
     schemes = {"float32": ADAM, "mixed precision": ADAM, "all in 16 bits": 4 * HALF}
     needed = {name: size * GPT3_PARAMETERS / 1e12 for name, size in schemes.items()}
     texts = ", ".join(f"{size:.2f} TB with {name}" for name, size in needed.items())
     derived = any(near(size, claim.stated) for size in needed.values())
     each = 1e12 * claim.stated / GPT3_PARAMETERS
     reason = "" if derived else "; no usual precision gives it, but that does not refute what they measured"
-    return Result(STANDS if derived else OPEN, f"{texts}; 1.2 TB is {each:.2f} bytes a weight{reason}")
+    weights = f"the weights alone, in 16 bits, take {HALF * GPT3_PARAMETERS / 1e9:.1f} GB"
+    text = f"{texts}; 1.2 TB is {each:.2f} bytes a weight{reason}; {weights}"
+    return Result(STANDS if derived else UNTESTABLE, text)
 
 
 @decides("full-7b-112-gb-lora-15")
@@ -224,6 +227,7 @@ def double_quantisation(claim: Claim) -> Result:
 def qlora_65b(claim: Claim) -> Result:
     """LLaMA 65B in NF4, and 16 bytes for each number of an adapter: small as in their example, and of rank 64.
 
+    A GPU of "48 GB" has 48 GiB.
     Activations are one sequence of 512 tokens: the inputs of all blocks in 16 bits, as with checkpointing, and the
     logits in float32 three times (they, their logarithms and their gradients). Less cannot be held at once.
     """
@@ -232,11 +236,11 @@ def qlora_65b(claim: Claim) -> Result:
     activations = 512 * (inputs + 3 * FLOAT32 * LLAMA_65B.vocab_size)
     cases = []
     for count, words in ((example, "0.2 % of the weights, as in their example"), (rank_64, "rank 64 on all layers")):
-        total = (_nf4_bytes(LLAMA_65B) + ADAM * count + activations) / 1e9
-        cases.append((total < claim.stated, f"adapters of {words}: {total:.1f} GB with 512 tokens"))
+        total = (_nf4_bytes(LLAMA_65B) + ADAM * count + activations) / GIB
+        cases.append((total < claim.stated, f"adapters of {words}: {total:.1f} GiB with 512 tokens"))
     (stated_full,) = claim.values
-    full = ADAM * parameters(LLAMA_65B) / 1e9
-    cases.append((full > stated_full, f"full fine-tuning: {full:,.0f} GB before activations"))
+    full = ADAM * parameters(LLAMA_65B) / GIB
+    cases.append((full > stated_full, f"full fine-tuning: {full:,.0f} GiB before activations"))
     return over_cases(cases, "the adapters, at 16 bytes a number")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas
 
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
-from lora_lab.ablation.stats import interval, resampled_means
+from lora_lab.ablation.stats import outer_interval
 from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides, within
 from lora_lab.claims.facts import Claim
 from lora_lab.claims.measured import MARGIN
@@ -188,8 +188,8 @@ def law_of_width(claim: Claim, record: Record) -> Result:
 def gains_at_high_rates(claim: Claim, record: Record) -> Result:
     """What the largest rank gains on rank 4 at the lowest rate that both tried, and at rank 4's best, alpha = 32.
 
-    It stands if the second gain is larger by more than the margin. It falls if the second is not shown to be larger,
-    and cannot be so by the margin. A growth that is shown and stays within the margin decides nothing.
+    The claim is of the sign, so it stands if the second gain is shown to be larger, and falls if it is not, and cannot
+    be so by the margin.
     """
     answers = {}
     for data, frame in _of_data(record).items():
@@ -200,11 +200,11 @@ def gains_at_high_rates(claim: Claim, record: Record) -> Result:
             answers[data] = None, "the ranks share no two rates up to rank 4's best"
             continue
         gains = np.array([small[rate] - large[rate] for rate in (low, high)])  # (2, seeds, blocks)
-        lower, upper = interval(resampled_means(gains[1] - gains[0]))
-        answer = True if lower > MARGIN else False if lower <= 0 and upper < MARGIN else None
+        lower, upper = outer_interval(gains[1] - gains[0])
+        answer = True if lower > 0 else False if upper < MARGIN else None
         words = (
             f"rank {max(of_rank)} gains {gains[0].mean():.4f} nats at {low:g} and {gains[1].mean():.4f} at {high:g}, "
-            f"more by {lower:+.4f} to {upper:+.4f}, margin {MARGIN:g}"
+            f"more by {lower:+.4f} to {upper:+.4f}"
         )
         answers[data] = answer, words
     return _on_language_model(answers)
