@@ -23,7 +23,7 @@ from lora_lab.claims import (  # noqa: F401  # they register themselves
     measured,
     rates,
 )
-from lora_lab.claims.deciding import DECIDERS, OPEN, UNTESTABLE, VERDICTS, Result, judge
+from lora_lab.claims.deciding import DECIDERS, FALLS, OPEN, UNTESTABLE, VERDICTS, Result, judge
 from lora_lab.claims.facts import NONE_GIVEN, Claim, read_claims
 from lora_lab.system.schema import check
 
@@ -173,7 +173,8 @@ def table(entries: Mapping[str, Entry]) -> str:
         lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
     counts = Counter(entry.result.verdict for entry in entries.values())
     waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
-    notes = {OPEN: f" ({waiting} wait for a record)"}
+    of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
+    notes = {OPEN: f" ({waiting} wait for a record)", FALLS: f" ({of_others} of a source that is named)"}
     total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
     last = f"{len(entries)} claims: {total}."
     return "\n".join([*lines, "", last, "More on one: lora-lab claims show ID"])

@@ -464,8 +464,8 @@ def _at_a_temperature() -> tuple[bool, str]:
     losses = {t: float(F.cross_entropy(logits / t, targets)) for t in (1, 2, 4, 8)}
     best = min(losses, key=losses.__getitem__)
     before, after = ((each.argmax(-1) == targets).float().mean() for each in (logits, logits / best))
-    words = f"logits at temperature {best}: loss {losses[1]:.2f} to {losses[best]:.2f}, right answers {before:.0%} and {after:.0%}"
-    return bool(after > before), words
+    changed = f"loss {losses[1]:.2f} to {losses[best]:.2f}, right answers {before:.0%} and {after:.0%}"
+    return bool(after > before), f"logits at temperature {best}: {changed}"
 
 
 @decides("off-domain-rise-is-the-methods", record="ablation")
@@ -681,24 +681,6 @@ def full_rank_update(claim: Claim, record: Record) -> Result:
     if seeds < MIN_SEEDS:
         return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
     return Result(STANDS if 10 <= ratio <= 100 else FALLS, text)
-
-
-@decides("intruders-in-lora-only", record="spectra")
-def intruders(claim: Claim, record: Record) -> Result:
-    """Intruder dimensions of the record's runs, and the sizes of their updates."""
-    counts: dict[str, float] = {}
-    for row in record.rows:
-        if row.get("about") == "intruders" and row.get("intruders") is not None:
-            counts[str(row["run"])] = counts.get(str(row["run"]), 0) + row["intruders"]
-    sizes = {run: statistics.median(row["relative_norm"] for row in _layers(record, run)) for run in counts}
-    text = ", ".join(f"{run}: {count:g} at {100 * sizes[run]:.1f} % of the weight" for run, count in counts.items())
-    doubts = ["updates this small cannot show any"] if max(sizes.values(), default=0) < 0.05 else []
-    if (seeds := _seeds(record, "full")) < MIN_SEEDS:
-        doubts.append(f"full fine-tuning has {counted(seeds, 'seed')}")
-    if doubts:
-        return Result(OPEN, f"{text}; {', and '.join(doubts)}")
-    lora = sum(count for run, count in counts.items() if run.startswith("LoRA"))
-    return Result(STANDS if lora > 0 == counts.get("full") else FALLS, text)
 
 
 # What others published

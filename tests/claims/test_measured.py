@@ -565,23 +565,6 @@ def test_the_rank_of_updates_needs_seeds(changed):
     assert changed("full-update-10-to-100-ranks", "spectra", low).verdict == "falls"
 
 
-def test_intruders_are_counted_only_in_updates_that_could_have_some(changed):
-    result = changed("intruders-in-lora-only", "spectra", unchanged)
-    assert result.verdict == "open"
-    assert result.measured.endswith("updates this small cannot show any, and full fine-tuning has 1 seed")
-
-    def large(rows):
-        rows = where(lambda row: row["about"] == "layer", relative_norm=0.2)(more_seeds(rows))
-        return where(lambda row: row["about"] == "intruders" and row["run"] == "LoRA r=8", intruders=3)(rows)
-
-    assert changed("intruders-in-lora-only", "spectra", large).verdict == "stands"
-
-    def in_both(rows):
-        return where(lambda row: row["about"] == "intruders" and row["run"] == "full", intruders=3)(large(rows))
-
-    assert changed("intruders-in-lora-only", "spectra", in_both).verdict == "falls"
-
-
 # What others published
 
 
