@@ -40,7 +40,8 @@ MAIN = ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, attention only", "LoRA r=8
 CONTEXTS = (64, 256, 1024)
 _ON_SMOLLM2 = (
     *("full", "full, SGD", "full, bf16", "full, checkpointing"),
-    *("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=8, attention only", "LoRA-FA r=8", "LoRA r=8, NF4 base"),
+    *("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=8, attention only", "LoRA-FA r=8", "DoRA r=8"),
+    "LoRA r=8, NF4 base",
     *("LoRA r=8, bf16", "LoRA r=8, checkpointing", "LoRA r=8, bf16, checkpointing"),
     *("LoRA r=8, lean", "LoRA r=8, lean, bf16 base", "LoRA r=8, lean, checkpointing"),
 )
