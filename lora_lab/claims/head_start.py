@@ -1,8 +1,9 @@
 """Verdicts from the record ``head_start``: fine-tuning against training from scratch, by net, change and examples.
 
 A case is one net, one change of the data and one number of examples. What decides it is the difference of the test
-losses over the seeds that were judged. So many cases are looked at that some would seem decided by chance alone, so
-their bounds hold for all cases of a claim together with 95 % (Bonferroni: each for itself at 1 - 0.05 / cases).
+losses over the seeds that were judged, unless the right answers differ the other way. So many cases are looked at that
+some would seem decided by chance alone, so their bounds hold for all cases of a claim together with 95 % (Bonferroni:
+each for itself at 1 - 0.05 / cases).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
@@ -36,6 +38,7 @@ class Gain:
         data, model, n_train: the case.
         values: one for each seed.
         at_edge: a learning rate is at the edge of its grid, so that a better one may lie beyond.
+        right: by how much the share of right answers is higher, for each seed; empty where nothing is answered.
     """
 
     data: str
@@ -43,15 +46,27 @@ class Gain:
     n_train: int
     values: Sequence[float]
     at_edge: bool
+    right: Sequence[float] = ()
 
     def bounds(self, cases: int) -> tuple[float, float, float]:
         """The mean, and its one-sided bounds that hold for so many cases together."""
-        return cast(tuple[float, float, float], t_bounds(self.values, 1 - (1 - CONFIDENCE) / cases))  # no single seed
+        return _bounds(self.values, cases)
 
     def answer(self, cases: int) -> bool | None:
-        """Whether fine-tuning is better; None if the bounds hold zero or a rate is at an edge."""
+        """Whether fine-tuning is better; None if it cannot be told.
+
+        That is so if the bounds hold zero or a rate is at an edge, or if the one that has the lower loss answers worse.
+        """
         _, lower, upper = self.bounds(cases)
-        return None if self.at_edge or lower <= 0 <= upper else lower > 0
+        if self.at_edge or lower <= 0 <= upper:
+            return None
+        better = lower > 0
+        _, worst, best = _bounds(self.right, cases) if self.right else (0.0, 0.0, 0.0)
+        return None if (best < 0 if better else worst > 0) else better
+
+
+def _bounds(values: Sequence[float], cases: int) -> tuple[float, float, float]:
+    return cast(tuple[float, float, float], t_bounds(values, 1 - (1 - CONFIDENCE) / cases))  # never of a single seed
 
 
 def gains(record: Record, reference: str = FROM_SCRATCH) -> list[Gain]:
@@ -73,9 +88,11 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> list[Gain]:
         losses = case.pivot(index="seed", columns="setup", values="test_loss")[[FINE_TUNED, reference]].dropna()
         if len(losses) < MIN_SEEDS:
             raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
+        right = case.pivot(index="seed", columns="setup", values="score_accuracy").loc[losses.index]
+        right = (right[FINE_TUNED] - right[reference]).dropna().tolist()
         edges = case[case["setup"].isin([FINE_TUNED, reference])]["edge"]
         values = (losses[reference] - losses[FINE_TUNED]).tolist()
-        every.append(Gain(str(data), str(model), cast(int, n_train), values, bool(edges.fillna("").any())))
+        every.append(Gain(str(data), str(model), cast(int, n_train), values, bool(edges.fillna("").any()), right))
     return every
 
 
@@ -87,7 +104,8 @@ def table(every: Sequence[Gain]) -> pandas.DataFrame:
     for gain in every:
         mean, lower, upper = gain.bounds(len(every))
         case = {"data": gain.data, "model": gain.model, "n_train": gain.n_train, "at_edge": gain.at_edge}
-        rows.append(case | {"mean": mean, "lower": lower, "upper": upper, "answer": gain.answer(len(every))})
+        case |= {"mean": mean, "lower": lower, "upper": upper, "answer": gain.answer(len(every))}
+        rows.append(case | {"right": fmean(gain.right) if gain.right else None})
     return pandas.DataFrame(rows)
 
 

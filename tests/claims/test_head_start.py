@@ -12,7 +12,7 @@ HELPS = {10: 0.8, 40: 0.6, 160: 0.4, 500: 0.2}  # examples -> gain in nats
 HURTS = {size: -gain for size, gain in HELPS.items()}
 
 
-def rows(gained, longer=0.1, noise=0.01, seeds=5, edge="", docs=3.0):
+def rows(gained, longer=0.1, noise=0.01, seeds=5, edge="", docs=3.0, points=10):
     """The judged trials of some cases.
 
     Args:
@@ -22,6 +22,7 @@ def rows(gained, longer=0.1, noise=0.01, seeds=5, edge="", docs=3.0):
         seeds: how many are judged.
         edge: of the grid of the MLP from scratch.
         docs: the gain of the language model, which is not trained longer.
+        points: for each nat of the gain, by how many percentage points more are right.
     """
     every = {(*case, size): (gain, longer) for case, sizes in gained.items() for size, gain in sizes.items()}
     every["docs", "smollm2", 240] = (docs, None)
@@ -34,6 +35,7 @@ def rows(gained, longer=0.1, noise=0.01, seeds=5, edge="", docs=3.0):
             for setup, loss in losses.items():
                 row = {"data": data, "model": model, "n_train": n_train, "setup": setup, "stage": "judging"}
                 row |= {"edge": edge if (model, setup) == ("MLP", FROM_SCRATCH) else "", "outcome": "done"}
+                row["score_accuracy"] = None if more is None else 0.5 - points * (loss - seed * 0.3) / 100
                 result.append(row | {"lr": 1e-3, "seed": seed, "step": 150, "steps": 150, "test_loss": loss})
                 result.append(row | {"lr": 1e-3, "seed": 0, "stage": "choosing", "test_loss": 9.0})
     return result
@@ -106,6 +108,15 @@ def test_a_rate_at_an_edge_and_few_seeds_decide_nothing(verdict):
     few = verdict("fine-tuning-beats-scratch", CASES, seeds=2)
     assert few.verdict == "open"
     assert "fewer than 3 seeds" in few.measured
+
+
+def test_a_lower_loss_with_worse_answers_decides_nothing(record, verdict):
+    assert verdict("fine-tuning-beats-scratch", CASES, points=-10).verdict == "open"
+    assert verdict("never-train-from-scratch", MIXED, points=-10).verdict == "open"
+    (gain, docs) = gains(record({("moved", "MLP"): {10: 0.5}}))
+    assert gain.right == pytest.approx([0.049, 0.051, 0.049, 0.051, 0.049])
+    assert docs.right == []  # a loss alone decides
+    assert docs.answer(2) is True
 
 
 def test_a_head_start_shrinks_if_it_is_worth_less_with_the_most_examples(verdict):
