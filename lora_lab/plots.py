@@ -615,21 +615,23 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
     return legend_beside(ax)
 
 
-def gains(table: DataFrame, ylabel: str) -> Figure:
+def gains(table: DataFrame, ylabel: str, column: str = "mean", bounds: tuple[str, str] = ("lower", "upper")) -> Figure:
     """By how much one way is better than another, against the size of the training set: a panel for each model.
 
     Args:
-        table: columns ``model``, ``data`` (a line each), ``n_train``, ``mean``, ``lower`` and ``upper``.
+        table: columns ``model``, ``data`` (a line each), ``n_train``, the gain and its bounds.
         ylabel: the gain, with its unit.
+        column, bounds: the names of those columns.
     """
+    lower, upper = bounds
     models, data = table["model"].unique(), list(table["data"].unique())
     figure, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 3.6), sharey=True, squeeze=False)
     for ax, model in zip(axes[0], models, strict=True):
         of_model = table[table["model"] == model]
         for i, name in enumerate(data):
             rows = of_model[of_model["data"] == name]
-            reach = [rows["mean"] - rows["lower"], rows["upper"] - rows["mean"]]
-            ax.errorbar(rows["n_train"] * 1.06**i, rows["mean"], reach, capsize=2, label=name, **_style(i))
+            reach = [rows[column] - rows[lower], rows[upper] - rows[column]]
+            ax.errorbar(rows["n_train"] * 1.06**i, rows[column], reach, capsize=2, label=name, **_style(i))
         ax.axhline(0, color="#000000", linewidth=0.8)
         _size_axis(ax, of_model["n_train"])
         ax.set_title(model)

@@ -103,10 +103,16 @@ def overfitted(record: Record) -> Picture:
 
 def head_start(record: Record) -> Picture:
     table = claims_on_head_start.table(claims_on_head_start.gains(record))
-    each = [f"{row['data']}, {row['model']}, {row['n_train']} {row['mean']:+.2f}" for row in table.to_dict("records")]
-    figure = plots.gains(table[table["data"] != claims_on_head_start.DOCS], "from scratch minus fine-tuned (nats)")
-    figure.suptitle("Test loss: what a head start gains")
-    return figure, f"What fine-tuning gains over training from scratch in test loss: {'; '.join(each)}"
+    digits = table[table["data"] != claims_on_head_start.DOCS]
+    each = [
+        f"{row['data']}, {row['model']}, {row['n_train']} {row['points']:+.0f}" for row in digits.to_dict("records")
+    ]
+    figure = plots.gains(digits, "percentage points", "points", ("points_lower", "points_upper"))
+    figure.suptitle("Right answers: fine-tuned minus from scratch")
+    return (
+        figure,
+        f"Percentage points of right answers that fine-tuning gains over training from scratch: {'; '.join(each)}",
+    )
 
 
 def spectra(record: Record) -> Picture:

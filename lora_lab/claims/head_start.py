@@ -8,10 +8,10 @@ each for itself at 1 - 0.05 / cases).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
@@ -97,15 +97,21 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> list[Gain]:
 
 
 def table(every: Sequence[Gain]) -> pandas.DataFrame:
-    """The cases as rows, with bounds that hold for all of them together, as :func:`lora_lab.plots.gains` draws them."""
+    """The cases as rows, with bounds that hold for all of them together.
+
+    Columns: ``data``, ``model``, ``n_train``, ``at_edge``, ``answer`` (:meth:`Gain.answer`; None if it cannot be told),
+    the gain in nats (``mean``, ``lower``, ``upper``) and in percentage points of right answers (``points``,
+    ``points_lower``, ``points_upper``; NaN where nothing is answered).
+    """
     import pandas
 
     rows = []
     for gain in every:
-        mean, lower, upper = gain.bounds(len(every))
         case = {"data": gain.data, "model": gain.model, "n_train": gain.n_train, "at_edge": gain.at_edge}
-        case |= {"mean": mean, "lower": lower, "upper": upper, "answer": gain.answer(len(every))}
-        rows.append(case | {"right": fmean(gain.right) if gain.right else None})
+        case |= {"answer": gain.answer(len(every))}
+        case |= dict(zip(("mean", "lower", "upper"), gain.bounds(len(every)), strict=True))
+        points = [100 * each for each in _bounds(gain.right, len(every))] if gain.right else [math.nan] * 3
+        rows.append(case | dict(zip(("points", "points_lower", "points_upper"), points, strict=True)))
     return pandas.DataFrame(rows)
 
 
