@@ -112,7 +112,7 @@ def table(every: Sequence[Gain]) -> pandas.DataFrame:
         case |= dict(zip(("mean", "lower", "upper"), gain.bounds(len(every)), strict=True))
         points = [100 * each for each in _bounds(gain.right, len(every))] if gain.right else [math.nan] * 3
         rows.append(case | dict(zip(("points", "points_lower", "points_upper"), points, strict=True)))
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows).astype({"answer": object})
 
 
 def _in_words(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Iterator[tuple[bool | None, str]]:
