@@ -461,6 +461,39 @@ def _(lab, right):
     train(DigitsMLP(width=8, seed=0 if right else 1), checkpoint_dir=lab.folder / "one")
 
 
+@mistake("is of a run that started from other weights")
+def _(lab, right):
+    train(method=ll.FullFineTuning(), checkpoint_dir=lab.folder / "one", checkpoint_every=1)
+    model = DigitsMLP(width=8, seed=0 if right else 1)
+    train(model, method=ll.FullFineTuning(), checkpoint_dir=lab.folder / "one")
+
+
+@mistake("was stopped before its first checkpoint")
+def _(lab, right):
+    def adapted():
+        model = DigitsMLP(width=8)
+        ll.inject(model, ll.LoRAConfig(2))
+        return model
+
+    def stop(row):
+        if row["step"] == 1:
+            raise KeyboardInterrupt
+
+    model = adapted()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, method=ll.ContinueLoRA(), checkpoint_dir=lab.folder, checkpoint_every=2, on_row=stop)
+    train(adapted() if right else model, method=ll.ContinueLoRA(), checkpoint_dir=lab.folder)
+
+
+@mistake("its last checkpoint is missing", UserWarning)
+def _(lab):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lab.patch.setattr(ll.checkpoint, "save", full)
+    train(checkpoint_dir=lab.folder, checkpoint_every=2)
+
+
 @mistake("does not match the checksum in the header")
 def _(lab, right):
     train(checkpoint_dir=lab.folder, checkpoint_every=1)
