@@ -47,6 +47,7 @@ from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
 _RUN = "_lora_lab_run"  # the attribute of a model that holds the _Run that has trained it last
+_ROUNDED = "_lora_lab_rounded"  # the same for the base_dtype to which a run has rounded it that an early error ended
 
 
 @runtime_checkable
@@ -349,7 +350,8 @@ def fit(
     except that dropout draws other numbers. Rank 0 shows the progress bar, writes checkpoints and calls ``on_row``.
 
     An error before the first step leaves the model without adapters or a mark, so that the call can be corrected and
-    made again. (The blocks of a lean step stay. If its ``base_dtype`` has rounded the weights, load the model again.)
+    made again. (The blocks of a lean step stay, and so do weights that it has rounded: the model then has to be loaded
+    again, except for a lean step with the same ``base_dtype``.)
 
     Args:
         model: a freshly loaded model, on the device to train on.
@@ -387,6 +389,7 @@ def fit(
     order, processes = data_order(task, config), current_processes()
     check_batches(task, order, config)
     history = new_history(task, method, config)
+    _check_rounded(model, history.settings)
     run = [history.task, history.method, history.settings]
     start = _start(model, method, run, checkpoint_dir)
     if isinstance(method, ContinueLoRA) and start.adapters is not None:
@@ -673,15 +676,33 @@ def _undone_by_an_error(model: nn.Module, identity: list[Any], start: _Start) ->
     except BaseException:
         if not changed:
             start.restore(model)
-            _set_mark(model, identity[1]["name"] if start.is_rounded(model) else mark)
+            _set_mark(model, mark)
+            if start.is_rounded(model):
+                setattr(model, _ROUNDED, _base_dtype(identity[2]))
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
         raise
     finally:
         model.zero_grad()
+        if changed and hasattr(model, _ROUNDED):
+            delattr(model, _ROUNDED)
         if changed and start.weights is not None:
             setattr(model, _RUN, _Run(identity, start, checkpoint.parameters_hash(model), ended))
+
+
+def _check_rounded(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the model's weights are rounded to a dtype to which this run would not round them."""
+    if (rounded := getattr(model, _ROUNDED, _base_dtype(settings))) != _base_dtype(settings):
+        raise ValueError(
+            f"The model's weights were rounded by a lean step with base_dtype={rounded}, whose run ended in an error; "
+            "load the model again, or use that base_dtype."
+        )
+
+
+def _base_dtype(settings: dict[str, Any]) -> str | None:
+    """To which dtype a run with these settings rounds frozen weights; None for none."""
+    return settings.get("lean", {}).get("base_dtype")
 
 
 def _set_mark(model: nn.Module, mark: str | None) -> None:

@@ -37,6 +37,7 @@ from lora_lab import (
     fit,
     inject,
     load_adapter,
+    merge,
     save_adapter,
     seed_everything,
     train,
@@ -1377,8 +1378,12 @@ def test_a_model_that_an_early_error_leaves_rounded_does_not_pass_as_untouched(t
     model, options = Llama(tiny_config), {"steps": 1, "lr": 0.01, "batch_size": 3}
     with pytest.raises(ZeroDivisionError):
         fit(model, llama_task(), LoRA(2), lean=Lean(torch.bfloat16), on_row=lambda row: 1 / 0, **options)
-    with pytest.raises(ValueError, match=r"already been prepared for 'lora'.*freshly loaded model"):
-        fit(model, llama_task(), LoRA(2), **options)
+    for lean in (None, Lean()):
+        with pytest.raises(ValueError, match=r"rounded by a lean step with base_dtype=torch\.bfloat16, .*; load"):
+            fit(model, llama_task(), LoRA(2), lean=lean, **options)
+    fit(model, llama_task(), LoRA(2), lean=Lean(torch.bfloat16), **options)
+    merge(model)
+    fit(model, llama_task(), LoRA(2), **options)  # as any merged model
     model = Llama(tiny_config)
     with pytest.raises(ZeroDivisionError):
         fit(model, llama_task(), LoRA(2), lean=Lean(), on_row=lambda row: 1 / 0, **options)
