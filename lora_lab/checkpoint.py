@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +24,23 @@ from lora_lab.task import bytes_of
 _CHECKPOINT = "checkpoint.safetensors"
 _ADVICE = "delete it to restart the run"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+_OF_EARLIER_VERSIONS = ("history", "sha256")  # entries of the header: it was there, and there was no checksum at first
 
 
-def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
+def save(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    hashes: Mapping[str, str] | None = None,
+) -> None:
     """Write all that a run needs to continue, into one file, so that weights and history are always of the same step.
+
+    Args:
+        folder: for this run alone.
+        model, optimizer, history: of the run.
+        hashes: of weights by which the run is known: "frozen" (:func:`frozen_hash`, the default) and "start"
+            (:func:`parameters_hash` of the model before it was prepared).
 
     Raises:
         DivergedError: a trained parameter is NaN or infinite; the previous checkpoint stays.
@@ -43,8 +56,9 @@ def save(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     tensors["random.cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    note = {"history": json.dumps(asdict(history)), "frozen": frozen_hash(model)}
-    save_tensors(Path(folder) / _CHECKPOINT, tensors, note)
+    # A tensor, because a header of safetensors holds at most 100 MB. vars, because asdict copies every row.
+    tensors["history"] = torch.frombuffer(bytearray(json.dumps(vars(history)).encode()), dtype=torch.uint8)
+    save_tensors(Path(folder) / _CHECKPOINT, tensors, hashes or {"frozen": frozen_hash(model)})
 
 
 def resume(
@@ -53,6 +67,7 @@ def resume(
     optimizer: torch.optim.Optimizer,
     history: History,
     before_change: Callable[[], None] = lambda: None,
+    hashes: Mapping[str, str] | None = None,
 ) -> int:
     """Restore a run from its checkpoint, and return the number of steps done (0 without a checkpoint).
 
@@ -60,11 +75,11 @@ def resume(
     restored too, so call it within :func:`lora_lab.system.device.own_randomness`, as ``fit`` does.
 
     Args:
-        folder, model, optimizer, history: as for :func:`save`; the history has no rows yet.
+        folder, model, optimizer, history, hashes: as for :func:`save`; the history has no rows yet.
         before_change: called once the checkpoint has been checked, just before the model's weights change.
 
     Raises:
-        ValueError: the file is damaged, or belongs to another run or to other frozen weights.
+        ValueError: the file is damaged, or belongs to another run, to other frozen weights or to another start.
     """
     if folder is None or not (Path(folder) / _CHECKPOINT).is_file():
         return 0
@@ -75,10 +90,12 @@ def resume(
     done, steps = len(stored["rows"]) - 1, history.settings["steps"]
     if not 1 <= done <= steps:
         raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {_ADVICE}.")
-    if note["frozen"] != frozen_hash(model):
+    hashes = hashes or {"frozen": frozen_hash(model)}
+    if note["frozen"] != hashes["frozen"]:
         raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
     if difference := mismatch(tensors, _expected_tensors(model, optimizer, tensors)):
         raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
+    _check_start(path, note, hashes.get("start"))
     try:  # first, because these may raise; own_randomness restores the previous states
         torch.set_rng_state(tensors["random.cpu"])
         if device.type == "cuda" and "random.cuda" in tensors:
@@ -111,22 +128,25 @@ def remove(folder: str | Path | None) -> None:
 
 
 def step_of(folder: str | Path | None) -> int | None:
-    """The step of the checkpoint in a folder, of which only the header is read; None if there is none.
+    """The step of the checkpoint in a folder, of which only the history is read; None if there is none.
 
     Raises:
-        ValueError: the header is damaged.
+        ValueError: the history is damaged.
     """
-    stored = _header(folder)
+    stored = _stored(folder)
     return None if stored is None else len(stored["rows"]) - 1
 
 
-def holds(folder: str | Path | None, history: History) -> bool:
-    """Whether a folder holds a checkpoint of this run, by its header.
+def holds(folder: str | Path | None, history: History, model: nn.Module | None = None) -> bool:
+    """Whether a folder holds a checkpoint of this run, by its history.
+
+    Args:
+        model: as it was loaded, to check the whole file, and that its run started from these weights.
 
     Raises:
-        ValueError: the header is damaged, or the checkpoint is of another run.
+        ValueError: the file is damaged, or the checkpoint is of another run.
     """
-    stored = _header(folder)
+    stored = _stored(folder)
     if folder is None or stored is None:
         return False
     path = Path(folder) / _CHECKPOINT
@@ -135,17 +155,18 @@ def holds(folder: str | Path | None, history: History) -> bool:
     except ValueError:
         _contents(path)  # a damaged file may look like that of another run
         raise
+    if model is not None:
+        _check_start(path, _contents(path)[1], parameters_hash(model))
     return True
 
 
-def _header(folder: str | Path | None) -> dict[str, Any] | None:
-    """The content of the history in the header of a folder's checkpoint; None if there is none."""
+def _stored(folder: str | Path | None) -> dict[str, Any] | None:
+    """The content of the history in a folder's checkpoint, of which nothing else is read; None if there is none."""
     if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            stored = json.loads(file.metadata()["history"])
-        History.from_dict(stored)
+            stored = _history_in(file.metadata(), file.get_tensor)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
     return stored
@@ -191,12 +212,18 @@ def stored_history(folder: str | Path) -> History | None:
 def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
     """A checkpoint's tensors, its note, and the content of its history."""
     try:
-        tensors, note = load_tensors(path, {"history", "frozen"}, unsigned=True)
-        stored = json.loads(note["history"])
-        History.from_dict(stored)
-    except (ValueError, RecursionError) as error:
+        tensors, note = load_tensors(path, {"frozen"}, {"start", *_OF_EARLIER_VERSIONS})
+        stored = _history_in(note, tensors.pop)
+    except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
     return tensors, note, stored
+
+
+def _history_in(note: Mapping[str, str], tensor: Callable[[str], Tensor]) -> dict[str, Any]:
+    """The content of a checkpoint's history, of which earlier versions had the text in the note."""
+    stored = json.loads(note["history"] if "history" in note else bytes(bytes_of(tensor("history"))))
+    History.from_dict(stored)
+    return stored
 
 
 def _expected_tensors(
@@ -258,12 +285,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, s
         save_file(copies, temporary, metadata={**note, "sha256": _checksum(copies, note)})
 
 
-def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: Path, names: Set[str], optional: Set[str] = frozenset()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file that :func:`save_tensors` wrote: tensors on the CPU, and the note.
 
     Args:
         names: of the note's entries.
-        unsigned: accept a file without a checksum too, as the first versions wrote it.
+        optional: names of entries that may be missing, "sha256" too if the file need not have a checksum.
 
     Raises:
         ValueError: the file is no safetensors file, its note has other entries, or its content has changed. The
@@ -276,7 +305,7 @@ def load_tensors(path: Path, names: set[str], unsigned: bool = False) -> tuple[d
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The file cannot be read: {error}.") from None
     expected = {"sha256", *names}
-    if note.keys() != expected and not (unsigned and note.keys() == names):
+    if not expected - optional <= note.keys() <= expected | optional:
         raise ValueError(f"The header has the entries {short_repr(sorted(note))}, not {sorted(expected)}.")
     checksum = note.pop("sha256", None)
     if checksum is not None and checksum != _checksum(tensors, note):
@@ -302,6 +331,19 @@ def _check_same_run(path: Path, expected: dict[str, Any], stored: dict[str, Any]
                     f"{path} is from another run: its {group}.{name} is {short_repr(stored[group].get(name))}, "
                     f"not {short_repr(expected[group].get(name))}; use another folder, or delete it."
                 )
+
+
+def _check_start(path: Path, note: Mapping[str, str], start: str | None) -> None:
+    """Raise ValueError if a checkpoint's run started from other weights; earlier versions did not store which."""
+    if start is not None and note.get("start", start) != start:
+        raise ValueError(
+            f"{path} is of a run that started from other weights; load the same model, or use another folder."
+        )
+
+
+def parameters_hash(model: nn.Module) -> str:
+    """A hash of all parameters."""
+    return tensors_hash(dict(model.named_parameters()))
 
 
 def frozen_hash(model: nn.Module) -> str:

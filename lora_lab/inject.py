@@ -186,6 +186,9 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     its base's :meth:`lora_lab.layers.QuantizedLayer.requantized` makes of that matrix, and the third is ``merged`` of
     the adapter over the layer of ``base`` (DoRA's lengths and PiSSA's start stay those of the quantised base).
 
+    All new weights are made before the first old one goes, so that an error leaves the model whole: until then memory
+    holds the adapted layers' weights twice.
+
     Args:
         into: "dequantised", "blocks" (adapted layers that are not quantised are merged as usual), or "full-precision".
         base: with "full-precision", the model before it was quantised, without adapters. Copies of its layers, in the
@@ -283,6 +286,11 @@ def _check_full_layer(name: str, layer: Any, full: nn.Module | None) -> None:
         raise ValueError(f"base does not fit the model: {name!r} {problem}; pass the model before it was quantised.")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile has wrapped, whose layers have their own names; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapters' tensors: ``<layer>.lora_A`` (rank, in), ``<layer>.lora_B`` (out, rank), a variant's
     further ones, and the scalars ``<layer>.alpha`` and ``<layer>.scaling``.
@@ -291,7 +299,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         ValueError: the model has no adapters.
     """
     state: dict[str, Tensor] = {}
-    for name, layer in lora_layers(model, required=True).items():
+    for name, layer in lora_layers(uncompiled(model), required=True).items():
         state |= {f"{name}.{part}": getattr(layer, part).detach().clone() for part in layer.parts}
         for scalar in ("alpha", "scaling"):  # both, because variants differ in the scaling of an alpha
             state[f"{name}.{scalar}"] = torch.tensor(getattr(layer, scalar), dtype=torch.float64)  # ()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lab.inject import uncompiled
 from lora_lab.system.schema import Seed, check, instance_of
 from lora_lab.system.wording import counted, short_repr
 
@@ -131,7 +132,7 @@ def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward takes an argument of that name."""
     # Wrappers of peft and of torch.compile pass all arguments on, so the wrapped model decides.
     unwrap = getattr(model, "get_base_model", None)
-    inner = getattr(model, "_orig_mod", model) if unwrap is None else unwrap()
+    inner = uncompiled(model) if unwrap is None else unwrap()
     forward = getattr(inner, "forward", inner)
     method = getattr(forward, "__func__", None)  # anything else may hold a model, which no cache is to keep
     try:

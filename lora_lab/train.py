@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -25,8 +26,8 @@ from lora_lab import checkpoint
 from lora_lab.history import History, count_parameters
 from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.inject import replace as replace_layer
-from lora_lab.methods import MARK, ContinueLoRA, Method
-from lora_lab.system.device import own_randomness
+from lora_lab.methods import MARK, AsItIs, ContinueLoRA, Method
+from lora_lab.system.device import own_randomness, randomness_restored
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import as_path, check_writable
 from lora_lab.system.progress import progress_bar
@@ -45,7 +46,8 @@ from lora_lab.system.wording import short_repr
 from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
-_RUN = "_lora_lab_run"  # the attribute of a model that holds the run that has trained it last, and that run's _Start
+_RUN = "_lora_lab_run"  # the attribute of a model that holds the _Run that has trained it last
+_ROUNDED = "_lora_lab_rounded"  # the same for the base_dtype to which a run has rounded it that an early error ended
 
 
 @runtime_checkable
@@ -202,8 +204,11 @@ class TrainingStep:
             losses = [self._sum_over_processes(losses, parameters)]
         # Set explicitly: torch's default differs for fake tensors, on which the step would then run other operations.
         foreach = True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
-        max_norm = math.inf if self.clip is None else self.clip
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=foreach)  # ()
+        if self.clip is None:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients, foreach=foreach)  # ()
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip, foreach=foreach)  # ()
         self.optimizer.step()
         return torch.stack(losses).sum(), norm  # (), ()
 
@@ -280,8 +285,10 @@ def enable_checkpointing(model: nn.Module) -> None:
 def _switch_checkpointing(model: nn.Module, to: Literal["enable", "disable"]) -> None:
     """Call the model's method for that, if it has one."""
     # transformers 5 has renamed the methods, and warns of the old names.
-    names = (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}")
-    getattr(model, next((name for name in names if hasattr(model, name)), ""), lambda: None)()
+    for name in (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}"):
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
 
 
 @contextmanager
@@ -331,7 +338,9 @@ def fit(
         fit(model, task, LoRA(rank=8), steps=40, lr=2e-3, batch_size=4)
 
     All randomness (adapter weights, data order, dropout) comes from ``seed``, and the global generators
-    are left unchanged. The model's modules end in the modes, train or eval, that they were passed in.
+    are left unchanged. (Dropout on a device other than a CPU or a CUDA GPU, such as Apple's MPS, draws from a generator
+    of that device, which is neither seeded nor restored: no two such runs are equal, nor is a resumed one.)
+    The model's modules end in the modes, train or eval, that they were passed in, and no parameter keeps a gradient.
 
     What is frozen stays as it is: where parts of the model are frozen, a batch norm without trainable parameters stays
     in eval mode, so that its statistics do not change.
@@ -341,7 +350,8 @@ def fit(
     except that dropout draws other numbers. Rank 0 shows the progress bar, writes checkpoints and calls ``on_row``.
 
     An error before the first step leaves the model without adapters or a mark, so that the call can be corrected and
-    made again. (The blocks of a lean step stay.)
+    made again. (The blocks of a lean step stay, and so do weights that it has rounded: the model then has to be loaded
+    again, except for a lean step with the same ``base_dtype``.)
 
     Args:
         model: a freshly loaded model, on the device to train on.
@@ -349,12 +359,13 @@ def fit(
         method: FullFineTuning(), LoRA(...), ...
         config: how to train; or its fields as keywords.
         checkpoint_dir: a folder for this run alone. If it holds a checkpoint of this run, the run continues from it,
-            with a freshly loaded model or with the one that it was training when it was stopped.
+            with a freshly loaded model or with the one that it was training when it was stopped. If the last checkpoint
+            cannot be written, a warning says so, since nothing is left to train.
         checkpoint_every: steps between checkpoints; default: as ``eval_every``.
         progress: show a progress bar; default: only in a terminal or notebook, and unless LORA_LAB_PROGRESS is 0.
         on_row: called with each new row of the History as soon as it is complete, for a logger of your own. The row is
-            a copy. After a checkpoint the rows before it are not repeated. What it raises ends the run, whose
-            checkpoint stays.
+            a copy. After a checkpoint the rows before it are not repeated. After each call the modules' modes and
+            torch's generators are put back. What it raises ends the run, whose checkpoint stays.
         **options: the fields of :class:`TrainConfig`, such as ``steps`` and ``lr``; they override ``config``.
 
     Raises:
@@ -362,8 +373,9 @@ def fit(
             ContinueLoRA() trains) or has been prepared before, an option is out of range, batches go by length but all
             examples have the same, no target of a batch counts in the loss, the task, the lean step or gradient
             checkpointing does not fit the model or the method, checkpoint_every is given without checkpoint_dir, or the
-            folder's checkpoint is damaged or from another run (its weights are then not loaded). Of several processes:
-            they differ, or the model has batch norms that are trained.
+            folder's checkpoint is damaged or from another run or another model (its weights are then not loaded), or
+            ContinueLoRA() was stopped before its first checkpoint. Of several processes: they differ, or the model has
+            batch norms that are trained.
         OSError: checkpoint_dir cannot be written to.
         DivergedError: the loss became NaN or infinite.
         ProcessEndedError: another process has ended; the message says from which step the run can go on.
@@ -377,12 +389,13 @@ def fit(
     order, processes = data_order(task, config), current_processes()
     check_batches(task, order, config)
     history = new_history(task, method, config)
+    _check_rounded(model, history.settings)
     run = [history.task, history.method, history.settings]
-    start = _start(model, run, checkpoint_dir)
+    start = _start(model, method, run, checkpoint_dir)
     if isinstance(method, ContinueLoRA) and start.adapters is not None:
         history.method = history.method | {"start": start.adapters}
     _check_checkpoint_dir(checkpoint_dir, history, processes)
-    report = on_row if on_row and processes.rank == 0 else (lambda row: None)
+    report = on_row if processes.rank == 0 else None
     advice, device = checkpoint.advice_if_a_process_ends(checkpoint_dir), next(model.parameters()).device
     with modes_restored(model), _checkpointing_restored(model), _undone_by_an_error(model, run, start) as before_change:
         training_step = make_step(model, task.loss, method, config)
@@ -390,6 +403,8 @@ def fit(
         history.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         history.total_parameters = count_parameters(model)
         peaks = [group["lr"] for group in training_step.optimizer.param_groups]
+        checkpointed = model, training_step.optimizer, history
+        hashes = _hashes(model, start)
         task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
 
         def add_evaluations() -> None:
@@ -401,36 +416,65 @@ def fit(
         training_step.optimizer.register_step_pre_hook(lambda *_: before_change())
         set_training_mode(model)
         with own_randomness(device, config.seed), advice:
-            done = checkpoint.resume(checkpoint_dir, model, training_step.optimizer, history, before_change)
+            done = checkpoint.resume(checkpoint_dir, *checkpointed, before_change, hashes)
             _check_alike(processes, model, history, done)
             with progress_bar(config.steps, method.name, progress if processes.rank == 0 else False, done=done) as bar:
                 if not history.rows:
                     bar.set_postfix_str("evaluating")
                     history.start()
                     add_evaluations()
-                    report(dict(history.rows[-1]))
+                    _report(report, history, model)
                 for step in range(done + 1, config.steps + 1):
-                    started = time.perf_counter()
-                    processes.seed(device, config.seed, step)
-                    parts, weights, tokens = micro_batches(task, order, step, config, training_step.threads, processes)
-                    factor = config.rate_factor(step)
-                    for group, peak in zip(training_step.optimizer.param_groups, peaks, strict=True):
-                        group["lr"] = peak * factor
-                    training_step.read_targets([part.targets for part in parts])
-                    batches = [to_device(part, model) for part in parts]
-                    loss, norm = training_step(batches, weights)
-                    row = {"train_loss": float(loss), "grad_norm": float(norm)}  # waits for the device
-                    row |= {"lr": config.lr * factor, "tokens": tokens, "seconds": time.perf_counter() - started}
-                    history.add(step, **row)
+                    history.add(step, **_take_step(training_step, peaks, task, order, config, step))
                     bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
                     if config.evaluates(step):
                         add_evaluations()
                     due = step % checkpoint_interval == 0 or step == config.steps
                     if due and checkpoint_dir is not None and processes.rank == 0:
-                        checkpoint.save(checkpoint_dir, model, training_step.optimizer, history)
-                    report(dict(history.rows[-1]))
+                        with _warning_at_the_end(step == config.steps):
+                            checkpoint.save(checkpoint_dir, *checkpointed, hashes)
+                    _report(report, history, model)
                     bar.update()
     return history
+
+
+def _take_step(
+    training_step: TrainingStep, peaks: Sequence[float], task: Task, order: DataOrder, config: TrainConfig, step: int
+) -> dict[str, float]:
+    """Take one step, and return the values of its row in a History.
+
+    Args:
+        peaks: the peak learning rates of the optimiser's groups.
+    """
+    started, model, processes = time.perf_counter(), training_step.model, training_step.processes
+    processes.seed(next(model.parameters()).device, config.seed, step)
+    parts, weights, tokens = micro_batches(task, order, step, config, training_step.threads, processes)
+    factor = config.rate_factor(step)
+    for group, peak in zip(training_step.optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
+    training_step.read_targets([part.targets for part in parts])
+    batches = [to_device(part, model) for part in parts]
+    loss, norm = training_step(batches, weights)
+    row = {"train_loss": float(loss), "grad_norm": float(norm)}  # waits for the device
+    return row | {"lr": config.lr * factor, "tokens": tokens, "seconds": time.perf_counter() - started}
+
+
+def _report(on_row: Callable[[dict[str, Any]], None] | None, history: History, model: nn.Module) -> None:
+    """Pass a copy of the newest row on; a logger that samples, or evaluates the model, is not to change the run."""
+    if on_row is not None:
+        with modes_restored(model), randomness_restored(next(model.parameters()).device):
+            on_row(dict(history.rows[-1]))
+
+
+@contextmanager
+def _warning_at_the_end(is_last: bool) -> Iterator[None]:
+    """Let a checkpoint that cannot be written end the run, or only warn of it after the last step."""
+    try:
+        yield
+    except OSError as error:
+        if not is_last:
+            raise
+        warnings.warn(f"The training has ended, but its last checkpoint is missing: {error}", stacklevel=4)
 
 
 def _config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:
@@ -520,23 +564,29 @@ class _Start:
         adapted: the names of its adapted layers.
         adapters: the hash of their adapters, from which ContinueLoRA starts; None if there are none.
         trainable: the names of the parameters that require a gradient.
+        dtypes: of all parameters, by name.
         mark: as ``methods.MARK``.
+        weights: the hash of all parameters; None if the run writes no checkpoints.
     """
 
     adapted: frozenset[str]
     adapters: str | None
     trainable: frozenset[str]
+    dtypes: dict[str, torch.dtype]
     mark: str | None
+    weights: str | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Start:
+    def of(cls, model: nn.Module, weights: str | None) -> _Start:
         """What the model has on it now."""
         adapted = frozenset(lora_layers(model))
         return cls(
             adapted,
             checkpoint.tensors_hash(adapter_state(model)) if adapted else None,
             frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+            {name: parameter.dtype for name, parameter in model.named_parameters()},
             getattr(model, MARK, None),
+            weights,
         )
 
     def restore(self, model: nn.Module) -> None:
@@ -548,45 +598,111 @@ class _Start:
             parameter.requires_grad_(name in self.trainable)
         _set_mark(model, self.mark)
 
+    def is_rounded(self, model: nn.Module) -> bool:
+        """Whether a parameter has a less precise dtype now."""
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        return any(torch.promote_types(dtypes[name], self.dtypes[name]) != dtypes[name] for name in self.dtypes)
 
-def _start(model: nn.Module, run: list[Any], folder: str | Path | None) -> _Start:
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that writes checkpoints and has trained a model.
+
+    Args:
+        identity: its task, method and settings.
+        start: what it started from.
+        left: the hash of all parameters as it left them.
+        ended: whether it has taken all its steps.
+    """
+
+    identity: list[Any]
+    start: _Start
+    left: str
+    ended: bool
+
+
+def _start(model: nn.Module, method: Method, identity: list[Any], folder: str | Path | None) -> _Start:
     """What a run starts from: what the model has on it now, or had when this run began to train it.
 
     Args:
-        run: what identifies the run.
+        identity: of the run, as in :class:`_Run`.
         folder: with the run's checkpoint if it was stopped.
+
+    Raises:
+        ValueError: this run was stopped before its first checkpoint, and the method cannot tell by the model.
     """
-    last_run, start = getattr(model, _RUN, (None, _Start.of(model)))
-    return start if last_run == run and checkpoint.step_of(folder) is not None else _Start.of(model)
+    if folder is None:
+        return _Start.of(model, None)
+    last, weights = getattr(model, _RUN, None), checkpoint.parameters_hash(model)
+    if last is not None and (last.identity, last.left) == (identity, weights):  # nobody else has changed the model
+        if checkpoint.step_of(folder) is not None:
+            return last.start
+        if not last.ended and isinstance(method, ContinueLoRA | AsItIs):
+            raise ValueError(
+                f"This run was stopped before its first checkpoint in {folder}, so the model has half-trained weights; "
+                "start again from a freshly loaded model, with the adapters that it had."
+            )
+    return _Start.of(model, weights)
+
+
+def _hashes(model: nn.Module, start: _Start) -> dict[str, str] | None:
+    """The hashes by which a checkpoint knows the weights of its run; None if the run writes none."""
+    return None if start.weights is None else {"frozen": checkpoint.frozen_hash(model), "start": start.weights}
 
 
 @contextmanager
-def _undone_by_an_error(model: nn.Module, run: list[Any], start: _Start) -> Iterator[Callable[[], None]]:
+def _undone_by_an_error(model: nn.Module, identity: list[Any], start: _Start) -> Iterator[Callable[[], None]]:
     """Prepare and train a model in the block, and undo the preparation if an error ends it before a weight has changed.
 
     Args:
         model: the block finds it as it was at the start of the run.
-        run: what identifies the run.
+        identity: of the run, as in :class:`_Run`.
         start: what the run starts from.
 
     Yields:
         A function to call before weights change.
     """
-    mark, changed = getattr(model, MARK, None), False  # a run that was stopped has left its mark
+    mark, changed, ended = getattr(model, MARK, None), False, False  # a run that was stopped has left its mark
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # the first forward pass may change statistics
 
     def before_change() -> None:
         nonlocal changed
         changed = True
-        setattr(model, _RUN, (run, start))
 
     try:
         start.restore(model)
         yield before_change
+        ended = True
     except BaseException:
         if not changed:
             start.restore(model)
             _set_mark(model, mark)
+            if start.is_rounded(model):
+                setattr(model, _ROUNDED, _base_dtype(identity[2]))
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         raise
+    finally:
+        model.zero_grad()
+        if changed and hasattr(model, _ROUNDED):
+            delattr(model, _ROUNDED)
+        if changed and start.weights is not None:
+            setattr(model, _RUN, _Run(identity, start, checkpoint.parameters_hash(model), ended))
+
+
+def _check_rounded(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the model's weights are rounded to a dtype to which this run would not round them."""
+    if (rounded := getattr(model, _ROUNDED, _base_dtype(settings))) != _base_dtype(settings):
+        raise ValueError(
+            f"The model's weights were rounded by a lean step with base_dtype={rounded}, whose run ended in an error; "
+            "load the model again, or use that base_dtype."
+        )
+
+
+def _base_dtype(settings: dict[str, Any]) -> str | None:
+    """To which dtype a run with these settings rounds frozen weights; None for none."""
+    return settings.get("lean", {}).get("base_dtype")
 
 
 def _set_mark(model: nn.Module, mark: str | None) -> None:

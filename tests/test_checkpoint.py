@@ -270,8 +270,7 @@ def rows_in(folder):
     if not (folder / CHECKPOINT).exists():
         return []
     assert load_file(folder / CHECKPOINT)
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        return json.loads(file.metadata()["history"])["rows"]
+    return content_of(folder / CHECKPOINT)[2]["rows"]
 
 
 @pytest.mark.slow
@@ -299,7 +298,9 @@ def test_a_run_killed_at_one_point_after_another_ends_bit_identical(start, tmp_p
     assert json.loads((cut / "steps.json").read_text()) == [STEPS]
     assert without_seconds(rows_in(cut)) == expected
     ends = [load_file(folder / "model.safetensors") for folder in (whole, cut)]
-    checkpoints = [load_file(folder / CHECKPOINT) for folder in (whole, cut)]  # optimiser and random state too
+    checkpoints = [content_of(folder / CHECKPOINT)[1] for folder in (whole, cut)]  # optimiser and random state too
+    for tensors in checkpoints:
+        del tensors["history"]  # which has the seconds
     for one, other in (ends, checkpoints):
         assert one.keys() == other.keys()
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -317,8 +318,9 @@ def test_a_checkpoint_is_one_safetensors_file_with_json_and_no_pickle(tmp_path):
     content = (tmp_path / CHECKPOINT).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     note = header.pop("__metadata__")
-    assert json.loads(note["history"])["rows"][-1]["step"] == STEPS
-    assert {name.split(".")[0] for name in header} == {"parameter", "optimizer", "random"}
+    assert note.keys() == {"frozen", "start", "sha256"}
+    assert content_of(tmp_path / CHECKPOINT)[2]["rows"][-1]["step"] == STEPS
+    assert {name.split(".")[0] for name in header} == {"parameter", "optimizer", "random", "history"}
     assert all(entry["dtype"] in ("F32", "U8") for entry in header.values())
     trained = {name for name in header if name.startswith("parameter.")}
     assert len(trained) == 2 * 8
@@ -469,16 +471,27 @@ A, B = "parameter.head.lora_A", "parameter.head.lora_B"
 
 
 def content_of(path):
-    """The texts and the tensors of a checkpoint."""
+    """The texts and the tensors of a checkpoint, and its history."""
     with safe_open(path, framework="pt") as file:
-        return file.metadata(), load_file(path)
+        note, tensors = file.metadata(), load_file(path)
+    return note, tensors, json.loads(bytes(tensors["history"].tolist()))
 
 
-def without_checksum(path):
-    """Write the checkpoint as it was written before there were checksums."""
-    note, tensors = content_of(path)
-    del note["sha256"]
-    save_file(tensors, path, metadata=note)
+def as_of_earlier_versions(path, change=None, signed=False):
+    """Write the checkpoint as it was when the header had the history, and at first no checksum.
+
+    Args:
+        change: what to do with the history and the tensors.
+    """
+    note, tensors, history = content_of(path)
+    del tensors["history"]
+    if change is not None:
+        change(history, tensors)
+    note = {"history": json.dumps(history), "frozen": note["frozen"]}
+    if signed:
+        checkpoint.save_tensors(path, tensors, note)
+    else:
+        save_file(tensors, path, metadata=note)
 
 
 def assert_left_alone(kind, folder, says):
@@ -496,14 +509,16 @@ def assert_left_alone(kind, folder, says):
 
 
 @ALL
-def test_a_checkpoint_of_before_there_were_checksums_is_resumed(tmp_path, kind):
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, kind, signed):
     interrupt(kind, tmp_path, 6)
-    without_checksum(tmp_path / CHECKPOINT)
-    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"history", "frozen"}
+    as_of_earlier_versions(tmp_path / CHECKPOINT, signed=signed)
+    assert checkpoint.step_of(tmp_path) == 4
+    assert checkpoint.stored_history(tmp_path).rows[-1]["step"] == 4
     calls = []
     assert_same_end(run(kind, tmp_path, stopping(calls=calls)), run(kind))
     assert len(calls) == STEPS - 4
-    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"history", "frozen", "sha256"}
+    assert set(content_of(tmp_path / CHECKPOINT)[0]) == {"frozen", "start", "sha256"}
 
 
 def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(tmp_path):
@@ -516,7 +531,7 @@ def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(tmp_path):
     spans = [(0, 8), *itertools.pairwise(ends)]  # the header's length, and the header in 16 pieces
     spans += [(end + low, end + high) for low, high in (entry["data_offsets"] for entry in header.values())]
     assert sum(high - low for low, high in spans) == len(whole)  # no byte lies outside
-    assert len(spans) == 17 + 16 * 4 + 1
+    assert len(spans) == 17 + 16 * 4 + 2
     generator = torch.Generator().manual_seed(0)
     for low, high in spans:
         place, bit = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((low, high), (0, 8)))
@@ -537,7 +552,7 @@ def test_what_is_refused_leaves_the_model_and_the_generator_alone(tmp_path, kind
 
 def test_a_checksum_cannot_be_lost_unnoticed(tmp_path):
     interrupt("lora", tmp_path, 6)
-    note, tensors = content_of(tmp_path / CHECKPOINT)
+    note, tensors, _ = content_of(tmp_path / CHECKPOINT)
     note["sha257"] = note.pop("sha256")
     save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
     assert_left_alone("lora", tmp_path, r"damaged \(The header has the entries .*sha257.*not .*sha256")
@@ -556,7 +571,7 @@ def test_a_checksum_cannot_be_lost_unnoticed(tmp_path):
 )
 def test_the_checksum_is_of_names_shapes_and_dtypes_too(tmp_path, change):
     interrupt("lora", tmp_path, 6)
-    note, tensors = content_of(tmp_path / CHECKPOINT)
+    note, tensors, _ = content_of(tmp_path / CHECKPOINT)
     change(tensors)
     save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
     assert_left_alone("lora", tmp_path, r"damaged \(The content does not match the checksum")
@@ -643,16 +658,13 @@ DAMAGES = {
 def test_a_checkpoint_without_a_checksum_is_looked_through_before_anything_is_changed(tmp_path, damage):
     change, says = DAMAGES[damage]
     interrupt("lora", tmp_path, 6)
-    note, tensors = content_of(tmp_path / CHECKPOINT)
-    history = json.loads(note["history"])
-    change(history, tensors)
-    save_file(tensors, tmp_path / CHECKPOINT, metadata={"history": json.dumps(history), "frozen": note["frozen"]})
+    as_of_earlier_versions(tmp_path / CHECKPOINT, change)
     assert_left_alone("lora", tmp_path, rf"checkpoint\.safetensors .*{says}")
 
 
 def test_a_state_of_the_gpus_generator_is_no_hindrance_where_there_is_no_gpu(tmp_path):
     interrupt("lora", tmp_path, 6)
-    note, tensors = content_of(tmp_path / CHECKPOINT)
+    note, tensors, _ = content_of(tmp_path / CHECKPOINT)
     del note["sha256"]
     save_file(tensors | {"random.cuda": torch.zeros(16, dtype=torch.uint8)}, tmp_path / CHECKPOINT, metadata=note)
     assert_same_end(run("lora", tmp_path), run("lora"))
@@ -689,6 +701,40 @@ def test_a_frozen_scalar_is_part_of_the_base(tmp_path):
     assert_same_end(*(run("lora on batch norm", folder, model=make(1.0)) for folder in (tmp_path, None)))
 
 
+def test_a_checkpoint_of_a_run_from_other_weights_is_refused_where_all_are_trained_too(tmp_path):
+    """A model of the same shape has no frozen weights by which it could be told apart."""
+    interrupt("full", tmp_path, 6)
+    model = Normed()
+    with torch.no_grad():
+        model.hidden.weight[0, 0] += 1e-6
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"is of a run that started from other weights; load the same model, or use"):
+        run("full", tmp_path, model=model)
+    assert snapshot(model) == before
+    assert_same_end(run("full", tmp_path), run("full"))
+
+
+def test_the_frozen_weights_of_a_run_are_hashed_once(tmp_path, monkeypatch):
+    calls, frozen_hash = [], checkpoint.frozen_hash
+    monkeypatch.setattr(checkpoint, "frozen_hash", lambda model: calls.append(model) or frozen_hash(model))
+    run("lora", tmp_path, checkpoint_every=1)
+    assert len(calls) == 1
+
+
+def test_a_history_of_any_length_is_stored(tmp_path):
+    """The header of a safetensors file has at most 100 MB."""
+    model, steps = nn.Linear(2, 2), 20_000
+    history = checkpoint.History({}, {}, {"steps": steps}, 6, 6)
+    history.start()
+    for step in range(1, steps + 1):
+        history.add(step, train_loss=1 / step, grad_norm=1.0, lr=0.1, tokens=8, seconds=0.5)
+    checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), history)
+    header = int.from_bytes((tmp_path / CHECKPOINT).read_bytes()[:8], "little")
+    assert header < 1000
+    assert checkpoint.step_of(tmp_path) == steps
+    assert checkpoint.stored_history(tmp_path) == history
+
+
 class Masked(nn.Module):
     """A net with a causal mask of -inf, and a table that is not persistent and grows in the forward pass."""
 
@@ -710,7 +756,7 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("method", [LoRA(rank=2), FullFineTuning()], ids=lambda method: method.name)
 def test_a_buffer_may_be_infinite_and_one_that_is_not_persistent_of_any_shape(tmp_path, method):
     interrupt("lora", tmp_path, 6, model=Masked(), method=method)
-    note, tensors = content_of(tmp_path / CHECKPOINT)
+    note, tensors, _ = content_of(tmp_path / CHECKPOINT)
     assert [name for name in tensors if name.startswith("buffer.")] == ["buffer.mask"]
     whole = run("lora", model=Masked(), method=method)
     assert_same_end(run("lora", tmp_path / "again", model=Masked(), method=method), whole)

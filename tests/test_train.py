@@ -16,7 +16,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,16 +31,19 @@ from lora_lab import (
     LoRAPlus,
     PartialFineTuning,
     PiSSA,
+    adapter_state,
     checkpoint,
     evaluate,
     fit,
     inject,
     load_adapter,
+    merge,
     save_adapter,
     seed_everything,
     train,
 )
 from lora_lab.ablation import Grid
+from lora_lab.adapters import switch
 from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
@@ -431,6 +433,36 @@ def test_a_step_clips_the_gradient_to_the_norm_and_none_leaves_it():
         assert moved == pytest.approx(moves, rel=1e-4 if clip == 0.01 else 1e-5)
 
 
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_whose_norm_overflows_stays_finite(clip):
+    def large(*batch):
+        return cross_entropy(*batch) * (1e25 if torch.is_grad_enabled() else 1.0)
+
+    model, history = run(task=small_task(loss=large), clip=clip, steps=2)
+    assert [row["grad_norm"] for row in history.rows[1:]] == [math.inf] * 2
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2)], ids=lambda method: method.name)
+@pytest.mark.parametrize("error", [None, "first", "second"])
+def test_no_gradient_stays_on_the_model(method, error):
+    calls = []
+
+    def failing(*batch):
+        loss = cross_entropy(*batch)
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if error is not None and len(calls) == (1 if error == "first" else 2):
+                loss.backward()
+                raise torch.OutOfMemoryError
+        return loss
+
+    model = DigitsMLP(width=16)
+    with nullcontext() if error is None else pytest.raises(torch.OutOfMemoryError):
+        run(method, model, small_task(loss=failing))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_step_sums_the_gradients_of_its_micro_batches_by_weight():
     batches = [
         (torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)),
@@ -670,6 +702,14 @@ def test_each_row_is_passed_on_when_it_is_complete_and_not_again_after_a_checkpo
     history = run(seen.append, checkpoint_dir=tmp_path)
     assert seen == history.rows
     assert seen[2]["validation_loss"] is not None
+
+
+@pytest.mark.parametrize("disturb", [lambda _: torch.rand(3), nn.Module.eval, nn.Module.train])
+def test_a_logger_that_draws_or_changes_modes_changes_no_result(disturb):
+    method, model = LoRA(rank=2, dropout=0.3), DigitsMLP(width=16)
+    _, expected = run(method)
+    _, history = run(method, model, on_row=lambda row: disturb(model))
+    assert losses(history) == losses(expected)
 
 
 def test_frame_has_one_row_a_step_and_numbers_in_every_column():
@@ -1097,9 +1137,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_before_there_was_checkpointing(tiny_
     model = Llama(tiny_config)
     with pytest.raises(KeyboardInterrupt):
         fit(model, llama_task(stops), LoRA(2), steps=4, lr=0.01, batch_size=3, eval_every=2, checkpoint_dir=tmp_path)
-    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
-        stored = json.loads(file.metadata()["history"])["settings"]
-    assert "gradient_checkpointing" not in stored
+    assert "gradient_checkpointing" not in checkpoint.stored_history(tmp_path).settings
     with pytest.raises(ValueError, match=r"its settings\.gradient_checkpointing is None, not True; use another folder"):
         fit_llama(tiny_config, LoRA(2), tmp_path, gradient_checkpointing=True)
     model, history = fit_llama(tiny_config, LoRA(2), tmp_path)
@@ -1321,6 +1359,37 @@ def test_an_error_before_the_first_step_leaves_the_model_as_it_was(method, befor
     assert losses(history) == losses(run(method, made())[1])
 
 
+@pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["norm"])], ids=lambda method: method.name)
+def test_an_error_in_the_first_step_gives_statistics_back_that_its_forward_pass_has_moved(method):
+    def failing(*batch):
+        loss = cross_entropy(*batch)
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+        return loss
+
+    model = Pictures()
+    with pytest.raises(torch.OutOfMemoryError):
+        run(method, model, small_task(loss=failing))
+    assert all(map(torch.equal, model.state_dict().values(), Pictures().state_dict().values()))
+    assert losses(run(method, model)[1]) == losses(run(method, Pictures())[1])
+
+
+def test_a_model_that_an_early_error_leaves_rounded_does_not_pass_as_untouched(tiny_config):
+    model, options = Llama(tiny_config), {"steps": 1, "lr": 0.01, "batch_size": 3}
+    with pytest.raises(ZeroDivisionError):
+        fit(model, llama_task(), LoRA(2), lean=Lean(torch.bfloat16), on_row=lambda row: 1 / 0, **options)
+    for lean in (None, Lean()):
+        with pytest.raises(ValueError, match=r"rounded by a lean step with base_dtype=torch\.bfloat16, .*; load"):
+            fit(model, llama_task(), LoRA(2), lean=lean, **options)
+    fit(model, llama_task(), LoRA(2), lean=Lean(torch.bfloat16), **options)
+    merge(model)
+    fit(model, llama_task(), LoRA(2), **options)  # as any merged model
+    model = Llama(tiny_config)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, llama_task(), LoRA(2), lean=Lean(), on_row=lambda row: 1 / 0, **options)
+    fit(model, llama_task(), LoRA(2), **options)
+
+
 @pytest.mark.parametrize(("method", "says"), [(LoRA(rank=2), "adapters"), (FullFineTuning(), "prepared for 'full'")])
 def test_an_error_from_the_first_step_on_leaves_the_model_as_it_is(method, says):
     def diverging(*batch):
@@ -1381,6 +1450,58 @@ def test_a_continuation_that_was_interrupted_can_be_run_again_with_the_same_mode
     _, later = run(ContinueLoRA(), model, **options)  # nothing is left of the first run but where it has ended
     assert later.method["start"] != history.method["start"]
     assert losses(later)[0][1] == losses(history)[-1][1]
+
+
+@pytest.mark.parametrize("method", [ContinueLoRA(), AsItIs()], ids=lambda method: method.name)
+def test_a_continuation_that_was_stopped_before_its_first_checkpoint_does_not_start_from_half_trained_weights(
+    method, tmp_path
+):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 6}
+    model, _ = run(LoRA(rank=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(method, model, on_row=stopped_at(3), **options)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"stopped before its first checkpoint in .*; start again from a fresh"):
+        run(method, model, **options)
+    assert snapshot(model) == before
+    switch(model, adapter_state(run(LoRA(rank=2), seed=1)[0]))  # a start of its own
+    run(method, model, **options)
+
+
+def test_an_adapter_that_was_put_on_since_is_another_start(tmp_path):
+    """The model alone does not say what the run started from, once somebody has changed it."""
+    states = [adapter_state(run(LoRA(rank=2), seed=seed)[0]) for seed in (1, 2)]
+    model, _ = run(LoRA(rank=2))
+    switch(model, states[0])
+    _, history = run(ContinueLoRA(), model, checkpoint_dir=tmp_path)
+    switch(model, states[1])
+    with pytest.raises(ValueError, match=r"from another run: its method\.start is"):
+        run(ContinueLoRA(), model, checkpoint_dir=tmp_path)
+    _, other = run(ContinueLoRA(), model)
+    assert losses(other)[0] != losses(history)[0]
+
+
+def test_adapters_that_were_put_on_since_are_not_taken_off(tmp_path):
+    model, _ = run(checkpoint_dir=tmp_path)
+    inject(model, LoRAConfig(2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already been prepared for 'full'"):
+        run(model=model, checkpoint_dir=tmp_path)
+    assert snapshot(model) == before
+
+
+def test_a_run_that_has_ended_outlives_the_failure_of_its_last_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("The disk is full.")
+
+    _, expected = run()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", full)
+        with pytest.raises(OSError, match="The disk is full"):
+            run(checkpoint_dir=tmp_path, checkpoint_every=3)
+        with pytest.warns(UserWarning, match=r"has ended, but its last checkpoint is missing: The disk is full"):
+            _, history = run(checkpoint_dir=tmp_path, checkpoint_every=6)
+    assert losses(history) == losses(expected)
 
 
 @pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["head"])], ids=lambda method: method.name)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.inject import LoRAConfig, adapter_state, inject, lora_layers, match_layers, replace, require_no_adapters
+from lora_lab.inject import (
+    LoRAConfig,
+    adapter_state,
+    inject,
+    lora_layers,
+    match_layers,
+    replace,
+    require_no_adapters,
+    uncompiled,
+)
 from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
@@ -30,7 +39,7 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
             another rank, because of its start); or one of its numbers is NaN or infinite. The model is then left
             unchanged.
     """
-    layers = lora_layers(model, required=True)
+    layers = lora_layers(uncompiled(model), required=True)
     check(state, instance_of(Mapping), "state")
     expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
     if wrong := sorted(expected_names ^ state.keys(), key=str):
@@ -149,7 +158,9 @@ def extract(
     if (rank is None) == (energy is None):
         raise ValueError(f"rank is {rank} and energy {energy}; pass one of them.")
     rank, energy = check(rank, Size | None, "rank"), check(energy, Number | None, "energy")
-    state = tuned.state_dict() if isinstance(tuned, nn.Module) else check(tuned, instance_of(Mapping), "tuned")
+    if isinstance(tuned, nn.Module):
+        tuned = uncompiled(tuned).state_dict()
+    state, base = check(tuned, instance_of(Mapping), "tuned"), uncompiled(base)
     require_no_adapters(base)
     factors, errors = {}, {}
     for name, lora_class in match_layers(base, "all-linear", ()).items():
@@ -161,7 +172,8 @@ def extract(
             raise ValueError(
                 f"{name}.weight is {problem} in the tuned model, but must be {tuple(before.shape)}; is it of this base?"
             )
-        difference = after.to(before.device).float() - before.float()  # (48, 64)
+        exact = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+        difference = after.to(before.device, exact) - before.to(exact)  # (48, 64)
         check_finite([(f"{name}.weight", difference)], "The change")
         change = svd(difference.T if issubclass(lora_class, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():
@@ -202,9 +214,9 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
             )
     errors = dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
-        change = product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1))
         if layer.rank <= rank:
             continue
+        change = product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1))
         B, A, error = truncate(change, min(rank, len(change.S)))  # a small layer may hold fewer directions
         shapes = {part: factor_shape(layer, part, len(A)) for part in layer.parts}
         scaling = layer.scaling

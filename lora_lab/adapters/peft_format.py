@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from lora_lab.adapters.card import CARD, card, is_free
 from lora_lab.adapters.edit import factor_shape, set_factors
 from lora_lab.history import History
-from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters
+from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.models.huggingface import ADAPTER_CONFIG, check_separate
@@ -87,7 +87,7 @@ def save_adapter(
             infinite or too large for ``dtype``.
         OSError: the folder cannot be written to, or the disk is full.
     """
-    model = _uncompiled(model)
+    model = uncompiled(model)
     check(base, str | None, "base")
     check(history, instance_of(History) | None, "history")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -162,7 +162,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 
     Warns of layers that its targets match and for which it has nothing, as where the model has more layers.
     """
-    model = _uncompiled(model)
+    model = uncompiled(model)
     require_no_adapters(model)
     if isinstance(source, Mapping):
         label, (config, tensors) = "The adapter", from_state(source)
@@ -195,11 +195,6 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             stacklevel=2,
         )
     return names
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """The model that torch.compile has wrapped, whose layers have their own names; any other model as it is."""
-    return getattr(model, "_orig_mod", model)
 
 
 def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

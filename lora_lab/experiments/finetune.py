@@ -20,7 +20,7 @@ from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
-from lora_lab.methods import LORA_METHODS, FullFineTuning, Method
+from lora_lab.methods import LORA_METHODS, AsItIs, FullFineTuning, Method, PartialFineTuning
 from lora_lab.models.huggingface import check_separate
 from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
@@ -68,6 +68,11 @@ def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
     return LORA_METHODS[name](rank, 2 * rank if alpha is None else alpha)
 
 
+def saves_adapter(method: str) -> bool:
+    """Whether a run with the method of this name saves an adapter; otherwise it saves the whole model."""
+    return method not in (FullFineTuning.name, PartialFineTuning.name, AsItIs.name)
+
+
 def unused_folder(checkpoints: bool) -> Path:
     """The first of runs/finetune, runs/finetune-2 and so on that holds no results and that no run is using.
 
@@ -109,9 +114,10 @@ def run(
 ) -> dict[str, Any]:
     """Train, print progress, and save the results in ``out``.
 
-    These are the adapter (or the whole model after full fine-tuning), ``history.json``, and ``result.json`` with losses
-    and scores before and after. All files appear at once. The adapter's config names the base: by its absolute path,
-    if it is a folder or a file. Of several processes (:func:`lora_lab.system.distributed.process_group`) rank 0 saves.
+    These are the adapter (or the whole model, if the method trains weights of its own), ``history.json``, and
+    ``result.json`` with losses and scores before and after. All files appear at once. The adapter's config names the
+    base: by its absolute path, if it is a folder or a file. Of several processes
+    (:func:`lora_lab.system.distributed.process_group`) rank 0 saves.
 
     Args:
         task: as for :func:`lora_lab.tasks.task_of`.
@@ -128,7 +134,8 @@ def run(
             stopped; the last one is removed when the results are saved. None for no checkpoints.
         allow_special: as for :func:`lora_lab.tasks.task_of`.
         overwrite: replace what an earlier run has saved in ``out``, its model or adapter included, and begin anew where
-            ``out``/checkpoint is damaged or of another run. A checkpoint of this run is continued all the same.
+            ``out``/checkpoint is damaged, or of another run or model. A checkpoint of this run is continued all the
+            same.
 
     Returns:
         The content of result.json.
@@ -137,7 +144,7 @@ def run(
         ValueError: ``method`` or ``out`` is of another type; ``half`` is true, but the method trains no adapter;
             ``by_length`` is, but all examples have the same length; there is no such task; ``out`` is the folder of the
             model, holds a result.json of another program, or would hold a model beside an adapter; or its checkpoint is
-            damaged or of another run, and ``overwrite`` is false.
+            damaged or of another run or model, and ``overwrite`` is false.
         FileExistsError: ``out`` holds results, a model or an adapter, and ``overwrite`` is false; or another run that
             has not ended saves its results there.
         FileNotFoundError: there is no such file.
@@ -146,8 +153,10 @@ def run(
             results are saved in another folder, which the error names.
     """
     check(method, instance_of(Method), "method")
-    if half and isinstance(method, FullFineTuning):
-        raise ValueError("Full fine-tuning saves a whole model, but half precision is for adapters; leave --half out.")
+    if half and not saves_adapter(method.name):
+        raise ValueError(
+            f"Method {method.name!r} saves a whole model, but half precision is for adapters; leave --half out."
+        )
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     config = TrainConfig(
@@ -167,7 +176,7 @@ def run(
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_heading(why, data))
-        _check_checkpoint(checkpoints, new_history(data, method, config), overwrite)
+        _check_checkpoint(checkpoints, new_history(data, method, config), net, overwrite)
         history, before, after = _trained(net, data, method, config, checkpoints, checkpoint_every, dtype)
         result = {
             "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
@@ -203,16 +212,16 @@ def _held(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
         if not overwrite:
             _check_unused(out)
         saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
-        check_separate(out, "model" if saved == FullFineTuning.name else "adapter")
+        check_separate(out, "adapter" if saves_adapter(saved) else "model")
         yield
 
 
-def _check_checkpoint(checkpoints: Path | None, history: History, overwrite: bool) -> None:
+def _check_checkpoint(checkpoints: Path | None, history: History, net: nn.Module, overwrite: bool) -> None:
     """Check that a checkpoint in the folder is one from which this run can go on, or remove it if that is allowed."""
     processes = current_processes()
     if processes.rank == 0:
         try:
-            checkpoint.holds(checkpoints, history)
+            checkpoint.holds(checkpoints, history, net)
         except ValueError:
             if not overwrite:
                 raise
@@ -326,10 +335,9 @@ def _outdated(folder: Path, method: str) -> tuple[str, ...]:
     """
     if (earlier := _earlier_method(folder)) is None:
         return ()
-    was_full, is_full = (name == FullFineTuning.name for name in (earlier, method))
-    if was_full == is_full:
+    if saves_adapter(earlier) == saves_adapter(method):
         return ()
-    return (*FILES, GENERATION) if was_full else (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else []))
+    return (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else [])) if saves_adapter(earlier) else (*FILES, GENERATION)
 
 
 def _evaluated(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:

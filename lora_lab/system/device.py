@@ -80,9 +80,16 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
+def randomness_restored(device: torch.device) -> Iterator[None]:
+    """Give torch's global generators, those of the CPU and of a CUDA device, their states back after a block."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout uses, for a block, and restore their states at its end."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with randomness_restored(device):
         seed_generators(device, seed)
         yield
 

@@ -31,6 +31,7 @@ except ImportError:  # on Windows, where hidden folders of killed processes are 
 
 T = TypeVar("T")
 _NEW = ".lora_lab-new-"  # begins the name of a hidden folder
+_ATTEMPTS = 20  # to claim a folder, with a hundredth of a second between two
 _READY = ".lora_lab-ready"  # its name when all its files are written and about to be moved to the target folder
 _LONGEST_NAME = 255  # for the usual file systems
 _REMOVE = ".remove"  # a file in it with the names of files to remove from the target folder, one per line
@@ -316,19 +317,51 @@ def claimed(folder: str | Path) -> Iterator[None]:
         OSError: the folder cannot be made.
     """
     folder = Path(folder)
-    with _made(folder):
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = _claim(folder)
+    try:
+        yield
+    finally:
+        _remove_empty(made)  # before the lock is given up, since the next holder may hold it from then on
+        if lock is not None:
+            os.close(lock)
+
+
+def _claim(folder: Path) -> int | None:
+    """Make a folder, and return a handle that holds its lock, as for :func:`_lock`.
+
+    Raises:
+        FileExistsError: the lock is held already.
+        OSError: the folder cannot be made.
+    """
+    missing = None
+    for _ in range(_ATTEMPTS):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder, wait=False)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"{shortened(str(folder))} is in use by another run, which has not ended; name another folder (--out), "
-                "or wait for it."
-            ) from None
-        try:
-            yield
-        finally:
-            if lock is not None:
-                os.close(lock)
+            if lock is None or _is_open_at(lock, folder):
+                return lock
+            os.close(lock)
+        except BlockingIOError:  # perhaps by is_claimed, for a moment
+            missing = None
+        except FileNotFoundError as error:  # its last holder has just removed it
+            missing = error
+        except OSError as error:
+            raise _no_place(folder, error) from None
+        time.sleep(0.01)
+    if missing is not None:
+        raise _no_place(folder, missing)
+    raise FileExistsError(
+        f"{shortened(str(folder))} is in use by another run, which has not ended; name another folder (--out), or wait "
+        "for it."
+    )
+
+
+def _is_open_at(handle: int, path: Path) -> bool:
+    """Whether the file or folder of a handle still has this path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
 
 
 def is_claimed(folder: str | Path) -> bool:
@@ -337,6 +370,8 @@ def is_claimed(folder: str | Path) -> bool:
         lock = _lock(Path(folder), wait=False)
     except BlockingIOError:
         return True
+    except FileNotFoundError:
+        return False
     if lock is not None:
         os.close(lock)
     return False
@@ -395,9 +430,13 @@ def _made(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        for path in made:
-            with suppress(OSError):  # something else is in it
-                path.rmdir()
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 @contextmanager
@@ -413,13 +452,14 @@ def _workspace(folder: Path) -> Iterator[Path]:
             made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"{_NEW}*"):
-                with suppress(BlockingIOError):  # its process is alive
+                with suppress(BlockingIOError, FileNotFoundError):  # its process is alive, or has just removed it
                     if (old := _lock(leftover, wait=False)) is not None:
                         shutil.rmtree(leftover, ignore_errors=True)
                         os.close(old)
             while temporary is None or not temporary.exists():  # another process may remove it before it is locked
                 temporary = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder))
-                lock = _lock(temporary, wait=True)
+                with suppress(FileNotFoundError):
+                    lock = _lock(temporary, wait=True)
         yield temporary
         made = []
     finally:
@@ -429,9 +469,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
         finally:  # after a KeyboardInterrupt too, so that the next save can remove what is left
             if lock is not None:
                 os.close(lock)
-            for path in made:
-                with suppress(OSError):  # something else is in it
-                    path.rmdir()
+            _remove_empty(made)
 
 
 def _is_own_folder(path: Path) -> bool:
@@ -454,6 +492,7 @@ def _lock(folder: Path, wait: bool) -> int | None:
 
     Raises:
         BlockingIOError: the lock is held already, and ``wait`` is false.
+        FileNotFoundError: there is no such folder.
     """
     if fcntl is None:
         return None
@@ -464,7 +503,7 @@ def _lock(folder: Path, wait: bool) -> int | None:
     except OSError as error:
         if handle is not None:
             os.close(handle)
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, BlockingIOError | FileNotFoundError):
             raise
         return None
     return handle
@@ -541,8 +580,8 @@ def _no_place(folder: Path, error: OSError) -> _NoPlace:
         reason = "it is a file" if folder.is_file() else reason
     no_place = (_NoPermission if isinstance(error, PermissionError) else _NoPlace)(error.errno, reason)
     no_place.sentence = (
-        f"{shortened(str(folder))} cannot be written to ({no_place.strerror}); name another folder, or make this one "
-        "writable."
+        f"{shortened(str(folder))} cannot be written to ({no_place.strerror}); name another folder, or make "
+        f"{'room' if error.errno in _FULL else 'this one writable'}."
     )
     return no_place
 

@@ -116,6 +116,30 @@ def test_a_change_that_the_precision_of_the_base_does_not_hold_is_extracted():
     torch.testing.assert_close(base.hidden1.delta().float(), full.hidden1.delta(), rtol=0.02, atol=1e-6)
 
 
+def test_a_change_in_double_precision_is_extracted_in_it():
+    base = DigitsMLP().double()
+    model, original = copy.deepcopy(base), copy.deepcopy(base)
+    with torch.no_grad():
+        model.hidden1.weight.add_(1e-9 * torch.randn(model.hidden1.weight.shape, dtype=torch.float64))
+    extract(base, model, 1000)
+    expected = change("hidden1", original, model)
+    assert np.linalg.norm(base.hidden1.delta().detach().numpy() - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_compiled_models_are_edited_by_the_names_of_their_own_layers():
+    base = DigitsMLP()
+    model, plain, compiled = tuned(base), copy.deepcopy(base), copy.deepcopy(base)
+    errors = extract(torch.compile(compiled, backend="eager"), torch.compile(model, backend="eager"), 2)
+    assert errors == extract(plain, model, 2)
+    state = adapter_state(torch.compile(compiled, backend="eager"))
+    assert state.keys() == adapter_state(plain).keys()
+    load_adapter(base, state)
+    torch.testing.assert_close(base(PIXELS), plain(PIXELS))
+    other = {name: 2 * value if name.endswith("lora_A") else value for name, value in state.items()}
+    switch(torch.compile(plain, backend="eager"), other)
+    assert torch.equal(plain.hidden1.lora_A, 2 * base.hidden1.lora_A)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -166,6 +190,13 @@ def test_a_resized_adapter_is_the_nearest_of_its_rank(kind):
         np.testing.assert_allclose(layer.delta(), U[:, :3] * S[:3] @ Vh[:3], atol=1e-4 * S[0])
         assert errors[name] == pytest.approx(np.linalg.norm(S[3:]) / np.linalg.norm(S), rel=1e-3)
         assert 0.05 < errors[name] < 1
+
+
+def test_adapters_that_are_small_enough_take_no_decomposition(monkeypatch):
+    model = DigitsMLP()
+    inject(model, LoRAConfig(2))
+    monkeypatch.setattr("lora_lab.adapters.edit.product_svd", lambda *_: pytest.fail("decomposed"))
+    assert set(resize(randomise(model), 2).values()) == {0.0}
 
 
 def test_a_resized_adapter_is_saved_and_read(tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, Llama, LoRA, load_adapter, save_adapter, save_model
+from lora_lab import FullFineTuning, Llama, LoRA, PartialFineTuning, load_adapter, save_adapter, save_model
 from lora_lab.adapters.merged import base_of, load_merged
 from lora_lab.experiments import finetune
 from lora_lab.methods import RsLoRA
@@ -359,17 +359,63 @@ def test_another_runs_checkpoint_is_refused_before_anything_is_evaluated(stopped
     assert names(stopped) == ["checkpoint"]
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_overwrite_begins_anew_in_place_of_another_runs_checkpoint(stopped, capsys, damaged):
-    if damaged:
-        (stopped / "checkpoint" / "checkpoint.safetensors").write_bytes(b"?")
+@pytest.mark.parametrize("of", ["another rate", "another model", "a damaged file", "a damaged header"])
+def test_overwrite_begins_anew_in_place_of_another_runs_checkpoint(
+    stopped, capsys, monkeypatch, tiny_config, chatter, of
+):
+    path, options = stopped / "checkpoint" / "checkpoint.safetensors", ["--lr", 0.5] if of == "another rate" else []
+    content = path.read_bytes()
+    if of == "a damaged header":
+        path.write_bytes(b"?")
+    elif of == "a damaged file":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif of == "another model":
+        monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=4), chatter))
+    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", *options]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_evaluated", lambda *_: pytest.fail("evaluated"))
+        assert command("finetune", *arguments) == 1
     capsys.readouterr()
-    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--overwrite"]
-    assert command("finetune", *arguments, "--lr", 0.001 if damaged else 0.5) == 0
+    assert command("finetune", *arguments, "--overwrite") == 0
     printed = capsys.readouterr().out
     assert "The checkpoint in kept/checkpoint is not of this run, so --overwrite removes it\n" in printed
     assert "Going on" not in printed
     assert names(stopped) == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+def test_full_fine_tuning_does_not_go_on_from_the_checkpoint_of_another_model(
+    tiny, monkeypatch, tiny_config, chatter, capsys
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    arguments = ["--task", "sums.jsonl", "--method", "full", "--steps", 2, "--checkpoint-every", 1, "--out", "kept"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "table", stop)
+        assert command("finetune", *arguments) == 130
+    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=4), chatter))
+    assert command("finetune", *arguments) == 1
+    assert "is of a run that started from other weights; load the same model" in capsys.readouterr().err
+
+
+def test_what_was_trained_is_saved_although_its_last_checkpoint_was_not(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("The disk is full.")
+
+    monkeypatch.setattr("lora_lab.checkpoint.save", full)
+    with pytest.warns(UserWarning, match="its last checkpoint is missing: The disk is full"):
+        assert command("finetune", "--task", "sums.jsonl", "--steps", 2, "--checkpoint-every", 2, "--out", "kept") == 0
+    assert names(tmp_path / "kept") == sorted([*ADAPTER, "history.json", "result.json"])
+
+
+def test_a_method_that_trains_a_part_of_the_model_saves_the_whole(tiny, tmp_path, capsys):
+    part = PartialFineTuning(["lm_head", "model.embed_tokens"])
+    options = {"steps": 1, "eval_examples": 2, "overwrite": True}
+    with pytest.raises(ValueError, match=r"'partial' saves a whole model, .* leave --half out"):
+        finetune.run("sums.jsonl", part, "kept", half=True, **options)
+    for method, own in ((part, MODEL), (LoRA(2), ADAPTER), (part, MODEL)):
+        finetune.run("sums.jsonl", method, "kept", **options)
+        assert names(tmp_path / "kept") == sorted([*own, "history.json", "result.json"])
 
 
 def test_overwrite_goes_on_from_the_runs_own_checkpoint(stopped, capsys):

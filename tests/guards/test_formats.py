@@ -6,7 +6,8 @@ numbers that matter are whole, so no processor rounds them. Files of 0.1.0 are i
 What says which format a file has:
 
 - a trial's result, a record: the entry ``schema``, 1. A result without ``scores`` is older.
-- a checkpoint, and weights that wait for a judge: the entries of the header. One without ``sha256`` is older.
+- a checkpoint, and weights that wait for a judge: the entries of the header. A checkpoint without ``start``, or with
+  ``history`` there, is older, and one without ``sha256`` too.
 - a History: its entries and columns. One more or one less is refused.
 - ``progress.json`` and ``.lora_lab_course.json``: their entries. Others are ignored.
 - SmolLM2's blocks in the cache: the number in the folder's name. With another number they are written anew.
@@ -163,7 +164,8 @@ def write(folder):
     history().save(folder / "history.json")
     net = filled(Net())
     torch.manual_seed(5)
-    checkpoint.save(folder / "run", net, optimizer_of(net, 2), history())
+    hashes = {"frozen": checkpoint.frozen_hash(net), "start": checkpoint.parameters_hash(net)}
+    checkpoint.save(folder / "run", net, optimizer_of(net, 2), history(), hashes)
     rule = Halving(rungs=[0.5], cautious=False)
     ablate(Net(), shapes(), SWEEP, folder / "sweep", halving=rule, judge=lambda model, task: {"a": 1, "b": "c"})
     with suppress(RuntimeError):

@@ -354,6 +354,7 @@ def test_a_checkpoint_is_written_as_it_was(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
     tensors, note = read(tmp_path / CHECKPOINT)
     assert {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())} == {
+        "history": ("torch.uint8", (len(json.dumps(asdict(history))),)),
         "optimizer.head.weight.exp_avg": ("torch.float32", (4, 4)),
         "optimizer.head.weight.exp_avg_sq": ("torch.float32", (4, 4)),
         "optimizer.head.weight.step": ("torch.float32", ()),
@@ -369,9 +370,11 @@ def test_a_checkpoint_is_written_as_it_was(tmp_path, monkeypatch):
         assert torch.equal(tensors["random.cpu"], torch.get_rng_state())
     frozen = b"".join(name.encode() + raw(getattr(model.hidden, name[7:])) for name in ("hidden.weight", "hidden.bias"))
     assert hashlib.sha256(frozen).hexdigest() == FROZEN
+    start = b"".join(name.encode() + raw(parameter) for name, parameter in Exact().named_parameters())
     assert note.pop("sha256") == checksum(tensors, note)
-    assert note == {"history": json.dumps(asdict(history)), "frozen": FROZEN}
-    assert hashlib.sha256(note["history"].encode()).hexdigest() == NOTE
+    assert note == {"frozen": FROZEN, "start": hashlib.sha256(start).hexdigest()}
+    assert raw(tensors["history"]) == json.dumps(asdict(history)).encode()
+    assert hashlib.sha256(raw(tensors["history"])).hexdigest() == NOTE
 
 
 def checksum(tensors, note):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 from lora_lab import History, LoRA, Trial, ablate, ablation, checkpoint, fit, records
@@ -33,7 +34,6 @@ from tests.hostile.damage import (
     damaged_safetensors,
     damaged_tree,
     replace_file,
-    safetensors_bytes,
     safetensors_parts,
 )
 from tests.hostile.material import SECRET
@@ -122,17 +122,17 @@ def _checkpoint(rng: random.Random, folder: Path, material: Material) -> Case:
     path, model = folder / "run" / CHECKPOINT, net()
     kind, signed = rng.choice(("bytes", "any", "history", "history", "file")), True
     if kind == "history":
-        header, numbers = safetensors_parts(material.checkpoint)
-        note = header["__metadata__"]
-        history = json.loads(note["history"])
+        note, tensors = safetensors_parts(material.checkpoint)[0]["__metadata__"], load(material.checkpoint)
+        text = bytes(tensors["history"].tolist()).decode()
+        history = json.loads(text)
         if signed := rng.random() < 0.5:
-            content, what = damaged_json(note["history"], rng, material.values)
-        else:  # as the first versions wrote it, so that only its form can be checked
+            content, what = damaged_json(text, rng, material.values)
+        else:  # without a checksum, as the first versions wrote it, so that only its form can be checked
             del note["sha256"]
             what = _rows_damaged(history, rng, material.values)
             content = json.dumps(history).encode()
-        note["history"] = content.decode("utf-8", "replace")
-        path.write_bytes(safetensors_bytes(header, numbers))
+        tensors["history"] = torch.tensor([*content], dtype=torch.uint8)
+        path.write_bytes(save(tensors, note))
     elif kind == "file":
         path.write_bytes(material.checkpoint)
         what = replace_file(path, rng)

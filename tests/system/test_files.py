@@ -8,13 +8,16 @@ import stat
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_lab.system import files
 from lora_lab.system.files import (
     MixedSavesError,
     as_path,
@@ -572,6 +575,53 @@ with claimed(sys.argv[1]):
         pass
 
 
+def test_two_processes_that_start_together_do_not_both_hold_a_folder(tmp_path, monkeypatch):
+    """The first claims the folder after the second has seen that it does not exist, and before it makes it."""
+    folder, mkdir, held = tmp_path / "deep" / "down", Path.mkdir, ExitStack()
+
+    def late(path, *arguments, **options):
+        monkeypatch.undo()
+        held.enter_context(claimed(folder))
+        return mkdir(path, *arguments, **options)
+
+    with held:
+        monkeypatch.setattr(Path, "mkdir", late)
+        with pytest.raises(FileExistsError, match="is in use by another run"), claimed(folder):
+            pytest.fail("claimed twice")
+        assert folder.is_dir()
+        with pytest.raises(FileExistsError, match="is in use by another run"), claimed(folder):
+            pytest.fail("claimed twice")
+
+
+def test_a_folder_that_its_last_holder_removes_meanwhile_is_claimed_anew(tmp_path, monkeypatch):
+    folder, lock = tmp_path / "out", files._lock
+
+    def removed_before(path, wait):
+        monkeypatch.undo()
+        path.rmdir()
+        return lock(path, wait)
+
+    def removed_after(path, wait):
+        monkeypatch.undo()
+        handle = lock(path, wait)
+        path.rmdir()
+        return handle
+
+    for removed in (removed_before, removed_after):
+        monkeypatch.setattr(files, "_lock", removed)
+        with claimed(folder):
+            assert is_claimed(folder)
+        assert not folder.exists()
+
+
+def test_a_look_whether_a_folder_is_claimed_does_not_refuse_a_claim(tmp_path):
+    handle = files._lock(tmp_path, wait=False)  # as is_claimed does
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (time.sleep(0.03), os.close(handle)))
+        with claimed(tmp_path):
+            pass
+
+
 def test_without_locks_every_claim_succeeds(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_lab.system.files.fcntl", None)
     with claimed(tmp_path), claimed(tmp_path):
@@ -613,7 +663,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatc
         raise full(errno.ENOSPC)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(OSError, match=r"cannot be written to \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"to \(No space left on device\); name another folder, or make room\.$"):
         check_writable(tmp_path / "deep" / "down")
     assert texts(tmp_path) == {"file": "mine"}
 
