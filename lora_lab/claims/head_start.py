@@ -58,11 +58,12 @@ class Gain:
         That is so if the bounds hold zero or a rate is at an edge, or if the one that has the lower loss answers worse.
         """
         _, lower, upper = self.bounds(cases)
-        if self.at_edge or lower <= 0 <= upper:
-            return None
-        better = lower > 0
-        _, worst, best = _bounds(self.right, cases) if self.right else (0.0, 0.0, 0.0)
-        return None if (best < 0 if better else worst > 0) else better
+        return None if self.at_edge or lower <= 0 <= upper or self.contradicted(cases) else lower > 0
+
+    def contradicted(self, cases: int) -> bool:
+        """Whether the one that has the lower loss answers worse, with bounds clear of zero."""
+        (_, lower, upper), (_, worst, best) = self.bounds(cases), _bounds(self.right or [0.0, 0.0], cases)
+        return (lower > 0 and best < 0) or (upper < 0 and worst > 0)
 
 
 def _bounds(values: Sequence[float], cases: int) -> tuple[float, float, float]:
@@ -120,22 +121,30 @@ def _in_words(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Itera
     key = lambda pair: (pair[0].data, pair[0].model, str(pair[1]))  # noqa: E731
     for (data, model, _), pairs in groupby(sorted(answered, key=key), key):
         gained, answers = zip(*pairs, strict=True)
-        sizes = ", ".join(f"{gain.n_train:,}{'*' * gain.at_edge}" for gain in gained)
+        sizes = ", ".join(f"{gain.n_train:,}{_marks(gain, cases)}" for gain in gained)
         each = [gain.bounds(cases) for gain in gained]
         lower, upper = min(low for _, low, _ in each), max(high for *_, high in each)
         means = " to ".join(dict.fromkeys(f"{extreme(mean for mean, *_ in each):+.2f}" for extreme in (min, max)))
         yield answers[0], f"{data}, {model}, {sizes} examples: {means} nats (bounds {lower:+.2f} to {upper:+.2f})"
 
 
+def _marks(gain: Gain, cases: int) -> str:
+    return "*" * gain.at_edge + "**" * gain.contradicted(cases)
+
+
+NOTES = {"*": "a rate is at the edge of its grid", "**": "the right answers differ the other way"}
+
+
 def _compared(every: Sequence[Gain], always: bool = False) -> Result:
     answered = [(gain, gain.answer(len(every))) for gain in every]
-    result = over_cases(_in_words(answered, len(every)), ON, always)
-    return _with_edges(result, every)
+    return _explained(over_cases(_in_words(answered, len(every)), ON, always), every)
 
 
-def _with_edges(result: Result, every: Sequence[Gain]) -> Result:
-    edges = ". *: a rate is at the edge of its grid" if any(gain.at_edge for gain in every) else ""
-    return Result(result.verdict, f"gain of fine-tuning in test loss. {result.measured}{edges}", result.on)
+def _explained(result: Result, every: Sequence[Gain]) -> Result:
+    """The result with what was compared, and what the marks of its cases mean."""
+    marks = {_marks(gain, len(every)) for gain in every}
+    notes = "".join(f". {mark}: {note}" for mark, note in NOTES.items() if mark in marks)
+    return Result(result.verdict, f"gain of fine-tuning in test loss. {result.measured}{notes}", result.on)
 
 
 @decides("fine-tuning-beats-scratch", record="head_start")
@@ -181,4 +190,4 @@ def fewer_steps(claim: Claim, record: Record) -> Result:
     for short, long in zip(every, longer, strict=True):
         better, worse = long.answer(cases) is True, short.answer(cases) is False
         answered.append((long if better or not worse else short, better or (False if worse else None)))
-    return _with_edges(over_cases(_in_words(answered, cases), ON), [*every, *longer])
+    return _explained(over_cases(_in_words(answered, cases), ON), [*every, *longer])

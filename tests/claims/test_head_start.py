@@ -112,7 +112,10 @@ def test_a_rate_at_an_edge_and_few_seeds_decide_nothing(verdict):
 
 def test_a_lower_loss_with_worse_answers_decides_nothing(record, verdict):
     assert verdict("fine-tuning-beats-scratch", CASES, points=-10).verdict == "open"
-    assert verdict("never-train-from-scratch", MIXED, points=-10).verdict == "open"
+    other = verdict("never-train-from-scratch", MIXED, points=-10)
+    assert other.verdict == "open"
+    assert "moved, transformer, 10**, 40**, 160**, 500** examples" in other.measured
+    assert other.measured.endswith("**: the right answers differ the other way")
     (gain, docs) = gains(record({("moved", "MLP"): {10: 0.5}}))
     assert gain.right == pytest.approx([0.049, 0.051, 0.049, 0.051, 0.049])
     assert docs.right == []  # a loss alone decides
