@@ -174,7 +174,8 @@ def table(entries: Mapping[str, Entry]) -> str:
     counts = Counter(entry.result.verdict for entry in entries.values())
     waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
     of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
-    notes = {OPEN: f" ({waiting} wait for a record)", FALLS: f" ({of_others} of a source that is named)"}
+    notes = {OPEN: f" ({waiting} wait for a record)"}
     total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
     last = f"{len(entries)} claims: {total}."
-    return "\n".join([*lines, "", last, "More on one: lora-lab claims show ID"])
+    authors = f"{of_others} of those that fall have an author, the others are beliefs."
+    return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims show ID"])
