@@ -53,7 +53,7 @@ class Gain:
         return _bounds(self.values, cases)
 
     def answer(self, cases: int) -> bool | None:
-        """Whether fine-tuning is better; None if it cannot be told.
+        """Whether fine-tuning is better; None if it is undecided.
 
         That is so if the bounds hold zero or a rate is at an edge, or if the one that has the lower loss answers worse.
         """
@@ -100,7 +100,7 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> list[Gain]:
 def table(every: Sequence[Gain]) -> pandas.DataFrame:
     """The cases as rows, with bounds that hold for all of them together.
 
-    Columns: ``data``, ``model``, ``n_train``, ``at_edge``, ``answer`` (:meth:`Gain.answer`; None if it cannot be told),
+    Columns: ``data``, ``model``, ``n_train``, ``at_edge``, ``answer`` (:meth:`Gain.answer`; None if it is undecided),
     the gain in nats (``mean``, ``lower``, ``upper``) and in percentage points of right answers (``points``,
     ``points_lower``, ``points_upper``; NaN where nothing is answered).
     """

@@ -948,9 +948,8 @@ def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop
         fit(llama(kind), dataclasses.replace(task, loss=stopping), LoRA(rank=2), **options)
     stored = load_file(tmp_path / "checkpoint.safetensors")
     assert not any("packed" in name or "steps" in name for name in stored)
-    assert sum(value.numel() for name, value in stored.items() if name != "random.cpu") < 3.1 * (
-        whole.trainable_parameters
-    )
+    trained = sum(value.numel() for name, value in stored.items() if name not in ("random.cpu", "history"))
+    assert trained < 3.1 * whole.trainable_parameters
     resumed = llama(kind)
     history = fit(resumed, task, LoRA(rank=2), **options)
     assert [row["train_loss"] for row in history.rows[1:]] == losses
