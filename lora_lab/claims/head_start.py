@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FINE_TUNED, FROM_SCRATCH, LONGER = "fine-tuned", "from scratch", "from scratch, longer"
 DOCS, SIZES = "docs", (10, 40, 160, 500)
 FEW = 240  # examples at most, of "few examples"
-ON = "what carries over to the new task"
+ON = "the net, the change of the data and the number of examples"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Gain:
         return None if self.at_edge or lower <= 0 <= upper or self.contradicted(cases) else lower > 0
 
     def contradicted(self, cases: int) -> bool:
-        """Whether the one that has the lower loss answers worse, with bounds clear of zero."""
-        (_, lower, upper), (_, worst, best) = self.bounds(cases), _bounds(self.right or [0.0, 0.0], cases)
+        """Whether the one that has the lower loss answers worse, with bounds clear of zero.
+
+        The bounds of the answers are those of this case alone: doubt needs less evidence than a decision.
+        """
+        (_, lower, upper), (_, worst, best) = self.bounds(cases), _bounds(self.right or [0.0, 0.0], 1)
         return (lower > 0 and best < 0) or (upper < 0 and worst > 0)
 
 
@@ -137,12 +140,12 @@ NOTES = {"*": "a rate is at the edge of its grid", "**": "the right answers diff
 
 def _compared(every: Sequence[Gain], always: bool = False) -> Result:
     answered = [(gain, gain.answer(len(every))) for gain in every]
-    return _explained(over_cases(_in_words(answered, len(every)), ON, always), every)
+    return _explained(over_cases(_in_words(answered, len(every)), ON, always), every, len(every))
 
 
-def _explained(result: Result, every: Sequence[Gain]) -> Result:
+def _explained(result: Result, shown: Sequence[Gain], cases: int) -> Result:
     """The result with what was compared, and what the marks of its cases mean."""
-    marks = {_marks(gain, len(every)) for gain in every}
+    marks = {_marks(gain, cases) for gain in shown}
     notes = "".join(f". {mark}: {note}" for mark, note in NOTES.items() if mark in marks)
     return Result(result.verdict, f"gain of fine-tuning in test loss. {result.measured}{notes}", result.on)
 
@@ -161,21 +164,33 @@ def scratch_never_pays(claim: Claim, record: Record) -> Result:
 
 @decides("head-start-shrinks-with-data", record="head_start")
 def shrinks_with_data(claim: Claim, record: Record) -> Result:
-    """The gain with the fewest examples less that with the most, of the nets and changes that gain with the fewest."""
-    of_size = {(gain.data, gain.model, gain.n_train): gain for gain in gains(record) if gain.data != DOCS}
-    names = dict.fromkeys((data, model) for data, model, _ in of_size)
-    pairs = [(of_size[(*name, SIZES[0])], of_size[(*name, SIZES[-1])]) for name in names]
-    begun = [(few, many) for few, many in pairs if few.answer(len(pairs))]
+    """The gain with the fewest examples minus that with the most, in the nets and changes that gain with the fewest.
+
+    Gains in test loss and gains in right answers are cases of their own.
+    """
+    by_loss = {(gain.data, gain.model, gain.n_train): gain for gain in gains(record) if gain.data != DOCS}
+    by_answers = {key: replace(gain, values=gain.right, right=()) for key, gain in by_loss.items() if gain.right}
+    names = dict.fromkeys((data, model) for data, model, _ in by_loss)
+    pairs = [
+        (of_size[(*name, SIZES[0])], of_size[(*name, SIZES[-1])], unit, scale)
+        for of_size, unit, scale in ((by_loss, "nats", 1), (by_answers, "points", 100))
+        for name in names
+        if (*name, SIZES[0]) in of_size and not by_loss[(*name, SIZES[0])].contradicted(len(by_loss))
+    ]
+    begun = [pair for pair in pairs if pair[0].answer(len(pairs))]
     cases = []
-    for few, many in begun:
+    for few, many, unit, scale in begun:
         shrunk = [a - b for a, b in zip(few.values, many.values, strict=True)]
-        difference = Gain(few.data, few.model, few.n_train, shrunk, many.at_edge)
-        mean, lower, upper = difference.bounds(len(begun))
-        words = f"{few.data}, {few.model}: {mean:+.2f} nats (bounds {lower:+.2f} to {upper:+.2f})"
+        difference = replace(few, values=shrunk, right=(), at_edge=many.at_edge)
+        mean, lower, upper = (scale * each for each in difference.bounds(len(begun)))
+        digits = ".2f" if scale == 1 else ".0f"
+        words = f"{few.data}, {few.model}: {mean:+{digits}} {unit} (bounds {lower:+{digits}} to {upper:+{digits}})"
         cases.append((difference.answer(len(begun)), words))
     result = over_cases(cases, ON)
-    text = f"gain with {SIZES[0]} examples less that with {SIZES[-1]}, where there is one with {SIZES[0]}"
-    return Result(result.verdict, f"{text}. {result.measured}", result.on)
+    text = f"gain with {SIZES[0]} examples minus gain with {SIZES[-1]}, only where there is a gain with {SIZES[0]}"
+    without = sorted({*names} - {(few.data, few.model) for few, *_ in begun})
+    left_out = f". no gain with {SIZES[0]}: {'; '.join(map(', '.join, without))}" if without else ""
+    return Result(result.verdict, f"{text}. {result.measured}{left_out}", result.on)
 
 
 @decides("fine-tuning-needs-fewer-steps", record="head_start")
@@ -189,5 +204,9 @@ def fewer_steps(claim: Claim, record: Record) -> Result:
     answered = []
     for short, long in zip(every, longer, strict=True):
         better, worse = long.answer(cases) is True, short.answer(cases) is False
-        answered.append((long if better or not worse else short, better or (False if worse else None)))
-    return _explained(over_cases(_in_words(answered, cases), ON), [*every, *longer])
+        decisive = short if not better and (worse or short.contradicted(cases)) else long
+        answered.append((decisive, better or (False if worse else None)))
+    result = _explained(over_cases(_in_words(answered, cases), ON), [gain for gain, _ in answered], cases)
+    compared = "yes: lower than from scratch after as many steps as pre-training and fine-tuning have together"
+    compared += "; no: higher than from scratch after as many as fine-tuning alone; not decided: neither"
+    return replace(result, measured=f"{result.measured}. ({compared})")

@@ -134,7 +134,9 @@ LORA_AND_LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", "
 @decides("lora-fa-less-memory", record="memory")
 def lora_fa(claim: Claim, record: Record) -> Result:
     """LoRA's peak in units of LoRA-FA's."""
-    return over_cases(((ratio > 1, words) for ratio, words in _memory_ratios(record, LORA_AND_LORA_FA)), "the setup")
+    ratios = ((ratio > 1, words) for ratio, words in _memory_ratios(record, LORA_AND_LORA_FA))
+    result = over_cases(ratios, "the setup")
+    return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
 
 
 @decides("lora-fa-saves-up-to-1-4-times", record="memory")
@@ -273,7 +275,7 @@ def _rank_is_enough(record: Record, rank: int, wider: Sequence[Record]) -> Resul
     if result.difference is None or result.lower is None or result.upper is None:
         return Result(OPEN, f"rank {rank} is not judged: {result.note}")
     text = (
-        f"test loss {result.difference:+.3f} ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}, "
+        f"test loss {result.difference:+.3f} nats ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}, "
         f"margin {MARGIN:g}, {seeds} seeds"
     )
     for each in (rank, largest):
@@ -299,6 +301,8 @@ def rank_sixteen(claim: Claim, record: Record, wider: Sequence[Record]) -> Resul
 
 
 # Overfitting
+
+_AT_EQUAL_TRAINING_LOSS = "LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats"
 
 
 def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, str]], list[str]]:
@@ -337,13 +341,13 @@ def _verdict_of(words: list[str], text: str, on: str, doubts: list[str], judged:
 
 
 def _counted(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, str]]) -> tuple[list[str], str]:
-    """The verdicts of the rows of these pairs, and the same in words: where it is less, more or open."""
+    """The verdicts of the rows of these pairs, and the same in words: where it is less, more or undecided."""
     words, texts = [], []
     for size, setup in pairs:
         rows = table[(table["n_train"] == size) & (table["setup"] == setup)]
         words += rows["verdict"].tolist()
         parts = [
-            f"{word} at {', '.join(f'{value:g}' for value in of_word[column])}"
+            f"{'undecided' if word == OPEN else word} at {', '.join(f'{value:g}' for value in of_word[column])}"
             for word, of_word in rows.groupby("verdict", sort=False)
         ]
         texts.append(f"{size} examples, {setup}: {'; '.join(parts)}")
@@ -363,7 +367,8 @@ def overfits_less(claim: Claim, record: Record) -> Result:
     rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
     words, text = _counted(rises, "step", pairs)
     at_equal_loss, beside = _counted(_at_equal_training_loss(curves), "train_loss", pairs)
-    text = f"rise, stopped after step: {text}. Validation loss at equal training loss: {beside}"
+    text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}"
+    text = f"{text}. {_AT_EQUAL_TRAINING_LOSS}: {beside}"
     on = "the stopping point, rank and size, and whether steps or training losses are equal"
     return _verdict_of([*words, *at_equal_loss], text, on, doubts, bool(judged))
 
@@ -373,7 +378,7 @@ def generalises_better(claim: Claim, record: Record) -> Result:
     """The validation loss where both methods fit the training set equally well."""
     curves, judged, doubts = at_inner_rates(record)
     words, text = _counted(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
-    text = f"validation loss at a training loss: {text}"
+    text = f"{_AT_EQUAL_TRAINING_LOSS}: {text}"
     return _verdict_of(words, text, "the training loss", doubts, bool(judged))
 
 
@@ -710,12 +715,12 @@ def torchtune_speed(claim: Claim, published: Published) -> Result:
     return over_cases(cases, "model, card and what else the full recipe does without")
 
 
-@decides("qlora-39-percent-slower", published="litgpt")
+@decides("qlora-takes-more-time", published="litgpt")
 def qlora_time(claim: Claim, published: Published) -> Result:
     """The time of an iteration in NF4 beside bfloat16, on the source's model; the other models are stated beside it."""
     slower = _in_nf4(published, "iteration_s")
     texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in slower.items())
-    return Result(STANDS if near(slower["Llama 2 7B"], claim.stated, 0.25) else FALLS, f"time in NF4: {texts}")
+    return Result(STANDS if slower["Llama 2 7B"] > 0 else FALLS, f"time with NF4 beside bfloat16: {texts}")
 
 
 @decides("qlora-33-percent-less-memory", published="litgpt")
@@ -723,7 +728,8 @@ def qlora_memory(claim: Claim, published: Published) -> Result:
     """The peak in NF4 beside bfloat16, on the source's model; the other models are stated beside it."""
     more = _in_nf4(published, "peak_bytes")
     texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in more.items())
-    return Result(STANDS if near(-more["Llama 2 7B"], claim.stated, 0.25) else FALLS, f"peak in NF4: {texts}")
+    verdict = STANDS if near(-more["Llama 2 7B"], claim.stated, 0.25) else FALLS
+    return Result(verdict, f"peak with NF4 beside bfloat16: {texts}")
 
 
 def _in_nf4(published: Published, column: str) -> dict[str, float]:

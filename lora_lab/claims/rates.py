@@ -49,7 +49,8 @@ def _on_language_model(answers: Mapping[str, tuple[bool | None, str]]) -> Result
     if "docs" not in answers:
         return Result(OPEN, "the record has no language model")
     verdict = {True: STANDS, False: FALLS, None: OPEN}[answers["docs"][0]]
-    return Result(verdict, "; ".join(f"{DATA[data]}: {words}" for data, (_, words) in answers.items()))
+    texts = (f"{'' if data == 'docs' else 'not judged, '}{DATA[data]}: {words}" for data, (_, words) in answers.items())
+    return Result(verdict, "; ".join(texts))
 
 
 def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
@@ -109,8 +110,8 @@ def independent_of_rank(claim: Claim, record: Record) -> Result:
         _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
         answer = True if upper < claim.stated else False if lower > claim.stated else None
         words = (
-            f"from rank 4 on a factor of at least {lower:.2f} and at most {upper:.2f} (highest: rank {highest}, "
-            f"lowest: {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
+            f"from rank 4 on the highest best rate is {max(lower, 1.0):.2f} to {upper:.2f} times the lowest (ranks "
+            f"{highest} and {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
         )
         answers[data] = answer, words
     return _on_language_model(answers)

@@ -212,6 +212,7 @@ def table(results: list[Result]) -> DataFrame:
     for result in results:
         history, (first, *_, last) = result.history, result.history.rows
         columns[result.label] = {
+            "learning rate": f"{history.settings['lr']:g}",
             "trained parameters": f"{history.trainable_parameters:,}",
             "file to keep, MB": f"{result.file_bytes / 1e6:.1f}",
             "peak memory, MiB": f"{result.peak_bytes / MIB:,.0f}",

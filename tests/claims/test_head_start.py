@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_lab import claims, plots, records
-from lora_lab.claims.head_start import FINE_TUNED, FROM_SCRATCH, LONGER, gains, table
+from lora_lab.claims.head_start import FINE_TUNED, FROM_SCRATCH, LONGER, Gain, gains, table
 from tests.helpers import COMMIT
 
 SIZES = (10, 40, 160, 500)
@@ -70,7 +70,7 @@ def test_fine_tuning_wins_where_the_bounds_of_every_case_are_clear_of_zero(verdi
     assert "500" not in result.measured  # not few
     assert verdict("fine-tuning-beats-scratch", dict.fromkeys(CASES, HURTS), docs=-1.0).verdict == "falls"
     mixed = verdict("fine-tuning-beats-scratch", MIXED)
-    assert str(mixed) == "depends on what carries over to the new task"
+    assert str(mixed) == "depends on the net, the change of the data and the number of examples"
     assert "yes: docs, smollm2, 240 examples: +3.00 nats" in mixed.measured
     assert "no: inverted, MLP, 10, 40, 160 examples: -0.80 to -0.40 nats" in mixed.measured
 
@@ -122,22 +122,43 @@ def test_a_lower_loss_with_worse_answers_decides_nothing(record, verdict):
     assert docs.answer(2) is True
 
 
+def test_answers_raise_doubt_with_the_bounds_of_one_case():
+    loss, right = [0.99, 1.0, 1.01], [-0.05, -0.03, -0.04]
+    (_, _, alone), (_, _, together) = (Gain("moved", "MLP", 10, right, False).bounds(cases) for cases in (1, 100))
+    assert alone < 0 < together
+    doubtful = Gain("moved", "MLP", 10, loss, False, right)
+    assert doubtful.contradicted(100)
+    assert doubtful.answer(100) is None
+    assert Gain("moved", "MLP", 10, loss, False).answer(100) is True
+
+
 def test_a_head_start_shrinks_if_it_is_worth_less_with_the_most_examples(verdict):
-    assert verdict("head-start-shrinks-with-data", CASES).verdict == "stands"
+    both = verdict("head-start-shrinks-with-data", CASES)
+    assert both.verdict == "stands"
+    assert "moved, MLP: +0.60 nats" in both.measured
+    assert "moved, MLP: +6 points" in both.measured
+    assert "no gain" not in both.measured
     grows = {size: 0.9 - gain for size, gain in HELPS.items()}
     assert verdict("head-start-shrinks-with-data", dict.fromkeys(CASES, grows)).verdict == "falls"
     mixed = verdict("head-start-shrinks-with-data", {("moved", "MLP"): HELPS, ("inverted", "MLP"): grows})
     assert mixed.verdict == "depends"
     none = verdict("head-start-shrinks-with-data", dict.fromkeys(CASES, HURTS))
     assert none.verdict == "open"
-    assert "no case was tried" in none.measured
+    assert none.measured.endswith("no case was tried. no gain with 10: moved, MLP; moved, transformer")
+    contradicted = verdict("head-start-shrinks-with-data", CASES, points=-10)
+    assert contradicted.verdict == "open"
 
 
 def test_fewer_steps_suffice_if_a_longer_training_from_scratch_is_still_worse(verdict):
     assert verdict("fine-tuning-needs-fewer-steps", CASES).verdict == "stands"
     assert verdict("fine-tuning-needs-fewer-steps", CASES, longer=5.0).verdict == "open"  # but not within as many steps
     assert verdict("fine-tuning-needs-fewer-steps", dict.fromkeys(CASES, HURTS)).verdict == "falls"
-    assert verdict("fine-tuning-needs-fewer-steps", MIXED).verdict == "depends"
+    mixed = verdict("fine-tuning-needs-fewer-steps", MIXED)
+    assert mixed.verdict == "depends"
+    assert "yes: moved, transformer, 10, 40, 160, 500 examples: +0.10 to +0.70 nats" in mixed.measured  # over longer
+    assert "no: inverted, MLP, 10, 40, 160, 500 examples: -0.80 to -0.20 nats" in mixed.measured  # beside as long
+    doubtful = verdict("fine-tuning-needs-fewer-steps", MIXED, points=-10)
+    assert "inverted, MLP, 10**, 40**, 160**, 500** examples: -0.80 to -0.20 nats" in doubtful.measured
 
 
 def test_the_cases_are_drawn_with_their_bounds(record):

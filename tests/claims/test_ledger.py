@@ -143,7 +143,7 @@ def test_show_as_json_is_an_array_of_one(capsys):
             "lora-equals-full-fine-tuning",
             "lora-lab record quality will make the record, in ten hours on two cores.",
         ),
-        ("qlora-39-percent-slower", "Its numbers are published ones"),
+        ("qlora-takes-more-time", "Its numbers are published ones"),
         ("higher-rank-never-hurts", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),
         ("rank-one-enough-for-rl", "Nothing here measures it: it needs a model that reasons"),
     ],
@@ -176,7 +176,7 @@ def test_records_of_another_folder_decide(tmp_path, capsys):
     assert command("claims", "show", "memory-a-third", "--records", tmp_path, "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert (entry["verdict"], entry["date"], entry["machine"]) == ("open", None, None)
-    assert command("claims", "show", "qlora-39-percent-slower", "--records", tmp_path, "--json") == 0
+    assert command("claims", "show", "qlora-takes-more-time", "--records", tmp_path, "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert entry["verdict"] == "falls"  # what others published does not change with the machine
 

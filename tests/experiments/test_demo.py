@@ -74,10 +74,11 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
     trained = sum(2 * (m.in_features + m.out_features) for n, m in base.named_modules() if n.endswith("_proj"))
     rows = table_rows(printed)
     assert rows[""] == ["LoRA r=2", "full fine-tuning"]
+    assert rows["learning rate"] == ["0.002", "0.0002"]
     assert rows["trained parameters"] == [f"{trained:,}", f"{total:,}"]
     files = [out / "lora" / "adapter_model.safetensors", out / "full" / "model.safetensors"]
     assert rows["file to keep, MB"] == [f"{path.stat().st_size / 1e6:.1f}" for path in files]
-    assert list(rows)[3:] == [
+    assert list(rows)[4:] == [
         "peak memory, MiB",
         "median step, s",
         "tokens a second",
@@ -182,19 +183,19 @@ def test_the_demo_leaves_a_readme_of_the_users(small_demo, tmp_path):
     assert (folder / "adapter_config.json").is_file()
 
 
-def result(label, trained, before, after, seconds, peak, size):
+def result(label, lr, trained, before, after, seconds, peak, size):
     rows = [
         {**dict.fromkeys(COLUMNS), "step": 0, "validation_loss": before, "off_domain_loss": before + 1, "tokens": 0},
         *({**dict.fromkeys(COLUMNS), "step": i, "seconds": s, "tokens": 256} for i, s in enumerate(seconds, 1)),
     ]
     rows[-1] |= {"validation_loss": after, "off_domain_loss": after + 1}
-    history = History({"name": "docs"}, {"name": label}, {}, trained, 134_515_008, rows=rows)
+    history = History({"name": "docs"}, {"name": label}, {"lr": lr}, trained, 134_515_008, rows=rows)
     return demo.Result(label, history, before - 0.1, after - 0.1, {"weights": peak - 5, "rest": 5}, peak, size, "text")
 
 
 RESULTS = [
-    result("LoRA r=8", 2_442_240, 3.25, 2.75, [1.0, 0.5, 2.0], 1900 * 2**20, 9_790_000),
-    result("full fine-tuning", 134_515_008, 3.25, 2.5, [1.25, 1.5, 1.0], 3700 * 2**20 + 2**19 + 1, 538_090_408),
+    result("LoRA r=8", 2e-3, 2_442_240, 3.25, 2.75, [1.0, 0.5, 2.0], 1900 * 2**20, 9_790_000),
+    result("full fine-tuning", 2e-4, 134_515_008, 3.25, 2.5, [1.25, 1.5, 1.0], 3700 * 2**20 + 2**19 + 1, 538_090_408),
 ]
 
 
@@ -211,6 +212,7 @@ def test_lack_of_memory_comes_with_what_full_fine_tuning_needs(small_demo, tmp_p
 def test_table_of_two_results():
     expected = """
                             LoRA r=8  full fine-tuning
+learning rate                  0.002            0.0002
 trained parameters         2,442,240       134,515,008
 file to keep, MB                 9.8             538.1
 peak memory, MiB               1,900             3,701
