@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -829,6 +830,7 @@ def _check_record(options: argparse.Namespace) -> None:
 
 def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
     from lora_lab import claims
+    from lora_lab.claims.ledger import WIDTH
 
     if (options.action is None) != (options.id is None):
         raise ValueError(f"lora-lab claims {options.action} needs the ID of a claim; lora-lab claims lists them.")
@@ -837,7 +839,7 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise FileNotFoundError(f"--{name} is {folder!r}, but there is no such folder.")
     if options.action is None:
         entries = claims.load(options.records, options.lessons)
-        print(claims.table(entries))
+        print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(options.id, options.records, options.lessons)
     print(entry.explained())

@@ -164,13 +164,19 @@ def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path
     return Entry(every[claim_id], judge(every[claim_id], folder, lessons))
 
 
-def table(entries: Mapping[str, Entry]) -> str:
-    """The claims as lines of at most 100 columns: id, sentence, verdict and where it comes from."""
-    lines = [f"{'id':<31}{'claim':<40}{'verdict':<11}from"]
+def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
+    """The claims as lines: id, sentence, verdict and where it comes from.
+
+    Args:
+        entries: by id.
+        width: columns of a line, at least 100. Long sentences are cut; the wider the lines, the fewer.
+    """
+    room = min(width - 60, 1 + max((len(entry.claim.sentence) for entry in entries.values()), default=40))
+    lines = [f"{'id':<31}{'claim':<{room}}{'verdict':<11}from"]
     for name, entry in entries.items():
         sentence = entry.claim.sentence
-        sentence = sentence if len(sentence) < 40 else f"{sentence[:36].rstrip()}..."
-        lines.append(f"{name:<31}{sentence:<40}{entry.result.verdict:<11}{entry.where()}")
+        sentence = sentence if len(sentence) < room else f"{sentence[: room - 4].rstrip()}..."
+        lines.append(f"{name:<31}{sentence:<{room}}{entry.result.verdict:<11}{entry.where()}")
     counts = Counter(entry.result.verdict for entry in entries.values())
     waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
     of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
