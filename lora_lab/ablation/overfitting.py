@@ -459,7 +459,7 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas
         validation = curve["validation_loss"].tolist()
         training = (curve["validation_loss"] - curve["gap"]).tolist()
         for loss in losses:
-            if training[0] > loss >= min(training):
+            if training and training[0] > loss >= min(training):
                 there = interpolate_at([-value for value in training], validation, -loss)
                 identity = dict(zip(by, values, strict=True))
                 rows.append({**identity, "train_loss": loss, "validation_loss": there})

@@ -116,7 +116,7 @@ def shares(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> l
 def plan(
     model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
 ) -> list[tuple[list[Trial], bool]]:
-    """The trials in parcels, and whether each parcel is a pack.
+    """The trials in jobs, and whether each job is a pack.
 
     Raises:
         ValueError: ``engine`` is "packed" and a trial cannot be packed, no target counts in the examples of the test
@@ -140,11 +140,11 @@ def plan(
             separate.append(([trial], False))
         else:
             raise ValueError(f"engine is 'packed', but {trial.method} cannot be packed: {refusals[kind]}")
-    parcels = []
+    packs = []
     for group in groups.values():
         most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)
-        parcels += shares(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
-    return [(parcel, engine == "packed" or len(parcel) > 1) for parcel in parcels] + separate
+        packs += shares(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
+    return [(pack, engine == "packed" or len(pack) > 1) for pack in packs] + separate
 
 
 def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:

@@ -151,17 +151,17 @@ def ablate(
             check_writable(folder, leave=True)
         workers, timeout = _workers(n_jobs, timeout_s)
 
-    def parcels(model: nn.Module, trials: Sequence[Trial], pause: _Pause | None = None) -> list[_Work]:
+    def jobs_of(model: nn.Module, trials: Sequence[Trial], pause: _Pause | None = None) -> list[_Work]:
         planned = plan(model, data, trials, engine, budget_bytes, workers) if trials else []
         return [_Work(make, task, part, together, engine, _here(), judge, pause) for part, together in planned]
 
     if halving is None:
-        arriving = _results(parcels(model, missing), n_jobs, timeout)
+        arriving = _results(jobs_of(model, missing), n_jobs, timeout)
     else:
         halving.check(requested)
 
         def train(trials: Sequence[Trial], pause: _Pause) -> Generator[_Arrival]:
-            return _results(parcels(make(), trials, pause), n_jobs, timeout)
+            return _results(jobs_of(make(), trials, pause), n_jobs, timeout)
 
         device, known = next(model.parameters()).device, {**results, **unjudged, **stopped}
         arriving = _in_rounds(halving, requested, known, folder, device, train)
@@ -318,16 +318,16 @@ def _preflight(client: Any) -> None:
 
 def _results(works: Sequence[_Work], n_jobs: int | None, timeout_s: float | None) -> Generator[_Arrival]:
     """The trials' results as they end."""
-    # One parcel at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
+    # One job at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
     options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
     backend, _ = get_active_backend()
     if getattr(backend, "client", None) is not None:
         options["backend"] = _reporting(backend)
     parallel: Any = joblib.Parallel(n_jobs, **options)
     try:
-        with closing(parallel(joblib.delayed(_run)(work) for work in works)) as parcels:
-            for parcel in parcels:
-                yield from parcel
+        with closing(parallel(joblib.delayed(_run)(work) for work in works)) as jobs:
+            for results in jobs:
+                yield from results
     except (TimeoutError, multiprocessing.TimeoutError):
         if timeout_s is None:  # raised by a trial itself
             raise
@@ -371,10 +371,10 @@ def _here() -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is sent to a worker: a parcel of trials, and what they need.
+    """What is sent to a worker: a job of one or more trials, and what they need.
 
     It is one object on purpose: joblib's Dask backend sends large arguments ahead and keeps them on workers, where a
-    kill can lose them, whereas the content of one small object is sent with each parcel.
+    kill can lose them, whereas the content of one small object is sent with each job.
     """
 
     make: Factory
@@ -441,7 +441,7 @@ def _task(task: Task | Callable[[], Task]) -> Task:
 
 
 def _run(work: _Work) -> list[_Arrival]:
-    """Run a parcel of trials in this process, and return their results."""
+    """Run a job in this process, and return their results."""
     with _alone(), _threads(None if _here() == work.home else 1):
         task = _task(work.task)
         if task.fingerprint != work.trials[0].task:
@@ -542,7 +542,7 @@ _commit = functools.cache(commit)  # asked once: the code that runs does not cha
 
 
 def _attempt(work: _Work, task: Task, trials: Sequence[Trial], together: bool) -> list[_Arrival]:
-    """Run a parcel of trials.
+    """Run the trials of a job.
 
     A pack that does not fit into memory is split in two; the trials of one that cannot be packed run one by one.
     """

@@ -34,7 +34,7 @@ HOURS = {
     "speed": "half an hour",
     "ablation": "an hour",
     "spectra": "half an hour",
-    "overfitting": "eight hours",
+    "overfitting": "six hours",
     "head_start": "an hour",
     "downstream": "three hours",
     "elicitation": "half an hour",

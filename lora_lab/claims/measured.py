@@ -332,12 +332,16 @@ def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, st
 
 
 def _verdict_of(words: list[str], text: str, on: str, doubts: list[str], judged: bool) -> Result:
-    """From the words "less", "more" and "open" of comparisons, where "less" is what the claim states."""
+    """From the words "less", "more" and "open" of comparisons, where "less" is what the claim states.
+
+    As for :func:`lora_lab.claims.deciding.over_cases`, it falls if it fails in some comparisons and holds in none.
+    """
     if not judged:
         return Result(OPEN, f"{'; '.join(doubts)}. At these rates: {text}")
     text = "; ".join([text, *(f"not judged: {doubt}" for doubt in doubts)])
-    decided = {frozenset(["less"]): STANDS, frozenset(["more"]): FALLS}.get(frozenset(words), OPEN)
-    return Result(DEPENDS, text, on) if {"less", "more"} <= set(words) else Result(decided, text)
+    if {"less", "more"} <= set(words):
+        return Result(DEPENDS, text, on)
+    return Result(FALLS if "more" in words else STANDS if set(words) == {"less"} else OPEN, text)
 
 
 def _counted(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, str]]) -> tuple[list[str], str]:
@@ -369,7 +373,9 @@ def overfits_less(claim: Claim, record: Record) -> Result:
     at_equal_loss, beside = _counted(_at_equal_training_loss(curves), "train_loss", pairs)
     text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}"
     text = f"{text}. {_AT_EQUAL_TRAINING_LOSS}: {beside}"
-    on = "the stopping point, rank and size, and whether steps or training losses are equal"
+    on = "whether steps or training losses are equal"
+    if "more" in words or "less" in at_equal_loss:
+        on = f"the stopping point, rank and size, and {on}"
     return _verdict_of([*words, *at_equal_loss], text, on, doubts, bool(judged))
 
 

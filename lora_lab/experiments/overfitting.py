@@ -127,7 +127,7 @@ class Plan:
 
 
 def plan(device: torch.device) -> Plan:
-    """What two cores can do in eight hours, or a GPU in two."""
+    """What two cores can do in six hours, or a GPU in two."""
     if device.type == "cuda":
         epochs = {64: 20, 256: 10, 1024: 10}
         return Plan([*SETUPS], epochs, dict.fromkeys(epochs, 3), judging=range(2, 7))

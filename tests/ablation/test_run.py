@@ -1389,7 +1389,7 @@ def test_the_memory_of_small_packs_is_not_predicted_and_of_others_it_is(monkeypa
     def sizes(budget_bytes, **options):
         predicted.clear()
         chosen = list(grid(seeds=range(3), **options)) if options else trials
-        return [len(parcel) for parcel, _ in packing.plan(model, task, chosen, "auto", budget_bytes, 1)]
+        return [len(job) for job, _ in packing.plan(model, task, chosen, "auto", budget_bytes, 1)]
 
     state = torch.get_rng_state()
     assert sizes(2**30) == [6]
@@ -1408,9 +1408,9 @@ def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
     def sizes(count, workers, **options):
         trials = grid(ranks=(1, 4), seeds=range(count // 2), **options)
         plan = packing.plan(model, task, list(trials), "auto", None, workers)
-        assert sorted(t.key for parcel, _ in plan for t in parcel) == sorted(t.key for t in trials)
-        assert all(together == (len(parcel) > 1) for parcel, together in plan)
-        return [len(parcel) for parcel, _ in plan]
+        assert sorted(t.key for job, _ in plan for t in job) == sorted(t.key for t in trials)
+        assert all(together == (len(job) > 1) for job, together in plan)
+        return [len(job) for job, _ in plan]
 
     assert sizes(12, 1) == [12]
     assert sizes(12, 2) == [5, 7]  # of rank 4, and of both: about the same work
@@ -1418,7 +1418,7 @@ def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
     assert sizes(12, 12) == [1] * 12
     assert sizes(100, 1) == [22, 21, 27, 30]
     plan = packing.plan(model, task, list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
-    assert [[t.method.rank for t in parcel] for parcel, _ in plan] == [
+    assert [[t.method.rank for t in job] for job, _ in plan] == [
         [4] * 5,
         [4] + [1] * 6,
     ]  # ranks that pad each other little

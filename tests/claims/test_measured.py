@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +16,10 @@ from tests.helpers import COMMIT
 
 @pytest.fixture
 def changed(tmp_path):
-    """(claim's id, kind of record, change of its rows, facts) -> the result from the changed record."""
+    """(claim's id, kind of record, change of its rows, its folder, facts) -> the result from the changed record."""
 
-    def changed(claim_id, kind, change, **facts):
-        for record in records.load_all(kind).values():
+    def changed(claim_id, kind, change, folder=None, **facts):
+        for record in records.load_all(kind, folder).values():
             rows = change([dict(row) for row in record.rows])
             records.write(dataclasses.replace(record, rows=rows, facts=record.facts | facts), tmp_path)
         return claims.verdict(claim_id, tmp_path).result
@@ -282,6 +283,10 @@ def test_rank_sixteen_is_open_where_the_bounds_hold_the_margin_or_seeds_are_few(
 # Overfitting
 
 
+OLD = Path(__file__).parents[1] / "data" / "records"  # a record of overfitting of before there were stages
+ON_EQUAL = "the stopping point, rank and size, and whether steps or training losses are equal"
+
+
 def wider(rows):
     """256 examples only, with rates beyond both edges at which every loss after the start is higher by 1."""
     rows = [row for row in rows if row["n_train"] == 256]
@@ -312,15 +317,25 @@ def rising(setups):
     return lambda rows: list(change(rows))
 
 
-def test_overfitting_is_open_at_the_edges_and_depends_on_the_stopping_point_inside(changed):
+def test_overfitting_depends_on_what_is_equal_if_no_rate_is_at_an_edge(changed):
     result = changed("lora-overfits-less", "overfitting", unchanged)
+    assert (result.verdict, result.on) == ("depends", "whether steps or training losses are equal")
+    assert "64 examples, LoRA r=8: less at 24, 32, 40, 48, 56, 64" in result.measured
+    assert "256 examples, LoRA r=8: undecided at 3; more at 2, 1.5" in result.measured
+    at_edge = where(lambda row: row["setup"] == "full", edge="largest")
+    assert changed("lora-overfits-less", "overfitting", at_edge).verdict == "open"
+    without_training_losses = where(lambda row: row["setup"].startswith("LoRA"), gap=None)
+    assert "lacks what is needed" in changed("lora-overfits-less", "overfitting", without_training_losses).measured
+
+
+def test_overfitting_is_open_at_the_edges_and_depends_on_the_stopping_point_inside(changed):
+    result = changed("lora-overfits-less", "overfitting", unchanged, OLD)
     assert result.verdict == "open"
     assert "is at an edge" in result.measured
     assert "LoRA r=8: less at 64, 96, 128, 160, 192, 224; undecided at 256, 288; more at 320" in result.measured
     assert "where both have a training loss in nats" in result.measured
-    inside = changed("lora-overfits-less", "overfitting", wider)
-    assert inside.verdict == "depends"
-    assert inside.on == "the stopping point, rank and size, and whether steps or training losses are equal"
+    inside = changed("lora-overfits-less", "overfitting", wider, OLD)
+    assert (inside.verdict, inside.on) == ("depends", ON_EQUAL)
 
 
 def test_a_method_that_rises_less_because_it_is_behind_does_not_overfit_less(changed):
@@ -333,14 +348,13 @@ def test_a_method_that_rises_less_because_it_is_behind_does_not_overfit_less(cha
                 row["validation_loss"] += 1.0
         return made
 
-    result = changed("lora-overfits-less", "overfitting", behind)
-    assert result.verdict == "depends"
-    assert result.on.endswith("whether steps or training losses are equal")
+    result = changed("lora-overfits-less", "overfitting", behind, OLD)
+    assert (result.verdict, result.on) == ("depends", "whether steps or training losses are equal")
 
 
 @pytest.mark.parametrize(("setups", "verdict"), [("full", "stands"), ("LoRA", "falls")])
 def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, setups, verdict):
-    assert changed("lora-overfits-less", "overfitting", rising(setups)).verdict == verdict
+    assert changed("lora-overfits-less", "overfitting", rising(setups), OLD).verdict == verdict
 
 
 @pytest.mark.parametrize(("edge", "verdict"), [("", "stands"), ("largest", "open")])
@@ -356,12 +370,19 @@ def test_seeds_that_chose_and_cosines_are_not_judged(changed, edge, verdict):
                 cosine = {"setup": f"{row['setup']}, cosine", "schedule": "cosine"}
                 yield row | cosine | {"validation_loss": row["validation_loss"] + row["step"]}
 
-    assert changed("lora-overfits-less", "overfitting", lambda rows: list(staged(rows))).verdict == verdict
+    assert changed("lora-overfits-less", "overfitting", lambda rows: list(staged(rows)), OLD).verdict == verdict
+
+
+def test_worse_at_some_training_losses_and_better_at_none_is_worse(changed):
+    result = changed("better-at-equal-fit", "overfitting", unchanged)
+    assert result.verdict == "falls"
+    assert "256 examples, LoRA r=1: more at 3, 2, 1.5" in result.measured
+    assert "undecided at 3" in result.measured
 
 
 def test_generalisation_at_equal_fit(changed):
-    assert changed("better-at-equal-fit", "overfitting", unchanged).verdict == "open"
-    inside = changed("better-at-equal-fit", "overfitting", wider)
+    assert changed("better-at-equal-fit", "overfitting", unchanged, OLD).verdict == "open"
+    inside = changed("better-at-equal-fit", "overfitting", wider, OLD)
     assert (inside.verdict, inside.on) == ("depends", "the training loss")
     assert "less at 3; more at 2, 1.5, 1, 0.6" in inside.measured
 

@@ -238,8 +238,8 @@ def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
     budget = frozen + int(3.5 * own(whole))
     assert (budget - frozen) // own(first) > 4  # as many as that would be too many, when the long one comes
     plan = packing.plan(net, task, trials, "auto", budget, 1)
-    assert max(len(parcel) for parcel, _ in plan) == 3
-    assert sum(len(parcel) for parcel, _ in plan) == 8
+    assert max(len(job) for job, _ in plan) == 3
+    assert sum(len(job) for job, _ in plan) == 8
 
 
 # Splits
