@@ -84,7 +84,7 @@ def grids(centres: Sequence[float], count: int = 5) -> dict[str, tuple[float, ..
 
 def planted(rank: int, device: torch.device) -> tuple[nn.Module, Task]:
     """A small net, and the task of imitating it plus a hidden update of this rank."""
-    return DigitsMLP(), tasks.planted(DigitsMLP(), rank, n_train=4096)
+    return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64), rank, n_train=4096)
 
 
 def digits(count: int, device: torch.device) -> tuple[nn.Module, Task]:

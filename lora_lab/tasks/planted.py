@@ -25,8 +25,8 @@ def planted(
     """A task with a known solution: imitate ``model`` plus a hidden update of the given rank.
 
     The teacher is a copy of the model with an update of exactly that rank, as large as the weight itself, in each
-    target layer. Inputs are Gaussian. Noise is added to the teacher's outputs for training only, so a student that
-    finds the update reaches zero validation loss, however noisy its training targets.
+    target layer. Inputs are Gaussian, of the type of the model's weights. Noise is added to the teacher's outputs for
+    training only, so a student that finds the update reaches zero validation loss, however noisy its training targets.
 
     Args:
         model: a net that takes (n, features); it is not changed.
@@ -44,12 +44,13 @@ def planted(
     check(model, instance_of(nn.Module), "model")
     if (first := next((module for module in model.modules() if isinstance(module, nn.Linear)), None)) is None:
         raise ValueError(f"A {type(model).__name__} has no linear layer, but planted needs a net of features.")
-    teacher = copy.deepcopy(model).eval()
+    student = copy.deepcopy(model).cpu().eval()  # a model on a GPU stays there
+    teacher = copy.deepcopy(student)
     inject(teacher, LoRAConfig(rank=rank, alpha=rank, targets=targets), seed=seed)
     generator = torch.Generator().manual_seed(check(seed, Seed, "seed"))
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=first.weight.dtype)
 
     with torch.no_grad():
         for layer in lora_layers(teacher).values():
@@ -59,7 +60,7 @@ def planted(
         outputs = teacher(inputs)  # (n, out)
         outputs[:n_train] += noise * outputs.std() * draw(n_train, outputs.shape[1])
         off_inputs = 3 * draw(256, first.in_features)  # three times as far out
-        off_domain = Examples(off_inputs, model(off_inputs))
+        off_domain = Examples(off_inputs, student(off_inputs))
     rows = Examples(inputs, outputs)
     return Task(
         name=f"planted-rank{rank}",

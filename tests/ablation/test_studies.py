@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pandas
 import pytest
@@ -26,7 +29,31 @@ def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
     again, _ = studies.study("digits")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     again.to(torch.bfloat16)  # in place, as a move to a GPU is
-    assert next(studies.pretrained_digits().parameters()).dtype == torch.float32
+    assert next(studies.pretrained_digits().parameters()).dtype == torch.float64
+
+
+# Prints two losses after training at a high rate, in full precision.
+_AT_A_HIGH_RATE = """
+from lora_lab.ablation import studies
+from lora_lab.methods import LoRA
+from lora_lab.train import evaluate, fit
+for name in ("digits", "planted"):
+    model, task = studies.study(name)
+    fit(model, task, LoRA(8, 16), steps=60, lr=0.06, batch_size=32, progress=False)
+    print(evaluate(model, task, "validation").hex())
+"""
+_OLDEST = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+
+
+def test_results_of_the_small_nets_do_not_depend_on_the_processors_instructions():
+    def losses(**settings):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+        run = subprocess.run(
+            [sys.executable, "-c", _AT_A_HIGH_RATE], env=environment, capture_output=True, text=True, check=True
+        )
+        return [float.fromhex(line) for line in run.stdout.split()]
+
+    assert losses(**_OLDEST) == pytest.approx(losses(), rel=1e-9)
 
 
 def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(monkeypatch):
@@ -139,7 +166,7 @@ def test_ablate_runs_a_grid_prints_a_verdict_and_goes_on(tmp_path, capsys):
 
 
 def test_ablate_as_json_has_the_verdict_and_every_evaluation(tmp_path, capsys):
-    arguments = ["--task", "planted", "--lrs", "1e-2,1e9", "--steps", 20, "--out", tmp_path, "--json"]
+    arguments = ["--task", "planted", "--lrs", "1e-2,1e99", "--steps", 20, "--out", tmp_path, "--json"]
     assert ablate(*arguments, "--ranks", "1,4", "--seeds", 2) == 0
     document, rest = printed_json(capsys)
     assert "8 trials; results in" in rest

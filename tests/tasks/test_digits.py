@@ -5,6 +5,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from lora_lab.inject import LoRAConfig, inject
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task, digits
 
 PARTS = ("train", "validation", "test", "off_domain")
@@ -170,3 +172,13 @@ def test_odd_arguments_are_named():
     for options in ({"seed": "3"}, {"seed": 10**400}, {"n_train": "3"}, {"n_train": None}, {"part": ["adapt"]}):
         with pytest.raises(ValueError, match=f"^{next(iter(options))} is "):
             digits(**options)
+
+
+@pytest.mark.parametrize("net", [DigitsMLP, DigitsTransformer])
+def test_nets_in_float64_read_pictures_in_float32(net):
+    pictures = digits().train.inputs[:4]
+    double = net(dtype=torch.float64)
+    assert torch.equal(double(pictures), double(pictures.double()))
+    inject(double, LoRAConfig(2))
+    assert double(pictures).dtype == torch.float64
+    assert net()(pictures).dtype == pictures.dtype == torch.float32

@@ -118,3 +118,9 @@ def test_planted_says_what_is_wrong(options, says):
 def test_answers_of_planted_carry_no_graph():
     task = planted(one_layer())
     assert not any(part.targets.requires_grad for part in task.parts.values())
+
+
+def test_a_planted_task_is_of_the_type_of_the_models_weights():
+    task = planted(one_layer().double())
+    assert {part.inputs.dtype for part in task.parts.values()} == {torch.float64}
+    assert {part.targets.dtype for part in task.parts.values()} == {torch.float64}
