@@ -26,6 +26,7 @@ from lora_lab.train import make_step, to_device
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 _MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
+_MOST_STEPS = 3000  # of all trials of a pack on the CPU, unless the model is small: an hour or less for SmolLM2-135M
 
 
 def refusal(model: nn.Module, task: Task, method: Method, autocast: torch.dtype | None = None) -> str | None:
@@ -171,7 +172,9 @@ def _common_settings(trial: Trial) -> str:
 
 
 def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:
-    """How many trials fit into the budget: the frozen weights count once, all else for each trial."""
+    """How many trials fit into the budget, where the frozen weights count once, all else for each trial; and on the CPU
+    into an hour or so, which is what an interrupted pack loses.
+    """
     device = next(model.parameters()).device
     if budget_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -193,7 +196,8 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
         lean=None if lean is None else replace(lean, threads=1),  # threads share the pack's trials, not a trial
     )
     shared = bill.parts.get(Part.FROZEN, 0)
-    return max(1, (budget_bytes - shared) // (bill.peak_bytes - shared))
+    most = (budget_bytes - shared) // (bill.peak_bytes - shared)
+    return max(1, min(most, _MOST_STEPS // widest.steps) if device.type == "cpu" else most)
 
 
 def _is_small(model: nn.Module, task: Task, trial: Trial, budget_bytes: int) -> bool:
