@@ -1403,13 +1403,14 @@ def test_the_memory_of_small_packs_is_not_predicted_and_of_others_it_is(monkeypa
 
 
 def test_a_pack_of_long_trials_is_small_unless_its_model_is(monkeypatch):
-    def sizes(steps):
+    def sizes(steps, device="cpu"):
         trials = list(grid(seeds=range(3), steps=steps))
-        return [len(job) for job, _ in packing.plan(MODEL(), small_task(), trials, "auto", None, 1)]
+        return [len(job) for job, _ in packing.plan(MODEL().to(device), small_task(), trials, "auto", None, 1)]
 
     assert sizes(5000) == [6]  # the whole study takes seconds
     monkeypatch.setattr(packing, "_is_small", lambda *_: False)
     assert [sizes(steps) for steps in (500, 1000, 1500, 5000)] == [[6], [3, 3], [2, 2, 2], [1] * 6]
+    assert sizes(5000, "meta") == [6]  # as on a GPU, where an hour has far more steps
 
 
 def test_packs_are_shared_among_workers_and_bounded(monkeypatch):

@@ -120,6 +120,14 @@ def test_answers_of_planted_carry_no_graph():
     assert not any(part.targets.requires_grad for part in task.parts.values())
 
 
+def test_a_planted_task_is_made_on_the_cpu_wherever_the_model_is(monkeypatch):
+    model, moved = one_layer(), []
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self) or self)
+    planted(model)
+    assert len(moved) == 1  # a copy:
+    assert moved[0] is not model
+
+
 def test_a_planted_task_is_of_the_type_of_the_models_weights():
     task = planted(one_layer().double())
     assert {part.inputs.dtype for part in task.parts.values()} == {torch.float64}
