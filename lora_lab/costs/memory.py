@@ -148,7 +148,7 @@ class _Rehearsal:
                 stack.enter_context(_fused_norms())
             plain = type(step) is TrainingStep
             if plain:
-                _update_once(step)
+                update_once(step)
             log = StorageLog(step)
             stack.enter_context(_dequantised_once(log))
             if not plain:  # a lean step keeps more than its optimiser does
@@ -157,7 +157,7 @@ class _Rehearsal:
             return log.recording(setting_of(self.setup, step.model, batch))
 
 
-def _update_once(step: TrainingStep) -> None:
+def update_once(step: TrainingStep) -> None:
     """Leave behind what a first step does, gradients and the optimiser's state, without taking it."""
     for group in step.optimizer.param_groups:
         for parameter in group["params"]:

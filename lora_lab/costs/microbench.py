@@ -18,9 +18,9 @@ import statistics
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,6 +161,29 @@ class Operation:
 VIEW = Operation(_ATEN.t.default, (Operand((8, 8), (8, 1), torch.float32),))
 
 
+class _Storage(NamedTuple):
+    """A storage, by a number that no other one gets, and its size."""
+
+    number: int
+    size_bytes: int
+
+
+class _Use(NamedTuple):
+    """A tensor among an operation's arguments."""
+
+    operand: Operand
+    storage: _Storage
+
+
+class _Event(NamedTuple):
+    """An operation that ran: its arguments with tensors as :class:`_Use`, and the storages of its new tensors."""
+
+    function: OpOverload
+    args: tuple
+    kwargs: tuple[tuple[str, Any], ...]
+    made: list[_Storage]
+
+
 class ReuseDistances:
     """Follows which memory a step touches, and describes its operations.
 
@@ -170,66 +193,116 @@ class ReuseDistances:
 
     def __init__(self) -> None:
         self.moved_bytes = 0
-        self._touched: dict[int, int] = {}  # storage -> moved_bytes when it was touched
+        self._touched: dict[int, int] = {}  # number of a storage -> moved_bytes when it was touched
         self._released: dict[int, list[int]] = {}  # size of released storages -> the same, the last released at the end
-        self._alive: dict[int, weakref.ref] = {}
+        self._alive: dict[int, tuple[_Storage, weakref.ref | None]] = {}  # by storage_of
+        self._numbers = itertools.count()
+        self._log: list[_Event | _Storage] = []  # what ran, and between these the storages that were released
 
     def operations(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> list[Operation]:
         """The operation that has just run; one for each entry if it works on lists."""
-        inputs, made = _inputs_and_made(args, kwargs, out)
-        distances = [self._distance(self._born(tensor), tensor) for tensor in made]
+
+        def use(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return _Use(Operand(tuple(value.shape), value.stride(), value.dtype), self._storage(value))
+            return tuple(use(entry) for entry in value) if isinstance(value, list | tuple) else value
+
+        options = tuple((name, use(value)) for name, value in kwargs.items())
+        event = _Event(function, use(args), options, [self.watch(tensor) for tensor in _made(args, kwargs, out)])
+        self._log.append(event)
+        return self._described(event)
+
+    def watch(self, tensor: Tensor) -> _Storage:
+        """Note when the storage of a new tensor will be released."""
+        key = storage_of(tensor)
+        storage = _Storage(next(self._numbers), tensor.untyped_storage().nbytes())
+
+        def released(_: weakref.ref) -> None:
+            del self._alive[key]
+            self._log.append(storage)
+            self._release(storage)
+
+        self._alive[key] = storage, weakref.ref(tensor.untyped_storage(), released)
+        return storage
+
+    def again(self, successors: Mapping[_Storage, Tensor]) -> list[Operation]:
+        """The operations as they will be when all that ran is run once more.
+
+        Args:
+            successors: storages from before all that ran, each with the tensor that has come in its place since.
+        """
+        log, shift = self._log, next(self._numbers)
+        made = {storage for event in log if isinstance(event, _Event) for storage in event.made}
+        after = {storage: self._storage(tensor) for storage, tensor in successors.items()}
+
+        def renewed(storage: _Storage) -> _Storage:
+            moved = storage._replace(number=storage.number + shift)
+            return moved if storage in made else after.get(storage, storage)
+
+        def use(value: Any) -> Any:
+            if isinstance(value, _Use):
+                return value._replace(storage=renewed(value.storage))
+            return tuple(use(entry) for entry in value) if type(value) is tuple else value
+
+        operations = []
+        for event in log:
+            if isinstance(event, _Event):
+                new = [renewed(storage) for storage in event.made]
+                operations += self._described(_Event(event.function, use(event.args), use(event.kwargs), new))
+            else:
+                self._release(renewed(event))
+        return operations
+
+    def _storage(self, tensor: Tensor) -> _Storage:
+        """The storage of a tensor, which may be older than what is followed."""
+        key = storage_of(tensor)
+        if key not in self._alive:
+            self._alive[key] = _Storage(next(self._numbers), tensor.untyped_storage().nbytes()), None
+        return self._alive[key][0]
+
+    def _release(self, storage: _Storage) -> None:
+        if storage.number in self._touched:
+            self._released.setdefault(storage.size_bytes, []).append(self._touched.pop(storage.number))
+
+    def _described(self, event: _Event) -> list[Operation]:
+        """The operation of an event, or its entries. From now on what it touched has been touched."""
+        function, made = event.function, event.made
+        left = [self._released[size].pop() if self._released.get(size) else None for _, size in made]
+        distances = [self._distance(touched, storage) for touched, storage in zip(left, made, strict=True)]
         mutates = function._schema.is_mutable
         if not mutates and (not made or function._opname.startswith(("empty", "new_empty"))):
             return [VIEW]
+        touched = {storage.number for storage in made}
 
         def describe(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                distance = self._distance(self._touched.get(storage_of(value)), value)
-                return Operand(tuple(value.shape), value.stride(), value.dtype, distance)
-            return tuple(describe(entry) for entry in value) if isinstance(value, list | tuple) else value
+            if isinstance(value, _Use):
+                touched.add(value.storage.number)
+                distance = self._distance(self._touched.get(value.storage.number), value.storage)
+                return replace(value.operand, distance=distance)
+            return tuple(describe(entry) for entry in value) if isinstance(value, tuple) else value
 
-        operation = Operation(
-            function,
-            describe(args),
-            tuple((name, describe(value)) for name, value in kwargs.items()),
-            _bytes_of(made),
-            max(distances, default=0),
-        )
+        made_bytes = sum(storage.size_bytes for storage in made)
+        args, kwargs = describe(event.args), describe(event.kwargs)
+        operation = Operation(function, args, kwargs, made_bytes, max(distances, default=0))
         self.moved_bytes += operation.moved_bytes
-        self._touched |= dict.fromkeys([*inputs, *(storage_of(tensor) for tensor in made)], self.moved_bytes)
+        self._touched |= dict.fromkeys(touched, self.moved_bytes)
         first = operation.args[0] if operation.args else None
         on_lists = mutates or function._opname.startswith("_foreach_")
         return _entries(operation, len(first)) if on_lists and isinstance(first, tuple) else [operation]
 
-    def _distance(self, touched: int | None, tensor: Tensor) -> int:
-        if tensor.untyped_storage().nbytes() < _TINY_BYTES:
+    def _distance(self, touched: int | None, storage: _Storage) -> int:
+        if storage.size_bytes < _TINY_BYTES:
             return 0  # fetching it takes hardly any time, so that it need not be timed separately
         if touched is None:
             return DISTANCES[-1]
         # The largest that is at most twice the true distance.
         return max(distance for distance in DISTANCES if distance <= 2 * (self.moved_bytes - touched))
 
-    def _born(self, tensor: Tensor) -> int | None:
-        """Register a new storage, and return when the memory that it most likely takes was last touched."""
-        key, size = storage_of(tensor), tensor.untyped_storage().nbytes()
 
-        def dead(_: weakref.ref) -> None:
-            del self._alive[key]
-            if key in self._touched:
-                self._released.setdefault(size, []).append(self._touched.pop(key))
-
-        self._alive[key] = weakref.ref(tensor.untyped_storage(), dead)
-        return self._released[size].pop() if self._released.get(size) else None
-
-
-def _inputs_and_made(args: Any, kwargs: Any, out: Any) -> tuple[set[int], list[Tensor]]:
-    """The storages of all tensors among the arguments, and the results that have none of these storages."""
+def _made(args: Any, kwargs: Any, out: Any) -> list[Tensor]:
+    """The results that have a storage of none of the arguments."""
     inputs = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    return inputs, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in inputs]
-
-
-def _bytes_of(tensors: list[Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in inputs]
 
 
 def _entries(operation: Operation, count: int) -> list[Operation]:
@@ -309,7 +382,8 @@ class OperationTimer:
             if candidate is operation:
                 return operation, 1.0
             # Its new tensors may have shrunk with the size that was cut, or not.
-            part = replace(candidate, made_bytes=_bytes_of(_inputs_and_made(args, kwargs, out)[1]))
+            new = [tensor.untyped_storage().nbytes() for tensor in _made(args, kwargs, out)]
+            part = replace(candidate, made_bytes=sum(new))
             work = (operation.flops, part.flops) if part.flops else (operation.moved_bytes, part.moved_bytes)
             return part, work[0] / work[1]
         self.failed.add(operation.name)

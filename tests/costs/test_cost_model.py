@@ -13,8 +13,9 @@ import torch
 from lora_lab import FullFineTuning, Lean, Llama, LoRA, speed
 from lora_lab.costs import cost_model
 from lora_lab.costs import microbench as replay
-from lora_lab.costs.cost_model import CostModel, Prediction, Work
-from lora_lab.costs.microbench import VIEW, Operation, OperationTimer
+from lora_lab.costs.cost_model import CostModel, Prediction, StepTrace, Work
+from lora_lab.costs.fake import fake_copy
+from lora_lab.costs.microbench import DISTANCES, VIEW, Operation, OperationTimer
 from lora_lab.costs.setup import Setup
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.train import TrainingStep
@@ -131,6 +132,25 @@ def test_attention_and_what_is_recomputed_have_causes_of_their_own(tiny_config):
     assert found.seconds["again"][speed.ATTENTION] == 6
     assert found.works["again"].count(cause=speed.AGAIN) == 14
     assert found.works["plain"].count(cause=speed.AGAIN) == 0
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(8)], ids=["full", "LoRA"])
+def test_one_step_is_listed_as_the_third_of_three_is(method):
+    works = []
+    for at_once in (True, False):
+        with fake_copy(DigitsMLP) as twin:
+            setup = Setup(method)
+            trace = StepTrace(setup.step(twin))
+            batches = setup.batches((torch.zeros(512, 64), torch.zeros(512, dtype=torch.long)))
+            if at_once:
+                trace.run_second(*batches)
+            else:
+                for _ in range(3):
+                    trace.run(*batches)
+            works.append(trace.work())
+    assert works[0] == works[1]
+    distances = {operand.distance for kind in works[0].kinds() for operand in kind.operands}
+    assert max(distances) < DISTANCES[-1]  # all that is read has been touched before
 
 
 @pytest.mark.slow

@@ -161,6 +161,31 @@ def test_of_several_places_the_one_left_last_is_taken():
     assert watched.found[-1].distance == 0
 
 
+def test_what_ran_can_be_described_as_if_it_ran_once_more():
+    x, y, old = torch.ones(MIB), torch.ones(4 * MIB), torch.ones(MIB)
+
+    def run(old):
+        del old  # 4 MiB, never touched the first time
+        made = x * 2.0
+        y.mul_(2.0)
+        return made
+
+    with Watched() as watched:
+        before, handed_over = watched.traffic.watch(old), [old]
+        del old
+        made = run(handed_over.pop())
+    assert [operation.distance for operation in watched.found] == [FAR, 0]
+    again = watched.traffic.again({before: made})
+    with Watched() as really:
+        made = run(run(torch.ones(MIB)))
+    assert again == really.found[-2:] != watched.found
+    # Between the two touches of each tensor y was moved, or both were.
+    assert [(operation.distance, operation.operands[0].distance) for operation in again] == [
+        (8 * MIB, 8 * MIB),
+        (0, 8 * MIB),
+    ]
+
+
 def test_small_tensors_have_no_distance():
     small, large = torch.ones(100), torch.ones(1100)
     with Watched() as watched:
