@@ -759,10 +759,10 @@ def micro_batches(
     """
     batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]
     size = math.ceil(len(batch) / (config.accumulate * threads * processes.world_size))
-    parts = [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
-    parts = [part for part in parts if task.counted(part)]  # a mean over no target would be NaN
-    counts, mine = [task.counted(part) for part in parts], slice(processes.rank, None, processes.world_size)
-    return parts[mine], [count / sum(counts) for count in counts[mine]], task.size(batch)
+    parts = [batch] if size == len(batch) else [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
+    counted = [(part, count) for part in parts if (count := task.counted(part))]  # a mean over no target would be NaN
+    whole, mine = sum(count for _, count in counted), counted[processes.rank :: processes.world_size]
+    return [part for part, _ in mine], [count / whole for _, count in mine], task.size(batch)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
