@@ -274,3 +274,19 @@ def _codes(blocks: Tensor) -> Tensor:
     """The codes of 4 bits of blocks in NF4: (blocks, 64)."""
     packed = blocks[:, FORMATS["NF4"].scale_bytes :]
     return torch.cat((packed >> 4, packed & 15), dim=1)
+
+
+# Losses
+
+
+@decides("lower-loss-better-answers")
+def lower_loss(claim: Claim) -> Result:
+    """Right answers of overconfident logits before and after the temperature that lowers their loss most."""
+    targets = torch.randint(10, (2000,), generator=torch.Generator().manual_seed(0))  # (2000,)
+    logits = 3 * random_matrix(2000, 10)  # (2000, 10)
+    logits[:1000] += 6 * F.one_hot(targets[:1000], 10)  # the first half is mostly right
+    losses = {temperature: float(F.cross_entropy(logits / temperature, targets)) for temperature in (1, 2, 4, 8)}
+    best = min(losses, key=losses.__getitem__)
+    before, after = (float((each.argmax(-1) == targets).double().mean()) for each in (logits, logits / best))
+    text = f"temperature {best}: loss {losses[1]:.2f} to {losses[best]:.2f}, right answers {before:.1%} and {after:.1%}"
+    return yes_or_no(losses[best] >= losses[1] or after > before, text)

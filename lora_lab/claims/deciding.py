@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,28 @@ def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool =
     if holds and fails and not always:
         return Result(DEPENDS, text, on)
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
+
+
+def turned_by(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
+    """The conditions whose change alone turns the answer, in words, such as "the rank and the model".
+
+    Args:
+        cases: whether the claim holds in a case (None: the measurement cannot tell), and the case's conditions, named
+            as they are to be read: {"the rank": 8, "the model": "small"}.
+
+    Returns:
+        Each condition in which alone two cases with opposite answers differ; if there is none, "several conditions at
+        once".
+    """
+    cases = list(cases)
+    holds, fails = ([case for answer, case in cases if answer is which] for which in (True, False))
+    alone = [
+        differing[0]
+        for one, other in product(holds, fails)
+        if len(differing := [name for name in one if one[name] != other[name]]) == 1
+    ]
+    *first, last = dict.fromkeys(alone) or ["several conditions at once"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def within(lower: float, upper: float, low: float, high: float) -> bool | None:

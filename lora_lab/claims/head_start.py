@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.claims.deciding import Result, decides, over_cases
+from lora_lab.claims.deciding import Result, decides, over_cases, turned_by
 from lora_lab.claims.facts import Claim
 from lora_lab.claims.measured import MIN_SEEDS
 from lora_lab.records import Record
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FINE_TUNED, FROM_SCRATCH, LONGER = "fine-tuned", "from scratch", "from scratch, longer"
 DOCS, SIZES = "docs", (10, 40, 160, 500)
 FEW = 240  # examples at most, of "few examples"
-ON = "the net, the change of the data and the number of examples"
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ class Gain:
     values: Sequence[float]
     at_edge: bool
     right: Sequence[float] = ()
+
+    @property
+    def conditions(self) -> dict[str, str | int]:
+        """What the cases differ in, as for :func:`lora_lab.claims.deciding.turned_by`."""
+        return {"the change of the data": self.data, "the net": self.model, "the number of examples": self.n_train}
 
     def bounds(self, cases: int) -> tuple[float, float, float]:
         """The mean, and its one-sided bounds that hold for so many cases together."""
@@ -140,7 +144,8 @@ NOTES = {"*": "a rate is at the edge of its grid", "**": "the right answers diff
 
 def _compared(every: Sequence[Gain], always: bool = False) -> Result:
     answered = [(gain, gain.answer(len(every))) for gain in every]
-    return _explained(over_cases(_in_words(answered, len(every)), ON, always), every, len(every))
+    on = turned_by((answer, gain.conditions) for gain, answer in answered)
+    return _explained(over_cases(_in_words(answered, len(every)), on, always), every, len(every))
 
 
 def _explained(result: Result, shown: Sequence[Gain], cases: int) -> Result:
@@ -186,7 +191,7 @@ def shrinks_with_data(claim: Claim, record: Record) -> Result:
         digits = ".2f" if scale == 1 else ".0f"
         words = f"{few.data}, {few.model}: {mean:+{digits}} {unit} (bounds {lower:+{digits}} to {upper:+{digits}})"
         cases.append((difference.answer(len(begun)), words))
-    result = over_cases(cases, ON)
+    result = over_cases(cases, "the net and the change of the data")
     text = f"gain with {SIZES[0]} examples minus gain with {SIZES[-1]}, only where there is a gain with {SIZES[0]}"
     without = sorted({*names} - {(few.data, few.model) for few, *_ in begun})
     left_out = f". no gain with {SIZES[0]}: {'; '.join(map(', '.join, without))}" if without else ""
@@ -206,7 +211,8 @@ def fewer_steps(claim: Claim, record: Record) -> Result:
         better, worse = long.answer(cases) is True, short.answer(cases) is False
         decisive = short if not better and (worse or short.contradicted(cases)) else long
         answered.append((decisive, better or (False if worse else None)))
-    result = _explained(over_cases(_in_words(answered, cases), ON), [gain for gain, _ in answered], cases)
+    on = turned_by((answer, gain.conditions) for gain, answer in answered)
+    result = _explained(over_cases(_in_words(answered, cases), on), [gain for gain, _ in answered], cases)
     compared = "yes: lower than from scratch after as many steps as pre-training and fine-tuning have together"
     compared += "; no: higher than from scratch after as many as fine-tuning alone; not decided: neither"
     return replace(result, measured=f"{result.measured}. ({compared})")

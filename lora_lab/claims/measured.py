@@ -17,8 +17,6 @@ from itertools import combinations, pairwise, product
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from lora_lab.ablation import overfitting, rank_advice
 from lora_lab.ablation.blocks import block_losses_of
@@ -27,7 +25,7 @@ from lora_lab.ablation.learning_rate import best_rate, last_rows, losses_by_rate
 from lora_lab.ablation.stats import CONFIDENCE, interval, resampled_means, t_bounds
 from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
 from lora_lab.claims.counted import rank_of_equal_static_memory
-from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases, within
+from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases, turned_by, within
 from lora_lab.claims.facts import Claim
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
@@ -177,15 +175,22 @@ def _timed(record: Record, setups: Sequence[str], model: str | None = None):
 def trains_faster(claim: Claim, record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
     ranks = ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256")
-    cases = [
-        ({"faster": True, "slower": False}.get(row["verdict"].partition(":")[0]), words)
-        for row, _, words in _timed(record, ranks)
-    ]
+    timed = [(_is_faster(row), row, words) for row, _, words in _timed(record, ranks)]
+    cases = [(answer, words) for answer, _, words in timed]
     answers = [answer for answer, _ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words in cases if answer is False)
-    result = over_cases(cases, "rank, model, tokens in a step and threads")
+    result = over_cases(cases, turned_by((answer, _conditions(row)) for answer, row, _ in timed))
     return Result(result.verdict, f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}", result.on)
+
+
+def _is_faster(row: dict[str, Any]) -> bool | None:
+    """Whether a timed step is faster than full fine-tuning's; None if there is no significant difference."""
+    return {"faster": True, "slower": False}.get(row["verdict"].partition(":")[0])
+
+
+def _conditions(row: dict[str, Any]) -> dict[str, Any]:
+    return {"the rank": row["setup"], "the model": row["model"], "the tokens in a step": row["tokens"]}
 
 
 @decides("smollm2-2-to-3-times-faster", record="speed")
@@ -208,7 +213,7 @@ def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> list[tuple[b
 @decides("time-ratio-is-flop-ratio", record="speed")
 def time_and_flops(claim: Claim, record: Record) -> Result:
     """Whether the ratio of the times is that of the FLOPs within the margin, from 512 tokens on."""
-    full, cases = _flops_of_full(record), []
+    full, cases, conditions = _flops_of_full(record), [], []
     for row in record.rows:
         interval = time_interval(row)
         if row["setup"] in ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256") and row["tokens"] >= 512 and interval:
@@ -216,7 +221,8 @@ def time_and_flops(claim: Claim, record: Record) -> Result:
             same = within(*interval, flops - TIME_MARGIN, flops + TIME_MARGIN)
             words = f"{row['model']} {row['tokens']} {row['setup'].partition(' ')[2]}: FLOPs {flops:.2f}"
             cases.append((same, f"{words}, time {interval[0]:.2f} to {interval[1]:.2f}"))
-    return over_cases(cases, "rank and model")
+            conditions.append((same, _conditions(row)))
+    return over_cases(cases, turned_by(conditions))
 
 
 def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
@@ -228,17 +234,38 @@ def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
 def time_predicted(claim: Claim, record: Record) -> Result:
     """Whether the cost model says which is faster, in the cases whose interval excludes 1; FLOPs alone beside it."""
     full = _flops_of_full(record)
-    cases, by_flops = [], []
+    cases, conditions, by_flops = [], [], []
     for row, _, words in _timed(record, [row["setup"] for row in record.rows if row["setup"] != "full"]):
-        answer = {"faster": True, "slower": False}.get(row["verdict"].partition(":")[0])
+        answer = _is_faster(row)
         if answer is not None:
-            cases.append(((row["predicted_ratio"] < 1) == answer, f"{words}, predicted {row['predicted_ratio']:.2f}"))
+            right = (row["predicted_ratio"] < 1) == answer
+            cases.append((right, f"{words}, predicted {row['predicted_ratio']:.2f}"))
+            conditions.append((right, _conditions(row)))
             by_flops.append((row["flops"] < full[row["model"], row["tokens"]]) == answer)
     wrong = [words for right, words in cases if not right]
     text = f"right in {len(cases) - len(wrong)} of {len(cases)} decided cases, where the FLOPs alone are right in "
     text += f"{sum(by_flops)}. Wrong: {'; '.join(wrong) or 'none'}"
-    result = over_cases(cases, "how near the times are")
+    result = over_cases(cases, turned_by(conditions))
     return Result(result.verdict, text, result.on)
+
+
+@decides("fewer-blocks-shorter-steps", record="speed")
+def fewer_blocks(claim: Claim, record: Record) -> Result:
+    """Times of a step with adapters of rank 8 in the last blocks and in all: whether they are longer in that order."""
+    timed: dict[tuple[str, int], list[tuple[float, str, tuple[float, float]]]] = {}  # model, tokens -> blocks, words
+    setups = dict.fromkeys(row["setup"] for row in record.rows if row["setup"].startswith("LoRA r=8"))
+    for row, ends, _ in _timed(record, [*setups]):
+        last = re.fullmatch(r"LoRA r=8, last (\d+) blocks?", row["setup"])
+        if last or row["setup"] == "LoRA r=8":
+            case = float(last[1]) if last else math.inf, last[1] if last else "all", ends
+            timed.setdefault((row["model"], row["tokens"]), []).append(case)
+    cases = []
+    for (model, tokens), steps in timed.items():
+        for (_, few, shorter), (_, more, longer) in pairwise(sorted(steps)):
+            answer = True if shorter[1] < longer[0] else False if longer[1] < shorter[0] else None
+            words = " and ".join("{:.2f} to {:.2f}".format(*each) for each in (shorter, longer))
+            cases.append((answer, f"{model}, {tokens} tokens, {few} and {more}: {words}"))
+    return over_cases(cases, "the model, the tokens in a step and the numbers of blocks")
 
 
 # Ranks
@@ -449,34 +476,6 @@ def _best_asking(record: Record) -> float:
                 by_prompt.setdefault((row["k"], row["calibration"]), []).append(row)
     best = max(by_prompt.values(), key=lambda rows: statistics.fmean(row["validation"] for row in rows))
     return statistics.fmean(row["accuracy"] for row in best)
-
-
-@decides("lower-loss-better-answers", record="downstream")
-def lower_loss(claim: Claim, record: Record) -> Result:
-    """One temperature for all logits, which changes a loss and no answer; and training from scratch beside zero-shot.
-
-    The second is of losses and accuracies on sentiment. Its rate may be at the edge of its grid: what a lower loss is
-    worth can be asked at any rate.
-    """
-    results = _results(record, "sentiment")
-    scratch, (asked,) = results["scratch"], results["zero-shot"]
-    answer, words = _accuracy_above(record, scratch, asked["accuracy"])
-    loss = statistics.fmean(row["test_loss"] for row in scratch)
-    text = f"test loss from scratch {loss:.2f}, zero-shot {asked['test_loss']:.2f}; accuracy from scratch {words}"
-    in_order = all(row["test_loss"] < asked["test_loss"] for row in scratch)
-    return over_cases([_at_a_temperature(), (answer if in_order else None, text)], "how the loss was lowered")
-
-
-def _at_a_temperature() -> tuple[bool, str]:
-    """Whether the answers of a model get better where one temperature lowers its loss, which never changes one."""
-    generator = torch.Generator().manual_seed(0)
-    logits, targets = 3 * torch.randn(2000, 10, generator=generator), torch.randint(10, (2000,), generator=generator)
-    logits[:1000, :] += 6 * F.one_hot(targets[:1000], 10)  # the first half is mostly right
-    losses = {t: float(F.cross_entropy(logits / t, targets)) for t in (1, 2, 4, 8)}
-    best = min(losses, key=losses.__getitem__)
-    before, after = ((each.argmax(-1) == targets).float().mean() for each in (logits, logits / best))
-    changed = f"loss {losses[1]:.2f} to {losses[best]:.2f}, right answers {before:.0%} and {after:.0%}"
-    return bool(after > before), f"logits at temperature {best}: {changed}"
 
 
 @decides("off-domain-rise-is-the-methods", record="ablation")

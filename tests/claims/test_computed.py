@@ -124,6 +124,15 @@ def test_noise_needs_more_terms_than_structure(monkeypatch):
     assert result_of("many-terms-mean-structure").verdict == "stands"
 
 
+def test_a_temperature_lowers_a_loss_and_changes_no_answer(monkeypatch):
+    result = result_of("lower-loss-better-answers")
+    assert result.verdict == "falls"
+    before, after = result.measured.partition("right answers ")[2].split(" and ")
+    assert before == after
+    monkeypatch.setattr(computed, "random_matrix", lambda *shape: torch.zeros(shape))  # none is wrong with confidence
+    assert result_of("lower-loss-better-answers").verdict == "stands"
+
+
 def test_random_directions_are_below_the_threshold():
     result = result_of("any-direction-is-an-intruder")
     assert result.verdict == "stands"

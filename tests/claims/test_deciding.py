@@ -9,7 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from lora_lab import lessons, records
 from lora_lab.claims import ledger
-from lora_lab.claims.deciding import DECIDERS, Result, decides, judge, near, over_cases
+from lora_lab.claims.deciding import DECIDERS, Result, decides, judge, near, over_cases, turned_by
 from lora_lab.claims.facts import Claim
 from tests.helpers import COMMIT
 
@@ -54,6 +54,18 @@ def test_cases_make_a_verdict(answers, verdict):
     assert all(f"case {i}" in result.measured for i in range(len(answers)))
     refuted = over_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case", always=True)
     assert refuted.verdict == ("falls" if verdict == "depends" else verdict)
+
+
+def test_an_answer_is_turned_by_what_alone_tells_two_cases_apart():
+    def cases(*answers):
+        return [(answer, {"the rank": rank, "the model": model}) for answer, rank, model in answers]
+
+    same_rank = (True, 1, "a"), (False, 1, "b")
+    assert turned_by(cases(*same_rank)) == "the model"
+    assert turned_by(cases(*same_rank, (True, 8, "b"))) == "the model and the rank"
+    assert turned_by(cases(*same_rank, (None, 8, "b"))) == "the model"
+    assert turned_by(cases((True, 1, "a"), (False, 8, "b"))) == "several conditions at once"
+    assert turned_by(cases((True, 1, "a"), (True, 8, "b"))) == "several conditions at once"  # it does not depend
 
 
 def test_numbers_are_near_within_a_share():

@@ -173,7 +173,7 @@ def test_two_to_three_times_faster_is_decided_by_the_record_of_a_gpu_only(change
 
 def test_faster_depends_on_the_rank_and_an_interval_that_holds_1_decides_nothing(changed):
     result = changed("lora-trains-faster", "speed", unchanged)
-    assert str(result) == "depends on rank, model, tokens in a step and threads"
+    assert str(result) == "depends on the rank"  # nothing else alone makes a slower step a faster one in this record
     (record,) = records.load_all("speed").values()
     slower = [row for row in record.rows if is_lora(row) and row["verdict"].startswith("slower")]
     assert f"slower in {len(slower)}," in result.measured
@@ -211,9 +211,22 @@ def test_times_and_flops(changed):
         assert changed("time-ratio-is-flop-ratio", "speed", around(offset, width)).verdict == verdict
 
 
+def test_fewer_blocks_are_compared_by_intervals_that_do_not_overlap(changed):
+    result = changed("fewer-blocks-shorter-steps", "speed", unchanged)
+    assert result.verdict == "stands"
+    assert "smollm2-135m, 128 tokens, 10 and all: 0.52 to 0.53 and 0.89 to 1.06" in result.measured
+
+    def last_ten_take(ends):
+        changed_row = where(lambda row: "last 10" in row["setup"], verdict=f"faster: {ends} of full's time")
+        return changed("fewer-blocks-shorter-steps", "speed", changed_row).verdict
+
+    assert last_ten_take("0.52 to 0.90") == "open"  # overlaps with all blocks
+    assert last_ten_take("1.20 to 1.30") == "depends"
+
+
 def test_predictions_of_the_faster_method_are_counted_beside_those_by_flops(changed):
     result = changed("time-can-be-predicted", "speed", unchanged)
-    assert str(result) == "depends on how near the times are"
+    assert str(result) == "depends on the rank and the tokens in a step"
     assert "right in 41 of 42 decided cases, where the FLOPs alone are right in 42" in result.measured
     assert "Wrong: smollm2-135m, 32 tokens, LoRA r=64" in result.measured
     right = where(lambda row: True, predicted_ratio=lambda row: row["ratio"])
@@ -400,9 +413,6 @@ def result_of(setup):
         ("fine-tuning-beats-asking", unchanged, "stands"),
         ("fine-tuning-beats-asking", where(result_of("zero-shot"), accuracy=0.99), "falls"),
         ("fine-tuning-beats-asking", where(result_of("zero-shot"), accuracy=0.75), "open"),
-        ("lower-loss-better-answers", unchanged, "falls"),  # a temperature changes no answer
-        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.9), "depends"),
-        ("lower-loss-better-answers", where(result_of("scratch"), accuracy=0.1), "falls"),
         ("chrf-40-means-translation", unchanged, "falls"),
         ("chrf-40-means-translation", where(lambda row: "exact" in row, exact=0.6), "stands"),
         ("chrf-40-means-translation", where(lambda row: "chrf" in row, chrf=30.0), "open"),
@@ -411,13 +421,6 @@ def result_of(setup):
 def test_tasks(changed, claim_id, change, verdict):
     change_present = lambda rows: change([{k: v for k, v in row.items() if v is not None} for row in rows])  # noqa: E731
     assert changed(claim_id, "downstream", change_present).verdict == verdict
-
-
-def test_a_lower_loss_is_asked_where_the_losses_are_in_that_order(changed):
-    higher = where(result_of("zero-shot"), test_loss=0.1)
-    assert "not decided: test loss from scratch" in changed("lower-loss-better-answers", "downstream", higher).measured
-    worse = changed("lower-loss-better-answers", "downstream", where(result_of("scratch"), accuracy=0.1)).measured
-    assert worse.startswith("no: logits at temperature 4: loss 3.07 to 1.93, right answers 38% and 38%; test loss from")
 
 
 def test_the_rise_off_domain_differs_between_rates_that_tie(changed):
