@@ -59,8 +59,8 @@ def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 
     The other dimensions of ``values`` share the seeds and the examples, so differences between the means are paired.
     Noise of a single trial on a single block is counted up to three times, which makes intervals too wide (Owen 2007,
     "The Pigeonhole Bootstrap", Annals of Applied Statistics 1). Noise of whole trials is drawn from few seeds, which
-    makes intervals too narrow: where nothing else varies, a 95 % interval contains a planted value in three cases of four
-    with three seeds, and in five of six with five.
+    makes intervals too narrow: where nothing else varies, a 95 % interval contains a planted value in three cases of
+    four with three seeds, and in five of six with five.
 
     Args:
         values: (..., seeds, blocks).

@@ -232,9 +232,11 @@ def results(record, task):
 
 def test_lesson_09_on_the_readme_of_the_adapters(lesson, request):
     adapters = (request.config.rootpath / "lora_lab/adapters/data/README.md").read_text(encoding="utf-8")
-    all_stories, in_style = said(lesson("09_many_tasks"), r"For all (\d+), the adapter's README in .*? counts (\d+)\.")
+    in_style, all_stories = said(lesson("09_many_tasks"), r"the adapter's README in .*? counts (\d+) of (\d+)\.")
     counted = said(adapters, r"stories in the style, of (\d+) test prompts, sampled \| 0 \| (\d+) \|")
     assert counted == [all_stories, in_style]
+    repeated = said(lesson("09_many_tasks"), r"README, (\d+) % of the base's sequences .*? and (\d+) % of")
+    assert repeated == said(adapters, r"repeated three-word sequences, greedy \| (\d+) % \| (\d+) % \|")
 
 
 @pytest.fixture(scope="module")
