@@ -28,29 +28,30 @@ def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     return mean, mean - distance, mean + distance
 
 
-def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The two-sided 95 % interval of a mean by Student's t; NaN for a single value."""
-    from scipy.stats import sem, t
-
-    if len(values) < 2:
-        return math.nan, math.nan
-    distance = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
-    return statistics.fmean(values) - distance, statistics.fmean(values) + distance
-
-
-def outer_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The two-sided 95 % interval of a mean over seeds and blocks of examples, each end the outer one of two intervals.
+def outer_bounds(
+    values: np.ndarray, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """One-sided bounds of a mean over seeds and blocks of examples, each the outer one of two.
 
     One is that of a bootstrap over seeds and blocks, which is too narrow with few seeds, and the other Student's t over
     the seeds, which takes the examples as fixed. NaN for a single seed.
 
     Args:
         values: (seeds, blocks).
+        confidence: of each bound, as for :func:`t_bounds`.
         resamples, seed: of the bootstrap.
     """
-    of_both = interval(resampled_means(values, resamples, seed)), t_interval(values.mean(axis=1))
-    (lower, other_lower), (upper, other_upper) = zip(*of_both, strict=True)
-    return float(np.minimum(lower, other_lower)), float(np.maximum(upper, other_upper))
+    _, lower, upper = t_bounds(values.mean(axis=1).tolist(), confidence)
+    if lower is None or upper is None:
+        return math.nan, math.nan
+    samples = resampled_means(values, resamples, seed)
+    low, high = np.quantile(samples, [1 - confidence, confidence], method="nearest")
+    return min(float(low), lower), max(float(high), upper)
+
+
+def outer_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The two-sided 95 % interval of a mean over seeds and blocks of examples, as for :func:`outer_bounds`."""
+    return outer_bounds(values, (1 + CONFIDENCE) / 2, resamples, seed)
 
 
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:

@@ -245,12 +245,13 @@ def turned_by(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
     """
     cases = list(cases)
     holds, fails = ([case for answer, case in cases if answer is which] for which in (True, False))
-    alone = [
-        differing[0]
-        for one, other in product(holds, fails)
-        if len(differing := [name for name in one if one[name] != other[name]]) == 1
-    ]
-    *first, last = dict.fromkeys(alone) or ["several conditions at once"]
+    alone = set()
+    for one, other in product(holds, fails):
+        differing = [name for name in one if one[name] != other[name]]
+        if len(differing) == 1:
+            alone.update(differing)
+    in_order = [name for name in cases[0][1] if name in alone] if cases else []
+    *first, last = in_order or ["several conditions at once"]
     return f"{', '.join(first)} and {last}" if first else last
 
 

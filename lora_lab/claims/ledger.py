@@ -21,6 +21,7 @@ from lora_lab.claims import (  # noqa: F401  # they register themselves
     forgetting,
     head_start,
     measured,
+    quality,
     rates,
 )
 from lora_lab.claims.deciding import DECIDERS, FALLS, OPEN, UNTESTABLE, VERDICTS, Result, judge

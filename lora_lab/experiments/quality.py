@@ -36,7 +36,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
         for name, centres in CENTRES.items():
             lrs[f"{name}, {steps} steps"] = rates_around(centres[steps], count=5 if gpu else 3)
     choosing = range(3 if gpu else 2)
-    judging = range(len(choosing), len(choosing) + (5 if gpu else 3))
+    judging = range(len(choosing), len(choosing) + 6)  # with three, nine bounds together are too wide to decide
     return {"docs": Planned(Study(setups, lrs, choosing, judging, chosen_on=64, judged_on=ON_TEST))}
 
 
