@@ -60,7 +60,7 @@ def gaps(record: Record) -> list[Gap]:
     """
     frame = record.frame()
     judged = frame[(frame["stage"] == "judging") & (frame["outcome"] == "done")].sort_values("seed")
-    found = []
+    cases = []
     for steps, of_steps in judged.groupby("steps"):
         by_setup = {str(setup): rows for setup, rows in of_steps.groupby("setup")}
         full = by_setup.pop(f"{FULL}, {steps:g} steps")
@@ -72,8 +72,8 @@ def gaps(record: Record) -> list[Gap]:
             )
             at_edge = bool(rows["edge"].fillna("").any() or full["edge"].fillna("").any())
             rank, budget = int(rows["rank"].tolist()[0]), int(rows["steps"].tolist()[0])
-            found.append(Gap(rank, budget, lora - reference, at_edge))
-    return sorted(found, key=lambda gap: (gap.rank, gap.steps))
+            cases.append(Gap(rank, budget, lora - reference, at_edge))
+    return sorted(cases, key=lambda gap: (gap.rank, gap.steps))
 
 
 @decides("lora-equals-full-fine-tuning", record="quality")
@@ -105,5 +105,7 @@ def runs_out_of_capacity(claim: Claim, record: Record) -> Result:
 
 def _explained(result: Result, every: Sequence[Gap]) -> Result:
     edges = ". *: a rate is at the edge of its grid" * any(gap.at_edge for gap in every)
-    text = f"LoRA's test loss minus full fine-tuning's in nats, {len(every[0].values)} seeds, margin {MARGIN:g}"
+    seeds = sorted({len(gap.values) for gap in every})
+    text = "LoRA's test loss minus full fine-tuning's in nats, "
+    text += f"{' or '.join(map(str, seeds))} seeds, margin {MARGIN:g}"
     return Result(result.verdict, f"{text}. {result.measured}{edges}", result.on)

@@ -6,8 +6,12 @@ that is best for that number. All of them multiply by the model's weights in bfl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 
+from lora_lab.ablation import studies
 from lora_lab.ablation.comparison import Study
 from lora_lab.ablation.learning_rate import rates_around
 from lora_lab.experiments.tuned import ON_TEST, Planned, recorder, template
@@ -25,10 +29,20 @@ CENTRES = {
 
 
 def plan(device: torch.device) -> dict[str, Planned]:
-    """What two cores can do in a night, or a GPU in an hour."""
+    """What two cores can do in a night, or a GPU in an hour.
+
+    The longest runs are a part of their own, with fewer seeds: bounds that hold for nine comparisons together decide
+    little with three of them, but more would take a day.
+    """
+    short = _planned((60, 240), device, judging=6)
+    return {"docs": short, "docs, 960 steps": _planned((960,), device, judging=5 if device.type == "cuda" else 3)}
+
+
+def _planned(budgets: Sequence[int], device: torch.device, judging: int) -> Planned:
+    """The comparison after these numbers of steps, with so many seeds that judge."""
     gpu = device.type == "cuda"
     setups, lrs = {}, {}
-    for steps in (60, 240, 960):
+    for steps in budgets:
         size = 8 if gpu else 4
         setups[f"full, {steps} steps"] = template(FullFineTuning(), steps, size, autocast=torch.bfloat16)
         for rank in RANKS:
@@ -36,8 +50,9 @@ def plan(device: torch.device) -> dict[str, Planned]:
         for name, centres in CENTRES.items():
             lrs[f"{name}, {steps} steps"] = rates_around(centres[steps], count=5 if gpu else 3)
     choosing = range(3 if gpu else 2)
-    judging = range(len(choosing), len(choosing) + 6)  # with three, nine bounds together are too wide to decide
-    return {"docs": Planned(Study(setups, lrs, choosing, judging, chosen_on=64, judged_on=ON_TEST))}
+    judges = range(len(choosing), len(choosing) + judging)
+    study = Study(setups, lrs, choosing, judges, chosen_on=64, judged_on=ON_TEST)
+    return Planned(study, source=partial(studies.study, "docs", 64))
 
 
 RECORDER = recorder("quality", plan)
