@@ -21,10 +21,10 @@ from lora_lab.methods import FullFineTuning, LoRA
 RANKS = (1, 8, 64)
 # The middles of the first grids, by steps: the more steps, the lower the best rate.
 CENTRES = {
-    "full": {60: 1.25e-4, 240: 6.25e-5, 960: 6.25e-5},
-    "r=1": {60: 8e-3, 240: 4e-3, 960: 4e-3},
-    "r=8": {60: 2e-3, 240: 2e-3, 960: 1e-3},
-    "r=64": {60: 1e-3, 240: 1e-3, 960: 5e-4},
+    "full": {60: 1.25e-4, 240: 6.25e-5, 960: 3.125e-5},
+    "r=1": {60: 8e-3, 240: 4e-3, 960: 1e-3},
+    "r=8": {60: 2e-3, 240: 2e-3, 960: 5e-4},
+    "r=64": {60: 1e-3, 240: 1e-3, 960: 2.5e-4},
 }
 
 
