@@ -13,6 +13,7 @@ In reading order:
     forgetting  verdicts from the record of remedies
     rates       verdicts from the record of best learning rates
     head_start  verdicts from the record of fine-tuning against training from scratch
+    quality     verdicts from the record of LoRA against full fine-tuning by rank and steps
     ledger      each claim with its verdict: table, JSON, explanation
 """
 

@@ -47,6 +47,7 @@ class Gap:
         return outer_bounds(self.values, 1 - (1 - CONFIDENCE) / cases)
 
     def in_words(self, cases: int) -> str:
+        """The case, the mean and its bounds; a star where a rate is at an edge."""
         lower, upper = self.bounds(cases)
         mark = "*" * self.at_edge
         return f"rank {self.rank}, {self.steps} steps{mark}: {self.values.mean():+.3f} ({lower:+.3f} to {upper:+.3f})"
