@@ -12,7 +12,7 @@ from lora_lab.ablation import Trial
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.comparison import Study, compare_tuned, differences
 from lora_lab.ablation.learning_rate import choose_rate, last_rows
-from lora_lab.ablation.stats import interval, resampled_means
+from lora_lab.ablation.stats import interval, outer_bounds, outer_interval, resampled_means, t_bounds
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import digits
 
@@ -82,6 +82,18 @@ def test_the_interval_is_that_of_paired_draws():
     assert row["upper"] == pytest.approx(upper, abs=0.06 * width)
     unpaired = losses["LoRA"].std() / np.sqrt(20)
     assert width < 2 * 1.96 * unpaired  # without pairs it would be wider
+
+
+def test_each_bound_is_the_outer_one_of_two():
+    by_seed = np.array([[0.0], [0.1], [0.2]]) + np.zeros((3, 5))  # seeds differ, examples do not
+    _, lower, upper = t_bounds([0.0, 0.1, 0.2])
+    assert outer_bounds(by_seed) == pytest.approx((lower, upper))
+    by_block = by_seed.T + np.zeros((5, 3))  # examples differ, so that Student's t over the seeds sees nothing
+    low, high = outer_bounds(by_block)
+    assert low < 0.05 < 0.15 < high
+    assert outer_bounds(by_block, 0.6)[1] < high
+    assert outer_interval(by_seed)[1] > upper  # 97.5 % on either side
+    assert np.isnan(outer_bounds(by_seed[:1])).all()
 
 
 def test_a_difference_of_zero_is_rarely_called_one_though_seeds_are_few():
