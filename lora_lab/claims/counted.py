@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from itertools import product
 
 import torch
 
-from lora_lab.claims.deciding import FALLS, STANDS, UNTESTABLE, Result, decides, near, over_cases
+from lora_lab.claims.deciding import FALLS, STANDS, UNTESTABLE, Result, decides, near, over_cases, turned_by
 from lora_lab.claims.facts import Claim
 from lora_lab.costs import flops
 from lora_lab.costs.bill import GIB
@@ -284,13 +285,14 @@ def two_percent_of_compute(claim: Claim) -> Result:
 
 @decides("two-thirds-of-the-flops")
 def two_thirds(claim: Claim) -> Result:
-    """By rank, on a narrow and a wide model."""
-    cases = []
-    for name in ("smollm2-135m", "llama-3-8b"):
-        for rank in (1, 16, 64, 256):
-            ratio = flop_ratio(name, rank)
-            cases.append((2 / 3 <= ratio < 0.75, f"{name} rank {rank} {ratio:.2f}"))
-    return over_cases(cases, "the rank and the model's shape")
+    """By rank and tokens in a sequence, on a narrow and a wide model."""
+    cases, conditions = [], []
+    for name, tokens, rank in product(("smollm2-135m", "llama-3-8b"), (512, 2048), (1, 16, 64, 256)):
+        ratio = flop_ratio(name, rank, tokens)
+        answer = 2 / 3 <= ratio < 0.75
+        cases.append((answer, f"{name} rank {rank}, {tokens:,} tokens {ratio:.2f}"))
+        conditions.append((answer, {"the rank": rank, "the model's shape": name, "the length of the text": tokens}))
+    return over_cases(cases, turned_by(conditions))
 
 
 @decides("never-more-flops-than-full")

@@ -171,30 +171,27 @@ def scratch_never_pays(claim: Claim, record: Record) -> Result:
 def shrinks_with_data(claim: Claim, record: Record) -> Result:
     """The gain with the fewest examples minus that with the most, in the nets and changes that gain with the fewest.
 
-    Gains in test loss and gains in right answers are cases of their own.
+    Gains are those in test loss, by which the rates were chosen.
     """
-    by_loss = {(gain.data, gain.model, gain.n_train): gain for gain in gains(record) if gain.data != DOCS}
-    by_answers = {key: replace(gain, values=gain.right, right=()) for key, gain in by_loss.items() if gain.right}
-    names = dict.fromkeys((data, model) for data, model, _ in by_loss)
+    of_size = {(gain.data, gain.model, gain.n_train): gain for gain in gains(record) if gain.data != DOCS}
+    names = dict.fromkeys((data, model) for data, model, _ in of_size)
     pairs = [
-        (of_size[(*name, SIZES[0])], of_size[(*name, SIZES[-1])], unit, scale)
-        for of_size, unit, scale in ((by_loss, "nats", 1), (by_answers, "points", 100))
+        (of_size[(*name, SIZES[0])], of_size[(*name, SIZES[-1])])
         for name in names
-        if (*name, SIZES[0]) in of_size and not by_loss[(*name, SIZES[0])].contradicted(len(by_loss))
+        if (*name, SIZES[0]) in of_size and not of_size[(*name, SIZES[0])].contradicted(len(of_size))
     ]
-    begun = [pair for pair in pairs if pair[0].answer(len(pairs))]
+    begun = [(few, many) for few, many in pairs if few.answer(len(pairs))]
     cases = []
-    for few, many, unit, scale in begun:
+    for few, many in begun:
         shrunk = [a - b for a, b in zip(few.values, many.values, strict=True)]
         difference = replace(few, values=shrunk, right=(), at_edge=many.at_edge)
-        mean, lower, upper = (scale * each for each in difference.bounds(len(begun)))
-        digits = ".2f" if scale == 1 else ".0f"
-        words = f"{few.data}, {few.model}: {mean:+{digits}} {unit} (bounds {lower:+{digits}} to {upper:+{digits}})"
+        mean, lower, upper = difference.bounds(len(begun))
+        words = f"{few.data}, {few.model}: {mean:+.2f} nats (bounds {lower:+.2f} to {upper:+.2f})"
         cases.append((difference.answer(len(begun)), words))
     result = over_cases(cases, "the net and the change of the data")
-    text = f"gain with {SIZES[0]} examples minus gain with {SIZES[-1]}, only where there is a gain with {SIZES[0]}"
-    without = sorted({*names} - {(few.data, few.model) for few, *_ in begun})
-    left_out = f". no gain with {SIZES[0]}: {'; '.join(map(', '.join, without))}" if without else ""
+    text = f"gain with {SIZES[0]} examples minus gain with {SIZES[-1]}, only where a gain with {SIZES[0]} is decided"
+    without = sorted({*names} - {(few.data, few.model) for few, _ in begun})
+    left_out = f". no gain decided with {SIZES[0]}: {'; '.join(map(', '.join, without))}" if without else ""
     return Result(result.verdict, f"{text}. {result.measured}{left_out}", result.on)
 
 

@@ -13,7 +13,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations, pairwise, product
+from itertools import chain, combinations, pairwise, product
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -180,7 +180,8 @@ def trains_faster(claim: Claim, record: Record) -> Result:
     answers = [answer for answer, _ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words in cases if answer is False)
-    result = over_cases(cases, turned_by((answer, _conditions(row)) for answer, row, _ in timed))
+    turns = turned_by((answer, _conditions(row)) for answer, row, _ in timed)
+    result = over_cases(cases, f"{turns}, and outside this record on the model (lesson 05)")
     return Result(result.verdict, f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}", result.on)
 
 
@@ -232,21 +233,25 @@ def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
 
 @decides("time-can-be-predicted", record="speed")
 def time_predicted(claim: Claim, record: Record) -> Result:
-    """Whether the cost model says which is faster, in the cases whose interval excludes 1; FLOPs alone beside it."""
+    """Whether the cost model, and FLOPs alone, say which is faster, in the cases whose interval excludes 1."""
     full = _flops_of_full(record)
-    cases, conditions, by_flops = [], [], []
+    cases: dict[str, list[tuple[bool, str]]] = {"the cost model": [], "FLOPs alone": []}
+    conditions = []
     for row, _, words in _timed(record, [row["setup"] for row in record.rows if row["setup"] != "full"]):
         answer = _is_faster(row)
         if answer is not None:
-            right = (row["predicted_ratio"] < 1) == answer
-            cases.append((right, f"{words}, predicted {row['predicted_ratio']:.2f}"))
-            conditions.append((right, _conditions(row)))
-            by_flops.append((row["flops"] < full[row["model"], row["tokens"]]) == answer)
-    wrong = [words for right, words in cases if not right]
-    text = f"right in {len(cases) - len(wrong)} of {len(cases)} decided cases, where the FLOPs alone are right in "
-    text += f"{sum(by_flops)}. Wrong: {'; '.join(wrong) or 'none'}"
-    result = over_cases(cases, turned_by(conditions))
-    return Result(result.verdict, text, result.on)
+            ratios = row["predicted_ratio"], row["flops"] / full[row["model"], row["tokens"]]
+            for (name, of_name), ratio in zip(cases.items(), ratios, strict=True):
+                right = (ratio < 1) == answer
+                of_name.append((right, f"{words}, predicted {ratio:.2f}"))
+                conditions.append((right, {"the prediction": name, **_conditions(row)}))
+    texts = []
+    for name, of_name in cases.items():
+        wrong = [words for right, words in of_name if not right]
+        text = f"{name}: right in {len(of_name) - len(wrong)} of {len(of_name)} decided cases"
+        texts.append(f"{text}. Wrong: {'; '.join(wrong)}" if wrong else text)
+    result = over_cases(chain.from_iterable(cases.values()), turned_by(conditions))
+    return Result(result.verdict, ". ".join(texts), result.on)
 
 
 @decides("fewer-blocks-shorter-steps", record="speed")

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
 import pandas
 
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
-from lora_lab.ablation.stats import outer_interval
-from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides, within
+from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
+from lora_lab.claims.deciding import FALLS, OPEN, STANDS, Result, decides, over_cases, within
 from lora_lab.claims.facts import Claim
-from lora_lab.claims.measured import MARGIN
 from lora_lab.records import Record
 
 FULL = "full"
@@ -187,25 +187,22 @@ def law_of_width(claim: Claim, record: Record) -> Result:
 
 @decides("rank-gains-at-high-rates", record="rates")
 def gains_at_high_rates(claim: Claim, record: Record) -> Result:
-    """What the largest rank gains on rank 4 at the lowest rate that both tried, and at rank 4's best, alpha = 32.
+    """What the largest rank gains on rank 4 at each rate that both tried, compared with the next lower one, alpha = 32.
 
-    The claim is of the sign, so it stands if the second gain is shown to be larger, and falls if it is not, and cannot
-    be so by the margin.
+    The claim is of the sign, and the bounds hold for all these pairs of rates together.
     """
     answers = {}
     for data, frame in _of_data(record).items():
         of_rank = best_by_rank(frame, FIXED_ALPHA)
         small, large = of_rank[4], of_rank[max(of_rank)]
-        low, high = min(set(small) & set(large)), best_rate(small).tried
-        if high not in large or low == high:
-            answers[data] = None, "the ranks share no two rates up to rank 4's best"
-            continue
-        gains = np.array([small[rate] - large[rate] for rate in (low, high)])  # (2, seeds, blocks)
-        lower, upper = outer_interval(gains[1] - gains[0])
-        answer = True if lower > 0 else False if upper < MARGIN else None
-        words = (
-            f"rank {max(of_rank)} gains {gains[0].mean():.4f} nats at {low:g} and {gains[1].mean():.4f} at {high:g}, "
-            f"more by {lower:+.4f} to {upper:+.4f}"
-        )
-        answers[data] = answer, words
+        pairs = [*pairwise(sorted(set(small) & set(large)))]
+        cases = []
+        for low, high in pairs:
+            growth = (small[high] - large[high]) - (small[low] - large[low])  # (seeds, blocks)
+            lower, upper = outer_bounds(growth, 1 - (1 - CONFIDENCE) / len(pairs))
+            answer = True if lower > 0 else False if upper < 0 else None
+            cases.append((answer, f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})"))
+        result = over_cases(cases, "the rates", always=True)
+        words = f"growth of what rank {max(of_rank)} gains on rank 4, in nats, from rate to rate. {result.measured}"
+        answers[data] = {STANDS: True, FALLS: False}.get(result.verdict), words
     return _on_language_model(answers)

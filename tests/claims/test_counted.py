@@ -92,10 +92,13 @@ def test_a_high_rank_has_more_flops_than_full_fine_tuning():
     assert "rank 148 1.00" in result.measured
 
 
-def test_more_than_two_thirds_depends_on_the_rank():
+def test_whether_flops_are_slightly_more_than_two_thirds_depends_on_three_conditions():
     result = result_of("two-thirds-of-the-flops")
-    assert (result.verdict, result.on) == ("depends", "the rank and the model's shape")
-    assert "llama-3-8b rank 16 0.6" in result.measured
+    assert (result.verdict, result.on) == ("depends", "the rank, the model's shape and the length of the text")
+    yes, no = result.measured.split(". no: ")
+    assert "llama-3-8b rank 16, 512 tokens 0.6" in yes
+    assert "smollm2-135m rank 1, 512 tokens 0.71" in yes
+    assert "smollm2-135m rank 1, 2,048 tokens 0.78" in no
 
 
 def test_a_formula_for_square_matrices_counts_too_much_where_they_are_not():

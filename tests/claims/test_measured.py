@@ -173,7 +173,7 @@ def test_two_to_three_times_faster_is_decided_by_the_record_of_a_gpu_only(change
 
 def test_faster_depends_on_the_rank_and_an_interval_that_holds_1_decides_nothing(changed):
     result = changed("lora-trains-faster", "speed", unchanged)
-    assert str(result) == "depends on the rank"  # nothing else alone makes a slower step a faster one in this record
+    assert result.on.startswith("the rank, and outside")  # nothing else alone makes a slower step a faster one
     (record,) = records.load_all("speed").values()
     slower = [row for row in record.rows if is_lora(row) and row["verdict"].startswith("slower")]
     assert f"slower in {len(slower)}," in result.measured
@@ -226,13 +226,15 @@ def test_fewer_blocks_are_compared_by_intervals_that_do_not_overlap(changed):
 
 def test_predictions_of_the_faster_method_are_counted_beside_those_by_flops(changed):
     result = changed("time-can-be-predicted", "speed", unchanged)
-    assert str(result) == "depends on the rank and the tokens in a step"
-    assert "right in 41 of 42 decided cases, where the FLOPs alone are right in 42" in result.measured
-    assert "Wrong: smollm2-135m, 32 tokens, LoRA r=64" in result.measured
+    assert str(result) == "depends on the prediction, the rank and the tokens in a step"
+    assert "cost model: right in 41 of 42 decided cases. Wrong: smollm2-135m, 32 tokens, LoRA r=64" in result.measured
+    assert result.measured.endswith("FLOPs alone: right in 42 of 42 decided cases")
     right = where(lambda row: True, predicted_ratio=lambda row: row["ratio"])
     assert changed("time-can-be-predicted", "speed", right).verdict == "stands"
     wrong = where(lambda row: True, predicted_ratio=lambda row: 1 / row["ratio"])
-    assert changed("time-can-be-predicted", "speed", wrong).verdict == "falls"
+    assert changed("time-can-be-predicted", "speed", wrong).on == "the prediction"
+    both_wrong = where(is_lora, predicted_ratio=2.0, flops=10**18, verdict="faster: 0.50 to 0.60 of full's time")
+    assert changed("time-can-be-predicted", "speed", both_wrong).verdict == "falls"
     undecided = where(lambda row: True, verdict="no difference that this run can show: 0.90 to 1.10 of full's time")
     assert changed("time-can-be-predicted", "speed", undecided).verdict == "open"
 

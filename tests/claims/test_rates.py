@@ -122,10 +122,13 @@ def test_a_higher_rank_gains_more_at_high_rates(verdict):
     shape = {"fixed": lambda rank: 1e-3, "noise": 0.001}
     assert verdict("rank-gains-at-high-rates", gain=lambda rate: 10 * rate, **shape).verdict == "stands"
     assert verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 - 5 * rate, **shape).verdict == "falls"
-    assert verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 - rate, **shape).verdict == "falls"
     assert verdict("rank-gains-at-high-rates", gain=lambda rate: 5 * rate, noise=0.05).verdict == "open"
     little = verdict("rank-gains-at-high-rates", gain=lambda rate: rate, **shape | {"noise": 1e-4})
-    assert (little.verdict, "more by +0.00" in little.measured) == ("stands", True)  # of the sign alone
+    assert (little.verdict, "+0.001" in little.measured) == ("stands", True)  # of the sign alone
+    at_the_end = verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 * (rate > 2e-3), **shape)
+    assert at_the_end.verdict == "open"  # between the other rates nothing is shown
+    up_and_down = verdict("rank-gains-at-high-rates", gain=lambda rate: 5 * rate * (rate < 4e-3), **shape)
+    assert up_and_down.verdict == "falls"
 
 
 def test_without_the_language_model_nothing_is_decided(tmp_path):

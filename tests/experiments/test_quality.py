@@ -7,6 +7,7 @@ from lora_lab.experiments import quality
 
 def test_quality_compares_all_ranks_with_full_fine_tuning_after_each_number_of_steps():
     planned = quality.plan(torch.device("cpu"))
+    assert [len(each.study.choosing) for each in planned.values()] == [2, 1]
     assert [len(each.study.judging) for each in planned.values()] == [6, 3]
     setups = [each.study.setups for each in planned.values()]
     by_steps = {}

@@ -122,7 +122,7 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
     ],
     minutes=6,
     difficulty=2,
-    praise="Far below this rank LoRA needs about a third fewer FLOPs, and above it more than full fine-tuning.",
+    praise="Far below this rank LoRA needs up to a third fewer FLOPs, and above it more than full fine-tuning.",
     draws=28,
 )
 def break_even(M, E, per_rank):
