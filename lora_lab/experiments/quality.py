@@ -32,7 +32,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in a night, or a GPU in an hour.
 
     The longest runs are a part of their own, with fewer seeds, which would otherwise take a day. On two cores one seed
-    chooses their rates: rates a factor of two apart differ by ten times as much there as seeds do.
+    chooses their rates: losses at neighbouring rates differ by more there than those of seeds.
     """
     gpu = device.type == "cuda"
     return {
