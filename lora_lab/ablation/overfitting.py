@@ -20,12 +20,14 @@ so it is a little too good; this holds for all methods alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from lora_lab.ablation.grid import Trial
@@ -437,11 +439,29 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
     return _with_verdicts(parts, reference)
 
 
+def training_losses(curve: pandas.DataFrame) -> np.ndarray:
+    """A trial's training loss at each of its evaluations: (evaluations,).
+
+    A history has the mean over the steps since the evaluation before (the validation loss minus the gap), which lags
+    behind where the loss falls. It is taken as the loss in the middle of those steps, and between two such middles a
+    straight line is followed. So it is NaN before training and at the last evaluation.
+
+    Args:
+        curve: the rows of one trial, as for :func:`summarise_trials`, by step.
+    """
+    steps = curve["step"].to_numpy(float)
+    means = (curve["validation_loss"] - curve["gap"]).to_numpy(float)
+    middles = (np.concatenate([[0.0], steps[:-1]]) + steps) / 2
+    known = ~np.isnan(means)
+    if not known.any():
+        return means
+    return np.interp(steps, middles[known], means[known], left=math.nan, right=math.nan)
+
+
 def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas.DataFrame:
     """The validation loss of each trial where its training loss first comes down to given values.
 
-    Between evaluations a straight line is followed. An evaluation's training loss is the mean over the steps since the
-    one before (the validation loss minus the gap), so it lags behind, more so where it falls fast.
+    Between evaluations a straight line is followed. Training losses are those of :func:`training_losses`.
 
     Args:
         frame: as for :func:`summarise_trials`.
@@ -455,9 +475,9 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas
 
     by, rows = _identity(frame), []
     for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
-        curve = curve.dropna(subset="gap").sort_values("step")  # before training there is no training loss
-        validation = curve["validation_loss"].tolist()
-        training = (curve["validation_loss"] - curve["gap"]).tolist()
+        curve = curve.sort_values("step")
+        known = curve.assign(training=training_losses(curve)).dropna(subset="training")
+        validation, training = known["validation_loss"].tolist(), known["training"].tolist()
         for loss in losses:
             if training and training[0] > loss >= min(training):
                 there = interpolate_at([-value for value in training], validation, -loss)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab import rank
-from lora_lab.claims.deciding import FALLS, STANDS, Result, decides, near, over_cases
+from lora_lab.claims.deciding import FALLS, STANDS, Result, decides, near, over_cases, turned_by
 from lora_lab.claims.facts import Claim
 from lora_lab.inject import LoRAConfig, inject, merge
 from lora_lab.lora import LoRALinear
@@ -246,28 +247,36 @@ def random_intruders(claim: Claim) -> Result:
     return yes_or_no(near(cosine, claim.stated) and cosine < 0.5, f"{cosine:.3f} at 4,096 wide; {others}: below 0.5")
 
 
+SIZES = (0.01, 0.05, 0.2)  # of an update, in units of the weight's norm
+
+
 @decides("nf4-merge-loses-90-percent")
 def merged_into_nf4(claim: Claim) -> Result:
     """The share of weights whose level in NF4 an update does not change, and the norm of that change.
 
-    What rounding adds makes the change longer than the update; along the update it is as long.
+    Beside weights of any value, what rounding adds makes the change longer than the update, and along the update it is
+    as long. Weights that lie on NF4's levels already, as those of a quantised base do, are rounded back to them.
     """
     W = random_matrix(256, 512, dtype=torch.float32)
     B, A = random_matrix(256, 8, seed=1, dtype=torch.float32), random_matrix(8, 512, seed=2, dtype=torch.float32)
-    cases = []
+    cases, conditions = [], []
     before, _ = nf4(W, double=False)
-    for size in (0.01, 0.05, 0.2):
+    levels = FORMATS["NF4"].decode(before)
+    for (base, weights), size in product({"any weights": W, "weights on the grid": levels.view_as(W)}.items(), SIZES):
         update = B @ A * (size * W.norm() / (B @ A).norm())
-        after, _ = nf4(W + update, double=False)
+        after, _ = nf4(weights + update, double=False)
         share = 100 * float((_codes(before) == _codes(after)).float().mean())
-        change = FORMATS["NF4"].decode(after) - FORMATS["NF4"].decode(before)
+        change = FORMATS["NF4"].decode(after) - levels
         norms = {"the whole change is": float(change.norm() / update.norm())}
         norms["the change along the update is"] = float((change * update.view_as(change)).sum() / update.norm() ** 2)
         for which, norm in norms.items():
-            words = f"{100 * size:.0f} % of the weight's norm: {share:.0f} % of the codes stay, "
+            words = f"{base}, {100 * size:.0f} % of the weight's norm: {share:.0f} % of the codes stay, "
             words += f"{which} {norm:.2f} times the update"
-            cases.append((near(share, claim.stated) and near(norm, 1), words))
-    return over_cases(cases, "which norm is meant, and on the size of the update beside the weight")
+            answer = near(share, claim.stated) and near(norm, 1)
+            cases.append((answer, words))
+            case = {"which norm is meant": which, "the size of the update beside the weight": size}
+            conditions.append((answer, {**case, "whether the base lies on the grid already": base}))
+    return over_cases(cases, turned_by(conditions))
 
 
 def _codes(blocks: Tensor) -> Tensor:

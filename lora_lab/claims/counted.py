@@ -25,6 +25,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 QV, ATTENTION = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
+ADAPTED = {"all layers": ALL, "query and value matrices": QV}
 # Touvron et al. 2023, arXiv 2307.09288, and the model's config.json; Llama 1's 7B has the same matrices.
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,
@@ -98,13 +99,20 @@ def gpt3_adapter(rank: int = 4) -> int:
 
 @decides("two-percent-of-the-parameters")
 def two_percent(claim: Claim) -> Result:
-    """Rank 8 on all linear layers, on three shapes."""
-    cases = []
-    for name in ("smollm2-135m", "llama-3-8b", "llama-3-70b"):
-        config = shapes.config(name)
-        share = 100 * 8 * adapter_size(config, ALL) / parameters(config)
-        cases.append((near(share, claim.stated, 0.25), f"{share:.2f} % of {name}"))
-    return over_cases(cases, "the width of the model")
+    """Rank 8 on all linear layers and on two, on three shapes."""
+    cases, conditions = [], []
+    for (layers, targets), name in product(ADAPTED.items(), ("smollm2-135m", "llama-3-8b", "llama-3-70b")):
+        share = _share(name, targets, 8)
+        answer = near(share, claim.stated, 0.25)
+        cases.append((answer, f"{layers}: {share:.2f} % of {name}"))
+        conditions.append((answer, {"the adapted layers": layers, "the width of the model": name}))
+    return over_cases(cases, turned_by(conditions))
+
+
+def _share(name: str, targets: Sequence[str], rank: int) -> float:
+    """The parameters of an adapter, in per cent of those of a known model."""
+    config = shapes.config(name)
+    return 100 * rank * adapter_size(config, targets) / parameters(config)
 
 
 @decides("two-l-d-r-parameters")
@@ -121,11 +129,14 @@ def parameter_formula(claim: Claim) -> Result:
 
 @decides("adapters-are-small")
 def adapters_are_small(claim: Claim) -> Result:
-    """The share of the model that an adapter adds, by rank."""
-    config = shapes.config("smollm2-135m")
-    shares = {rank: 100 * rank * adapter_size(config, ALL) / parameters(config) for rank in (8, 64, 192)}
-    cases = [(share < claim.stated, f"rank {rank}: {share:.1f} % of SmolLM2-135M") for rank, share in shares.items()]
-    return over_cases(cases, "the rank")
+    """The share of the model that an adapter adds, by rank, adapted layers and model."""
+    cases, conditions = [], []
+    for name, (layers, targets), rank in product(("smollm2-135m", "llama-3-8b"), ADAPTED.items(), (8, 64, 192)):
+        share = _share(name, targets, rank)
+        answer = share < claim.stated
+        cases.append((answer, f"{layers} of {name}, rank {rank}: {share:.1f} %"))
+        conditions.append((answer, {"the rank": rank, "the adapted layers": layers, "the width of the model": name}))
+    return over_cases(cases, turned_by(conditions))
 
 
 @decides("attention-256-mlp-128")
@@ -164,13 +175,15 @@ def checkpoint_size(claim: Claim) -> Result:
 
 @decides("checkpoint-ratio-elsewhere")
 def checkpoint_elsewhere(claim: Claim) -> Result:
-    """The same settings, rank 4 on q and v, on models that are in use."""
-    cases = []
-    for name in ("smollm2-135m", "llama-3-8b", "llama-3-70b"):
-        config = shapes.config(name)
-        ratio = parameters(config) / (4 * adapter_size(config, QV))
-        cases.append((ratio >= claim.stated, f"{name} {ratio:,.0f} times"))
-    return over_cases(cases, "the width of the model")
+    """The paper's settings, rank 4 on q and v, and rank 8 on all layers, on models that are in use."""
+    cases, conditions = [], []
+    for rank, layers in ((4, "query and value matrices"), (8, "all layers")):
+        for name in ("smollm2-135m", "llama-3-8b", "llama-3-70b"):
+            ratio = 100 / _share(name, ADAPTED[layers], rank)
+            answer = ratio >= claim.stated
+            cases.append((answer, f"{name}, rank {rank} on {layers}, {ratio:,.0f} times"))
+            conditions.append((answer, {"the rank with the adapted layers": layers, "the width of the model": name}))
+    return over_cases(cases, turned_by(conditions))
 
 
 @decides("hundred-models-354-gb")
@@ -229,12 +242,14 @@ def qlora_65b(claim: Claim) -> Result:
     """LLaMA 65B in NF4, and 16 bytes for each number of an adapter: small as in their example, and of rank 64.
 
     A GPU of "48 GB" has 48 GiB.
-    Activations are one sequence of 512 tokens: the inputs of all blocks in 16 bits, as with checkpointing, and the
-    logits in float32 three times (they, their logarithms and their gradients). Less cannot be held at once.
+    Activations are one sequence of 512 tokens: the inputs of all blocks in 16 bits, as with checkpointing; the logits
+    in float32 three times (they, their logarithms and their gradients); of the block that is computed again ten tensors
+    of the model's width and four of the MLP's; and its largest matrix in 16 bits.
     """
     example, rank_64 = round(0.002 * parameters(LLAMA_65B)), 64 * adapter_size(LLAMA_65B, ALL)
-    inputs = HALF * LLAMA_65B.num_hidden_layers * LLAMA_65B.hidden_size
-    activations = 512 * (inputs + 3 * FLOAT32 * LLAMA_65B.vocab_size)
+    width, inner = LLAMA_65B.hidden_size, LLAMA_65B.intermediate_size
+    of_blocks = HALF * (LLAMA_65B.num_hidden_layers * width + 10 * width + 4 * inner)
+    activations = 512 * (of_blocks + 3 * FLOAT32 * LLAMA_65B.vocab_size) + HALF * width * inner
     cases = []
     for count, words in ((example, "0.2 % of the weights, as in their example"), (rank_64, "rank 64 on all layers")):
         total = (_nf4_bytes(LLAMA_65B) + ADAM * count + activations) / GIB
@@ -247,17 +262,15 @@ def qlora_65b(claim: Claim) -> Result:
 
 @decides("qlora-4-times-less-than-lora")
 def qlora_against_lora(claim: Claim) -> Result:
-    """The bits of a weight: adapters, embeddings and activations are the same in both and only make the ratio less."""
-    ceiling, texts = 8 * HALF / NF4_BITS, []
-    for name in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b"):
-        config = shapes.config(name)
-        adapters = ADAM * 16 * adapter_size(config, ALL)
+    """Weights and adapters alone: activations are the same in both and only make the ratio less."""
+    models = {name: shapes.config(name) for name in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b")}
+    cases, conditions = [], []
+    for (name, config), rank in product({**models, "llama-65b": LLAMA_65B}.items(), (1, 16)):
+        adapters = ADAM * rank * adapter_size(config, ALL)
         ratio = (HALF * parameters(config) + adapters) / (_nf4_bytes(config) + adapters)
-        texts.append(f"{name} {ratio:.2f} times")
-    return Result(
-        STANDS if near(ceiling, claim.stated) else FALLS,
-        f"less than {ceiling:.2f} times in any model; before activations, with rank 16: {', '.join(texts)}",
-    )
+        cases.append((near(ratio, claim.stated), f"{name} rank {rank} {ratio:.2f} times"))
+        conditions.append((cases[-1][0], {"the model": name, "the rank": rank}))
+    return over_cases(cases, turned_by(conditions))
 
 
 def _nf4_bytes(config: LlamaConfig) -> float:

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.claims.deciding import Result, decides, over_cases, turned_by
+from lora_lab.claims.deciding import OPEN, Result, decides, over_cases, turned_by
 from lora_lab.claims.facts import Claim
 from lora_lab.claims.measured import MIN_SEEDS
 from lora_lab.records import Record
@@ -189,6 +189,8 @@ def shrinks_with_data(claim: Claim, record: Record) -> Result:
         words = f"{few.data}, {few.model}: {mean:+.2f} nats (bounds {lower:+.2f} to {upper:+.2f})"
         cases.append((difference.answer(len(begun)), words))
     result = over_cases(cases, "the net and the change of the data")
+    if len(cases) == 1:
+        result = Result(OPEN, f"{result.measured} (a single case shows no rule)")
     text = f"gain with {SIZES[0]} examples minus gain with {SIZES[-1]}, only where a gain with {SIZES[0]} is decided"
     without = sorted({*names} - {(few.data, few.model) for few, _ in begun})
     left_out = f". no gain decided with {SIZES[0]}: {'; '.join(map(', '.join, without))}" if without else ""

@@ -85,6 +85,22 @@ def memory_as_parameters(claim: Claim, record: Record) -> Result:
     return Result(STANDS if stands else FALLS, f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases")
 
 
+@decides("fewer-gradients-lower-the-peak", record="memory")
+def gradients_at_the_peak(claim: Claim, record: Record) -> Result:
+    """Whether the peak of full fine-tuning holds gradients of its parameters, in each setup with AdamW."""
+    cases, conditions = [], []
+    for row in record.rows:
+        name, *options = row["setup"].split(", ")
+        if name == "full" and "SGD" not in options:
+            held = row.get("gradients", 0)
+            words = f"{row['model']}, {row['batch']} x {row['length']} tokens, {row['setup']}: {held / MIB:,.0f} MiB"
+            cases.append((held > 0, words))
+            case = {"the model": row["model"], "the tokens in a step": (row["batch"], row["length"])}
+            case |= {"the precision": "bf16" in options, "checkpointing": "checkpointing" in options}
+            conditions.append((held > 0, case))
+    return over_cases(cases, turned_by(conditions))
+
+
 @decides("lora-needs-less-memory", record="memory")
 def less_memory(claim: Claim, record: Record) -> Result:
     """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; and a rank too high."""
@@ -406,8 +422,9 @@ def overfits_less(claim: Claim, record: Record) -> Result:
     text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}"
     text = f"{text}. {_AT_EQUAL_TRAINING_LOSS}: {beside}"
     on = "whether steps or training losses are equal"
-    if "more" in words or "less" in at_equal_loss:
-        on = f"the stopping point, rank and size, and {on}"
+    points = ["the stopping point"] * ("more" in words) + ["the training loss"] * ("less" in at_equal_loss)
+    if points:
+        on = f"{', '.join(points)}, the rank and the number of examples, and {on}"
     return _verdict_of([*words, *at_equal_loss], text, on, doubts, bool(judged))
 
 
@@ -417,7 +434,7 @@ def generalises_better(claim: Claim, record: Record) -> Result:
     curves, judged, doubts = at_inner_rates(record)
     words, text = _counted(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
     text = f"{_AT_EQUAL_TRAINING_LOSS}: {text}"
-    return _verdict_of(words, text, "the training loss", doubts, bool(judged))
+    return _verdict_of(words, text, "the training loss, the rank and the number of examples", doubts, bool(judged))
 
 
 def _all_pairs(curves: pandas.DataFrame) -> list[tuple[int, str]]:
@@ -426,7 +443,7 @@ def _all_pairs(curves: pandas.DataFrame) -> list[tuple[int, str]]:
 
 
 def _at_equal_training_loss(curves: pandas.DataFrame) -> pandas.DataFrame:
-    return overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
+    return overfitting.by_training_loss(curves, [3.0, 2.5, 2.0, 1.5, 1.0, 0.6])
 
 
 # Tasks
@@ -485,7 +502,7 @@ def _best_asking(record: Record) -> float:
 
 @decides("off-domain-rise-is-the-methods", record="ablation")
 def off_domain_by_rate(claim: Claim, record: Record) -> Result:
-    """Off-domain losses of one rank at two rates whose validation losses are equal within the margin.
+    """Off-domain losses of one rank at two rates whose mean validation losses differ by at most the margin.
 
     The bounds hold for all such pairs together.
     """
@@ -501,7 +518,9 @@ def off_domain_by_rate(claim: Claim, record: Record) -> Result:
     for words, tie, risen in pairs:
         mean, lower, upper = cast(tuple[float, float, float], t_bounds(risen, 1 - (1 - CONFIDENCE) / len(pairs)))
         answer = None if lower <= 0 <= upper and not within(lower, upper, -MARGIN, MARGIN) else lower <= 0 <= upper
-        text = f"validation {statistics.fmean(tie):+.4f}, off-domain {mean:+.3f} ({lower:+.3f} to {upper:+.3f})"
+        level, *ends = cast(tuple[float, float, float], t_bounds(tie))
+        text = "validation {:+.3f} ({:+.3f} to {:+.3f}), ".format(level, *ends)
+        text += f"off-domain {mean:+.3f} ({lower:+.3f} to {upper:+.3f})"
         cases.append((answer, f"{words}: {text}"))
     return over_cases(cases, "the rank", always=True)
 

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon, Rectangle
 
+from lora_lab.ablation.overfitting import training_losses
 from lora_lab.costs.flops import ADAPTERS, FORWARD, INPUT, WEIGHT, Flops
 from lora_lab.costs.memory import MIB, Bill, Part
 from lora_lab.plots import (
@@ -438,14 +439,13 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
         compared: what that returns.
         unit: of the losses.
     """
+    import pandas
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     styles = line_styles([str(setup) for setup in frame.setup.unique()])
-    for setup, rows in frame.dropna(subset="gap").groupby("setup", sort=False):
-        mean = (
-            rows.assign(training=rows.validation_loss - rows.gap)
-            .groupby("step")[["training", "validation_loss"]]
-            .mean()
-        )
+    for setup, rows in frame.sort_values("step").groupby("setup", sort=False):
+        trials = [trial.assign(training=training_losses(trial)) for _, trial in rows.groupby(["lr", "seed"])]
+        mean = pandas.concat(trials).groupby("step")[["training", "validation_loss"]].mean().dropna()
         left.plot(mean.training, mean.validation_loss, label=setup, **styles[str(setup)])
     for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
         reach = [rows.difference - rows.lower, rows.upper - rows.difference]

@@ -27,6 +27,7 @@ from lora_lab.ablation.overfitting import (
     interpolate_at,
     near_ties,
     summarise_trials,
+    training_losses,
 )
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
@@ -857,18 +858,26 @@ def test_what_cannot_be_compared_at_stopping_points_is_named():
 
 
 def test_the_validation_loss_is_read_where_the_training_loss_first_comes_down_to_a_value():
-    # Training losses 2, 1, 0.5, 0.75, 0.25; before training there is none.
-    gaps = [math.nan, 0.5, 1.0, 2.0, 2.0, 3.0]
+    # Means of the training loss 2, 1, 0.5, 1.5, 0.25, so that it is 1.5, 0.75, 1 and 0.875 at the evaluations.
+    gaps = [math.nan, 0.5, 1.0, 2.0, 1.25, 3.0]
     frame = curve("full", 1e-3, 4, [3.0, 2.5, 2.0, 2.5, 2.75, 3.25], gap=gaps)
-    rows = at_training_loss(frame.sample(frac=1, random_state=1), [1.5, 1.0, 0.625, 0.375])
+    rows = at_training_loss(frame.sample(frac=1, random_state=1), [1.125, 0.9375, 0.75, 0.5])
     assert rows.to_dict("records") == [
         {"setup": "full", "lr": 1e-3, "seed": 4, "train_loss": loss, "validation_loss": there}
-        for loss, there in ((1.5, 2.25), (1.0, 2.0), (0.625, 2.375), (0.375, 2.75 + 0.5 * 0.75))
+        for loss, there in ((1.125, 2.25), (0.9375, 2.125), (0.75, 2.0))
     ]
 
 
+def test_a_mean_over_steps_is_the_training_loss_in_their_middle():
+    frame = curve("full", 1e-3, 0, [3.0] * 4, gap=[math.nan, -1.0, 1.0, 2.0]).assign(step=[0, 10, 30, 40])
+    losses = training_losses(frame)  # 4 at step 5, 2 at step 20, 1 at step 35
+    assert losses[1:3].tolist() == pytest.approx([4 - 2 * 5 / 15, 2 - 10 / 15])
+    assert np.isnan(losses[[0, 3]]).all()
+    assert np.isnan(training_losses(frame.assign(gap=math.nan))).all()
+
+
 def test_a_training_loss_that_is_not_passed_has_no_row():
-    frame = curve("full", 1e-3, 0, [3.0, 2.5, 2.0], gap=[math.nan, 0.5, 1.0])  # training losses 2 and 1
+    frame = trained_to("full", 0, [3.0, 2.5, 2.0], [2.0, 1.0])
     rows = at_training_loss(frame, [3.0, 2.0, 1.0, 0.5])
     assert rows.train_loss.tolist() == [1.0]  # 2.0 is where the first evaluation is already
     empty = at_training_loss(frame, [0.5])
@@ -877,25 +886,27 @@ def test_a_training_loss_that_is_not_passed_has_no_row():
 
 
 def test_each_trial_is_read_at_its_own_step_and_the_result_can_be_compared():
-    slow = [math.nan, 0.25, 0.5, 1.0]  # training losses 2.25, 1.5, 1.0
-    fast = [math.nan, 0.5, 1.5, 2.5]  # training losses 1.5, 0.5, 0.25
-    curves = [curve("full", 1e-3, s, [3.0, 2.0, 2.0 + s, 2.75], gap=fast, n_train=16) for s in (0, 1)]
-    curves += [curve("LoRA", 1e-2, s, [3.0, 2.5, 2.0, 2.0], gap=slow, n_train=16) for s in (0, 1)]
-    curves += [failed("LoRA", 1e-1, 0, n_train=16)]
+    curves = [trained_to("full", s, [3.0, 2.0, 2.0 + s, 2.75], [1.5, 0.5 - s / 4, 0.125]) for s in (0, 1)]
+    curves += [trained_to("LoRA", s, [3.0, 2.5, 2.0, 2.0], [2.25, 1.5, 1.0], lr=1e-2) for s in (0, 1)]
+    curves = [each.assign(n_train=16) for each in curves] + [failed("LoRA", 1e-1, 0, n_train=16)]
     rows = at_training_loss(together(*curves), [1.0])
     assert rows.groupby("setup").validation_loss.agg(list).to_dict() == {
-        "full": [2.0, pytest.approx(2.9)],  # halfway from 1.5 to 0.5; two fifths from 1.5 to 0.25
+        "full": [2.0, pytest.approx(2.4)],  # halfway from 1.5 to 0.5; two fifths from 1.5 to 0.25
         "LoRA": [2.0, 2.0],
     }
     (row,) = by_training_loss(together(*curves[:-1]), [1.0]).to_dict("records")
     assert (row["n_train"], row["setup"], row["train_loss"], row["seeds"]) == (16, "LoRA", 1.0, 2)
-    assert row["difference"] == pytest.approx(-0.45)
+    assert row["difference"] == pytest.approx(-0.2)
     assert row["verdict"] == "open"
 
 
 def trained_to(setup, seed, validation, training, lr=1e-3):
-    gaps = [math.nan, *np.subtract(validation[1:], training).tolist()]
-    return curve(setup, lr, seed, validation, gap=gaps)
+    """A curve with these training losses at all evaluations but the first, and with one evaluation more."""
+    means = [training[0]]
+    for loss in training:  # halfway between two means
+        means.append(2 * loss - means[-1])
+    validation = [*validation, validation[-1]]
+    return curve(setup, lr, seed, validation, gap=[math.nan, *np.subtract(validation[1:], means).tolist()])
 
 
 def test_at_equal_training_loss_a_difference_has_bounds_and_a_verdict():

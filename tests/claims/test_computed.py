@@ -143,9 +143,12 @@ def test_four_bits_round_away_small_updates_and_keep_their_norm_along_them_alone
     result = result_of("nf4-merge-loses-90-percent")
     assert result.verdict == "depends"
     yes, no = result.measured.split(". no: ")
-    small = "1 % of the weight's norm: 97 % of the codes stay, the"
+    small = "any weights, 1 % of the weight's norm: 97 % of the codes stay, the"
     assert f"yes: {small} change along the update is 0.97 times the update" in yes
     assert f"{small} whole change is 4.97 times the update" in no
-    assert no.count("20 % of the weight's norm: 50 % of the codes stay") == 2  # by either norm
+    assert no.count("any weights, 20 % of the weight's norm: 50 % of the codes stay") == 2  # by either norm
+    assert "on the grid" not in yes
+    assert "on the grid, 1 % of the weight's norm: 100 % of the codes stay, the change along the update is 0.02" in no
+    assert result.on.endswith(" and whether the base lies on the grid already")
     monkeypatch.setattr(computed, "near", lambda value, claimed: claimed != 1)
     assert result_of("nf4-merge-loses-90-percent").verdict == "falls"

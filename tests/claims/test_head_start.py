@@ -146,6 +146,10 @@ def test_a_head_start_shrinks_if_it_is_worth_less_with_the_most_examples(verdict
     none = verdict("head-start-shrinks-with-data", dict.fromkeys(CASES, HURTS))
     assert none.verdict == "open"
     assert none.measured.endswith("no case was tried. no gain decided with 10: moved, MLP; moved, transformer")
+    single = verdict("head-start-shrinks-with-data", {("moved", "MLP"): HELPS, ("inverted", "MLP"): HURTS})
+    assert single.verdict == "open"
+    assert "+0.60 nats" in single.measured
+    assert "(a single case shows no rule)" in single.measured
     contradicted = verdict("head-start-shrinks-with-data", CASES, points=-10)
     assert contradicted.verdict == "open"
 
