@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import pandas
 
 
+_PLACES = (0.5, 0.0, 1.0)  # where in its steps a mean training loss may lie
 _NEEDED = ("setup", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap")
 
 
@@ -439,33 +440,35 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
     return _with_verdicts(parts, reference)
 
 
-def training_losses(curve: pandas.DataFrame) -> np.ndarray:
-    """A trial's training loss at each of its evaluations: (evaluations,).
+def training_losses(curve: pandas.DataFrame, place: float = 0.5) -> np.ndarray:
+    """A trial's training loss at each of its evaluations, NaN where it is not known: (evaluations,).
 
-    A history has the mean over the steps since the evaluation before (the validation loss minus the gap), which lags
-    behind where the loss falls. It is taken as the loss in the middle of those steps, and between two such middles a
-    straight line is followed. So it is NaN before training and at the last evaluation.
+    A history has the mean over the steps since the evaluation before (the validation loss minus the gap). Where in
+    these steps the loss has that value, it does not say. Between two such places a straight line is followed.
 
     Args:
         curve: the rows of one trial, as for :func:`summarise_trials`, by step.
+        place: 0 if the mean is that of the model before these steps, 0.5 of the one in their middle, 1 after them.
     """
     steps = curve["step"].to_numpy(float)
     means = (curve["validation_loss"] - curve["gap"]).to_numpy(float)
-    middles = (np.concatenate([[0.0], steps[:-1]]) + steps) / 2
+    starts = np.concatenate([[0.0], steps[:-1]])
+    places = starts + place * (steps - starts)
     known = ~np.isnan(means)
     if not known.any():
         return means
-    return np.interp(steps, middles[known], means[known], left=math.nan, right=math.nan)
+    return np.interp(steps, places[known], means[known], left=math.nan, right=math.nan)
 
 
-def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas.DataFrame:
+def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float], place: float = 0.5) -> pandas.DataFrame:
     """The validation loss of each trial where its training loss first comes down to given values.
 
-    Between evaluations a straight line is followed. Training losses are those of :func:`training_losses`.
+    Between evaluations a straight line is followed.
 
     Args:
         frame: as for :func:`summarise_trials`.
         losses: training losses.
+        place: as for :func:`training_losses`.
 
     Returns:
         Columns ``n_train`` (if there is one), ``setup``, ``lr``, ``seed``, ``train_loss`` (one of ``losses``) and
@@ -476,7 +479,7 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas
     by, rows = _identity(frame), []
     for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
         curve = curve.sort_values("step")
-        known = curve.assign(training=training_losses(curve)).dropna(subset="training")
+        known = curve.assign(training=training_losses(curve, place)).dropna(subset="training")
         validation, training = known["validation_loss"].tolist(), known["training"].tolist()
         for loss in losses:
             if training and training[0] > loss >= min(training):
@@ -489,29 +492,40 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float]) -> pandas
 def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference: str = "full") -> pandas.DataFrame:
     """The validation loss of each method compared with one's at equal training losses.
 
-    A higher validation loss at the same training loss is a larger generalisation gap, wherever training stops.
+    A higher validation loss at the same training loss is a larger generalisation gap, wherever training stops. It is
+    decided only if it does not matter where in its steps a mean training loss is placed (:func:`training_losses`):
+    before them, in their middle and after them.
 
     Args:
         frame: as for :func:`at_training_loss`, of one rate for each setup (and size).
         losses: training losses. Where some method has fewer than two seeds in common with the reference that come down
-            to one, it has no row.
+            to one, for each of the three places, it has no row.
         reference: the method that the others are compared with.
 
     Returns:
         As :func:`compare`, without the reference, with the columns ``train_loss`` and ``verdict``, as
-        :func:`by_stopping_point`.
+        :func:`by_stopping_point`. The difference is that of the middle, the bounds are the outermost of the three.
 
     Raises:
         ValueError: a setup has several rates, or no method can be compared at any of the losses; or as :func:`compare`.
     """
-    rows = _of_one_rate(at_training_loss(frame, losses))
+    import pandas
+
     parts = []
-    for loss, of_loss in rows.groupby("train_loss", sort=False):
-        if reference in set(of_loss["setup"]):
-            table = compare(of_loss, "validation_loss", reference)
-            if "lower" in table:
-                parts.append(table.dropna(subset="lower").assign(train_loss=loss))
-    return _with_verdicts(parts, reference)
+    for place in _PLACES:
+        rows = _of_one_rate(at_training_loss(frame, losses, place))
+        for loss, of_loss in rows.groupby("train_loss", sort=False):
+            if reference in set(of_loss["setup"]):
+                table = compare(of_loss, "validation_loss", reference)
+                if "lower" in table:
+                    parts.append(table.dropna(subset="lower").assign(train_loss=loss, place=place))
+    if not parts:
+        return _with_verdicts(parts, reference)
+    table = pandas.concat(parts, ignore_index=True)
+    case = table.groupby([name for name in ("n_train", "setup", "train_loss") if name in table])
+    bounds = {"lower": case["lower"].transform("min"), "upper": case["upper"].transform("max")}
+    judged = (table["place"] == 0.5) & (case["place"].transform("count") == len(_PLACES))
+    return _with_verdicts([table.assign(**bounds)[judged].drop(columns="place")], reference)
 
 
 def _of_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:

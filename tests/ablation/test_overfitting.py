@@ -886,27 +886,29 @@ def test_a_training_loss_that_is_not_passed_has_no_row():
 
 
 def test_each_trial_is_read_at_its_own_step_and_the_result_can_be_compared():
-    curves = [trained_to("full", s, [3.0, 2.0, 2.0 + s, 2.75], [1.5, 0.5 - s / 4, 0.125]) for s in (0, 1)]
+    curves = [trained_to("full", s, [3.0, 2.0, 2.0 + s, 2.75], [1.5, 0.5, 0.125]) for s in (0, 1)]
     curves += [trained_to("LoRA", s, [3.0, 2.5, 2.0, 2.0], [2.25, 1.5, 1.0], lr=1e-2) for s in (0, 1)]
     curves = [each.assign(n_train=16) for each in curves] + [failed("LoRA", 1e-1, 0, n_train=16)]
     rows = at_training_loss(together(*curves), [1.0])
     assert rows.groupby("setup").validation_loss.agg(list).to_dict() == {
-        "full": [2.0, pytest.approx(2.4)],  # halfway from 1.5 to 0.5; two fifths from 1.5 to 0.25
+        "full": [2.0, 3.0],
         "LoRA": [2.0, 2.0],
     }
     (row,) = by_training_loss(together(*curves[:-1]), [1.0]).to_dict("records")
     assert (row["n_train"], row["setup"], row["train_loss"], row["seeds"]) == (16, "LoRA", 1.0, 2)
-    assert row["difference"] == pytest.approx(-0.2)
+    assert row["difference"] == -0.5
     assert row["verdict"] == "open"
 
 
 def trained_to(setup, seed, validation, training, lr=1e-3):
-    """A curve with these training losses at all evaluations but the first, and with one evaluation more."""
-    means = [training[0]]
-    for loss in training:  # halfway between two means
-        means.append(2 * loss - means[-1])
-    validation = [*validation, validation[-1]]
-    return curve(setup, lr, seed, validation, gap=[math.nan, *np.subtract(validation[1:], means).tolist()])
+    """A curve that has these validation losses when it comes down to these training losses, wherever means are placed.
+
+    For that each training loss is the mean before four evaluations; the last two have the next validation loss.
+    """
+    here, after = validation[1:], [*validation[2:], validation[-1]]
+    losses = [loss for pair in zip(here, after, strict=True) for loss in pair for _ in range(2)]
+    gaps = np.subtract(losses, np.repeat(training, 4)).tolist()
+    return curve(setup, lr, seed, [validation[0], *losses], gap=[math.nan, *gaps])
 
 
 def test_at_equal_training_loss_a_difference_has_bounds_and_a_verdict():
@@ -923,13 +925,27 @@ def test_at_equal_training_loss_a_difference_has_bounds_and_a_verdict():
     assert table.lower[2] < table.difference[2] < table.upper[2]
 
 
+def test_a_difference_that_turns_with_the_place_of_a_mean_is_undecided():
+    full = [curve("full", 1e-3, s, [3.0, 2.0, 3.0], gap=[math.nan, 0.0, 2.0]) for s in (0, 1)]  # means 2 and 1
+    lora = [trained_to("LoRA", s, [3.0, 2.0, 2.25], [2.0, 1.0]) for s in (0, 1)]
+    frame = together(*full, *lora)
+    assert at_training_loss(frame, [1.5], place=1.0).query("setup == 'full'").validation_loss.tolist() == [2.5, 2.5]
+    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
+        by_training_loss(frame, [1.5])  # placed before its steps, the second mean is that of the first evaluation
+    full = [
+        curve("full", 1e-3, s, [3.0, 2.0, 2.0, 3.0, 3.0], gap=[math.nan, 0.0, 0.0, 2.0, 2.0]) for s in (0, 1)
+    ]  # means 2, 2, 1 and 1
+    (row,) = by_training_loss(together(*full, *lora), [1.5]).to_dict("records")
+    assert (row["difference"], row["lower"], row["upper"], row["verdict"]) == (0.25, -0.25, 0.25, "open")
+
+
 def test_all_pairs_of_rates_can_be_compared_at_equal_training_loss():
     full = [trained_to("full", s, [3.0, 2.0, 2.0, 3.0], [2.0, 1.0, 0.5]) for s in (0, 1)]
     faster = [trained_to("full", s, [3.0, 2.25, 2.5, 3.0], [1.5, 0.5, 0.25], lr=1e-2) for s in (0, 1)]
     lora = [trained_to("LoRA", s, [3.0, 2.0, 3.0, 4.0], [2.0, 1.0, 0.5]) for s in (0, 1)]
     frame = together(*full, *faster, *lora).assign(n_train=16)
     (row,) = compare_over_rates(frame, "validation_loss", train_loss=1.0).to_dict("records")
-    assert (row["pairs"], row["lower"], row["upper"], row["verdict"]) == (2, 3.0 - 2.375, 1.0, "more")
+    assert (row["pairs"], row["lower"], row["upper"], row["verdict"]) == (2, 0.5, 1.0, "more")
     (row,) = compare_over_rates(frame, "validation_loss", train_loss=0.5).to_dict("records")
     assert (row["lower"], row["upper"]) == (1.0, 1.5)
     with pytest.raises(ValueError, match="two seeds in common at each rate"):

@@ -270,7 +270,7 @@ def test_lesson_05_refutes_what_the_intervals_of_the_record_refute(claims, speed
 
 def test_lesson_07_decides_on_overfitting_only_what_every_stopping_point_and_training_loss_shows(claims, overfitting):
     frame = overfitting.frame().query("stage == 'judging' and schedule == 'constant'")
-    by_step, by_loss = learning.by_stopping_point(frame), learning.by_training_loss(frame, [3, 2.5, 2, 1.5])
+    by_step, by_loss = learning.by_stopping_point(frame), learning.by_training_loss(frame, [3, 2, 1.5])
     risen = by_step[(by_step.lower != 0) | (by_step.upper != 0)]
     verdicts = {*risen.verdict, *by_loss.verdict}
     assert frame.edge.eq("").all()
