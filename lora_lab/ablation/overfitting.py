@@ -375,7 +375,8 @@ def compare_over_rates(
         column: one that :func:`summarise_trials` returns, or with a ``share`` one of :func:`at_equal_learning`, or with
             a ``train_loss`` the "validation_loss".
         reference: the method that the others are compared with.
-        share, train_loss: None compares at each trial's own best or last step. Give one of them at most.
+        share, train_loss: None compares at each trial's own best or last step. Give one of them at most. With a
+            ``train_loss`` each pair of rates is compared for all three places of a mean (:func:`training_losses`).
 
     Returns:
         Columns ``n_train`` (if there is one), ``setup``, ``pairs`` (of rates), ``lower`` and ``upper`` (the outermost
@@ -402,14 +403,20 @@ def compare_over_rates(
                 pairs = [at_equal_learning(curves, pair, share) for pair in pairs]
             elif train_loss is not None:
                 by = _identity(frame)
-                pairs = [at_training_loss(frame.merge(pair[by]), [train_loss]) for pair in pairs]
+                curves = [frame.merge(pair[by]) for pair in pairs]
+                pairs = [at_training_loss(curve, [train_loss], place) for curve in curves for place in _PLACES]
             complete = all({reference, setup} <= set(pair["setup"]) for pair in pairs)
             tables = [compare(pair, column, reference) for pair in pairs if complete]
             bounds = pandas.concat(tables).query("setup == @setup") if complete else pandas.DataFrame()
             if "lower" not in bounds or bounds["lower"].isna().any():
                 raise ValueError(f"{setup!r} and {reference!r} need two seeds in common at each rate to be compared.")
             row = {} if size is None else {"n_train": size}
-            row |= {"setup": setup, "pairs": len(pairs), "lower": bounds["lower"].min(), "upper": bounds["upper"].max()}
+            row |= {
+                "setup": setup,
+                "pairs": len(references) * len(others),
+                "lower": bounds["lower"].min(),
+                "upper": bounds["upper"].max(),
+            }
             rows.append({**row, "verdict": _over_all(bounds["lower"], bounds["upper"])})
     return pandas.DataFrame(rows)
 
