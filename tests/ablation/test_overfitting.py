@@ -932,11 +932,17 @@ def test_a_difference_that_turns_with_the_place_of_a_mean_is_undecided():
     assert at_training_loss(frame, [1.5], place=1.0).query("setup == 'full'").validation_loss.tolist() == [2.5, 2.5]
     with pytest.raises(ValueError, match="two seeds in common with 'full'"):
         by_training_loss(frame, [1.5])  # placed before its steps, the second mean is that of the first evaluation
+    rising = [curve("full", 1e-3, s, [3.0] * 5, gap=[math.nan, 2.0, 0.0, 2.5, 2.5]) for s in (0, 1)]  # 1, 3, 0.5, 0.5
+    assert len(at_training_loss(together(*rising), [1.5])) == 2
+    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
+        by_training_loss(together(*rising, *lora), [1.5])  # in the middle alone it begins above
     full = [
         curve("full", 1e-3, s, [3.0, 2.0, 2.0, 3.0, 3.0], gap=[math.nan, 0.0, 0.0, 2.0, 2.0]) for s in (0, 1)
     ]  # means 2, 2, 1 and 1
     (row,) = by_training_loss(together(*full, *lora), [1.5]).to_dict("records")
     assert (row["difference"], row["lower"], row["upper"], row["verdict"]) == (0.25, -0.25, 0.25, "open")
+    (row,) = compare_over_rates(together(*full, *lora), "validation_loss", train_loss=1.5).to_dict("records")
+    assert (row["pairs"], row["lower"], row["upper"], row["verdict"]) == (1, -0.25, 0.25, "flips")
 
 
 def test_all_pairs_of_rates_can_be_compared_at_equal_training_loss():

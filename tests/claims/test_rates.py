@@ -123,6 +123,8 @@ def test_a_higher_rank_gains_more_at_high_rates(verdict):
     assert verdict("rank-gains-at-high-rates", gain=lambda rate: 10 * rate, **shape).verdict == "stands"
     assert verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 - 5 * rate, **shape).verdict == "falls"
     assert verdict("rank-gains-at-high-rates", gain=lambda rate: 5 * rate, noise=0.05).verdict == "open"
+    single = verdict("rank-gains-at-high-rates", gain=lambda rate: 10 * rate, **shape | {"noise": 0.003})
+    assert single.verdict == "open"  # each pair of rates alone would be decided
     little = verdict("rank-gains-at-high-rates", gain=lambda rate: rate, **shape | {"noise": 1e-4})
     assert (little.verdict, "+0.001" in little.measured) == ("stands", True)  # of the sign alone
     at_the_end = verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 * (rate > 2e-3), **shape)
