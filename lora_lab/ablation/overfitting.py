@@ -107,6 +107,7 @@ def tune_by_seed(
     lrs: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
     widen: int,
+    by: str = "best_loss",
 ) -> tuple[list[pandas.DataFrame], dict[str, tuple[float]]]:
     """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
 
@@ -116,6 +117,7 @@ def tune_by_seed(
         lrs: the rates that each setup tries first.
         seeds: choose.
         widen: how many rates may be added to a grid while its best rate is at the edge.
+        by: as for :func:`at_best_rate`.
 
     Returns:
         The frames of the seeds, and each setup's best rate; no rates if no trial ended well.
@@ -134,7 +136,7 @@ def tune_by_seed(
         so_far = pandas.concat(frames, ignore_index=True)
         if not (so_far["outcome"] == "done").any():
             return frames, {}
-        best = at_best_rate(summarise_trials(so_far), so_far).drop_duplicates("setup").set_index("setup")
+        best = at_best_rate(summarise_trials(so_far), so_far, by).drop_duplicates("setup").set_index("setup")
         beyond = {
             str(setup): edge
             for setup, edge in best["edge"].items()
@@ -212,8 +214,10 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def at_best_rate(trials: pandas.DataFrame, frame: pandas.DataFrame | None = None) -> pandas.DataFrame:
-    """The rows at each method's best rate: the lowest mean of ``best_loss`` over the seeds that all its rates have.
+def at_best_rate(
+    trials: pandas.DataFrame, frame: pandas.DataFrame | None = None, by: str = "best_loss"
+) -> pandas.DataFrame:
+    """The rows at each method's best rate: the lowest mean loss over the seeds that all its rates have.
 
     A column ``edge`` is added: whether that rate is the "smallest" or "largest" of those that ended well, so that a
     better one may lie beyond, or the "only" one.
@@ -221,6 +225,7 @@ def at_best_rate(trials: pandas.DataFrame, frame: pandas.DataFrame | None = None
     Args:
         trials: what :func:`summarise_trials` returns.
         frame: what it summarises, if trials of it were stopped: their rates cannot be the best, but count for ``edge``.
+        by: the loss that counts: "best_loss", for training that is stopped early, or "last_loss".
 
     Raises:
         ValueError: there are no trials, or the rates of a method have no seed in common.
@@ -232,7 +237,7 @@ def at_best_rate(trials: pandas.DataFrame, frame: pandas.DataFrame | None = None
     if len(stopped):  # on some seed; on others a rate may have gone on
         of_rate = [*_shared(trials), "lr"]
         trials = trials[~trials.set_index(of_rate).index.isin(stopped.set_index(of_rate).index)]
-    for of_setup, means in _by_rate(trials):
+    for of_setup, means in _by_rate(trials, by):
         rate = means.idxmin()
         shared = of_setup[_shared(trials)].drop_duplicates()
         rates = sorted({*means.index, *stopped.merge(shared)["lr"]})
@@ -268,12 +273,12 @@ def near_ties(trials: pandas.DataFrame, slack: float) -> pandas.DataFrame:
     return pandas.concat(parts, ignore_index=True)
 
 
-def _by_rate(trials: pandas.DataFrame) -> Iterator[tuple[pandas.DataFrame, pandas.Series]]:
-    """Each setup's trials (at each size), and each rate's mean ``best_loss`` over the seeds that all rates have."""
+def _by_rate(trials: pandas.DataFrame, by: str = "best_loss") -> Iterator[tuple[pandas.DataFrame, pandas.Series]]:
+    """Each setup's trials (at each size), and each rate's mean loss over the seeds that all rates have."""
     if trials.empty:
         raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
     for values, of_setup in trials.groupby(_shared(trials), sort=False):
-        table = of_setup.pivot(index="seed", columns="lr", values="best_loss").dropna()
+        table = of_setup.pivot(index="seed", columns="lr", values=by).dropna()
         if table.empty:
             raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
         yield of_setup, table.mean()

@@ -53,10 +53,11 @@ ADAM = 16  # bytes of a trained weight in float32, with its gradient and Adam's 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et al. 2023, section 3
 
 
-def rank_of_equal_static_memory(config: LlamaConfig) -> int:
+def rank_of_equal_static_memory(config: LlamaConfig, gradients: bool = True) -> int:
     """The lowest rank at which LoRA's weights, gradients and Adam moments (float32) exceed full fine-tuning's."""
+    trained_bytes = ADAM - (0 if gradients else FLOAT32)
     whole = sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
-    return (ADAM - FLOAT32) * whole // (ADAM * adapter_size(config, ALL)) + 1
+    return (trained_bytes - FLOAT32) * whole // (trained_bytes * adapter_size(config, ALL)) + 1
 
 
 @cache

@@ -109,9 +109,13 @@ def less_memory(claim: Claim, record: Record) -> Result:
     for pair in pairs:
         for ratio, words in _memory_ratios(record, [pair]):
             cases.append((ratio > 1, f"rank {pair[1].partition('=')[2].partition(',')[0]} {words}"))
-    rank = rank_of_equal_static_memory(shapes.config("smollm2-135m"))
-    counted_case = f"from rank {rank} upwards, counting only SmolLM2-135M's weights, gradients and Adam's moments"
-    return over_cases([*cases, (False, counted_case)] if cases else [], "the rank")
+    config = shapes.config("smollm2-135m")
+    without, with_gradients = (rank_of_equal_static_memory(config, held) for held in (False, True))
+    counted_case = (
+        f"counting SmolLM2-135M's weights and Adam's moments alone, from rank {without} upwards; with gradients, "
+        f"which the peak holds with few tokens, from {with_gradients}"
+    )
+    return over_cases([*cases, (False, counted_case)] if cases else [], "the rank and the tokens in a step")
 
 
 @decides("memory-gap-closes", record="memory")

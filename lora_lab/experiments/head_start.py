@@ -4,8 +4,8 @@ Two small nets learn to read digits, and then a change of them: moved by a pixel
 digits. A net that was pre-trained is fine-tuned on few changed pictures or on many. A net of the same shape with random
 weights learns the same from scratch, in as many steps, and in as many as pre-training and fine-tuning have together.
 The seed draws everything that is left to chance: which pictures are in which part, the pre-training, the random
-weights, the training pictures and their order. Some seeds choose each setup's learning rate, by validation loss, and
-others are judged.
+weights, the training pictures and their order. Some seeds choose each setup's learning rate, by the validation loss
+after the last step, and others are judged.
 
 The real model learns Python's manual in the same way, beside a model of its shape with random weights.
 """
@@ -49,6 +49,7 @@ PRETRAINING, TRAINING = 400, 150  # steps on digits
 BATCH = 32  # pictures a step
 SEQ_LEN = 64  # tokens an example of the language model
 OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
+_BY = "last_loss"  # the lowest would be the loss before training, where training only harms
 _COLUMNS = (
     *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
     *("validation_loss", "test_loss", "score_accuracy", "commit"),
@@ -94,7 +95,7 @@ class Case:
             if setup == FINE_TUNED:
                 return partial(studies.language_model, device)
             return partial(studies.random_init, device, seed)
-        return pretrained(self.model, self.data, seed) if setup == FINE_TUNED else NETS[self.model](seed=seed)
+        return pretrained(self.model, self.data, seed) if setup == FINE_TUNED else _net(self.model, seed)
 
     def task(self, seed: int) -> Task:
         """What is learned."""
@@ -128,8 +129,8 @@ class Case:
     def rows(self, device: torch.device, folder: str | Path) -> Iterator[Row]:
         """The last row of each trial: first of those that choose, then of those that are judged."""
         run = partial(self.train, device, folder)
-        choosing, chosen = tune_by_seed(run, self.lrs, self.choosing, self.widen)
-        at_edges = edges(choosing)
+        choosing, chosen = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
+        at_edges = edges(choosing, _BY)
         stages = {"choosing": choosing, "judging": (run(seed, chosen) for seed in self.judging if chosen)}
         for stage, frames in stages.items():
             for frame in frames:
@@ -141,11 +142,16 @@ class Case:
 @cache
 def pretrained(net: str, change: str, seed: int) -> nn.Module:
     """A small net that has learned the digits as they are before that change."""
-    task, learned = tasks.digits("pretrain", seed, change=change), NETS[net](seed=seed)
+    task, learned = tasks.digits("pretrain", seed, change=change), _net(net, seed)
     fit(learned, task, FullFineTuning(), steps=PRETRAINING, lr=3e-3, batch_size=BATCH, seed=seed, progress=False)
-    model = NETS[net](seed=seed)
+    model = _net(net, seed)
     model.load_state_dict(learned.state_dict())  # without the mark of the method that trained it
     return model
+
+
+def _net(name: str, seed: int) -> nn.Module:
+    """A small net with random weights."""
+    return NETS[name](seed=seed, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -189,14 +189,14 @@ def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str
         yield from _rows(frames, "judging", at_edges)
 
 
-def edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
-    """Setup -> the edge of its grid at which the chosen rate lies, if it lies at one."""
+def edges(choosing: Sequence[pandas.DataFrame], by: str = "best_loss") -> dict[str, str]:
+    """Setup -> the edge of its grid at which the rate chosen ``by`` this loss lies, if it lies at one."""
     import pandas
 
     frame = pandas.concat(choosing, ignore_index=True)
     if not (frame["outcome"] == "done").any():
         return {}
-    best = at_best_rate(summarise_trials(frame), frame)
+    best = at_best_rate(summarise_trials(frame), frame, by)
     return dict(zip(best["setup"], best["edge"], strict=True))
 
 

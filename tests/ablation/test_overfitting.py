@@ -28,6 +28,7 @@ from lora_lab.ablation.overfitting import (
     near_ties,
     summarise_trials,
     training_losses,
+    tune_by_seed,
 )
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
@@ -244,6 +245,25 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_marked(found, edge):
         best = at_best_rate(losses(*order))
         assert best.edge.tolist() == [edge]
         assert best.lr.tolist() == [rates[found.index(1.0)]]
+
+
+def test_the_last_loss_may_choose_another_rate_than_the_lowest():
+    harmed = curve("full", 1e-2, 0, [1.0, 1.0, 3.0])  # lowest before training
+    slow = curve("full", 1e-4, 0, [1.0, 1.2, 1.3])
+    trials = summarise_trials(together(harmed, slow, curve("full", 1e-3, 0, [1.0, 0.9, 2.0])))
+    assert at_best_rate(trials)[["lr", "edge"]].values.tolist() == [[1e-3, ""]]
+    assert at_best_rate(trials, by="last_loss")[["lr", "edge"]].values.tolist() == [[1e-4, "smallest"]]
+
+
+@pytest.mark.parametrize(("by", "chosen", "tried"), [("best_loss", 1e-3, 3), ("last_loss", 2.5e-4, 5)])
+def test_the_loss_that_counts_widens_the_grid(by, chosen, tried):
+    def run(seed, lrs):  # training does harm, the more so the higher the rate, but for one rate below the grid
+        rates = {lr: [2.0, 1.5 if lr == 1e-3 else 1.8, 2.0 + abs(lr - 2.5e-4) * 1e3] for lr in lrs["full"]}
+        return together(*(curve("full", lr, seed, losses) for lr, losses in rates.items()))
+
+    frames, rates = tune_by_seed(run, {"full": (5e-4, 1e-3, 2e-3)}, seeds=(0, 1), widen=2, by=by)
+    assert rates == {"full": (chosen,)}
+    assert [frame.lr.nunique() for frame in frames] == [tried, tried]
 
 
 def test_of_rates_as_good_the_smaller_one_is_taken():

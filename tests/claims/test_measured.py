@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.ablation import rank_advice
+from lora_lab.ablation import overfitting, rank_advice
+from lora_lab.ablation.stats import t_bounds
 from lora_lab.claims.measured import right_by
 from lora_lab.system.files import write_json
 from tests.helpers import COMMIT
@@ -97,9 +100,10 @@ def test_a_third_of_the_memory(changed, change, verdict):
 
 def test_less_memory(changed):
     result = changed("lora-needs-less-memory", "memory", unchanged)
-    assert (result.verdict, result.on) == ("depends", "the rank")
+    assert (result.verdict, result.on) == ("depends", "the rank and the tokens in a step")
     assert "rank 64 1.35 (small, 4 x 128)" in result.measured
-    assert "no: from rank 331 upwards" in result.measured  # as lesson 04 counts
+    # 134,515,008 parameters, 305,280 for each rank: 8 * P > 12 * r * R without gradients, 12 * P > 16 * r * R with
+    assert "from rank 294 upwards; with gradients, which the peak holds with few tokens, from 331" in result.measured
     assert "bf16" not in result.measured  # whose adapters are in float32, which is no equal precision
     assert changed("lora-needs-less-memory", "memory", where(is_lora, measured_bytes=10**10)).verdict == "falls"
 
@@ -356,6 +360,27 @@ def test_overfitting_depends_on_what_is_equal_if_no_rate_is_at_an_edge(changed):
     assert changed("lora-overfits-less", "overfitting", at_edge).verdict == "open"
     without_training_losses = where(lambda row: row["setup"].startswith("LoRA"), gap=None)
     assert "lacks what is needed" in changed("lora-overfits-less", "overfitting", without_training_losses).measured
+
+
+@pytest.mark.parametrize(("stops", "losses", "verdict"), [(26, 9, "depends"), (35, 35, "open")])
+def test_joint_bounds_change_the_verdict_only_for_both_kinds_together(monkeypatch, stops, losses, verdict):
+    for name, cases in {"by_stopping_point": stops, "by_training_loss": losses}.items():  # as docs/claims.md states
+        monkeypatch.setattr(overfitting, name, with_bounds_for(cases, getattr(overfitting, name), monkeypatch))
+    result = claims.verdict("lora-overfits-less").result
+    assert result.verdict == verdict
+    assert claims.verdict("better-at-equal-fit").result.verdict == ("falls" if verdict == "depends" else "open")
+    parts = result.measured.split("where both have a training loss")
+    lists = [re.findall(r"(?:less|more|undecided) at ([\d., ]+)", text) for text in parts]
+    assert [sum(len(numbers.split(",")) for numbers in of_kind) for of_kind in lists] == [26, 9]
+
+
+def with_bounds_for(cases, compared, monkeypatch):
+    def jointly(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(overfitting, "t_bounds", partial(t_bounds, confidence=1 - 0.05 / cases))
+            return compared(*args, **options)
+
+    return jointly
 
 
 def test_overfitting_is_open_at_the_edges_and_depends_on_the_stopping_point_inside(changed):

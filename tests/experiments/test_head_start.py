@@ -74,14 +74,15 @@ def test_each_setup_is_judged_on_other_seeds_at_the_rate_of_the_lowest_mean_loss
 def test_a_row_is_what_fit_gives_for_its_start_pictures_rate_and_seed(record):
     frame = record.frame()
     task = tasks.digits("adapt", 3, change="inverted").limited(40, 3)
-    learned = DigitsMLP(seed=3)
+    learned = DigitsMLP(seed=3, dtype=torch.float64)
     before = {"steps": 400, "lr": 3e-3, "batch_size": 32, "seed": 3, "progress": False}
     fit(learned, tasks.digits("pretrain", 3, change="inverted"), FullFineTuning(), **before)
-    starts = {FINE_TUNED: (learned, 150), FROM_SCRATCH: (DigitsMLP(seed=3), 150), LONGER: (DigitsMLP(seed=3), 550)}
+    scratch = DigitsMLP(seed=3, dtype=torch.float64)
+    starts = {FINE_TUNED: (learned, 150), FROM_SCRATCH: (scratch, 150), LONGER: (scratch, 550)}
     own = frame[(frame["data"] == "inverted") & (frame["seed"] == 3)].set_index("setup")
     for setup, (start, steps) in starts.items():
         row = own.loc[setup]
-        model = DigitsMLP()
+        model = DigitsMLP(dtype=torch.float64)
         model.load_state_dict(start.state_dict())
         fit(
             model,
