@@ -53,11 +53,16 @@ ADAM = 16  # bytes of a trained weight in float32, with its gradient and Adam's 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et al. 2023, section 3
 
 
-def rank_of_equal_static_memory(config: LlamaConfig, gradients: bool = True) -> int:
-    """The lowest rank at which LoRA's weights, gradients and Adam moments (float32) exceed full fine-tuning's."""
-    trained_bytes = ADAM - (0 if gradients else FLOAT32)
+def rank_of_equal_memory(config: LlamaConfig, gradients: bool) -> int:
+    """The lowest rank at which LoRA's weights, Adam moments and gradients (float32) exceed full fine-tuning's.
+
+    Where they are held, at the end of the backward pass, full fine-tuning also holds two copies of the gradient of a
+    head that is the embedding, while they are added.
+    """
+    trained_bytes, copies = (ADAM, 2 * config.tie_word_embeddings) if gradients else (ADAM - FLOAT32, 0)
     whole = sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
-    return (trained_bytes - FLOAT32) * whole // (trained_bytes * adapter_size(config, ALL)) + 1
+    saved = (trained_bytes - FLOAT32) * whole + copies * FLOAT32 * config.vocab_size * config.hidden_size
+    return saved // (trained_bytes * adapter_size(config, ALL)) + 1
 
 
 @cache

@@ -24,7 +24,7 @@ from lora_lab.ablation.comparison import differences
 from lora_lab.ablation.learning_rate import best_rate, last_rows, losses_by_rate
 from lora_lab.ablation.stats import CONFIDENCE, interval, resampled_means, t_bounds
 from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
-from lora_lab.claims.counted import rank_of_equal_static_memory
+from lora_lab.claims.counted import rank_of_equal_memory
 from lora_lab.claims.deciding import DEPENDS, FALLS, OPEN, STANDS, Result, decides, near, over_cases, turned_by, within
 from lora_lab.claims.facts import Claim
 from lora_lab.costs.bill import MIB
@@ -110,7 +110,7 @@ def less_memory(claim: Claim, record: Record) -> Result:
         for ratio, words in _memory_ratios(record, [pair]):
             cases.append((ratio > 1, f"rank {pair[1].partition('=')[2].partition(',')[0]} {words}"))
     config = shapes.config("smollm2-135m")
-    without, with_gradients = (rank_of_equal_static_memory(config, held) for held in (False, True))
+    without, with_gradients = (rank_of_equal_memory(config, held) for held in (False, True))
     counted_case = (
         f"counting SmolLM2-135M's weights and Adam's moments alone, from rank {without} upwards; with gradients, "
         f"which the peak holds with few tokens, from {with_gradients}"
