@@ -184,5 +184,5 @@ def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
     notes = {OPEN: f" ({waiting} wait for a record)"}
     total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
     last = f"{len(entries)} claims: {total}."
-    authors = f"{of_others} of those that fall come from a named source, the others are beliefs."
+    authors = f"{of_others} of those that fall have a source, the others are beliefs."
     return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims show ID"])

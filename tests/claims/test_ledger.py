@@ -88,7 +88,7 @@ def test_the_table_fits_100_columns_and_counts(entries):
     stand = sum(entry.result.verdict == "stands" for entry in entries.values())
     assert f" {stand} stands," in lines[-2]
     cited = sum(entry.result.verdict == "falls" and entry.claim.read != "lesson" for entry in entries.values())
-    assert lines[-1].startswith(f"{cited} of those that fall come from a named source, ")
+    assert lines[-1].startswith(f"{cited} of those that fall have a source, ")
     waiting = [line for line in lines if " waits: " in line]
     assert f" open ({len(waiting)} wait for a record)" in lines[-2]
 
