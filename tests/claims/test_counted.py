@@ -118,3 +118,12 @@ def test_published_counts_hold_with_the_output_layer_and_not_without():
     assert result.verdict == "depends"
     assert "yes: with the output layer 0.252, 0.243, 0.487, 0.705" in result.measured
     assert "no: blocks alone 0.218, 0.226, 0.453, 0.671" in result.measured
+
+
+def test_the_copies_of_the_heads_gradient_count_where_the_head_is_the_embedding():
+    tied = shapes.config("smollm2-135m")
+    untied = dataclasses.replace(tied, tie_word_embeddings=False)
+    whole, head, for_each_rank = 134_515_008, 49_152 * 576, 305_280
+    assert counted.rank_of_equal_memory(tied, gradients=True) == (12 * whole + 8 * head) // (16 * for_each_rank) + 1
+    assert counted.rank_of_equal_memory(untied, gradients=True) == 12 * (whole + head) // (16 * for_each_rank) + 1
+    assert counted.rank_of_equal_memory(tied, gradients=False) == 8 * whole // (12 * for_each_rank) + 1

@@ -19,7 +19,7 @@ from lora_lab.tasks.digits import CHANGES
 from tests.experiments.conftest import counting_on
 from tests.helpers import COMMIT
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow  # the first test takes no time
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REAL_PLAN = head_start.plan
@@ -56,6 +56,28 @@ def record(small_world, tiny_config):
     return record
 
 
+def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_that_before_training(monkeypatch):
+    after = {1e-3: (2.4, 2.4), 3e-3: (2.1, 2.1), 9e-3: (1.5, 8.0)}  # by seed; 2.0 before training
+
+    def train(case, device, folder, seed, lrs):
+        common = {"outcome": "done", "seed": seed, "steps": 150, "off_domain_loss": 1.0, "gap": 0.0}
+        return pandas.DataFrame(
+            common | {"setup": setup, "lr": lr, "step": step, "validation_loss": loss}
+            for setup, rates in lrs.items()
+            for lr in rates
+            for step, loss in ((0, 2.0), (150, after[lr][seed % 2]))
+        )
+
+    monkeypatch.setattr(head_start.Case, "train", train)
+    lrs = dict.fromkeys((FINE_TUNED, FROM_SCRATCH), tuple(after))
+    trials = {setup: REAL_PLAN(CPU)[0].trials[setup] for setup in lrs}
+    case = head_start.Case("moved", "MLP", 10, trials, lrs, choosing=(0, 1), judging=(2, 3), widen=0)
+    rows = pandas.DataFrame(case.rows(CPU, "unused"))
+    assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
+    assert set(rows["edge"].fillna("")) == {""}
+
+
+@slow
 def test_each_setup_is_judged_on_other_seeds_at_the_rate_of_the_lowest_mean_loss(record):
     frame = record.frame()
     for (data, setup), own in frame.groupby(["data", "setup"]):
@@ -71,6 +93,7 @@ def test_each_setup_is_judged_on_other_seeds_at_the_rate_of_the_lowest_mean_loss
     assert frame[frame["data"] == DOCS]["score_accuracy"].isna().all()
 
 
+@slow
 def test_a_row_is_what_fit_gives_for_its_start_pictures_rate_and_seed(record):
     frame = record.frame()
     task = tasks.digits("adapt", 3, change="inverted").limited(40, 3)
@@ -100,6 +123,7 @@ def test_a_row_is_what_fit_gives_for_its_start_pictures_rate_and_seed(record):
         assert row["score_accuracy"] == pytest.approx(float(right))
 
 
+@slow
 def test_the_ledger_reads_the_record(record):
     for claim in ("fine-tuning-beats-scratch", "never-train-from-scratch", "fine-tuning-needs-fewer-steps"):
         result = claims.verdict(claim, "records").result
@@ -107,6 +131,7 @@ def test_the_ledger_reads_the_record(record):
         assert "inverted, MLP, 40" in result.measured
 
 
+@slow
 def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
     case = few(CPU)[0]
     for setup in (FINE_TUNED, FROM_SCRATCH):
@@ -119,6 +144,7 @@ def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
     assert torch.equal(scratch["head.weight"], longer["head.weight"])
 
 
+@slow
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_language_model(device):
     cases = REAL_PLAN(device)
