@@ -2,8 +2,8 @@
 
 A case is one net, one change of the data and one number of examples. What decides it is the difference of the test
 losses over the seeds that were judged, unless the right answers differ the other way. So many cases are looked at that
-some would seem decided by chance alone, so their bounds hold for all cases of a claim together with 95 % (Bonferroni:
-each for itself at 1 - 0.05 / cases).
+some would seem decided by chance alone, so of all cases of a claim the lower bounds hold together with 95 % certainty,
+and so do the upper ones (Bonferroni: each at 1 - 0.05 / cases).
 """
 
 from __future__ import annotations

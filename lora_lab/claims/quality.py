@@ -1,7 +1,7 @@
 """Verdicts from the record ``quality``: LoRA beside full fine-tuning, each at its own learning rate.
 
-A case is one rank after one number of steps. What decides it is LoRA's test loss minus full fine-tuning's, with bounds
-that hold for all cases together with 95 % (Bonferroni: each for itself at 1 - 0.05 / cases).
+A case is one rank after one number of steps. What decides it is LoRA's test loss minus full fine-tuning's. Of all cases
+the lower bounds hold together with 95 % certainty, and so do the upper ones (Bonferroni: each at 1 - 0.05 / cases).
 """
 
 from __future__ import annotations
