@@ -752,7 +752,7 @@ def torchtune_speed(claim: Claim, published: Published) -> Result:
         full = {row["technique"]: lora / row["tokens_per_second"] for row in rows if row["method"] == "full"}
         fastest = min(full, key=full.__getitem__)
         text = f"{model} on {card}: {full[fastest]:.2f} times full's fastest row ({fastest})"
-        text += "".join(f", {full[name]:.2f} times that with {name}" for name in full if name == "checkpointing")
+        text += "".join(f", {full[name]:.2f} times its row with {name}" for name in full if name == "checkpointing")
         answer = near(full[fastest], claim.stated)
         cases.append((answer, text))
         conditions.append((answer, {"the model": model, "the card": card}))
