@@ -40,7 +40,7 @@ HOURS = {
     "downstream": "three hours",
     "elicitation": "half an hour",
     "rates": "three hours",
-    "quality": "ten hours",
+    "quality": "eleven hours",
     "targets": "an hour",
     "taught": "at most five hours",
     "remedies": "two hours",

@@ -13,9 +13,12 @@ LEVEL = {(rank, steps): 0.0 for rank in RANKS for steps in STEPS}
 
 @pytest.fixture
 def verdict(tmp_path):
-    """(claim's id, differences by rank and steps, noise, seeds, edge) -> the result from a record with them."""
+    """(claim's id, differences by rank and steps, noise, seeds, edge) -> the result from a record with them.
 
-    def verdict(claim_id, differences, noise=0.001, seeds=6, edge=""):
+    ``on_validation`` holds those that are others on the validation examples.
+    """
+
+    def verdict(claim_id, differences, noise=0.001, seeds=6, edge="", on_validation=None):
         random, rows = np.random.default_rng(0), []
         for steps in STEPS:
             reference = 3 - 0.001 * steps + 0.2 * random.random(10)  # blocks differ, and more steps lower the loss
@@ -23,9 +26,11 @@ def verdict(tmp_path):
             for setup, (rank, difference) in setups.items():
                 shared = {"stage": "judging", "data": "docs", "lr": 1e-3, "outcome": "done", "step": steps}
                 shared |= {"steps": steps, "setup": f"{setup}, {steps} steps", "rank": rank, "edge": edge}
+                of_part = {"test": difference, "validation": (on_validation or {}).get((rank, steps), difference)}
                 for seed in range(seeds):
-                    losses = reference + difference + random.normal(0, noise, 10)
-                    rows.append(shared | {"seed": seed, "score_test": str(losses.tolist())})
+                    losses = {part: reference + gap + random.normal(0, noise, 10) for part, gap in of_part.items()}
+                    scores = {f"score_{part}": str(of_blocks.tolist()) for part, of_blocks in losses.items()}
+                    rows.append(shared | {"seed": seed} | scores)
         record = records.Record("quality", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-29", "a command", {}, rows)
         records.write(record, tmp_path)
         return claims.verdict(claim_id, tmp_path).result
@@ -66,8 +71,26 @@ def test_what_breaks_a_rule_decides_nothing(verdict):
     assert verdict(equal, LEVEL, seeds=2).measured.endswith("and for full fine-tuning)")
 
 
+def test_what_the_validation_loss_contradicts_is_undecided(verdict):
+    equal = "lora-equals-full-fine-tuning"
+    assert str(verdict(equal, {case: 0.1 * (case == (1, 60)) for case in LEVEL})).startswith("depends")
+    behind = {case: 0.1 * (case == (1, 60)) for case in LEVEL}
+    doubted = verdict(equal, behind, on_validation={(1, 60): 0.0})
+    assert "not decided: rank 1, 60 steps**: +0.100 (" in doubted.measured
+    assert "; validation +0.000)" in doubted.measured or "; validation -0.000)" in doubted.measured
+    assert doubted.measured.endswith("**: the validation loss shows the opposite")
+    assert verdict(equal, dict.fromkeys(LEVEL, 0.0), on_validation=dict.fromkeys(LEVEL, 0.1)).verdict == "open"
+    near = verdict(equal, LEVEL, on_validation=dict.fromkeys(LEVEL, 0.008))  # worse there, but within the margin
+    assert near.verdict == "stands"
+    assert verdict(equal, LEVEL, on_validation=dict.fromkeys(LEVEL, 0.01), noise=0.002).verdict == "open"
+    agreeing = verdict(equal, dict.fromkeys(LEVEL, 0.05), on_validation=dict.fromkeys(LEVEL, 0.1))
+    assert agreeing.verdict == "falls"
+    assert "**" not in agreeing.measured
+
+
 def test_bounds_are_wider_for_more_cases():
-    gap = Gap(8, 60, np.array([[0.0], [0.002], [0.004], [0.006]]), False)
+    values = np.array([[0.0], [0.002], [0.004], [0.006]])
+    gap = Gap(8, 60, values, values, False)
     lower, upper = gap.bounds(1)
     assert gap.is_as_good(1) is True
     assert gap.bounds(20)[0] < lower < 0.003 < upper < 0.01 < gap.bounds(20)[1]
