@@ -4,7 +4,7 @@ A case is one rank after one number of steps. What decides it is LoRA's test los
 the lower bounds hold together with 95 % certainty, and so do the upper ones (Bonferroni: each at 1 - 0.05 / cases).
 
 Test and validation examples are from different pages of the manual, and a difference on one can be another on the
-other. So what the test loss decides counts only if the validation loss does not show the opposite.
+other. So what the test loss decides counts only if the validation loss does not point the other way.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Gap:
     def is_as_good(self, cases: int) -> bool | None:
         """Whether LoRA is as good as full fine-tuning or better, within the margin; None if it is undecided.
 
-        That is so if the bounds hold the margin, a rate is at an edge, or the validation loss shows the opposite.
+        That is so if the bounds hold the margin, a rate is at an edge, or the validation loss points the other way.
         """
         return None if self.at_edge or self.contradicted(cases) else _within_margin(*self.bounds(cases))
 
     def contradicted(self, cases: int) -> bool:
-        """Whether the validation loss shows the opposite of what the test loss decides.
+        """Whether the validation loss points the other way than what the test loss decides.
 
         Where LoRA is as good on the test examples, it is worse there, and not surely within the margin; where it is
         behind, it is as good there. The bounds of the validation loss are those of this case alone: doubt needs less
@@ -75,7 +75,7 @@ class Gap:
         return f"rank {self.rank}, {self.steps} steps{marks}: {means}"
 
 
-NOTES = {"*": "a rate is at the edge of its grid", "**": "the validation loss shows the opposite"}
+NOTES = {"*": "a rate is at the edge of its grid", "**": "the validation loss points the other way"}
 
 
 def _within_margin(lower: float, upper: float) -> bool | None:

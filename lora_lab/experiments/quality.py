@@ -31,8 +31,8 @@ CENTRES = {
 def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in a night, or a GPU in an hour.
 
-    The longest runs are a part of their own, with fewer seeds, which would otherwise take a day. On two cores one seed
-    chooses their rates: losses at neighbouring rates differ by more there than those of seeds.
+    The longest runs are a part of their own, with fewer seeds, which would otherwise take a day. On two cores a single
+    seed chooses their rates: where two rates are nearly alike, another seed might choose the other.
     """
     gpu = device.type == "cuda"
     return {

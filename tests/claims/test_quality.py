@@ -78,7 +78,7 @@ def test_what_the_validation_loss_contradicts_is_undecided(verdict):
     doubted = verdict(equal, behind, on_validation={(1, 60): 0.0})
     assert "not decided: rank 1, 60 steps**: +0.100 (" in doubted.measured
     assert "; validation +0.000)" in doubted.measured or "; validation -0.000)" in doubted.measured
-    assert doubted.measured.endswith("**: the validation loss shows the opposite")
+    assert doubted.measured.endswith("**: the validation loss points the other way")
     assert verdict(equal, dict.fromkeys(LEVEL, 0.0), on_validation=dict.fromkeys(LEVEL, 0.1)).verdict == "open"
     near = verdict(equal, LEVEL, on_validation=dict.fromkeys(LEVEL, 0.008))  # worse there, but within the margin
     assert near.verdict == "stands"
