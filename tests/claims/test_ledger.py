@@ -150,8 +150,8 @@ def test_show_as_json_is_an_array_of_one(capsys):
         ("two-real-knobs", "It was computed again just now, on this machine."),
         ("memory-a-third", "lora-lab record memory makes the record anew, in half an hour on two cores."),
         (
-            "lora-equals-full-fine-tuning",
-            "lora-lab record quality will make the record, in ten hours on two cores.",
+            "all-linear-gains-little",
+            "lora-lab record targets will make the record, in an hour on two cores.",
         ),
         ("qlora-takes-more-time", "Its numbers are published ones"),
         ("higher-rank-never-hurts", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),

@@ -73,7 +73,7 @@ def cells(text, first):
 @pytest.mark.slow
 def test_a_changed_record_changes_the_verdict(source, stored):
     before, _ = stored
-    assert [row[1].strip() for row in cells(before, f"[{LESS}]")] == ["depends on the rank"]
+    assert [row[1].strip() for row in cells(before, f"[{LESS}]")] == ["depends on the rank and the tokens in a step"]
     ((_, stands, falls, *_),) = cells(before, "[memory](#study-memory)")
     change(source / f"{MEMORY}.json", hungry)
     after = page(source)
@@ -94,7 +94,7 @@ def test_machines_stand_side_by_side(source, stored):
     assert "No record of a" not in text
     assert "| Claim | Intel(R) Xeon(R) Processor, 2 cores | NVIDIA H100 80GB HBM3 |" in text
     (verdicts,) = cells(text, f"[{LESS}]")
-    assert [cell.strip() for cell in verdicts[1:]] == ["depends on the rank", "falls"]
+    assert [cell.strip() for cell in verdicts[1:]] == ["depends on the rank and the tokens in a step", "falls"]
     ratios = {row[0].strip(): float(row[6]) for row in cells(text, "") if row[3:6] == ["LoRA r=8", "1", "64"]}
     assert ratios["NVIDIA H100 80GB HBM3"] == pytest.approx(
         10 * ratios["Intel(R) Xeon(R) Processor, 2 cores"], rel=0.02
@@ -126,7 +126,7 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
         assert f"**{kind}**: {board.QUESTIONS[kind]}" in text or f"### {kind}: {board.QUESTIONS[kind]}" in text
     assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(NAMES)
     drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
-    assert len(drawn) == len(list(folder.glob("*.png"))) == 13
+    assert len(drawn) == len(list(folder.glob("*.png"))) == 14
     for words, file in drawn.items():
         assert re.search(r"\d", words), words
         assert (folder / file).read_bytes().startswith(PNG)
