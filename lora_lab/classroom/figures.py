@@ -290,6 +290,37 @@ def published(reports: Mapping[str, float], bound: float, ax: Axes | None = None
 # Lesson 06, which rank
 
 
+def behind_full(
+    gaps: Mapping[str, Mapping[int, tuple[float, float, float]]],
+    margin: float,
+    unit: str = "nats",
+    ax: Axes | None = None,
+) -> Axes:
+    """How far the loss of each setup is above full fine-tuning's after several numbers of steps, with bounds.
+
+    Args:
+        gaps: setup, such as "LoRA r=8" -> steps -> the mean difference, and its lower and upper bounds. At each number
+            of steps the setups are drawn side by side.
+        margin: up to which a setup counts as as good, drawn as a line.
+    """
+    ax = ax or plt.subplots()[1]
+    styles = line_styles(list(gaps))
+    for i, (setup, by_steps) in enumerate(gaps.items()):
+        middle, lower, upper = np.array(list(by_steps.values())).T
+        places = np.array(list(by_steps)) * 2 ** (0.15 * (i - (len(gaps) - 1) / 2))
+        reach = [middle - lower, upper - middle]
+        ax.errorbar(places, middle, reach, capsize=3, fillstyle="none", markersize=8, label=setup, **styles[setup])
+    ax.axhline(0, color=METHOD_COLOURS["full"], linewidth=1, label="full")
+    ax.axhline(margin, color="#000000", linewidth=1, linestyle=":", label="margin")
+    ax.set_xscale("log", base=2)
+    budgets = sorted({steps for by_steps in gaps.values() for steps in by_steps})
+    ax.set_xticks(budgets, [f"{steps:,}" for steps in budgets])
+    ax.minorticks_off()
+    ax.set(xlabel="training steps", ylabel=f"loss minus full fine-tuning's ({unit})")
+    legend_beside(ax)
+    return ax
+
+
 def seed_by_seed(losses: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
     """What each seed alone says of the ranks: a grey line and a star at its lowest loss; in colour the mean.
 

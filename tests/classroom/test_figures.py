@@ -40,6 +40,23 @@ def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "share of the gain (%)")
 
 
+def test_setups_stand_side_by_side_above_and_below_full_fine_tuning():
+    of_rank_1 = {60: (0.02, 0.01, 0.04), 240: (0.0, -0.03, 0.05)}
+    of_rank_8 = {60: (-0.02, -0.03, -0.01), 240: (0.03, 0.01, 0.04)}
+    ax = figures.behind_full({"LoRA r=1": of_rank_1, "LoRA r=8": of_rank_8}, margin=0.01)
+    first, second = (container.lines[0] for container in ax.containers)
+    assert second.get_ydata().tolist() == [-0.02, 0.03]
+    assert (first.get_xdata() < second.get_xdata()).all()
+    assert first.get_xdata() * second.get_xdata() == pytest.approx([60**2, 240**2])
+    styles = plots.line_styles(["LoRA r=1", "LoRA r=8"])
+    assert [line.get_color() for line in (first, second)] == [style["color"] for style in styles.values()]
+    (bars,) = ax.containers[1].lines[2]
+    assert [bar[:, 1] for bar in bars.get_segments()] == [pytest.approx([-0.03, -0.01]), pytest.approx([0.01, 0.04])]
+    levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines if line.get_label() in ("full", "margin")}
+    assert levels == {"full": 0, "margin": 0.01}
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["60", "240"]
+
+
 def test_the_schematic_states_shapes_scaling_and_the_count():
     ax = figures.schematic(rank=2, out_features=48, in_features=64, alpha=8)
     texts = "\n".join(text.get_text() for text in ax.texts)
