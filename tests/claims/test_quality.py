@@ -88,6 +88,13 @@ def test_what_the_validation_loss_contradicts_is_undecided(verdict):
     assert "**" not in agreeing.measured
 
 
+def test_a_validation_loss_that_decides_nothing_contradicts_nothing():
+    test, validation = np.array([[-0.001], [0.0], [0.001]]), np.array([[-0.02], [0.01], [0.04]])
+    assert not Gap(8, 60, test, validation, False).contradicted(1)
+    assert Gap(8, 60, test, validation, False).is_as_good(1) is True
+    assert Gap(8, 60, test, validation + 0.1, False).contradicted(1)
+
+
 def test_bounds_are_wider_for_more_cases():
     values = np.array([[0.0], [0.002], [0.004], [0.006]])
     gap = Gap(8, 60, values, values, False)
