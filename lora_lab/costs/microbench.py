@@ -18,20 +18,21 @@ import statistics
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lora_lab.costs.fake import storage_of
 from lora_lab.costs.memory import MIB
 from lora_lab.costs.timing import synchronize
 from lora_lab.system.device import own_randomness
 
+_Leaf = TypeVar("_Leaf")
 _ATEN = torch.ops.aten
 # Distances are rounded, so that similar operations are timed once: no distance, within a core's cache, within the
 # processor's, in memory.
@@ -106,7 +107,7 @@ class Operation:
     @property
     def operands(self) -> list[Operand]:
         """All tensors among the arguments, in order."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Operand)]
+        return list(_leaves((self.args, self.kwargs), Operand))
 
     @property
     def moved_bytes(self) -> int:
@@ -301,8 +302,17 @@ class ReuseDistances:
 
 def _made(args: Any, kwargs: Any, out: Any) -> list[Tensor]:
     """The results that have a storage of none of the arguments."""
-    inputs = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage_of(leaf) not in inputs]
+    inputs = {storage_of(leaf) for leaf in _leaves((args, tuple(kwargs.values())), Tensor)}
+    return [leaf for leaf in _leaves(out, Tensor) if storage_of(leaf) not in inputs]
+
+
+def _leaves(value: Any, kind: type[_Leaf]) -> Iterator[_Leaf]:
+    """All that is of a kind in nested lists and tuples; torch's own ``tree_leaves`` takes several times as long."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _leaves(entry, kind)
 
 
 def _entries(operation: Operation, count: int) -> list[Operation]:
@@ -446,18 +456,22 @@ class OperationTimer:
             extent = -(-operand.extent_bytes // _LINE) * _LINE
             count = entries * max(1, min(_MOST_SETS, room // (extent * entries)))
             step = max(extent, room // count // _LINE * _LINE)
-            slots.append([self._tensor(operand, start + step * index) for index in range(count)])
+            slots.append(self._tensors(operand, range(start, start + step * count, step)))
             start += step * count
         return slots
 
-    def _tensor(self, operand: Operand, start_bytes: int) -> Tensor:
-        """A view of the pool of ones; for integers, which are mostly indices, zeros."""
-        count = operand.extent_bytes // operand.dtype.itemsize
-        start = start_bytes // operand.dtype.itemsize
-        if not operand.dtype.is_floating_point:
-            start, memory = 0, torch.zeros(count, dtype=operand.dtype, device=self.device)
-        elif start_bytes + operand.extent_bytes > self._pool.nbytes:  # an operation that could not be cut
-            start, memory = 0, torch.ones(count, dtype=operand.dtype, device=self.device)
-        else:
-            memory = self._pool.view(operand.dtype)
-        return memory.as_strided(operand.shape, operand.stride, start)
+    def _tensors(self, operand: Operand, starts_bytes: Iterable[int]) -> list[Tensor]:
+        """Views of the pool of ones, one from each start; for integers, which are mostly indices, zeros."""
+        shape, stride, dtype, extent_bytes = operand.shape, operand.stride, operand.dtype, operand.extent_bytes
+
+        def constant(fill: Callable[..., Tensor]) -> Tensor:
+            return fill(extent_bytes // dtype.itemsize, dtype=dtype, device=self.device).as_strided(shape, stride)
+
+        if not dtype.is_floating_point:
+            return [constant(torch.zeros) for _ in starts_bytes]
+        pool, last = self._pool.view(dtype), self._pool.nbytes - extent_bytes
+        return [
+            # An operation that could not be cut may not fit into the pool.
+            pool.as_strided(shape, stride, start // dtype.itemsize) if start <= last else constant(torch.ones)
+            for start in starts_bytes
+        ]
