@@ -207,7 +207,7 @@ def test_the_lesson_states_its_aims_and_ends_in_what_to_keep(path):
     start, end = text[: text.index("## Question")], text[text.index("## Takeaways") :]
     assert len(re.findall(r"^- ", start[start.index("**You will**") :], re.MULTILINE)) == 3
     assert re.search(r"\*\*Before\*\*", start)
-    assert re.search(r"\*\*Time\*\* about \d+ minutes for you, about [\d½]+ for the machine", start), start
+    assert re.search(r"\*\*Time\*\* about \d+ minutes for you, about [\d½¾]+ for the machine", start), start
     takeaways, recall = end.split("## Recall")
     assert len(re.findall(r"^\d\. \*\*", takeaways, re.MULTILINE)) == 3
     recall, projects = recall.split("## Your turn")
@@ -219,10 +219,19 @@ def test_the_lesson_states_its_aims_and_ends_in_what_to_keep(path):
 def test_the_readme_and_lesson_00_give_the_minutes_that_the_lesson_states(path):
     text = text_of(read(path))
     title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
-    yours, machines = re.search(r"about (\d+) minutes for you, about ([\d½]+) for the machine", text).groups()
+    yours, machines = re.search(r"about (\d+) minutes for you, about ([\d½¾]+) for the machine", text).groups()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"| [{path.stem}](notebooks/{path.name}) | {title} | {yours} | {machines} |" in readme
     assert f"]({path.name}) | {yours} |" in text_of(read(LESSONS[0]))
+
+
+def test_the_lessons_state_at_most_3_minutes_of_computing_each_and_14_together():
+    """``benchmarks/lessons.py`` measures them."""
+    stated = [re.search(r"about ([\d½¾]+) for the machine", text_of(read(path)))[1] for path in LESSONS]
+    fractions = {"½": 0.5, "¾": 0.75}
+    minutes = [int(text.rstrip("½¾") or 0) + fractions.get(text[-1], 0) for text in stated]
+    assert max(minutes) <= 3
+    assert sum(minutes) <= 14
 
 
 @each_lesson

@@ -25,7 +25,7 @@ def start(notebook):
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", words(notebook.cells[0].source))
     aims, before, time = re.search(r"\*\*You will\*\* - (.+) \*\*Before\*\* (.+) \*\*Time\*\* (.+)", text).groups()
     before = re.sub(r"^this lesson,? ", "", before).rstrip(".")
-    minutes = re.match(r"about (\d+) minutes for you, about ([\d½]+) for the machine", time).groups()
+    minutes = re.match(r"about (\d+) minutes for you, about ([\d½¾]+) for the machine", time).groups()
     return [aim.rstrip(".,;") for aim in aims.split(" - ")], before[0].upper() + before[1:], *minutes
 
 
