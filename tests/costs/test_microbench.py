@@ -267,6 +267,23 @@ def test_no_two_operands_share_memory_and_each_has_as_many_as_fill_its_distance(
     assert len({second for _, second in used}) == 6
 
 
+def test_integers_are_zeros_and_what_does_not_fit_into_the_pool_has_memory_of_its_own():
+    watch = OperationTimer(CPU)
+    watch._pool = torch.ones(MIB // 4)
+    (indices,) = watch._tensors(Operand((16,), (1,), torch.int64), [0])
+    assert torch.equal(indices, torch.zeros(16, dtype=torch.int64))  # valid indices of any table
+    inside, beyond = watch._tensors(row_major(256, 512), [0, MIB - 4096])  # half a MiB each
+    assert torch.equal(inside, torch.ones(256, 512))
+    assert torch.equal(beyond, torch.ones(256, 512))
+    assert inside.data_ptr() == watch._pool.data_ptr()
+
+
+def test_what_is_written_into_an_argument_by_name_is_not_new():
+    x, into = torch.ones(64, 64), torch.empty(64, 64)
+    (operation,) = ReuseDistances().operations(ATEN.add.out, (x, x), {"out": into}, torch.add(x, x, out=into))
+    assert operation.made_bytes == 0
+
+
 def test_entries_of_a_list_are_timed_eight_at_once(quick, monkeypatch):
     seen = []
 
