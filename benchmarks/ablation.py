@@ -38,8 +38,8 @@ from lora_lab.ablation import ablate, fit_packed, smallest_sufficient_rank, stud
 from lora_lab.ablation.packed import Run
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
-from lora_lab.experiments import ablation as recorded
 from lora_lab.models import shapes
+from lora_lab.studies import ablation as recorded
 from lora_lab.tasks import Examples, Task
 
 PARTS = ("digits", "smollm2", "study")  # those run if none is named

@@ -24,8 +24,8 @@ import psutil
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-from lora_lab.classroom.course import chosen_lessons
 from lora_lab.costs.memory import MIB
+from lora_lab.course.copies import chosen_lessons
 from lora_lab.system.device import pick_device
 
 ENVIRONMENT = {"LORA_LAB_DEVICE": "cpu", "LORA_LAB_EFFORT": "quick", "LORA_LAB_PROGRESS": "0", "OMP_NUM_THREADS": "1"}

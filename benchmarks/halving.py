@@ -24,7 +24,7 @@ import pandas
 from lora_lab import pick_device, records
 from lora_lab.ablation import Halving, Verdict, ablate, overfitting, smallest_sufficient_rank, studies
 from lora_lab.ablation.halving import replay, share_of_steps
-from lora_lab.experiments import ablation
+from lora_lab.studies import ablation
 
 DRAWS = {"first": ([1, 2, 4, 8, 16], range(5)), "second": ([1, 3, 6, 12, 24], range(10, 15))}  # ranks and seeds
 

@@ -14,7 +14,7 @@ import argparse
 
 import common
 
-from lora_lab.experiments import memory
+from lora_lab.studies import memory
 from lora_lab.system.device import pick_device
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}

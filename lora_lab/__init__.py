@@ -23,12 +23,13 @@ In reading order. A file imports only from what is listed before it: here, and i
     costs/       what does a step cost? memory, FLOPs, time: predicted and measured
     ablation/    which setting is enough?  grids, packed runs, results, verdicts
 
-    records      measured runs with their provenance
-    claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
     plots        pictures of results
-    lessons      what the notebooks show: predictions, tables, claims, pictures with sliders
-    classroom/   exercises that name the mistake; figures of one lesson; the lessons in a learner's folder
-    experiments/ the runs behind the records; fine-tuning and the demo
+    finetune     fine-tune a model on a task or your own data
+    demo         LoRA beside full fine-tuning, in five minutes
+
+    studies/     a wing: the runs behind the records, the records, and the ledger of claims
+    course/      a wing: what the notebooks show, exercises that name the mistake, sheets for a class
+
     cli          the command ``lora-lab``
     __main__     the same, for ``torchrun -m lora_lab``
 

@@ -2,18 +2,15 @@ from . import ablation as ablation
 from . import adapters as adapters
 from . import analysis as analysis
 from . import checkpoint as checkpoint
-from . import claims as claims
 from . import costs as costs
 from . import history as history
 from . import layers as layers
 from . import lean as lean
-from . import lessons as lessons
 from . import lora as lora
 from . import methods as methods
 from . import models as models
 from . import plots as plots
 from . import rank as rank
-from . import records as records
 from . import system as system
 from . import task as task
 from . import tasks as tasks
@@ -32,6 +29,7 @@ from .analysis import spectra as spectra
 from .analysis.diagnosis import diagnose as diagnose
 from .costs import memory as memory
 from .costs import speed as speed
+from .course import lessons as lessons
 from .history import History as History
 from .inject import LoRAConfig as LoRAConfig
 from .inject import adapter_state as adapter_state
@@ -56,6 +54,8 @@ from .models.llama import LlamaConfig as LlamaConfig
 from .models.pretrained import load_pretrained as load_pretrained
 from .models.pretrained import save_model as save_model
 from .models.quantize import quantize_nf4 as quantize_nf4
+from .studies import claims as claims
+from .studies import records as records
 from .system import device as device
 from .system.device import pick_device as pick_device
 from .system.device import seed_everything as seed_everything

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_lab import __version__
-from lora_lab.experiments.registry import NAMES, OF_MODELS, current_name, recorder
+from lora_lab.studies.registry import NAMES, OF_MODELS, current_name, recorder
 
 if TYPE_CHECKING:
     import torch
@@ -456,13 +456,13 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from lora_lab.experiments import demo
+    from lora_lab import demo
 
     demo.run(options.steps, options.seed, options.rank, options.device, options.out)
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
-    from lora_lab.experiments import finetune
+    from lora_lab import finetune
     from lora_lab.models.pretrained import load_tokenizer
     from lora_lab.system.files import as_path
     from lora_lab.tasks import PairTask, task_of
@@ -783,8 +783,8 @@ def _ablate(options: argparse.Namespace) -> dict[str, Any]:
 def _record(options: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from lora_lab import records
-    from lora_lab.experiments.recorder import take_over
+    from lora_lab.studies import records
+    from lora_lab.studies.recorder import take_over
     from lora_lab.system.device import pick_device
     from lora_lab.system.files import check_writable, rescued
     from lora_lab.system.provenance import commit as current_commit
@@ -820,7 +820,7 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_record(options: argparse.Namespace) -> None:
-    from lora_lab.experiments.submission import check
+    from lora_lab.studies.submission import check
     from lora_lab.system.wording import counted
 
     for path in options.files:
@@ -829,8 +829,8 @@ def _check_record(options: argparse.Namespace) -> None:
 
 
 def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from lora_lab import claims
-    from lora_lab.claims.ledger import WIDTH
+    from lora_lab.studies import claims
+    from lora_lab.studies.claims.ledger import WIDTH
 
     if (options.action is None) != (options.id is None):
         raise ValueError(f"lora-lab claims {options.action} needs the ID of a claim; lora-lab claims lists them.")
@@ -849,13 +849,13 @@ def _claims(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _lessons(options: argparse.Namespace) -> None:
-    from lora_lab.classroom.course import add_files, check_files, chosen_lessons, copy_lessons
+    from lora_lab.course.copies import add_files, check_files, chosen_lessons, copy_lessons
 
     only, added = options.only or [], options.add or []
     if options.grading and added:
         raise ValueError("--add is for the lessons, but --grading writes sheets; put files into source/NAME by hand.")
     if options.grading:
-        from lora_lab.classroom.grading.sheets import write_course
+        from lora_lab.course.grading.sheets import write_course
 
         print(write_course(options.folder, only))
         print(f"In {options.folder}, for each sheet: nbgrader generate_assignment NAME (docs/grading.md has the rest)")

@@ -2,7 +2,7 @@
 
 Colours are Okabe and Ito's, which colour-blind readers can distinguish; a second cue (line style, marker or hatch)
 goes with each. A method, and a part of a memory bill, look the same in every figure. Only this file and
-``lora_lab.classroom.figures``, with the figures that belong to one lesson each, import matplotlib.
+``lora_lab.course.figures``, with the figures that belong to one lesson each, import matplotlib.
 """
 
 from __future__ import annotations

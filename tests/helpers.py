@@ -165,11 +165,11 @@ def words(text):
 def solutions(notebook):
     """For each exercise the lines that a learner has to find: those of its solution that the learner's lesson lacks."""
     # Its libraries for notebooks take over a second to import, and workers that run tests' functions import this file.
-    from lora_lab.classroom import course
+    from lora_lab.course import copies
 
-    shown = words("\n".join(cell.source for cell in course.student(notebook).cells))
+    shown = words("\n".join(cell.source for cell in copies.student(notebook).cells))
     source = "\n".join(cell.source for cell in notebook.cells)
-    blocks = re.findall(rf"{course.BEGIN}\n(.*?)\n *{course.END}", source, re.DOTALL)
+    blocks = re.findall(rf"{copies.BEGIN}\n(.*?)\n *{copies.END}", source, re.DOTALL)
     lines = [map(words, block.splitlines()) for block in blocks]
     return [[line for line in block if len(line) > 12 and line not in shown] for block in lines]
 

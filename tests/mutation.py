@@ -69,7 +69,7 @@ TARGETS = {
     "costs/memory": ["costs/test_fake", "costs/test_setup", "costs/test_trace", "costs/test_memory"],
     "ablation/packed_layer": ["ablation/test_packed", "ablation/test_run"],
     "ablation/packed": ["ablation/test_packed", "ablation/test_run"],
-    "ablation/verdict": ["ablation/test_verdict", "experiments/test_ablation"],
+    "ablation/verdict": ["ablation/test_verdict", "studies/test_ablation"],
 }
 
 

@@ -25,10 +25,10 @@ from lora_lab.ablation.verdict import RankResult, Verdict
 from lora_lab.costs import memory_report
 from lora_lab.costs.memory import Bill, Part
 from lora_lab.costs.speed import Flops, Prediction, Times
-from lora_lab.experiments.recorder import Recorder
-from lora_lab.experiments.registry import NAMES, recorder
 from lora_lab.methods import LORA_METHODS
 from lora_lab.models import pretrained
+from lora_lab.studies.recorder import Recorder
+from lora_lab.studies.registry import NAMES, recorder
 from lora_lab.tasks import TASKS
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
 
@@ -36,8 +36,8 @@ from tests.helpers import ROOT, command, error_line, printed_json, randomise
 @pytest.mark.parametrize(
     ("work", "arguments"),
     [
-        ("lora_lab.experiments.demo.run_in_subprocess", ["demo"]),
-        ("lora_lab.experiments.memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
+        ("lora_lab.demo.run_in_subprocess", ["demo"]),
+        ("lora_lab.studies.memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
         ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
     ],
@@ -60,11 +60,11 @@ def test_what_takes_minutes_says_before_it_starts_that_its_folder_cannot_be_writ
 @pytest.mark.parametrize(
     ("work", "file", "own", "arguments"),
     [
-        ("lora_lab.experiments.demo.run_in_subprocess", "demo.json", '{"machine": {}, "results": []}', ["demo"]),
+        ("lora_lab.demo.run_in_subprocess", "demo.json", '{"machine": {}, "results": []}', ["demo"]),
         ("lora_lab.ablation.ablate", "table.csv", "key,method,lr,outcome\n", ["ablate", "--task", "planted"]),
         ("lora_lab.analysis.spectra.report", "layers.csv", "layer,kind,depth\n", ["analyze", "adapter"]),
         (
-            "lora_lab.experiments.finetune.load_pretrained",
+            "lora_lab.finetune.load_pretrained",
             "result.json",
             (ROOT / "lora_lab/adapters/data/sentiment/result.json").read_text(encoding="utf-8"),
             ["finetune", "--task", "docs", "--overwrite"],

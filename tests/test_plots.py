@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 
 mpl.use("Agg")
 
-from lora_lab import FullFineTuning, History, LoRA, LoRALinear, plots
+from lora_lab import FullFineTuning, History, LoRA, LoRALinear, demo, plots
 from lora_lab.ablation.learning_rate import BestRate
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
-from lora_lab.experiments import demo
 from lora_lab.history import COLUMNS
 from lora_lab.methods import Method
 from lora_lab.models.digits import DigitsMLP

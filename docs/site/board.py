@@ -12,17 +12,17 @@ import pandas
 import pictures
 from markup import escaped, table
 
-from lora_lab import claims, experiments, plots, records
+from lora_lab import claims, plots, records, studies
 from lora_lab.ablation import overfitting
-from lora_lab.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
-from lora_lab.claims.ledger import HOURS
-from lora_lab.claims.measured import ALSO, at_inner_rates, time_interval
 from lora_lab.costs.memory import MIB
-from lora_lab.experiments.memory import SMALL
-from lora_lab.experiments.registry import NAMES
-from lora_lab.records import Published, Record
+from lora_lab.studies.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
+from lora_lab.studies.claims.ledger import HOURS
+from lora_lab.studies.claims.measured import ALSO, at_inner_rates, time_interval
+from lora_lab.studies.memory import SMALL
+from lora_lab.studies.records import Published, Record
+from lora_lab.studies.registry import NAMES
 
-QUESTIONS = dict(re.findall(r"^(\w+) +(\S.*)$", experiments.__doc__, re.MULTILINE))
+QUESTIONS = dict(re.findall(r"^(\w+) +(\S.*)$", studies.__doc__, re.MULTILINE))
 COUNTED = (STANDS, FALLS, DEPENDS, OPEN)
 QUANTITIES = {
     "loss": "validation loss (nats)",

@@ -26,16 +26,16 @@ from sphinx.cmd.build import build_main
 
 import lora_lab
 from lora_lab import claims, records
-from lora_lab.claims.deciding import ANY_MACHINE, DECIDERS, VERDICTS
-from lora_lab.claims.facts import NONE_GIVEN
-from lora_lab.classroom import course
+from lora_lab.course import copies
+from lora_lab.studies.claims.deciding import ANY_MACHINE, DECIDERS, VERDICTS
+from lora_lab.studies.claims.facts import NONE_GIVEN
 
 ROOT = Path(__file__).resolve().parents[2]  # links are resolved, too
 REPOSITORY_PAGES = ["CONTRIBUTING.md", "SECURITY.md", "records/README.md"]
 ROWS_SHOWN = 50
 ENTRY = re.compile(r"^ *(\w+)/? {2,}\S", re.MULTILINE)  # a file in the docstring of a package
 FRONT_DOOR = re.compile(r"^from \.(\S*) import (\w+) as \w+$", re.MULTILINE)
-SHOWING_SOLUTIONS = {"exercise", "exercises", "course"}  # modules of lora_lab.classroom
+SHOWING_SOLUTIONS = {"exercise", "exercises", "copies"}  # modules of lora_lab.course
 
 
 def main(folder: Path) -> int:
@@ -103,7 +103,7 @@ def adapted(text: str, path: Path, source: Path) -> str:
 def write_lesson(path: Path, source: Path) -> None:
     """Write a lesson with folded solutions, and beside it the notebook that a learner starts from."""
     notebook = nbformat.read(path, as_version=4)
-    start = course.student(notebook)
+    start = copies.student(notebook)
     write(source / "download" / path.name, nbformat.writes(start))
     cells = []
     for cell, open_cell in zip(notebook.cells, start.cells, strict=True):
@@ -112,7 +112,7 @@ def write_lesson(path: Path, source: Path) -> None:
         elif cell.source != open_cell.source:  # an exercise
             cells.append(copy.deepcopy(open_cell))
             lines = cell.source.splitlines()
-            markers = (course.BEGIN, course.END, course.STUB)
+            markers = (copies.BEGIN, copies.END, copies.STUB)
             cell.source = "\n".join(line for line in lines if not line.strip().startswith(markers))
             cell.id += "-solution"
             cell.metadata.tags = ["hide-cell"]

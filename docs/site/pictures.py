@@ -11,10 +11,10 @@ from lora_lab import plots
 from lora_lab.ablation import overfitting
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.ablation.verdict import smallest_sufficient_rank
-from lora_lab.claims import head_start as claims_on_head_start
-from lora_lab.claims.measured import MARGIN, at_inner_rates, time_interval
-from lora_lab.claims.rates import FIXED_ALPHA, FULL, SAME_SCALING, best_by_rank
-from lora_lab.records import Record
+from lora_lab.studies.claims import head_start as claims_on_head_start
+from lora_lab.studies.claims.measured import MARGIN, at_inner_rates, time_interval
+from lora_lab.studies.claims.rates import FIXED_ALPHA, FULL, SAME_SCALING, best_by_rank
+from lora_lab.studies.records import Record
 
 Picture = tuple[Figure, str]
 SMOLLM2 = "smollm2-135m"

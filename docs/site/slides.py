@@ -25,7 +25,7 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from nbformat import NotebookNode
 
-from lora_lab.classroom import course
+from lora_lab.course import copies
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -75,7 +75,7 @@ def page(notebook: NotebookNode, name: str) -> str:
 def slides(notebook: NotebookNode) -> Iterator[str]:
     """The slides of a lesson, each as HTML."""
     topic = exercise = quotation = paragraph = ""
-    for cell, learners in zip(notebook.cells, course.student(notebook).cells, strict=True):
+    for cell, learners in zip(notebook.cells, copies.student(notebook).cells, strict=True):
         if cell.cell_type == "markdown":
             wanted = tagged(cell)
             quotation = paragraph = ""
@@ -98,7 +98,7 @@ def slides(notebook: NotebookNode) -> Iterator[str]:
                 yield markdown.render(f"{topic}\n\n{paragraph}")
         elif not tagged(cell):
             continue
-        elif course.BEGIN in cell.source:
+        elif copies.BEGIN in cell.source:
             task = re.split(r"\s`check`\s", paragraph)[0]  # what follows is of running it, of hints and of solutions
             yield markdown.render(f"{exercise}\n\n{task}") + f"<pre>{html.escape(learners.source)}</pre>"
         else:

@@ -16,7 +16,7 @@ from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import Grid, Halving, Trial, ablate, load, overfitting, run, smallest_sufficient_rank
 from lora_lab.ablation.halving import Plan, next_round, replay, share_of_steps
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.records import load_all
+from lora_lab.studies.records import load_all
 from lora_lab.tasks import planted
 
 pytestmark = pytest.mark.usefixtures("one_thread")

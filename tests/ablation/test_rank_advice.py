@@ -28,8 +28,8 @@ from lora_lab.lean import Lean
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import digits
-from tests.experiments.conftest import sentences
 from tests.helpers import randomise
+from tests.studies.conftest import sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

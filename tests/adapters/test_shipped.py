@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lora_lab import adapter_state, cli, load_adapter, lora_layers, reply
 from lora_lab.adapters import CONFIG, WEIGHTS, shipped, strength
-from lora_lab.experiments.downstream import scores
 from lora_lab.models.pretrained import SMOLLM2
+from lora_lab.studies.downstream import scores
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.generate import answers
 from tests.helpers import ROOT

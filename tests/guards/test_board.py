@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from lora_lab import records
-from lora_lab.claims.deciding import DECIDERS, judge
-from lora_lab.claims.facts import read_claims
-from lora_lab.claims.ledger import Entry
-from lora_lab.experiments.registry import NAMES
+from lora_lab.studies.claims.deciding import DECIDERS, judge
+from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.ledger import Entry
+from lora_lab.studies.registry import NAMES
 from tests.helpers import COMMIT, PNG, ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))  # scripts, which are no package

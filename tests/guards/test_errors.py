@@ -21,8 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_lab as ll
-from lora_lab import ablation
-from lora_lab.experiments import finetune
+from lora_lab import ablation, finetune
 from lora_lab.models import download
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import load_pretrained, save_model
@@ -43,7 +42,7 @@ NOT_MADE = {
     "cannot be read (": "takes a user who is not root; tests/system/test_files.py",
     "The system ended a worker": "takes processes of which one is killed; tests/ablation/test_run.py",
     "The output cannot be written": "takes a device that is full; tests/test_cli.py",
-    "The files are in": "takes a training whose folder vanishes; tests/experiments/test_finetune.py",
+    "The files are in": "takes a training whose folder vanishes; tests/studies/test_finetune.py",
 }
 MISTAKES = {}  # the quoted words: the class of the error, and a function that makes the mistake, or does it right
 

@@ -55,7 +55,7 @@ from lora_lab import (
     save_model,
 )
 from lora_lab.ablation import load
-from lora_lab.classroom import course, learner
+from lora_lab.course import copies, learner
 from lora_lab.models import pretrained
 from lora_lab.models.gguf_reader import read_gguf
 from lora_lab.models.llama import RopeScaling
@@ -181,7 +181,7 @@ def write(folder):
     (folder / "blocks").mkdir()
     pretrained._write_blocks(read_gguf(folder / "model.gguf"), folder / "blocks")
     (folder / "lessons").mkdir()
-    write_json(folder / "lessons" / course.MANIFEST, {"solved": False, "lessons": {"00_first_look.ipynb": "5a"}})
+    write_json(folder / "lessons" / copies.MANIFEST, {"solved": False, "lessons": {"00_first_look.ipynb": "5a"}})
     write_json(folder / "lessons" / learner.PROGRESS, {"done": ["best_rank"], "tried": ["terms_for"]})
 
 
@@ -282,7 +282,7 @@ def test_what_a_learner_has_done_is_read(folder, monkeypatch):
     monkeypatch.chdir(folder / "lessons")
     assert learner._remembered() == ({"best_rank"}, {"terms_for"}, "")
     with pytest.raises(ValueError, match="has the lessons without solutions"):
-        course.copy_lessons(folder / "lessons", solved=True)
+        copies.copy_lessons(folder / "lessons", solved=True)
 
 
 # Today's are like those of the newest

@@ -14,11 +14,11 @@ import nbformat
 import pytest
 from nbval.plugin import get_sanitize_patterns
 
-import lora_lab.classroom.exercises  # noqa: F401  # registers them
-from lora_lab.claims import verdict
-from lora_lab.claims.deciding import IN_OUTPUT
-from lora_lab.claims.facts import read_claims
-from lora_lab.classroom.exercise import EXERCISES
+import lora_lab.course.exercises  # noqa: F401  # registers them
+from lora_lab.course.exercise import EXERCISES
+from lora_lab.studies.claims import verdict
+from lora_lab.studies.claims.deciding import IN_OUTPUT
+from lora_lab.studies.claims.facts import read_claims
 from tests.helpers import ROOT
 
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))

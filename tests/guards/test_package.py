@@ -171,7 +171,7 @@ def test_the_jobs_of_the_workflow_run_everything():
     assert "tests/guards/test_site.py" in commands("site")
     assert ".[test,teach]" in commands("grading")
     assert "import nbgrader.api" in commands("grading")
-    assert "tests/classroom/grading" in commands("grading")
+    assert "tests/course/grading" in commands("grading")
     assert "pip install dist/*.whl" in commands("wheel")
     assert ".ci/smoke.py" in commands("wheel")
     assert "tests/guards/test_llama_cpp.py" in commands("llama-cpp")

@@ -18,9 +18,9 @@ from lora_lab.ablation.learning_rate import (
     ratio_interval,
     sample_vertices,
 )
-from lora_lab.claims.deciding import IN_OUTPUT
-from lora_lab.claims.rates import by_alpha_and_rank
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.studies.claims.deciding import IN_OUTPUT
+from lora_lab.studies.claims.rates import by_alpha_and_rank
 
 MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "amd-epyc-2-cores-speed"
 MIB = 2**20

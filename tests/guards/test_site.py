@@ -15,9 +15,9 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 
-from lora_lab.claims.facts import read_claims
-from lora_lab.classroom import course
-from lora_lab.experiments.registry import NAMES
+from lora_lab.course import copies
+from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.registry import NAMES
 from tests import lab
 from tests.helpers import ROOT, solutions, words
 
@@ -139,7 +139,7 @@ def test_solutions_are_folded_and_what_the_learner_starts_from_is_not(pages, les
         assert lines
         assert [line for line in lines if line in shown] == []
         assert [line for line in lines if line not in folded] == []
-    starts = zip(notebook.cells, course.student(notebook).cells, strict=True)
+    starts = zip(notebook.cells, copies.student(notebook).cells, strict=True)
     stubs = [start.source for cell, start in starts if cell.source != start.source]
     assert [stub for stub in stubs if words(stub) not in shown] == []
     assert shown.count("Show a solution") == len(stubs)
@@ -153,9 +153,9 @@ def test_no_other_page_and_no_file_has_a_solution(site, pages):
     downloads = {path.stem: path.read_text(encoding="utf-8") for path in site.rglob("*.ipynb")}
     assert sorted(downloads) == LESSONS
     for name, text in downloads.items():
-        assert nbformat.reads(text, as_version=4) == course.student(read(name))
+        assert nbformat.reads(text, as_version=4) == copies.student(read(name))
     others = [path for path in site.rglob("*") if path.suffix in (".json", ".txt", ".html")]
-    assert [path.name for path in others if course.BEGIN in path.read_text(encoding="utf-8")] == []
+    assert [path.name for path in others if copies.BEGIN in path.read_text(encoding="utf-8")] == []
 
 
 def test_formulas_are_drawn_without_a_script(site, pages):

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lora_lab.classroom import course
+from lora_lab.course import copies
 from tests import lab
 from tests.helpers import ROOT, solutions, words
 
@@ -133,7 +133,7 @@ def test_no_slide_has_a_line_of_a_solution_and_each_deck_has_an_exercise(decks, 
     lines = [line for exercise in solutions(LESSONS[name]) for line in exercise]
     assert lines
     assert [line for line in lines if line in text] == []
-    assert not any(marker in text for marker in (course.BEGIN, course.END, course.STUB))
+    assert not any(marker in text for marker in (copies.BEGIN, copies.END, copies.STUB))
     assert "check(" in text
 
 

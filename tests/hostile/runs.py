@@ -19,10 +19,10 @@ from safetensors.torch import load, save
 from torch import nn
 
 from lora_lab import History, LoRA, Trial, ablate, ablation, checkpoint, fit, records
-from lora_lab.classroom.course import copy_lessons
-from lora_lab.classroom.learner import MANIFEST
-from lora_lab.experiments import submission
+from lora_lab.course.copies import copy_lessons
+from lora_lab.course.learner import MANIFEST
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.studies import submission
 from lora_lab.task import IGNORE, Task
 from lora_lab.tasks import digits
 from lora_lab.tasks.base_text import SHIPPED, base_replies

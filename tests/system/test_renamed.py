@@ -9,8 +9,8 @@ import torch
 import lora_lab as ll
 from lora_lab import records
 from lora_lab.ablation import studies
-from lora_lab.experiments.registry import NAMES, current_name
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.studies.registry import NAMES, current_name
 from lora_lab.system.renamed import renamed
 
 OLD = {

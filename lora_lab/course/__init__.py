@@ -1,0 +1,21 @@
+"""Exercises of the lessons: ``from lora_lab.course import check, hint, progress``.
+
+lessons     what the notebooks show: predictions, tables, claims, pictures with sliders
+exercise    what an exercise is, and all of them by name
+exercises/  the exercises, one file for each lesson
+values      equal up to rounding, and what differs
+calls       one call of a learner's function: copies, captured output, a time limit
+judge       right, a known mistake, or what else is wrong
+learner     check, hint, progress: what is shown, and what is remembered
+figures     what one lesson draws; all other figures are in lora_lab.plots
+copies      the lessons in a folder of the learner's, with or without the solutions
+grading/    the exercises as sheets with hidden tests, for nbgrader; for teachers, so not among the names below
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    ["calls", "copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "values"],
+    {"learner": ["check", "hint", "progress"]},
+)

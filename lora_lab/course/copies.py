@@ -1,0 +1,326 @@
+"""The lessons in a folder of the learner's, with or without the solutions.
+
+A lesson marks its solutions as nbgrader does. What the learner starts from instead may follow, line by line:
+
+    def one_line(W, A, B, x, s):
+        ### BEGIN SOLUTION
+        return W @ x + s * (B @ (A @ x))
+        ### END SOLUTION
+        ### STUB return W @ x + s * ____
+
+Without such lines the solution becomes ``raise NotImplementedError("your code here")``.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import filecmp
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired
+
+import nbformat
+from nbformat import NotebookNode
+from typing_extensions import TypedDict
+
+from lora_lab.course.learner import MANIFEST
+from lora_lab.system.files import (
+    as_path,
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    finish_interrupted_save,
+    read_json,
+    write_json,
+)
+from lora_lab.system.provenance import shipped_folder
+from lora_lab.system.schema import check
+from lora_lab.system.wording import counted
+
+CONFIG = "nbgrader_config.py"  # a folder with this file is a course to grade
+BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
+NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
+RAISE = 'raise NotImplementedError("your code here")'
+
+
+class _Manifest(TypedDict):
+    solved: bool
+    lessons: dict[str, str]  # the SHA-256 of each file that was written, by its name
+    linked: NotRequired[dict[str, str]]  # of the lesson with all its links, where some were taken out
+
+
+def student(notebook: NotebookNode) -> NotebookNode:
+    """The learner's version of a lesson: solutions are replaced by stubs, and no cell has been run.
+
+    Outputs go, all of them: a prediction is none if its answer is already on the page. So does metadata
+    that the learner does not need, such as the state of sliders.
+
+    Raises:
+        ValueError: markers do not come in pairs, or a stub is not Python or would stop the notebook outside a function.
+    """
+    result = copy.deepcopy(notebook)
+    _reduce(result.metadata, NOTEBOOK_METADATA)
+    for number, cell in enumerate(result.cells, start=1):
+        _reduce(cell.metadata, CELL_METADATA)
+        if cell.cell_type != "code":
+            if BEGIN in cell.source or END in cell.source:
+                raise ValueError(f"Cell {number} is not code, but it has the marker of a solution; remove the marker.")
+            continue
+        if BEGIN in cell.source or END in cell.source:
+            cell.source = _without_solutions(cell.source, f"Cell {number}")
+        cell.outputs, cell.execution_count = [], None
+    return result
+
+
+def _reduce(metadata: NotebookNode, names: Sequence[str]) -> None:
+    for name in set(metadata) - set(names):
+        del metadata[name]
+
+
+def _without_solutions(source: str, where: str) -> str:
+    lines: list[str] = []
+    begin: int | None = None  # where the solution being read begins, in ``lines``
+    indent = ""
+    source_lines = source.splitlines()
+    for number, line in enumerate(source_lines, start=1):
+        text = line.strip()
+        if text == BEGIN:
+            if begin is not None:
+                raise ValueError(f"{where} has a second {BEGIN!r} in line {number} before {END!r}; end the first one.")
+            begin, indent = len(lines), line[: len(line) - len(line.lstrip())]
+        elif text == END:
+            if begin is None:
+                raise ValueError(f"{where} has {END!r} in line {number} without {BEGIN!r} before it; add that.")
+            begin = None
+            following = source_lines[number].strip() if number < len(source_lines) else ""
+            if not following.startswith(STUB):
+                lines.append(indent + RAISE)
+        elif begin is None and text.startswith(STUB):
+            lines.append(line.replace(STUB, "", 1))
+        elif begin is None:
+            lines.append(line)
+    if begin is not None:
+        raise ValueError(f"{where} has {BEGIN!r} without {END!r}; add it after the last line of the solution.")
+    stub = "\n".join(lines)
+    try:
+        tree = ast.parse(stub)
+    except SyntaxError as error:
+        raise ValueError(f"{where} is not Python without its solution ({error}); mend the stub.") from None
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    if any(isinstance(node, ast.Raise) and node not in inside for node in ast.walk(tree)):
+        raise ValueError(
+            f"{where} would stop the notebook, because its solution is not in a function; move it into one."
+        )
+    return stub
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What :func:`copy_lessons` did.
+
+    Attributes:
+        written: names of the lessons that are new in the folder, or newer.
+        beside: names of files with a newer lesson, beside one that the learner has changed.
+        unchanged: number of lessons that stay as they are.
+    """
+
+    written: tuple[str, ...]
+    beside: tuple[str, ...]
+    unchanged: int
+
+    def __str__(self) -> str:
+        lines = [f"Written: {name}" for name in self.written]
+        lines += [f"Newer than the lesson that you have changed, so written beside it: {name}" for name in self.beside]
+        lines += [f"Already there: {counted(self.unchanged, 'lesson')}"] if self.unchanged else []
+        return "\n".join(lines)
+
+
+def chosen_lessons(only: Sequence[str] = ()) -> list[Path]:
+    """The files of the lessons, in order.
+
+    Args:
+        only: beginnings of names, such as "03" or "03_lora"; all lessons by default.
+
+    Raises:
+        ValueError: no lesson's name begins so.
+    """
+    lessons = sorted(shipped_folder("notebooks").glob("[0-9]*.ipynb"))
+    for beginning in only:
+        if not any(lesson.stem.startswith(beginning) for lesson in lessons):
+            names = ", ".join(lesson.stem for lesson in lessons)
+            raise ValueError(f"There is no lesson {beginning!r}; choose from {names}, or by their numbers.")
+    return [lesson for lesson in lessons if not only or lesson.stem.startswith(tuple(only))]
+
+
+def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] = ()) -> Copied:
+    """Copy lessons into a folder, without ever overwriting a file that was changed since it was written.
+
+    A lesson that was not changed is replaced by a newer version. If it was changed, the newer version is written once
+    to a file beside it, ``NAME.new.ipynb``. A link to a lesson that is not in the folder becomes plain text. The
+    folder's file :data:`MANIFEST` holds what was written.
+
+    Args:
+        folder: is made if it does not exist.
+        solved: with the solutions and all outputs.
+        only: beginnings of lessons' names, such as "03"; all lessons by default.
+
+    Raises:
+        ValueError: the folder is a file or a course to grade, or has the other version, solved or not; a lesson is
+            unknown; a lesson's markers are wrong; or the manifest is damaged.
+        OSError: the folder cannot be written to.
+    """
+    folder = as_path(folder, "folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the lessons.")
+    if (folder / CONFIG).exists():
+        raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
+    finish_interrupted_save(folder)
+    before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
+    if before["solved"] != solved:
+        there, here = ("without", "with") if solved else ("with", "without")
+        raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
+    hashes: dict[str, str] = dict(before["lessons"])
+    linked: dict[str, str] = dict(before.get("linked", {}))
+    written: list[str] = []
+    beside: list[str] = []
+    lessons = chosen_lessons(only)
+    missing = {lesson.name for lesson in chosen_lessons()} - {lesson.name for lesson in lessons}
+    missing = {name for name in missing if not (folder / name).exists()}
+    with atomic_files(folder) as temporary:
+        for lesson in lessons:
+            whole = lesson.read_bytes() if solved else _student_bytes(lesson)
+            content = _without_links(whole, missing)
+            digest, whole_digest = (hashlib.sha256(each).hexdigest() for each in (content, whole))
+            untouched = _digest(folder / lesson.name) in (None, digest, hashes.get(lesson.name))
+            name = lesson.name if untouched else _free_name(folder, lesson.stem, digest, hashes)
+            offered = linked.get(lesson.name, hashes.get(lesson.name))
+            is_offered = not untouched and offered == whole_digest  # now or by an earlier call
+            if not is_offered and _digest(folder / name) != digest:
+                (temporary / name).write_bytes(content)
+                (written if untouched else beside).append(name)
+            hashes |= {lesson.name: digest} if is_offered else {lesson.name: digest, name: digest}
+            linked.pop(lesson.name, None)
+            linked |= {} if digest == whole_digest else {lesson.name: whole_digest}
+        manifest = {"solved": solved, "lessons": hashes} | ({"linked": linked} if linked else {})
+        write_json(temporary / MANIFEST, manifest)
+    return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
+
+
+def _without_links(notebook: bytes, missing: Collection[str]) -> bytes:
+    """A notebook's file in which links to these files have become plain text."""
+
+    def replaced(link: re.Match[str]) -> str:
+        return link[1] if link[2] in missing else link[0]
+
+    return re.sub(r"\[([^\[\]]*)\]\((\w+\.ipynb)\)", replaced, notebook.decode()).encode()
+
+
+@dataclass(frozen=True)
+class Added:
+    """What :func:`add_files` did.
+
+    Attributes:
+        copied: names of files and folders that were copied.
+        differing: names of those that were there already, with other content.
+    """
+
+    copied: tuple[str, ...]
+    differing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"Added: {name}" for name in self.copied]
+        lines += [
+            f"Kept, though yours is different now; delete it there to copy yours: {name}" for name in self.differing
+        ]
+        return "\n".join(lines)
+
+
+def check_files(paths: Sequence[str | Path]) -> None:
+    """Check that :func:`add_files` can copy these.
+
+    Raises:
+        FileNotFoundError: one of them does not exist.
+        ValueError: a folder has a link that does not lead to a file in that folder.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no {path} to add; give the paths of files or folders.")
+        root = os.path.realpath(path)
+        for link in filter(Path.is_symlink, path.rglob("*")):
+            if not link.is_file() or not Path(os.path.realpath(link)).is_relative_to(root):
+                raise ValueError(
+                    f"{link} is a link that leads to no file in {path}, so it could hand out something else of yours; "
+                    "put a copy in its place, or delete it."
+                )
+
+
+def add_files(folder: str | Path, paths: Sequence[str | Path]) -> Added:
+    """Copy files and folders of a class, such as its data or a model, to the lessons; what is there already stays.
+
+    Raises:
+        OSError: one of them does not exist, or the folder cannot be written to.
+        ValueError: as for :func:`check_files`.
+    """
+    check_files(paths)
+    copied, differing = [], []
+    for path in map(Path, paths):
+        target = Path(folder) / path.resolve().name
+        if target.exists():
+            differing += [] if _is_same(path, target) else [target.name]
+            continue
+        if path.is_dir():
+            with atomic_folder(target) as temporary:
+                shutil.copytree(path, temporary, dirs_exist_ok=True)
+        else:
+            with atomic_file(target) as temporary:
+                shutil.copyfile(path, temporary)
+        copied.append(target.name)
+    return Added(tuple(copied), tuple(differing))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two files, or two folders with all that is in them, have the same content."""
+    if one.is_file() and other.is_file():
+        return filecmp.cmp(one, other, shallow=False)
+    names, others = ({path.relative_to(each) for path in each.rglob("*") if path.is_file()} for each in (one, other))
+    return one.is_dir() == other.is_dir() and names == others and all(_is_same(one / n, other / n) for n in names)
+
+
+def _manifest(path: Path) -> _Manifest:
+    try:
+        stored = read_json(path)
+        check(stored, _Manifest)
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{path} is damaged ({reason}); delete it, and lessons that you changed stay.") from None
+    return stored
+
+
+def _student_bytes(lesson: Path) -> bytes:
+    try:
+        notebook = student(nbformat.read(lesson, as_version=4))
+    except ValueError as error:
+        raise ValueError(f"{lesson.name}: {error}") from None
+    return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
+
+
+def _free_name(folder: Path, stem: str, digest: str, hashes: dict[str, str]) -> str:
+    """The first of NAME.new.ipynb, NAME.new2.ipynb, ... that is not there or was not changed."""
+    number = 1
+    while True:
+        name = f"{stem}.new{number if number > 1 else ''}.ipynb"
+        if _digest(folder / name) in (None, digest, hashes.get(name)):
+            return name
+        number += 1
+
+
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a file; None if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

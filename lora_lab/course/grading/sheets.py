@@ -1,0 +1,261 @@
+"""The exercises of a lesson as a sheet, and a course of such sheets, which nbgrader hands out, collects and grades.
+
+A sheet has the lesson's imports, the text of each exercise with its answer, a locked cell with hidden tests after each,
+and a reflection at the end. So running and grading a sheet takes seconds, and needs neither a model nor the rest of the
+lesson. Learners keep the lesson open while they work on its sheet: each exercise names the section that explains it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
+from lora_lab.course.grading.invariant import INVARIANTS, REFLECTIONS, Reflection, hidden_cell
+from lora_lab.course.learner import MANIFEST
+from lora_lab.system.files import atomic_file, atomic_folder
+
+HEADING = "### Exercise"  # with it the text of an exercise begins
+LESSON_ONLY = (  # what a lesson's text says and a sheet's must not, and what the sheet says instead
+    (r" ?[^.]*`lora-lab lessons[^.]*\.\)?", ""),  # the sentence that tells where the solutions are
+    (r", `TASKS\[[^`]*`\.", " in the lesson."),  # names that are defined in the lesson alone
+    (r" Compute this chrF on the test part too.*? for the record below\.", ""),
+)
+INTRODUCTION = """# {title}: the exercises
+
+This sheet belongs to the lesson `{lesson}`. Have the lesson open beside it: each exercise names the section that it
+comes from, which explains its words and symbols, and *above* and *below* in a text refer to the exercise's place in the
+lesson. Write your code where a cell says so, and run it: `check` names the mistake, and `hint("NAME")` in a new cell
+helps. After you hand in the sheet, the cell below each answer tests that answer on new inputs, and gives a point for
+each sentence in the cell that is true. Do not edit these cells: they contain no tests until you hand in the sheet, so
+nbgrader's *Validate* button tests none of your code. A person reads your answer to the question at the end."""
+SETTINGS = f'''"""The settings of this course, for every command of nbgrader that is called in this folder."""
+
+import os
+import sys
+from pathlib import Path
+
+from nbgrader.preprocessors import CheckCellMetadata, ClearOutput, DeduplicateIds, OverwriteCells, OverwriteKernelspec
+
+# nbgrader calls the command alembic, which lies beside this Python, even where its environment is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+class RestoreCells(OverwriteCells):
+    """Graded cells that were deleted are put back at the end; nbgrader's own class fails if the answer is gone, too."""
+
+    def add_missing_grade_cells(self, notebook, resources):
+        present = {{cell.metadata.get("nbgrader", {{}}).get("grade_id") for cell in notebook.cells}}
+        source = self.gradebook.find_notebook(self.notebook_id, self.assignment_id)
+        graded = {{cell.name: cell.max_score for cell in source.grade_cells}}
+        written = {{cell.name for cell in source.solution_cells}}  # by the learner
+        for cell in source.source_cells:
+            if cell.name in graded and cell.name not in present:
+                restored = self.missing_cell_transform(cell, graded[cell.name], is_solution=cell.name in written)
+                restored.id = cell.name
+                notebook.cells.append(restored)
+        return notebook, resources
+
+
+c = get_config()  # noqa: F821  # nbgrader defines it
+c.CourseDirectory.root = str(Path(__file__).parent)
+c.CourseDirectory.course_id = "lora_lab"
+c.ClearSolutions.code_stub = {{"python": {RAISE!r}}}
+c.Execute.timeout = 60  # seconds for a cell: an answer that never ends is stopped then, and the next cell runs
+c.OverwriteCells.add_missing_cells = True
+c.Autograde.sanitize_preprocessors = [ClearOutput, DeduplicateIds, OverwriteKernelspec, RestoreCells, CheckCellMetadata]
+'''
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A cell in which a learner solves an exercise.
+
+    Attributes:
+        number: of the cell in the lesson, from 0.
+        exercise: its name.
+        function: the name of the function or class that is checked.
+    """
+
+    number: int
+    exercise: str
+    function: str
+
+
+def answers(lesson: NotebookNode) -> list[Answer]:
+    """The cells of a lesson that hold a solution and end in ``check(name, function)``."""
+    result = []
+    for number, cell in enumerate(lesson.cells):
+        if cell.cell_type == "code" and BEGIN in cell.source:
+            last = ast.parse(cell.source).body[-1]
+            match last:
+                case ast.Expr(ast.Call(ast.Name("check"), [ast.Constant(str(name)), ast.Name(function)])):
+                    result.append(Answer(number, name, function))
+                case _:
+                    raise ValueError(
+                        f"Cell {number + 1} has a solution, but its last line is no check(name, function); add that."
+                    )
+    return result
+
+
+def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
+    """The source of a sheet, with solutions, hidden tests and what nbgrader reads.
+
+    Args:
+        lesson: with the solutions.
+        name: the file name of the lesson without suffix.
+        seed: of the hidden tests' inputs.
+
+    Raises:
+        ValueError: an exercise has no hidden tests or no heading, or the lesson has no reflection.
+    """
+    solved = answers(lesson)
+    if missing := [each.exercise for each in solved if each.exercise not in INVARIANTS]:
+        raise ValueError(f"The exercise {missing[0]!r} of {name} has no hidden tests yet; leave the lesson out.")
+    if name not in REFLECTIONS:
+        raise ValueError(f"{name} has no reflection yet; leave the lesson out.")
+    title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
+    cells = [
+        new_markdown_cell(INTRODUCTION.format(title=title, lesson=name), id="introduction"),
+        new_code_cell(_imports(lesson, solved[-1].number), id="imports"),
+    ]
+    for position, each in enumerate(solved):
+        first = solved[position - 1].number + 1 if position else 0
+        origin = f"From {_section(lesson.cells[: each.number])} of the lesson {name}."
+        cells += _exercise_text(lesson.cells[first : each.number], each.exercise, origin)
+        cells += _graded(lesson.cells[each.number].source, each, seed)
+    cells += _reflection(REFLECTIONS[name])
+    return new_notebook(cells=cells, metadata={"kernelspec": dict(lesson.metadata.kernelspec)})
+
+
+def _imports(lesson: NotebookNode, end: int) -> str:
+    """The imports at the top level of the code before a cell, in order."""
+    lines: dict[str, None] = {}
+    for cell in lesson.cells[:end]:
+        if cell.cell_type == "code":
+            imports = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            lines |= dict.fromkeys(map(ast.unparse, imports))
+    return "\n".join(lines)
+
+
+def _section(cells: Sequence[NotebookNode]) -> str:
+    """The section that the last of these cells belongs to, in words."""
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^##+ (?!Exercise)(.+)$", text, flags=re.MULTILINE)
+    return f'the section "{headings[-1]}"' if headings else "the beginning"
+
+
+def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) -> Iterator[NotebookNode]:
+    """From the heading of an exercise on: the text, with its origin, and code that only defines functions."""
+    starts = [number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}"]
+    if not starts:
+        raise ValueError(f"There is no heading {HEADING!r} before the exercise {exercise!r}; add it to its text.")
+    for number, cell in enumerate(cells[starts[-1] :]):
+        source = cell.source if number else cell.source[f"\n{cell.source}".rindex(f"\n{HEADING}") :]
+        if cell.cell_type == "markdown":
+            for pattern, instead in LESSON_ONLY:
+                source = re.sub(pattern, instead, source)
+            if not number:
+                heading, _, text = source.partition("\n")
+                source = f"{heading}\n\n{origin}\n{text}"
+            yield new_markdown_cell(source, id=f"{exercise}-text-{number}")
+        elif all(isinstance(node, ast.FunctionDef) for node in ast.parse(source).body):
+            yield new_code_cell(source, id=f"{exercise}-code-{number}")
+
+
+def _graded(source: str, answer: Answer, seed: int) -> list[NotebookNode]:
+    """A cell with an answer, and the locked cell that grades it."""
+    code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
+    cell = new_code_cell(code, id=answer.exercise, metadata=_nbgrader(answer.exercise, solution=True))
+    invariants = INVARIANTS[answer.exercise]
+    sentences = [f"# {number}. {each.__doc__}" for number, each in enumerate(invariants, start=1)]
+    tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, answer.function, seed), "### END HIDDEN TESTS"]
+    heading = f"# {answer.function}: when you hand it in, a point for each of these that is true."
+    name = f"{answer.exercise}-points"
+    locked = _nbgrader(name, points=len(invariants), locked=True)
+    return [cell, new_code_cell("\n".join([heading, *sentences, *tests]), id=name, metadata=locked)]
+
+
+def _reflection(reflection: Reflection) -> list[NotebookNode]:
+    """A locked question with its rubric, and the cell for the answer, which a person grades."""
+    rubric = "\n".join(f"- {sentence}" for sentence in reflection.rubric)
+    question = f"### Reflection\n\n{reflection.question}\n\nA person reads this. A point each:\n\n{rubric}"
+    points = len(reflection.rubric)
+    answer = f"{BEGIN}\n{reflection.expected}\n{END}"
+    return [
+        new_markdown_cell(question, id="question", metadata=_nbgrader("question", locked=True)),
+        new_markdown_cell(answer, id="reflection", metadata=_nbgrader("reflection", solution=True, points=points)),
+    ]
+
+
+def _nbgrader(name: str, *, solution: bool = False, locked: bool = False, points: int | None = None) -> dict:
+    """The metadata of a cell, as nbgrader reads it."""
+    entries = {"schema_version": 3, "grade_id": name, "solution": solution, "locked": locked, "task": False}
+    return {"nbgrader": entries | {"grade": points is not None} | ({} if points is None else {"points": points})}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What :func:`write_course` did.
+
+    Attributes:
+        folder: of the course.
+        written, there: names of the sheets that are new, and of those that were there already.
+        left_out: names of lessons without hidden tests.
+    """
+
+    folder: Path
+    written: tuple[str, ...]
+    there: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"Written: {self.folder / 'source' / name / name}.ipynb" for name in self.written]
+        lines += [f"Already there, so left as it is: {name}" for name in self.there]
+        lines += [f"No hidden tests yet, so left out: {name}" for name in self.left_out]
+        return "\n".join(lines)
+
+
+def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None = None) -> Written:
+    """Write a course of nbgrader: a sheet for each lesson, in ``source/``, and the settings.
+
+    What is there already stays as it is.
+
+    Args:
+        folder: is made if it does not exist.
+        only: beginnings of lessons' names, such as "03"; all lessons that have hidden tests by default.
+        seed: of the hidden tests' inputs; drawn for each sheet by default, so that it stands in this course alone.
+
+    Raises:
+        ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown or has no hidden
+            tests.
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
+        raise ValueError(f"{folder} is a file or holds the lessons; name another folder for the course to grade.")
+    new: dict[str, NotebookNode] = {}
+    there, left_out = [], []
+    for path in chosen_lessons(only):
+        name, lesson = path.stem, nbformat.read(path, as_version=4)
+        if name not in REFLECTIONS and not only:
+            left_out.append(name)
+        elif (folder / "source" / name).exists():
+            there.append(name)
+        else:
+            new[name] = sheet(lesson, name, secrets.randbelow(2**31) if seed is None else seed)
+    for name, notebook in new.items():
+        with atomic_folder(folder / "source" / name) as temporary:
+            nbformat.write(notebook, temporary / f"{name}.ipynb")
+    if not (folder / CONFIG).exists():
+        with atomic_file(folder / CONFIG) as temporary:
+            temporary.write_text(SETTINGS, encoding="utf-8")
+    return Written(folder, tuple(new), tuple(there), tuple(left_out))

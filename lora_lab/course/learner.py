@@ -1,0 +1,240 @@
+"""What the learner calls: ``check``, ``hint`` and ``progress``.
+
+In a folder that ``lora-lab course`` or ``lora-lab lessons`` has written, passed exercises are remembered in the file
+``progress.json``; elsewhere until the kernel stops.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from IPython.display import display
+from typing_extensions import TypedDict
+
+import lora_lab.course.exercises  # noqa: F401  # registers them
+from lora_lab.course.exercise import EXERCISES, Exercise
+from lora_lab.course.judge import judge
+from lora_lab.system import schema
+from lora_lab.system.files import read_json, write_json
+
+MANIFEST = ".lora_lab_course.json"  # a folder with this file is a learner's copy of the lessons
+PROGRESS = "progress.json"
+LINES, LINE = 10, 100  # of what an answer printed: as many lines are shown, of as many characters
+GREEN, AMBER, GREY = "#009e73", "#e69f00", "#999999"
+_ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
+
+
+class _Progress(TypedDict):
+    done: list[str]
+    tried: list[str]
+
+
+_passed: set[str] = set()
+_tried: set[str] = set()
+_hints_shown: dict[str, int] = {}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A few sentences: a box with an icon in a notebook, plain text elsewhere.
+
+    Attributes:
+        title: a word or two, in bold.
+        text: sentences.
+        example: text in columns.
+        footer: a last sentence.
+        colour: of the edge, beside the icon and the title, which say the same.
+    """
+
+    title: str
+    text: str
+    example: str = ""
+    footer: str = ""
+    colour: str = GREY
+
+    def __repr__(self) -> str:
+        lines = [f"{_ICONS[self.colour]} {self.title} {self.text}", self.example, self.footer]
+        return "\n".join(filter(None, lines))
+
+    def _repr_html_(self) -> str:
+        parts = [f"<b>{_ICONS[self.colour]} {html.escape(self.title)}</b> {html.escape(self.text)}"]
+        if self.example:
+            parts.append(f'<pre style="margin: 0.5em 0">{html.escape(self.example)}</pre>')
+        if self.footer:
+            parts.append(f"<div><i>{html.escape(self.footer)}</i></div>")
+        style = f"border-left: 6px solid {self.colour}; padding: 0.4em 0.8em; margin: 0.3em 0"
+        return f'<div style="{style}">{"".join(parts)}</div>'
+
+
+class Outcome(int):
+    """True or False, without a line of output of its own where a cell ends with it."""
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+    def _ipython_display_(self) -> None:
+        """Nothing: :func:`check` has displayed its box already."""
+
+
+def check(name: str, answer: Any) -> Outcome:
+    """Check an answer to an exercise on fresh inputs, and say what is wrong with it.
+
+    Args:
+        name: of the exercise, such as "forward".
+        answer: the function or class itself, such as ``forward`` and not ``forward(x)``.
+
+    Returns:
+        Whether it is right. Nothing is raised, whatever the answer does.
+    """
+    exercise = _look_up(name)
+    if exercise is None:
+        return Outcome(False)
+    verdict = judge(exercise, answer)
+    if verdict.passed:
+        _passed.add(name)
+        note = _remember()
+        display(Box("Correct.", verdict.text, footer=note, colour=GREEN))
+        return Outcome(True)
+    if verdict.passed is None:
+        display(Box("Open.", verdict.text, footer=_about_hints(exercise), colour=GREY))
+        return Outcome(False)
+    _tried.add(name)
+    note = _remember()
+    example = verdict.example
+    if verdict.printed.strip():
+        printed = verdict.printed.strip().splitlines()
+        shown = "\n".join(line[:LINE] for line in printed[:LINES]) + ("\n..." if len(printed) > LINES else "")
+        example = "\n\n".join(filter(None, [example, f"It printed:\n{shown}"]))
+    footer = " ".join(filter(None, [_about_hints(exercise), note]))
+    display(Box("Not yet.", verdict.text, example, footer, AMBER))
+    return Outcome(False)
+
+
+def hint(name: str) -> None:
+    """Show the next hint of an exercise, one more at each call."""
+    exercise = _look_up(name)
+    if exercise is None:
+        return
+    shown, count = _hints_shown.get(name, 0), len(exercise.hints)
+    if shown == count:
+        display(Box("That was the last hint.", exercise.hints[-1]))
+        return
+    _hints_shown[name] = shown + 1
+    display(Box(f"Hint {shown + 1} of {count}.", exercise.hints[shown]))
+
+
+def progress(lesson: str = "") -> None:
+    """Show which exercises are done, tried and open.
+
+    Args:
+        lesson: the beginning of a lesson's name, such as "03"; all lessons by default.
+    """
+    done, tried, damaged = _remembered()
+    if damaged:
+        display(Box("Damaged.", damaged, colour=AMBER))
+    display(Map([each for each in EXERCISES.values() if each.lesson.startswith(lesson)], done, tried))
+
+
+class Map:
+    """A table of exercises with their state."""
+
+    def __init__(self, exercises: Sequence[Exercise], done: set[str], tried: set[str]) -> None:
+        self.rows = []
+        for each in sorted(exercises, key=lambda exercise: exercise.lesson):  # stable: in a lesson, in its order
+            state = "✓ done" if each.name in done else "✗ tried" if each.name in tried else "○ open"
+            self.rows.append((each.lesson, each.name, state, each.minutes))
+        open_minutes = sum(minutes for *_, state, minutes in self.rows if state != "✓ done")
+        count = sum(state == "✓ done" for *_, state, _ in self.rows)
+        self.summary = f"{count} of {len(self.rows)} exercises done" + (
+            f"; the others take about {open_minutes} minutes." if open_minutes else "."
+        )
+
+    def __repr__(self) -> str:
+        rows = [("lesson", "exercise", "state", "minutes"), *self.rows]
+        widths = [max(len(str(row[column])) for row in rows) for column in range(4)]
+        lines = ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([self.summary, *(line.rstrip() for line in lines)])
+
+    def _repr_html_(self) -> str:
+        colours = {"✓": GREEN, "✗": AMBER, "○": GREY}
+        left = 'style="text-align: left"'
+        rows = "".join(
+            f"<tr><td {left}>{html.escape(lesson)}</td><td {left}><code>{html.escape(name)}</code></td>"
+            f'<td style="text-align: left; border-left: 4px solid {colours[state[0]]}">{state}</td>'
+            f"<td>{minutes}</td></tr>"
+            for lesson, name, state, minutes in self.rows
+        )
+        heads = "".join(f"<th {left}>{head}</th>" for head in ("lesson", "exercise", "state", "minutes"))
+        return f"<p><b>{self.summary}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _look_up(name: Any) -> Exercise | None:
+    """The exercise of that name; if there is none, that is displayed."""
+    if isinstance(name, str) and name in EXERCISES:
+        return EXERCISES[name]
+    close = difflib.get_close_matches(str(name), EXERCISES, 1)
+    advice = f"Did you mean {close[0]!r}?" if close else "progress() lists all exercises."
+    display(Box("No such exercise.", f"There is no exercise with the name {name!r}. {advice}", colour=AMBER))
+    return None
+
+
+def _about_hints(exercise: Exercise) -> str:
+    shown, count = _hints_shown.get(exercise.name, 0), len(exercise.hints)
+    if shown == count:
+        return ""
+    which = f"the first of {count} hints" if shown == 0 else f"hint {shown + 1} of {count}"
+    return f'hint("{exercise.name}") gives {which}.'
+
+
+def _remembered() -> tuple[set[str], set[str], str]:
+    """Names of the exercises that are done, and of those that were tried, in this kernel or before.
+
+    The third value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
+    """
+    done, tried, damaged = set(_passed), set(_tried), ""
+    if Path(MANIFEST).is_file():
+        try:
+            stored = read_json(PROGRESS)
+            schema.check(stored, _Progress)
+            done |= set(stored["done"])
+            tried |= set(stored["tried"])
+        except FileNotFoundError:
+            pass  # there is none yet
+        except (OSError, ValueError):
+            damaged = _moved_aside()
+    return done, tried, damaged
+
+
+def _moved_aside() -> str:
+    """Move ``progress.json``, which is damaged, to a name that no file has; a sentence that says so."""
+    try:
+        handle, aside = tempfile.mkstemp(prefix=f"{Path(PROGRESS).stem}-damaged-", suffix=".json", dir=".")
+        os.close(handle)
+        Path(PROGRESS).replace(aside)
+    except OSError as error:
+        return f"{PROGRESS} is damaged and could not be moved aside ({error.strerror}); delete it, or move it yourself."
+    return (
+        f"{PROGRESS} was damaged and is now {Path(aside).name}; a new one starts, so check the exercises that you had "
+        "done again."
+    )
+
+
+def _remember() -> str:
+    """Save which exercises are done and tried, in a learner's folder; a sentence if that fails or one was damaged."""
+    if not Path(MANIFEST).is_file():
+        return ""
+    done, tried, damaged = _remembered()
+    if damaged and Path(PROGRESS).exists():
+        return damaged
+    try:
+        write_json(PROGRESS, {"done": sorted(done), "tried": sorted(tried)})
+    except OSError as error:
+        return f"{PROGRESS} could not be written ({error.strerror}), so this is remembered until the kernel stops."
+    return damaged

@@ -1,0 +1,377 @@
+"""What lessons show, and how: predictions, results, tables, claims, figures, and pictures that answer a slider.
+
+Each function displays one output. It carries widgets for a notebook with a kernel, a static picture or text for a page
+without one, and plain text for a terminal; a stored notebook keeps the last two.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from IPython.display import display
+from PIL import Image
+
+from lora_lab.plots import Figure, plt
+from lora_lab.studies.claims import Result, verdict
+from lora_lab.studies.claims.deciding import IN_OUTPUT
+from lora_lab.system.device import pick_device
+from lora_lab.system.provenance import device_name
+
+if TYPE_CHECKING:
+    import ipywidgets
+    from pandas import DataFrame
+
+MEASURED, SURPRISE, OPEN = "#009e73", "#d55e00", "#999999"  # edges of boxes; the text says the same in words
+
+
+def say(text: str) -> None:
+    """Show a text of Markdown: a sentence that a cell writes from its numbers."""
+    display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Show a figure with a text for readers who cannot see it, and close it.
+
+    Args:
+        figure: of matplotlib.
+        alt: what the figure shows, in a sentence or two. Stored pages are compared by it: no number in it may differ
+            between machines.
+    """
+    bundle = {"image/png": _png(figure), "text/plain": alt}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def table(
+    rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None
+) -> None:
+    """Show a table, numbers to the right and words to the left.
+
+    Args:
+        rows: a frame (a named index is shown as columns), or one mapping from column to value for each row.
+        caption: stands above the table.
+        formats: column -> a format such as "{:.2f}"; otherwise whole numbers get commas, and other numbers three
+            digits. Missing values are left empty.
+
+    Raises:
+        ValueError: ``formats`` names a column that is not there.
+    """
+    display(_table(rows, caption, formats), raw=True)
+
+
+def _table(
+    rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """A table as a page and as plain text, by MIME type."""
+    import pandas
+
+    frame = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(list(rows))
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    if unknown := set(formats or {}) - set(frame.columns):
+        raise ValueError(f"formats has {', '.join(sorted(unknown))}, but the columns are {', '.join(frame.columns)}.")
+    columns = {}
+    for name, column in frame.items():
+        whole = pandas.api.types.is_integer_dtype(column)
+        numeric = pandas.api.types.is_numeric_dtype(column) and not pandas.api.types.is_bool_dtype(column)
+        form = (formats or {}).get(str(name), "{:,}" if whole else "{:.3g}" if numeric else "{}")
+        texts = ["" if pandas.isna(value) else form.format(value) for value in column]
+        columns[str(name)] = texts, "right" if numeric else "left"
+
+    def row(cells: Iterable[str], tag: str) -> str:
+        sides = [side for _, side in columns.values()]
+        inner = (
+            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = "".join(row(cells, "td") for cells in zip(*(texts for texts, _ in columns.values()), strict=True))
+    heading = f"<p><b>{html.escape(caption)}</b></p>" if caption else ""
+    page = f"{heading}<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+    plain = pandas.DataFrame({name: texts for name, (texts, _) in columns.items()}).to_string(index=False)
+    return {"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a claim in a lesson.
+
+    Args:
+        claim: the claim's id in ``lora_lab/studies/claims/claims.toml``.
+        verdict: a verdict of the ledger: "stands", "falls", "depends", "open" or "untestable".
+        evidence: what was measured here, with seeds.
+        holds: whether the numbers of this run support the verdict.
+        on: what it depends on, if it depends.
+    """
+
+    claim: str
+    verdict: str
+    evidence: str
+    holds: bool
+    on: str = ""
+
+
+def claims(*outcomes: Outcome) -> None:
+    """Show claims of the ledger, what became of them in this lesson, and the ledger's verdicts.
+
+    The output also stores this lesson's verdicts as data, by which the ledger decides what only this lesson measures.
+
+    Raises:
+        ValueError: there is no such claim, or no such verdict.
+        AssertionError: the numbers of this run do not support a verdict.
+    """
+    rows, results = [], {}
+    for outcome in outcomes:
+        entry = verdict(outcome.claim)
+        result = Result(outcome.verdict, outcome.evidence, outcome.on)
+        assert outcome.holds, (
+            f"The verdict on {outcome.claim!r} is {outcome.verdict!r}, but the numbers of this run do not support it; "
+            "run all cells above anew, or correct the verdict."
+        )
+        results[outcome.claim] = {"verdict": result.verdict, "measured": result.measured, "on": result.on}
+        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where()})"
+        claim = f"{entry.claim.sentence} [{entry.claim.cited}]"
+        rows.append({"claim": claim, "this lesson": str(result), "ledger": ledger, "evidence": outcome.evidence})
+    today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
+    stored = {"date": today, "machine": machine, "results": results}
+    caption = "Claims [source]: what this lesson shows, and the ledger's verdict, which counts where they differ"
+    display(_table(rows, caption), raw=True, metadata={IN_OUTPUT: stored})
+
+
+class Prediction:
+    """A question with options, made by :func:`predict`."""
+
+    def __init__(self, question: str, options: Sequence[str]) -> None:
+        self.question, self.options = question, tuple(options)
+        self.chosen: str | None = None
+
+    def choose(self, option: str) -> None:
+        """Predict one of the options, as a click on its button does.
+
+        Raises:
+            ValueError: there is no such option.
+        """
+        self.chosen = self._known(option)
+
+    def reveal(self, answer: str, measured: str = "") -> None:
+        """Show the answer: beside the prediction, or folded if there is none yet.
+
+        Args:
+            answer: the option that was right.
+            measured: a sentence with the numbers.
+
+        Raises:
+            ValueError: the answer is none of the options.
+        """
+        self._known(answer)
+        result = f"<b>{html.escape(answer)}</b>. {html.escape(measured)}"
+        if self.chosen is None:
+            fold = f"<details><summary>You have not predicted yet. Open to see the answer.</summary>{result}</details>"
+            page = _box(fold, OPEN)
+        elif self.chosen == answer:
+            page = _box(f"✓ As you predicted: {result}", MEASURED)
+        else:
+            page = _box(f"✗ You predicted <b>{html.escape(self.chosen)}</b>. It is {result}", SURPRISE)
+        display({"text/html": page, "text/plain": f"{self.question} {answer}. {measured}".strip()}, raw=True)
+
+    def _known(self, option: str) -> str:
+        if option not in self.options:
+            raise ValueError(f"The answer {option!r} is none of the options: {', '.join(self.options)}.")
+        return option
+
+    def _ipython_display_(self) -> None:
+        """Nothing: :func:`predict` has displayed it already."""
+
+
+def predict(question: str, *options: str) -> Prediction:
+    """Ask for a prediction, right before the cell that answers it.
+
+    Args:
+        question: ends in a question mark.
+        options: two or more, one of which will turn out right. None is chosen beforehand.
+
+    Returns:
+        The prediction, whose ``reveal`` shows the answer.
+
+    Raises:
+        ValueError: there are fewer than two options, or equal ones.
+    """
+    import ipywidgets
+
+    if len(set(options)) < max(2, len(options)):
+        raise ValueError(f"predict needs at least two different options, but was given {options}.")
+    prediction = Prediction(question, options)
+    buttons = [ipywidgets.Button(description=option, layout={"width": "auto"}) for option in options]
+
+    def clicked(button: ipywidgets.Button) -> None:
+        prediction.choose(button.description)
+        for one in buttons:
+            one.button_style = "info" if one is button else ""
+            one.icon = "check" if one is button else ""
+
+    for button in buttons:
+        button.on_click(clicked)
+    asked = f"<b>Predict.</b> {html.escape(question)}"
+    rows = ipywidgets.HBox(buttons, layout={"flex_flow": "row wrap"})
+    listed = " &nbsp;○ ".join(html.escape(option) for option in options)
+    page = _box(f"{asked}<br>○ {listed}", OPEN)
+    _display(ipywidgets.VBox([ipywidgets.HTML(asked), rows]), {"text/html": page}, f"{question} {' / '.join(options)}")
+    return prediction
+
+
+class Explorer:
+    """Controls and what they show, made by :func:`explore`."""
+
+    def __init__(self, controls: dict[str, ipywidgets.ValueWidget], view: ipywidgets.ValueWidget) -> None:
+        self.controls, self.view = controls, view
+
+    def _ipython_display_(self) -> None:
+        """Nothing: :func:`explore` has displayed it already."""
+
+
+def explore(
+    draw: Callable[..., Figure | str], alt: str, start: Mapping[str, Any] | None = None, **controls: Sequence[Any]
+) -> Explorer:
+    """Show what ``draw`` returns, with a control for each of its arguments.
+
+    A page without a kernel shows all texts of a single control; for figures or several controls it shows the start.
+
+    Args:
+        draw: takes a value of each control by name, and returns a figure or a text. Drawn once for each setting.
+        alt: what the picture shows at the start, as in :func:`show`.
+        start: control -> value at the start, which a page without a kernel shows; the first value by default.
+        controls: name -> its values. Numbers become a slider, anything else becomes buttons; an underscore in a name
+            is shown as a space.
+
+    Returns:
+        An object whose ``controls`` (name -> widget) and ``view`` a test can drive.
+
+    Raises:
+        ValueError: a value of ``start`` is none of its control's.
+    """
+    import ipywidgets
+
+    values = {name: dict(start or {}).get(name, choices[0]) for name, choices in controls.items()}
+    for name, value in chain(values.items(), dict(start or {}).items()):
+        if value not in controls.get(name, ()):
+            raise ValueError(f"start has {name}={value!r}, but {name} is one of {list(controls.get(name, ()))}.")
+
+    @cache
+    def frame(*setting: Any) -> bytes | str:
+        drawn = draw(**dict(zip(controls, setting, strict=True)))
+        return drawn if isinstance(drawn, str) else _png(drawn)
+
+    widgets: dict[str, Any] = {}
+    for name, choices in controls.items():
+        numbers = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices)
+        kind = ipywidgets.SelectionSlider if numbers else ipywidgets.ToggleButtons
+        options = [(f"{choice:,}" if numbers else _words(choice), choice) for choice in choices]
+        label = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
+        widgets[name] = kind(options=options, value=values[name], **label)
+    first = frame(*values.values())
+    view = ipywidgets.HTML(_story(first)) if isinstance(first, str) else ipywidgets.Image(value=first, format="png")
+    if not isinstance(first, str):
+        view.layout.max_width = "100%"
+        view.layout.object_fit = "contain"
+
+    def moved(_: Any) -> None:
+        drawn = frame(*(widget.value for widget in widgets.values()))
+        view.value = _story(drawn) if isinstance(drawn, str) else drawn
+
+    for widget in widgets.values():
+        widget.observe(moved, names="value")
+    if isinstance(first, bytes):
+        static: dict[str, Any] = {"image/png": first}
+    else:
+        shown = next(iter(controls.values())) if len(controls) == 1 else []
+        stories = (f"<b>{next(iter(controls))} {_words(choice)}</b>{_story(str(frame(choice)))}" for choice in shown)
+        static = {"text/html": "".join(stories) or _story(first)}
+    _display(ipywidgets.VBox([*widgets.values(), view]), static, alt)
+    return Explorer(widgets, view)
+
+
+class Playground:
+    """A menu, a box for a prompt, a button and an answer, made by :func:`playground`."""
+
+    def __init__(
+        self,
+        menu: ipywidgets.Dropdown,
+        prompt: ipywidgets.Textarea,
+        button: ipywidgets.Button,
+        view: ipywidgets.HTML,
+    ) -> None:
+        self.menu, self.prompt, self.button, self.view = menu, prompt, button, view
+
+    def _ipython_display_(self) -> None:
+        """Nothing: :func:`playground` has displayed it already."""
+
+
+def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: str, alt: str) -> Playground:
+    """A menu and a box for prompts of the reader's; a click on the button shows the answer.
+
+    Args:
+        answer: takes an entry of the menu and a prompt, and returns a text. If it raises a ValueError, the error's
+            sentence is shown as the answer.
+        menu: its entries, the first of which is selected at the start.
+        prompt: in the box at the start. A page without a kernel shows it with its answer.
+        alt: what there is to see, as in :func:`show`.
+
+    Returns:
+        An object whose ``menu``, ``prompt``, ``button`` and ``view`` a test can drive.
+    """
+    import ipywidgets
+
+    wide: dict[str, Any] = {"width": "46em", "max_width": "100%"}
+    drop_down = ipywidgets.Dropdown(options=list(menu), description="adapter")
+    box = ipywidgets.Textarea(value=prompt, description="prompt", rows=3, layout=wide)
+    button = ipywidgets.Button(description="Answer", button_style="info")
+    view = ipywidgets.HTML(_story(answer(menu[0], prompt)))
+
+    def clicked(_: ipywidgets.Button) -> None:
+        button.disabled = True  # an answer takes seconds
+        try:
+            view.value = _story(answer(str(drop_down.value), box.value))
+        except ValueError as error:
+            view.value = _story(str(error))
+        finally:
+            button.disabled = False
+
+    button.on_click(clicked)
+    page = f"<p><b>adapter</b> {html.escape(menu[0])}<br><b>prompt</b> {html.escape(prompt)}</p>{view.value}"
+    _display(ipywidgets.VBox([drop_down, box, button, view]), {"text/html": page}, alt)
+    return Playground(drop_down, box, button, view)
+
+
+def _display(widget: ipywidgets.Widget, static: dict[str, Any], alt: str) -> None:
+    """One output: the widget where there is a kernel and a front end for it, and what stands in for it elsewhere."""
+    bundle = widget._repr_mimebundle_() or {}  # the key of the widget's view, and a text that names its class
+    metadata = {"image/png": {"alt": alt}} if "image/png" in static else {}
+    display({**bundle, **static, "text/plain": alt}, raw=True, metadata=metadata)
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure in 256 colours, which makes the file three times smaller, and closed."""
+    raw, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, facecolor="white")
+    plt.close(figure)
+    Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def _box(page: str, colour: str) -> str:
+    return f'<div style="border-left: 4px solid {colour}; padding: 4px 12px; margin: 4px 0">{page}</div>'
+
+
+def _story(text: str) -> str:
+    return f'<div style="white-space: pre-wrap; line-height: 1.4; max-width: 46em">{html.escape(text)}</div>'
+
+
+def _words(choice: Any) -> str:
+    return {True: "yes", False: "no"}.get(choice, str(choice)) if isinstance(choice, bool) else str(choice)

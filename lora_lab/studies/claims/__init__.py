@@ -1,0 +1,24 @@
+"""What is claimed about LoRA, and what holds: published claims, each with a verdict that is computed.
+
+    print(ll.claims.table(ll.claims.load()))                   # all of them
+    print(ll.claims.verdict("rank-one-suffices").explained())  # one: their number beside ours, and what shows it
+
+In reading order:
+
+    facts       the claims as data, in claims.toml, checked when they are read
+    deciding    what a verdict is, and which function, record or lesson decides which claim
+    counted     verdicts by counting parameters, bytes and FLOPs
+    computed    verdicts by computing with small layers and random matrices
+    measured    verdicts from records, and from what others published
+    forgetting  verdicts from the record of remedies
+    rates       verdicts from the record of best learning rates
+    head_start  verdicts from the record of fine-tuning against training from scratch
+    quality     verdicts from the record of LoRA against full fine-tuning by rank and steps
+    ledger      each claim with its verdict: table, JSON, explanation
+"""
+
+from lora_lab.studies.claims.deciding import Result
+from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.ledger import Entry, load, table, verdict
+
+__all__ = ["Claim", "Entry", "Result", "load", "table", "verdict"]

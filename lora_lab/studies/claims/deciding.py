@@ -1,0 +1,267 @@
+"""What a verdict is, which function decides which claim, and the rules that all of them obey.
+
+    @decides("params-2-percent")                        # counted or computed here, in seconds
+    def params(claim): ...
+
+    @decides("rank-one-is-enough", record="ablation")   # from each record of that kind
+    def rank_one(claim, record): ...
+
+    @decides("qlora-time", published="litgpt")          # from what others measured
+    def qlora_time(claim, published): ...
+
+Each returns a :class:`Result`. None is a constant: another record, or another number in the claim, may turn it.
+A claim that only a lesson measures has no function: what the lesson's stored outputs show decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from lora_lab.studies import records
+from lora_lab.studies.claims.facts import Claim
+from lora_lab.system.files import read_json
+from lora_lab.system.provenance import shipped_folder
+from lora_lab.system.schema import check
+
+STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
+VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
+ANY_MACHINE = "any"
+IN_OUTPUT = "claims"  # the metadata of a lesson's output in which lora_lab.course.lessons.claims stores what it shows
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a claim.
+
+    Args:
+        verdict: one of :data:`VERDICTS`.
+        measured: our number, with interval and seeds; or if it is open, why.
+        on: what it depends on, if it depends.
+        shown_by: the function, record or publication that shows it; filled in by :func:`judge`.
+        date: the day of that measurement, or None where nothing was measured.
+        machine: where it was measured; "any" if the same comes out on every machine.
+
+    Raises:
+        ValueError: the verdict is unknown; or it is "depends" without an ``on``, or another verdict with one.
+    """
+
+    verdict: str
+    measured: str
+    on: str = ""
+    shown_by: str = ""
+    date: str | None = None
+    machine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict is {self.verdict!r}, but it must be one of {', '.join(VERDICTS)}.")
+        if (self.verdict == DEPENDS) != bool(self.on):
+            raise ValueError(f"verdict is {self.verdict!r} and on is {self.on!r}, but only what depends has an 'on'.")
+
+    def __str__(self) -> str:
+        """The verdict, and on what it depends."""
+        return f"{self.verdict} on {self.on}" if self.on else self.verdict
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A function that decides a claim, and what it reads: kinds of records, or a file of published numbers."""
+
+    function: Callable[..., Result]
+    record: str = ""
+    published: str = ""
+    beside: str = ""
+
+    def of_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
+        """What the function decides from one record, beside those of a second kind where it asks for one.
+
+        Raises:
+            KeyError, ValueError: the record lacks what is needed, such as a setup, a column or a seed.
+        """
+        return self.function(claim, record, beside) if self.beside else self.function(claim, record)
+
+
+DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
+
+
+def decides(
+    claim_id: str, *, record: str = "", published: str = "", beside: str = ""
+) -> Callable[[Callable], Callable]:
+    """Register a function as what decides a claim.
+
+    Args:
+        claim_id: the claim's id.
+        record: the function takes the claim and a record of this kind.
+        published: the function takes the claim and this file of ``records/published``.
+        beside: the function also takes a list of all records of this second kind, which may be empty.
+
+    Raises:
+        ValueError: another function decides that claim already.
+    """
+
+    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+        if claim_id in DECIDERS:
+            raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
+        DECIDERS[claim_id] = Decider(function, record, published, beside)
+        return function
+
+    return register
+
+
+def judge(
+    claim: Claim,
+    folder: str | Path | None = None,
+    lessons: str | Path | None = None,
+    every: Mapping[str, records.Record] | None = None,
+) -> Result:
+    """The verdict on a claim, computed.
+
+    Where several machines have a record and disagree, it depends on the machine.
+
+    Args:
+        folder: of the records; None is :func:`lora_lab.studies.records.shipped`, which also has what others
+            published where the folder has none.
+        lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
+        every: the folder's records, where they have been read.
+    """
+    if claim.lesson:
+        return _from_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
+    if claim.id not in DECIDERS:
+        waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
+        open_, reason = bool(claim.open), claim.open or claim.untestable
+        return Result(OPEN if open_ else UNTESTABLE, reason, shown_by=waits if open_ else "nothing here")
+    decider = DECIDERS[claim.id]
+    if decider.published:
+        published_too = folder is not None and (Path(folder) / "published").is_dir()
+        source = records.published(decider.published, folder if published_too else None)
+        return replace(
+            decider.function(claim, source),
+            shown_by=f"records/published/{decider.published}.json",
+            date=source.date,
+            machine=f"theirs: {source.what}",
+        )
+    if not decider.record:
+        shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
+        today = datetime.now(UTC).date().isoformat()
+        return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
+    every = records.load_all(folder=folder) if every is None else every
+    beside = {name: record for name, record in every.items() if record.what == decider.beside}
+    results = [
+        replace(
+            judge_record(claim, record, list(beside.values())),
+            shown_by=" and ".join(f"record {each}" for each in (name, *beside)),
+            date=record.date,
+            machine=record.device,
+        )
+        for name, record in every.items()
+        if record.what == decider.record
+    ]
+    if not results:
+        return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
+    return _together(results)
+
+
+class _Notebook(TypedDict):
+    cells: list[dict[str, Any]]
+
+
+def _from_lesson(claim: Claim, folder: Path) -> Result:
+    """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
+    shown_by = f"lesson {claim.lesson}"
+    path = folder / f"{claim.lesson}.ipynb"
+    notebook = read_json(path)
+    check(notebook, _Notebook, str(path))
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            stored = output.get("metadata", {}).get(IN_OUTPUT, {})
+            if claim.id in stored.get("results", {}):
+                result = Result(**stored["results"][claim.id])
+                return replace(result, shown_by=shown_by, date=stored["date"], machine=stored["machine"])
+    return Result(OPEN, "the lesson's stored outputs do not show it", shown_by=shown_by)
+
+
+def judge_record(claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
+    """The verdict of one record on a claim that its kind decides, beside those of a second kind where it asks for one.
+
+    A record that lacks what is needed, such as a setup or a column, decides nothing: that is a KeyError, or the
+    ValueError that functions of tables raise. Any other error of the function that decides is raised.
+    """
+    try:
+        return DECIDERS[claim.id].of_record(claim, record, beside)
+    except (KeyError, ValueError) as error:
+        return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
+
+
+def _together(results: list[Result]) -> Result:
+    """The verdict of several machines' records: what is decided counts, not what one of them leaves open."""
+    decided = [result for result in results if result.verdict != OPEN] or results
+    newest = max(decided, key=lambda result: result.date or "")
+    if len({result.verdict for result in decided}) == 1:
+        return newest
+    texts = "; ".join(f"{result.machine}: {result.verdict}, {result.measured}" for result in decided)
+    names = ", ".join(result.shown_by for result in decided)
+    return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
+
+
+def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool = False) -> Result:
+    """The verdict on a claim that is stated without conditions, from the cases that were tried.
+
+    Args:
+        cases: whether the claim holds in a case (None: the measurement cannot tell) and the case in words.
+        on: what the cases differ in.
+        always: the sentence says "never", "at most" or the like, so that one case in which it fails refutes it.
+
+    Returns:
+        It stands if it holds in every case, falls if it fails in some and holds in none, depends if it
+        holds in some and fails in others (and falls if ``always``), and is open otherwise.
+    """
+    cases = list(cases)
+    holds, fails = ([text for answer, text in cases if answer is which] for which in (True, False))
+    unclear = [text for answer, text in cases if answer is None]
+    groups = {"yes": holds, "no": fails, "not decided": unclear}
+    text = ". ".join(f"{word}: {'; '.join(texts)}" for word, texts in groups.items() if texts) or "no case was tried"
+    if holds and fails and not always:
+        return Result(DEPENDS, text, on)
+    return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
+
+
+def turned_by(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
+    """The conditions whose change alone turns the answer, in words, such as "the rank and the model".
+
+    Args:
+        cases: whether the claim holds in a case (None: the measurement cannot tell), and the case's conditions, named
+            as they are to be read: {"the rank": 8, "the model": "small"}.
+
+    Returns:
+        Each condition in which alone two cases with opposite answers differ; if there is none, "several conditions at
+        once".
+    """
+    cases = list(cases)
+    holds, fails = ([case for answer, case in cases if answer is which] for which in (True, False))
+    alone = set()
+    for one, other in product(holds, fails):
+        differing = [name for name in one if one[name] != other[name]]
+        if len(differing) == 1:
+            alone.update(differing)
+    in_order = [name for name in cases[0][1] if name in alone] if cases else []
+    *first, last = in_order or ["several conditions at once"]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def within(lower: float, upper: float, low: float, high: float) -> bool | None:
+    """Whether an interval lies within the limits of what is claimed: None if it lies partly outside."""
+    if low <= lower and upper <= high:
+        return True
+    return False if upper < low or lower > high else None
+
+
+def near(value: float, claimed: float, share: float = 0.1) -> bool:
+    """Whether a number is what was claimed, within a share of it."""
+    return abs(value - claimed) <= share * abs(claimed)

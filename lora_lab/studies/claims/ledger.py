@@ -1,0 +1,188 @@
+"""The ledger: each claim with its verdict, as a table, as JSON, and explained.
+
+print(table(load()))
+print(verdict("rank-one-suffices").explained())
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_lab.studies import records
+from lora_lab.studies.claims import (  # noqa: F401  # they register themselves
+    computed,
+    counted,
+    forgetting,
+    head_start,
+    measured,
+    quality,
+    rates,
+)
+from lora_lab.studies.claims.deciding import DECIDERS, FALLS, OPEN, UNTESTABLE, VERDICTS, Result, judge
+from lora_lab.studies.claims.facts import NONE_GIVEN, Claim, read_claims
+from lora_lab.system.schema import check
+
+WIDTH = 100
+# Kind of a record -> how long it takes on two cores, as records/README.md has it.
+HOURS = {
+    "memory": "half an hour",
+    "speed": "half an hour",
+    "ablation": "an hour",
+    "spectra": "half an hour",
+    "overfitting": "six hours",
+    "head_start": "an hour",
+    "downstream": "three hours",
+    "elicitation": "half an hour",
+    "rates": "three hours",
+    "quality": "eleven hours",
+    "targets": "an hour",
+    "taught": "at most five hours",
+    "remedies": "two hours",
+    "variants": "three hours",
+    "quantised": "an hour and a half",
+    "rank_advice": "two hours",
+    "translation": "three hours",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim and what became of it."""
+
+    claim: Claim
+    result: Result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry in values of JSON; ``shown_by`` ends with our number."""
+        claim, result = self.claim, self.result
+        on = f" depends on {result.on}:" if result.on else ""
+        return {
+            "id": claim.id,
+            "sentence": claim.sentence,
+            "number": claim.number,
+            "interval": claim.interval,
+            "source": claim.cited,
+            "kind": claim.kind,
+            "fair": claim.fair,
+            "verdict": result.verdict,
+            "on": result.on,
+            "shown_by": f"{result.shown_by}:{on} {result.measured}",
+            "date": result.date,
+            "machine": result.machine,
+        }
+
+    def where(self) -> str:
+        """In a word or two what decides the claim, or what it waits for."""
+        if self.claim.lesson:
+            return f"lesson {self.claim.lesson.partition('_')[0]}"
+        if self.claim.id not in DECIDERS:
+            return f"waits: {self.claim.record}" if self.claim.record else "no study" if self.claim.open else "-"
+        decider = DECIDERS[self.claim.id]
+        if decider.record:
+            return f"{'record' if self.result.date else 'waits:'} {decider.record}"
+        if decider.published:
+            return decider.published.partition("-")[0]
+        return decider.function.__module__.rpartition(".")[2]
+
+    def explained(self) -> str:
+        """All about the claim: sentence, source, their number beside ours, what shows it, how fair it is and why."""
+        claim, result = self.claim, self.result
+        theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
+        lines = {
+            "claim": claim.sentence,
+            "source": f"{claim.source} (read: {claim.read})",
+            "kind": claim.kind,
+            "their number": theirs,
+            "verdict": str(result),
+            "our number" if claim.lesson or claim.id in DECIDERS else "why": result.measured,
+            "shown by": result.shown_by,
+            "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
+            "fair test": f"{claim.fair}: {claim.why}",
+            "would decide it" if result.verdict in (OPEN, UNTESTABLE) else "would change it": claim.changes,
+        }
+        indent = 17 * " "
+        filled = [
+            textwrap.fill(f"{name + ':':<16} {text}", WIDTH, subsequent_indent=indent) for name, text in lines.items()
+        ]
+        return "\n".join([claim.id, *filled])
+
+    def how_to_run(self, recorded: Collection[str]) -> str:
+        """What measures the claim anew: a function that has just run, or a command with its time on two cores.
+
+        Args:
+            recorded: the kinds of records that a command makes.
+        """
+        if self.claim.lesson:
+            return (
+                f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew, in minutes on two cores; "
+                "or run a copy of it, from lora-lab lessons DIR, and add --lessons DIR here."
+            )
+        decider = DECIDERS.get(self.claim.id)
+        record = decider.record if decider else self.claim.record
+        if record and record not in recorded:
+            return f"No command makes the record {record!r} yet."
+        if record:
+            again = "makes the record anew" if self.result.date else "will make the record"
+            return f"lora-lab record {record} {again}, in {HOURS[record]} on two cores."
+        if decider is None:
+            return "Nothing here measures it: " + (self.claim.open or self.claim.untestable) + "."
+        if decider.published:
+            return "Its numbers are published ones, and were compared again just now; their machine is not here."
+        return "It was computed again just now, on this machine."
+
+
+def load(folder: str | Path | None = None, lessons: str | Path | None = None) -> dict[str, Entry]:
+    """All claims with their verdicts, by id, computed from records, lessons and functions; this takes seconds.
+
+    Args:
+        folder: of the records; None is :func:`lora_lab.studies.records.shipped`.
+        lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
+    """
+    every = records.load_all(folder=folder)
+    return {name: Entry(claim, judge(claim, folder, lessons, every)) for name, claim in read_claims().items()}
+
+
+def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path | None = None) -> Entry:
+    """One claim with its verdict.
+
+    Args:
+        folder: as for :func:`load`.
+        lessons: as for :func:`load`.
+
+    Raises:
+        ValueError: there is no such claim.
+    """
+    every = read_claims()
+    if check(claim_id, str, "claim_id") not in every:
+        near = difflib.get_close_matches(claim_id, every, n=3, cutoff=0) or list(every)[:3]
+        raise ValueError(f"There is no claim {claim_id!r}; the nearest are {', '.join(near)}.")
+    return Entry(every[claim_id], judge(every[claim_id], folder, lessons))
+
+
+def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
+    """The claims as lines: id, sentence, verdict and where it comes from.
+
+    Args:
+        entries: by id.
+        width: columns of a line, at least 100. Long sentences are cut; the wider the lines, the fewer.
+    """
+    room = min(width - 60, 1 + max((len(entry.claim.sentence) for entry in entries.values()), default=40))
+    lines = [f"{'id':<31}{'claim':<{room}}{'verdict':<11}from"]
+    for name, entry in entries.items():
+        sentence = entry.claim.sentence
+        sentence = sentence if len(sentence) < room else f"{sentence[: room - 4].rstrip()}..."
+        lines.append(f"{name:<31}{sentence:<{room}}{entry.result.verdict:<11}{entry.where()}")
+    counts = Counter(entry.result.verdict for entry in entries.values())
+    waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
+    of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
+    notes = {OPEN: f" ({waiting} wait for a record)"}
+    total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
+    last = f"{len(entries)} claims: {total}."
+    authors = f"{of_others} of those that fall have a source, the others are beliefs."
+    return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims show ID"])

@@ -1,0 +1,236 @@
+"""``lora-lab record head_start``: is fine-tuning better than training from scratch, and what does that depend on?
+
+Two small nets learn to read digits, and then a change of them: moved by a pixel, with black and white swapped, or other
+digits. A net that was pre-trained is fine-tuned on few changed pictures or on many. A net of the same shape with random
+weights learns the same from scratch, in as many steps, and in as many as pre-training and fine-tuning have together.
+The seed draws everything that is left to chance: which pictures are in which part, the pre-training, the random
+weights, the training pictures and their order. Some seeds choose each setup's learning rate, by the validation loss
+after the last step, and others are judged.
+
+The real model learns Python's manual in the same way, beside a model of its shape with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_lab import tasks
+from lora_lab.ablation import studies
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.learning_rate import last_rows, rates_around
+from lora_lab.ablation.overfitting import tune_by_seed
+from lora_lab.ablation.run import ablate
+from lora_lab.costs.fake import Factory
+from lora_lab.methods import FullFineTuning
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.models.pretrained import SMOLLM2
+from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
+from lora_lab.studies.overfitting import edges
+from lora_lab.studies.planning import planned_hours as hours_of
+from lora_lab.studies.recorder import Recorder, Row
+from lora_lab.studies.records import json_safe
+from lora_lab.task import Task
+from lora_lab.tasks.digits import CHANGES
+from lora_lab.train import fit
+
+if TYPE_CHECKING:
+    import pandas
+
+FOLDER = Path("runs/record-head_start")  # of finished trials, from which a run that was stopped continues
+NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "MLP": DigitsMLP}
+PRETRAINING, TRAINING = 400, 150  # steps on digits
+BATCH = 32  # pictures a step
+SEQ_LEN = 64  # tokens an example of the language model
+OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
+_BY = "last_loss"  # the lowest would be the loss before training, where training only harms
+_COLUMNS = (
+    *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
+    *("validation_loss", "test_loss", "score_accuracy", "commit"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is learned by which model from how many examples.
+
+    Args:
+        data: a change of the digits, or "docs".
+        model: a name in :data:`NETS`, or that of the language model.
+        n_train: examples to learn from.
+        trials: how each setup trains; rates and seeds are to be filled in.
+        lrs: the rates that each setup tries first.
+        choosing, judging: seeds.
+        widen: how many rates may be added to a grid.
+    """
+
+    data: str
+    model: str
+    n_train: int
+    trials: Mapping[str, Trial]
+    lrs: Mapping[str, Sequence[float]]
+    choosing: Sequence[int]
+    judging: Sequence[int]
+    widen: int = 4
+
+    @property
+    def planned(self) -> list[Trial]:
+        """The expected trials if no grid is widened; the first rate stands in for the rate still to be chosen."""
+        return [
+            replace(trial, lr=lr, seed=seed)
+            for setup, trial in self.trials.items()
+            for lr, seeds in (*((lr, self.choosing) for lr in self.lrs[setup]), (self.lrs[setup][0], self.judging))
+            for seed in seeds
+        ]
+
+    def start(self, setup: str, seed: int, device: torch.device) -> nn.Module | Factory:
+        """The model with which a setup begins, or what makes it."""
+        if self.data == DOCS:
+            if setup == FINE_TUNED:
+                return partial(studies.language_model, device)
+            return partial(studies.random_init, device, seed)
+        return pretrained(self.model, self.data, seed) if setup == FINE_TUNED else _net(self.model, seed)
+
+    def task(self, seed: int) -> Task:
+        """What is learned."""
+        if self.data == DOCS:
+            task = studies.docs_task(SEQ_LEN, self.n_train, seed)
+            return replace(task, off_domain=task.off_domain[:OFF_DOMAIN])
+        return tasks.digits("adapt", seed, change=self.data).limited(self.n_train, seed)
+
+    def train(
+        self, device: torch.device, folder: str | Path, seed: int, lrs: Mapping[str, Sequence[float]]
+    ) -> pandas.DataFrame:
+        """The table of the trials of one seed, with a column ``setup``."""
+        import pandas
+
+        task, frames = self.task(seed), []
+        for setup, rates in lrs.items():
+            trials = [replace(self.trials[setup], lr=lr, seed=seed) for lr in rates]
+            judge = None if self.data == DOCS else accuracy
+            frame = ablate(
+                self.start(setup, seed, device),
+                task,
+                trials,
+                folder,
+                n_jobs=studies.processes(device),
+                judge=judge,
+                progress=False,
+            )
+            frames.append(frame.assign(setup=setup))
+        return pandas.concat(frames, ignore_index=True)
+
+    def rows(self, device: torch.device, folder: str | Path) -> Iterator[Row]:
+        """The last row of each trial: first of those that choose, then of those that are judged."""
+        run = partial(self.train, device, folder)
+        choosing, chosen = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
+        at_edges = edges(choosing, _BY)
+        stages = {"choosing": choosing, "judging": (run(seed, chosen) for seed in self.judging if chosen)}
+        for stage, frames in stages.items():
+            for frame in frames:
+                about = {"data": self.data, "model": self.model, "n_train": self.n_train, "stage": stage}
+                table = last_rows(frame).assign(**about, edge=frame["setup"].map(at_edges))
+                yield from map(json_safe, table.reindex(columns=[*_COLUMNS]).to_dict("records"))
+
+
+@cache
+def pretrained(net: str, change: str, seed: int) -> nn.Module:
+    """A small net that has learned the digits as they are before that change."""
+    task, learned = tasks.digits("pretrain", seed, change=change), _net(net, seed)
+    fit(learned, task, FullFineTuning(), steps=PRETRAINING, lr=3e-3, batch_size=BATCH, seed=seed, progress=False)
+    model = _net(net, seed)
+    model.load_state_dict(learned.state_dict())  # without the mark of the method that trained it
+    return model
+
+
+def _net(name: str, seed: int) -> nn.Module:
+    """A small net with random weights."""
+    return NETS[name](seed=seed, dtype=torch.float64)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> dict[str, float]:
+    """The share of the test pictures that a net reads right."""
+    return {"accuracy": float((model(task.test.inputs).argmax(-1) == task.test.targets).float().mean())}
+
+
+def plan(device: torch.device) -> list[Case]:
+    """What two cores can do in an hour."""
+    choosing, judging = range(3), range(3, 13)
+    cases = []
+    for data in CHANGES:
+        for net in NETS:
+            for size in SIZES:
+                short, long = (_template(steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING + TRAINING))
+                trials = {FINE_TUNED: short, FROM_SCRATCH: short, LONGER: long}
+                lrs = dict.fromkeys(trials, rates_around(3e-3, factor=3))
+                cases.append(Case(data, net, size, trials, lrs, choosing, judging))
+    gpu = device.type == "cuda"
+    steps, size = (300, 8) if gpu else (60, 4)
+    trial = _template(steps, size, eval_examples=128, autocast=torch.bfloat16)
+    trials = {FINE_TUNED: trial, FROM_SCRATCH: trial}
+    lrs = {FINE_TUNED: rates_around(1.25e-4, count=3), FROM_SCRATCH: rates_around(1e-3, count=3)}
+    seeds = (range(2), range(2, 7 if gpu else 5))
+    return [*cases, Case(DOCS, SMOLLM2, steps * size, trials, lrs, *seeds)]
+
+
+def _template(steps: int, batch_size: int, **options: Any) -> Trial:
+    """Full fine-tuning, evaluated before the first step and after the last; rate and seed are to be filled in."""
+    return Trial(FullFineTuning(), 1e-3, steps=steps, batch_size=batch_size, eval_every=steps, **options)
+
+
+def settings(device: torch.device) -> dict[str, Any]:
+    """How the rows are made, as the record states it."""
+    return {
+        "cases": [
+            {
+                **{name: getattr(case, name) for name in ("data", "model", "n_train", "widen")},
+                "setups": {setup: trial.to_dict() for setup, trial in case.trials.items()},
+                "lrs": {setup: list(lrs) for setup, lrs in case.lrs.items()},
+                **{name: list(getattr(case, name)) for name in ("choosing", "judging")},
+            }
+            for case in plan(device)
+        ],
+        "pretraining": {"steps": PRETRAINING, "lr": 3e-3, "batch_size": BATCH},
+        "planned_hours": planned_hours(device),
+    }
+
+
+@cache
+def planned_hours(device: torch.device) -> float:
+    """How long the language model's part takes, by :mod:`lora_lab.studies.planning`; the digits take minutes."""
+    (docs,) = (case for case in plan(device) if case.data == DOCS)
+    return hours_of(docs.planned, SEQ_LEN, device, off_domain=OFF_DOMAIN)
+
+
+def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[Row]:
+    """The rows of a record: the last of each trial.
+
+    Args:
+        device: where the language model trains; the small nets stay on the CPU.
+        folder: of finished trials, from which a run that was stopped continues.
+    """
+    print(
+        f"Planned: about {planned_hours(device)} hours, and some minutes for the digits; more where grids are widened."
+    )
+    for case in plan(device):
+        yield from case.rows(device, folder)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as a line for people."""
+    trial = f"{row['data']:<13}{row['model']:<12}{row['n_train']:>4} examples  {row['setup']:<21}"
+    trial += f"lr {row['lr']:<9.4g} seed {row['seed']}: "
+    if row["outcome"] == "failed":
+        return trial + row["reason"]
+    right = "" if row["score_accuracy"] is None else f"  right {row['score_accuracy']:.0%}"
+    return f"{trial}validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}{right}"
+
+
+RECORDER = Recorder(settings, rows, line)

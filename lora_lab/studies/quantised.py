@@ -1,0 +1,252 @@
+"""``lora-lab record quantised``: what does a base in fewer bits cost in loss and time, and what do its merges lose?
+
+LoRA over four bases: float32, bfloat16, NF4 (QLoRA), and the blocks of Q4_1 in which the model is shipped, each at its
+own best rate. The float32 base is what those blocks hold, so the two differ in time alone, and the loss of NF4 is that
+of a second quantisation. Then each adapter that was trained over float32 or NF4 is merged, in every form; and the steps
+are timed in turn.
+
+A merge into blocks rounds twice: the base, which may not lie on the grid of the blocks, and the update, which may be
+smaller than the grid. The control shows the first alone: the base is rounded, and the adapter stays unmerged beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.ablation import studies
+from lora_lab.ablation.blocks import BlockLosses, block_losses_of
+from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.learning_rate import last_rows, rates_around
+from lora_lab.ablation.results import SCORE
+from lora_lab.ablation.run import ablate
+from lora_lab.adapters.edit import off, switch
+from lora_lab.costs.fake import Factory
+from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import step_time
+from lora_lab.inject import adapter_state, inject, lora_layers
+from lora_lab.lean import Lean
+from lora_lab.methods import LoRA
+from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+from lora_lab.models.quantize import quantize_nf4, rounded
+from lora_lab.studies.recorder import Recorder
+from lora_lab.studies.records import json_safe
+from lora_lab.studies.tuned import ON_TEST, Planned, Source, line, processes, recorder, template
+from lora_lab.task import Task
+
+NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file
+METHOD = LoRA(8, 16)
+BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4_1": Lean()}
+CENTRE = 2e-3  # of the first grids
+BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged
+ROUNDS = 9  # of the timing
+_ROUNDING = "rounding"
+
+
+def plan(device: torch.device) -> dict[str, Planned]:
+    """What two cores can do in an hour and a half, or a GPU in less."""
+    gpu = device.type == "cuda"
+    steps, size = (300, 8) if gpu else (60, 4)
+    judging = range(2, 7 if gpu else 5)
+    plans = {}
+    for base, lean in BASES.items():
+        setup = {base: template(METHOD, steps, size, lean)}
+        study = Study(setup, {base: rates_around(CENTRE)}, range(2), judging, chosen_on=64, judged_on=ON_TEST)
+        merged = [replace(setup[base], seed=seed) for seed in judging if base in BLOCKS_OF]
+        forms = len(forms_of(base)) if base in BLOCKS_OF else 0
+        plans[base] = Planned(study, 64, partial(source, base), merged, forms * ON_TEST["test"])
+    return plans
+
+
+def source(base: str, device: torch.device) -> Source:
+    """What makes the model and the task."""
+    return partial(load_base, base, device), partial(studies.docs_task, 64)
+
+
+def load_base(base: str, device: torch.device) -> nn.Module:
+    """The language model over that base; in bfloat16 it is the lean step that casts it."""
+    if base == "Q4_1":
+        return load_pretrained(SMOLLM2, device=device, keep_blocks=True)[0]
+    model = studies.language_model(device)
+    if base == "NF4":
+        quantize_nf4(model)
+    return model
+
+
+def forms_of(base: str) -> list[str]:
+    """The names of the models that are made of an adapter, in the order of :class:`Merges`."""
+    forms = ["base", "unmerged", "merged"]
+    for blocks in (NF4, Q4_1):
+        forms += [f"unmerged, base in {blocks}", f"merged, then {blocks}"]
+    if base != "float32":
+        forms += ["merged into float32", *(f"merged into float32, then {blocks}" for blocks in (NF4, Q4_1))]
+    return forms
+
+
+@dataclass(frozen=True)
+class Merges:
+    """A judge for :func:`lora_lab.ablation.ablate`: the losses of every form in which an adapter can be used.
+
+    With W the weight of the base in float32, Q the rounding to blocks, V the weight under which the adapter was trained
+    (W, or Q(W) for QLoRA) and D its update, the forms are
+
+        base                          V               without the adapter
+        unmerged                      V + D           as it was trained
+        merged                        V + D           as one dense matrix
+        unmerged, base in Q           Q(V) + D        the control: the base is rounded, the update is not
+        merged, then Q                Q(V + D)
+        merged into float32           W + D           under V = Q(W) alone, as are the next
+        merged into float32, then Q   Q(W + D)
+
+    Its scores are the losses of blocks of test examples by form, as those of
+    :class:`lora_lab.ablation.blocks.BlockLosses`; and "rounding", a text: for each kind of blocks what :func:`rounding`
+    says of Q(V) and Q(V + D).
+
+    Args:
+        base: of the adapter, in :data:`BLOCKS_OF`.
+        examples: of the test part, how many.
+        block: examples in a block.
+    """
+
+    base: str
+    examples: int
+    block: int = 4
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
+        state, device = adapter_state(model), next(model.parameters()).device
+        model = studies.language_model(device)
+        inject(model, METHOD)
+        switch(model, state)
+        layers = lora_layers(model)
+        W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
+        V = {name: _in_blocks(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
+        judge = BlockLosses({"test": self.examples}, self.block)
+        scores = {}
+        for form in forms_of(self.base):
+            unmerged = form.startswith("unmerged")
+            under = W if "float32" in form else V
+            blocks = next((kind for kind in (NF4, Q4_1) if form.endswith(kind)), None)
+            for name, layer in layers.items():
+                dense = under[name] + layer.delta() if form.startswith("merged") else under[name]  # (192, 576)
+                layer.base.weight.data.copy_(_in_blocks(dense, blocks))  # (192, 576)
+            with nullcontext() if unmerged else off(model):
+                scores[form] = judge(model, task)["test"]
+        lost = {}
+        for kind in (NF4, Q4_1):
+            lost[kind] = rounding(((V[name], layer.delta()) for name, layer in layers.items()), kind)
+        return scores | {_ROUNDING: json.dumps(lost)}
+
+
+def _in_blocks(weight: Tensor, kind: str | None) -> Tensor:
+    return weight if kind is None else rounded(weight, kind)
+
+
+def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, float]:
+    """What blocks make of weights and of updates to them, over all layers together.
+
+    Args:
+        layers: the weight V and the update D of each, (out, in).
+        kind: of the blocks Q.
+
+    Returns:
+        ``base_error``, ``|Q(V) - V| / |V|``; ``merged_error``, ``|Q(V + D) - (V + D)| / |V|``; ``update``,
+        ``|D| / |V|``; ``change``, ``|Q(V + D) - Q(V)| / |V|``; and ``cosine``, the cosine between that change and D.
+        Norms are Frobenius norms.
+    """
+    sums: dict[str, float] = dict.fromkeys(("V", "D", "base", "merged", "change", "product"), 0.0)
+    for V, D in layers:
+        before, after = rounded(V, kind), rounded(V + D, kind)  # (192, 576)
+        change = after - before  # (192, 576)
+        squares = {"V": V, "D": D, "base": before - V, "merged": after - V - D, "change": change}
+        for name, matrix in squares.items():
+            sums[name] += float(matrix.double().square().sum())
+        sums["product"] += float((change.double() * D.double()).sum())
+    return {
+        "base_error": (sums["base"] / sums["V"]) ** 0.5,
+        "merged_error": (sums["merged"] / sums["V"]) ** 0.5,
+        "update": (sums["D"] / sums["V"]) ** 0.5,
+        "change": (sums["change"] / sums["V"]) ** 0.5,
+        "cosine": sums["product"] / max((sums["change"] * sums["D"]) ** 0.5, 1e-30),
+    }
+
+
+def merged_rows(
+    base: str, planned: Planned, trials: Sequence[Mapping[str, Any]], device: torch.device, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Rows of every form of every adapter over a base, and of what rounding does to it.
+
+    The first have the data "<base>, merged" and the form as their setup, so that
+    :func:`lora_lab.ablation.comparison.differences` compares the forms.
+
+    Args:
+        base: of the adapters.
+        planned: its study.
+        trials: the rows of its trials.
+        device: where to train.
+        folder: of the study's results.
+    """
+    rates = {(row["lr"], row["edge"]) for row in trials if row["stage"] == "judging"}
+    if base not in BLOCKS_OF or not rates:
+        return
+    ((lr, edge),) = rates
+    again = [replace(trial, lr=lr) for trial in planned.again]
+    judge = Merges(base, ON_TEST["test"], planned.study.block)
+    model, task = planned.model_and_task(base, device)
+    frame = ablate(model, task, again, folder / "merged", n_jobs=processes(base, device), judge=judge)
+    columns = ("lr", "seed", "steps", "step", "outcome", "reason", "commit")
+    for trial in last_rows(frame).to_dict("records"):
+        row = {"data": f"{base}, merged", "stage": "judging", "edge": edge} | {name: trial[name] for name in columns}
+        for form in forms_of(base):
+            losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None, "test_loss": None}
+            if isinstance(losses[SCORE + "test"], str):
+                losses["test_loss"] = fmean(block_losses_of(losses, "test"))
+            yield json_safe(row | {"setup": form} | losses)
+        if trial["outcome"] == "done":
+            for blocks, numbers in json.loads(trial[SCORE + _ROUNDING]).items():
+                yield json_safe(row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers)
+
+
+def time_rows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows of the time of a step over each base, measured in turn: the data "time" and the base as their setup."""
+    planned = plan(device)
+    trial = planned["float32"].study.setups["float32"]
+    sources: dict[str, Factory] = {base: partial(load_base, base, device) for base in BASES}
+    variants = {base: Setup(METHOD, lean=lean) for base, lean in BASES.items()}
+    times = step_time(sources, variants, trial.batch_size, planned["float32"].seq_len, rounds=ROUNDS, device=device)
+    for row in times.to_dict()["variants"]:
+        setup = {"data": "time", "stage": "timing", "setup": row.pop("variant"), "rounds": ROUNDS}
+        yield setup | {**row, "disturbance": times.disturbance}
+
+
+_TUNED = recorder("quantised", plan, merged_rows)
+
+
+def rows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of a record: those of all trials, of all forms of the adapters, and of the times."""
+    yield from _TUNED.rows(device)
+    yield from time_rows(device)
+
+
+def line_of(row: dict[str, Any]) -> str | None:
+    """A row as a line for people."""
+    if row["stage"] == "timing":
+        return f"time   {row['setup']:<10} {row['seconds']:.3f} s a step, {row['ratio']:.2f} of float32's"
+    if row["stage"] == _ROUNDING:
+        return (
+            f"{row['data']}, {row['setup']}: off by {100 * row['base_error']:.2g} % of the base, with the update "
+            f"({100 * row['update']:.2g} %) by {100 * row['merged_error']:.2g} %; cosine {row['cosine']:.2f}"
+        )
+    return line(row)
+
+
+RECORDER = Recorder(_TUNED.settings, rows, line_of)

@@ -1,0 +1,176 @@
+"""Recorders of studies that compare setups, each at its own best learning rate (:mod:`lora_lab.ablation.comparison`).
+
+``lora-lab record NAME`` prints how many hours a study takes before it starts, and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lab.ablation import studies
+from lora_lab.ablation.blocks import block_losses_of
+from lora_lab.ablation.comparison import Study, compare_tuned
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.learning_rate import last_rows
+from lora_lab.ablation.results import SCORE
+from lora_lab.costs.fake import Factory
+from lora_lab.lean import Lean
+from lora_lab.methods import Method
+from lora_lab.studies.planning import planned_hours
+from lora_lab.studies.recorder import Recorder, Row
+from lora_lab.studies.records import json_safe
+from lora_lab.task import Task
+
+ON_TEST = {"validation": 128, "test": 140}  # of the 130 and 140 examples of 64 tokens in those parts of "docs"
+_COLUMNS = (
+    *("data", "stage", "setup", "method", "rank", "alpha", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
+    *("validation_loss", "test_loss", "score_validation", "score_test", "trainable_parameters", "commit"),
+)
+
+
+Source = tuple[nn.Module | Factory, Task | Callable[[], Task]]  # the model or what makes it, and the task or what does
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A study, and what it needs to know of the data.
+
+    Args:
+        study: what is compared.
+        seq_len: tokens an example, of a language model.
+        source: makes the model and the task on a device; None makes those of the study of that name
+            (:func:`lora_lab.ablation.studies.study`).
+        again: trials that will be run once more to make further rows; used to estimate the planned hours.
+        again_on: how many examples each of those is evaluated on.
+    """
+
+    study: Study
+    seq_len: int = 64
+    source: Callable[[torch.device], Source] | None = None
+    again: Sequence[Trial] = ()
+    again_on: int = 0
+
+    def model_and_task(self, data: str, device: torch.device) -> Source:
+        """The model and the task of the study.
+
+        Args:
+            data: its name.
+            device: where a language model is put.
+        """
+        return studies.study(data, self.seq_len, device) if self.source is None else self.source(device)
+
+
+def processes(data: str, device: torch.device) -> int:
+    """How many trials of that data run at a time."""
+    return 1 if of_small_net(data) else studies.processes(device)
+
+
+def of_small_net(data: str) -> bool:
+    """Whether the data is for a small net, whose trials take seconds, by its name, such as "digits"."""
+    return data.partition(" ")[0] in ("digits", "planted")
+
+
+Plan = Callable[[torch.device], Mapping[str, Planned]]  # the studies of a record, by name
+# Makes further rows of a study from its name, the study, its rows, the device and the folder of its results.
+Further = Callable[[str, Planned, Sequence[Row], torch.device, Path], Iterator[Row]]
+
+
+def template(
+    method: Method, steps: int, batch_size: int, lean: Lean | None = None, eval_every: int | None = None, **options: Any
+) -> Trial:
+    """A setup's trial, whose rate and seed are to be filled in; ``options`` are further ones of a Trial.
+
+    It is evaluated on few examples, and on fewer still where its curve is not looked at, because the losses that decide
+    are those of :class:`lora_lab.ablation.blocks.BlockLosses`.
+    """
+    every, examples = (steps, 4) if eval_every is None else (eval_every, 16)
+    options |= {"steps": steps, "batch_size": batch_size, "eval_every": every, "eval_examples": examples, "lean": lean}
+    return Trial(method, 1e-3, **options)
+
+
+def recorder(name: str, plan: Plan, further: Further | None = None) -> Recorder:
+    """What ``lora-lab record <name>`` runs.
+
+    Args:
+        name: of the record.
+        plan: what is compared on a device, by the name of the data, such as "docs".
+        further: makes more rows of each study, when its trials have ended.
+    """
+    hours = cache(lambda device: _hours(plan(device), device))
+
+    def settings(device: torch.device) -> dict[str, Any]:
+        described = {data: _described(planned) for data, planned in plan(device).items()}
+        return {**described, "planned_hours": hours(device)}
+
+    def rows(device: torch.device, folder: str | Path = Path("runs") / f"record-{name}") -> Iterator[Row]:
+        print(f"Planned: about {hours(device)} hours, more where grids of rates are widened.", flush=True)
+        for data, planned in plan(device).items():
+            trials = []
+            for row in _rows(data, planned, device, Path(folder) / data):
+                trials.append(row)
+                yield row
+            if further is not None:
+                yield from further(data, planned, trials, device, Path(folder) / data)
+
+    return Recorder(settings, rows, line)
+
+
+def _rows(data: str, planned: Planned, device: torch.device, folder: Path) -> Iterator[Row]:
+    """The last row of each trial."""
+    model, task = planned.model_and_task(data, device)
+    for frame in compare_tuned(model, task, planned.study, folder, n_jobs=processes(data, device)):
+        accuracy = [f"{SCORE}accuracy"] * planned.study.answered
+        table = last_rows(frame).assign(data=data).reindex(columns=[*_COLUMNS, *accuracy])
+        for row in table.to_dict("records"):
+            means = {
+                f"{part}_loss": fmean(block_losses_of(row, part))
+                for part in ("validation", "test")
+                if isinstance(row[SCORE + part], str)
+            }
+            yield json_safe(row | {"validation_loss": None, "test_loss": None} | means)
+
+
+def _described(planned: Planned) -> dict[str, Any]:
+    study = planned.study
+    return {
+        "setups": {setup: trial.to_dict() for setup, trial in study.setups.items()},
+        "lrs": {setup: list(lrs) for setup, lrs in study.lrs.items()},
+        **{name: list(getattr(study, name)) for name in ("choosing", "judging")},
+        **{name: getattr(study, name) for name in ("chosen_on", "block", "widen", "beyond", "answered")},
+        "judged_on": dict(study.judged_on),
+        "seq_len": planned.seq_len,
+    }
+
+
+def _hours(plan: Mapping[str, Planned], device: torch.device) -> float:
+    """Of the language model's part, for the small nets take minutes."""
+    hours = 0.0
+    for data, planned in plan.items():
+        if not of_small_net(data):
+            study = planned.study
+            judged = [trial for trial in study.trials if trial.seed in study.judging]
+            chosen = [trial for trial in study.trials if trial.seed in study.choosing]
+            hours += planned_hours(chosen, planned.seq_len, device, study.chosen_on)
+            if judged:
+                hours += planned_hours(judged, planned.seq_len, device, sum(study.judged_on.values()))
+            if planned.again:
+                hours += planned_hours(planned.again, planned.seq_len, device, planned.again_on)
+    return round(hours, 1)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as a line for people."""
+    trial = f"{row['data']:<7}{row['stage']:<9} {row['setup']:<22} lr {row['lr']:<9.4g} seed {row['seed']}: "
+    if row["outcome"] == "failed":
+        return trial + row["reason"]
+    return trial + "  ".join(
+        f"{part} {row[f'{part}_loss']:.4f}" for part in ("validation", "test") if row[f"{part}_loss"] is not None
+    )

@@ -1,0 +1,312 @@
+"""Sheets: what nbgrader reads, what a learner gets, and that nothing is lost or overwritten."""
+
+import ast
+import builtins
+import itertools
+import re
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from lora_lab.course.copies import BEGIN, END, copy_lessons
+from lora_lab.course.grading.invariant import INVARIANTS, REFLECTIONS
+from lora_lab.course.grading.sheets import CONFIG, SETTINGS, answers, sheet, write_course
+from lora_lab.system.provenance import shipped_folder
+from tests.helpers import command, error_line
+
+LESSONS = sorted(REFLECTIONS)
+FORMULAS = {"04_memory": {"down", "silu", "gate", "up"}}  # names in formulas that are written as code
+each_lesson = pytest.mark.parametrize("name", LESSONS)
+
+
+def lesson(name):
+    return nbformat.read(shipped_folder("notebooks") / f"{name}.ipynb", as_version=4)
+
+
+def marks(notebook):
+    return {cell.id: cell.metadata.nbgrader for cell in notebook.cells if "nbgrader" in cell.metadata}
+
+
+@each_lesson
+def test_a_sheet_has_each_exercise_with_its_text_its_answer_and_its_tests(name):
+    notebook = sheet(lesson(name), name, 3)
+    nbformat.validate(notebook)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    for each in answers(lesson(name)):
+        place = ids.index(each.exercise)
+        assert ids[place + 1] == f"{each.exercise}-points"
+        assert ids[place - 1].startswith(f"{each.exercise}-")
+        text = notebook.cells[ids.index(f"{each.exercise}-text-0")].source
+        assert text.startswith("### Exercise")
+        assert text.count("### ") == 1
+    assert ids[-2:] == ["question", "reflection"]
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in notebook.cells)
+
+
+@each_lesson
+def test_each_exercise_names_the_section_of_the_lesson_that_it_comes_from(name):
+    headings = {
+        heading: cell.source
+        for cell in lesson(name).cells
+        if cell.cell_type == "markdown"
+        for heading in re.findall(r"^##+ (.+)$", cell.source, flags=re.MULTILINE)
+    }
+    sections = []
+    for cell in sheet(lesson(name), name, 3).cells:
+        if cell.id.endswith("-text-0"):
+            (section,) = re.findall(rf'^From the section "(.+)" of the lesson {name}\.$', cell.source, re.MULTILINE)
+            assert section in headings
+            sections.append(section)
+    assert len(sections) == len(answers(lesson(name)))
+    assert name != "05_speed" or sections == ["FLOPs by hand", "Two thirds", "What FLOPs cannot explain"]
+
+
+@each_lesson
+def test_a_sheet_does_not_say_how_to_get_the_solutions(name):
+    cells = sheet(lesson(name), name, 3).cells
+    assert not [cell.id for cell in cells if "lora-lab lessons" in cell.source]
+
+
+def test_lessons_do_say_it():
+    """Or the test above shows nothing."""
+    for name in ("00_first_look", "03_lora_from_scratch"):
+        assert any("lora-lab lessons solved" in cell.source for cell in lesson(name).cells)
+
+
+def unknown_names(text, code):
+    """Names that calls and subscripts in a text use, and that the code of a sheet neither imports nor defines."""
+    trees = list(map(ast.parse, code))
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    known = {*dir(builtins), *(node.arg for node in nodes if isinstance(node, ast.arg))}
+    known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    known |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    known |= {(alias.asname or alias.name).split(".")[0] for each in imports for alias in each.names}
+    used = set()
+    for fragment in re.findall(r"`([^`]*[(\[][^`]*)`", text):
+        try:
+            tree = ast.parse(fragment)
+        except SyntaxError:
+            continue  # a formula
+        used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return used - known
+
+
+def test_names_that_a_text_uses_without_their_definition_are_found():
+    assert unknown_names("Score `metrics.score(TASKS['a'], names)`, $B A$.", ["from a import metrics"]) == {
+        "TASKS",
+        "names",
+    }
+    assert not unknown_names("Write `f(x)`; `len(x[:3])` is 3, and `other` a word.", ["def f(x):\n    pass"])
+
+
+@each_lesson
+def test_the_texts_use_no_name_that_only_the_lesson_defines(name):
+    cells = sheet(lesson(name), name, 3).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    text = "\n".join(cell.source for cell in cells if cell.id.rpartition("-")[0].endswith("-text"))
+    assert unknown_names(text, code) <= FORMULAS.get(name, set())
+
+
+@each_lesson
+def test_its_metadata_is_what_nbgrader_wants(name):
+    result = marks(sheet(lesson(name), name, 3))
+    keys = {"schema_version", "grade_id", "solution", "locked", "task", "grade"}
+    for cell_id, mark in result.items():
+        assert mark["schema_version"] == 3
+        assert mark["grade_id"] == cell_id
+        assert mark.keys() == keys | ({"points"} if mark["grade"] else set())
+    for each in answers(lesson(name)):
+        answer, tests = result[each.exercise], result[f"{each.exercise}-points"]
+        assert (answer["solution"], answer["grade"], answer["locked"]) == (True, False, False)
+        assert (tests["solution"], tests["grade"], tests["locked"]) == (False, True, True)
+        assert tests["points"] == len(INVARIANTS[each.exercise])
+    assert (result["reflection"]["solution"], result["reflection"]["grade"]) == (True, True)
+    assert result["reflection"]["points"] == len(REFLECTIONS[name].rubric)
+    assert result["question"]["locked"]
+
+
+def earned(notebook):
+    """Exercise -> points, when the cells of a sheet run in order; check is left out."""
+    namespace, result = {}, {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            *body, last = ast.parse(cell.source).body
+            if cell.id.endswith("-points"):
+                exec(compile(ast.Module(body, []), cell.id, "exec"), namespace)
+                value = eval(compile(ast.Expression(last.value), cell.id, "eval"), namespace)
+                result[cell.id.removesuffix("-points")] = value
+            else:
+                nodes = body if cell.id in INVARIANTS else [*body, last]
+                exec(compile(ast.Module(nodes, []), cell.id, "exec"), namespace)
+    return result
+
+
+@each_lesson
+def test_a_sheet_by_itself_gives_its_own_solutions_all_points(name):
+    """Without the lesson, and without its model."""
+    notebook = sheet(lesson(name), name, 5)
+    assert earned(notebook) == {each.exercise: len(INVARIANTS[each.exercise]) for each in answers(lesson(name))}
+
+
+def test_a_mistake_in_start_costs_nothing_in_the_layer_that_calls_it():
+    notebook = sheet(lesson("03_lora_from_scratch"), "03_lora_from_scratch", 5)
+    (cell,) = (cell for cell in notebook.cells if cell.id == "start")
+    cell.source = "def start(out, inp, r, generator=None):\n    return None\n\n\ncheck('start', start)"
+    assert earned(notebook) == {"forward": 4, "start": 0, "MyLoRALinear": 5, "repair": 3}
+
+
+# Lines of solutions that the text or the code of an exercise shows anyway.
+SHOWN = {
+    "def start(out, inp, r, generator=None):",
+    "device.synchronize()",
+    "for name, layer in list(model.named_children()):",
+    "loss = loss_of(model)",
+    "loss.backward()",
+    "optimizer.step()",
+    "replace(model, name, ll.LoRALinear(layer, rank=4, alpha=8))",
+    "return model, optimizer",
+    "with torch.no_grad():",
+}
+
+
+def parts(cell):
+    """The lines of a cell outside markers and those between them, without comments."""
+    outside, between, hidden = [], [], False
+    for line in map(str.strip, cell.source.splitlines()):
+        if line in (BEGIN, "### BEGIN HIDDEN TESTS"):
+            hidden = True
+        elif line in (END, "### END HIDDEN TESTS"):
+            hidden = False
+        else:
+            (between if hidden else outside).append(line if line.startswith("#") else line.split("  #")[0])
+    assert not hidden
+    return outside, between
+
+
+@each_lesson
+def test_all_that_is_secret_stands_between_markers_and_nowhere_else(name):
+    """So nbgrader takes it out; the end-to-end test looks at what it hands out."""
+    cells = sheet(lesson(name), name, 3).cells
+    outside, between = (list(itertools.chain(*lines)) for lines in zip(*map(parts, cells), strict=True))
+    secret = {line for line in between if len(line) > 12 and not line.startswith(("import", "from"))}
+    assert len(secret) > 30
+    text = "\n".join([*outside, *(str(cell.metadata) for cell in cells)])
+    assert {line for line in secret if line in text} <= SHOWN
+    assert "### STUB" not in text
+    for cell in cells:
+        if cell.id.endswith("-points"):
+            assert all(line.startswith("# ") for line in parts(cell)[0])
+
+
+def test_seeds_differ_between_courses_and_stand_in_the_hidden_cell(tmp_path):
+    cells = []
+    for course in ("one", "other"):
+        write_course(tmp_path / course, ["01"])
+        path = tmp_path / course / "source" / "01_low_rank" / "01_low_rank.ipynb"
+        cells.append({cell.id: cell.source for cell in nbformat.read(path, as_version=4).cells})
+    assert {name for name in cells[0] if cells[0][name] != cells[1][name]} == {
+        "largest_saving_rank-points",
+        "best_rank-points",
+        "terms_for-points",
+        "gradient-points",
+    }
+    fixed = [sheet(lesson("01_low_rank"), "01_low_rank", 3) for _ in range(2)]
+    assert fixed[0] == fixed[1]
+
+
+# The folder
+
+
+@pytest.fixture
+def incomplete(monkeypatch):
+    """Lesson 08 as one that has no hidden tests yet."""
+    monkeypatch.delitem(REFLECTIONS, "08_forgetting")
+    monkeypatch.delitem(INVARIANTS, "temperature")
+
+
+def test_a_course_has_a_sheet_for_each_lesson(tmp_path):
+    done = write_course(tmp_path / "course")
+    lessons = sorted(path.stem for path in shipped_folder("notebooks").glob("[0-9]*.ipynb"))
+    assert list(done.written) == LESSONS == lessons
+    files = sorted(path.relative_to(tmp_path / "course").as_posix() for path in (tmp_path / "course").rglob("*.*"))
+    assert files == [CONFIG, *(f"source/{name}/{name}.ipynb" for name in LESSONS)]
+
+
+def test_a_lesson_without_hidden_tests_is_left_out_and_named(incomplete, tmp_path):
+    done = write_course(tmp_path / "course")
+    assert done.left_out == ("08_forgetting",)
+    assert "No hidden tests yet, so left out: 08_forgetting" in str(done)
+    assert not (tmp_path / "course" / "source" / "08_forgetting").exists()
+
+
+def test_a_second_call_adds_sheets_and_changes_nothing(tmp_path):
+    write_course(tmp_path, ["01"])
+    (tmp_path / CONFIG).write_text("# mine", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    done = write_course(tmp_path, ["01", "03"])
+    assert (done.written, done.there) == (("03_lora_from_scratch",), ("01_low_rank",))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_settings_are_python_and_name_no_folder():
+    names = {node.attr for node in ast.walk(ast.parse(SETTINGS)) if isinstance(node, ast.Attribute)}
+    assert {"timeout", "add_missing_cells", "sanitize_preprocessors", "code_stub", "root"} <= names
+    assert "/" not in SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("only", "complaint"),
+    [("08", "no hidden tests yet; leave the lesson out"), ("99", "There is no lesson '99'; choose")],
+)
+def test_a_lesson_that_cannot_be_graded_is_an_error(incomplete, tmp_path, capsys, only, complaint):
+    assert command("course", tmp_path / "course", "--grading", "--only", only) == 1
+    assert complaint in error_line(capsys)
+    assert not (tmp_path / "course").exists()
+
+
+def test_nothing_is_written_if_one_of_the_lessons_cannot_be_graded(incomplete, tmp_path):
+    with pytest.raises(ValueError, match="'temperature' of 08_forgetting has no hidden tests"):
+        write_course(tmp_path / "course", ["01", "08"])
+    assert not (tmp_path / "course").exists()
+
+
+def test_a_learners_folder_is_no_place_for_it(tmp_path, capsys):
+    copy_lessons(tmp_path, only=["01"])
+    assert command("course", tmp_path, "--grading") == 1
+    assert "name another folder" in error_line(capsys)
+    assert not (tmp_path / "source").exists()
+    (tmp_path / "file").write_text("mine")
+    assert command("course", tmp_path / "file", "--grading") == 1
+
+
+# Lessons that are not as they should be
+
+
+def broken(source):
+    cells = [new_markdown_cell("# A lesson\n\n### Exercise: one"), new_code_cell(source)]
+    return new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+
+
+def test_a_solution_without_a_check_is_an_error():
+    with pytest.raises(ValueError, match=r"Cell 2 has a solution, but its last line is no check\(name, function\)"):
+        answers(broken(f"def f():\n    {BEGIN}\n    return 1\n    {END}"))
+
+
+def test_an_exercise_without_a_heading_is_an_error():
+    notebook = broken(f"def f():\n    {BEGIN}\n    return 1\n    {END}\n\n\ncheck('gradient', f)")
+    notebook.cells[0].source = "# A lesson"
+    with pytest.raises(ValueError, match="no heading '### Exercise' before the exercise 'gradient'; add it"):
+        sheet(notebook, "01_low_rank", 1)
+
+
+def test_an_exercise_without_hidden_tests_is_an_error(incomplete):
+    with pytest.raises(ValueError, match="'temperature' of 01_low_rank has no hidden tests"):
+        sheet(broken(f"def f():\n    {BEGIN}\n    return 1\n    {END}\n\n\ncheck('temperature', f)"), "01_low_rank", 1)
+
+
+def test_a_lesson_without_a_reflection_is_an_error(incomplete):
+    with pytest.raises(ValueError, match="08_forgetting has no reflection"):
+        sheet(broken(f"def f():\n    {BEGIN}\n    return 1\n    {END}\n\n\ncheck('gradient', f)"), "08_forgetting", 1)

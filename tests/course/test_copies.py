@@ -1,0 +1,511 @@
+"""The learner's copy of the lessons: no solution gets in, and nothing that the learner wrote is lost."""
+
+import copy
+import itertools
+import json
+import os
+import re
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lora_lab.course import copies
+from lora_lab.course.copies import CONFIG, MANIFEST, copy_lessons, student
+from lora_lab.system.provenance import shipped_folder
+from tests.helpers import ROOT, command, error_line, run_python
+
+SOLVED = '''def one_line(W, A, B, x, s):
+    """The layer."""
+    if s == 0:
+        ### BEGIN SOLUTION
+        return W @ x
+        ### END SOLUTION
+    ### BEGIN SOLUTION
+    update = B @ (A @ x)
+    return W @ x + s * update
+    ### END SOLUTION
+    ### STUB update = ____
+    ### STUB return W @ x + s * ____
+
+
+check("one_line", one_line)'''
+OPEN = '''def one_line(W, A, B, x, s):
+    """The layer."""
+    if s == 0:
+        raise NotImplementedError("your code here")
+    update = ____
+    return W @ x + s * ____
+
+
+check("one_line", one_line)'''
+
+
+def text_output(text):
+    return new_output("stream", text=text)
+
+
+def lesson(*sources):
+    """A lesson that was run."""
+    cells = [new_code_cell(source, outputs=[text_output("Correct.")], execution_count=1) for source in sources]
+    return new_notebook(cells=[new_markdown_cell("# A lesson"), *cells])
+
+
+def test_solutions_become_stubs_and_no_cell_has_been_run():
+    before = lesson("x = 1", SOLVED, 'check("a", f)')
+    original = copy.deepcopy(before)
+    result = student(before)
+    assert [cell.source for cell in result.cells[1:3]] == ["x = 1", OPEN]
+    assert [cell.outputs for cell in result.cells[1:]] == [[], [], []]
+    assert [cell.execution_count for cell in result.cells[1:]] == [None, None, None]
+    assert before == original  # the lesson itself stays as it is
+    nbformat.validate(result)
+
+
+@pytest.mark.slow
+def test_the_learners_cell_runs_and_says_that_it_is_not_started():
+    """A hole is a NameError when it is called, and not before."""
+    done = run_python(f"from lora_lab.course import check\n{student(lesson(SOLVED)).cells[1].source}")
+    assert done.stderr == ""
+    assert "Not started yet" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (
+            "def f():\n    ### BEGIN SOLUTION\n    return 1",
+            "Cell 3 has '### BEGIN SOLUTION' without '### END SOLUTION'",
+        ),
+        ("def f():\n    return 1\n    ### END SOLUTION", "Cell 3 has '### END SOLUTION' in line 3 without"),
+        (
+            "### BEGIN SOLUTION\n### BEGIN SOLUTION\n### END SOLUTION",
+            "Cell 3 has a second '### BEGIN SOLUTION' in line 2",
+        ),
+        ("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", "Cell 3 would stop the notebook"),
+        ("class A:\n    ### BEGIN SOLUTION\n    x = 1\n    ### END SOLUTION", "Cell 3 would stop the notebook"),
+        ("def f():\n    ### BEGIN SOLUTION\n    ### END SOLUTION\n    ### STUB a b", "Cell 3 is not Python without"),
+    ],
+)
+def test_wrong_markers_are_an_error_that_names_the_cell(source, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        student(lesson("x = 1", source))
+
+
+def test_a_marker_outside_code_is_an_error():
+    with pytest.raises(ValueError, match="Cell 1 is not code"):
+        student(new_notebook(cells=[new_markdown_cell("Text\n### BEGIN SOLUTION")]))
+
+
+def solution_lines(source):
+    """The lines between markers, without comments, that are long enough to be recognised."""
+    blocks = re.findall(rf"^ *{copies.BEGIN}\n(.*?)^ *{copies.END}$", source, flags=re.DOTALL | re.MULTILINE)
+    lines = {line.split("  #")[0].strip() for block in blocks for line in block.splitlines()}
+    return {line for line in lines if len(line) > 12}
+
+
+def without_spaces(text):
+    return re.sub(r"\s", "", text)
+
+
+def texts(value):
+    """All strings in a JSON document, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(texts, (*value.keys(), *value.values())))
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(texts, value))
+
+
+def leaks(folder, lines):
+    """(file, line) for each of these lines that stands in a file of a folder, whatever the white space."""
+    documents = {
+        path.name: [without_spaces(text) for text in texts(json.loads(path.read_text(encoding="utf-8")))]
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return {
+        (name, line)
+        for name, contents in documents.items()
+        for line in lines
+        if any(without_spaces(line) in text for text in contents)
+    }
+
+
+# Lines of solutions that a lesson shows in its own code or text, where they solve nothing.
+SHOWN = {
+    "01_low_rank.ipynb": {"U, S, Vh = np.linalg.svd(M, full_matrices=False)"},
+    "03_lora_from_scratch.ipynb": {
+        "for name, layer in list(model.named_children()):",  # the script to repair
+        "loss = loss_of(model)",
+        "loss.backward()",
+        "model.requires_grad_(False)",
+        "optimizer = torch.optim.Adam(trainable, lr=1e-2)",
+        "optimizer.step()",
+        "replace(model, name, ll.LoRALinear(layer, rank=4, alpha=8))",
+        "return model, optimizer",
+        "trainable = [p for p in model.parameters() if p.requires_grad]",
+    },
+    "04_memory.ipynb": {"if rank is None:"},
+    "05_speed.ipynb": {"device.synchronize()"},
+}
+
+
+@pytest.mark.slow
+def test_no_line_of_a_solution_is_in_any_file_of_a_learners_folder(tmp_path):
+    """In no cell, text, output, metadata or further file, of whichever lesson the solution is."""
+    lines = set()
+    for path in shipped_folder("notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            lines |= solution_lines(cell.source)
+    assert len(lines) > 120
+    copy_lessons(tmp_path)
+    expected = {(name, line) for name, shown in SHOWN.items() for line in shown}
+    assert leaks(tmp_path, lines) == expected
+    for path in tmp_path.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
+        for cell in notebook.cells:
+            assert cell.metadata.keys() <= {"jupyter", "tags"}
+            assert not cell.get("outputs")
+            assert not cell.get("attachments")
+
+
+def test_a_line_would_be_found_wherever_it_stands(lessons, tmp_path):
+    """In another cell, in text, an output, metadata of the notebook or a cell: student takes out what it can."""
+    line = "return W @ x + s * update"
+    assert solution_lines(SOLVED) == {"update = B @ (A @ x)", line}
+    for place in ("cell", "text", "output", "cell metadata", "metadata"):
+        notebook = lesson(SOLVED, "x = 1")
+        if place == "cell":
+            notebook.cells[2].source = f"def f():\n    {line}"
+        elif place == "text":
+            notebook.cells[0].source = f"# A lesson\n\nWrite `{line.replace(' ', '')}`."
+        elif place == "output":
+            notebook.cells[2].outputs = [text_output(line)]
+        elif place == "cell metadata":
+            notebook.cells[2].metadata["solution"] = line
+        else:
+            notebook.metadata["widgets"] = {"state": {"a": [line]}}
+        nbformat.write(notebook, lessons / "00_first.ipynb")
+        copy_lessons(tmp_path / place)
+        found = leaks(tmp_path / place, solution_lines(SOLVED))
+        assert found == ({("00_first.ipynb", line)} if place in ("cell", "text") else set())
+
+
+@pytest.mark.parametrize("path", sorted(shipped_folder("notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_cell_with_a_solution_has_a_stub_and_all_others_are_as_they_were(path):
+    solved = nbformat.read(path, as_version=4)
+    for cell, before in zip(student(solved).cells, solved.cells, strict=True):
+        assert copies.BEGIN not in cell.source
+        assert copies.END not in cell.source
+        if copies.BEGIN in before.source:
+            assert "NotImplementedError" in cell.source or "____" in cell.source
+        else:
+            assert cell.source == before.source
+
+
+# The folder
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    """A folder with two small lessons, which takes the place of those that come with lora_lab."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(copies, "shipped_folder", lambda name: folder)
+    for name in ("00_first", "01_second"):
+        nbformat.write(lesson(SOLVED), folder / f"{name}.ipynb")
+    (folder / "execute.py").write_text("", encoding="utf-8")
+    return folder
+
+
+def change(path, text="# mine"):
+    """Write a cell into a lesson."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(new_markdown_cell(text))
+    nbformat.write(notebook, path)
+    return path.read_bytes()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_learners_copy_has_stubs_and_the_solved_one_is_the_lesson(lessons, tmp_path):
+    assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb", "01_second.ipynb")
+    assert names(tmp_path / "mine") == [MANIFEST, "00_first.ipynb", "01_second.ipynb"]
+    assert nbformat.read(tmp_path / "mine" / "00_first.ipynb", as_version=4).cells[1].source == OPEN
+    copy_lessons(tmp_path / "solved", solved=True)
+    copied, original = tmp_path / "solved" / "00_first.ipynb", lessons / "00_first.ipynb"
+    assert copied.read_bytes() == original.read_bytes()
+
+
+def test_a_second_call_changes_nothing(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert str(copy_lessons(tmp_path / "mine")) == "Already there: 2 lessons"
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_an_untouched_lesson_is_replaced_by_a_newer_one(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    change(lessons / "00_first.ipynb", "newer")
+    assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb",)
+    assert "newer" in (tmp_path / "mine" / "00_first.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_touched_lesson_stays_and_the_newer_is_offered_beside_it_once(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    copy_lessons(mine)
+    work = change(mine / "00_first.ipynb")
+    assert copy_lessons(mine).beside == ()  # it is changed, but there is nothing newer
+    change(lessons / "00_first.ipynb", "newer")
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)
+    assert (mine / "00_first.ipynb").read_bytes() == work
+    assert "newer" in (mine / "00_first.new.ipynb").read_text(encoding="utf-8")
+    (mine / "00_first.new.ipynb").unlink()  # declined
+    assert copy_lessons(mine).beside == ()
+    assert names(mine) == [MANIFEST, "00_first.ipynb", "01_second.ipynb"]
+
+
+def test_what_was_offered_and_changed_stays_too(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    copy_lessons(mine)
+    change(mine / "00_first.ipynb")
+    change(lessons / "00_first.ipynb", "newer")
+    copy_lessons(mine)
+    change(lessons / "00_first.ipynb", "newest")
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)  # nobody has touched the offer: it is replaced
+    work = change(mine / "00_first.new.ipynb")
+    change(lessons / "00_first.ipynb", "last")
+    assert copy_lessons(mine).beside == ("00_first.new2.ipynb",)
+    assert (mine / "00_first.new.ipynb").read_bytes() == work
+
+
+def test_a_lesson_of_the_same_name_that_somebody_else_wrote_stays(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    nbformat.write(lesson("my own"), mine / "01_second.ipynb")
+    work = (mine / "01_second.ipynb").read_bytes()
+    done = copy_lessons(mine)
+    assert (done.written, done.beside) == (("00_first.ipynb",), ("01_second.new.ipynb",))
+    assert (mine / "01_second.ipynb").read_bytes() == work
+
+
+def test_a_lesson_that_was_removed_comes_back(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    (tmp_path / "mine" / "00_first.ipynb").unlink()
+    assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb",)
+
+
+def test_a_choice_of_lessons_is_copied_and_others_can_follow(lessons, tmp_path):
+    assert copy_lessons(tmp_path / "mine", only=["01"]).written == ("01_second.ipynb",)
+    assert names(tmp_path / "mine") == [MANIFEST, "01_second.ipynb"]
+    work = change(tmp_path / "mine" / "01_second.ipynb")
+    assert copy_lessons(tmp_path / "mine", only=["00", "01_sec"]).written == ("00_first.ipynb",)
+    assert (tmp_path / "mine" / "01_second.ipynb").read_bytes() == work
+
+
+def test_an_unknown_lesson_is_an_error_that_lists_them(lessons, tmp_path):
+    with pytest.raises(
+        ValueError, match="There is no lesson '7'; choose from 00_first, 01_second, or by their numbers"
+    ):
+        copy_lessons(tmp_path / "mine", only=["00", "7"])
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_file_is_no_folder_for_lessons(lessons, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        copy_lessons(tmp_path / "mine")
+
+
+def test_one_lesson_is_one_lesson(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine", only=["01"])
+    assert str(copy_lessons(tmp_path / "mine", only=["01"])) == "Already there: 1 lesson"
+
+
+def test_a_course_to_grade_is_no_folder_for_lessons(lessons, tmp_path):
+    (tmp_path / "graded").mkdir()
+    (tmp_path / "graded" / CONFIG).write_text("# nbgrader")
+    with pytest.raises(ValueError, match=rf"is a course to grade \(it holds {CONFIG}\); name another folder"):
+        copy_lessons(tmp_path / "graded")
+    assert names(tmp_path / "graded") == [CONFIG]
+
+
+LINKS = "See [the second](01_second.ipynb), [the first](00_first.ipynb), [a page](https://a.b/c) and [x](x.ipynb)."
+
+
+def text_of(path):
+    return nbformat.read(path, as_version=4).cells[-1].source
+
+
+@pytest.mark.parametrize("solved", [False, True])
+def test_links_to_lessons_that_are_not_there_become_text_and_links_again_when_they_are(lessons, tmp_path, solved):
+    change(lessons / "00_first.ipynb", LINKS)
+    first = tmp_path / "mine" / "00_first.ipynb"
+    copy_lessons(tmp_path / "mine", solved, only=["00"])
+    assert text_of(first) == LINKS.replace("[the second](01_second.ipynb)", "the second")
+    copy_lessons(tmp_path / "mine", solved, only=["01"])
+    assert copy_lessons(tmp_path / "mine", solved, only=["00"]).written == ("00_first.ipynb",)
+    assert text_of(first) == LINKS
+    assert set(json.loads((tmp_path / "mine" / MANIFEST).read_text())) == {"solved", "lessons"}
+
+
+def test_a_lesson_that_was_changed_is_not_offered_again_for_its_links_alone(lessons, tmp_path):
+    mine = tmp_path / "mine"
+    change(lessons / "00_first.ipynb", LINKS)
+    copy_lessons(mine, only=["00"])
+    work = change(mine / "00_first.ipynb")
+    for _ in range(2):
+        assert copy_lessons(mine).beside == ()
+    assert (mine / "00_first.ipynb").read_bytes() == work
+    change(lessons / "00_first.ipynb", "newer")
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)
+
+
+def test_the_links_of_real_lessons_lead_to_lessons_of_the_folder(tmp_path):
+    copy_lessons(tmp_path / "all")
+    assert "(05_speed.ipynb)" in (tmp_path / "all" / "00_first_look.ipynb").read_text(encoding="utf-8")
+    copy_lessons(tmp_path / "some", only=["00", "02", "03"])
+    links = []
+    for path in (tmp_path / "some").glob("*.ipynb"):
+        links += re.findall(r"[(/\"'](\w+\.ipynb)", path.read_text(encoding="utf-8"))
+    assert set(links) == {"00_first_look.ipynb", "02_why_fine_tune.ipynb", "03_lora_from_scratch.ipynb"}
+
+
+def test_solutions_are_never_written_over_a_learners_copy(lessons, tmp_path):
+    for solved, there in ((False, "with"), (True, "without")):
+        copy_lessons(tmp_path / there, solved=not solved)
+        with pytest.raises(ValueError, match=f"has the lessons {there} solutions; name another folder"):
+            copy_lessons(tmp_path / there, solved=solved)
+
+
+def test_an_error_in_one_lesson_leaves_the_folder_as_it_was(lessons, tmp_path):
+    copy_lessons(tmp_path / "mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    change(lessons / "00_first.ipynb", "newer")
+    nbformat.write(lesson("### END SOLUTION"), lessons / "01_second.ipynb")
+    with pytest.raises(ValueError, match=r"01_second\.ipynb: Cell 2 has"):
+        copy_lessons(tmp_path / "mine")
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "it must be an object"),
+        ("{}", "lacks the entry 'solved'"),
+        ('{"solved": false, "lessons": ["00_first.ipynb"]}', "lessons is .*, but it must be an object"),
+        ('{"solved": 0, "lessons": {}}', "solved is 0, but it must be true or false"),
+        ('{"solved": false, "lessons": {"00_first.ipynb": 5}}', "is 5, but it must be a string"),
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence_and_without_it_what_was_changed_stays(lessons, tmp_path, damage, says):
+    mine = tmp_path / "mine"
+    copy_lessons(mine)
+    work = change(mine / "00_first.ipynb")
+    (mine / MANIFEST).write_text(damage, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"{MANIFEST} is damaged \(.*{says}.*\); delete it, and lessons that you changed"
+    ):
+        copy_lessons(mine)
+    (mine / MANIFEST).unlink()
+    assert copy_lessons(mine).beside == ("00_first.new.ipynb",)
+    assert (mine / "00_first.ipynb").read_bytes() == work
+
+
+# The commands
+
+
+def test_the_commands_write_the_real_lessons(tmp_path, capsys):
+    assert command("course", tmp_path / "mine") == command("lessons", tmp_path / "solved") == 0
+    expected = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert names(tmp_path / "mine") == names(tmp_path / "solved") == [MANIFEST, *expected]
+    printed = capsys.readouterr().out
+    assert f"Written: {expected[0]}" in printed
+    assert f"jupyter lab {tmp_path / 'mine' / expected[0]}" in printed
+    assert json.loads((tmp_path / "mine" / MANIFEST).read_text(encoding="utf-8"))["solved"] is False
+    assert command("lessons", tmp_path / "mine") == 1
+    assert "name another folder" in error_line(capsys)
+
+
+def test_the_commands_take_a_choice_of_lessons(tmp_path, capsys):
+    assert command("course", tmp_path / "mine", "--only", "03", "01") == 0
+    assert names(tmp_path / "mine") == [MANIFEST, "01_low_rank.ipynb", "03_lora_from_scratch.ipynb"]
+    assert f"jupyter lab {tmp_path / 'mine' / '01_low_rank.ipynb'}" in capsys.readouterr().out
+    assert command("lessons", tmp_path / "solved", "--only", "03") == 0
+    assert names(tmp_path / "solved") == [MANIFEST, "03_lora_from_scratch.ipynb"]
+
+
+def test_files_of_the_class_are_copied_once_and_never_overwritten(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "tickets.jsonl").write_text("first")
+    arguments = ("course", tmp_path / "mine", "--only", "03", "--add", tmp_path / "model", tmp_path / "tickets.jsonl")
+    assert command(*arguments) == 0
+    assert "Added: model\nAdded: tickets.jsonl\n" in capsys.readouterr().out
+    assert (tmp_path / "mine" / "model" / "config.json").read_text() == "{}"
+    (tmp_path / "tickets.jsonl").write_text("second")
+    assert command(*arguments) == 0
+    assert (tmp_path / "mine" / "tickets.jsonl").read_text() == "first"
+    printed = capsys.readouterr().out
+    assert "Kept, though yours is different now; delete it there to copy yours: tickets.jsonl\n" in printed
+    assert "model" not in printed
+    (tmp_path / "model" / "config.json").write_text("[]")
+    assert command(*arguments) == 0
+    assert "copy yours: model\n" in capsys.readouterr().out
+    assert (tmp_path / "mine" / "model" / "config.json").read_text() == "{}"
+    assert command("course", tmp_path / "other", "--add", tmp_path / "gone.csv") == 1
+    assert "gone.csv to add; give the paths" in error_line(capsys)
+    assert not (tmp_path / "other").exists()
+    assert command("course", tmp_path / "graded", "--grading", "--add", tmp_path / "model") == 1
+    assert "--add is for the lessons" in error_line(capsys)
+
+
+@pytest.mark.parametrize("target", ["../secret", "..", ".", "gone"])
+def test_links_in_an_added_folder_lead_to_files_in_it(tmp_path, capsys, target):
+    """Or what is handed out holds something that nobody chose."""
+    (tmp_path / "secret").write_text("mine")
+    data = tmp_path / "data"
+    (data / "deeper").mkdir(parents=True)
+    (data / "one.txt").write_text("one")
+    (data / "deeper" / "same.txt").symlink_to("../one.txt")
+    assert command("course", tmp_path / "good", "--only", "03", "--add", data) == 0
+    assert (tmp_path / "good" / "data" / "deeper" / "same.txt").read_text() == "one"
+    (data / "link").symlink_to(target)
+    capsys.readouterr()
+    assert command("course", tmp_path / "bad", "--add", data) == 1
+    assert f"link is a link that leads to no file in {data}" in error_line(capsys)
+    assert not (tmp_path / "bad").exists()
+    with pytest.raises(ValueError, match="put a copy in its place"):
+        copies.add_files(tmp_path, [data])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the quotes of a POSIX shell")
+def test_a_path_with_a_space_is_printed_as_a_shell_needs_it(tmp_path, capsys):
+    assert command("course", tmp_path / "my class", "--only", "03") == 0
+    assert f"jupyter lab '{tmp_path / 'my class' / '03_lora_from_scratch.ipynb'}'" in capsys.readouterr().out
+
+
+def test_a_lesson_names_no_file_outside_its_folder():
+    """So a copied folder works wherever it lies: models come from the cache, and records from the package."""
+    for path in shipped_folder("notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not re.search(r"[\"']\.\./|[\"'](/|~)\w|[\"'](records|notebooks|lora_lab)/", cell.source), (
+                    cell.source
+                )
+
+
+def test_make_lab_opens_a_copy_that_git_ignores():
+    makefile, ignored = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".gitignore"))
+    (folder,) = re.findall(r"^LESSONS \?= (\w+)$", makefile, flags=re.MULTILINE)
+    assert f"{folder}/" in ignored.splitlines()
+    (recipe,) = re.findall(r"^lab: .*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    assert recipe.index("lora-lab fetch\n") < recipe.index("lora-lab course $(LESSONS)")
+    assert "lora-lab lessons" not in recipe

@@ -1,0 +1,358 @@
+"""What is found about an answer, in the order in which it is looked for."""
+
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lora_lab.course import judge as module
+from lora_lab.course.exercise import EXERCISES, Probe, exercises_of
+from lora_lab.course.judge import judge
+
+
+@pytest.fixture
+def register():
+    """Registers an exercise for one test: register(solution, inputs=..., ...)."""
+    names = []
+
+    def add(solution, name="trial", **options):
+        names.append(name)
+        texts = {"hints": ["One.", "Two."], "minutes": 5, "difficulty": 1, "praise": "It matters."}
+        exercises_of("03_lora_from_scratch")(name, **(texts | options))(solution)
+        return EXERCISES[name]
+
+    yield add
+    for name in names:
+        EXERCISES.pop(name, None)
+
+
+def weight_and_input(rng):
+    return rng.normal(size=(2, 3)), rng.normal(size=3)
+
+
+def product(W, x):
+    """The result is W x."""
+    return W @ x
+
+
+@pytest.fixture
+def trial(register):
+    return register(
+        product,
+        inputs=weight_and_input,
+        mistakes={
+            "The first entry is doubled.": lambda W, x: W @ x * [2, 1],
+            "This raises.": lambda W, x: x @ W,
+            "Only positive entries are right.": lambda W, x: np.maximum(W @ x, 0),
+        },
+    )
+
+
+def test_a_right_answer_passes_however_it_is_written(trial):
+    verdict = judge(trial, lambda W, x: np.array([sum(a * b for a, b in zip(row, x, strict=True)) for row in W]))
+    assert (verdict.passed, verdict.text) == (True, "It matters.")
+
+
+def test_a_known_mistake_names_itself_by_value_or_by_error(trial):
+    assert judge(trial, lambda W, x: np.array([2 * (W[0] @ x), W[1] @ x])).text == "The first entry is doubled."
+    assert judge(trial, lambda W, x: x @ W + 1).text == "This raises."
+    assert judge(trial, lambda W, x: np.where(W @ x > 0, W @ x, 0)).text == "Only positive entries are right."
+
+
+def test_a_mistake_must_agree_on_all_inputs(register):
+    """Right on most inputs, wrong on one: neither right nor the mistake that agrees on that one."""
+    numbers = iter(range(10**6))
+    trial = register(
+        lambda_with_docstring(lambda x: x + 1),
+        inputs=lambda rng: (next(numbers) % 6,),
+        mistakes={"It is one too small.": lambda x: x},
+    )
+    verdict = judge(trial, lambda x: x if x == 3 else x + 1)
+    assert verdict.text == "The result differs from the expected one on 1 of 6 inputs."
+    assert verdict.example == "x           = 3\nyour result = 3\nexpected    = 4"
+    assert judge(trial, lambda x: x).text == "It is one too small."
+
+
+def lambda_with_docstring(function):
+    function.__doc__ = "The result is right."
+    return function
+
+
+def raising(W, x):
+    y = W @ x
+    return y / np.array([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (lambda W, x: None, "The result is None. Is the return missing?"),
+        (lambda W, x: [1.0, 2.0], "The result is of type list, but it should be an array of shape (2,)."),
+        (lambda W, x: x, "The result has the shape (3,), but it should have (2,)."),
+        (lambda W, x: (W @ x)[:, None], "The result has the shape (2, 1), but it should have (2,)."),
+        (lambda W, x: W @ x > 0, "The result consists of True or False, but floats are expected."),
+        (lambda W, x: W @ x * np.nan, "The result holds NaN."),
+        (lambda W, x: 3 * W @ x, "The result is 3 times what it should be, on all inputs. A factor is wrong."),
+        (lambda W, x: W @ -x, "The result has the wrong sign on all inputs."),
+        (lambda W, x: W @ x + 1, "The result differs from the expected one on all inputs."),
+        (lambda W: W, "product must take the arguments (W, x)."),
+        (lambda: 1, "product must take the arguments (W, x)."),
+        (3, 'Pass the function itself, without calling it: check("trial", product).'),
+        (np.ones(2), 'Pass the function itself, without calling it: check("trial", product).'),
+        (np.ndarray, 'Pass the function itself, without calling it: check("trial", product).'),
+    ],
+)
+def test_general_findings(trial, answer, text):
+    verdict = judge(trial, answer)
+    assert (verdict.passed, verdict.text) == (False, text)
+
+
+def test_a_factor_that_depends_on_the_inputs(trial):
+    text = judge(trial, lambda W, x: W @ x * (2 + np.abs(W).max())).text
+    assert text.startswith("The result is wrong by a factor that depends on the inputs: it lies between ")
+
+
+def test_an_error_names_its_line(trial):
+    line = raising.__code__.co_firstlineno + 2
+    text = judge(trial, raising).text
+    assert text.startswith(f"Your code stops with ValueError in line {line} (return y / np.array([1, 2, 3])): operands")
+
+
+def test_an_argument_that_is_changed_is_named_even_if_the_result_is_right(trial):
+    def change(W, x):
+        result = W @ x
+        x *= 2
+        return result
+
+    assert judge(trial, change).text == "Your function changes its argument x in place. Work on a copy of x."
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed"),
+    [
+        (lambda W, x: (W * x).sum(1), True),
+        (lambda W, x: W.detach() @ x, False),
+        (lambda W, x: torch.from_numpy(W.detach().numpy() @ x.numpy()), False),
+        (lambda W, x: (W @ x).detach() + 0 * W.sum(), False),
+    ],
+    ids=["right", "detached", "numpy", "another gradient"],
+)
+def test_a_gradient_is_compared_where_an_argument_requires_one(register, answer, passed):
+    def trained_weight(rng):
+        return torch.from_numpy(rng.normal(size=(2, 3))).requires_grad_(), torch.from_numpy(rng.normal(size=3))
+
+    verdict = judge(register(product, inputs=trained_weight), answer)
+    assert verdict.passed == passed
+    sentence = "The result is right, but the gradient of W is not. Does a detach or no_grad cut it off?"
+    assert passed or verdict.text == sentence
+
+
+def test_a_mistake_that_is_a_changed_argument(register):
+    def change(W, x):
+        W *= 2
+        return W @ x / 2
+
+    trial = register(product, inputs=weight_and_input, mistakes={"W was overwritten.": change})
+    assert judge(trial, change).text == "W was overwritten."
+    assert judge(trial, product).passed
+
+
+def test_a_solution_may_change_its_arguments(register):
+    def scale(W, x):
+        """W is doubled."""
+        W *= 2
+        return x
+
+    trial = register(scale, inputs=weight_and_input)
+    assert judge(trial, scale).passed
+    assert not judge(trial, lambda W, x: x).passed  # it must, in fact
+
+
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, RecursionError, AssertionError, UnicodeError])
+def test_no_exception_gets_out(trial, error):
+    def answer(W, x):
+        raise error
+
+    assert judge(trial, answer).text.startswith(f"Your code stops with {error.__name__} in line ")
+
+
+def test_an_interruption_by_the_learner_gets_out(trial):
+    def answer(W, x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(trial, answer)
+
+
+def stub_with_error(W, x):
+    raise NotImplementedError("your code here")
+
+
+def stub_with_hole(W, x):
+    return W @ x + ____  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    "answer", [stub_with_error, lambda W, x: ..., stub_with_hole], ids=["raise", "ellipsis", "hole"]
+)
+def test_stubs_are_not_started(trial, answer):
+    assert judge(trial, answer).passed is None
+
+
+def test_a_missing_forward_is_an_error_and_not_a_stub(trial):
+    import torch
+
+    class Empty(torch.nn.Module):
+        pass
+
+    text = judge(trial, lambda W, x: Empty()(x)).text
+    assert text.startswith("Your code stops with NotImplementedError in line ")
+    assert judge(trial, lambda W, x: undefined_name).text.startswith("Your code stops with NameError")  # noqa: F821
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no SIGALRM on this system")
+class TestTimeLimit:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch):
+        monkeypatch.setattr(module, "SECONDS", 0.1)
+
+    def test_an_endless_loop_is_stopped(self, trial):
+        def answer(W, x):
+            while True:
+                x = x + 1
+
+        expected = "Your function was still running after 0.1 s. Is there a loop that never ends?"
+        assert judge(trial, answer) == module.Verdict(False, expected)
+
+    def test_slow_mistakes_do_not_prolong_a_check(self, register):
+        """What is left is a general finding."""
+
+        def slow(W, x):
+            time.sleep(60)
+
+        trial = register(product, inputs=weight_and_input, mistakes={"It sleeps.": slow})
+        started = time.monotonic()
+        assert judge(trial, lambda W, x: -W @ x).text == "The result has the wrong sign on all inputs."
+        assert time.monotonic() - started < 30
+
+    def test_an_endless_probe_is_stopped(self, register):
+        def loops(W, x):
+            while True:
+                pass
+
+        probe = Probe(lambda answer, rng: len(answer(*weight_and_input(rng))) == 2, "No.", ())
+        trial = register(product, probes=[probe])
+        assert "still running" in judge(trial, loops).text
+
+
+def test_a_large_result_is_shown_where_it_differs_most(register):
+    def ones(n):
+        """Ones."""
+        return np.ones((n, n))
+
+    def wrong(n):
+        result = np.ones((n, n))
+        result[2, 3] = 7
+        return result
+
+    verdict = judge(register(ones, inputs=lambda rng: (int(rng.integers(5, 9)),)), wrong)
+    rows = dict(re.split(r" += ", row) for row in verdict.example.splitlines())
+    assert int(rows.pop("n")) in range(5, 9)
+    assert rows == {"your result[2, 3]": "7", "expected[2, 3]": "1"}
+
+
+def test_the_smallest_inputs_are_shown(register):
+    lengths = iter([5, 9, 2, 7, 8, 6])
+
+    def total(x):
+        """The sum."""
+        return x.sum()
+
+    verdict = judge(register(total, inputs=lambda rng: (np.ones(next(lengths)),)), lambda x: x.sum() + 1)
+    assert verdict.example == "x           = [1. 1.]\nyour result = 3\nexpected    = 2"
+
+
+def test_what_is_printed_is_shown_once(trial):
+    def answer(W, x):
+        print(W.shape)
+        return W @ x + 1
+
+    assert judge(trial, answer).printed == "(2, 3)\n"
+
+
+def test_what_is_printed_while_a_probe_fails_is_shown_and_nothing_before(register):
+    def answer(fail):
+        print(f"fail: {fail}")
+        return 1 / 0 if fail == "by an error" else fail
+
+    solution = lambda_with_docstring(lambda fail: False)
+    probes = [
+        Probe(lambda answer, rng: answer(False) is False, "Never.", ()),
+        Probe(lambda answer, rng: not answer(True), "No.", ()),
+    ]
+    assert judge(register(solution, probes=probes), answer).printed == "fail: True\n"
+    error = Probe(lambda answer, rng: answer("by an error"), "No.", ())
+    assert judge(register(solution, "another", probes=[error]), answer).printed == "fail: by an error\n"
+
+
+def test_inputs_are_fresh_each_time(register):
+    """So that no answer can be memorised."""
+    seen = []
+
+    def watch(W, x):
+        """W x."""
+        seen.append(W[0, 0])
+        return W @ x
+
+    trial = register(watch, inputs=weight_and_input)
+    judge(trial, product)
+    judge(trial, product)
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_a_check_leaves_random_states_as_they_were(trial, register):
+    probing = register(
+        product, "probing", probes=[Probe(lambda answer, rng: answer(np.eye(2), np.ones(2)) is not None, "No.", ())]
+    )
+
+    def answer(W, x):
+        np.random.seed(1)  # noqa: NPY002
+        return W @ x
+
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    for exercise in (trial, probing):
+        judge(exercise, answer)
+        assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+
+
+def test_probes_are_tried_in_order(register):
+    def larger(answer, rng):
+        return answer() > 0
+
+    probes = [Probe(larger, "It is not positive.", ()), Probe(lambda answer, rng: answer() < 9, "It is too large.", ())]
+    trial = register(lambda_with_docstring(lambda: 1), probes=probes)
+    assert judge(trial, lambda: 5).passed
+    assert judge(trial, lambda: -5).text == "It is not positive."
+    assert judge(trial, lambda: 10).text == "It is too large."
+    assert judge(trial, lambda: None).text.startswith("Your code stops with TypeError")
+    assert judge(trial, stub_without_arguments).passed is None
+    assert judge(trial, int).text == 'Pass the function itself, without calling it: check("trial", <lambda>).'
+
+
+def stub_without_arguments():
+    raise NotImplementedError
+
+
+def test_an_exercise_is_complete(register):
+    with pytest.raises(ValueError, match="needs either inputs or probes"):
+        register(product)
+    with pytest.raises(ValueError, match="needs either inputs or probes"):
+        register(product, inputs=weight_and_input, probes=[Probe(lambda answer, rng: True, "No.", ())])
+    with pytest.raises(ValueError, match="needs a docstring"):
+        register(lambda W, x: W @ x, inputs=weight_and_input)
+    register(product, inputs=weight_and_input)
+    with pytest.raises(ValueError, match="two exercises with the name 'trial'"):
+        register(product, inputs=weight_and_input)

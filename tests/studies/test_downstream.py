@@ -1,0 +1,400 @@
+"""What `lora-lab record downstream` runs, on a tiny model and small tasks, and what it writes and prints."""
+
+import dataclasses
+import io
+import shutil
+from collections import Counter
+from contextlib import redirect_stdout
+from functools import cache
+
+import pandas
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
+from lora_lab.ablation import studies
+from lora_lab.models.llama import Llama
+from lora_lab.studies import downstream
+from lora_lab.tasks import TASKS, Pair, from_pairs
+from lora_lab.tasks.generate import answers
+from lora_lab.tasks.metrics import StyleJudge, trivial
+from tests.helpers import COMMIT, enlarge, french, sentiment
+
+pytestmark = pytest.mark.slow
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+REAL_PLAN = downstream.plan  # the fixture puts another in its place
+RATES = {"full": (1e-4, 1e-2), "LoRA r=8": (3e-2, 1e-3), "scratch": (1e-2, 1e-4)}
+STEPS = {"sentiment": 5, "translate-fr": 3, "style": 4}
+PLAN = downstream.Plan(STEPS, RATES, 3, 4, 3)
+TRAINED = {"sentiment": {"full", "LoRA r=8", "scratch"}, "translate-fr": {"full", "LoRA r=8"}}
+TRAINED["style"] = TRAINED["translate-fr"]
+
+
+def stories(tokenizer, variant="log"):
+    """The same stories in a style and without it."""
+    pairs = [
+        Pair(f"Story {i}?", f"Wind {i}. Lamp lit." if variant == "log" else f"She went home at {i}.") for i in range(40)
+    ]
+    return from_pairs(
+        tokenizer, pairs, name=f"style-{variant}", metric="style", about=f"stories, {variant}", licence="ours"
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(small_world, tiny_config, chatter):
+    """The real model is a tiny one with something to say, and its tasks are small."""
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=False)
+
+    def make(device=None):
+        return enlarge(Llama(config, seed=4), 5)
+
+    small = {"sentiment": cache(sentiment), "translate-fr": cache(french), "style": cache(stories)}
+    small_world.setattr(studies, "language_model", make)
+    small_world.setattr(downstream, "TASKS", small)
+    small_world.setattr(downstream, "style", small["style"])
+    small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))
+    small_world.setattr(downstream, "plan", lambda device: PLAN)
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """(the record, its rows in the order in which they came, what was printed) of one run of the command."""
+    found, recorder = [], downstream.RECORDER
+
+    def rows(device):
+        for row in recorder.rows(device):
+            found.append(row)
+            yield row
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(downstream, "RECORDER", dataclasses.replace(recorder, rows=rows))
+        status = cli.main(["record", "downstream", "--device", "cpu", "--out", "records"])
+    assert status == 0
+    (record,) = records.load_all("downstream", "records").values()
+    return record, found, printed.getvalue()
+
+
+def rows_of(rows, about, **columns):
+    return [row for row in rows if row["about"] == about and all(row.get(k) == v for k, v in columns.items())]
+
+
+def lowest(rows, task, setup):
+    """The rate of the lowest validation loss of seed 0."""
+    own = [row for row in rows if (row["task"], row.get("setup"), row.get("seed")) == (task, setup, 0)]
+    return min(own, key=lambda row: row["validation_loss"])["lr"]
+
+
+# What is recorded
+
+
+def test_a_record_holds_each_task_its_baselines_every_rate_on_seed_0_and_the_best_one_on_all_seeds(whole):
+    record, found, _ = whole
+    assert record.rows == found
+    assert [row["task"] for row in rows_of(found, "task")] == list(STEPS)
+    for task in STEPS:
+        setups = TRAINED[task]
+        expected = Counter({("result", setup): 3 for setup in setups} | {("tuning", setup): 1 for setup in setups})
+        expected |= {("result", "zero-shot"): 1} | ({} if task == "style" else {("result", "trivial"): 1})
+        told = [row for row in found if row["task"] == task and row["about"] in ("result", "tuning")]
+        assert Counter((row["about"], row["setup"]) for row in told) == expected
+        for setup in setups:
+            chosen = lowest(found, task, setup)
+            results = rows_of(found, "result", task=task, setup=setup)
+            assert {(row["lr"], row["seed"]) for row in results} == {(chosen, seed) for seed in range(3)}
+            (left,) = rows_of(found, "tuning", task=task, setup=setup)
+            assert (left["lr"], left["seed"]) == (next(lr for lr in RATES[setup] if lr != chosen), 0)
+            assert {row["commit"] for row in results} == {COMMIT}
+    assert any(lowest(found, task, setup) != RATES[setup][0] for task in STEPS for setup in TRAINED[task])
+    assert len(list(downstream.FOLDER.glob("*.json"))) == (3 + 2 + 2) * (2 + 2)
+
+
+def test_a_rate_is_chosen_by_its_validation_loss_and_by_no_other_number(whole, tmp_path, monkeypatch):
+    shutil.copytree(downstream.FOLDER, tmp_path / "trials")
+    monkeypatch.setattr(downstream, "plan", lambda device: dataclasses.replace(PLAN, steps={"sentiment": 5}))
+    ablate = downstream.ablate
+
+    def turned(*arguments, **options):
+        frame = ablate(*arguments, **options)
+        return frame.assign(validation_loss=-frame.validation_loss)
+
+    monkeypatch.setattr(downstream, "ablate", turned)
+    rows = list(downstream.rows(CPU, tmp_path / "trials"))
+    for setup in RATES:
+        (before,) = {row["lr"] for row in rows_of(whole[1], "result", task="sentiment", setup=setup)}
+        (found,) = {row["lr"] for row in rows_of(rows, "result", task="sentiment", setup=setup)}
+        assert {before, found} == set(RATES[setup])
+
+
+def test_a_tasks_row_says_what_it_is_and_how_large(whole, chatter):
+    made = {"sentiment": sentiment(chatter), "translate-fr": french(chatter), "style": stories(chatter)}
+    for row in rows_of(whole[1], "task"):
+        task = made[row["task"]]
+        assert (row["says"], row["licence"], row["metric"]) == (task.about, task.licence, task.metric)
+        sizes = {part: len(task.parts[part].inputs) for part in ("train", "validation", "test", "off_domain")}
+        assert {part: row[part] for part in sizes} == sizes
+        assert row["fingerprint"] == task.fingerprint
+        assert ("judge_accuracy" in row) == (row["task"] == "style")
+    assert len({row["fingerprint"] for row in rows_of(whole[1], "task")}) == 3
+
+
+def test_trivial_answers_are_scored_as_by_hand(whole, chatter):
+    (found,) = rows_of(whole[1], "result", setup="trivial", task="sentiment")
+    wanted = [pair.answer for pair in sentiment(chatter).pairs["test"]]
+    right = sum(answer == "good" for answer in wanted) / len(wanted)  # half of all that is trained on
+    f1 = 2 * right / (1 + right)  # precision is its share, recall 1; the other classes have none
+    assert 0 < right < 1
+    assert found["accuracy"] == right
+    assert found["macro_f1"] == pytest.approx(f1 / len(set(wanted)))
+    (found,) = rows_of(whole[1], "result", setup="trivial", task="translate-fr")
+    task = french(chatter)
+    assert found["exact"] == exact(trivial(task), task)
+    assert 0 < found["exact"] < 1
+    assert 0 < found["chrf"] < 100
+    assert set(found) == {"about", "task", "setup", "exact", "chrf"}
+
+
+def accuracy(said, task):
+    return sum(own == pair.answer for own, pair in zip(said, task.pairs["test"], strict=True)) / len(said)
+
+
+def exact(said, task):
+    pairs = zip(said, task.pairs["test"], strict=True)
+    return sum(own.strip().casefold() == pair.answer.casefold() for own, pair in pairs) / len(said)
+
+
+def in_style(said, task):
+    return StyleJudge(task, stories(task.tokenizer, "plain")).share(said)
+
+
+SCORED = {"sentiment": (sentiment, "accuracy", accuracy), "translate-fr": (french, "exact", exact)}
+SCORED["style"] = (stories, "in_style", in_style)
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_the_zero_shot_row_is_the_model_as_it_is(whole, tiny, chatter, name):
+    (found,) = rows_of(whole[1], "result", task=name, setup="zero-shot")
+    make, number, judge = SCORED[name]
+    task, model = make(chatter), tiny()
+    assert "seed" not in found
+    for part in ("validation", "off_domain", "test"):
+        assert found[f"{part}_loss"] == evaluate(model, task, part, 4, 3)
+    assert found["validation_loss"] != evaluate(model, task, "validation", 4)  # of three examples, not of all
+    said = answers(model, task)
+    assert len(said) == len(task.pairs["test"]) > 3
+    assert found[number] == judge(said, task)
+    if name == "style":
+        assert found["plain_loss"] == evaluate(model, stories(chatter, "plain"), "test")
+        assert found["plain_loss"] != evaluate(model, task, "test")
+    told = rows_of(whole[1], "answer", task=name, setup="zero-shot")
+    assert [row["prediction"] for row in told] == said[:3]
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+@pytest.mark.parametrize(("setup", "seed"), [("full", 0), ("full", 2), ("LoRA r=8", 1)])
+def test_a_result_is_that_of_fit_at_the_chosen_rate_and_scored_on_the_whole_test_part(
+    whole, tiny, chatter, name, setup, seed
+):
+    (found,) = rows_of(whole[1], "result", task=name, setup=setup, seed=seed)
+    make, number, judge = SCORED[name]
+    task, model, method = make(chatter), tiny(), {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16)}[setup]
+    steps = STEPS[name]
+    options = {"steps": steps, "batch_size": 4, "eval_every": steps, "eval_examples": 3, "seed": seed}
+    history = fit(model, task, method, lr=found["lr"], **options)
+    assert found["validation_loss"] == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-5)
+    assert found["off_domain_loss"] == pytest.approx(history.rows[-1]["off_domain_loss"], rel=1e-5)
+    assert found["test_loss"] == pytest.approx(evaluate(model, task, "test", 4, 3), rel=1e-5)
+    assert found["trainable_parameters"] == history.trainable_parameters
+    assert found[number] == judge(answers(model, task), task)
+    if name == "style":
+        assert found["plain_loss"] == pytest.approx(evaluate(model, stories(chatter, "plain"), "test"), rel=1e-5)
+    (before,) = rows_of(whole[1], "result", task=name, setup="zero-shot")
+    assert found["validation_loss"] != pytest.approx(before["validation_loss"], rel=1e-3)
+
+
+def test_from_scratch_another_model_is_trained_on_sentiment_alone(whole, tiny, chatter):
+    found = rows_of(whole[1], "result", setup="scratch")
+    assert [(row["task"], row["seed"]) for row in found] == [("sentiment", seed) for seed in range(3)]
+    model, task = Llama(tiny().config, seed=0), sentiment(chatter)
+    options = {"steps": 5, "batch_size": 4, "eval_every": 5, "eval_examples": 3, "seed": 1}
+    history = fit(model, task, FullFineTuning(), lr=found[1]["lr"], **options)
+    assert found[1]["validation_loss"] == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-5)
+    assert found[1]["accuracy"] == accuracy(answers(model, task), task)
+    (full,) = rows_of(whole[1], "result", task="sentiment", setup="full", seed=1)
+    assert full["validation_loss"] != pytest.approx(found[1]["validation_loss"], rel=1e-2)
+
+
+def test_answers_are_kept_of_the_first_seed_alone_beside_the_prompts_and_what_was_wanted(whole, tiny, chatter):
+    for name, setups in TRAINED.items():
+        task = SCORED[name][0](chatter)
+        for setup in (*setups, "zero-shot"):
+            told = rows_of(whole[1], "answer", task=name, setup=setup)
+            assert [row["prompt"] for row in told] == [pair.prompt for pair in task.pairs["test"][:3]]
+            assert [row["reference"] for row in told] == [pair.answer for pair in task.pairs["test"][:3]]
+            assert set(told[0]) == {"about", "task", "setup", "prompt", "reference", "prediction"}
+        assert len(rows_of(whole[1], "answer", task=name)) == 3 * (len(setups) + 1)
+        (first,) = rows_of(whole[1], "result", task=name, setup="full", seed=0)
+        model, steps = tiny(), STEPS[name]
+        fit(model, task, FullFineTuning(), lr=first["lr"], seed=0, steps=steps, batch_size=4, eval_every=steps)
+        assert [row["prediction"] for row in rows_of(whole[1], "answer", task=name, setup="full")] == answers(
+            model, task
+        )[:3]
+    assert not any(key.startswith("prediction_") for row in whole[1] for key in row)
+    assert len({row["prediction"] for row in rows_of(whole[1], "answer")}) > 6
+
+
+def test_each_answer_stands_below_its_result(whole):
+    rows = whole[1]
+    places = [place for place, row in enumerate(rows) if row["about"] == "answer"]
+    for place in places:
+        above = next(row for row in rows[place::-1] if row["about"] != "answer")
+        assert (above["about"], above["setup"], above.get("seed", 0)) == ("result", rows[place]["setup"], 0)
+
+
+def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, chatter):
+    (row,) = rows_of(whole[1], "task", task="style")
+    judge = StyleJudge(stories(chatter), stories(chatter, "plain"))
+    assert row["judge_accuracy"] == judge.accuracy > 0.9
+    shares = {row["in_style"] for row in rows_of(whole[1], "result", task="style")}
+    assert shares <= {i / 4 for i in range(5)}
+    wanted = [pair.answer for pair in stories(chatter).pairs["test"]]
+    assert downstream.scores(stories(chatter), wanted) == {"in_style": 1.0}
+    plainly = [pair.answer for pair in stories(chatter, "plain").pairs["test"]]
+    assert downstream.scores(stories(chatter), plainly) == {"in_style": 0.0}
+
+
+def test_a_record_says_how_its_rows_were_made(whole):
+    own = whole[0].settings
+    assert own["lrs"] == {setup: list(lrs) for setup, lrs in RATES.items()}
+    assert own["steps"] == STEPS
+    assert (own["seeds"], own["batch_size"], own["eval_examples"]) == (3, 4, 3)
+    assert (own["setups"]["LoRA r=8"]["rank"], own["setups"]["LoRA r=8"]["alpha"]) == (8, 16)
+    assert own["setups"]["full"]["name"] == own["setups"]["scratch"]["name"] == "full"
+
+
+# What is said
+
+
+def test_every_result_is_printed_and_no_answer_is(whole):
+    _, found, printed = whole
+    lines = [line for line in printed.splitlines() if not line.startswith(("Device: ", "Written: "))]
+    assert len(lines) == len([row for row in found if row["about"] != "answer"])
+    assert lines[0] == "sentiment: apples"
+    assert sum(line.startswith("  zero-shot ") for line in lines) == 3
+    (row,) = rows_of(found, "result", task="sentiment", setup="LoRA r=8", seed=2)
+    numbers = [f"{name}_loss {row[f'{name}_loss']:.3f}" for name in ("validation", "off_domain", "test")]
+    scores = {f"accuracy {row['accuracy']:.3f}", f"macro_f1 {row['macro_f1']:.3f}"}
+    (said,) = [line for line in lines[: len(lines) // 2] if f"  LoRA r=8   lr {row['lr']:<7g} seed 2 " in line][:1]
+    assert [part.strip() for part in said.split("  ") if "_loss" in part] == numbers
+    assert scores <= {part.strip() for part in said.split("  ")}
+
+
+def test_a_line_of_each_kind():
+    assert downstream.line({"about": "task", "task": "style", "says": "stories"}) == "style: stories"
+    assert downstream.line({"about": "answer", "task": "style", "setup": "full", "prediction": "?"}) is None
+    trivial = {"about": "result", "task": "sentiment", "setup": "trivial", "accuracy": 0.5, "macro_f1": 0.25}
+    assert downstream.line(trivial) == f"  trivial    {'':<20}accuracy 0.500  macro_f1 0.250"
+    failed = {"about": "tuning", "setup": "full", "lr": 1e-4, "seed": 0, "reason": "The loss is nan", "test_loss": None}
+    assert downstream.line(failed) == "  full       lr 0.0001  seed 0: The loss is nan"
+
+
+# What fails, and what is stopped
+
+
+def hot(monkeypatch, *setups, steps=None):
+    """The plan, for one task, with a rate at which nothing can be trained; for some methods there is no other."""
+    rates = {setup: (1e30,) if setup in setups else (*lrs, 1e30) for setup, lrs in RATES.items()}
+    plan = dataclasses.replace(PLAN, lrs=rates, steps=steps or {"sentiment": 5})
+    monkeypatch.setattr(downstream, "plan", lambda device: plan)
+
+
+def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatch, tmp_path):
+    hot(monkeypatch, "full", "scratch")
+    rows = list(downstream.rows(CPU, tmp_path))
+    failed = [row for row in rows if row.get("outcome") == "failed"]
+    assert [(row["about"], row["setup"], row["lr"], row["seed"]) for row in failed] == [
+        ("tuning", setup, 1e30, 0) for setup in ("full", "LoRA r=8", "scratch")
+    ]
+    for row in failed:
+        assert "lower the learning rate" in row["reason"]
+        assert row["validation_loss"] is row["test_loss"] is None
+        assert row["reason"] in downstream.line(row)
+    results = [row["setup"] for row in rows_of(rows, "result")]
+    assert results == ["trivial", "zero-shot", *["LoRA r=8"] * 3]
+    assert {row["setup"] for row in rows_of(rows, "answer")} == {"zero-shot", "LoRA r=8"}
+    records.new("downstream", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
+
+
+def test_where_everything_failed_the_next_task_begins(tiny, monkeypatch, tmp_path):
+    hot(monkeypatch, *RATES, steps={"sentiment": 5, "style": 4})
+    rows = list(downstream.rows(CPU, tmp_path))
+    assert [row["task"] for row in rows_of(rows, "task")] == ["sentiment", "style"]
+    assert {row["setup"] for row in rows_of(rows, "result")} == {"trivial", "zero-shot"}
+    assert [row["outcome"] for row in rows_of(rows, "tuning")] == ["failed"] * 5
+
+
+def test_a_stopped_record_goes_on_where_it_was(whole, tiny, tmp_path):
+    rows = downstream.rows(CPU, tmp_path)
+    while next(rows)["about"] != "tuning":
+        pass
+    rows.close()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert len(kept) == 3 * 2
+    again = list(downstream.rows(CPU, tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    frames = [pandas.DataFrame(one)[["about", "task", "setup", "lr", "seed"]] for one in (again, whole[1])]
+    pandas.testing.assert_frame_equal(*frames)
+
+
+def test_of_a_record_that_is_whole_nothing_is_trained_again(whole, tmp_path, no_trial_runs):
+    shutil.copytree(downstream.FOLDER, tmp_path / "trials")
+    assert list(downstream.rows(CPU, tmp_path / "trials")) == whole[1]
+    next((tmp_path / "trials").glob("*.json")).unlink()
+    with pytest.raises(AssertionError, match="a trial is run again"):
+        list(downstream.rows(CPU, tmp_path / "trials"))
+
+
+def test_answers_that_an_earlier_version_stored_under_another_name_are_read(whole, tmp_path, no_trial_runs):
+    shutil.copytree(downstream.FOLDER, tmp_path / "trials")
+    paths = sorted((tmp_path / "trials").glob("*.json"))
+    for path in paths[::2]:  # so that the table has both names
+        text = path.read_text(encoding="utf-8")
+        assert '"prediction_0"' in text
+        path.write_text(text.replace('"prediction_', '"said_'), encoding="utf-8")
+    assert list(downstream.rows(CPU, tmp_path / "trials")) == whole[1]
+
+
+# What is planned
+
+
+def test_a_gpu_is_given_a_larger_plan():
+    small, large = REAL_PLAN(CPU), REAL_PLAN(CUDA)
+    assert set(small.steps) < set(large.steps) <= set(TASKS)
+    assert all(large.steps[name] > steps for name, steps in small.steps.items())
+    assert set(small.lrs) == set(large.lrs) == set(downstream.SETUPS)
+    assert all(set(lrs) < set(large.lrs[setup]) for setup, lrs in small.lrs.items())
+    assert large.seeds > small.seeds >= 3
+    assert large.eval_examples > small.eval_examples
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_each_planned_run_is_evaluated_before_and_after(device):
+    own = REAL_PLAN(device)
+    for name, steps in own.steps.items():
+        for setup, lrs in own.lrs.items():
+            assert list(lrs) == sorted(set(lrs))
+            assert len(lrs) >= 3
+            trial = own.trial(name, setup, lrs[0], 2)
+            assert (trial.steps, trial.eval_every, trial.lr, trial.seed) == (steps, steps, lrs[0], 2)
+            assert (trial.batch_size, trial.eval_examples) == (own.batch_size, own.eval_examples)
+            assert trial.method == downstream.SETUPS[setup]
+    assert downstream.SETUPS["LoRA r=8"] == LoRA(8, 16) != LoRA(8, 8)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_a_record_can_hold_the_settings_of_the_real_plan(device, monkeypatch):  # or hours would end in an error
+    monkeypatch.setattr(downstream, "plan", REAL_PLAN)
+    own = records.new("downstream", [{"a": 1}], downstream.settings(device), "a test", CPU, "unknown").settings
+    assert own["setups"]["LoRA r=8"]["rank"] == 8
+    assert own["steps"] == dict(REAL_PLAN(device).steps)

@@ -1,0 +1,163 @@
+"""What `lora-lab record head_start` runs, with fewer cases, and what it writes, says and plans."""
+
+import dataclasses
+import io
+from contextlib import redirect_stdout
+from functools import partial
+
+import pandas
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, claims, cli, evaluate, fit, records, tasks
+from lora_lab.ablation import studies
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama
+from lora_lab.studies import head_start, planning
+from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
+from lora_lab.tasks.digits import CHANGES
+from tests.helpers import COMMIT
+from tests.studies.conftest import counting_on
+
+slow = pytest.mark.slow  # the first test takes no time
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+REAL_PLAN = head_start.plan
+
+
+def few(device):
+    """Two cases of the real plan, with fewer rates, seeds and steps."""
+    (digits,) = (case for case in REAL_PLAN(CPU) if (case.data, case.model, case.n_train) == ("inverted", "MLP", 40))
+    (docs,) = (case for case in REAL_PLAN(CPU) if case.data == DOCS)
+    seeds = {"choosing": (0, 1), "judging": (2, 3, 4), "widen": 1}
+    trials = {
+        setup: dataclasses.replace(trial, steps=4, warmup=None, eval_every=4) for setup, trial in docs.trials.items()
+    }
+    return [
+        dataclasses.replace(digits, lrs=dict.fromkeys(digits.trials, (1e-3, 3e-3, 9e-3)), **seeds),
+        dataclasses.replace(docs, n_train=8, trials=trials, lrs=dict.fromkeys(trials, (1e-3, 1e-2)), **seeds),
+    ]
+
+
+@pytest.fixture(scope="module")
+def record(small_world, tiny_config):
+    """One run of the command, in which the real model is a tiny one and its text counts on."""
+    small_world.setattr(studies, "language_model", lambda device=None: Llama(tiny_config, seed=3))
+    small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
+    small_world.setattr(studies, "docs_task", counting_on)
+    small_world.setattr(planning, "random_model", lambda name: Llama(tiny_config, seed=3))
+    small_world.setattr(head_start, "SEQ_LEN", 9)
+    small_world.setattr(head_start, "plan", few)
+    with redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["record", "head_start", "--device", "cpu", "--out", "records"]) == 0
+    (record,) = records.load_all("head_start", "records").values()
+    assert "Planned: about 0.0 hours, and some minutes for the digits" in printed.getvalue()
+    assert "inverted     MLP           40 examples  from scratch, longer lr 0.00" in printed.getvalue()
+    return record
+
+
+def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_that_before_training(monkeypatch):
+    after = {1e-3: (2.4, 2.4), 3e-3: (2.1, 2.1), 9e-3: (1.5, 8.0)}  # by seed; 2.0 before training
+
+    def train(case, device, folder, seed, lrs):
+        common = {"outcome": "done", "seed": seed, "steps": 150, "off_domain_loss": 1.0, "gap": 0.0}
+        return pandas.DataFrame(
+            common | {"setup": setup, "lr": lr, "step": step, "validation_loss": loss}
+            for setup, rates in lrs.items()
+            for lr in rates
+            for step, loss in ((0, 2.0), (150, after[lr][seed % 2]))
+        )
+
+    monkeypatch.setattr(head_start.Case, "train", train)
+    lrs = dict.fromkeys((FINE_TUNED, FROM_SCRATCH), tuple(after))
+    trials = {setup: REAL_PLAN(CPU)[0].trials[setup] for setup in lrs}
+    case = head_start.Case("moved", "MLP", 10, trials, lrs, choosing=(0, 1), judging=(2, 3), widen=0)
+    rows = pandas.DataFrame(case.rows(CPU, "unused"))
+    assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
+    assert set(rows["edge"].fillna("")) == {""}
+
+
+@slow
+def test_each_setup_is_judged_on_other_seeds_at_the_rate_of_the_lowest_mean_loss(record):
+    frame = record.frame()
+    for (data, setup), own in frame.groupby(["data", "setup"]):
+        choosing, judging = (own[own["stage"] == stage] for stage in ("choosing", "judging"))
+        assert set(choosing["seed"]) == {0, 1}
+        assert set(judging["seed"]) == {2, 3, 4}
+        means = choosing.groupby("lr")["validation_loss"].mean()
+        assert set(judging["lr"]) == {means.idxmin()}
+        edges = {min(means.index): "smallest", max(means.index): "largest"}
+        assert set(own["edge"].fillna("")) == {edges.get(means.idxmin(), "")}, (data, setup)
+    assert set(frame["commit"]) == {COMMIT}
+    assert set(frame[frame["data"] == DOCS]["setup"]) == {FINE_TUNED, FROM_SCRATCH}
+    assert frame[frame["data"] == DOCS]["score_accuracy"].isna().all()
+
+
+@slow
+def test_a_row_is_what_fit_gives_for_its_start_pictures_rate_and_seed(record):
+    frame = record.frame()
+    task = tasks.digits("adapt", 3, change="inverted").limited(40, 3)
+    learned = DigitsMLP(seed=3, dtype=torch.float64)
+    before = {"steps": 400, "lr": 3e-3, "batch_size": 32, "seed": 3, "progress": False}
+    fit(learned, tasks.digits("pretrain", 3, change="inverted"), FullFineTuning(), **before)
+    scratch = DigitsMLP(seed=3, dtype=torch.float64)
+    starts = {FINE_TUNED: (learned, 150), FROM_SCRATCH: (scratch, 150), LONGER: (scratch, 550)}
+    own = frame[(frame["data"] == "inverted") & (frame["seed"] == 3)].set_index("setup")
+    for setup, (start, steps) in starts.items():
+        row = own.loc[setup]
+        model = DigitsMLP(dtype=torch.float64)
+        model.load_state_dict(start.state_dict())
+        fit(
+            model,
+            task,
+            FullFineTuning(),
+            steps=steps,
+            lr=row["lr"],
+            batch_size=32,
+            seed=3,
+            eval_every=steps,
+            progress=False,
+        )
+        assert row["test_loss"] == pytest.approx(evaluate(model, task, "test"), rel=1e-4)
+        right = (model(task.test.inputs).argmax(-1) == task.test.targets).float().mean()
+        assert row["score_accuracy"] == pytest.approx(float(right))
+
+
+@slow
+def test_the_ledger_reads_the_record(record):
+    for claim in ("fine-tuning-beats-scratch", "never-train-from-scratch", "fine-tuning-needs-fewer-steps"):
+        result = claims.verdict(claim, "records").result
+        assert "docs" in result.measured or claim.endswith("steps")
+        assert "inverted, MLP, 40" in result.measured
+
+
+@slow
+def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
+    case = few(CPU)[0]
+    for setup in (FINE_TUNED, FROM_SCRATCH):
+        first, again, other = (case.start(setup, seed, CPU).state_dict() for seed in (0, 0, 1))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert case.task(0).fingerprint == case.task(0).fingerprint != case.task(1).fingerprint
+    assert torch.equal(1 - case.task(0).train.inputs, (1 - case.task(0).train.inputs).clamp(0, 1))
+    scratch, longer = (case.start(setup, 0, CPU).state_dict() for setup in (FROM_SCRATCH, LONGER))
+    assert torch.equal(scratch["head.weight"], longer["head.weight"])
+
+
+@slow
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_language_model(device):
+    cases = REAL_PLAN(device)
+    table = pandas.DataFrame([vars(case) for case in cases])
+    digits = {(data, net): [10, 40, 160, 500] for data in CHANGES for net in ("transformer", "MLP")}
+    docs = {(DOCS, "smollm2-135m"): [240 if device == CPU else 2400]}
+    assert table.groupby(["data", "model"])["n_train"].apply(list).to_dict() == digits | docs
+    for case in cases:
+        assert case.trials[FINE_TUNED] == case.trials[FROM_SCRATCH]
+        assert not set(case.choosing) & set(case.judging)
+        assert len(case.judging) >= 3
+        assert case.trials[FINE_TUNED].batch_size <= case.n_train
+        if case.data != DOCS:
+            assert case.trials[LONGER].steps == 550 == 400 + case.trials[FINE_TUNED].steps
+    assert len(cases[0].planned) == 3 * (5 * 3 + 10)
+    assert isinstance(cases[-1].start(FINE_TUNED, 0, CPU), partial)

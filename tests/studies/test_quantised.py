@@ -1,0 +1,230 @@
+"""What `lora-lab record quantised` runs, on a tiny model: the forms of an adapter against the package's merges."""
+
+import copy
+import json
+
+import pandas
+import pytest
+import torch
+
+from lora_lab import LoRA, fit, merge, quantize_nf4
+from lora_lab.ablation import studies
+from lora_lab.ablation.blocks import BlockLosses
+from lora_lab.ablation.comparison import differences
+from lora_lab.ablation.learning_rate import last_rows
+from lora_lab.adapters.edit import off
+from lora_lab.models.llama import Llama
+from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
+from lora_lab.studies import quantised, tuned
+from lora_lab.studies.quantised import NF4, Q4_1, Merges, forms_of, rounding
+from tests.studies.conftest import sentences
+
+pytestmark = pytest.mark.slow
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def load(config, base):
+    """A tiny model over a base; its NF4 is of so few blocks that the scales' own quantisation matters."""
+    model = Llama(config, seed=3)
+    if base == "NF4":
+        quantize_nf4(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows(small_world, tiny_config):
+    task = sentences(tiny_config.vocab_size)
+    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    small_world.setattr(studies, "docs_task", lambda seq_len: task)
+    small_world.setattr(quantised, "load_base", lambda base, device: load(tiny_config, base))
+    small_world.setattr(tuned, "planned_hours", lambda *arguments: 1.0)
+    small_world.setattr(quantised, "ON_TEST", {"validation": 5, "test": 6})
+    small_world.setattr(quantised, "CENTRE", 2e-2)
+    small_world.setattr(quantised, "ROUNDS", 2)
+    template = quantised.template
+    small_world.setattr(quantised, "template", lambda method, steps, size, lean: template(method, 3, 4, lean))
+    return list(quantised.RECORDER.rows(CPU))
+
+
+def frame_of(rows, *data):
+    return pandas.DataFrame([row for row in rows if row["data"] in data])
+
+
+# The record
+
+
+def test_four_bases_are_compared_on_the_same_seeds_and_blocks(rows):
+    table = differences(frame_of(rows, *quantised.BASES), "float32").set_index("setup")
+    assert set(table.index) == {"float32", "bfloat16", "NF4", "Q4_1"}
+    assert (table["seeds"] == 3).all()
+    assert table.loc["NF4", "difference"] != 0
+    assert table.loc["Q4_1", "difference"] == 0  # here its weights are those of float32, as on the real model
+    assert "reference" in set(table["verdict"])
+
+
+@pytest.mark.parametrize("base", ["float32", "NF4"])
+def test_forms_are_compared_as_setups(rows, base):
+    table = differences(frame_of(rows, f"{base}, merged"), "unmerged", margin=1e-4).set_index("setup")
+    assert [*table.index] == forms_of(base)
+    assert table.loc["merged", "difference"] == pytest.approx(0, abs=1e-5)
+    assert abs(table.loc[f"merged, then {Q4_1}", "difference"]) > 1e-4
+    assert abs(table.loc["base", "difference"]) > 1e-4
+
+
+def test_rounding_is_recorded_for_each_adapter(rows):
+    for base in ("float32", "NF4"):
+        table = frame_of(rows, f"{base}, rounded").set_index("setup")
+        assert sorted(table.index) == sorted([NF4, Q4_1] * 3)
+        assert table["cosine"].between(-1, 1).all()
+        assert (table[["update", "change", "merged_error"]] > 0).all(axis=None)
+    assert (frame_of(rows, "float32, rounded")["base_error"] > 0.01).all()
+
+
+def test_steps_are_timed_in_turn(rows):
+    table = frame_of(rows, "time").set_index("setup")
+    assert [*table.index] == ["float32", "bfloat16", "NF4", "Q4_1"]
+    assert table.loc["float32", "ratio"] == 1
+    assert (table["seconds"] > 0).all()
+    assert (table["rounds"] == 2).all()
+
+
+def test_every_row_is_a_line(rows):
+    lines = [quantised.line_of(row) for row in rows]
+    assert all(lines)
+    assert any("s a step" in line for line in lines)
+    assert any("with the update" in line for line in lines)
+
+
+def test_a_stopped_record_goes_on(rows, no_trial_runs):
+    again = [row for row in quantised._TUNED.rows(CPU) if "score_test" in row]
+    assert [row["score_test"] for row in again] == [row["score_test"] for row in rows if "score_test" in row]
+
+
+def test_each_base_has_its_own_step():
+    plans = quantised.plan(CPU)
+    leans = {base: planned.study.setups[base].lean for base, planned in plans.items()}
+    assert leans["bfloat16"].base_dtype == torch.bfloat16
+    assert {leans[base].base_dtype for base in ("float32", "NF4", "Q4_1")} == {None}
+    small, large = (quantised.plan(device)["NF4"].study for device in (CPU, CUDA))
+    assert not set(small.choosing) & set(small.judging)
+    assert len(small.lrs["NF4"]) == 5
+    assert len(large.judging) > len(small.judging) >= 3
+
+
+# The forms
+
+
+@pytest.fixture(scope="module")
+def trained(small_world, tiny_config):
+    """base -> a model with a trained adapter over it, and the task."""
+    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    task, models = sentences(tiny_config.vocab_size), {}
+    for base in ("float32", "NF4"):
+        models[base] = load(tiny_config, base)
+        fit(models[base], task, LoRA(4, 8), lr=0.05, steps=5, batch_size=4, progress=False)
+    return models, task
+
+
+@torch.no_grad()
+def in_blocks(model, kind):
+    """A copy whose linear layers are in blocks, by the package's layer and not by ``rounded``."""
+    twin = copy.deepcopy(model)
+    if kind == NF4:
+        quantize_nf4(twin)
+        return twin
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            packed, _ = FORMATS[Q4_1].encode(layer.weight, 32)
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, BlockLinear(packed, Q4_1, layer.weight.shape))
+    return twin
+
+
+def test_forms_are_the_merges_of_the_package(trained, tiny_config):
+    models, task = trained
+    judge = BlockLosses({"test": 6}, 4)
+
+    def losses(model):
+        return json.loads(judge(model, task)["test"])
+
+    full, model = Llama(tiny_config, seed=3), models["NF4"]
+    merged = {form: copy.deepcopy(model) for form in ("dequantised", "blocks", "full-precision")}
+    for form, twin in merged.items():
+        merge(twin, into=form, base=full if form == "full-precision" else None)
+    with off(copy.deepcopy(model)) as base:
+        expected = {"base": losses(base)}
+    expected |= {
+        "unmerged": losses(model),
+        "merged": losses(merged["dequantised"]),
+        f"merged, then {NF4}": losses(merged["blocks"]),
+        f"merged, then {Q4_1}": losses(in_blocks(merged["dequantised"], Q4_1)),
+        "merged into float32": losses(merged["full-precision"]),
+        f"merged into float32, then {NF4}": losses(in_blocks(merged["full-precision"], NF4)),
+        f"merged into float32, then {Q4_1}": losses(in_blocks(merged["full-precision"], Q4_1)),
+    }
+    scores = {form: json.loads(text) for form, text in Merges("NF4", 6)(copy.deepcopy(model), task).items()}
+    for form, values in expected.items():
+        assert scores[form] == pytest.approx(values, abs=2e-5), form
+        assert form in ("unmerged", "merged") or scores[form] != pytest.approx(scores["unmerged"], abs=2e-5)
+
+
+def test_the_control_rounds_the_base_and_not_the_update(trained, tiny_config):
+    models, task = trained
+    judge = BlockLosses({"test": 6}, 4)
+    scores = Merges("float32", 6)(copy.deepcopy(models["float32"]), task)
+    model = copy.deepcopy(models["float32"])
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.base = quantised_layer(layer.base)
+    assert json.loads(scores[f"unmerged, base in {NF4}"]) == pytest.approx(
+        json.loads(judge(model, task)["test"]), abs=2e-5
+    )
+    assert scores[f"unmerged, base in {NF4}"] != scores[f"merged, then {NF4}"]
+    assert [*scores] == [*forms_of("float32"), "rounding"]
+
+
+def quantised_layer(layer):
+    packed, steps = nf4(layer.weight)
+    return BlockLinear(packed, NF4, layer.weight.shape, steps=steps)
+
+
+# Rounding
+
+
+def on_grid(seed=0):
+    """A weight that Q4_1 holds exactly: in each block whole numbers from 1 to 13, and 0 and 15."""
+    weight = torch.randint(1, 14, (8, 32), generator=torch.Generator().manual_seed(seed)).float()
+    weight[:, 0], weight[:, 1] = 0, 15
+    return weight
+
+
+def test_a_base_on_the_grid_loses_nothing_and_a_small_update_to_it_is_lost_whole():
+    V = on_grid()
+    inner = torch.ones(8, 32)
+    inner[:, :2] = 0  # the largest and the smallest weight of a block, which decide the grid, stay
+    small, large = (rounding([(V, size * inner)], Q4_1) for size in (0.3, 1.0))
+    assert small["base_error"] == large["base_error"] == pytest.approx(0, abs=1e-6)
+    assert (small["change"], small["cosine"]) == (0.0, 0.0)
+    assert small["merged_error"] == pytest.approx(small["update"], rel=1e-5)
+    assert large["change"] == pytest.approx(large["update"], rel=1e-3)
+    assert large["cosine"] > 0.99
+    assert large["merged_error"] < 1e-3 * large["update"]
+
+
+def test_a_base_off_the_grid_is_rounded_with_and_without_an_update():
+    V = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    result = rounding([(V, 1e-3 * torch.ones_like(V))], Q4_1)
+    assert result["base_error"] == pytest.approx(result["merged_error"], rel=0.1)
+    assert result["base_error"] > 0.01 > result["update"]
+
+
+def test_layers_count_together():
+    V, D = on_grid(), torch.full((8, 32), 0.3)
+    both = rounding([(V, D), (on_grid(1), 0 * D)], Q4_1)
+    assert rounding([(V, D)], Q4_1)["update"] > both["update"] > 0
+
+
+def test_last_rows_are_all_rows_of_a_form(rows):
+    frame = frame_of(rows, "NF4, merged")
+    assert len(last_rows(frame)) == len(frame) == 3 * len(forms_of("NF4"))

@@ -1,0 +1,486 @@
+"""Records: what is let in, what is written and read back, where they are kept, and how they are named."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from lora_lab import records
+from lora_lab.studies.records import Record, load, load_all, write
+from lora_lab.system import provenance
+from lora_lab.system.provenance import machine_info
+from tests.helpers import COMMIT, HOSTILE, ROOT, names, places
+
+CPU = torch.device("cpu")
+
+
+def a_record(**changes):
+    usual = {
+        "what": "memory",
+        "device": "NVIDIA H100 80GB HBM3",
+        "facts": {"python": "3.12.1", "torch": "2.9.0", "driver": "570.1"},
+        "commit": COMMIT,
+        "date": "2026-11-24",
+        "command": "lora-lab record memory --seed 0",
+        "settings": {"batch": [4, 128], "lean": {"bf16": True, "halves": None}, "rate": 5e-4},
+        "rows": [
+            {"method": "LoRA", "peak_bytes": 123456789, "ratio": 0.1, "measured": True},
+            {"method": "full", "peak_bytes": None, "ratio": 1.0, "measured": False},
+        ],
+    }
+    return Record(**(usual | changes))
+
+
+# What is let in
+
+
+def test_a_whole_record_is_let_in():
+    assert a_record().schema == 1
+    for commit in ("unknown", COMMIT, f"{COMMIT}+changes", COMMIT + "0" * 24):
+        assert a_record(commit=commit).commit == commit
+    assert a_record(settings={}).settings == {}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a_record().what = "speed"
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("what", ["", "Memory", "mem-ory", "mem ory", "1st", "memory\n", None, 3]),
+        ("device", ["", "()", "one\ntwo", None, CPU]),
+        ("facts", [None, [], {"python": ""}, {"python": 3}, {3: "python"}]),
+        (
+            "commit",
+            [
+                "",
+                "main",
+                COMMIT[:-1],
+                COMMIT.upper(),
+                f"{COMMIT}+",
+                f"{COMMIT}+changes+changes",
+                f"unknown{COMMIT}",
+                None,
+            ],
+        ),
+        ("date", ["", "24.11.2026", "20261124", "2026-11-24T10:00", "2026-11-31", "٢٠٢٦-11-24", None]),
+        ("command", ["", " ", "one\ntwo", None]),
+        ("settings", [None, [], {"a": (1, 2)}, {"a": float("nan")}, {"a": [{"b": object()}]}, {"a": {3: 1}}, {3: 1}]),
+        ("rows", [None, [], {}, (), "rows"]),
+        ("schema", [0, 2, "1", True, 1.0, None]),
+    ],
+)
+def test_each_field_is_checked_and_named_in_one_sentence(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{field} (is|are) .*, but ") as error:
+            a_record(**{field: value})
+        assert re.search(r"[^.]\.$", str(error.value))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("row", [None, [], {}, "row", {3: 1}])
+def test_a_row_is_a_dict_by_name(row):
+    with pytest.raises(ValueError, match=r"^row 1 is .*, but it must be a dict of at least one named value\.$"):
+        a_record(rows=[{"fine": 1}, row])
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), [1], {"a": 1}, np.int64(1), np.float32(1), torch.tensor(1.0)]
+)
+def test_a_rows_values_are_flat_and_finite(value):
+    with pytest.raises(ValueError, match=r"^row 1 has .* as 'loss', but it must be a string, a finite number, True"):
+        a_record(rows=[{"loss": 1.0}, {"method": "LoRA", "loss": value}])
+
+
+def test_the_frame_has_a_row_a_case_and_a_column_a_value():
+    frame = a_record().frame()
+    assert list(frame.columns) == ["measured", "method", "peak_bytes", "ratio"]
+    assert frame["method"].tolist() == ["LoRA", "full"]
+    assert frame["peak_bytes"].isna().tolist() == [False, True]
+    assert frame.loc[0, "ratio"] == 0.1
+
+
+# Files
+
+
+def test_what_was_written_comes_back(tmp_path):
+    record = a_record()
+    path = write(record, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "nvidia-h100-80gb-hbm3-memory.json"
+    assert load(path) == record
+    assert load(str(path)) == record
+    assert load(path) != a_record(rows=[{"method": "LoRA"}])
+    pandas.testing.assert_frame_equal(load(path).frame(), record.frame())
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored == dataclasses.asdict(record)
+    assert stored["schema"] == 1
+
+
+def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path):
+    write(a_record(), tmp_path)
+    newer = a_record(date="2026-12-01")
+    assert load(write(newer, tmp_path)) == newer
+    write(a_record(what="speed"), tmp_path)
+    assert names(tmp_path) == ["nvidia-h100-80gb-hbm3-memory.json", "nvidia-h100-80gb-hbm3-speed.json"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda record: record.rows[0].update(loss=float("nan")),
+        lambda record: record.rows.append("row"),
+        lambda record: record.settings.update(model=object()),
+        lambda record: record.facts.clear() or record.facts.update(gpu=None),
+    ],
+)
+def test_a_record_that_was_spoilt_after_it_was_made_is_not_written(tmp_path, spoil):
+    path = write(a_record(), tmp_path)
+    spoilt = a_record(date="2026-12-01")
+    spoil(spoilt)
+    with pytest.raises(ValueError, match=r"^(row 0|row 2|settings|facts) "):
+        write(spoilt, tmp_path)
+    assert load(path) == a_record()
+    assert names(tmp_path) == [path.name]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write(a_record(), tmp_path)
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write(a_record(date="2026-12-01"), tmp_path)
+    assert load(path) == a_record()
+    assert names(tmp_path) == [path.name]
+
+
+@pytest.mark.slow
+def test_a_killed_write_leaves_the_old_file_and_is_not_taken_for_a_record(tmp_path):
+    path = write(a_record(), tmp_path)
+    code = """
+import dataclasses, os, signal, sys
+from lora_lab.studies.records import load, write
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+write(dataclasses.replace(load(sys.argv[1]), date="2026-12-01"), sys.argv[2])
+"""
+    done = subprocess.run([sys.executable, "-c", code, path, tmp_path], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = (name for name in names(tmp_path) if name != path.name)
+    (tmp_path / f".{path.name}").write_text("{")  # what a killed write of earlier versions left
+    assert left.startswith(".")
+    assert load_all(folder=tmp_path) == {"nvidia-h100-80gb-hbm3-memory": a_record()}
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"lacks the file gpu-memory\.json"):
+        load(tmp_path / "gpu-memory.json")
+
+
+def without(name):
+    return {key: value for key, value in dataclasses.asdict(a_record()).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is not JSON"),
+        ('{"what": "mem', "is not JSON"),
+        ("\ufffe", "is not JSON"),
+        ("[]", "is not a record .*it holds a list, not an object"),
+        ("null", "is not a record .*it holds a NoneType, not an object"),
+        (without("schema"), "is not a record .*it lacks schema"),
+        (without("commit"), "is not a record .*it lacks commit"),
+        ({"schema": 1}, "is not a record .*it lacks command, commit, date, device, facts, rows, settings, what"),
+        (without("") | {"note": "by hand"}, "is not a record .*it has unknown entries: note"),
+        (without("") | {"schema": 2, "note": 1}, "is not a record .*schema is 2, not 1"),
+        (without("") | {"schema": True}, "is not a record .*schema is True, but it must be 1"),
+        (without("") | {"rows": [{"loss": float("nan")}]}, "is not a record .*row 0 has nan as 'loss'"),
+        (without("") | {"rows": [{"loss": float("inf")}]}, "is not a record .*row 0 has inf as 'loss'"),
+        (without("") | {"rows": []}, r"is not a record .*rows are \[\]"),
+        (without("") | {"date": "yesterday"}, "is not a record .*date is 'yesterday'"),
+        (without("") | {"commit": None}, "is not a record .*commit is None"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value)[-40:],
+)
+def test_a_damaged_file_is_refused(tmp_path, content, says):
+    path = tmp_path / "gpu-memory.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"gpu-memory\.json {says}.*(measure it|make or copy it) anew\.$") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="anew"):
+        load_all(folder=tmp_path)
+
+
+def changed(content, place, value):
+    """A copy of the content with the value in that place."""
+    content = copy.deepcopy(content)
+    functools.reduce(lambda entry, name: entry[name], place[:-1], content)[place[-1]] = value
+    return content
+
+
+def numbers_of_outcomes(path, whole, read, advice):
+    """How many of the contents with something else in one place are read, and how many refused in a sentence."""
+    accepted, refused = 0, []
+    for place, value in itertools.product(list(places(whole)), HOSTILE):
+        path.write_text(json.dumps(changed(whole, place, value)))
+        try:
+            read()
+            accepted += 1
+        except ValueError as error:
+            refused.append((type(error), str(error)))
+    for kind, message in refused:
+        assert kind is ValueError
+        assert message.startswith(str(path))
+        assert message.endswith(advice)
+        assert len(message) < 1000
+    return accepted, len(refused)
+
+
+def test_whatever_stands_in_a_record_it_is_read_or_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "gpu-memory.json"
+    accepted, refused = numbers_of_outcomes(path, without(""), lambda: load(path), "measure it anew.")
+    assert refused > 100
+    assert accepted > 50  # within settings and rows there may be anything that JSON can hold
+    path.write_text(json.dumps(without("")).replace("[4, 128]", "[" * 700 + "]" * 700))
+    with pytest.raises(
+        ValueError, match=r"gpu-memory\.json is not a record .*maximum recursion depth.*measure it anew"
+    ):
+        load(path)
+
+
+def test_whatever_stands_in_published_numbers_they_are_read_or_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "published" / "theirs.json"
+    path.parent.mkdir()
+    whole = json.loads((records.shipped() / "published" / "torchtune.json").read_text(encoding="utf-8"))
+    outcomes = numbers_of_outcomes(path, whole, lambda: records.published("theirs", tmp_path), "restore it.")
+    assert min(outcomes) > 20
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"theirs\.json does not hold published numbers .*; restore it\."):
+        records.published("theirs", tmp_path)
+
+
+def test_all_records_of_a_folder_are_read_by_name_in_order(tmp_path):
+    assert load_all(folder=tmp_path) == load_all(folder=tmp_path / "none") == {}
+    made = [a_record(what=what, device=device) for what in ("speed", "memory") for device in ("Z1", "A2", "M3")]
+    for record in made:
+        write(record, tmp_path)
+    (tmp_path / "README.md").write_text("not a record")
+    found = load_all(folder=tmp_path)
+    assert list(found) == ["a2-memory", "a2-speed", "m3-memory", "m3-speed", "z1-memory", "z1-speed"]
+    assert all(record in made and record.name == name for name, record in found.items())
+    assert list(load_all("speed", tmp_path)) == ["a2-speed", "m3-speed", "z1-speed"]
+    assert load_all("quality", tmp_path) == {}
+
+
+# Where they are kept
+
+
+def test_a_checkout_keeps_them_in_its_own_folder(tmp_path, monkeypatch):
+    assert records.shipped() == ROOT / "records"
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "lora_lab" / "records.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "lora_lab" / "system" / "provenance.py"))
+    assert load_all() == {}
+    assert write(a_record()) == tmp_path / "records" / "nvidia-h100-80gb-hbm3-memory.json"
+    assert list(load_all()) == ["nvidia-h100-80gb-hbm3-memory"]
+
+
+def test_an_installed_package_brings_them_along_and_is_not_written_into(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "lora_lab"
+    write(a_record(), package / "recorded")
+    write(a_record(what="foreign"), tmp_path / "site-packages" / "records")  # another package may be called so
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    assert records.shipped() == package / "recorded"
+    assert list(load_all()) == ["nvidia-h100-80gb-hbm3-memory"]
+    path = write(a_record(what="speed"))
+    assert path.resolve() == tmp_path / "work" / "records" / "nvidia-h100-80gb-hbm3-speed.json"
+    assert list(load_all()) == ["nvidia-h100-80gb-hbm3-memory"]
+
+
+def test_a_wheel_takes_every_package_and_the_records():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    code = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lora_lab").rglob("__init__.py")}
+    assert set(setuptools["packages"]) == code | {"lora_lab.notebooks", "lora_lab.recorded"}
+    assert setuptools["package-dir"] == {"lora_lab.notebooks": "notebooks", "lora_lab.recorded": "records"}
+    # The folder must be in the wheel even when it holds no record.
+    data = {
+        "lora_lab": ["*.pyi", "py.typed", "demo.html"],
+        "lora_lab.adapters": ["data/README.md", "data/*/*"],
+        "lora_lab.studies.claims": ["claims.toml"],
+        "lora_lab.notebooks": ["*.ipynb"],
+        "lora_lab.recorded": ["*.json", "README.md", "published/*.json"],
+        "lora_lab.tasks": ["data/*"],
+    }
+    assert setuptools["package-data"] == data
+    assert (ROOT / "records" / "README.md").is_file()
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Intel(R) Xeon(R) Processor, 2 cores", "intel-xeon-processor-2-cores"),
+        ("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz, 12 cores", "intel-core-i7-9750h-cpu-2-60ghz-12-cores"),
+        ("AMD EPYC 9R14 96-Core Processor, 192 cores", "amd-epyc-9r14-96-core-processor-192-cores"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
+        ("Apple M2, 8 cores, mps", "apple-m2-8-cores-mps"),
+        ("  x86_64 / ../Ω ", "x86-64"),
+    ],
+)
+def test_names_of_devices_become_names_of_files(name, expected):
+    assert provenance.slug(name) == expected
+    assert a_record(device=name).name == f"{expected}-memory"
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Gives the machine a CPU of the given name with the given cores, and a GPU."""
+
+    def machine(cpu, cores):
+        def told(device):
+            return {"cpu": f"{cpu}, {cores} logical cores, 3 torch threads", "device": str(device)}
+
+        for module in (provenance, records):
+            monkeypatch.setattr(module, "machine_info", told)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H100 {device.index}")
+
+    return machine
+
+
+def test_a_cpu_is_named_with_its_cores_and_a_gpu_as_its_maker_does(pretend):
+    pretend("Intel(R) Xeon(R) Processor", 2)
+    assert provenance.device_name(CPU) == "Intel(R) Xeon(R) Processor, 2 cores"
+    assert provenance.slug("Intel(R) Xeon(R) Processor, 2 cores") == "intel-xeon-processor-2-cores"
+    assert provenance.device_name(torch.device("cuda:1")) == "NVIDIA H100 1"
+    assert provenance.slug("NVIDIA H100 1") == "nvidia-h100-1"
+    pretend("Apple M2", 8)
+    assert provenance.device_name(torch.device("mps")) == "Apple M2, 8 cores, mps"
+
+
+# Provenance
+
+
+def test_a_new_record_says_where_when_and_by_which_code(monkeypatch):
+    asked = []
+    monkeypatch.setattr(provenance, "commit_of", lambda folder: asked.append(folder) or COMMIT)
+    before = datetime.now(UTC).date()
+    assert provenance.commit() == COMMIT
+    record = records.new("speed", [{"step_s": 0.5}], {"steps": 3}, "lora-lab record speed", CPU, COMMIT)
+    assert before <= datetime.fromisoformat(record.date).date() <= datetime.now(UTC).date()
+    assert asked == [ROOT]
+    assert record == Record(
+        what="speed",
+        device=provenance.device_name(CPU),
+        facts=machine_info(CPU),
+        commit=COMMIT,
+        date=record.date,
+        command="lora-lab record speed",
+        settings={"steps": 3},
+        rows=[{"step_s": 0.5}],
+    )
+    assert "driver" not in record.facts
+
+
+def a_program(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("echo 570.86.15; echo 570.86.15", "570.86.15"), ("echo failed >&2; exit 9", "unknown"), ("", "unknown")],
+)
+def test_on_cuda_the_driver_is_noted(pretend, monkeypatch, tmp_path, script, expected):
+    pretend("Intel(R) Xeon(R) Processor", 2)
+    a_program(tmp_path / "bin", "nvidia-smi", script)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
+    assert record.facts["driver"] == expected
+    assert record.name == "nvidia-h100-0-memory"
+
+
+def test_without_nvidias_program_the_driver_is_unknown(pretend, monkeypatch, tmp_path):
+    pretend("Intel(R) Xeon(R) Processor", 2)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
+    assert record.facts["driver"] == "unknown"
+
+
+# What others measured
+
+
+def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
+    licences = {name: records.published(name).licence for name in ("peft-metamathqa", "torchtune", "litgpt")}
+    assert licences == {"peft-metamathqa": "Apache-2.0", "torchtune": "BSD-3-Clause", "litgpt": "Apache-2.0"}
+    for path in (ROOT / "records" / "published").iterdir():
+        found = records.published(path.stem)
+        assert found.source.startswith("github.com/")
+        assert re.fullmatch("[0-9a-f]{40}", found.commit)
+    rows = {row["experiment"]: row for row in records.published("peft-metamathqa").rows}
+    assert round(rows["lora/llama-3.2-3B-rank32"]["tokens_per_second"]) == 7194
+    assert round(rows["full-finetuning/llama-3.2-3B-lr_0.00001"]["mean_allocated_bytes"] / 1e9, 2) == 26.06
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"licence": ""}, "licence is '', but it must be a string that is not empty"),
+        ({"date": "soon"}, "soon"),
+        ({"settings": [1]}, r"settings are \[1\], but they must be a dict of JSON values"),
+        ({"rows": []}, "rows are"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_damaged_or_unknown_published_numbers_are_refused(monkeypatch, tmp_path, change, says):
+    stored = json.loads((ROOT / "records" / "published" / "torchtune.json").read_text(encoding="utf-8"))
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "mine.json").write_text(json.dumps(stored | change), encoding="utf-8")
+    monkeypatch.setattr(records, "shipped", lambda: tmp_path)
+    with pytest.raises(ValueError, match=f"mine.json does not hold published numbers .*{says}"):
+        records.published("mine")
+    with pytest.raises(ValueError, match="Nothing published is known by the name 'yours'; use one of: mine"):
+        records.published("yours")
+
+
+# The records of this repository
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in (ROOT / "records").glob("*.json") if not path.name.startswith(".")),
+    ids=lambda path: path.stem,
+)
+def test_a_record_of_this_repository_is_whole_and_as_a_command_wrote_it(path, tmp_path):
+    record = load(path)
+    assert path.stem == record.name
+    assert record.command.startswith("lora-lab record")
+    written = write(record, tmp_path)
+    if "way" not in path.read_text(encoding="utf-8"):
+        assert written.read_bytes() == path.read_bytes()
+    else:  # of an earlier version, with other names for the same columns, in another order then
+        assert load(written) == record
+        assert sorted(values_of(written)) == sorted(values_of(path))
+
+
+def values_of(path):
+    return [str(value) for row in json.loads(path.read_text(encoding="utf-8"))["rows"] for value in row.values()]

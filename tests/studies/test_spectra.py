@@ -1,0 +1,105 @@
+"""What `lora-lab record spectra` runs, on a tiny model, and what it writes and refuses."""
+
+import pandas
+import pytest
+import torch
+
+from lora_lab import fit, rank, records, spectra
+from lora_lab.studies import ablation
+from lora_lab.studies import spectra as spectra_records
+from tests.helpers import command
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+def test_a_record_of_spectra_tells_of_every_layer(small_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 4, 1), "LoRA r=64": (4, 1)})
+    assert command("record", "spectra", "--device", "cpu", "--out", tmp_path / "records") == 0
+    (record,) = records.load_all("spectra", tmp_path / "records").values()
+    make, _ = small_study
+    layers = 7 * make().config.num_hidden_layers
+    about = {name: rows for name, rows in record.frame().groupby("about")}
+    assert {name: len(rows) for name, rows in about.items()} == {
+        "run": 5,
+        "layer": 4 * layers,
+        "intruders": 2 * layers,
+        "cut": 5,
+        "pair": 2 * layers,
+    }
+    full = about["layer"][about["layer"].run == "full"].set_index("layer")
+    assert full["rank"].isna().all()
+    lora = about["layer"][about["layer"].run == "LoRA r=8"]
+    assert set(lora["rank"]) == {8}
+    assert (lora.stable_rank <= 8).all()
+    assert full.relative_norm.between(1e-6, 1).all()
+    printed = capsys.readouterr().out
+    assert printed.count("test ") == 10
+
+
+def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(small_study, monkeypatch):
+    monkeypatch.setattr(spectra_records, "CUTS", {"full": (64, 1), "LoRA r=64": (64, 1)})
+    rows = list(spectra_records.rows(CPU))
+    run = {row["run"]: row for row in rows if row["about"] == "run"}
+    cut = {(row["run"], row["rank"]): row for row in rows if row["about"] == "cut"}
+    assert cut["LoRA r=64", 64]["test_loss"] == pytest.approx(run["LoRA r=64"]["test_loss"], rel=1e-6)
+    assert cut["LoRA r=64", 64]["energy"] == cut["full", 64]["energy"] == 1.0
+    assert cut["full", 1]["energy"] < 0.9
+    assert cut["full", 1]["test_loss"] != pytest.approx(cut["full", 64]["test_loss"], rel=1e-5)
+    assert run["base"]["test_loss"] != pytest.approx(run["full"]["test_loss"], rel=1e-7)
+
+
+def test_what_is_recorded_of_a_layer_is_what_the_report_says(small_study):
+    rows = list(spectra_records.rows(CPU))
+    make, task = small_study
+    model = make()
+    run, own = spectra_records.RUNS["LoRA r=8"], ablation.plan(CPU)
+    options = {"steps": own.steps, "batch_size": own.batch_size, "eval_every": own.steps, "eval_examples": 4}
+    fit(model, task(), run.method, lr=run.lr, seed=run.seed, **options)
+    report = spectra.report(None, model).set_index("layer")
+    found = pandas.DataFrame([row for row in rows if row["about"] == "layer" and row["run"] == "LoRA r=8"])
+    found = found.set_index("layer")
+    for name in ("norm", "effective_rank", "stable_rank", "amplification", "stable_rank_low"):
+        torch.testing.assert_close(
+            torch.tensor(found[name].to_numpy()), torch.tensor(report[name].to_numpy()), rtol=1e-3, atol=0
+        )
+    pairs = [row for row in rows if row["about"] == "pair"]
+    assert all(0 <= row[name] <= 1 for row in pairs for name in ("inputs_1", "inputs_8", "outputs_1", "outputs_8"))
+    alone = next(row for row in rows if row["about"] == "intruders" and row.get("intruders_low") is None)
+    assert alone["floor"] == pytest.approx(spectra.intruders(None, model, [alone["layer"]]).floor[0], rel=1e-3)
+
+
+def test_models_are_not_for_what_is_of_one_model(tmp_path, capsys):
+    assert command("record", "spectra", "--models", "small", "--out", tmp_path) == 1
+    assert "--models is for memory and speed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlaps_are_taken_on_each_side_by_itself():
+    draw = torch.Generator().manual_seed(0)
+    U, V, other = (rank.orthonormal(n, 8, generator=draw) for n in (40, 30, 30))
+    S = torch.arange(8, 0, -1.0, dtype=torch.float64)
+    first, second = (spectra.Update(rank.SVD(U, S, W.mT), 8) for W in (V, other))
+    (row,) = spectra_records._overlaps({"layer": first}, {"layer": second})
+    assert (row["outputs_1"], row["outputs_8"]) == (1.0, 1.0)
+    assert row["inputs_8"] == pytest.approx(float((V.mT @ other).square().sum() / 8), rel=1e-3)
+    assert row["inputs_8"] < 0.6
+    assert (row["out"], row["in"]) == (40, 30)
+
+
+def test_intruders_are_counted_in_every_block_and_noise_beside_the_middle_one():
+    updates = {}
+    for block in range(3):
+        draw = torch.Generator().manual_seed(block)
+        before = rank.gaussian((48, 32), norm=4.0, generator=draw)
+        change = rank.gaussian_factors((48, 32), 2, norm=40.0, generator=draw)  # ten times the weight, 2 new directions
+        updates[f"layers.{block}.up_proj"] = spectra.Update(rank.product_svd(*change), 2, before)
+    rows = list(spectra_records._intruders(updates))
+    assert [row["layer"] for row in rows] == list(updates)
+    assert all(row["intruders"] >= 2 for row in rows)
+    assert [row.get("intruders_high") is not None for row in rows] == [False, True, False]
+    alone = spectra.intruders(None, updates)
+    assert [row["intruders"] for row in rows] == alone.intruders.tolist()
+    assert [row["energy_share"] for row in rows] == pytest.approx(alone.energy_share.tolist(), rel=1e-3)
+    assert all(row["relative_norm"] == pytest.approx(10, rel=1e-3) for row in rows)

@@ -1,0 +1,87 @@
+"""What is a whole record: those that are here, and none of which something is missing."""
+
+import json
+import re
+
+import pytest
+
+from lora_lab.studies.submission import check
+from tests.helpers import COMMIT, ROOT, command, error_line
+
+RECORDS = sorted((ROOT / "records").glob("*.json"))
+MEMORY = ROOT / "records" / "intel-xeon-processor-2-cores-memory.json"
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_the_records_that_are_here_are_whole(path):
+    assert check(path).name == path.stem
+
+
+def write(folder, changes, name=MEMORY.name):
+    """The file of the memory record with some entries changed."""
+    stored = json.loads(MEMORY.read_text(encoding="utf-8"))
+    path = folder / name
+    path.write_text(json.dumps(stored | changes), encoding="utf-8")
+    return path
+
+
+def of_a_gpu(**facts):
+    stored = json.loads(MEMORY.read_text(encoding="utf-8"))["facts"]
+    return {"facts": stored | {"device": "cuda"} | facts}
+
+
+def without(column):
+    rows = json.loads(MEMORY.read_text(encoding="utf-8"))["rows"]
+    return {"rows": [{name: value for name, value in row.items() if name != column} for row in rows]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "expected", "to_do"),
+    [
+        ({"what": "taste"}, "is of the kind 'taste'", "must be one of memory, speed", "measure one of these"),
+        ({"device": "A GPU"}, "on 'A GPU'", "is not named a-gpu-memory.json", "rename it"),
+        ({"facts": {"cpu": "x"}}, "lacks the facts device, python, system, torch", "the command writes", "update"),
+        (of_a_gpu(), "lacks the facts driver, gpu", "the command writes", "run lora-lab record memory again"),
+        ({"commit": "unknown"}, "of the code 'unknown'", "only what is a commit", "commit your changes"),
+        ({"commit": f"{COMMIT}+changes"}, f"of the code '{COMMIT}+changes'", "only what is a commit", "commit your"),
+        ({"date": "9999-12-31"}, "has the date 9999-12-31", "but today is", "set the machine's clock"),
+        ({"command": "lora-lab record memory --models small"}, "--models small'", "every case", "leave out all but"),
+        ({"settings": {"setups": {"full": {}, "IA3": {}}}}, "no row of IA3", "its settings name", "edit it by hand"),
+        ({"settings": {"docs": {"setups": {"full": {}}}}}, "no row of full on docs", "its settings name", "by hand"),
+        (without("model"), "lacks what decides the claim", "(KeyError: 'model')", "run lora-lab record memory again"),
+        ({"rows": []}, "rows are []", "a list of at least one dict", "measure it anew"),
+        ({"schema": 2}, "schema is 2", "not 1", "measure it anew"),
+    ],
+)
+def test_a_broken_record_is_refused_in_one_sentence(tmp_path, changes, given, expected, to_do):
+    path = write(tmp_path, changes)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+        check(path)
+    sentence = str(refused.value)
+    assert given in sentence
+    assert expected in sentence
+    assert to_do in sentence
+    assert sentence.endswith(".")
+    assert sentence.count(". ") == sentence.count("\n") == 0
+
+
+def test_what_would_be_refused_is_not_if_nothing_is_changed(tmp_path):
+    assert check(write(tmp_path, {})).what == "memory"
+    facts = of_a_gpu(gpu="NVIDIA H100 80GB HBM3, 79 GiB, CUDA 12.8", driver="570.1")
+    device = {"device": "NVIDIA H100 80GB HBM3"}
+    assert check(write(tmp_path, facts | device, "nvidia-h100-80gb-hbm3-memory.json")).device == device["device"]
+    assert check(write(tmp_path, {"settings": {"setups": ["full", "LoRA r=8"]}})).rows
+
+
+def test_the_command_names_each_file_and_stops_at_a_broken_one(tmp_path, capsys):
+    assert command("check-record", *RECORDS) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(RECORDS)
+    assert f"{MEMORY} is whole: 'memory' on Intel(R) Xeon(R) Processor, 2 cores, 2026-11-25, 56 rows" in lines
+    assert command("check-record", write(tmp_path, {"commit": "unknown"}), MEMORY) == 1
+    assert "'unknown'" in error_line(capsys)
+    assert command("check-record", tmp_path / "none.json") == 1
+    assert "lacks the file none.json; check the path" in error_line(capsys)
+    (tmp_path / MEMORY.name).write_text(MEMORY.read_text(encoding="utf-8")[:-100], encoding="utf-8")
+    assert command("check-record", tmp_path / MEMORY.name) == 1
+    assert "is not JSON" in error_line(capsys)
