@@ -39,14 +39,14 @@ def until_end(*arguments: str) -> float:
 
 
 def until_token(*arguments: str) -> float:
-    """Seconds until ``lora-lab generate`` prints more than its prompt."""
+    """Seconds until ``lora-lab chat --plain`` prints more than its prompt."""
     started = time.time()
-    with subprocess.Popen([*COMMAND, "generate", PROMPT, *arguments], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([*COMMAND, "chat", PROMPT, "--plain", *arguments], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         printed = b""
         while len(printed) <= len(PROMPT):
             if not (part := os.read(process.stdout.fileno(), 1000)):
-                raise RuntimeError(f"generate printed only {printed!r}.")
+                raise RuntimeError(f"chat printed only {printed!r}.")
             printed += part
         seconds = time.time() - started
         process.kill()
@@ -60,7 +60,7 @@ CASES = {
     "model and tokenizer ready": (partial(until_line, "import lora_lab; lora_lab.load_pretrained(device='cpu')"), 2.0),
     "lora-lab --help": (partial(until_end, "--help"), 0.3),
     "lora-lab doctor": (partial(until_end, "doctor"), 2.0),
-    "generate: first token": (until_token, 2.5),
+    "chat: first token": (until_token, 2.5),
 }
 
 

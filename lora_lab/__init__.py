@@ -30,7 +30,8 @@ In reading order. A file imports only from what is listed before it: here, and i
     studies/     a wing: the runs behind the records, the records, and the ledger of claims
     course/      a wing: what the notebooks show, exercises that name the mistake, sheets for a class
 
-    cli          the command ``lora-lab``
+    commands     what each command of ``lora-lab`` does
+    cli          the command line, made from their arguments
     __main__     the same, for ``torchrun -m lora_lab``
 
 ``__init__.pyi`` lists the public names and where each is defined. They are loaded at first use, so that
@@ -43,7 +44,7 @@ import sys
 
 import lazy_loader
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 # lazy_loader changes this module's class, so that joblib could not send functions which use the package to other

@@ -199,8 +199,8 @@ the peak of the process minus the predicted peak of a step: torch, Python and th
   numbers      {numbers}
 
 Try next:
-  lora-lab generate --adapter {adapter} "{prompt}"
-  lora-lab generate --model {full} "{prompt}"
+  lora-lab chat "{prompt}" --plain --adapter {adapter}
+  lora-lab chat "{prompt}" --plain --model {full}
   make lab     opens the lessons, at 00_first_look.ipynb"""
 
 

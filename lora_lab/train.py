@@ -345,7 +345,7 @@ def fit(
     What is frozen stays as it is: where parts of the model are frozen, a batch norm without trainable parameters stays
     in eval mode, so that its statistics do not change.
 
-    If torch's process group is initialised (docs/distributed.md), its processes train together, and all of them must
+    If torch's process group is initialised (docs/costs.md), its processes train together, and all of them must
     call this alike. Each takes its share of every batch; what they compute is what one process would, up to rounding,
     except that dropout draws other numbers. Rank 0 shows the progress bar, writes checkpoints and calls ``on_row``.
 

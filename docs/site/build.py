@@ -166,7 +166,7 @@ def claim_text(entry: claims.Entry) -> str:
             ", ".join([f"Shown by {shown_by(result.shown_by)}", *map(escaped, measured)]) + ".",
             "<details><summary>Their number, and how fair the test is</summary>",
             "\n".join(f"- {name}: {escaped(text)}" for name, text in facts.items()),
-            f"`lora-lab claims show {claim.id}` prints the same.",
+            f"`lora-lab claims {claim.id}` prints the same.",
             "</details>",
         ]
     )

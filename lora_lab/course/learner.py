@@ -1,6 +1,6 @@
 """What the learner calls: ``check``, ``hint`` and ``progress``.
 
-In a folder that ``lora-lab course`` or ``lora-lab lessons`` has written, passed exercises are remembered in the file
+In a folder that ``lora-lab course`` has written, passed exercises are remembered in the file
 ``progress.json``; elsewhere until the kernel stops.
 """
 

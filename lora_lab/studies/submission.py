@@ -1,4 +1,4 @@
-"""Whether a record that somebody hands in is whole: ``lora-lab check-record FILE``."""
+"""Whether a record that somebody hands in is whole: ``lora-lab record FILE --check``."""
 
 from __future__ import annotations
 

@@ -423,14 +423,14 @@ def test_a_damaged_manifest_is_one_sentence_and_without_it_what_was_changed_stay
 
 
 def test_the_commands_write_the_real_lessons(tmp_path, capsys):
-    assert command("course", tmp_path / "mine") == command("lessons", tmp_path / "solved") == 0
+    assert command("course", tmp_path / "mine") == command("course", tmp_path / "solved", "--solved") == 0
     expected = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     assert names(tmp_path / "mine") == names(tmp_path / "solved") == [MANIFEST, *expected]
     printed = capsys.readouterr().out
     assert f"Written: {expected[0]}" in printed
     assert f"jupyter lab {tmp_path / 'mine' / expected[0]}" in printed
     assert json.loads((tmp_path / "mine" / MANIFEST).read_text(encoding="utf-8"))["solved"] is False
-    assert command("lessons", tmp_path / "mine") == 1
+    assert command("course", tmp_path / "mine", "--solved") == 1
     assert "name another folder" in error_line(capsys)
 
 
@@ -438,7 +438,7 @@ def test_the_commands_take_a_choice_of_lessons(tmp_path, capsys):
     assert command("course", tmp_path / "mine", "--only", "03", "01") == 0
     assert names(tmp_path / "mine") == [MANIFEST, "01_low_rank.ipynb", "03_lora_from_scratch.ipynb"]
     assert f"jupyter lab {tmp_path / 'mine' / '01_low_rank.ipynb'}" in capsys.readouterr().out
-    assert command("lessons", tmp_path / "solved", "--only", "03") == 0
+    assert command("course", tmp_path / "solved", "--solved", "--only", "03") == 0
     assert names(tmp_path / "solved") == [MANIFEST, "03_lora_from_scratch.ipynb"]
 
 
@@ -464,7 +464,7 @@ def test_files_of_the_class_are_copied_once_and_never_overwritten(tmp_path, caps
     assert "gone.csv to add; give the paths" in error_line(capsys)
     assert not (tmp_path / "other").exists()
     assert command("course", tmp_path / "graded", "--grading", "--add", tmp_path / "model") == 1
-    assert "--add is for the lessons" in error_line(capsys)
+    assert "--add" in error_line(capsys)
 
 
 @pytest.mark.parametrize("target", ["../secret", "..", ".", "gone"])
@@ -508,4 +508,4 @@ def test_make_lab_opens_a_copy_that_git_ignores():
     assert f"{folder}/" in ignored.splitlines()
     (recipe,) = re.findall(r"^lab: .*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
     assert recipe.index("lora-lab fetch\n") < recipe.index("lora-lab course $(LESSONS)")
-    assert "lora-lab lessons" not in recipe
+    assert "--solved" not in recipe

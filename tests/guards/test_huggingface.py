@@ -276,7 +276,7 @@ def test_peft_reads_what_was_trained_and_merging_keeps_it(make, tmp_path):
 
 
 def test_an_adapter_fits_its_classifier_if_the_model_was_saved_with_its_new_head(tmp_path):
-    """The recipe of docs/huggingface.md."""
+    """The recipe of docs/programs.md."""
     parts = [Examples(rows(16, seed).inputs, torch.arange(16) % 2) for seed in range(4)]
     task = Task("classes", *parts)
     fresh(bert).save_pretrained(tmp_path / "with head")

@@ -95,7 +95,7 @@ def test_the_dev_container_has_a_python_of_the_range_and_runs_what_is_there():
     for command in commands:
         program, *arguments = command.split()
         assert program == ".venv/bin/lora-lab"
-        cli._parser().parse_args(arguments)
+        cli.make_parser(arguments).parse_args(arguments)
 
 
 # Versions
@@ -197,7 +197,7 @@ def test_the_issue_form_takes_a_record_and_names_commands_that_exist():
     assert fields["record"]["validations"]["required"]
     assert "render" not in fields["record"]["attributes"]  # with it no file could be attached
     introduction = form["body"][0]["attributes"]["value"]
-    for command in ("lora-lab record", "lora-lab check-record", "records/README.md"):
+    for command in ("lora-lab record", "lora-lab record FILE --check", "records/README.md"):
         assert command in introduction
 
 

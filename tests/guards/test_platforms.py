@@ -23,8 +23,8 @@ folder, text = sys.argv[1:]
 model = ["--model", folder + "/model", "--device", "cpu"]
 task = ["--task", folder + "/mine.jsonl", "--out", folder + "/adapter", "--rank", "2", "--steps", "2", "--batch", "2"]
 status = [main(["finetune", *task, "--eval-examples", "2", *model])]
-status += [main(["generate", "--chat", text, *model]), main(["chat", "--tokens", "2", *model])]
-status += [main(["generate", "The model is not here."])]
+status += [main(["chat", text, "--temperature", "0", *model]), main(["chat", "--tokens", "2", *model])]
+status += [main(["chat", "The model is not here.", "--plain"])]
 print("status", *status)
 """
 

@@ -35,18 +35,6 @@ def required(notebook):
     return set(re.findall(r"\b\d\d\b", ". ".join(sentences)))
 
 
-def row(name):
-    aims, before, yours, machines = start(LESSONS[name])
-    gpu = "goes further" if "device.effort()" in source(LESSONS[name], "code") else "the same"
-    cells = [f"[{name}](../notebooks/{name}.ipynb)", "; ".join(aims), before, yours, machines, gpu]
-    return f"| {' | '.join(cells)} |"
-
-
-def test_the_table_repeats_what_each_lesson_states_at_its_beginning():
-    table = "\n".join(map(row, LESSONS))
-    assert table in TEACH, f"the rows should be\n{table}"
-
-
 def in_order(numbers):
     """Whether each lesson comes after those that it requires."""
     notebooks = {name[:2]: notebook for name, notebook in LESSONS.items()}

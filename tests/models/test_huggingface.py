@@ -27,6 +27,7 @@ from lora_lab.tasks.generate import reply
 from tests.helpers import command, error_line, logits, randomise
 from tests.tiny_models import SHAPE, fresh, gpt2, vit
 
+GREEDY = ("--temperature", 0, "--repetition-penalty", 1)
 CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))
 IDS = torch.arange(3, 11)[None]
 
@@ -263,7 +264,7 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
     assert losses["after"]["validation loss"] < losses["before"]["validation loss"] - 0.1
     assert str(folder) in (tmp_path / "run" / "README.md").read_text()
     capsys.readouterr()
-    assert command("generate", "7?", "--adapter", "run", "--chat", "--tokens", 6, "--device", "cpu") == 0
+    assert command("chat", "7?", *GREEDY, "--adapter", "run", "--tokens", 6, "--device", "cpu") == 0
     adapted = capsys.readouterr().out.strip()
     model, tokenizer = load_pretrained(folder, device="cpu")
     load_adapter(model, "run")
@@ -317,5 +318,5 @@ def test_an_adapter_of_another_base_is_refused(folder, tiny_config, tmp_path, ca
     inject(other, LoRAConfig(rank=2, targets=["layers.1.mlp.up_proj"]))
     save_adapter(randomise(other), tmp_path / "adapter", base=str(folder))
     changed(folder, num_hidden_layers=1, layer_types=None)
-    assert command("generate", "a", "--adapter", tmp_path / "adapter", "--device", "cpu") == 1
+    assert command("chat", "a", "--adapter", tmp_path / "adapter", "--device", "cpu") == 1
     assert "layers.1.mlp.up_proj" in capsys.readouterr().err

@@ -73,15 +73,15 @@ def test_what_would_be_refused_is_not_if_nothing_is_changed(tmp_path):
     assert check(write(tmp_path, {"settings": {"setups": ["full", "LoRA r=8"]}})).rows
 
 
-def test_the_command_names_each_file_and_stops_at_a_broken_one(tmp_path, capsys):
-    assert command("check-record", *RECORDS) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(RECORDS)
-    assert f"{MEMORY} is whole: 'memory' on Intel(R) Xeon(R) Processor, 2 cores, 2026-11-25, 56 rows" in lines
-    assert command("check-record", write(tmp_path, {"commit": "unknown"}), MEMORY) == 1
-    assert "'unknown'" in error_line(capsys)
-    assert command("check-record", tmp_path / "none.json") == 1
-    assert "lacks the file none.json; check the path" in error_line(capsys)
-    (tmp_path / MEMORY.name).write_text(MEMORY.read_text(encoding="utf-8")[:-100], encoding="utf-8")
-    assert command("check-record", tmp_path / MEMORY.name) == 1
-    assert "is not JSON" in error_line(capsys)
+def test_the_command_names_a_record_that_is_whole_and_what_another_lacks(tmp_path, capsys):
+    assert command("record", MEMORY, "--check") == 0
+    whole = f"{MEMORY} is whole: 'memory' on Intel(R) Xeon(R) Processor, 2 cores, 2026-11-25, 56 rows\n"
+    assert capsys.readouterr().out == whole
+    (tmp_path / "damaged.json").write_text(MEMORY.read_text(encoding="utf-8")[:-100], encoding="utf-8")
+    for file, named in (
+        (write(tmp_path, {"commit": "unknown"}), "'unknown'"),
+        (tmp_path / "none.json", "none.json"),
+        (tmp_path / "damaged.json", "damaged.json"),
+    ):
+        assert command("record", file, "--check") == 1
+        assert named in error_line(capsys)

@@ -25,7 +25,7 @@ from lora_lab.system.files import atomic_file, atomic_folder
 
 HEADING = "### Exercise"  # with it the text of an exercise begins
 LESSON_ONLY = (  # what a lesson's text says and a sheet's must not, and what the sheet says instead
-    (r" ?[^.]*`lora-lab lessons[^.]*\.\)?", ""),  # the sentence that tells where the solutions are
+    (r" ?[^.]*`lora-lab course solved[^.]*\.\)?", ""),  # the sentence that tells where the solutions are
     (r", `TASKS\[[^`]*`\.", " in the lesson."),  # names that are defined in the lesson alone
     (r" Compute this chrF on the test part too.*? for the record below\.", ""),
 )

@@ -121,7 +121,7 @@ class Entry:
         if self.claim.lesson:
             return (
                 f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew, in minutes on two cores; "
-                "or run a copy of it, from lora-lab lessons DIR, and add --lessons DIR here."
+                "or run a copy of it, from lora-lab course DIR --solved, and add --lessons DIR here."
             )
         decider = DECIDERS.get(self.claim.id)
         record = decider.record if decider else self.claim.record
@@ -185,4 +185,4 @@ def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
     total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
     last = f"{len(entries)} claims: {total}."
     authors = f"{of_others} of those that fall have a source, the others are beliefs."
-    return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims show ID"])
+    return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims ID"])

@@ -205,7 +205,7 @@ def test_what_is_handed_out_holds_no_solution_and_no_hidden_test(course):
 
 
 def test_nbgraders_validation_says_failed_and_exits_as_if_it_had_not(course):
-    """So docs/grading.md does not use it; if this fails, it may."""
+    """So docs/teach.md does not use it; if this fails, it may."""
     sheet = course[0] / "release" / NAME / f"{NAME}.ipynb"
     line = [sys.executable, "-m", "nbgrader", "validate", str(sheet)]
     done = subprocess.run(line, cwd=course[0], capture_output=True, text=True, timeout=300)

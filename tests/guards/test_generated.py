@@ -1,0 +1,81 @@
+"""What ``docs/generate.py`` writes is what stands in README and guides; lessons agree with their records."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
+from lora_lab.ablation import overfitting
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.studies.claims.deciding import IN_OUTPUT
+from tests.helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))  # a script, which is no package
+import generate
+
+
+@pytest.fixture(scope="module")
+def rewritten():
+    return generate.rewritten()
+
+
+def test_pages_quote_what_records_lessons_and_commands_say(rewritten):
+    stale = [path.name for path, text in rewritten.items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run python docs/generate.py"
+
+
+def test_each_writer_writes_somewhere_and_a_changed_number_is_noticed(rewritten):
+    pages = "\n".join(rewritten.values())
+    assert set(re.findall(r"<!-- numbers: (\w+) -->", pages)) == set(generate.WRITERS)
+    (costs,) = (text for path, text in rewritten.items() if path.name == "costs.md")
+    assert generate.rewrite(costs.replace("| 980 |", "| 990 |")) == costs
+
+
+def cells_of(name):
+    return json.loads((ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def verdicts_in(name):
+    """The claims of a lesson's stored outputs: id -> verdict."""
+    outputs = [
+        output["metadata"] for cell in cells_of(name) for output in cell.get("outputs", []) if "metadata" in output
+    ]
+    stored = [metadata[IN_OUTPUT]["results"] for metadata in outputs if IN_OUTPUT in metadata]
+    return {claim: result["verdict"] for results in stored for claim, result in results.items()}
+
+
+def test_lesson_05_refutes_what_the_intervals_of_the_record_refute():
+    (record,) = records.load_all("speed").values()
+    frame = record.frame()
+    steps = frame[(frame.model == "small") & (frame.tokens >= 512)].set_index(["setup", "tokens"])
+    lora, full = steps.loc["LoRA r=8"], steps.loc["full"]
+    lowest = lora.verdict.str.extract(r"([\d.]+) to")[0].astype(float)
+    verdict = "falls" if (lowest > lora.flops / full.flops).all() else "open"
+    assert verdicts_in("05_speed")["time-ratio-is-flop-ratio"] == verdict
+
+
+def test_lesson_07_decides_on_overfitting_only_what_every_stopping_point_and_training_loss_shows():
+    (record,) = records.load_all("overfitting").values()
+    frame = record.frame().query("stage == 'judging' and schedule == 'constant'")
+    by_step, by_loss = overfitting.by_stopping_point(frame), overfitting.by_training_loss(frame, [3, 2, 1.5])
+    risen = by_step[(by_step.lower != 0) | (by_step.upper != 0)]
+    assert frame.edge.eq("").all()
+    expected = "depends" if {"less", "more"} <= {*risen.verdict, *by_loss.verdict} else "open"
+    assert verdicts_in("07_overfitting")["lora-overfits-less"] == expected
+    fit = "depends" if {"less", "more"} <= {*by_loss.verdict} else "falls" if "more" in {*by_loss.verdict} else "open"
+    assert verdicts_in("07_overfitting")["better-at-equal-fit"] == fit
+
+
+def test_lesson_10_knows_the_effective_rates_of_B():
+    """The factor in front of B A beside LoRA's, times the factor of B's learning rate: what methods are compared by."""
+    code = "\n".join("".join(cell["source"]) for cell in cells_of("10_variants"))
+    (stated,) = re.findall(r"^TIMES = (\{.*\})$", code, re.MULTILINE)
+    methods = {"LoRA": LoRA(4, 8), "rsLoRA": RsLoRA(4, 8), "LoRA+": LoRAPlus(4, 8, ratio=4), "LoRA-FA": LoRAFA(4, 8)}
+    methods |= {"PiSSA": PiSSA(4, 8), "DoRA": DoRA(4, 8)}
+    times = {}
+    for name, method in methods.items():
+        method.prepare(net := DigitsMLP(width=16), seed=0)
+        times[name] = net.hidden1.scaling / 2 * max(group.get("lr_factor", 1) for group in method.groups(net))
+    assert json.loads(stated) == times
