@@ -16,21 +16,21 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
-SIZES |= {"vocab_size": 258, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 256}
+SIZES |= {"vocab_size": 260, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 258}
 
 
 @pytest.fixture(scope="session")
 def stranger(tmp_path_factory):
-    """Return the folder of a random Llama and a tokenizer of 256 bytes, both saved by transformers."""
+    """Return the folder of a random Llama and a tokenizer of bytes and two merges, both saved by transformers."""
     folder = tmp_path_factory.mktemp("stranger")
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "on", "one"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("o", "n"), ("on", "e")]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, eos_token_id=257, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(**SIZES, eos_token_id=259, tie_word_embeddings=False)
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
         parameter.data.mul_(2)  # so that an adapter's update is not the largest part of a logit
