@@ -63,19 +63,18 @@ class Case:
 
 
 LINEAR = frozenset({"LoRALinear"})
+EMBEDDED = LINEAR | {"LoRAEmbedding"}
 TEXT = {"input_ids": IDS, "attention_mask": MASK}
 CASES = {
-    "Llama": Case(
-        llama, TEXT, ("q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"), LINEAR | {"LoRAEmbedding"}
-    ),
+    "Llama": Case(llama, TEXT, ("q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"), EMBEDDED),
     "GPT-2": Case(gpt2, TEXT, ("c_attn", "c_proj", "c_fc", "wte", "wpe"), frozenset({"LoRAConv1D", "LoRAEmbedding"})),
     "Falcon": Case(falcon, TEXT, ("query_key_value", "dense", "dense_4h_to_h"), LINEAR),
-    "BERT": Case(bert, TEXT, ("query", "dense", "word_embeddings", "classifier"), LINEAR | {"LoRAEmbedding"}),
+    "BERT": Case(bert, TEXT, ("query", "dense", "word_embeddings", "classifier"), EMBEDDED),
     "T5": Case(
         t5,
         TEXT | {"decoder_input_ids": IDS[:, :4]},
         ("q", "v", "wi", "wo", "relative_attention_bias"),
-        LINEAR | {"LoRAEmbedding"},
+        EMBEDDED,
     ),
     "ViT": Case(vit, {"pixel_values": IMAGES}, ("q_proj", "fc1", "fc2", "projection"), LINEAR | {"LoRAConv2d"}),
     "Whisper": Case(
