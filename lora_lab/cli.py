@@ -29,8 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command, and return its exit status: 0, 1 after an error, 2 for wrong options, 130 after Ctrl-C."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
-    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    options = vars(make_parser(arguments).parse_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser(arguments)
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = vars(parser.parse_args(arguments))
     try:
         run(COMMANDS[options.pop("command")], options)
         sys.stdout.flush()
