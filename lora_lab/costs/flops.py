@@ -130,7 +130,9 @@ class Flops:
 
     def __str__(self) -> str:
         parts = [part for part in PARTS if self.part(part)]
-        columns = {name: [self.counts.get((part, name), 0) for part in parts] for name in PASSES if self.in_pass(name)}
+        columns: dict[str, Sequence[float]] = {
+            name: [self.counts.get((part, name), 0) for part in parts] for name in PASSES if self.in_pass(name)
+        }
         columns["all"] = [self.part(part) for part in parts]
         if self.closed is not None:
             columns["closed form"] = [self.closed.get(part, 0) for part in parts]

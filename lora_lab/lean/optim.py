@@ -106,10 +106,11 @@ class FlatAdamW(torch.optim.Optimizer):
             elif parameter.grad is not view:  # after the zero_grad() of the model, which drops the views
                 view.copy_(parameter.grad)
         for group, flat in zip(self.param_groups, self._flat, strict=True):
-            lists = [[flat[name]] for name in ("values", "gradients", *_MOMENTS)]
             options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
             options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-            adamw(*lists, [], [flat["step"]], fused=True, amsgrad=False, maximize=False, **options)
+            options |= {"fused": True, "amsgrad": False, "maximize": False}
+            first, second = ([flat[name]] for name in _MOMENTS)
+            adamw([flat["values"]], [flat["gradients"]], first, second, [], [flat["step"]], **options)
 
 
 class ThreadedStep:
