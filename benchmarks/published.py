@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lora_lab import DoRA, FullFineTuning, LoRA, LoRAFA, RsLoRA, lora_layers, memory, records, speed
 from lora_lab.costs.bill import Part
-from lora_lab.costs.cost_model import Work
+from lora_lab.costs.cost_model import StepWork
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models import shapes
@@ -101,7 +101,7 @@ def peft_setup() -> Setup:
     return Setup(AsItIs(), optimizer="adamw-foreach", loss=HeldOutput())
 
 
-def fit(works: Sequence[Work], seconds: Sequence[float], card: str) -> speed.cards.Efficiency:
+def fit(works: Sequence[StepWork], seconds: Sequence[float], card: str) -> speed.cards.Efficiency:
     """The two shares with which two steps take as long as measured; the launch stays as it is."""
 
     def efficiency(shares: Sequence[float]) -> speed.cards.Efficiency:
@@ -114,7 +114,7 @@ def fit(works: Sequence[Work], seconds: Sequence[float], card: str) -> speed.car
     return efficiency(scipy.optimize.root(errors, [0.5, 0.5]).x)
 
 
-def step_seconds(work: Work, card: str, efficiency: speed.cards.Efficiency = speed.cards.EFFICIENCY) -> float:
+def step_seconds(work: StepWork, card: str, efficiency: speed.cards.Efficiency = speed.cards.EFFICIENCY) -> float:
     """The predicted time of a step."""
     seconds = speed.cards.Roofline(speed.cards.card(card), efficiency)
     return sum(count * seconds(kind) for kinds in work.operations.values() for kind, count in kinds.items())

@@ -7,6 +7,7 @@ goes with each. A method, and a part of a memory bill, look the same in every fi
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,6 @@ from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
 from lora_lab.history import History
 from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
-from lora_lab.system.renamed import renamed
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -79,30 +79,15 @@ PART_LOOKS: dict[str, tuple[str, str]] = {
 _LIGHT = (COLOURS[4], COLOURS[5], COLOURS[7], "#dddddd", "#f5b183")  # colours on which a white hatch would not show
 # Other words for the same methods, as labels of figures begin with them.
 _SAME_METHOD = {
-    "full fine-tuning": "full",
-    "fine-tuned": "full",
-    "head only": "partial",
-    "head": "partial",
-    "last blocks": "partial",
-    "first layer": "partial",
-    "untrained": "as it is",
-    "before training": "as it is",
-    "before fine-tuning": "as it is",
-    "base": "as it is",
-    "zero-shot": "as it is",
-    "few-shot": "as it is",
-    "calibrated": "as it is",
-    "linear probe": "partial",
-    "from scratch": "scratch",
-    "random weights": "scratch",
-    "noise": "chance",
-    "random labels": "as it is",  # controls: trained like the others, on labels with nothing to learn, or little
-    "random targets": "as it is",
-    "base's labels": "as it is",
-    "majority class": "chance",
-    "adapter off": "as it is",
+    **dict.fromkeys(("full fine-tuning", "fine-tuned"), "full"),
+    **dict.fromkeys(("head only", "head", "last blocks", "first layer", "linear probe"), "partial"),
+    **dict.fromkeys(("untrained", "before training", "before fine-tuning", "base", "adapter off"), "as it is"),
+    **dict.fromkeys(("zero-shot", "few-shot", "calibrated"), "as it is"),
+    # Controls: trained like the others, on labels with nothing to learn, or little.
+    **dict.fromkeys(("random labels", "random targets", "base's labels"), "as it is"),
+    **dict.fromkeys(("from scratch", "random weights"), "scratch"),
+    **dict.fromkeys(("noise", "majority class", "random directions"), "chance"),
     "with the adapter": "lora",
-    "random directions": "chance",
 }
 _NEUTRAL = (COLOURS[6], COLOURS[2], COLOURS[5], COLOURS[4], COLOURS[3])  # neither full's nor LoRA's
 _RANKS = ("#f5b183", COLOURS[1], "#6b2f00")  # LoRA's colour, from light (a low rank) to dark
@@ -153,19 +138,17 @@ def curves(
     """
     ax = ax or plt.subplots()[1]
     names = [history.method["name"] for history in histories.values()]
-    if len(set(names)) == len(names) and METHOD_COLOURS.keys() >= set(names):
-        colours = [METHOD_COLOURS[name] for name in names]
-    else:  # by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning
-        colours = [style["color"] for style in line_styles(list(histories)).values()]
-    for i, (label, history) in enumerate(histories.items()):
-        for j, column in enumerate(columns):
+    by_method = len(set(names)) == len(names) and METHOD_COLOURS.keys() >= set(names)
+    # Otherwise by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning.
+    styles = line_styles(names if by_method else list(histories)).values()
+    for (label, history), style in zip(histories.items(), styles, strict=True):
+        for column, line in zip(columns, itertools.cycle(LINES), strict=False):
             steps, values = history.curve(column)
             name = label if len(columns) == 1 else f"{label}: {NAMES.get(column, column)}"
-            marker = MARKERS[i % len(MARKERS)] if len(steps) <= 25 else None
-            ax.plot(steps, values, LINES[j % len(LINES)], color=colours[i], marker=marker, label=name)
+            marker = style["marker"] if len(steps) <= 25 else None
+            ax.plot(steps, values, line, color=style["color"], marker=marker, label=name)
     ax.set_xlabel("training step")
-    what = NAMES.get(columns[0], columns[0]) if len(columns) == 1 else "loss"
-    ax.set_ylabel(f"{what} ({unit})")
+    ax.set_ylabel(f"{NAMES.get(columns[0], columns[0]) if len(columns) == 1 else 'loss'} ({unit})")
     ax.legend()
     return ax
 
@@ -190,12 +173,34 @@ def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _style(i: int) -> dict[str, Any]:
-    """Colour, marker and line style of the ``i``-th line."""
-    return {
-        "color": COLOURS[i % len(COLOURS)],
-        "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": LINES[i % len(LINES)],
-    }
+    """Return colour, marker and line style of the ``i``-th line."""
+    cues = {"color": COLOURS, "marker": MARKERS, "linestyle": LINES}
+    return {name: values[i % len(values)] for name, values in cues.items()}
+
+
+def _draw_spread(ax: Axes, x: Any, middle: Any, low: Any, high: Any, **look: Any) -> None:
+    """Draw a line with bars from ``low`` to ``high``."""
+    ax.errorbar(x, middle, [middle - low, high - middle], **{"capsize": 2, **look})
+
+
+def _set_ticks(ax: Axes, ticks: Sequence[float], xlabel: str, form: str = ",", base: int = 2) -> None:
+    """Make x a logarithmic axis with a tick at each of these values, and nowhere else."""
+    ax.set_xscale("log", base=base)
+    ax.set_xticks(ticks, [f"{tick:{form}}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel(xlabel)
+
+
+def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], upright: bool) -> None:
+    """Draw a hollow mark for each seed and a bar at their mean, at a place on the other axis."""
+    places = [place] * len(values)
+    marks = {**style, "linestyle": "none", "fillstyle": "none"}
+    if upright:
+        ax.plot(places, values, **marks)
+        ax.hlines(values.mean(), place - 0.3, place + 0.3, color=style["color"], linewidth=2)
+    else:
+        ax.plot(values, places, **marks)
+        ax.vlines(values.mean(), place - 0.35, place + 0.35, color=style["color"], linewidth=2)
 
 
 def stacked_bars(
@@ -242,10 +247,9 @@ def bills(bars: Mapping[str, Bill], ax: Axes | None = None, card_bytes: int | No
         ax.axhline(card_bytes / MIB, color="#000000", linestyle="--", label=name)
         legend_beside(ax)
         ax.set_ylim(0, 1.15 * max(card_bytes, *(bill.peak_bytes for bill in bars.values())) / MIB)
-        fits = [
-            f"{label} {'fits' if bill.peak_bytes <= card_bytes else 'does not fit'}" for label, bill in bars.items()
-        ]
-        ax.set_title(f"A {name}: {', '.join(fits)}")
+        words = {True: "fits", False: "does not fit"}
+        fits = ", ".join(f"{label} {words[bill.peak_bytes <= card_bytes]}" for label, bill in bars.items())
+        ax.set_title(f"A {name}: {fits}")
     return ax
 
 
@@ -343,11 +347,7 @@ def ratios(
         ax.errorbar(list(values), middle, reach, capsize=3, fillstyle="none", markersize=8, label=label, **style)
     for i, (label, level) in enumerate((lines or {}).items()):
         ax.axhline(level, color="#000000", linewidth=1, linestyle=LINES[(i + 1) % len(LINES)], label=label)
-    ax.set_xscale("log", base=2)
-    ticks = sorted({size for values in series.values() if len(values) <= 12 for size in values})
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.minorticks_off()
-    ax.set_xlabel(xlabel)
+    _set_ticks(ax, sorted({size for values in series.values() if len(values) <= 12 for size in values}), xlabel)
     ax.set_ylabel(ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
@@ -359,7 +359,7 @@ def _parts(bills: Iterable[Mapping[str, int]]) -> list[Part]:
 
 
 def filling(colour: str, hatch: str) -> dict[str, Any]:
-    """How a bar or area is filled, as matplotlib's arguments: hatches and edges are white, on light colours dark."""
+    """Return matplotlib's arguments for a bar or area: hatches and edges are white, on light colours dark."""
     if colour in _LIGHT:
         return {"facecolor": colour, "hatch": hatch, "edgecolor": "#555555", "linewidth": 0}
     return {"facecolor": colour, "hatch": hatch, "edgecolor": "white"}
@@ -397,15 +397,9 @@ def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
     judged = [rank for rank in verdict.ranks if rank.upper is not None]
     styles = {"enough": (COLOURS[2], "o"), "too small": (COLOURS[1], "v"), "open": (COLOURS[6], "s")}
     for status, (colour, marker) in styles.items():
-        chosen = [rank for rank in judged if rank.status == status]
+        chosen = [(rank.rank, rank.difference, rank.lower, rank.upper) for rank in judged if rank.status == status]
         if chosen:
-            differences = np.array([rank.difference for rank in chosen])
-            reach = [
-                differences - np.array([rank.lower for rank in chosen]),
-                np.array([rank.upper for rank in chosen]) - differences,
-            ]
-            ranks = [rank.rank for rank in chosen]
-            ax.errorbar(ranks, differences, reach, fmt=marker, color=colour, capsize=3, label=status)
+            _draw_spread(ax, *np.array(chosen, dtype=float).T, fmt=marker, color=colour, capsize=3, label=status)
     ax.axhline(0, color="#000000", linewidth=0.8)
     ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:.3g}")
     ticks = [rank.rank for rank in verdict.ranks]
@@ -438,15 +432,11 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
         shifted = mean.index * 1.04 ** (place - (len(names) - 1) / 2)
-        reach = [mean - by_rate.min(), by_rate.max() - mean]
-        ax.errorbar(shifted, mean, reach, capsize=2, label=names[value], **styles[names[value]])
+        look = {"label": names[value], **styles[names[value]]}
+        _draw_spread(ax, shifted, mean, by_rate.min(), by_rate.max(), **look)
     if untrained is not None:
         ax.axhline(untrained, color=METHOD_COLOURS["as it is"], linestyle=":", linewidth=1, label="untrained")
-    rates = sorted(last.reset_index()["lr"].unique())
-    ax.set_xscale("log")
-    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    ax.minorticks_off()
-    ax.set_xlabel("peak learning rate")
+    _set_ticks(ax, sorted(last.reset_index()["lr"].unique()), "peak learning rate", "g", base=10)
     ax.set_ylabel("validation loss (mean, min and max over seeds)")
     if by == "rank":
         return legend_beside(ax)
@@ -463,12 +453,10 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | No
     """
     ax = ax or plt.subplots()[1]
     for i, (label, values) in enumerate(lines.items()):
-        look: dict[str, Any] = {"color": "#000000", "marker": "P", "linestyle": "-"}
-        if i < len(lines) - 1:
-            look = _style(i)
+        black: dict[str, Any] = {"color": "#000000", "marker": "P", "linestyle": "-"}
+        look = _style(i) if i < len(lines) - 1 else black
         ax.plot(list(values), list(values.values()), label=label, **look)
-    ranks = sorted({rank for values in lines.values() for rank in values})
-    rank_axis(ax, ranks)
+    rank_axis(ax, sorted({rank for values in lines.values() for rank in values}))
     ax.set_ylabel(ylabel)
     return legend_beside(ax)
 
@@ -523,10 +511,7 @@ def best_rates(
 
 def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     """Make x a logarithmic axis of ranks, with a tick at each of those given."""
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ranks, [str(rank) for rank in ranks])
-    ax.minorticks_off()
-    ax.set_xlabel("rank")
+    _set_ticks(ax, ranks, "rank", "")
 
 
 def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
@@ -538,13 +523,11 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots()[1]
     last = frame[frame.step == frame.steps]
     groups = last.groupby(["method", "rank"], dropna=False)
-    labels = [  # NaN: a method without a rank
-        str(method) if rank != rank else f"{method}, rank {rank:g}" for (method, rank), _ in groups
-    ]
+    # NaN: a method without a rank.
+    labels = [str(method) if rank != rank else f"{method}, rank {rank:g}" for (method, rank), _ in groups]
     styles = line_styles(labels)
     for label, (_, trials) in zip(labels, groups, strict=True):
-        style = {**styles[label], "linestyle": "none"}
-        ax.plot(trials.off_domain_loss, trials.test_loss, label=label, **style)
+        ax.plot(trials.off_domain_loss, trials.test_loss, label=label, **{**styles[label], "linestyle": "none"})
     ax.set_xlabel("off-domain loss after training (forgetting)")
     ax.set_ylabel("test loss after training (learning)")
     return legend_beside(ax)
@@ -607,10 +590,9 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots()[1]
     styles = line_styles(list(table.setup.unique()))
     for i, (setup, rows) in enumerate(table.groupby("setup", sort=False)):
-        reach = [rows["mean"] - rows.least, rows.most - rows["mean"]]
         shifted = rows.n_train * 1.06**i  # so that error bars do not hide each other
-        ax.errorbar(shifted, rows["mean"], reach, capsize=2, label=setup, **styles[str(setup)])
-    _size_axis(ax, table.n_train)
+        _draw_spread(ax, shifted, rows["mean"], rows.least, rows.most, label=setup, **styles[str(setup)])
+    _set_ticks(ax, sorted(table.n_train.unique()), "training examples")
     ax.set_ylabel(ylabel)
     return legend_beside(ax)
 
@@ -630,23 +612,14 @@ def gains(table: DataFrame, ylabel: str, column: str = "mean", bounds: tuple[str
         of_model = table[table["model"] == model]
         for i, name in enumerate(data):
             rows = of_model[of_model["data"] == name]
-            reach = [rows[column] - rows[lower], rows[upper] - rows[column]]
-            ax.errorbar(rows["n_train"] * 1.06**i, rows[column], reach, capsize=2, label=name, **_style(i))
+            ends = rows[column], rows[lower], rows[upper]
+            _draw_spread(ax, rows["n_train"] * 1.06**i, *ends, label=name, **_style(i))
         ax.axhline(0, color="#000000", linewidth=0.8)
-        _size_axis(ax, of_model["n_train"])
+        _set_ticks(ax, sorted(of_model["n_train"].unique()), "training examples")
         ax.set_title(model)
     axes[0][0].set_ylabel(ylabel)
     axes[0][0].legend()
     return figure
-
-
-def _size_axis(ax: Axes, sizes: Series) -> None:
-    """Sizes of training sets as the ticks of the x axis."""
-    ticks = sorted(sizes.unique())
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [f"{size:,}" for size in ticks])
-    ax.minorticks_off()
-    ax.set_xlabel("training examples")
 
 
 def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
@@ -677,16 +650,14 @@ def medians_by_depth(frames: Mapping[str, DataFrame], statistic: str = "stable_r
         layers = frame.dropna(subset=["depth"])
         blocks = _against_noise(layers, statistic, ax).groupby(layers.depth.astype(int))
         ax.plot(blocks.median(), label=f"{label}: median", **styles[label])
-        colour = styles[label]["color"]
-        ax.fill_between(
-            blocks.median().index, blocks.min(), blocks.max(), color=colour, alpha=0.15, label=f"{label}: min to max"
-        )
+        shade = {"color": styles[label]["color"], "alpha": 0.15, "label": f"{label}: min to max"}
+        ax.fill_between(blocks.median().index, blocks.min(), blocks.max(), **shade)
     ax.set_ylim(bottom=0)
     return legend_beside(ax)
 
 
 def _against_noise(layers: DataFrame, statistic: str, ax: Axes) -> Series:
-    """A statistic divided by the middle of its own layer's band, if the report has bands. Draws the band once."""
+    """Return a statistic divided by the middle of its own layer's band, if there are bands; draw the band once."""
     ax.set_xlabel("block, from the input")
     ax.set_ylabel(STATISTICS.get(statistic, statistic))
     if f"{statistic}_low" not in layers:
@@ -718,15 +689,10 @@ def after_truncation(
         for column, line in zip(columns, LINES, strict=False):
             style = {**styles[setup], "linestyle": line, "label": f"{setup}: {column}"}
             if column == columns[0] and "least" in rows:
-                reach = [rows[column] - rows.least, rows.most - rows[column]]
-                ax.errorbar(rows["rank"], rows[column], reach, capsize=3, **style)
+                _draw_spread(ax, rows["rank"], rows[column], rows.least, rows.most, capsize=3, **style)
             else:
                 ax.plot(rows["rank"], rows[column], **{**style, "fillstyle": "none"})
-    ranks = sorted(table["rank"].unique())
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
-    ax.minorticks_off()
-    ax.set_xlabel("rank to which each update is truncated")
+    _set_ticks(ax, sorted(table["rank"].unique()), "rank to which each update is truncated", "g")
     ax.set_ylabel(ylabel)
     ax.legend()
     return ax
@@ -867,35 +833,26 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
         rows = table[table.task == task]
         setups = list(rows.setup.unique())
         for i, setup in enumerate(setups):
-            values = rows.score[rows.setup == setup]
-            ax.plot([i] * len(values), values, **{**styles[setup], "linestyle": "none"}, fillstyle="none")
-            ax.hlines(values.mean(), i - 0.3, i + 0.3, color=styles[setup]["color"], linewidth=2)
+            _draw_seeds(ax, i, rows.score[rows.setup == setup], styles[setup], upright=True)
         ax.axhline(baselines[task], color="#000000", linestyle=":", linewidth=1.2)
         ax.set_xticks(range(len(setups)), setups, rotation=60)
         ax.set(title=task, ylabel=axes_labels[task], xlim=(-0.6, len(setups) - 0.4))
         top = 1.12 * max(baselines[task], rows.score.max())
         ax.set_ylim(-0.03 * top, top)  # a score of 0 shows its mark
-    first = tasks[0]
-    axes[0, 0].annotate(
-        "best baseline", (-0.55, baselines[first]), (0, 3), textcoords="offset points", fontsize="small"
-    )
+    above: Any = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": "small"}
+    axes[0, 0].annotate("best baseline", (-0.55, baselines[tasks[0]]), **above)
     return figure
 
 
 def pareto_front(points: Mapping[str, Sequence[float]]) -> list[str]:
-    """The labels that no other beats: none is as low in every quantity and lower in one (the Pareto front).
+    """Return the labels that no other beats: none is as low in every quantity and lower in one (the Pareto front).
 
     Args:
         points: label -> quantities, of which lower is better.
     """
-    return [
-        label
-        for label, values in points.items()
-        if not any(
-            all(theirs <= ours for theirs, ours in zip(other, values, strict=True)) and tuple(other) != tuple(values)
-            for other in points.values()
-        )
-    ]
+    values = np.array(list(points.values()), dtype=float)  # (labels, quantities)
+    beaten = [((values <= own).all(1) & (values < own).any(1)).any() for own in values]
+    return [label for label, worse in zip(points, beaten, strict=True) if not worse]
 
 
 def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
@@ -941,9 +898,7 @@ def by_setup(table: DataFrame, xlabel: str) -> Figure:
         methods = [setup.partition(",")[0] for setup in setups]
         styles = line_styles(methods)
         for i, (setup, method) in enumerate(zip(setups, methods, strict=True)):
-            values, style = rows["value"][rows["setup"] == setup], styles[method]
-            ax.plot(values, [i] * len(values), **{**style, "linestyle": "none"}, fillstyle="none")
-            ax.vlines(values.mean(), i - 0.35, i + 0.35, color=style["color"], linewidth=2)
+            _draw_seeds(ax, i, rows["value"][rows["setup"] == setup], styles[method], upright=False)
         ax.set_yticks(range(len(setups)), setups)
         ax.set(ylim=(len(setups) - 0.5, -0.5), title=kind)
         ax.grid(axis="y", visible=False)
@@ -956,8 +911,3 @@ def save(figure: Figure, path: str | Path) -> Path:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
     return Path(path)
-
-
-__getattr__ = renamed(
-    __name__, {"looks": "line_styles", "undominated": "pareto_front", "after_cuts": "after_truncation"}
-)

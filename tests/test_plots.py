@@ -11,12 +11,11 @@ from matplotlib.axes import Axes
 
 mpl.use("Agg")
 
-from lora_lab import FullFineTuning, History, LoRA, LoRALinear, demo, plots
+from lora_lab import History, LoRALinear, demo, plots
 from lora_lab.ablation.learning_rate import BestRate
-from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part, predict
+from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part
 from lora_lab.history import COLUMNS
 from lora_lab.methods import Method
-from lora_lab.models.digits import DigitsMLP
 from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, legend, moments, points, sweep
 
 
@@ -133,28 +132,6 @@ def test_the_matrices_of_a_layer_are_drawn_with_their_numbers():
     assert [ax.get_title() for ax in plots.matrices(like_a_learners).axes if ax.get_title()] == list(axes)
 
 
-def test_the_narrow_scale_of_B_has_two_numbers_that_do_not_touch():
-    layer = LoRALinear(torch.nn.Linear(64, 48), 4, 8.0)
-    torch.nn.init.uniform_(layer.lora_B, -0.5, 0.5, generator=torch.Generator().manual_seed(0))
-    figure = plots.matrices(layer)
-    figure.canvas.draw()
-    scale = next(ax for ax in figure.axes if not ax.get_title() and len(ax.get_xticks()) == 2)
-    left, right = (label.get_window_extent() for label in scale.get_xticklabels())
-    assert left.x1 < right.x0
-
-
-def test_curves_of_another_column_are_labelled_by_it():
-    ax = plots.curves({"a": history([1.0], [0.5])}, columns=("train_loss",), unit="nats")
-    assert ax.get_ylabel() == "training loss (nats)"
-
-
-def test_functions_draw_on_the_axes_they_are_given():
-    _, axes = plots.plt.subplots(1, 3)
-    assert plots.curves(RUNS, ax=axes[0]) is axes[0]
-    assert plots.stacked_bars({"a": {"x": 1.0}}, "MiB", ax=axes[1]) is axes[1]
-    assert plots.spectrum({"a": [1.0, 0.5]}, ax=axes[2]) is axes[2]
-
-
 def test_bars_are_stacked_in_one_order_with_the_total_above():
     bars = {"LoRA": {"weights": 500.0, "gradients": 20.0}, "full": {"weights": 510.0, "gradients": 490.0, "rest": 7.0}}
     ax = plots.stacked_bars(bars, "memory (MiB)")
@@ -238,22 +215,6 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp
     ]
 
 
-def test_bills_of_real_steps_are_drawn_as_high_as_they_are(tmp_path):
-    import torch
-
-    batch = torch.zeros(32, 64), torch.zeros(32, dtype=torch.long)
-    found = {method.name: predict(DigitsMLP(), method, batch=batch) for method in (LoRA(rank=4), FullFineTuning())}
-    ax = plots.bills(found)
-    for i, each in enumerate(found.values()):
-        heights = {c.get_label(): c[i].get_height() for c in ax.containers if c[i].get_height()}
-        assert heights == {part: size / 2**20 for part, size in each.parts.items()}
-        assert ax.texts[i].get_position()[1] == pytest.approx(each.peak_bytes / 2**20)
-    plots.save(ax.figure, tmp_path / "bills.png")
-    assert (tmp_path / "bills.png").read_bytes().startswith(PNG)
-    plots.save(plots.memory_of_a_step(found["lora"]).figure, tmp_path / "step.png")
-    assert (tmp_path / "step.png").read_bytes().startswith(PNG)
-
-
 def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_peak():
     ax = plots.memory_of_a_step(bill(STEP, frozen=10, mlp=4))
     assert ax.get_xlabel() == "operations done (% of the step)"
@@ -296,12 +257,6 @@ def test_around_the_peak_each_operation_is_drawn():
     assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "v"] == [0]
 
 
-def test_moments_are_drawn_where_their_operations_are():
-    near = [Moment("forward", {"frozen weights": MIB}, 0), Moment("forward", {"frozen weights": 2 * MIB}, 30)]
-    ax = plots.memory_of_a_step(bill([*near, Moment("forward", {"frozen weights": MIB}, 40)], frozen=2))
-    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "v"] == [75.0]
-
-
 def test_bills_beside_a_card_state_which_of_them_fit():
     ax = plots.bills({"full": bill(frozen=3000), "LoRA": bill(frozen=1000)}, card_bytes=2048 * MIB)
     assert ax.get_title() == "A card of 2 GiB: full does not fit, LoRA fits"
@@ -337,49 +292,11 @@ def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_
     assert ax.containers[0][0].get_linestyle() == "None"
 
 
-def test_pictures_of_bills_are_drawn_on_the_axes_they_are_given():
-    _, axes = plots.plt.subplots(1, 2)
-    assert plots.bills({"a": bill(frozen=1)}, ax=axes[0]) is axes[0]
-    assert plots.memory_of_a_step(bill(STEP, frozen=10), ax=axes[1]) is axes[1]
-
-
 def test_colours_markers_and_hatches_stay_apart():
     assert len(set(plots.COLOURS)) == len(set(plots.MARKERS)) == len(set(plots.HATCHES)) == 8
     assert set(plots.COLOURS) == {  # Okabe and Ito 2008
         "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
     }  # fmt: skip
-
-
-def test_style_sets_one_look():
-    with mpl.rc_context():
-        plots.use_style()
-        assert mpl.rcParams["figure.dpi"] == plots.DPI == 150
-        assert mpl.rcParams["axes.spines.top"] is False
-        assert mpl.rcParams["axes.prop_cycle"].by_key()["color"] == list(plots.COLOURS)
-
-
-def test_a_saved_figure_is_a_whole_png_whatever_the_files_name(tmp_path):
-    figure = plots.curves(RUNS).figure
-    path = tmp_path / "new" / "picture.png"
-    assert plots.save(figure, path) == path
-    assert path.read_bytes().startswith(PNG)
-    assert path.read_bytes().rstrip().endswith(b"IEND\xaeB`\x82")
-    assert [each.name for each in path.parent.iterdir()] == ["picture.png"]
-
-
-def test_a_failed_save_leaves_the_old_picture_and_nothing_else(tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_bytes(b"old")
-
-    class Broken:
-        def savefig(self, target, format):
-            target.write_bytes(b"half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        plots.save(Broken(), path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def layers(*rows):
@@ -501,16 +418,6 @@ def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_on
     assert filled[0].get_marker() != filled[1].get_marker()
 
 
-def test_paths_are_named_in_one_order_and_drawn_on_the_axes_they_are_given():
-    _, axes = plots.plt.subplots(1, 2)
-    assert plots.paths(WALKS, BEST, ax=axes[0]) is axes[0]
-    assert legend(axes[0]) == ["full", "LoRA"]
-    assert legend(plots.paths(WALKS, BEST.iloc[::-1], ax=axes[1])) == ["LoRA", "full"]
-    labelled = [line for line in axes[0].get_lines() if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in labelled] == ["LoRA", "full"]
-    assert {line.get_fillstyle() for line in labelled} == {"full"}
-
-
 def test_paths_of_each_size_have_a_panel_and_one_legend():
     both = pandas.concat([WALKS.assign(n_train=64), WALKS.assign(n_train=1024, validation_loss=1.0)])
     best = pandas.concat([BEST.assign(n_train=1024), BEST.assign(n_train=64)])
@@ -560,14 +467,6 @@ def test_a_number_over_the_size_of_the_training_set_has_a_line_a_way_and_reaches
     assert one.get_color() != other.get_color()
     assert one.get_marker() != other.get_marker()
     assert one.get_linestyle() != other.get_linestyle()
-
-
-def test_a_way_that_lacks_a_size_is_drawn_where_it_has_one():
-    _, axes = plots.plt.subplots(1, 2)
-    assert plots.by_size(SIZES.iloc[:3], "loss", ax=axes[1]) is axes[1]
-    assert [len(container.lines[0].get_xdata()) for container in axes[1].containers] == [2, 1]
-    assert axes[1].get_xticks().tolist() == [16, 1024]
-    assert not axes[0].containers
 
 
 def test_lines_by_rank_and_what_they_are_compared_with():
@@ -692,3 +591,25 @@ def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
     assert docs.get_lines()[0].get_color() == digits.get_lines()[0].get_color() == plots.METHOD_COLOURS["full"]
     assert digits.get_xlabel() == "test loss (nats)"
     assert docs.get_ylim()[0] > docs.get_ylim()[1]  # the first setup on top
+
+
+ON_AXES = {
+    "curves": lambda ax: plots.curves(RUNS, ax=ax),
+    "bars": lambda ax: plots.stacked_bars({"a": {"x": 1.0}}, "MiB", ax=ax),
+    "bills": lambda ax: plots.bills({"a": bill(frozen=1)}, ax=ax),
+    "step": lambda ax: plots.memory_of_a_step(bill(STEP, frozen=10), ax=ax),
+    "spectrum": lambda ax: plots.spectrum({"a": [1.0, 0.5]}, ax=ax),
+    "paths": lambda ax: plots.paths(WALKS, BEST, ax=ax),
+    "sizes": lambda ax: plots.by_size(SIZES.iloc[:3], "loss", ax=ax),
+}
+
+
+@pytest.mark.parametrize("name", ON_AXES)
+def test_functions_draw_on_the_axes_they_are_given_and_the_file_is_a_png(name, tmp_path):
+    figure, (other, ax) = plots.plt.subplots(1, 2)
+    assert ON_AXES[name](ax) is ax
+    assert not [*other.lines, *other.patches, *other.collections]
+    path = tmp_path / "new" / "picture.png"
+    assert plots.save(figure, path) == path
+    assert path.read_bytes().startswith(PNG)
+    assert [each.name for each in path.parent.iterdir()] == ["picture.png"]

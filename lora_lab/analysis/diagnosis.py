@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.inject import lora_layers
-from lora_lab.system.wording import short_repr
 
 _PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 # Ours: "<layer>.lora_A". PEFT's: "<layer>.lora_A.<adapter>.weight" and "<layer>.lora_embedding_A.<adapter>".
@@ -27,6 +26,10 @@ _FACTOR = re.compile(r"(?:(?P<layer>.+)\.)?lora_(?:embedding_)?(?P<part>[AB])(?:
 _PEFT_PREFIX = "base_model.model."
 # Values of PEFT's init_lora_weights with which A or B starts at zero, so that an update of zero means an untrained one.
 _ZERO_STARTS = (True, False, "gaussian", "eva")
+
+
+Status = Literal["ok", "problem", "not checked"]
+Result = tuple[Status, str]  # of a check: the last two fields of a Finding
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Finding:
     """
 
     check: str
-    status: Literal["ok", "problem", "not checked"]
+    status: Status
     text: str
 
 
@@ -100,17 +103,7 @@ def diagnose(
         base: the pre-trained model, or its state dict, loaded separately: not the one inside ``model``.
         load_report: what ``model.load_state_dict(..., strict=False)`` or peft's ``set_peft_model_state_dict``
             returned.
-
-    Raises:
-        ValueError: the model, the optimizer or the base is something else, such as a path.
-        TypeError: load_report has no ``missing_keys`` and ``unexpected_keys``.
     """
-    if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise ValueError(
-            f"optimizer is {short_repr(optimizer)}, but it must be the torch optimizer that trains the model."
-        )
-    if not isinstance(base, nn.Module | Mapping | None):
-        raise ValueError(f"base is {short_repr(base)}, but it must be the pre-trained model or its state dict.")
     layers = lora_layers(model)
     our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())
@@ -121,17 +114,16 @@ def diagnose(
     }
     adapters = _pair_factors(adapter_parameters)
     base_prefix = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
-    return Diagnosis(
-        (
-            _check_adapters(model, adapters),
-            _check_trainable(parameters, adapter_parameters),
-            _check_dtype(parameters),
-            _check_optimizer(parameters, adapter_parameters, optimizer),
-            _check_update(model, adapters, optimizer),
-            _check_base(model, base_prefix, base),
-            _check_loading(load_report),
-        )
-    )
+    results = {
+        "adapters": _check_adapters(model, adapters),
+        "trainable": _check_trainable(parameters, adapter_parameters),
+        "dtype": _check_dtype(parameters),
+        "optimizer": _check_optimizer(parameters, adapter_parameters, optimizer),
+        "update": _check_update(model, adapters, optimizer),
+        "base": _check_base(model, base_prefix, base),
+        "loading": _check_loading(load_report),
+    }
+    return Diagnosis(tuple(Finding(check, *result) for check, result in results.items()))
 
 
 def _pair_factors(adapter_parameters: dict[str, nn.Parameter]) -> list[_Adapter]:
@@ -142,18 +134,16 @@ def _pair_factors(adapter_parameters: dict[str, nn.Parameter]) -> list[_Adapter]
     return [_Adapter(*key, **parts) for key, parts in factors.items() if parts.keys() == {"A", "B"}]
 
 
-def _check_adapters(model: nn.Module, adapters: list[_Adapter]) -> Finding:
+def _check_adapters(model: nn.Module, adapters: list[_Adapter]) -> Result:
     if adapters:
-        return Finding("adapters", "ok", f"Layers with adapters: {len({adapter.layer for adapter in adapters})}.")
-    return Finding(
-        "adapters",
-        "problem",
+        return "ok", f"Layers with adapters: {len({adapter.layer for adapter in adapters})}."
+    return "problem", (
         f"This {type(model).__name__} has no adapters: either none were injected, or they were merged; call "
-        "inject(model, LoRAConfig(...)), or peft's get_peft_model.",
+        "inject(model, LoRAConfig(...)), or peft's get_peft_model."
     )
 
 
-def _check_trainable(parameters: dict[str, nn.Parameter], adapter_parameters: dict[str, nn.Parameter]) -> Finding:
+def _check_trainable(parameters: dict[str, nn.Parameter], adapter_parameters: dict[str, nn.Parameter]) -> Result:
     trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     outside = [name for name in trainable if name not in adapter_parameters]
     inside = len(trainable) - len(outside)
@@ -162,40 +152,36 @@ def _check_trainable(parameters: dict[str, nn.Parameter], adapter_parameters: di
         f"{_count(outside)}; trainable parameters: {sum(parameter.numel() for parameter in trainable.values()):,}"
     )
     if adapter_parameters and not inside:
-        return Finding(
-            "trainable",
-            "problem",
+        return "problem", (
             f"{counts}; call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in "
-            "peft (for inference, frozen adapters are fine).",
+            "peft (for inference, frozen adapters are fine)."
         )
     if not trainable:
-        return Finding("trainable", "problem", f"{counts}; call requires_grad_(True) on the parameters to train.")
-    return Finding("trainable", "ok", f"{counts}.")
+        return "problem", f"{counts}; call requires_grad_(True) on the parameters to train."
+    return "ok", f"{counts}."
 
 
-def _check_dtype(parameters: dict[str, nn.Parameter]) -> Finding:
+def _check_dtype(parameters: dict[str, nn.Parameter]) -> Result:
     dtypes = {name: parameter.dtype for name, parameter in parameters.items() if parameter.requires_grad}
     if not dtypes:
-        return Finding("dtype", "not checked", "Nothing is trainable, so there is no dtype to check.")
+        return "not checked", "Nothing is trainable, so there is no dtype to check."
     if half := [name for name, dtype in dtypes.items() if dtype == torch.float16]:
-        return Finding(
-            "dtype",
-            "problem",
+        return "problem", (
             f"Trainable tensors in float16: {_count(half, len(dtypes))}; a GradScaler refuses them and small updates "
             "are lost to rounding, so store them in float32 (parameter.data = parameter.data.float()) and let autocast "
-            "compute in float16.",
+            "compute in float16."
         )
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
-    return Finding("dtype", "ok", f"Trainable tensors are stored in {', '.join(names)}.")
+    return "ok", f"Trainable tensors are stored in {', '.join(names)}."
 
 
 def _check_optimizer(
     parameters: dict[str, nn.Parameter],
     adapter_parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
-) -> Finding:
+) -> Result:
     if optimizer is None:
-        return Finding("optimizer", "not checked", "Pass optimizer= to check that it holds the model's parameters.")
+        return "not checked", "Pass optimizer= to check that it holds the model's parameters."
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     foreign = held - {id(parameter) for parameter in parameters.values()}
     trainable = [name for name, parameter in adapter_parameters.items() if parameter.requires_grad]
@@ -205,44 +191,35 @@ def _check_optimizer(
         f"tensors that it holds and the model does not: {len(foreign)}"
     )
     if not foreign and not missing:
-        return Finding("optimizer", "ok", f"{counts}.")
-    return Finding(
-        "optimizer",
-        "problem",
-        f"{counts}; create the optimizer after inject, load, switch and to(), all of which may replace parameters.",
+        return "ok", f"{counts}."
+    return "problem", (
+        f"{counts}; create the optimizer after inject, load, switch and to(), all of which may replace parameters."
     )
 
 
-def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.optim.Optimizer | None) -> Finding:
+def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.optim.Optimizer | None) -> Result:
     if not adapters:
-        return Finding("update", "not checked", "There is no adapter whose update could be checked.")
+        return "not checked", "There is no adapter whose update could be checked."
     buffers = dict(model.named_buffers())
     zero = {str(adapter): reason for adapter in adapters if (reason := _why_zero(adapter, buffers))}
     count = f"Adapters with an update of zero: {len(zero)} of {len(adapters)}"
     if not zero:
-        starts = {str(config.init_lora_weights) for config in _peft_configs(model) if _starts_elsewhere(config)}
-        if starts:
-            return Finding(
-                "update",
-                "not checked",
-                f"Neither A nor B started at zero (init_lora_weights is {', '.join(sorted(starts))}), so their values "
-                "do not show whether they were trained.",
+        if starts := _other_starts(model):
+            return "not checked", (
+                f"Neither A nor B started at zero (init_lora_weights is {', '.join(starts)}), so their values "
+                "do not show whether they were trained."
             )
-        return Finding("update", "ok", f"{count}.")
+        return "ok", f"{count}."
     layer, reason = next(iter(zero.items()))
     count += f" (in {layer} {reason})"
     if optimizer is not None and not _has_stepped(optimizer):
-        return Finding(
-            "update",
-            "not checked",
-            f"{count}, as expected before training: the optimizer has not taken a step yet; check again after one.",
+        return "not checked", (
+            f"{count}, as expected before training: the optimizer has not taken a step yet; check again after one."
         )
-    return Finding(
-        "update",
-        "problem",
+    return "problem", (
         f"{count}, so the model computes what its base computes, which is right only before training; check that "
         "gradients reach the adapters (a checkpoint needs use_reentrant=False, or inputs that require gradients), or "
-        "that the names in the loaded file match the model's.",
+        "that the names in the loaded file match the model's."
     )
 
 
@@ -259,26 +236,22 @@ def _why_zero(adapter: _Adapter, buffers: dict[str, Tensor]) -> str:
     return "" if bool(adapter.A.any()) else "A is all zeros"
 
 
-def _peft_configs(model: nn.Module) -> list[Any]:
+def _other_starts(model: nn.Module) -> list[str]:
+    """Return the ``init_lora_weights`` of PEFT's configs with which neither A nor B starts at zero."""
     configs = getattr(model, "peft_config", None)
-    return list(configs.values()) if isinstance(configs, Mapping) else []
-
-
-def _starts_elsewhere(config: Any) -> bool:
-    return getattr(config, "init_lora_weights", True) not in _ZERO_STARTS
+    starts = [getattr(config, "init_lora_weights", True) for config in (configs or {}).values()]
+    return sorted({str(start) for start in starts if start not in _ZERO_STARTS})
 
 
 def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)
 
 
-def _check_base(
-    model: nn.Module, base_prefix: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None
-) -> Finding:
+def _check_base(model: nn.Module, base_prefix: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Result:
     if base is None:
-        return Finding("base", "not checked", "Pass base= to check that the frozen tensors have its values.")
+        return "not checked", "Pass base= to check that the frozen tensors have its values."
     expected = base.state_dict() if isinstance(base, nn.Module) else base
-    changed, unmatched, shared, equal = [], [], [], []
+    changed, unmatched, shared, equal = ([] for _ in range(4))
     for name, base_name, tensor in _frozen_tensors(model, base_prefix):
         keys = (base_name, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
         value = next((expected[key] for key in keys if key in expected), None)
@@ -292,12 +265,10 @@ def _check_base(
             equal.append(base_name)
     total = len(changed) + len(unmatched) + len(shared) + len(equal)
     if changed:
-        return Finding(
-            "base",
-            "problem",
+        return "problem", (
             f"Frozen tensors that differ from base: {_count(changed, total)}; a saved adapter "
             "would not reproduce this model, so start again from a freshly loaded base, and merge into new layers, "
-            "never in place.",
+            "never in place."
         )
     if shared:
         text = (
@@ -312,8 +283,8 @@ def _check_base(
     elif not equal:
         text = "There is no frozen tensor to compare."
     else:
-        return Finding("base", "ok", f"Frozen tensors equal to base's: {len(equal)} of {total}.")
-    return Finding("base", "not checked", text)
+        return "ok", f"Frozen tensors equal to base's: {len(equal)} of {total}."
+    return "not checked", text
 
 
 def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
@@ -325,9 +296,8 @@ def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[t
         if not isinstance(tensor, Tensor) or tensor.requires_grad or ".modules_to_save." in name:
             continue
         layer = next((layer for layer in base_prefix if name.startswith(f"{layer}." if layer else "")), None)
-        if layer is None:
-            base_name = name
-        else:
+        base_name = name
+        if layer is not None:
             inside = name.removeprefix(f"{layer}." if layer else "")
             if not inside.startswith(base_prefix[layer]):
                 continue  # a tensor of the adapter
@@ -335,29 +305,21 @@ def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[t
         yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
 
 
-def _check_loading(report: Any) -> Finding:
+def _check_loading(report: Any) -> Result:
     if report is None:
-        return Finding("loading", "not checked", "Pass load_report= to check that all names matched.")
-    try:
-        missing = [key for key in report.missing_keys if not _PARTS.isdisjoint(key.split("."))]
-        unexpected = list(report.unexpected_keys)
-    except AttributeError:
-        raise TypeError(
-            f"load_report is a {type(report).__name__}, but it must have missing_keys and unexpected_keys, like the "
-            "result of load_state_dict(..., strict=False)."
-        ) from None
+        return "not checked", "Pass load_report= to check that all names matched."
+    missing = [key for key in report.missing_keys if not _PARTS.isdisjoint(key.split("."))]
+    unexpected = list(report.unexpected_keys)
     counts = f"Adapter tensors not filled: {_count(missing)}; stored tensors not used: {_count(unexpected)}"
     if not missing and not unexpected:
-        return Finding("loading", "ok", f"{counts}.")
-    return Finding(
-        "loading",
-        "problem",
+        return "ok", f"{counts}."
+    return "problem", (
         f"{counts}; the stored names are not this model's, so rename them, or load into the class of model that the "
-        "adapter was trained on.",
+        "adapter was trained on."
     )
 
 
 def _count(names: list[str], total: int | None = None) -> str:
-    """How many names there are, of how many, and the first of them: "2 of 9, such as 'first.weight'"."""
+    """Return how many names there are, of how many, and the first of them: "2 of 9, such as 'first.weight'"."""
     count = str(len(names)) if total is None else f"{len(names)} of {total}"
     return f"{count}, such as {names[0]!r}" if names else count

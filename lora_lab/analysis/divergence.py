@@ -26,7 +26,7 @@ from lora_lab.train import evaluate
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """The mean KL divergence of the second distribution from the first, in nats.
+    """Return the mean KL divergence of the second distribution from the first, in nats.
 
     Args:
         before, after: logits (tokens, vocabulary).

@@ -50,7 +50,7 @@ class DrawnLabels:
 
 
 def null(task: Task, base: nn.Module, temperature: float = 1.0) -> Task:
-    """The task with labels from the base's own predictions: with it, training has nothing to learn.
+    """Return the task with labels from the base's own predictions: with it, training has nothing to learn.
 
     Args:
         task: whose targets are classes or next tokens.

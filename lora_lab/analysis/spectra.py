@@ -97,7 +97,7 @@ Source = Weights | str | Path | Mapping[str, Update]
 
 @torch.no_grad()
 def updates(before: Weights | None, after: Source, *, progress: bool | None = None) -> dict[str, Update]:
-    """The change of every weight, by layer. The change of an adapter is exact and computed from its factors alone.
+    """Return the change of every weight, by layer. That of an adapter is exact, computed from its factors alone.
 
     Matrices are (out, in), as an adapter's B A is; a convolution's is (out, in * window).
 
@@ -142,7 +142,7 @@ def updates(before: Weights | None, after: Source, *, progress: bool | None = No
 
 @torch.no_grad()
 def singular_values(before: Weights, after: Weights, *, progress: bool | None = None) -> dict[str, Tensor]:
-    """The singular values (k,) of every matrix's change, in float64: several times as fast as :func:`updates`.
+    """Return the singular values (k,) of every matrix's change, in float64: several times as fast as :func:`updates`.
 
     On the CPU, each matrix is computed by one thread (a second one does not speed up the eigenvalues of small
     matrices), and as many matrices in parallel as torch has threads. On a GPU they are computed one after another.
@@ -172,7 +172,7 @@ def singular_values(before: Weights, after: Weights, *, progress: bool | None = 
 
 
 def report(before: Weights | None, after: Source, *, directions: int = 8, progress: bool | None = None) -> DataFrame:
-    """One row per layer: how large the update is, how many directions it has, and what chance would give.
+    """Return one row per layer: how large the update is, how many directions it has, and what chance would give.
 
     Columns: ``layer``; ``kind``, the last part of its name; ``depth``, the number in its name; ``out`` and ``in``;
     ``rank`` of the adapter; ``norm`` (Frobenius) and ``spectral_norm`` of the update; effective_rank, stable_rank and
@@ -198,8 +198,7 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
             "layer": name,
             "kind": name.rpartition(".")[2],
             "depth": depth(name),
-            "out": update.shape[0],
-            "in": update.shape[1],
+            **dict(zip(("out", "in"), update.shape, strict=True)),
             "rank": update.rank,
             "norm": float(sizes.frobenius),
             "spectral_norm": float(sizes.spectral),
@@ -216,7 +215,7 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
 
 
 def depth(layer: str) -> int | None:
-    """The number in a layer's name, which is the index of its block, or None."""
+    """Return the number in a layer's name, which is the index of its block, or None."""
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
     return int(match[1]) if match else None
 
@@ -226,7 +225,7 @@ def _with_band(statistic: str, value: float, band: Band) -> dict[str, float]:
 
 
 def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, float]:
-    """The amplification factor of the update's leading directions, and that of as many random ones."""
+    """Return the amplification factor of the update's leading directions, and that of as many random ones."""
     W = before.to(update.U.dtype)  # (192, 576)
     left, right = _random_directions(*W.shape, directions)  # (39, 192, 8), (39, 576, 8)
     projected = torch.linalg.matrix_norm(left.mT.to(W) @ W @ right.to(W))  # (39,)
@@ -239,17 +238,15 @@ def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, fl
 @cache
 def _random_directions(out_features: int, in_features: int, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    draws = [
-        [orthonormal(size, count, generator=generator).float() for size in (out_features, in_features)]
-        for _ in range(_DRAWS)
-    ]
-    left, right = zip(*draws, strict=True)
-    return torch.stack(left), torch.stack(right)  # (39, 192, 8), (39, 576, 8)
+    sizes = (out_features, in_features)
+    draws = [[orthonormal(size, count, generator=generator).float() for size in sizes] for _ in range(_DRAWS)]
+    left, right = map(torch.stack, zip(*draws, strict=True))
+    return left, right  # (39, 192, 8), (39, 576, 8)
 
 
 @cache
 def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Band]:
-    """The band for noise of each of :data:`STATISTICS`: for an adapter of this rank, or for a matrix if it is None."""
+    """Return the band for noise of each of :data:`STATISTICS`, for an adapter of this rank or a matrix (None)."""
 
     def draw(generator: torch.Generator) -> Tensor:
         if rank is not None:
@@ -292,22 +289,22 @@ def intruders(
 
     by_layer = updates(before, after, progress=progress)
     names = list(by_layer) if layers is None else list(layers)
-    if unknown := [name for name in names if name not in by_layer]:
-        raise ValueError(f"There is no update of {unknown[0]!r}; name layers such as {next(iter(by_layer))!r}.")
+    for name in names:
+        if name not in by_layer:
+            raise ValueError(f"There is no update of {name!r}; name layers such as {next(iter(by_layer))!r}.")
+        if by_layer[name].before is None:
+            raise ValueError(f"The weight of {name!r} before training is not known; pass the model before.")
     rows = []
     with progress_bar(len(names), "intruders", progress, "layer") as bar:
         for name in names:
-            update = by_layer[name]
-            if update.before is None:
-                raise ValueError(f"The weight of {name!r} before training is not known; pass the model before.")
-            rows.append({"layer": name, **_intruders(update, update.before, top, epsilon)})
+            rows.append({"layer": name, **_intruders(by_layer[name], top, epsilon)})
             bar.update()
     return pandas.DataFrame(rows)
 
 
-def _intruders(update: Update, before: Tensor, top: int, epsilon: float) -> dict[str, float]:
+def _intruders(update: Update, top: int, epsilon: float) -> dict[str, float]:
     U, S, Vh = update.svd
-    W = before.to(U.dtype)  # (192, 576)
+    W = cast(Tensor, update.before).to(U.dtype)  # (192, 576)
     old, size = svd(W), float(S.norm())
     result = intruder_dimensions(old, W + U * S @ Vh, top, epsilon)
 
@@ -324,7 +321,7 @@ def _intruders(update: Update, before: Tensor, top: int, epsilon: float) -> dict
 
 
 def group(frame: DataFrame, by: str = "kind") -> DataFrame:
-    """Medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are.
+    """Return medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are.
 
     Raises:
         ValueError: ``by`` is another column.
@@ -340,7 +337,7 @@ def group(frame: DataFrame, by: str = "kind") -> DataFrame:
 
 
 def table(frame: DataFrame, by: str = "kind") -> str:
-    """The medians of :func:`group` as text, each statistic with its band for noise in brackets.
+    """Return the medians of :func:`group` as text, each statistic with its band for noise in brackets.
 
     Raises:
         ValueError: as for :func:`group`.
@@ -363,7 +360,7 @@ def table(frame: DataFrame, by: str = "kind") -> str:
 
 
 def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
-    """The weights with two dimensions or more, by layer, as matrices; each tensor once."""
+    """Return the weights with two dimensions or more, by layer, as matrices; each tensor once."""
     if isinstance(source, str | Path):
         raise ValueError(f"before is {str(source)!r}; load it first, with load_pretrained(...).")
     state = dict(source.named_parameters()) if isinstance(source, nn.Module) else check(source, _State, "a state")
@@ -375,14 +372,14 @@ def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
 
 
 def _layer_of(name: str, state: Mapping[str, Tensor]) -> str:
-    """The layer of a parameter; a weight under an adapter, ``<layer>.base.weight``, is its adapted layer's."""
+    """Return the layer of a parameter; a weight under an adapter, ``<layer>.base.weight``, is its adapted layer's."""
     module = name.removesuffix(".weight")
     layer = module.removesuffix(".base")
     return layer if f"{layer}.lora_A" in state else module
 
 
 def _common_names(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """The names of the matrices that both have, if their shapes agree."""
+    """Return the names of the matrices that both have, if their shapes agree."""
     names = [name for name in before if name in after]
     if not names:
         raise ValueError(
@@ -399,7 +396,7 @@ def _common_names(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
 
 
 def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
-    """The update of each adapted layer, as factors if it has low rank; empty if the source has no adapters."""
+    """Return the update of each adapted layer, as factors if it has low rank; empty if the source has no adapters."""
     if isinstance(source, nn.Module):
         return {name: _update_of(layer) for name, layer in lora_layers(source).items()}
     state = read_adapter(source) if isinstance(source, str | Path) else check(source, _State, "after")
@@ -431,7 +428,7 @@ def _update_of(layer: LoRALayer) -> _Factors | Update:
 
 
 def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
-    """The adapter's updates. Factors of the same shape are stacked and decomposed together."""
+    """Return the adapter's updates. Factors of the same shape are stacked and decomposed together."""
     result = {name: update for name, update in adapter.items() if isinstance(update, Update)}
     stacks: dict[tuple, dict[str, _Factors]] = defaultdict(dict)
     for name, factors in adapter.items():

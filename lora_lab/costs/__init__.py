@@ -19,23 +19,4 @@ speed          the face of ``ll.speed``: flops, step_time, cost_model, cards, co
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    [
-        "bill",
-        "cards",
-        "communication",
-        "cost_model",
-        "fake",
-        "flops",
-        "memory",
-        "memory_report",
-        "microbench",
-        "recording",
-        "repeated",
-        "setup",
-        "speed",
-        "timing",
-        "trace",
-    ],
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, ["memory", "speed"])

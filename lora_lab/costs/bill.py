@@ -93,7 +93,7 @@ class Bill:
         return sum(self.parts.get(part, 0) for part in STATIC)
 
     def to_dict(self) -> dict[str, Any]:
-        """The bill without its timeline, in values of JSON."""
+        """Return the bill without its timeline, in values of JSON."""
         return {
             "peak_bytes": self.peak_bytes,
             "bytes_by_part": dict(self.parts),
@@ -106,7 +106,7 @@ class Bill:
         }
 
     def plus(self, part: str, size: int) -> Bill:
-        """The same bill with one more part, of ``size`` bytes."""
+        """Return the same bill with one more part, of ``size`` bytes."""
         return replace(self, parts=ordered({**self.parts, part: size}))
 
     def __sub__(self, other: Bill) -> Difference:
@@ -150,5 +150,5 @@ def _mib(size: int, sign: str = "") -> str:
 
 
 def ordered(parts: Mapping[str, int]) -> dict[str, int]:
-    """The parts that are not 0, in the order in which bills list them."""
+    """Return the parts that are not 0, in the order in which bills list them."""
     return {part: parts[part] for part in PARTS if parts.get(part)}

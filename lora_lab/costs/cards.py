@@ -20,7 +20,7 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from lora_lab.costs.cost_model import CostModel, Prediction
 from lora_lab.costs.flops import GIGA
 from lora_lab.costs.memory import GIB
-from lora_lab.costs.microbench import VIEW, Operand, Operation
+from lora_lab.costs.microbench import VIEW, Operand, OperatorCall
 
 NOT_MEASURED = "from the datasheet, not measured"
 TERA = 10**12
@@ -51,7 +51,7 @@ class Card:
 
 
 def _card(name: str, half: float, float32: float, bandwidth: int, memory: int, source: str, note: str = "") -> Card:
-    """A card from the units of datasheets: TFLOP/s, GB/s and GB."""
+    """Return a card from the units of datasheets: TFLOP/s, GB/s and GB."""
     return Card(name, half * TERA, float32 * TERA, bandwidth * GIGA, memory * GIB, source, note)
 
 
@@ -109,7 +109,7 @@ _MANY_LAUNCHES = 0.25
 
 
 def card(name: str) -> Card:
-    """A card by its name in :data:`CARDS`, such as "l40s", in letters of any case.
+    """Return a card by its name in :data:`CARDS`, such as "l40s", in letters of any case.
 
     Raises:
         ValueError: the table has no such card.
@@ -126,8 +126,8 @@ class Roofline:
     card: Card
     efficiency: Efficiency = EFFICIENCY
 
-    def __call__(self, operation: Operation) -> float:
-        """The longest of computing, moving bytes and launching; views are free."""
+    def __call__(self, operation: OperatorCall) -> float:
+        """Return the longest of computing, moving bytes and launching; views are free."""
         if operation is VIEW:
             return 0.0
         # The first operand decides: attention in half precision keeps its row sums in float32.
@@ -140,8 +140,8 @@ class Roofline:
         )
 
 
-def flops_of(operation: Operation) -> int:
-    """FLOPs of an operation's matrix multiplications; those in fused attention, half of them if it is causal."""
+def flops_of(operation: OperatorCall) -> int:
+    """Return FLOPs of an operation's matrix multiplications; those in fused attention, half of them if it is causal."""
     if "dot_product" not in operation.name:
         return operation.flops
     shapes = [operand.shape for operand in operation.operands]
@@ -150,8 +150,8 @@ def flops_of(operation: Operation) -> int:
     return count // 2 if any(value is True for value in operation.args) else count
 
 
-def bytes_of(operation: Operation) -> int:
-    """Bytes that an operation reads and writes, as if no cache kept any of them."""
+def bytes_of(operation: OperatorCall) -> int:
+    """Return bytes that an operation reads and writes, as if no cache kept any of them."""
     if operation.name in _LOOKUPS:
         return 2 * operation.made_bytes
     arguments = zip(operation.function._schema.arguments, operation.args, strict=False)
@@ -196,7 +196,7 @@ class CardCosts(CostModel):
 
 
 def cost_model(name: str, efficiency: Efficiency = EFFICIENCY) -> CardCosts:
-    """What operations cost on a card that is not here, from its datasheet; nothing is measured.
+    """Return what operations cost on a card that is not here, from its datasheet; nothing is measured.
 
     Args:
         name: as for :func:`card`.

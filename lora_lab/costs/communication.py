@@ -53,7 +53,7 @@ class Communication:
         return 2 * (self.processes - 1) / self.processes * self.reduced_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, in values of JSON."""
+        """Return all numbers, in values of JSON."""
         names = ("setting", "processes", "parameters", "gradient_bytes", "reduced_bytes", "sent_bytes")
         return {name: getattr(self, name) for name in names}
 

@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -39,7 +39,7 @@ from lora_lab.costs.flops import (
     size_of,
 )
 from lora_lab.costs.memory import MIB, update_once
-from lora_lab.costs.microbench import DISTANCES, ROUNDS, VIEW, Operand, Operation, OperationTimer, ReuseDistances
+from lora_lab.costs.microbench import DISTANCES, ROUNDS, VIEW, Operand, OperationTimer, OperatorCall, ReuseDistances
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.timing import disturbance, synchronize, thread_count
 from lora_lab.costs.trace import PHASES, phases
@@ -50,9 +50,6 @@ from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.progress import progress_bar
 from lora_lab.train import Batch, TrainingStep, state_bytes
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 MEMORY, UPDATE, PYTHON = "passes over memory", "clipping and optimiser", "Python and autograd"
 CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE, PYTHON)
@@ -94,24 +91,20 @@ class StepTrace(FlopCounter):
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and list it; the list of an earlier step is dropped."""
-        self._entries: list[tuple[str, int | None, Operation]] = []
+        self._entries: list[tuple[str, int | None, OperatorCall]] = []
         super().run(batches, weights)
 
-    def run_second(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """List the second step of two: the first lacks the optimiser's state, and finds no memory that was touched."""
-        if type(self.step) is not TrainingStep:  # a lean step keeps more than its optimiser does
+    def run_second(self, batches: Sequence[Batch], weights: Sequence[float], distances: bool = True) -> None:
+        """List the second step of two: the first lacks the optimiser's state, and finds no memory that was touched.
+
+        Without ``distances`` a plain step is taken once: all but the distances of its operands is then the same.
+        """
+        plain = type(self.step) is TrainingStep  # a lean step keeps more than its optimiser does
+        if plain:
+            update_once(self.step)
+        if distances or not plain:
             self.run(batches, weights)
-            self.run(batches, weights)
-            return
-        # On fake tensors a step takes seconds, so that only one is taken, and what it did to memory is counted twice.
-        update_once(self.step)
-        parameters = [parameter for group in self.step.optimizer.param_groups for parameter in group["params"]]
-        before = [self._traffic.watch(parameter.grad) for parameter in parameters]
         self.run(batches, weights)
-        pairs = zip(before, parameters, strict=True)
-        again = self._traffic.again({old: parameter.grad for old, parameter in pairs if parameter.grad is not None})
-        entries = zip(self._entries, again, strict=True)
-        self._entries = [(phase, product, operation) for (phase, product, _), operation in entries]
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Add the operation to the list."""
@@ -123,9 +116,9 @@ class StepTrace(FlopCounter):
                 (self.phase, product, operation) for operation in self._traffic.operations(function, args, kwargs, out)
             ]
 
-    def work(self) -> Work:
-        """The operations of the last step."""
-        operations: dict[tuple[str, str], Counter[Operation]] = {}
+    def work(self) -> StepWork:
+        """Return the operations of the last step."""
+        operations: dict[tuple[str, str], Counter[OperatorCall]] = {}
         for phase, product, operation in self._entries:
             cause = self._cause(phase, product, operation)
             operations.setdefault((phase, cause), Counter())[operation] += 1
@@ -134,9 +127,9 @@ class StepTrace(FlopCounter):
         tensors = [*model.parameters(), *model.buffers(), *trained]  # a gradient is as large as its parameter
         static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         static_bytes += state_bytes(self.step.optimizer)
-        return Work(operations, sum(parameter.numel() for parameter in trained), static_bytes)
+        return StepWork(operations, sum(parameter.numel() for parameter in trained), static_bytes)
 
-    def _cause(self, phase: str, product: int | None, operation: Operation) -> str:
+    def _cause(self, phase: str, product: int | None, operation: OperatorCall) -> str:
         if product is not None:
             part, pass_, _ = self.products[product]
             if part in (ATTENTION, ADAPTERS) or (part == HEAD and pass_ != WEIGHT):
@@ -150,7 +143,7 @@ class StepTrace(FlopCounter):
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a step does: the count of each operation, by phase and cause.
 
     Args:
@@ -159,16 +152,16 @@ class Work:
         static_bytes: the size of weights, gradients and optimiser state.
     """
 
-    operations: Mapping[tuple[str, str], Mapping[Operation, int]]
+    operations: Mapping[tuple[str, str], Mapping[OperatorCall, int]]
     trained: int = 0
     static_bytes: int = 0
 
-    def kinds(self) -> set[Operation]:
-        """The distinct operations."""
+    def kinds(self) -> set[OperatorCall]:
+        """Return the distinct operations."""
         return {operation for counted in self.operations.values() for operation in counted}
 
     def launches(self) -> int:
-        """The number of operations that a GPU starts one by one: all but views, and lists of tensors."""
+        """Return the number of operations that a GPU starts one by one: all but views, and lists of tensors."""
         return sum(
             count
             for operations in self.operations.values()
@@ -177,7 +170,7 @@ class Work:
         )
 
     def count(self, *, cause: str | None = None, phase: str | None = None) -> int:
-        """The number of operations, of a cause or in a phase."""
+        """Return the number of operations, of a cause or in a phase."""
         return sum(
             sum(operations.values())
             for (in_phase, of_cause), operations in self.operations.items()
@@ -201,128 +194,109 @@ class Prediction:
     """
 
     seconds: Mapping[str, Mapping[str, float]]
-    works: Mapping[str, Work]
+    works: Mapping[str, StepWork]
     tokens: int
     setting: str = ""
     overlaps: bool = False
     doubts: Sequence[str] = ()
     place: str = "here"
 
+    @property
+    def first(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.seconds))
+
     def total_s(self, name: str) -> float:
-        """Time of a step."""
-        parts = self.seconds[name]
-        python = parts.get(PYTHON, 0.0)
-        computed = sum(parts.values()) - python
+        """Return the time of a step."""
+        python = self.seconds[name].get(PYTHON, 0.0)
+        computed = sum(self.seconds[name].values()) - python
         return max(computed, python) if self.overlaps else computed + python
 
     def ratio(self, name: str) -> float:
-        """The variant's time over the first variant's."""
-        return self.total_s(name) / self.total_s(next(iter(self.seconds)))
-
-    def tokens_per_second(self, name: str) -> float:
-        """Speed, in tokens (or examples)."""
-        return self.tokens / self.total_s(name)
+        """Return the variant's time over the first variant's."""
+        return self.total_s(name) / self.total_s(self.first)
 
     def changes(self, name: str) -> dict[str, float]:
-        """A variant's seconds by cause minus the first variant's."""
-        seconds, first = self.seconds[name], self.seconds[next(iter(self.seconds))]
-        return {
-            cause: seconds.get(cause, 0.0) - first.get(cause, 0.0) for cause in CAUSES if cause in {*seconds, *first}
-        }
+        """Return a variant's seconds by cause minus the first variant's."""
+        seconds, first = self.seconds[name], self.seconds[self.first]
+        present = (cause for cause in CAUSES if cause in seconds or cause in first)
+        return {cause: seconds.get(cause, 0.0) - first.get(cause, 0.0) for cause in present}
 
     def why(self, name: str) -> str:
-        """The reason in words: what the variant saves and adds compared with the first one, and which is more."""
-        first, ratio, changes = next(iter(self.seconds)), self.ratio(name), self.changes(name)
+        """Return the reason in words: what the variant saves and adds compared with the first, and which is more."""
+        ratio, changes = self.ratio(name), self.changes(name)
         lines = [
-            f"{name} takes {ratio:.2f} of the time of {first}: {_time(self.total_s(name))} a step, "
-            f"not {_time(self.total_s(first))}."
+            f"{name} takes {ratio:.2f} of the time of {self.first}: {_time(self.total_s(name))} a step, "
+            f"not {_time(self.total_s(self.first))}."
         ]
         if self.overlaps:
-            longer, longer_of_first = self._longer_side(name), self._longer_side(first)
+            longer, longer_of_first = self._longer_side(name), self._longer_side(self.first)
             lines.append(
                 f"Python runs ahead of the device, so only the longer of the two counts: {name} waits for {longer}, "
-                f"{first} for {longer_of_first}."
+                f"{self.first} for {longer_of_first}."
             )
             if longer != longer_of_first:
                 return "\n".join(lines)
             changes = {cause: change for cause, change in changes.items() if (cause == PYTHON) == (longer == "Python")}
-        saved = {cause: -change for cause, change in changes.items() if change < 0}
-        added = {cause: change for cause, change in changes.items() if change > 0}
-        for verb, seconds, sign in (("saves", saved, -1), ("adds", added, 1)):
-            largest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:4]
-            reasons = "; ".join(f"{self._operations(cause, name, sign)}, {_time(seconds[cause])}" for cause in largest)
-            lines.append(f"It {verb} {_time(sum(seconds.values()))}" + (f": {reasons}." if reasons else "."))
+        main = {}
+        for verb, sign in (("saves", -1), ("adds", 1)):
+            seconds = {cause: sign * change for cause, change in changes.items() if sign * change > 0}
+            reasons = {cause: self._count_operations(cause, name, sign) for cause in seconds}
+            largest = sorted(seconds, key=seconds.__getitem__, reverse=True)
+            listed = "; ".join(f"{reasons[cause]}, {_time(seconds[cause])}" for cause in largest[:4])
+            lines.append(f"It {verb} {_time(sum(seconds.values()))}" + (f": {listed}." if listed else "."))
+            # Causes with no more operations are the main ones only if there are no others.
+            changed = [cause for cause in largest if sign * self._difference(cause, name) > 0] or largest
+            enough = 0.8 * sum(seconds[cause] for cause in changed)
+            before = itertools.accumulate((seconds[cause] for cause in changed), initial=0.0)
+            main[verb] = " and ".join(
+                reasons[cause]
+                for cause, covered in zip(changed, before, strict=False)
+                if covered <= enough or cause == changed[0]
+            )
         outcome = "alike" if abs(ratio - 1) < _ALIKE else "slower" if ratio > 1 else "faster"
-        conclusion = _CONCLUSIONS[outcome, bool(saved and added)]
-        reasons = {"saved": self._main(saved, name, -1), "added": self._main(added, name, 1)}
-        lines.append(conclusion.format(name=name, place=self.place, **reasons))
+        conclusion = _CONCLUSIONS[outcome, all(main.values())]
+        lines.append(conclusion.format(name=name, place=self.place, saved=main["saves"], added=main["adds"]))
         return "\n".join(lines)
 
     def _longer_side(self, name: str) -> str:
-        """Which of the two takes longer, where Python and the device work at the same time."""
+        """Return which of the two takes longer, where Python and the device work at the same time."""
         python = self.seconds[name].get(PYTHON, 0.0)
         return "Python" if python > sum(self.seconds[name].values()) - python else "the device"
 
-    def _main(self, seconds: Mapping[str, float], name: str, sign: int) -> str:
-        """The causes of most of a sum; those with no more operations count only if there are no others."""
-        changed = {cause: s for cause, s in seconds.items() if sign * self._difference(cause, name) > 0} or seconds
-        chosen, covered = [], 0.0
-        for cause in sorted(changed, key=changed.__getitem__, reverse=True):
-            if chosen and covered > 0.8 * sum(changed.values()):
-                break
-            chosen.append(self._operations(cause, name, sign))
-            covered += changed[cause]
-        return " and ".join(chosen)
-
     def _difference(self, cause: str, name: str) -> int:
-        """How many more operations of a cause than the first variant has; for the optimiser, trained parameters.
+        """Return how many more operations of a cause than the first variant has; for the optimiser, trained parameters.
 
         Python's are the operations of all causes in the forward and backward pass.
         """
-        work, reference = self.works[name], self.works[next(iter(self.works))]
+        work, reference = self.works[name], self.works[self.first]
         if cause == UPDATE:
             return work.trained - reference.trained
         if cause == PYTHON:
             return sum(work.count(phase=phase) - reference.count(phase=phase) for phase in ("forward", "backward"))
         return work.count(cause=cause) - reference.count(cause=cause)
 
-    def _operations(self, cause: str, name: str, sign: int) -> str:
-        """How many operations of a cause are added (``sign`` 1) or saved (-1), in words."""
+    def _count_operations(self, cause: str, name: str, sign: int) -> str:
+        """Return how many operations of a cause are added (``sign`` 1) or saved (-1), in words."""
         difference = sign * self._difference(cause, name)
         words = re.sub(r"\((\w+)\)", "" if difference == 1 else r"\1", _OPERATIONS.get(cause, cause))
         if difference <= 0:
             return f"the same {words}"
         if cause == UPDATE:
-            trained, reference = self.works[name].trained, self.works[next(iter(self.works))].trained
+            trained, reference = self.works[name].trained, self.works[self.first].trained
             return f"clipping and updating {trained:,} parameters instead of {reference:,}"
         return f"{difference:,} {words}"
 
-    def frame(self) -> DataFrame:
-        """A pandas DataFrame: seconds, one row a variant, one column a cause, then the whole step and the ratio."""
-        import pandas
-
-        rows = [
-            {
-                "variant": name,
-                **{cause: parts.get(cause, 0.0) for cause in CAUSES},
-                "all": self.total_s(name),
-                "ratio": self.ratio(name),
-            }
-            for name, parts in self.seconds.items()
-        ]
-        return pandas.DataFrame(rows)
-
     def to_dict(self) -> dict[str, Any]:
-        """One entry a variant and what holds for all of them, in values of JSON."""
-        first = next(iter(self.seconds))
+        """Return one entry a variant and what holds for all of them, in values of JSON."""
         variants = [
             {
                 "variant": name,
                 "seconds": self.total_s(name),
                 "seconds_by_cause": dict(parts),
-                "tokens_per_second": self.tokens_per_second(name),
+                "tokens_per_second": self.tokens / self.total_s(name),
                 "ratio": self.ratio(name),
-                "why": None if name == first else self.why(name),
+                "why": None if name == self.first else self.why(name),
             }
             for name, parts in self.seconds.items()
         ]
@@ -331,17 +305,16 @@ class Prediction:
     def __str__(self) -> str:
         width = max(12, *(len(name) + 2 for name in self.seconds))
         unit, scale = ("s", 1) if max(map(self.total_s, self.seconds)) >= _LONG_S else ("ms", 1e3)
-        lines = [
-            f"{self.setting}: {unit} a step, predicted",
-            f"  {'':<26}" + "".join(f"{n:>{width}}" for n in self.seconds),
-        ]
-        for cause in CAUSES:
-            if any(parts.get(cause) for parts in self.seconds.values()):
-                numbers = (f"{parts.get(cause, 0.0) * scale:>{width},.2f}" for parts in self.seconds.values())
-                lines.append(f"  {cause:<26}" + "".join(numbers))
-        lines.append(f"  {'all':<26}" + "".join(f"{self.total_s(name) * scale:>{width},.2f}" for name in self.seconds))
-        lines.append(f"  {'ratio':<26}" + "".join(f"{self.ratio(name):>{width}.3f}" for name in self.seconds))
-        return "\n".join([*lines, *(self.why(name) for name in list(self.seconds)[1:]), *self.doubts])
+        causes = [cause for cause in CAUSES if any(parts.get(cause) for parts in self.seconds.values())]
+        rows = {
+            "": list(self.seconds),
+            **{cause: [f"{parts.get(cause, 0) * scale:,.2f}" for parts in self.seconds.values()] for cause in causes},
+            "all": [f"{self.total_s(name) * scale:,.2f}" for name in self.seconds],
+            "ratio": [f"{self.ratio(name):.3f}" for name in self.seconds],
+        }
+        lines = [f"  {label:<26}" + "".join(f"{cell:>{width}}" for cell in cells) for label, cells in rows.items()]
+        reasons = [self.why(name) for name in self.seconds if name != self.first]
+        return "\n".join([f"{self.setting}: {unit} a step, predicted", *lines, *reasons, *self.doubts])
 
 
 def _time(seconds: float) -> str:
@@ -369,7 +342,7 @@ class CostModel:
         place: as for :class:`Prediction`.
     """
 
-    seconds: Callable[[Operation], float]
+    seconds: Callable[[OperatorCall], float]
     overhead: Mapping[str, tuple[float, float]]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     overlaps: bool = False
@@ -390,7 +363,7 @@ class CostModel:
         progress: bool | None = None,
         **options: Any,
     ) -> Prediction:
-        """How long a step will take. None is taken: it is rehearsed on fake tensors, and its operations' costs add up.
+        """Predict how long a step will take, from its rehearsal on fake tensors and the costs of its operations.
 
         Operations that this cost model has not met before are timed first, which takes some seconds.
 
@@ -405,7 +378,7 @@ class CostModel:
         if not variants:
             raise ValueError("variants is empty, so there is nothing to predict; give one, as {'LoRA': LoRA(8)}.")
         started = time.perf_counter()
-        works: dict[str, Work] = {}
+        works: dict[str, StepWork] = {}
         tokens, setting = 0, ""
         for name, method in variants.items():
             setup = as_setup(method, options)
@@ -414,7 +387,7 @@ class CostModel:
                 fake_batch = batch_for(twin, batch_size, seq_len, batch)
                 parts, weights = setup.batches(fake_batch)
                 trace = StepTrace(setup.step(twin))
-                trace.run_second(parts, weights)
+                trace.run_second(parts, weights, distances=isinstance(self.seconds, OperationTimer))
                 works[name] = trace.work()
                 tokens = size_of(fake_batch)[0]
                 setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.where or self.device}"
@@ -425,7 +398,7 @@ class CostModel:
         prediction = Prediction(self._costs(works), works, tokens, setting, self.overlaps, place=self.place)
         return replace(prediction, doubts=self._doubts(prediction))
 
-    def _measure(self, kinds: set[Operation], progress: bool | None) -> None:
+    def _measure(self, kinds: set[OperatorCall], progress: bool | None) -> None:
         """Time new kinds of operation, and note whether other processes kept the machine busy."""
         if not isinstance(self.seconds, OperationTimer) or not (new := self.seconds.unmeasured(kinds)):
             return
@@ -434,8 +407,8 @@ class CostModel:
             self.seconds.measure(new, shown.update)
         self.disturbance = self.disturbance or disturbance(busy)
 
-    def _costs(self, works: Mapping[str, Work]) -> dict[str, dict[str, float]]:
-        """Seconds by cause of each variant's work."""
+    def _costs(self, works: Mapping[str, StepWork]) -> dict[str, dict[str, float]]:
+        """Return seconds by cause of each variant's work."""
         cost = {kind: self.seconds(kind) for work in works.values() for kind in work.kinds()}
         costs = {}
         for name, work in works.items():
@@ -468,7 +441,7 @@ class CostModel:
         between: tuple[int, int] = (32, 4096),
         **options: Any,
     ) -> int | None:
-        """The number of tokens a step at which ``second`` stops or starts being slower than ``first``.
+        """Return the number of tokens a step at which ``second`` stops or starts being slower than ``first``.
 
         It is for models that read token ids.
 
@@ -495,7 +468,7 @@ class CostModel:
             )
 
         def point(count: int) -> tuple[int, float]:
-            """The tokens of ``count`` sequences (or of sequences of length ``count``), and the ratio's logarithm."""
+            """Return the tokens of ``count`` sequences, or of that length, and the ratio's logarithm."""
             sizes = (count, seq_len) if batch_size is None else (batch_size, count)
             ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
             return count * fixed, math.log(ratio)
@@ -541,24 +514,24 @@ def cost_model(device: torch.device | str | None = None) -> CostModel:
 
 
 def _rates(timer: OperationTimer) -> dict[str, str]:
-    """Some rates that a reader may know from elsewhere."""
+    """Return some rates that a reader may know from elsewhere."""
     operations = {}
     for rows, dtype in ((512, torch.float32), (512, torch.bfloat16), (32, torch.float32)):
         left = Operand((rows, 576), (576, 1), dtype)
         right = Operand((576, 1536), (1, 576), dtype, DISTANCES[-1])
         label = f"{rows} x 576 times 576 x 1536, {str(dtype).removeprefix('torch.')}"
         made_bytes = rows * 1536 * dtype.itemsize
-        operations[label] = Operation(_ATEN.mm.default, (left, right), (), made_bytes, DISTANCES[1])
+        operations[label] = OperatorCall(_ATEN.mm.default, (left, right), (), made_bytes, DISTANCES[1])
     for where, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
         whole = Operand((MIB // 4,), (1,), torch.float32, distance)
-        operations[f"copy of 1 MiB in {where}"] = Operation(_ATEN.clone.default, (whole,), (), MIB, distance)
+        operations[f"copy of 1 MiB in {where}"] = OperatorCall(_ATEN.clone.default, (whole,), (), MIB, distance)
     small = Operand((64,), (1,), torch.float32)
-    operations["operation on 64 numbers"] = Operation(_ATEN.mul.Tensor, (small, small), (), 256)
+    operations["operation on 64 numbers"] = OperatorCall(_ATEN.mul.Tensor, (small, small), (), 256)
     timer.measure(operations.values())
     return {label: _rate(operation, timer(operation)) for label, operation in operations.items()}
 
 
-def _rate(operation: Operation, seconds: float) -> str:
+def _rate(operation: OperatorCall, seconds: float) -> str:
     if operation.flops:
         return f"{operation.flops / seconds / GIGA:,.0f} GFLOP/s"
     if operation.moved_bytes > MIB:
@@ -567,7 +540,7 @@ def _rate(operation: Operation, seconds: float) -> str:
 
 
 def _overhead(timer: OperationTimer, overlaps: bool) -> dict[str, tuple[float, float]]:
-    """For each phase the fixed seconds and the seconds for each operation, by least squares over tiny steps.
+    """Return for each phase the fixed seconds and the seconds for each operation, by least squares over tiny steps.
 
     The time of the operations themselves is subtracted, except on a device that computes while Python goes on.
     """
@@ -597,7 +570,7 @@ def _overhead(timer: OperationTimer, overlaps: bool) -> dict[str, tuple[float, f
 
 
 def _phase_seconds(step: TrainingStep, batch: Batch, steps: int = 60) -> dict[str, float]:
-    """How long each phase of a step takes: the median of many steps, on CUDA of Python's time only."""
+    """Return how long each phase of a step takes: the median of many steps, on CUDA of Python's time only."""
     marks: list[float] = []
 
     def mark(phase: str) -> None:
@@ -616,7 +589,7 @@ def _phase_seconds(step: TrainingStep, batch: Batch, steps: int = 60) -> dict[st
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Intercept and slope of the line through (count, seconds) by least squares; neither is negative."""
+    """Return intercept and slope of the line through (count, seconds) by least squares; neither is negative."""
     counts, seconds = zip(*points, strict=True)
     slope = max(0.0, statistics.linear_regression(counts, seconds).slope) if len(set(counts)) > 1 else 0.0
     return max(0.0, statistics.fmean(seconds) - slope * statistics.fmean(counts)), slope

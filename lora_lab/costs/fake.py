@@ -39,7 +39,7 @@ _MOST_REAL = 2**20  # elements of the largest tensor that a rehearsal computes w
 
 
 def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
-    """Inputs and targets (batch_size, seq_len) of token ids, all 0, on the model's device.
+    """Return inputs and targets (batch_size, seq_len) of token ids, all 0, on the model's device.
 
     Raises:
         ValueError: a size is missing or below 1.
@@ -50,7 +50,7 @@ def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -
 
 
 def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
-    """Zeros of the batch's shapes and dtypes, or what the model reads where ``batch`` is None, on the model's device.
+    """Return zeros of the batch's shapes and dtypes, or what the model reads if ``batch`` is None, on its device.
 
     Most models read token ids and have a target for each. A model of transformers may also read pictures, of the size
     in its config, and have one class for each row. Inside :func:`fake_copy` they are fake tensors.
@@ -81,7 +81,7 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
 
 
 def _pictures(model: nn.Module, count: int) -> Tensor:
-    """Black pictures of the size in the model's config: (count, channels, height, width)."""
+    """Return black pictures of the size in the model's config: (count, channels, height, width)."""
     config: Any = model.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -91,13 +91,13 @@ def _pictures(model: nn.Module, count: int) -> Tensor:
 
 
 def on_each(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """A batch of what ``function`` makes of the inputs and of the targets."""
+    """Return a batch of what ``function`` makes of the inputs and of the targets."""
     inputs, targets = batch
     return function(inputs), function(targets)
 
 
 def shape_of(batch: Batch) -> str:
-    """The inputs' shape as text, such as "4 x 128"."""
+    """Return the inputs' shape as text, such as "4 x 128"."""
     return " x ".join(str(size) for size in batch[0].shape)
 
 
@@ -113,7 +113,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A number that identifies a tensor's memory for as long as that memory is in use."""
+    """Return a number that identifies a tensor's memory for as long as that memory is in use."""
     return tensor.untyped_storage()._cdata
 
 
@@ -137,7 +137,7 @@ def fake_copy(
         dtype: cast floating-point weights to it; None leaves them as they are.
 
     Raises:
-        ValueError: the device does not exist, or ``model`` is neither a module nor a factory.
+        ValueError: the device does not exist.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -190,14 +190,14 @@ class _RealPositions(TorchDispatchMode):
 
 
 def _grouped(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """A fake product of experts and their tokens. torch's rule for its shape refuses all dtypes but bfloat16."""
+    """Return a fake product of experts and their tokens. torch's rule for its shape refuses all dtypes but bfloat16."""
     dtype = args[0].dtype
     halves = [arg.to(torch.bfloat16) if isinstance(arg, Tensor) and arg.dtype == dtype else arg for arg in args]
     return func(*halves, **kwargs).to(dtype)
 
 
 def copy_sharing_weights(model: nn.Module, left_out: Iterable[nn.Module] = ()) -> nn.Module:
-    """A copy of the modules that shares the weights: replacing or freezing something later affects the copy only.
+    """Return a copy that shares the weights: replacing or freezing something later affects the copy only.
 
     Args:
         left_out: modules that the copy has an empty module in place of.
@@ -209,14 +209,14 @@ def copy_sharing_weights(model: nn.Module, left_out: Iterable[nn.Module] = ()) -
 
 
 def meta_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model on torch's meta device, where tensors have shapes only; ``dtype`` as for :func:`fake_copy`."""
+    """Return a copy on the meta device, where tensors have shapes only; ``dtype`` as in :func:`fake_copy`."""
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): _same_kind(tensor, tensor.detach().to("meta")) for tensor in tensors})
     return twin if dtype is None else twin.to(dtype)
 
 
 def build_model(model: Source, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model to train for real; a module that is passed stays as it is.
+    """Return a model to train for real; a module that is passed stays as it is.
 
     Args:
         model: a module, which is copied as by :func:`copy_sharing_weights`; or a function that builds one.
@@ -228,20 +228,15 @@ def build_model(model: Source, device: torch.device, dtype: torch.dtype | None =
 
 
 def built_on_meta(model: Source) -> nn.Module:
-    """The module that is passed, or what a factory makes on torch's meta device, where nothing is allocated."""
+    """Return the module that is passed, or what a factory makes on torch's meta device, where nothing is allocated."""
     return model if isinstance(model, nn.Module) else _call_factory(model, "meta")
 
 
 def _call_factory(factory: Factory | str | Path, device: torch.device | str) -> nn.Module:
     if isinstance(factory, str | Path):
         factory = architecture(factory)
-    if not callable(factory):
-        raise ValueError(f"model is a {type(factory).__name__}, but it must be a torch.nn.Module or make one.")
     with torch.device(device), torch.random.fork_rng(devices=[]):
-        model = factory()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"The factory made a {type(model).__name__}, but it must make a torch.nn.Module.")
-    return model
+        return factory()
 
 
 def _same_kind(like: Tensor, tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lora_lab.costs.fake import Source, batch_for, built_on_meta, fake_copy, storage_of
-from lora_lab.costs.repeated import count_short, longest_run, prepared_shapes
+from lora_lab.costs.repeated import count_short, longest_run, prepare_shapes
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.costs.trace import StepTracer, adapter_modules
 from lora_lab.inject import lora_layers, output_head, transformer_blocks
@@ -85,11 +85,11 @@ class Flops:
         return sum(self.counts.values())
 
     def part(self, name: str) -> int:
-        """All passes of one part: "layers", "head", "attention", "adapters" or "other"."""
+        """Return all passes of one part: "layers", "head", "attention", "adapters" or "other"."""
         return sum(count for (part, _), count in self.counts.items() if part == name)
 
     def in_pass(self, name: str) -> int:
-        """All parts of one pass: "forward", "input gradients", "weight gradients" or "recomputed"."""
+        """Return all parts of one pass: "forward", "input gradients", "weight gradients" or "recomputed"."""
         return sum(count for (_, pass_), count in self.counts.items() if pass_ == name)
 
     @property
@@ -112,8 +112,7 @@ class Flops:
         return self.causal + recomputed * (self.seq_len + 1) / 2 / self.seq_len
 
     def to_dict(self) -> dict[str, Any]:
-        """All counts and totals, in values of JSON."""
-        parts = [part for part in PARTS if self.part(part)]
+        """Return all counts and totals, in values of JSON."""
         return {
             "setting": self.setting,
             "tokens": self.tokens,
@@ -121,7 +120,8 @@ class Flops:
             "flops_per_token": self.total / self.tokens,
             "flops_by_part_and_pass": {
                 part: {name: self.counts[part, name] for name in PASSES if (part, name) in self.counts}
-                for part in parts
+                for part in PARTS
+                if self.part(part)
             },
             "closed_form_flops_by_part": None if self.closed is None else dict(self.closed),
             "causal_flops": self.causal,
@@ -129,25 +129,22 @@ class Flops:
         }
 
     def __str__(self) -> str:
-        passes = [name for name in PASSES if self.in_pass(name)]
-        titles = [*passes, "all"] if self.closed is None else [*passes, "all", "closed form"]
-        lines = [self.setting, "  GFLOP       " + "".join(f"{title:>18}" for title in titles)]
-        for part in (part for part in PARTS if self.part(part)):
-            numbers = [self.counts.get((part, name), 0) for name in passes] + [self.part(part)]
-            lines.append(_row(part, numbers + ([] if self.closed is None else [self.closed.get(part, 0)])))
-        numbers = [self.in_pass(name) for name in passes] + [self.total]
-        closed = [] if self.closed is None else [sum(self.closed.values())]
-        lines.append(_row("all", numbers + closed))
+        parts = [part for part in PARTS if self.part(part)]
+        columns: dict[str, Sequence[float]] = {
+            name: [self.counts.get((part, name), 0) for part in parts] for name in PASSES if self.in_pass(name)
+        }
+        columns["all"] = [self.part(part) for part in parts]
+        if self.closed is not None:
+            columns["closed form"] = [self.closed.get(part, 0) for part in parts]
+        lines = [self.setting, f"  {'GFLOP':<12}" + "".join(f"{title:>18}" for title in columns)]
+        for part, *numbers in zip([*parts, "all"], *([*each, sum(each)] for each in columns.values()), strict=True):
+            lines.append(f"  {part:<12}" + "".join(f"{number / GIGA:>18,.3f}" for number in numbers))
         unit = "example" if self.seq_len is None else "token"
         lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {counted(self.tokens, unit)}")
         if self.causal is not None and self.fused is not None and self.part(ATTENTION):
             lines.append(f"  with a causal kernel that skips the masked half: {self.causal / GIGA:,.3f} GFLOP; with a")
             lines.append(f"  fused one, which makes the scores again in the backward pass: {self.fused / GIGA:,.3f}")
         return "\n".join(lines)
-
-
-def _row(name: str, numbers: Sequence[float]) -> str:
-    return f"  {name:<12}" + "".join(f"{number / GIGA:>18,.3f}" for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ class FlopCounter(StepTracer):
                     self.products[index] = (self._owners[id(parameter)], WEIGHT, self.products[index][2])
 
     def counts(self) -> Counter[tuple[str, str]]:
-        """FLOPs by part and pass."""
+        """Return FLOPs by part and pass."""
         counts: Counter[tuple[str, str]] = Counter()
         for part, pass_, count in self.products:
             counts[part, pass_] += count
@@ -248,7 +245,7 @@ class FlopCounter(StepTracer):
 
 
 def _part(origins: Iterable[_Origin]) -> str:
-    """The part that a product belongs to; to the adapters only if no other weights are in it."""
+    """Return the part that a product belongs to; to the adapters only if no other weights are in it."""
     weights = {part for origin in origins for part in origin.weights}
     return next((part for part in (HEAD, LAYERS, ADAPTERS) if part in weights), OTHER)
 
@@ -269,7 +266,7 @@ def weight_owners(model: nn.Module) -> dict[int, str]:
 
 
 def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> dict[str, int]:
-    """FLOPs of a plain step from sizes alone, by part: the calculation on paper.
+    """Return FLOPs of a plain step from sizes alone, by part: the calculation on paper.
 
     Each token is multiplied by M weights in the layers, E in the head, P = sum of r (in + out) in the adapters, and
     takes T = 2 s h L multiply-adds in attention. The forward pass takes each of them once. The backward pass takes M,
@@ -315,7 +312,7 @@ def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> di
 
 
 def _attention(model: nn.Module) -> tuple[int, int] | None:
-    """The width of all heads together and the number of layers, if the model has a config with both."""
+    """Return the width of all heads together and the number of layers, if the model has a config with both."""
     config: Any = getattr(model, "config", None)
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     if heads is None or layers is None:
@@ -324,7 +321,7 @@ def _attention(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _matrices(module: nn.Module, head: nn.Module | None) -> list[tuple[Tensor, int]]:
-    """The tensors of a module that hold matrices, and the number of weights in each."""
+    """Return the tensors of a module that hold matrices, and the number of weights in each."""
     if isinstance(module, LoRALayer):
         return [(factor, factor.numel()) for factor in (module.lora_A, module.lora_B)]
     if isinstance(module, BlockLinear):
@@ -375,7 +372,7 @@ def flops(
             return counter.step.model, counter.counts()
 
     model = built_on_meta(model)
-    prepared = prepared_shapes(model, setup)
+    prepared = prepare_shapes(model, setup)
     run = longest_run(prepared)
     counts = (run and count_short(model, run, count)) or count(model)[1]
     tokens, length = size_of(*counted_batch)
@@ -394,7 +391,7 @@ def break_even_rank(
     targets: str | Sequence[str] = "all-linear",
     **options: Any,
 ) -> int:
-    """The highest rank at which a step of LoRA has no more FLOPs than one of full fine-tuning, found by counting.
+    """Return the highest rank at which a step of LoRA has no more FLOPs than one of full fine-tuning, by counting.
 
     On paper it is where 3 P = M + E: the adapters take as many FLOPs as the weight gradients that they replace. The
     count is linear in the rank, so that two ranks give a first guess; then its neighbours are counted.
@@ -420,14 +417,14 @@ def break_even_rank(
 
 
 def size_of(batch: Batch) -> tuple[int, int | None]:
-    """The number of tokens and the length of a sequence; or the number of examples, and None."""
+    """Return the number of tokens and the length of a sequence; or the number of examples, and None."""
     inputs = batch[0]
     of_tokens = inputs.ndim == 2 and not inputs.is_floating_point()
     return (inputs.numel(), inputs.shape[1]) if of_tokens else (len(inputs), None)
 
 
 def _of_plain_blocks(model: nn.Module) -> bool:
-    """Whether the model is one stack of blocks without convolutions or experts, with adapters of two plain factors."""
+    """Return whether the model is one stack of blocks, no convolutions or experts, with plain adapters."""
     convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
     experts = any(parameter.ndim > 2 for parameter in model.parameters())
     plain = all(type(layer) in (LoRALinear, RsLoRALinear, LoRAFALinear) for layer in lora_layers(model).values())

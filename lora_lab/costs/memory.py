@@ -41,7 +41,7 @@ from lora_lab.costs.fake import (
     unshare_trainable,
 )
 from lora_lab.costs.recording import Recording, StorageLog, on_saved
-from lora_lab.costs.repeated import longest_run, prepared_shapes, record_short
+from lora_lab.costs.repeated import longest_run, prepare_shapes, record_short
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.methods import Method
 from lora_lab.models.quantize import BlockWeight
@@ -84,7 +84,7 @@ def predict(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> Bill:
-    """The bill of a training step that is never taken: it is rehearsed on fake tensors.
+    """Return the bill of a training step that is never taken: it is rehearsed on fake tensors.
 
     A second step is rehearsed, because a first one lacks the optimiser's state. Of a stack of identical blocks a few
     are rehearsed, and the others follow from them, byte for byte. The model and the random generators stay as they are.
@@ -118,10 +118,10 @@ class _Rehearsal:
         setup.check_watchable()
         self.device, self.estimated = device_to_predict(model, device)
         self.model, self.setup = built_on_meta(model), setup
-        self.run = longest_run(prepared_shapes(self.model, setup))
+        self.run = longest_run(prepare_shapes(self.model, setup))
 
     def bill(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
-        """The bill of a step on such a batch, as from :func:`predict`."""
+        """Return the bill of a step on such a batch, as from :func:`predict`."""
 
         def record(model: nn.Module) -> tuple[nn.Module, Recording]:
             with self._prepared(model) as step:
@@ -140,7 +140,7 @@ class _Rehearsal:
             yield self.setup.step(twin)
 
     def _record(self, step: TrainingStep, batch: Batch) -> Recording:
-        """The second step: the first lacks the optimiser's state."""
+        """Record the second step: the first lacks the optimiser's state."""
         parts, weights = self.setup.batches(batch)
         with ExitStack() as stack:
             if self.estimated:
@@ -192,7 +192,7 @@ def measure(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> Bill:
-    """The bill of a training step that is really taken, with a peak from the allocator itself.
+    """Return the bill of a training step that is really taken, with a peak from the allocator itself.
 
     On the CPU the peak is the largest running sum of torch's allocation events during the second step, on CUDA
     it is ``max_memory_allocated`` of the second step. Both include the model's weights and exclude everything else in
@@ -333,7 +333,7 @@ def largest(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> tuple[int, Bill]:
-    """The largest batch, or the longest context, whose step fits into ``budget_bytes``, by :func:`predict`.
+    """Return the largest batch, or the longest context, whose step fits into ``budget_bytes``, by :func:`predict`.
 
     Args:
         batch_size, seq_len: pass one of them; the other is searched, up to 2^20.
@@ -358,7 +358,7 @@ def largest(
 
 
 def _secant_search(bill_of: Callable[[int], Bill], budget_bytes: int) -> tuple[int, Bill]:
-    """The largest size that fits, and its bill, as :func:`largest` returns them.
+    """Return the largest size that fits, and its bill, as :func:`largest` returns them.
 
     Memory grows nearly linearly with the size, so that a secant finds the size in about 4 bills. Bisection would need
     20, and a bill takes seconds.
@@ -380,7 +380,7 @@ def _secant_search(bill_of: Callable[[int], Bill], budget_bytes: int) -> tuple[i
 
 
 def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that autograd saves while ``forward()`` runs, without parameters and buffers; each storage counts once.
+    """Return the bytes that autograd saves while ``forward()`` runs, except parameters and buffers, each storage once.
 
     For a single layer or call; :attr:`Bill.saved` has the same for a whole step, by kind of module.
 
@@ -477,7 +477,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def device_to_predict(model: Source, device: torch.device | str | None) -> tuple[torch.device, bool]:
-    """The device to rehearse on, and whether it only stands in for a CUDA device that is not available."""
+    """Return the device to rehearse on, and whether it only stands in for a CUDA device that is not available."""
     if device is None:
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")
         device = pick_device()[0] if device.type == "meta" else device
@@ -491,7 +491,7 @@ def device_to_predict(model: Source, device: torch.device | str | None) -> tuple
 
 
 def _workspace_bytes(device: torch.device | None) -> int:
-    """The workspaces that cuBLAS allocates on a device: one for the forward pass's thread, one for autograd's.
+    """Return the workspaces that cuBLAS allocates on a device: one for the forward pass's thread, one for autograd's.
 
     By torch's defaults (CublasHandlePool.cpp; CUBLAS_WORKSPACE_CONFIG overrides them) each has 32 MiB on compute
     capability 9.0, Hopper, and 8.1 MiB before. On 10.x and 12.x, Blackwell, it is 32 MiB by torch's newest sources,

@@ -15,8 +15,6 @@ from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.renamed import renamed
-from lora_lab.system.schema import check
 
 
 def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool = True) -> dict[str, Setup]:
@@ -64,7 +62,7 @@ class Row:
         return None if self.budget_bytes is None else self.budget_bytes - self.bill.peak_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The row and its bill, in values of JSON."""
+        """Return the row and its bill, in values of JSON."""
         free = self.free_bytes
         return {
             "setup": self.setup,
@@ -152,17 +150,13 @@ def _heading(
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as "24GiB", "512 MiB" or "80GB" in bytes.
+    """Return a size such as "24GiB", "512 MiB" or "80GB" in bytes.
 
     Raises:
         ValueError: the text is not a positive number with such a unit.
     """
     units = {"KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    check(text, str, "text")
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
     return int(float(match[1]) * units[match[2].upper()])
-
-
-__getattr__ = renamed(__name__, {"ways": "training_setups"})

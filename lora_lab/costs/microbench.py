@@ -17,10 +17,10 @@ import math
 import statistics
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Operand:
         return (1 + sum((size - 1) * stride for size, stride in pairs if size)) * self.dtype.itemsize
 
     def cut(self, size: int, to: int, first_only: bool = False) -> Operand:
-        """The same with dimensions of ``size`` (all, or only the first dimension) cut to ``to``, without gaps."""
+        """Return the same with dimensions of ``size`` (all, or only the first one) cut to ``to``, without gaps."""
         dimensions = range(len(self.shape))
         shape = tuple(to if self.shape[i] == size and not (first_only and i) else self.shape[i] for i in dimensions)
         stride, dense = list(self.stride), 1
@@ -81,7 +81,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Operation:
+class OperatorCall:
     """An operator of torch, its arguments with tensors as :class:`Operand`, and the size of its new tensors.
 
     Args:
@@ -122,8 +122,8 @@ class Operation:
         left, right = self.operands[-2:]
         return 2 * math.prod(left.shape) * right.shape[-1]
 
-    def part(self) -> Operation:
-        """A smaller operation of the same kind, in place of a large one.
+    def part(self) -> OperatorCall:
+        """Return a smaller operation of the same kind, in place of a large one.
 
         The largest size, such as the number of tokens or the vocabulary, is cut wherever it occurs. Attention is cut in
         the number of sequences only, because its work is not linear in their length.
@@ -146,7 +146,7 @@ class Operation:
         """How large it is, as a multiple of the largest operation that is timed whole."""
         return max(self.moved_bytes / _PART_BYTES, self.flops / _PART_FLOPS)
 
-    def _cut(self, size: int, to: int, first_only: bool = False) -> Operation:
+    def _cut(self, size: int, to: int, first_only: bool = False) -> OperatorCall:
         def cut(value: Any) -> Any:
             if isinstance(value, Operand):
                 return value.cut(size, to, first_only)
@@ -159,30 +159,7 @@ class Operation:
 
 
 # Stands for all operations that move no bytes: views, and allocations.
-VIEW = Operation(_ATEN.t.default, (Operand((8, 8), (8, 1), torch.float32),))
-
-
-class _Storage(NamedTuple):
-    """A storage, by a number that no other one gets, and its size."""
-
-    number: int
-    size_bytes: int
-
-
-class _Use(NamedTuple):
-    """A tensor among an operation's arguments."""
-
-    operand: Operand
-    storage: _Storage
-
-
-class _Event(NamedTuple):
-    """An operation that ran: its arguments with tensors as :class:`_Use`, and the storages of its new tensors."""
-
-    function: OpOverload
-    args: tuple
-    kwargs: tuple[tuple[str, Any], ...]
-    made: list[_Storage]
+VIEW = OperatorCall(_ATEN.t.default, (Operand((8, 8), (8, 1), torch.float32),))
 
 
 class ReuseDistances:
@@ -194,105 +171,49 @@ class ReuseDistances:
 
     def __init__(self) -> None:
         self.moved_bytes = 0
-        self._touched: dict[int, int] = {}  # number of a storage -> moved_bytes when it was touched
-        self._released: dict[int, list[int]] = {}  # size of released storages -> the same, the last released at the end
-        self._alive: dict[int, tuple[_Storage, weakref.ref | None]] = {}  # by storage_of
-        self._numbers = itertools.count()
-        self._log: list[_Event | _Storage] = []  # what ran, and between these the storages that were released
+        self._touched: dict[int, int] = {}  # by storage_of: moved_bytes when it was touched
+        self._released: defaultdict[int, list[int]] = defaultdict(list)  # by size: the same, last released at the end
+        self._alive: dict[int, weakref.ref] = {}  # by storage_of
 
-    def operations(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> list[Operation]:
-        """The operation that has just run; one for each entry if it works on lists."""
-
-        def use(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return _Use(Operand(tuple(value.shape), value.stride(), value.dtype), self._storage(value))
-            return tuple(use(entry) for entry in value) if isinstance(value, list | tuple) else value
-
-        options = tuple((name, use(value)) for name, value in kwargs.items())
-        event = _Event(function, use(args), options, [self.watch(tensor) for tensor in _made(args, kwargs, out)])
-        self._log.append(event)
-        return self._described(event)
-
-    def watch(self, tensor: Tensor) -> _Storage:
-        """Note when the storage of a new tensor will be released."""
-        key = storage_of(tensor)
-        storage = _Storage(next(self._numbers), tensor.untyped_storage().nbytes())
-
-        def released(_: weakref.ref) -> None:
-            del self._alive[key]
-            self._log.append(storage)
-            self._release(storage)
-
-        self._alive[key] = storage, weakref.ref(tensor.untyped_storage(), released)
-        return storage
-
-    def again(self, successors: Mapping[_Storage, Tensor]) -> list[Operation]:
-        """The operations as they will be when all that ran is run once more.
-
-        Args:
-            successors: storages from before all that ran, each with the tensor that has come in its place since.
-        """
-        log, shift = self._log, next(self._numbers)
-        made = {storage for event in log if isinstance(event, _Event) for storage in event.made}
-        after = {storage: self._storage(tensor) for storage, tensor in successors.items()}
-
-        def renewed(storage: _Storage) -> _Storage:
-            moved = storage._replace(number=storage.number + shift)
-            return moved if storage in made else after.get(storage, storage)
-
-        def use(value: Any) -> Any:
-            if isinstance(value, _Use):
-                return value._replace(storage=renewed(value.storage))
-            return tuple(use(entry) for entry in value) if type(value) is tuple else value
-
-        operations = []
-        for event in log:
-            if isinstance(event, _Event):
-                new = [renewed(storage) for storage in event.made]
-                operations += self._described(_Event(event.function, use(event.args), use(event.kwargs), new))
-            else:
-                self._release(renewed(event))
-        return operations
-
-    def _storage(self, tensor: Tensor) -> _Storage:
-        """The storage of a tensor, which may be older than what is followed."""
-        key = storage_of(tensor)
-        if key not in self._alive:
-            self._alive[key] = _Storage(next(self._numbers), tensor.untyped_storage().nbytes()), None
-        return self._alive[key][0]
-
-    def _release(self, storage: _Storage) -> None:
-        if storage.number in self._touched:
-            self._released.setdefault(storage.size_bytes, []).append(self._touched.pop(storage.number))
-
-    def _described(self, event: _Event) -> list[Operation]:
-        """The operation of an event, or its entries. From now on what it touched has been touched."""
-        function, made = event.function, event.made
-        left = [self._released[size].pop() if self._released.get(size) else None for _, size in made]
-        distances = [self._distance(touched, storage) for touched, storage in zip(left, made, strict=True)]
+    def operations(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> list[OperatorCall]:
+        """Return the call that has just run; one for each entry if it works on lists."""
+        made = [tensor.untyped_storage().nbytes() for tensor in _made(args, kwargs, out)]
+        left = [self._released[size].pop() if self._released[size] else None for size in made]
+        distances = [self._distance(*pair) for pair in zip(left, made, strict=True)]
+        touched = {self._watch(tensor) for tensor in _leaves((args, tuple(kwargs.values()), out), Tensor)}
         mutates = function._schema.is_mutable
         if not mutates and (not made or function._opname.startswith(("empty", "new_empty"))):
             return [VIEW]
-        touched = {storage.number for storage in made}
-
-        def describe(value: Any) -> Any:
-            if isinstance(value, _Use):
-                touched.add(value.storage.number)
-                distance = self._distance(self._touched.get(value.storage.number), value.storage)
-                return replace(value.operand, distance=distance)
-            return tuple(describe(entry) for entry in value) if isinstance(value, tuple) else value
-
-        made_bytes = sum(storage.size_bytes for storage in made)
-        args, kwargs = describe(event.args), describe(event.kwargs)
-        operation = Operation(function, args, kwargs, made_bytes, max(distances, default=0))
-        self.moved_bytes += operation.moved_bytes
+        options = tuple((name, self._describe(value)) for name, value in kwargs.items())
+        call = OperatorCall(function, self._describe(args), options, sum(made), max(distances, default=0))
+        self.moved_bytes += call.moved_bytes
         self._touched |= dict.fromkeys(touched, self.moved_bytes)
-        first = operation.args[0] if operation.args else None
+        first = call.args[0] if call.args else None
         on_lists = mutates or function._opname.startswith("_foreach_")
-        return _entries(operation, len(first)) if on_lists and isinstance(first, tuple) else [operation]
+        return _split_list(call, len(first)) if on_lists and isinstance(first, tuple) else [call]
 
-    def _distance(self, touched: int | None, storage: _Storage) -> int:
-        if storage.size_bytes < _TINY_BYTES:
+    def _watch(self, tensor: Tensor) -> int:
+        """Return the key of a tensor's storage, and note when the storage will be released."""
+        key, size = storage_of(tensor), tensor.untyped_storage().nbytes()
+
+        def release(_: weakref.ref) -> None:
+            del self._alive[key]
+            if key in self._touched:
+                self._released[size].append(self._touched.pop(key))
+
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(tensor.untyped_storage(), release)
+        return key
+
+    def _describe(self, value: Any) -> Any:
+        """Return an argument with its tensors as :class:`Operand`, and its lists as tuples."""
+        if isinstance(value, Tensor):
+            distance = self._distance(self._touched.get(storage_of(value)), value.untyped_storage().nbytes())
+            return Operand(tuple(value.shape), value.stride(), value.dtype, distance)
+        return tuple(map(self._describe, value)) if isinstance(value, list | tuple) else value
+
+    def _distance(self, touched: int | None, size_bytes: int) -> int:
+        if size_bytes < _TINY_BYTES:
             return 0  # fetching it takes hardly any time, so that it need not be timed separately
         if touched is None:
             return DISTANCES[-1]
@@ -301,7 +222,7 @@ class ReuseDistances:
 
 
 def _made(args: Any, kwargs: Any, out: Any) -> list[Tensor]:
-    """The results that have a storage of none of the arguments."""
+    """Return the results that have a storage of none of the arguments."""
     inputs = {storage_of(leaf) for leaf in _leaves((args, tuple(kwargs.values())), Tensor)}
     return [leaf for leaf in _leaves(out, Tensor) if storage_of(leaf) not in inputs]
 
@@ -315,8 +236,8 @@ def _leaves(value: Any, kind: type[_Leaf]) -> Iterator[_Leaf]:
             yield from _leaves(entry, kind)
 
 
-def _entries(operation: Operation, count: int) -> list[Operation]:
-    """The share of each entry in an operation on lists."""
+def _split_list(operation: OperatorCall, count: int) -> list[OperatorCall]:
+    """Return the share of each entry in an operation on lists."""
 
     def share(value: Any, index: int) -> Any:
         return value[index : index + 1] if isinstance(value, tuple) and len(value) == count else value
@@ -346,11 +267,11 @@ class OperationTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.failed: set[str] = set()
-        self._known: dict[Operation, float] = {}
+        self._known: dict[OperatorCall, float] = {}
         self._pool = torch.empty(0)
 
-    def __call__(self, operation: Operation) -> float:
-        """Seconds of one operation.
+    def __call__(self, operation: OperatorCall) -> float:
+        """Return seconds of one operation.
 
         An operation that cannot run by itself, such as one that depends on values, counts as a copy of as many bytes,
         and its name is added to ``failed``.
@@ -358,17 +279,17 @@ class OperationTimer:
         self.measure([operation])
         return self._known[operation]
 
-    def unmeasured(self, operations: Iterable[Operation]) -> list[Operation]:
-        """The operations that have not been timed yet, each once."""
+    def unmeasured(self, operations: Iterable[OperatorCall]) -> list[OperatorCall]:
+        """Return the operations that have not been timed yet, each once."""
         return list(dict.fromkeys(kind for kind in operations if kind not in self._known))
 
-    def measure(self, operations: Iterable[Operation], done: Callable[[], Any] = lambda: None) -> None:
+    def measure(self, operations: Iterable[OperatorCall], done: Callable[[], Any] = lambda: None) -> None:
         """Time the operations that have not been timed yet.
 
         Args:
             done: called ``ROUNDS`` times for each of them.
         """
-        samples: dict[Operation, list[float]] = {kind: [] for kind in self.unmeasured(operations)}
+        samples: dict[OperatorCall, list[float]] = {kind: [] for kind in self.unmeasured(operations)}
         # Ones, because repeated operations could otherwise reach denormal numbers, which are slow; freed at the end.
         self._pool = torch.ones((DISTANCES[-1] + 4 * _PART_BYTES) // 4 if samples else 0, device=self.device)
         with own_randomness(self.device, 0), torch.no_grad():
@@ -381,8 +302,8 @@ class OperationTimer:
         for kind, seconds in samples.items():
             self._known[kind] = statistics.median(seconds)
 
-    def _runnable_part(self, operation: Operation) -> tuple[Operation, float]:
-        """The operation to time in place of another, and the factor to multiply its time by."""
+    def _runnable_part(self, operation: OperatorCall) -> tuple[OperatorCall, float]:
+        """Return the operation to time in place of another, and the factor to multiply its time by."""
         for candidate in (operation.part(), operation):
             try:
                 args, kwargs = self._calls(candidate)[0]
@@ -398,10 +319,10 @@ class OperationTimer:
             return part, work[0] / work[1]
         self.failed.add(operation.name)
         half = Operand((max(1, operation.moved_bytes // 8),), (1,), torch.float32, DISTANCES[-1])
-        return self._runnable_part(Operation(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
+        return self._runnable_part(OperatorCall(_ATEN.clone.default, (half,), (), half.size_bytes, half.distance))
 
-    def _samples(self, operation: Operation) -> list[float]:
-        """Two samples of the seconds of one call; for quick calls each is the mean over about a millisecond."""
+    def _samples(self, operation: OperatorCall) -> list[float]:
+        """Return two samples of the seconds of one call; for quick calls each is the mean over about a millisecond."""
         function, calls = operation.function, itertools.cycle(self._calls(operation))
         # Results are held until their memory is reused at the operation's distance.
         held: deque = deque(maxlen=1 + min(_MOST_SETS, operation.distance // max(1, operation.moved_bytes)))
@@ -423,8 +344,8 @@ class OperationTimer:
         entries = _LIST if operation.of_list else 1
         return [first / entries, sample(count) / entries]
 
-    def _calls(self, operation: Operation) -> list[tuple[list, dict]]:
-        """Arguments for as many successive calls as it takes to move the operands' distances."""
+    def _calls(self, operation: OperatorCall) -> list[tuple[list, dict]]:
+        """Return arguments for as many successive calls as it takes to move the operands' distances."""
         entries = _LIST if operation.of_list else 1
         slots = self._slots(operation, entries)
 
@@ -447,8 +368,8 @@ class OperationTimer:
 
         return [filled(number) for number in range(max((len(slot) // entries for slot in slots), default=1))]
 
-    def _slots(self, operation: Operation, entries: int) -> list[list[Tensor]]:
-        """The tensors to use in turn for each operand; no two operands share memory."""
+    def _slots(self, operation: OperatorCall, entries: int) -> list[list[Tensor]]:
+        """Return the tensors to use in turn for each operand; no two operands share memory."""
         slots, start = [], 0
         for operand in operation.operands:
             # The bytes between two uses of a tensor are divided among the operands by their sizes.
@@ -461,7 +382,7 @@ class OperationTimer:
         return slots
 
     def _tensors(self, operand: Operand, starts_bytes: Iterable[int]) -> list[Tensor]:
-        """Views of the pool of ones, one from each start; for integers, which are mostly indices, zeros."""
+        """Return views of the pool of ones, one from each start; for integers, which are mostly indices, zeros."""
         shape, stride, dtype, extent_bytes = operand.shape, operand.stride, operand.dtype, operand.extent_bytes
 
         def constant(fill: Callable[..., Tensor]) -> Tensor:

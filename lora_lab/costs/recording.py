@@ -27,7 +27,7 @@ _NEAR_PEAK = 25  # operations before and after the peak that a timeline holds in
 
 
 @dataclass(frozen=True)
-class Operation:
+class RecordedOperation:
     """One operation of a step.
 
     Args:
@@ -53,11 +53,11 @@ class Recording:
     """
 
     setting: str
-    operations: Sequence[Operation]
+    operations: Sequence[RecordedOperation]
     saved: Sequence[Storage]
 
     def bill(self, source: str, block: int = 1) -> Bill:
-        """The step's bill.
+        """Return the step's bill.
 
         Args:
             source: as in :class:`Bill`.
@@ -175,7 +175,7 @@ class StorageLog(StepTracer):
             self._note_sum(args[0], out)
 
     def once(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
-        """What ``function()`` returns on fake tensors. Its operations are run for the first call with a key only.
+        """Return what ``function()`` returns on fake tensors; it is run for the first call with a key only.
 
         Args:
             key: determines the operations, together with the phase.
@@ -211,7 +211,7 @@ class StorageLog(StepTracer):
         self._name()
 
     def recording(self, setting: str) -> Recording:
-        """The last step that was run, of the model, setup and batch that ``setting`` names."""
+        """Return the recording of the last step, of the model, setup and batch that ``setting`` names."""
         self._merge_sums()
         times = range(self._start, len(self.phases))
         last_forward = max((time for time in times if self.phases[time] == "forward"), default=self._start)
@@ -222,7 +222,7 @@ class StorageLog(StepTracer):
                 allocated[max(life.born, self._start)].append(life)
                 released.setdefault(life.died, []).append(life)
         operations = [
-            Operation(
+            RecordedOperation(
                 self.phases[time],
                 self.names[time],
                 next(
@@ -307,18 +307,18 @@ class StorageLog(StepTracer):
 
 
 def _node() -> int | None:
-    """The number of the node of autograd's graph that is running in the backward pass."""
+    """Return the number of the node of autograd's graph that is running in the backward pass."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
 
 
 def _has_module(life: _Life) -> bool:
-    """Whether a module was running when the storage was allocated, or the loss was computed."""
+    """Return whether a module was running when the storage was allocated, or the loss was computed."""
     return life.phase == "forward" or life.recomputing
 
 
 def _storages(lives: Iterable[_Life]) -> list[Storage]:
-    return [(life.part, life.size) for life in lives]
+    return sorted((life.part, life.size) for life in lives)
 
 
 def on_saved(function: Callable[[Tensor], None]) -> saved_tensors_hooks:

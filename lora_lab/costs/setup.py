@@ -14,7 +14,6 @@ from lora_lab.lean.step import Lean, LeanStep
 from lora_lab.methods import FullFineTuning, Method
 from lora_lab.models.quantize import quantize_nf4
 from lora_lab.system.schema import Size, check
-from lora_lab.system.wording import short_repr
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step, set_training_mode
 
@@ -52,10 +51,6 @@ class Setup:
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
-            raise ValueError(
-                f"method is {short_repr(self.method)}, but it must be one such as LoRA(rank=8) or FullFineTuning()."
-            )
         if self.optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}, but it must be 'adamw', 'adamw-foreach' or 'sgd'.")
         if self.optimizer != "adamw" and self.lean is not None:
@@ -91,7 +86,7 @@ class Setup:
         return step
 
     def batches(self, batch: Batch) -> tuple[list[Batch], list[float]]:
-        """The batch split into ``accumulate`` micro-batches for each thread, and their weights.
+        """Return the batch split into ``accumulate`` micro-batches for each thread, and their weights.
 
         Raises:
             ValueError: there are fewer examples than micro-batches.
@@ -107,29 +102,24 @@ class Setup:
         return parts, [len(inputs) / len(batch[0]) for inputs, _ in parts]
 
     def describe(self) -> str:
-        """A short description, such as "lora r=8, bfloat16, checkpointing"."""
+        """Return a short description, such as "lora r=8, bfloat16, checkpointing"."""
         settings = self.method.settings()
         words = [self.method.name + (f" r={settings['rank']}" if "rank" in settings else "")]
         if settings.get("targets", "all-linear") != "all-linear":
             names = settings["targets"]
             words.append("+".join(names) if len(names) <= 4 else f"{len(names)} targets")
-        if self.nf4:
-            words.append("NF4 base")
-        if self.optimizer != "adamw":
-            words.append(_OPTIMIZERS[self.optimizer])
-        if self.dtype is not None:
-            words.append(str(self.dtype).removeprefix("torch."))
-        if self.lean is not None:
-            words.append("lean" + (" bf16 base" if self.lean.base_dtype else ""))
-        if self.autocast is not None:
-            words.append("autocast")
-        if self.gradient_checkpointing or (self.lean is not None and self.lean.checkpoint):
-            words.append("checkpointing")
-        if self.accumulate > 1:
-            words.append(f"{self.accumulate} micro-batches")
-        if self.clip is None:
-            words.append("no clipping")
-        return ", ".join(words)
+        lean = self.lean
+        further = {
+            "NF4 base": self.nf4,
+            _OPTIMIZERS[self.optimizer]: self.optimizer != "adamw",
+            str(self.dtype).removeprefix("torch."): self.dtype is not None,
+            "lean bf16 base" if lean and lean.base_dtype else "lean": lean is not None,
+            "autocast": self.autocast is not None,
+            "checkpointing": self.gradient_checkpointing or (lean is not None and lean.checkpoint),
+            f"{self.accumulate} micro-batches": self.accumulate > 1,
+            "no clipping": self.clip is None,
+        }
+        return ", ".join([*words, *(word for word, said in further.items() if said)])
 
     def check_watchable(self) -> None:
         """Raise ValueError if the step runs in several threads: hooks and dispatch modes see one thread only."""
@@ -141,10 +131,10 @@ class Setup:
 
 
 def as_setup(method: Method | Setup, options: dict[str, Any]) -> Setup:
-    """A setup from a method and options, or from another setup and the options that differ."""
+    """Return a setup from a method and options, or from another setup and the options that differ."""
     return replace(method, **options) if isinstance(method, Setup) else Setup(method, **options)
 
 
 def setting_of(setup: Setup, model: nn.Module, batch: Batch) -> str:
-    """The model's class, the setup and the batch as text, such as "Llama, lora r=8, batch 4 x 128"."""
+    """Return the model's class, the setup and the batch as text, such as "Llama, lora r=8, batch 4 x 128"."""
     return f"{type(model).__name__}, {setup.describe()}, batch {shape_of(batch)}"

@@ -64,29 +64,29 @@ class Times:
     disturbance: str = ""
 
     def median_s(self, name: str) -> float:
-        """Median time of a step."""
+        """Return median time of a step."""
         return statistics.median(self.seconds[name])
 
     def quartiles_s(self, name: str) -> tuple[float, float]:
-        """The lower and the upper quartile of the rounds."""
+        """Return the lower and the upper quartile of the rounds."""
         low, high = np.quantile(self.seconds[name], [0.25, 0.75])
         return float(low), float(high)
 
     def tokens_per_second(self, name: str) -> float:
-        """Median speed, in tokens (or examples)."""
+        """Return median speed, in tokens (or examples)."""
         return self.tokens / self.median_s(name)
 
     def ratios(self, name: str) -> list[float]:
-        """The variant's time over the first variant's, round by round."""
+        """Return the variant's time over the first variant's, round by round."""
         first = next(iter(self.seconds.values()))
         return [seconds / reference for seconds, reference in zip(self.seconds[name], first, strict=True)]
 
     def ratio(self, name: str) -> float:
-        """The median of :meth:`ratios`."""
+        """Return the median of :meth:`ratios`."""
         return statistics.median(self.ratios(name))
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the median ratio; None for fewer than 6 rounds.
+        """Return the 95 % confidence interval of the median ratio; None for fewer than 6 rounds.
 
         It reaches from the k-th lowest ratio to the k-th highest, with k as large as the binomial distribution allows,
         and assumes nothing about the distribution of the times.
@@ -97,7 +97,7 @@ class Times:
         return None if math.isnan(low) or math.isnan(high) else (float(low), float(high))
 
     def verdict(self, name: str) -> str:
-        """Whether a variant is faster or slower than the first, or why this run does not show it."""
+        """Return whether a variant is faster or slower than the first, or why this run does not show it."""
         first, interval = next(iter(self.seconds)), self.interval(name)
         if interval is None:
             return f"inconclusive after {counted(len(self.ratios(name)), 'round')}; take 6 or more"
@@ -114,27 +114,14 @@ class Times:
         return f"no significant difference: {between}"
 
     def frame(self) -> DataFrame:
-        """A pandas DataFrame, one row a variant."""
+        """Return a pandas DataFrame, one row a variant."""
         import pandas
 
-        rows = []
-        for name in self.seconds:
-            low, high = self.quartiles_s(name)
-            rows.append(
-                {
-                    "variant": name,
-                    "seconds": self.median_s(name),
-                    "lower_quartile": low,
-                    "upper_quartile": high,
-                    "tokens_per_second": self.tokens_per_second(name),
-                    "ratio": self.ratio(name),
-                    "verdict": "" if name == next(iter(self.seconds)) else self.verdict(name),
-                }
-            )
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(self.to_dict()["variants"]).fillna({"verdict": ""})
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry a variant and what holds for all of them, in values of JSON."""
+        """Return one entry a variant and what holds for all of them, in values of JSON."""
+        first, *_ = self.seconds
         variants = []
         for name in self.seconds:
             low, high = self.quartiles_s(name)
@@ -149,14 +136,13 @@ class Times:
                     "ratio": self.ratio(name),
                     "ratio_low": ratio_low,
                     "ratio_high": ratio_high,
-                    "verdict": None if name == next(iter(self.seconds)) else self.verdict(name),
+                    "verdict": None if name == first else self.verdict(name),
                 }
             )
-        rounds = len(next(iter(self.seconds.values())))
         return {
             "setting": self.setting,
             "tokens": self.tokens,
-            "rounds": rounds,
+            "rounds": len(self.seconds[first]),
             "variants": variants,
             "disturbance": self.disturbance or None,
         }
@@ -237,7 +223,7 @@ def step_time(
 
 
 def disturbance(busy: BusyCores) -> str:
-    """A sentence about other processes that kept the cores busy, or an empty string."""
+    """Return a sentence about other processes that kept the cores busy, or an empty string."""
     if not busy.disturbs:
         return ""
     threads = counted(busy.threads, "thread")
@@ -248,7 +234,7 @@ def disturbance(busy: BusyCores) -> str:
 
 
 def thread_count(device: torch.device) -> int:
-    """How many cores a step keeps busy: one, that of Python, while a GPU computes."""
+    """Return how many cores a step keeps busy: one, that of Python, while a GPU computes."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
@@ -273,7 +259,7 @@ class _Run:
             self.count = math.ceil(_TIMING_S / self.seconds())
 
     def seconds(self) -> float:
-        """The mean over ``count`` steps; the clock waits for the device before it starts and before it stops."""
+        """Return the mean over ``count`` steps; the clock waits for the device before it starts and before it stops."""
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(self.count):
@@ -296,7 +282,7 @@ def _device_to_time(model: Source, device: torch.device | str | None) -> torch.d
 
 
 def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
-    """Random numbers: if all tokens were equal, the embedding's gradient would be summed in a single row."""
+    """Return random numbers: if all tokens were equal, the embedding's gradient would be summed in a single row."""
     generator, classes = torch.Generator().manual_seed(0), output_width(model) or 1
     inputs, targets = batch_for(model, batch_size, seq_len, None)
     if inputs.is_floating_point():

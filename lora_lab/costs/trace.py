@@ -72,7 +72,7 @@ def _kind_of(module: nn.Module, name: str) -> Kind | None:
 
 
 def adapter_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that hold adapters: our adapted layers; inside a layer of peft's, all but the base layer."""
+    """Return the modules that hold adapters: our adapted layers; inside a layer of peft's, all but the base layer."""
     modules: set[nn.Module] = {*lora_layers(model).values()}
     for layer in model.modules():
         if hasattr(layer, "adapter_layer_names"):  # as all layers of peft have
@@ -82,7 +82,7 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def output_width(model: nn.Module) -> int | None:
-    """The number of classes or tokens that the output head scores; None if the model does not name its head."""
+    """Return the number of classes or tokens that the output head scores; None if the model does not name its head."""
     head = output_head(model)
     if head is None:
         return None

@@ -17,7 +17,7 @@ from lora_lab.models.quantize import BlockLinear
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or float32 if that is more precise."""
+    """Return the dtype, or float32 if that is more precise."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -37,7 +37,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """The outputs of several linear layers of one input, which is saved and rounded once for all of them."""
+    """Return the outputs of several linear layers of one input, which is saved and rounded once for all of them."""
     fused = [layer for layer in layers if _is_fusible(layer)]
     outputs: dict[nn.Module, Tensor] = {}
     if joint := [layer for layer in layers if isinstance(layer, JointLinear)]:
@@ -59,19 +59,19 @@ def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALinear]:
-    """Whether a layer is an adapted one whose forward pass is that of plain LoRA."""
+    """Return whether a layer is an adapted one whose forward pass is that of plain LoRA."""
     return type(layer).forward is LoRALinear.forward
 
 
 def _is_fusible(layer: nn.Module) -> TypeGuard[LoRALinear]:
-    """Whether the hand-written gradients are right for a layer: plain LoRA without dropout, over a frozen base."""
+    """Return whether the hand-written gradients are right for a layer: plain LoRA, no dropout, over a frozen base."""
     if not is_plain_lora(layer) or (layer.training and isinstance(layer.dropout, nn.Dropout)):
         return False
     return not is_trained(layer.base)
 
 
 def is_trained(layer: nn.Module) -> bool:
-    """Whether a parameter of the layer itself requires a gradient."""
+    """Return whether a parameter of the layer itself requires a gradient."""
     # Called some hundred times per step, and parameters() takes twice the time.
     return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
@@ -94,7 +94,7 @@ def call_in_weight_dtype(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _fuse_is_cheaper(rows: int, width: int, weight: Tensor) -> bool:
-    """Whether to multiply ``rows`` vectors of ``width`` by W + s B A, rather than by W and by B A separately.
+    """Return whether to multiply ``rows`` vectors of ``width`` by W + s B A, rather than by W and by B A separately.
 
     B A x and B^T g are needed for the gradients in any case. The choice is between one more pass over the weight,
     to form the sum, and one over the result, to add to it. Measured on a CPU they break even near
@@ -123,7 +123,7 @@ class _Adapted(NamedTuple):
 
 
 def _forward(x: Tensor, group: Sequence[_Adapted]) -> tuple[list[Tensor], Tensor]:
-    """Outputs (rows, out) of adapted layers, and A x of all of them: (8 for each layer, rows)."""
+    """Return outputs (rows, out) of adapted layers, and A x of all of them: (8 for each layer, rows)."""
     narrow = _stack([A for _, _, A, _ in group]) @ x.T  # (24, 576) @ (576, 512) -> (24, 512)
     outputs, rounded = [], x
     for (base, scaling, A, B), Ax in zip(group, narrow.split(_ranks(group)), strict=True):
@@ -141,7 +141,7 @@ def _forward(x: Tensor, group: Sequence[_Adapted]) -> tuple[list[Tensor], Tensor
 def _backward(
     gs: Sequence[Tensor], x: Tensor | None, narrow: Tensor, group: Sequence[_Adapted], needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of the input, (rows, in) or None, and the gradients of A and B of each layer in turn.
+    """Return the gradient of the input, (rows, in) or None, and the gradients of A and B of each layer in turn.
 
     Args:
         gs: gradients of the outputs, (rows, out) each.
@@ -167,7 +167,7 @@ def _backward(
 
 
 def _input_gradient(gs: Sequence[Tensor], narrow_gs: Sequence[Tensor], group: Sequence[_Adapted]) -> Tensor | None:
-    """The sum of (W + s B A)^T g over the layers: (rows, in)."""
+    """Return the sum of (W + s B A)^T g over the layers: (rows, in)."""
     dx, separate = None, []
     for g, narrow_g, (base, scaling, A, B) in zip(gs, narrow_gs, group, strict=True):
         weight = base.weight  # (1536, 576)

@@ -134,7 +134,7 @@ def _by_vocabulary(
 
 
 def _in_slice(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in a slice of the vocabulary, and its index there (if not, any valid index): (512, 1).
+    """Return whether each target lies in a slice of the vocabulary, and its index there (or any valid one): (512, 1).
 
     Masked, not indexed, so that shapes do not depend on the data, which fake tensors do not have.
     """

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from lora_lab.task import Loss
 
-# The optimiser, and threads
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -58,17 +58,14 @@ class FlatAdamW(torch.optim.Optimizer):
                 "put them into several groups."
             )
         values = torch.cat([parameter.detach().flatten() for parameter in parameters])  # (2442240,)
-        flat = {"values": values} | {
-            name: torch.zeros_like(values) for name in ("gradients", "exp_avg", "exp_avg_sq")
-        }  # (2442240,) each
-        flat["step"] = torch.zeros((), device=values.device)
+        zeros = {name: torch.zeros_like(values) for name in ("gradients", *_MOMENTS)}  # (2442240,) each
+        flat = {"values": values, **zeros, "step": torch.zeros((), device=values.device)}
         start = 0
         for parameter in parameters:
             part, start = slice(start, start + parameter.numel()), start + parameter.numel()
             parameter.data = values[part].view(parameter.shape)
-            self.state[parameter] = {"step": flat["step"]} | {
-                name: flat[name][part].view(parameter.shape) for name in ("exp_avg", "exp_avg_sq")
-            }
+            moments = {name: flat[name][part].view(parameter.shape) for name in _MOMENTS}
+            self.state[parameter] = {"step": flat["step"], **moments}
             parameter.grad = self._gradients[parameter] = flat["gradients"][part].view(parameter.shape)
         return flat
 
@@ -87,7 +84,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """
         for group in state_dict["param_groups"]:
             states = [state_dict["state"].get(index, {}) for index in group["params"]]
-            complete = all({"step", "exp_avg", "exp_avg_sq"} <= state.keys() for state in states)
+            complete = all({"step", *_MOMENTS} <= state.keys() for state in states)
             if not complete or len({float(state["step"]) for state in states}) > 1:
                 raise ValueError(
                     "The parameters of a group need a state each, all at one step, because a FlatAdamW counts the "
@@ -109,23 +106,11 @@ class FlatAdamW(torch.optim.Optimizer):
             elif parameter.grad is not view:  # after the zero_grad() of the model, which drops the views
                 view.copy_(parameter.grad)
         for group, flat in zip(self.param_groups, self._flat, strict=True):
-            beta1, beta2 = group["betas"]
-            adamw(
-                [flat["values"]],
-                [flat["gradients"]],
-                [flat["exp_avg"]],
-                [flat["exp_avg_sq"]],
-                [],
-                [flat["step"]],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+            options |= {"fused": True, "amsgrad": False, "maximize": False}
+            first, second = ([flat[name]] for name in _MOMENTS)
+            adamw([flat["values"]], [flat["gradients"]], first, second, [], [flat["step"]], **options)
 
 
 class ThreadedStep:

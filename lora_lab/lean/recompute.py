@@ -47,7 +47,7 @@ def recomputed(function: Callable[..., Tensor], *arguments: Tensor | None, rando
 
 
 def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...], count: int) -> list[Tensor]:
-    """The first ``count`` tensors that a forward pass saves; it is left as soon as it has saved them."""
+    """Return the first ``count`` tensors that a forward pass saves; it is left as soon as it has saved them."""
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | No
 
 
 def _random_states(arguments: tuple[Tensor | None, ...]) -> dict[torch.device, Tensor]:
-    """The states of torch's generators on the CPU and on the arguments' devices."""
+    """Return the states of torch's generators on the CPU and on the arguments' devices."""
     cuda = {argument.device for argument in arguments if argument is not None and argument.device.type == "cuda"}
     return {torch.device("cpu"): torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in cuda}
 

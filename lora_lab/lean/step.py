@@ -59,7 +59,7 @@ class Lean:
         check_fields(self)
 
     def settings(self) -> dict[str, Any]:
-        """The options as plain data, for a History."""
+        """Return the options as plain data, for a History."""
         return asdict(self) | {"base_dtype": None if self.base_dtype is None else str(self.base_dtype)}
 
     def make_step(self, model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> LeanStep:
@@ -94,7 +94,7 @@ class LeanStep(TrainingStep):
         self.every_target = all(bool((part != IGNORE).all()) for part in targets)
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a micro-batch, a scalar."""
+        """Return the mean loss of a micro-batch, a scalar."""
         if isinstance(self.loss, partial) and self.loss.func is cross_entropy:
             return self.loss(self.model, inputs, targets, every_target=self.every_target)  # ()
         return self.loss(self.model, inputs, targets)  # ()

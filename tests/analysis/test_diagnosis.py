@@ -4,7 +4,6 @@ The threads are those of the public issue trackers: peft#137 is issue 137 of hug
 """
 
 import copy
-import dataclasses
 import warnings
 from collections import OrderedDict, namedtuple
 
@@ -12,13 +11,13 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab import DoRA, LoRA, LoRAConfig, LoRAFA, LoRALinear, PiSSA, RsLoRA, adapter_state, inject, merge
 from lora_lab.adapters.edit import switch
-from lora_lab.analysis.diagnosis import Diagnosis, Finding, diagnose
+from lora_lab.analysis.diagnosis import diagnose
 from lora_lab.variants import PiSSALinear
+from tests.helpers import snapshot
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -306,18 +305,6 @@ def test_diffusers_6086_adapters_in_float16_are_refused_by_a_grad_scaler(whose):
             assert text(diagnosis, "dtype").startswith("Trainable tensors in float16: 4 of 4, such as ")
         else:
             assert text(diagnosis, "dtype") == "Trainable tensors are stored in float32."
-
-
-@WHOSE
-def test_one_parameter_in_float16_is_enough_and_frozen_ones_may_be(whose):
-    model = trained(whose)
-    name, factor = [(name, p) for name, p in model.named_parameters() if "lora_B" in name][-1]
-    factor.data = factor.data.half()
-    diagnosis = diagnose(model)
-    assert problems(diagnosis) == ["dtype"]
-    assert f"Trainable tensors in float16: 1 of 4, such as {name!r}; " in text(diagnosis, "dtype")
-    factor.requires_grad_(False)
-    assert diagnose(model).ok
 
 
 # The optimiser
@@ -694,21 +681,11 @@ def test_transformers_36594_an_adapter_of_another_class_of_model_leaves_every_b_
     ("missing", "unexpected", "says"),
     [
         (["model.embed.weight", "x.base_layer.weight"], [], None),
-        (
-            ["x.lora_B.default.weight"],
-            [],
-            "Adapter tensors not filled: 1, such as 'x.lora_B.default.weight'; ",
-        ),
+        (["x.lora_B.default.weight"], [], "Adapter tensors not filled: 1, such as 'x.lora_B.default.weight'; "),
         (["x.lora_embedding_A.default"], [], "Adapter tensors not filled: 1, such as "),
-        (["x.lora_embedding_B.default"], [], "Adapter tensors not filled: 1, such as "),
         (["x.weight", "x.lora_A"], [], "Adapter tensors not filled: 1, such as 'x.lora_A'; "),
         (["x.lora_magnitude_vector.default.weight"], [], "Adapter tensors not filled: 1, such as "),
-        (
-            [],
-            ["y.weight", "z.weight"],
-            "Adapter tensors not filled: 0; stored tensors not used: 2, such as 'y.weight'; ",
-        ),
-        ([], ["y.lora_A.weight"], "Adapter tensors not filled: 0; stored tensors not used: 1, such as "),
+        ([], ["y.lora_A.weight", "z"], "Adapter tensors not filled: 0; stored tensors not used: 2, such as 'y.lora_A"),
     ],
 )
 def test_only_adapter_keys_count_as_missing_and_every_key_counts_as_left_over(missing, unexpected, says):
@@ -719,38 +696,7 @@ def test_only_adapter_keys_count_as_missing_and_every_key_counts_as_left_over(mi
         assert text(diagnosis, "loading").startswith(says)
 
 
-@pytest.mark.parametrize("report", [{"missing_keys": []}, ([], []), True])
-def test_a_report_of_another_kind_is_refused(report):
-    with pytest.raises(TypeError, match=f"load_report is a {type(report).__name__}, but it must have missing_keys"):
-        diagnose(trained("ours"), load_report=report)
-
-
 # What a diagnosis is, and what it leaves alone
-
-
-def test_as_text_it_is_one_aligned_line_a_check():
-    model = adapted("ours").requires_grad_(False)
-    diagnosis = diagnose(model, base=Net())
-    lines = str(diagnosis).splitlines()
-    assert [line[:11].strip() for line in lines] == list(statuses(diagnosis).values())
-    assert {"ok", "problem", "not checked"} == set(statuses(diagnosis).values())
-    assert [line[13:22].strip() for line in lines] == CHECKS
-    assert [line[24:] for line in lines] == [finding.text for finding in diagnosis.findings]
-    assert all(
-        finding.text.endswith(".") and finding.text[0].isupper() | finding.text[0].isdigit()
-        for finding in diagnosis.findings
-    )
-
-
-def test_a_finding_and_a_diagnosis_are_frozen_and_ok_means_no_problem():
-    good, bad, unknown = (Finding("update", status, "Text.") for status in ("ok", "problem", "not checked"))
-    assert Diagnosis((good, unknown)).ok
-    assert not Diagnosis((good, bad, unknown)).ok
-    assert Diagnosis((good, bad, unknown)).problems == (bad,)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        good.status = "problem"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Diagnosis((good,)).findings = ()
 
 
 @WHOSE
@@ -760,46 +706,12 @@ def test_nothing_about_the_model_the_optimizer_the_base_or_the_generators_change
     model(X).square().mean().backward()
     optimizer.step()
 
-    def snapshot():
-        modules = [(name, id(module), module.training) for name, module in model.named_modules()]
-        tensors = [
-            (name, id(p), p._version, p.requires_grad, None if p.grad is None else (id(p.grad), p.grad._version))
-            for name, p in [*model.named_parameters(), *base.named_parameters()]
-        ]
-        buffers = [(name, id(b), b._version) for name, b in [*model.named_buffers(), *base.named_buffers()]]
-        state = [
-            (id(p), sorted((key, float(value.sum())) for key, value in s.items())) for p, s in optimizer.state.items()
-        ]
-        return modules, tensors, buffers, state, torch.get_rng_state().tolist(), torch.is_grad_enabled()
+    def look():
+        state = [{key: float(value.sum()) for key, value in s.items()} for s in optimizer.state.values()]
+        return snapshot(model), snapshot(base), state, torch.get_rng_state().tolist(), torch.is_grad_enabled()
 
-    before = snapshot()
+    before = look()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         diagnose(model, optimizer, base, Report([], []))
-    assert snapshot() == before
-
-
-@WHOSE
-def test_no_operation_makes_a_copy_of_the_model(whose):
-    made = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and not function.is_view:
-                made.append((str(function), result.numel() * result.element_size()))
-            return result
-
-    model, base = trained(whose), Net()
-    optimizer = adamw(model)
-    with Watch():
-        diagnose(model, optimizer, base)
-    assert made
-    assert max(size for _, size in made) <= 8, made
-
-
-def test_what_is_no_optimizer_or_base_is_told():
-    with pytest.raises(ValueError, match="optimizer is 'adam', but it must be the torch optimizer"):
-        diagnose(Net(), "adam")
-    with pytest.raises(ValueError, match="base is 'folder', but it must be the pre-trained model"):
-        diagnose(Net(), base="folder")
+    assert look() == before

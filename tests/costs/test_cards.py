@@ -9,7 +9,7 @@ import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, records, speed
 from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, Roofline, bytes_of, cost_model, flops_of
-from lora_lab.costs.microbench import VIEW, Operand, Operation
+from lora_lab.costs.microbench import VIEW, Operand, OperatorCall
 from lora_lab.models import shapes
 from lora_lab.models.llama import LlamaConfig
 
@@ -24,7 +24,7 @@ def operand(*shape, dtype=BF16):
 
 
 def product(rows, inner, columns, dtype=BF16):
-    return Operation(
+    return OperatorCall(
         ATEN.mm.default,
         (operand(rows, inner, dtype=dtype), operand(inner, columns, dtype=dtype)),
         made_bytes=rows * columns * dtype.itemsize,
@@ -76,8 +76,8 @@ def test_a_thin_product_takes_its_bytes_at_the_bandwidth():
 
 
 def test_a_small_operation_takes_a_launch_unless_it_is_a_view_or_a_share_of_one():
-    small = Operation(ATEN.mul.Tensor, (operand(8), operand(8)), made_bytes=16)
-    of_list = Operation(ATEN._foreach_mul_.Scalar, ((operand(8),), 2.0), of_list=True)
+    small = OperatorCall(ATEN.mul.Tensor, (operand(8), operand(8)), made_bytes=16)
+    of_list = OperatorCall(ATEN._foreach_mul_.Scalar, ((operand(8),), 2.0), of_list=True)
     assert Roofline(L40S)(small) == EFFICIENCY.launch_s
     assert Roofline(L40S)(VIEW) == 0
     assert Roofline(L40S)(of_list) == pytest.approx(2 * 16 / 864e9 / EFFICIENCY.memory)
@@ -85,16 +85,18 @@ def test_a_small_operation_takes_a_launch_unless_it_is_a_view_or_a_share_of_one(
 
 def test_what_is_changed_in_place_is_read_and_written():
     one = (operand(100),)
-    assert bytes_of(Operation(ATEN.add.Tensor, (*one, *one), made_bytes=200)) == 600
-    assert bytes_of(Operation(ATEN.add_.Tensor, (*one, *one))) == 600
-    assert bytes_of(Operation(ATEN._foreach_sqrt.default, (one,), made_bytes=200)) == 400
+    assert bytes_of(OperatorCall(ATEN.add.Tensor, (*one, *one), made_bytes=200)) == 600
+    assert bytes_of(OperatorCall(ATEN.add_.Tensor, (*one, *one))) == 600
+    assert bytes_of(OperatorCall(ATEN._foreach_sqrt.default, (one,), made_bytes=200)) == 400
     # AdamW reads weight, gradient and two averages, and writes all but the gradient.
-    fused = Operation(ATEN._fused_adamw_.default, (one, one, one, one, (), ()))
+    fused = OperatorCall(ATEN._fused_adamw_.default, (one, one, one, one, (), ()))
     assert bytes_of(fused) == 7 * 200
 
 
 def test_of_a_table_only_the_rows_that_are_looked_up_are_read():
-    lookup = Operation(ATEN.embedding.default, (operand(128_256, 64), operand(4, dtype=torch.long)), made_bytes=4 * 128)
+    lookup = OperatorCall(
+        ATEN.embedding.default, (operand(128_256, 64), operand(4, dtype=torch.long)), made_bytes=4 * 128
+    )
     assert bytes_of(lookup) == 2 * 4 * 128
 
 
@@ -105,12 +107,12 @@ def test_attention_computes_two_products_forward_and_five_backward_and_half_of_t
     )
     q = operand(2, 8, 128, 64)
     one = 2 * 2 * 8 * 128 * 128 * 64
-    assert flops_of(Operation(forward, (q, q, q, 0.0, False))) == 2 * one
-    assert flops_of(Operation(forward, (q, q, q, 0.0, True))) == one
-    assert flops_of(Operation(backward, (q, q, q, q, q, q, 0.0, True))) == 5 * one // 2
+    assert flops_of(OperatorCall(forward, (q, q, q, 0.0, False))) == 2 * one
+    assert flops_of(OperatorCall(forward, (q, q, q, 0.0, True))) == one
+    assert flops_of(OperatorCall(backward, (q, q, q, q, q, q, 0.0, True))) == 5 * one // 2
     assert flops_of(product(2, 3, 4)) == 48
     long, sums = operand(1, 8, 8192, 64), operand(1, 8, 8192, dtype=FP32)  # sums are in float32 with any precision
-    half = Operation(backward, (long, long, long, long, long, sums, 0.0, False))
+    half = OperatorCall(backward, (long, long, long, long, long, sums, 0.0, False))
     assert Roofline(L40S, WHOLE)(half) == pytest.approx(5 * 2 * 8 * 8192 * 8192 * 64 / 362.05e12)
 
 

@@ -56,20 +56,6 @@ def test_of_smollm2_lora_sends_a_fiftieth():
     assert 4 * numbers["LoRA"] / 1e6 == pytest.approx(9.8, abs=0.05)
 
 
-def test_it_is_printed_and_put_into_json(tiny_config):
-    counted = speed.communication(Llama(tiny_config), LoRA(rank=2), processes=4)
-    assert counted.to_dict() == {
-        "setting": "Llama, lora r=2",
-        "processes": 4,
-        "parameters": counted.parameters,
-        "gradient_bytes": counted.gradient_bytes,
-        "reduced_bytes": counted.reduced_bytes,
-        "sent_bytes": counted.sent_bytes,
-    }
-    million = speed.Communication(8_000_000, 3, 4, "a model")
-    assert str(million) == "a model: of 4 processes each sends 12.0 MB a step (8.0 MB of gradients)"
-
-
 def test_there_is_at_least_one_process(tiny_config):
     with pytest.raises(ValueError, match="processes is 0, but it must be at least 1"):
         speed.communication(Llama(tiny_config), LoRA(rank=2), processes=0)

@@ -47,21 +47,6 @@ def one_way(monkeypatch):
     )
 
 
-def test_memory_looks_for_the_largest_batch(one_way, tmp_path, capsys, tiny_config):
-    folder = llama_folder(tmp_path, tiny_config)
-    arguments = ["--model", folder, "--seq", 16, "--dtype", "float32", "--device", "cpu"]
-    assert command("memory", *arguments, "--budget", "1MiB", "--largest", "batch") == 0
-    (row,) = capsys.readouterr().out.splitlines()[2:]
-    assert row.startswith("LoRA r=8  ")
-    found = int(row.split()[-1])
-    setup = training_setups(8, torch.float32)["LoRA r=8"]
-
-    def peak(batch):
-        return memory.predict(lambda: Llama(tiny_config), setup, batch, 16, device="cpu").peak_bytes
-
-    assert peak(found) <= 2**20 < peak(found + 1)
-
-
 def test_memory_as_json_has_the_bills_in_bytes_and_what_a_card_has_left(bills, tmp_path, capsys, tiny_config):
     folder = llama_folder(tmp_path, tiny_config)
     arguments = ["--model", folder, "--batch", 2, "--seq", 16, "--rank", 4, "--dtype", "float32", "--device", "cpu"]
@@ -107,20 +92,6 @@ def test_memory_as_json_has_the_largest_size_if_it_was_asked_for(one_way, tmp_pa
     assert document["budget_bytes"] is document["setups"][0]["fits"] is document["setups"][0]["free_bytes"] is None
 
 
-def test_a_bar_shows_which_bill_is_being_made(tmp_path, capsys, monkeypatch, tiny_config):
-    arguments = ["--model", llama_folder(tmp_path, tiny_config), "--seq", 8, "--device", "cpu"]
-    assert command("memory", *arguments) == 0
-    rows, bars = capsys.readouterr()
-    assert bars == ""
-    plain = memory_report.progress_bar
-    monkeypatch.setattr(memory_report, "progress_bar", lambda total, label, _, unit: plain(total, label, True, unit))
-    assert command("memory", *arguments) == 0
-    watched, bars = capsys.readouterr()
-    assert watched == rows
-    assert all(label in bars for label in training_setups())
-    assert "5/6" in bars
-
-
 def test_without_a_gpu_a_card_is_estimated_and_said_to_be(one_way, tmp_path, capsys, tiny_config):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -149,8 +120,3 @@ def test_memory_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, s
     assert says in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.out == ""
-
-
-def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
-    assert command("memory", "--model", tmp_path) == 1
-    assert "config.json" in capsys.readouterr().err

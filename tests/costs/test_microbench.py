@@ -8,7 +8,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.costs import microbench as replay
-from lora_lab.costs.microbench import DISTANCES, MIB, ROUNDS, VIEW, Operand, Operation, OperationTimer, ReuseDistances
+from lora_lab.costs.microbench import (
+    DISTANCES,
+    MIB,
+    ROUNDS,
+    VIEW,
+    Operand,
+    OperationTimer,
+    OperatorCall,
+    ReuseDistances,
+)
 from lora_lab.system import process
 from lora_lab.system.process import BusyCores
 
@@ -25,7 +34,7 @@ def row_major(*shape, dtype=torch.float32, distance=0):
 
 
 def product(m, k, n, **options):
-    return Operation(ATEN.mm.default, (row_major(m, k), row_major(k, n)), (), 4 * m * n, **options)
+    return OperatorCall(ATEN.mm.default, (row_major(m, k), row_major(k, n)), (), 4 * m * n, **options)
 
 
 # Operands and operations
@@ -44,16 +53,12 @@ def test_bytes_of_an_operand():
 
 def test_flops_of_products_alone():
     assert product(2, 3, 5).flops == 2 * 2 * 3 * 5
-    summed = Operation(ATEN.addmm.default, (row_major(5), row_major(2, 3), row_major(3, 5)))
+    summed = OperatorCall(ATEN.addmm.default, (row_major(5), row_major(2, 3), row_major(3, 5)))
     assert summed.flops == 2 * 2 * 3 * 5
-    batched = Operation(ATEN.bmm.default, (row_major(7, 2, 3), row_major(7, 3, 5)))
+    batched = OperatorCall(ATEN.bmm.default, (row_major(7, 2, 3), row_major(7, 3, 5)))
     assert batched.flops == 7 * 2 * 2 * 3 * 5
-    assert Operation(ATEN.mul.Tensor, (row_major(2, 3), row_major(2, 3))).flops == 0
+    assert OperatorCall(ATEN.mul.Tensor, (row_major(2, 3), row_major(2, 3))).flops == 0
     assert product(2, 3, 5).moved_bytes == 4 * (6 + 15 + 10)
-
-
-def test_a_small_operation_is_its_own_part():
-    assert product(512, 576, 1536).part() == product(512, 576, 1536)
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(8192, 576, 1536), (512, 576, 49152), (49152, 512, 576), (576, 8192, 1536)])
@@ -71,18 +76,18 @@ def test_a_part_of_a_product_is_cut_at_its_largest_size(m, k, n):
 def test_a_part_of_a_pass_keeps_the_layout_and_its_other_sizes():
     column = Operand((65536, 256), (1, 65536), torch.float32, FAR)
     row = Operand((256,), (1,), torch.float32)
-    part = Operation(ATEN.add.Tensor, (column, row), (), column.size_bytes).part()  # 128 MiB and a little
+    part = OperatorCall(ATEN.add.Tensor, (column, row), (), column.size_bytes).part()  # 128 MiB and a little
     assert part.operands == [Operand((4096, 256), (1, 4096), torch.float32, FAR), row]
 
 
 def test_sizes_among_the_arguments_are_cut_too():
-    whole = Operation(ATEN.expand_copy.default, (row_major(1, 65536), (512, 65536)), (), 2**27)
+    whole = OperatorCall(ATEN.expand_copy.default, (row_major(1, 65536), (512, 65536)), (), 2**27)
     assert whole.part().args == (row_major(1, 65536 // 16), (512, 65536 // 16))
 
 
 def test_a_convolution_stays_whole():
     picture, patch = row_major(64, 3, 512, 512), row_major(8, 3, 3, 3)
-    whole = Operation(ATEN.convolution.default, (picture, patch, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1))
+    whole = OperatorCall(ATEN.convolution.default, (picture, patch, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1))
     assert whole.moved_bytes > 100 * MIB
     assert whole.part() is whole
 
@@ -90,7 +95,7 @@ def test_a_convolution_stays_whole():
 def test_attention_is_cut_by_sequences_alone():
     query = row_major(8, 9, 8, 64)
     name = ATEN._scaled_dot_product_flash_attention_for_cpu.default
-    part = Operation(name, (query, query, query, 0.0, True)).part()
+    part = OperatorCall(name, (query, query, query, 0.0, True)).part()
     assert [operand.shape for operand in part.operands] == [(2, 9, 8, 64)] * 3  # the 8 positions stay
     assert part.args[3:] == (0.0, True)
     assert part.part() is part
@@ -161,31 +166,6 @@ def test_of_several_places_the_one_left_last_is_taken():
     assert watched.found[-1].distance == 0
 
 
-def test_what_ran_can_be_described_as_if_it_ran_once_more():
-    x, y, old = torch.ones(MIB), torch.ones(4 * MIB), torch.ones(MIB)
-
-    def run(old):
-        del old  # 4 MiB, never touched the first time
-        made = x * 2.0
-        y.mul_(2.0)
-        return made
-
-    with Watched() as watched:
-        before, handed_over = watched.traffic.watch(old), [old]
-        del old
-        made = run(handed_over.pop())
-    assert [operation.distance for operation in watched.found] == [FAR, 0]
-    again = watched.traffic.again({before: made})
-    with Watched() as really:
-        made = run(run(torch.ones(MIB)))
-    assert again == really.found[-2:] != watched.found
-    # Between the two touches of each tensor y was moved, or both were.
-    assert [(operation.distance, operation.operands[0].distance) for operation in again] == [
-        (8 * MIB, 8 * MIB),
-        (0, 8 * MIB),
-    ]
-
-
 def test_small_tensors_have_no_distance():
     small, large = torch.ones(100), torch.ones(1100)
     with Watched() as watched:
@@ -223,14 +203,14 @@ def quick(monkeypatch):
 
 KINDS = {
     "product": product(16, 32, 8),
-    "addmm in place": Operation(ATEN.addmm_.default, (row_major(4, 5), row_major(4, 3), row_major(3, 5))),
-    "scalar operand": Operation(ATEN.mul_.Tensor, (row_major(64, 64, distance=FAR), row_major())),
-    "expanded": Operation(ATEN.div.Scalar, (Operand((8, 4), (1, 0), torch.float32), 4), (), 128),
-    "lookup": Operation(ATEN.embedding.default, (row_major(10, 4), row_major(6, dtype=torch.int64)), (), 96),
-    "bfloat16": Operation(ATEN.mm.default, (row_major(4, 4, dtype=torch.bfloat16),) * 2, (), 32),
-    "list": Operation(ATEN.cat.default, ((row_major(2, 3), row_major(2, 4)), 1), (), 56),
-    "entry of a list": Operation(ATEN._foreach_mul_.Scalar, ((row_major(5),), 2.0), of_list=True),
-    "keyword": Operation(ATEN.sum.dim_IntList, (row_major(4, 5), (1,), True), (("dtype", torch.float64),), 32),
+    "addmm in place": OperatorCall(ATEN.addmm_.default, (row_major(4, 5), row_major(4, 3), row_major(3, 5))),
+    "scalar operand": OperatorCall(ATEN.mul_.Tensor, (row_major(64, 64, distance=FAR), row_major())),
+    "expanded": OperatorCall(ATEN.div.Scalar, (Operand((8, 4), (1, 0), torch.float32), 4), (), 128),
+    "lookup": OperatorCall(ATEN.embedding.default, (row_major(10, 4), row_major(6, dtype=torch.int64)), (), 96),
+    "bfloat16": OperatorCall(ATEN.mm.default, (row_major(4, 4, dtype=torch.bfloat16),) * 2, (), 32),
+    "list": OperatorCall(ATEN.cat.default, ((row_major(2, 3), row_major(2, 4)), 1), (), 56),
+    "entry of a list": OperatorCall(ATEN._foreach_mul_.Scalar, ((row_major(5),), 2.0), of_list=True),
+    "keyword": OperatorCall(ATEN.sum.dim_IntList, (row_major(4, 5), (1,), True), (("dtype", torch.float64),), 32),
     "view": VIEW,
 }
 
@@ -246,7 +226,7 @@ def test_every_kind_can_be_done_again(quick, kind):
 
 
 def test_what_cannot_be_done_alone_is_taken_for_a_copy(quick):
-    impossible = Operation(ATEN.mm.default, (row_major(16, 32), row_major(16, 32)), (), 64)
+    impossible = OperatorCall(ATEN.mm.default, (row_major(16, 32), row_major(16, 32)), (), 64)
     watch = OperationTimer(CPU)
     assert watch(impossible) > 0
     assert watch.failed == {"mm"}
@@ -256,7 +236,7 @@ def test_no_two_operands_share_memory_and_each_has_as_many_as_fill_its_distance(
     watch = OperationTimer(CPU)
     watch._pool = torch.ones(320 * MIB // 4)
     left, right = row_major(256, 256, distance=FAR), row_major(256, 512, distance=8 * MIB)
-    operation = Operation(ATEN.mm.default, (left, right), (), 4 * 256 * 512)  # 1.25 MiB are moved
+    operation = OperatorCall(ATEN.mm.default, (left, right), (), 4 * 256 * 512)  # 1.25 MiB are moved
     slots = watch._slots(operation, 1)
     assert [len(slot) for slot in slots] == [204, 6]  # 256 / 1.25 and 8 / 1.25
     places = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for slot in slots for tensor in slot)
@@ -296,7 +276,7 @@ def test_entries_of_a_list_are_timed_eight_at_once(quick, monkeypatch):
     watch = OperationTimer(CPU)
     now = itertools.count()
     monkeypatch.setattr(replay.time, "perf_counter", lambda: float(next(now)))  # every sample takes a second
-    assert watch(Operation(Spy(), ((row_major(4096, distance=FAR),), 2.0), of_list=True)) == 1 / 8
+    assert watch(OperatorCall(Spy(), ((row_major(4096, distance=FAR),), 2.0), of_list=True)) == 1 / 8
     assert set(seen) == {8}
 
 
@@ -310,10 +290,10 @@ def test_the_median_of_all_rounds_counts(monkeypatch):
 
 WHOLE = {
     "by its FLOPs": (product(8192, 576, 1536), 8.0),
-    "by its bytes": (Operation(ATEN.neg.default, (row_major(2**24),), (), 2**26), 8.0),
+    "by its bytes": (OperatorCall(ATEN.neg.default, (row_major(2**24),), (), 2**26), 8.0),
     # Of the gradient (16 MiB) a quarter is summed into a table (24 MiB) that is still whole.
     "by the bytes that it moves": (
-        Operation(
+        OperatorCall(
             ATEN.embedding_dense_backward.default,
             (row_major(4096, 1024), row_major(4096, dtype=torch.int64), 6144, -1, False),
             (),
@@ -336,7 +316,7 @@ def test_a_parts_time_is_multiplied(monkeypatch, case):
 
 def test_the_generators_stay_as_they_are(quick):
     random = torch.get_rng_state()
-    OperationTimer(CPU)(Operation(ATEN.bernoulli_.float, (row_major(8), 0.5)))
+    OperationTimer(CPU)(OperatorCall(ATEN.bernoulli_.float, (row_major(8), 0.5)))
     assert torch.equal(random, torch.get_rng_state())
 
 
@@ -367,20 +347,13 @@ def test_of_a_moment_a_crowd_tells_nothing(monkeypatch):
     assert (crowd.cores, crowd.disturbs) == (0, (process.psutil.cpu_count() or 1) + 0.25 < 3)
 
 
-def test_kinds_are_unknown_until_they_are_timed(quick):
-    watch, kind = OperationTimer(CPU), Operation(ATEN.mul.Tensor, (row_major(8), row_major(8)), (), 32)
-    assert watch.unmeasured([kind, kind]) == [kind]
-    watch(kind)
-    assert watch.unmeasured([kind]) == []
-
-
 def test_a_square_is_not_cut_to_crumbs():
     """Both of its sides are the largest size, so each halving quarters it."""
     n = 4096
-    square = Operation(ATEN.relu.default, (row_major(n, n),), (), 4 * n * n)
+    square = OperatorCall(ATEN.relu.default, (row_major(n, n),), (), 4 * n * n)
     part = square.part()
     assert part.operands[0].shape == (1024, 1024)
     assert part.moved_bytes == square.moved_bytes // 16
-    oblong = Operation(ATEN.relu.default, (row_major(n, n // 2),), (), 2 * n * n).part()
+    oblong = OperatorCall(ATEN.relu.default, (row_major(n, n // 2),), (), 2 * n * n).part()
     assert oblong.operands[0].shape == (1024, n // 2)
     assert oblong.moved_bytes == 16 * MIB

@@ -12,8 +12,8 @@ from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAF
 from lora_lab.costs import memory, repeated
 from lora_lab.costs.bill import Part
 from lora_lab.costs.memory import predict
-from lora_lab.costs.recording import Operation, Recording
-from lora_lab.costs.repeated import extended, longest_run
+from lora_lab.costs.recording import RecordedOperation, Recording
+from lora_lab.costs.repeated import extend, longest_run
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
@@ -38,9 +38,9 @@ def both_ways(monkeypatch):
 
     def predict_twice(*args, **options):
         results = []
-        plain = repeated.extended
+        plain = repeated.extend
         with monkeypatch.context() as patch:
-            patch.setattr(repeated, "extended", lambda *a: results.append(plain(*a)) or results[-1])
+            patch.setattr(repeated, "extend", lambda *a: results.append(plain(*a)) or results[-1])
             short = predict(*args, **options)
         with monkeypatch.context() as patch:
             patch.setattr(memory, "longest_run", lambda model: None)
@@ -241,7 +241,7 @@ def test_a_prediction_shares_nothing_with_the_model_it_shortens():
 
 def recorded(*operations):
     """Each operation is (name, module, allocated, released)."""
-    return Recording("by hand", [Operation("forward", *operation) for operation in operations], [])
+    return Recording("by hand", [RecordedOperation("forward", *operation) for operation in operations], [])
 
 
 def block(number, size=8):
@@ -253,7 +253,7 @@ ENDS = [("embedding", "", [(TEMPORARY, 4)], [])], [("loss", "", [], [(TEMPORARY,
 
 def test_blocks_are_added_with_their_numbers():
     stacks = {depth: recorded(*ENDS[0], *(o for i in range(depth) for o in block(i)), *ENDS[1]) for depth in (2, 3, 7)}
-    assert extended(stacks[2], stacks[3], 5) == stacks[7]
+    assert extend(stacks[2], stacks[3], 5) == stacks[7]
 
 
 def test_what_grows_with_each_block_grows_in_size_or_in_number():
@@ -263,7 +263,7 @@ def test_what_grows_with_each_block_grows_in_size_or_in_number():
             ("free", "", [], [(TEMPORARY, 12), *[(TEMPORARY, 4)] * blocks]),
         )
 
-    grown = extended(norms(2), norms(3), 10)
+    grown = extend(norms(2), norms(3), 10)
     assert [sorted(o.allocated) for o in grown.operations] == [sorted(o.allocated) for o in norms(12).operations]
     assert [sorted(o.released) for o in grown.operations] == [sorted(o.released) for o in norms(12).operations]
 
@@ -276,14 +276,14 @@ def test_what_grows_with_each_block_grows_in_size_or_in_number():
         recorded(*ENDS[0], *block(0), *block(1), ("mul",), *block(2)[1:], *ENDS[1]),  # another operation
         recorded(*ENDS[0], *block(0), *ENDS[1]),  # shorter
         recorded(*ENDS[0], *block(0), *block(1), *block(2), ("loss", "", [], [(TEMPORARY, 2)])),  # what shrinks
-        Recording("by hand", [Operation("backward", "mm")], []),
-        Recording("by hand", [Operation("forward", "mm"), Operation("backward", "mm")], []),
+        Recording("by hand", [RecordedOperation("backward", "mm")], []),
+        Recording("by hand", [RecordedOperation("forward", "mm"), RecordedOperation("backward", "mm")], []),
     ],
     ids=["size", "place", "operation", "shorter", "shrinks", "phase", "phases"],
 )
 def test_a_block_that_is_not_like_the_one_before_is_not_extended(longer):
     shorter = recorded(*ENDS[0], *block(0), *block(1), *ENDS[1])
-    assert extended(shorter, longer, 5) is None
+    assert extend(shorter, longer, 5) is None
 
 
 def test_a_setup_is_prepared_once_for_all_sizes_of_a_search(monkeypatch):

@@ -30,7 +30,7 @@ def test_a_setup_says_in_a_few_words_how_a_model_is_trained():
         "lora r=8, NF4 base, bfloat16, checkpointing": Setup(
             LoRA(8), torch.bfloat16, nf4=True, gradient_checkpointing=True
         ),
-        "full, SGD": Setup(optimizer="sgd"),
+        "full, SGD, 2 micro-batches, no clipping": Setup(optimizer="sgd", accumulate=2, clip=None),
         "full, AdamW by foreach": Setup(optimizer="adamw-foreach"),
         "lora r=8, lean": Setup(LoRA(8), lean=Lean()),
         "full, autocast": Setup(autocast=torch.bfloat16),
@@ -38,7 +38,6 @@ def test_a_setup_says_in_a_few_words_how_a_model_is_trained():
             LoRA(8), lean=Lean(base_dtype=torch.bfloat16, checkpoint=True)
         ),
     }
-    assert {setup.describe() for setup in described.values()} == described.keys()
     for words, setup in described.items():
         assert setup.describe() == words
 
@@ -52,30 +51,6 @@ def test_keywords_make_a_setup_of_a_method_and_change_one_of_a_setup():
     assert given.accumulate == 3
     with pytest.raises(TypeError, match="optimiser"):
         as_setup(LoRA(4), {"optimiser": "sgd"})
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"method": "lora"}, r"method is 'lora', but it must be one such as LoRA\(rank=8\) or FullFineTuning\(\)"),
-        ({"optimizer": "adam"}, "optimizer is 'adam', but it must be 'adamw', 'adamw-foreach' or 'sgd'"),
-        ({"optimizer": "sgd", "lean": Lean()}, "the lean step has an AdamW of its own; use lean=None"),
-        ({"accumulate": 0}, "accumulate is 0, but it must be at least 1"),
-        ({"accumulate": "2"}, "accumulate is '2', but it must be a whole number"),
-    ],
-)
-def test_what_no_setup_can_be_is_refused(options, says):
-    with pytest.raises(ValueError, match=says):
-        Setup(**options)
-
-
-def test_threads_cannot_be_watched():
-    Setup(LoRA(4), lean=Lean(threads=1)).check_watchable()
-    Setup(LoRA(4)).check_watchable()
-    with pytest.raises(
-        ValueError, match=r"lean.threads is 3, but.*hold for one thread only; use Lean\(threads=1\) here"
-    ):
-        Setup(LoRA(4), lean=Lean(threads=3)).check_watchable()
 
 
 def test_a_batch_is_cut_into_micro_batches_weighted_by_their_examples():
@@ -153,27 +128,6 @@ def test_adamw_by_foreach_is_torchs_own_and_passes_over_the_weights_many_times()
     assert work["adamw-foreach"] > 3 * work["adamw"]
 
 
-def test_a_step_of_a_lean_setup_takes_every_target_and_gives_the_plain_loss(tiny_config):
-    ids = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for lean in (None, Lean(loss_rows=5)):
-        setup = Setup(LoRA(4), lean=lean)
-        losses.append(float(setup.step(Llama(tiny_config))(*setup.batches((ids, ids)))[0]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_a_lean_step_on_a_real_batch_leaves_out_targets_that_do_not_count(tiny_config):
-    ids = torch.arange(8).view(1, 8)
-    targets = ids.clone()
-    targets[0, 3:] = -100
-    losses = []
-    for setup in (Setup(LoRA(2), lean=Lean()), Setup(LoRA(2))):
-        torch.manual_seed(0)
-        step = setup.step(Llama(tiny_config))
-        losses.append(step([(ids, targets)], [1.0])[0])
-    torch.testing.assert_close(*losses)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
     asked = []
@@ -187,7 +141,15 @@ def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
     assert asked == [1]
 
 
-def test_a_setup_says_how_it_differs():
-    assert Setup(LoRA(2), accumulate=2).describe() != Setup(LoRA(2)).describe()
-    assert "2 micro-batches" in Setup(LoRA(2), accumulate=2).describe()
-    assert "no clipping" in Setup(LoRA(2), clip=None).describe()
+REFUSED = [
+    (lambda: Setup(optimizer="adam"), "optimizer is 'adam'"),
+    (lambda: Setup(optimizer="sgd", lean=Lean()), "optimizer is 'sgd'"),
+    (lambda: Setup(accumulate=0), "accumulate is 0"),
+    (lambda: Setup(LoRA(4), lean=Lean(threads=3)).check_watchable(), "lean.threads is 3"),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), REFUSED)
+def test_wrong_values_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()

@@ -48,7 +48,6 @@ from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
 from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
 from lora_lab.tasks.instruction import Padded
-from lora_lab.train import TrainingStep
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import randomise
 
@@ -514,21 +513,6 @@ def test_a_variant_put_on_a_merged_lean_model_computes_what_it_is():
         torch.testing.assert_close(leaner(ids), plain(ids), rtol=1e-10, atol=1e-10)
 
 
-def test_a_variant_on_a_merged_lean_model_in_bfloat16_computes_what_it_is():
-    model = adapted(dtype=torch.float32)
-    apply_lean(model, Lean(base_dtype=torch.bfloat16))
-    merge(model)
-    exact = Llama(SHAPE)
-    exact.load_state_dict(model.state_dict())
-    for one in (model, exact):
-        inject(one, LoRAConfig(rank=4, alpha=6), layer=DoRALinear)
-        randomise(one)
-    ids = text()[0]
-    with torch.no_grad():
-        logits, expected = model(ids), exact(ids)
-    assert float((logits - expected).norm() / expected.norm()) < 0.02
-
-
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "with adapters"])
 @pytest.mark.parametrize("config", [SHAPE, BIASED], ids=["tied", "biased and untied"])
 def test_all_that_is_unfrozen_in_a_lean_model_gets_its_gradient(merged, config):
@@ -743,12 +727,6 @@ def test_parameters_and_gradients_stay_views_of_one_tensor():
     assert len({p.untyped_storage().data_ptr() for p in trained}) == 1
     assert len({p.grad.untyped_storage().data_ptr() for p in trained}) == 1
     assert all(float(p.grad.abs().max()) == 0 for p in trained)
-
-
-def test_parameters_of_two_dtypes_fit_no_flat_group():
-    pair = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
-    with pytest.raises(ValueError, match="several dtypes"):
-        FlatAdamW([{"params": pair}])
 
 
 def test_a_flat_optimiser_takes_a_parameter_in_one_group_only_and_groups_later_too():
@@ -1024,17 +1002,28 @@ def test_a_loss_of_the_tasks_own_is_left_to_it():
 # What it refuses
 
 
-def test_options_are_checked():
-    with pytest.raises(ValueError, match=r"base_dtype is torch\.float16"):
-        Lean(base_dtype=torch.float16)
-    for name in ("threads", "loss_rows"):
-        for wrong in (0, 1.5, True):
-            with pytest.raises(ValueError, match=f"{name} is {wrong}"):
-                Lean(**{name: wrong})
+WRONG = [
+    (lambda: Lean(base_dtype=torch.float16), r"base_dtype is torch\.float16"),
+    (lambda: Lean(threads=0), "threads is 0"),
+    (lambda: Lean(loss_rows=0), "loss_rows is 0"),
+    (lambda: FlatAdamW([{"params": [torch.ones(2), torch.ones(2, dtype=torch.float64)]}]), "several dtypes"),
+]
 
 
-def unlocked():
-    model = adapted()
+@pytest.mark.parametrize(("call", "says"), WRONG)
+def test_wrong_values_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+class Doubled(LoRALinear):
+    """An adapted layer with a forward pass of its own."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def unlock(model):
     model.model.norm.weight.requires_grad_(True)
     return model
 
@@ -1045,21 +1034,13 @@ def hooked(name, kind):
     return model
 
 
-def with_class(layer):
-    class Other(LoRALinear):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    return adapted(layer=layer or Other)
-
-
 @pytest.mark.parametrize(
     ("make", "lean", "says"),
     [
         (lambda: DigitsMLP(width=8), Lean(), "lora_lab's Llama, but the model is a DigitsMLP; leave lean out"),
         (lambda: Llama(SHAPE), Lean(), "the model has no adapters"),
-        (lambda: with_class(None), Lean(), "is a Other, whose forward pass has no lean form"),
-        (unlocked, Lean(), "'model.norm.weight' is trained"),
+        (lambda: adapted(layer=Doubled), Lean(), "is a Doubled, whose forward pass has no lean form"),
+        (lambda: unlock(adapted()), Lean(), "'model.norm.weight' is trained"),
         (lambda: hooked("model.layers.1", "forward"), Lean(), "'model.layers.1' has a hook"),
         (lambda: hooked("model.layers.0.mlp.up_proj", "forward_pre"), Lean(), "'model.layers.0.mlp.up_proj' has a"),
         (lambda: hooked("model.layers.0.self_attn", "full_backward"), Lean(), "'model.layers.0.self_attn' has a"),
@@ -1104,7 +1085,7 @@ def test_lean_blocks_take_new_options_and_may_have_hooks():
     assert all(block.checkpoint for block in blocks)
     assert model.model.layers[0].mlp.up_proj.base.weight.dtype == torch.bfloat16
     cross_entropy(model, *text()).backward()
-    assert seen
+    assert len(seen) == 1
 
 
 def test_a_lean_model_is_trained_again_once_it_is_merged():
@@ -1125,32 +1106,10 @@ def test_a_call_that_the_lean_step_refused_can_be_corrected():
     assert corrected.curve("validation_loss") == expected.curve("validation_loss")
 
 
-def test_an_error_at_the_first_step_of_a_lean_run_leaves_a_model_that_can_be_trained():
-    def loss(model, inputs, targets):
-        if torch.is_grad_enabled():
-            raise torch.OutOfMemoryError
-        return plain_cross_entropy(model, inputs, targets)
-
-    model, lean = Llama(SHAPE), Lean(torch.bfloat16)
-    with pytest.raises(torch.OutOfMemoryError):
-        fit(model, toy_task(loss), LoRA(rank=4), lean=lean, **SHORT)
-    assert not lora_layers(model)
-    again, expected = (fit(each, toy_task(), LoRA(rank=4), lean=lean, **SHORT) for each in (model, Llama(SHAPE)))
-    assert again.curve("train_loss") == expected.curve("train_loss")
-
-
 @pytest.mark.parametrize("method", [FullFineTuning(), PiSSA(rank=2), DoRA(rank=2)], ids=lambda method: method.name)
 def test_fit_refuses_a_lean_step_for_methods_without_one(method):
     with pytest.raises(ValueError, match=r"no adapters|has no lean form"):
         train(Lean(), method)
-
-
-def test_a_hook_on_a_lean_block_fires():
-    model, seen = adapted(), []
-    apply_lean(model, Lean(checkpoint=True))
-    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    cross_entropy(model, *text()).backward()
-    assert seen == [(3, 20, 32)]
 
 
 def test_a_lean_model_under_autocast_says_that_it_has_a_half_precision_of_its_own():
@@ -1172,15 +1131,6 @@ def test_one_adapted_layer_equals_its_own_forward_pass():
         x = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
         torch.testing.assert_close(linear(layer, x), layer(x), rtol=1e-12, atol=1e-12)
         assert torch.autograd.gradcheck(lambda x: linear(layer, x), (x,))
-
-
-def test_the_step_is_the_plain_one_but_for_its_parts():
-    model = adapted()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01)
-    loss, norm = TrainingStep(model, plain_cross_entropy, optimizer, 1.0)([text()], [1.0])
-    assert float(norm) > 0
-    assert float(loss) > 0
 
 
 def test_the_defaults_of_the_flat_optimiser_are_those_of_adamw():

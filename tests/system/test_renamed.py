@@ -23,13 +23,7 @@ OLD = {
     "ablation.studies.reader": "ablation.studies.pretrained_digits",
     "ablation.studies.newborn": "ablation.studies.random_init",
     "ablation.studies.manual": "ablation.studies.docs_task",
-    "costs.memory_report.ways": "costs.memory_report.training_setups",
-    "lean.InThreads": "lean.ThreadedStep",
-    "lean.rewire": "lean.apply_lean",
     "models.shapes.shape": "models.shapes.config",
-    "plots.after_cuts": "plots.after_truncation",
-    "plots.looks": "plots.line_styles",
-    "plots.undominated": "plots.pareto_front",
     "tasks.generate.choices": "tasks.generate.most_likely_labels",
     "tasks.Encoder": "tasks.TextTokenizer",
 }
