@@ -340,6 +340,7 @@ def fit(
                     history.start()  # the model before training
                 else:
                     history.add(number, **take_step(step, task, order, config, number))
+                    bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
                 if config.evaluates(number):
                     evaluate_parts(step, task, config, history)
                 if leads and checkpoint_dir is not None and config.saves(number, checkpoint_every):
