@@ -281,9 +281,7 @@ class Task:
         if self.counted(self.parts[part][:limit]) == 0:
             examples = "" if limit is None else f"first {counted(limit, 'example')} of the "
             of_part = f"the {examples}{part} part of task {self.name!r}"
-            raise ValueError(
-                f"No target of {of_part} counts in the loss: there is none, or all are {IGNORE}."
-            )
+            raise ValueError(f"No target of {of_part} counts in the loss: there is none, or all are {IGNORE}.")
 
     def check_model(self, model: nn.Module) -> None:
         """Check that a model can be trained on this task, before training changes it.
