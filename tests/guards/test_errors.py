@@ -454,12 +454,6 @@ def _(lab, right):
     train(checkpoint_dir=lab.folder / ("two" if right else "one"), lr=2e-3)
 
 
-@mistake("was made with other frozen weights")
-def _(lab, right):
-    train(checkpoint_dir=lab.folder / "one", checkpoint_every=1)
-    train(DigitsMLP(width=8, seed=0 if right else 1), checkpoint_dir=lab.folder / "one")
-
-
 @mistake("is of a run that started from other weights")
 def _(lab, right):
     train(method=ll.FullFineTuning(), checkpoint_dir=lab.folder / "one", checkpoint_every=1)
