@@ -66,7 +66,7 @@ def finetune(
         task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es),
             tweets; or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
         model: a model's folder or .gguf file
-        method: full, lora, rslora, lora+, lora-fa, pissa, dora
+        method: full, lora, or a variant of LoRA (an unknown name lists all)
         rank: rank of the adapters
         alpha: the update is scaled by alpha / rank (default: twice the rank)
         steps: training steps
@@ -490,7 +490,7 @@ def ablate(
     Args:
         task: planted, digits or docs; or one that finetune takes, such as a file of your own
         model: a model's folder or .gguf file; not for the small nets
-        method: lora, rslora, lora+, lora-fa, pissa, dora
+        method: lora, or a variant of LoRA (an unknown name lists all)
         ranks: ranks to try
         lrs: learning rates to try (default: depends on the task)
         seeds: number of seeds

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.system.numbers import plain
-from lora_lab.system.wording import short_repr
 
 
 class LoRALayer(nn.Module):
@@ -55,6 +53,7 @@ class LoRALayer(nn.Module):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # names of the tensors that make up an adapter
+    fixed: ClassVar[tuple[str, ...]] = ()  # those of them that are parameters, but are not trained
     base: Any  # a module with a weight; its class depends on the kind of layer
 
     def __init__(
@@ -71,12 +70,12 @@ class LoRALayer(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
         device = next(base.parameters()).device
-        self.lora_A = nn.Parameter(A.to(device))  # (4, 64)
-        self.lora_B = nn.Parameter(B.to(device))  # (48, 4)
+        self.lora_A = nn.Parameter(A.to(device), requires_grad="lora_A" not in self.fixed)  # (4, 64)
+        self.lora_B = nn.Parameter(B.to(device), requires_grad="lora_B" not in self.fixed)  # (48, 4)
         base.requires_grad_(False)  # last, so that an error above leaves the base unchanged
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """The initial A and B; the rank is the first dimension of A and the second of B."""
+        """Return the initial A and B; the rank is the first dimension of A and the second of B."""
         raise NotImplementedError(f"{type(self).__name__} must define init_factors, which returns the initial A and B.")
 
     @property
@@ -115,7 +114,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new frozen layer of the base's class that computes the same function; this layer does not change."""
+        """Return a new frozen layer of the base's class that computes the same function; this layer does not change."""
         plain = copy.deepcopy(self.base, {id(self.base.weight): self.base.weight})  # shares W0
         plain.weight = nn.Parameter(self.weight)  # (48, 64)
         return plain.requires_grad_(False).train(self.training)
@@ -135,7 +134,7 @@ class LoRALinear(LoRALayer):
     """
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A (rank, in), uniform, and B (out, rank), zero."""
+        """Return a (rank, in), uniform, and B (out, rank), zero."""
         dtype = getattr(self.base, "dtype", None) or self.base.weight.dtype  # a base in blocks need not be dequantised
         A = uniform(rank, self.base.in_features, dtype, generator)  # (4, 64)
         return A, torch.zeros(self.base.out_features, rank, dtype=A.dtype)  # (48, 4)
@@ -148,7 +147,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new frozen ``nn.Linear``, or subclass of it if the base is one, that computes the same function."""
+        """Return a new frozen ``nn.Linear``, or subclass of it if the base is one, that computes the same function."""
         if isinstance(self.base, nn.Linear) and type(self.base) is not nn.Linear:
             return super().merged()
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
@@ -159,22 +158,18 @@ class LoRALinear(LoRALayer):
 
 
 def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """A new A (rank, width), uniform in +-1/sqrt(width), in ``dtype`` or float32, whichever is more precise."""
+    """Return a new A (rank, width), uniform in +-1/sqrt(width), in ``dtype`` or float32, whichever is more precise."""
     A = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))  # (4, 64)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
 
 
 def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> tuple[int, float, float]:
-    """Return the three as numbers of Python.
-
-    Raises:
-        ValueError: one of them is no number, or is out of range.
-    """
+    """Return the three as numbers of Python, or raise ValueError if one of them is out of range."""
     rank, alpha, dropout = plain(rank), plain(alpha), plain(dropout)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
-        raise ValueError(f"rank is {short_repr(rank)}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
-    if not (isinstance(alpha, int | float) and 0 < alpha <= sys.float_info.max):
-        raise ValueError(f"alpha is {short_repr(alpha)}, but it must be a positive number, such as 16.")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ValueError(f"dropout is {short_repr(dropout)}, but it must lie in [0, 1), such as 0.05.")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise ValueError(f"rank is {rank}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}, but it must be a positive number, such as 16.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, but it must lie in [0, 1), such as 0.05.")
     return rank, alpha, dropout
