@@ -183,6 +183,7 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     check_finite(adapter_state(model).items())
     if into not in MERGED_FORMS or (base is None) == (into == "full-precision"):
         raise ValueError(f"into is {into!r}, but it must be one of {MERGED_FORMS}; only the last takes a base.")
+    merged: dict[str, Any]
     if base is not None:
         merged = _merge_into(base, model, layers)
     elif into == "blocks":

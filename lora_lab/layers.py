@@ -210,6 +210,7 @@ def _is_plain_linear(layer: nn.Linear) -> bool:
     return (
         type(layer).forward is nn.Linear.forward
         and names <= {"weight", "bias"}
+        and weight is not None
         and type(weight) in (nn.Parameter, FakeTensor)
         and weight.is_floating_point()
         and weight.itemsize > 1

@@ -329,7 +329,7 @@ def fit(
         set_training_mode(model)
         history.count(model)
         state = model, step.optimizer, history
-        hashes = start and {"frozen": checkpoint.frozen_hash(model), "start": start}
+        hashes = None if start is None else {"frozen": checkpoint.frozen_hash(model), "start": start}
         done = checkpoint.resume(checkpoint_dir, *state, hashes=hashes)
         check_alike(processes, model, history, done)
         with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
