@@ -767,14 +767,14 @@ BIG = """
 import torch
 from lora_lab import FullFineTuning, Llama, LlamaConfig
 from lora_lab.costs.memory import predict
-from lora_lab.models.shapes import shape
+from lora_lab.models.shapes import config
 from lora_lab.system.process import peak_bytes
 
 torch.set_num_threads(1)
 device = torch.device("cpu")
 predict(lambda: Llama(LlamaConfig(50, 16, 24, 1, 2, 1, 8)), FullFineTuning(), 1, 8)  # what is imported at first use
 before = peak_bytes(device)
-bill = predict(lambda: Llama(shape("llama-3-8b")), FullFineTuning(), 1, 2048, dtype=torch.bfloat16)
+bill = predict(lambda: Llama(config("llama-3-8b")), FullFineTuning(), 1, 2048, dtype=torch.bfloat16)
 print(peak_bytes(device) - before, bill.peak_bytes, bill.parts["trained weights"], bill.parts["optimiser state"])
 """
 

@@ -168,7 +168,7 @@ lora_lab.system.files.finish_interrupted_save(lora_lab.__version__)
 from lora_lab.train import fit
 from lora_lab import checkpoint
 from lora_lab.models import llama
-from lora_lab.models.shapes import shape
+from lora_lab.models.shapes import config
 from lora_lab.task import Task as T
 """
     bad = [

@@ -43,7 +43,7 @@ WRONG = {
 
 
 def by_process(template):
-    return chat_template._by_process([template, VARIABLES])
+    return chat_template._render_apart(template, VARIABLES)
 
 
 def test_a_process_writes_the_same_text():
