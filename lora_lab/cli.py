@@ -500,20 +500,25 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any] | None:
     return {"folder": str(out), **finetune.document(result)}
 
 
+def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of sampling, checked before the model is loaded."""
+    from lora_lab.models.decoding import Sampling
+
+    return vars(Sampling(options.temperature, options.seed, options.repetition_penalty))
+
+
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from lora_lab.adapters.merged import base_of
     from lora_lab.adapters.peft_format import load_adapter
-    from lora_lab.models.decoding import Sampling
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
     from lora_lab.models.reading import stream
     from lora_lab.system.schema import Size, check
     from lora_lab.tasks.generate import reply
 
     check(options.tokens, Size, "--tokens")
-    sampling = {name: getattr(options, name) for name in ("temperature", "seed", "repetition_penalty")}
-    Sampling(**sampling)  # which raises before the model is loaded
+    sampling = _sampling_of(options)
     base = options.model or (base_of(options.adapter) if options.adapter else SMOLLM2)
     model, tokenizer = load_pretrained(base, device=options.device)
     if options.adapter:
@@ -531,12 +536,11 @@ def _generate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from lora_lab.adapters.chat import HELP, Conversation, talk
     from lora_lab.adapters.merged import base_of
-    from lora_lab.models.decoding import Sampling
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
     from lora_lab.system.schema import Size, check
 
     check(options.tokens, Size, "--tokens")
-    Sampling(options.temperature, options.seed, options.repetition_penalty)  # which raises before the model is loaded
+    sampling = _sampling_of(options)
     adapters = {Path(folder).name: folder for folder in options.adapter}
     if len(adapters) < len(options.adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
@@ -544,15 +548,7 @@ def _chat(options: argparse.Namespace) -> None:
     if len(bases) > 1:
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     model, tokenizer = load_pretrained(options.model or next(iter(bases), SMOLLM2), device=options.device)
-    conversation = Conversation(
-        model,
-        tokenizer,
-        adapters,
-        max_new_tokens=options.tokens,
-        temperature=options.temperature,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
+    conversation = Conversation(model, tokenizer, adapters, max_new_tokens=options.tokens, **sampling)
     print(HELP)
 
     def read() -> str:

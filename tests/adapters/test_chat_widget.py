@@ -106,7 +106,7 @@ def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, tiny_co
         answers.add(answer)
     assert len(answers) == 5
     chat.adapter.value, chat.strength.value = "two", 0.0
-    chat.conversation._seed = 5
+    chat.conversation.sampling = Sampling(0.5, 5, 1.1)
     chat.new.click()
     assert ask(chat).partition("\n")[2] == expected(tiny_config, chatter, USER, 5)  # a strength of 0 is the base
 
