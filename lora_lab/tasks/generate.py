@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
-from lora_lab.system.schema import Size, check, instance_of
+from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, check_tokenizer, context_length, modes_restored
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
@@ -79,11 +79,9 @@ def answers(
         ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
             prompts and ``max_new_tokens`` exceed the model's context.
     """
-    check(task, instance_of(PairTask), "task")
-    pairs = task.pairs_of(part)
-    limit, batch_size = check(limit, Size | None, "limit"), check(batch_size, Size, "batch_size")
-    max_new_tokens = check(max_new_tokens, Size | None, "max_new_tokens")
-    pairs = pairs[:limit]
+    for name, number in {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+        check(number, Size | None, name)
+    pairs = task.pairs_of(part)[:limit]
     if task.metric == "classification":
         return most_likely_labels(model, task, pairs, classes(task), batch_size)
     lengths = [len(task.prompt_ids(pair)) for pair in pairs]
