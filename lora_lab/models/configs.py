@@ -90,12 +90,12 @@ def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return rope, rope.get("rope_type", rope.get("type", "default"))
 
 
-def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
+def config_from_hf(hf: dict[str, Any], where: str | Path) -> LlamaConfig:
     """Return the shape that the entries of a config.json describe.
 
     Args:
         hf: the entries.
-        folder: of the file, for an error's message.
+        where: they stand, for an error's message.
 
     Raises:
         ValueError: an entry is missing, is not a number, or is out of its range.
@@ -113,8 +113,6 @@ def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
         }
         return LlamaConfig(**entries)
     except KeyError as error:
-        raise ValueError(
-            f"{folder / 'config.json'} lacks the entry {error}; copy it anew, or name another model."
-        ) from None
+        raise ValueError(f"{where} lacks the entry {error}; copy it anew, or name another model.") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {str(error).removesuffix('.')}; copy it anew.") from None
+        raise ValueError(f"{where}: {str(error).removesuffix('.')}; copy it anew.") from None

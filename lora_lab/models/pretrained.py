@@ -195,7 +195,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     entries = _config_entries(Path(folder))
     if (reason := misfit(entries)) is not None:
         raise ValueError(f"{folder} holds no Llama that is built here: {reason}.")
-    return config_from_hf(entries, Path(folder))
+    return config_from_hf(entries, Path(folder) / "config.json")
 
 
 def _config_entries(path: Path) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def _write_blocks(stored: StoredModel, folder: Path) -> None:
 
 def _read_folder(folder: Path) -> StoredModel:
     entries = _config_entries(folder)
-    config = config_from_hf(entries, folder)
+    config = config_from_hf(entries, folder / "config.json")
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
     paths = _weight_files(folder)
     huggingface.check_weights(folder)
