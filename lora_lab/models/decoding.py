@@ -85,7 +85,7 @@ def continued(
         ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
             and new tokens together may exceed the model's context.
     """
-    check(max_new_tokens, Count, "max_new_tokens")
+    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(
             f"The prompt is of shape {tuple(ids.shape)}, but one non-empty row of token ids is expected; give at least "

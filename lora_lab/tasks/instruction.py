@@ -211,12 +211,12 @@ def from_pairs(
             part empty or missing, a group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
-    check(max_tokens, Size, "max_tokens")
+    max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
     if isinstance(pairs, Mapping):
         split = {part: list(map(_as_pair, part_pairs)) for part, part_pairs in pairs.items()}
     else:
-        split = _split(map(_as_pair, pairs), check(seed, Seed, "seed"))
+        split = _split(map(_as_pair, pairs), seed)
     if set(split) != set(PARTS) or not all(split.values()):
         raise ValueError(
             f"pairs has the parts {sorted(filter(split.get, split))}, but it must have {', '.join(PARTS)}."
