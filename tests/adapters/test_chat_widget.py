@@ -10,6 +10,7 @@ import torch
 import lora_lab
 from lora_lab import Llama, LoRAConfig, adapter_state, adapters, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.chat_widget import BASE
+from lora_lab.models.decoding import Sampling
 from lora_lab.variants import DoRALinear
 from tests.helpers import randomise, run_python, snapshot
 
