@@ -26,7 +26,7 @@ HELP = """\
 /new              begin a new conversation
 /quit             end (so does the end of the input)"""
 
-SAMPLING = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
+SAMPLING: dict[str, Any] = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
 
 
 class Conversation:

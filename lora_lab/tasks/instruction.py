@@ -22,7 +22,7 @@ from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -213,14 +213,15 @@ def from_pairs(
     check_tokenizer(tokenizer, ChatTokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
+    split: dict[str, list[Pair]]
     if isinstance(pairs, Mapping):
+        pairs = cast("Mapping[str, Iterable[Any]]", pairs)
         split = {part: list(map(_as_pair, part_pairs)) for part, part_pairs in pairs.items()}
     else:
         split = _split(map(_as_pair, pairs), seed)
     if set(split) != set(PARTS) or not all(split.values()):
-        raise ValueError(
-            f"pairs has the parts {sorted(filter(split.get, split))}, but it must have {', '.join(PARTS)}."
-        )
+        filled = sorted(part for part in split if split[part])
+        raise ValueError(f"pairs has the parts {filled}, but it must have {', '.join(PARTS)}.")
     _check_disjoint(split)
     examples: dict[str, Padded] = {}
     count = sum(map(len, split.values()))
