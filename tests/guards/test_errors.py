@@ -347,7 +347,7 @@ def _(lab, right):
     from_text(lab.tokenizer, path, seq_len=4, allow_special=right)
 
 
-@mistake("tokens, but max_tokens is")
+@mistake("tokens; shorten it, or raise max_tokens")
 def _(lab, right):
     from_pairs(lab.chatter, pairs(), max_tokens=99 if right else 9)
 
