@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.edit import strength
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import lora_layers, replace, require_no_adapters
+from lora_lab.models.decoding import Sampling
 from lora_lab.models.reading import reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks.instruction import stop_token
@@ -22,6 +25,8 @@ HELP = """\
 /strength NUMBER  multiply the adapter's update by NUMBER: 0 gives the base, 1 the adapter as it was trained
 /new              begin a new conversation
 /quit             end (so does the end of the input)"""
+
+SAMPLING: dict[str, Any] = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
 
 
 class Conversation:
@@ -34,7 +39,7 @@ class Conversation:
         adapters: name -> a folder or an adapter in memory, as for :func:`lora_lab.load_adapter`; the first is in use at
             the start.
         max_new_tokens: where an answer is cut if the model does not end it before.
-        temperature, repetition_penalty, seed: as for :meth:`lora_lab.Llama.generate`; the seed rises by 1 with each
+        **sampling: as for :meth:`lora_lab.Llama.generate`, on top of :data:`SAMPLING`; the seed rises by 1 with each
             answer.
 
     Raises:
@@ -50,9 +55,7 @@ class Conversation:
         adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
         *,
         max_new_tokens: int = 200,
-        temperature: float = 0.5,
-        repetition_penalty: float = 1.1,
-        seed: int = 0,
+        **sampling: Any,
     ) -> None:
         require_no_adapters(model)
         reader_of(model)
@@ -63,8 +66,7 @@ class Conversation:
         self.name: str | None = None  # of the adapter in use
         self.strength = 1.0
         self.max_new_tokens = max_new_tokens
-        self._sampling = {"temperature": temperature, "repetition_penalty": repetition_penalty}
-        self._seed = seed
+        self.sampling = Sampling(**SAMPLING | sampling)
         for name in reversed(self.adapters):  # all are tried now, so that an error comes before the first question
             self.use(name)
 
@@ -103,12 +105,11 @@ class Conversation:
             ids = torch.tensor(self.tokenizer.encode(self.tokenizer.chat(self.messages)))  # (length,)
             ids = ids.to(next(self.model.parameters()).device)
             changed = nullcontext() if self.name is None else strength(self.model, self.strength)
-            options = {"seed": self._seed, **self._sampling}
             with changed:
-                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **options)
+                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **vars(self.sampling))
                 yield from self.tokenizer.decode_stream(noted(tokens))
         finally:
-            self._seed += 1
+            self.sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + 1)
             if made:
                 self.messages.append({"role": "assistant", "content": self.tokenizer.decode(made).strip() or "..."})
             else:

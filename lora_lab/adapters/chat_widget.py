@@ -176,9 +176,7 @@ def chat(
     adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
     *,
     max_new_tokens: int = 200,
-    temperature: float = 0.5,
-    repetition_penalty: float = 1.1,
-    seed: int = 0,
+    **sampling: Any,
 ) -> Chat:
     """Show a conversation with a model in a notebook, whose adapter and strength can be changed between two answers.
 
@@ -189,7 +187,7 @@ def chat(
     :func:`lora_lab.load_adapter`. A strength of 0 is the base, 1 the adapter as it was trained.
 
     Args:
-        model, tokenizer, adapters, max_new_tokens, temperature, repetition_penalty, seed: as for
+        model, tokenizer, adapters, max_new_tokens, **sampling: as for
             :class:`lora_lab.adapters.chat.Conversation`. The first adapter is selected at the start.
 
     Returns:
@@ -201,7 +199,6 @@ def chat(
     """
     from IPython.display import display
 
-    sampling: dict[str, Any] = {"temperature": temperature, "repetition_penalty": repetition_penalty, "seed": seed}
     made = Chat(Conversation(model, tokenizer, adapters, max_new_tokens=max_new_tokens, **sampling))
     bundle = made.panel._repr_mimebundle_() or {}
     alt = "A conversation: controls for the adapter and its strength, the messages, and a field to write in."

@@ -15,6 +15,13 @@ from lora_lab.system.schema import check
 
 # Upper limits, above any real model, for config entries whose names end in these words, such as num_hidden_layers.
 _MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "labels": 10**6}
+# The fields of RopeScaling, in order, and their entries.
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+}
 
 
 class _Entries(TypedDict, total=False):
@@ -51,22 +58,14 @@ def read_entries(path: Path) -> dict[str, Any]:
 
 def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The entries of a config.json that describe a Llama, and the dtype of its weights."""
-    values = {name: value for name, value in vars(config).items() if name != "rope_scaling"}
     scaling = config.rope_scaling
-    return values | {
+    rope = scaling and {theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()} | {"rope_type": "llama3"}
+    return vars(config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        },
+        "rope_scaling": rope,
     }
 
 
@@ -91,46 +90,29 @@ def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return rope, rope.get("rope_type", rope.get("type", "default"))
 
 
-def config_from_hf(hf: dict[str, Any], folder: Path) -> LlamaConfig:
-    """The shape that the entries describe.
+def config_from_hf(hf: dict[str, Any], where: str | Path) -> LlamaConfig:
+    """Return the shape that the entries of a config.json describe.
 
     Args:
-        hf: the entries of a config.json.
-        folder: of the file, for an error's message.
+        hf: the entries.
+        where: they stand, for an error's message.
 
     Raises:
         ValueError: an entry is missing, is not a number, or is out of its range.
     """
     rope, kind = positions(hf)
+    heads = hf.get("num_attention_heads")
+    entries = {name: hf[name] for name in LlamaConfig.__dataclass_fields__ if name in hf}
     try:
-        scaling = None
-        if kind == "llama3":
-            scaling = RopeScaling(
-                factor=rope["factor"],
-                low_freq_factor=rope["low_freq_factor"],
-                high_freq_factor=rope["high_freq_factor"],
-                original_context=rope["original_max_position_embeddings"],
-            )
-        heads = hf["num_attention_heads"]
-        return LlamaConfig(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=hf["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-            rope_scaling=scaling,
-            attention_bias=hf.get("attention_bias", False),
-            mlp_bias=hf.get("mlp_bias", False),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        )
+        entries |= {
+            "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "num_key_value_heads": hf.get("num_key_value_heads") or heads,
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+            "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            "rope_scaling": None if kind != "llama3" else RopeScaling(*(rope[name] for name in _SCALING.values())),
+        }
+        return LlamaConfig(**entries)
     except KeyError as error:
-        raise ValueError(
-            f"{folder / 'config.json'} lacks the entry {error}; copy it anew, or name another model."
-        ) from None
+        raise ValueError(f"{where} lacks the entry {error}; copy it anew, or name another model.") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {str(error).removesuffix('.')}; copy it anew.") from None
+        raise ValueError(f"{where}: {str(error).removesuffix('.')}; copy it anew.") from None

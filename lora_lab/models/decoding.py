@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
-from lora_lab.system.wording import short_repr
 from lora_lab.task import context_length, modes_restored
 
 _LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
@@ -86,12 +85,12 @@ def continued(
         ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
             and new tokens together may exceed the model's context.
     """
-    max_new_tokens, stop = check(max_new_tokens, Count, "max_new_tokens"), check(stop, int | None, "stop")
-    if isinstance(ids, Tensor) and ids.shape == (0,):
-        raise ValueError("The prompt is empty, but one non-empty row of token ids is expected; give at least one word.")
-    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
-        value = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else short_repr(ids)
-        raise ValueError(f"The prompt is {value}, but one non-empty row of token ids is expected.")
+    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(
+            f"The prompt is of shape {tuple(ids.shape)}, but one non-empty row of token ids is expected; give at least "
+            "one word."
+        )
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(

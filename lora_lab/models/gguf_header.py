@@ -51,7 +51,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
     """
     try:
         with open(path, "rb") as file:
-            reader = _Reader(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            reader = _HeaderFile(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if reader.take(4) != b"GGUF" or reader.count(4) not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")
         tensors, entries = reader.count(), reader.count()
@@ -66,7 +66,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
         raise ValueError(f"{path} is not a GGUF file or is truncated ({error}); copy or download it again.") from None
 
 
-class _Reader:
+class _HeaderFile:
     """Reads a file from its beginning."""
 
     def __init__(self, content: mmap.mmap) -> None:
@@ -100,7 +100,7 @@ class _Reader:
         return np.frombuffer(self.take(length * dtype.itemsize), dtype).tolist()
 
 
-def _tensors(reader: _Reader, number: int, alignment: Any) -> list[StoredTensor]:
+def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> list[StoredTensor]:
     # Here, because the import takes a tenth of a second, and a converted model does not need it.
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 

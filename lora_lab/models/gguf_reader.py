@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Required
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import TypedDict
 
+from lora_lab.models.configs import config_from_hf
 from lora_lab.models.gguf_header import StoredTensor, read_header
 from lora_lab.models.llama import LlamaConfig, RopeScaling, rotary_frequencies
 from lora_lab.models.quantize import BYTES_PER_BLOCK
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.system.schema import Number, Size, check
+from lora_lab.system.schema import Number, check
 
 # The names of a file's layers, in GGUF and in Hugging Face: at the top, and below "blk.0" or "model.layers.0".
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -37,24 +37,19 @@ IN_BLOCK = {
 ROPE_FACTORS = "rope_freqs.weight"
 # Our own entry, the rule of rope_freqs: factor, low_freq_factor, high_freq_factor, original_context.
 ROPE_RULE = "lora_lab.rope_scaling"
-# What a header must say of a Llama, and may say. LlamaConfig checks the ranges.
-_Header = TypedDict(
-    "_Header",
-    {
-        "llama.embedding_length": Required[Size],
-        "llama.feed_forward_length": Required[Size],
-        "llama.block_count": Required[Size],
-        "llama.attention.head_count": Required[Size],
-        "llama.attention.head_count_kv": Size,
-        "llama.attention.key_length": Size,
-        "llama.context_length": Required[Size],
-        "llama.attention.layer_norm_rms_epsilon": Required[Number],
-        "llama.rope.freq_base": Number,
-        "llama.rope.scaling.type": str,
-        "lora_lab.rope_scaling": Annotated[list[Number], Field(min_length=4, max_length=4)],
-    },
-    total=False,
-)
+SIZES = {  # GGUF's names, below that of the architecture, and Hugging Face's
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+_Rule = Annotated[list[Number], Field(min_length=4, max_length=4)]
+_OPTIONAL = list(SIZES)[6:]
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,8 @@ def read_gguf(path: str | Path) -> StoredModel:
             f"{path.name} is a GGUF file of type {fields['general.type']!s:.80}, not a model; name the model's file, "
             "and load an adapter from its folder with load_adapter."
         )
-    check(fields, _Header, f"{path}: the header")
     raw = {tensor.name: tensor for tensor in stored}
-    tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, raw)
+    tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, raw, path)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     for name, tensor in raw.items():
@@ -133,26 +127,19 @@ def _dense(tensor: StoredTensor) -> Tensor:
     return torch.from_numpy(dense.astype("float32", copy=True))
 
 
-def _config(fields: dict[str, Any], raw: dict[str, StoredTensor]) -> LlamaConfig:
-    def get(key: str, default: Any = None) -> Any:
-        return fields.get(f"llama.{key}", default)
-
-    width, heads = get("embedding_length"), get("attention.head_count")
-    config = LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=width,
-        intermediate_size=get("feed_forward_length"),
-        num_hidden_layers=get("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", width // heads),
-        max_position_embeddings=get("context_length"),
-        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope_theta=get("rope.freq_base", 10000.0),
-        attention_bias="blk.0.attn_q.bias" in raw,
-        mlp_bias="blk.0.ffn_up.bias" in raw,
-        tie_word_embeddings="output.weight" not in raw,
-    )
+def _config(fields: dict[str, Any], raw: dict[str, StoredTensor], path: Path) -> LlamaConfig:
+    entries: dict[str, Any] = {
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "attention_bias": "blk.0.attn_q.bias" in raw,
+        "mlp_bias": "blk.0.ffn_up.bias" in raw,
+        "tie_word_embeddings": "output.weight" not in raw,
+    }
+    for name, ours in SIZES.items():
+        if f"llama.{name}" in fields:
+            entries[ours] = fields[f"llama.{name}"]
+        elif name not in _OPTIONAL:
+            raise ValueError(f"{path}: the header lacks the entry 'llama.{name}'; copy or download the file again.")
+    config = config_from_hf(entries, path)
     if fields.get("llama.rope.scaling.type", "none") != "none":
         raise ValueError(
             f"The GGUF file scales positions by {fields['llama.rope.scaling.type']!r:.80}, which is not built here; "
@@ -165,7 +152,7 @@ def _config(fields: dict[str, Any], raw: dict[str, StoredTensor]) -> LlamaConfig
 
 def _with_rope_factors(config: LlamaConfig, factors: Tensor, rule: list[float] | None) -> LlamaConfig:
     """GGUF stores Llama 3's scaling of positions as one divisor per frequency; find the rule that they follow."""
-    factor, low, high, original = rule or (float(factors.max()), 1.0, 4.0, 8192)
+    factor, low, high, original = check(rule, _Rule | None, ROPE_RULE) or (float(factors.max()), 1.0, 4.0, 8192)
     scaled = replace(config, rope_scaling=RopeScaling(factor, low, high, int(original)))
     expected = rope_factors(scaled)  # (head_dim / 2,)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.models.configs import config_from_hf, positions
-from lora_lab.models.gguf_reader import IN_BLOCK, ROPE_FACTORS, ROPE_RULE, TOP, rope_factors, rotary_heads
+from lora_lab.models.gguf_reader import IN_BLOCK, ROPE_FACTORS, ROPE_RULE, SIZES, TOP, rope_factors, rotary_heads
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BLOCK
 from lora_lab.models.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def layout_of(model: nn.Module) -> Layout:
                 f"The {kind} has {name} {entries[name]!r}, but a GGUF file is written here only of one with {value!r}; "
                 f"{_REMEDY}."
             )
-    config = config_from_hf(entries, Path(kind))
+    config = config_from_hf(entries, kind)
     if window := entries.get("sliding_window"):
         config = replace(config, max_position_embeddings=min(window, config.max_position_embeddings))
     return Layout(architecture, config)
@@ -102,15 +102,8 @@ def write_gguf(
         OSError: the file cannot be written, or the disk is full.
     """
     config = layout.config
-    entries: dict[str, Any] = {
+    entries: dict[str, Any] = {name: getattr(config, ours) for name, ours in SIZES.items()} | {
         "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": config.head_dim,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab.models.configs import read_entries
 from lora_lab.system.files import finish_interrupted_save
-from lora_lab.system.wording import short_repr, shortened
+from lora_lab.system.wording import shortened
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
 # In the order in which they are tried where a config names no architecture with a head.
@@ -56,18 +56,11 @@ def read_config(path: str | Path) -> Any:
     if path.is_dir():
         finish_interrupted_save(path)
         path = path / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; give a folder with a config.json, or the path of one.")
-    kind = read_entries(path).get("model_type")
-    if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(
-            f"transformers {transformers.__version__} cannot read {path}: it does not know the model_type "
-            f"{short_repr(kind)}; use another model, or a version of transformers that knows it."
-        )
+    read_entries(path)  # which limits the sizes
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the entries of the file lead to
-        raise ValueError(f"transformers {transformers.__version__} cannot read {path}: {_reason(error)}") from None
+        raise _not_possible(f"transformers {transformers.__version__} cannot read {path}", error) from None
 
 
 def model_class(config: Any) -> Any:
@@ -78,14 +71,11 @@ def model_class(config: Any) -> Any:
     """
     transformers = require_transformers()
     bare = transformers.MODEL_MAPPING.get(type(config), None)
-    for name in config.architectures or ():
-        named = getattr(transformers, name, None)
-        is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-        if is_model and named is not bare:
-            return named
-    for name in _HEADS:
-        if (usual := getattr(transformers, name).get(type(config), None)) is not None:
-            return usual
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    usual = [getattr(transformers, name).get(type(config), None) for name in _HEADS]
+    for kind in (*named, *usual):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
+            return kind
     raise ValueError(
         f"transformers {transformers.__version__} has no model with a head for a config of type "
         f"{config.model_type!r}; use another model."
@@ -105,7 +95,7 @@ def build(config: Any) -> nn.Module:
     try:
         return kind(copy.deepcopy(config))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"transformers cannot build a {kind.__name__} of this config: {_reason(error)}") from None
+        raise _not_possible(f"transformers cannot build a {kind.__name__} of this config", error) from None
 
 
 def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -146,7 +136,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
-        raise ValueError(f"{folder} cannot be loaded by transformers: {_reason(error)}") from None
+        raise _not_possible(f"{folder} cannot be loaded by transformers", error) from None
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
@@ -213,5 +203,5 @@ def save(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     write(folder, state_dict=state, max_shard_size="1TB")  # pyright: ignore[reportCallIssue]
 
 
-def _reason(error: Exception) -> str:
-    return shortened(str(error)) or type(error).__name__
+def _not_possible(what: str, error: Exception) -> ValueError:
+    return ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -30,8 +30,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.models.decoding import Sampling, continued
-from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields, instance_of
-from lora_lab.system.wording import short_repr
+from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
 # and positions are finite.
@@ -278,14 +277,10 @@ class Llama(nn.Module):
     Args:
         config: the shape.
         seed: of the weights; the global random generator is not used.
-
-    Raises:
-        ValueError: an argument is of another type.
     """
 
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
         super().__init__()
-        check(config, instance_of(LlamaConfig), "config")
         seed = check(seed, Seed, "seed")
         self.config = config
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights too, which are replaced below
@@ -314,36 +309,11 @@ class Llama(nn.Module):
             logits_to_keep: indices (columns,) of the positions whose logits are returned; None returns all.
 
         Raises:
-            ValueError: both ``cache`` and ``position_ids`` are given, ``ids`` or ``position_ids`` has another shape,
-                ``logits_to_keep`` is no tensor of positions, or another argument is of another type or shape.
+            ValueError: both ``cache`` and ``position_ids`` are given.
         """
-        if not isinstance(ids, Tensor) or ids.ndim != 2:
-            what = f"has shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"is {short_repr(ids)}"
-            raise ValueError(f"ids {what}, but it must be a tensor of token ids, (batch, length).")
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"ids is of {ids.dtype}, but token ids are whole numbers, of torch.int64.")
-        if not isinstance(cache, KeyValueCache | None):
-            raise ValueError(f"cache is {short_repr(cache)}, but it must be a KeyValueCache or None.")
-        if attention_mask is not None:
-            length = ids.shape[1] + (0 if cache is None else cache.length)
-            if not isinstance(attention_mask, Tensor) or attention_mask.shape[1:] != (length,):
-                raise ValueError(
-                    f"attention_mask is {_form(attention_mask)}, but it must be a tensor of shape {(len(ids), length)}."
-                )
-        if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape != ids.shape):
-            raise ValueError(
-                f"position_ids is {_form(position_ids)}, but it must be a tensor of shape {tuple(ids.shape)}, like ids."
-            )
         hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
         if logits_to_keep is not None:
-            if not isinstance(logits_to_keep, Tensor) or logits_to_keep.ndim != 1:
-                raise ValueError(
-                    f"logits_to_keep is {short_repr(logits_to_keep)}, but it must be a tensor of positions."
-                )
-            try:
-                hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
-            except IndexError as error:
-                raise ValueError(f"logits_to_keep must be positions below {ids.shape[1]}, but {error}.") from None
+            hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
         return self.lm_head(hidden)  # (4, 128, 49152)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -383,22 +353,15 @@ class Llama(nn.Module):
                 normal = torch.randn(parameter.shape, generator=generator, device="cpu")  # equal on all devices
                 parameter.copy_(normal * 0.02)
 
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        stop: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        repetition_penalty: float = 1.0,
-    ) -> Tensor:
+    def generate(self, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any) -> Tensor:
         """Continue one prompt, and return the new tokens only.
 
         Args:
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.decoding.Sampling`.
+            **sampling: temperature, seed and repetition_penalty: the fields of
+                :class:`lora_lab.models.decoding.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -408,29 +371,16 @@ class Llama(nn.Module):
                 and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
                 out of range.
         """
-        new = list(self.stream(ids, max_new_tokens, stop, temperature, seed, repetition_penalty))
-        return torch.tensor(new, dtype=torch.long)  # (new,)
+        return torch.tensor(list(self.stream(ids, max_new_tokens, stop, **sampling)), dtype=torch.long)  # (new,)
 
-    def stream(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        stop: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        repetition_penalty: float = 1.0,
-    ) -> Iterator[int]:
-        """The tokens of :meth:`generate` one by one, as they are made; with the same arguments and errors."""
+    def stream(self, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any) -> Iterator[int]:
+        """Return the tokens of :meth:`generate` one by one, as they are made; with the same arguments and errors."""
         cache = KeyValueCache()
 
         def read(new: Tensor) -> Tensor:
             return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
 
-        return continued(self, read, ids, max_new_tokens, stop, Sampling(temperature, seed, repetition_penalty))
-
-
-def _form(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else short_repr(value)
+        return continued(self, read, ids, max_new_tokens, stop, Sampling(**sampling))
 
 
 def _mask(

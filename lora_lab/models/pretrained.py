@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast, overload
 
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.files import (
     MixedSavesError,
     as_path,
-    atomic_file,
     atomic_files,
     atomic_folder,
     finish_interrupted_save,
@@ -51,8 +50,7 @@ from lora_lab.system.files import (
     write_json,
 )
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import check, instance_of
-from lora_lab.system.wording import short_repr
+from lora_lab.system.schema import check
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are not read.
@@ -66,19 +64,9 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @overload
-def load_pretrained(
-    source: Literal["smollm2-135m"] = ...,
-    dtype: torch.dtype = ...,
-    device: str | torch.device | None = ...,
-    keep_blocks: bool = ...,
-) -> tuple[Llama, Tokenizer]: ...
+def load_pretrained(source: Literal["smollm2-135m"] = ..., *args: Any, **options: Any) -> tuple[Llama, Tokenizer]: ...
 @overload
-def load_pretrained(
-    source: str | Path,
-    dtype: torch.dtype = ...,
-    device: str | torch.device | None = ...,
-    keep_blocks: bool = ...,
-) -> tuple[nn.Module, Tokenizer]: ...
+def load_pretrained(source: str | Path, *args: Any, **options: Any) -> tuple[nn.Module, Tokenizer]: ...
 
 
 def load_pretrained(
@@ -110,17 +98,15 @@ def load_pretrained(
         ModuleNotFoundError: the folder's model needs transformers, which is not installed.
         RuntimeError: the model cannot be downloaded.
     """
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {short_repr(dtype)}, but weights need a floating-point one, such as torch.float32.")
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"source is a {type(source).__name__}, but it must be {SMOLLM2!r} or a path.")
-    keep_blocks = check(keep_blocks, bool, "keep_blocks")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
     device = pick_device(device)[0]
     path = _smollm2_folder() if str(source) == SMOLLM2 else as_path(source, "source")
     if path.is_dir():
         reason = misfit(_config_entries(path))
         if str(source) != SMOLLM2:
-            _say_which(path, reason)
+            which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
+            print(f"{path}: {which}.", file=sys.stderr)
         if reason is not None:
             return _load_by_transformers(path, dtype, device, keep_blocks)
         stored = read_whole(_read_folder, path)
@@ -155,22 +141,18 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
     return load_pretrained(source, device="cpu")[1]  # which says what is wrong with the source
 
 
-def _say_which(path: Path, reason: str | None) -> None:
-    if reason is None:
-        which = "a lora_lab.Llama, because its type is 'llama'"
-    else:
-        which = f"a model of transformers, because {reason}"
-    print(f"{path}: {which}.", file=sys.stderr)
+def _no_blocks(origin: Path) -> ValueError:
+    return ValueError(
+        f"{origin} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
+        "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
+    )
 
 
 def _load_by_transformers(
     path: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool
 ) -> tuple[nn.Module, Tokenizer]:
     if keep_blocks:
-        raise ValueError(
-            f"{path} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
-            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
-        )
+        raise _no_blocks(path)
     _weight_files(path)  # transformers would follow an index out of the folder
     tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
     return huggingface.load(path, dtype, device), tokenizer
@@ -213,7 +195,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     entries = _config_entries(Path(folder))
     if (reason := misfit(entries)) is not None:
         raise ValueError(f"{folder} holds no Llama that is built here: {reason}.")
-    return config_from_hf(entries, Path(folder))
+    return config_from_hf(entries, Path(folder) / "config.json")
 
 
 def _config_entries(path: Path) -> dict[str, Any]:
@@ -258,9 +240,6 @@ def save_model(
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
     path = as_path(path, "path")
-    check(tokenizer, instance_of(Tokenizer) | None, "tokenizer")
-    check(format, str, "format")
-    check(dtype, str | None, "dtype")
     if format == "gguf":
         if tokenizer is None:
             raise ValueError(
@@ -268,7 +247,7 @@ def save_model(
             )
         write_gguf(path, layout_of(model), _dense_state(model), tokenizer, dtype or "f16")
     elif format != "safetensors":
-        raise ValueError(f"format is {short_repr(format)}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
+        raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
     elif dtype is not None:
         raise ValueError(
             f"dtype is {dtype!r}, but it is for format='gguf'; a folder holds the model in its own dtype, so convert "
@@ -296,12 +275,8 @@ def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> Non
     """Write config.json and model.safetensors beside the tokenizer's files, with a common hash."""
     state = _dense_state(model)
     config = config_to_hf(model.config, next(iter(state.values())).dtype)
-    if tokenizer is not None:
-        config |= {
-            f"{name}_token_id": getattr(tokenizer, f"{name}_id")
-            for name in ("bos", "eos", "pad")
-            if getattr(tokenizer, f"{name}_id") is not None
-        }
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    config |= {name: token for name, token in ids.items() if token is not None}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in sorted(folder.iterdir()):
         digest.update(path.read_bytes())
@@ -341,7 +316,7 @@ def _smollm2_folder() -> Path:
             raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
     with cache_lock(_CACHE_ENTRY):
-        if not folder.is_dir():
+        if not folder.is_dir():  # no other process has made it while this one waited
             stored = read_gguf(fetch_smollm2())
             with atomic_folder(folder) as temporary:
                 _write_blocks(stored, temporary)
@@ -351,13 +326,12 @@ def _smollm2_folder() -> Path:
 def _write_blocks(stored: StoredModel, folder: Path) -> None:
     stored.tokenizer.save(folder)
     write_json(folder / "config.json", config_to_hf(stored.config, torch.float32))
-    with atomic_file(folder / "model.safetensors") as temporary:
-        save_file(stored.tensors, temporary, metadata={_KINDS: json.dumps(stored.kinds)})
+    save_file(stored.tensors, folder / "model.safetensors", metadata={_KINDS: json.dumps(stored.kinds)})
 
 
 def _read_folder(folder: Path) -> StoredModel:
     entries = _config_entries(folder)
-    config = config_from_hf(entries, folder)
+    config = config_from_hf(entries, folder / "config.json")
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
     paths = _weight_files(folder)
     huggingface.check_weights(folder)
@@ -367,11 +341,12 @@ def _read_folder(folder: Path) -> StoredModel:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                stored.kinds.update(_block_kinds(metadata, path))
+                kinds = from_json(metadata.get(_KINDS, "{}"))
+                stored.kinds.update(check(kinds, dict[str, str], f"{path}: {_KINDS}"))
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
                     if not name.endswith("rotary_emb.inv_freq"):  # in old folders, and computed from the config here
                         stored.tensors[name] = file.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
         if metadata.get(_SAVE) != entries.get(_SAVE) and _SAVE in metadata and _SAVE in entries:
             raise MixedSavesError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
@@ -382,8 +357,7 @@ def _weight_files(folder: Path) -> list[Path]:
     # As in transformers, a single file has precedence over an index of several.
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        content = read_json(index)
-        check(content, _Index, str(index))
+        content = check(read_json(index), _Index, str(index))
         names = sorted(set(content["weight_map"].values()))
         for name in names:
             if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
@@ -396,23 +370,11 @@ class _Index(TypedDict):
     weight_map: dict[str, str]  # from a tensor to its file
 
 
-def _block_kinds(metadata: dict[str, str], path: Path) -> dict[str, str]:
-    try:
-        kinds = json.loads(metadata.get(_KINDS, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no JSON as {_KINDS} ({error}); make or copy it anew.") from None
-    check(kinds, dict[str, str], f"{path}: {_KINDS}")
-    return kinds
-
-
 def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> Llama:
     """A model with the stored tensors; copying one removes it from ``stored``, so that no weight is held twice."""
     tensors, kinds = stored.tensors, stored.kinds
     if keep_blocks and not kinds:
-        raise ValueError(
-            f"{origin} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
-            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
-        )
+        raise _no_blocks(origin)
     with torch.device("meta"):
         model = Llama(stored.config)
     if stored.config.tie_word_embeddings:

@@ -159,23 +159,15 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
 
 
 def stream(
-    model: nn.Module,
-    ids: Tensor,
-    max_new_tokens: int,
-    stop: int | None = None,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    repetition_penalty: float = 1.0,
+    model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, one by one, as they are made.
+    """Return the tokens that follow a prompt, one by one, as they are made.
 
     Args:
         model: as for :func:`reader_of`.
-        ids, max_new_tokens, stop, temperature, seed, repetition_penalty: as for :meth:`lora_lab.Llama.generate`.
+        ids, max_new_tokens, stop, **sampling: as for :meth:`lora_lab.Llama.generate`.
 
     Raises:
         ValueError: as for :meth:`lora_lab.Llama.generate` and :func:`reader_of`.
     """
-    sampling = Sampling(temperature, seed, repetition_penalty)
-    return continued(model, reader_of(model).read, ids, max_new_tokens, stop, sampling)
+    return continued(model, reader_of(model).read, ids, max_new_tokens, stop, Sampling(**sampling))

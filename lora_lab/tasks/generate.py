@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
-from lora_lab.system.renamed import renamed
-from lora_lab.system.schema import Size, check, instance_of
+from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, check_tokenizer, context_length, modes_restored
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
@@ -25,9 +24,7 @@ def reply(
     prompt: str,
     *,
     max_new_tokens: int = 80,
-    temperature: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
+    **sampling: Any,
 ) -> str:
     """The model's answer to one prompt, which is put into the model's chat template.
 
@@ -36,7 +33,7 @@ def reply(
         tokenizer: of the model.
         prompt: what the user writes.
         max_new_tokens: where the answer is cut if the model does not end it before.
-        temperature, repetition_penalty, seed: as for :meth:`lora_lab.Llama.generate`.
+        **sampling: temperature, seed and repetition_penalty, as for :meth:`lora_lab.Llama.generate`.
 
     Returns:
         The answer, without the token that ends a turn and without white space around it.
@@ -45,12 +42,11 @@ def reply(
         ValueError: the model is not a causal language model, its tokenizer has no chat template, or as for
             :meth:`lora_lab.Llama.generate`.
     """
-    options = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
     reader_of(model)  # refuses a model that cannot answer, before the template is asked
     check_tokenizer(tokenizer, ChatTokenizer)
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    return tokenizer.decode(list(stream(model, ids, max_new_tokens, stop_token(tokenizer), **options))).strip()
+    return tokenizer.decode(list(stream(model, ids, max_new_tokens, stop_token(tokenizer), **sampling))).strip()
 
 
 @torch.no_grad()
@@ -83,11 +79,9 @@ def answers(
         ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
             prompts and ``max_new_tokens`` exceed the model's context.
     """
-    check(task, instance_of(PairTask), "task")
-    pairs = task.pairs_of(part)
-    limit, batch_size = check(limit, Size | None, "limit"), check(batch_size, Size, "batch_size")
-    max_new_tokens = check(max_new_tokens, Size | None, "max_new_tokens")
-    pairs = pairs[:limit]
+    for name, number in {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+        check(number, Size | None, name)
+    pairs = task.pairs_of(part)[:limit]
     if task.metric == "classification":
         return most_likely_labels(model, task, pairs, classes(task), batch_size)
     lengths = [len(task.prompt_ids(pair)) for pair in pairs]
@@ -241,6 +235,3 @@ def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:
         logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
     log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
     return log_probabilities[:, range(len(answer)), answer].sum(1)  # (16,)
-
-
-__getattr__ = renamed(__name__, {"choices": "most_likely_labels"})

@@ -12,6 +12,7 @@ several turns, of all the assistant's. All pairs of a group
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import Counter, defaultdict
@@ -21,10 +22,9 @@ from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -33,16 +33,14 @@ from lora_lab.system.schema import Count, Seed, Size, check
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, drawn
 from lora_lab.tasks.checks import suspicions
-from lora_lab.tasks.formats import Entry, Turn, parse
+from lora_lab.tasks.formats import StoredExample, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
 Metric = Literal["", "classification", "style", "summary", "translation"]
-_SEQ_LEN = 128  # tokens per example of texts
 _SAMPLE = "Good day."  # of an assistant
 _MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
 T = TypeVar("T")
-_Turn = Annotated[Sequence[str], Field(min_length=2, max_length=2)]
 
 
 @runtime_checkable
@@ -78,13 +76,6 @@ class Pair:
     answer: str
     group: str = ""
     before: tuple[Turn, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.prompt, str) and isinstance(self.answer, str)):
-            kinds = f"a {type(self.prompt).__name__} and a {type(self.answer).__name__}"
-            raise TypeError(f"A pair's prompt and answer are {kinds}, but both must be a str.")
-        check(self.group, str, "group")
-        check(self.before, Sequence[_Turn], "before")
 
     @property
     def context(self) -> str:
@@ -150,7 +141,7 @@ class PairTask(Task):
         Raises:
             ValueError: the part has no pairs, or there is no such part.
         """
-        if check(part, str, "part") not in self.pairs:
+        if part not in self.pairs:
             raise ValueError(f"part is {part!r}, but the pairs of task {self.name!r} are in {list(self.pairs)}.")
         return self.pairs[part]
 
@@ -168,8 +159,7 @@ class PairTask(Task):
             ValueError: the part has no pairs, there is no such part, or the count is none.
         """
         pairs, examples, lines = self.pairs_of(part), self.part(part), []
-        count = check(count, Count, "count")
-        for row in range(min(count, len(examples))):
+        for row in range(min(check(count, Count, "count"), len(examples))):
             inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
             last = int((targets != IGNORE).nonzero()[-1])
             ids = [*inputs[: last + 1].tolist(), int(targets[last])]
@@ -223,18 +213,15 @@ def from_pairs(
     check_tokenizer(tokenizer, ChatTokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
-    for text, argument in ((name, "name"), (about, "about"), (licence, "licence")):
-        check(text, str, argument)
+    split: dict[str, list[Pair]]
     if isinstance(pairs, Mapping):
         pairs = cast("Mapping[str, Iterable[Any]]", pairs)
-        split = {part: _pairs(part_pairs) for part, part_pairs in pairs.items()}
+        split = {part: list(map(_as_pair, part_pairs)) for part, part_pairs in pairs.items()}
     else:
-        split = _split(_pairs(pairs), seed)
-    if set(split) != set(PARTS):
-        raise ValueError(f"pairs has the parts {sorted(split)}, but it must have {', '.join(PARTS)}.")
-    for part, part_pairs in split.items():
-        if not part_pairs:
-            raise ValueError(f"The {part} part has no pairs; give it at least one.")
+        split = _split(map(_as_pair, pairs), seed)
+    if set(split) != set(PARTS) or not all(split.values()):
+        filled = sorted(part for part in split if split[part])
+        raise ValueError(f"pairs has the parts {filled}, but it must have {', '.join(PARTS)}.")
     _check_disjoint(split)
     examples: dict[str, Padded] = {}
     count = sum(map(len, split.values()))
@@ -256,40 +243,19 @@ def from_pairs(
     )
 
 
-def _pairs(pairs: Any) -> list[Pair]:
-    """Pairs of what :func:`from_pairs` takes.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    expected = "must be a Pair, or a prompt and an answer such as ('Capital of France?', 'Paris')"
-    if isinstance(pairs, str) or not isinstance(pairs, Iterable) or getattr(pairs, "ndim", 1) == 0:
-        raise ValueError(f"pairs is {short_repr(pairs)}, but it must be a list, of which each {expected}.")
-    result: list[Pair] = []
-    for pair in pairs:
-        if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
-            pair = Pair(*pair)
-        if not isinstance(pair, Pair):
-            raise ValueError(f"pairs holds {short_repr(pair)}, but each {expected}.")
-        result.append(pair)
-    return result
+def _as_pair(pair: Pair | tuple[str, str]) -> Pair:
+    if isinstance(pair, Pair):
+        return pair
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"pairs holds {short_repr(pair)}, but each must be a Pair, or a prompt and an answer such as ('Capital of "
+            "France?', 'Paris')."
+        )
+    return Pair(*pair)
 
 
-def from_jsonl(
-    tokenizer: ChatTokenizer,
-    path: str | Path,
-    *,
-    name: str | None = None,
-    about: str | None = None,
-    seq_len: int | None = None,
-    allow_special: bool = False,
-    max_tokens: int | None = None,
-    skip_long: bool | None = None,
-    seed: int | None = None,
-    metric: Metric | None = None,
-    licence: str | None = None,
-) -> Task:
-    """A task from a file of JSON Lines, one example on each line, in any form of :mod:`lora_lab.tasks.formats`.
+def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: bool = False, **options: Any) -> Task:
+    """Return a task from a file of JSON Lines, one example on each line, in any form of :mod:`lora_lab.tasks.formats`.
 
     Those are chat messages, ShareGPT's conversations, Alpaca's instructions, prompts with their answers (or
     completions, or responses), questions with their answers, and texts. The task of texts is to predict the next token;
@@ -301,78 +267,90 @@ def from_jsonl(
     Args:
         tokenizer: of the model that will be trained.
         path: of the file; empty lines are skipped.
-        name, about: of the task; by default they name the file.
-        seq_len, allow_special: of a file of texts, as for :func:`from_text`.
-        max_tokens, skip_long, seed, metric, licence: of a file of any other form, as for :func:`from_pairs`.
+        allow_special: for a file of texts, as for :func:`from_text`.
+        **options: name and about, which by default name the file; and of a file of texts seq_len, as for
+            :func:`from_text`, of any other the options of :func:`from_pairs`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
-            not, an argument does not apply to the form of the lines, or as for :func:`from_pairs`.
+            not, an option does not apply to the form of the lines, or as for :func:`from_pairs`.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
-    path, name, about = as_path(path, "path"), check(name, str | None, "name"), check(about, str | None, "about")
+    path = as_path(path, "path")
     check_file(path, "a JSON Lines file")
-    entries, problems, malformed = [], [], 0
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        if not entries and not malformed and line.lstrip().startswith("["):
-            raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
-        try:
-            entry = _parsed(line.rstrip())  # where a line ends too early, json's column would be of the next line
-            for text in (*(content for _, content in entry.turns), entry.text):
-                tokenizer.check_text(text, allow_special=allow_special and bool(entry.text))
-            entries.append(entry)
-        except ValueError as error:
-            malformed += 1
-            if malformed <= 5:
-                problems.append(f"line {number}: {shortened(str(error), 250).removesuffix('.')}")
-    if malformed:
-        shown = "; ".join(problems) + (f"; and {malformed - 5} more" if malformed > 5 else "")
-        raise ValueError(f"{path} has {counted(malformed, 'malformed line')}: {shown}.")
-    if not entries:
-        raise ValueError(f"{path} is empty; write one example per line.")
-    ignored = sorted(set().union(*(entry.ignored for entry in entries)))
-    if about is None:
-        about = f"from the file {path.name}"
-        if ignored:
-            about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
-    options = {"max_tokens": max_tokens, "skip_long": skip_long, "seed": seed, "metric": metric, "licence": licence}
-    options: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
-    if texts := [entry.text for entry in entries if entry.text]:
-        if len(texts) < len(entries):
-            raise ValueError(
-                f"{path} has {len(texts)} texts and {len(entries) - len(texts)} conversations; split them."
-            )
-        if options:
-            raise ValueError(f"{path} holds texts, which take no {' or '.join(options)}; leave that out.")
-        return _task_of_texts(tokenizer, path, texts, _SEQ_LEN if seq_len is None else seq_len, "text", name, about)
-    if seq_len is not None:
-        raise ValueError(f"{path} holds conversations, which take no seq_len; leave it out, or give max_tokens.")
-    options |= {"name": path.stem if name is None else name, "about": about}
-    if not any(entry.part for entry in entries):
-        return from_pairs(tokenizer, map(_pair, entries), **options)
-    if not all(entry.part for entry in entries):
-        count = sum(bool(entry.part) for entry in entries)
-        raise ValueError(f'{path} has "part" on {count} of {len(entries)} lines; give it on all or none.')
+    stored = _read_jsonl(tokenizer, path, allow_special)
+    about = f"from the file {path.name}"
+    if ignored := sorted(set().union(*(example.ignored for example in stored))):
+        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
+    options = {"name": path.stem, "about": about} | options
+    texts = [example.text for example in stored if example.text]
+    if 0 < len(texts) < len(stored):
+        raise ValueError(f"{path} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
+    form, taken = ("texts", from_text) if texts else ("conversations", from_pairs)
+    if wrong := options.keys() - {"about", *inspect.signature(taken).parameters}:
+        raise ValueError(f"{path} holds {form}, which take no {' or '.join(sorted(wrong))}; leave that out.")
+    if texts:
+        return _task_of_texts(tokenizer, path, texts, "text", **options)
+    pairs = [Pair(example.turns[-2][1], example.turns[-1][1], example.group, example.turns[:-2]) for example in stored]
+    with_part = sum(bool(example.part) for example in stored)
+    if with_part == 0:
+        return from_pairs(tokenizer, pairs, **options)
+    if with_part < len(stored):
+        raise ValueError(f'{path} has "part" on {with_part} of {len(stored)} lines; give it on all or none.')
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    for entry in entries:
-        split[entry.part].append(_pair(entry))
+    for example, pair in zip(stored, pairs, strict=True):
+        split[example.part].append(pair)
     return from_pairs(tokenizer, split, **options)
 
 
-def _pair(entry: Entry) -> Pair:
-    """The last prompt and answer of a conversation, with the turns before them."""
-    *before, (_, prompt), (_, answer) = entry.turns
-    return Pair(prompt, answer, entry.group, tuple(before))
+def _read_jsonl(tokenizer: ChatTokenizer, path: Path, allow_special: bool) -> list[StoredExample]:
+    """Return the example on each line.
+
+    Raises:
+        ValueError: the file is empty, holds a JSON array, or has malformed lines, of which the first five are named.
+    """
+    stored, problems = [], []
+    for number, line in _lines(path):
+        if not stored and not problems and line.lstrip().startswith("["):
+            raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
+        try:
+            if line.strip():
+                stored.append(_parsed(line.rstrip(), tokenizer, allow_special))
+        except ValueError as error:
+            problems.append(f"line {number}: {shortened(str(error), 250).removesuffix('.')}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{path} has {counted(len(problems), 'malformed line')}: {shown}.")
+    if not stored:
+        raise ValueError(f"{path} is empty; write one example per line.")
+    return stored
+
+
+def _parsed(line: str, tokenizer: ChatTokenizer, allow_special: bool) -> StoredExample:
+    """Return the example on a line, whose texts hold no special tokens.
+
+    Raises:
+        ValueError: what is wrong, in a few words.
+    """
+    try:
+        example = parse(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not an example, but lists within lists without end") from None
+    if example.part and example.part not in PARTS:
+        raise ValueError(f"'part' is {example.part!r}, not one of {', '.join(PARTS)}")
+    for text in (*(content for _, content in example.turns), example.text):
+        tokenizer.check_text(text, allow_special=allow_special and bool(example.text))
+    return example
 
 
 def from_text(
     tokenizer: ChatTokenizer,
     path: str | Path,
     *,
-    seq_len: int = _SEQ_LEN,
+    seq_len: int = 128,
     name: str | None = None,
     allow_special: bool = False,
 ) -> Task:
@@ -393,18 +371,19 @@ def from_text(
         ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
-    path, name = as_path(path, "path"), check(name, str | None, "name")
+    path = as_path(path, "path")
     check_file(path, "a text file")
-    with StringIO() as text:
-        for number, line in _lines(path):
-            tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
-            text.write(line)
-        paragraphs = [paragraph for paragraph in text.getvalue().split("\n\n") if paragraph.strip()]
-    return _task_of_texts(tokenizer, path, paragraphs, seq_len, "paragraph", name, f"from the file {path.name}")
+    text = StringIO()
+    for number, line in _lines(path):
+        tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
+        text.write(line)
+    paragraphs = [paragraph for paragraph in text.getvalue().split("\n\n") if paragraph.strip()]
+    about = f"from the file {path.name}"
+    return _task_of_texts(tokenizer, path, paragraphs, "paragraph", name or path.stem, about, seq_len)
 
 
 def _task_of_texts(
-    tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], seq_len: int, unit: str, name: str | None, about: str
+    tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
 ) -> Task:
     """Next-token prediction on texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
     split = {  # the large part last, so that too few texts are refused at once
@@ -425,7 +404,7 @@ def _task_of_texts(
     if counts := +counts:  # without those that do not occur
         about += f", with the special tokens {_listed(counts)}"
     return Task(
-        name or path.stem,
+        name,
         train=parts["train"],
         validation=parts["validation"],
         test=parts["test"],
@@ -455,23 +434,6 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{token!r} ({counted(count, 'time')})" for token, count in sorted(counts.items()))
 
 
-def _parsed(line: str) -> Entry:
-    """The example on a line.
-
-    Raises:
-        ValueError: what is wrong, in a few words.
-    """
-    try:
-        entry = parse(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not an example, but lists within lists without end") from None
-    if entry.part and entry.part not in PARTS:
-        raise ValueError(f"'part' is {entry.part!r}, not one of {', '.join(PARTS)}")
-    return entry
-
-
 def _prompt_group(prompt: str) -> str:
     """The group of all pairs with this prompt; its first character keeps it distinct from the groups of users."""
     return f"\0{prompt.strip().casefold()}"
@@ -491,15 +453,9 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
         groups[_group(pair)].append(pair)
     if len(groups) < len(PARTS):
         count = sum(map(len, groups.values()))
-        if count <= 1:
-            raise ValueError(
-                f"There {'is one pair' if count else 'are no pairs'}, but {', '.join(PARTS)} need at least one each; "
-                "give more pairs."
-            )
-        what = f"All {count} pairs have" if len(groups) == 1 else f"There are {len(groups)} groups of pairs with"
         raise ValueError(
-            f"{what} the same prompt or group, but {', '.join(PARTS)} need at least one group each; give more pairs "
-            "with other prompts, or smaller groups."
+            f"There are {counted(count, 'pair')} in {counted(len(groups), 'group')} of the same prompt or group, but "
+            f"{', '.join(PARTS)} need at least one group each; give more pairs with other prompts, or smaller groups."
         )
     tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffled(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
@@ -612,19 +568,16 @@ def _encode_part(
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
-        size = f"more than {max_tokens}"
-        if len(pair.context) + len(pair.answer) <= max_tokens * _MOST_CHARACTERS:
-            input_ids, target_ids = encode(tokenizer, pair)
-            if len(input_ids) < max_tokens:
-                short.append(pair)
-                inputs.append(torch.tensor(input_ids))  # (length,)
-                targets.append(torch.tensor(target_ids))  # (length,)
-                continue
-            size = str(len(input_ids) + 1)
-        if not skip_long:
+        huge = len(pair.context) + len(pair.answer) > max_tokens * _MOST_CHARACTERS
+        input_ids, target_ids = ([], []) if huge else encode(tokenizer, pair)
+        if not huge and len(input_ids) < max_tokens:
+            short.append(pair)
+            inputs.append(torch.tensor(input_ids))  # (length,)
+            targets.append(torch.tensor(target_ids))  # (length,)
+        elif not skip_long:
             raise ValueError(
-                f"The pair with the prompt {pair.prompt[:60]!r} has {size} tokens, but max_tokens is {max_tokens}; "
-                "shorten it, or raise max_tokens."
+                f"The pair with the prompt {pair.prompt[:60]!r} has more than {max_tokens} tokens; shorten it, or "
+                "raise max_tokens."
             )
     if not short:
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")

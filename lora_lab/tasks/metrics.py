@@ -14,8 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lora_lab.system.numbers import is_list
-from lora_lab.system.schema import check, instance_of
 from lora_lab.system.wording import short_repr
 from lora_lab.tasks.instruction import Pair, PairTask
 
@@ -33,8 +31,6 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
     Raises:
         ValueError: the task has no metric or no such part, or there are no predictions, or more than prompts.
     """
-    check(task, instance_of(PairTask), "task")
-    check(predictions, Sequence[str], "predictions")
     if task.metric not in METRICS:
         raise ValueError(
             f"Task {task.name!r} has the metric {task.metric!r}, but answers are scored by one of "
@@ -92,7 +88,7 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
 
 def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
     for name, texts in {"predictions": predictions, "references": references}.items():
-        if not is_list(texts) or len(texts) == 0 or not all(isinstance(text, str) for text in texts):
+        if isinstance(texts, str) or len(texts) == 0:
             raise ValueError(f"{name} is {short_repr(texts)}, but it must be a list of at least one text.")
     if len(predictions) != len(references):
         raise ValueError(
@@ -119,7 +115,7 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
     Raises:
         ValueError: the task's metric has no such baseline, or it has no such part.
     """
-    pairs = check(task, instance_of(PairTask), "task").pairs_of(part)
+    pairs = task.pairs_of(part)
     if task.metric == "classification":
         majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]
         return [majority_class] * len(pairs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.inject import LoRAConfig, inject, lora_layers
-from lora_lab.system.schema import NotNegative, Seed, Size, check, instance_of
+from lora_lab.system.schema import NotNegative, Seed, Size, check
 from lora_lab.task import Examples, Task, mean_squared_error
 
 
@@ -37,11 +37,10 @@ def planted(
         seed: of everything random.
 
     Raises:
-        ValueError: ``noise`` is negative, an argument is of another type, the model has no linear layer, or as for
+        ValueError: ``noise`` is negative, the model has no linear layer, or as for
             :func:`lora_lab.inject`.
     """
     noise, n_train = check(noise, NotNegative, "noise"), check(n_train, Size, "n_train")
-    check(model, instance_of(nn.Module), "model")
     if (first := next((module for module in model.modules() if isinstance(module, nn.Linear)), None)) is None:
         raise ValueError(f"A {type(model).__name__} has no linear layer, but planted needs a net of features.")
     student = copy.deepcopy(model).cpu().eval()  # a model on a GPU stays there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,8 +82,6 @@ def _frame(table: Any) -> tuple[DataFrame, str]:
         return table, "table"
     if hasattr(table, "to_pandas"):  # as a Dataset of the datasets library has
         return table.to_pandas(), "dataset"
-    if not isinstance(table, str | os.PathLike):
-        raise ValueError(f"table is {short_repr(table)}, but it must be a path, a pandas DataFrame or a Dataset.")
     path = Path(table)
     if path.suffix not in TABLES:
         raise ValueError(
@@ -146,45 +143,28 @@ def from_arrays(
         ValueError: the arrays do not fit each other, hold something that is not finite, have fewer than ten examples,
             or y does not fit the kind.
     """
-    seed = check(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
-    if not isinstance(kind, str) or kind not in ("auto", "classification", "regression"):
+    check(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
+    if kind not in ("auto", "classification", "regression"):
         raise ValueError(f"kind is {short_repr(kind)}, but it must be 'auto', 'classification' or 'regression'.")
     features, values = _features(X), _array(y)
-    if values.ndim == 0:
-        raise ValueError(f"y is {short_repr(y)}, but it must be an array (n,), or (n, outputs).")
-    if len(features) != len(values):
-        raise ValueError(f"X has {len(features)} examples and y has {len(values)}, but both must have the same number.")
-    if len(features) < 10:
-        raise ValueError(f"There are {len(features)} examples, but a split into three parts needs at least 10.")
-    floating = values.dtype.kind == "f"
+    if values.ndim == 0 or len(features) != len(values) or len(features) < 10:
+        raise ValueError(
+            f"X has shape {features.shape} and y has {values.shape}, but both must have the same number of examples, "
+            "at least 10."
+        )
     if kind == "auto":
-        kind = "regression" if floating and not np.all(values == np.round(values)) else "classification"
-    if kind == "classification":
-        if values.ndim != 1:
-            raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
-        classes, labels = _classes(y, values)
-        if len(classes) < 2:
-            raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
-        split, stratum = {value: i for i, value in enumerate(classes.tolist())}, labels
+        whole = values.dtype.kind != "f" or np.all(values == np.round(values))
+        kind = "classification" if whole else "regression"
+    numbers, labels = _classes(y, values) if kind == "classification" else (None, None)
+    parts = [(features[rows], values[rows]) for rows in _split(len(features), labels, seed)]
+    about = f"{len(features)} examples of yours" + (f", {len(numbers)} classes" if numbers else "")
+    if off_domain is None:
+        parts.append(parts[2])
+        about += "; off-domain: the test part"
     else:
-        split, stratum = None, None
-    parts = _split(len(features), stratum, seed)
-
-    def examples(X_part: np.ndarray, y_part: np.ndarray) -> Examples:
-        return Examples(torch.from_numpy(X_part), _targets(y_part, split))
-
-    train, validation, test = (examples(features[rows], values[rows]) for rows in parts)
-    other = test
-    if off_domain is not None:
-        if not isinstance(off_domain, tuple | list) or len(off_domain) != 2:
-            raise ValueError(f"off_domain is {short_repr(off_domain)}, but it must be another (X, y), or None.")
-        other = examples(_features(off_domain[0]), _array(off_domain[1]))
-    loss = cross_entropy if split is not None else mean_squared_error
-    about = (
-        f"{len(features)} examples of yours, {len(split)} classes" if split else f"{len(features)} examples of yours"
-    )
-    about += "; off-domain: the test part" if off_domain is None else ""
-    return Task(name, train, validation, test, other, loss=loss, about=about)
+        parts.append((_features(off_domain[0]), _array(off_domain[1])))
+    examples = [Examples(torch.from_numpy(X_part), _targets(y_part, numbers)) for X_part, y_part in parts]
+    return Task(name, *examples, loss=cross_entropy if numbers else mean_squared_error, about=about)
 
 
 def _array(values: Any, dtype: Any = None) -> np.ndarray:
@@ -192,8 +172,8 @@ def _array(values: Any, dtype: Any = None) -> np.ndarray:
     return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)
 
 
-def _classes(y: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct classes in sorted order, and the number of each example's class (n,).
+def _classes(y: Any, values: np.ndarray) -> tuple[dict[Hashable, int], np.ndarray]:
+    """Return the number of each class, in sorted order, and the number of each example's class (n,).
 
     Args:
         y: as for :func:`from_arrays`; in a list of texts NaN is still a missing value, in ``values`` it is a text.
@@ -201,16 +181,21 @@ def _classes(y: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     import pandas
 
+    if values.ndim != 1:
+        raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
     objects = _array(y, object)  # (n,)
     if pandas.isna(objects).any():
         raise ValueError("y holds classes that are missing; fill or remove them.")
     try:
-        return np.unique(values, return_inverse=True)
+        classes, labels = np.unique(values, return_inverse=True)
     except TypeError:
         types = ", ".join(sorted({type(value).__name__ for value in objects}))
         raise ValueError(
             f"y holds classes of the types {types}, which have no common order; make all of them numbers or all texts."
         ) from None
+    if len(classes) < 2:
+        raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
+    return {value: i for i, value in enumerate(classes.tolist())}, labels
 
 
 def _features(X: Any) -> np.ndarray:

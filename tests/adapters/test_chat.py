@@ -54,7 +54,7 @@ def test_adapter_strength_and_off_decide_the_next_answer(conversation, chatter, 
     ):
         assert conversation.command(line)
         conversation.command("/new")
-        seed = conversation._seed
+        seed = conversation.sampling.seed
         assert said(conversation) == expected(tiny_config, chatter, user, seed, folder, factor), line
     conversation.use(None)
     assert not lora_layers(conversation.model)

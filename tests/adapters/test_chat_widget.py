@@ -10,6 +10,7 @@ import torch
 import lora_lab
 from lora_lab import Llama, LoRAConfig, adapter_state, adapters, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.chat_widget import BASE
+from lora_lab.models.decoding import Sampling
 from lora_lab.variants import DoRALinear
 from tests.helpers import randomise, run_python, snapshot
 
@@ -106,7 +107,7 @@ def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, tiny_co
         answers.add(answer)
     assert len(answers) == 5
     chat.adapter.value, chat.strength.value = "two", 0.0
-    chat.conversation._seed = 5
+    chat.conversation.sampling = Sampling(0.5, 5, 1.1)
     chat.new.click()
     assert ask(chat).partition("\n")[2] == expected(tiny_config, chatter, USER, 5)  # a strength of 0 is the base
 

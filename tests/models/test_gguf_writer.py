@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import re
 
 import gguf
 import numpy as np
@@ -18,7 +17,7 @@ from lora_lab.models.llama import RopeScaling
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
-from tests.helpers import logits, names, random_ids, randomise, randomise_all
+from tests.helpers import logits, names, random_ids, randomise_all
 from tests.tiny_models import RELATIVES, fresh, gemma3, gpt2, relative, trained_tokenizer
 
 TEXTS = ["the other day", "in  2024, 3.14 and 1 000 000", "<s>user\nGrüße 😀</s>", "  a\n\n b\t", "that's the THE"]
@@ -302,23 +301,19 @@ def test_a_relative_in_nf4_is_written_dequantised(path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "named"),
     [
-        (lambda: fresh(gpt2), "The model is a GPT2LMHeadModel, but"),
-        (lambda: fresh(gemma3), "The model is a Gemma3ForCausalLM, but"),
-        (lambda: relative("Qwen2", hidden_act="gelu"), "The Qwen2ForCausalLM has hidden_act 'gelu', but .* 'silu'"),
-        (lambda: relative("Mistral", hidden_act="gelu"), "The MistralForCausalLM has hidden_act 'gelu'"),
-        (lambda: relative("Qwen3", attention_bias=True), "The Qwen3ForCausalLM has attention_bias True, but .* False"),
-        (
-            lambda: relative("Qwen2", rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-            "The Qwen2ForCausalLM has rope_type 'yarn', but .* 'default'",
-        ),
+        (lambda: fresh(gpt2), "GPT2LMHeadModel"),
+        (lambda: fresh(gemma3), "Gemma3ForCausalLM"),
+        (lambda: relative("Qwen2", hidden_act="gelu"), "hidden_act 'gelu'"),
+        (lambda: relative("Mistral", hidden_act="gelu"), "hidden_act 'gelu'"),
+        (lambda: relative("Qwen3", attention_bias=True), "attention_bias True"),
+        (lambda: relative("Qwen2", rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn'"),
     ],
 )
-def test_other_families_and_settings_are_refused_with_the_remedy(path, make, says):
-    with pytest.raises(ValueError, match=rf"^{says}.*--merged --out FOLDER.*convert_hf_to_gguf\.py reads\.$") as error:
+def test_other_families_and_settings_are_refused(path, make, named):
+    with pytest.raises(ValueError, match=named):
         save_model(make(), path, trained_tokenizer("qwen2"), "gguf")
-    assert re.search(r"\. [A-Z]", str(error.value)) is None
     assert not path.parent.exists()
 
 
@@ -450,40 +445,27 @@ ALPHABET = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.a
 END = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 263)])
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda: with_parts(normalizer=normalizers.Lowercase()), "changes a text before it is split .*Lowercase"),
-        (lambda: with_parts(pre_tokenizer=pre_tokenizers.Whitespace()), "splits a text into words by another rule"),
-        (
-            lambda: with_parts(pre_tokenizer=pre_tokenizers.Split(Regex(" "), behavior="isolated")),
-            "splits a text into words by another rule than .*'smollm'",
-        ),
-        (lambda: with_parts(pre_tokenizer=PRE_TOKENIZERS["llama-bpe"]), "sets ignore_merges to False"),
-        (lambda: with_parts(decoder=None), "is of type BPE"),
-        (lambda: with_parts(post_processor=END), r"turns 'a' into the tokens \[\d+, 263\], where at most bos_id=262"),
-        (
-            lambda: bytes_tokenizer(first=True, bos_id=None),
-            r"turns 'a' into the tokens \[262, \d+\], where at most bos_id=None",
-        ),
-        (lambda: with_token(lstrip=True), "sets lstrip for the token '<x>'"),
-        (lambda: with_token(single_word=True), "sets single_word for the token '<x>'"),
-        (lambda: of_model(models.WordLevel({"a": 0}, unk_token="a")), "is of type WordLevel"),
-        (lambda: of_model(models.BPE(ALPHABET, [])), "has no merges"),
-        (
-            lambda: of_model(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token="a")),
-            "sets unk_token to 'a'",
-        ),
-        (
-            lambda: of_model(models.BPE({"a": 0, "-b": 1, "ab": 2}, [("a", "-b")], continuing_subword_prefix="-")),
-            "sets continuing_subword_prefix to '-'",
-        ),
-    ],
-)
-def test_a_tokenizer_that_a_file_cannot_hold_is_refused_in_one_sentence(tiny, path, make, says):
-    with pytest.raises(ValueError, match=rf"^The tokenizer {says}.*save the model as a Hugging Face folder") as error:
+NOT_IN_A_HEADER = [
+    lambda: with_parts(normalizer=normalizers.Lowercase()),
+    lambda: with_parts(pre_tokenizer=pre_tokenizers.Whitespace()),
+    lambda: with_parts(pre_tokenizer=pre_tokenizers.Split(Regex(" "), behavior="isolated")),
+    lambda: with_parts(pre_tokenizer=PRE_TOKENIZERS["llama-bpe"]),  # which ignores merges
+    lambda: with_parts(decoder=None),
+    lambda: with_parts(post_processor=END),
+    lambda: bytes_tokenizer(first=True, bos_id=None),
+    lambda: with_token(lstrip=True),
+    lambda: with_token(single_word=True),
+    lambda: of_model(models.WordLevel({"a": 0}, unk_token="a")),
+    lambda: of_model(models.BPE(ALPHABET, [])),
+    lambda: of_model(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token="a")),
+    lambda: of_model(models.BPE({"a": 0, "-b": 1, "ab": 2}, [("a", "-b")], continuing_subword_prefix="-")),
+]
+
+
+@pytest.mark.parametrize("make", NOT_IN_A_HEADER)
+def test_a_tokenizer_that_does_not_come_back_from_a_header_is_refused(tiny, path, make):
+    with pytest.raises(ValueError, match="cannot hold this tokenizer"):
         save_model(tiny(vocab_size=300), path, make(), "gguf")
-    assert re.search(r"\. [A-Z]", str(error.value)) is None
     assert not path.parent.exists()
 
 
@@ -493,36 +475,38 @@ def test_a_token_for_unknown_characters_is_no_obstacle_where_every_byte_has_a_to
     assert through(tokenizer).encode("the Ü") == tokenizer.encode("the Ü")
 
 
+REFUSED = [  # the file, what differs, and what must be named
+    ("model.bin", {}, "model.bin"),
+    ("m.gguf", {"dtype": "bf16"}, "bf16"),
+    ("m.gguf", {"format": "pickle"}, "pickle"),
+    ("m", {"format": "safetensors", "dtype": "f16"}, "f16"),
+    ("m.gguf", {"tokenizer": None}, "tokenizer"),
+    ("m.gguf", {"vocab_size": 200}, "200"),
+    ("m.gguf", {"eos_id": None}, "eos_id"),
+    ("m.gguf", {"adapters": True}, "adapters"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "named"), REFUSED)
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tiny, tmp_path, name, change, named):
+    model = tiny(vocab_size=change.pop("vocab_size", 300))
+    if change.pop("adapters", False):
+        inject(model, LoRAConfig(rank=2))
+    tokenizer = bytes_tokenizer(**({"eos_id": change.pop("eos_id")} if "eos_id" in change else {}))
+    with pytest.raises(ValueError, match=named):
+        save_model(model, tmp_path / "out" / name, **({"tokenizer": tokenizer, "format": "gguf"} | change))
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize(
-    ("vocab_size", "options", "says"),
-    [
-        (264, {}, "has a token of id 264, but the model only 264 tokens; pass the model's own"),
-        (265, {"eos_id": None}, "has no token that ends a text"),
-    ],
+    "name", ["model.layers.0.mlp.router.weight", "score.weight", "model.layers.0.weight", "weight"]
 )
-def test_a_tokenizer_of_another_model_or_without_an_end_is_refused(tiny, path, vocab_size, options, says):
-    with pytest.raises(ValueError, match=says):
-        save_model(tiny(vocab_size=vocab_size), path, bytes_tokenizer(**options), "gguf")
-    assert not path.parent.exists()
+def test_a_tensor_that_no_llama_has_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        gguf_name(name)
 
 
 # What may be asked for
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "error", "says"),
-    [
-        ("model.bin", {}, ValueError, r"model.bin', but the name of a GGUF file must end in \.gguf"),
-        ("m.gguf", {"dtype": "bf16"}, ValueError, "dtype is 'bf16', but .* one of f32, f16, q8_0"),
-        ("m.gguf", {"format": "pickle"}, ValueError, r"format is 'pickle'.*'safetensors' \(a folder\) or 'gguf'"),
-        ("m", {"format": "safetensors", "dtype": "f16"}, ValueError, r"dtype is 'f16', but it is for format='gguf'"),
-        ("m.gguf", {"tokenizer": None}, ValueError, "holds the tokenizer too; pass it"),
-    ],
-)
-def test_what_cannot_be_written_is_refused(tiny, tiny_tokenizer, tmp_path, name, options, error, says):
-    with pytest.raises(error, match=says):
-        save_model(tiny(), tmp_path / "out" / name, **({"tokenizer": tiny_tokenizer, "format": "gguf"} | options))
-    assert names(tmp_path) == []
 
 
 def test_a_folder_of_that_name_stays(tiny, tiny_tokenizer, tmp_path):
@@ -530,14 +514,6 @@ def test_a_folder_of_that_name_stays(tiny, tiny_tokenizer, tmp_path):
     with pytest.raises(IsADirectoryError, match=r"m\.gguf is a folder.*choose another name"):
         save_model(tiny(), tmp_path / "m.gguf", tiny_tokenizer, "gguf")
     assert names(tmp_path) == ["m.gguf"]
-
-
-def test_a_model_with_adapters_is_refused(tiny, tiny_tokenizer, path):
-    model = tiny()
-    inject(model, LoRAConfig(rank=2))
-    with pytest.raises(ValueError, match=r"has adapters; merge\(model\) first"):
-        save_model(randomise(model), path, tiny_tokenizer, "gguf")
-    assert not path.parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -586,14 +562,6 @@ def test_the_model_and_its_numbers_are_not_changed_by_saving(tiny, tiny_tokenize
     save_model(model, path, tiny_tokenizer, "gguf", "q8_0")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "name", ["model.layers.0.mlp.router.weight", "score.weight", "model.layers.0.weight", "weight"]
-)
-def test_a_tensor_that_no_llama_has_is_refused(name):
-    with pytest.raises(ValueError, match=f"'{name}' is not a tensor of a Llama"):
-        gguf_name(name)
 
 
 def test_every_name_of_the_real_model_is_that_of_the_gguf_library():

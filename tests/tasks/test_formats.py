@@ -6,7 +6,7 @@ import pytest
 
 from lora_lab.task import IGNORE
 from lora_lab.tasks import Pair, PairTask, Task, from_jsonl, from_pairs
-from lora_lab.tasks.formats import Entry, parse
+from lora_lab.tasks.formats import StoredExample, parse
 from lora_lab.tasks.instruction import encode
 
 USER, ASSISTANT, SYSTEM = ("user", "What is 2 + 2?"), ("assistant", "4"), ("system", "Answer in one word.")
@@ -41,11 +41,11 @@ def sharegpt(turns):
 )
 def test_each_form_is_recognised_by_its_keys(entry, turns):
     assert parse(entry).turns == turns
-    assert parse(entry | {"group": "g", "part": "test"}) == Entry(turns, "", "g", "test", parse(entry).ignored)
+    assert parse(entry | {"group": "g", "part": "test"}) == StoredExample(turns, "", "g", "test", parse(entry).ignored)
 
 
 def test_a_text_is_no_conversation_and_other_keys_are_ignored_by_name():
-    assert parse({"text": "Once upon a time."}) == Entry(text="Once upon a time.")
+    assert parse({"text": "Once upon a time."}) == StoredExample(text="Once upon a time.")
     assert parse({"question": "a", "answer": "b", "id": 3, "source": "x"}).ignored == {"id", "source"}
     assert parse({"prompt": "a", "answer": "b", "group": None}).group == ""
 

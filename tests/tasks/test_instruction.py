@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from lora_lab import Llama, LoRA, evaluate, fit, reply
+from lora_lab import Llama, LlamaConfig, LoRA, evaluate, fit, reply
 from lora_lab.ablation import packing
 from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
@@ -301,41 +301,43 @@ def token_ids(tokenizer, pair):
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("pairs", "says"),
-    [
-        ([], "There are no pairs, but train"),
-        ([Pair("a?", "b"), Pair("c?", "d")], "There are 2 groups of pairs"),
-        (
-            [Pair("a?", "b", "g"), Pair("c?", "d", "g"), Pair("e?", "f", "g")],
-            "All 3 pairs have the same",
-        ),
-        ([("a?", "b")] * 20, "All 20 pairs have the same prompt or group.* give more pairs with other prompts"),
-        ([("a?", 5), ("c?", "d")], r"pairs holds \('a\?', 5\), but each must be a Pair, or a prompt and an answer"),
-        (["ab", "cd"], "pairs holds 'ab', but each must be a Pair"),
-        ({"train": [{"prompt": "a?", "answer": "b"}]}, "pairs holds {'answer': 'b', .*but each must be a Pair"),
-        (5, "pairs is 5, but it must be a list"),
-        ([Pair("a?", " "), Pair("c?", "d"), Pair("e?", "f")], "has an empty text"),
-        ([Pair("a?", "b" * 99), Pair("c?", "d"), Pair("e?", "f")], r"has \d+ tokens, but max_tokens is 80"),
-        ({"train": [Pair("a?", "b")], "test": [Pair("c?", "d")]}, "it must have train, validation, test"),
-        ({"train": [Pair("a?", "b")], "validation": [], "test": [Pair("c?", "d")]}, "validation part has no pairs"),
-        (
-            {"train": [Pair("a?", "b")], "validation": [Pair("A? ", "b")], "test": [Pair("c?", "d")]},
-            "The prompt 'a[?]' is in .* and in",
-        ),
-        (
-            {"train": [Pair("a?", "b", "g")], "validation": [Pair("x?", "b", "g")], "test": [Pair("c?", "d")]},
-            "The group 'g' is in .* and in",
-        ),
-    ],
-    ids=[
-        *["none", "two", "one group", "equal", "a number", "texts", "dicts", "no list", "empty answer"],
-        *["too long", "a part missing", "a part empty", "prompt", "group"],
-    ],
-)
-def test_bad_pairs_are_refused_with_the_reason(chatter, pairs, says):
-    with pytest.raises(ValueError, match=says):
+REFUSED_PAIRS = {
+    "none": ([], "0 pairs"),
+    "two": ([Pair("a?", "b"), Pair("c?", "d")], "2 groups"),
+    "one group": ([Pair("a?", "b", "g"), Pair("c?", "d", "g"), Pair("e?", "f", "g")], "1 group "),
+    "equal": ([("a?", "b")] * 20, "20 pairs"),
+    "texts": (["ab", "cd"], "'ab'"),
+    "dicts of three": ({"train": [{"prompt": "a?", "answer": "b", "group": "c"}]}, "'prompt': 'a"),
+    "empty answer": ([Pair("a?", " "), Pair("c?", "d"), Pair("e?", "f")], "empty text"),
+    "too long": ([Pair("a?", "b" * 99), Pair("c?", "d"), Pair("e?", "f")], "80 tokens"),
+    "a part missing": ({"train": [Pair("a?", "b")], "test": [Pair("c?", "d")]}, "validation"),
+    "a part empty": ({"train": [Pair("a?", "b")], "validation": [], "test": [Pair("c?", "d")]}, "validation"),
+    "prompt": (
+        {"train": [Pair("a?", "b")], "validation": [Pair("A? ", "b")], "test": [Pair("c?", "d")]},
+        "'a[?]'",
+    ),
+    "group": (
+        {"train": [Pair("a?", "b", "g")], "validation": [Pair("x?", "b", "g")], "test": [Pair("c?", "d")]},
+        "'g'",
+    ),
+    "half a character": ([Pair("x\ud83d", "a"), *sums()], "half a character"),
+}
+
+
+@pytest.mark.parametrize(("pairs", "named"), REFUSED_PAIRS.values(), ids=REFUSED_PAIRS)
+def test_bad_pairs_are_refused_with_the_reason(chatter, pairs, named):
+    with pytest.raises(ValueError, match=named):
         from_pairs(chatter, pairs, max_tokens=80)
+
+
+@pytest.mark.parametrize(
+    "options", [{"seed": 10**400}, {"max_tokens": 0}, {"metric": "clasification"}], ids=["seed", "length", "metric"]
+)
+def test_odd_options_of_a_task_are_named(chatter, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        from_pairs(chatter, sums(), **options)
+    with pytest.raises(ValueError, match="half a character"):
+        reply(Llama(LlamaConfig(260, 8, 16, 1, 2, 1, 4)), chatter, "x\udcff")
 
 
 def test_two_texts_are_a_pair(chatter):
@@ -355,19 +357,6 @@ def test_what_is_no_tokenizer_or_no_path_is_told(chatter, tiny_config, tmp_path)
         for tokenizer in (None, str(path), ByteTokenizer()):
             with pytest.raises(ValueError, match=r"tokenizer is .*, but it must be the one that load_pretrained"):
                 function(tokenizer, argument)
-    for function in (from_jsonl, from_text):
-        with pytest.raises(ValueError, match=r"path is \[.*, but it must be a path"):
-            function(chatter, [path])
-    with pytest.raises(ValueError, match="table is None, but it must be a path, a pandas DataFrame or a Dataset"):
-        from_table(chatter, None)
-    with pytest.raises(ValueError, match="tokenizer is None"):
-        reply(Llama(tiny_config), None, "a")
-
-
-def test_the_column_of_a_line_that_ends_too_early_is_where_it_ends(chatter, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt":"abc","answer":"d"\n')
-    with pytest.raises(ValueError, match=r"line 2: not JSON .*at column 29"):
-        from_jsonl(chatter, tmp_path / "bad.jsonl")
 
 
 def test_a_template_that_does_not_end_where_the_answer_begins_is_refused(tiny_tokenizer):
@@ -458,18 +447,9 @@ def test_options_of_a_file_are_those_of_its_form(chatter, tmp_path):
     assert from_jsonl(chatter, texts).train.inputs.shape[1] == 128
     assert from_jsonl(chatter, texts, seq_len=64).train.inputs.shape[1] == 64
     assert from_jsonl(chatter, texts, name="mine", about="ours").describe().startswith("mine: ours; off-domain")
-    with pytest.raises(
-        ValueError, match=r"texts\.jsonl holds texts, which take no max_tokens or metric; leave that out"
-    ):
-        from_jsonl(chatter, texts, seq_len=64, max_tokens=5, metric="summary")
-    with pytest.raises(
-        ValueError, match="holds conversations, which take no seq_len; leave it out, or give max_tokens"
-    ):
-        from_jsonl(chatter, pairs, seq_len=64)
-    with pytest.raises(TypeError, match="seqlen"):
-        from_jsonl(chatter, texts, seqlen=64)
-    with pytest.raises(ValueError, match="name is 5, but it must be a string"):
-        from_jsonl(chatter, texts, name=5)
+    for path, option in ((texts, {"max_tokens": 5}), (pairs, {"seq_len": 64}), (texts, {"seqlen": 64})):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            from_jsonl(chatter, path, **option)
 
 
 def test_a_file_may_bring_its_own_split(chatter, tmp_path):
@@ -482,30 +462,38 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
         from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{", "line 2: not JSON"),
-        ("[1]", 'line 2: a list, not an object such as {"prompt": "...", "answer": "..."}'),
-        ({"prompt": "a"}, "line 2: has 'prompt', but lacks 'answer' or 'completion' or 'response'"),
-        ({"answer": "b"}, "line 2: has 'answer', but lacks 'prompt' or 'question'"),
-        ({"label": "c"}, "line 2: has the keys ['label'], which match no known form; use a form such as {\"prompt\""),
-        ({"prompt": "a", "answer": 3}, "line 2: 'answer' is a int, not a string"),
-        ({"prompt": " ", "answer": "b"}, "line 2: 'prompt' is empty"),
-        ({"prompt": "a", "answer": "b", "part": "dev"}, "line 2: 'part' is 'dev', not one of train"),
-    ],
-    ids=["broken", "list", "no answer", "no prompt", "unknown", "number", "empty", "part"],
-)
-def test_a_malformed_line_is_named_with_its_reason(chatter, tmp_path, line, says):
-    good = {"prompt": "x", "answer": "y"}
-    with pytest.raises(ValueError, match="has 1 malformed line: ") as raised:
-        from_jsonl(chatter, write(tmp_path / "bad.jsonl", good, line, good))
-    assert says in str(raised.value)
+GOOD = b'{"prompt": "x", "answer": "y"}'
+REFUSED_FILES = {
+    "broken": (GOOD + b"\n{", "line 2: not JSON"),
+    "ends too early": (GOOD + b'\n{"prompt":"abc","answer":"d"\n', "line 2: not JSON .*column 29"),
+    "list": (GOOD + b"\n[1]", "line 2: a list"),
+    "no answer": (GOOD + b'\n{"prompt": "a"}', "line 2: .*'completion'"),
+    "no prompt": (GOOD + b'\n{"answer": "b"}', "line 2: .*'question'"),
+    "unknown": (GOOD + b'\n{"label": "c"}', "line 2: .*'label'"),
+    "number": (GOOD + b'\n{"prompt": "a", "answer": 3}', "line 2: 'answer'"),
+    "empty": (GOOD + b'\n{"prompt": " ", "answer": "b"}', "line 2: 'prompt'"),
+    "part": (GOOD + b'\n{"prompt": "a", "answer": "b", "part": "dev"}', "line 2: 'part' is 'dev'"),
+    "nine": (b"?\n" * 9, "has 9 malformed lines: line 1: .*line 5: .*; and 4 more"),
+    "nothing": (b"", "is empty"),
+    "blank": (b"\n" * 100_000, "is empty"),
+    "gzip": (gzip.compress(b"{}"), "is not UTF-8 .byte 1."),
+    "utf-16": ("{}".encode("utf-16"), "is not UTF-8 .byte 0."),
+    "no mark": ("{}".encode("utf-16-le"), "line 1 holds a zero byte"),
+    "late byte": (b"\n" * 100_000 + b"\xff", "is not UTF-8 .byte 100000."),
+    "array": (b'\n [\n {"prompt": "a", "answer": "b"},\n', "JSON array"),
+    "deep": (b'{"prompt": ' + b"[" * 100_000, "line 1: not an example"),
+    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
+    "long key": (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has the keys .*k [.]{3}"),
+}
 
 
-def test_of_many_malformed_lines_the_first_are_named_and_all_are_counted(chatter, tmp_path):
-    with pytest.raises(ValueError, match=r"has 9 malformed lines: line 1: .*line 5: .*; and 4 more") as raised:
-        from_jsonl(chatter, write(tmp_path / "bad.jsonl", *["?"] * 9))
+@pytest.mark.parametrize(("content", "named"), REFUSED_FILES.values(), ids=REFUSED_FILES)
+def test_files_that_are_no_json_lines_are_refused_in_a_short_sentence(chatter, tmp_path, content, named):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=named) as raised:
+        from_jsonl(chatter, tmp_path / "x.jsonl")
+    assert len(str(raised.value)) < 600
+    assert "\n" not in str(raised.value)
     assert "line 6" not in str(raised.value)
 
 
@@ -520,8 +508,6 @@ def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
         (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(ValueError, match=r"is not UTF-8 .* save it as UTF-8"):
             read(chatter, tmp_path / "bytes")
-    with pytest.raises(ValueError, match="is empty; write one example per line"):
-        from_jsonl(chatter, write(tmp_path / "empty.jsonl", ""))
     with pytest.raises(ValueError, match="has 1 paragraph, too few"):
         from_text(chatter, write(tmp_path / "short.txt", "A short text."))
     with pytest.raises(ValueError, match="has 8 paragraphs, too few for a validation part of 128 tokens"):
@@ -580,15 +566,6 @@ def test_m8_half_a_character_is_named_by_file_and_line(chatter, tmp_path, row):
             from_jsonl(chatter, path, allow_special=allow_special)
 
 
-def test_m8_half_a_character_of_a_pair_is_refused_in_a_sentence(chatter, tiny_config):
-    with pytest.raises(ValueError, match="half a character"):
-        from_pairs(chatter, [Pair("x\ud83d", "a"), *sums()])
-    with pytest.raises(ValueError, match="half a character"):
-        reply(Llama(tiny_config), chatter, "x\udcff")
-    with pytest.raises(TypeError, match="prompt and answer are a NoneType and a str, but both must be a str"):
-        Pair(None, "a")
-
-
 def test_special_tokens_never_become_turns_in_chats(chatter, tmp_path):
     rows = [{"prompt": f"{i}?", "answer": "a"} for i in range(9)]
     path = write(tmp_path / "turns.jsonl", *rows, {"prompt": "x</s>\n<s>assistant: yes", "answer": "a"})
@@ -627,29 +604,6 @@ def test_the_preview_counts_the_special_tokens_in_the_texts(chatter):
     assert "special tokens" not in from_pairs(chatter, pairs).preview()
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"\n" * 100_000, "is empty; write one example per line"),
-        (gzip.compress(b"{}"), "is not UTF-8 .byte 1.; unpack it, or save it as UTF-8"),
-        ("{}".encode("utf-16"), "is not UTF-8 .byte 0.;"),
-        ("{}".encode("utf-16-le"), "is no text .line 1 holds a zero byte.; save it as UTF-8"),
-        (b"\n" * 100_000 + b"\xff", "is not UTF-8 .byte 100000.;"),
-        (b'\n [\n {"prompt": "a", "answer": "b"},\n', "holds a JSON array; write one example per line"),
-        (b'{"prompt": ' + b"[" * 100_000, "line 1: not an example, but lists within lists"),
-        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
-        (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has the keys .*k [.]{3}"),
-    ],
-    ids=["blank", "gzip", "utf-16", "no mark", "late byte", "array", "deep", "digits", "long key"],
-)
-def test_files_that_are_no_json_lines_are_refused_in_a_short_sentence(chatter, tmp_path, content, says):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=says) as raised:
-        from_jsonl(chatter, tmp_path / "x.jsonl")
-    assert len(str(raised.value)) < 600
-    assert "\n" not in str(raised.value)
-
-
 def test_blank_lines_and_marks_of_the_encoding_change_nothing(chatter, tmp_path):
     rows = [json.dumps({"prompt": f"{i}?", "answer": "a"}) for i in range(9)]
     (tmp_path / "x.jsonl").write_bytes("\n".join(rows).encode())
@@ -661,7 +615,7 @@ def test_blank_lines_and_marks_of_the_encoding_change_nothing(chatter, tmp_path)
 def test_a_text_far_too_long_is_refused_without_its_tokens(chatter, monkeypatch):
     tokenised = []
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *_: tokenised.append(len(text)) or [0] * len(text))
-    with pytest.raises(ValueError, match="has more than 512 tokens, but max_tokens is 512"):
+    with pytest.raises(ValueError, match="has more than 512 tokens"):
         from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()])
     assert max(tokenised, default=0) < 1000
     assert from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()], skip_long=True).left_out == 1
@@ -681,30 +635,3 @@ def test_a_name_of_a_file_that_is_no_text_is_no_obstacle(chatter, tmp_path):
 def test_a_seed_of_numpy_is_pythons(chatter):
     zero, one, other = (from_pairs(chatter, sums(), seed=seed).fingerprint for seed in (0, 1, np.int64(1)))
     assert zero != one == other
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"seed": 10**400}, "seed is 1"),
-        ({"max_tokens": "80"}, "max_tokens is '80', but it must be a whole number"),
-        ({"max_tokens": 0}, "max_tokens is 0, but it must be at least 1"),
-        ({"name": 5}, "name is 5, but it must be a string"),
-        ({"about": 5}, "about is 5, but it must be a string"),
-        ({"metric": "clasification"}, "metric is 'clasification', but it must be '', 'classification', 'style', .* or"),
-    ],
-)
-def test_odd_options_of_a_task_are_named(chatter, options, says):
-    with pytest.raises(ValueError, match=says):
-        from_pairs(chatter, sums(), **options)
-
-
-def test_odd_parts_of_a_pair_are_named(chatter):
-    for before in ([["user"]], ["hello"], [0.5, 2], {"x": 1}, 5, [("user", 5)]):
-        with pytest.raises(ValueError, match=r"^(before|0|1)"):
-            Pair("a?", "b", before=before)
-    with pytest.raises(ValueError, match="group is 5, but it must be a string"):
-        Pair("a?", "b", 5)
-    assert Pair("a?", "b", before=[["system", "c"]]).context == Pair("a?", "b", before=(("system", "c"),)).context
-    with pytest.raises(ValueError, match="count is nan, but it must be a whole number"):
-        from_pairs(chatter, sums()).preview(float("nan"))

@@ -2,7 +2,6 @@
 
 from typing import get_args
 
-import numpy
 import pytest
 
 from lora_lab.tasks import Pair, from_pairs
@@ -31,34 +30,22 @@ def test_scores_are_those_of_hand_computed_cases():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_metric_needs_texts_and_as_many_references(metric):
-    assert METRICS[metric](numpy.array(["1", "2"]), {1: "1", 2: "2"}.values())
-    with pytest.raises(ValueError, match=r"predictions is .*, but .* at least one text"):
-        METRICS[metric]([], [])
-    with pytest.raises(ValueError, match="predictions is 7, but"):
-        METRICS[metric](7, ["1"])
-    with pytest.raises(ValueError, match="There are 1 predictions for 2 references; give one for each"):
-        METRICS[metric](["1"], ["1", "2"])
+    for predictions, references in (([], []), ("1", ["1"]), (["1"], ["1", "2"])):
+        with pytest.raises(ValueError, match="predictions"):
+            METRICS[metric](predictions, references)
 
 
 def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
-    task = from_pairs(chatter, sums())
-    with pytest.raises(ValueError, match="has the metric '', but answers are scored by one of summary, translation"):
-        score(task, ["1"])
-    with pytest.raises(ValueError, match="has no trivial baseline"):
-        trivial(task)
-    named = from_pairs(chatter, sums(), metric="translation")
-    with pytest.raises(ValueError, match="There are 99 predictions, but the test part has 4 prompts"):
-        score(named, ["1"] * 99)
-    for call in (lambda: score(named, ["1"], "off_domain"), lambda: trivial(named, "off_domain")):
-        with pytest.raises(ValueError, match="part is 'off_domain', but the pairs of task 'pairs' are in"):
+    task, named = from_pairs(chatter, sums()), from_pairs(chatter, sums(), metric="translation")
+    for call, word in (
+        (lambda: score(task, ["1"]), "metric ''"),
+        (lambda: trivial(task), "baseline"),
+        (lambda: score(named, ["1"] * 99), "99"),
+        (lambda: score(named, ["1"], "off_domain"), "off_domain"),
+        (lambda: trivial(named, "off_domain"), "off_domain"),
+    ):
+        with pytest.raises(ValueError, match=word):
             call()
-    for arguments in ((["1"], named), ("named", ["1"])):
-        with pytest.raises(ValueError, match=r"task is .*, but it must be an instance of PairTask"):
-            score(*arguments)
-    with pytest.raises(ValueError, match="predictions is 5, but it must be an instance of Sequence"):
-        score(named, 5)
-    with pytest.raises(ValueError, match=r"task is \['1'\], but it must be an instance of PairTask"):
-        trivial(["1"])
 
 
 def test_a_task_takes_the_metrics_that_there_are():

@@ -102,11 +102,8 @@ def test_planted_repeats_by_seed_and_leaves_the_global_generator_alone():
         ({"noise": -0.1}, "noise is -0.1"),
         ({"rank": 0}, "rank is 0"),
         ({"targets": ["head"]}, "'head' matches no module"),
-        ({"n_train": 0}, "n_train is 0, but it must be at least 1"),
-        ({"n_train": 0.5}, r"n_train is 0\.5, but it must be a whole number"),
+        ({"n_train": 0}, "n_train is 0"),
         ({"noise": 10**400}, "noise is 1"),
-        ({"seed": "1"}, "seed is '1'"),
-        ({"model": "net"}, "model is 'net', but it must be an instance of Module"),
         ({"model": nn.Flatten()}, "A Flatten has no linear layer"),
     ],
 )
