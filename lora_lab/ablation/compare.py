@@ -289,7 +289,7 @@ def _widen(
 
 
 def tune(
-    model: nn.Module | Factory,
+    model_factory: nn.Module | Factory,
     task: Task | Callable[[], Task],
     setups: Mapping[str, Trial],
     lrs: Grids,
@@ -305,7 +305,7 @@ def tune(
     Between the best rate and one beyond it that diverged another is added, halfway by factors.
 
     Args:
-        model, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         setups: how each trains; its own rate and seed do not count. Setups may be equal: they share their trials.
         lrs: the rates to begin with, at least two for each setup. A grid goes on by the ratio at its edge.
         seeds: train at each rate.
@@ -330,7 +330,7 @@ def tune(
             setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
             for setup, template in setups.items()
         }
-        frame = labelled(ablate(model, task, [*chain(*trials.values())], place, **options), trials)
+        frame = labelled(ablate(model_factory, task, [*chain(*trials.values())], place, **options), trials)
         return frame, {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
@@ -391,7 +391,7 @@ def tune_by_seed(
 
 
 def by_size(
-    model: nn.Module | Factory,
+    model_factory: nn.Module | Factory,
     task_of: Callable[[int, int], Task | Callable[[], Task]],
     trial_of: Callable[[str, float, int, int], Trial],
     lrs: Grids,
@@ -407,7 +407,7 @@ def by_size(
     A setup of which no rate ends well on a choosing seed is not run on the others.
 
     Args:
-        model, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
         trial_of: (setup, lr, seed, size) -> the trial.
         lrs: the rates that each setup tries.
@@ -427,7 +427,7 @@ def by_size(
 
     def run(size: int, seed: int, lrs: Grids) -> pandas.DataFrame:
         trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
-        table = ablate(model, task_of(size, seed), [*chain(*trials.values())], folder, **options)
+        table = ablate(model_factory, task_of(size, seed), [*chain(*trials.values())], folder, **options)
         return labelled(table, trials).assign(n_train=size)
 
     for size in sizes:
@@ -439,7 +439,7 @@ def by_size(
 
 
 def at_rates(
-    model: nn.Module | Factory,
+    model_factory: nn.Module | Factory,
     task_of: Callable[[int, int], Task | Callable[[], Task]],
     trial_of: Callable[[str, float, int, int], Trial],
     rates: pandas.DataFrame,
@@ -450,7 +450,7 @@ def at_rates(
     """Return the frames of :func:`by_size` with each setup at each of its rates on each seed.
 
     Args:
-        model, task_of, trial_of, seeds, folder, **options: as for :func:`by_size`.
+        model_factory, task_of, trial_of, seeds, folder, **options: as for :func:`by_size`.
         rates: columns ``n_train``, ``setup``, ``lr``, such as the :func:`best_rates` of seeds that chose.
     """
     import pandas
@@ -458,7 +458,8 @@ def at_rates(
     frames = []
     for size, of_size in rates.groupby("n_train"):
         lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
-        frames += by_size(model, task_of, trial_of, lrs, [int(size)], seeds, folder, choose=len(seeds), **options)
+        settings = model_factory, task_of, trial_of, lrs, [int(size)], seeds, folder
+        frames += by_size(*settings, choose=len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)
 
 
@@ -515,12 +516,16 @@ class Study:
 
 
 def compare_tuned(
-    model: nn.Module | Factory, task: Task | Callable[[], Task], study: Study, folder: str | Path, **options: Any
+    model_factory: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    study: Study,
+    folder: str | Path,
+    **options: Any,
 ) -> Iterator[pandas.DataFrame]:
     """Choose each setup's rate, then train all at their rates on the judging seeds.
 
     Args:
-        model, task, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, task, **options: as for :func:`lora_lab.ablation.ablate`.
         study: what is compared.
         folder: for results, from which a study that was stopped goes on. Trials that are judged on other examples are
             in other folders inside.
@@ -533,7 +538,7 @@ def compare_tuned(
     edges = dict.fromkeys(lrs, "")
     if tunable := {setup: trial for setup, trial in study.setups.items() if len(study.lrs[setup]) > 1}:
         tuned = tune(
-            model,
+            model_factory,
             task,
             tunable,
             study.lrs,
@@ -557,7 +562,7 @@ def compare_tuned(
         judge = BlockLosses(study.judged_on, study.block, study.answered)
         parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
         place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
-        table = ablate(model, task, [*chain(*trials.values())], place, judge=judge, **options)
+        table = ablate(model_factory, task, [*chain(*trials.values())], place, judge=judge, **options)
         judged = labelled(table, trials)
         yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
 
