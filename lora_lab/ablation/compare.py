@@ -154,16 +154,15 @@ def _choices(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0)
     """
     means, stopped, diverged, notes = {}, [], [], []
     for lr, rows in trials.groupby("lr"):  # ascending
-        losses = rows.set_index("seed")["loss"].reindex(seeds)
-        on_seeds = rows.loc[rows["outcome"] == STOPPED, "seed"]
-        lacking = [str(seed) for seed in losses.index[losses.isna()] if seed not in {*on_seeds}]
+        losses = rows.set_index("seed")["loss"].reindex([*seeds])
         failures = rows.loc[rows["outcome"] == "failed", "reason"]
         if len(failures) and not failures.str.startswith(OUT_OF_MEMORY).any():
             diverged.append(lr)
-        if lacking:
-            notes.append(f"lr {lr:g} does not count (no result for seed {', '.join(lacking)})")
-        elif len(on_seeds):  # validation has ruled it out already
+        if failures.empty and (rows["outcome"] == STOPPED).any():  # validation has ruled it out already
             stopped.append(lr)
+        elif losses.isna().any():
+            lacking = ", ".join(str(seed) for seed in losses.index[losses.isna()])
+            notes.append(f"lr {lr:g} does not count (no result for seed {lacking})")
         else:
             means[lr] = fmean(losses)
     if not means:
@@ -241,7 +240,7 @@ def _trial_losses(frame: pandas.DataFrame, identity: list[str], by: str) -> pand
     """Return a row for each trial, with the loss that counts."""
     curves = frame.sort_values("step", kind="stable").groupby(identity)["validation_loss"]
     trials = frame.assign(reason=frame.get("reason", "")).drop_duplicates(identity).set_index(identity)
-    trials = trials.assign(loss=curves.min() if by == "best_loss" else curves.last()).reset_index()
+    trials = trials.assign(loss={"best_loss": curves.min, "last_loss": curves.last}[by]()).reset_index()
     return trials.assign(loss=trials["loss"].where(trials["outcome"] == "done"))
 
 
@@ -456,9 +455,10 @@ def at_rates(
     import pandas
 
     frames = []
-    for size, of_size in rates.groupby("n_train"):
+    for size in sorted(set(rates["n_train"].astype(int))):
+        of_size = rates[rates["n_train"] == size]
         lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
-        settings = model_factory, task_of, trial_of, lrs, [int(size)], seeds, folder
+        settings = model_factory, task_of, trial_of, lrs, [size], seeds, folder
         frames += by_size(*settings, choose=len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)
 
@@ -768,7 +768,8 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     margin = check(margin, Positive, "margin")
     trials = _comparable(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    choices = {int(rank): choose_rate(rows, seeds) for rank, rows in trials.groupby("rank")}
+    tried = sorted(int(rank) for rank in trials["rank"].unique())
+    choices = {rank: choose_rate(trials[trials["rank"] == rank], seeds) for rank in tried}
     if len(choices) < 2:
         raise ValueError(f"The frame has only rank {min(choices)}; ranks are compared, so it takes at least two.")
     largest = choices[max(choices)]

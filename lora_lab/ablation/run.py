@@ -236,7 +236,8 @@ def _workers(n_jobs: int | None) -> int:
 def _run_jobs(jobs: Sequence[_Job], n_jobs: int | None, timeout_s: float | None) -> Generator[_File]:
     """Yield the trials' results as they end."""
     # One job at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
-    parallel: Any = joblib.Parallel(n_jobs, return_as="generator_unordered", batch_size=1, timeout=timeout_s)
+    options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
+    parallel: Any = joblib.Parallel(n_jobs, **options)
     kept = "What has ended is kept: start the sweep again to go on."
     try:
         with closing(parallel(joblib.delayed(_run)(job) for job in jobs)) as ended:
@@ -419,7 +420,7 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
     """
     started = time.perf_counter()
     model = job.model()
-    parts = []
+    ended, parts = [], []
     try:
         ended = _run_pack(job, model, task, trials) if together else [_run_one(job, model, task, trials[0])]
     except packed.PackingError:  # only the attempt shows that they cannot be packed
