@@ -823,7 +823,7 @@ def refusals():
     other_rate = trained_to("LoRA", 0, [3.0, 2.0, 2.5], [2.0, 1.0], lr=1e-2)
     return [
         (lambda: summarise_trials(whole.drop(columns="gap")), r"\['gap'\]"),
-        (lambda: summarise_trials(whole[whole.step > 0]), "'setup': 'LoRA'"),
+        (lambda: summarise_trials(whole.query("step > 0 or setup == 'full'")), "'setup': 'LoRA'"),
         (lambda: summarise_trials(together(whole, whole.iloc[2:3])), "'setup': 'full'"),
         (lambda: best_rates(whole, -0.1), "slack is -0.1"),
         (lambda: best_rates(whole, math.nan), "slack is nan"),
