@@ -84,12 +84,12 @@ def of_records() -> None:
         full = sum(rates[row.setup] * seeds * row.steps for row in groups.itertuples())
         taken = frame.drop_duplicates([*group, "lr", "seed"])["steps"].sum()
         print(f"\n{name}: all rates on one seed and the best one on {seeds}, {taken / full:.1%} of the grid's steps")
-        whole = overfitting.summarise_trials(frame).merge(best_rates(frame))
+        whole = best_rates(frame).merge(overfitting.summarise_trials(frame))
         for rule_name, rule in rules(margin, best_so_far=True).items():
             if rule_name not in of_one_seed:
                 continue
             less = replay(frame, replace(rule, choose=1), group)
-            best = overfitting.summarise_trials(less).merge(best_rates(less))
+            best = best_rates(less).merge(overfitting.summarise_trials(less))
             same = len(whole[[*group, "lr"]].drop_duplicates().merge(best[[*group, "lr"]].drop_duplicates()))
             # The record has the other seeds at its own best rate only, so another rate leaves no verdict.
             verdicts = "the same verdicts" if whole.equals(best) else "ANOTHER RATE, so no verdict"

@@ -437,7 +437,7 @@ def test_the_record_of_overfitting_has_the_same_rates_and_verdicts_for_two_fifth
     frame = record.frame()
     group = ["n_train", "setup"]
     less = replay(frame, Halving(choose=1, best_so_far=True), group)
-    best, best_of_less = (overfitting.summarise_trials(each).merge(best_rates(each)) for each in (frame, less))
+    best, best_of_less = (best_rates(each).merge(overfitting.summarise_trials(each)) for each in (frame, less))
     assert_frame_equal(best, best_of_less)  # the edges too
     tables = [compare_by_seed(each, "overfit") for each in (best, best_of_less)]
     assert_frame_equal(*tables)
