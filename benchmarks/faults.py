@@ -82,8 +82,8 @@ def of_workers(folder: Path, arguments: argparse.Namespace) -> None:
             while frame is None:
                 try:
                     with joblib.parallel_config(backend="dask", client=client):
-                        frame = sweep(folder, steps=1500)
-                except RuntimeError as error:  # a trial has lost four workers, and Dask gives it up
+                        frame = sweep(folder, steps=1500, timeout_s=300)
+                except RuntimeError as error:  # a trial has lost four workers, and Dask has given it up
                     print(f"after {len(list(folder.glob('*.json')))} results: {error}", flush=True)
         finally:
             ended.set()

@@ -20,7 +20,7 @@ import torch
 
 import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
-from lora_lab.ablation.verdict import RankResult, Verdict
+from lora_lab.ablation.compare import RankResult, RankVerdict
 from lora_lab.costs import memory_report
 from lora_lab.costs.memory import Bill, Part
 from lora_lab.costs.speed import Flops, Prediction, Times
@@ -291,7 +291,7 @@ def test_keys_that_json_may_have_are_documented():
         ("speed", Flops({("layers", "forward"): 4}, 2, "a model").to_dict()),
         ("speed", Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict()),
         ("speed", Times({"full": [1.0, 2.0]}, 2).to_dict()),
-        ("ablate", Verdict(1, "enough", "lora", 0.1, (0,), (RankResult(1, "enough"),)).to_dict()),
+        ("ablate", RankVerdict(1, "enough", "lora", 0.1, (0,), (RankResult(1, "enough"),)).to_dict()),
     ):
         nested = [entry for value in keys.values() if isinstance(value, list | tuple) for entry in value]
         assert {*keys, *(key for entry in nested if isinstance(entry, dict) for key in entry)} <= documented[name]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lab.ablation.comparison import differences
+from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.results import SCORE
 from lora_lab.adapters.edit import resize
 from lora_lab.analysis.spectra import updates
@@ -90,10 +90,10 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
     """The ranks between which the smallest that is enough may lie, as far as a sweep tells.
 
     A rank is too small if the lower bound of its loss less that of the largest rank
-    (:func:`lora_lab.ablation.comparison.differences`) is above the margin, and enough if the upper bound is below it.
+    (:func:`lora_lab.ablation.compare.compare_losses`) is above the margin, and enough if the upper bound is below it.
 
     Args:
-        frame: what :func:`lora_lab.ablation.comparison.compare_tuned` yields for setups that differ in rank.
+        frame: what :func:`lora_lab.ablation.compare.compare_tuned` yields for setups that differ in rank.
         margin: the difference that does not matter, in the task's unit of loss.
 
     Returns:
@@ -104,8 +104,8 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
         ValueError: the largest rank has no results for all seeds.
     """
     ranks = frame.drop_duplicates("setup").set_index("setup")["rank"].astype(int)
-    table = differences(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
-    judged = table[~table["verdict"].isin(["reference", "edge", "failed"])]
+    table = compare_losses(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
+    judged = table[table["why"] == ""]
     if judged.empty:
         return None
     enough = min(judged.loc[judged["upper"] < margin, "rank"], default=ranks.max())
@@ -114,7 +114,7 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Run:
+class HighRankRun:
     """One run at a high rank: its statistics, and what the sweep on the same task says of the rank that is enough.
 
     Args:
@@ -149,7 +149,7 @@ class Rule:
         doublings = round(math.log2(self.factor * values[self.statistic]))
         return 2 ** min(max(doublings, 0), round(math.log2(largest)))
 
-    def errors(self, runs: Iterable[Run]) -> dict[str, float]:
+    def errors(self, runs: Iterable[HighRankRun]) -> dict[str, float]:
         """Task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
         by_task: dict[str, list[float]] = {}
         for run in runs:
@@ -161,7 +161,7 @@ class Rule:
         return f"{self.factor:.3g} times {self.statistic}"
 
 
-def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
+def fit_rule(statistic: str, runs: Sequence[HighRankRun]) -> tuple[Rule, float]:
     """The rule with the factor that suits most of the runs, and its mean absolute error in doublings, unrounded.
 
     The factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale. Each task counts
@@ -175,7 +175,7 @@ def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
     return Rule(statistic, 2**middle), statistics.fmean(abs(each - middle) for each in doublings)
 
 
-def choose_rule(runs: Sequence[Run]) -> Rule:
+def choose_rule(runs: Sequence[HighRankRun]) -> Rule:
     """The rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest."""
     fitted = [fit_rule(statistic, runs) for statistic in (*SPECTRAL, TRUNCATION)]
     return min(fitted, key=lambda each: each[1])[0]
@@ -236,7 +236,7 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
             continue
         for row in high[high["outcome"] == "done"].to_dict("records"):
             values = values_of({name: row[SCORE + name] for name in (*SPECTRAL, _TRUNCATED)}, margin)
-            runs.append(Run(str(task), int(row["seed"]), values, int(row["rank"]), left))
+            runs.append(HighRankRun(str(task), int(row["seed"]), values, int(row["rank"]), left))
     planted = [run for run in runs if is_planted(run.task)]
     if not planted:
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")

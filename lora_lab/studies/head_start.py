@@ -23,16 +23,14 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation import studies
+from lora_lab.ablation.compare import last_rows, rates_around, tune_by_seed
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import last_rows, rates_around
-from lora_lab.ablation.overfitting import tune_by_seed
 from lora_lab.ablation.run import ablate
 from lora_lab.costs.fake import Factory
 from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
-from lora_lab.studies.overfitting import edges
 from lora_lab.studies.planning import planned_hours as hours_of
 from lora_lab.studies.recorder import Recorder, Row
 from lora_lab.studies.records import json_safe
@@ -129,8 +127,9 @@ class Case:
     def rows(self, device: torch.device, folder: str | Path) -> Iterator[Row]:
         """The last row of each trial: first of those that choose, then of those that are judged."""
         run = partial(self.train, device, folder)
-        choosing, chosen = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
-        at_edges = edges(choosing, _BY)
+        choosing, best = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
+        chosen = {} if best is None else {setup: [lr] for setup, lr in zip(best["setup"], best["lr"], strict=True)}
+        at_edges = {} if best is None else dict(zip(best["setup"], best["edge"], strict=True))
         stages = {"choosing": choosing, "judging": (run(seed, chosen) for seed in self.judging if chosen)}
         for stage, frames in stages.items():
             for frame in frames:

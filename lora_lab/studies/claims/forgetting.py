@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lora_lab.ablation.overfitting import at_equal_learning, compare, compare_over_rates, summarise_trials
+from lora_lab.ablation.compare import compare_by_seed
+from lora_lab.ablation.overfitting import at_equal_learning, compare_over_rates, summarise_trials
 from lora_lab.ablation.prediction import rank_correlations
 from lora_lab.ablation.stats import t_bounds
 from lora_lab.studies.claims.deciding import FALLS, OPEN, STANDS, Result, decides, over_cases
@@ -64,7 +65,8 @@ def forgets_more_at_defaults(claim: Claim, record: Record) -> Result:
     """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
     lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
     trials = summarise_trials(_frame(record, (lora, full)))
-    row = next(row for row in compare(trials, "forgotten_at_last", full).to_dict("records") if row["setup"] == lora)
+    table = compare_by_seed(trials, "forgotten_at_last", full)
+    row = next(row for row in table.to_dict("records") if row["setup"] == lora)
     text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
     beside = "; ".join(words for _, _, words in _at_equal_learning(record, [lora], full))
     verdict = STANDS if row["lower"] > 0 else FALLS if row["upper"] < 0 else OPEN
