@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_lab import __version__
-from lora_lab.studies.registry import NAMES, OF_MODELS, current_name, recorder
+from lora_lab.studies.registry import NAMES, OF_MODELS, recorder
 
 if TYPE_CHECKING:
     import torch
@@ -395,7 +395,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     record = commands.add_parser(
         "record", help="measure on this machine what the lessons show, and save it in records/"
     )
-    record.add_argument("what", choices=NAMES, type=current_name, help="what to measure")
+    record.add_argument("what", choices=NAMES, help="what to measure")
     record.add_argument("--device", help=DEVICE_HELP)
     record.add_argument(
         "--models", nargs="+", help=f"measure only these models; for {' and '.join(OF_MODELS)} (default: all)"

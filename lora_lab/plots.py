@@ -27,7 +27,6 @@ from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
 from lora_lab.history import History
 from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
-from lora_lab.system.renamed import renamed
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -956,8 +955,3 @@ def save(figure: Figure, path: str | Path) -> Path:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
     return Path(path)
-
-
-__getattr__ = renamed(
-    __name__, {"looks": "line_styles", "undominated": "pareto_front", "after_cuts": "after_truncation"}
-)

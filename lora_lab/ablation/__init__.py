@@ -28,10 +28,8 @@ from lora_lab.ablation.packed import fit_packed
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.verdict import Verdict, smallest_sufficient_rank
-from lora_lab.system.renamed import renamed
 
 __all__ = ["Grid", "Halving", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
 
 # The other files are loaded already.
-_lazy, _, _ = lazy_loader.attach(__name__, ["blocks", "comparison", "overfitting", "rank_advice", "studies"])
-__getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"}, _lazy)
+__getattr__, _, _ = lazy_loader.attach(__name__, ["blocks", "comparison", "overfitting", "rank_advice", "studies"])

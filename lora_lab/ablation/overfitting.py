@@ -36,7 +36,6 @@ from lora_lab.ablation.results import SCORE, STOPPED
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
 from lora_lab.costs.fake import Factory
-from lora_lab.system.renamed import renamed
 from lora_lab.task import Task
 
 if TYPE_CHECKING:
@@ -609,9 +608,3 @@ def _identity(frame: pandas.DataFrame) -> list[str]:
 def _shared(frame: pandas.DataFrame) -> list[str]:
     """The columns that the rates and seeds of a method have in common."""
     return [name for name in _identity(frame) if name not in ("lr", "seed")]
-
-
-__getattr__ = renamed(
-    __name__,
-    {"measures": "summarise_trials", "tuned": "at_best_rate", "compared": "compare", "against": "compare_over_rates"},
-)

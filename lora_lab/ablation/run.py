@@ -53,7 +53,6 @@ from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.numbers import is_list
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
-from lora_lab.system.renamed import warn_renamed
 from lora_lab.system.schema import NotNegative, check, instance_of
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.task import Task, bytes_of
@@ -125,9 +124,6 @@ def ablate(
             numbers and texts by name (the traceback is in the error's notes; without a folder it is raised at once).
     """
     engine = check(engine, str, "engine")
-    if engine == "apart":
-        warn_renamed("engine='apart'", "engine='separate'")
-        engine = "separate"
     if engine not in ("auto", "separate", "packed"):
         raise ValueError(f"engine is {short_repr(engine)}, but it must be 'auto', 'separate' or 'packed'.")
     _check_types(task, trials, n_jobs, budget_bytes, timeout_s, halving)

@@ -36,7 +36,6 @@ from lora_lab.ablation.results import OUTCOME, PROVENANCE, SCORE
 if TYPE_CHECKING:
     import pandas
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.system.renamed import renamed
 from lora_lab.system.schema import Positive, check
 from lora_lab.system.wording import short_repr
 
@@ -254,6 +253,3 @@ def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) ->
         names = ", ".join(map(str, unsettled))
         return None, f"more seeds needed: no smaller rank is shown to be enough, and rank {names} may be."
     return largest, f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."
-
-
-__getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"})

@@ -15,7 +15,6 @@ from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.renamed import renamed
 from lora_lab.system.schema import check
 
 
@@ -163,6 +162,3 @@ def parse_bytes(text: str) -> int:
     if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
     return int(float(match[1]) * units[match[2].upper()])
-
-
-__getattr__ = renamed(__name__, {"ways": "training_setups"})

@@ -35,8 +35,5 @@ References: Hu et al. 2021, arXiv 2106.09685, equation 3; the order of multiplic
 from lora_lab.lean.loss import cross_entropy, token_losses
 from lora_lab.lean.optim import FlatAdamW, ThreadedStep
 from lora_lab.lean.step import Lean, LeanStep, apply_lean
-from lora_lab.system.renamed import renamed
 
 __all__ = ["FlatAdamW", "Lean", "LeanStep", "ThreadedStep", "apply_lean", "cross_entropy", "token_losses"]
-
-__getattr__ = renamed(__name__, {"InThreads": "ThreadedStep", "rewire": "apply_lean"})

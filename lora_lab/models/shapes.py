@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from lora_lab.models.llama import LlamaConfig, RopeScaling
-from lora_lab.system.renamed import renamed
 
 
 @dataclass(frozen=True)
@@ -219,6 +218,3 @@ def _row(name: str) -> KnownModel:
     if name not in TABLE:
         raise ValueError(f"No shape is known by the name {name!r}; use one of: {', '.join(TABLE)}.")
     return TABLE[name]
-
-
-__getattr__ = renamed(__name__, {"shape": "config"})

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from lora_lab.system.renamed import warn_renamed
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
@@ -231,13 +230,7 @@ def _tweets() -> list[tuple[str, str, str]]:
     return [(*variants[0], group) for group, variants in messages.items() if len({label for label, _ in variants}) == 1]
 
 
-def style(
-    tokenizer: ChatTokenizer,
-    variant: str = "log",
-    max_tokens: int = 224,
-    *,
-    told: str | None = None,  # old name
-) -> PairTask:
+def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
     """Very short stories in the style of a lighthouse keeper's log, or in plain style; written for this project (CC0).
 
     Args:
@@ -248,9 +241,6 @@ def style(
     Raises:
         ValueError: ``variant`` is neither "log" nor "plain".
     """
-    if told is not None:
-        warn_renamed("style(told=)", "style(variant=)")
-        variant = told
     if variant not in ("log", "plain"):
         raise ValueError(f"variant is {variant!r}, but it must be 'log' or 'plain'.")
     rows = _read("style.jsonl")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
-from lora_lab.system.renamed import renamed
 from lora_lab.system.schema import Size, check, instance_of
 from lora_lab.task import IGNORE, check_tokenizer, context_length, modes_restored
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
@@ -241,6 +240,3 @@ def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:
         logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
     log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
     return log_probabilities[:, range(len(answer)), answer].sum(1)  # (16,)
-
-
-__getattr__ = renamed(__name__, {"choices": "most_likely_labels"})
