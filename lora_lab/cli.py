@@ -567,7 +567,7 @@ def _export(options: argparse.Namespace) -> None:
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.models.gguf_writer import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
-    from lora_lab.system.files import check_writable, finish_interrupted_save
+    from lora_lab.system.files import check_writable, repair
 
     source, out = Path(options.adapter), Path(options.out)
     as_folder, dtype = out.suffix != ".gguf", options.dtype or "f16"
@@ -579,7 +579,7 @@ def _export(options: argparse.Namespace) -> None:
     if not as_folder:
         check_target(out, dtype)
     check_writable(out if as_folder else out.parent)
-    finish_interrupted_save(source)
+    repair(source)
     if source.is_dir() and not any((source / name).is_file() for name in (CONFIG, "config.json")):
         raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
     if as_folder:
@@ -692,13 +692,13 @@ def _analyze(options: argparse.Namespace) -> dict[str, Any]:
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
-    from lora_lab.system.files import atomic_file, check_replaceable, check_writable, finish_interrupted_save
+    from lora_lab.system.files import atomic_file, check_replaceable, check_writable, repair
     from lora_lab.system.json_text import rows_of
 
     def load(name: str):
         return load_pretrained(name, device="cpu")[0]
 
-    finish_interrupted_save(options.tuned)
+    repair(options.tuned)
     is_adapter = (Path(options.tuned) / CONFIG).is_file()
     if not is_adapter and options.base is None:
         raise ValueError(
