@@ -6,9 +6,9 @@ In reading order. A file imports only from what is listed before it: here, and i
 
     lora         the heart: LoRALinear, h = W0 x + scaling * B A x
     layers       the same for embeddings, convolutions, GPT-2's Conv1D, attention's output
-    variants     rsLoRA, LoRA-FA, PiSSA, DoRA: what each changes
     inject       adapters on a model: LoRAConfig, inject, merge, adapter_state
     methods      full fine-tuning, LoRA, ...: the one object in which runs of fit differ
+    variants     rsLoRA, LoRA-FA, LoRA+, PiSSA, DoRA: what each changes
     rank         singular values, ranks and subspaces, and their values by chance
     task         data in four parts, and the loss
     history      the record of a run, step by step

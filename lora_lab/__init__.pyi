@@ -40,14 +40,9 @@ from .lean.step import Lean as Lean
 from .lora import LoRALayer as LoRALayer
 from .lora import LoRALinear as LoRALinear
 from .methods import ContinueLoRA as ContinueLoRA
-from .methods import DoRA as DoRA
 from .methods import FullFineTuning as FullFineTuning
 from .methods import LoRA as LoRA
-from .methods import LoRAFA as LoRAFA
-from .methods import LoRAPlus as LoRAPlus
 from .methods import PartialFineTuning as PartialFineTuning
-from .methods import PiSSA as PiSSA
-from .methods import RsLoRA as RsLoRA
 from .models import quantize as quantize
 from .models.llama import Llama as Llama
 from .models.llama import LlamaConfig as LlamaConfig
@@ -64,5 +59,10 @@ from .tasks.generate import reply as reply
 from .train import TrainConfig as TrainConfig
 from .train import evaluate as evaluate
 from .train import fit as fit
+from .variants import DoRA as DoRA
+from .variants import LoRAFA as LoRAFA
+from .variants import LoRAPlus as LoRAPlus
+from .variants import PiSSA as PiSSA
+from .variants import RsLoRA as RsLoRA
 
 __version__: str

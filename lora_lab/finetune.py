@@ -20,7 +20,7 @@ from lora_lab.adapters.card import CARD, is_free, yield_to
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
-from lora_lab.methods import LORA_METHODS, AsItIs, FullFineTuning, Method, PartialFineTuning
+from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
 from lora_lab.models.huggingface import check_separate
 from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import METRICS, score, trivial
 from lora_lab.tasks.named import check_name
 from lora_lab.train import TrainConfig, evaluate, fit, new_history
+from lora_lab.variants import LORA_METHODS
 
 OUT = Path("runs/finetune")  # where the command saves its results if no folder is named
 CHECKPOINTS = "checkpoint"  # the folder of checkpoints in it
@@ -175,7 +176,7 @@ def run(
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_heading(why, data))
-        _check_checkpoint(checkpoints, new_history(data, method, config), net, overwrite)
+        _check_checkpoint(checkpoints, new_history(data, method, config, net), net, overwrite)
         history, before, after = _trained(net, data, method, config, checkpoints, checkpoint_every, dtype)
         result = {
             "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},

@@ -11,16 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from torch import nn
+from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
 from lora_lab.system.files import as_path, check_file, read_json, write_json
-from lora_lab.system.schema import check_fields
-from lora_lab.system.wording import short_repr, shortened
+from lora_lab.system.schema import Count, NotNegative, Number, check, check_fields
+from lora_lab.system.wording import short_repr
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = ("step", "train_loss", "validation_loss", "off_domain_loss", "lr", "grad_norm", "seconds", "tokens")
 
+class Row(TypedDict):
+    """One step. A loss that was not evaluated is None, and so is what a row 0, before training, cannot have."""
+
+    step: Count
+    train_loss: Number | None
+    validation_loss: Number | None
+    off_domain_loss: Number | None
+    lr: Number | None
+    grad_norm: Annotated[float, Field(ge=0)] | None  # infinite where the sum of squares overflows
+    seconds: NotNegative
+    tokens: Count
+
+
+COLUMNS = tuple(Row.__annotations__)
 _Total = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -40,13 +54,18 @@ class History:
     task: dict[str, str]
     method: dict[str, Any]
     settings: dict[str, Any]
-    trainable_parameters: _Total
-    total_parameters: _Total
+    trainable_parameters: _Total = 0
+    total_parameters: _Total = 0
     optimizer_bytes: _Total = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def count(self, model: nn.Module) -> None:
+        """Count the parameters of the prepared model."""
+        self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.total_parameters = count_parameters(model)
 
     def start(self) -> None:
         """Append row 0, the model before training."""
@@ -85,12 +104,9 @@ class History:
         The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. A
         training loss is computed before its step, so the gap lags behind: a gap of 0 does not prove that there is none.
         """
-        if column == "gap":
-            return self._gap()
-        points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def _gap(self) -> tuple[list[int], list[float]]:
+        if column != "gap":
+            points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
+            return [step for step, _ in points], [value for _, value in points]
         steps, gaps, losses = [], [], []
         for row in self.rows[1:]:
             losses.append(row["train_loss"])
@@ -133,8 +149,7 @@ class History:
         try:
             return cls.from_dict(stored)
         except ValueError as error:
-            reason = str(error).removesuffix(".")
-            raise ValueError(f"{path} holds no History ({reason}); give a file that History.save wrote.") from None
+            raise ValueError(f"{path} holds no History: {error}") from None
 
     @classmethod
     def from_dict(cls, content: Any) -> History:
@@ -144,29 +159,16 @@ class History:
             ValueError: an entry is missing, unknown or of the wrong type, or the rows are not those of steps
                 0, 1, 2, ...
         """
-        if not isinstance(content, dict):
-            raise ValueError(f"The content is a {type(content).__name__}, but it must be an object.")
-        if mismatched := content.keys() ^ {entry.name for entry in fields(cls)}:
-            names = shortened(", ".join(sorted(mismatched)))
-            raise ValueError(f"The content has missing or unknown entries: {names}.")
+        names = [entry.name for entry in fields(cls)]
+        if not isinstance(content, dict) or content.keys() != set(names):
+            raise ValueError(f"The content must be an object with the entries {', '.join(names)} and no others.")
         history = cls(**content)
         for step, row in enumerate(history.rows):
-            _check_row(step, row)
+            check(row, Row, f"Row {step}")
+            missing = step > 0 and None in (row["train_loss"], row["lr"], row["grad_norm"])
+            if missing or row["step"] != step or len(row) > len(COLUMNS):
+                raise ValueError(f"Row {step} is {short_repr(row)}, but it must be that of step {step}.")
         return history
-
-
-def _check_row(step: int, row: dict[str, Any]) -> None:
-    if row.keys() != set(COLUMNS):
-        raise ValueError(f"Row {step} is {short_repr(row)}, but it must have the values {', '.join(COLUMNS)}.")
-    if type(row["step"]) is not int or row["step"] != step:
-        raise ValueError(f"Row {step} is of step {short_repr(row['step'])}, but rows must be of steps 0, 1, 2, ...")
-    # Losses are not evaluated at every step, and row 0 is before the first step.
-    optional = {"validation_loss", "off_domain_loss"} | ({"train_loss", "lr", "grad_norm"} if step == 0 else set())
-    for name in COLUMNS[1:]:
-        value = row[name]
-        overflow = name == "grad_norm" and value == math.inf  # the sum of squares overflows; clipping handles that
-        if not (is_number(value) or overflow or (value is None and name in optional)):
-            raise ValueError(f"Row {step} has {short_repr(value)} as {name}, but it must be a finite number.")
 
 
 def is_number(value: Any) -> bool:
@@ -182,17 +184,17 @@ def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
         what: which loss it is, for the message.
         row: of the step, with its number and its learning rate.
     """
-    if not math.isfinite(loss):
-        if row["step"] == 0:
-            raise DivergedError(
-                f"The {what} is {loss} at step 0 (before training), so no learning rate can help; look for NaN and "
-                "infinite numbers in the model's weights and the task's inputs, and if there are none, load the model "
-                "in float32, because its own dtype overflows."
-            )
+    if math.isfinite(loss):
+        return
+    if row["step"] == 0:
         raise DivergedError(
-            f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "
-            "lower the learning rate, and reload the model, because its weights are unusable."
+            f"The {what} is {loss} at step 0 (before training), so no learning rate can help; look for such numbers in "
+            "weights and inputs, or load the model in float32."
         )
+    raise DivergedError(
+        f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "
+        "lower the learning rate, and reload the model, because its weights are unusable."
+    )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
-from lora_lab.lora import LoRALayer, check_numbers
-from lora_lab.system.numbers import check_finite, is_list, plain
-from lora_lab.system.wording import short_repr, shortened
+from lora_lab.lora import LoRALayer
+from lora_lab.system.numbers import check_finite
+from lora_lab.system.schema import Dropout, Positive, Size, check_fields
+from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
 _RANK_OF_ANY_LAYER = 1024  # up to here, and up to a weight's longer side, no rank fills a machine's memory
@@ -37,46 +38,31 @@ class LoRAConfig:
         ValueError: a value is out of range, or a list of names is empty.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Size = 8
+    alpha: Positive = 16.0
+    dropout: Dropout = 0.0
     targets: str | Sequence[str] = "all-linear"
     exclude: Sequence[str] = ()
     layer: ClassVar[type[LoRALayer] | None] = None  # the class of the adapters, as for :func:`inject`
 
     def __post_init__(self) -> None:
-        numbers = check_numbers(self.rank, self.alpha, self.dropout)
-        values: dict[str, Any] = dict(zip(("rank", "alpha", "dropout"), numbers, strict=True))
-        if isinstance(self.targets, str) and self.targets != "all-linear":
-            raise ValueError(
-                f"targets is {self.targets!r}, but it must be 'all-linear' or a list of names; "
-                f"write [{self.targets!r}] for one name."
-            )
-        if not isinstance(self.targets, str):
-            values["targets"] = check_names("targets", self.targets)
-        values["exclude"] = check_names("exclude", self.exclude)
-        if len(self.targets) == 0:
+        if not (isinstance(self.targets, str) and self.targets == "all-linear"):
+            object.__setattr__(self, "targets", check_names("targets", self.targets))
+        object.__setattr__(self, "exclude", check_names("exclude", self.exclude))
+        if not self.targets:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # of Python, which JSON can hold
+        check_fields(self)
 
 
-def check_names(argument: str, names: Any) -> tuple[str, ...]:
+def check_names(argument: str, names: Collection[str]) -> tuple[str, ...]:
     """Return names as a tuple, which a frozen config can hold and JSON stores as a list; those of a set are sorted.
 
     Raises:
-        ValueError: the argument is no list of names, but for example one name.
+        ValueError: the argument is one name, not a list of names.
     """
     if isinstance(names, str):
         raise ValueError(f"{argument} is {names!r}, but it must be a list of names; write [{names!r}].")
-    if not is_list(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} is {short_repr(names)}, but it must be a list of names.")
     return tuple(map(str, sorted(names) if isinstance(names, Set) else names))  # numpy has texts of its own
-
-
-def _check_type(argument: str, value: Any, expected: type) -> None:
-    if not isinstance(value, expected):
-        raise ValueError(f"{argument} is {short_repr(value)}, but it must be an instance of {expected.__name__}.")
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer]:
@@ -86,9 +72,8 @@ def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer
         required: raise an error for a model without adapters, in place of returning an empty dictionary.
 
     Raises:
-        ValueError: ``required`` is true and the model has no adapters, or the model is something else, such as a path.
+        ValueError: ``required`` is true and the model has no adapters.
     """
-    _check_type("model", model, nn.Module)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     if required and not layers:
         raise ValueError("The model has no adapters; call inject(model, LoRAConfig(...)) first.")
@@ -118,27 +103,10 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     Warns of a rank that is above the shorter side of every matched weight.
     """
     require_no_adapters(model)
-    _check_type("config", config, LoRAConfig)
-    if layer is not None and not (isinstance(layer, type) and issubclass(layer, LoRALayer)):
-        raise ValueError(f"layer is {short_repr(layer)}, but it must be a class of adapters, such as DoRALinear.")
-    seed = plain(seed)
-    if isinstance(seed, bool) or not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
-        raise ValueError(f"seed is {short_repr(seed)}, but it must be a whole number of 64 bits.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     classes = match_layers(model, config.targets, config.exclude, config.layer if layer is None else layer)
     shapes = [_shape(model.get_submodule(name)) for name in classes]
-    largest, useful = max(map(max, shapes)), max(min(out, math.prod(rest)) for out, *rest in shapes)
-    if config.rank > (most := max(largest, _RANK_OF_ANY_LAYER)):
-        raise ValueError(
-            f"rank is {config.rank}, but it must be at most {most} here, where no weight has a side longer than "
-            f"{largest}; a rank as large as the shorter side already holds every change of a matrix."
-        )
-    if config.rank > useful:
-        warnings.warn(
-            f"rank is {config.rank}, but no weight adapted here has a shorter side above {useful}: rank {useful} holds "
-            "every change of them already, and a higher one only costs memory and time.",
-            stacklevel=2,
-        )
+    _check_rank(config.rank, max(map(max, shapes)), max(min(out, math.prod(rest)) for out, *rest in shapes))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = {}
     try:
@@ -154,6 +122,21 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     for name, adapter in adapters.items():
         replace(model, name, adapter)
     return list(adapters)
+
+
+def _check_rank(rank: int, longest: int, useful: int) -> None:
+    """Refuse a rank far above the longest side of all weights, and warn of one above the ``useful`` rank."""
+    if rank > (most := max(longest, _RANK_OF_ANY_LAYER)):
+        raise ValueError(
+            f"rank is {rank}, but it must be at most {most} here, where no weight has a side longer than {longest}; a "
+            "rank as large as the shorter side already holds every change of a matrix."
+        )
+    if rank > useful:
+        warnings.warn(
+            f"rank is {rank}, but no weight adapted here has a shorter side above {useful}: rank {useful} holds every "
+            "change of them already, and a higher one only costs memory and time.",
+            stacklevel=3,
+        )
 
 
 def require_no_adapters(model: nn.Module) -> None:
@@ -202,21 +185,15 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     """
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
-    if not isinstance(into, str) or into not in MERGED_FORMS:
-        value = repr(into) if isinstance(into, str) else f"a {type(into).__name__}"
-        raise ValueError(f"into is {value}, but it must be one of {', '.join(map(repr, MERGED_FORMS))}.")
-    if (base is None) == (into == "full-precision"):
-        problem = "is missing" if base is None else f"is a {type(base).__name__}"
+    if into not in MERGED_FORMS or (base is None) == (into == "full-precision"):
         raise ValueError(
-            f"into is {into!r} and base {problem}; pass the model before it was quantised as base with "
-            "into='full-precision', and only then."
+            f"into is {into!r}, but it must be 'dequantised' or 'blocks', or 'full-precision' with the model before it "
+            "was quantised as base."
         )
-    merged: dict[str, Any]
     if base is not None:
-        _check_type("base", base, nn.Module)
-        merged = _merged_in_full_precision(model, layers, base)
+        merged = _merge_into(base, model, layers)
     elif into == "blocks":
-        merged = _merged_in_blocks(layers)
+        merged = {name: _merge_in_blocks(layer) for name, layer in layers.items()}
     else:
         merged = {name: layer.merged() for name, layer in layers.items()}
     check_finite((f"{name}.weight", layer.weight) for name, layer in merged.items())
@@ -225,33 +202,27 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     return list(layers)
 
 
-def _merged_in_blocks(layers: dict[str, LoRALayer]) -> dict[str, nn.Module]:
-    if not any(isinstance(layer.base, QuantizedLayer) for layer in layers.values()):
-        raise ValueError(
-            f"into is 'blocks', but none of the model's {len(layers)} adapted layers is in blocks; call merge(model), "
-            "and then quantize_nf4(model) if you want blocks."
-        )
+def _merge_in_blocks(layer: LoRALayer) -> Any:
+    if not isinstance(layer.base, QuantizedLayer):
+        return layer.merged()
     # The update is added before the sum is rounded to the precision in which the model computes.
-    return {
-        name: layer.base.requantized(layer.base.weight + layer.delta()).train(layer.training)  # (48, 64)
-        if isinstance(layer.base, QuantizedLayer)
-        else layer.merged()
-        for name, layer in layers.items()
-    }
+    return layer.base.requantized(layer.base.weight + layer.delta()).train(layer.training)  # (48, 64)
 
 
-def _merged_in_full_precision(model: nn.Module, layers: dict[str, LoRALayer], base: nn.Module) -> dict[str, nn.Module]:
-    replaced: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if name in layers or (isinstance(module, QuantizedLayer) and name.removesuffix(".base") not in layers)
-    }
+def _merge_into(base: nn.Module, model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, Any]:
+    """Return copies of the layers of ``base`` for all adapted and all quantised layers, with the adapters merged."""
+    quantised = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    outer = [name for name in quantised if name.removesuffix(".base") not in layers]
     full_layers = dict(base.named_modules(remove_duplicate=False))
-    for name, layer in replaced.items():
-        _check_full_layer(name, layer, full_layers.get(name))
     copies: dict[int, Any] = {}  # so that layers that share a matrix in base share its copy
     merged = {}
-    for name, layer in replaced.items():
+    for name in (*layers, *outer):
+        layer: Any = model.get_submodule(name)
+        if not _can_replace(full_layers.get(name), layer):
+            raise ValueError(
+                f"base does not fit the model: its {name!r} is {full_layers.get(name)}, which cannot take the place of "
+                f"{getattr(layer, 'base', layer)}; pass the model before it was quantised."
+            )
         full: Any = copy.deepcopy(full_layers[name], copies)
         dtype = layer.weight.dtype
         full.to(next(layer.parameters()).device, torch.promote_types(full.weight.dtype, dtype))
@@ -262,28 +233,18 @@ def _merged_in_full_precision(model: nn.Module, layers: dict[str, LoRALayer], ba
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
-    """The shape of a layer's weight, which is not dequantised for it."""
+    """Return the shape of a layer's weight, which is not dequantised for it."""
     return tuple(layer.shape if isinstance(layer, QuantizedLayer) else layer.weight.shape)
 
 
-def _check_full_layer(name: str, layer: Any, full: nn.Module | None) -> None:
-    """Raise ValueError if ``full`` cannot take the place of an adapted or quantised layer."""
-    adapted = isinstance(layer, LoRALayer)
-    before = layer.base if adapted else layer
-    shape = _shape(before)
-    problem = None
-    if full is None:
-        problem = "is missing in it"
-    elif isinstance(full, LoRALayer | QuantizedLayer):
-        problem = f"is {'adapted' if isinstance(full, LoRALayer) else 'quantised'} there too"
-    elif (adapted and lora_class(full, type(layer)) is None) or (weight := full._parameters.get("weight")) is None:
-        problem = f"is a {type(full).__name__} there, which cannot take its place"
-    elif tuple(weight.shape) != shape:
-        problem = f"has shape {tuple(weight.shape)} there, but {shape} in the model"
-    elif (full._parameters.get("bias") is None) != (before._parameters.get("bias") is None):
-        problem = "has a bias in only one of the two"
-    if problem is not None:
-        raise ValueError(f"base does not fit the model: {name!r} {problem}; pass the model before it was quantised.")
+def _can_replace(full: nn.Module | None, layer: Any) -> bool:
+    """Return whether a plain layer has the form of an adapted or quantised one."""
+    before = layer.base if isinstance(layer, LoRALayer) else layer
+    if full is None or full._parameters.get("weight") is None or _shape(full) != _shape(before):
+        return False
+    if isinstance(layer, LoRALayer) and lora_class(full, type(layer)) is None:
+        return False
+    return (full._parameters.get("bias") is None) == (before._parameters.get("bias") is None)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -348,23 +309,16 @@ def match_layers(
     if targets == "all-linear":
         head = output_head(model)
         names = [name for name in classes if is_linear(modules[name]) and modules[name] is not head]
-        if not names:
-            raise ValueError(
-                f"{type(model).__name__} has no linear layer inside it to adapt; "
-                f"its output head and what exclude={list(exclude)} names are left out."
-            )
-        _warn_of_unadapted_weights(
-            {name: module for name, module in modules.items() if name not in classes and name not in left_out}
-        )
+        _warn_of_unadapted_weights({name: modules[name] for name in modules if name not in {*classes, *left_out}})
     else:
         for target in targets:
             _check_target(target, modules, classes, left_out)
         names = [name for name in classes if any(name_matches(name, target) for target in targets)]
-        if not names:
-            raise ValueError(
-                f"exclude is {list(exclude)}, which leaves out every layer that targets={list(targets)} names, so "
-                "nothing would be adapted; exclude fewer."
-            )
+    if not names:
+        raise ValueError(
+            f"targets={targets} and exclude={exclude} leave no layer of this {type(model).__name__} to adapt; "
+            "'all-linear' leaves out its output head."
+        )
     _check_unshared(model, modules, names)
     return {name: classes[name] for name in names}
 
@@ -404,15 +358,9 @@ def last_blocks(model: nn.Module, count: int) -> list[str]:
     """
     names = list(transformer_blocks(model))
     if not 1 <= count <= len(names):
-        raise ValueError(
-            f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks; "
-            "use at least 1 and at most as many as it has."
-        )
-    return [
-        layer
-        for layer in match_layers(model, "all-linear", ())
-        if any(layer.startswith(f"{name}.") for name in names[len(names) - count :])
-    ]
+        raise ValueError(f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks.")
+    prefixes = tuple(f"{name}." for name in names[len(names) - count :])
+    return [layer for layer in match_layers(model, "all-linear", ()) if layer.startswith(prefixes)]
 
 
 def _check_target(
@@ -434,12 +382,9 @@ def _check_unshared(model: nn.Module, modules: dict[str, nn.Module], names: list
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = Counter(id(tensor) for _, tensor in tensors)
     for name in names:
-        tensors_of_layer = [*modules[name].parameters(recurse=False), *modules[name].buffers(recurse=False)]
-        if any(owners[id(tensor)] > 1 for tensor in tensors_of_layer):
-            raise ValueError(
-                f"The weight of {name!r} is shared with another module, so an adapter would change one of the two "
-                "and not the other; leave it out of targets."
-            )
+        held = [*modules[name].parameters(recurse=False), *modules[name].buffers(recurse=False)]
+        if any(owners[id(tensor)] > 1 for tensor in held):
+            raise ValueError(f"The weight of {name!r} is shared with another module; leave it out of targets.")
 
 
 def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
@@ -452,8 +397,7 @@ def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
             if experts or joint_projection or unknown_linear:
                 weights.append(f"{name}.{parameter_name}")
     if weights:
-        listed = ", ".join(weights[:3]) + (f" and {len(weights) - 3} more" if len(weights) > 3 else "")
         warnings.warn(
-            f"'all-linear' does not reach weights outside the layers it can adapt, so they stay frozen: {listed}.",
+            f"'all-linear' does not reach weights outside the layers it can adapt: {shortened(', '.join(weights))}.",
             stacklevel=4,
         )

@@ -10,11 +10,9 @@ with a 5 x 5 kernel on 8 images of 32 x 32; rank = 4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab.lora import LoRALayer, LoRALinear, uniform
@@ -41,8 +39,7 @@ class LoRAEmbedding(LoRALayer):
         """A (rank, tokens), zero, and B (width, rank), normal."""
         if self.base.max_norm is not None:
             raise ValueError(
-                f"An embedding with max_norm={self.base.max_norm} rescales its frozen rows at every look-up, "
-                "so it cannot be adapted; leave it out of targets."
+                f"max_norm={self.base.max_norm} rescales frozen rows at every look-up; leave it out of targets."
             )
         dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
         B = torch.randn(self.base.embedding_dim, rank, dtype=dtype, generator=generator)  # (64, 4)
@@ -78,8 +75,7 @@ class LoRAConv2d(LoRALayer):
         """A (rank, in, height, width), uniform, and B (out, rank, 1, 1), zero."""
         if self.base.groups != 1:
             raise ValueError(
-                f"A convolution with groups={self.base.groups} cannot be adapted, only one with groups=1; "
-                "leave it out of targets."
+                f"A convolution with groups={self.base.groups} cannot be adapted; leave it out of targets."
             )
         window = self.base.weight.shape[1:]  # (3, 5, 5)
         A = uniform(rank, window.numel(), self.base.weight.dtype, generator).view(rank, *window)  # (4, 3, 5, 5)
@@ -163,23 +159,13 @@ class QuantizedLayer(nn.Module):
 # Which class adapts which kind of layer
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    lora_class: type[LoRALayer]
-    linear: bool
-
-
-_REGISTERED: dict[str, _Entry] = {}
+_REGISTERED: dict[str, tuple[type[LoRALayer], bool]] = {}  # a class's full name: its adapter, and whether it is linear
 
 
 def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], linear: bool = False) -> None:
     """Let ``inject`` put ``lora_class`` on layers whose class is exactly ``base_class``.
 
-    A subclass of ``nn.Linear`` counts as ``nn.Linear``, without being registered, if its layers hold one plain matrix W
-    and compute x W^T + b, as Falcon's do. Other subclasses, such as routers and quantised layers, are refused.
+    A subclass of ``nn.Linear`` that computes as ``nn.Linear`` does needs no entry of its own.
 
     Args:
         base_class: a class, or its full name ("transformers.pytorch_utils.Conv1D"), so that its library
@@ -188,7 +174,7 @@ def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], lin
         linear: whether "all-linear" includes such layers.
     """
     name = base_class if isinstance(base_class, str) else _full_name(base_class)
-    _REGISTERED[name] = _Entry(lora_class, linear)
+    _REGISTERED[name] = lora_class, linear
 
 
 def lora_class(base: nn.Module, layer: type[LoRALayer] | None = None) -> type[LoRALayer] | None:
@@ -197,18 +183,16 @@ def lora_class(base: nn.Module, layer: type[LoRALayer] | None = None) -> type[Lo
     Args:
         layer: a variant. It adapts the bases whose registered class it derives from, and no others.
     """
-    entry = _entry(base)
-    if entry is None:
-        return None
-    if layer is None:
-        return entry.lora_class
-    return layer if issubclass(layer, entry.lora_class) else None
+    registered = _entry(base)
+    if registered is None or layer is None:
+        return registered and registered[0]
+    return layer if issubclass(layer, registered[0]) else None
 
 
-def _entry(module: nn.Module) -> _Entry | None:
+def _entry(module: nn.Module) -> tuple[type[LoRALayer], bool] | None:
     entry = _REGISTERED.get(_full_name(type(module)))
     if entry is None and isinstance(module, nn.Linear) and _is_plain_linear(module):
-        return _REGISTERED.get(_full_name(nn.Linear))
+        return _REGISTERED[_full_name(nn.Linear)]
     return entry
 
 
@@ -217,44 +201,31 @@ def _full_name(layer_class: type) -> str:
 
 
 def _is_plain_linear(layer: nn.Linear) -> bool:
-    """Whether a layer of a subclass of ``nn.Linear`` holds one plain matrix W and computes x W^T + b.
+    """Return whether a layer of a subclass of ``nn.Linear`` inherits its forward pass and holds one plain matrix.
 
-    Quantised layers hold a matrix of a special class or dtype, or scales in addition to it. A forward that a class
-    overrides is tried on a small W, because the values of a layer on the meta device do not exist.
+    Quantised layers hold a matrix of a special class or dtype, or scales in addition to it.
     """
     names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     weight = layer._parameters.get("weight")
-    if not names <= {"weight", "bias"} or weight is None or type(weight) not in (nn.Parameter, FakeTensor):
-        return False
-    if weight.dtype not in _DTYPES or weight.shape != (layer.out_features, layer.in_features):
-        return False
-    return type(layer).forward is nn.Linear.forward or _forward_is_linear(layer)
-
-
-@torch.no_grad()
-def _forward_is_linear(layer: nn.Linear) -> bool:
-    with unset_fake_temporarily():
-        # Values whose products and sums are exact, in any order and in every dtype.
-        weight = torch.tensor([[0.5, -2.0, 1.0], [1.5, 0.25, -1.0]], dtype=torch.float32, device="cpu")  # (2, 3)
-        bias, x = None if layer.bias is None else weight[:, 0], weight.flip(0)[None]  # (2,), (1, 2, 3)
-        small = object.__new__(type(layer))
-        small.__dict__ |= vars(layer) | {"in_features": 3, "out_features": 2, "training": False}
-        small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
-        try:
-            output = type(layer).forward(small, x)  # (1, 2, 2)
-        except Exception:  # the forward needs more than W and b
-            return False
-        return type(output) is Tensor and torch.equal(output, F.linear(x, weight, bias))
+    return (
+        type(layer).forward is nn.Linear.forward
+        and names <= {"weight", "bias"}
+        and type(weight) in (nn.Parameter, FakeTensor)
+        and weight.is_floating_point()
+        and weight.itemsize > 1
+        and weight.shape == (layer.out_features, layer.in_features)
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" includes this layer, provided that it can be adapted."""
     entry = _entry(module)
-    return isinstance(module, nn.Linear) if entry is None else entry.linear
+    return isinstance(module, nn.Linear) if entry is None else entry[1]
 
 
 register(nn.Linear, LoRALinear, linear=True)
 register(nn.Embedding, LoRAEmbedding)
 register(nn.Conv2d, LoRAConv2d)
 register("transformers.pytorch_utils.Conv1D", LoRAConv1D, linear=True)
+register("transformers.models.falcon.modeling_falcon.FalconLinear", LoRALinear, linear=True)
 register("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", LoRAOutProjection, linear=True)

@@ -24,15 +24,13 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.system.numbers import plain
-from lora_lab.system.wording import short_repr
+from lora_lab.system.schema import Dropout, Positive, Size, check
 
 
 class LoRALayer(nn.Module):
@@ -55,6 +53,7 @@ class LoRALayer(nn.Module):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # names of the tensors that make up an adapter
+    fixed: ClassVar[tuple[str, ...]] = ()  # those of them that are parameters, but are not trained
     base: Any  # a module with a weight; its class depends on the kind of layer
 
     def __init__(
@@ -71,8 +70,8 @@ class LoRALayer(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
         device = next(base.parameters()).device
-        self.lora_A = nn.Parameter(A.to(device))  # (4, 64)
-        self.lora_B = nn.Parameter(B.to(device))  # (48, 4)
+        self.lora_A = nn.Parameter(A.to(device), requires_grad="lora_A" not in self.fixed)  # (4, 64)
+        self.lora_B = nn.Parameter(B.to(device), requires_grad="lora_B" not in self.fixed)  # (48, 4)
         base.requires_grad_(False)  # last, so that an error above leaves the base unchanged
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -165,16 +164,5 @@ def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generato
 
 
 def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> tuple[int, float, float]:
-    """Return the three as numbers of Python.
-
-    Raises:
-        ValueError: one of them is no number, or is out of range.
-    """
-    rank, alpha, dropout = plain(rank), plain(alpha), plain(dropout)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
-        raise ValueError(f"rank is {short_repr(rank)}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
-    if not (isinstance(alpha, int | float) and 0 < alpha <= sys.float_info.max):
-        raise ValueError(f"alpha is {short_repr(alpha)}, but it must be a positive number, such as 16.")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ValueError(f"dropout is {short_repr(dropout)}, but it must lie in [0, 1), such as 0.05.")
-    return rank, alpha, dropout
+    """Return the three as numbers of Python, or raise ValueError if one of them is out of range."""
+    return check(rank, Size, "rank"), check(alpha, Positive, "alpha"), check(dropout, Dropout, "dropout")

@@ -27,9 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_lab.system.numbers import plain
-from lora_lab.system.schema import Number, Positive, Seed, Share, Size, check
-from lora_lab.system.wording import short_repr
+from lora_lab.system.schema import Share, check
 
 
 class SVD(NamedTuple):
@@ -64,12 +62,6 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     """
     _check(B, "B")
     _check(A, "A")
-    if B.shape[:-2] != A.shape[:-2] or B.shape[-1] != A.shape[-2]:
-        raise ValueError(
-            f"B has shape {tuple(B.shape)} and A {tuple(A.shape)}, but B must be (out, rank) and A (rank, in)."
-        )
-    if not isinstance(scaling, Tensor):
-        scaling = check(scaling, Positive, "scaling")
     scaling = torch.as_tensor(scaling, dtype=torch.float64)  # ()
     if not (scaling.isfinite() & (scaling > 0)).all():
         raise ValueError(f"scaling is {scaling.tolist()}, but it must be a positive number.")
@@ -126,19 +118,14 @@ class Approximation(NamedTuple):
     error: Tensor
 
 
-def truncate(
-    W: Matrix, rank: int, *, randomized: bool = False, generator: torch.Generator | None = None
-) -> Approximation:
-    """The best approximation of rank r, as factors of the same scale: B = U sqrt(S), A = sqrt(S) Vh.
+def truncate(W: Matrix, rank: int) -> Approximation:
+    """Return the best approximation of rank r, as factors of the same scale: B = U sqrt(S), A = sqrt(S) Vh.
 
     No matrix of rank r is closer to W, in the Frobenius or the spectral norm (Eckart and Young 1936).
 
     Args:
         W: (..., out, in), or its SVD.
         rank: r, from 1 to the smaller of out and in.
-        randomized: compute the leading directions from random vectors (Halko et al. 2011, algorithm 4.4, 6 power
-            iterations). Use it for large matrices whose singular values decay fast, and check ``error``: it is exact.
-        generator: for the random vectors; default: a new one with seed 0.
 
     Returns:
         B (..., out, r), A (..., r, in), error (...).
@@ -146,34 +133,13 @@ def truncate(
     Raises:
         ValueError: the rank is out of range, or as for :func:`svd`.
     """
-    if check(randomized, bool, "randomized") and isinstance(W, Tensor):
-        _check(W, "W")
-        rank = _checked_rank(rank, min(W.shape[-2:]))
-        U, S, Vh = _randomized_svd(W.to(_work_dtype(W)), rank, generator)
-        missing = torch.linalg.matrix_norm(W.to(S.dtype) - U * S[..., None, :] @ Vh)  # ()
-        whole = torch.linalg.matrix_norm(W.to(S.dtype))  # ()
-    else:
-        U, S, Vh = svd(W)
-        rank = _checked_rank(rank, S.shape[-1])
-        missing, whole = S[..., rank:].norm(dim=-1), S.norm(dim=-1)  # (), ()
-        U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]  # (192, 8), (8,), (8, 576)
+    U, S, Vh = svd(W)
+    _check_rank(rank, S.shape[-1])
+    error = _ratio(S[..., rank:].norm(dim=-1), S.norm(dim=-1))  # ()
+    U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]  # (192, 8), (8,), (8, 576)
     root = S.sqrt()  # (8,)
     B, A = U * root[..., None, :], root[..., None] * Vh  # (192, 8), (8, 576)
-    return Approximation(B.contiguous(), A.contiguous(), _ratio(missing, whole))
-
-
-def _randomized_svd(W: Tensor, rank: int, generator: torch.Generator | None) -> SVD:
-    """The leading part of the SVD, from the products of W and random vectors, refined by six power iterations."""
-    generator = generator or torch.Generator(W.device).manual_seed(0)
-    count = min(rank + 20, *W.shape[-2:])  # 20 vectors more than the rank make it unlikely that a direction is missed
-    shape = (*W.shape[:-2], W.shape[-1], count)
-    X = torch.randn(shape, generator=generator, device=W.device, dtype=W.dtype)  # (576, 28)
-    Q = torch.linalg.qr(W @ X).Q  # (192, 28)
-    for _ in range(6):
-        Q = torch.linalg.qr(W.mT @ Q).Q  # (576, 28)
-        Q = torch.linalg.qr(W @ Q).Q  # (192, 28)
-    U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)  # (28, 28), (28,), (28, 576)
-    return SVD((Q @ U)[..., :rank], S[..., :rank], Vh[..., :rank, :])  # (192, 8), (8,), (8, 576)
+    return Approximation(B.contiguous(), A.contiguous(), error)
 
 
 # Statistics of singular values. Each takes S (..., k), in any order, returns (...), and is 0 for a matrix of zeros.
@@ -241,29 +207,11 @@ def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not match, or the columns are not orthonormal.
     """
-    V1, V2 = _checked_bases(V1, V2)
+    V1, V2 = _check_bases(V1, V2)
     shared = (V1.mT @ V2).square().cumsum(-1).cumsum(-2)  # (8, 64)
     i = torch.arange(1, V1.shape[-1] + 1, device=V1.device)  # (8,)
     j = torch.arange(1, V2.shape[-1] + 1, device=V1.device)  # (64,)
     return (shared / torch.minimum(i[:, None], j)).clamp_max(1)  # (8, 64)
-
-
-def principal_angles(V1: Tensor, V2: Tensor) -> Tensor:
-    """Angles between two subspaces in radians, in ascending order: (..., min(i, j)).
-
-    Small angles are computed from sines and large ones from cosines, so that all are accurate (Knyazev and Argentati
-    2002, algorithm 3.1).
-
-    Raises:
-        ValueError: as for :func:`subspace_similarity`.
-    """
-    V1, V2 = _checked_bases(V1, V2)
-    if V1.shape[-1] < V2.shape[-1]:
-        V1, V2 = V2, V1
-    cross = V1.mT @ V2  # (64, 8)
-    cosines = torch.linalg.svdvals(cross).clamp(0, 1)  # (8,) descending
-    sines = torch.linalg.svdvals(V2 - V1 @ cross).clamp(0, 1).flip(-1)  # (8,) ascending
-    return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())  # (8,)
 
 
 class Amplification(NamedTuple):
@@ -318,16 +266,12 @@ def amplification_factor(delta: Matrix, W: Matrix, rank: int) -> Tensor:
 def _size_and_projection(delta: Matrix, W: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of the update, the norm of the weight in the update's leading directions, and the weight as a tensor."""
     U, S, Vh = svd(delta)
-    rank = _checked_rank(rank, S.shape[-1])
+    _check_rank(rank, S.shape[-1])
     if isinstance(W, tuple):
         U_of_W, S_of_W, Vh_of_W = _check_decomposition(W)
         W = (U_of_W * S_of_W[..., None, :]) @ Vh_of_W  # (192, 576)
     _check(W, "W")
     W = W.to(torch.promote_types(_work_dtype(W), S.dtype))
-    if W.shape != (*U.shape[:-1], Vh.shape[-1]):
-        raise ValueError(
-            f"The weight has shape {tuple(W.shape)} and the update {(*U.shape[:-1], Vh.shape[-1])}; they must be equal."
-        )
     U, Vh = U[..., :rank].to(W.dtype), Vh[..., :rank, :].to(W.dtype)  # (192, 8), (8, 576)
     return S.to(W.dtype).norm(dim=-1), torch.linalg.matrix_norm(U.mT @ W @ Vh.mT), W  # (), (), (192, 576)
 
@@ -362,12 +306,10 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     """
     epsilon = check(epsilon, Share, "epsilon")
     old, new = svd(before), svd(after)
-    if old.U.shape[:-1] != new.U.shape[:-1] or old.Vh.shape[-1] != new.Vh.shape[-1]:
-        raise ValueError(
-            f"The weights have {tuple(old.U.shape[:-1])} and {tuple(new.U.shape[:-1])} rows and {old.Vh.shape[-1]} and "
-            f"{new.Vh.shape[-1]} columns; their shapes must be equal."
-        )
-    top = _checked_rank(top, new.S.shape[-1], "top")
+    forms = [(*each.U.shape[:-1], each.Vh.shape[-1]) for each in (old, new)]
+    if forms[0] != forms[1]:
+        raise ValueError(f"The weights have the shapes {forms[0]} and {forms[1]}; they must be equal.")
+    _check_rank(top, new.S.shape[-1], "top")
     dtype = torch.promote_types(old.U.dtype, new.U.dtype)
     cosines = (new.U[..., :top].mT.to(dtype) @ old.U.to(dtype)).abs().amax(-1)  # (10, 192) -> (10,)
     intrudes = cosines < epsilon  # (10,)
@@ -386,8 +328,6 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
         directions: vectors of the basis; default: ``width``.
         draws: random directions to average over.
     """
-    width, draws = check(width, Size, "width"), check(draws, Size, "draws")
-    directions = check(directions, Size | None, "directions")
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(draws, width, generator=generator, dtype=torch.float64)  # (200, 192)
     # The basis is the first axes, which loses nothing: all bases are alike to a random direction.
@@ -399,10 +339,6 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """A matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
-    if not isinstance(shape, tuple | list) or len(shape) < 2:
-        raise ValueError(f"shape is {short_repr(shape)}, but it must be that of a matrix, such as (192, 576).")
-    shape = tuple(check(size, Size, "shape") for size in shape)
-    norm = float(check(norm, Number, "norm"))
     W = torch.randn(shape, generator=generator, dtype=torch.float64)  # (192, 576)
     return W * (norm / torch.linalg.matrix_norm(W, keepdim=True))
 
@@ -411,7 +347,6 @@ def gaussian_factors(
     shape: tuple[int, int], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Noise in the form of an adapter: Gaussian B (out, r) and A (r, in), scaled so that ||B A||_F is ``norm``."""
-    rank, norm = check(rank, Size, "rank"), check(norm, Number, "norm")
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)
     size = product_svd(B, A).S.norm()  # ()
@@ -420,8 +355,7 @@ def gaussian_factors(
 
 def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
     """A random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
-    n = check(n, Size, "n")
-    k = _checked_rank(k, n, "k")
+    _check_rank(k, n, "k")
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 
 
@@ -450,7 +384,6 @@ def by_chance(draw: Callable[[torch.Generator], Tensor], draws: int = 39, seed: 
     Raises:
         ValueError: fewer than 39 draws.
     """
-    draws, seed = check(draws, Size, "draws"), check(seed, Seed, "seed")
     if draws < 39:
         raise ValueError(f"draws is {draws}, but a band of 95 % needs at least 39.")
     generator = torch.Generator().manual_seed(seed)
@@ -472,55 +405,37 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def _check(W: Tensor, name: str) -> None:
-    if not isinstance(W, Tensor) or not W.dtype.is_floating_point or W.ndim < 2 or 0 in W.shape:
-        actual = f"{tuple(W.shape)} of {W.dtype}" if isinstance(W, Tensor) else type(W).__name__
-        raise ValueError(f"{name} is {actual}, but it must be a matrix (..., out, in) of floating-point numbers.")
-    if W.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device, which stores no values; pass a matrix on another device.")
-    smallest, largest = W.aminmax()  # one pass; NaN propagates
-    if not (smallest.isfinite() and largest.isfinite()):
+    if not W.is_floating_point() or W.ndim < 2 or W.numel() == 0 or W.is_meta:
         raise ValueError(
-            f"{name} has {int((~W.isfinite()).sum())} entries that are NaN or infinite, but all must be finite; "
-            "check whether training diverged."
+            f"{name} is {tuple(W.shape)} of {W.dtype} on {W.device}, but it must be a matrix of floats, (..., out, in)."
         )
+    if not all(bound.isfinite() for bound in W.aminmax()):  # one pass; NaN propagates
+        raise ValueError(f"{name} has entries that are NaN or infinite; check whether training diverged.")
 
 
-def _check_decomposition(decomposition: tuple) -> SVD:
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else part for part in decomposition]
-    try:
-        (*stack_U, _, k), shape_S, (*stack_Vh, rows, _) = shapes
-        fits = stack_U == stack_Vh and (*stack_U, k) == shape_S and rows == k
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"The tuple has the shapes {shapes}, but a decomposition is U (..., out, k), S (..., k), Vh (..., k, in)."
-        )
-    return SVD(*decomposition)
+def _check_decomposition(decomposition: tuple[Tensor, Tensor, Tensor]) -> SVD:
+    U, S, Vh = decomposition
+    if not (U.shape[:-2] == Vh.shape[:-2] == S.shape[:-1] and U.shape[-1:] == S.shape[-1:] == Vh.shape[-2:-1]):
+        shapes = [tuple(part.shape) for part in decomposition]
+        raise ValueError(f"The shapes {shapes} are not those of U (..., out, k), S (..., k), Vh (..., k, in).")
+    return SVD(U, S, Vh)
 
 
 def _spectrum(S: Tensor) -> Tensor:
-    """S in the dtype to compute in, after checks."""
-    if not isinstance(S, Tensor) or not S.dtype.is_floating_point or S.ndim < 1 or S.shape[-1] == 0:
-        actual = f"{tuple(S.shape)} of {S.dtype}" if isinstance(S, Tensor) else type(S).__name__
-        raise ValueError(f"S is {actual}, but it must be singular values (..., k), such as svd(W).S.")
-    if S.device.type == "meta":
-        raise ValueError("S is on the meta device, which stores no values; pass singular values on another device.")
-    if not (S.isfinite() & (S >= 0)).all():
-        raise ValueError("S has entries that are negative, NaN or infinite, so they are no singular values.")
+    """Return S in the dtype to compute in, after checks."""
+    if not S.is_floating_point() or S.ndim == 0 or S.numel() == 0 or S.is_meta or not (S.isfinite() & (S >= 0)).all():
+        raise ValueError(
+            f"S is {tuple(S.shape)} of {S.dtype}, but it must be finite singular values (..., k), such as svd(W).S."
+        )
     return S.to(_work_dtype(S))
 
 
-def _checked_rank(rank: int, largest: int, name: str = "rank") -> int:
-    rank = plain(rank)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
-        raise ValueError(
-            f"{name} is {short_repr(rank)}, but for this matrix it must be a whole number from 1 to {largest}."
-        )
-    return rank
+def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
+    if not 1 <= rank <= largest:
+        raise ValueError(f"{name} is {rank}, but for this matrix it must be from 1 to {largest}.")
 
 
-def _checked_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
+def _check_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype to compute in, after checks."""
     for V, name in ((V1, "V1"), (V2, "V2")):
         _check(V, name)
@@ -528,11 +443,6 @@ def _checked_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
         deviation = (wide.mT @ wide - torch.eye(V.shape[-1], dtype=wide.dtype, device=V.device)).abs().max()
         # Rounding unit columns to half precision changes their products by eps at most.
         if deviation > max(1e3 * torch.finfo(wide.dtype).eps, 2 * torch.finfo(V.dtype).eps):
-            raise ValueError(
-                f"The columns of {name} {tuple(V.shape)} are not orthonormal (off by {float(deviation):.1e}); pass U "
-                "or Vh.mT of an SVD, or the Q of torch.linalg.qr."
-            )
-    if V1.shape[-2] != V2.shape[-2]:
-        raise ValueError(f"V1 has columns of length {V1.shape[-2]} and V2 of {V2.shape[-2]}; they must be equal.")
+            raise ValueError(f"The columns of {name} are not orthonormal; pass U or Vh.mT of an SVD, or a Q of qr.")
     dtype = torch.promote_types(_work_dtype(V1), _work_dtype(V2))
     return V1.to(dtype), V2.to(dtype)

@@ -9,58 +9,32 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from lora_lab import checkpoint
-from lora_lab.history import History, count_parameters
+from lora_lab.history import History
 from lora_lab.inject import adapter_state, lora_layers
-from lora_lab.inject import replace as replace_layer
-from lora_lab.methods import MARK, AsItIs, ContinueLoRA, Method
+from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness, randomness_restored
 from lora_lab.system.distributed import ALONE, Processes, current_processes
-from lora_lab.system.files import as_path, check_writable
+from lora_lab.system.files import check_writable
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.schema import (
-    Count,
-    NotNegative,
-    Positive,
-    Seed,
-    Size,
-    check,
-    check_bfloat16,
-    check_fields,
-    instance_of,
-)
+from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_bfloat16, check_fields
 from lora_lab.system.wording import short_repr
 from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
-_RUN = "_lora_lab_run"  # the attribute of a model that holds the _Run that has trained it last
-_ROUNDED = "_lora_lab_rounded"  # the same for the base_dtype to which a run has rounded it that an early error ended
-
-
-@runtime_checkable
-class LeanStepMaker(Protocol):
-    """What ``fit`` accepts as ``lean``: an object that makes a training step, such as :class:`lora_lab.lean.Lean`."""
-
-    def settings(self) -> dict[str, Any]:
-        """The options as plain data, for a History."""
-        ...
-
-    def make_step(self, model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> TrainingStep:
-        """As :func:`make_step`."""
-        ...
+_ONLY_IF_USED = ("batches", "gradient_checkpointing", "lean", "autocast")  # settings that a history may lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +82,7 @@ class TrainConfig:
     eval_every: Size | None = None
     eval_examples: Size | None = None
     gradient_checkpointing: bool = False
-    lean: LeanStepMaker | None = None
+    lean: Any = None  # a lora_lab.lean.Lean; that module imports this one
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -139,16 +113,25 @@ class TrainConfig:
         return max(1, self.steps // 10) if self.eval_every is None else self.eval_every
 
     def rate_factor(self, step: int) -> float:
-        """The learning rate of step 1 .. ``steps``, divided by the peak."""
-        return learning_rate(step, self.steps, 1.0, self.warmup_steps, self.schedule)
+        """Return the rate of step 1 .. ``steps`` over the peak: a linear rise, then constant or half a cosine."""
+        warmup = self.warmup_steps
+        if step <= warmup:
+            return step / warmup
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, self.steps - warmup)))
 
     def evaluates(self, step: int) -> bool:
         """Whether the validation and off-domain losses are evaluated after this step."""
         return step % self.evaluation_interval == 0 or step == self.steps
 
+    def saves(self, step: int, every: int | None) -> bool:
+        """Return whether a checkpoint is written after this step, with ``every`` steps between two."""
+        return step > 0 and (step % (every or self.evaluation_interval) == 0 or step == self.steps)
+
     def computed(self, loss: Loss) -> Loss:
         """A loss as steps and evaluations compute it: under ``autocast``, if that is in use."""
-        return loss if self.autocast is None else cast(Loss, partial(loss_under_autocast, self.autocast, loss))
+        return loss if self.autocast is None else cast(Loss, partial(autocast_loss, self.autocast, loss))
 
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for a History, with defaults filled in.
@@ -157,18 +140,10 @@ class TrainConfig:
         """
         settings = {option.name: getattr(self, option.name) for option in fields(TrainConfig)}
         settings |= {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}
-        for name in ("batches", "gradient_checkpointing"):  # histories of before have no such entries
-            if getattr(self, name) == getattr(TrainConfig, name):
-                del settings[name]
-        if self.lean is None:
-            del settings["lean"]
-        else:
-            settings["lean"] = self.lean.settings()
-        if self.autocast is None:
-            del settings["autocast"]
-        else:
-            settings["autocast"] = str(self.autocast)
-        return settings
+        settings["lean"] = self.lean and self.lean.settings()
+        settings["autocast"] = self.autocast and str(self.autocast)
+        unused = [name for name in _ONLY_IF_USED if settings[name] == getattr(TrainConfig, name)]
+        return {name: value for name, value in settings.items() if name not in unused}
 
 
 @dataclass
@@ -252,7 +227,7 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
     """Prepare ``model`` in place with ``method``, and return its training step with AdamW.
 
     Raises:
-        ValueError: as for :func:`fit`.
+        ValueError: as for :func:`fit`. The model is then unchanged.
     """
     if config.lean is not None:
         return config.lean.make_step(model, loss, method, config)
@@ -262,7 +237,7 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
     return TrainingStep(model, config.computed(loss), make_adamw(parameter_groups(model, method, config)), config.clip)
 
 
-def loss_under_autocast(dtype: torch.dtype, loss: Loss, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def autocast_loss(dtype: torch.dtype, loss: Loss, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """The loss, with matrix multiplications in ``dtype``."""
     with torch.autocast(inputs.device.type, dtype):
         return loss(model, inputs, targets)
@@ -276,8 +251,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     """
     if not hasattr(model, "gradient_checkpointing_enable"):
         raise ValueError(
-            f"A {type(model).__name__} has no method gradient_checkpointing_enable, as lora_lab's Llama and "
-            "transformers' models have; use gradient_checkpointing=False."
+            f"A {type(model).__name__} has no method gradient_checkpointing_enable; leave gradient_checkpointing out."
         )
     _switch_checkpointing(model, "enable")
 
@@ -289,21 +263,6 @@ def _switch_checkpointing(model: nn.Module, to: Literal["enable", "disable"]) ->
         if hasattr(model, name):
             getattr(model, name)()
             return
-
-
-@contextmanager
-def _checkpointing_restored(model: nn.Module) -> Iterator[None]:
-    """Switch gradient checkpointing off again if the block switches it on."""
-
-    def is_on() -> bool:  # as transformers find it out
-        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-    before = is_on()
-    try:
-        yield
-    finally:
-        if not before and is_on():
-            _switch_checkpointing(model, "disable")
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:
@@ -333,166 +292,76 @@ def fit(
     on_row: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> History:
-    """Train ``model`` in place on ``task`` with ``method`` and AdamW.
+    """Train ``model`` in place on ``task`` with ``method`` and AdamW, and return the record of the run.
 
         fit(model, task, LoRA(rank=8), steps=40, lr=2e-3, batch_size=4)
 
-    All randomness (adapter weights, data order, dropout) comes from ``seed``, and the global generators
-    are left unchanged. (Dropout on a device other than a CPU or a CUDA GPU, such as Apple's MPS, draws from a generator
-    of that device, which is neither seeded nor restored: no two such runs are equal, nor is a resumed one.)
-    The model's modules end in the modes, train or eval, that they were passed in, and no parameter keeps a gradient.
-
-    What is frozen stays as it is: where parts of the model are frozen, a batch norm without trainable parameters stays
-    in eval mode, so that its statistics do not change.
-
-    If torch's process group is initialised (docs/distributed.md), its processes train together, and all of them must
-    call this alike. Each takes its share of every batch; what they compute is what one process would, up to rounding,
-    except that dropout draws other numbers. Rank 0 shows the progress bar, writes checkpoints and calls ``on_row``.
-
-    An error before the first step leaves the model without adapters or a mark, so that the call can be corrected and
-    made again. (The blocks of a lean step stay, and so do weights that it has rounded: the model then has to be loaded
-    again, except for a lean step with the same ``base_dtype``.)
+    All randomness (adapter weights, data order, dropout) comes from ``seed``. Modules end in the modes that they had.
+    All arguments are checked before the model changes. After any later error, load the model again: with the same
+    ``checkpoint_dir`` the run then goes on from its last checkpoint, bit for bit. Several processes train together if
+    torch's process group is initialised (docs/distributed.md).
 
     Args:
         model: a freshly loaded model, on the device to train on.
         task: data and loss.
         method: FullFineTuning(), LoRA(...), ...
         config: how to train; or its fields as keywords.
-        checkpoint_dir: a folder for this run alone. If it holds a checkpoint of this run, the run continues from it,
-            with a freshly loaded model or with the one that it was training when it was stopped. If the last checkpoint
-            cannot be written, a warning says so, since nothing is left to train.
+        checkpoint_dir: a folder for this run alone, for checkpoints.
         checkpoint_every: steps between checkpoints; default: as ``eval_every``.
         progress: show a progress bar; default: only in a terminal or notebook, and unless LORA_LAB_PROGRESS is 0.
-        on_row: called with each new row of the History as soon as it is complete, for a logger of your own. The row is
-            a copy. After a checkpoint the rows before it are not repeated. After each call the modules' modes and
-            torch's generators are put back. What it raises ends the run, whose checkpoint stays.
+        on_row: called with a copy of each new row of the History, for a logger of your own.
         **options: the fields of :class:`TrainConfig`, such as ``steps`` and ``lr``; they override ``config``.
 
     Raises:
-        ValueError: an argument is of another type, such as a path for the model; the model already has adapters (which
-            ContinueLoRA() trains) or has been prepared before, an option is out of range, batches go by length but all
-            examples have the same, no target of a batch counts in the loss, the task, the lean step or gradient
-            checkpointing does not fit the model or the method, checkpoint_every is given without checkpoint_dir, or the
-            folder's checkpoint is damaged or from another run or another model (its weights are then not loaded), or
-            ContinueLoRA() was stopped before its first checkpoint. Of several processes: they differ, or the model has
-            batch norms that are trained.
-        OSError: checkpoint_dir cannot be written to.
+        ValueError: an option is out of range; model, task, method and options do not fit together; the model has been
+            prepared before; or ``checkpoint_dir`` holds another run.
+        OSError: ``checkpoint_dir`` cannot be written to.
         DivergedError: the loss became NaN or infinite.
-        ProcessEndedError: another process has ended; the message says from which step the run can go on.
-        TypeError: an option is missing or unknown.
     """
-    _check_types(model=model, task=task, method=method, config=config, on_row=on_row)
-    config = _config(config, options)
-    checkpoint_interval = _checkpoint_interval(checkpoint_dir, checkpoint_every, config)
-    task.check_model(model)
-    check_evaluated(task, config)
-    order, processes = data_order(task, config), current_processes()
-    check_batches(task, order, config)
-    history = new_history(task, method, config)
-    _check_rounded(model, history.settings)
-    run = [history.task, history.method, history.settings]
-    start = _start(model, method, run, checkpoint_dir)
-    if isinstance(method, ContinueLoRA) and start.adapters is not None:
-        history.method = history.method | {"start": start.adapters}
-    _check_checkpoint_dir(checkpoint_dir, history, processes)
-    report = on_row if processes.rank == 0 else None
-    advice, device = checkpoint.advice_if_a_process_ends(checkpoint_dir), next(model.parameters()).device
-    with modes_restored(model), _checkpointing_restored(model), _undone_by_an_error(model, run, start) as before_change:
-        training_step = make_step(model, task.loss, method, config)
-        training_step.processes = processes
-        history.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        history.total_parameters = count_parameters(model)
-        peaks = [group["lr"] for group in training_step.optimizer.param_groups]
-        checkpointed = model, training_step.optimizer, history
-        hashes = _hashes(model, start)
-        task_of_step = replace(task, loss=training_step.loss)  # evaluate with the loss that the step trains with
-
-        def add_evaluations() -> None:
-            options = config.batch_size, config.eval_examples, config.by_length, processes
-            for part in EVALUATED:
-                history.add_evaluation(part, mean_loss(model, task_of_step, part, *options).item())
-            history.optimizer_bytes = state_bytes(training_step.optimizer)
-
-        training_step.optimizer.register_step_pre_hook(lambda *_: before_change())
+    config = complete_config(config, options)
+    check_run(model, task, method, config)
+    order, processes, device = data_order(task, config), current_processes(), next(model.parameters()).device
+    history = new_history(task, method, config, model)
+    start = check_checkpoints(checkpoint_dir, checkpoint_every, model, history)
+    leads = processes.rank == 0  # this process shows the bar, writes checkpoints and reports
+    advice = checkpoint.advice_if_a_process_ends(checkpoint_dir)
+    with restore_switches(model), own_randomness(device, config.seed), advice:
+        step = make_step(model, task.loss, method, config)
+        step.processes = processes
         set_training_mode(model)
-        with own_randomness(device, config.seed), advice:
-            done = checkpoint.resume(checkpoint_dir, *checkpointed, before_change, hashes)
-            _check_alike(processes, model, history, done)
-            with progress_bar(config.steps, method.name, progress if processes.rank == 0 else False, done=done) as bar:
-                if not history.rows:
-                    bar.set_postfix_str("evaluating")
-                    history.start()
-                    add_evaluations()
-                    _report(report, history, model)
-                for step in range(done + 1, config.steps + 1):
-                    history.add(step, **_take_step(training_step, peaks, task, order, config, step))
-                    bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
-                    if config.evaluates(step):
-                        add_evaluations()
-                    due = step % checkpoint_interval == 0 or step == config.steps
-                    if due and checkpoint_dir is not None and processes.rank == 0:
-                        with _warning_at_the_end(step == config.steps):
-                            checkpoint.save(checkpoint_dir, *checkpointed, hashes)
-                    _report(report, history, model)
-                    bar.update()
+        history.count(model)
+        state = model, step.optimizer, history
+        hashes = start and {"frozen": checkpoint.frozen_hash(model), "start": start}
+        done = checkpoint.resume(checkpoint_dir, *state, hashes=hashes)
+        check_alike(processes, model, history)
+        with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
+            for number in range(len(history.rows), config.steps + 1):
+                if number == 0:
+                    history.start()  # the model before training
+                else:
+                    history.add(number, **take_step(step, task, order, config, number))
+                if config.evaluates(number):
+                    evaluate_parts(step, task, config, history)
+                if leads and checkpoint_dir is not None and config.saves(number, checkpoint_every):
+                    checkpoint.save(checkpoint_dir, *state, hashes)
+                if leads and on_row is not None:
+                    report(on_row, history, model)
+                bar.update(number - bar.n)
     return history
 
 
-def _take_step(
-    training_step: TrainingStep, peaks: Sequence[float], task: Task, order: DataOrder, config: TrainConfig, step: int
-) -> dict[str, float]:
-    """Take one step, and return the values of its row in a History.
-
-    Args:
-        peaks: the peak learning rates of the optimiser's groups.
-    """
-    started, model, processes = time.perf_counter(), training_step.model, training_step.processes
-    processes.seed(next(model.parameters()).device, config.seed, step)
-    parts, weights, tokens = micro_batches(task, order, step, config, training_step.threads, processes)
-    factor = config.rate_factor(step)
-    for group, peak in zip(training_step.optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * factor
-    training_step.read_targets([part.targets for part in parts])
-    batches = [to_device(part, model) for part in parts]
-    loss, norm = training_step(batches, weights)
-    row = {"train_loss": float(loss), "grad_norm": float(norm)}  # waits for the device
-    return row | {"lr": config.lr * factor, "tokens": tokens, "seconds": time.perf_counter() - started}
-
-
-def _report(on_row: Callable[[dict[str, Any]], None] | None, history: History, model: nn.Module) -> None:
-    """Pass a copy of the newest row on; a logger that samples, or evaluates the model, is not to change the run."""
-    if on_row is not None:
-        with modes_restored(model), randomness_restored(next(model.parameters()).device):
-            on_row(dict(history.rows[-1]))
-
-
-@contextmanager
-def _warning_at_the_end(is_last: bool) -> Iterator[None]:
-    """Let a checkpoint that cannot be written end the run, or only warn of it after the last step."""
-    try:
-        yield
-    except OSError as error:
-        if not is_last:
-            raise
-        warnings.warn(f"The training has ended, but its last checkpoint is missing: {error}", stacklevel=4)
-
-
-def _config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:
-    """The config with the options.
+def complete_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:
+    """Return the config with the options.
 
     Raises:
         TypeError: an option is unknown, or one without a default is missing.
     """
     check_options("fit", options, [option.name for option in fields(TrainConfig)])
-    if config is not None:
-        return replace(config, **options)
-    if missing := [name for name in ("steps", "lr") if name not in options]:
-        raise TypeError(f"fit lacks the option {missing[0]!r}; write fit(model, task, method, steps=100, lr=1e-3).")
-    return TrainConfig(**options)
+    return TrainConfig(**options) if config is None else replace(config, **options)
 
 
 def check_options(caller: str, options: Collection[str], known: Sequence[str]) -> None:
-    """Raise TypeError for the first keyword that is not known, with the nearest that is."""
+    """Raise TypeError for an unknown option, suggesting the closest match."""
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, 1)
@@ -500,216 +369,89 @@ def check_options(caller: str, options: Collection[str], known: Sequence[str]) -
             raise TypeError(f"{caller} has no option {name!r}; {advice}")
 
 
-_TYPES = {
-    "model": instance_of(nn.Module),
-    "task": instance_of(Task),
-    "method": Any,  # checked by _check_types, which names one
-    "config": instance_of(TrainConfig) | None,
-    "on_row": Callable[..., Any] | None,
-}
+def check_run(model: nn.Module, task: Task, method: Method, config: TrainConfig) -> None:
+    """Raise ValueError if model, task, method and config do not fit together."""
+    if not isinstance(method, Method):
+        raise ValueError(f"method is {short_repr(method)}, but it must be an instance of Method, such as LoRA(rank=8).")
+    task.check_model(model)
+    check_evaluated(task, config)
+    check_batches(task, data_order(task, config), config)
 
 
-def _check_types(**arguments: Any) -> None:
-    """Raise ValueError if an argument is something else, such as a path for the model."""
-    for name, value in arguments.items():
-        if name == "method" and not isinstance(value, Method):
-            raise ValueError(
-                f"method is {short_repr(value)}, but it must be an instance of Method, such as LoRA(rank=8)."
-            )
-        check(value, _TYPES[name], name)
-
-
-def _checkpoint_interval(folder: str | Path | None, every: int | None, config: TrainConfig) -> int:
-    """Steps between checkpoints.
-
-    Raises:
-        ValueError: the folder is no path, or the steps are given without it.
-    """
-    if folder is not None:
-        as_path(folder, "checkpoint_dir")
-    every = check(every, Size | None, "checkpoint_every")
-    if every is not None and folder is None:
-        raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir too.")
-    return config.evaluation_interval if every is None else every
-
-
-def _check_checkpoint_dir(folder: str | Path | None, history: History, processes: Processes) -> None:
+def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Module, history: History) -> str | None:
     """Check that a run can go on from the checkpoint in a folder, and can write the next one.
 
+    Returns:
+        A hash of the weights that the run starts from; None without a folder.
+
     Raises:
-        ValueError: the checkpoint is damaged, or of another run.
+        ValueError: the checkpoint is damaged or of another run, or ``every`` is out of range or without a folder.
         OSError: the folder cannot be written to.
     """
-    checkpoint.holds(folder, history)
-    if folder is not None and processes.rank == 0 and checkpoint.step_of(folder) != history.settings["steps"]:
-        check_writable(folder)
-
-
-def new_history(task: Task, method: Method, config: TrainConfig) -> History:
-    """The history of a run whose model is not prepared yet, so that its parameters are not counted."""
-    return History(
-        task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
-        method=method.settings(),
-        settings=config.settings(),
-        trainable_parameters=0,
-        total_parameters=0,
-    )
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What a run starts from: what the model has on it before the run prepares it.
-
-    Args:
-        adapted: the names of its adapted layers.
-        adapters: the hash of their adapters, from which ContinueLoRA starts; None if there are none.
-        trainable: the names of the parameters that require a gradient.
-        dtypes: of all parameters, by name.
-        mark: as ``methods.MARK``.
-        weights: the hash of all parameters; None if the run writes no checkpoints.
-    """
-
-    adapted: frozenset[str]
-    adapters: str | None
-    trainable: frozenset[str]
-    dtypes: dict[str, torch.dtype]
-    mark: str | None
-    weights: str | None
-
-    @classmethod
-    def of(cls, model: nn.Module, weights: str | None) -> _Start:
-        """What the model has on it now."""
-        adapted = frozenset(lora_layers(model))
-        return cls(
-            adapted,
-            checkpoint.tensors_hash(adapter_state(model)) if adapted else None,
-            frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
-            {name: parameter.dtype for name, parameter in model.named_parameters()},
-            getattr(model, MARK, None),
-            weights,
-        )
-
-    def restore(self, model: nn.Module) -> None:
-        """Take off the adapters that were put on since, and give back the flags and the mark; weights do not change."""
-        for name, layer in lora_layers(model).items():
-            if name not in self.adapted:
-                replace_layer(model, name, layer.base)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self.trainable)
-        _set_mark(model, self.mark)
-
-    def is_rounded(self, model: nn.Module) -> bool:
-        """Whether a parameter has a less precise dtype now."""
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        return any(torch.promote_types(dtypes[name], self.dtypes[name]) != dtypes[name] for name in self.dtypes)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run that writes checkpoints and has trained a model.
-
-    Args:
-        identity: its task, method and settings.
-        start: what it started from.
-        left: the hash of all parameters as it left them.
-        ended: whether it has taken all its steps.
-    """
-
-    identity: list[Any]
-    start: _Start
-    left: str
-    ended: bool
-
-
-def _start(model: nn.Module, method: Method, identity: list[Any], folder: str | Path | None) -> _Start:
-    """What a run starts from: what the model has on it now, or had when this run began to train it.
-
-    Args:
-        identity: of the run, as in :class:`_Run`.
-        folder: with the run's checkpoint if it was stopped.
-
-    Raises:
-        ValueError: this run was stopped before its first checkpoint, and the method cannot tell by the model.
-    """
+    check(every, Size | None, "checkpoint_every")
     if folder is None:
-        return _Start.of(model, None)
-    last, weights = getattr(model, _RUN, None), checkpoint.parameters_hash(model)
-    if last is not None and (last.identity, last.left) == (identity, weights):  # nobody else has changed the model
-        if checkpoint.step_of(folder) is not None:
-            return last.start
-        if not last.ended and isinstance(method, ContinueLoRA | AsItIs):
-            raise ValueError(
-                f"This run was stopped before its first checkpoint in {folder}, so the model has half-trained weights; "
-                "start again from a freshly loaded model, with the adapters that it had."
-            )
-    return _Start.of(model, weights)
+        if every is not None:
+            raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir.")
+        return None
+    checkpoint.holds(folder, history, model)
+    if current_processes().rank == 0 and checkpoint.step_of(folder) != history.settings["steps"]:
+        check_writable(folder)
+    return checkpoint.parameters_hash(model)
 
 
-def _hashes(model: nn.Module, start: _Start) -> dict[str, str] | None:
-    """The hashes by which a checkpoint knows the weights of its run; None if the run writes none."""
-    return None if start.weights is None else {"frozen": checkpoint.frozen_hash(model), "start": start.weights}
+def new_history(task: Task, method: Method, config: TrainConfig, model: nn.Module) -> History:
+    """Return the history of a run whose model is not prepared yet, so that its parameters are not counted."""
+    about = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
+    history = History(about, method.settings(), config.settings())
+    if isinstance(method, ContinueLoRA) and lora_layers(model):
+        history.method["start"] = checkpoint.tensors_hash(adapter_state(model))
+    return history
+
+
+def take_step(step: TrainingStep, task: Task, order: DataOrder, config: TrainConfig, number: int) -> dict[str, float]:
+    """Take a step, counted from 1, and return the values of its row in a History."""
+    started, model, processes = time.perf_counter(), step.model, step.processes
+    processes.seed(next(model.parameters()).device, config.seed, number)
+    parts, weights, tokens = micro_batches(task, order, number, config, step.threads, processes)
+    factor = config.rate_factor(number)
+    for group in step.optimizer.param_groups:
+        group["lr"] = config.lr * group.get("lr_factor", 1.0) * factor
+    step.read_targets([part.targets for part in parts])
+    loss, norm = step([to_device(part, model) for part in parts], weights)
+    row = {"train_loss": float(loss), "grad_norm": float(norm)}  # waits for the device
+    return row | {"lr": config.lr * factor, "tokens": tokens, "seconds": time.perf_counter() - started}
+
+
+def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history: History) -> None:
+    """Write the losses of the evaluated parts into the last row, computed as the step computes its loss."""
+    task = replace(task, loss=step.loss)
+    sizes = config.batch_size, config.eval_examples, config.by_length
+    for part in EVALUATED:
+        history.add_evaluation(part, mean_loss(step.model, task, part, *sizes, processes=step.processes).item())
+    history.optimizer_bytes = state_bytes(step.optimizer)
+
+
+def report(on_row: Callable[[dict[str, Any]], None], history: History, model: nn.Module) -> None:
+    """Pass on a copy of the newest row; a logger that samples from the model does not change the run."""
+    with modes_restored(model), randomness_restored(next(model.parameters()).device):
+        on_row(dict(history.rows[-1]))
 
 
 @contextmanager
-def _undone_by_an_error(model: nn.Module, identity: list[Any], start: _Start) -> Iterator[Callable[[], None]]:
-    """Prepare and train a model in the block, and undo the preparation if an error ends it before a weight has changed.
+def restore_switches(model: nn.Module) -> Iterator[None]:
+    """Give a model its modes and its gradient checkpointing back after a block, and take its gradients off."""
 
-    Args:
-        model: the block finds it as it was at the start of the run.
-        identity: of the run, as in :class:`_Run`.
-        start: what the run starts from.
+    def is_on() -> bool:  # as transformers find it out
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
-    Yields:
-        A function to call before weights change.
-    """
-    mark, changed, ended = getattr(model, MARK, None), False, False  # a run that was stopped has left its mark
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # the first forward pass may change statistics
-
-    def before_change() -> None:
-        nonlocal changed
-        changed = True
-
-    try:
-        start.restore(model)
-        yield before_change
-        ended = True
-    except BaseException:
-        if not changed:
-            start.restore(model)
-            _set_mark(model, mark)
-            if start.is_rounded(model):
-                setattr(model, _ROUNDED, _base_dtype(identity[2]))
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        raise
-    finally:
-        model.zero_grad()
-        if changed and hasattr(model, _ROUNDED):
-            delattr(model, _ROUNDED)
-        if changed and start.weights is not None:
-            setattr(model, _RUN, _Run(identity, start, checkpoint.parameters_hash(model), ended))
-
-
-def _check_rounded(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Raise ValueError if the model's weights are rounded to a dtype to which this run would not round them."""
-    if (rounded := getattr(model, _ROUNDED, _base_dtype(settings))) != _base_dtype(settings):
-        raise ValueError(
-            f"The model's weights were rounded by a lean step with base_dtype={rounded}, whose run ended in an error; "
-            "load the model again, or use that base_dtype."
-        )
-
-
-def _base_dtype(settings: dict[str, Any]) -> str | None:
-    """To which dtype a run with these settings rounds frozen weights; None for none."""
-    return settings.get("lean", {}).get("base_dtype")
-
-
-def _set_mark(model: nn.Module, mark: str | None) -> None:
-    if mark is not None:
-        setattr(model, MARK, mark)
-    elif hasattr(model, MARK):
-        delattr(model, MARK)
+    before = is_on()
+    with modes_restored(model):
+        try:
+            yield
+        finally:
+            model.zero_grad()
+            if is_on() and not before:
+                _switch_checkpointing(model, "disable")
 
 
 def set_training_mode(model: nn.Module) -> None:
@@ -726,7 +468,7 @@ def set_training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def _check_alike(processes: Processes, model: nn.Module, history: History, done: int) -> None:
+def check_alike(processes: Processes, model: nn.Module, history: History) -> None:
     """Check that all processes train the same model in the same way, and go on from the same step.
 
     Raises:
@@ -744,8 +486,8 @@ def _check_alike(processes: Processes, model: nn.Module, history: History, done:
     groups = {"task": history.task, "method": history.method, "settings": history.settings}
     values = {f"{group}.{name}": value for group, entries in groups.items() for name, value in entries.items()}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    values |= {"the step of the checkpoint": done, "the hash of the weights": checkpoint.tensors_hash(tensors)}
-    processes.check_same(values)
+    weights = {"the rows so far": len(history.rows), "the hash of the weights": checkpoint.tensors_hash(tensors)}
+    processes.check_same(values | weights)
 
 
 def micro_batches(
@@ -771,15 +513,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of step 1 .. ``steps``: a linear rise over ``warmup`` steps, then constant or half a cosine."""
-    if step <= warmup:
-        return peak * step / warmup
-    if schedule == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, steps - warmup)))
-
-
 def evaluate(
     model: nn.Module,
     task: Task,
@@ -799,7 +532,6 @@ def evaluate(
         ValueError: the task has no such part, no target of these examples counts in the loss, or an argument is out of
             range or of another type.
     """
-    _check_types(model=model, task=task)
     task.check_model(model)
     task.part(part)
     task.check_counted(part, check(limit, Size | None, "limit"))
@@ -807,21 +539,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def mean_loss(
-    model: nn.Module,
-    task: Task,
-    part: str,
-    batch_size: int,
-    limit: int | None,
-    by_length: bool = False,
-    processes: Processes = ALONE,
-) -> Tensor:
-    """As :func:`evaluate`, in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64.
+def mean_loss(model: nn.Module, task: Task, part: str, *sizes: Any, processes: Processes = ALONE) -> Tensor:
+    """Return the loss of a part in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64.
 
-    Several processes share the batches, and all of them return the mean.
+    Args:
+        model, task, part, sizes: as for :func:`evaluate`.
+        processes: they share the batches, and all of them get the mean.
     """
     total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
-    for loss, counted in batch_losses(model, task, part, batch_size, limit, by_length, processes):
+    for loss, counted in batch_losses(model, task, part, *sizes, processes=processes):
         total, count = total + loss * counted, count + counted
     if processes.world_size > 1:
         sums = torch.stack([total, torch.full_like(total, count)]).to(next(model.parameters()).device)
@@ -852,7 +578,6 @@ def batch_losses(
         ValueError: the task has no such part, or batch_size or limit is below 1.
     """
     batch_size, limit = check(batch_size, Size, "batch_size"), check(limit, Size | None, "limit")
-    by_length = check(by_length, bool, "by_length")
     examples = task.part(part)[:limit]
     if by_length and examples.lengths is not None:
         examples = examples[examples.lengths.argsort(stable=True)]
@@ -893,8 +618,7 @@ def data_order(task: Task, config: TrainConfig) -> DataOrder:
         return DataOrder(len(task.train), config.seed)
     if task.train.lengths is None:
         raise ValueError(
-            f"batches is {config.batches!r}, but all training examples of task {task.name!r} have the same length; use "
-            "batches='random'."
+            f"batches is {config.batches!r}, but all examples of task {task.name!r} have the same length; use 'random'."
         )
     return LengthOrder(task.train.lengths, config.seed, config.batch_size)
 

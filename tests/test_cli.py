@@ -25,11 +25,11 @@ from lora_lab.ablation.verdict import RankResult, Verdict
 from lora_lab.costs import memory_report
 from lora_lab.costs.memory import Bill, Part
 from lora_lab.costs.speed import Flops, Prediction, Times
-from lora_lab.methods import LORA_METHODS
 from lora_lab.models import pretrained
 from lora_lab.studies.recorder import Recorder
 from lora_lab.studies.registry import NAMES, recorder
 from lora_lab.tasks import TASKS
+from lora_lab.variants import LORA_METHODS
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
 
 

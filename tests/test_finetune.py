@@ -9,10 +9,10 @@ import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, PartialFineTuning, finetune, load_adapter, save_adapter, save_model
 from lora_lab.adapters.merged import base_of, load_merged
-from lora_lab.methods import RsLoRA
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
 from lora_lab.train import TrainingStep
+from lora_lab.variants import RsLoRA
 from tests.helpers import command, error_line, names, printed_json
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}

@@ -6,7 +6,6 @@ import math
 import warnings
 
 import numpy as np
-import pandas as pd
 import peft
 import pytest
 import torch
@@ -103,47 +102,25 @@ def test_a_variant_is_put_only_where_it_derives_from_the_class_of_the_kind():
     assert model.words.scaling == 3.0
 
 
-def test_the_class_of_a_layer_counts_and_not_what_it_derives_from():
-    class Odd(nn.Linear):
-        def forward(self, x):
-            return 3 * super().forward(x)
-
-    model = nn.ModuleDict({"odd": Odd(4, 4), "plain": nn.Linear(4, 4)})
-    with pytest.raises(ValueError, match="'odd' matches 'odd', a Odd, which cannot be adapted here"):
-        inject(model, LoRAConfig(targets=["odd"]))
-    with pytest.warns(UserWarning, match=r"does not reach .*, so they stay frozen: odd\.weight\."):
-        assert inject(model, LoRAConfig(2)) == ["plain"]
-
-
 class Named(nn.Linear):
-    """Computes as nn.Linear does, and has a constructor of its own."""
+    """Computes as nn.Linear does, has a constructor of its own, and carries something."""
 
     def __init__(self, width):
         super().__init__(width, 5, bias=False)
+        self.note = "kept"
 
 
 class Apart(nn.Linear):
-    """Computes as nn.Linear does, by a forward of its own."""
+    """Has a forward pass of its own, of which nobody knows what it computes."""
 
     def forward(self, x):
-        y = x @ self.weight.T
-        return y if self.bias is None else self.bias + y
-
-
-class Packed(nn.Parameter):
-    """As a library keeps a matrix in a few bits, once it is on the device."""
+        return x @ self.weight.sign().T
 
 
 class InBytes(nn.Linear):
     def __init__(self):
         super().__init__(8, 8)
         self.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
-
-
-class ToBePacked(nn.Linear):
-    def __init__(self):
-        super().__init__(8, 8)
-        self.weight = Packed(self.weight.detach())
 
 
 class WithScales(nn.Linear):
@@ -158,39 +135,10 @@ class InEightBits(nn.Linear):
         self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
 
 
-class Dropping(nn.Linear):
-    def forward(self, x):
-        return super().forward(nn.functional.dropout(x, 0.5, self.training))
-
-
-class Stacked(nn.Linear):
-    def __init__(self):
-        super().__init__(8, 8)
-        self.weight = nn.Parameter(self.weight.detach()[None].repeat(2, 1, 1))
-
-    def forward(self, x):
-        return x @ self.weight.mT + self.bias
-
-
 class Router(nn.Linear):
     def forward(self, x):
         scores = super().forward(x)
         return scores.sigmoid(), scores
-
-
-class Grouped(nn.Linear):
-    def forward(self, x):
-        return (x.unflatten(-1, (2, -1)) @ self.weight.unflatten(0, (2, -1)).mT).flatten(-2)
-
-
-class WithoutBias(nn.Linear):
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight)
-
-
-class Rounding(nn.Linear):
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.sign(), self.bias)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
@@ -198,59 +146,39 @@ class Rounding(nn.Linear):
     ("make", "fits"),
     [
         (lambda: Named(8), True),
-        (lambda: Apart(8, 5), True),
-        (lambda: Apart(8, 5, bias=False), True),
-        (lambda: Apart(8, 5, dtype=torch.float16), True),
         (lambda: hf.models.falcon.modeling_falcon.FalconLinear(8, 5), True),
-        (lambda: WithoutBias(8, 5, bias=False), True),
-        (lambda: WithoutBias(8, 5), False),
-        (lambda: Dropping(8, 5), True),
-        (Stacked, False),
+        (lambda: Apart(8, 5), False),
         (InBytes, False),
         (WithScales, False),
         (InEightBits, False),
         (lambda: Router(8, 5), False),
-        (lambda: Grouped(4, 8), False),
-        (lambda: Rounding(8, 5), False),
         (lambda: hf.integrations.bitnet.AutoBitLinear(8, 8), False),
         (lambda: hf.integrations.finegrained_fp8.FP8Linear(8, 8), False),
         (lambda: torch.nn.utils.parametrizations.weight_norm(Named(8)), False),
     ],
 )
-def test_a_class_derived_from_linear_is_adapted_if_it_computes_the_same_with_a_plain_matrix(make, fits, device):
+def test_a_class_derived_from_linear_is_adapted_if_it_inherits_the_forward_and_holds_a_plain_matrix(make, fits, device):
     with FakeTensorMode() if device == "fake" else torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": make()})
-        state = torch.get_rng_state()
         assert match_layers(model, "all-linear", ()) == {"first": LoRALinear} | ({"own": LoRALinear} if fits else {})
-        assert device == "fake" or torch.equal(torch.get_rng_state(), state)
         if not fits:
             with pytest.raises(ValueError, match=rf"'own' matches 'own', a {type(model['own']).__name__}, which"):
                 inject(model, LoRAConfig(targets=["own"]))
 
 
-def test_a_matrix_of_a_class_of_its_own_is_refused_before_it_is_quantised_too():
-    model = nn.ModuleDict({"first": nn.Linear(8, 8), "own": ToBePacked()})
-    assert type(model["own"].weight) is Packed
-    with pytest.raises(ValueError, match="'own' matches 'own', a ToBePacked, which cannot be adapted here"):
-        inject(model, LoRAConfig(targets=["own"]))
-
-
 @pytest.mark.parametrize("layer", [LoRALinear, RsLoRALinear, DoRALinear])
 def test_a_merged_layer_of_a_derived_class_keeps_its_class_and_what_it_carries(layer):
-    base = Apart(4, 3)
-    base.note = "kept"
+    base = Named(4)
     model, x = nn.ModuleDict({"own": base}), torch.randn(6, 4)
     inject(model, LoRAConfig(rank=2), layer=layer)
     nn.init.normal_(model["own"].lora_B)
     before, expected = base.weight.clone(), model["own"](x)
     merge(model)
-    assert type(model["own"]) is Apart
-    assert model["own"].note == "kept"
+    assert (type(model["own"]), model["own"].note) == (Named, "kept")
     torch.testing.assert_close(model["own"](x), expected)
     assert (base(x) - expected).abs().max() > 0.1
     assert torch.equal(base.weight, before)
-    assert model["own"].bias is not base.bias
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -296,13 +224,6 @@ def test_a_layer_of_ones_own_joins_by_register(base, tmp_path):
     assert merge(model) == ["0", "1"]
     assert type(model[1]) is Doubling
     torch.testing.assert_close(model(x), changed)
-
-
-def test_a_registered_kind_is_linear_only_if_it_says_so():
-    model = nn.Sequential(nn.Linear(4, 5), Doubling(5, 3))
-    register(Doubling, LoRADoubling)
-    assert inject(copy.deepcopy(model), LoRAConfig(rank=2)) == ["0"]
-    assert inject(model, LoRAConfig(rank=2, targets=["1"])) == ["1"]
 
 
 @pytest.mark.slow
@@ -361,33 +282,6 @@ def test_a_constructor_that_fails_leaves_the_model_as_it_was(error, at):
     assert inject(model, LoRAConfig(rank=2)) == ["hidden1", "hidden2", "head"]
 
 
-@pytest.mark.parametrize(
-    ("layer", "says"),
-    [
-        (nn.Embedding(5, 3, max_norm=1.0), r"max_norm=1\.0 rescales"),
-        (nn.Conv2d(4, 4, 3, groups=2), "groups=2 cannot be adapted"),
-    ],
-)
-def test_a_layer_that_its_own_class_refuses_leaves_the_model_as_it_was(layer, says):
-    model = nn.ModuleDict({"first": nn.Linear(3, 3), "second": nn.Linear(3, 3), "third": layer})
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=says):
-        inject(model, LoRAConfig(rank=2, targets=["first", "second", "third"]))
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize("again", [{}, {"targets": ["hidden1"]}, {"targets": ["base"]}, {"targets": ["head"]}])
-def test_a_second_inject_is_refused_and_changes_nothing(again):
-    model = DigitsMLP(width=4)
-    inject(model, LoRAConfig(rank=2, targets=["hidden1", "hidden2"]))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="already has adapters on 2 layers; merge them"):
-        inject(model, LoRAConfig(rank=3, **again))
-    assert snapshot(model) == before
-    merge(model)
-    inject(model, LoRAConfig(rank=3))
-
-
 @pytest.mark.parametrize("make", [gpt2, falcon, Pictures])
 def test_every_kind_of_layer_is_merged_over_another_base(make):
     """The update is that of the adapter, the rest the other base's, and neither changes."""
@@ -412,17 +306,6 @@ def test_every_kind_of_layer_is_merged_over_another_base(make):
     assert rest
 
 
-def test_a_bare_layer_cannot_be_merged_or_taken_off_in_place():
-    layer = LoRALinear(nn.Linear(3, 2), rank=1, alpha=1)
-    nn.init.normal_(layer.lora_B)
-    before = snapshot(layer)
-    with pytest.raises(ValueError, match="The model is itself a LoRALinear"):
-        merge(layer)
-    with pytest.raises(ValueError, match="The model is itself a LoRALinear"), off(layer):
-        pass
-    assert snapshot(layer) == before
-
-
 # Tied weights
 
 
@@ -441,12 +324,6 @@ def shared_with_an_embedding():
     model = nn.ModuleDict({"words": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "c": nn.Linear(3, 3)})
     model["head"].weight = model["words"].weight
     return model, ["words", "head"]
-
-
-def shared_with_a_parent():
-    model = nn.ModuleDict({"a": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
-    model.register_parameter("kept", model["a"].weight)
-    return model, ["a"]
 
 
 def shared_blocks():
@@ -469,19 +346,9 @@ def tied_t5():
     return t5(), ["shared"]
 
 
-TIED = [
-    shared_parameter,
-    shared_module,
-    shared_with_an_embedding,
-    shared_with_a_parent,
-    shared_blocks,
-    tied_llama,
-    tied_gpt2,
-    tied_t5,
-]
-
-
-@pytest.mark.parametrize("make", TIED)
+@pytest.mark.parametrize(
+    "make", [shared_parameter, shared_module, shared_with_an_embedding, shared_blocks, tied_llama, tied_gpt2, tied_t5]
+)
 def test_neither_side_of_a_tied_pair_is_adapted(make):
     model, tied = make()
     for target in tied:
@@ -497,7 +364,6 @@ def test_neither_side_of_a_tied_pair_is_adapted(make):
         (shared_parameter, ["c"]),
         (shared_module, ["c"]),
         (shared_with_an_embedding, ["c"]),
-        (shared_with_a_parent, ["c"]),
         (tied_llama, ["q_proj", "up_proj"]),
         (tied_gpt2, ["c_attn", "wpe"]),
         (tied_t5, ["q", "wi", "relative_attention_bias"]),
@@ -550,28 +416,25 @@ def mixtral():
 def test_experts_of_a_mixture_are_named_as_not_adapted():
     names, (warning,) = reached(mixtral())
     assert all("self_attn" in name for name in names)
-    first = "model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj"
-    assert f"stay frozen: {first}, model.layers.1.mlp.experts.gate_up_proj and 1 more." in str(warning.message)
+    for block in (0, 1):
+        for part in ("gate_up_proj", "down_proj"):
+            assert f"model.layers.{block}.mlp.experts.{part}" in str(warning.message)
     assert warning.filename == __file__
-
-
-def test_what_is_named_or_excluded_gives_no_warning():
-    assert reached(mixtral(), exclude=["experts"])[1] == []
-    assert reached(mixtral(), targets=["q_proj"])[1] == []
+    assert reached(mixtral(), exclude=["experts"])[1] == reached(mixtral(), targets=["q_proj"])[1] == []
 
 
 def test_the_joint_projection_of_torchs_attention_is_named():
     names, (warning,) = reached(nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4)))
     assert names == ["0.out_proj", "1"]
-    assert "stay frozen: 0.in_proj_weight." in str(warning.message)
+    assert "0.in_proj_weight." in str(warning.message)
     _, (warning,) = reached(nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3, vdim=5, add_bias_kv=True)))
-    assert "stay frozen: 0.q_proj_weight, 0.k_proj_weight, 0.v_proj_weight." in str(warning.message)
+    assert "0.q_proj_weight, 0.k_proj_weight, 0.v_proj_weight." in str(warning.message)
 
 
 def test_layers_that_a_variant_leaves_out_are_named():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "gpt": hf.pytorch_utils.Conv1D(5, 4)})
     model["plain"] = nn.Linear(4, 4)
-    with pytest.warns(UserWarning, match=r": attention\.in_proj_weight, attention\.out_proj\.weight, gpt\.weight\."):
+    with pytest.warns(UserWarning, match=r"attention\.in_proj_weight, attention\.out_proj\.weight, gpt\.weight"):
         assert inject(model, LoRAConfig(rank=2), layer=DoRALinear) == ["plain"]
 
 
@@ -613,7 +476,7 @@ def adapted(**changes):
     return model
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize(
     ("name", "named"),
     [("hidden2.lora_A", "hidden2.lora_A"), ("head.lora_B", "head.lora_B"), ("hidden1.base.weight", "hidden1.weight")],
@@ -626,83 +489,15 @@ def test_a_merge_of_numbers_that_are_not_finite_is_refused_and_the_model_stays(n
     assert list(lora_layers(model)) == before
 
 
-def test_a_merge_whose_sum_is_too_large_for_the_precision_of_the_base_is_refused():
-    model = DigitsMLP(width=16).half()
-    inject(model, LoRAConfig(rank=2))
-    randomise(model)
-    model.head.alpha = 1e6
-    with pytest.raises(ValueError, match=r"^head\.weight holds numbers that are NaN or infinite"):
-        merge(model)
-    model.head.alpha = 1.0
-    assert merge(model) == ["hidden1", "hidden2", "head"]
-
-
-@pytest.mark.parametrize("model", [None, "runs/model", (DigitsMLP(width=16), None), 5])
-@pytest.mark.parametrize("function", [merge, lora_layers, adapter_state, lambda model: inject(model, LoRAConfig())])
-def test_what_is_no_model_is_named(function, model):
-    with pytest.raises(ValueError, match=r"^model is .*, but it must be an instance of Module\.$"):
-        function(model)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"config": 8}, "config is 8, but it must be an instance of LoRAConfig"),
-        ({"config": None}, "config is None, but it must be an instance of LoRAConfig"),
-        (
-            {"config": LoRAConfig(10**6)},
-            "rank is 1000000, but it must be at most 1024 here, .* longer than 64",
-        ),
-        ({"seed": 99999999999999999999}, "seed is 99999999999999999999, but it must be a whole number of 64 bits"),
-        ({"seed": "1"}, "seed is '1', but it must be a whole number"),
-    ],
-)
-def test_inject_names_a_config_or_a_seed_that_is_none(arguments, says):
-    model = DigitsMLP(width=16)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"^{says}"):
-        inject(model, **{"config": LoRAConfig(), **arguments})
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"rank": 10**20}, "rank is 100000000000000000000, but it must be a whole number from 1 to"),
-        ({"rank": None}, "rank is None, but it must be a whole number"),
-        ({"alpha": None}, "alpha is None, but it must be a positive number"),
-        ({"alpha": "16"}, "alpha is '16', but it must be a positive number"),
-        ({"alpha": 10**400}, "alpha is 1000.*, but it must be a positive number"),
-        ({"dropout": None}, "dropout is None, but it must lie in"),
-        ({"dropout": "0.1"}, "dropout is '0.1', but it must lie in"),
-        ({"targets": 5}, "targets is 5, but it must be a list of names"),
-        ({"targets": [5]}, r"targets is \[5\], but it must be a list of names"),
-        ({"exclude": None}, "exclude is None, but it must be a list of names"),
-        ({"exclude": [None]}, r"exclude is \[None\], but it must be a list of names"),
-    ],
-)
-@pytest.mark.parametrize("kind", [LoRAConfig, LoRA])
-def test_a_config_names_a_value_of_another_type(kind, values, says):
-    with pytest.raises(ValueError, match=f"^{says}"):
-        kind(**values)
-
-
 @pytest.mark.parametrize("kind", [LoRAConfig, LoRA])
 def test_numbers_of_numpy_and_torch_become_pythons_and_any_collection_of_names_is_accepted(kind):
-    for rank, alpha, dropout in (
-        (np.int64(4), np.float32(8), np.float64(0.5)),
-        (torch.tensor(4), torch.tensor(8.0), torch.tensor(0.5)),
-        (np.array(4), np.array(8.0), np.array(0.5)),
-    ):
-        config = kind(rank, alpha, dropout)
+    for number in (np.array, torch.tensor):
+        config = kind(number(4), number(8.0), number(0.5))
         assert config == kind(4, 8.0, 0.5)
         assert [type(value) for value in (config.rank, config.alpha, config.dropout)] == [int, float, float]
-    for names in (["head"], ("head",), {"head"}, {"head": 1}.keys(), np.array(["head"]), pd.Series(["head"])):
+    for names in (["head"], {"head"}, {"head": 1}.keys(), np.array(["head"])):
         config = kind(2, targets=names, exclude=names)
-        assert inject(DigitsMLP(width=16), LoRAConfig(2, targets=config.targets)) == ["head"]
-        assert config.targets == config.exclude == ("head",)
         assert hash(config) == hash(kind(2, targets=["head"], exclude=["head"]))
-        assert repr(config.targets) == "('head',)"
         assert json.dumps([config.targets, config.exclude]) == '[["head"], ["head"]]'
     assert kind(2, targets={"head", "hidden1", "hidden2"}).targets == ("head", "hidden1", "hidden2")
 
@@ -713,23 +508,6 @@ def test_a_config_does_not_change_with_the_list_that_it_was_made_of():
     names.append("hidden1")
     assert config.targets == config.exclude == method.modules == ("head",)
     assert hash(method) == hash(PartialFineTuning(("head",)))
-
-
-def test_what_exclude_names_is_left_out_of_any_targets():
-    model = EveryKind()
-    assert inject(model, LoRAConfig(2, targets=["linear", "words", "image"], exclude=["words"])) == ["linear", "image"]
-    with_norm = nn.ModuleDict({"a": nn.ModuleDict({"norm": nn.LayerNorm(4)}), "norm": nn.Linear(4, 4)})
-    assert inject(with_norm, LoRAConfig(2, targets=["norm"], exclude=["a.norm"])) == ["norm"]
-    model = EveryKind()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"^exclude is \['linear'\], which leaves out every layer that targets="):
-        inject(model, LoRAConfig(2, targets=["linear"], exclude=["linear"]))
-    for targets in ("all-linear", ["linear"]):
-        with pytest.raises(
-            ValueError, match=r"^exclude has 'lineer', which matches no module; names here end in .*image"
-        ):
-            inject(model, LoRAConfig(2, targets=targets, exclude=["words", "lineer"]))
-    assert snapshot(model) == before
 
 
 def test_peft_reads_an_adapter_that_was_saved_with_exclude(tmp_path):
@@ -768,11 +546,58 @@ def test_a_rank_above_the_shorter_side_of_every_layer_is_warned_of():
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
 
 
-def test_odd_names_and_classes_are_told():
-    for targets in (np.array(5), torch.tensor(1.0), {"a": 1}, 5, np.array([1, 2])):
-        with pytest.raises(ValueError, match=r"targets is .*, but it must be a list of names"):
-            LoRAConfig(targets=targets)
-    for layer in ("dora", DoRALinear(nn.Linear(4, 4), 2, 4.0), nn.Linear):
-        with pytest.raises(ValueError, match=r"layer is .*, but it must be a class of adapters"):
-            inject(DigitsMLP(width=16), LoRAConfig(2), layer=layer)
-    inject(DigitsMLP(width=16), LoRAConfig(2, targets={"hidden1": 1, "hidden2": 2}.keys()), seed=np.int64(3))
+# What is refused
+
+
+def with_third(layer):
+    return lambda: nn.ModuleDict({"first": nn.Linear(3, 3), "third": layer})
+
+
+def adapted_in_part():
+    model = DigitsMLP(width=4)
+    inject(model, LoRAConfig(rank=2, targets=["hidden1", "hidden2"]))
+    return model
+
+
+THIRD = {"targets": ["first", "third"]}
+REFUSED = [  # of inject: the model, the config's values, what must be named
+    (EveryKind, {"targets": ["lineer"]}, "lineer"),
+    (EveryKind, {"targets": ["norm"]}, "norm"),
+    (EveryKind, {"targets": ["linear"], "exclude": ["linear"]}, "linear"),
+    (EveryKind, {"exclude": ["words", "lineer"]}, "'lineer'.*image"),
+    (lambda: nn.Sequential(nn.ReLU()), {}, "Sequential"),
+    (lambda: DigitsMLP(width=16), {"rank": 10**6}, "1000000.* 1024 .*64"),
+    (with_third(nn.Embedding(5, 3, max_norm=1.0)), THIRD, "max_norm"),
+    (with_third(nn.Conv2d(4, 4, 3, groups=2)), THIRD, "groups=2"),
+    (with_third(nn.MultiheadAttention(4, 2)), {"targets": ["first", "out_proj"], "dropout": 0.1}, r"dropout is 0\.1"),
+    *[(adapted_in_part, {"targets": targets}, "on 2 layers") for targets in (["hidden1"], ["base"], ["head"])],
+]
+
+
+@pytest.mark.parametrize(("make", "values", "named"), REFUSED)
+def test_what_inject_refuses_leaves_the_model_as_it_was(make, values, named):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=named):
+        inject(model, LoRAConfig(**{"rank": 2} | values))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda model: merge(model, "block"), "'block'"),
+        (lambda model: merge(model, "full-precision"), "full-precision"),
+        (lambda model: merge(model, base=DigitsMLP(width=16)), "base"),
+        (lambda model: merge(model, "full-precision", DigitsMLP(width=8)), "'hidden1'"),
+        (lambda model: merge(model, "full-precision", adapted()), "'hidden1'"),
+        (lambda model: merge(model, "full-precision", nn.ModuleDict({"hidden1": nn.Linear(64, 16)})), "'hidden2'"),
+        (lambda model: merge(model.hidden1), "LoRALinear"),
+    ],
+)
+def test_what_merge_refuses_leaves_the_model_as_it_was(call, named):
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=named):
+        call(model)
+    assert snapshot(model) == before

@@ -56,7 +56,6 @@ from lora_lab.train import (
     TrainConfig,
     TrainingStep,
     enable_checkpointing,
-    learning_rate,
     make_step,
 )
 from tests.helpers import Stopped, small_task, snapshot
@@ -555,27 +554,29 @@ def test_a_batch_without_any_counted_target_is_told_before_the_first_step():
     fit(model, task, FullFineTuning(), steps=1, **options)  # the second batch is not reached
 
 
+def rates_of(steps, warmup, schedule):
+    config = TrainConfig(steps=steps, lr=1.0, warmup=warmup, schedule=schedule)
+    return [config.rate_factor(step) for step in range(1, steps + 1)]
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_learning_rate_rises_in_a_line_and_then_falls_or_stays(schedule):
-    rates = [learning_rate(step, 20, 0.5, 4, schedule) for step in range(1, 21)]
-    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
-    assert rates[4] == 0.5
+    rates = rates_of(20, 4, schedule)
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     if schedule == "constant":
-        assert rates[4:] == [0.5] * 16
+        assert rates[4:] == [1.0] * 16
     else:
-        assert rates[12] == pytest.approx(0.25)  # half of the way down
+        assert rates[12] == pytest.approx(0.5)  # half of the way down
         assert all(a > b for a, b in itertools.pairwise(rates[4:]))
-        assert 0 < rates[-1] == pytest.approx(0.25 * (1 + math.cos(math.pi * 15 / 16)))
+        assert 0 < rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (5, 0), (5, 5)])
 def test_learning_rate_is_positive_and_at_most_the_peak_at_the_ends(schedule, steps, warmup):
-    rates = [learning_rate(step, steps, 1.0, warmup, schedule) for step in range(1, steps + 1)]
+    rates = rates_of(steps, warmup, schedule)
     assert all(0 < rate <= 1 for rate in rates)
     assert max(rates) == 1.0
-    if warmup == 0:
-        assert rates[0] == 1.0
 
 
 def test_warm_up_is_a_tenth_of_the_steps_unless_told():

@@ -18,11 +18,12 @@ from lora_lab.costs.fake import fake_copy
 from lora_lab.costs.memory import Part, predict, saved_bytes
 from lora_lab.inject import match_layers, require_no_adapters
 from lora_lab.lean.step import Lean
-from lora_lab.methods import LoRA, Method, RsLoRA, require_unmarked
+from lora_lab.methods import LoRA, Method, require_unmarked
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
 from lora_lab.task import Examples, Task, described
 from lora_lab.train import make_step, to_device
+from lora_lab.variants import RsLoRA
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 _MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack

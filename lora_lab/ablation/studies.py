@@ -19,13 +19,14 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation.grid import Grid
-from lora_lab.methods import LORA_METHODS, FullFineTuning
+from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, load_tokenizer
 from lora_lab.task import Task
 from lora_lab.tasks.named import READERS, TASKS, check_name
 from lora_lab.train import fit
+from lora_lab.variants import LORA_METHODS
 
 STUDIES = {
     "planted": "a small net imitates itself plus a hidden update of rank 4: the answer is known",

@@ -44,13 +44,13 @@ from lora_lab.system.files import (
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check, instance_of
 from lora_lab.system.wording import counted, short_repr, shortened
-from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
+from lora_lab.variants import LORA_METHODS, PiSSALinear
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"  # the weights, as PEFT saved them before it had safetensors
 _PREFIX = "base_model.model."
 # PEFT's settings for the variants that it knows too.
-_VARIANTS: dict[str, type[LoRALayer]] = {"use_dora": DoRALinear, "use_rslora": RsLoRALinear}
+_VARIANTS = {kind.peft: kind.layer for name, kind in sorted(LORA_METHODS.items()) if kind.peft and kind.layer}
 # PEFT's settings that may differ by layer, and the settings that hold the exceptions.
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 # What the weights mean: here the config that was saved with them, in their header, decides.

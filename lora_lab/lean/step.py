@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import platform
 from collections.abc import Sequence
@@ -68,6 +69,10 @@ class Lean:
         Raises:
             ValueError: as for :func:`apply_lean`, or as for the method.
         """
+        _check_is_llama(model)
+        rehearsal = _copy_without_values(model)  # so that a refusal leaves the model as it was
+        method.prepare(rehearsal, config.seed)
+        _check(rehearsal, self, next(model.parameters()).device)
         method.prepare(model, config.seed)
         apply_lean(model, self)
         if loss is plain_cross_entropy or loss is row_cross_entropy:
@@ -118,12 +123,8 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
             pass (DoRA, PiSSA), trains more than adapters, or has hooks; or ``threads`` is above 1 with dropout or on a
             GPU. The model is then left as it was.
     """
-    if not isinstance(model, Llama):
-        raise ValueError(
-            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; leave "
-            "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
-        )
-    _check(model, lean)
+    model = _check_is_llama(model)
+    _check(model, lean, next(model.parameters()).device)
     parameter = next(model.parameters())
     if lean.checkpoint and not (parameter.is_meta or isinstance(parameter, FakeTensor)):  # a rehearsal frees nothing
         _return_memory_at_once()
@@ -148,7 +149,24 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         replace(model, "lm_head", LeanHead(head))
 
 
-def _check(model: Llama, lean: Lean) -> None:
+def _check_is_llama(model: nn.Module) -> Llama:
+    if not isinstance(model, Llama):
+        raise ValueError(
+            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; leave "
+            "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
+        )
+    return model
+
+
+def _copy_without_values(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose tensors have shapes but no values, so that it takes no memory."""
+    copies: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy.deepcopy(model, copies)
+
+
+def _check(model: nn.Module, lean: Lean, device: torch.device) -> None:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("The lean step trains adapters, but the model has no adapters; use a LoRA method.")
@@ -172,7 +190,7 @@ def _check(model: Llama, lean: Lean) -> None:
                 f"threads is {lean.threads}, but the adapters have dropout, whose random numbers would depend on the "
                 "timing of the threads; use dropout=0 or threads=1."
             )
-        if next(model.parameters()).device.type != "cpu":
+        if device.type != "cpu":
             raise ValueError(f"threads is {lean.threads}, but threads are for the CPU; use threads=1 on a GPU.")
 
 

@@ -24,12 +24,13 @@ from lora_lab.costs.fake import token_batch
 from lora_lab.costs.memory import MIB, Part, measure, predict
 from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
-from lora_lab.methods import DoRA, FullFineTuning, LoRA, LoRAFA, PiSSA
+from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.studies.recorder import Recorder
 from lora_lab.system.process import peak_bytes, run_in_subprocess
 from lora_lab.system.progress import progress_bar
+from lora_lab.variants import DoRA, LoRAFA, PiSSA
 
 # The heap returns freed memory: otherwise its holes count as the process's memory, and differ from run to run.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "passive"}

@@ -11,8 +11,9 @@ import torch
 from lora_lab.ablation.comparison import Study
 from lora_lab.ablation.learning_rate import rates_around
 from lora_lab.lean import Lean
-from lora_lab.methods import DoRA, LoRA, LoRAPlus, PiSSA, RsLoRA
+from lora_lab.methods import LoRA
 from lora_lab.studies.tuned import ON_TEST, Planned, recorder, template
+from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
 
 RANKS = (16, 128)
 CENTRES = {  # of the first grids, by rank

@@ -14,9 +14,10 @@ import torch
 
 from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, TrainConfig, fit
 from lora_lab.ablation.grid import Grid, Trial
-from lora_lab.methods import AsItIs, LoRAFA
+from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import planted
+from lora_lab.variants import LoRAFA
 from tests.helpers import run_python
 
 METHODS = [

@@ -22,10 +22,11 @@ from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.flops import flops
 from lora_lab.costs.timing import step_time
 from lora_lab.inject import LoRAConfig
-from lora_lab.methods import AsItIs, DoRA
+from lora_lab.methods import AsItIs
 from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
 from lora_lab.tasks.generate import answers, most_likely_labels, reply
+from lora_lab.variants import DoRA
 from tests.helpers import enlarge, randomise_all
 from tests.tiny_models import SHAPE, bert, falcon, fresh, gemma3, gpt2, llama, mamba, original, phi, qwen3
 
