@@ -44,7 +44,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packing import plan
 from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, stored_results, table, weights_path
-from lora_lab.checkpoint import frozen_hash, load_tensors, mismatch, save_tensors, trained, without_nonpersistent
+from lora_lab.checkpoint import frozen_hash, load_tensors, mismatch, save_tensors, trained
 from lora_lab.costs.fake import Factory, copy_sharing_weights
 from lora_lab.history import DivergedError, History, is_number
 from lora_lab.inject import adapter_state, lora_layers
@@ -695,7 +695,6 @@ def _judge_again(work: _Work, judge: Judge, stored: dict[str, Any], folder: Path
         make_step(model, _task(work.task).loss, trial.method, trial)  # as it was when it was trained
         try:
             weights, note = load_tensors(path, {"key", "frozen"})
-            weights = without_nonpersistent(weights, model)
             if note != {"key": trial.key, "frozen": frozen_hash(model)}:
                 raise ValueError("It is of another trial, or what is frozen comes out differently here.")
             if difference := mismatch(weights, trained(model)):

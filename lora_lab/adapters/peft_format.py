@@ -484,7 +484,7 @@ def _read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); make or copy it again.") from None
+        raise ValueError(f"{path} is damaged ({shortened(str(error))}); make or copy it again.") from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in stored.items():
         name, part = _parse(key)

@@ -26,6 +26,7 @@ from lora_lab.system.wording import short_repr, shortened
 _NEW = ".lora_lab-new-"  # begins the name of the hidden folder in which a save is written
 _DAY = 86_400  # seconds, after which a hidden folder is one that a killed process left
 _LOCK = ".lora_lab.lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Small files that say what tensors mean.
 _CARRIED = (
     *("adapter_config.json", "config.json", "generation_config.json"),
@@ -85,15 +86,17 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
     with _workspace(folder) as temporary:
         try:
             yield temporary
-        except SafetensorError as error:  # its name for a full disk
+            files = sorted(temporary.iterdir(), key=lambda file: file.suffix != ".safetensors")  # tensors first
+            for file in files:
+                if (folder / file.name).is_dir():
+                    raise IsADirectoryError(f"{folder / file.name} is a folder, but a file is to be written there.")
+                if file.suffix == ".safetensors":
+                    _carry_files(file, folder, remove)
+                _flush(file)
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno not in _FULL:
+                raise
             raise OSError(f"{folder} could not be written ({error}); make room, or name another folder.") from None
-        files = sorted(temporary.iterdir(), key=lambda file: file.suffix != ".safetensors")  # tensors first
-        for file in files:
-            if (folder / file.name).is_dir():
-                raise IsADirectoryError(f"{folder / file.name} is a folder, but a file is to be written there.")
-            if file.suffix == ".safetensors":
-                _carry_files(file, folder, remove)
-            _flush(file)
         for file in files:
             file.replace(folder / file.name)
         for name in remove:

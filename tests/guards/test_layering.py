@@ -164,7 +164,7 @@ def test_an_import_of_what_comes_later_would_be_found():
     good = """
 import torch
 import lora_lab.system.files
-lora_lab.system.files.finish_interrupted_save(lora_lab.__version__)
+lora_lab.system.files.repair(lora_lab.__version__)
 from lora_lab.train import fit
 from lora_lab import checkpoint
 from lora_lab.models import llama

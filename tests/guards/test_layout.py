@@ -63,12 +63,5 @@ def test_test_files_that_are_named_elsewhere_exist():
         named |= set(re.findall(r"\btests/[\w/]+\.\w+", (ROOT / name).read_text(encoding="utf-8")))
     (quick,) = re.findall(r"^QUICK := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     named |= {f"tests/{name}.py" for name in quick.replace("\\", "").split()}
-    (targets,) = (
-        ast.literal_eval(node.value)
-        for node in ast.parse((TESTS / "mutation.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TARGETS"
-    )
-    named |= {f"lora_lab/{module}.py" for module in targets}
-    named |= {f"tests/{name}.py" for names in targets.values() for name in names}
-    assert len(named) > 40
+    assert len(named) > 10
     assert sorted(name for name in named if not (ROOT / name).is_file()) == []

@@ -2,9 +2,7 @@
 
 Literals and the files in ``tests/data`` are from lora_lab 0.1.0 as it was before that (commit 16b8680, where ``fit``,
 ``History`` and checkpoints were one file, ``lora_lab/train.py``): they were made by the functions of this file, run
-with that package. ``checkpoints.json`` holds four runs that were ended at step 2 of 4, each the file
-``checkpoint.safetensors`` in zlib and base64; "unsigned" is by the older commit 09438b5, whose files had no checksum.
-``sweep`` is a folder of ``ablate`` with two trials.
+with that package. ``sweep`` is a folder of ``ablate`` with two trials.
 
 A loss depends, in its last bits, on the processor: so none is compared to the bit with a literal. Runs are held against
 a loop in plain torch instead, below, which shares no code with the package but the models and torch's own
@@ -12,12 +10,10 @@ AdamW. Where it takes the operations in the same order, losses and norms must be
 it computes in float64.
 """
 
-import base64
 import hashlib
 import json
 import math
 import shutil
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -676,46 +672,9 @@ def test_each_run_of_a_pack_is_the_loops(make, task):
         assert_near(without_seconds(result.history), expected, 1e-9)
 
 
-# Runs that were ended before
-
-TARGETS = ["layers.0.self_attn.v_proj", "layers.1.mlp.down_proj"]
-LAST = [3.5568583, 3.8815522]  # the losses of steps 3 and 4, had they not been ended
-ENDED = {
-    "dropout": (LoRA(rank=1, alpha=3.0, dropout=0.25, targets=TARGETS), {}),
-    "gradient_checkpointing": (LoRA(rank=1, alpha=3.0, targets=TARGETS), {"gradient_checkpointing": True}),
-    "lean": (LoRA(rank=1, alpha=3.0, targets=TARGETS), {"lean": Lean()}),
-    "unsigned": (LoRA(rank=1, alpha=3.0, targets=TARGETS), {}),
-}
-
-
-def unpacked(name, folder):
-    content = json.loads((DATA / "checkpoints.json").read_text(encoding="utf-8"))[name]
-    (folder / CHECKPOINT).write_bytes(zlib.decompress(base64.b64decode(content)))
-    return read(folder / CHECKPOINT)
-
-
-@pytest.mark.parametrize("name", ENDED)
-def test_a_run_that_was_ended_goes_on_as_it_would_have(name, tmp_path):
-    (method, special), (stored, note) = ENDED[name], unpacked(name, tmp_path)
-    assert ("sha256" in note) == (name != "unsigned")
-    history = fit(llama(), sentences(), method, **RUN, **special, checkpoint_dir=tmp_path)
-    before = json.loads(note["history"])
-    assert history.rows[:3] == before.pop("rows")
-    assert head(history) == json.dumps(before)
-    model = llama()
-    expected = by_hand(model, sentences(), adapt(model, method), done=2, stored=stored)
-    if name == "lean":
-        assert_near(without_seconds(history)[3:], expected, 1e-5)
-    else:
-        assert without_seconds(history)[3:] == expected
-    if name != "dropout":  # processors draw other random numbers
-        assert [row["train_loss"] for row in history.rows[3:]] == pytest.approx(LAST, rel=1e-5)
-    assert "sha256" in read(tmp_path / CHECKPOINT)[1]
-
-
 # Adapters and sweeps
 
-# SHA-256 of the config's file, and over the weights and their note.
+# SHA-256 of the config's file, and over the weights.
 SAVED = {
     "lora": (
         "be53ca78a6b31e49354661d3a2bef731c6ebd13d00b226dd360d4159e616b1c0",
@@ -768,9 +727,9 @@ def whole(model, method):
 
 
 def digests(folder):
-    tensors, note = read(folder / "adapter_model.safetensors")
+    tensors, _ = read(folder / "adapter_model.safetensors")
     config = (folder / "adapter_config.json").read_bytes()
-    return hashlib.sha256(config).hexdigest(), checksum(tensors, note)
+    return hashlib.sha256(config).hexdigest(), checksum(tensors, {})
 
 
 @pytest.mark.parametrize("name", KINDS)
