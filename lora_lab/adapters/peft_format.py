@@ -66,7 +66,7 @@ def save_adapter(
 ) -> Path:
     """Write the model's adapters to ``folder`` with a model card, and return the folder.
 
-    An older adapter there stays intact until the new one is complete: see :func:`lora_lab.system.files.atomic_files`.
+    An older adapter there stays intact until the new one is complete.
     Plain LoRA, rsLoRA and DoRA are saved as themselves, LoRA-FA as plain LoRA. PiSSA is saved as plain LoRA of twice
     the rank, the difference to the pre-trained weights, so that it fits the unchanged base; training cannot resume from
     it as PiSSA. Names are those in the model itself, also if it is compiled by torch.compile.
@@ -88,8 +88,6 @@ def save_adapter(
         OSError: the folder cannot be written to, or the disk is full.
     """
     model = uncompiled(model)
-    check(base, str | None, "base")
-    check(history, instance_of(History) | None, "history")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
             f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
@@ -105,12 +103,25 @@ def save_adapter(
         raise ValueError(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
         )
-    variant, dropout = settings.pop()
-    check_finite((f"{name}.{part}", getattr(layer, part)) for name, layer in layers.items() for part in layer.parts)
+    config = _make_config(model, layers, base, *settings.pop())
+    tensors = _make_tensors(layers, dtype)
+    with atomic_files(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        if is_free(folder):
+            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
+            (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def _make_config(
+    model: nn.Module, layers: Mapping[str, LoRALayer], base: str | None, variant: str, dropout: float
+) -> dict[str, Any]:
+    """Return PEFT's settings: the most common rank and alpha, and the exceptions by layer."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config = {
+    return {
         "alpha_pattern": _exceptions_to(alphas, alpha),
         "base_model_name_or_path": base,
         "bias": "none",
@@ -127,23 +138,27 @@ def save_adapter(
         "task_type": "CAUSAL_LM" if _is_causal(model) else None,
         **{setting: setting == variant for setting in _VARIANTS},
     }
+
+
+def _make_tensors(layers: Mapping[str, LoRALayer], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the adapters' tensors by PEFT's names.
+
+    Raises:
+        ValueError: a number is NaN, infinite or too large for ``dtype``.
+    """
+    check_finite((f"{name}.{part}", getattr(layer, part)) for name, layer in layers.items() for part in layer.parts)
     tensors = {
         f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().to("cpu", dtype, copy=True).contiguous()
         for name, layer in layers.items()
         for part in layer.parts
     }
-    if dtype is not None and (overflown := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
-        raise ValueError(
-            f"{overflown[0]} holds a number that is infinite in {dtype}, whose largest is {torch.finfo(dtype).max:g}; "
-            "save the adapter without dtype."
-        )
-    with atomic_files(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        if is_free(folder):
-            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
-            (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-    return folder
+    for name, tensor in tensors.items():
+        if tensor.isinf().any():
+            raise ValueError(
+                f"{name} holds a number that is infinite in {dtype}, whose largest is "
+                f"{torch.finfo(tensor.dtype).max:g}; save the adapter without dtype."
+            )
+    return tensors
 
 
 def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> list[str]:

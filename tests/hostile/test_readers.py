@@ -76,11 +76,8 @@ def read_a_gguf(folder, tokenizer):
 def train(folder, steps=2):
     options = {"steps": steps, "lr": 0.01, "batch_size": 4, "progress": False}
     model = digits()
-    return fit(model, tasks.planted(model, n_train=8), LoRA(2), checkpoint_dir=folder, **options)
-
-
-def read_a_checkpoint(folder, tokenizer):
-    return train(folder).rows
+    history = fit(model, tasks.planted(model, n_train=8), LoRA(2), checkpoint_dir=folder, **options)
+    return history.rows, {name: value.tolist() for name, value in model.state_dict().items()}
 
 
 def save_a_record(folder, tokenizer):
@@ -120,7 +117,10 @@ READERS = {
     ),
     "record": Reader(save_a_record, lambda folder, _: records.load(folder / "record.json"), ("record.json",)),
     "checkpoint": Reader(
-        lambda folder, _: train(folder), read_a_checkpoint, ("checkpoint.safetensors",), ("checkpoint.safetensors",)
+        lambda folder, _: train(folder),
+        lambda folder, _: train(folder),
+        ("checkpoint.safetensors",),
+        ("checkpoint.safetensors",),
     ),
     "tokenizer": Reader(
         lambda folder, tokenizer: tokenizer.save(folder),
@@ -179,9 +179,22 @@ def damage_json(value, place, strange):
         held[f"{key}x"] = held.pop(key)
     elif strange == "deepen":
         held[key] = [[held[key]]]
+    elif strange == "nudge":
+        held[key] = nudge(held[key])
     else:
         held[key] = strange
     return value
+
+
+def nudge(value):
+    """Return a value of the same kind that is a little different."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value[1:] or "y"
+    return value[1:] if isinstance(value, list) else value
 
 
 def damage_structure(name, content, place, strange):
@@ -199,7 +212,7 @@ def damage_structure(name, content, place, strange):
 
 PLACE = st.floats(0, 1, exclude_max=True)
 BYTES = st.tuples(PLACE, st.sampled_from(["flip", "flip", "cut", "repeat", "number", "length"]), st.integers(0, 2**64))
-STRUCTURE = st.tuples(PLACE, st.sampled_from([*STRANGE, "lose", "rename", "deepen"]))
+STRUCTURE = st.tuples(PLACE, st.sampled_from(["nudge", "lose", "rename", "deepen"]) | st.sampled_from(STRANGE))
 
 
 @st.composite
