@@ -7,6 +7,7 @@ prints the smallest case that fails.
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -197,7 +198,17 @@ def nudge(value):
     return value[1:] if isinstance(value, list) else value
 
 
+def damage_field(content, place, number):
+    """Overwrite a field of a GGUF file's header: some bytes after the name of an entry or of a tensor."""
+    ends = [name.end() for name in re.finditer(rb"(general|llama|tokenizer|blk)\.[\w.]+|token_embd\.weight", content)]
+    at = ends[int(place * len(ends))] + int(place * 1000) % 10 * 4
+    number = number.to_bytes(8, "little")[: 4 if number < 2**32 else 8]
+    return content[:at] + number + content[at + len(number) :]
+
+
 def damage_structure(name, content, place, strange):
+    if name.endswith(".gguf"):
+        return damage_field(content, place, strange)
     if name.endswith(".safetensors"):
         end = 8 + int.from_bytes(content[:8], "little")
         header = json.dumps(damage_json(json.loads(content[8:end]), place, strange)).encode()
@@ -212,6 +223,8 @@ def damage_structure(name, content, place, strange):
 
 PLACE = st.floats(0, 1, exclude_max=True)
 BYTES = st.tuples(PLACE, st.sampled_from(["flip", "flip", "cut", "repeat", "number", "length"]), st.integers(0, 2**64))
+NUMBERS = [0, 1, 2, 3, 8, 9, 12, 13, 77, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
+FIELDS = st.tuples(PLACE, st.sampled_from(NUMBERS))
 STRUCTURE = st.tuples(PLACE, st.sampled_from(["nudge", "lose", "rename", "deepen"]) | st.sampled_from(STRANGE))
 
 
@@ -220,9 +233,8 @@ def damages(draw, reader, good):
     """A file's name and what it holds after one to three damages."""
     name = draw(st.sampled_from(reader.files))
     content = good[name]
-    has_structure = not name.endswith(".gguf")
-    if has_structure and draw(st.booleans()):
-        content = damage_structure(name, content, *draw(STRUCTURE))
+    if draw(st.booleans()):
+        content = damage_structure(name, content, *draw(FIELDS if name.endswith(".gguf") else STRUCTURE))
     else:
         for damage in draw(st.lists(BYTES, min_size=1, max_size=3)):
             content = damage_bytes(content, *damage)
