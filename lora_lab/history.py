@@ -91,7 +91,7 @@ class History:
         self.rows[-1][f"{part}_loss"] = loss
 
     def frame(self) -> DataFrame:
-        """A pandas DataFrame with one row per step and the columns ``COLUMNS``."""
+        """Return a pandas DataFrame with one row per step and the columns ``COLUMNS``."""
         import pandas
 
         return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(
@@ -153,7 +153,7 @@ class History:
 
     @classmethod
     def from_dict(cls, content: Any) -> History:
-        """The inverse of ``dataclasses.asdict``, also after a round trip through JSON.
+        """Return the inverse of ``dataclasses.asdict``, also after a round trip through JSON.
 
         Raises:
             ValueError: an entry is missing, unknown or of the wrong type, or the rows are not those of steps
@@ -172,7 +172,7 @@ class History:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number within the range of a float, and not a bool."""
+    """Return whether a value read from JSON is a finite number within the range of a float, and not a bool."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
 
@@ -198,7 +198,7 @@ def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of parameters of ``model``.
+    """Return the number of parameters of ``model``.
 
     A module that stores a weight in another form, such as 4-bit blocks, has a property ``stands_for``: a dictionary
     from the ``id`` of each stored parameter to the number of elements of the weight that it represents.

@@ -66,7 +66,7 @@ def check_names(argument: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def lora_layers(model: nn.Module, required: bool = False) -> dict[str, LoRALayer]:
-    """The adapted layers of ``model`` by name, in the model's order.
+    """Return the adapted layers of ``model`` by name, in the model's order.
 
     Args:
         required: raise an error for a model without adapters, in place of returning an empty dictionary.
@@ -127,16 +127,10 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
 def _check_rank(rank: int, longest: int, useful: int) -> None:
     """Refuse a rank far above the longest side of all weights, and warn of one above the ``useful`` rank."""
     if rank > (most := max(longest, _RANK_OF_ANY_LAYER)):
-        raise ValueError(
-            f"rank is {rank}, but it must be at most {most} here, where no weight has a side longer than {longest}; a "
-            "rank as large as the shorter side already holds every change of a matrix."
-        )
+        raise ValueError(f"rank is {rank}, but at most {most} here, where no weight has a side longer than {longest}.")
     if rank > useful:
-        warnings.warn(
-            f"rank is {rank}, but no weight adapted here has a shorter side above {useful}: rank {useful} holds every "
-            "change of them already, and a higher one only costs memory and time.",
-            stacklevel=3,
-        )
+        advice = f"no weight adapted here has a shorter side above {useful}, which holds every change of them already"
+        warnings.warn(f"rank is {rank}, but {advice}.", stacklevel=3)
 
 
 def require_no_adapters(model: nn.Module) -> None:
@@ -186,10 +180,7 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
     if into not in MERGED_FORMS or (base is None) == (into == "full-precision"):
-        raise ValueError(
-            f"into is {into!r}, but it must be 'dequantised' or 'blocks', or 'full-precision' with the model before it "
-            "was quantised as base."
-        )
+        raise ValueError(f"into is {into!r}, but it must be one of {MERGED_FORMS}; only the last takes a base.")
     if base is not None:
         merged = _merge_into(base, model, layers)
     elif into == "blocks":
@@ -218,12 +209,10 @@ def _merge_into(base: nn.Module, model: nn.Module, layers: dict[str, LoRALayer])
     merged = {}
     for name in (*layers, *outer):
         layer: Any = model.get_submodule(name)
-        if not _can_replace(full_layers.get(name), layer):
-            raise ValueError(
-                f"base does not fit the model: its {name!r} is {full_layers.get(name)}, which cannot take the place of "
-                f"{getattr(layer, 'base', layer)}; pass the model before it was quantised."
-            )
-        full: Any = copy.deepcopy(full_layers[name], copies)
+        full: Any = full_layers.get(name)
+        if not _can_replace(full, layer):
+            raise ValueError(f"base is not the model before it was quantised: its {name!r} is {full}.")
+        full = copy.deepcopy(full, copies)
         dtype = layer.weight.dtype
         full.to(next(layer.parameters()).device, torch.promote_types(full.weight.dtype, dtype))
         if name in layers:
@@ -248,7 +237,7 @@ def _can_replace(full: nn.Module | None, layer: Any) -> bool:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that torch.compile has wrapped, whose layers have their own names; any other model as it is."""
+    """Return the model that torch.compile has wrapped, whose layers have their own names; any other model as it is."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -288,7 +277,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def match_layers(
     model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str], layer: type[LoRALayer] | None = None
 ) -> dict[str, type[LoRALayer]]:
-    """Names of the layers to adapt and the class that adapts each, in the model's order.
+    """Return the names of the layers to adapt and the class that adapts each, in the model's order.
 
     Args:
         targets: "all-linear" (all layers registered as linear, except the output head), or names and endings of names.
@@ -309,42 +298,38 @@ def match_layers(
     if targets == "all-linear":
         head = output_head(model)
         names = [name for name in classes if is_linear(modules[name]) and modules[name] is not head]
-        _warn_of_unadapted_weights({name: modules[name] for name in modules if name not in {*classes, *left_out}})
+        known = classes.keys() | left_out
+        _warn_of_unadapted_weights({name: module for name, module in modules.items() if name not in known})
     else:
         for target in targets:
             _check_target(target, modules, classes, left_out)
         names = [name for name in classes if any(name_matches(name, target) for target in targets)]
     if not names:
-        raise ValueError(
-            f"targets={targets} and exclude={exclude} leave no layer of this {type(model).__name__} to adapt; "
-            "'all-linear' leaves out its output head."
-        )
+        raise ValueError(f"targets={targets} and exclude={exclude} leave nothing of a {type(model).__name__} to adapt.")
     _check_unshared(model, modules, names)
     return {name: classes[name] for name in names}
 
 
 def excluded(names: Collection[str], exclude: Sequence[str]) -> set[str]:
-    """Those of the names that are in ``exclude``, or end in a dot and an entry of it.
+    """Return those of the names that are in ``exclude``, or end in a dot and an entry of it.
 
     Raises:
         ValueError: an entry matches none of the names.
     """
     for ending in exclude:
         if not any(name_matches(name, ending) for name in names):
-            endings = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise ValueError(
-                f"exclude has {ending!r}, which matches no module; names here end in {shortened(endings)}."
-            )
+            endings = shortened(", ".join(sorted({name.rpartition(".")[2] for name in names})))
+            raise ValueError(f"exclude has {ending!r}, which matches no module; names here end in {endings}.")
     return {name for name in names if any(name_matches(name, ending) for ending in exclude)}
 
 
 def name_matches(name: str, ending: str) -> bool:
-    """Whether a module's full name is ``ending`` or ends in a dot and ``ending``."""
+    """Return whether a module's full name is ``ending`` or ends in a dot and ``ending``."""
     return name == ending or name.endswith("." + ending)
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's stack of blocks by name, lowest first: the entries of its longest ``nn.ModuleList``."""
+    """Return a model's stack of blocks by name, lowest first: the entries of its longest ``nn.ModuleList``."""
     lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
     return {name: m for name, m in model.named_modules() if longest and name.rpartition(".")[0] == longest}
@@ -397,7 +382,5 @@ def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
             if experts or joint_projection or unknown_linear:
                 weights.append(f"{name}.{parameter_name}")
     if weights:
-        warnings.warn(
-            f"'all-linear' does not reach weights outside the layers it can adapt: {shortened(', '.join(weights))}.",
-            stacklevel=4,
-        )
+        names = shortened(", ".join(weights))
+        warnings.warn(f"'all-linear' does not reach weights outside the layers it can adapt: {names}.", stacklevel=4)

@@ -36,7 +36,7 @@ class LoRAEmbedding(LoRALayer):
     base: nn.Embedding
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A (rank, tokens), zero, and B (width, rank), normal."""
+        """Return a (rank, tokens), zero, and B (width, rank), normal."""
         if self.base.max_norm is not None:
             raise ValueError(
                 f"max_norm={self.base.max_norm} rescales frozen rows at every look-up; leave it out of targets."
@@ -72,7 +72,7 @@ class LoRAConv2d(LoRALayer):
     base: nn.Conv2d
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A (rank, in, height, width), uniform, and B (out, rank, 1, 1), zero."""
+        """Return a (rank, in, height, width), uniform, and B (out, rank, 1, 1), zero."""
         if self.base.groups != 1:
             raise ValueError(
                 f"A convolution with groups={self.base.groups} cannot be adapted; leave it out of targets."
@@ -102,7 +102,7 @@ class LoRAConv1D(LoRALinear):
     merged = LoRALayer.merged  # a layer of the base's class, which is not derived from nn.Linear
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A (rank, in), uniform, and B (out, rank), zero."""
+        """Return a (rank, in), uniform, and B (out, rank), zero."""
         width_in, width_out = self.base.weight.shape
         A = uniform(rank, width_in, self.base.weight.dtype, generator)  # (4, 64)
         return A, torch.zeros(width_out, rank, dtype=A.dtype)  # (48, 4)
@@ -148,7 +148,7 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define weight, the dequantised matrix.")
 
     def requantized(self, weight: Tensor) -> QuantizedLayer:
-        """A new frozen layer like this one, in the same format, with another matrix; this layer does not change.
+        """Return a new frozen layer like this one, in the same format, with another matrix; this layer does not change.
 
         Args:
             weight: (48, 64), in floating point.
@@ -178,7 +178,7 @@ def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], lin
 
 
 def lora_class(base: nn.Module, layer: type[LoRALayer] | None = None) -> type[LoRALayer] | None:
-    """The class that adapts ``base``, or None if no class does.
+    """Return the class that adapts ``base``, or None if no class does.
 
     Args:
         layer: a variant. It adapts the bases whose registered class it derives from, and no others.
@@ -218,7 +218,7 @@ def _is_plain_linear(layer: nn.Linear) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" includes this layer, provided that it can be adapted."""
+    """Return whether "all-linear" includes this layer, provided that it can be adapted."""
     entry = _entry(module)
     return isinstance(module, nn.Linear) if entry is None else entry[1]
 

@@ -75,7 +75,7 @@ class LoRALayer(nn.Module):
         base.requires_grad_(False)  # last, so that an error above leaves the base unchanged
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """The initial A and B; the rank is the first dimension of A and the second of B."""
+        """Return the initial A and B; the rank is the first dimension of A and the second of B."""
         raise NotImplementedError(f"{type(self).__name__} must define init_factors, which returns the initial A and B.")
 
     @property
@@ -114,7 +114,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new frozen layer of the base's class that computes the same function; this layer does not change."""
+        """Return a new frozen layer of the base's class that computes the same function; this layer does not change."""
         plain = copy.deepcopy(self.base, {id(self.base.weight): self.base.weight})  # shares W0
         plain.weight = nn.Parameter(self.weight)  # (48, 64)
         return plain.requires_grad_(False).train(self.training)
@@ -134,7 +134,7 @@ class LoRALinear(LoRALayer):
     """
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A (rank, in), uniform, and B (out, rank), zero."""
+        """Return a (rank, in), uniform, and B (out, rank), zero."""
         dtype = getattr(self.base, "dtype", None) or self.base.weight.dtype  # a base in blocks need not be dequantised
         A = uniform(rank, self.base.in_features, dtype, generator)  # (4, 64)
         return A, torch.zeros(self.base.out_features, rank, dtype=A.dtype)  # (48, 4)
@@ -147,7 +147,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """A new frozen ``nn.Linear``, or subclass of it if the base is one, that computes the same function."""
+        """Return a new frozen ``nn.Linear``, or subclass of it if the base is one, that computes the same function."""
         if isinstance(self.base, nn.Linear) and type(self.base) is not nn.Linear:
             return super().merged()
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.bias is not None, device="meta")
@@ -158,7 +158,7 @@ class LoRALinear(LoRALayer):
 
 
 def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """A new A (rank, width), uniform in +-1/sqrt(width), in ``dtype`` or float32, whichever is more precise."""
+    """Return a new A (rank, width), uniform in +-1/sqrt(width), in ``dtype`` or float32, whichever is more precise."""
     A = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))  # (4, 64)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
 

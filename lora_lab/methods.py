@@ -53,14 +53,14 @@ class Method(ABC):
         """Freeze what is not trained, and add adapters if the method has any."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups; by default one group of all trainable parameters.
+        """Return the optimiser's parameter groups; by default one group of all trainable parameters.
 
         A group may have an entry ``lr_factor``, which multiplies the learning rate.
         """
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
     def settings(self) -> dict[str, Any]:
-        """The method as plain data, for a History or a record: as a file of JSON would give it back."""
+        """Return the method as plain data, for a History or a record: as a file of JSON would give it back."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"name": self.name, **fields}
 
@@ -69,9 +69,8 @@ def require_unmarked(model: nn.Module) -> None:
     """Raise ValueError if a method has trained weights of the model's own, which are then not the pre-trained ones."""
     if mark := getattr(model, MARK, None):
         raise ValueError(
-            f"The model has already been prepared for {mark!r}, which changes its weights; start each run from a "
-            "freshly loaded model, and to train these weights further, load them into one: "
-            "fresh.load_state_dict(model.state_dict())."
+            f"The model has already been prepared for {mark!r}, which changes its weights; start from a freshly loaded "
+            "model, into which fresh.load_state_dict(model.state_dict()) can bring these weights."
         )
 
 

@@ -45,7 +45,7 @@ Matrix = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
-    r"""The exact SVD of scaling * B A, computed from the factors without forming their product.
+    r"""Return the exact SVD of scaling * B A, computed from the factors without forming their product.
 
     With the QR decompositions B = Q_B R_B and A^T = Q_A R_A, only the small matrix R_B R_A^T remains to be decomposed.
 
@@ -76,7 +76,7 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
 
 
 def svd(W: Matrix) -> SVD:
-    """The exact SVD of a matrix (..., out, in); a decomposition is checked and returned.
+    """Return the exact SVD of a matrix (..., out, in); a decomposition is checked and returned.
 
     Raises:
         ValueError: W is no matrix of floating-point numbers, is on the meta device, or has entries that are not
@@ -89,7 +89,7 @@ def svd(W: Matrix) -> SVD:
 
 
 def singular_values(W: Matrix) -> Tensor:
-    r"""The singular values (..., k) alone, in float64, from the eigenvalues of the smaller of W W^T and W^T W.
+    r"""Return the singular values (..., k) alone, in float64, from the eigenvalues of the smaller of W W^T and W^T W.
 
     Several times as fast as :func:`svd`. Squaring halves the number of correct digits: values below about 1e-8 of the
     largest are noise. So W W^T and its eigenvalues are computed in float64 (in float32, values below 3e-4 would be
@@ -183,7 +183,7 @@ class Norms(NamedTuple):
 
 
 def norms(S: Tensor) -> Norms:
-    """Frobenius, spectral and nuclear norm."""
+    """Return the Frobenius, spectral and nuclear norm."""
     S = _spectrum(S)  # (192,)
     return Norms(S.norm(dim=-1), S.amax(-1), S.sum(-1))
 
@@ -251,7 +251,7 @@ def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Gener
 
 
 def amplification_factor(delta: Matrix, W: Matrix, rank: int) -> Tensor:
-    """The factor of :func:`amplification` alone, for which the weight need not be decomposed.
+    """Return the factor of :func:`amplification` alone, for which the weight need not be decomposed.
 
     Args:
         delta, W, rank: as there.
@@ -319,7 +319,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
 
 
 def random_cosine(width: int, directions: int | None = None, *, draws: int = 200) -> float:
-    """The largest cosine between a random direction and the vectors of an orthonormal basis, on average.
+    """Return the largest cosine between a random direction and the vectors of an orthonormal basis, on average.
 
     About sqrt(2 ln(n) / n) for a basis of n vectors in n dimensions: 0.137 for n = 576, 0.328 for n = 64.
 
@@ -338,7 +338,7 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
 
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """A matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
+    """Return a matrix or a stack of matrices without signal: independent normal entries, scaled to a Frobenius norm."""
     W = torch.randn(shape, generator=generator, dtype=torch.float64)  # (192, 576)
     return W * (norm / torch.linalg.matrix_norm(W, keepdim=True))
 
@@ -354,7 +354,7 @@ def gaussian_factors(
 
 
 def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """A random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
+    """Return a random k-dimensional subspace of n dimensions, uniform over all of them: (n, k), orthonormal columns."""
     _check_rank(k, n, "k")
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 

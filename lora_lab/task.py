@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -80,7 +80,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets)
 
 
 def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
-    """The logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
+    """Return the logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
 
     The model may return the tensor, a tuple that begins with it, or an object with an attribute ``logits``, as the
     models of transformers do. Those get three more arguments where they take them:
@@ -127,14 +127,21 @@ def accepts(model: nn.Module, argument: str) -> bool:
     # Wrappers of peft and of torch.compile pass all arguments on, so the wrapped model decides.
     unwrap = getattr(model, "get_base_model", None)
     inner = uncompiled(model) if unwrap is None else unwrap()
+    forward = getattr(inner, "forward", inner)
+    function = getattr(forward, "__func__", None)  # anything else may hold a model, which no cache is to keep
     try:
-        return argument in inspect.signature(getattr(inner, "forward", inner)).parameters
+        return argument in (inspect.signature(forward).parameters if function is None else _parameters(function))
     except ValueError:  # a traced module has no signature
         return False
 
 
+@lru_cache(maxsize=1)  # every step asks, mostly of the same class
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
 def embedding_rows(model: nn.Module) -> int | None:
-    """How many tokens a model knows, by its input embedding; None if it has none that says so."""
+    """Return how many tokens a model knows, by its input embedding; None if it has none that says so."""
     method = getattr(model, "get_input_embeddings", None)
     try:
         embedding = None if method is None else method()
@@ -144,18 +151,18 @@ def embedding_rows(model: nn.Module) -> int | None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many tokens a model is made to read; None if its config does not say, or says -1 for any number."""
+    """Return how many tokens a model is made to read; None if its config does not say, or says -1 for any number."""
     length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether this is an encoder-decoder of transformers, by its config."""
+    """Return whether this is an encoder-decoder of transformers, by its config."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
 
 
 def padding_id(model: nn.Module) -> int | None:
-    """The token that pads the rows of a model in which tokens attend to later ones; None if it needs no mask.
+    """Return the token that pads the rows of a model in which tokens attend to later ones; None if it needs no mask.
 
     Those are the encoders and encoder-decoders of transformers whose config has a ``pad_token_id``. In a causal model
     no token attends to the padding on its right, so a mask would change no loss and cost time.
@@ -179,7 +186,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets other than ``IGNORE``, for classes and for next tokens."""
+    """Return the mean cross-entropy in nats over the targets other than ``IGNORE``, for classes and for next tokens."""
     return mean_cross_entropy(logits(model, inputs, targets), targets)  # ()
 
 
@@ -190,7 +197,7 @@ def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_squared_error(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error over all elements of the batch."""
+    """Return the mean squared error over all elements of the batch."""
     return F.mse_loss(logits(model, inputs), targets)  # ()
 
 
@@ -229,7 +236,7 @@ class Task:
         return {name: getattr(self, name) for name in ("train", "validation", "test", "off_domain")}
 
     def part(self, name: str) -> Examples:
-        """The part of that name.
+        """Return the part of that name.
 
         Raises:
             ValueError: the task has no such part.
@@ -258,7 +265,7 @@ class Task:
         return int(examples.counts.sum())
 
     def size(self, examples: Examples) -> int:
-        """The size of a batch in the task's unit: its targets that count, or its examples."""
+        """Return the size of a batch in the task's unit: its targets that count, or its examples."""
         return self.counted(examples) if self.unit == "tokens" else len(examples)
 
     def check_counted(self, part: str, limit: int | None) -> None:
@@ -273,10 +280,8 @@ class Task:
         """
         if self.counted(self.parts[part][:limit]) == 0:
             examples = "" if limit is None else f"first {counted(limit, 'example')} of the "
-            raise ValueError(
-                f"No target of the {examples}{part} part of task {self.name!r} counts in the loss: it is empty, or all "
-                f"are {IGNORE}; use more examples, or others."
-            )
+            of_part = f"the {examples}{part} part of task {self.name!r}"
+            raise ValueError(f"No target of {of_part} counts in the loss: there is none, or all are {IGNORE}.")
 
     def check_model(self, model: nn.Module) -> None:
         """Check that a model can be trained on this task, before training changes it.
@@ -304,15 +309,12 @@ class Task:
         lengths = self.train.lengths
         longest = self.train.inputs.shape[-1] if lengths is None else int(lengths.max())
         if context is not None and longest > context:
-            warnings.warn(
-                f"Training examples of task {self.name!r} have up to {longest} tokens, but the model is for at most "
-                f"{context} (max_position_embeddings); what it does with later tokens is not reliable, so make shorter "
-                "examples (max_tokens, seq_len).",
-                stacklevel=3,
-            )
+            limits = f"up to {longest} tokens, but the model is for at most {context} (max_position_embeddings)"
+            advice = "what it does with later tokens is not reliable, so make shorter examples (max_tokens, seq_len)"
+            warnings.warn(f"Training examples of task {self.name!r} have {limits}; {advice}.", stacklevel=3)
 
     def describe(self) -> str:
-        """A summary in a few lines of text: sizes, shapes, source, fingerprint."""
+        """Return a summary in a few lines of text: sizes, shapes, source, fingerprint."""
         lines = [f"{self.name}: {self.about}"]
         for part, examples in self.parts.items():
             shape = " x ".join(str(n) for n in examples.inputs.shape[1:])
@@ -320,7 +322,7 @@ class Task:
         return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
 
     def limited(self, n_train: int, seed: int | None = None) -> Task:
-        """The same task with only ``n_train`` training examples.
+        """Return the same task with only ``n_train`` training examples.
 
         Args:
             n_train: number of training examples.
@@ -333,7 +335,7 @@ class Task:
 
 
 def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
-    """Indices of the training examples that :meth:`Task.limited` selects: (n_train,).
+    """Return the indices of the training examples that :meth:`Task.limited` selects: (n_train,).
 
     Raises:
         ValueError: ``n_train`` is below 1 or above the number of training examples, or the seed is none.
@@ -348,7 +350,7 @@ def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
 
 
 def described(value: Any) -> str:
-    """A text that describes a loss, or an argument of one, and is the same in every process.
+    """Return a text that describes a loss, or an argument of one, and is the same in every process.
 
     For a function it is the name; for a partial the function's name and the arguments, with all values of tensors and
     arrays; for any other object its ``repr`` without addresses, which includes the fields of a dataclass but not the

@@ -92,10 +92,8 @@ class TrainConfig:
             raise ValueError(f"warmup is {self.warmup}, but it must be at most steps, {self.steps}.")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}, but it must be at most batch_size, {self.batch_size}.")
-        if self.gradient_checkpointing and self.lean is not None:
-            raise ValueError("gradient_checkpointing cannot be combined with lean; use Lean(checkpoint=True).")
-        if self.autocast is not None and self.lean is not None:
-            raise ValueError("autocast cannot be combined with lean; use Lean(base_dtype=torch.bfloat16).")
+        if self.lean is not None and (self.gradient_checkpointing or self.autocast is not None):
+            raise ValueError("lean excludes gradient_checkpointing and autocast; use Lean(torch.bfloat16, True).")
 
     @property
     def by_length(self) -> bool:
@@ -122,7 +120,7 @@ class TrainConfig:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, self.steps - warmup)))
 
     def evaluates(self, step: int) -> bool:
-        """Whether the validation and off-domain losses are evaluated after this step."""
+        """Return whether the validation and off-domain losses are evaluated after this step."""
         return step % self.evaluation_interval == 0 or step == self.steps
 
     def saves(self, step: int, every: int | None) -> bool:
@@ -130,11 +128,11 @@ class TrainConfig:
         return step > 0 and (step % (every or self.evaluation_interval) == 0 or step == self.steps)
 
     def computed(self, loss: Loss) -> Loss:
-        """A loss as steps and evaluations compute it: under ``autocast``, if that is in use."""
+        """Return a loss as steps and evaluations compute it: under ``autocast``, if that is in use."""
         return loss if self.autocast is None else cast(Loss, partial(autocast_loss, self.autocast, loss))
 
     def settings(self) -> dict[str, Any]:
-        """The options as plain data, for a History, with defaults filled in.
+        """Return the options as plain data, for a History, with defaults filled in.
 
         ``batches``, ``gradient_checkpointing``, ``lean`` and ``autocast`` are included only if they are in use.
         """
@@ -212,7 +210,7 @@ class TrainingStep:
         return loss
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a micro-batch, a scalar."""
+        """Return the mean loss of a micro-batch, a scalar."""
         return self.loss(self.model, inputs, targets)  # ()
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
@@ -238,7 +236,7 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
 
 
 def autocast_loss(dtype: torch.dtype, loss: Loss, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss, with matrix multiplications in ``dtype``."""
+    """Return the loss, with matrix multiplications in ``dtype``."""
     with torch.autocast(inputs.device.type, dtype):
         return loss(model, inputs, targets)
 
@@ -266,7 +264,7 @@ def _switch_checkpointing(model: nn.Module, to: Literal["enable", "disable"]) ->
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:
-    """The optimiser's groups, each with its learning rate and weight decay."""
+    """Return the optimiser's groups, each with its learning rate and weight decay."""
     return [
         {**group, "lr": config.lr * group.get("lr_factor", 1.0), "weight_decay": config.weight_decay}
         for group in method.groups(model)
@@ -340,6 +338,7 @@ def fit(
                     history.start()  # the model before training
                 else:
                     history.add(number, **take_step(step, task, order, config, number))
+                    bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
                 if config.evaluates(number):
                     evaluate_parts(step, task, config, history)
                 if leads and checkpoint_dir is not None and config.saves(number, checkpoint_every):
@@ -508,7 +507,7 @@ def micro_batches(
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The size of the optimiser's state, in bytes."""
+    """Return the size of the optimiser's state, in bytes."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -521,7 +520,7 @@ def evaluate(
     limit: int | None = None,
     by_length: bool = False,
 ) -> float:
-    """Mean loss over the targets of one part, without dropout.
+    """Return the mean loss over the targets of one part, without dropout.
 
     Args:
         part: "train", "validation", "test" or "off_domain".
@@ -609,7 +608,7 @@ def check_batches(task: Task, order: DataOrder, config: TrainConfig) -> None:
 
 
 def data_order(task: Task, config: TrainConfig) -> DataOrder:
-    """The order of a run's training examples.
+    """Return the order of a run's training examples.
 
     Raises:
         ValueError: it is to be by length, but all examples have the same.
@@ -634,7 +633,7 @@ class DataOrder:
         self._epoch, self._permutation = -1, torch.empty(0)
 
     def rows(self, position: int, count: int) -> Tensor:
-        """Indices of the ``count`` examples from ``position`` on, counted over all epochs: (count,)."""
+        """Return the indices of the ``count`` examples from ``position`` on, counted over all epochs: (count,)."""
         rows = []
         while count:
             epoch, start = divmod(position, self.n)
@@ -647,7 +646,7 @@ class DataOrder:
         return torch.cat(rows)
 
     def permutation(self, epoch: int, generator: torch.Generator) -> Tensor:
-        """The order of one epoch's examples: (n,)."""
+        """Return the order of one epoch's examples: (n,)."""
         return torch.randperm(self.n, generator=generator)  # (n,)
 
 
@@ -671,7 +670,7 @@ class LengthOrder(DataOrder):
         self.group_size = batch_size * min(50, math.ceil(self.n / (2 * batch_size)))
 
     def permutation(self, epoch: int, generator: torch.Generator) -> Tensor:
-        """The order of one epoch's examples: (n,)."""
+        """Return the order of one epoch's examples: (n,)."""
         groups = super().permutation(epoch, generator).split(self.group_size)
         rows = torch.cat([group[self.lengths[group].argsort(stable=True)] for group in groups])  # (n,)
         # Steps go on over the end of an epoch. The batch there holds long examples of both epochs: the rest of rows.

@@ -217,7 +217,7 @@ class LoRAPlus(LoRA):
     name: ClassVar[str] = "lora+"
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Two groups: every A, and every B with ``ratio`` as its ``lr_factor``."""
+        """Return two groups: every A, and every B with ``ratio`` as its ``lr_factor``."""
         layers = lora_layers(model, required=True).values()
         return [
             {"params": [layer.lora_A for layer in layers]},

@@ -2,10 +2,8 @@
 
 import copy
 import math
-import random
 from dataclasses import FrozenInstanceError
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_lab import Llama, LlamaConfig, LoRAConfig, LoRALinear, adapter_state, inject, lora_layers, merge
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
-from tests.helpers import PIXELS, randomise, relative_error, snapshot
+from tests.helpers import PIXELS, randomise, relative_error
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -100,23 +98,6 @@ def test_only_b_has_a_gradient_at_the_start_and_both_have_one_after_it_moved():
     assert layer.base.weight.grad is None
 
 
-def test_base_keeps_its_bits_while_the_adapters_learn():
-    model = DigitsMLP(width=16)
-    names = inject(model, LoRAConfig(rank=3, alpha=6))
-    before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01, weight_decay=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(PIXELS).square().mean().backward()
-        optimizer.step()
-    after = model.state_dict()
-    for name in names:
-        assert torch.equal(after[f"{name}.base.weight"], before[f"{name}.base.weight"])
-        assert torch.equal(after[f"{name}.base.bias"], before[f"{name}.base.bias"])
-        assert not torch.equal(after[f"{name}.lora_A"], before[f"{name}.lora_A"])
-        assert not torch.equal(after[f"{name}.lora_B"], before[f"{name}.lora_B"])
-
-
 def test_delta_is_scaling_times_b_a_and_carries_no_graph():
     layer = randomise(LoRALinear(linear(64, 48, dtype=torch.float64), rank=4, alpha=10))
     expected = 2.5 * torch.einsum("or,ri->oi", layer.lora_B, layer.lora_A)
@@ -159,13 +140,6 @@ def test_merged_layer_of_a_half_precision_base_is_rounded_once():
     assert relative_error(layer.merged().weight, exact) <= relative_error(exact.bfloat16(), exact) * 1.001
 
 
-def test_merged_layer_is_frozen_as_its_base_is_and_keeps_the_mode():
-    layer = LoRALinear(linear(4, 3), rank=2, alpha=2)
-    assert layer.eval().merged().training is False
-    assert layer.train().merged().training is True
-    assert not any(parameter.requires_grad for parameter in layer.merged().parameters())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_stay_float32_under_a_half_precision_base_whose_dtype_comes_out(dtype):
     base = linear(64, 48, dtype=dtype)
@@ -178,11 +152,6 @@ def test_adapters_stay_float32_under_a_half_precision_base_whose_dtype_comes_out
     assert relative_error(out, exact) < 4e-3
     out.float().square().mean().backward()
     assert layer.lora_A.grad.dtype == torch.float32
-
-
-def test_adapters_of_a_float64_base_are_float64():
-    layer = LoRALinear(linear(6, 5, dtype=torch.float64), rank=2, alpha=2)
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float64
 
 
 def test_dropout_acts_in_train_mode_only_and_on_the_adapter_only():
@@ -328,122 +297,36 @@ def test_all_linear_leaves_out_the_output_head_and_what_is_excluded(tiny_config)
     assert set(names) == expected - {"lm_head", "model.layers.0.self_attn.q_proj"}
 
 
-def test_all_linear_takes_the_head_of_a_model_that_names_no_output_embeddings():
-    assert inject(DigitsMLP(), LoRAConfig()) == ["hidden1", "hidden2", "head"]
-    assert inject(DigitsMLP(), LoRAConfig(exclude=["head"])) == ["hidden1", "hidden2"]
-
-
 def test_a_target_matches_whole_parts_of_a_name_only():
     model = nn.ModuleDict({"proj": nn.Linear(2, 2), "my_proj": nn.Linear(2, 2), "in": nn.ModuleDict()})
     model["in"]["proj"] = nn.Linear(2, 2)
     assert inject(model, LoRAConfig(targets=["proj"])) == ["proj", "in.proj"]
 
 
-def tied():
-    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
-    model["b"].weight = model["a"].weight
-    return model
+REFUSED = {
+    "rank": [0, -1, 2.5, True, 2**31],
+    "alpha": [0, -1.0, math.nan, math.inf],
+    "dropout": [-0.1, 1.0, math.nan],
+    "targets": ["q_proj", []],
+    "exclude": ["head"],
+}
 
 
-def used_twice():
-    layer = nn.Linear(3, 3)
-    return nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(3, 3)})
-
-
-def normed():
-    return nn.ModuleDict({"norm": nn.LayerNorm(4), "words": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
-
-
-def adapted():
-    model = DigitsMLP()
-    inject(model, LoRAConfig(targets=["hidden1"]))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "config", "says"),
-    [
-        (DigitsMLP, {"targets": ["q_proj"]}, r"'q_proj' matches no module; .*\['head', 'hidden1', 'hidden2'\]"),
-        (DigitsMLP, {"targets": ["hidden1", "hidden"]}, "'hidden' matches no module"),
-        (
-            normed,
-            {"targets": ["head", "norm"]},
-            r"'norm' matches 'norm', a LayerNorm, which cannot be adapted here; .* are \['Embedding', 'Linear'\]",
-        ),
-        (DigitsTransformer, {"targets": ["layers.0"]}, "'layers.0' matches 'layers.0', a _Block"),
-        (DigitsMLP, {"exclude": ["hidden1", "hidden2", "head"]}, "DigitsMLP has no linear layer inside it"),
-        (lambda: nn.Sequential(nn.ReLU()), {}, "Sequential has no linear layer inside it"),
-        (lambda: nn.Linear(2, 2), {}, "Linear has no linear layer inside it"),
-        (adapted, {"targets": ["hidden2"]}, r"already has adapters on 1 layers; .*merge\(model\)"),
-        (tied, {"targets": ["b"]}, "weight of 'b' is shared"),
-        (tied, {}, "weight of 'a' is shared"),
-        (used_twice, {"targets": ["a"]}, "weight of 'a' is shared"),
-    ],
-)
-def test_inject_says_what_is_wrong_and_leaves_the_model_as_it_was(make, config, says):
-    model = make()
-    parameters = list(model.parameters())
-    if parameters:
-        parameters[-1].requires_grad_(False)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=says):
-        inject(model, LoRAConfig(**config))
-    assert snapshot(model) == before
-
-
-def test_inject_accepts_the_untied_layer_beside_tied_ones():
-    assert inject(tied(), LoRAConfig(targets=["c"])) == ["c"]
-    assert inject(used_twice(), LoRAConfig(targets=["c"])) == ["c"]
-
-
-def test_tied_head_of_a_llama_is_refused_as_a_target(tiny_config):
-    model = Llama(tiny_config)
-    with pytest.raises(ValueError, match="'lm_head' is shared"):
-        inject(model, LoRAConfig(targets=["lm_head"]))
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"rank": 0}, "rank is 0, .*from 1 to"),
-        ({"rank": -2}, "rank is -2"),
-        ({"rank": 2.0}, r"rank is 2\.0, .*whole number"),
-        ({"rank": True}, "rank is True"),
-        ({"rank": "8"}, "rank is '8'"),
-        ({"alpha": 0}, "alpha is 0, .*positive"),
-        ({"alpha": -1.0}, r"alpha is -1\.0"),
-        ({"alpha": math.nan}, "alpha is nan"),
-        ({"alpha": math.inf}, "alpha is inf"),
-        ({"dropout": -0.1}, r"dropout is -0\.1, .*\[0, 1\)"),
-        ({"dropout": 1.0}, r"dropout is 1\.0"),
-        ({"dropout": math.nan}, "dropout is nan"),
-        ({"targets": "q_proj"}, r"write \['q_proj'\]"),
-        ({"targets": []}, "targets is empty"),
-        ({"targets": ()}, "targets is empty"),
-        ({"exclude": "head"}, r"write \['head'\]"),
-    ],
-)
-def test_config_says_which_value_is_out_of_range(values, says):
-    with pytest.raises(ValueError, match=says):
-        LoRAConfig(**values)
-    if "targets" not in values and "exclude" not in values:
-        with pytest.raises(ValueError, match=says):
-            LoRALinear(nn.Linear(3, 2), **({"rank": 1, "alpha": 1.0} | values))
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_a_config_names_the_value_that_it_refuses(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        LoRAConfig(**{name: value})
+    if name in ("rank", "alpha", "dropout"):
+        base = linear(6, 5)
+        with pytest.raises(ValueError, match=f"^{name} is "):
+            LoRALinear(base, **{"rank": 2, "alpha": 4.0} | {name: value})
+        assert base.weight.requires_grad
 
 
 def test_an_unknown_target_is_told_with_the_last_parts_of_the_names_that_there_are():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"here end in \['0', '1'\]\."):
         inject(model, LoRAConfig(rank=1, targets=["q_proj"]))
-
-
-def test_the_defaults_are_rank_8_alpha_16_no_dropout_and_all_linear_layers():
-    assert LoRAConfig() == LoRAConfig(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", exclude=())
-
-
-def test_without_dropout_there_is_no_layer_for_it():
-    assert not any(isinstance(module, nn.Dropout) for module in LoRALinear(nn.Linear(3, 2), 1, 1.0).modules())
-    assert any(isinstance(module, nn.Dropout) for module in LoRALinear(nn.Linear(3, 2), 1, 1.0, dropout=0.5).modules())
 
 
 def test_a_config_cannot_be_changed_past_its_checks():
@@ -464,15 +347,6 @@ def test_a_repeats_by_seed_and_differs_between_layers():
         assert torch.equal(value, again[name])
         assert torch.equal(value, other[name]) is not name.endswith("lora_A")
     assert not torch.equal(first["layers.0.q_proj.lora_A"], first["layers.0.k_proj.lora_A"])
-
-
-def test_inject_leaves_all_global_generators_alone():
-    torch.manual_seed(1)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    inject(DigitsMLP(), LoRAConfig(dropout=0.5), seed=9)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
 
 
 def test_inject_and_merge_keep_each_layers_mode():
@@ -549,17 +423,3 @@ def test_state_dict_names_base_a_and_b():
         *(f"hidden1.{name}" for name in ("lora_A", "lora_B", "base.weight", "base.bias")),
         *(f"{layer}.{name}" for layer in ("hidden2", "head") for name in ("weight", "bias")),
     ]
-
-
-def test_deep_copy_is_equal_and_independent():
-    model = DigitsMLP(seed=2)
-    inject(model, LoRAConfig(rank=2, alpha=3))
-    randomise(model)
-    twin = copy.deepcopy(model)
-    before = model(PIXELS)
-    assert torch.equal(twin(PIXELS), before)
-    with torch.no_grad():
-        twin.hidden1.lora_B.add_(1.0)
-        twin.hidden2.base.weight.add_(1.0)
-    assert not torch.equal(twin(PIXELS), before)
-    assert torch.equal(model(PIXELS), before)

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,11 +46,6 @@ def test_the_svd_of_a_product_is_numpys_of_the_product(out, r, width, seed, scal
     assert (S.diff() <= 0).all()
 
 
-def test_another_scaling_is_another_spectrum():
-    B, A = normal(6, 2), normal(2, 5, seed=1)
-    assert not torch.allclose(rank.product_svd(B, A, 2.0).S, rank.product_svd(B, A).S)
-
-
 def test_products_of_one_shape_are_decomposed_together():
     B, A = normal(3, 4, 6, 2), normal(3, 4, 2, 5, seed=1)
     U, S, Vh = rank.product_svd(B, A)
@@ -70,7 +64,7 @@ def test_a_stack_may_have_a_scaling_for_each():
         torch.testing.assert_close(found.S[i], rank.product_svd(B[i], A[i], float(scaling[i])).S)
     with pytest.raises(ValueError, match="scaling is"):
         rank.product_svd(B, A, torch.tensor([1.0, 0.0, 1.0]))
-    with pytest.raises(ValueError, match=r"scaling \* B A has \d+ entries that are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"scaling \* B A has entries"):
         rank.product_svd(B, A, 1e308)
 
 
@@ -110,11 +104,6 @@ def test_singular_values_of_tiny_and_huge_matrices(size):
     torch.testing.assert_close(rank.singular_values(W * size) / size, rank.singular_values(W))
 
 
-def test_singular_values_of_a_stack():
-    W = normal(3, 5, 4)
-    np.testing.assert_allclose(rank.singular_values(W), np.linalg.svd(W.numpy(), compute_uv=False), rtol=1e-7)
-
-
 @QUICK
 @given(SIZES, SIZES, SEEDS, st.data())
 def test_truncation_is_the_best_there_is(out, width, seed, data):
@@ -131,48 +120,12 @@ def test_truncation_is_the_best_there_is(out, width, seed, data):
     assert float(error) <= np.linalg.norm(W.numpy() - other.numpy()) / np.linalg.norm(W.numpy()) + 1e-12
 
 
-def test_truncations_of_a_stack_are_those_of_its_matrices():
-    stack = normal(3, 7, 5) * torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)[:, None, None]
-    found = rank.truncate(stack, 2)
-    assert found.error.shape == (3,)
-    for i in range(3):
-        B, A, error = rank.truncate(stack[i], 2)
-        torch.testing.assert_close(found.B[i] @ found.A[i], B @ A)
-        S = np.linalg.svd(stack[i].numpy(), compute_uv=False)
-        assert float(found.error[i]) == pytest.approx(np.linalg.norm(S[2:]) / np.linalg.norm(S))
-        assert float(error) == pytest.approx(float(found.error[i]))
-
-
 def test_a_given_decomposition_is_used():
     W = normal(6, 5)
     for given_, whole in zip(rank.truncate(rank.svd(W), 2), rank.truncate(W, 2), strict=True):
         torch.testing.assert_close(given_, whole)
     assert rank.singular_values(rank.svd(W)) is not None
     torch.testing.assert_close(rank.singular_values(rank.svd(W)), rank.singular_values(W))
-
-
-def test_random_directions_find_a_falling_spectrum_and_say_how_far_off_they_are():
-    steep = of_spectrum(torch.arange(1, 61, dtype=torch.float64) ** -1.5, 80, 60)
-    exact, quick = rank.truncate(steep, 8), rank.truncate(steep, 8, randomized=True)
-    assert float(quick.error) == pytest.approx(float(exact.error), rel=1e-6)
-    assert float(quick.error) >= float(exact.error) * (1 - 1e-12)
-    missing = (steep - quick.B @ quick.A).norm() / steep.norm()
-    assert float(quick.error) == pytest.approx(float(missing), rel=1e-9)
-    flat = normal(300, 300)
-    worse = rank.truncate(
-        flat, 8, randomized=True
-    )  # hardly falls, so that directions are missed, and the error says so
-    assert float(worse.error) == pytest.approx(float((flat - worse.B @ worse.A).norm() / flat.norm()), rel=1e-9)
-    assert float(worse.error) > float(rank.truncate(flat, 8).error)
-
-
-def test_random_directions_are_the_generators_and_disturb_nothing():
-    W, before = normal(100, 100), torch.get_rng_state()
-    one, two = rank.truncate(W, 3, randomized=True), rank.truncate(W, 3, randomized=True)
-    other = rank.truncate(W, 3, randomized=True, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(one.B, two.B)
-    assert not torch.equal(one.B, other.B)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 # Singular values
@@ -252,22 +205,6 @@ def test_similarity_is_the_papers_sum(n, seed, data):
     np.testing.assert_allclose(found, rank.subspace_similarity(V2, V1).T)
 
 
-def test_similarities_of_a_stack_are_those_of_its_subspaces():
-    V1, V2 = (torch.linalg.qr(normal(3, 9, k, seed=k)).Q for k in (2, 4))
-    found = rank.subspace_similarity(V1, V2)
-    assert found.shape == (3, 2, 4)
-    for i in range(3):
-        torch.testing.assert_close(found[i], rank.subspace_similarity(V1[i], V2[i]))
-    assert not torch.allclose(found[0], found[1])
-
-
-def test_similarity_of_the_same_and_of_orthogonal_subspaces():
-    V = basis(10, 6)
-    assert float(rank.subspace_similarity(V[:, :3], V[:, :3])[-1, -1]) == pytest.approx(1)
-    assert float(rank.subspace_similarity(V[:, :3], V[:, :3] @ basis(3, 3, 1))[-1, -1]) == pytest.approx(1)
-    assert float(rank.subspace_similarity(V[:, :3], V[:, 3:]).max()) == pytest.approx(0, abs=1e-12)
-
-
 def test_similarity_by_chance_is_the_larger_part_of_the_space():
     band = rank.by_chance(
         lambda g: rank.subspace_similarity(rank.orthonormal(40, 4, generator=g), rank.orthonormal(40, 10, generator=g)),
@@ -276,21 +213,6 @@ def test_similarity_by_chance_is_the_larger_part_of_the_space():
     i, j = torch.arange(1, 5.0)[:, None], torch.arange(1, 11.0)
     np.testing.assert_allclose(band.mean, torch.maximum(i, j) / 40, rtol=0.25)
     assert float(band.mean[-1, -1]) == pytest.approx(10 / 40, rel=0.05)
-
-
-@QUICK
-@given(st.integers(2, 12), SEEDS, st.data())
-def test_angles_are_scipys(n, seed, data):
-    i, j = data.draw(st.integers(1, n)), data.draw(st.integers(1, n))
-    V1, V2 = basis(n, i, seed), basis(n, j, seed + 1)
-    expected = np.sort(scipy.linalg.subspace_angles(V1.numpy(), V2.numpy()))
-    np.testing.assert_allclose(rank.principal_angles(V1, V2), expected, atol=1e-7)
-
-
-def test_tiny_angles_keep_their_digits():
-    V = torch.eye(4, dtype=torch.float64)[:, :1]
-    tilted = torch.tensor([[math.cos(1e-9)], [math.sin(1e-9)], [0.0], [0.0]], dtype=torch.float64)
-    assert float(rank.principal_angles(V, tilted)) == pytest.approx(1e-9, rel=1e-6)
 
 
 def test_amplification_is_the_papers_quotient():
@@ -315,16 +237,6 @@ def test_amplifications_of_a_stack_are_those_of_its_updates():
         for name in found._fields:
             torch.testing.assert_close(getattr(found, name)[i], getattr(alone, name))
     np.testing.assert_allclose(found.delta, [np.linalg.norm(delta) for delta in deltas])
-
-
-def test_amplification_is_beside_random_directions_of_seed_0_unless_others_are_given():
-    delta, W = normal(12, 9), normal(12, 9, seed=7)
-    usual, *given_ = (
-        float(rank.amplification(delta, W, 2, **options).random)
-        for options in ({}, *({"generator": torch.Generator().manual_seed(seed)} for seed in (0, 1)))
-    )
-    assert usual == given_[0]
-    assert usual != given_[1]
 
 
 def test_an_update_along_weak_directions_amplifies_more_than_one_along_strong_ones():
@@ -421,14 +333,6 @@ def test_the_band_holds_ninety_five_of_a_hundred():
     assert 1.5 not in wide
 
 
-def test_bands_are_the_seeds():
-    def draw(generator):
-        return torch.randn(3, generator=generator)
-
-    assert torch.equal(rank.by_chance(draw).low, rank.by_chance(draw).low)
-    assert not torch.equal(rank.by_chance(draw).low, rank.by_chance(draw, seed=1).low)
-
-
 # Kinds of numbers, and what is refused
 
 
@@ -442,85 +346,57 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert rank.singular_values(W).dtype == torch.float64
     assert float(rank.stable_rank(torch.ones(300, dtype=dtype))) == pytest.approx(300)
     V1, V2 = basis(40, 4).to(dtype), basis(40, 10, seed=1).to(dtype)
-    for compare in (rank.subspace_similarity, rank.principal_angles):
-        assert compare(V1, V2).dtype == torch.float32
-        torch.testing.assert_close(compare(V1, V2), compare(basis(40, 4), basis(40, 10, 1)).float(), rtol=0, atol=0.01)
-        with pytest.raises(ValueError, match=r"columns of V2 .* are not orthonormal"):
-            compare(V1, 0.3 * normal(40, 10, dtype=dtype))
+    found, exact = rank.subspace_similarity(V1, V2), rank.subspace_similarity(basis(40, 4), basis(40, 10, 1))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact.float(), rtol=0, atol=0.01)
+    with pytest.raises(ValueError, match="columns of V2"):
+        rank.subspace_similarity(V1, 0.3 * normal(40, 10, dtype=dtype))
 
 
 def test_the_random_baseline_in_float64_can_be_compared_with_an_svd_in_float32():
     leading = rank.svd(normal(40, 30, dtype=torch.float32)).U[:, :4]
-    for compare in (rank.subspace_similarity, rank.principal_angles):
-        found = compare(leading, rank.orthonormal(40, 10, generator=torch.Generator().manual_seed(0)))
-        expected = compare(leading, rank.orthonormal(40, 10, generator=torch.Generator().manual_seed(0)).float())
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found.float(), expected)
-
-
-def test_a_rank_may_be_numpys():
-    assert torch.equal(rank.truncate(W, np.int64(2)).B, rank.truncate(W, 2).B)
+    random = rank.orthonormal(40, 10, generator=torch.Generator().manual_seed(0))
+    found = rank.subspace_similarity(leading, random)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), rank.subspace_similarity(leading, random.float()))
 
 
 W = normal(4, 6)
 NAN = torch.full((4, 6), torch.nan)
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: rank.svd(NAN), "24 entries that are NaN or infinite"),
-        (lambda: rank.singular_values(torch.full((4, 6), torch.inf)), "NaN or infinite"),
-        (lambda: rank.product_svd(NAN, normal(6, 3)), "B has 24 entries"),
-        (lambda: rank.product_svd(normal(4, 2), normal(3, 6)), r"B has shape \(4, 2\) and A \(3, 6\)"),
-        (lambda: rank.product_svd(normal(5, 4, 2), normal(2, 6)), "B must be"),
-        (lambda: rank.product_svd(normal(4, 2), normal(2, 6), 0.0), "scaling is 0.0"),
-        (lambda: rank.product_svd(normal(4, 2), normal(2, 6), math.nan), "scaling is nan"),
-        (lambda: rank.svd(torch.ones(4)), r"\(4,\) of torch.float32, but it must be a matrix"),
-        (lambda: rank.svd(torch.ones(4, 6, dtype=torch.long)), "floating-point"),
-        (lambda: rank.svd(torch.ones(0, 6)), r"\(0, 6\)"),
-        (lambda: rank.svd([[1.0]]), "W is list"),
-        (lambda: rank.singular_values(torch.ones(4)), r"^W is \(4,\)"),
-        (lambda: rank.svd(torch.ones(4, 6, device="meta")), "meta device"),
-        (lambda: rank.svd((W, W, W)), "a decomposition is U"),
-        (lambda: rank.svd((1, 2)), "a decomposition is U"),
-        (lambda: rank.truncate(W, 0), "rank is 0, but for this matrix it must be a whole number from 1 to 4"),
-        (lambda: rank.truncate(W, 5), "rank is 5"),
-        (lambda: rank.truncate(W, 5, randomized=True), "rank is 5"),
-        (lambda: rank.truncate(W, True), "rank is True"),
-        (lambda: rank.truncate(W, 2.0), r"rank is 2\.0"),
-        (lambda: rank.effective_rank(torch.tensor([1.0, -1.0])), "negative"),
-        (lambda: rank.stable_rank(torch.tensor([1.0, torch.nan])), "NaN"),
-        (lambda: rank.energy_rank(torch.ones(3, device="meta")), "meta device"),
-        (lambda: rank.norms(torch.ones(0)), "must be singular values"),
-        (lambda: rank.energy_rank(torch.ones(3), 0.0), r"share is 0\.0"),
-        (lambda: rank.energy_rank(torch.ones(3), 90), "share is 90"),
-        (lambda: rank.subspace_similarity(normal(6, 2), basis(6, 2)), "columns of V1 .* are not orthonormal"),
-        (lambda: rank.principal_angles(basis(6, 2), basis(5, 2)), "columns of length 6 and V2 of 5"),
-        (lambda: rank.amplification(W, normal(6, 4), 2), "must be equal"),
-        (lambda: rank.amplification(W, W, 5), "rank is 5"),
-        (lambda: rank.intruder_dimensions(W, normal(6, 4), 2), "must be equal"),
-        (lambda: rank.intruder_dimensions(W, W), "top is 10, but for this matrix it must be a whole number"),
-        (lambda: rank.intruder_dimensions(W, W, 2, 0.0), r"epsilon is 0\.0"),
-        (lambda: rank.by_chance(lambda g: W, draws=20), "needs at least 39"),
-        (lambda: rank.orthonormal(4, 5), "k is 5"),
-        (lambda: rank.svd(None), "W is NoneType, but it must be a matrix"),
-        (lambda: rank.svd("runs/model"), "W is str, but it must be a matrix"),
-        (lambda: rank.truncate(W, 10**20), "rank is 100000000000000000000, but for this matrix"),
-        (lambda: rank.truncate(W, "2"), "rank is '2', but for this matrix"),
-        (lambda: rank.product_svd(normal(4, 2), normal(2, 6), "2"), "scaling is '2', but it must be a number"),
-        (lambda: rank.energy_rank(torch.ones(3), "0.9"), "share is '0.9', but it must be a number"),
-        (lambda: rank.intruder_dimensions(W, W, 2, None), "epsilon is None, but it must be a number"),
-        (lambda: rank.by_chance(lambda g: W, draws=10**20), "draws is 100000000000000000000, but it must be at most"),
-        (lambda: rank.by_chance(lambda g: W, draws=None), "draws is None, but it must be a whole number"),
-        (lambda: rank.by_chance(lambda g: W, seed=2**64), "seed is 18446744073709551616, but it must be at most"),
-        (lambda: rank.gaussian_factors((4, 6), "2"), "rank is '2', but it must be a whole number"),
-        (lambda: rank.gaussian((4, 6), norm=math.nan), "norm is nan, but it must be a finite number"),
-        (lambda: rank.random_cosine(-1), "width is -1, but it must be at least 1"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_clear_error(call, words):
-    with pytest.raises(ValueError, match=words):
+REFUSED = [  # the call, what must be named
+    (lambda: rank.svd(NAN), "W has"),
+    (lambda: rank.singular_values(torch.full((4, 6), torch.inf)), "W has"),
+    (lambda: rank.product_svd(NAN, normal(6, 3)), "B has"),
+    (lambda: rank.product_svd(normal(4, 2), normal(2, 6), 0.0), r"scaling is 0\.0"),
+    (lambda: rank.product_svd(normal(4, 2), normal(2, 6), math.nan), "scaling is nan"),
+    (lambda: rank.svd(torch.ones(4)), r"W is \(4,\)"),
+    (lambda: rank.svd(torch.ones(4, 6, dtype=torch.long)), "torch.int64"),
+    (lambda: rank.svd(torch.ones(0, 6)), r"W is \(0, 6\)"),
+    (lambda: rank.svd(torch.ones(4, 6, device="meta")), "meta"),
+    (lambda: rank.svd((W, W, W)), "U"),
+    (lambda: rank.truncate(W, 0), "rank is 0.* 1 to 4"),
+    (lambda: rank.truncate(W, 5), "rank is 5"),
+    (lambda: rank.effective_rank(torch.tensor([1.0, -1.0])), "S is"),
+    (lambda: rank.stable_rank(torch.tensor([1.0, torch.nan])), "S is"),
+    (lambda: rank.energy_rank(torch.ones(3, device="meta")), "S is"),
+    (lambda: rank.norms(torch.ones(0)), "S is"),
+    (lambda: rank.energy_rank(torch.ones(3), 0.0), r"share is 0\.0"),
+    (lambda: rank.energy_rank(torch.ones(3), 90), "share is 90"),
+    (lambda: rank.subspace_similarity(normal(6, 2), basis(6, 2)), "V1"),
+    (lambda: rank.amplification(W, W, 5), "rank is 5"),
+    (lambda: rank.intruder_dimensions(W, normal(6, 4), 2), r"\(4, 6\) and \(6, 4\)"),
+    (lambda: rank.intruder_dimensions(W, W), "top is 10"),
+    (lambda: rank.intruder_dimensions(W, W, 2, 0.0), r"epsilon is 0\.0"),
+    (lambda: rank.by_chance(lambda g: W, draws=20), "39"),
+    (lambda: rank.orthonormal(4, 5), "k is 5"),
+]
+
+
+@pytest.mark.parametrize(("call", "named"), REFUSED)
+def test_what_is_refused_is_named(call, named):
+    with pytest.raises(ValueError, match=named):
         call()
 
 
@@ -531,7 +407,6 @@ def test_on_a_gpu_numbers_are_those_of_the_cpu():
         lambda *m: rank.svd(m[0]).S,
         lambda *m: rank.singular_values(m[0]),
         lambda *m: rank.truncate(m[0], 4).error,
-        lambda *m: rank.truncate(m[0], 4, randomized=True).error,
         lambda *m: rank.amplification(m[1], m[0], 4).factor,
         lambda *m: rank.intruder_dimensions(m[0], m[0] + m[1]).cosines,
     ):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lora_lab import LoRA, fit, memory, speed
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.task import accepts, described
+from lora_lab.task import accepts
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error
 from tests.helpers import ROOT, ByteTokenizer, run_python
 
@@ -33,24 +33,6 @@ def test_each_class_of_models_is_asked_for_its_own_arguments():
 
     asked = Masked(), torch.nn.Linear(2, 2), Masked()  # in turn, because the last answer is kept
     assert [accepts(model, "attention_mask") for model in asked] == [True, False, True]
-
-
-def test_parts_are_given_by_name_in_order():
-    task = tiny()
-    assert tuple(task.parts) == PARTS
-    assert all(task.parts[name] is getattr(task, name) for name in PARTS)
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_an_empty_part_is_named(part):
-    empty = Examples(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
-    with pytest.raises(ValueError, match=f"The {part} part of task 'tiny' is empty"):
-        tiny(**{part: empty})
-
-
-def test_inputs_without_targets_are_refused():
-    with pytest.raises(ValueError, match="3 inputs cannot be paired with 2 targets"):
-        Examples(torch.zeros(3, 1), torch.zeros(2))
 
 
 def test_examples_are_indexed_by_rows():
@@ -141,32 +123,6 @@ def test_targets_in_floating_point_all_count():
     assert (tiny().counted(part), tiny().size(part)) == (2, 2)
 
 
-@pytest.mark.parametrize("unit", ["token", "", None, 1])
-def test_a_unit_that_is_none_is_refused_when_the_task_is_made(unit):
-    with pytest.raises(ValueError, match=rf"^unit is {unit!r}, but it must be 'tokens' or 'examples'\.$"):
-        tiny(unit=unit)
-
-
-@pytest.mark.parametrize("unit", ["tokens", "examples"])
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_in_which_no_target_counts_is_named(part, unit):
-    targets = torch.full((2, 3), IGNORE)
-    with pytest.raises(
-        ValueError, match=rf"^No target of the {part} part of task 'tiny' counts in the loss, because all"
-    ):
-        tiny(unit=unit, **{part: Examples(torch.zeros(2, 3, dtype=torch.long), targets)})
-    targets[1, 2] = 0
-    tiny(unit=unit, **{part: Examples(torch.zeros(2, 3, dtype=torch.long), targets)})
-
-
-@pytest.mark.parametrize("name", ["inputs", "targets"])
-def test_what_is_no_tensor_is_named(name):
-    values = {"inputs": torch.zeros(2, 3), "targets": torch.zeros(2)}
-    says = rf"^{name} is array\(.*, but it must be a tensor; write torch\.as_tensor\({name}\)\.$"
-    with pytest.raises(ValueError, match=says):
-        Examples(**values | {name: values[name].numpy()})
-
-
 def test_limited_keeps_the_first_examples_and_all_other_parts():
     task = tiny(train=tiny().off_domain)
     fewer = task.limited(2)
@@ -187,19 +143,6 @@ def test_limited_draws_by_seed():
     drawn = {(tuple(x.tolist()), int(y)) for x, y in zip(first.train.inputs, first.train.targets, strict=True)}
     assert len(drawn) == 20
     assert drawn <= rows
-
-
-@pytest.mark.parametrize("n_train", [0, -1, 3])
-def test_limited_says_how_many_there_are(n_train):
-    with pytest.raises(ValueError, match=f"n_train is {n_train}, but it must be from 1 to 2"):
-        tiny().limited(n_train)
-
-
-def test_a_part_that_is_no_examples_is_named():
-    with pytest.raises(ValueError, match=r"^validation is 'x', but it must be an instance of Examples"):
-        tiny(validation="x")
-    with pytest.raises(ValueError, match=r"^n_train is '2', but it must be a whole number"):
-        tiny().limited("2")
 
 
 # Losses
@@ -266,25 +209,6 @@ LETTERS = functools.partial(focal, weights=set("abcdefgh"))
 EACH = pytest.mark.parametrize("loss", UNUSUAL.values(), ids=UNUSUAL)
 
 
-def test_fingerprints_are_those_that_stored_runs_carry():
-    # Written out, so that no change of the code can make the results of older folders strangers unnoticed.
-    halves = {name: Examples(part.inputs.bfloat16(), part.targets) for name, part in tiny().parts.items()}
-    found = {
-        "cross_entropy": tiny(),
-        "mean_squared_error": tiny(loss=mean_squared_error),
-        "other_loss": tiny(loss=other_loss),
-        "lambda": tiny(loss=lambda model, inputs, targets: model(inputs).sum()),
-        "bfloat16": Task("half", **halves),
-    }
-    assert {what: task.fingerprint for what, task in found.items()} == {
-        "cross_entropy": "96d5469ed1bc10ae",
-        "mean_squared_error": "e30365c45710cd68",
-        "other_loss": "390607d40681d1fb",
-        "lambda": "c49a08b970177b4f",
-        "bfloat16": "060343cc71b0c078",
-    }
-
-
 def test_a_partials_arguments_are_part_of_the_fingerprint():
     long = torch.zeros(5000)  # torch prints only the ends of it
     longer = long.clone()
@@ -333,12 +257,6 @@ def test_the_fingerprint_of_an_unusual_loss_is_the_same_in_another_process():
     assert done.stdout.split() == [tiny(loss=loss).fingerprint for loss in [*UNUSUAL.values(), LETTERS]]
 
 
-def test_a_description_has_neither_addresses_nor_modules_in_it():
-    assert described(Held(1.0)) == "Held"  # a script's module has another name where it is imported
-    assert described(Focal(focal)) == "Focal(gamma=<function focal>)"
-    assert described(functools.partial(focal, gamma=[1, functools])) == "partial([focal], {'gamma': [1, functools]})"
-
-
 def classes():
     """Pictures of noise in ten classes, for the digits' net."""
 
@@ -370,8 +288,26 @@ def test_any_callable_trains_as_a_loss(loss, tmp_path):
 @pytest.mark.slow
 def test_any_callable_serves_where_memory_and_time_are_asked_for(loss):
     model, batch = DigitsMLP(width=8), (classes().train.inputs, classes().train.targets)
-    bill = memory.predict(model, LoRA(rank=2), batch=batch, loss=loss)
-    assert bill.peak_bytes > sum(p.numel() * p.element_size() for p in model.parameters())
-    assert memory.measure(model, LoRA(rank=2), batch=batch, loss=loss).peak_bytes > 0
+    assert memory.predict(model, LoRA(rank=2), batch=batch, loss=loss).peak_bytes > 0
     times = speed.step_time(model, {"lora": LoRA(rank=2)}, batch=batch, loss=loss, rounds=3, progress=False)
     assert times.median_s("lora") > 0
+
+
+# What is refused
+
+EMPTY = Examples(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+SILENT = Examples(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), IGNORE))
+REFUSED = [  # the call, what must be named
+    *[(lambda part=part: tiny(**{part: EMPTY}), f"the {part} part") for part in PARTS],
+    *[(lambda part=part: tiny(**{part: SILENT}), f"the {part} part") for part in PARTS],
+    (lambda: Examples(torch.zeros(3, 1), torch.zeros(2)), "3 inputs .* 2 targets"),
+    (lambda: tiny(unit="token"), "unit is 'token'"),
+    *[(lambda n=n: tiny().limited(n), f"n_train is {n}") for n in (0, -1, 3)],
+    (lambda: tiny().part("valid"), "part is 'valid'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "named"), REFUSED)
+def test_what_is_refused_is_named(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()

@@ -4,9 +4,7 @@ import copy
 import dataclasses
 import io
 import itertools
-import json
 import math
-import os
 import random
 import re
 import sys
@@ -26,24 +24,18 @@ from lora_lab import (
     History,
     Lean,
     Llama,
+    LlamaConfig,
     LoRA,
     LoRAConfig,
     LoRAPlus,
     PartialFineTuning,
     PiSSA,
-    adapter_state,
-    checkpoint,
     evaluate,
     fit,
     inject,
     load_adapter,
-    merge,
     save_adapter,
-    seed_everything,
-    train,
 )
-from lora_lab.ablation import Grid
-from lora_lab.adapters import switch
 from lora_lab.history import COLUMNS, DivergedError
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
@@ -112,12 +104,13 @@ def test_fit_leaves_all_global_generators_as_they_were():
     assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
 
 
-def test_generators_are_put_back_after_an_error_too():
+def test_generators_and_modes_are_put_back_after_an_error_too():
     torch.manual_seed(3)
-    before = torch.get_rng_state()
+    before, model = torch.get_rng_state(), DigitsMLP(width=16).eval()
     with pytest.raises(DivergedError):
-        run(lr=1e30, warmup=0)
+        run(model=model, lr=1e30, warmup=0)
     assert torch.equal(torch.get_rng_state(), before)
+    assert model.training is False
 
 
 def test_dropout_is_really_drawn():
@@ -139,13 +132,6 @@ def test_model_trains_in_train_mode_is_evaluated_in_eval_mode_and_ends_as_it_cam
     evaluation, step = (False, False, False), (True, True, True)
     assert seen == [evaluation, evaluation, step, evaluation, evaluation]
     assert model.training is model.hidden1.training is training
-
-
-def test_model_ends_as_it_came_after_an_error_too():
-    model = DigitsMLP(width=16).eval()
-    with pytest.raises(DivergedError):
-        run(model=model, lr=1e30, warmup=0)
-    assert model.training is False
 
 
 def test_every_epoch_sees_each_example_once_in_an_order_of_its_own():
@@ -276,21 +262,6 @@ def test_a_run_by_length_resumes_bit_for_bit(tmp_path, step):
     assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
 
 
-def test_a_run_by_length_does_not_go_on_from_one_at_random(tmp_path):
-    by_length(tmp_path, batches="random", steps=3)
-    with pytest.raises(ValueError, match=r"its settings\.batches is None, not 'by_length'; use another folder"):
-        by_length(tmp_path, steps=3)
-
-
-def test_batches_are_recorded_only_if_they_are_not_random():
-    (_, plain), (_, again), (_, other) = by_length(batches="random"), by_length(batches="random"), by_length()
-    assert "batches" not in plain.settings
-    assert other.settings == {**plain.settings, "batches": "by_length"}
-    assert losses(plain) == losses(again)
-    assert losses(other)[0] == (None, *(pytest.approx(loss, rel=1e-12) for loss in losses(plain)[0][1:]))
-    assert losses(other)[1] != losses(plain)[1]
-
-
 @pytest.mark.parametrize("accumulate", [2, 3, 4])
 def test_accumulation_changes_no_result_by_length_either(accumulate):
     (model, history), (twin, again) = by_length(clip=0.5), by_length(clip=0.5, accumulate=accumulate)
@@ -318,16 +289,6 @@ def test_an_evaluation_by_length_has_the_same_mean_on_fewer_columns(limit):
     assert means[0] != pytest.approx(evaluate(Tokens(), unequal_task(), "test"), rel=1e-3)
     same_lengths = small_task()
     assert evaluate(DigitsMLP(), same_lengths) == evaluate(DigitsMLP(), same_lengths, by_length=True)
-
-
-def test_batches_by_length_of_examples_of_one_length_are_refused_before_the_model_is_changed():
-    model = DigitsMLP(width=16)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="all training examples of task 'small' have the same length; use batches="):
-        run(LoRA(rank=2), model=model, batches="by_length")
-    assert snapshot(model) == before
-    with pytest.raises(ValueError, match="batches is 'longest', but it must be 'random' or 'by_length'"):
-        run(batches="longest")
 
 
 # The numbers
@@ -516,18 +477,6 @@ def test_accumulation_changes_no_result_although_micro_batches_count_unequally(m
     assert (state[trained] - Tokens().state_dict().get(trained, torch.zeros(()))).abs().max() > 1e-2
 
 
-def test_accumulation_really_computes_in_micro_batches():
-    sizes = []
-
-    def loss(model, inputs, targets):
-        if torch.is_grad_enabled():
-            sizes.append(len(inputs))
-        return double_cross_entropy(model, inputs, targets)
-
-    fit(Tokens(), token_task(loss=loss), FullFineTuning(), steps=1, lr=0.05, batch_size=5, accumulate=2)
-    assert sizes == [3, 2]
-
-
 @pytest.mark.parametrize("accumulate", [2, 6])
 def test_a_micro_batch_without_a_counted_target_changes_no_result(accumulate):
     results = []
@@ -537,21 +486,6 @@ def test_a_micro_batch_without_a_counted_target_changes_no_result(accumulate):
         results.append(model.state_dict())
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=0, atol=1e-10)
-
-
-def test_a_batch_without_any_counted_target_is_told_before_the_first_step():
-    task, rows, model = token_task(), [], Tokens()
-    options = {"lr": 0.05, "batch_size": 2, "on_row": rows.append}
-    task.train.targets[DataOrder(len(task.train), 0).rows(2, 2)] = IGNORE
-    before = snapshot(model)
-    with pytest.raises(
-        ValueError,
-        match=r"^No target of the batch at step 2 \(seed 0\) counts in the loss; remove the training examples in which "
-        r"none counts, 2 of 6 in task 'tokens', or use larger batches\.$",
-    ):
-        fit(model, task, FullFineTuning(), steps=3, **options)
-    assert (snapshot(model), rows) == (before, [])
-    fit(model, task, FullFineTuning(), steps=1, **options)  # the second batch is not reached
 
 
 def rates_of(steps, warmup, schedule):
@@ -577,12 +511,6 @@ def test_learning_rate_is_positive_and_at_most_the_peak_at_the_ends(schedule, st
     rates = rates_of(steps, warmup, schedule)
     assert all(0 < rate <= 1 for rate in rates)
     assert max(rates) == 1.0
-
-
-def test_warm_up_is_a_tenth_of_the_steps_unless_told():
-    _, history = run(steps=20, lr=0.01)
-    assert [row["lr"] for row in history.rows[1:4]] == pytest.approx([0.005, 0.01, 0.01])
-    assert history.settings["warmup"] == 2
 
 
 # evaluate
@@ -625,11 +553,6 @@ def test_evaluation_ignores_dropout_and_keeps_mode_and_gradients(training):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_evaluation_names_the_parts_there_are():
-    with pytest.raises(ValueError, match=r"part is 'valid'.*\['train', 'validation', 'test', 'off_domain'\]"):
-        evaluate(DigitsMLP(), small_task(), "valid")
-
-
 # History
 
 
@@ -647,12 +570,8 @@ def test_history_has_a_row_for_the_model_before_training_and_one_for_each_step()
     assert evaluated == [row["step"] for row in history.rows if row["off_domain_loss"] is not None] == [0, 3, 6, 7]
     assert history.rows[-1]["validation_loss"] == evaluate(model, task, "validation")
     assert all(row["seconds"] > 0 and row["tokens"] == 8 for row in history.rows[1:])
-
-
-def test_history_counts_tokens_that_count():
     history = fit(Tokens(), token_task(), FullFineTuning(), steps=2, lr=0.01, batch_size=6)
-    assert [row["tokens"] for row in history.rows] == [0, 21, 21]
-    assert history.task["unit"] == "tokens"
+    assert [row["tokens"] for row in history.rows] == [0, 21, 21]  # those that count
 
 
 def test_evaluations_are_a_tenth_of_the_steps_apart_unless_told_and_take_as_many_examples_as_asked():
@@ -724,155 +643,19 @@ def test_frame_has_one_row_a_step_and_numbers_in_every_column():
     assert frame["train_loss"].tolist()[1:] == [row["train_loss"] for row in history.rows[1:]]
 
 
-def test_the_gap_of_a_run_is_that_of_its_table():
-    _, history = run(steps=7, eval_every=3)
-    frame = history.frame().set_index("step")
-    steps, gaps = history.curve("gap")
-    assert steps == [3, 6, 7]
-    intervals = {3: [1, 2, 3], 6: [4, 5, 6], 7: [7]}
-    expected = [frame.validation_loss[end] - frame.train_loss[own].mean() for end, own in intervals.items()]
-    np.testing.assert_allclose(gaps, expected, rtol=1e-12)
-    assert len(set(gaps)) == 3
-
-
-def test_history_comes_back_from_its_file(tmp_path):
-    _, history = run(LoRA(rank=2, targets=["head"], exclude=[]))
-    history.save(tmp_path / "new" / "history.json")
-    assert History.load(tmp_path / "new" / "history.json") == history
-    assert json.loads((tmp_path / "new" / "history.json").read_text())["rows"] == history.rows
-
-
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"steps": 0}, "steps is 0, .*at least 1"),
-        ({"steps": 2.0}, r"steps is 2\.0, .*whole number"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"accumulate": 0}, "accumulate is 0"),
-        ({"accumulate": 5}, "accumulate is 5, .*at most batch_size, 4"),
-        ({"eval_every": 0}, "eval_every is 0"),
-        ({"eval_every": -1}, "eval_every is -1"),
-        ({"eval_examples": 0}, "eval_examples is 0"),
-        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
-        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
-        ({"steps": 10**20}, "steps is 100000000000000000000, .*at most"),
-        ({"batch_size": 10**20}, "batch_size is 100000000000000000000, .*at most"),
-        ({"seed": 99999999999999999999}, "seed is 99999999999999999999, .*at most"),
-        ({"seed": None}, "seed is None, .*whole number"),
-        ({"steps": None}, "steps is None, .*whole number"),
-        ({"lr": "1e-3"}, "lr is '1e-3', .*a number"),
-        ({"lr": None}, "lr is None, .*a number"),
-        ({"weight_decay": None}, "weight_decay is None, .*a number"),
-        ({"weight_decay": math.inf}, "weight_decay is inf, .*a finite number"),
-        ({"clip": "1"}, "clip is '1', .*a number"),
-        ({"lean": "yes"}, "lean is 'yes', .*LeanStepMaker"),
-        ({"checkpoint_every": "2"}, "checkpoint_every is '2', .*whole number"),
-        ({"lr": 0.0}, r"lr is 0\.0, .*greater than 0"),
-        ({"lr": -1e-3}, r"lr is -0\.001"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"lr": math.inf}, "lr is inf"),
-        ({"schedule": "linear"}, "schedule is 'linear', .*'cosine' or 'constant'"),
-        ({"warmup": -1}, "warmup is -1"),
-        ({"warmup": 7}, "warmup is 7, .*at most steps, 6"),
-        ({"weight_decay": -0.1}, r"weight_decay is -0\.1"),
-        ({"weight_decay": math.nan}, "weight_decay is nan"),
-        ({"clip": 0.0}, r"clip is 0\.0, .*greater than 0"),
-        ({"clip": -1.0}, r"clip is -1\.0"),
-        ({"clip": math.nan}, "clip is nan"),
-    ],
-)
-def test_fit_says_which_number_is_out_of_range_and_leaves_the_model_alone(options, says, tmp_path):
-    model = DigitsMLP(width=16)
-    model.head.requires_grad_(False)
-    with pytest.raises(ValueError, match=says):
-        run(LoRA(), model, checkpoint_dir=tmp_path / "new", **options)
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
-    run(LoRA(), model)  # it is not marked either
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"model": None}, "model is None, but it must be an instance of Module"),
-        ({"model": "runs/model"}, "model is 'runs/model', but it must be an instance of Module"),
-        ({"model": (DigitsMLP(width=16), None)}, "model is .*, but it must be an instance of Module"),
-        ({"task": "digits"}, "task is 'digits', but it must be an instance of Task"),
-        ({"method": "lora"}, r"method is 'lora', but it must be an instance of Method, such as LoRA\(rank=8\)\.$"),
-        ({"method": LoRA}, r"method is .*, but it must be an instance of Method, such as LoRA\(rank=8\)\.$"),
-        ({"config": 40}, "config is 40, but it must be an instance of TrainConfig"),
-    ],
-)
-def test_fit_and_evaluate_name_an_argument_of_another_type(changes, says):
-    arguments = {"model": DigitsMLP(width=16), "task": small_task(), "method": LoRA(2)}
-    with pytest.raises(ValueError, match=f"^{says}"):
-        fit(**arguments | changes, steps=1, lr=0.1)
-    if changes.keys() & {"model", "task"}:
-        with pytest.raises(ValueError, match=f"^{says}"):
-            evaluate(**{name: (arguments | changes)[name] for name in ("model", "task")})
-
-
-@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor, np.array])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_numbers_of_numpy_and_torch_train_as_pythons_do(kind, tmp_path):
-    floats = (lambda value: kind(value, dtype=kind([1.0]).dtype)) if kind in (torch.tensor, np.array) else np.float32
-    whole = {"steps": 6, "batch_size": 4, "seed": 3, "eval_every": 2, "eval_examples": 5, "warmup": 2, "accumulate": 2}
-    numbers = {"lr": 0.25, "weight_decay": 0.5, "clip": 2.0}  # exact in float32
-    _, history = run(
-        LoRA(2, alpha=floats(4.0), dropout=floats(0.25)),
-        checkpoint_every=kind(2),
-        checkpoint_dir=tmp_path / "a",
-        **{name: kind(value) for name, value in whole.items()},
-        **{name: floats(value) for name, value in numbers.items()},
-    )
-    _, expected = run(LoRA(2, alpha=4.0, dropout=0.25), **whole, **numbers)
-    assert losses(history) == losses(expected)
-    assert (history.settings, history.method) == (expected.settings, expected.method)
+    numbers = {"steps": 6, "seed": 3, "eval_every": 2, "accumulate": 2, "lr": 0.25, "clip": 2.0}
+    _, history = run(LoRA(2), **{name: kind(value) for name, value in numbers.items()})
+    _, expected = run(LoRA(2), **numbers)
+    assert (losses(history), history.settings) == (losses(expected), expected.settings)
     history.save(tmp_path / "history.json")
     assert History.load(tmp_path / "history.json").settings == expected.settings
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"batch_size": -1}, "batch_size is -1, but it must be at least 1"),
-        ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
-        ({"batch_size": 1.5}, "batch_size is 1.5, but it must be a whole number"),
-        ({"batch_size": None}, "batch_size is None, but it must be a whole number"),
-        ({"limit": 0}, "limit is 0, but it must be at least 1"),
-        ({"limit": -1}, "limit is -1, but it must be at least 1"),
-        ({"limit": "5"}, "limit is '5', but it must be a whole number"),
-        ({"part": None}, "part is None, but it must be a string"),
-    ],
-)
-def test_evaluate_refuses_sizes_that_gave_nan_or_left_examples_out(options, says):
-    with pytest.raises(ValueError, match=rf"^{says}\.$"):
-        evaluate(DigitsMLP(width=16), small_task(), **options)
-
-
-@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
-def test_evaluate_takes_sizes_of_numpy_and_torch(kind):
-    model = DigitsMLP(width=16)
-    expected = evaluate(model, small_task(), "test", 2, 3)
-    assert (
-        evaluate(model, small_task(), "test", kind(2), kind(3)) == expected != evaluate(model, small_task(), "test", 2)
-    )
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, None, "1"])
-def test_a_seed_that_not_all_generators_take_is_refused_before_any_is_seeded(seed):
-    random.seed(1)
-    before = random.getstate()
-    with pytest.raises(ValueError, match=r"^seed is .*, but it must be"):
-        seed_everything(seed)
-    assert random.getstate() == before
-
-
-def test_fit_refuses_a_model_that_was_trained_before():
-    model, _ = run()
-    with pytest.raises(ValueError, match="already been prepared for 'full'"):
-        run(model=model)
+    sizes = evaluate(DigitsMLP(), small_task(), "test", 2, 3)
+    assert evaluate(DigitsMLP(), small_task(), "test", kind(2), kind(3)) == sizes
 
 
 @pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2)], ids=["full", "lora"])
@@ -896,11 +679,6 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(bad_step, value):
     assert len(calls) == bad_step
 
 
-def test_a_last_step_that_spoils_the_weights_is_not_reported_as_a_result():
-    with pytest.raises(DivergedError, match="at step 1 "):
-        run(steps=1, lr=1e38, warmup=0)
-
-
 @pytest.mark.parametrize("spoilt", ["model", "task"])
 def test_a_loss_that_is_no_number_before_training_is_not_put_down_to_the_learning_rate(spoilt):
     model, task = DigitsMLP(width=16), small_task()
@@ -910,12 +688,6 @@ def test_a_loss_that_is_no_number_before_training_is_not_put_down_to_the_learnin
         DivergedError, match=r"^The validation loss is nan at step 0 \(before training\), so no learning rate .*weights"
     ):
         run(LoRA(rank=2), model, task)
-
-
-def test_a_run_stores_no_checkpoint_of_weights_that_its_evaluation_found_spoilt(tmp_path):
-    with pytest.raises(DivergedError):
-        run(lr=1e38, warmup=0, eval_every=1, checkpoint_dir=tmp_path)
-    assert not list(tmp_path.glob("checkpoint*"))
 
 
 def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
@@ -1116,36 +888,6 @@ def test_checkpointing_changes_no_result(tiny_config, method, dtype):
     assert history.optimizer_bytes == again.optimizer_bytes
 
 
-def test_checkpointing_is_recorded_where_it_is_on_only(tiny_config):
-    (_, plain), (_, again) = (
-        fit_llama(tiny_config, LoRA(2), steps=1, gradient_checkpointing=on) for on in (False, True)
-    )
-    assert again.settings == {**plain.settings, "gradient_checkpointing": True}
-    assert "gradient_checkpointing" not in plain.settings
-
-
-def test_a_run_goes_on_from_a_checkpoint_of_before_there_was_checkpointing(tiny_config, tmp_path, monkeypatch):
-    whole = fit_llama(tiny_config, LoRA(2))
-    calls = []
-
-    def stops(model, inputs, targets):
-        calls.append(torch.is_grad_enabled())
-        if calls.count(True) == 3:
-            raise KeyboardInterrupt
-        return cross_entropy(model, inputs, targets)
-
-    stops.__name__ = cross_entropy.__name__  # a task's fingerprint has the name in it
-    model = Llama(tiny_config)
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, llama_task(stops), LoRA(2), steps=4, lr=0.01, batch_size=3, eval_every=2, checkpoint_dir=tmp_path)
-    assert "gradient_checkpointing" not in checkpoint.stored_history(tmp_path).settings
-    with pytest.raises(ValueError, match=r"its settings\.gradient_checkpointing is None, not True; use another folder"):
-        fit_llama(tiny_config, LoRA(2), tmp_path, gradient_checkpointing=True)
-    model, history = fit_llama(tiny_config, LoRA(2), tmp_path)
-    assert losses(history) == losses(whole[1])
-    assert all(map(torch.equal, model.state_dict().values(), whole[0].state_dict().values()))
-
-
 @pytest.mark.parametrize("method", [LoRA(2), FullFineTuning()], ids=["lora", "full"])
 def test_blocks_are_computed_again_in_steps_and_not_in_evaluation(tiny_config, method, monkeypatch):
     from lora_lab.models import llama
@@ -1203,23 +945,6 @@ def test_checkpointing_asks_transformers_models_in_their_own_way(tiny_hf):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_checkpointing_is_refused_where_it_cannot_be_and_the_model_is_left_alone(tiny_config):
-    model = DigitsMLP(width=16)
-    with pytest.raises(
-        ValueError, match=r"^A DigitsMLP has no method gradient_checkpointing_enable, as lora_lab's"
-    ) as e:
-        run(model=model, method=LoRA(2), gradient_checkpointing=True)
-    assert str(e.value).endswith("; use gradient_checkpointing=False.")
-    run(model=model, method=LoRA(2))  # it carries no mark and no adapters
-    model = Llama(tiny_config)
-    with pytest.raises(
-        ValueError, match=r"^gradient_checkpointing cannot be combined with lean; use Lean\(checkpoint=True\)\.$"
-    ):
-        fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, gradient_checkpointing=True, lean=Lean())
-    assert not model.model.gradient_checkpointing
-    fit(model, llama_task(), LoRA(2), steps=1, lr=0.1, lean=Lean(checkpoint=True))
-
-
 # Autocast
 
 
@@ -1255,32 +980,17 @@ def test_autocast_computes_in_half_precision(tiny_config):
     assert seen == [torch.float32] * 5 + [BF16] * 5  # two parts before and after a step
 
 
-def test_autocast_is_recorded_where_it_is_on_only(tiny_config):
-    (_, plain), (_, found) = (fit_llama(tiny_config, LoRA(2), steps=1, autocast=on) for on in (None, BF16))
-    assert found.settings == {**plain.settings, "autocast": "torch.bfloat16"}
-    assert "autocast" not in plain.settings
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, "bfloat16", True])
-def test_autocast_to_another_dtype_is_refused(dtype):
-    with pytest.raises(ValueError, match=rf"autocast is {dtype!r}, but it must be torch\.bfloat16 or None\."):
-        TrainConfig(steps=1, lr=0.1, autocast=dtype)
-
-
-def test_autocast_is_not_for_the_lean_step():
-    with pytest.raises(
-        ValueError, match=r"^autocast cannot be combined with lean; use Lean\(base_dtype=torch\.bfloat16"
-    ):
-        TrainConfig(steps=1, lr=0.1, autocast=BF16, lean=Lean())
-
-
-def test_defaults_of_a_config_follow_its_steps():
+def test_defaults_of_a_config_follow_its_steps_and_unused_options_are_not_recorded():
     config = TrainConfig(steps=100, lr=1e-3)
     assert (config.warmup_steps, config.evaluation_interval) == (10, 10)
     longer = dataclasses.replace(config, steps=1000)
-    assert (longer.warmup_steps, longer.evaluation_interval) == (100, 100)
     assert longer.settings()["warmup"] == longer.settings()["eval_every"] == 100
     assert dataclasses.replace(config, steps=5).warmup_steps == 0
+    used = {"batches": "by_length", "gradient_checkpointing": True, "autocast": BF16}
+    found = dataclasses.replace(config, **used).settings()
+    assert found == config.settings() | used | {"autocast": "torch.bfloat16"}
+    assert not config.settings().keys() & used.keys()
+    assert dataclasses.replace(config, lean=Lean()).settings() == config.settings() | {"lean": Lean().settings()}
 
 
 def test_keywords_override_a_config():
@@ -1312,267 +1022,6 @@ def test_sizes_of_batches_change_no_loss_where_examples_count_unequally(tiny_con
 
 
 # What an error leaves of a preparation
-
-
-def of_other_run(folder):
-    run(LoRA(rank=3), checkpoint_dir=folder)
-
-
-def not_written(model, inputs, targets):
-    raise NotImplementedError
-
-
-def only_evaluated(model, inputs, targets):
-    if torch.is_grad_enabled():
-        raise torch.OutOfMemoryError
-    return cross_entropy(model, inputs, targets)
-
-
-EARLY_ERRORS = {
-    "checkpoint of another run": (of_other_run, {}, ValueError),
-    "the loss, at the first evaluation": (None, {"loss": not_written}, NotImplementedError),
-    "memory, at the first step": (None, {"loss": only_evaluated}, torch.OutOfMemoryError),
-    "on_row": (None, {"on_row": lambda row: 1 / 0}, ZeroDivisionError),
-}
-
-
-@pytest.mark.parametrize(("before", "options", "error"), EARLY_ERRORS.values(), ids=EARLY_ERRORS)
-@pytest.mark.parametrize(
-    "method", [LoRA(rank=2), PiSSA(rank=2), FullFineTuning(), PartialFineTuning(["head"]), ContinueLoRA()], ids=str
-)
-def test_an_error_before_the_first_step_leaves_the_model_as_it_was(method, before, options, error, tmp_path):
-    def made():
-        model = DigitsMLP(width=16)
-        if isinstance(method, ContinueLoRA):
-            inject(model, LoRAConfig(2))
-        model.hidden1.requires_grad_(False)
-        return model
-
-    model, options, folder = made(), dict(options), None
-    if before is not None:
-        before(tmp_path / "one")
-        folder = tmp_path / "one"
-    state = snapshot(model)
-    with pytest.raises(error):
-        run(method, model, small_task(loss=options.pop("loss", None)), checkpoint_dir=folder, **options)
-    assert snapshot(model) == state
-    _, history = run(method, model, checkpoint_dir=tmp_path / "two")
-    assert losses(history) == losses(run(method, made())[1])
-
-
-@pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["norm"])], ids=lambda method: method.name)
-def test_an_error_in_the_first_step_gives_statistics_back_that_its_forward_pass_has_moved(method):
-    def failing(*batch):
-        loss = cross_entropy(*batch)
-        if torch.is_grad_enabled():
-            raise torch.OutOfMemoryError
-        return loss
-
-    model = Pictures()
-    with pytest.raises(torch.OutOfMemoryError):
-        run(method, model, small_task(loss=failing))
-    assert all(map(torch.equal, model.state_dict().values(), Pictures().state_dict().values()))
-    assert losses(run(method, model)[1]) == losses(run(method, Pictures())[1])
-
-
-def test_a_model_that_an_early_error_leaves_rounded_does_not_pass_as_untouched(tiny_config):
-    model, options = Llama(tiny_config), {"steps": 1, "lr": 0.01, "batch_size": 3}
-    with pytest.raises(ZeroDivisionError):
-        fit(model, llama_task(), LoRA(2), lean=Lean(torch.bfloat16), on_row=lambda row: 1 / 0, **options)
-    for lean in (None, Lean()):
-        with pytest.raises(ValueError, match=r"rounded by a lean step with base_dtype=torch\.bfloat16, .*; load"):
-            fit(model, llama_task(), LoRA(2), lean=lean, **options)
-    fit(model, llama_task(), LoRA(2), lean=Lean(torch.bfloat16), **options)
-    merge(model)
-    fit(model, llama_task(), LoRA(2), **options)  # as any merged model
-    model = Llama(tiny_config)
-    with pytest.raises(ZeroDivisionError):
-        fit(model, llama_task(), LoRA(2), lean=Lean(), on_row=lambda row: 1 / 0, **options)
-    fit(model, llama_task(), LoRA(2), **options)
-
-
-@pytest.mark.parametrize(("method", "says"), [(LoRA(rank=2), "adapters"), (FullFineTuning(), "prepared for 'full'")])
-def test_an_error_from_the_first_step_on_leaves_the_model_as_it_is(method, says):
-    def diverging(*batch):
-        return cross_entropy(*batch) * (math.nan if torch.is_grad_enabled() else 1.0)
-
-    model = DigitsMLP(width=16)
-    with pytest.raises(DivergedError, match="at step 1 "):
-        run(method, model, small_task(loss=diverging))
-    with pytest.raises(ValueError, match=f"already .*{says}"):
-        run(method, model)
-
-
-@pytest.mark.parametrize(
-    "method", [LoRA(rank=2, dropout=0.1), DoRA(rank=2), FullFineTuning(), PartialFineTuning(["head"])], ids=str
-)
-def test_a_cell_that_was_interrupted_can_be_run_again_with_the_same_model(method, tmp_path):
-    def stop(row):
-        if row["step"] == 3:
-            raise KeyboardInterrupt
-
-    whole, expected = run(method)
-    model = DigitsMLP(width=16)
-    with pytest.raises(KeyboardInterrupt):
-        run(method, model, checkpoint_dir=tmp_path, checkpoint_every=2, on_row=stop)
-    _, history = run(method, model, checkpoint_dir=tmp_path, checkpoint_every=2)
-    assert losses(history) == losses(expected)
-    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
-    assert [*model.state_dict()] == [*whole.state_dict()]
-    for other in ({"seed": 1, "checkpoint_dir": tmp_path / "other"}, {}):  # of another run, or without a checkpoint
-        with pytest.raises(ValueError, match="already"):
-            run(method, model, **other)
-
-
-def stopped_at(step):
-    """An ``on_row`` that ends the run after a step."""
-
-    def stop(row):
-        if row["step"] == step:
-            raise KeyboardInterrupt
-
-    return stop
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
-
-
-def test_a_continuation_that_was_interrupted_can_be_run_again_with_the_same_model(tmp_path):
-    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
-    whole, expected = run(ContinueLoRA(), run(LoRA(rank=2))[0])
-    model, _ = run(LoRA(rank=2))
-    with pytest.raises(KeyboardInterrupt):
-        run(ContinueLoRA(), model, on_row=stopped_at(3), **options)
-    _, history = run(ContinueLoRA(), model, **options)
-    assert (losses(history), history.method) == (losses(expected), expected.method)
-    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
-    (tmp_path / "checkpoint.safetensors").unlink()
-    _, later = run(ContinueLoRA(), model, **options)  # nothing is left of the first run but where it has ended
-    assert later.method["start"] != history.method["start"]
-    assert losses(later)[0][1] == losses(history)[-1][1]
-
-
-@pytest.mark.parametrize("method", [ContinueLoRA(), AsItIs()], ids=lambda method: method.name)
-def test_a_continuation_that_was_stopped_before_its_first_checkpoint_does_not_start_from_half_trained_weights(
-    method, tmp_path
-):
-    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 6}
-    model, _ = run(LoRA(rank=2))
-    with pytest.raises(KeyboardInterrupt):
-        run(method, model, on_row=stopped_at(3), **options)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"stopped before its first checkpoint in .*; start again from a fresh"):
-        run(method, model, **options)
-    assert snapshot(model) == before
-    switch(model, adapter_state(run(LoRA(rank=2), seed=1)[0]))  # a start of its own
-    run(method, model, **options)
-
-
-def test_an_adapter_that_was_put_on_since_is_another_start(tmp_path):
-    """The model alone does not say what the run started from, once somebody has changed it."""
-    states = [adapter_state(run(LoRA(rank=2), seed=seed)[0]) for seed in (1, 2)]
-    model, _ = run(LoRA(rank=2))
-    switch(model, states[0])
-    _, history = run(ContinueLoRA(), model, checkpoint_dir=tmp_path)
-    switch(model, states[1])
-    with pytest.raises(ValueError, match=r"from another run: its method\.start is"):
-        run(ContinueLoRA(), model, checkpoint_dir=tmp_path)
-    _, other = run(ContinueLoRA(), model)
-    assert losses(other)[0] != losses(history)[0]
-
-
-def test_adapters_that_were_put_on_since_are_not_taken_off(tmp_path):
-    model, _ = run(checkpoint_dir=tmp_path)
-    inject(model, LoRAConfig(2))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="already been prepared for 'full'"):
-        run(model=model, checkpoint_dir=tmp_path)
-    assert snapshot(model) == before
-
-
-def test_a_run_that_has_ended_outlives_the_failure_of_its_last_checkpoint(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("The disk is full.")
-
-    _, expected = run()
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", full)
-        with pytest.raises(OSError, match="The disk is full"):
-            run(checkpoint_dir=tmp_path, checkpoint_every=3)
-        with pytest.warns(UserWarning, match=r"has ended, but its last checkpoint is missing: The disk is full"):
-            _, history = run(checkpoint_dir=tmp_path, checkpoint_every=6)
-    assert losses(history) == losses(expected)
-
-
-@pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["head"])], ids=lambda method: method.name)
-def test_only_a_resumed_run_takes_half_trained_weights(method, tmp_path, monkeypatch):
-    model, options = DigitsMLP(width=16), {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
-    with pytest.raises(KeyboardInterrupt):
-        run(method, model, on_row=stopped_at(3), **options)
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_contents", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(method, model, **options)
-    says = f"already been prepared for '{method.name}'"
-    with pytest.raises(ValueError, match=says):
-        run(LoRA(rank=2), model)
-    file = tmp_path / "checkpoint.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match="delete it to restart the run"):
-        run(method, model, **options)
-    file.unlink()
-    with pytest.raises(ValueError, match=says):
-        run(method, model, **options)
-    file.write_bytes(whole)
-    assert losses(run(method, model, **options)[1]) == losses(run(method)[1])
-
-
-def test_a_fresh_model_that_a_checkpoint_was_half_copied_to_is_not_taken_for_pre_trained(tmp_path, monkeypatch):
-    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
-    with pytest.raises(KeyboardInterrupt):
-        run(on_row=stopped_at(3), **options)
-    model, copy_ = DigitsMLP(width=16), torch.Tensor.copy_
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "copy_", lambda *both: interrupted(copy_(*both)))
-        with pytest.raises(KeyboardInterrupt):
-            run(model=model, **options)
-    assert not torch.equal(model.hidden1.weight, DigitsMLP(width=16).hidden1.weight)
-    with pytest.raises(ValueError, match="already been prepared for 'full'"):
-        run(LoRA(rank=2), model)
-    assert losses(run(model=model, **options)[1]) == losses(run()[1])
-
-
-@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=2)], ids=lambda method: method.name)
-def test_an_error_before_the_first_step_leaves_a_compiled_model_as_it_was(method):
-    model = torch.compile(DigitsMLP(width=16), backend="eager")
-    before = snapshot(model)
-    with pytest.raises(ZeroDivisionError):
-        run(method, model, on_row=lambda row: 1 / 0)
-    assert snapshot(model) == before
-    assert losses(run(method, model)[1]) == losses(run(method)[1])
-
-
-@pytest.mark.parametrize("kind", ["a file", "read-only"])
-def test_a_folder_for_checkpoints_that_cannot_be_written_to_is_told_before_the_model_is_prepared(kind, tmp_path):
-    folder, model = tmp_path / "run", DigitsMLP(width=16)
-    before = snapshot(model)
-    if kind == "a file":
-        folder.write_text("")
-    else:
-        folder.mkdir(mode=0o500)
-        if os.access(folder, os.W_OK):
-            pytest.skip("this user may write anywhere")
-    with pytest.raises(OSError, match=r"run cannot be written to .*name another folder"):
-        run(LoRA(rank=2), model, checkpoint_dir=folder, on_row=lambda row: pytest.fail("it was trained"))
-    assert snapshot(model) == before
-
-
-def test_a_finished_run_is_read_from_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    _, history = run(checkpoint_dir=tmp_path)
-    monkeypatch.setattr(train, "check_writable", lambda folder: pytest.fail("nothing is to be written"))
-    assert run(checkpoint_dir=tmp_path)[1] == history
 
 
 # Modes, and statistics of what is frozen
@@ -1639,44 +1088,6 @@ def test_each_module_gets_its_mode_back(tiny_config, method, error):
         assert found[name] == modes[re.sub(r"\.(base|dropout)$", "", name)]
 
 
-def test_a_checkpoint_takes_no_adapters_off_that_its_run_has_not_put_on(tmp_path):
-    run(LoRA(rank=2), checkpoint_dir=tmp_path)
-    model = DigitsMLP(width=16)
-    inject(model, LoRAConfig(2))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="already has adapters"):
-        run(LoRA(rank=2), model, checkpoint_dir=tmp_path)
-    assert snapshot(model) == before
-
-
-def test_an_interrupted_run_of_a_model_that_another_tool_prepared_goes_on_with_its_adapters(tmp_path):
-    def adapted():
-        model = DigitsMLP(width=16)
-        inject(model, LoRAConfig(2))
-        return model
-
-    def stop(row):
-        if row["step"] == 3:
-            raise KeyboardInterrupt
-
-    model, (whole, _) = adapted(), run(AsItIs(), adapted())
-    with pytest.raises(KeyboardInterrupt):
-        run(AsItIs(), model, checkpoint_dir=tmp_path, checkpoint_every=2, on_row=stop)
-    run(AsItIs(), model, checkpoint_dir=tmp_path, checkpoint_every=2)
-    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
-
-
-@pytest.mark.parametrize("part", ["validation", "off_domain"])
-def test_evaluations_in_which_no_target_counts_are_refused_before_anything_is_changed(part):
-    model, task = DigitsMLP(width=16), small_task()
-    task.parts[part].targets[:2] = IGNORE
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"^No target of the first 2 examples of the {part} part of task .* counts"):
-        run(LoRA(rank=2), model, task, eval_examples=2)
-    assert snapshot(model) == before
-    run(LoRA(rank=2), model, task, eval_examples=3)
-
-
 # A task that does not fit
 
 
@@ -1689,30 +1100,6 @@ def words(largest, length=8, unit="tokens", last=None):
     return Task("words", part, part, part, part, unit=unit)
 
 
-def test_a_task_of_another_tokenizer_is_told_before_anything_is_trained(tiny_config):
-    model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
-    size, before = tiny_config.vocab_size, snapshot(model)
-    says = rf"train part of task 'words' has the token {size}, but the model knows {size} tokens, .*another tokenizer"
-    for task in (words(size), words(size - 1, last=size)):
-        for call in (lambda task: run(LoRA(2), model, task), lambda task: evaluate(model, task)):
-            with pytest.raises(ValueError, match=says):
-                call(task)
-    assert snapshot(model) == before
-    inject(model, LoRAConfig(2, targets=["embed_tokens"]))
-    with pytest.raises(ValueError, match=says):
-        evaluate(model, words(size))
-    evaluate(model, words(size - 1))
-    evaluate(DigitsMLP(width=16), small_task())  # has no embedding
-
-
-def test_a_model_without_parameters_is_told():
-    says = "The model, a ReLU, has no parameters; pass the one that is to learn"
-    with pytest.raises(ValueError, match=says):
-        evaluate(nn.ReLU(), small_task())
-    with pytest.raises(ValueError, match=says):
-        fit(nn.ReLU(), small_task(), FullFineTuning(), steps=1, lr=0.1)
-
-
 def test_examples_longer_than_the_models_context_are_warned_of(tiny_config):
     model = Llama(dataclasses.replace(tiny_config, max_position_embeddings=8))
     with pytest.warns(UserWarning, match=r"up to 9 tokens, but the model is for at most 8 \(max_position_embeddings\)"):
@@ -1722,24 +1109,176 @@ def test_examples_longer_than_the_models_context_are_warned_of(tiny_config):
         evaluate(model, words(1, 8))
 
 
+# Stopped, and gone on with
+
+
+def adapted():
+    model = DigitsMLP(width=16)
+    inject(model, LoRAConfig(2))
+    return model
+
+
+STOPPABLE = [
+    (LoRA(rank=2, dropout=0.1), lambda: DigitsMLP(width=16), "started from other weights; load"),
+    (DoRA(rank=2), lambda: DigitsMLP(width=16), "started from other weights; load"),
+    (FullFineTuning(), lambda: DigitsMLP(width=16), "started from other weights; load"),
+    (PartialFineTuning(["head"]), lambda: DigitsMLP(width=16), "started from other weights; load"),
+    (ContinueLoRA(), adapted, "is from another run: its method.start"),
+    (AsItIs(), adapted, "started from other weights"),
+]
+
+
+@pytest.mark.parametrize(("method", "make", "says"), STOPPABLE, ids=lambda value: getattr(value, "name", ""))
+def test_an_interrupted_run_goes_on_with_a_model_loaded_again_and_refuses_the_half_trained_one(
+    method, make, says, tmp_path
+):
+    def stop(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    whole, expected = run(method, make())
+    options, half = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}, make()
+    with pytest.raises(KeyboardInterrupt):
+        run(method, half, on_row=stop, **options)
+    before = everything(half)
+    with pytest.raises(ValueError, match=says):
+        run(method, half, **options)
+    assert everything(half) == before
+    model, history = run(method, make(), **options)
+    assert losses(history) == losses(expected)
+    assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
+
+
+# Refused before the model is touched, so that a typo costs no reload
+
+
+def everything(model):
+    """What a refused call must leave alone: as ``snapshot``, and the attributes of every module."""
+    simple = bool | int | float | str | None
+    attributes = [
+        {name: value if isinstance(value, simple) else id(value) for name, value in vars(module).items()}
+        for module in model.modules()
+    ]
+    return snapshot(model), attributes
+
+
+def net():
+    model = DigitsMLP(width=16).eval()
+    model.head.requires_grad_(False)
+    return model
+
+
+def small_llama():
+    return Llama(LlamaConfig(**TINY))
+
+
+def hooked():
+    model = small_llama()
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+def prepared(method):
+    def make():
+        model = net()
+        method.prepare(model, 0)
+        return model
+
+    return make
+
+
+def uncounted(part, rows):
+    task = small_task()
+    task.parts[part].targets[rows] = IGNORE
+    return task
+
+
+TINY = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "head_dim": 4}
+FIRST_BATCH = DataOrder(12, 0).rows(0, 4)
+NUMBERS = {
+    "steps": [0, 10**20],
+    "batch_size": [0, 10**20],
+    "accumulate": [0, 5],
+    "eval_every": [0, -1],
+    "eval_examples": [0],
+    "checkpoint_every": [0, -1],
+    "seed": [10**20],
+    "lr": [0.0, -1e-3, math.nan, math.inf],
+    "schedule": ["linear"],
+    "batches": ["longest", "by_length"],
+    "warmup": [-1, 7],
+    "weight_decay": [-0.1, math.nan],
+    "clip": [0.0, math.nan],
+    "autocast": [torch.float16],
+    "gradient_checkpointing": [True],
+    "lean": [Lean()],
+}
+REFUSED = [  # the model, the arguments, the exception, what must be named
+    *[(net, {name: value}, ValueError, "DigitsMLP" if name in ("gradient_checkpointing", "lean") else name)
+      for name, values in NUMBERS.items() for value in values],
+    (net, {"stepz": 3}, TypeError, "'stepz'; did you mean 'steps'"),
+    (net, {"method": "lora"}, ValueError, "method is 'lora'"),
+    (net, {"method": LoRA}, ValueError, "method is "),
+    (net, {"method": LoRA(2, targets=["q_proj"])}, ValueError, "'q_proj'"),
+    (net, {"method": LoRA(2, exclude=["haed"])}, ValueError, "'haed'"),
+    (net, {"method": LoRA(2000)}, ValueError, "rank is 2000"),
+    (net, {"method": PiSSA(12)}, ValueError, "rank is 12"),
+    (net, {"method": PartialFineTuning(["haed"])}, ValueError, "'haed'"),
+    (net, {"method": PartialFineTuning([])}, ValueError, "modules"),
+    (net, {"method": ContinueLoRA()}, ValueError, "no adapters"),
+    (lambda: net().requires_grad_(False), {"method": AsItIs()}, ValueError, "'as it is'"),
+    (prepared(LoRA(2)), {}, ValueError, "already has adapters"),
+    (prepared(FullFineTuning()), {}, ValueError, "prepared for 'full'"),
+    (net, {"task": uncounted("train", FIRST_BATCH)}, ValueError, "step 1"),
+    (net, {"task": uncounted("validation", slice(2)), "eval_examples": 2}, ValueError, "validation"),
+    (nn.ReLU, {}, ValueError, "ReLU"),
+    (net, {"checkpoint_every": 2}, ValueError, "checkpoint_every is 2"),
+    (net, {"checkpoint_dir": "a file"}, OSError, "a file"),
+    (net, {"checkpoint_dir": "other"}, ValueError, "other"),
+    (net, {"checkpoint_dir": "damaged"}, ValueError, "damaged"),
+    (small_llama, {"lean": Lean(), "method": DoRA(2)}, ValueError, "DoRALinear"),
+    (small_llama, {"lean": Lean(), "method": FullFineTuning()}, ValueError, "no adapters"),
+    (small_llama, {"lean": Lean(threads=2), "method": LoRA(2, dropout=0.1)}, ValueError, "threads is 2"),
+    (small_llama, {"lean": Lean(checkpoint=True), "gradient_checkpointing": True}, ValueError, "lean"),
+    (small_llama, {"lean": Lean(), "autocast": BF16}, ValueError, "lean"),
+    (hooked, {"lean": Lean()}, ValueError, "hook"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "arguments", "error", "named"), REFUSED)
+def test_what_fit_refuses_leaves_the_model_as_it_was(make, arguments, error, named, tmp_path):
+    (tmp_path / "a file").write_text("")
+    run(LoRA(3), net(), checkpoint_dir=tmp_path / "other")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoint.safetensors").write_bytes(b"nothing")
+    if "checkpoint_dir" in arguments:
+        arguments = arguments | {"checkpoint_dir": tmp_path / arguments["checkpoint_dir"]}
+    model = make()
+    before = everything(model)
+    arguments = {"method": LoRA(2), "model": model} | arguments
+    if isinstance(model, Llama):
+        arguments["task"] = words(19)
+    with pytest.raises(error, match=named):
+        run(**arguments)
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("largest", [20, 25])
+def test_a_task_of_another_tokenizer_is_refused(largest):
+    model = small_llama()
+    before = everything(model)
+    for task in (words(largest), words(0, last=largest)):
+        for call in (lambda task: run(LoRA(2), model, task), lambda task: evaluate(model, task)):
+            with pytest.raises(ValueError, match=f"token {largest}, but the model knows 20"):
+                call(task)
+    assert everything(model) == before
+    evaluate(model, words(19))
+
+
 @pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"stepz": 3, "lr": 0.1, "steps": 3}, "^fit has no option 'stepz'; did you mean 'steps'\\?$"),
-        ({"zzz": 3}, "^fit has no option 'zzz'; choose from lr, seed, .*autocast\\.$"),
-        ({"lr": 0.1}, "^fit lacks the option 'steps'; write fit"),
-        ({"steps": 3}, "^fit lacks the option 'lr'; write fit"),
-    ],
+    ("options", "named"), [({"batch_size": 0}, "batch_size"), ({"limit": 0}, "limit"), ({"part": "valid"}, "'valid'")]
 )
-def test_an_unknown_or_missing_option_is_one_sentence(options, says):
-    with pytest.raises(TypeError, match=says):
-        fit(DigitsMLP(width=16), small_task(), LoRA(), **options)
-    with pytest.raises(TypeError, match=r"^Grid has no option 'stepz'; did you mean 'steps'\?$"):
-        Grid([1], [0.1], [0], stepz=3)
-
-
-def test_checkpoints_need_a_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint_every is 2, but there is no folder .*give checkpoint_dir too"):
-        run(checkpoint_every=2)
-    with pytest.raises(ValueError, match="checkpoint_dir is 5, but it must be a path"):
-        run(checkpoint_dir=5)
+def test_evaluate_refuses_what_gives_no_mean(options, named):
+    with pytest.raises(ValueError, match=named):
+        evaluate(DigitsMLP(width=16), small_task(), **options)

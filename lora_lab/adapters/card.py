@@ -12,12 +12,12 @@ import torch
 
 from lora_lab.history import History
 from lora_lab.system.provenance import version
+from lora_lab.variants import LORA_METHODS
 
 CARD = "README.md"
 _MARK = (
     "<!-- This card is written by lora_lab, and again when the adapter is saved. Remove this line to keep yours. -->"
 )
-_VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA"}
 
 
 def is_free(folder: str | Path) -> bool:
@@ -41,7 +41,7 @@ def card(config: Mapping[str, Any], parameters: int, history: History | None = N
         history: of the training run; None leaves out how it was trained.
     """
     base = config["base_model_name_or_path"]
-    kind = next((name for setting, name in _VARIANTS.items() if config.get(setting)), "LoRA")
+    kind = next((kind.__name__ for kind in LORA_METHODS.values() if config.get(str(kind.peft))), "LoRA")
     header = ["---", "library_name: peft", "tags:", "- lora", "- lora_lab"]
     if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists():  # the Hub takes names alone
         header.insert(1, f"base_model: {base}")

@@ -32,8 +32,8 @@ def test_the_hub_reads_base_and_library_and_people_the_settings(tmp_path):
     assert found["base model"] == "`some-lab/some-model`"
     assert (found["rank, alpha"], found["adapted layers"]) == ("3, 5", "`head`, `hidden1`")
     assert found["parameters"] == f"{3 * (64 + 128 + 128 + 10):,}"
-    assert found["method"] == "rslora"  # of the run; the first table says rsLoRA
-    assert "| method | rsLoRA |" in card.content
+    assert found["method"] == "rslora"  # of the run; the first table says RsLoRA
+    assert "| method | RsLoRA |" in card.content
     assert found["task"].startswith(f"small (fingerprint `{small_task().fingerprint[:12]}`)")
     assert (found["steps, examples a step"], found["seed"]) == ("4, 4", "3")
     first, last = history.rows[0]["validation_loss"], history.rows[-1]["validation_loss"]

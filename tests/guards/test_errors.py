@@ -27,7 +27,7 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system import files
-from lora_lab.tasks import IGNORE, Examples, Pair, from_jsonl, from_pairs, from_table, from_text
+from lora_lab.tasks import IGNORE, Pair, from_jsonl, from_pairs, from_table, from_text
 from tests.helpers import ROOT, random_ids, small_task
 
 PAGE = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
@@ -459,42 +459,6 @@ def _(lab, right):
     train(method=ll.FullFineTuning(), checkpoint_dir=lab.folder / "one", checkpoint_every=1)
     model = DigitsMLP(width=8, seed=0 if right else 1)
     train(model, method=ll.FullFineTuning(), checkpoint_dir=lab.folder / "one")
-
-
-@mistake("were rounded by a lean step")
-def _(lab, right):
-    ids = random_ids(6, 9)
-    data = ll.Task("text", *(Examples(part[:, :-1], part[:, 1:]) for part in (ids[:3], ids[3:4], ids[4:5], ids[5:])))
-    model = lab.llama()
-    with pytest.raises(ZeroDivisionError):
-        train(model, data, lean=ll.Lean(torch.bfloat16), on_row=lambda row: 1 / 0)
-    train(lab.llama() if right else model, data)
-
-
-@mistake("was stopped before its first checkpoint")
-def _(lab, right):
-    def adapted():
-        model = DigitsMLP(width=8)
-        ll.inject(model, ll.LoRAConfig(2))
-        return model
-
-    def stop(row):
-        if row["step"] == 1:
-            raise KeyboardInterrupt
-
-    model = adapted()
-    with pytest.raises(KeyboardInterrupt):
-        train(model, method=ll.ContinueLoRA(), checkpoint_dir=lab.folder, checkpoint_every=2, on_row=stop)
-    train(adapted() if right else model, method=ll.ContinueLoRA(), checkpoint_dir=lab.folder)
-
-
-@mistake("its last checkpoint is missing", UserWarning)
-def _(lab):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    lab.patch.setattr(ll.checkpoint, "save", full)
-    train(checkpoint_dir=lab.folder, checkpoint_every=2)
 
 
 @mistake("does not match the checksum in the header")
