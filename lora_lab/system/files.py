@@ -96,7 +96,8 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in _FULL:
                 raise
-            raise OSError(f"{folder} could not be written ({error}); make room, or name another folder.") from None
+            reason = getattr(error, "strerror", error)
+            raise OSError(f"{folder} could not be written ({reason}); make room, or name another folder.") from None
         for file in files:
             file.replace(folder / file.name)
         for name in remove:
