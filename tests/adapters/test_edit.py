@@ -403,7 +403,7 @@ STATE = adapter_state(pictures())
 REFUSED = [
     ({name: value for name, value in STATE.items() if name != "head.lora_B"}, "head.lora_B"),
     ({name: value for name, value in STATE.items() if name != "head.alpha"}, "head.alpha"),
-    ({}, "hidden"),
+    ({}, "head"),
     (adapter_state(pictures(targets=["head"])), "hidden.alpha"),
     (adapter_state(pictures(targets=["head"], layer=DoRALinear)), "head.lora_magnitude_vector"),
     (STATE | {"tail.lora_A": torch.ones(2, 8)}, "tail.lora_A"),
