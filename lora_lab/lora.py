@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.system.schema import Dropout, Positive, Size, check
+from lora_lab.system.numbers import plain
 
 
 class LoRALayer(nn.Module):
@@ -165,4 +165,11 @@ def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generato
 
 def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> tuple[int, float, float]:
     """Return the three as numbers of Python, or raise ValueError if one of them is out of range."""
-    return check(rank, Size, "rank"), check(alpha, Positive, "alpha"), check(dropout, Dropout, "dropout")
+    rank, alpha, dropout = plain(rank), plain(alpha), plain(dropout)
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise ValueError(f"rank is {rank}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}, but it must be a positive number, such as 16.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, but it must lie in [0, 1), such as 0.05.")
+    return rank, alpha, dropout

@@ -331,7 +331,7 @@ def fit(
         state = model, step.optimizer, history
         hashes = start and {"frozen": checkpoint.frozen_hash(model), "start": start}
         done = checkpoint.resume(checkpoint_dir, *state, hashes=hashes)
-        check_alike(processes, model, history)
+        check_alike(processes, model, history, done)
         with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
             for number in range(len(history.rows), config.steps + 1):
                 if number == 0:
@@ -467,7 +467,7 @@ def set_training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def check_alike(processes: Processes, model: nn.Module, history: History) -> None:
+def check_alike(processes: Processes, model: nn.Module, history: History, done: int) -> None:
     """Check that all processes train the same model in the same way, and go on from the same step.
 
     Raises:
@@ -485,8 +485,8 @@ def check_alike(processes: Processes, model: nn.Module, history: History) -> Non
     groups = {"task": history.task, "method": history.method, "settings": history.settings}
     values = {f"{group}.{name}": value for group, entries in groups.items() for name, value in entries.items()}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    weights = {"the rows so far": len(history.rows), "the hash of the weights": checkpoint.tensors_hash(tensors)}
-    processes.check_same(values | weights)
+    values |= {"the step of the checkpoint": done, "the hash of the weights": checkpoint.tensors_hash(tensors)}
+    processes.check_same(values)
 
 
 def micro_batches(

@@ -525,4 +525,4 @@ def test_a_variant_that_somebody_defines_is_known_to_commands_and_trains(monkeyp
 def test_the_variants_that_peft_knows_say_so():
     settings = {name: kind.peft for name, kind in LORA_METHODS.items() if kind.peft}
     assert settings == {"rslora": "use_rslora", "dora": "use_dora"}
-    assert settings.values() <= set(peft.LoraConfig().to_dict())
+    assert set(settings.values()) <= set(peft.LoraConfig().to_dict())

@@ -70,9 +70,10 @@ class Lean:
             ValueError: as for :func:`apply_lean`, or as for the method.
         """
         _check_is_llama(model)
-        rehearsal = _copy_without_values(model)  # so that a refusal leaves the model as it was
-        method.prepare(rehearsal, config.seed)
-        _check(rehearsal, self, next(model.parameters()).device)
+        if _has_values(model):  # a refusal leaves it as it was
+            rehearsal = _copy_without_values(model)
+            method.prepare(rehearsal, config.seed)
+            _check(rehearsal, self, next(model.parameters()).device)
         method.prepare(model, config.seed)
         apply_lean(model, self)
         if loss is plain_cross_entropy or loss is row_cross_entropy:
@@ -125,8 +126,7 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     """
     model = _check_is_llama(model)
     _check(model, lean, next(model.parameters()).device)
-    parameter = next(model.parameters())
-    if lean.checkpoint and not (parameter.is_meta or isinstance(parameter, FakeTensor)):  # a rehearsal frees nothing
+    if lean.checkpoint and _has_values(model):  # a rehearsal frees nothing
         _return_memory_at_once()
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)
@@ -156,6 +156,11 @@ def _check_is_llama(model: nn.Module) -> Llama:
             "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
         )
     return model
+
+
+def _has_values(model: nn.Module) -> bool:
+    parameter = next(model.parameters())
+    return not (parameter.is_meta or isinstance(parameter, FakeTensor))
 
 
 def _copy_without_values(model: nn.Module) -> nn.Module:

@@ -1,16 +1,20 @@
-"""Runs of ``fit`` held against a loop in plain torch, which shares no code with the package but the models.
+"""Training: each method's losses are those of a loop in plain torch, and those of before; a stopped run goes on.
 
-Where the loop takes the operations in the same order, losses and norms must be equal to the last bit; else it computes
-in float64.
+A run is held against a loop that shares no code with the package but the models and torch's own AdamW. Where it takes
+the operations in the same order, losses and norms must be equal to the last bit; else it computes in float64.
+``losses.json`` holds the losses of fixed-seed runs of each method in float64.
 """
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lora_lab as ll
 from lora_lab import (
     DoRA,
     FullFineTuning,
@@ -23,14 +27,15 @@ from lora_lab import (
     PartialFineTuning,
     PiSSA,
     RsLoRA,
-    Task,
+    Trial,
+    ablate,
     fit,
     quantize_nf4,
 )
-from lora_lab.ablation.packed import Run, fit_packed
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.tasks import IGNORE, Examples
+from lora_lab.tasks import IGNORE, Examples, Task
 
+LOSSES = json.loads(Path(__file__).with_name("losses.json").read_text(encoding="utf-8"))
 BF16 = torch.bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,18 +93,11 @@ def pictures(dtype=torch.float32):
 RUN = {"steps": 4, "lr": 0.02, "batch_size": 5, "seed": 3, "warmup": 1, "eval_every": 1}
 
 
-def packed(model, task):
-    """Runs of three ranks, and their results in one pack."""
-    runs = [Run(LoRA(rank=rank, alpha=6.0), lr, seed) for rank, lr, seed in ((1, 0.02, 3), (2, 0.01, 4), (4, 0.03, 3))]
-    options = {name: value for name, value in RUN.items() if name not in ("lr", "seed")}
-    return runs, fit_packed(model, task, runs, **options)
-
-
 # A loop in plain torch, to hold runs against
 
 
 def by_hand(model, task, groups, parts=1, weight_decay=0.0, clip=1.0, **changes):
-    """The rows that ``fit`` should write, without their seconds.
+    """Return the rows that ``fit`` should write, without their seconds.
 
     Args:
         groups: the optimiser's; "factor" multiplies the learning rate.
@@ -249,16 +247,10 @@ def test_lora_and_its_kin_equal_the_loop_to_the_last_bit(make, task, method):
 
 
 @BOTH
-def test_full_fine_tuning_and_a_batch_in_two_parts_equal_the_loop_to_the_last_bit(make, task):
-    model, method = make(), LoRA(rank=2)
+def test_full_fine_tuning_equals_the_loop_to_the_last_bit(make, task):
+    model = make()
     expected = by_hand(model, task, trainable(model), weight_decay=0.1, clip=None)
     assert without_seconds(fit(make(), task, FullFineTuning(), **RUN, weight_decay=0.1, clip=None)) == expected
-    model = make()
-    expected = by_hand(model, task, adapt(model, method), parts=2)
-    assert without_seconds(fit(make(), task, method, **RUN, accumulate=2)) == expected
-    if task.unit == "tokens":
-        found = without_seconds(fit(make(), task, method, **RUN, accumulate=2, gradient_checkpointing=True))
-        assert found == expected
 
 
 @pytest.mark.parametrize(("make", "task", "part"), [(*LLAMA, "lm_head"), (*NET, "head")], ids=["llama", "net"])
@@ -267,6 +259,19 @@ def test_partial_fine_tuning_equals_the_loop_to_the_last_bit(make, task, part):
     model.get_submodule(part).requires_grad_(True)
     expected = by_hand(model, task, trainable(model))
     assert without_seconds(fit(make(), task, PartialFineTuning((part,)), **RUN)) == expected
+
+
+@BOTH
+def test_a_batch_in_two_parts_equals_the_loop_to_the_last_bit(make, task):
+    model, method = make(), LoRA(rank=2)
+    expected = by_hand(model, task, adapt(model, method), parts=2)
+    assert without_seconds(fit(make(), task, method, **RUN, accumulate=2)) == expected
+
+
+def test_gradient_checkpointing_equals_the_loop_to_the_last_bit():
+    model, method = llama(), LoRA(rank=2)
+    expected = by_hand(model, sentences(), adapt(model, method))
+    assert without_seconds(fit(llama(), sentences(), method, **RUN, gradient_checkpointing=True)) == expected
 
 
 # Runs whose sums are in another order: in float64
@@ -356,10 +361,112 @@ def test_a_run_on_a_base_in_nf4_is_that_of_its_levels():
 
 
 @BOTH64
-def test_each_run_of_a_pack_is_the_loops(make, task):
-    runs, results = packed(make(), task)
-    for run, result in zip(runs, results, strict=True):
+def test_each_trial_of_a_pack_is_the_loops(make, task):
+    options = {name: value for name, value in RUN.items() if name not in ("lr", "seed")}
+    runs = [(1, 0.02, 3), (2, 0.01, 4), (4, 0.03, 3)]
+    trials = [Trial(LoRA(rank, alpha=6.0), lr, seed, **options) for rank, lr, seed in runs]
+    frame = ablate(make, task, trials, engine="packed", progress=False)
+    for rank, lr, seed in runs:
         model = make()
-        groups = adapt(model, run.method, run.seed)
-        expected = by_hand(model, task, groups, lr=run.lr, seed=run.seed)
-        assert_near(without_seconds(result.history), expected, 1e-9)
+        expected = by_hand(model, task, adapt(model, LoRA(rank, alpha=6.0), seed), lr=lr, seed=seed)
+        rows = frame[frame["rank"] == rank]
+        for column in ("validation_loss", "off_domain_loss"):
+            assert rows[column].tolist() == pytest.approx([row[column] for row in expected], rel=1e-9)
+
+
+# What each method's losses were
+
+METHODS = {
+    "full": FullFineTuning(),
+    "partial": PartialFineTuning(("head",)),
+    "lora": LoRA(rank=2, dropout=0.0),
+    "rslora": RsLoRA(rank=3),
+    "lora-fa": LoRAFA(rank=2),
+    "lora+": LoRAPlus(rank=2, ratio=4.0),
+    "pissa": PiSSA(rank=2),
+    "dora": DoRA(rank=2),
+}
+
+
+def losses(make, task, method, **options):
+    rows = fit(make(), task, method, **RUN | {"lr": 0.005, "eval_every": 2} | options).rows
+    return [[row["train_loss"] for row in rows[1:]], [rows[-1]["validation_loss"], rows[-1]["off_domain_loss"]]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_of_a_fixed_seed_are_those_of_before(name):
+    found = {"net": losses(net64, pictures(torch.float64), METHODS[name])}
+    if name != "partial":
+        found["llama"] = losses(llama64, sentences(), METHODS[name])
+    assert found.keys() == LOSSES[name].keys()
+    for model, expected in LOSSES[name].items():
+        for values, others in zip(found[model], expected, strict=True):
+            assert values == pytest.approx(others, rel=1e-6)
+    assert all(LOSSES[name] != other for method, other in LOSSES.items() if method != name)
+
+
+def test_another_seed_gives_other_losses():
+    first, second = (losses(net64, pictures(torch.float64), LoRA(rank=2), seed=seed) for seed in (3, 4))
+    assert first != second
+
+
+# Stopped and started again
+
+
+class Stopped(Exception):
+    """Ends a run."""
+
+
+STOPPED = {
+    "LoRA with dropout": (LoRA(rank=2, dropout=0.25), {}),
+    "full fine-tuning": (FullFineTuning(), {}),
+    "DoRA in micro-batches": (DoRA(rank=2), {"accumulate": 2}),
+    "lean": (LoRA(rank=2), {"lean": Lean()}),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, step):
+    method, more = STOPPED[name]
+    options = RUN | more
+
+    def stop(row):
+        if row["step"] == step:
+            raise Stopped
+
+    straight = llama()
+    expected = fit(straight, sentences(), method, **options)
+    with pytest.raises(Stopped):
+        fit(llama(), sentences(), method, **options, checkpoint_dir=tmp_path, checkpoint_every=1, on_row=stop)
+    resumed, seen = llama(), []
+    found = fit(resumed, sentences(), method, **options, checkpoint_dir=tmp_path, on_row=seen.append)
+    assert [row["step"] for row in seen] == list(range(5))[-len(seen) :]
+    assert 0 < len(seen) < 5  # it went on, and did not begin again
+    assert without_seconds(found) == without_seconds(expected)
+    assert all(map(torch.equal, resumed.state_dict().values(), straight.state_dict().values()))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+    fit(llama(), sentences(), LoRA(rank=2), **RUN, checkpoint_dir=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for method, changes in ((LoRA(rank=3), {}), (LoRA(rank=2), {"lr": 0.5}), (LoRA(rank=2), {"seed": 9})):
+        with pytest.raises(ValueError, match="checkpoint"):
+            fit(llama(), sentences(), method, **RUN | changes, checkpoint_dir=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_history_is_saved_and_loaded(tmp_path):
+    history = fit(llama(), sentences(), LoRA(rank=2), **RUN)
+    history.save(tmp_path / "history.json")
+    again = type(history).load(tmp_path / "history.json")
+    assert again.rows == history.rows
+    assert again.curve("validation_loss") == history.curve("validation_loss")
+
+
+def test_learning_goes_on_with_an_adapter_that_was_trained_before(tmp_path):
+    model = llama()
+    fit(model, sentences(), LoRA(rank=2), **RUN)
+    before = ll.evaluate(model, sentences())
+    fit(model, sentences(), ll.ContinueLoRA(), **RUN)
+    assert ll.evaluate(model, sentences()) < before
