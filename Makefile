@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test slow hostile coverage lab lab-gpu notebooks site slides lint mutation clean
+.PHONY: help demo check test slow hostile coverage lab lab-gpu notebooks site slides lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -37,9 +37,8 @@ slow: $(VENV)/.ready-test ## the slow unit tests: after a change of what they te
 	$(BIN)/lora-lab fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile -m slow tests $(ARGS)
 
-hostile: $(VENV)/.ready-test ## 10,000 damaged files and odd arguments, half of them new each day, and saves that are stopped at 200 moments each
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile --today $(ARGS)
-	LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q -rP --numprocesses=2 tests/guards/test_kills.py
+hostile: $(VENV)/.ready-test ## read 3,000 damaged files, new ones each time, and kill two kinds of save 200 times each
+	OMP_NUM_THREADS=1 LORA_LAB_HOSTILE=3000 LORA_LAB_KILLS=200 $(BIN)/python -m pytest -q --numprocesses=2 tests/hostile tests/system/test_kills.py $(ARGS)
 
 coverage: $(VENV)/.ready-test ## print which lines and branches of the package the unit tests miss
 	$(BIN)/lora-lab fetch
@@ -69,11 +68,6 @@ site: $(VENV)/.ready-docs ## build the site from the stored lessons, in about a 
 
 slides: $(VENV)/.ready-docs ## write slides of each lesson from its stored outputs, in seconds: build/slides/00_first_look.html
 	$(BIN)/python docs/site/slides.py $(ARGS)
-
-mutation: $(VENV)/.ready-test ## plant 200 small faults in the core, and see which of them the tests notice (about an hour)
-	$(BIN)/python -m pip install --quiet --editable '.[test,mutation]'
-	$(BIN)/lora-lab fetch
-	$(BIN)/python tests/mutation.py $(ARGS)
 
 clean: ## remove the virtual environment (the model stays in its cache)
 	rm -rf $(VENV)

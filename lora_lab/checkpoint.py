@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,13 +16,12 @@ from torch import Tensor, nn
 from lora_lab.history import History, stop_if_diverged
 from lora_lab.system.distributed import ProcessEndedError
 from lora_lab.system.files import atomic_file
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import short_repr, shortened
 from lora_lab.task import bytes_of
 
 _CHECKPOINT = "checkpoint.safetensors"
 _ADVICE = "delete it to restart the run"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
-_OF_EARLIER_VERSIONS = ("history", "sha256")  # entries of the header: it was there, and there was no checksum at first
 
 
 def save(
@@ -66,7 +63,6 @@ def resume(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     history: History,
-    before_change: Callable[[], None] = lambda: None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
     """Restore a run from its checkpoint, and return the number of steps done (0 without a checkpoint).
@@ -76,33 +72,25 @@ def resume(
 
     Args:
         folder, model, optimizer, history, hashes: as for :func:`save`; the history has no rows yet.
-        before_change: called once the checkpoint has been checked, just before the model's weights change.
 
     Raises:
         ValueError: the file is damaged, or belongs to another run, to other frozen weights or to another start.
     """
-    if folder is None or not (Path(folder) / _CHECKPOINT).is_file():
+    if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
         return 0
-    path, device = Path(folder) / _CHECKPOINT, next(model.parameters()).device
-    tensors, note, stored = _contents(path)
-    tensors = without_nonpersistent(tensors, model)
-    _check_same_run(path, asdict(history), stored)
-    done, steps = len(stored["rows"]) - 1, history.settings["steps"]
-    if not 1 <= done <= steps:
-        raise ValueError(f"{path} is damaged (it is at step {done} of {steps}); {_ADVICE}.")
-    hashes = hashes or {"frozen": frozen_hash(model)}
-    if note["frozen"] != hashes["frozen"]:
-        raise ValueError(f"{path} was made with other frozen weights; load the same model, or use another folder.")
+    tensors, note, stored = _read(path)
+    _check_same_run(path, history, stored)
+    for name, value in (hashes or {"frozen": frozen_hash(model)}).items():
+        _check_hash(path, note, name, value)
     if difference := mismatch(tensors, _expected_tensors(model, optimizer, tensors)):
         raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
-    _check_start(path, note, hashes.get("start"))
+    device = next(model.parameters()).device
     try:  # first, because these may raise; own_randomness restores the previous states
         torch.set_rng_state(tensors["random.cpu"])
         if device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged (it holds no state of a random generator: {error}); {_ADVICE}.") from None
-    before_change()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_ADVICE}.") from None
     with torch.no_grad():
         for name, value in trained(model).items():
             value.copy_(tensors[name])
@@ -114,9 +102,8 @@ def resume(
                     state[key].copy_(value)
                 else:  # a copy: on the CPU ``value`` is a part of the file, which Windows could then not replace
                     state[key] = value.to(parameter.device, copy=True)
-    history.rows = stored["rows"]
-    history.optimizer_bytes = stored["optimizer_bytes"]
-    return done
+    history.rows, history.optimizer_bytes = stored.rows, stored.optimizer_bytes
+    return len(history.rows) - 1
 
 
 def remove(folder: str | Path | None) -> None:
@@ -128,48 +115,44 @@ def remove(folder: str | Path | None) -> None:
 
 
 def step_of(folder: str | Path | None) -> int | None:
-    """The step of the checkpoint in a folder, of which only the history is read; None if there is none.
+    """Return the step of the checkpoint in a folder; None without a checkpoint.
 
     Raises:
-        ValueError: the history is damaged.
+        ValueError: the checkpoint is damaged.
     """
-    stored = _stored(folder)
-    return None if stored is None else len(stored["rows"]) - 1
+    stored = stored_history(folder)
+    return None if stored is None else len(stored.rows) - 1
 
 
-def holds(folder: str | Path | None, history: History, model: nn.Module | None = None) -> bool:
-    """Whether a folder holds a checkpoint of this run, by its history.
+def stored_history(folder: str | Path | None) -> History | None:
+    """Return the history of the run whose checkpoint is in a folder; None without a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
+        return None
+    return _read(path)[2]
+
+
+def holds(folder: str | Path | None, history: History, model: nn.Module) -> bool:
+    """Return whether a folder holds a checkpoint of this run.
 
     Args:
-        model: as it was loaded, to check the whole file, and that its run started from these weights.
+        folder: of the checkpoint.
+        history: of the run, without rows.
+        model: as it was loaded, from whose weights the run started.
 
     Raises:
         ValueError: the file is damaged, or the checkpoint is of another run.
     """
-    stored = _stored(folder)
-    if folder is None or stored is None:
-        return False
-    path = Path(folder) / _CHECKPOINT
-    try:
-        _check_same_run(path, asdict(history), stored)
-    except ValueError:
-        _contents(path)  # a damaged file may look like that of another run
-        raise
-    if model is not None:
-        _check_start(path, _contents(path)[1], parameters_hash(model))
-    return True
-
-
-def _stored(folder: str | Path | None) -> dict[str, Any] | None:
-    """The content of the history in a folder's checkpoint, of which nothing else is read; None if there is none."""
     if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = _history_in(file.metadata(), file.get_tensor)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
-    return stored
+        return False
+    _, note, stored = _read(path)
+    _check_same_run(path, history, stored)
+    if "start" in note:
+        _check_hash(path, note, "start", parameters_hash(model))
+    return True
 
 
 @contextmanager
@@ -199,31 +182,16 @@ def _advice(folder: str | Path | None) -> str:
     return f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
 
 
-def stored_history(folder: str | Path) -> History | None:
-    """The history of the run whose checkpoint is in a folder; None without a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
-    path = Path(folder) / _CHECKPOINT
-    return History.from_dict(_contents(path)[2]) if path.is_file() else None
-
-
-def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """A checkpoint's tensors, its note, and the content of its history."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], History]:
+    """Return a checkpoint's tensors, the note in its header, and its history, if the checksum is right."""
     try:
-        tensors, note = load_tensors(path, {"frozen"}, {"start", *_OF_EARLIER_VERSIONS})
-        stored = _history_in(note, tensors.pop)
+        tensors, note = load_tensors(path, {"frozen"})
+        history = History.from_dict(json.loads(bytes(bytes_of(tensors.pop("history")))))
+        if len(history.rows) < 2:
+            raise ValueError("it has no step")
     except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
-    return tensors, note, stored
-
-
-def _history_in(note: Mapping[str, str], tensor: Callable[[str], Tensor]) -> dict[str, Any]:
-    """The content of a checkpoint's history, of which earlier versions had the text in the note."""
-    stored = json.loads(note["history"] if "history" in note else bytes(bytes_of(tensor("history"))))
-    History.from_dict(stored)
-    return stored
+    return tensors, note, history
 
 
 def _expected_tensors(
@@ -253,12 +221,6 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def without_nonpersistent(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A file's tensors without the model's non-persistent buffers, which earlier versions stored too."""
-    left_out = {f"buffer.{name}" for name, _ in model.named_buffers()} - trained(model).keys()
-    return {name: value for name, value in tensors.items() if name not in left_out}
-
-
 def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """The first difference from the expected tensors in names, shapes and dtypes, as text; None if there is none."""
 
@@ -285,30 +247,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, s
         save_file(copies, temporary, metadata={**note, "sha256": _checksum(copies, note)})
 
 
-def load_tensors(
-    path: Path, names: Set[str], optional: Set[str] = frozenset()
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path, names: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file that :func:`save_tensors` wrote: tensors on the CPU, and the note.
 
     Args:
-        names: of the note's entries.
-        optional: names of entries that may be missing, "sha256" too if the file need not have a checksum.
+        path: of the file.
+        names: of entries that the note must have.
 
     Raises:
-        ValueError: the file is no safetensors file, its note has other entries, or its content has changed. The
-            message does not name the file.
+        ValueError: the file is no safetensors file, its note lacks an entry, or its content has changed. The message
+            does not name the file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             note = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The file cannot be read: {error}.") from None
-    expected = {"sha256", *names}
-    if not expected - optional <= note.keys() <= expected | optional:
-        raise ValueError(f"The header has the entries {short_repr(sorted(note))}, not {sorted(expected)}.")
-    checksum = note.pop("sha256", None)
-    if checksum is not None and checksum != _checksum(tensors, note):
+        raise ValueError(f"The file cannot be read: {shortened(str(error))}.") from None
+    if note.pop("sha256", None) != _checksum(tensors, note) or not names <= note.keys():
         raise ValueError("The content does not match the checksum in the header.")
     return tensors, note
 
@@ -322,23 +278,22 @@ def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _check_same_run(path: Path, expected: dict[str, Any], stored: dict[str, Any]) -> None:
-    expected = json.loads(json.dumps(expected))  # tuples become lists, as in the file
+def _check_same_run(path: Path, history: History, stored: History) -> None:
     for group in ("task", "method", "settings"):
-        for name in {**expected[group], **stored[group]}:  # some settings are stored only if they are in use
-            if stored[group].get(name) != expected[group].get(name):
+        there = getattr(stored, group)
+        here = json.loads(json.dumps(getattr(history, group)))  # tuples become lists, as in the file
+        for name in here | there:  # some settings are stored only if they are in use
+            if there.get(name) != here.get(name):
                 raise ValueError(
-                    f"{path} is from another run: its {group}.{name} is {short_repr(stored[group].get(name))}, "
-                    f"not {short_repr(expected[group].get(name))}; use another folder, or delete it."
+                    f"{path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
+                    f"not {short_repr(here.get(name))}; use another folder, or delete it."
                 )
 
 
-def _check_start(path: Path, note: Mapping[str, str], start: str | None) -> None:
-    """Raise ValueError if a checkpoint's run started from other weights; earlier versions did not store which."""
-    if start is not None and note.get("start", start) != start:
-        raise ValueError(
-            f"{path} is of a run that started from other weights; load the same model, or use another folder."
-        )
+def _check_hash(path: Path, note: Mapping[str, str], name: str, value: str) -> None:
+    if note.get(name) != value:
+        weights = "has other frozen weights" if name == "frozen" else "is of a run that started from other weights"
+        raise ValueError(f"{path} {weights}; load the same model, or use another folder.")
 
 
 def parameters_hash(model: nn.Module) -> str:

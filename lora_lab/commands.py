@@ -223,7 +223,7 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.models.gguf_writer import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
-    from lora_lab.system.files import check_writable
+    from lora_lab.system.files import check_writable, repair
 
     folder, target = Path(source), Path(out)
     as_folder = target.suffix != ".gguf"
@@ -235,6 +235,7 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     if not as_folder:
         check_target(target, dtype or "f16")
     check_writable(target if as_folder else target.parent)
+    repair(folder)
     if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, "config.json")):
         raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
     if as_folder:
@@ -424,9 +425,10 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
-    from lora_lab.system.files import check_replaceable, check_writable
+    from lora_lab.system.files import check_replaceable, check_writable, repair
     from lora_lab.system.json_text import rows_of
 
+    repair(tuned)
     is_adapter = (Path(tuned) / CONFIG).is_file()
     if not is_adapter and base is None:
         raise ValueError(f"{tuned} is not an adapter (it lacks {CONFIG}); a fine-tuned model needs --base as well.")

@@ -32,7 +32,6 @@ from lora_lab.system.files import (
     check_replaceable,
     check_writable,
     claimed,
-    finish_interrupted_save,
     is_claimed,
     read_json,
     rescued,
@@ -208,7 +207,6 @@ def _held(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
         return
     with claimed(out):
         check_writable(out)
-        finish_interrupted_save(out)
         check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
         if not overwrite:
             _check_unused(out)
@@ -308,7 +306,6 @@ def base_name(model: str) -> str:
 
 def _saved_before(folder: Path) -> str | None:
     """The name of a file in the folder that belongs to results, a model or an adapter; None if there is none."""
-    finish_interrupted_save(folder)
     return next((name for name in _SAVED if (folder / name).exists()), None)
 
 
@@ -322,7 +319,6 @@ def _check_unused(folder: Path) -> None:
 
 def _earlier_method(folder: Path) -> str | None:
     """The name of the method of the run whose results the folder holds, by its result.json; None if there is none."""
-    finish_interrupted_save(folder)
     try:
         return read_json(folder / "result.json")["method"]["name"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):

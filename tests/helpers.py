@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas
@@ -175,27 +174,6 @@ def solutions(notebook):
 
 
 # Files, commands, processes
-
-
-def let_all_users_in(folder):
-    """Open pytest's temporary folder, and the closed ones above it that pytest has made, to every user."""
-    for path in (folder, *folder.parents):
-        path.chmod(0o755)
-        if path.name.startswith("pytest-of-"):
-            return
-
-
-@contextmanager
-def as_ordinary_user():
-    """Within the block, permissions hold for this process, which they do not for root."""
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if root:
-        os.seteuid(65534)  # nobody
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 def names(folder):

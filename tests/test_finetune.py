@@ -463,10 +463,8 @@ def test_the_folder_of_the_model_that_is_trained_is_no_place_for_results(tiny, t
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
 
 
-def test_what_an_earlier_run_kept_is_asked_of_its_last_save_even_if_that_was_stopped(tmp_path):
-    (tmp_path / ".lora_lab-ready").mkdir()
-    for folder, name in ((tmp_path, "lora"), (tmp_path / ".lora_lab-ready", "full")):
-        (folder / "result.json").write_text(json.dumps({"method": {"name": name}}))
+def test_what_an_earlier_run_kept_gives_way_to_what_another_method_saves(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"method": {"name": "full"}}))
     assert set(finetune._outdated(tmp_path, "lora")) == {*MODEL, "generation_config.json"}
 
 

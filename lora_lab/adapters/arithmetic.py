@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from lora_lab.adapters.peft_format import from_state, read_adapter
 from lora_lab.lora import check_numbers
 from lora_lab.rank import SVD, product_svd, truncate
-from lora_lab.system.numbers import is_list
 from lora_lab.system.schema import Number, check
 from lora_lab.system.wording import short_repr
 
@@ -64,18 +63,11 @@ def combine(
         ValueError: there are no adapters; the weights, the rule or the rank do not fit; an adapter is of DoRA, whose
             updates do not add up; a number of one is NaN or infinite; or the shapes in a layer differ.
     """
-    if not is_list(adapters):
-        raise ValueError(f"adapters is a {type(adapters).__name__}, but it must be a list of adapters.")
-    if weights is None:
-        weights = [1.0 for _ in adapters]
-    elif isinstance(weights, Iterator):
-        weights = list(weights)
-    elif not is_list(weights):
-        raise ValueError(f"weights is {short_repr(weights)}, but it must be a list of numbers, one for each adapter.")
-    weights = [check(weight, Number, "weight") for weight in weights]
+    adapters = list(adapters)
+    weights = [1.0 for _ in adapters] if weights is None else [check(weight, Number, "weight") for weight in weights]
     if len(adapters) == 0 or len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
-    if not isinstance(how, str) or how not in RULES:
+    if how not in RULES:
         raise ValueError(f"how is {short_repr(how)}, but it must be one of {list(RULES)}.")
     if (rank is not None) != (how == "svd"):
         raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
@@ -93,25 +85,28 @@ def combine(
             if f"{name}.lora_A" in state
         ]  # weight with scaling, A (r, in), B (out, r) of each adapter of this layer
         _check_shapes(name, terms, same_rank=how == "linear")
-        A = torch.cat([scale * A for scale, A, _ in terms])  # (r1 + r2, in)
-        B = torch.cat([B for *_, B in terms], dim=1)  # (out, r1 + r2)
-        exact = product_svd(B.flatten(1), A.flatten(1))
-        errors[name] = 0.0
-        if how == "linear":
-            A = torch.stack([math.copysign(math.sqrt(abs(scale)), scale) * A for scale, A, _ in terms]).sum(
-                0
-            )  # (r, in)
-            B = torch.stack([math.sqrt(abs(scale)) * B for scale, _, B in terms]).sum(0)  # (out, r)
-            errors[name] = _distance(exact, A, B)
-        elif rank is not None:
-            shapes = (-1, *A.shape[1:]), (len(B), -1, *B.shape[2:])
-            nearest = truncate(exact, min(rank, len(exact.S)))
-            A, B, errors[name] = nearest.A.view(shapes[0]), nearest.B.view(shapes[1]), float(nearest.error)
+        A, B, errors[name] = _add(terms, how, rank)
         result |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
         result[f"{name}.alpha"] = torch.tensor(float(len(A)), dtype=torch.float64)  # ()
         result[f"{name}.scaling"] = torch.tensor(1.0, dtype=torch.float64)  # ()
     result.errors = errors
     return result
+
+
+def _add(terms: Sequence[tuple[float, Tensor, Tensor]], how: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """Return the factors A and B of a layer's weighted sum of updates, and their relative error."""
+    A = torch.cat([scale * A for scale, A, _ in terms])  # (r1 + r2, in)
+    B = torch.cat([B for *_, B in terms], dim=1)  # (out, r1 + r2)
+    if how == "cat":
+        return A, B, 0.0
+    exact = product_svd(B.flatten(1), A.flatten(1))
+    if rank is None:
+        A_parts = [math.copysign(math.sqrt(abs(scale)), scale) * A for scale, A, _ in terms]  # (r, in) each
+        A = torch.stack(A_parts).sum(0)  # (r, in)
+        B = torch.stack([math.sqrt(abs(scale)) * B for scale, _, B in terms]).sum(0)  # (out, r)
+        return A, B, _distance(exact, A, B)
+    nearest = truncate(exact, min(rank, len(exact.S)))
+    return nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:]), float(nearest.error)
 
 
 def _layers(state: dict[str, Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ from lora_lab.inject import merge
 from lora_lab.models import pretrained
 from lora_lab.models.huggingface import check_separate
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.system.files import atomic_file, finish_interrupted_save
+from lora_lab.system.files import atomic_file, repair
 
 # Of the folder that is written, and of torch.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -70,7 +70,7 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
         OSError: the folder cannot be written to, or the disk is full.
     """
     source, folder = Path(source), Path(folder)
-    finish_interrupted_save(source)
+    repair(source)
     is_adapter = (source / CONFIG).is_file()
     base = Path(base_of(source)) if is_adapter else source
     if dtype not in DTYPES:

@@ -7,13 +7,13 @@ holds ``adapter_config.json`` (rank, alpha, targets), ``adapter_model.safetensor
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Required
 
@@ -27,19 +27,18 @@ from typing_extensions import TypedDict
 from lora_lab.adapters.card import CARD, card, is_free
 from lora_lab.adapters.edit import factor_shape, set_factors
 from lora_lab.history import History
-from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, replace, require_no_adapters, uncompiled
+from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.models.huggingface import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import (
-    MixedSavesError,
     as_path,
     atomic_files,
+    carried_json,
     check_folder,
-    check_readable,
-    finish_interrupted_save,
+    read_header,
     read_json,
-    read_whole,
+    repair,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
@@ -50,11 +49,12 @@ from lora_lab.variants import LORA_METHODS, PiSSALinear
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"  # the weights, as PEFT saved them before it had safetensors
 _PREFIX = "base_model.model."
-_DIGEST = "lora_lab.config"  # in the header of the weights: rank, alpha and targets of the config saved with them
 # PEFT's settings for the variants that it knows too.
 _VARIANTS = {kind.peft: kind.layer for name, kind in sorted(LORA_METHODS.items()) if kind.peft and kind.layer}
 # PEFT's settings that may differ by layer, and the settings that hold the exceptions.
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+# What the weights mean: here the config that was saved with them, in their header, decides.
+_MEANING = ("r", "lora_alpha", "target_modules", *_PATTERNS.values(), *_VARIANTS)
 
 
 def save_adapter(
@@ -66,7 +66,7 @@ def save_adapter(
 ) -> Path:
     """Write the model's adapters to ``folder`` with a model card, and return the folder.
 
-    An older adapter there stays intact until the new one is complete: see :func:`lora_lab.system.files.atomic_files`.
+    An older adapter there stays intact until the new one is complete.
     Plain LoRA, rsLoRA and DoRA are saved as themselves, LoRA-FA as plain LoRA. PiSSA is saved as plain LoRA of twice
     the rank, the difference to the pre-trained weights, so that it fits the unchanged base; training cannot resume from
     it as PiSSA. Names are those in the model itself, also if it is compiled by torch.compile.
@@ -88,8 +88,6 @@ def save_adapter(
         OSError: the folder cannot be written to, or the disk is full.
     """
     model = uncompiled(model)
-    check(base, str | None, "base")
-    check(history, instance_of(History) | None, "history")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
             f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
@@ -105,12 +103,25 @@ def save_adapter(
         raise ValueError(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
         )
-    variant, dropout = settings.pop()
-    check_finite((f"{name}.{part}", getattr(layer, part)) for name, layer in layers.items() for part in layer.parts)
+    config = _make_config(model, layers, base, *settings.pop())
+    tensors = _make_tensors(layers, dtype)
+    with atomic_files(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        if is_free(folder):
+            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
+            (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def _make_config(
+    model: nn.Module, layers: Mapping[str, LoRALayer], base: str | None, variant: str, dropout: float
+) -> dict[str, Any]:
+    """Return PEFT's settings: the most common rank and alpha, and the exceptions by layer."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config = {
+    return {
         "alpha_pattern": _exceptions_to(alphas, alpha),
         "base_model_name_or_path": base,
         "bias": "none",
@@ -127,23 +138,27 @@ def save_adapter(
         "task_type": "CAUSAL_LM" if _is_causal(model) else None,
         **{setting: setting == variant for setting in _VARIANTS},
     }
+
+
+def _make_tensors(layers: Mapping[str, LoRALayer], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the adapters' tensors by PEFT's names.
+
+    Raises:
+        ValueError: a number is NaN, infinite or too large for ``dtype``.
+    """
+    check_finite((f"{name}.{part}", getattr(layer, part)) for name, layer in layers.items() for part in layer.parts)
     tensors = {
         f"{_PREFIX}{name}.{_keys(layer)[part]}": getattr(layer, part).detach().to("cpu", dtype, copy=True).contiguous()
         for name, layer in layers.items()
         for part in layer.parts
     }
-    if dtype is not None and (overflown := [name for name, tensor in tensors.items() if tensor.isinf().any()]):
-        raise ValueError(
-            f"{overflown[0]} holds a number that is infinite in {dtype}, whose largest is {torch.finfo(dtype).max:g}; "
-            "save the adapter without dtype."
-        )
-    with atomic_files(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        if is_free(folder):
-            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
-            (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", _DIGEST: _config_digest(config)})
-    return folder
+    for name, tensor in tensors.items():
+        if tensor.isinf().any():
+            raise ValueError(
+                f"{name} holds a number that is infinite in {dtype}, whose largest is "
+                f"{torch.finfo(tensor.dtype).max:g}; save the adapter without dtype."
+            )
+    return tensors
 
 
 def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> list[str]:
@@ -157,8 +172,8 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     Raises:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged; the adapter uses a setting of PEFT that is not supported here; it does not fit
-            this model; one of its numbers is NaN or infinite; or the model already has adapters. The model is then left
-            unchanged.
+            this model; one of its numbers is NaN or infinite; or the model already has adapters. All this is
+            checked before the model changes.
 
     Warns of layers that its targets match and for which it has nothing, as where the model has more layers.
     """
@@ -167,26 +182,15 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     if isinstance(source, Mapping):
         label, (config, tensors) = "The adapter", from_state(source)
     else:
-        label, (config, tensors) = str(source), read_whole(_read, as_path(source, "source"))
+        label, (config, tensors) = str(source), _read(as_path(source, "source"))
     variant = next((layer_class for setting, layer_class in _VARIANTS.items() if config.get(setting)), None)
     names = _check_names(model, tensors, variant, label)
     ranks, alphas = _ranks_and_alphas(config, names, label)
-    # Of rank 1, so that a rank which the tensors do not have takes no memory.
-    start = LoRAConfig(1, dropout=config.get("lora_dropout", 0.0), targets=names)
+    for name in names:
+        _check_fit(name, _build_without_numbers(model.get_submodule(name), variant), tensors[name], ranks[name], label)
     left_out = _targeted(model, config, variant) - tensors.keys()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inject(model, start, layer=variant)
-    layers = lora_layers(model)
-    try:
-        for name, layer in layers.items():
-            _check_fit(name, layer, tensors[name], ranks[name], label)
-    except ValueError:
-        for name, layer in layers.items():
-            replace(model, name, layer.base)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
-    for name, layer in layers.items():
+    inject(model, LoRAConfig(1, dropout=config.get("lora_dropout", 0.0), targets=names), layer=variant)
+    for name, layer in lora_layers(model).items():
         set_factors(layer, tensors[name], alphas[name])
     if left_out:
         warnings.warn(
@@ -195,6 +199,17 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             stacklevel=2,
         )
     return names
+
+
+def _build_without_numbers(module: nn.Module, variant: type[LoRALayer] | None) -> LoRALayer:
+    """Return an adapted layer of rank 1 on torch's meta device, to be asked for shapes; the module does not change."""
+    shapes = {
+        id(tensor): nn.Parameter(tensor.to("meta"), False) if isinstance(tensor, nn.Parameter) else tensor.to("meta")
+        for tensor in chain(module.parameters(), module.buffers())
+    }
+    adapted = lora_class(module, variant)
+    assert adapted is not None  # see _check_names
+    return adapted(copy.deepcopy(module, shapes), 1, 1.0)
 
 
 def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -254,7 +269,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
-    config, tensors = read_whole(_read, as_path(folder, "folder"))
+    config, tensors = _read(as_path(folder, "folder"))
     names = sorted(tensors, key=_natural_key)
     ranks, alphas = _ranks_and_alphas(config, names, str(folder))
     state: dict[str, Tensor] = {}
@@ -313,7 +328,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = as_path(folder, "folder")
     check_folder(folder, "a saved adapter")
-    finish_interrupted_save(folder)
+    repair(folder)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
@@ -338,13 +353,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{folder} sets {' and '.join(_VARIANTS)}, which are not supported together; use the library peft."
         )
     return config
-
-
-def _config_digest(config: dict[str, Any]) -> str:
-    """Rank, alpha and targets as text, and the exceptions and variant if there are any."""
-    digest = [config["r"], config["lora_alpha"], config.get("target_modules")]
-    optional = {name: config[name] for name in (*_PATTERNS.values(), *_VARIANTS) if config.get(name)}
-    return json.dumps([*digest, optional] if optional else digest, sort_keys=True)
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -374,41 +382,28 @@ def _exceptions_to(values: Mapping[str, float], default: float) -> dict[str, flo
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
-_PATTERN_SECONDS = 10  # of this process; real patterns take less than one
-
-
 def _ranks_and_alphas(config: dict[str, Any], names: Sequence[str], source: str) -> tuple[dict[str, Any], ...]:
     """The rank and the alpha of each layer, as the config has them.
 
     PEFT's rule: the first regular expression of the setting's pattern that matches the end of the name, after a dot.
-    Here the regular expressions are those of Rust, which pydantic brings: they take a time that grows in proportion to
-    the name and a limited memory, whatever a stranger has written into the file. They lack look-around and
-    back-references.
+    The regular expressions are those of pydantic, which no stranger's file can make slow.
 
     Raises:
-        ValueError: a regular expression is broken or too large, all together take too long, or a number is out of
-            range.
+        ValueError: a regular expression cannot be read, or a number is out of range.
     """
     result = []
-    started = time.process_time()
     for setting, pattern_setting in _PATTERNS.items():
         values: dict[str, Any] = {}
         for pattern, value in (config.get(pattern_setting) or {}).items():
             try:
                 expression = SchemaValidator(core_schema.str_schema(pattern=rf"^(?:(.*\.)?({pattern})$)"))
-            except SchemaError as error:
-                reason = str(error).rpartition("rror: ")[2].strip().rstrip(".")
+            except SchemaError:
                 raise ValueError(
                     f"{source}: {pattern_setting} has the regular expression {short_repr(pattern)}, which cannot be "
-                    f"read here ({reason}); write layers' names, such as 'q_proj'."
+                    "read here; write layers' names, such as 'q_proj'."
                 ) from None
             unmatched = [name for name in names if name not in values]
             values |= {name: value for name in unmatched if expression.isinstance_python(name)}
-            if time.process_time() - started > _PATTERN_SECONDS:
-                raise ValueError(
-                    f"{source}: {pattern_setting} has {len(config[pattern_setting])} regular expressions, which take "
-                    f"longer than {_PATTERN_SECONDS} s; write layers' names, such as 'q_proj'."
-                )
         result.append({name: values.get(name, config[setting]) for name in names})
     ranks, alphas = result
     for name in names:
@@ -470,15 +465,20 @@ def _parse(key: str) -> tuple[str, str | None]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The settings, and each layer's tensors by part, if both are from the same save."""
+    """Return the settings, and each layer's tensors by part, if the weights were saved with these settings.
+
+    PEFT's own files have no settings in their header. Of ours, entries that do not change the result may have been
+    edited, such as the path of the base.
+    """
     config = read_config(folder)
-    tensors, digest = _read_weights(folder / WEIGHTS)
-    if digest is not None and digest != _config_digest(config):
-        raise MixedSavesError(
-            f"{folder}: weights and config are from two different saves (rank, alpha and targets {shortened(digest)} "
-            f"against {shortened(_config_digest(config))}); save the adapter again."
-        )
-    return config, tensors
+    saved = carried_json(read_header(folder / WEIGHTS), CONFIG) or config
+    for name in _MEANING:
+        if saved.get(name) != config.get(name):
+            raise ValueError(
+                f"{folder}: {CONFIG} has {name} {short_repr(config.get(name))}, but the weights were saved with "
+                f"{short_repr(saved.get(name))}; save the adapter again."
+            )
+    return config, _read_weights(folder / WEIGHTS)
 
 
 def _natural_key(name: str) -> str:
@@ -486,7 +486,7 @@ def _natural_key(name: str) -> str:
     return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
 
 
-def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+def _read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         if (path.parent / _PICKLE).is_file():
             raise FileNotFoundError(
@@ -496,12 +496,10 @@ def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]
             )
         raise FileNotFoundError(f"{path.parent} lacks the file {path.name}; copy the adapter's folder again.")
     try:
-        check_readable(path)
         with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get(_DIGEST)
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); make or copy it again.") from None
+        raise ValueError(f"{path} is damaged ({shortened(str(error))}); make or copy it again.") from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in stored.items():
         name, part = _parse(key)
@@ -512,7 +510,7 @@ def _read_weights(path: Path) -> tuple[dict[str, dict[str, Tensor]], str | None]
         raise ValueError(f"{path} holds no tensors, so it would adapt nothing.")
     for name, parts in tensors.items():
         _check_numbers_of(name, parts, str(path))
-    return tensors, digest
+    return tensors
 
 
 def _check_numbers_of(name: str, parts: Mapping[str, Tensor], source: str) -> None:

@@ -35,7 +35,6 @@ from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
-    finish_interrupted_save,
     read_json,
     write_json,
 )
@@ -181,7 +180,6 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
-    finish_interrupted_save(folder)
     before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
     if before["solved"] != solved:
         there, here = ("without", "with") if solved else ("with", "without")

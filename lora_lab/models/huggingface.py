@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.models.configs import read_entries
-from lora_lab.system.files import finish_interrupted_save
+from lora_lab.system.files import repair
 from lora_lab.system.wording import shortened
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
@@ -54,7 +54,7 @@ def read_config(path: str | Path) -> Any:
     transformers = require_transformers()
     path = Path(path)
     if path.is_dir():
-        finish_interrupted_save(path)
+        repair(path)
         path = path / "config.json"
     read_entries(path)  # which limits the sizes
     try:
@@ -157,7 +157,7 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
         ValueError: the folder holds the other.
     """
     try:
-        finish_interrupted_save(folder)
+        repair(folder)
         if new == "model":
             held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
         else:

@@ -40,13 +40,11 @@ from lora_lab.models.quantize import (
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import (
-    MixedSavesError,
     as_path,
     atomic_files,
     atomic_folder,
-    finish_interrupted_save,
     read_json,
-    read_whole,
+    repair,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
@@ -109,7 +107,7 @@ def load_pretrained(
             print(f"{path}: {which}.", file=sys.stderr)
         if reason is not None:
             return _load_by_transformers(path, dtype, device, keep_blocks)
-        stored = read_whole(_read_folder, path)
+        stored = _read_folder(path)
     elif path.suffix == ".gguf":
         stored = read_gguf(path)
     elif path.exists():
@@ -201,7 +199,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
 def _config_entries(path: Path) -> dict[str, Any]:
     """The entries of a folder's config.json, or of a file of another name."""
     if path.is_dir() or not path.suffix:
-        finish_interrupted_save(path)
+        repair(path)
         path = path / "config.json"
     return read_entries(path)
 
@@ -349,7 +347,7 @@ def _read_folder(folder: Path) -> StoredModel:
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
         if metadata.get(_SAVE) != entries.get(_SAVE) and _SAVE in metadata and _SAVE in entries:
-            raise MixedSavesError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
+            raise ValueError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
     return stored
 
 

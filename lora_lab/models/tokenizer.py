@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from typing_extensions import TypedDict
 
 from lora_lab.models.chat_template import render
-from lora_lab.system.files import atomic_files, finish_interrupted_save, read_json, write_json
+from lora_lab.system.files import atomic_files, read_json, repair, write_json
 from lora_lab.system.schema import Count, check
 from lora_lab.system.wording import short_repr, shortened
 
@@ -235,7 +235,7 @@ class Tokenizer:
             ValueError: it cannot be read.
         """
         folder = Path(folder)
-        finish_interrupted_save(folder)
+        repair(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(
                 f"{folder} lacks the file tokenizer.json; make it with transformers: "

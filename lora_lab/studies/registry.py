@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_lab.system.renamed import warn_renamed
-
 if TYPE_CHECKING:
     from lora_lab.studies.recorder import Recorder
 
@@ -14,14 +12,6 @@ NAMES = (
     *("spectra", "overfitting", "remedies", "head_start", "downstream", "elicitation", "translation"),
 )
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
-
-
-def current_name(name: str) -> str:
-    """The name of a record today, from one that it may have had in an earlier version."""
-    if name == "trades":
-        warn_renamed("The record 'trades'", "'downstream'", FutureWarning)
-        return "downstream"
-    return name
 
 
 def recorder(name: str) -> Recorder:

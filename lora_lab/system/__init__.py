@@ -10,7 +10,6 @@ process      fresh processes for measurements; peak memory; cores used by other 
 progress     the progress bar
 distributed  one run in several processes, which torchrun starts
 provenance   where a result comes from: commit, machine, device, versions
-renamed      old names that are still accepted
 torch_build  the build of torch that suits this machine, installed before all else
 """
 
@@ -27,7 +26,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "process",
         "progress",
         "provenance",
-        "renamed",
         "schema",
         "torch_build",
         "wording",

@@ -30,7 +30,6 @@ its name in :data:`TASKS` (in ``named``) makes it a task of ``lora-lab finetune`
 
 import lazy_loader
 
-from lora_lab.system.renamed import renamed
 from lora_lab.task import IGNORE, Examples, Loss, Task, TextTokenizer, cross_entropy, mean_squared_error
 from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.digits import digits
@@ -73,5 +72,6 @@ __all__ = [
     "tweets",
 ]
 
-_lazy, _, _ = lazy_loader.attach(__name__, ["elicitation", "generate", "metrics"])  # the other files are loaded already
-__getattr__ = renamed(__name__, {"Encoder": "TextTokenizer"}, _lazy)
+__getattr__, _, _ = lazy_loader.attach(
+    __name__, ["elicitation", "generate", "metrics"]
+)  # the other files are loaded already

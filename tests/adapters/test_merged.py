@@ -124,8 +124,8 @@ def test_a_model_and_an_adapter_are_not_saved_in_one_folder(adapter, chatter, tm
 
 def test_an_adapter_whose_save_was_interrupted_counts_as_one(make, adapter, tmp_path):
     folder, _ = adapter()
-    (tmp_path / "new").mkdir()
-    folder.rename(tmp_path / "new" / ".lora_lab-ready")
+    folder.rename(tmp_path / "new")
+    (tmp_path / "new" / CONFIG).unlink()
     with pytest.raises(ValueError, match="new holds an adapter"):
         save_model(make("ours"), tmp_path / "new")
     assert CONFIG in names(tmp_path / "new")

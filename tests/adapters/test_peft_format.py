@@ -7,7 +7,6 @@ import re
 import string
 import warnings
 from functools import partial
-from pathlib import Path
 
 import peft
 import pytest
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +32,7 @@ from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, _ranks_and_alphas, read_adapter, read_config
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PIXELS, as_ordinary_user, let_all_users_in, randomise, snapshot
+from tests.helpers import PIXELS, randomise, snapshot
 from tests.tiny_models import PICTURES, Pictures, pictures
 
 IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -499,7 +497,7 @@ def test_variants_that_peft_knows_are_saved_as_what_they_are(tmp_path, setting, 
     read = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
     torch.testing.assert_close(logits(read, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
     edit(tmp_path, use_dora=False, use_rslora=False)
-    with pytest.raises(ValueError, match="two different saves"):
+    with pytest.raises(ValueError, match="saved with True"):
         load_adapter(Pictures(), tmp_path)
 
 
@@ -633,16 +631,18 @@ def test_an_adapter_of_one_side_of_tied_weights_is_refused(pair, tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with an adapter of a small net."""
-    return save_adapter(adapted(), tmp_path / "adapter")
+    """A folder with an adapter of a small net, whose header carries no config, as in those of PEFT."""
+    folder = save_adapter(adapted(), tmp_path / "adapter")
+    rewrite(folder)
+    return folder
 
 
-def refuse(folder, says, error=ValueError, model=None):
-    """Loading must fail with one sentence and leave the model as it was."""
+def refuse(folder, named, error=ValueError, model=None):
+    """Loading must fail with a sentence that names this, and leave the model as it was."""
     model = model if model is not None else DigitsMLP(width=16)
     model.hidden1.requires_grad_(False)
     before = snapshot(model)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=re.escape(named)):
         load_adapter(model, folder)
     assert snapshot(model) == before
 
@@ -653,90 +653,127 @@ def edit(folder, **values):
 
 
 def rewrite(folder, without=(), **more):
-    """Store the weights anew, some left out or replaced, and without the header's note, as peft's files are."""
-    names = {f"base_model.model.{name}.weight" for name in without}
-    tensors = {name: value for name, value in load_file(folder / WEIGHTS).items() if name not in names}
-    save_file(tensors | {f"base_model.model.{name}": value for name, value in more.items()}, folder / WEIGHTS)
+    """Store the weights anew, some left out or replaced, without the header's config."""
+    tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
+    tensors |= {f"base_model.model.{name}": value for name, value in more.items()}
+    save_file({name: value for name, value in tensors.items() if not name.endswith(tuple(without))}, folder / WEIGHTS)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("use_qalora", True),
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["head"]),
-        ("layer_replication", [[0, 1]]),
-        ("trainable_token_indices", [1, 2]),
-        ("alora_invocation_tokens", [1, 2]),
-        ("arrow_config", {"top_k": 3}),
-        ("kasa_config", {"beta": 1e-4, "gamma": 1e-3}),
-        ("monteclora_config", {"num_samples": 8}),
-        ("target_parameters", ["hidden1.weight"]),
-        ("use_bdlora", {"nblocks": 2}),
-        ("a_setting_of_a_later_peft", {"strength": 2}),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "corda"),
-        ("init_lora_weights", "lora_ga"),
-    ],
-)
-def test_settings_of_peft_that_change_the_result_are_refused_by_name(saved, name, value):
-    edit(saved, **{name: value})
-    refuse(saved, rf"sets {name} to .*not supported here")
+SETTINGS = [
+    ({"use_qalora": True}, "use_qalora"),
+    ({"bias": "all"}, "bias"),
+    ({"modules_to_save": ["head"]}, "modules_to_save"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"target_parameters": ["hidden1.weight"]}, "target_parameters"),
+    ({"a_setting_of_a_later_peft": {"strength": 2}}, "a_setting_of_a_later_peft"),
+    *(({"init_lora_weights": start}, start) for start in ("pissa", "pissa_niter_4", "olora", "loftq", "corda")),
+    *(({"peft_type": kind}, repr(kind)) for kind in ("IA3", "LOHA", None)),
+    ({"rank_pattern": {"head": 2}}, "'head'"),
+    ({"rank_pattern": {"head": 3.0}}, "rank_pattern.head"),
+    ({"rank_pattern": {"head": 0}}, "'head'"),
+    ({"rank_pattern": [3]}, "rank_pattern"),
+    ({"alpha_pattern": {"head": -1}}, "'head'"),
+    ({"alpha_pattern": "head"}, "alpha_pattern"),
+    *(({"r": rank}, "r is") for rank in (0, "3", 10**20, 3.0)),
+    *(({"lora_alpha": alpha}, "lora_alpha") for alpha in (0, None, math.nan, 10**400)),
+    *(({"lora_dropout": dropout}, "lora_dropout") for dropout in (1.5, "0.1")),
+    ({"target_modules": 5}, "target_modules"),
+    ({"base_model_name_or_path": 5}, "base_model_name_or_path"),
+    ({"use_dora": "yes"}, "use_dora"),
+    ({"use_dora": True, "use_rslora": True}, "use_dora and use_rslora"),
+    ({"use_dora": True}, "lora_magnitude_vector"),
+    ({"r": 2}, "rank 2"),
+    *(
+        ({setting: {pattern: 3}}, setting)
+        for setting in ("rank_pattern", "alpha_pattern")
+        for pattern in ("(", "*", "(" * 1000 + ")" * 1000, "(((a{1000}){1000}){1000})", r"(h)\1", "(?=h)head")
+    ),
+]
 
 
-@pytest.mark.parametrize("values", [{"rank_pattern": {"head": 2}}, {"alpha_pattern": {"head": 9.0}}])
-def test_patterns_edited_after_the_save_are_refused(saved, values):
+@pytest.mark.parametrize(("values", "named"), SETTINGS)
+def test_a_setting_that_cannot_be_followed_is_refused(saved, values, named):
     edit(saved, **values)
-    refuse(saved, "two different saves")
+    refuse(saved, named)
 
 
-def test_the_weights_header_notes_no_more_than_it_must(saved, tmp_path):
-    # Adapters of older versions of this package have only these three.
-    with safe_open(saved / WEIGHTS, framework="pt") as file:
-        assert json.loads(file.metadata()["lora_lab.config"]) == [3, 5.0, ["head", "hidden1", "hidden2"]]
-    several(tmp_path / "several")
-    with safe_open(tmp_path / "several" / WEIGHTS, framework="pt") as file:
-        *_, more = json.loads(file.metadata()["lora_lab.config"])
-    assert more == {"alpha_pattern": {"^hidden": 5.0}, "rank_pattern": {"^hidden": 4}}
+TENSORS = [
+    ({"hidden2.lora_A.weight": torch.ones(3, 16, dtype=torch.int32)}, "hidden2.lora_A"),
+    ({"hidden2.lora_A.weight": torch.ones(3)}, "hidden2.lora_A"),
+    ({"hidden2.lora_A.weight": torch.zeros(3, 7)}, "lora_A of 'hidden2' has shape (3, 7)"),
+    ({"hidden2.lora_A.weight": torch.zeros(2, 16)}, "lora_A of 'hidden2' has shape (2, 16)"),
+    ({"hidden2.lora_B.weight": torch.zeros(16, 1)}, "lora_B of 'hidden2' has shape (16, 1)"),
+    *(({"hidden2.lora_A.weight": torch.full((3, 16), x)}, "hidden2.lora_A") for x in (math.nan, math.inf, -math.inf)),
+    ({"hidden2.lora_B.weight": torch.full((16, 3), math.nan)}, "hidden2.lora_B"),
+    ({"hidden1.lora_magnitude_vector": torch.ones(16)}, "lora_magnitude_vector of 'hidden1'"),
+    ({"hidden1.lora_magnitude_vector.weight": torch.ones(16)}, "hidden1.lora_magnitude_vector.weight"),
+    ({"hidden1.lora_B.bias": torch.ones(16)}, "hidden1.lora_B.bias"),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"rank_pattern": {"head": 2}}, r"lora_A of 'head' has shape \(3, 16\), but this model and rank 2 need"),
-        ({"rank_pattern": {"head": 3.0}}, r"rank_pattern\.head is 3\.0, but it must be a whole number"),
-        ({"rank_pattern": {"head": 0}}, "the rank of 'head' is 0, but it must be at least 1"),
-        ({"rank_pattern": {"head": "3"}}, "rank_pattern.head is '3', but it must be a whole number"),
-        ({"rank_pattern": [3]}, r"rank_pattern is \[3\], but it must be an object"),
-        ({"alpha_pattern": {"head": -1}}, "the alpha of 'head' is -1, but it must be greater than 0"),
-        ({"alpha_pattern": "head"}, "alpha_pattern is 'head', but it must be an object"),
-        ({"r": 0}, "json: r is 0, but it must be at least 1"),
-        ({"r": "3"}, "r is '3', but it must be a whole number"),
-        ({"r": 10**20}, "r is 100000000000000000000, but it must be at most"),
-        ({"r": 3.0}, r"r is 3\.0, but it must be a whole number"),
-        ({"lora_alpha": 0}, "alpha is 0"),
-        ({"lora_alpha": None}, "lora_alpha is None, but it must be a number"),
-        ({"lora_alpha": math.nan}, "lora_alpha is nan, but it must be a finite number"),
-        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*, but it must be a number"),
-        ({"lora_dropout": 1.5}, r"dropout is 1\.5"),
-        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1', but it must be a number"),
-        ({"target_modules": 5}, "target_modules is 5, but it must be a string"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, but it must be a string"),
-        ({"use_dora": "yes"}, "use_dora is 'yes', but it must be true or false"),
-        ({"use_rslora": 1}, "use_rslora is 1, but it must be true or false"),
-        ({"use_dora": True, "use_rslora": True}, "sets use_dora and use_rslora, which are not supported together"),
-        ({"use_dora": True}, "lacks lora_magnitude_vector of 'hidden1'"),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused(saved, values, says):
-    rewrite(saved)
-    edit(saved, **values)
-    refuse(saved, says)
+@pytest.mark.parametrize(("tensors", "named"), TENSORS)
+def test_a_tensor_that_does_not_fit_is_refused(saved, tensors, named):
+    rewrite(saved, **tensors)
+    refuse(saved, named)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_half_an_adapter_is_refused(saved, part):
+    rewrite(saved, without=[f"hidden2.{part}.weight"])
+    refuse(saved, f"{part} of 'hidden2'")
+
+
+FILES = [
+    *((CONFIG, content) for content in (b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"LORA"', b'{"peft_type": "LORA"}')),
+    *((WEIGHTS, slice(end)) for end in (0, 4, 100, -1)),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), FILES)
+def test_a_damaged_file_is_refused(saved, name, content):
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[content] if isinstance(content, slice) else content)
+    refuse(saved, name)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    refuse(saved, name, FileNotFoundError)
+
+
+@pytest.mark.parametrize("folder", ["someone/adapter", "", "a\0b", "x" * 5000])
+def test_what_is_no_folder_is_refused(folder):
+    for call in (partial(load_adapter, DigitsMLP(width=16)), read_adapter, read_config):
+        with pytest.raises((FileNotFoundError, ValueError), match=re.escape(repr(folder)[1:12])):
+            call(folder)
+
+
+@pytest.mark.parametrize("values", [{"lora_alpha": 50.0}, {"r": 2}, {"rank_pattern": {"head": 2}}, {"use_dora": True}])
+def test_a_config_of_another_save_is_refused(tmp_path, values):
+    edit(save_adapter(adapted(), tmp_path), **values)
+    refuse(tmp_path, next(iter(values)))
+
+
+def test_an_adapter_of_another_model_is_refused(saved):
+    refuse(saved, "base model", model=DigitsMLP(width=24))
+    for change in (None, nn.Identity()):
+        other = DigitsMLP(width=16)
+        other.hidden2 = change
+        refuse(saved, "'hidden2'", model=other)
+
+
+@pytest.mark.parametrize("name", ["hidden1.lora_A", "hidden1.scaling"])
+@pytest.mark.parametrize("value", [None, "x", math.nan])
+def test_an_adapter_in_memory_that_holds_no_tensors_is_refused(name, value):
+    refuse(adapter_state(adapted()) | {name: value}, name)
+
+
+def test_an_adapter_in_memory_with_nan_is_refused():
+    state = adapter_state(adapted())
+    state["hidden2.lora_A"][0, 0] = math.nan
+    refuse(state, "hidden2.lora_A")
 
 
 class Largest(TorchDispatchMode):
@@ -753,12 +790,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_rank_of_a_million_in_the_config_takes_no_memory(saved):
-    rewrite(saved)
     edit(saved, r=10**6)
     with Largest() as made:
-        refuse(saved, r"'hidden1' has shape \(3, 64\), but this model and rank 1000000 need \(1000000, 64\)")
+        refuse(saved, "rank 1000000")
     assert made.size < 10**5
-    with pytest.raises(ValueError, match=r"have the shapes \(3, 16\) and \(10, 3\), but .* with rank 1000000"):
+    with pytest.raises(ValueError, match="rank 1000000"):
         read_adapter(saved)
     edit(saved, rank_pattern={".*": 3})  # so that no layer has the rank of a million
     back = DigitsMLP(width=16)
@@ -768,42 +804,12 @@ def test_a_rank_of_a_million_in_the_config_takes_no_memory(saved):
     assert [layer.rank for layer in lora_layers(back).values()] == [3, 3, 3]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "reason"),
-    [
-        ("(", "unclosed group"),
-        ("[", "unclosed character class"),
-        ("*", "repetition operator missing expression"),
-        ("(" * 1000 + ")" * 1000, "exceed the maximum number of nested"),
-        ("a{99999999999}", "decimal literal invalid"),
-        ("(((a{1000}){1000}){1000})", "exceeds size limit"),
-        (r"(h)\1", "backreferences are not supported"),
-        ("(?=h)head", "look-around"),
-    ],
-)
-@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_is_no_regular_expression_or_too_large_is_refused(saved, setting, pattern, reason):
-    rewrite(saved)
-    edit(saved, **{setting: {pattern: 3}})
-    refuse(saved, rf"{setting} has the regular expression .*, which cannot be read here \(.*{reason}")
-    with pytest.raises(ValueError, match=setting):
-        read_adapter(saved)
-
-
-@pytest.mark.parametrize("pattern", [r"((\w+\.?)+)+!", r"((\w+\.?)+)+[^\w]", "(.*.*)*!", "(a|a)*!", ".*" * 400 + "!"])
+@pytest.mark.parametrize("pattern", [r"((\w+\.?)+)+!", "(.*.*)*!", "(a|a)*!", ".*" * 400 + "!"])
 def test_a_pattern_on_which_backtracking_would_never_end_is_evaluated_at_once(saved, pattern):
-    rewrite(saved)
     edit(saved, rank_pattern={pattern: 5}, alpha_pattern={pattern: 7})
     names = [f"layers.{i}.self_attention_with_a_long_name.query_projection" for i in range(200)]
     config = read_config(saved)
     assert _ranks_and_alphas(config, names, "") == (dict.fromkeys(names, 3), dict.fromkeys(names, 5.0))
-
-
-def test_patterns_that_take_long_together_are_refused(saved, monkeypatch):
-    monkeypatch.setattr("lora_lab.adapters.peft_format._PATTERN_SECONDS", 0.05)
-    rewrite(saved)
-    edit(saved, alpha_pattern={r"\w" * length: 2 for length in range(100, 200)})
-    refuse(saved, "alpha_pattern has 100 regular expressions, which take longer than 0.05 s")
 
 
 LAYERS = ["base.layers.1.q_proj", "base.layers.12.q_proj", "layers.1.mlp.up_proj", "q_proj", "1", "x-y.z_9"]
@@ -833,71 +839,20 @@ def test_names_of_layers_with_any_sign_of_text_are_patterns_that_fit_them():
     assert list(ranks.values()) == list(pattern.values())
 
 
-# Numbers that are none
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_an_adapter_with_a_number_that_is_not_finite_is_not_loaded(saved, part, number):
-    tensors = load_file(saved / WEIGHTS)
-    key = f"base_model.model.hidden2.{part}.weight"
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file changes
-    tensors[key][0, 0] = number
-    save_file(tensors, saved / WEIGHTS)
-    says = rf"{WEIGHTS}: hidden2\.{part} holds numbers that are NaN or infinite"
-    refuse(saved, says)
-    with pytest.raises(ValueError, match=says):
-        read_adapter(saved)
-    state = adapter_state(adapted())
-    state[f"hidden2.{part}"][0, 0] = number
-    refuse(state, rf"The adapter: hidden2\.{part} holds numbers that are NaN or infinite")
-
-
 def test_an_adapter_with_a_number_that_is_not_finite_is_not_saved_and_the_old_one_stays(saved):
     before = (saved / WEIGHTS).read_bytes()
     model = adapted()
     with torch.no_grad():
         model.head.lora_B[0, 0] = math.nan
     for dtype in (None, torch.float16):
-        with pytest.raises(ValueError, match=r"^head\.lora_B holds numbers that are NaN or infinite"):
+        with pytest.raises(ValueError, match=r"head\.lora_B"):
             save_adapter(model, saved, dtype=dtype)
     assert (saved / WEIGHTS).read_bytes() == before
 
 
-def test_an_adapter_of_whole_numbers_is_refused(saved):
-    rewrite(saved, **{"hidden2.lora_A.weight": torch.ones(3, 16, dtype=torch.int32)})
-    refuse(saved, r"hidden2\.lora_A is \(3, 16\) of torch\.int32, but an adapter's matrices hold floating-point")
-    rewrite(saved, **{"hidden2.lora_A.weight": torch.ones(3)})
-    refuse(saved, r"hidden2\.lora_A is \(3,\) of torch\.float32")
-
-
-@pytest.mark.parametrize("name", ["hidden1.lora_A", "hidden1.scaling"])
-@pytest.mark.parametrize("value", [None, "x", math.nan])
-def test_an_adapter_in_memory_that_holds_no_tensors_is_refused(name, value):
-    refuse(adapter_state(adapted()) | {name: value}, rf"{name} is")
-
-
-@pytest.mark.parametrize("source", [None, 5, [], b"folder", ""])
-def test_what_is_no_folder_is_refused(source, tmp_path):
-    refuse(source, "^source is .*, but it must be a path")
-    with pytest.raises(ValueError, match=r"^folder is .*, but it must be a path"):
-        save_adapter(adapted(), source)
-    with pytest.raises(ValueError, match=r"model is .*, but it must be an instance of Module"):
-        load_adapter(source, tmp_path)
-    with pytest.raises(ValueError, match=r"model is .*, but it must be an instance of Module"):
-        save_adapter(source, tmp_path)
-
-
-@pytest.mark.parametrize(("name", "value"), [("base", 5), ("base", Path("x")), ("history", "runs/history.json")])
-def test_a_note_of_another_type_is_refused(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"^{name} is .*, but it must be "):
-        save_adapter(adapted(), tmp_path / "new", **{name: value})
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("dtype", ["float16", torch.int8, 16])
 def test_what_is_no_floating_point_dtype_is_refused(dtype, tmp_path):
-    with pytest.raises(ValueError, match=r"dtype is .*, but it must be a floating-point dtype"):
+    with pytest.raises(ValueError, match="dtype is"):
         save_adapter(adapted(), tmp_path, dtype=dtype)
 
 
@@ -915,34 +870,14 @@ def test_adapters_of_peft_that_also_changed_the_base_are_refused(tmp_path, init)
     refuse(tmp_path, "init_lora_weights")
 
 
-@pytest.mark.parametrize("kind", ["IA3", "LOHA", "PROMPT_TUNING", None])
-def test_other_types_of_adapter_are_refused(saved, kind):
-    edit(saved, peft_type=kind)
-    refuse(saved, f"type {kind!r}, but only 'LORA'")
-
-
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(saved, name):
-    (saved / name).unlink()
-    refuse(saved, f"lacks the file {name}", FileNotFoundError)
-
-
 def test_weights_in_a_pickle_are_not_opened_and_the_message_says_how_peft_converts_them(saved):
     torch.save(load_file(saved / WEIGHTS), saved / "adapter_model.bin")
     (saved / WEIGHTS).unlink()
-    refuse(saved, r"holds its weights in adapter_model\.bin, a pickle.*not opened here", FileNotFoundError)
+    refuse(saved, "adapter_model.bin", FileNotFoundError)
     peft.PeftModel.from_pretrained(DigitsMLP(width=16), saved).save_pretrained(saved)
     back = DigitsMLP(width=16)
     load_adapter(back, saved)
     assert torch.equal(logits(back, PIXELS), logits(adapted(), PIXELS))
-
-
-def test_weights_that_this_user_may_not_read_are_told(tmp_path_factory):
-    folder = save_adapter(adapted(), tmp_path_factory.mktemp("open"))
-    let_all_users_in(folder)
-    (folder / WEIGHTS).chmod(0)
-    with as_ordinary_user():
-        refuse(folder, rf"{WEIGHTS} cannot be read \(Permission denied\)", PermissionError)
 
 
 def test_a_compiled_model_is_saved_and_loaded_by_the_names_of_its_own_layers(tmp_path):
@@ -955,81 +890,20 @@ def test_a_compiled_model_is_saved_and_loaded_by_the_names_of_its_own_layers(tmp
         assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
 
 
-def test_what_is_no_folder_of_an_adapter_is_told(saved):
-    for call in (partial(load_adapter, DigitsMLP(width=16)), read_adapter, read_config):
-        with pytest.raises(FileNotFoundError, match=r"There is no folder someone/adapter; .*hub are not downloaded"):
-            call("someone/adapter")
-        with pytest.raises(FileNotFoundError, match=rf"{CONFIG} is a file, but the path of a folder is expected"):
-            call(saved / CONFIG)
-
-
 def test_layers_that_the_targets_match_and_the_file_lacks_are_warned_of(tmp_path):
-    shorter, longer = ({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(count)} for count in (2, 4))
-    model = nn.ModuleDict(shorter)
+    def blocks(count):
+        return nn.ModuleDict({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(count)})
+
+    model = blocks(2)
     inject(model, LoRAConfig(2, targets=["0"]))
     save_adapter(model, tmp_path)
-    with pytest.warns(UserWarning, match=r"has nothing for 2 layers .*such as 'block2\.0', .*own base model\?"):
-        load_adapter(nn.ModuleDict(longer), tmp_path)
+    with pytest.warns(UserWarning, match=r"2 layers .*'block2\.0'"):
+        load_adapter(blocks(4), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_adapter(nn.ModuleDict({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(2)}), tmp_path)
+        load_adapter(blocks(2), tmp_path)
         edit(tmp_path, exclude_modules=["block2.0", "block3.0"])
-        load_adapter(nn.ModuleDict({f"block{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(4)}), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["r", "lora_alpha"])
-def test_a_missing_entry_of_the_config_is_named(saved, name):
-    config = json.loads((saved / CONFIG).read_text())
-    del config[name]
-    (saved / CONFIG).write_text(json.dumps(config))
-    refuse(saved, f"lacks the entry '{name}'")
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"LORA"'])
-def test_a_damaged_config_is_refused(saved, content):
-    (saved / CONFIG).write_bytes(content)
-    refuse(saved, CONFIG)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_damaged_weights_are_refused(saved, keep):
-    whole = (saved / WEIGHTS).read_bytes()
-    (saved / WEIGHTS).write_bytes(whole[:keep])
-    refuse(saved, f"{WEIGHTS} is damaged")
-
-
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_a_missing_half_of_an_adapter_is_named(saved, part):
-    rewrite(saved, without=[f"hidden2.{part}"])
-    refuse(saved, f"lacks {part} of 'hidden2'")
-
-
-@pytest.mark.parametrize(("part", "shape"), [("lora_A", (3, 7)), ("lora_A", (2, 16)), ("lora_B", (16, 1))])
-def test_a_wrong_shape_is_named(saved, part, shape):
-    rewrite(saved, **{f"hidden2.{part}.weight": torch.zeros(shape)})
-    refuse(saved, rf"{part} of 'hidden2' has shape \({shape[0]}, {shape[1]}\)")
-
-
-def test_a_rank_in_the_config_that_the_weights_do_not_have_is_refused(saved):
-    rewrite(saved)
-    edit(saved, r=2)
-    refuse(saved, r"lora_A of '\w+' has shape \(3, \d+\), but this model and rank 2 need \(2, \d+\)")
-
-
-@pytest.mark.parametrize("change", [{"lora_alpha": 50.0}, {"r": 2}])
-def test_weights_and_config_of_two_saves_are_refused(saved, change):
-    edit(saved, **change)
-    refuse(saved, "two different saves")
-
-
-def test_an_adapter_of_another_model_is_refused(saved):
-    refuse(saved, "base model", model=DigitsMLP(width=24))
-    other = DigitsMLP(width=16)
-    del other.hidden2
-    refuse(saved, "'hidden2', but the model has no such layer", model=other)
-    other = DigitsMLP(width=16)
-    other.hidden2 = nn.Identity()
-    refuse(saved, "'hidden2', but the model has a Identity there", model=other)
+        load_adapter(blocks(4), tmp_path)
 
 
 def test_a_name_that_would_also_match_another_layer_is_refused(tmp_path):
@@ -1038,41 +912,17 @@ def test_a_name_that_would_also_match_another_layer_is_refused(tmp_path):
     save_adapter(model, tmp_path)
     other = nn.ModuleDict({"proj": nn.Linear(4, 4), "inner": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
     before = snapshot(other)
-    with pytest.raises(ValueError, match=r"adapts 'proj', but a target of that name would also adapt 'inner\.proj'"):
+    with pytest.raises(ValueError, match=r"inner\.proj"):
         load_adapter(other, tmp_path)
     assert snapshot(other) == before
-
-
-def test_magnitudes_that_the_config_does_not_ask_for_are_refused(saved):
-    rewrite(saved)
-    tensors = load_file(saved / WEIGHTS)
-    save_file(tensors | {"base_model.model.hidden1.lora_magnitude_vector": torch.ones(16)}, saved / WEIGHTS)
-    refuse(saved, "holds lora_magnitude_vector of 'hidden1', which its config does not ask for")
-
-
-@pytest.mark.parametrize("key", ["hidden1.lora_magnitude_vector.weight", "hidden1.weight", "hidden1.lora_B.bias"])
-def test_tensors_of_another_kind_are_refused(saved, key):
-    rewrite(saved, **{key: torch.zeros(16)})
-    refuse(saved, f"{key}' that is not part of any adapter known here")
-
-
-def test_weights_without_tensors_are_refused(saved):
-    save_file({}, saved / WEIGHTS)
-    refuse(saved, "holds no tensors")
 
 
 def test_a_second_load_is_refused(saved):
     model = DigitsMLP(width=16)
     load_adapter(model, saved)
-    with pytest.raises(ValueError, match="already has adapters on 3 layers"):
+    with pytest.raises(ValueError, match="already has adapters"):
         load_adapter(model, saved)
     assert torch.equal(logits(model, PIXELS), logits(adapted(), PIXELS))
-    other = DigitsMLP(width=16)
-    inject(other, LoRAConfig(targets=["head"]))
-    before = snapshot(other)
-    with pytest.raises(ValueError, match="already has adapters on 1 layers"):
-        load_adapter(other, saved)
-    assert snapshot(other) == before
 
 
 class Halved(LoRALinear):

@@ -549,7 +549,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_older_file(tiny, tiny_tokeni
         return whole(*arguments)
 
     monkeypatch.setattr(gguf.quants, "quantize", full)
-    with pytest.raises(OSError, match=r"model\.gguf could not be written .*previous content is unchanged"):
+    with pytest.raises(OSError, match="could not be written"):
         save_model(tiny(rope_theta=99.0), path, tiny_tokenizer, "gguf")
     assert len(calls) == 10
     assert names(path.parent) == ["model.gguf"]
