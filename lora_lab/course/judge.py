@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_lab.course.calls import Outcome, TimeUp, call, file_of, limited, parameters_of, untouched
-from lora_lab.course.exercise import Exercise, Probe
+from lora_lab.course.exercise import Exercise, Property
 from lora_lab.course.values import SHOWN, as_array, difference, factor, same, short_text, size
 
 SECONDS = 2.0  # for one check
@@ -57,12 +57,12 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
         return Verdict(False, f'Pass the {kind} itself, without calling it: check("{exercise.name}", {name}).')
     rng = np.random.default_rng()  # no seed, so that no answer can be memorised
     with untouched():
-        return _by_probes(exercise, answer, rng) if exercise.probes else _by_inputs(exercise, answer, rng)
+        return _by_inputs(exercise, answer, rng) if exercise.inputs else _by_properties(exercise, answer, rng)
 
 
 def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Generator) -> Verdict:
     deadline = time.monotonic() + SECONDS
-    assert exercise.inputs is not None  # an exercise without probes has them
+    assert exercise.inputs is not None
     names = parameters_of(exercise.solution)
     cases = [exercise.inputs(rng) for _ in range(exercise.draws)]
     if not _takes(answer, len(names)):
@@ -85,12 +85,10 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
         return Verdict(True, exercise.praise)
 
     def first_mistake() -> str | None:
-        for mistake in exercise.mistakes:
-            if all(
-                agrees(outcome, call(mistake.answer, case, names))
-                for outcome, case in zip(outcomes, cases, strict=True)
-            ):
-                return mistake.sentence
+        for wrong, sentence in exercise.mistakes:
+            pairs = zip(outcomes, cases, strict=True)
+            if all(agrees(outcome, call(wrong, case, names)) for outcome, case in pairs):
+                return sentence
         return None
 
     try:
@@ -107,20 +105,20 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
     return Verdict(False, _numbers_differ(outcomes, expected, len(triples)), example, outcomes[0].printed)
 
 
-def _by_probes(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
+def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
     kind = "class" if isinstance(answer, type) else "function"
     printed = io.StringIO()
 
-    def passes(probe: Probe) -> bool:
+    def passes(each: Property) -> bool:
         printed.seek(0)
         printed.truncate()
-        return probe.passes(answer, rng)
+        return bool(each.holds(answer, rng))
 
     def first_failure() -> Verdict:
-        for probe in exercise.probes:
+        for each in exercise.properties:
             try:
-                if not all(passes(probe) for _ in range(exercise.draws)):
-                    return Verdict(False, probe.sentence, printed=printed.getvalue())
+                if not all(passes(each) for _ in range(exercise.draws)):
+                    return Verdict(False, each.sentence, printed=printed.getvalue())
             except (TimeUp, KeyboardInterrupt):
                 raise
             except BaseException as error:
@@ -139,9 +137,9 @@ def _by_probes(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Ver
 
 @functools.cache
 def _warm_up(exercise: Exercise) -> None:
-    """Run all probes on the solution, so that imports at first use do not count as the answer's time."""
-    for probe in exercise.probes:
-        probe.passes(exercise.solution, np.random.default_rng())
+    """Try the solution, so that imports at first use do not count as the answer's time."""
+    for each in exercise.properties:
+        each.holds(exercise.solution, np.random.default_rng())
 
 
 def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:

@@ -7,7 +7,6 @@ import ast
 import functools
 import inspect
 import itertools
-import textwrap
 
 import numpy as np
 import pytest
@@ -25,16 +24,16 @@ SAMPLES = 150  # of the inputs, to estimate how often two answers agree
 def checks(exercise):
     """How often an answer is checked: with probes several times, since only this shows how much is left to chance.
 
-    Without them ``test_a_check_tells_mistakes_apart`` computes it: at most one of a million checks.
+    With them ``test_a_check_tells_mistakes_apart`` computes it: at most one of a million checks.
     """
-    return range(8 if exercise.probes else 2)
+    return range(2 if exercise.inputs else 8)
 
 
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
 PLANTED = [
-    pytest.param(exercise, mistake, id=f"{exercise.name}-{number}")
+    pytest.param(exercise, answer, sentence, id=f"{exercise.name}-{number}")
     for exercise in EXERCISES.values()
-    for number, mistake in enumerate(exercise.mistakes)
+    for number, (answer, sentence) in enumerate(exercise.mistakes)
 ]
 
 
@@ -54,25 +53,23 @@ def test_the_solution_passes(exercise):
         assert verdict.text == exercise.praise
 
 
-@pytest.mark.parametrize(("exercise", "mistake"), PLANTED)
-def test_a_planted_mistake_is_refused_with_its_sentence(exercise, mistake):
+@pytest.mark.parametrize(("exercise", "answer", "sentence"), PLANTED)
+def test_a_planted_mistake_is_refused_with_its_sentence(exercise, answer, sentence):
     for _ in checks(exercise):
-        verdict = judge(exercise, mistake.answer)
+        verdict = judge(exercise, answer)
         assert verdict.passed is False
-        assert verdict.text == mistake.sentence
+        assert verdict.text == sentence
 
 
-@pytest.mark.parametrize(
-    "exercise", [each for each in EXERCISES.values() if not each.probes], ids=lambda each: each.name
-)
+@pytest.mark.parametrize("exercise", [each for each in EXERCISES.values() if each.inputs], ids=lambda each: each.name)
 def test_a_check_tells_mistakes_apart(exercise):
     """From the solution and from each other: if not, the inputs are too special (rank 1, square) or too few.
 
     A mistake that agrees with another answer on a share p of inputs is misjudged in p ** draws of all checks.
     """
     names = parameters_of(exercise.solution)
-    sentences = [exercise.praise, *(mistake.sentence for mistake in exercise.mistakes)]
-    answers = [exercise.solution, *(mistake.answer for mistake in exercise.mistakes)]
+    sentences = [exercise.praise, *(sentence for _, sentence in exercise.mistakes)]
+    answers = [exercise.solution, *(answer for answer, _ in exercise.mistakes)]
     rng = np.random.default_rng(0)
     cases = [exercise.inputs(rng) for _ in range(SAMPLES)]
     with untouched():
@@ -137,7 +134,7 @@ def test_a_stub_counts_as_not_started(exercise):
         def __init__(self, *arguments):
             raise NotImplementedError("your code here")
 
-    if isinstance(exercise.solution, type) and exercise.probes[0].passes(Stub, np.random.default_rng()) is False:
+    if isinstance(exercise.solution, type) and not exercise.properties[0].holds(Stub, np.random.default_rng()):
         return  # what is written in the lesson around the hole decides, such as the name of the parent class
     assert judge(exercise, Stub if isinstance(exercise.solution, type) else stub).passed is None
 
@@ -156,24 +153,22 @@ def test_an_endless_answer_is_stopped(exercise, monkeypatch):
 
 @each_exercise
 def test_texts_and_numbers_are_in_order(exercise):
-    sentences = [mistake.sentence for mistake in exercise.mistakes] + [probe.sentence for probe in exercise.probes]
+    sentences = [sentence for _, sentence in exercise.mistakes]
     for text in [*sentences, *exercise.hints, exercise.praise]:
         assert text.endswith("."), text
         assert len(text) <= 160, text
-    assert len({mistake.sentence for mistake in exercise.mistakes}) >= 3
-    assert {probe.sentence for probe in exercise.probes} <= {mistake.sentence for mistake in exercise.mistakes}
+    assert len(set(sentences)) >= 3
+    assert {each.sentence for each in exercise.properties if each.sentence} <= set(sentences)
     assert len(exercise.hints) == len(set(exercise.hints)) == 3
     assert 1 <= exercise.difficulty <= 3
     assert 2 <= exercise.minutes <= 30
-    assert exercise.invariant.strip().endswith(".")
-    assert exercise.solution.__name__.isidentifier()
-    lesson_module = inspect.getmodule(exercise.solution).__doc__
+    lesson_module = inspect.getmodule(exercise.properties[0].holds).__doc__
     assert f"lesson {exercise.lesson[:2]}" in lesson_module
 
 
 @each_exercise
 def test_no_hint_gives_a_whole_line_of_the_solution_away(exercise):
-    tree = ast.parse(textwrap.dedent(inspect.getsource(exercise.solution)))
+    tree = ast.parse(exercise.source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     lines = {ast.unparse(statement) for node in functions for statement in node.body if not is_docstring(statement)}
     lines |= {line.removeprefix("return ") for line in lines}

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.analysis.diagnosis import diagnose
-from lora_lab.course.exercise import Probe, exercises_of, normal
+from lora_lab.course.exercise import Exercise, Probe, exercises_of, normal
 from lora_lab.inject import LoRAConfig, inject
 from lora_lab.lora import LoRALinear
 from lora_lab.models.digits import DigitsMLP
 
-exercise = exercises_of("03_lora_from_scratch")
+LESSON = "03_lora_from_scratch"
+exercise = exercises_of(LESSON)
 
 
 # The forward line
@@ -326,632 +328,393 @@ def start(out, inp, r, generator):
 # The class
 
 IN, OUT, RANK, ALPHA = 7, 5, 3, 8.0  # of the layers below
+INITIAL, MERGED, UPDATE = "nn.Parameter(A)", "plain = copy.deepcopy(self.base)", "self.base(x) + update"
+NEW = "plain = nn.Linear(self.base.in_features, self.base.out_features{}); plain.weight.copy_(self.base.weight)"
 
-
-def _layer(
-    answer: type, rng: np.random.Generator, dropout: float = 0.0, bias: bool = True
-) -> tuple[Any, nn.Linear, Tensor]:
-    """A fresh layer of the learner's class, a copy of its base, and an input (6, 7)."""
-    base = nn.Linear(IN, OUT, bias=bias)
-    base.weight.data = normal(rng, OUT, IN)
-    if bias:
-        base.bias.data = normal(rng, OUT)
-    untouched = copy.deepcopy(base)
-    return answer(base, RANK, ALPHA, dropout), untouched, normal(rng, 6, IN)
-
-
-def _factor(layer: nn.Module, shape: tuple[int, int]) -> nn.Parameter | None:
-    """The parameter of that shape: A is (3, 7) and B is (5, 3)."""
-    return next((parameter for parameter in layer.parameters() if parameter.shape == shape), None)
-
-
-def _moved(
-    answer: type, rng: np.random.Generator, dropout: float = 0.0, bias: bool = True
-) -> tuple[Any, nn.Linear, Tensor, Tensor]:
-    """A layer whose B is no longer zero, a copy of its base, an input, and the update B A, not scaled."""
-    layer, base, x = _layer(answer, rng, dropout, bias)
-    A, B = _factor(layer, (RANK, IN)), _factor(layer, (OUT, RANK))
-    assert A is not None
-    assert B is not None
-    with torch.no_grad():
-        B.copy_(normal(rng, OUT, RANK))
-        return layer, base, x, B.double() @ A.double()
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    return actual.shape == expected.shape and torch.allclose(actual.double(), expected.double(), atol=1e-4)
-
-
-def _is_a_module(answer: type, rng: np.random.Generator) -> bool:
-    return issubclass(answer, nn.Module)
-
-
-def _factors_are_not_transposed(answer: type, rng: np.random.Generator) -> bool:
-    """Passes as well if there are none of these shapes, which is the next probe's case."""
-    layer, _, _ = _layer(answer, rng)
-    return _factor(layer, (IN, RANK)) is None and _factor(layer, (RANK, OUT)) is None
-
-
-def _factors_are_parameters(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, _ = _layer(answer, rng)
-    factors = _factor(layer, (RANK, IN)), _factor(layer, (OUT, RANK))
-    return all(factor is not None and factor.requires_grad for factor in factors)
-
-
-def _has_forward(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, x = _layer(answer, rng)
-    try:
-        layer(x)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _base_is_frozen(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng)
-    optimizer = torch.optim.SGD([each for each in layer.parameters() if each.requires_grad], lr=0.1)
-    layer(x).square().sum().backward()
-    optimizer.step()
-    stored = {tuple(tensor.shape): tensor for tensor in layer.state_dict().values()}
-    return torch.equal(stored[OUT, IN], base.weight) and torch.equal(stored.get((OUT,), base.bias), base.bias)
-
-
-def _starts_as_its_base(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng)
-    return _close(layer.eval()(x), base(x)) or _close(layer(x), base(x) - base.bias)
-
-
-def _A_is_random(answer: type, rng: np.random.Generator) -> bool:
-    A = _factor(_layer(answer, rng)[0], (RANK, IN))
-    return A is not None and bool(A.any())
-
-
-def _A_follows_the_generator(answer: type, rng: np.random.Generator) -> bool:
-    seeds = [int(seed) for seed in rng.choice(10**6, 2, replace=False)]
-
-    def draw(seed: int) -> Tensor:
-        torch.rand(1)  # a draw elsewhere must not matter
-        layer = answer(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, torch.Generator().manual_seed(seed))
-        A = _factor(layer, (RANK, IN))
-        return torch.zeros(()) if A is None else A.detach()
-
-    return torch.equal(draw(seeds[0]), draw(seeds[0])) and not torch.equal(draw(seeds[0]), draw(seeds[1]))
-
-
-def _A_is_as_start_draws_it(answer: type, rng: np.random.Generator) -> bool:
-    A = _factor(_layer(answer, rng)[0], (RANK, IN))
-    return A is not None and 0.5 / math.sqrt(IN) < A.abs().max().item() <= 1.001 / math.sqrt(IN)
-
-
-def _has_its_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng)
-    return not _close(layer.eval()(x), base(x) - base.bias)
-
-
-def _update_is_scaled(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, update = _moved(answer, rng)
-    return _close(layer.eval()(x), base(x) + ALPHA / RANK * (x.double() @ update.T))
-
-
-def _uses_its_scaling(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, _ = _moved(answer, rng)
-    if not hasattr(layer, "scaling"):
-        return False
-    layer.scaling *= 0
-    return _close(layer.eval()(x), base(x))
-
-
-def _gradient_reaches_the_input(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, update = _moved(answer, rng)
-    x.requires_grad_()
-    layer.eval()(x).sum().backward()
-    expected = (base.weight.double() + ALPHA / RANK * update).sum(dim=0).expand(x.shape)
-    return x.grad is not None and _close(x.grad, expected)
-
-
-def _needs_no_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng, bias=False)
-    try:
-        return _close(layer.eval()(x), base(x))
-    except (TypeError, AttributeError):
-        return False
-
-
-def _frozen_path_is_whole(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng, dropout=0.5)
-    return _close(layer.train()(x), base(x))
-
-
-def _drops_in_training_only(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, x, _ = _moved(answer, rng, dropout=0.5)
-    return not torch.equal(layer.train()(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
-
-
-def _dropped(answer: type, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """By what factor dropout multiplied each output's update, (60, 5), for inputs with one entry; its scaled ones."""
-    layer, base, _, update = _moved(answer, rng, dropout=0.75)
-    x = torch.zeros(60, IN)
-    x[:, 0] = 1 + torch.rand(60)
-    whole = ALPHA / RANK * (x.double() @ update.T)
-    ratios = (layer.train()(x).double() - base(x).double()) / whole
-    return ratios, ratios.max(dim=1).values
-
-
-def _drops_the_input_of_A(answer: type, rng: np.random.Generator) -> bool:
-    """If the only entry of an input is dropped, its update is zero; otherwise all of it is scaled alike."""
-    ratios, largest = _dropped(answer, rng)
-    return torch.allclose(ratios, largest[:, None].expand_as(ratios), atol=0.05)
-
-
-def _scales_what_remains(answer: type, rng: np.random.Generator) -> bool:
-    _, largest = _dropped(answer, rng)
-    return bool(((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all())
-
-
-def _has_merged(answer: type, rng: np.random.Generator) -> bool:
-    try:
-        _moved(answer, rng)[0].merged()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _merges_in_the_right_order(answer: type, rng: np.random.Generator) -> bool:
-    try:
-        _moved(answer, rng)[0].merged()
-    except RuntimeError as error:
-        return "shapes cannot be multiplied" not in str(error)
-    return True
-
-
-def _merges_to_linear(answer: type, rng: np.random.Generator) -> bool:
-    merged = _moved(answer, rng)[0].merged()
-    return type(merged) is nn.Linear and isinstance(merged.weight, nn.Parameter)
-
-
-def _merging_leaves_the_base(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, _, _ = _moved(answer, rng)
-    layer.merged()
-    return any(torch.equal(tensor, base.weight) for tensor in layer.state_dict().values())
-
-
-def _merges_without_dropout(answer: type, rng: np.random.Generator) -> bool:
-    layer, *_ = _moved(answer, rng, dropout=0.5)
-    layer.train()
-    return torch.equal(layer.merged().weight, layer.merged().weight)
-
-
-def _merge_has_the_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, _, _ = _moved(answer, rng)
-    bias = layer.merged().bias
-    return bias is not None and torch.equal(bias, base.bias)
-
-
-def _merge_shares_nothing(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, x, _ = _moved(answer, rng)
-    before = layer.eval()(x)
-    for parameter in layer.merged().parameters():
-        parameter.data.zero_()
-    return torch.equal(layer(x), before)
-
-
-def _merge_needs_no_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, *_ = _moved(answer, rng, bias=False)
-    try:
-        return layer.merged().bias is None
-    except (TypeError, AttributeError):
-        return False
-
-
-def _merge_is_scaled(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, update = _moved(answer, rng)
-    return _close(layer.merged()(x), base(x) + ALPHA / RANK * (x.double() @ update.T))
-
-
-class MyLoRALinear(nn.Module):
-    """Base frozen, A and B trained, equal to the base at the start, and merged() is the same function."""
-
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__()
-        self.base = base.requires_grad_(False)  # W0 (48, 64) and b (48,)
-        self.scaling = alpha / rank  # 8 / 4 = 2
-        self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))  # (4, 64)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # (48, 4)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)  # (4, 64)
-
-    def forward(self, x):
-        narrow = F.linear(self.dropout(x), self.lora_A)  # (32, 64) -> (32, 4)
-        update = F.linear(narrow, self.lora_B) * self.scaling  # (32, 4) -> (32, 48)
-        return self.base(x) + update  # (32, 48)
-
-    @torch.no_grad()
-    def merged(self):
-        """A new nn.Linear that computes the same."""
-        plain = copy.deepcopy(self.base)  # (48, 64) and (48,)
-        plain.weight += self.scaling * (self.lora_B @ self.lora_A)  # (48, 4) @ (4, 64) -> (48, 64)
-        return plain
-
-
-class _ShapesExchanged(MyLoRALinear):
-    def __init__(self, base, *arguments):
-        super().__init__(base, *arguments)
-        self.lora_A = nn.Parameter(torch.zeros(RANK, base.out_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.in_features, RANK))
-
-
-class _ForwardOpen(MyLoRALinear):
-    def forward(self, x):
-        raise NotImplementedError
-
-
-class _MergedOpen(MyLoRALinear):
-    def merged(self):
-        raise NotImplementedError
-
-
-class _NoModule:
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        self.base = base
-
-
-class _TrainableBase(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.base.requires_grad_(True)
-
-
-class _TrainableBias(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.base.bias.requires_grad_(True)
-
-
-class _PlainA(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        A = self.lora_A.detach()
-        del self.lora_A
-        self.lora_A = A
-
-
-class _PlainB(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        B = self.lora_B.detach()
-        del self.lora_B
-        self.lora_B = B
-
-
-class _FrozenA(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.lora_A.requires_grad_(False)
-
-
-class _RandomB(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.normal_(self.lora_B)
-
-
-class _ZeroA(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.zeros_(self.lora_A)
-
-
-class _NoGenerator(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__(base, rank, alpha, dropout)
-
-
-class _LargeA(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__(base, rank, alpha, dropout)
-        nn.init.normal_(self.lora_A, generator=generator)
-
-
-class _HiddenScaling(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + ALPHA / RANK * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-
-
-class _CutBase(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x).detach() + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-
-
-class _CutUpdate(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + self.scaling * (self.dropout(x.detach()) @ self.lora_A.T @ self.lora_B.T)
-
-
-class _AddsTheBias(MyLoRALinear):
-    def forward(self, x):
-        update = self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-        return x @ self.base.weight.T + self.base.bias + update
-
-
-class _NoBias(MyLoRALinear):
-    def forward(self, x):
-        return super().forward(x) - self.base.bias
-
-
-class _NoScaling(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.scaling = 1.0
-
-
-class _AlphaAlone(MyLoRALinear):
-    def __init__(self, base, rank, alpha, *rest):
-        super().__init__(base, rank, alpha, *rest)
-        self.scaling = alpha
-
-
-class _OneDropout(MyLoRALinear):
-    def forward(self, x):
-        x = self.dropout(x)
-        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
-
-
-class _NoDropout(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__(base, rank, alpha, generator=generator)
-
-
-class _DropsAfterA(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + self.scaling * (self.dropout(x @ self.lora_A.T) @ self.lora_B.T)
-
-
-class _DropsAfterB(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + self.scaling * self.dropout(x @ self.lora_A.T @ self.lora_B.T)
-
-
-class _DropsUnscaled(MyLoRALinear):
-    def forward(self, x):
-        remains = self.dropout(x) * (1 - self.dropout.p if self.training else 1)
-        return self.base(x) + self.scaling * (remains @ self.lora_A.T @ self.lora_B.T)
-
-
-class _DropsAlways(MyLoRALinear):
-    def forward(self, x):
-        dropped = F.dropout(x, self.dropout.p)
-        return self.base(x) + self.scaling * (dropped @ self.lora_A.T @ self.lora_B.T)
-
-
-class _MergesToItself(MyLoRALinear):
-    def merged(self):
-        return self
-
-
-class _MergesToATensor(MyLoRALinear):
-    def merged(self):
-        return super().merged().weight
-
-
-class _MergesInPlace(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        self.base.weight += self.scaling * (self.lora_B @ self.lora_A)
-        return self.base
-
-
-class _MergesWithDropout(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = copy.deepcopy(self.base)
-        plain.weight += self.scaling * (self.lora_B @ self.dropout(self.lora_A))
-        return plain
-
-
-class _MergesInTheWrongOrder(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = copy.deepcopy(self.base)
-        plain.weight += self.scaling * (self.lora_A @ self.lora_B)
-        return plain
-
-
-class _MergesWithTheSameBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        plain.bias = self.base.bias
-        return plain
-
-
-class _MergeCopiesTheBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        plain.bias.copy_(self.base.bias)
-        return plain
-
-
-class _MergesWithoutBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features, bias=False)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        return plain
-
-
-class _MergesWithAnotherBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        return plain
-
-
-class _MergesWithoutScaling(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = copy.deepcopy(self.base)
-        plain.weight += self.lora_B @ self.lora_A
-        return plain
-
-
-class _MergesNothing(MyLoRALinear):
-    def merged(self):
-        return copy.deepcopy(self.base)
-
-
-exercise(
+layer = Exercise(
     "MyLoRALinear",
-    probes=[
-        Probe(
-            _is_a_module,
-            "This class is no module. Derive it from nn.Module, and call super().__init__() first.",
-            (_NoModule,),
-        ),
-        Probe(
-            _factors_are_not_transposed,
-            "A or B has the wrong shape: lora_A is (rank, in), lora_B (out, rank). start takes out_features first.",
-            (_ShapesExchanged,),
-        ),
-        Probe(
-            _factors_are_parameters,
-            "A or B is not among the trained parameters. Wrap both in nn.Parameter.",
-            (_PlainA, _PlainB, _FrozenA),
-        ),
-        Probe(
-            _has_forward,
-            "__init__ is right as far as it can be checked. forward is still open.",
-            (_ForwardOpen,),
-        ),
-        Probe(
-            _base_is_frozen,
-            "The base moved in a training step. Freeze its weight and bias with requires_grad_(False).",
-            (_TrainableBase, _TrainableBias),
-        ),
-        Probe(
-            _starts_as_its_base,
-            "A fresh layer differs from its base already. B must start at zero.",
-            (_RandomB,),
-        ),
-        Probe(
-            _A_is_random,
-            "A and B both start at zero, so neither can ever learn. Draw A at random.",
-            (_ZeroA,),
-        ),
-        Probe(
-            _A_follows_the_generator,
-            "A does not follow the generator. Pass it on: start(base.out_features, base.in_features, rank, generator).",
-            (_NoGenerator,),
-        ),
-        Probe(
-            _A_is_as_start_draws_it,
-            "A is not drawn as start draws it, between -1 / sqrt(in) and 1 / sqrt(in). Use your start.",
-            (_LargeA,),
-        ),
-        Probe(
-            _has_its_bias,
-            "The bias is lost. Call self.base(x), which adds it.",
-            (_NoBias,),
-        ),
-        Probe(
-            _update_is_scaled,
-            "The update is not alpha / rank * B A x. Divide alpha by the rank, and multiply the update by the result.",
-            (_NoScaling, _AlphaAlone),
-        ),
-        Probe(
-            _uses_its_scaling,
-            "forward ignores self.scaling. Multiply the update by it; the lesson sets it to 0 to switch adapters off.",
-            (_HiddenScaling,),
-        ),
-        Probe(
-            _gradient_reaches_the_input,
-            "The gradient does not reach the layers below. Freezing parameters is enough: no detach(), no no_grad().",
-            (_CutBase, _CutUpdate),
-        ),
-        Probe(
-            _needs_no_bias,
-            "Your layer needs a bias, and many models, such as SmolLM2, have layers without one. Call self.base(x).",
-            (_AddsTheBias,),
-        ),
-        Probe(
-            _frozen_path_is_whole,
-            "The frozen path was dropped too. Dropout belongs on the input of A only.",
-            (_OneDropout,),
-        ),
-        Probe(
-            _drops_in_training_only,
-            "Dropout must act in training and not in evaluation. Make it a module with nn.Dropout, and call it on x.",
-            (_NoDropout, _DropsAlways),
-        ),
-        Probe(
-            _drops_the_input_of_A,
-            "Dropout acts after A or after B. It belongs on the input of A: call self.dropout on x.",
-            (_DropsAfterA, _DropsAfterB),
-        ),
-        Probe(
-            _scales_what_remains,
-            "Dropout must scale what remains by 1 / (1 - p), or the mean changes. nn.Dropout does so.",
-            (_DropsUnscaled,),
-        ),
-        Probe(
-            _merges_in_the_right_order,
-            "The shapes of the merge do not fit. The update of W0 is lora_B @ lora_A, in this order.",
-            (_MergesInTheWrongOrder,),
-        ),
-        Probe(
-            _has_merged,
-            "__init__ and forward are right. merged is still open.",
-            (_MergedOpen,),
-        ),
-        Probe(
-            _merges_to_linear,
-            "merged() does not return a plain nn.Linear. Make one, such as a deep copy of the base.",
-            (_MergesToItself, _MergesToATensor),
-        ),
-        Probe(
-            _merging_leaves_the_base,
-            "Merging changed W0. Add the update to a new layer, such as a deep copy of the base.",
-            (_MergesInPlace,),
-        ),
-        Probe(
-            _merges_without_dropout,
-            "Two merges of one layer differ. Merge A and B themselves, without dropout.",
-            (_MergesWithDropout,),
-        ),
-        Probe(
-            _merge_has_the_bias,
-            "Merged and unmerged differ by the bias. Copy it into the new layer.",
-            (_MergesWithoutBias, _MergesWithAnotherBias),
-        ),
-        Probe(
-            _merge_shares_nothing,
-            "The merged layer shares its bias with the base, so training one would change the other. Copy it.",
-            (_MergesWithTheSameBias,),
-        ),
-        Probe(
-            _merge_needs_no_bias,
-            "merged() does not keep a layer without a bias as one. Copy the bias only if there is one.",
-            (_MergeCopiesTheBias,),
-        ),
-        Probe(
-            _merge_is_scaled,
-            "The merged weight is not W0 + alpha / rank * B A. The merge forgot the scaling or the update.",
-            (_MergesWithoutScaling, _MergesNothing),
-        ),
-    ],
+    LESSON,
     hints=[
         "__init__ freezes the base, stores the scaling and the dropout, and wraps what start returns in nn.Parameter.",
         "forward adds self.base(x) and the update. F.linear(v, M) is v @ M.T; only the update sees self.dropout(x).",
         "merged makes copy.deepcopy(self.base) and adds scaling * (B @ A) to its weight; the bias stays.",
     ],
     minutes=20,
-    difficulty=1,
     praise="You have written LoRA: your layer can replace any nn.Linear in float32, with or without a bias.",
     draws=1,
-)(MyLoRALinear)
+    uses=["start"],
+)
+
+
+def made(answer, rng, dropout=0.0, bias=True, moved=True):
+    """A layer, a copy of its base, an input (6, 7), the update B A, not scaled, and what the layer shall compute."""
+    base = nn.Linear(IN, OUT, bias=bias)
+    x, untouched = normal(rng, 6, IN), copy.deepcopy(base)
+    layer = answer(base, RANK, ALPHA, dropout)
+    A, B = (next((p for p in layer.parameters() if p.shape == shape), None) for shape in ((RANK, IN), (OUT, RANK)))
+    update = expected = None
+    if moved:
+        nn.init.normal_(B)
+        update = (B.double() @ A.double()).detach()
+        expected = untouched(x) + (ALPHA / RANK * (x.double() @ update.T)).float()
+    return SimpleNamespace(layer=layer, base=untouched, x=x, A=A, B=B, update=update, expected=expected)
+
+
+def near(actual, expected):
+    """Whether two tensors agree up to 0.0001."""
+    return actual.shape == expected.shape and torch.allclose(actual.double(), expected.double(), atol=1e-4)
+
+
+def works(function, *errors):
+    """Whether a call raises none of these errors, and returns something true."""
+    try:
+        return bool(function())
+    except errors:
+        return False
+
+
+@layer.must(
+    "This class is no module. Derive it from nn.Module, and call super().__init__() first.",
+    ("(nn.Module)", "", "super().__init__()\n", "pass\n"),
+)
+def is_a_module(MyLoRALinear, rng):
+    return issubclass(MyLoRALinear, nn.Module)
+
+
+@layer.must(
+    "A or B has the wrong shape: lora_A is (rank, in), lora_B (out, rank). start takes out_features first.",
+    ("start(base.out_features, base.in_features", "start(base.in_features, base.out_features"),
+    ("Parameter(A)", "Parameter(A.T)"),
+)
+def has_no_transposed_factor(MyLoRALinear, rng):
+    shapes = {tuple(p.shape) for p in made(MyLoRALinear, rng, moved=False).layer.parameters()}
+    return not shapes & {(IN, RANK), (RANK, OUT)}
+
+
+@layer.must(
+    "A or B is not among the trained parameters. Wrap both in nn.Parameter.",
+    (INITIAL, "A"),
+    ("nn.Parameter(B)", "B"),
+    (INITIAL, "nn.Parameter(A, requires_grad=False)"),
+)
+def trains_two_factors(MyLoRALinear, rng):
+    """Its trained parameters are A (rank, in) and B (out, rank)."""
+    m = made(MyLoRALinear, rng, moved=False)
+    return all(factor is not None and factor.requires_grad for factor in (m.A, m.B))
+
+
+@layer.must(
+    "Later cells read self.base, self.lora_A and self.lora_B. Give the base and both factors these names.",
+    ("self.lora_A", "self.A", "self.lora_B", "self.B"),
+    ("self.base", "self.linear"),
+)
+def has_the_names(MyLoRALinear, rng):
+    """They are called lora_A and lora_B, and the frozen layer is called base."""
+    m = made(MyLoRALinear, rng, moved=False)
+    names = [getattr(m.layer, name, None) for name in ("lora_A", "lora_B", "base")]
+    return names[0] is m.A and names[1] is m.B and isinstance(names[2], nn.Linear)
+
+
+@layer.must(
+    "__init__ is right as far as it can be checked. forward is still open.",
+    ("narrow = F.linear(self.dropout(x), self.lora_A)", "raise NotImplementedError"),
+)
+def has_forward(MyLoRALinear, rng):
+    m = made(MyLoRALinear, rng, moved=False)
+    return works(lambda: m.layer(m.x) is not ..., NotImplementedError)
+
+
+@layer.must(
+    "The base moved in a training step. Freeze its weight and bias with requires_grad_(False).",
+    ("base.requires_grad_(False)", "base"),
+    ("base.requires_grad_(False)", "base; base.weight.requires_grad_(False)"),
+)
+def freezes_its_base(MyLoRALinear, rng):
+    """A step of training leaves the base as it is."""
+    m = made(MyLoRALinear, rng, moved=False)
+    m.layer(m.x).square().sum().backward()
+    torch.optim.SGD([p for p in m.layer.parameters() if p.requires_grad], lr=0.1).step()
+    stored = {tuple(tensor.shape): tensor for tensor in m.layer.state_dict().values()}
+    return torch.equal(stored[OUT, IN], m.base.weight) and torch.equal(stored.get((OUT,), m.base.bias), m.base.bias)
+
+
+# Its start
+
+
+@layer.must(
+    "A fresh layer differs from its base already. B must start at zero.",
+    ("nn.Parameter(B)", "nn.Parameter(torch.randn_like(B))"),
+)
+def begins_as_its_base(MyLoRALinear, rng):
+    """A fresh layer computes what its base computes."""
+    m = made(MyLoRALinear, rng, moved=False)
+    return any(near(m.layer.eval()(m.x), expected) for expected in (m.base(m.x), m.base(m.x) - m.base.bias))
+
+
+@layer.must(
+    "A and B both start at zero, so neither can ever learn. Draw A at random.",
+    (INITIAL, "nn.Parameter(torch.zeros_like(A))"),
+)
+def has_a_random_A(MyLoRALinear, rng):
+    """A is not zero at the start, so that B can learn."""
+    return bool(made(MyLoRALinear, rng, moved=False).A.any())
+
+
+@layer.must(
+    "A does not follow the generator. Pass it on: start(base.out_features, base.in_features, rank, generator).",
+    ("rank, generator)", "rank, None)"),
+)
+def follows_the_generator(MyLoRALinear, rng):
+    """The generator alone decides A."""
+    seeds, draws = rng.choice(10**6, 2, replace=False).tolist(), []
+    for seed in (seeds[0], seeds[0], seeds[1]):
+        torch.rand(1)  # a draw elsewhere must not matter
+        layer = MyLoRALinear(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, torch.Generator().manual_seed(seed))
+        draws.append(next(p for p in layer.parameters() if p.shape == (RANK, IN)))
+    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@layer.must(
+    "A is not drawn as start draws it, between -1 / sqrt(in) and 1 / sqrt(in). Use your start.",
+    (INITIAL, "nn.Parameter(torch.randn(A.shape, generator=generator))"),
+)
+def draws_A_in_its_range(MyLoRALinear, rng):
+    """The largest entry of A is within 1 / sqrt(in), and not far from it."""
+    return 0.5 < float(made(MyLoRALinear, rng, moved=False).A.abs().max()) * math.sqrt(IN) <= 1.001
+
+
+# Its forward pass
+
+
+@layer.must("The bias is lost. Call self.base(x), which adds it.", (UPDATE, f"{UPDATE} - self.base.bias"))
+def keeps_the_bias(MyLoRALinear, rng):
+    m = made(MyLoRALinear, rng, moved=False)
+    return not near(m.layer.eval()(m.x), m.base(m.x) - m.base.bias)
+
+
+@layer.must(
+    "The update is not alpha / rank * B A x. Divide alpha by the rank, and multiply the update by the result.",
+    ("alpha / rank", "1.0"),
+    ("alpha / rank", "alpha"),
+)
+def adds_the_scaled_update(MyLoRALinear, rng):
+    """With B filled, alpha / rank * B A x is added."""
+    m = made(MyLoRALinear, rng)
+    return near(m.layer.eval()(m.x), m.expected)
+
+
+@layer.must(
+    "A language model's input has the shape (batch, tokens, in), and your forward reads a matrix. Use F.linear(x, M).",
+    ("F.linear(self.dropout(x), self.lora_A)", "(self.lora_A @ self.dropout(x).T).T"),
+    (UPDATE, "self.base(x) + self.scaling * torch.mm(self.dropout(x), (self.lora_B @ self.lora_A).T)"),
+)
+def takes_more_axes(MyLoRALinear, rng):
+    """An input of shape (batch, tokens, in) does, too."""
+    m = made(MyLoRALinear, rng)
+    return works(lambda: near(m.layer.eval()(m.x[:, None]), m.expected[:, None]), RuntimeError)
+
+
+@layer.must(
+    "forward ignores self.scaling. Multiply the update by it; the lesson sets it to 0 to switch adapters off.",
+    ("self.lora_B) * self.scaling", "self.lora_B) * (ALPHA / RANK)"),
+    ("self.scaling", "self.s"),
+)
+def is_switched_off_by_its_scaling(MyLoRALinear, rng):
+    """With scaling set to zero the layer is its base."""
+    m = made(MyLoRALinear, rng)
+    if not hasattr(m.layer, "scaling"):
+        return False
+    m.layer.scaling *= 0
+    return near(m.layer.eval()(m.x), m.base(m.x))
+
+
+@layer.must(
+    "The gradient does not reach the layers below. Freezing parameters is enough: no detach(), no no_grad().",
+    (UPDATE, "self.base(x).detach() + update"),
+    ("self.dropout(x)", "self.dropout(x.detach())"),
+)
+def passes_the_gradient_on(MyLoRALinear, rng):
+    """The gradient of the input is that of W0 + alpha / rank * B A."""
+    m = made(MyLoRALinear, rng)
+    m.layer.eval()(m.x.requires_grad_()).sum().backward()
+    expected = (m.base.weight + ALPHA / RANK * m.update).sum(dim=0).expand(m.x.shape)
+    return m.x.grad is not None and near(m.x.grad, expected)
+
+
+@layer.must(
+    "Your layer needs a bias, and many models, such as SmolLM2, have layers without one. Call self.base(x).",
+    (UPDATE, "x @ self.base.weight.T + self.base.bias + update"),
+)
+def needs_no_bias(MyLoRALinear, rng):
+    """A base without a bias does, too."""
+    return works(
+        lambda: near((m := made(MyLoRALinear, rng, bias=False)).layer.eval()(m.x), m.expected),
+        TypeError,
+        AttributeError,
+    )
+
+
+# Its dropout
+
+
+@layer.must(
+    "The frozen path was dropped too. Dropout belongs on the input of A only.",
+    ("F.linear(self.dropout(x)", "F.linear((x := self.dropout(x))"),
+)
+def leaves_the_frozen_path_whole(MyLoRALinear, rng):
+    """Dropout leaves the frozen path alone."""
+    m = made(MyLoRALinear, rng, dropout=0.5, moved=False)
+    return near(m.layer.train()(m.x), m.base(m.x))
+
+
+@layer.must(
+    "Dropout must act in training and not in evaluation. Make it a module with nn.Dropout, and call it on x.",
+    ("nn.Dropout(dropout)", "nn.Identity()"),
+    ("self.dropout(x)", "F.dropout(x, self.dropout.p)"),
+)
+def drops_in_training_only(MyLoRALinear, rng):
+    """Dropout acts in training and not in evaluation."""
+    m = made(MyLoRALinear, rng, dropout=0.5)
+    return not torch.equal(m.layer.train()(m.x), m.layer(m.x)) and near(m.layer.eval()(m.x), m.expected)
+
+
+def dropped(MyLoRALinear, rng):
+    """By what factor dropout multiplied each output's update, (60, 5), for inputs with one entry that is not zero."""
+    m = made(MyLoRALinear, rng, dropout=0.75)
+    x = torch.zeros(60, IN)
+    x[:, 0] = 1 + torch.rand(60)
+    return (m.layer.train()(x).double() - m.base(x).double()) / (ALPHA / RANK * (x.double() @ m.update.T))
+
+
+@layer.must(
+    "All examples lose the same entries, because dropout acts on A. Call self.dropout on x.",
+    ("self.dropout(x), self.lora_A", "x, self.dropout(self.lora_A)"),
+)
+def drops_each_example_by_itself(MyLoRALinear, rng):
+    """Dropout draws anew for each example."""
+    ratios = dropped(MyLoRALinear, rng)
+    return not torch.allclose(ratios, ratios[:1].expand_as(ratios), atol=0.05)
+
+
+@layer.must(
+    "Dropout acts after A or after B. It belongs on the input of A: call self.dropout on x.",
+    ("F.linear(self.dropout(x), self.lora_A)", "self.dropout(F.linear(x, self.lora_A))"),
+    ("self.dropout(x)", "x", UPDATE, "self.base(x) + self.dropout(update)"),
+)
+def drops_the_input_of_A(MyLoRALinear, rng):
+    """It acts on the input of A."""
+    ratios = dropped(MyLoRALinear, rng)
+    return torch.allclose(ratios, ratios.amax(dim=1, keepdim=True).expand_as(ratios), atol=0.05)
+
+
+@layer.must(
+    "Dropout must scale what remains by 1 / (1 - p), or the mean changes. nn.Dropout does so.",
+    ("self.dropout(x)", "self.dropout(x) * (1 - self.dropout.p if self.training else 1)"),
+)
+def scales_what_remains(MyLoRALinear, rng):
+    """What remains is scaled by 1 / (1 - p)."""
+    largest = dropped(MyLoRALinear, rng).amax(dim=1)
+    return bool(((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all())
+
+
+# Its merge
+
+
+@layer.must(
+    "The shapes of the merge do not fit. The update of W0 is lora_B @ lora_A, in this order.",
+    ("self.lora_B @ self.lora_A", "self.lora_A @ self.lora_B"),
+)
+def merges_in_the_right_order(MyLoRALinear, rng):
+    try:
+        made(MyLoRALinear, rng).layer.merged()
+    except RuntimeError as error:
+        return "shapes cannot be multiplied" not in str(error)
+    except NotImplementedError:
+        pass
+    return True
+
+
+@layer.must("__init__ and forward are right. merged is still open.", (MERGED, "raise NotImplementedError"))
+def has_merged(MyLoRALinear, rng):
+    return works(lambda: made(MyLoRALinear, rng).layer.merged() is not ..., NotImplementedError)
+
+
+@layer.must(
+    "merged() does not return a plain nn.Linear. Make one, such as a deep copy of the base.",
+    ("return plain", "return self"),
+    ("return plain", "return plain.weight"),
+)
+def merges_to_a_linear(MyLoRALinear, rng):
+    """merged() is a plain nn.Linear."""
+    merged = made(MyLoRALinear, rng).layer.merged()
+    return type(merged) is nn.Linear and isinstance(merged.weight, nn.Parameter)
+
+
+@layer.must(
+    "Merging changed W0. Add the update to a new layer, such as a deep copy of the base.",
+    (MERGED, "plain = self.base"),
+)
+def leaves_the_base_as_it_is(MyLoRALinear, rng):
+    """Merging leaves the base as it was."""
+    m = made(MyLoRALinear, rng)
+    m.layer.merged()
+    return any(torch.equal(tensor, m.base.weight) for tensor in m.layer.state_dict().values())
+
+
+@layer.must(
+    "Two merges of one layer differ. Merge A and B themselves, without dropout.",
+    ("self.lora_B @ self.lora_A", "self.lora_B @ self.dropout(self.lora_A)"),
+)
+def merges_without_dropout(MyLoRALinear, rng):
+    """Dropout has no part in a merge."""
+    layer = made(MyLoRALinear, rng, dropout=0.5).layer.train()
+    return torch.equal(layer.merged().weight, layer.merged().weight)
+
+
+@layer.must(
+    "Merged and unmerged differ by the bias. Copy it into the new layer.",
+    (MERGED, NEW.format(", bias=False")),
+    (MERGED, NEW.format("")),
+)
+def merges_the_bias(MyLoRALinear, rng):
+    """The merged layer has the base's bias."""
+    m = made(MyLoRALinear, rng)
+    bias = m.layer.merged().bias
+    return bias is not None and torch.equal(bias, m.base.bias)
+
+
+@layer.must(
+    "The merged layer shares its bias with the base, so training one would change the other. Copy it.",
+    (MERGED, f"{NEW.format('')}; plain.bias = self.base.bias"),
+)
+def shares_nothing(MyLoRALinear, rng):
+    """The merged layer shares no memory with the layer."""
+    m = made(MyLoRALinear, rng)
+    before = m.layer.eval()(m.x)
+    for parameter in m.layer.merged().parameters():
+        parameter.data.zero_()
+    return torch.equal(m.layer(m.x), before)
+
+
+@layer.must(
+    "merged() does not keep a layer without a bias as one. Copy the bias only if there is one.",
+    (MERGED, f"{NEW.format('')}; plain.bias.copy_(self.base.bias)"),
+)
+def merges_without_a_bias(MyLoRALinear, rng):
+    """A base without a bias merges into a layer without one."""
+    layer = made(MyLoRALinear, rng, bias=False).layer
+    return works(lambda: layer.merged().bias is None, TypeError, AttributeError)
+
+
+@layer.must(
+    "The merged weight is not W0 + alpha / rank * B A. The merge forgot the scaling or the update.",
+    ("self.scaling * (self.lora_B @ self.lora_A)", "self.lora_B @ self.lora_A"),
+    ("self.scaling * (self.lora_B @ self.lora_A)", "0"),
+)
+def merges_the_scaled_update(MyLoRALinear, rng):
+    """The merged layer computes what the layer computes."""
+    m = made(MyLoRALinear, rng)
+    return near(m.layer.merged()(m.x), m.expected)
 
 
 # The clinic

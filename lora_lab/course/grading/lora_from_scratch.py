@@ -6,10 +6,9 @@ import copy
 import math
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from lora_lab.course.grading.invariant import Reflection, close, invariant_of, provided_for
+from lora_lab.course.grading.invariant import Reflection, close, invariant_of
 
 
 @invariant_of("forward")
@@ -86,77 +85,6 @@ def follows_its_generator(start, rng):
         draws.append([start(24, 40, 4, generator)[0] for _ in range(2)])
     (one, after), (again, _), (other, _) = draws
     return torch.equal(one, again) and not torch.equal(one, after) and not torch.equal(one, other)
-
-
-@provided_for("MyLoRALinear")
-def start(out, inp, r, generator=None):
-    """The start that a layer of this sheet may call, in case the one above is wrong."""
-    bound = 1 / math.sqrt(inp)
-    return torch.empty(r, inp).uniform_(-bound, bound, generator=generator), torch.zeros(out, r)
-
-
-@invariant_of("MyLoRALinear")
-def trains_two_factors(MyLoRALinear, rng):
-    """Only lora_A (rank, in) and lora_B (out, rank) are trained; the generator alone decides A, within its range."""
-    seeds, layers = rng.choice(1000, 2, replace=False).tolist(), []
-    for seed in (seeds[0], seeds[0], seeds[1]):
-        layers.append(MyLoRALinear(nn.Linear(7, 5), 3, 8.0, generator=torch.Generator().manual_seed(seed)))
-    trained = {name: tuple(tensor.shape) for name, tensor in layers[0].named_parameters() if tensor.requires_grad}
-    one, again, other = (layer.lora_A for layer in layers)
-    right = torch.equal(one, again) and not torch.equal(one, other) and float(abs(one).max()) <= 1.001 * 7**-0.5
-    return trained == {"lora_A": (3, 7), "lora_B": (5, 3)} and right
-
-
-@invariant_of("MyLoRALinear")
-def begins_as_its_base(MyLoRALinear, rng):
-    """A fresh layer computes what its base computes, with a bias or without, and its A is not zero."""
-    x = torch.from_numpy(rng.normal(size=(6, 7))).float()
-    bases = [nn.Linear(7, 5), nn.Linear(7, 5, bias=False)]
-    layers = [MyLoRALinear(copy.deepcopy(base), 3, 8.0) for base in bases]
-    same = all(close(layer(x), base(x)) for layer, base in zip(layers, bases, strict=True))
-    return same and all(bool(layer.lora_A.any()) for layer in layers)
-
-
-@invariant_of("MyLoRALinear")
-def adds_the_scaled_update(MyLoRALinear, rng):
-    """With B filled, alpha / rank * B A x is added, scaling switches it off, and gradients reach x."""
-    base, x = nn.Linear(7, 5), torch.from_numpy(rng.normal(size=(6, 7))).float().requires_grad_()
-    layer = MyLoRALinear(copy.deepcopy(base), 3, 8.0)
-    nn.init.normal_(layer.lora_B)
-    M = base.weight + 8 / 3 * layer.lora_B @ layer.lora_A
-    (slope,) = torch.autograd.grad(layer(x).sum(), x)
-    right = close(layer(x), x @ M.T + base.bias) and close(slope, M.sum(0).expand(6, 7))
-    layer.scaling *= 0
-    return right and close(layer(x), base(x))
-
-
-@invariant_of("MyLoRALinear")
-def drops_the_input_of_A(MyLoRALinear, rng):
-    """In training, dropout acts on the input of A alone and scales what remains; otherwise it does not act."""
-    base, x = nn.Linear(7, 5), torch.eye(7)[rng.integers(7, size=200)]  # one number in each row
-    layer = MyLoRALinear(copy.deepcopy(base), 3, 3.0, 0.75)
-    for factor in (layer.lora_A, layer.lora_B):
-        nn.init.ones_(factor)  # so that each update is 0 or 3 / (1 - 0.75)
-    update = layer.train()(x) - base(x)
-    dropped, remaining = ((update - size).abs().amax(1) < 1e-4 for size in (0, 12))
-    all_of_it = bool((dropped | remaining).all()) and 20 < int(remaining.sum()) < 80
-    return all_of_it and close(layer.eval()(x) - base(x), 3 * torch.ones(200, 5))
-
-
-@invariant_of("MyLoRALinear")
-def merges_into_a_new_layer(MyLoRALinear, rng):
-    """merged() is a plain nn.Linear that computes the same, with a bias or without, and the base is as it was."""
-    x = torch.from_numpy(rng.normal(size=(6, 7))).float()
-    for base in (nn.Linear(7, 5), nn.Linear(7, 5, bias=False)):
-        layer = MyLoRALinear(copy.deepcopy(base), 3, 8.0, 0.5)
-        nn.init.normal_(layer.lora_B)
-        merged, expected = layer.merged(), layer.eval()(x)
-        alike = type(merged) is nn.Linear and close(merged(x), expected) and not close(expected, base(x))
-        with torch.no_grad():
-            [parameter.add_(1) for parameter in merged.parameters()]  # the layer must not move
-        if not (alike and (merged.bias is None) == (base.bias is None) and close(layer(x), expected)):
-            return False
-    return True
 
 
 @invariant_of("repair")

@@ -19,7 +19,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
-from lora_lab.course.grading.invariant import INVARIANTS, REFLECTIONS, Reflection, hidden_cell
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers
+from lora_lab.course.grading.invariant import INVARIANTS, hidden_cell
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -75,37 +76,6 @@ c.Autograde.sanitize_preprocessors = [ClearOutput, DeduplicateIds, OverwriteKern
 '''
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A cell in which a learner solves an exercise.
-
-    Attributes:
-        number: of the cell in the lesson, from 0.
-        exercise: its name.
-        function: the name of the function or class that is checked.
-    """
-
-    number: int
-    exercise: str
-    function: str
-
-
-def answers(lesson: NotebookNode) -> list[Answer]:
-    """The cells of a lesson that hold a solution and end in ``check(name, function)``."""
-    result = []
-    for number, cell in enumerate(lesson.cells):
-        if cell.cell_type == "code" and BEGIN in cell.source:
-            last = ast.parse(cell.source).body[-1]
-            match last:
-                case ast.Expr(ast.Call(ast.Name("check"), [ast.Constant(str(name)), ast.Name(function)])):
-                    result.append(Answer(number, name, function))
-                case _:
-                    raise ValueError(
-                        f"Cell {number + 1} has a solution, but its last line is no check(name, function); add that."
-                    )
-    return result
-
-
 def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
     """The source of a sheet, with solutions, hidden tests and what nbgrader reads.
 
@@ -115,23 +85,19 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
         seed: of the hidden tests' inputs.
 
     Raises:
-        ValueError: an exercise has no hidden tests or no heading, or the lesson has no reflection.
+        ValueError: an exercise has no heading.
     """
-    solved = answers(lesson)
-    if missing := [each.exercise for each in solved if each.exercise not in INVARIANTS]:
-        raise ValueError(f"The exercise {missing[0]!r} of {name} has no hidden tests yet; leave the lesson out.")
-    if name not in REFLECTIONS:
-        raise ValueError(f"{name} has no reflection yet; leave the lesson out.")
+    solved = list(answers(lesson.cells))
     title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
     cells = [
         new_markdown_cell(INTRODUCTION.format(title=title, lesson=name), id="introduction"),
-        new_code_cell(_imports(lesson, solved[-1].number), id="imports"),
+        new_code_cell(_imports(lesson, solved[-1].cell), id="imports"),
     ]
     for position, each in enumerate(solved):
-        first = solved[position - 1].number + 1 if position else 0
-        origin = f"From {_section(lesson.cells[: each.number])} of the lesson {name}."
-        cells += _exercise_text(lesson.cells[first : each.number], each.exercise, origin)
-        cells += _graded(lesson.cells[each.number].source, each, seed)
+        first = solved[position - 1].cell + 1 if position else 0
+        origin = f"From {_section(lesson.cells[: each.cell])} of the lesson {name}."
+        cells += _exercise_text(lesson.cells[first : each.cell], each.exercise, origin)
+        cells += _graded(lesson.cells[each.cell].source, each, seed)
     cells += _reflection(REFLECTIONS[name])
     return new_notebook(cells=cells, metadata={"kernelspec": dict(lesson.metadata.kernelspec)})
 
@@ -175,9 +141,9 @@ def _graded(source: str, answer: Answer, seed: int) -> list[NotebookNode]:
     """A cell with an answer, and the locked cell that grades it."""
     code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
     cell = new_code_cell(code, id=answer.exercise, metadata=_nbgrader(answer.exercise, solution=True))
-    invariants = INVARIANTS[answer.exercise]
+    invariants = INVARIANTS.get(answer.exercise) or EXERCISES[answer.exercise].points
     sentences = [f"# {number}. {each.__doc__}" for number, each in enumerate(invariants, start=1)]
-    tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, answer.function, seed), "### END HIDDEN TESTS"]
+    tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, seed), "### END HIDDEN TESTS"]
     heading = f"# {answer.function}: when you hand it in, a point for each of these that is true."
     name = f"{answer.exercise}-points"
     locked = _nbgrader(name, points=len(invariants), locked=True)

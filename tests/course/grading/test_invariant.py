@@ -68,9 +68,9 @@ GRADED = [
 ]
 each_exercise = pytest.mark.parametrize("name", GRADED)
 PLANTED = [
-    pytest.param(name, mistake.answer, id=f"{name}-{number}")
+    pytest.param(name, answer, id=f"{name}-{number}")
     for name in GRADED
-    for number, mistake in enumerate(EXERCISES[name].mistakes)
+    for number, (answer, _) in enumerate(EXERCISES[name].mistakes)
 ]
 
 
