@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+import lora_lab as ll  # noqa: F401  # the last solution calls it
 from lora_lab.analysis.diagnosis import diagnose
-from lora_lab.course.exercise import Exercise, Probe, exercises_of, normal
-from lora_lab.inject import LoRAConfig, inject
-from lora_lab.lora import LoRALinear
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
+from lora_lab.inject import replace  # noqa: F401  # and this
 from lora_lab.models.digits import DigitsMLP
 
 LESSON = "03_lora_from_scratch"
-exercise = exercises_of(LESSON)
 
 
 # The forward line
 
 
-def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+def layer_case(rng):
     """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, and alpha is larger.
 
     W is frozen; x, A and B need gradients. The rank is none of the lesson's numbers, and half the time it is larger
@@ -39,53 +34,43 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
     return normal(rng, n, inp).requires_grad_(), normal(rng, out, inp), A, B, alpha
 
 
-@exercise(
+FACTOR = "alpha / A.shape[0]"
+forward = Exercise(
     "forward",
+    LESSON,
     inputs=layer_case,
-    mistakes={
-        "The scaling is missing. Multiply the update by alpha / r.": lambda x, W, A, B, alpha: x @ W.T + x @ A.T @ B.T,
-        "Your update is r times too large. Divide alpha by the rank, which is A.shape[0].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha * (x @ A.T @ B.T)
-        ),
+    wrong={
+        "The scaling is missing. Multiply the update by alpha / r.": (f"{FACTOR} * ", ""),
+        "Your update is r times too large. Divide alpha by the rank, which is A.shape[0].": (FACTOR, "alpha"),
         "The update is scaled by alpha / sqrt(r), which is rsLoRA (lesson 10). LoRA divides by r.": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) ** 0.5 * (x @ A.T @ B.T)
+            (FACTOR, "alpha / A.shape[0] ** 0.5")
         ),
-        "The scaling is a fixed number. Compute it from alpha and the rank, which is A.shape[0].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / 4 * (x @ A.T @ B.T),
-            lambda x, W, A, B, alpha: x @ W.T + 2 * (x @ A.T @ B.T),
-        ),
-        "alpha // r drops what is behind the decimal point. Write alpha / r.": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha // len(A) * (x @ A.T @ B.T)
-        ),
-        "The update is divided by the number of outputs. The rank is A.shape[0].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(B) * (x @ A.T @ B.T)
-        ),
+        "The scaling is a fixed number. Compute it from alpha and the rank, which is A.shape[0].": [
+            (FACTOR, "alpha / 4"),
+            (FACTOR, "2"),
+        ],
+        "alpha // r drops what is behind the decimal point. Write alpha / r.": (FACTOR, "alpha // A.shape[0]"),
+        "The update is divided by the number of outputs. The rank is A.shape[0].": (FACTOR, "alpha / len(B)"),
         "The update is divided by the number of inputs. The rank is A.shape[0], not A.shape[1].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / A.shape[1] * (x @ A.T @ B.T)
+            (FACTOR, "alpha / A.shape[1]")
         ),
-        "The scaling is upside down. It is alpha / r, not r / alpha.": (
-            lambda x, W, A, B, alpha: x @ W.T + len(A) / alpha * (x @ A.T @ B.T)
-        ),
-        "The frozen path is missing. Add what W makes of x.": (
-            lambda x, W, A, B, alpha: alpha / len(A) * (x @ A.T @ B.T)
-        ),
-        "The adapter does nothing. The update through A and B is never added.": lambda x, W, A, B, alpha: x @ W.T,
+        "The scaling is upside down. It is alpha / r, not r / alpha.": (FACTOR, "A.shape[0] / alpha"),
+        "The frozen path is missing. Add what W makes of x.": ("F.linear(x, W) + ", ""),
+        "The adapter does nothing. The update through A and B is never added.": "return x @ W.T",
         "W is scaled as well. The scaling belongs to the update alone.": (
-            lambda x, W, A, B, alpha: alpha / len(A) * (x @ W.T + x @ A.T @ B.T)
+            "return alpha / len(A) * (x @ W.T + x @ A.T @ B.T)"
         ),
-        "The update is subtracted. It is added to the frozen path.": (
-            lambda x, W, A, B, alpha: x @ W.T - alpha / len(A) * (x @ A.T @ B.T)
-        ),
-        "The shapes do not fit. x has its examples in rows, so multiply from the right: x @ W.T or F.linear(x, W).": (
-            lambda x, W, A, B, alpha: x @ W + alpha / len(A) * (x @ A @ B),
-            lambda x, W, A, B, alpha: W @ x + alpha / len(A) * (B @ A @ x),
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ A @ B),
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (B @ (A @ x)),
-        ),
-        "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ B.T @ A.T),
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ (A @ B).T),
-        ),
+        "The update is subtracted. It is added to the frozen path.": ("W) + ", "W) - "),
+        "The shapes do not fit. x has its examples in rows, so multiply from the right: x @ W.T or F.linear(x, W).": [
+            "return x @ W + alpha / len(A) * (x @ A @ B)",
+            "return W @ x + alpha / len(A) * (B @ A @ x)",
+            "return x @ W.T + alpha / len(A) * (x @ A @ B)",
+            "return x @ W.T + alpha / len(A) * (B @ (A @ x))",
+        ],
+        "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": [
+            "return x @ W.T + alpha / len(A) * (x @ B.T @ A.T)",
+            "return x @ W.T + alpha / len(A) * (x @ (A @ B).T)",
+        ],
     },
     hints=[
         "Two paths are added: one through W, one through A and then B.",
@@ -93,236 +78,196 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
         "The update is (x @ A.T) @ B.T times alpha / r, and r is A.shape[0].",
     ],
     minutes=6,
-    difficulty=1,
     praise="This line is all that LoRA adds to a layer, and the package's own layer computes the same.",
     draws=10,
 )
-def forward(x, W, A, B, alpha):
-    """The result is x W^T + alpha / r * x A^T B^T, with its gradients, for several shapes, ranks and alphas."""
-    return x @ W.T + alpha / A.shape[0] * (x @ A.T @ B.T)
+
+
+@forward.must()
+def is_the_frozen_layer_without_an_update(forward, rng):
+    """With B at zero the result is that of the frozen layer."""
+    x, W, A = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (6, 7), (3, 7)))
+    return close(forward(x, W, A, torch.zeros(6, 3), 20.0), x @ W.T)
+
+
+@forward.must()
+def goes_through_A_and_then_B(forward, rng):
+    """What A and B add to the frozen layer's result has the direction of x A^T B^T."""
+    x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (3, 7), (6, 3)))
+    added, expected = forward(x, W, A, B, 20.0) - x @ W.T, x @ A.T @ B.T
+    return close(added / added.norm(), expected / expected.norm())
+
+
+@forward.must()
+def is_scaled_by_alpha_over_r(forward, rng):
+    """It is x A^T B^T times alpha / r, at each of several ranks and alphas."""
+    for r, alpha in ((2, 7.0), (3, 31.0), (9, 20.0)):
+        x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (r, 7), (6, r)))
+        if not close(forward(x, W, A, B, alpha) - x @ W.T, alpha / r * (x @ A.T @ B.T)):
+            return False
+    return True
+
+
+@forward.must()
+def passes_gradients_on(forward, rng):
+    """The gradients of x, A and B are right, too."""
+    x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (3, 7), (6, 3)))
+    leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
+    right = torch.autograd.grad((x @ W.T + 20.0 / 3 * (x @ A.T @ B.T)).square().sum(), leaves)
+    yours = torch.autograd.grad(forward(x, W, A, B, 20.0).square().sum(), leaves)
+    return all(close(one, other) for one, other in zip(yours, right, strict=True))
 
 
 # The initialisation
 
-SIZES = [(24, 40), (40, 24)]  # outputs and inputs; of them, and of this rank, the range of A is seen sharply
-MANY = 12
+SIZES, MANY = [(24, 40), (40, 24)], 12  # outputs and inputs, and a rank, at which the range of A is seen sharply
+RANDOM_A, ZERO_A = "A = torch.empty(r, inp).uniform_(-bound, bound, generator=generator)", "A = torch.zeros(r, inp)"
+BOUND, ZERO_B = "1 / math.sqrt(inp)", "torch.zeros(out, r)"
+RANDOM_B = "torch.randn(out, r, generator=generator)"
 
-
-def _draw(answer: Callable[..., Any], rng: np.random.Generator, out: int, inp: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of a fresh generator."""
-    return answer(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
-
-
-def _start(answer: Callable[..., Any], rng: np.random.Generator) -> tuple[Tensor, Tensor, int, int, int]:
-    """A, B, out, in and rank of one start."""
-    out, inp = (int(size) for size in rng.permutation([24, 32, 40])[:2])
-    rank = int(rng.integers(3, 6))
-    return *_draw(answer, rng, out, inp, rank), out, inp, rank
-
-
-def _start_returns_two(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    result: Any = _draw(answer, rng, 24, 32, 4)
-    return isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(each, Tensor) for each in result)
-
-
-def _start_has_shapes(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, B, out, inp, rank = _start(answer, rng)
-    return A.shape == (rank, inp) and B.shape == (out, rank)
-
-
-def _start_is_no_dead_end(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, B, *_ = _start(answer, rng)
-    return bool(A.any() or B.any())
-
-
-def _start_keeps_the_layer(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, B, *_ = _start(answer, rng)
-    return not bool((B @ A).any())
-
-
-def _start_has_zero_B(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return not bool(_start(answer, rng)[1].any())
-
-
-def _start_has_numbers_of_its_own(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(0 not in factor.stride() for factor in _start(answer, rng)[:2])
-
-
-def _start_depends_on_the_inputs_alone(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    """The entries of A for 128 inputs are as large for many outputs as for few, and for a high rank as for a low."""
-    usual, *others = (
-        _draw(answer, rng, out, 128, rank)[0].square().mean().sqrt().item()
-        for out, rank in ((24, MANY), (96, MANY), (24, 4 * MANY))
-    )
-    return all(0.7 * usual < other < 1.4 * usual for other in others)
-
-
-def _start_is_small(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(_draw(answer, rng, out, n, MANY)[0].abs().max().item() <= 1.001 / math.sqrt(n) for out, n in SIZES)
-
-
-def _start_fills_the_range(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(
-        A.max().item() > 0.9 * bound and A.min().item() < -0.9 * bound and 0.5 < A.std().item() / bound < 0.66
-        for A, bound in ((_draw(answer, rng, out, inp, MANY)[0], 1 / math.sqrt(inp)) for out, inp in SIZES)
-    )
-
-
-def _start_has_its_rank(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, _, _, _, rank = _start(answer, rng)
-    return int(torch.linalg.matrix_rank(A.detach().double())) == rank
-
-
-def _start_uses_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    seeds = [int(seed) for seed in rng.choice(10**6, 2, replace=False)]
-
-    def draw(seed: int) -> Tensor:
-        torch.rand(1)  # a draw elsewhere must not matter
-        return answer(24, 32, 4, torch.Generator().manual_seed(seed))[0]
-
-    return torch.equal(draw(seeds[0]), draw(seeds[0])) and not torch.equal(draw(seeds[0]), draw(seeds[1]))
-
-
-def _start_moves_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    return not torch.equal(answer(24, 32, 4, generator)[0], answer(24, 32, 4, generator)[0])
-
-
-def _uniform(rank: int, inp: int, bound: float, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(rank, inp).uniform_(-bound, bound, generator=generator)
-
-
-def _again(generator: torch.Generator) -> torch.Generator:
-    """A generator that begins where the other began."""
-    return torch.Generator().manual_seed(generator.initial_seed())
-
-
-@exercise(
+start = Exercise(
     "start",
-    probes=[
-        Probe(
-            _start_returns_two,
-            "Return two tensors, A and B, in this order.",
-            (
-                lambda out, inp, r, generator: _uniform(r, inp, inp**-0.5, generator),
-                lambda out, inp, r, generator: {"A": _uniform(r, inp, inp**-0.5, generator), "B": torch.zeros(out, r)},
-            ),
-        ),
-        Probe(
-            _start_has_shapes,
-            "The shapes are wrong. A is (r, inp) and B is (out, r); return them in this order.",
-            (
-                lambda out, inp, r, generator: (torch.zeros(out, r), _uniform(r, inp, inp**-0.5, generator)),
-                lambda out, inp, r, generator: (_uniform(inp, r, inp**-0.5, generator), torch.zeros(r, out)),
-            ),
-        ),
-        Probe(
-            _start_is_no_dead_end,
-            "A and B are both zero. Each waits for the other, so nothing can learn.",
-            (lambda out, inp, r, generator: (torch.zeros(r, inp), torch.zeros(out, r)),),
-        ),
-        Probe(
-            _start_keeps_the_layer,
-            "Training has not begun, and the layer already differs. B must be zero, so that B A is zero.",
-            (lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, generator), _uniform(out, r, 1, generator)),),
-        ),
-        Probe(
-            _start_has_zero_B,
-            "A is zero and B is random. It would learn, but LoRA starts with A random and B zero.",
-            (lambda out, inp, r, generator: (torch.zeros(r, inp), _uniform(out, r, 1, generator)),),
-        ),
-        Probe(
-            _start_has_numbers_of_its_own,
-            "A matrix repeats one number in memory, so its entries cannot be trained. Make B with torch.zeros.",
-            (
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, inp**-0.5, generator),
-                    torch.zeros(1, 1).expand(out, r),
-                ),
-            ),
-        ),
-        Probe(
-            _start_depends_on_the_inputs_alone,
-            "The range of A depends on the rank or on the outputs. Its bound is 1 / sqrt(inp), from the inputs alone.",
-            (
-                lambda out, inp, r, generator: (_uniform(r, inp, r**-0.5, generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (_uniform(r, inp, out**-0.5, generator), torch.zeros(out, r)),
-            ),
-        ),
-        Probe(
-            _start_is_small,
-            "A leaves the range from -1 / sqrt(inp) to 1 / sqrt(inp). Draw it uniformly; kaiming_uniform_ needs "
-            "a=math.sqrt(5).",
-            (
-                lambda out, inp, r, generator: (torch.randn(r, inp, generator=generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (
-                    torch.randn(r, inp, generator=generator) / math.sqrt(3 * inp),
-                    torch.zeros(out, r),
-                ),
-                lambda out, inp, r, generator: (_uniform(r, inp, (6 / inp) ** 0.5, generator), torch.zeros(out, r)),
-            ),
-        ),
-        Probe(
-            _start_has_its_rank,
-            "The rows of A are not independent, so its rank is below r. Draw each of its entries by itself.",
-            (
-                lambda out, inp, r, generator: (
-                    _uniform(1, inp, inp**-0.5, generator).repeat(r, 1),
-                    torch.zeros(out, r),
-                ),
-                lambda out, inp, r, generator: (torch.full((r, inp), inp**-0.5), torch.zeros(out, r)),
-            ),
-        ),
-        Probe(
-            _start_fills_the_range,
-            "A does not fill the range. Draw its entries uniformly between -1 / sqrt(inp) and 1 / sqrt(inp).",
-            (
-                lambda out, inp, r, generator: (_uniform(r, inp, 1 / inp, generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, generator).abs(), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, 1, generator).sign() / math.sqrt(inp),
-                    torch.zeros(out, r),
-                ),
-            ),
-        ),
-        Probe(
-            _start_uses_the_generator,
-            "A does not follow the generator, so a draw elsewhere moves it. Pass generator=generator to the draw.",
-            (
-                lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, None), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, inp**-0.5, torch.Generator().manual_seed(0)),
-                    torch.zeros(out, r),
-                ),
-            ),
-        ),
-        Probe(
-            _start_moves_the_generator,
-            "Two layers would start alike. Draw with the generator itself, not with a new one that has its seed.",
-            (
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, inp**-0.5, _again(generator)),
-                    torch.zeros(out, r),
-                ),
-            ),
-        ),
-    ],
+    LESSON,
     hints=[
         "The update B A must be exactly zero, and yet one of the two factors must have a non-zero gradient.",
         "torch.zeros makes B. Its gradient is not zero as long as A is not.",
         "torch.empty(r, inp).uniform_(-bound, bound, generator=generator) draws A; the bound is 1 / sqrt(inp).",
     ],
     minutes=8,
-    difficulty=1,
     praise="The adapted model starts as the pre-trained one, bit for bit, and can still learn.",
     draws=2,
 )
-def start(out, inp, r, generator):
-    """B A is exactly zero, B has a gradient, A is uniform on +-1 / sqrt(inp), and the generator determines it."""
-    bound = 1 / math.sqrt(inp)
-    A = torch.empty(r, inp).uniform_(-bound, bound, generator=generator)
-    B = torch.zeros(out, r)
-    return A, B
+
+
+def draw(start, rng, out=24, inp=32, rank=4):
+    """A and B of a fresh generator."""
+    return start(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
+
+
+@start.must(
+    "Return two tensors, A and B, in this order.",
+    (f"(A, {ZERO_B})", "A"),
+    (f"(A, {ZERO_B})", f"dict(A=A, B={ZERO_B})"),
+)
+def returns_two(start, rng):
+    result = draw(start, rng)
+    return isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(M, torch.Tensor) for M in result)
+
+
+@start.must(
+    "The shapes are wrong. A is (r, inp) and B is (out, r); return them in this order.",
+    (f"(A, {ZERO_B})", f"({ZERO_B}, A)"),
+    (f"(A, {ZERO_B})", "(A.T, torch.zeros(r, out))"),
+)
+def has_the_shapes(start, rng):
+    """A is (r, inp) and B is (out, r), for several sizes."""
+    sizes = [tuple(row) for row in (rng.permutation(20)[:9].reshape(3, 3) + 2).tolist()]
+    pairs = [draw(start, rng, *size) for size in sizes]
+    return [(A.shape, B.shape) for A, B in pairs] == [((r, inp), (out, r)) for out, inp, r in sizes]
+
+
+@start.must("A and B are both zero. Each waits for the other, so nothing can learn.", (RANDOM_A, ZERO_A))
+def is_no_dead_end(start, rng):
+    """One of A and B is not zero, so that the other can learn."""
+    A, B = draw(start, rng)
+    return bool(A.any() or B.any())
+
+
+@start.must(
+    "Training has not begun, and the layer already differs. B must be zero, so that B A is zero.",
+    (ZERO_B, RANDOM_B),
+)
+def keeps_the_layer(start, rng):
+    A, B = draw(start, rng)
+    return not (B @ A).any()
+
+
+@start.must(
+    "A is zero and B is random. It would learn, but LoRA starts with A random and B zero.",
+    (RANDOM_A, ZERO_A, ZERO_B, RANDOM_B),
+)
+def has_a_zero_B(start, rng):
+    """It is B that is zero."""
+    return not draw(start, rng)[1].any()
+
+
+@start.must(
+    "A matrix repeats one number in memory, so its entries cannot be trained. Make B with torch.zeros.",
+    (ZERO_B, "torch.zeros(1, 1).expand(out, r)"),
+)
+def has_numbers_of_its_own(start, rng):
+    """Each entry of A and B has memory of its own."""
+    return all(0 not in factor.stride() for factor in draw(start, rng))
+
+
+@start.must(
+    "The range of A depends on the rank or on the outputs. Its bound is 1 / sqrt(inp), from the inputs alone.",
+    (BOUND, "1 / math.sqrt(r)"),
+    (BOUND, "1 / math.sqrt(out)"),
+)
+def depends_on_the_inputs_alone(start, rng):
+    """The entries of A are as large for many outputs as for few, and for a high rank as for a low one."""
+    cases = ((24, MANY), (96, MANY), (24, 4 * MANY))
+    usual, *others = (float(draw(start, rng, out, 128, r)[0].square().mean().sqrt()) for out, r in cases)
+    return all(0.7 * usual < other < 1.4 * usual for other in others)
+
+
+@start.must(
+    "A leaves the range from -1 / sqrt(inp) to 1 / sqrt(inp). Draw it uniformly; kaiming_uniform_ needs "
+    "a=math.sqrt(5).",
+    (RANDOM_A, "A = torch.randn(r, inp, generator=generator)"),
+    (RANDOM_A, "A = torch.randn(r, inp, generator=generator) / math.sqrt(3 * inp)"),
+    (BOUND, "math.sqrt(6 / inp)"),
+)
+def is_small(start, rng):
+    """No entry of A is beyond 1 / sqrt(inp)."""
+    return all(float(draw(start, rng, out, n, MANY)[0].abs().max()) <= 1.001 / math.sqrt(n) for out, n in SIZES)
+
+
+@start.must(
+    "The rows of A are not independent, so its rank is below r. Draw each of its entries by itself.",
+    ("torch.empty(r, inp)", "torch.empty(1, inp)", "A, torch", "A.repeat(r, 1), torch"),
+    (RANDOM_A, "A = torch.full((r, inp), bound)"),
+)
+def has_the_rank(start, rng):
+    """The rank of A is r."""
+    return int(torch.linalg.matrix_rank(draw(start, rng)[0].detach().double())) == 4
+
+
+@start.must(
+    "A does not fill the range. Draw its entries uniformly between -1 / sqrt(inp) and 1 / sqrt(inp).",
+    (BOUND, "1 / inp"),
+    ("A, torch", "A.abs(), torch"),
+    ("A, torch", "A.sign() * bound, torch"),
+)
+def fills_its_range(start, rng):
+    """The entries of A are uniform between -1 / sqrt(inp) and 1 / sqrt(inp)."""
+    scaled = [draw(start, rng, out, inp, MANY)[0] * math.sqrt(inp) for out, inp in SIZES]
+    return all(A.max() > 0.9 and A.min() < -0.9 and 0.5 < float(A.std()) < 0.66 for A in scaled)
+
+
+@start.must(
+    "A does not follow the generator, so a draw elsewhere moves it. Pass generator=generator to the draw.",
+    ("generator=generator)", "generator=None)"),
+    ("generator=generator)", "generator=torch.Generator().manual_seed(0))"),
+)
+def follows_the_seed(start, rng):
+    """The generator alone decides A."""
+    seeds, draws = rng.choice(10**6, 2, replace=False).tolist(), []
+    for seed in (seeds[0], seeds[0], seeds[1]):
+        torch.rand(1)  # a draw elsewhere must not matter
+        draws.append(start(24, 32, 4, torch.Generator().manual_seed(seed))[0])
+    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@start.must(
+    "Two layers would start alike. Draw with the generator itself, not with a new one that has its seed.",
+    ("generator=generator)", "generator=torch.Generator().manual_seed(generator.initial_seed()))"),
+)
+def moves_the_generator(start, rng):
+    """The generator moves on, so that the next layer starts with another A."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    return not torch.equal(start(24, 32, 4, generator)[0], start(24, 32, 4, generator)[0])
 
 
 # The class
@@ -719,190 +664,13 @@ def merges_the_scaled_update(MyLoRALinear, rng):
 
 # The clinic
 
-HIDDEN = ("hidden1", "hidden2")  # the layers to adapt
+FACTORS, COPY = "('hidden1', 'hidden2')", "copy.deepcopy(pretrained).requires_grad_(False)"
+MISSPELT, TRAINED = (FACTORS, "('hidden_1', 'hidden_2')"), "[p for p in model.parameters() if p.requires_grad]"
+LOSS, OPTIMIZER, FREEZE = "loss = loss_of(model)", "torch.optim.Adam(trainable, lr=0.01)", "model.requires_grad_(False)"
 
-
-def _adapted(model: nn.Module) -> tuple[str, ...]:
-    """The layers with an adapter: the package's, the learner's own or PEFT's, which all call its factors so."""
-    return tuple(name for name, layer in model.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "lora_B"))
-
-
-@lru_cache(maxsize=1)  # a check asks a dozen questions about one run
-def _treated(answer: Callable[..., Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Run a script on a small net and note what happened.
-
-    Returns:
-        problems: what ``diagnose`` calls problems, by name of the check; empty: whether the optimiser got nothing to
-        train; adapted: the layers with adapters; trainable, outside, graph: whether the model that was measured had
-        something to train, something outside the adapters to train, and a graph; backward: whether a gradient was
-        computed; base_kept: whether the pre-trained model is unchanged; moved, fell: whether the outputs are others
-        afterwards, and the loss lower.
-    """
-    pretrained = DigitsMLP(width=8, seed=int(rng.integers(2**31)))
-    original = copy.deepcopy(pretrained)
-    inputs, targets = normal(rng, 16, 64), torch.from_numpy(rng.integers(10, size=16))
-    notes: dict[str, Any] = {"empty": False, "adapted": (), "trainable": False, "outside": False, "graph": False}
-    notes |= {"backward": False, "base_kept": True, "problems": set(), "moved": False, "fell": False}
-
-    def look(model: nn.Module) -> None:
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        notes["adapted"] = _adapted(model)
-        notes["trainable"] = bool(trained)
-        notes["outside"] = any("lora_" not in name for name in trained)
-
-    def loss_of(model: nn.Module) -> Tensor:
-        loss = F.cross_entropy(model(inputs), targets)
-        look(model)
-        notes["graph"] = loss.requires_grad
-        if loss.requires_grad:
-            loss.register_hook(lambda gradient: notes.update(backward=True))
-        return loss
-
-    try:
-        model, optimizer = answer(pretrained, loss_of)
-    except (RuntimeError, ValueError) as error:
-        if "empty parameter list" in str(error):
-            return notes | {"empty": True}
-        if "does not require grad" not in str(error):
-            raise
-        return notes
-    with torch.no_grad():
-        outputs, originals = model(inputs), original(inputs)
-        moved = not torch.equal(outputs, originals)
-        fell = bool(F.cross_entropy(outputs, targets) < F.cross_entropy(originals, targets))
-    look(model)
-    problems = {each.check for each in diagnose(model, optimizer, base=original).problems}
-    old, new = original.state_dict(), pretrained.state_dict()
-    base_kept = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    return notes | {"base_kept": base_kept, "problems": problems, "moved": moved, "fell": fell}
-
-
-def repair(pretrained, loss_of):
-    """A copy of the pre-trained model has two adapters, they alone are trained, and ``diagnose`` finds no problem."""
-    model = copy.deepcopy(pretrained).requires_grad_(False)
-    inject(model, LoRAConfig(rank=4, alpha=8, targets=["hidden1", "hidden2"]))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        loss = loss_of(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def _faulty(
-    targets: tuple[str, ...] = HIDDEN,
-    frozen: bool = False,
-    unfrozen: bool = False,
-    no_graph: bool = False,
-    early: bool = False,
-    stranger: bool = False,
-    in_place: bool = False,
-    backward: bool = True,
-    step: bool = True,
-    sign: int = 1,
-    trained_only: bool = False,
-) -> Callable[..., Any]:
-    """The script with some faults."""
-
-    def script(
-        pretrained: nn.Module, loss_of: Callable[[nn.Module], Tensor]
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = DigitsMLP(width=8) if stranger else pretrained if in_place else copy.deepcopy(pretrained)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        model.requires_grad_(unfrozen)
-        for name in targets:
-            setattr(model, name, LoRALinear(getattr(model, name), rank=4, alpha=8))
-        if frozen:
-            model.requires_grad_(False)
-        if not early:
-            optimizer = torch.optim.Adam(
-                [each for each in model.parameters() if each.requires_grad or not trained_only], lr=1e-2
-            )
-        for _ in range(3):
-            with torch.set_grad_enabled(not no_graph):
-                loss = loss_of(model)
-            optimizer.zero_grad()
-            if backward:
-                (sign * loss).backward()
-            elif targets:
-                nn.init.normal_(model.get_submodule(targets[0]).lora_B, std=1e-3)  # pyright: ignore[reportArgumentType]
-            if step:
-                optimizer.step()
-        return model, optimizer
-
-    return script
-
-
-exercise(
+repair = Exercise(
     "repair",
-    probes=[
-        Probe(
-            lambda answer, rng: not _treated(answer, rng)["empty"],
-            "The optimiser got nothing to train. Either no layer has an adapter, or the adapters are frozen as well.",
-            (_faulty(targets=(), trained_only=True), _faulty(frozen=True, trained_only=True)),
-        ),
-        Probe(
-            lambda answer, rng: bool(_treated(answer, rng)["adapted"]),
-            "No layer has an adapter. A target is misspelt, so nothing matched and nothing was replaced.",
-            (_faulty(targets=()), _faulty(targets=(), unfrozen=True)),
-        ),
-        Probe(
-            lambda answer, rng: set(HIDDEN) <= set(_treated(answer, rng)["adapted"]),
-            "Only one hidden layer has an adapter. Look at the other's name: they are hidden1 and hidden2.",
-            (_faulty(targets=("hidden1",)), _faulty(targets=("hidden2",))),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["trainable"],
-            "The adapters are frozen as well. Freeze the model before the adapters are put in, not after.",
-            (_faulty(frozen=True),),
-        ),
-        Probe(
-            lambda answer, rng: not _treated(answer, rng)["outside"],
-            "Parameters outside the adapters are trainable. Freeze the model before the adapters are put in.",
-            (_faulty(unfrozen=True),),
-        ),
-        Probe(
-            lambda answer, rng: set(_treated(answer, rng)["adapted"]) == set(HIDDEN),
-            "A layer that is not hidden has an adapter too. Adapt hidden1 and hidden2 only.",
-            (_faulty(targets=(*HIDDEN, "head")),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["graph"],
-            "The loss has no graph to go backward through. Move the forward pass out of torch.no_grad().",
-            (_faulty(no_graph=True),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["base_kept"],
-            "The pre-trained model itself was changed. Work on a deep copy of it.",
-            (_faulty(in_place=True),),
-        ),
-        Probe(
-            lambda answer, rng: "optimizer" not in _treated(answer, rng)["problems"],
-            "The optimiser does not hold the adapters. Create it after the adapters, because their parameters are new.",
-            (_faulty(early=True),),
-        ),
-        Probe(
-            lambda answer, rng: "base" not in _treated(answer, rng)["problems"],
-            "The shapes agree, but the base does not. Start from a copy of the pre-trained model, not from a new one.",
-            (_faulty(stranger=True),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["backward"],
-            "No gradient was computed. Call loss.backward() before optimizer.step().",
-            (_faulty(backward=False),),
-        ),
-        Probe(
-            lambda answer, rng: not _treated(answer, rng)["problems"] and _treated(answer, rng)["moved"],
-            "The adapters have not moved. Call optimizer.step() after loss.backward().",
-            (_faulty(step=False),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["fell"],
-            "The adapters moved, but the loss rose. Go down its gradient, and in smaller steps.",
-            (_faulty(sign=-1),),
-        ),
-    ],
+    LESSON,
     hints=[
         "Read the script from top to bottom. After each line, ask which parameters exist now and which are trained.",
         "Print ll.diagnose(model, optimizer, base=pretrained) at the end: it names what the adapter lacks.",
@@ -913,4 +681,235 @@ exercise(
     praise="Two of these faults raise no error: the early optimiser and the wrong base. "
     "The other three stop in loss.backward(), with one message for all.",
     draws=1,
-)(repair)
+)
+
+
+def treated(repair, rng):
+    """Run a script on a small net, and note what happened; None if it returns no pair, fewer notes if it stops early.
+
+    The notes: empty, whether the optimiser got nothing to train; adapted, the layers with adapters, the package's, the
+    learner's own or PEFT's; trained, the names of what is trained; measured, whether a loss was that of a model with
+    adapters; graph, whether it could go backward, and backward, whether it did; base_kept, whether the pre-trained
+    model is unchanged; held, how many of the adapters' parameters the optimiser holds, and of how many; problems, what
+    ``diagnose`` calls so; moved, whether the outputs are others than before, and fell, whether the loss is lower;
+    wiped, whether no gradient is left; rates, the learning rates.
+    """
+    pretrained = DigitsMLP(width=8, seed=int(rng.integers(2**31)))
+    original, inputs, targets = (
+        copy.deepcopy(pretrained),
+        normal(rng, 16, 64),
+        torch.from_numpy(rng.integers(10, size=16)),
+    )
+    notes = SimpleNamespace(empty=False, adapted=set(), trained=[], measured=False, graph=False, backward=False)
+
+    def look(model):
+        adapters = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+        notes.adapted = {name for name, layer in adapters.items() if hasattr(layer, "lora_B")}
+        notes.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def loss_of(model):
+        loss = F.cross_entropy(model(inputs), targets)
+        look(model)
+        notes.measured |= bool(notes.adapted)
+        notes.graph = loss.requires_grad
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: setattr(notes, "backward", True))
+        return loss
+
+    try:
+        result = repair(pretrained, loss_of)
+    except (RuntimeError, ValueError) as error:
+        notes.empty = "empty parameter list" in str(error)
+        if not notes.empty and "does not require grad" not in str(error):
+            raise
+        return notes
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        return None
+    model, optimizer = result
+    with torch.no_grad():
+        after, before = model(inputs), original(inputs)
+    look(model)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    old, new = original.state_dict(), pretrained.state_dict()
+    notes.base_kept = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    notes.held = sum(id(parameter) in held for parameter in adapters), len(adapters)
+    notes.problems = {each.check for each in diagnose(model, optimizer, base=original).problems}
+    notes.moved = not torch.equal(after, before)
+    notes.fell = bool(F.cross_entropy(after, targets) < F.cross_entropy(before, targets))
+    notes.wiped = all(parameter.grad is None or not parameter.grad.any() for parameter in adapters)
+    notes.rates = [group["lr"] for group in optimizer.param_groups]
+    return notes
+
+
+@repair.must("Return the model and the optimiser, in this order.", ("(model, optimizer)", "model"))
+def returns_a_pair(repair, rng):
+    return treated(repair, rng) is not None
+
+
+@repair.must(
+    "The optimiser got nothing to train. Either no layer has an adapter, or the adapters are frozen as well.",
+    MISSPELT,
+    ("trainable = ", f"{FREEZE}\n    trainable = "),
+)
+def gives_the_optimiser_something(repair, rng):
+    return not treated(repair, rng).empty
+
+
+@repair.must(
+    "No layer has an adapter. A target is misspelt, so nothing matched and nothing was replaced.",
+    (*MISSPELT, TRAINED, "list(model.parameters())"),
+    (*MISSPELT, ".requires_grad_(False)", ""),
+)
+def adapts_something(repair, rng):
+    return bool(treated(repair, rng).adapted)
+
+
+@repair.must(
+    "Only one hidden layer has an adapter. Look at the other's name: they are hidden1 and hidden2.",
+    (FACTORS, "('hidden1',)"),
+    (FACTORS, "('hidden2',)"),
+)
+def adapts_both(repair, rng):
+    return {"hidden1", "hidden2"} <= treated(repair, rng).adapted
+
+
+@repair.must(
+    "The adapters are frozen as well. Freeze the model before the adapters are put in, not after.",
+    (LOSS, f"{FREEZE}\n    {LOSS}"),
+)
+def trains_something(repair, rng):
+    return bool(treated(repair, rng).trained)
+
+
+@repair.must(
+    "Parameters outside the adapters are trainable. Freeze the model before the adapters are put in.",
+    (".requires_grad_(False)", ""),
+)
+def trains_the_adapters_alone(repair, rng):
+    """The adapters are trained, and nothing else."""
+    trained = treated(repair, rng).trained
+    return bool(trained) and all("lora_" in name for name in trained)
+
+
+@repair.must(
+    "A layer that is not hidden has an adapter too. Adapt hidden1 and hidden2 only.",
+    (FACTORS, "('hidden1', 'hidden2', 'head')"),
+)
+def adapts_the_hidden_layers(repair, rng):
+    """The layers hidden1 and hidden2 have adapters, and no other layer has."""
+    return treated(repair, rng).adapted == {"hidden1", "hidden2"}
+
+
+@repair.must(
+    "The loss has no graph to go backward through. Move the forward pass out of torch.no_grad().",
+    (LOSS, f"with torch.no_grad():\n        {LOSS}"),
+)
+def has_a_graph(repair, rng):
+    return treated(repair, rng).graph
+
+
+@repair.must(
+    "The pre-trained model itself was changed. Work on a deep copy of it.", ("copy.deepcopy(pretrained)", "pretrained")
+)
+def keeps_the_base(repair, rng):
+    notes = treated(repair, rng)
+    return notes.base_kept
+
+
+@repair.must(
+    "This is the loss of a model without adapters, such as the pre-trained one. Call loss_of(model).",
+    (LOSS, "loss = loss_of(pretrained)"),
+)
+def measures_the_adapted_model(repair, rng):
+    return treated(repair, rng).measured
+
+
+@repair.must(
+    "The optimiser holds only a part of the adapters. Give it each lora_A and each lora_B.",
+    (TRAINED, "[p for name, p in model.named_parameters() if 'lora_A' in name]"),
+)
+def holds_no_part_of_them(repair, rng):
+    held, count = treated(repair, rng).held
+    return held in (0, count)
+
+
+@repair.must(
+    "The optimiser does not hold the adapters. Create it after the adapters, because their parameters are new.",
+    (
+        COPY,
+        f"copy.deepcopy(pretrained)\n    optimizer = torch.optim.Adam(model.parameters())\n    {FREEZE}",
+        f"optimizer = {OPTIMIZER}",
+        "",
+    ),
+)
+def holds_the_adapters(repair, rng):
+    """The optimiser holds all that is trained, and the pre-trained net is as it was."""
+    notes = treated(repair, rng)
+    return notes.base_kept and notes.held[0] > 0 and "optimizer" not in notes.problems
+
+
+@repair.must(
+    "The shapes agree, but the base does not. Start from a copy of the pre-trained model, not from a new one.",
+    ("copy.deepcopy(pretrained)", "DigitsMLP(width=8)"),
+)
+def has_the_right_base(repair, rng):
+    notes = treated(repair, rng)
+    return notes.held[0] > 0 and "base" not in notes.problems
+
+
+@repair.must(
+    "No gradient was computed. Call loss.backward() before optimizer.step().",
+    ("loss.backward()", "pass"),
+)
+def goes_backward(repair, rng):
+    return treated(repair, rng).backward
+
+
+@repair.must(
+    "The gradients were gone before the step. Call optimizer.zero_grad() before loss.backward(), not after it.",
+    ("optimizer.step()", "optimizer.zero_grad()\n    optimizer.step()"),
+)
+def keeps_the_gradients(repair, rng):
+    notes = treated(repair, rng)
+    return notes.moved or not notes.wiped
+
+
+@repair.must("The learning rate is zero, so a step has no length.", ("lr=0.01", "lr=0.0"))
+def has_a_rate(repair, rng):
+    return all(rate > 0 for rate in treated(repair, rng).rates)
+
+
+@repair.must("The adapters have not moved. Call optimizer.step() after loss.backward().", ("optimizer.step()", "pass"))
+def moves(repair, rng):
+    notes = treated(repair, rng)
+    return not notes.problems and notes.moved
+
+
+@repair.must(
+    "The adapters moved, but the loss rose. Go down its gradient, and in smaller steps.", ("loss.b", "(-loss).b")
+)
+def learns_on_its_base(repair, rng):
+    """Its frozen weights are the pre-trained ones, a gradient was computed, and its loss is lower than theirs."""
+    notes = treated(repair, rng)
+    return notes.fell and notes.backward and not notes.problems
+
+
+Reflection(
+    LESSON,
+    question="You adapt a layer with your own class and train it; the loss does not fall at all. Describe in five "
+    "to eight sentences how you would find the reason. Then: why does LoRA start with B at zero and A at "
+    "random, and what would happen with both at zero?",
+    rubric=(
+        "At least two causes are named that raise no error.",
+        "For each of them the answer says what to print or compare to see it.",
+        "It says why B at zero leaves the model as it was.",
+        "It says from the gradients why one factor at zero can learn and two cannot.",
+    ),
+    expected="Causes without an error: the optimiser was made before the adapters and holds none of them; a "
+    "target's name is misspelt and nothing was replaced; the base has random weights; the adapters are "
+    "frozen. To see them: the names of trained parameters, whether they are in optimizer.param_groups, "
+    "whether they differ after a step, the base's loss before training. B at zero makes B A zero, so the "
+    "first output is the base's. The gradient of B holds A x and that of A holds B: with B at zero B "
+    "moves first, with both at zero neither ever does.",
+)

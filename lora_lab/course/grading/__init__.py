@@ -1,9 +1,7 @@
 """Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
 
 invariant          what a hidden test is: properties that every right answer has, a point each
-low_rank           those of lesson 01
 fine_tuning        those of lesson 02
-lora_from_scratch  those of lesson 03
 memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
@@ -20,9 +18,7 @@ it reaches a learner's notebook only where a sheet has it, and nbgrader takes it
 """
 
 from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the lessons
-    low_rank,
     fine_tuning,
-    lora_from_scratch,
     memory,
     speed,
     which_rank,
