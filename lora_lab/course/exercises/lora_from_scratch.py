@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -684,6 +685,7 @@ repair = Exercise(
 )
 
 
+@lru_cache(maxsize=1)  # a check asks many questions about one run
 def treated(repair, rng):
     """Run a script on a small net, and note what happened; None if it returns no pair, fewer notes if it stops early.
 

@@ -45,6 +45,7 @@ best_rank = Exercise(
     ],
     minutes=8,
     praise="No matrix of rank r is closer to M (Eckart and Young, 1936), so this is the yardstick for all others.",
+    draws=12,
 )
 
 
@@ -173,7 +174,7 @@ largest_saving_rank = Exercise(
     ],
     minutes=5,
     praise="Up to this rank two factors are smaller than their matrix, and LoRA stays far below it.",
-    draws=36,
+    draws=48,
 )
 
 

@@ -74,6 +74,11 @@ def points(answer, invariants, seed):
     return count
 
 
+def hidden_tests(exercise: str) -> list[Callable[..., Any]]:
+    """Return the hidden tests of an exercise."""
+    return INVARIANTS.get(exercise) or EXERCISES[exercise].points
+
+
 def hidden_cell(exercise: str, seed: int) -> str:
     """The code that grades an answer; its last line is the number of points, which nbgrader reads.
 
@@ -82,7 +87,7 @@ def hidden_cell(exercise: str, seed: int) -> str:
         seed: of the inputs.
     """
     each = EXERCISES[exercise]
-    tests = INVARIANTS.get(exercise) or each.points
+    tests = hidden_tests(exercise)
     texts: dict[str, str] = {}
     for function in [close, *PROVIDED.get(exercise, []), *tests, points]:
         _collect(function.__name__, function, texts)
@@ -96,6 +101,7 @@ def _collect(name: str, value: Any, texts: dict[str, str]) -> None:
     """Add to some texts, by name, the source of a function of the course and of what it uses; imports of the rest."""
     if name in texts:
         return
+    value = inspect.unwrap(value)  # a cache is not needed there
     if isinstance(value, types.ModuleType):
         texts[name] = f"import {value.__name__} as {name}"
     elif inspect.isroutine(value) or isinstance(value, type):

@@ -19,8 +19,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
-from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers
-from lora_lab.course.grading.invariant import INVARIANTS, hidden_cell
+from lora_lab.course.exercise import REFLECTIONS, Answer, Reflection, answers
+from lora_lab.course.grading.invariant import hidden_cell, hidden_tests
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -141,7 +141,7 @@ def _graded(source: str, answer: Answer, seed: int) -> list[NotebookNode]:
     """A cell with an answer, and the locked cell that grades it."""
     code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
     cell = new_code_cell(code, id=answer.exercise, metadata=_nbgrader(answer.exercise, solution=True))
-    invariants = INVARIANTS.get(answer.exercise) or EXERCISES[answer.exercise].points
+    invariants = hidden_tests(answer.exercise)
     sentences = [f"# {number}. {each.__doc__}" for number, each in enumerate(invariants, start=1)]
     tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, seed), "### END HIDDEN TESTS"]
     heading = f"# {answer.function}: when you hand it in, a point for each of these that is true."
@@ -175,18 +175,15 @@ class Written:
     Attributes:
         folder: of the course.
         written, there: names of the sheets that are new, and of those that were there already.
-        left_out: names of lessons without hidden tests.
     """
 
     folder: Path
     written: tuple[str, ...]
     there: tuple[str, ...]
-    left_out: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"Written: {self.folder / 'source' / name / name}.ipynb" for name in self.written]
         lines += [f"Already there, so left as it is: {name}" for name in self.there]
-        lines += [f"No hidden tests yet, so left out: {name}" for name in self.left_out]
         return "\n".join(lines)
 
 
@@ -197,24 +194,21 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
 
     Args:
         folder: is made if it does not exist.
-        only: beginnings of lessons' names, such as "03"; all lessons that have hidden tests by default.
+        only: beginnings of lessons' names, such as "03"; all by default.
         seed: of the hidden tests' inputs; drawn for each sheet by default, so that it stands in this course alone.
 
     Raises:
-        ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown or has no hidden
-            tests.
+        ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
         raise ValueError(f"{folder} is a file or holds the lessons; name another folder for the course to grade.")
     new: dict[str, NotebookNode] = {}
-    there, left_out = [], []
+    there = []
     for path in chosen_lessons(only):
         name, lesson = path.stem, nbformat.read(path, as_version=4)
-        if name not in REFLECTIONS and not only:
-            left_out.append(name)
-        elif (folder / "source" / name).exists():
+        if (folder / "source" / name).exists():
             there.append(name)
         else:
             new[name] = sheet(lesson, name, secrets.randbelow(2**31) if seed is None else seed)
@@ -224,4 +218,4 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
     if not (folder / CONFIG).exists():
         with atomic_file(folder / CONFIG) as temporary:
             temporary.write_text(SETTINGS, encoding="utf-8")
-    return Written(folder, tuple(new), tuple(there), tuple(left_out))
+    return Written(folder, tuple(new), tuple(there))
