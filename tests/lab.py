@@ -1,4 +1,4 @@
-"""JupyterLab in a headless browser, driven as a person would: for tests/guards/test_browser.py."""
+"""JupyterLab in a headless browser, driven as a person would: for tests/acceptance/test_browser.py."""
 
 import json
 import os

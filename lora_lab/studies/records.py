@@ -319,4 +319,4 @@ def _is_json(value: Any) -> bool:
 
 def _packaged() -> Path:
     """The folder of the records in a wheel; pyproject.toml copies the checkout's ``records`` there."""
-    return Path(__file__).parent / "recorded"
+    return Path(__file__).parents[1] / "recorded"

@@ -1,7 +1,7 @@
 """Each kind of file that lora_lab writes opens in every later version: here those that each version wrote.
 
 ``tests/data/formats`` has a folder for each version that changed a format, written by :func:`write` below. All its
-numbers that matter are whole, so no processor rounds them. Files of 0.1.0 are in ``test_unmoved.py``.
+numbers that matter are whole, so no processor rounds them.
 
 What says which format a file has:
 

@@ -292,7 +292,7 @@ def test_all_records_of_a_folder_are_read_by_name_in_order(tmp_path):
 
 def test_a_checkout_keeps_them_in_its_own_folder(tmp_path, monkeypatch):
     assert records.shipped() == ROOT / "records"
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "lora_lab" / "records.py"))
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "lora_lab" / "studies" / "records.py"))
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "lora_lab" / "system" / "provenance.py"))
     assert load_all() == {}
     assert write(a_record()) == tmp_path / "records" / "nvidia-h100-80gb-hbm3-memory.json"
@@ -305,7 +305,7 @@ def test_an_installed_package_brings_them_along_and_is_not_written_into(tmp_path
     write(a_record(what="foreign"), tmp_path / "site-packages" / "records")  # another package may be called so
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    monkeypatch.setattr(records, "__file__", str(package / "studies" / "records.py"))
     assert records.shipped() == package / "recorded"
     assert list(load_all()) == ["nvidia-h100-80gb-hbm3-memory"]
     path = write(a_record(what="speed"))

@@ -5,15 +5,16 @@ LORA_LAB_BROWSER is "required". Screenshots are left in the folder that LORA_LAB
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lora_lab import Llama, LoRAConfig, cli, inject, save_adapter, save_model
+import lora_lab as ll
 from tests import lab
-from tests.helpers import randomise
+from tests.acceptance.conftest import randomise
 
 REQUIRED = os.environ.get("LORA_LAB_BROWSER") == "required"
 
@@ -26,10 +27,10 @@ pytestmark = pytest.mark.skipif(bool(missing) and not REQUIRED, reason=f"needs {
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory):
+def course(main, tmp_path_factory):
     """The learner's version of the lessons."""
     folder = tmp_path_factory.mktemp("course")
-    assert cli.main(["course", str(folder)]) == 0
+    assert main(["course", str(folder)]) == 0
     return folder
 
 
@@ -66,13 +67,13 @@ ll.chat(model, tokenizer, {"one": "one", "two": "two"}, max_new_tokens=15)"""
 
 
 @pytest.fixture(scope="module")
-def talker(course, tiny_config, chatter):
+def talker(course, stranger):
     """A notebook with a chat, beside a tiny model and two adapters for it."""
-    save_model(Llama(tiny_config), course / "talker", chatter)
+    shutil.copytree(stranger, course / "talker")
     for seed, name in enumerate(("one", "two"), start=1):
-        model = Llama(tiny_config)
-        inject(model, LoRAConfig(rank=2))
-        save_adapter(randomise(model, seed), course / name)
+        model, _ = ll.load_pretrained(stranger, device="cpu")
+        ll.inject(model, ll.LoRAConfig(rank=2))
+        ll.save_adapter(randomise(model, seed), course / name)
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(new_notebook(cells=[new_code_cell(CHAT)], metadata=kernel), course / "chat.ipynb")
 

@@ -13,11 +13,12 @@ import sys
 import nbformat
 import pytest
 
-from lora_lab.course.copies import RAISE
-from tests.helpers import ROOT, command
+from tests.acceptance import ROOT
 
 api = pytest.importorskip("nbgrader.api", reason="the extra [teach] is not installed")
+pytestmark = pytest.mark.slow
 NAME = "01_low_rank"
+RAISE = 'raise NotImplementedError("your code here")'  # what a learner replaces
 STUDENTS = ["perfect", "wrong", "half", "patched", "returned", "hard-coded", "deleted", "altered", "endless"]
 EXERCISES = ["largest_saving_rank", "best_rank", "terms_for", "gradient"]
 MOST = [2, 3, 2, 3]  # points of each
@@ -98,10 +99,10 @@ def submissions(release):
 
 
 @pytest.fixture(scope="session")
-def course(tmp_path_factory):
+def course(main, tmp_path_factory):
     """A graded course: its folder, and what nbgrader printed when it graded."""
     folder = tmp_path_factory.mktemp("class") / "course"
-    assert command("course", folder, "--grading", "--only", "01") == 0
+    assert main(["course", str(folder), "--grading", "--only", "01"]) == 0
     # As in a shell in which no environment is activated: alembic is not on the path.
     environment = os.environ | {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

@@ -1,0 +1,83 @@
+"""The ledger and the records: each of the 154 claims has its verdict and what shows it, each record loads."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import lora_lab as ll
+from tests.acceptance import ROOT
+
+CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
+RECORDS = sorted(path.stem for path in (ROOT / "records").glob("*.json"))
+KINDS = ["ablation", "downstream", "elicitation", "head_start", "memory", "overfitting", "quality", "rates"]
+KINDS += ["spectra", "speed"]
+PUBLISHED = sorted(path.stem for path in (ROOT / "records" / "published").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    return ll.claims.load()
+
+
+def shown(entry):
+    """Return what is frozen of a claim; the module of the function that shows it may move."""
+    row = entry.to_dict()
+    shown_by = re.sub(r"^lora_lab[\w.]*\.(\w+):", r"\1:", row["shown_by"])
+    return {name: row[name] for name in ("sentence", "verdict", "on")} | {"shown_by": shown_by}
+
+
+def test_the_ledger_has_the_154_claims(ledger):
+    assert list(ledger) == list(CLAIMS)
+    assert len(CLAIMS) == 154
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_has_its_verdict_and_what_shows_it(ledger, claim):
+    assert shown(ledger[claim]) == CLAIMS[claim]
+
+
+def test_a_claim_is_explained_alone(ledger):
+    entry = ll.claims.verdict("adapters-are-small")
+    assert shown(entry) == CLAIMS["adapters-are-small"]
+    for text in ("an adapter is small", "depends", "1.8 %"):
+        assert text in entry.explained().lower()
+    table = ll.claims.table(ledger)
+    assert all(claim in table for claim in CLAIMS)
+    assert "46 open" in table
+    with pytest.raises(ValueError, match="adapters-are-smal"):
+        ll.claims.verdict("adapters-are-smal")
+
+
+@pytest.fixture(scope="module")
+def records():
+    return ll.records.load_all()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_loads_and_states_where_it_comes_from(records, name):
+    record = records[name]
+    stored = json.loads((ROOT / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    assert [len(row) for row in record.rows] == [len(row) for row in stored["rows"]]
+    assert len(record.frame()) == len(stored["rows"])
+    assert (record.device, record.commit, record.date) == (stored["device"], stored["commit"], stored["date"])
+    assert record.command.startswith("lora-lab record ")
+
+
+def test_there_is_one_record_of_each_of_these_kinds(records):
+    assert sorted(record.what for record in records.values()) == KINDS
+    assert list(ll.records.load_all("memory")) == ["intel-xeon-processor-2-cores-memory"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_others_published_loads_with_its_source(name):
+    published = ll.records.published(name)
+    assert published.source
+    assert published.rows
+
+
+def test_a_damaged_record_is_refused_by_name(tmp_path):
+    (tmp_path / "a-card-memory.json").write_text('{"what": "memory"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a-card-memory\.json"):
+        ll.records.load_all(folder=tmp_path)
