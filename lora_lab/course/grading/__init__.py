@@ -1,6 +1,6 @@
 """Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
 
-invariant          what a hidden test is: properties that every right answer has, a point each
+invariant          a hidden test: a property that every right answer has, a point each
 memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
