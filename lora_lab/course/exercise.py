@@ -135,7 +135,7 @@ class Exercise:
     praise: str
     difficulty: int = 1
     inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None = None
-    wrong: Mapping[str, Edit | Sequence[Edit]] = field(default_factory=dict)
+    wrong: Mapping[str, Edit | list[Edit]] = field(default_factory=dict)
     draws: int = 6
     rtol: float = 1e-5
     atol: float = 1e-9

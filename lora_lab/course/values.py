@@ -74,8 +74,8 @@ def difference(value: Any, expected: Any, subject: str = "The result") -> str | 
     Args:
         subject: what the value is, at the beginning of the sentence.
     """
-    if value is None and expected is not None:
-        return f"{subject} is None. Is the return missing?"
+    if value is None:
+        return None if expected is None else f"{subject} is None. Is the return missing?"
     array, reference = as_array(value), as_array(expected)
     if array is not None and reference is not None:
         return _difference_of_arrays(array, reference, subject)

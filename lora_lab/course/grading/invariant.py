@@ -104,15 +104,14 @@ def _collect(name: str, value: Any, texts: dict[str, str]) -> None:
     value = inspect.unwrap(value)  # a cache is not needed there
     if isinstance(value, types.ModuleType):
         texts[name] = f"import {value.__name__} as {name}"
-    elif inspect.isroutine(value) or isinstance(value, type):
-        if not value.__module__.startswith(__package__.rpartition(".")[0]):
-            texts[name] = f"from {value.__module__} import {value.__name__} as {name}"
-            return
+    elif isinstance(value, types.FunctionType) and value.__module__.startswith("lora_lab.course"):
         source = inspect.getsource(value)
-        texts[name] = source[source.index("def " if inspect.isfunction(value) else "class ") :].rstrip()
-        for used in dict.fromkeys(_globals(value.__code__)) if inspect.isfunction(value) else ():
+        texts[name] = source[source.index("def ") :].rstrip()  # without its decorator
+        for used in _globals(value.__code__):
             if used in value.__globals__:
                 _collect(used, value.__globals__[used], texts)
+    elif callable(value):
+        texts[name] = f"from {value.__module__} import {value.__name__} as {name}"
     else:
         texts[name] = f"{name} = {value!r}"
 
