@@ -230,12 +230,16 @@ class Reflection:
 
 @dataclass(frozen=True)
 class Probe:
+    """A property."""
+
     passes: Callable[[Any, np.random.Generator], bool]
     sentence: str
     broken: tuple[Callable[..., Any], ...]
 
 
 def exercises_of(lesson: str) -> Callable[..., Any]:
+    """Return a decorator of solutions."""
+
     def exercise(name: str, *, mistakes: Any = None, probes: Any = (), **rest: Any) -> Callable[..., Any]:
         def register(solution: Any) -> Any:
             made = Exercise(name, lesson, **rest)

@@ -469,10 +469,12 @@ def test_every_module_says_what_it_is_for(module):
 
 @ALL
 def test_every_public_function_class_and_method_has_a_docstring(module):
+    """Of a property of an exercise the docstring is a point on a sheet, so some have none."""
     missing = [
         name
         for name, node in definitions(module, within_functions=False)
         if public(name) and not is_stub(node) and ast.get_docstring(node) is None
+        if not any(".must(" in ast.unparse(each) for each in node.decorator_list)
     ]
     assert missing == []
 

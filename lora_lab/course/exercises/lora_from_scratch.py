@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lora_lab as ll  # noqa: F401  # the last solution calls it
+from lora_lab import lora as ll  # noqa: F401  # what the last solution takes of the package
 from lora_lab.analysis.diagnosis import diagnose
 from lora_lab.course.exercise import Exercise, Reflection, close, normal
 from lora_lab.inject import replace  # noqa: F401  # and this
