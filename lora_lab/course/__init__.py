@@ -2,7 +2,7 @@
 
 lessons     what the notebooks show: predictions, tables, claims, pictures with sliders
 exercise    what an exercise is, and all of them by name
-exercises/  the exercises, one file for each lesson
+exercises/  the exercises, one file for each lesson: inputs, wrong answers, properties, hints
 values      equal up to rounding, and what differs
 calls       one call of a learner's function: copies, captured output, a time limit
 judge       right, a known mistake, or what else is wrong

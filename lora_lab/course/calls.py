@@ -134,11 +134,6 @@ def untouched() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def parameters_of(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's parameters."""
-    return list(inspect.signature(function).parameters)
-
-
 def file_of(answer: Any) -> str | None:
     """The file or cell in which a function or class is defined; None if it does not tell."""
     candidates = [answer, *vars(answer).values()] if isinstance(answer, type) else [answer]

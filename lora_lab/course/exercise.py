@@ -1,168 +1,254 @@
-"""What an exercise is: a solution, fresh inputs, known mistakes with a sentence each, and hints.
+"""What an exercise is: a solution, wrong answers with a sentence each, properties of every right answer, and hints.
 
-Each file in ``exercises/`` holds those of one lesson:
+The solution stands in its lesson, between ``### BEGIN SOLUTION`` and ``### END SOLUTION`` in the cell that ends in
+``check("gradient", gradient)``. Each file in ``exercises/`` holds the rest for one lesson:
 
-    exercise = exercises_of("03_lora_from_scratch")
-
-    @exercise(
-        "forward",
-        inputs=layer_case,
-        mistakes={"The scaling is missing. Multiply the update by alpha / r.": lambda x, W, A, B, alpha: ...},
-        hints=["Two paths are added: ..."],
-        minutes=6,
-        difficulty=1,
-        praise="This line is LoRA: all else is bookkeeping.",
+    exercise = Exercise(
+        "gradient",
+        "01_low_rank",
+        inputs=errors_and_inputs,
+        wrong={"Sum over the tokens; you divided by their number.": ("delta.T @ z", "delta.T @ z / len(z)")},
+        hints=["For one token the gradient is an outer product."],
+        minutes=8,
+        praise="Each token adds one direction.",
     )
-    def forward(x, W, A, B, alpha):
-        \"\"\"The result is W x + alpha / r * B A x, for every shape, rank and alpha.\"\"\"
-        return x @ W.T + alpha / len(A) * (x @ A.T @ B.T)
 
-The solution is the oracle: an answer is right if it agrees with the solution on all inputs. Where there are many right
-answers (classes, scripts, random starts), ``probes`` decide instead, each with broken answers that show that it works.
+    @exercise.must()
+    def adds_up(gradient, rng):
+        \"\"\"The gradient from all tokens is the sum of those from each part of them.\"\"\"
+        delta, z = rng.normal(size=(6, 3)), rng.normal(size=(6, 5))
+        return close(gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:]))
+
+With inputs, an answer is right if it agrees with the solution on all of them. Where there are many right answers
+(classes, scripts, random starts) there are none, and the properties decide, in their order. In a graded sheet each
+property with a docstring is a hidden test and a point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import ast
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-Solution = TypeVar("Solution", bound=Callable[..., Any])
+from lora_lab.system.provenance import shipped_folder
+
+Edit = str | tuple[str, ...]
+Holds = TypeVar("Holds", bound=Callable[..., Any])
 EXERCISES: dict[str, Exercise] = {}  # by name, in the order of the lessons
+REFLECTIONS: dict[str, Reflection] = {}  # by the lesson's name
 
 
-def normal(rng: np.random.Generator, *shape: int) -> torch.Tensor:
+def normal(rng, *shape):
     """A tensor of that shape in float32, drawn from the standard normal distribution."""
     return torch.from_numpy(rng.normal(size=shape)).float()
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """A known wrong answer.
+def close(value, expected):
+    """Whether two arrays, tensors or numbers have one shape and equal entries, up to rounding."""
+    one, other = (np.asarray(each.detach() if isinstance(each, torch.Tensor) else each) for each in (value, expected))
+    if one.shape != other.shape or one.dtype.kind not in "iuf":
+        return False
+    return bool((abs(one - other) <= 1e-4 * abs(other).max(initial=1e-6)).all())
 
-    Args:
-        answer: a function with the solution's parameters, or a class, that makes the mistake.
-        sentence: what broke, and the likely mistake: at most 160 characters in full sentences.
+
+class Answer(NamedTuple):
+    """A cell in which a learner solves an exercise: its number from 0, the exercise's name, and what is checked."""
+
+    cell: int
+    exercise: str
+    function: str
+
+
+def answers(cells: Sequence[Mapping[str, Any]]) -> Iterator[Answer]:
+    """The cells of a lesson that hold a solution, which end in ``check(name, function)``.
+
+    Raises:
+        ValueError: such a cell ends in something else.
+    """
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "### BEGIN SOLUTION" not in source:
+            continue
+        match ast.parse(source).body[-1]:
+            case ast.Expr(ast.Call(ast.Name("check"), [ast.Constant(str(name)), ast.Name(function)])):
+                yield Answer(number, name, function)
+            case _:
+                raise ValueError(f"Cell {number + 1} has a solution: let its last line be check(name, function).")
+
+
+@cache
+def _solutions(lesson: str) -> dict[str, tuple[str, str]]:
+    """For each exercise of a lesson the name of its function or class, and the source without comments."""
+    cells = json.loads((shipped_folder("notebooks") / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+    trees = {each: ast.parse("".join(cells[each.cell]["source"])).body[:-1] for each in answers(cells)}
+    return {each.exercise: (each.function, ast.unparse(ast.Module(tree, []))) for each, tree in trees.items()}
+
+
+@dataclass(frozen=True)
+class Property:
+    """What every right answer has.
+
+    Attributes:
+        holds: called with the answer and a numpy Generator; whether the answer has the property. If it has a docstring,
+            that is a point on a graded sheet.
+        sentence: what is wrong with an answer without it; empty where the inputs decide.
+        wrong: edits of the solution that lack it, and have all properties before it.
     """
 
-    answer: Callable[..., Any]
+    holds: Callable[[Any, np.random.Generator], Any]
     sentence: str
+    wrong: tuple[Edit, ...]
+
+
+@dataclass(eq=False)
+class Exercise:
+    """An exercise.
+
+    Args:
+        name: unique; the learner writes ``check(name, answer)``.
+        lesson: the file name of its lesson without suffix, such as "03_lora_from_scratch".
+        hints: shown one at a time; the last may say almost all.
+        minutes: a guess of the time that a learner needs.
+        praise: one line after success: why it matters.
+        difficulty: 1 core, 2 deeper, 3 project.
+        inputs: takes a numpy Generator and returns fresh arguments, a tuple. Small arrays, never rank 1, alpha = rank,
+            square or symmetric, so that mistakes do not coincide. None: the properties decide.
+        wrong: sentence -> an edit, as in :meth:`answer`, or a list of edits. An answer that agrees with one on all
+            inputs gets the sentence, which says what broke, and the likely mistake, in at most 160 characters.
+        draws: number of fresh inputs, or of trials of each property, for one check.
+        rtol, atol: tolerance relative to the largest entry of the expected array, and absolute tolerance. Integers,
+            booleans and strings are compared exactly.
+        uses: names of exercises whose solutions this one calls.
+    """
+
+    name: str
+    lesson: str
+    hints: Sequence[str]
+    minutes: int
+    praise: str
+    difficulty: int = 1
+    inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None = None
+    wrong: Mapping[str, Edit | list[Edit]] = field(default_factory=dict)
+    draws: int = 6
+    rtol: float = 1e-5
+    atol: float = 1e-9
+    uses: Sequence[str] = ()
+    properties: list[Property] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        EXERCISES[self.name] = self
+
+    def must(self, sentence: str = "", *wrong: Edit) -> Callable[[Holds], Holds]:
+        """Return a decorator that registers a property."""
+
+        def register(holds: Holds) -> Holds:
+            self.properties.append(Property(holds, sentence, wrong))
+            return holds
+
+        return register
+
+    @property
+    def function(self) -> str:
+        """The name of the function or class that is checked."""
+        return _solutions(self.lesson)[self.name][0]
+
+    @property
+    def source(self) -> str:
+        """The solution, without comments."""
+        return _solutions(self.lesson)[self.name][1]
+
+    @cached_property
+    def solution(self) -> Any:
+        """The function or class of the lesson."""
+        return self.answer(())
+
+    def answer(self, edit: Edit) -> Any:
+        """Return the solution with an edit.
+
+        Args:
+            edit: old and new text, in turns; or one text, which replaces the whole body.
+
+        Raises:
+            ValueError: an old text is not in the solution.
+        """
+        source = self.source
+        if isinstance(edit, str):
+            source = f"{source.splitlines()[0]}\n{textwrap.indent(textwrap.dedent(edit), '    ')}"
+        else:
+            for old, new in zip(edit[::2], edit[1::2], strict=True):
+                if old not in source:
+                    raise ValueError(f"{old!r} is not in the solution of {self.name!r}, which is:\n{source}")
+                source = source.replace(old, new)
+        names = dict(self.properties[0].holds.__globals__)  # the imports and helpers of the lesson's file
+        names |= {EXERCISES[name].function: EXERCISES[name].solution for name in self.uses}
+        exec(compile(source, f"<{self.name}>", "exec"), names)
+        return names[self.function]
+
+    @cached_property
+    def mistakes(self) -> list[tuple[Any, str]]:
+        """The wrong answers, each with the sentence that it gets."""
+        edits = [(edit, each.sentence) for each in self.properties for edit in each.wrong]
+        for sentence, some in self.wrong.items():
+            edits += [(edit, sentence) for edit in (some if isinstance(some, list) else [some])]
+        return [(self.answer(edit), sentence) for edit, sentence in edits]
+
+    @property
+    def points(self) -> list[Callable[..., Any]]:
+        """The properties that are hidden tests, a point each."""
+        return [each.holds for each in self.properties if each.holds.__doc__]
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """A question at the end of a graded sheet, which a person grades.
+
+    Args:
+        lesson: the file name of its lesson without suffix.
+        question: what is asked.
+        rubric: what earns a point, one sentence for each; learners see it.
+        expected: what a good answer says, for the person who grades.
+    """
+
+    lesson: str
+    question: str
+    rubric: tuple[str, ...]
+    expected: str
+
+    def __post_init__(self) -> None:
+        REFLECTIONS[self.lesson] = self
+
+
+# Until the last lesson has been ported: exercises with a solution of their own, and wrong answers as functions.
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A property that every right answer has.
-
-    Args:
-        passes: called with the answer (the function or class itself) and a numpy Generator; returns whether the answer
-            has the property.
-        sentence: what is wrong with an answer without it, as for :class:`Mistake`.
-        broken: one or more answers that lack the property and pass all probes before it. Tests judge them.
-    """
+    """A property."""
 
     passes: Callable[[Any, np.random.Generator], bool]
     sentence: str
     broken: tuple[Callable[..., Any], ...]
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """An exercise.
+def exercises_of(lesson: str) -> Callable[..., Any]:
+    """Return a decorator of solutions."""
 
-    Args:
-        name: unique; the learner writes ``check(name, answer)``.
-        solution: a right answer. Its docstring states the invariant: what a passed check has shown.
-        lesson: the file name of its lesson without suffix, such as "03_lora_from_scratch".
-        inputs: takes a numpy Generator and returns fresh arguments, a tuple. Small arrays, never rank 1, alpha = rank,
-            square or symmetric, so that mistakes do not coincide. Not needed where there are probes.
-        mistakes: in order; an answer that agrees with one on all inputs gets its sentence. With probes, their broken
-            answers.
-        probes: in order of likelihood; the first that an answer does not pass gives its sentence.
-        hints: shown one at a time; the last may say almost all.
-        minutes: a guess of the time that a learner needs.
-        difficulty: 1 core, 2 deeper, 3 project.
-        praise: one line after success: why it matters.
-        draws: number of fresh inputs for one check.
-        rtol, atol: tolerance relative to the largest entry of the expected array, and absolute tolerance. Integers,
-            booleans and strings are compared exactly.
-
-    Raises:
-        ValueError: the exercise has neither inputs nor probes, or its solution has no docstring.
-    """
-
-    name: str
-    solution: Callable[..., Any]
-    lesson: str
-    inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None
-    mistakes: tuple[Mistake, ...]
-    probes: tuple[Probe, ...]
-    hints: tuple[str, ...]
-    minutes: int
-    difficulty: int
-    praise: str
-    draws: int
-    rtol: float
-    atol: float
-
-    def __post_init__(self) -> None:
-        if (self.inputs is None) == (not self.probes):
-            raise ValueError(f"The exercise {self.name!r} needs either inputs or probes.")
-        if not self.solution.__doc__:
-            raise ValueError(f"The solution of {self.name!r} needs a docstring, which states what the check proves.")
-
-    @property
-    def invariant(self) -> str:
-        """What a passed check has shown, in words: the solution's docstring."""
-        return self.solution.__doc__ or ""
-
-
-def exercises_of(lesson: str) -> Callable[..., Callable[[Solution], Solution]]:
-    """The decorator ``exercise`` for the solutions of one lesson.
-
-    Args:
-        lesson: as in :class:`Exercise`.
-    """
-
-    def exercise(
-        name: str,
-        *,
-        hints: Sequence[str],
-        minutes: int,
-        difficulty: int,
-        praise: str,
-        inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None = None,
-        mistakes: Mapping[str, Callable[..., Any] | Sequence[Callable[..., Any]]] | None = None,
-        probes: Sequence[Probe] = (),
-        draws: int = 6,
-        rtol: float = 1e-5,
-        atol: float = 1e-9,
-    ) -> Callable[[Solution], Solution]:
-        """Register the decorated solution. Mistakes are {sentence: a function, or several}; the rest as in Exercise."""
-        planted = [Mistake(broken, probe.sentence) for probe in probes for broken in probe.broken]
-        for sentence, answers in (mistakes or {}).items():
-            planted += [Mistake(each, sentence) for each in ([answers] if callable(answers) else answers)]
-
-        def register(solution: Solution) -> Solution:
-            if name in EXERCISES:
-                raise ValueError(f"There are two exercises with the name {name!r}; rename one of them.")
-            EXERCISES[name] = Exercise(
-                name=name,
-                solution=solution,
-                lesson=lesson,
-                inputs=inputs,
-                mistakes=tuple(planted),
-                probes=tuple(probes),
-                hints=tuple(hints),
-                minutes=minutes,
-                difficulty=difficulty,
-                praise=praise,
-                draws=draws,
-                rtol=rtol,
-                atol=atol,
-            )
+    def exercise(name: str, *, mistakes: Any = None, probes: Any = (), **rest: Any) -> Callable[..., Any]:
+        def register(solution: Any) -> Any:
+            made = Exercise(name, lesson, **rest)
+            planted = [(each, probe.sentence) for probe in probes for each in probe.broken]
+            for sentence, some in (mistakes or {}).items():
+                planted += [(each, sentence) for each in ([some] if callable(some) else some)]
+            for probe in probes:
+                made.must(probe.sentence)(probe.passes)
+            made.__dict__ |= {"solution": solution, "mistakes": planted}
             return solution
 
         return register

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_lab.course.calls import Outcome, TimeUp, call, file_of, limited, parameters_of, untouched
-from lora_lab.course.exercise import Exercise, Probe
+from lora_lab.course.calls import Outcome, TimeUp, call, file_of, limited, untouched
+from lora_lab.course.exercise import Exercise
 from lora_lab.course.values import SHOWN, as_array, difference, factor, same, short_text, size
 
 SECONDS = 2.0  # for one check
@@ -50,102 +50,89 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
     Raises:
         KeyboardInterrupt: it is the only exception.
     """
-    wants_class = isinstance(exercise.solution, type)
-    if not callable(answer) or wants_class != isinstance(answer, type):
-        kind = "class" if wants_class else "function"
-        name = exercise.solution.__name__
-        return Verdict(False, f'Pass the {kind} itself, without calling it: check("{exercise.name}", {name}).')
+    kind = "class" if isinstance(exercise.solution, type) else "function"
+    if not callable(answer) or isinstance(exercise.solution, type) != isinstance(answer, type):
+        call_of_check = f'check("{exercise.name}", {exercise.solution.__name__})'
+        return Verdict(False, f"Pass the {kind} itself, without calling it: {call_of_check}.")
     rng = np.random.default_rng()  # no seed, so that no answer can be memorised
-    with untouched():
-        return _by_probes(exercise, answer, rng) if exercise.probes else _by_inputs(exercise, answer, rng)
+    try:
+        with untouched():
+            return (_by_inputs if exercise.inputs else _by_properties)(exercise, answer, rng)
+    except TimeUp:
+        return Verdict(False, f"Your {kind} was still running after {SECONDS:g} s. Is there a loop that never ends?")
 
 
 def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Generator) -> Verdict:
+    assert exercise.inputs is not None
     deadline = time.monotonic() + SECONDS
-    assert exercise.inputs is not None  # an exercise without probes has them
-    names = parameters_of(exercise.solution)
-    cases = [exercise.inputs(rng) for _ in range(exercise.draws)]
+    names = list(inspect.signature(exercise.solution).parameters)
     if not _takes(answer, len(names)):
         return Verdict(False, f"{exercise.solution.__name__} must take the arguments ({', '.join(names)}).")
+    cases = [exercise.inputs(rng) for _ in range(exercise.draws)]
     expected = [call(exercise.solution, case, names) for case in cases]
-    try:
-        outcomes = limited(lambda: [call(answer, case, names) for case in cases], SECONDS)
-    except TimeUp:
-        return Verdict(False, _still_running("function"))
-    if any(_not_started(outcome, answer) for outcome in outcomes):
+    outcomes = limited(lambda: [call(answer, case, names) for case in cases], SECONDS)
+    if any(each.value is ... or _is_stub(each.error, answer) for each in outcomes):
         return Verdict(None, NOT_STARTED)
-
-    def agrees(outcome: Outcome, other: Outcome) -> bool:
-        return _agrees(outcome, other, exercise)
-
-    if all(map(agrees, outcomes, expected)) and not _changed(outcomes, expected):
-        if name := _without_gradient(outcomes, expected):
+    pairs = list(zip(outcomes, expected, strict=True))
+    wrong = [number for number, (outcome, right) in enumerate(pairs) if not _agrees(outcome, right, exercise)]
+    changed = sorted({name for outcome, right in pairs for name in outcome.changed - right.changed})
+    if not wrong and not changed:
+        if name := _without_gradient(pairs):
             sentence = f"The result is right, but the gradient of {name} is not."
             return Verdict(False, f"{sentence} Does a detach or no_grad cut it off?")
         return Verdict(True, exercise.praise)
 
-    def first_mistake() -> str | None:
-        for mistake in exercise.mistakes:
-            if all(
-                agrees(outcome, call(mistake.answer, case, names))
-                for outcome, case in zip(outcomes, cases, strict=True)
-            ):
-                return mistake.sentence
+    def known_mistake() -> str | None:
+        for mistake, sentence in exercise.mistakes:
+            both = zip(outcomes, cases, strict=True)
+            if all(_agrees(outcome, call(mistake, case, names), exercise) for outcome, case in both):
+                return sentence
         return None
 
-    try:
-        sentence = limited(first_mistake, deadline - time.monotonic())
-    except TimeUp:
-        sentence = None
-    if sentence is not None:
-        return Verdict(False, sentence, printed=outcomes[0].printed)
-    sentence = _named_difference(answer, outcomes, expected)
-    if sentence is not None:
-        return Verdict(False, sentence, printed=outcomes[0].printed)
-    triples = [each for each in zip(cases, outcomes, expected, strict=True) if not agrees(each[1], each[2])]
-    example = _example(names, *min(triples, key=lambda triple: size(triple[0])))
-    return Verdict(False, _numbers_differ(outcomes, expected, len(triples)), example, outcomes[0].printed)
+    sentence, example = None, ""
+    with contextlib.suppress(TimeUp):  # a slow mistake does not prolong the check
+        sentence = limited(known_mistake, deadline - time.monotonic())
+    sentence = sentence or _named_difference(answer, pairs, changed)
+    if sentence is None:
+        sentence = _numbers_differ(pairs, len(wrong))
+        smallest = min(wrong, key=lambda number: size(cases[number]))
+        example = _example(names, cases[smallest], *pairs[smallest])
+    return Verdict(False, sentence, example, outcomes[0].printed)
 
 
-def _by_probes(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
-    kind = "class" if isinstance(answer, type) else "function"
+def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
+    _warm_up(exercise)
     printed = io.StringIO()
 
-    def passes(probe: Probe) -> bool:
-        printed.seek(0)
-        printed.truncate()
-        return probe.passes(answer, rng)
-
     def first_failure() -> Verdict:
-        for probe in exercise.probes:
-            try:
-                if not all(passes(probe) for _ in range(exercise.draws)):
-                    return Verdict(False, probe.sentence, printed=printed.getvalue())
-            except (TimeUp, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                if _is_stub(error, answer):
-                    return Verdict(None, NOT_STARTED)
-                return Verdict(False, _about_error(error, answer), printed=printed.getvalue())
+        for each in exercise.properties:
+            for _ in range(exercise.draws):
+                printed.seek(0)
+                printed.truncate()
+                try:
+                    if not each.holds(answer, rng):
+                        return Verdict(False, each.sentence, printed=printed.getvalue())
+                except (TimeUp, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    if _is_stub(error, answer):
+                        return Verdict(None, NOT_STARTED)
+                    return Verdict(False, _about_error(error, answer), printed=printed.getvalue())
         return Verdict(True, exercise.praise)
 
-    _warm_up(exercise)
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            return limited(first_failure, SECONDS)
-    except TimeUp:
-        return Verdict(False, _still_running(kind))
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        return limited(first_failure, SECONDS)
 
 
 @functools.cache
 def _warm_up(exercise: Exercise) -> None:
-    """Run all probes on the solution, so that imports at first use do not count as the answer's time."""
-    for probe in exercise.probes:
-        probe.passes(exercise.solution, np.random.default_rng())
+    """Try the solution, so that imports at first use do not count as the answer's time."""
+    for each in exercise.properties:
+        each.holds(exercise.solution, np.random.default_rng())
 
 
 def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:
-    """Whether a call did what another did; it may have changed further arguments."""
+    """Return whether a call did what another did; it may have changed further arguments."""
     if not reference.changed <= outcome.changed:
         return False
     if outcome.error is not None or reference.error is not None:
@@ -153,65 +140,53 @@ def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:
     return same(outcome.value, reference.value, exercise.rtol, exercise.atol)
 
 
-def _changed(outcomes: Sequence[Outcome], expected: Sequence[Outcome]) -> list[str]:
-    """The arguments that some call changed in place although the solution does not."""
-    names = {
-        name
-        for outcome, reference in zip(outcomes, expected, strict=True)
-        for name in outcome.changed - reference.changed
-    }
-    return sorted(names)
+Pairs = Sequence[tuple[Outcome, Outcome]]  # what the answer did, and what the solution did
 
 
-def _without_gradient(outcomes: Sequence[Outcome], expected: Sequence[Outcome]) -> str | None:
-    """The first argument whose gradient is not that of the solution."""
-    for outcome, reference in zip(outcomes, expected, strict=True):
-        for name, gradient in reference.gradients.items():
+def _without_gradient(pairs: Pairs) -> str | None:
+    """Return the first argument whose gradient is not that of the solution."""
+    for outcome, right in pairs:
+        for name, gradient in right.gradients.items():
             if not same(outcome.gradients[name], gradient, 1e-4):
                 return name
     return None
 
 
-def _named_difference(
-    answer: Callable[..., Any], outcomes: Sequence[Outcome], expected: Sequence[Outcome]
-) -> str | None:
-    """An error, a difference of type or shape, NaN, or a changed argument; None if only numbers differ."""
-    for outcome in outcomes:
+def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequence[str]) -> str | None:
+    """Return an error, a difference of type or shape, NaN, or a changed argument; None if only numbers differ."""
+    for outcome, _ in pairs:
         if outcome.error is not None:
             return _about_error(outcome.error, answer)
-    for outcome, reference in zip(outcomes, expected, strict=True):
-        if sentence := difference(outcome.value, reference.value):
+    for outcome, right in pairs:
+        if sentence := difference(outcome.value, right.value):
             return sentence
-    if names := _changed(outcomes, expected):
-        return f"Your function changes its argument {names[0]} in place. Work on a copy of {names[0]}."
+    if changed:
+        return f"Your function changes its argument {changed[0]} in place. Work on a copy of {changed[0]}."
     return None
 
 
-def _numbers_differ(outcomes: Sequence[Outcome], expected: Sequence[Outcome], wrong: int) -> str:
-    """How results differ whose types and shapes are right, on so many of the inputs."""
-    pairs = zip(outcomes, expected, strict=True)
-    factors = [factor(outcome.value, reference.value) for outcome, reference in pairs]
+def _numbers_differ(pairs: Pairs, wrong: int) -> str:
+    """Return how results differ whose types and shapes are right, on so many of the inputs."""
+    factors = [factor(outcome.value, right.value) for outcome, right in pairs]
     constants = [number for number in factors if number is not None]
     if len(constants) < len(factors):
-        share = "all" if wrong == len(outcomes) else f"{wrong} of {len(outcomes)}"
+        share = "all" if wrong == len(pairs) else f"{wrong} of {len(pairs)}"
         return f"The result differs from the expected one on {share} inputs."
+    low, high = min(constants), max(constants)
     if np.allclose(constants, -1, rtol=1e-3):
         return "The result has the wrong sign on all inputs."
-    if np.allclose(constants, constants[0], rtol=1e-3):
+    if np.allclose(constants, low, rtol=1e-3):
         return f"The result is {constants[0]:.3g} times what it should be, on all inputs. A factor is wrong."
-    return (
-        "The result is wrong by a factor that depends on the inputs: it lies between "
-        f"{min(constants):.3g} and {max(constants):.3g}."
-    )
+    return f"The result is wrong by a factor that depends on the inputs: it lies between {low:.3g} and {high:.3g}."
 
 
 def _about_error(error: BaseException, answer: Any) -> str:
-    """An error with its message, and the learner's line that led to it."""
+    """Return an error with its message, and the learner's line that led to it."""
     file, where = file_of(answer), ""
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if lines and lines[-1].lineno is not None:
-        text = linecache.getline(lines[-1].filename, lines[-1].lineno).strip()
-        where = f" in line {lines[-1].lineno}" + (f" ({text})" if text else "")
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if lines and lines[-1] is not None:
+        text = linecache.getline(str(file), lines[-1]).strip()
+        where = f" in line {lines[-1]}" + (f" ({text})" if text else "")
     message = " ".join(str(error).split())
     if len(message) > 300:
         message = message[:300] + " ..."
@@ -219,46 +194,34 @@ def _about_error(error: BaseException, answer: Any) -> str:
 
 
 def _is_stub(error: BaseException | None, answer: Any) -> bool:
-    """Whether an error comes from a stub: NotImplementedError raised by the learner's file itself, or a hole."""
+    """Return whether an error is a hole, or a NotImplementedError that the learner's file itself raises."""
     if isinstance(error, NameError):
         return error.name == HOLE
     if not isinstance(error, NotImplementedError):
         return False
-    frames = traceback.extract_tb(error.__traceback__)
-    return file_of(answer) in (None, frames[-1].filename)
-
-
-def _not_started(outcome: Outcome, answer: Any) -> bool:
-    return outcome.value is ... or _is_stub(outcome.error, answer)
+    return file_of(answer) in (None, traceback.extract_tb(error.__traceback__)[-1].filename)
 
 
 def _takes(answer: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many positional arguments."""
+    """Return whether a function can be called with so many positional arguments."""
     try:
-        signature = inspect.signature(answer)
-    except (TypeError, ValueError):  # some functions of C do not tell
+        inspect.signature(answer).bind(*range(count))
+    except ValueError:  # some functions of C do not tell
         return True
-    try:
-        signature.bind(*range(count))
     except TypeError:
         return False
     return True
 
 
-def _still_running(kind: str) -> str:
-    return f"Your {kind} was still running after {SECONDS:g} s. Is there a loop that never ends?"
-
-
-def _example(names: Sequence[str], case: Sequence[Any], outcome: Outcome, reference: Outcome) -> str:
-    """Inputs and both results, as aligned text; of large results the entry that differs most."""
-    rows = [*zip(names, case, strict=True)]
-    array, expected = as_array(outcome.value), as_array(reference.value)
+def _example(names: Sequence[str], case: Sequence[Any], outcome: Outcome, right: Outcome) -> str:
+    """Return inputs and both results, as aligned text; of large results the entry that differs most."""
+    array, expected = as_array(outcome.value), as_array(right.value)
+    results, entry = (outcome.value, right.value), ""
     if array is not None and expected is not None and expected.size > SHOWN:
         index = np.unravel_index(np.argmax(np.abs(array - expected)), expected.shape)
-        entry = f"[{', '.join(map(str, index))}]"
-        rows += [(f"your result{entry}", array[index]), (f"expected{entry}", expected[index])]
-    else:
-        rows += [("your result", outcome.value), ("expected", reference.value)]
-    width = max(len(name) for name, _ in rows)
+        results, entry = (array[index], expected[index]), f"[{', '.join(map(str, index))}]"
+    labels = [*names, f"your result{entry}", f"expected{entry}"]
+    width = max(map(len, labels))
     indent = "\n" + " " * (width + 3)
-    return "\n".join(f"{name:<{width}} = {short_text(value)}".replace("\n", indent) for name, value in rows)
+    rows = zip(labels, [*case, *results], strict=True)
+    return "\n".join(f"{label:<{width}} = {short_text(value)}".replace("\n", indent) for label, value in rows)

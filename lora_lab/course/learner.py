@@ -99,22 +99,18 @@ def check(name: str, answer: Any) -> Outcome:
     verdict = judge(exercise, answer)
     if verdict.passed:
         _passed.add(name)
-        note = _remember()
-        display(Box("Correct.", verdict.text, footer=note, colour=GREEN))
-        return Outcome(True)
-    if verdict.passed is None:
-        display(Box("Open.", verdict.text, footer=_about_hints(exercise), colour=GREY))
-        return Outcome(False)
-    _tried.add(name)
-    note = _remember()
-    example = verdict.example
-    if verdict.printed.strip():
+        display(Box("Correct.", verdict.text, footer=_remember(), colour=GREEN))
+    elif verdict.passed is None:
+        display(Box("Open.", verdict.text, footer=_about_hints(exercise)))
+    else:
+        _tried.add(name)
         printed = verdict.printed.strip().splitlines()
-        shown = "\n".join(line[:LINE] for line in printed[:LINES]) + ("\n..." if len(printed) > LINES else "")
-        example = "\n\n".join(filter(None, [example, f"It printed:\n{shown}"]))
-    footer = " ".join(filter(None, [_about_hints(exercise), note]))
-    display(Box("Not yet.", verdict.text, example, footer, AMBER))
-    return Outcome(False)
+        shown = [line[:LINE] for line in printed[:LINES]] + ["..."] * (len(printed) > LINES)
+        said = "\n".join(["It printed:", *shown]) if printed else ""
+        example = "\n\n".join(filter(None, [verdict.example, said]))
+        footer = " ".join(filter(None, [_about_hints(exercise), _remember()]))
+        display(Box("Not yet.", verdict.text, example, footer, AMBER))
+    return Outcome(bool(verdict.passed))
 
 
 def hint(name: str) -> None:
@@ -164,14 +160,13 @@ class Map:
 
     def _repr_html_(self) -> str:
         colours = {"✓": GREEN, "✗": AMBER, "○": GREY}
-        left = 'style="text-align: left"'
+        left = "text-align: left"
         rows = "".join(
-            f"<tr><td {left}>{html.escape(lesson)}</td><td {left}><code>{html.escape(name)}</code></td>"
-            f'<td style="text-align: left; border-left: 4px solid {colours[state[0]]}">{state}</td>'
-            f"<td>{minutes}</td></tr>"
+            f'<tr><td style="{left}">{lesson}</td><td style="{left}"><code>{name}</code></td>'
+            f'<td style="{left}; border-left: 4px solid {colours[state[0]]}">{state}</td><td>{minutes}</td></tr>'
             for lesson, name, state, minutes in self.rows
         )
-        heads = "".join(f"<th {left}>{head}</th>" for head in ("lesson", "exercise", "state", "minutes"))
+        heads = "".join(f'<th style="{left}">{head}</th>' for head in ("lesson", "exercise", "state", "minutes"))
         return f"<p><b>{self.summary}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 

@@ -1,4 +1,4 @@
-"""Every exercise, by itself: its solution passes, and each planted mistake is refused with its sentence.
+"""Every exercise, checked and graded: its solution passes, and each wrong answer gets its sentence and loses a point.
 
 An exercise that is added to lora_lab/course/exercises is tested here without a line more.
 """
@@ -7,35 +7,47 @@ import ast
 import functools
 import inspect
 import itertools
-import textwrap
+import re
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import t
 
-import lora_lab.course.exercises  # noqa: F401
-from lora_lab.course.calls import call, parameters_of, untouched
-from lora_lab.course.exercise import EXERCISES
+import lora_lab.course.exercises
+import lora_lab.course.grading  # noqa: F401
+from lora_lab.course.calls import call, untouched
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS
+from lora_lab.course.grading.invariant import hidden_cell, hidden_tests, points
 from lora_lab.course.judge import SECONDS, judge
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 
 SAMPLES = 150  # of the inputs, to estimate how often two answers agree
+SEEDS = (1, 2, 3)  # of hidden tests
+LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
 def checks(exercise):
-    """How often an answer is checked: with probes several times, since only this shows how much is left to chance.
+    """How often an answer is checked: without inputs several times, since only this shows how much is left to chance.
 
-    Without them ``test_a_check_tells_mistakes_apart`` computes it: at most one of a million checks.
+    With them ``test_a_check_tells_mistakes_apart`` computes it: at most one of a million checks.
     """
-    return range(8 if exercise.probes else 2)
+    return range(2 if exercise.inputs else 8)
+
+
+def earned(exercise, answer, seed=1):
+    return points(answer, hidden_tests(exercise.name), seed)
 
 
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
-PLANTED = [
-    pytest.param(exercise, mistake, id=f"{exercise.name}-{number}")
-    for exercise in EXERCISES.values()
-    for number, mistake in enumerate(exercise.mistakes)
-]
+each_mistake = pytest.mark.parametrize(
+    ("exercise", "answer", "sentence"),
+    [
+        pytest.param(exercise, answer, sentence, id=f"{exercise.name}-{number}")
+        for exercise in EXERCISES.values()
+        for number, (answer, sentence) in enumerate(exercise.mistakes)
+    ],
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,44 +59,57 @@ def quantiles_once():
 
 
 @each_exercise
-def test_the_solution_passes(exercise):
+def test_the_solution_passes_and_has_all_points(exercise):
     for _ in checks(exercise):
         verdict = judge(exercise, exercise.solution)
-        assert verdict.passed, verdict.text
-        assert verdict.text == exercise.praise
+        assert (verdict.passed, verdict.text) == (True, exercise.praise)
+    assert [earned(exercise, exercise.solution, seed) for seed in SEEDS] == 3 * [len(hidden_tests(exercise.name))]
 
 
-@pytest.mark.parametrize(("exercise", "mistake"), PLANTED)
-def test_a_planted_mistake_is_refused_with_its_sentence(exercise, mistake):
+@each_mistake
+def test_a_mistake_is_refused_with_its_sentence(exercise, answer, sentence):
     for _ in checks(exercise):
-        verdict = judge(exercise, mistake.answer)
-        assert verdict.passed is False
-        assert verdict.text == mistake.sentence
+        verdict = judge(exercise, answer)
+        assert (verdict.passed, verdict.text) == (False, sentence)
 
 
-@pytest.mark.parametrize(
-    "exercise", [each for each in EXERCISES.values() if not each.probes], ids=lambda each: each.name
-)
+@pytest.mark.slow
+@each_mistake
+def test_a_mistake_loses_a_point(exercise, answer, sentence):
+    assert max(earned(exercise, answer, seed) for seed in SEEDS) < len(hidden_tests(exercise.name))
+
+
+@pytest.mark.slow
+@each_exercise
+def test_points_are_spread_and_do_not_depend_on_what_ran_before(exercise):
+    answers = [answer for answer, _ in exercise.mistakes]
+    first = [earned(exercise, answer) for answer in answers]
+    assert len(answers) < 4 or set(first) & set(range(1, len(hidden_tests(exercise.name))))
+    state = torch.get_rng_state()
+    torch.rand(3)
+    assert [earned(exercise, answer) for answer in answers] == first
+    torch.set_rng_state(state)
+    earned(exercise, answers[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("exercise", [each for each in EXERCISES.values() if each.inputs], ids=lambda each: each.name)
 def test_a_check_tells_mistakes_apart(exercise):
     """From the solution and from each other: if not, the inputs are too special (rank 1, square) or too few.
 
     A mistake that agrees with another answer on a share p of inputs is misjudged in p ** draws of all checks.
     """
-    names = parameters_of(exercise.solution)
-    sentences = [exercise.praise, *(mistake.sentence for mistake in exercise.mistakes)]
-    answers = [exercise.solution, *(mistake.answer for mistake in exercise.mistakes)]
+    names = list(inspect.signature(exercise.solution).parameters)
+    answers = [(exercise.solution, exercise.praise), *exercise.mistakes]
     rng = np.random.default_rng(0)
     cases = [exercise.inputs(rng) for _ in range(SAMPLES)]
     with untouched():
-        behaviours = [[call(answer, case, names) for case in cases] for answer in answers]
-    texts = [
-        [(repr(outcome.value), repr(outcome.error), outcome.changed) for outcome in behaviour]
-        for behaviour in behaviours
-    ]
+        behaviours = [[call(answer, case, names) for case in cases] for answer, _ in answers]
+    texts = [[(repr(did.value), repr(did.error), did.changed) for did in behaviour] for behaviour in behaviours]
     for one, other in itertools.combinations(range(len(texts)), 2):
         assert texts[one] != texts[other], f"mistakes {one} and {other} coincide (0 is the solution)"
         agreement = np.mean([first == second for first, second in zip(texts[one], texts[other], strict=True)])
-        if sentences[one] != sentences[other]:
+        if answers[one][1] != answers[other][1]:
             misjudged = agreement**exercise.draws
             assert misjudged < 1e-6, (
                 f"mistakes {one} and {other} (0 is the solution) agree on {agreement:.0%} of the inputs, so that "
@@ -92,24 +117,11 @@ def test_a_check_tells_mistakes_apart(exercise):
             )
 
 
-def silly_answers(exercise):
-    """Name -> an answer that no exercise should accept."""
-
-    def raising(*arguments):
-        raise RuntimeError("no")
-
-    answers = {
-        "None": lambda *_: None,
-        "0": lambda *_: 0,
-        "1.0": lambda *_: 1.0,
-        "text": lambda *_: "x",
-        "nan": lambda *_: float("nan"),
-        "ragged": lambda *_: [[1, 2], [3]],
-        "class": lambda *_: object,
-        "division": lambda *_: 1 / 0,
-        "raising": raising,
-    }
-    count = len(parameters_of(exercise.solution))
+def silly_answers(count):
+    """Name -> an answer that no exercise should accept, and that has no points."""
+    values = (None, 0, 1, 1.0, 3, "x", [1, 2], [[1, 2], [3]], float("nan"), (0, 0), {}, {"LoRA": 1}, object)
+    answers = {repr(value): lambda *_, value=value: value for value in values}
+    answers |= {"division": lambda *_: 1 / 0, "exit": lambda *_: exit()}
     return answers | {f"argument {i}": lambda *arguments, i=i: arguments[i] for i in range(count)}
 
 
@@ -119,12 +131,16 @@ def as_class(function):
 
 
 @each_exercise
-def test_silly_answers_are_refused_without_a_crash(exercise):
-    for name, answer in silly_answers(exercise).items():
+def test_silly_answers_are_refused_without_a_crash_and_have_no_points(exercise):
+    for name, answer in silly_answers(len(inspect.signature(exercise.solution).parameters)).items():
         verdict = judge(exercise, as_class(answer) if isinstance(exercise.solution, type) else answer)
         assert verdict.passed is False, name
         assert verdict.text
-    for value in (None, 0, "x", exercise.solution.__name__, [1, 2]):  # a value in place of a function
+        assert isinstance(exercise.solution, type) or earned(exercise, answer) == 0, name
+    if exercise.inputs:  # as copied from an example
+        result = exercise.solution(*exercise.inputs(np.random.default_rng(5)))
+        assert earned(exercise, lambda *_: result) == 0
+    for value in (None, 0, "x", exercise.name, [1, 2]):  # a value in place of a function
         assert "without calling it" in judge(exercise, value).text
 
 
@@ -137,7 +153,8 @@ def test_a_stub_counts_as_not_started(exercise):
         def __init__(self, *arguments):
             raise NotImplementedError("your code here")
 
-    if isinstance(exercise.solution, type) and exercise.probes[0].passes(Stub, np.random.default_rng()) is False:
+    assert earned(exercise, stub) == 0
+    if isinstance(exercise.solution, type) and not exercise.properties[0].holds(Stub, np.random.default_rng()):
         return  # what is written in the lesson around the hole decides, such as the name of the parent class
     assert judge(exercise, Stub if isinstance(exercise.solution, type) else stub).passed is None
 
@@ -156,26 +173,27 @@ def test_an_endless_answer_is_stopped(exercise, monkeypatch):
 
 @each_exercise
 def test_texts_and_numbers_are_in_order(exercise):
-    sentences = [mistake.sentence for mistake in exercise.mistakes] + [probe.sentence for probe in exercise.probes]
+    sentences = [sentence for _, sentence in exercise.mistakes]
     for text in [*sentences, *exercise.hints, exercise.praise]:
         assert text.endswith("."), text
         assert len(text) <= 160, text
-    assert len({mistake.sentence for mistake in exercise.mistakes}) >= 3
-    assert {probe.sentence for probe in exercise.probes} <= {mistake.sentence for mistake in exercise.mistakes}
+    assert len(set(sentences)) >= 3
+    assert {each.sentence for each in exercise.properties if each.sentence} <= set(sentences)
     assert len(exercise.hints) == len(set(exercise.hints)) == 3
     assert 1 <= exercise.difficulty <= 3
     assert 2 <= exercise.minutes <= 30
-    assert exercise.invariant.strip().endswith(".")
-    assert exercise.solution.__name__.isidentifier()
-    lesson_module = inspect.getmodule(exercise.solution).__doc__
-    assert f"lesson {exercise.lesson[:2]}" in lesson_module
+    tests = hidden_tests(exercise.name)
+    assert f"lesson {exercise.lesson[:2]}" in inspect.getmodule(tests[0]).__doc__
+    assert len({test.__doc__ for test in tests}) == len({test.__name__ for test in tests}) == len(tests) >= 2
+    assert exercise.function not in {test.__name__ for test in tests}
+    for test in tests:
+        assert re.fullmatch(r"[^\n]{10,125}\.", test.__doc__), test.__doc__
 
 
 @each_exercise
 def test_no_hint_gives_a_whole_line_of_the_solution_away(exercise):
-    tree = ast.parse(textwrap.dedent(inspect.getsource(exercise.solution)))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    lines = {ast.unparse(statement) for node in functions for statement in node.body if not is_docstring(statement)}
+    functions = [node for node in ast.walk(ast.parse(exercise.source)) if isinstance(node, ast.FunctionDef)]
+    lines = {ast.unparse(statement) for node in functions for statement in node.body}
     lines |= {line.removeprefix("return ") for line in lines}
     for line in lines:
         assert not any(line.replace(" ", "") in text.replace(" ", "") for text in exercise.hints if len(line) > 12), (
@@ -183,11 +201,68 @@ def test_no_hint_gives_a_whole_line_of_the_solution_away(exercise):
         )
 
 
-def is_docstring(statement):
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+FROM_THE_PACKAGE = {  # what a hidden cell imports of it; the others run without
+    "repair": {"lora_lab.models.digits", "lora_lab.analysis.diagnosis"},
+    "fair_ratio": {"lora_lab.course.exercises.speed"},
+    "switch_adapter": {"lora_lab.lora"},
+    "guess_french": {"lora_lab.tasks.datasets"},
+    "RsLoRA": {"lora_lab.lora"},
+    "LoRAFA": {"lora_lab.lora"},
+}
 
 
-def test_lessons_of_exercises_are_known():
-    """00 and 08 may be written later than their exercises."""
-    lessons = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} | {"00_first_look", "08_forgetting"}
-    assert {exercise.lesson for exercise in EXERCISES.values()} <= lessons
+@each_exercise
+def test_a_hidden_cell_runs_by_itself_and_does_not_call_check(exercise):
+    tree = ast.parse(hidden_cell(exercise.name, 7))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"check", "hint", "judge", "EXERCISES", "lora_lab", "ll"}
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {module for module in modules if module.startswith("lora_lab")}
+    assert ours <= FROM_THE_PACKAGE.get(exercise.name, set())
+    namespace = {exercise.function: exercise.solution}
+    *body, last = tree.body
+    exec(compile(ast.Module(body, []), "cell", "exec"), namespace)
+    value = eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
+    assert value == len(hidden_tests(exercise.name))
+
+
+@pytest.mark.slow
+def test_names_that_a_learner_has_changed_do_not_matter():
+    changed = "sum = abs = all = any = bool = len = print = isinstance = close = points = lambda *_, **__: True\n"
+    script = f"{changed}def gradient(delta, z):\n    return delta\n{hidden_cell('gradient', 1)}"
+    done = run_python(re.sub(r"\n(points\(.*)$", r"\nprint('points:', \1)", script))
+    assert "points: 0" in done.stdout
+    assert done.stderr == ""
+
+
+def test_what_an_answer_prints_or_warns_of_does_not_reach_the_grade(capfd):
+    """nbgrader takes anything on stderr for a failure, and the last value for the points."""
+
+    def noisy(delta, z):
+        import sys
+        import warnings
+
+        print("here")
+        print("there", file=sys.stderr)
+        warnings.warn("careful", stacklevel=1)
+        return delta.T @ z
+
+    assert earned(EXERCISES["gradient"], noisy) == 3
+    printed, errors = capfd.readouterr()
+    assert errors == ""
+    assert printed.splitlines() == [f"holds:         {each.__doc__}" for each in hidden_tests("gradient")]
+
+
+def test_every_lesson_has_exercises_and_a_reflection_with_a_rubric():
+    assert sorted({exercise.lesson for exercise in EXERCISES.values()}) == sorted(REFLECTIONS) == LESSONS
+    for reflection in REFLECTIONS.values():
+        assert 3 <= len(reflection.rubric) <= 5
+        assert all(sentence.endswith(".") for sentence in (*reflection.rubric, reflection.expected))
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"), [(("x + y", "x"), "'x \\+ y' is not in the solution of 'gradient'"), (("x",), "zip")]
+)
+def test_an_edit_that_changes_nothing_is_an_error(edit, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        EXERCISES["gradient"].answer(edit)

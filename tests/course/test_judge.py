@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_lab.course import judge as module
-from lora_lab.course.exercise import EXERCISES, Probe, exercises_of
+from lora_lab.course.exercise import EXERCISES, Exercise
 from lora_lab.course.judge import judge
 
 
@@ -18,11 +18,14 @@ def register():
     """Registers an exercise for one test: register(solution, inputs=..., ...)."""
     names = []
 
-    def add(solution, name="trial", **options):
+    def add(solution, name="trial", mistakes=(), properties=(), **options):
         names.append(name)
-        texts = {"hints": ["One.", "Two."], "minutes": 5, "difficulty": 1, "praise": "It matters."}
-        exercises_of("03_lora_from_scratch")(name, **(texts | options))(solution)
-        return EXERCISES[name]
+        texts = {"hints": ["One.", "Two."], "minutes": 5, "praise": "It matters."}
+        exercise = Exercise(name, "03_lora_from_scratch", **(texts | options))
+        exercise.solution, exercise.mistakes = solution, list(mistakes)
+        for holds, sentence in properties:
+            exercise.must(sentence)(holds)
+        return exercise
 
     yield add
     for name in names:
@@ -43,11 +46,11 @@ def trial(register):
     return register(
         product,
         inputs=weight_and_input,
-        mistakes={
-            "The first entry is doubled.": lambda W, x: W @ x * [2, 1],
-            "This raises.": lambda W, x: x @ W,
-            "Only positive entries are right.": lambda W, x: np.maximum(W @ x, 0),
-        },
+        mistakes=[
+            (lambda W, x: W @ x * [2, 1], "The first entry is doubled."),
+            (lambda W, x: x @ W, "This raises."),
+            (lambda W, x: np.maximum(W @ x, 0), "Only positive entries are right."),
+        ],
     )
 
 
@@ -66,19 +69,14 @@ def test_a_mistake_must_agree_on_all_inputs(register):
     """Right on most inputs, wrong on one: neither right nor the mistake that agrees on that one."""
     numbers = iter(range(10**6))
     trial = register(
-        lambda_with_docstring(lambda x: x + 1),
+        (lambda x: x + 1),
         inputs=lambda rng: (next(numbers) % 6,),
-        mistakes={"It is one too small.": lambda x: x},
+        mistakes=[(lambda x: x, "It is one too small.")],
     )
     verdict = judge(trial, lambda x: x if x == 3 else x + 1)
     assert verdict.text == "The result differs from the expected one on 1 of 6 inputs."
     assert verdict.example == "x           = 3\nyour result = 3\nexpected    = 4"
     assert judge(trial, lambda x: x).text == "It is one too small."
-
-
-def lambda_with_docstring(function):
-    function.__doc__ = "The result is right."
-    return function
 
 
 def raising(W, x):
@@ -90,7 +88,7 @@ def raising(W, x):
     ("answer", "text"),
     [
         (lambda W, x: None, "The result is None. Is the return missing?"),
-        (lambda W, x: [1.0, 2.0], "The result is of type list, but it should be an array of shape (2,)."),
+        (lambda W, x: [1.0, 2.0], "The result is a list, but it should be an array of shape (2,)."),
         (lambda W, x: x, "The result has the shape (3,), but it should have (2,)."),
         (lambda W, x: (W @ x)[:, None], "The result has the shape (2, 1), but it should have (2,)."),
         (lambda W, x: W @ x > 0, "The result consists of True or False, but floats are expected."),
@@ -155,7 +153,7 @@ def test_a_mistake_that_is_a_changed_argument(register):
         W *= 2
         return W @ x / 2
 
-    trial = register(product, inputs=weight_and_input, mistakes={"W was overwritten.": change})
+    trial = register(product, inputs=weight_and_input, mistakes=[(change, "W was overwritten.")])
     assert judge(trial, change).text == "W was overwritten."
     assert judge(trial, product).passed
 
@@ -233,18 +231,20 @@ class TestTimeLimit:
         def slow(W, x):
             time.sleep(60)
 
-        trial = register(product, inputs=weight_and_input, mistakes={"It sleeps.": slow})
+        trial = register(product, inputs=weight_and_input, mistakes=[(slow, "It sleeps.")])
         started = time.monotonic()
         assert judge(trial, lambda W, x: -W @ x).text == "The result has the wrong sign on all inputs."
         assert time.monotonic() - started < 30
 
-    def test_an_endless_probe_is_stopped(self, register):
+    def test_an_endless_property_is_stopped(self, register):
         def loops(W, x):
             while True:
                 pass
 
-        probe = Probe(lambda answer, rng: len(answer(*weight_and_input(rng))) == 2, "No.", ())
-        trial = register(product, probes=[probe])
+        def two(answer, rng):
+            return len(answer(*weight_and_input(rng))) == 2
+
+        trial = register(product, properties=[(two, "No.")])
         assert "still running" in judge(trial, loops).text
 
 
@@ -283,19 +283,21 @@ def test_what_is_printed_is_shown_once(trial):
     assert judge(trial, answer).printed == "(2, 3)\n"
 
 
-def test_what_is_printed_while_a_probe_fails_is_shown_and_nothing_before(register):
+def test_what_is_printed_while_a_property_fails_is_shown_and_nothing_before(register):
     def answer(fail):
         print(f"fail: {fail}")
         return 1 / 0 if fail == "by an error" else fail
 
-    solution = lambda_with_docstring(lambda fail: False)
-    probes = [
-        Probe(lambda answer, rng: answer(False) is False, "Never.", ()),
-        Probe(lambda answer, rng: not answer(True), "No.", ()),
+    def solution(fail):
+        return False
+
+    properties = [
+        (lambda answer, rng: answer(False) is False, "Never."),
+        (lambda answer, rng: not answer(True), "No."),
     ]
-    assert judge(register(solution, probes=probes), answer).printed == "fail: True\n"
-    error = Probe(lambda answer, rng: answer("by an error"), "No.", ())
-    assert judge(register(solution, "another", probes=[error]), answer).printed == "fail: by an error\n"
+    assert judge(register(solution, properties=properties), answer).printed == "fail: True\n"
+    error = (lambda answer, rng: answer("by an error"), "No.")
+    assert judge(register(solution, "another", properties=[error]), answer).printed == "fail: by an error\n"
 
 
 def test_inputs_are_fresh_each_time(register):
@@ -315,7 +317,7 @@ def test_inputs_are_fresh_each_time(register):
 
 def test_a_check_leaves_random_states_as_they_were(trial, register):
     probing = register(
-        product, "probing", probes=[Probe(lambda answer, rng: answer(np.eye(2), np.ones(2)) is not None, "No.", ())]
+        product, "probing", properties=[(lambda answer, rng: answer(np.eye(2), np.ones(2)) is not None, "No.")]
     )
 
     def answer(W, x):
@@ -328,12 +330,12 @@ def test_a_check_leaves_random_states_as_they_were(trial, register):
         assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
 
 
-def test_probes_are_tried_in_order(register):
+def test_properties_are_tried_in_order(register):
     def larger(answer, rng):
         return answer() > 0
 
-    probes = [Probe(larger, "It is not positive.", ()), Probe(lambda answer, rng: answer() < 9, "It is too large.", ())]
-    trial = register(lambda_with_docstring(lambda: 1), probes=probes)
+    properties = [(larger, "It is not positive."), (lambda answer, rng: answer() < 9, "It is too large.")]
+    trial = register((lambda: 1), properties=properties)
     assert judge(trial, lambda: 5).passed
     assert judge(trial, lambda: -5).text == "It is not positive."
     assert judge(trial, lambda: 10).text == "It is too large."
@@ -344,15 +346,3 @@ def test_probes_are_tried_in_order(register):
 
 def stub_without_arguments():
     raise NotImplementedError
-
-
-def test_an_exercise_is_complete(register):
-    with pytest.raises(ValueError, match="needs either inputs or probes"):
-        register(product)
-    with pytest.raises(ValueError, match="needs either inputs or probes"):
-        register(product, inputs=weight_and_input, probes=[Probe(lambda answer, rng: True, "No.", ())])
-    with pytest.raises(ValueError, match="needs a docstring"):
-        register(lambda W, x: W @ x, inputs=weight_and_input)
-    register(product, inputs=weight_and_input)
-    with pytest.raises(ValueError, match="two exercises with the name 'trial'"):
-        register(product, inputs=weight_and_input)

@@ -19,7 +19,8 @@ def forgotten(monkeypatch, tmp_path):
         monkeypatch.setattr(learner, name, empty)
 
 
-RIGHT, WRONG = EXERCISES["best_rank"].solution, EXERCISES["best_rank"].mistakes[0]
+RIGHT = EXERCISES["best_rank"].solution
+WRONG, SENTENCE = EXERCISES["best_rank"].mistakes[0]
 
 
 def stub(M, r):
@@ -35,8 +36,8 @@ def test_a_right_answer_is_praised_in_the_same_words_each_time(capsys):
 
 
 def test_a_wrong_answer_gets_its_sentence_and_an_offer_of_hints(capsys):
-    assert not check("best_rank", WRONG.answer)
-    expected = f'✗ Not yet. {WRONG.sentence}\nhint("best_rank") gives the first of 3 hints.\n'
+    assert not check("best_rank", WRONG)
+    expected = f'✗ Not yet. {SENTENCE}\nhint("best_rank") gives the first of 3 hints.\n'
     assert capsys.readouterr().out == expected
 
 
@@ -75,7 +76,7 @@ def test_hints_come_one_at_a_time(capsys):
     for number in (1, 2, 3):
         hint("best_rank")
         assert capsys.readouterr().out == f"○ Hint {number} of 3. {hints[number - 1]}\n"
-        check("best_rank", WRONG.answer)
+        check("best_rank", WRONG)
         offer = capsys.readouterr().out.splitlines()[1:]
         assert offer == ([f'hint("best_rank") gives hint {number + 1} of 3.'] if number < 3 else [])
     hint("best_rank")
@@ -100,14 +101,14 @@ def lines(capsys, lesson="01"):
 
 def test_progress_lists_what_is_done_tried_and_open(capsys):
     check("best_rank", RIGHT)
-    check("terms_for", WRONG.answer)
+    check("terms_for", WRONG)
     capsys.readouterr()
     summary, states = lines(capsys)
     assert states == {"best_rank": "done", "terms_for": "tried", "largest_saving_rank": "open", "gradient": "open"}
     assert summary == "1 of 4 exercises done; the others take about 19 minutes."
     assert not list(learner.Path().iterdir())  # nothing is written outside a learner's copy
     assert len(lines(capsys, "")[1]) == len(EXERCISES)
-    check("best_rank", WRONG.answer)  # what is done stays done
+    check("best_rank", WRONG)  # what is done stays done
     capsys.readouterr()
     assert lines(capsys)[1]["best_rank"] == "done"
 
@@ -115,7 +116,7 @@ def test_progress_lists_what_is_done_tried_and_open(capsys):
 def test_a_learners_copy_remembers(capsys, tmp_path, monkeypatch):
     (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
     check("best_rank", RIGHT)
-    check("terms_for", WRONG.answer)
+    check("terms_for", WRONG)
     stored = {"done": ["best_rank"], "tried": ["terms_for"]}
     assert json.loads((tmp_path / PROGRESS).read_text(encoding="utf-8")) == stored
     monkeypatch.setattr(learner, "_passed", set())  # another kernel

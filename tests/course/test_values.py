@@ -88,7 +88,7 @@ def test_modules_are_compared_by_their_tensors():
     [
         (None, M, "The result is None. Is the return missing?"),
         ("x", M, "The result is a string, but it should be an array of shape (2, 3)."),
-        ([[1, 2], [3]], M, "The result is of type list, but it should be an array of shape (2, 3)."),
+        ([[1, 2], [3]], M, "The result is a list, but it should be an array of shape (2, 3)."),
         (M.T, M, "The result is transposed: its shape is (3, 2), but it should be (2, 3)."),
         (M[0], M, "The result has the shape (3,), but it should have (2, 3)."),
         (M, 1.0, "The result is an array of shape (2, 3), but it should be a number."),
@@ -105,7 +105,7 @@ def test_modules_are_compared_by_their_tensors():
         ({"a": 1, "b": 2}, {"a": 1}, "The result has the key 'b', which should not be there."),
         ({"a": None}, {"a": 1}, "The entry 'a' is None. Is the return missing?"),
         (1, {"a": 1}, "The result is a whole number, but it should be a dict."),
-        (1, {1, 2}, "The result is a whole number, but it should be of type set."),
+        (1, {1, 2}, "The result is a whole number, but it should be a set."),
         (M + 1, M, None),
         (4, 3, None),
         ("x", "y", None),

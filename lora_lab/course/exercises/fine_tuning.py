@@ -3,171 +3,123 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from lora_lab.course.exercise import Probe, exercises_of
+from lora_lab.course.exercise import Exercise, Reflection
 
-exercise = exercises_of("02_why_fine_tune")
+LESSON = "02_why_fine_tune"
 
 
 # A fair start
 
-
-def _net(rng: np.random.Generator) -> Callable[[], nn.Module]:
-    """A function that makes nets of one shape, each with random weights; they have buffers, too."""
-    inputs, width = (int(size) for size in rng.choice(np.arange(3, 9), 2, replace=False))
-    return lambda: nn.Sequential(nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-
-
-def _head_start(answer: Callable[..., Any], rng: np.random.Generator) -> tuple[nn.Module, dict[str, torch.Tensor], Any]:
-    """A pre-trained net, a copy of what it held before, and the learner's net."""
-    make = _net(rng)
-    pretrained = make()
-    for buffer in pretrained.buffers():  # as they are after some training
-        buffer.copy_(torch.as_tensor(rng.uniform(1, 9, buffer.shape)))
-    before = copy.deepcopy(pretrained.state_dict())
-    return pretrained, before, answer(pretrained, make)
-
-
-def _is_a_net(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return isinstance(_head_start(answer, rng)[2], nn.Module)
-
-
-def _is_another_net(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    pretrained, _, net = _head_start(answer, rng)
-    return net is not pretrained
-
-
-def _same_state(net: nn.Module, state: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
-    return all(torch.equal(net.state_dict()[name], state[name]) for name in names)
-
-
-def _leaves_the_original(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    pretrained, before, _ = _head_start(answer, rng)
-    return _same_state(pretrained, before, [*before])
-
-
-def _has_the_weights(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    pretrained, before, net = _head_start(answer, rng)
-    return _same_state(net, before, [name for name, _ in pretrained.named_parameters()])
-
-
-def _has_the_buffers(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    pretrained, before, net = _head_start(answer, rng)
-    return _same_state(net, before, [name for name, _ in pretrained.named_buffers()])
-
-
-def _shares_nothing(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    pretrained, before, net = _head_start(answer, rng)
-    with torch.no_grad():
-        for tensor in net.state_dict().values():
-            tensor.add_(1)  # as a training step would
-    return _same_state(pretrained, before, [*before])
-
-
-def _wrong_direction(pretrained: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    net = make()
-    pretrained.load_state_dict(net.state_dict())
-    return net
-
-
-def _parameters_alone(pretrained: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    net = make()
-    net.load_state_dict(dict(pretrained.named_parameters()), strict=False)
-    return net
-
-
-def _with_shared_tensors(pretrained: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    net = make()
-    net.load_state_dict(pretrained.state_dict(), assign=True)
-    return net
-
-
-@exercise(
+head_start = Exercise(
     "head_start",
-    probes=[
-        Probe(
-            _is_a_net,
-            "The result is no model. Return the new net; load_state_dict and state_dict do not return one.",
-            (
-                lambda pretrained, make: pretrained.state_dict(),
-                lambda pretrained, make: make().load_state_dict(pretrained.state_dict()),
-            ),
-        ),
-        Probe(
-            _is_another_net,
-            "This is the pre-trained model itself, so training yours would train the original. Copy it.",
-            (lambda pretrained, make: pretrained,),
-        ),
-        Probe(
-            _leaves_the_original,
-            "The pre-trained model has changed. Copy from it into the new one, not the other way round.",
-            (_wrong_direction,),
-        ),
-        Probe(
-            _has_the_weights,
-            "These are random weights, which is training from scratch. Load the pre-trained ones into the new model.",
-            (lambda pretrained, make: make(),),
-        ),
-        Probe(
-            _has_the_buffers,
-            "The weights are there, but the buffers are not, such as running means. A state dict holds both.",
-            (_parameters_alone,),
-        ),
-        Probe(
-            _shares_nothing,
-            "The tensors are shared: the original moved after a step of yours. Copy the numbers, not the tensors.",
-            (_with_shared_tensors,),
-        ),
-    ],
+    LESSON,
     hints=[
         "make() gives a new model of the same shape, whose weights are random.",
         "pretrained.state_dict() holds all weights and buffers by name.",
         "load_state_dict copies the numbers of a state dict into a model's own tensors; return the model afterwards.",
     ],
     minutes=6,
-    difficulty=1,
     praise="Each run now begins at the same weights, and no run can spoil the start of the next.",
     draws=2,
 )
-def head_start(pretrained, make):
-    """The result has the pre-trained weights and buffers, shares no memory with them, and the original is unchanged."""
-    net = make()
-    net.load_state_dict(pretrained.state_dict())
-    return net
+
+
+def started(head_start, rng):
+    """A pre-trained net, with buffers as after some training, what it held before, and the learner's net."""
+    inputs, width = (int(size) for size in rng.choice(np.arange(3, 9), 2, replace=False))
+
+    def make():
+        return nn.Sequential(nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+
+    pretrained = make()
+    for buffer in pretrained.buffers():
+        buffer.copy_(torch.as_tensor(rng.uniform(1, 9, buffer.shape)))
+    before = copy.deepcopy(pretrained.state_dict())
+    return pretrained, before, head_start(pretrained, make)
+
+
+def holds(net, state, names):
+    """Whether a net has these entries of a state dict."""
+    return all(torch.equal(net.state_dict()[name], state[name]) for name in names)
+
+
+@head_start.must(
+    "The result is no model. Return the new net; load_state_dict and state_dict do not return one.",
+    "return pretrained.state_dict()",
+    "return make().load_state_dict(pretrained.state_dict())",
+)
+def is_a_net(head_start, rng):
+    return isinstance(started(head_start, rng)[2], nn.Module)
+
+
+@head_start.must(
+    "This is the pre-trained model itself, so training yours would train the original. Copy it.",
+    "return pretrained",
+)
+def is_another_net(head_start, rng):
+    pretrained, _, net = started(head_start, rng)
+    return net is not pretrained
+
+
+@head_start.must(
+    "The pre-trained model has changed. Copy from it into the new one, not the other way round.",
+    ("net.load_state_dict(pretrained.state_dict())", "pretrained.load_state_dict(net.state_dict())"),
+)
+def leaves_the_original(head_start, rng):
+    pretrained, before, _ = started(head_start, rng)
+    return holds(pretrained, before, before)
+
+
+@head_start.must(
+    "These are random weights, which is training from scratch. Load the pre-trained ones into the new model.",
+    "return make()",
+)
+def begins_at_the_pretrained_weights(head_start, rng):
+    """The result is another net with the weights of the pre-trained one."""
+    pretrained, before, net = started(head_start, rng)
+    return net is not pretrained and holds(net, before, dict(pretrained.named_parameters()))
+
+
+@head_start.must(
+    "The weights are there, but the buffers are not, such as running means. A state dict holds both.",
+    ("pretrained.state_dict()", "dict(pretrained.named_parameters()), strict=False"),
+)
+def has_the_buffers_too(head_start, rng):
+    """It has the buffers of the pre-trained net too, such as the means of a normalisation."""
+    pretrained, before, net = started(head_start, rng)
+    return net is not pretrained and holds(net, before, dict(pretrained.named_buffers()))
+
+
+@head_start.must(
+    "The tensors are shared: the original moved after a step of yours. Copy the numbers, not the tensors.",
+    ("state_dict())", "state_dict(), assign=True)"),
+)
+def leaves_the_original_alone(head_start, rng):
+    """It is trained from there without moving the original."""
+    pretrained, before, net = started(head_start, rng)
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.add_(1)  # as a training step would
+    return holds(pretrained, before, before)
 
 
 # Choosing a rate
 
-Scores = Mapping[float, Sequence[float]]
 
-
-def _by_mean(scores: Scores) -> dict[float, float]:
-    return {rate: float(np.mean(values)) for rate, values in scores.items()}
-
-
-def _best(means: Mapping[float, float]) -> float:
-    return max(means, key=lambda rate: means[rate])
-
-
-def _of_both(validation: Scores, test: Scores) -> float:
-    return _best({rate: float(np.mean([*validation[rate], *test[rate]])) for rate in validation})
-
-
-def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
+def validation_and_test(rng):
     """Rate -> the accuracy of each of three seeds, twice; different rules of choosing lead to different rates."""
     rates = [float(rate) for rate in rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 6, replace=False)]
     while True:
         validation, test = ({rate: rng.uniform(0.5, 1, 3).round(3).tolist() for rate in rates} for _ in range(2))
         chosen = [
-            _best(_by_mean(validation)),
-            _best(_by_mean(test)),
-            _of_both(validation, test),
+            max(rates, key=lambda rate: np.mean(validation[rate])),
+            max(rates, key=lambda rate: np.mean(test[rate])),
+            max(rates, key=lambda rate: np.mean([*validation[rate], *test[rate]])),
             max(rates, key=lambda rate: max(validation[rate])),
             max(rates, key=lambda rate: validation[rate][0]),
             min(rates, key=lambda rate: np.mean(validation[rate])),
@@ -176,33 +128,31 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
             return validation, test
 
 
-@exercise(
+BEST = "max(validation, key=lambda rate: np.mean(validation[rate]))"
+choose = Exercise(
     "choose",
+    LESSON,
     inputs=validation_and_test,
-    mistakes={
-        "You chose on the test data, which is there to judge. Choose by the validation dict alone.": (
-            lambda validation, test: _best(_by_mean(test)),
-            _of_both,
-        ),
-        "One lucky seed chose. Take the mean over the seeds of each rate first.": (
-            lambda validation, test: max(validation, key=lambda rate: max(validation[rate]))
-        ),
+    wrong={
+        "You chose on the test data, which is there to judge. Choose by the validation dict alone.": [
+            ("np.mean(validation[rate])", "np.mean(test[rate])"),
+            ("np.mean(validation[rate])", "np.mean([*validation[rate], *test[rate]])"),
+        ],
+        "One lucky seed chose. Take the mean over the seeds of each rate first.": ("np.mean(", "max("),
         "Only the first seed chose. Take the mean over all seeds of each rate.": (
-            lambda validation, test: max(validation, key=lambda rate: validation[rate][0])
+            ("np.mean(validation[rate])", "validation[rate][0]")
         ),
         "This is the worst rate. Accuracy is better when it is higher; only a loss is better when it is lower.": (
-            lambda validation, test: min(validation, key=lambda rate: np.mean(validation[rate]))
+            ("max(", "min(")
         ),
-        "This is the highest rate. Return the one with the best accuracy.": lambda validation, test: max(validation),
+        "This is the highest rate. Return the one with the best accuracy.": "return max(validation)",
         "This is the position of the best rate in the dict. Return the rate itself.": (
-            lambda validation, test: [*validation].index(_best(_by_mean(validation)))
+            (BEST, f"[*validation].index({BEST})")
         ),
         "This is the accuracy of the best rate. Return the rate itself.": (
-            lambda validation, test: max(_by_mean(validation).values())
+            "return float(max(np.mean(accuracies) for accuracies in validation.values()))"
         ),
-        "This is the test accuracy of the best rate. Return the rate itself.": (
-            lambda validation, test: _by_mean(test)[_best(_by_mean(validation))]
-        ),
+        "This is the test accuracy of the best rate. Return the rate itself.": f"return float(np.mean(test[{BEST}]))",
     },
     hints=[
         "np.mean(validation[rate]) is how good a rate is, over its seeds.",
@@ -214,148 +164,147 @@ def validation_and_test(rng: np.random.Generator) -> tuple[Scores, Scores]:
     praise="The test data was not used to choose, so it can still judge the rate that you chose.",
     draws=10,
 )
-def choose(validation, test):
-    """The result is the rate whose mean validation accuracy is highest, whatever the test dict holds."""
-    return max(validation, key=lambda rate: np.mean(validation[rate]))
+
+
+@choose.must()
+def is_best_in_validation(choose, rng):
+    """Of all rates the result has the highest mean accuracy in validation."""
+    for _ in range(12):
+        rates = rng.uniform(1e-4, 1e-1, 6).tolist()
+        validation, test = ({rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(2))
+        if choose(validation, test) != rates[int(np.argmax([sum(validation[rate]) for rate in rates]))]:
+            return False
+    return True
+
+
+@choose.must()
+def does_not_ask_the_test(choose, rng):
+    """The result is one of the rates, not always the largest, and other test accuracies do not change it."""
+    rates, results = rng.uniform(1e-4, 1e-1, 6).tolist(), []
+    for _ in range(8):
+        validation = {rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates}
+        tests = [{rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(6)]
+        results.append({float(choose(validation, test)) for test in tests})
+    return all(len(result) == 1 and result <= set(rates) for result in results) and any(
+        max(rates) not in r for r in results
+    )
 
 
 # Training one layer
 
-
-def _after(answer: Callable[..., Any], rng: np.random.Generator, frozen: bool = False) -> tuple[nn.Module, str]:
-    """A net after the call, with names that begin or end like the layer's, and that layer's name."""
-    name = str(rng.choice(["head", "top", "out"]))
-    net = nn.ModuleDict(
-        {
-            "body": nn.Linear(4, 3),
-            f"{name}s_norm": nn.LayerNorm(3),
-            name: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)),
-            "side": nn.ModuleDict({name: nn.Linear(3, 2)}),
-        }
-    )
-    net.requires_grad_(not frozen)
-    answer(net, name)
-    return net, name
-
-
-def _frozen_except(answer: Callable[..., Any], rng: np.random.Generator, frozen: bool = False) -> set[str]:
-    """The names of the parameters that train after the call, with "head" for the layer's name."""
-    net, name = _after(answer, rng, frozen)
-    trained = {parameter for parameter, tensor in net.named_parameters() if tensor.requires_grad}
-    return {parameter.replace(name, "head", 1) for parameter in trained}
-
-
-HEAD = {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
-
-
-def _no_attribute_instead(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    """Whether the answer is right, or at least sets no attribute of a layer where it means the parameters."""
-    net, _ = _after(answer, rng)
-    return not any("requires_grad" in vars(layer) for layer in net.modules()) or _frozen_except(answer, rng) == HEAD
-
-
-def _something_trains(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return bool(_frozen_except(answer, rng))
-
-
-def _something_is_frozen(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return "body.weight" not in _frozen_except(answer, rng)
-
-
-def _not_by_substring(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return "heads_norm.weight" not in _frozen_except(answer, rng)
-
-
-def _not_inside_others(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return "side.head.weight" not in _frozen_except(answer, rng)
-
-
-def _all_of_it(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return _frozen_except(answer, rng) == HEAD
-
-
-def _if_it_was_frozen(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return _frozen_except(answer, rng, frozen=True) == HEAD
-
-
-def _set_where(condition: Callable[[str, str], bool]) -> Callable[[nn.Module, str], None]:
-    """A wrong answer: a parameter trains where the condition on its name and the layer's holds."""
-
-    def only(model: nn.Module, name: str) -> None:
-        for parameter, tensor in model.named_parameters():
-            tensor.requires_grad_(condition(parameter, name))
-
-    return only
-
-
-def _by_attribute(model: nn.Module, name: str) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    setattr(model.get_submodule(name), "requires_grad", True)  # noqa: B010  # as type checkers know no such attribute
-
-
-def _freeze_others(model: nn.Module, name: str) -> None:
-    for parameter, tensor in model.named_parameters():
-        if not parameter.startswith(f"{name}."):
-            tensor.requires_grad_(False)
-
-
-@exercise(
+LAYER = "for key, each in model.named_parameters():\n    each.requires_grad_({})"
+only = Exercise(
     "only",
-    probes=[
-        Probe(
-            _no_attribute_instead,
-            "layer.requires_grad = True does nothing to the parameters inside. Call layer.requires_grad_(True).",
-            (_by_attribute, lambda model, name: setattr(model, "requires_grad", False)),
-        ),
-        Probe(
-            _something_trains,
-            "Nothing is left to train. Every parameter of the named layer must keep requires_grad = True.",
-            (_set_where(lambda parameter, name: False), _set_where(lambda parameter, name: parameter == name)),
-        ),
-        Probe(
-            _something_is_frozen,
-            "Other layers still train. Set requires_grad = False for every parameter outside the named layer.",
-            (_set_where(lambda parameter, name: True), lambda model, name: model),
-        ),
-        Probe(
-            _not_by_substring,
-            "A layer whose name only begins like that one trains as well. Match the whole name, not a part of it.",
-            (
-                _set_where(lambda parameter, name: name in parameter),
-                _set_where(lambda parameter, name: parameter.startswith(name)),
-            ),
-        ),
-        Probe(
-            _not_inside_others,
-            "A layer of that name inside another layer trains as well. The name is the whole path from the model.",
-            (_set_where(lambda parameter, name: name in parameter.split(".")),),
-        ),
-        Probe(
-            _all_of_it,
-            "A part of the named layer is frozen. It may have a bias, and layers inside it; all of it trains.",
-            (
-                _set_where(lambda parameter, name: parameter.startswith(f"{name}.") and parameter.endswith(".weight")),
-                _set_where(lambda parameter, name: parameter.startswith(f"{name}.0.")),
-            ),
-        ),
-        Probe(
-            _if_it_was_frozen,
-            "A layer that was frozen before stays frozen. Set requires_grad = True for each of its parameters.",
-            (_freeze_others,),
-        ),
-    ],
+    LESSON,
     hints=[
         "requires_grad_ of a model sets the switch of all its parameters at once.",
         "model.get_submodule(name) is the layer of that name.",
         "A layer has requires_grad_ too: freeze everything first, then make one layer trainable.",
     ],
     minutes=5,
-    difficulty=1,
     praise="This is PartialFineTuning. LoRA uses the same switch: the old parameters frozen, the new ones trained.",
     draws=2,
 )
-def only(model, name):
-    """Exactly the parameters of the named layer train, whatever was frozen before."""
-    model.requires_grad_(False)
-    model.get_submodule(name).requires_grad_(True)
+
+
+def switched(only, rng, frozen=False):
+    """A net after the call, and the names of what trains in it, with "head" in place of the layer's name.
+
+    Some of its other names begin or end like the layer's.
+    """
+    name = str(rng.choice(["head", "top", "out"]))
+    layers = {
+        "body": nn.Linear(4, 3),
+        f"{name}s_norm": nn.LayerNorm(3),
+        name: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)),
+        "side": nn.ModuleDict({name: nn.Linear(3, 2)}),
+    }
+    net = nn.ModuleDict(layers).requires_grad_(not frozen)
+    only(net, name)
+    return net, {key.replace(name, "head", 1) for key, tensor in net.named_parameters() if tensor.requires_grad}
+
+
+HEAD = ["head.0.bias", "head.0.weight", "head.2.bias", "head.2.weight"]
+
+
+@only.must(
+    "layer.requires_grad = True does nothing to the parameters inside. Call layer.requires_grad_(True).",
+    (".requires_grad_(True)", ".requires_grad = True"),
+    "model.requires_grad = False",
+)
+def sets_no_attribute_instead(only, rng):
+    net, trained = switched(only, rng)
+    return sorted(trained) == HEAD or not any("requires_grad" in vars(layer) for layer in net.modules())
+
+
+@only.must(
+    "Nothing is left to train. Every parameter of the named layer must keep requires_grad = True.",
+    ("model.get_submodule(name).requires_grad_(True)", ""),
+    LAYER.format("key == name"),
+)
+def trains_something(only, rng):
+    return bool(switched(only, rng)[1])
+
+
+@only.must(
+    "Other layers still train. Set requires_grad = False for every parameter outside the named layer.",
+    LAYER.format("True"),
+    "return model",
+)
+def freezes_something(only, rng):
+    return "body.weight" not in switched(only, rng)[1]
+
+
+@only.must(
+    "A layer whose name only begins like that one trains as well. Match the whole name, not a part of it.",
+    LAYER.format("name in key"),
+    LAYER.format("key.startswith(name)"),
+)
+def matches_the_whole_name(only, rng):
+    return "heads_norm.weight" not in switched(only, rng)[1]
+
+
+@only.must(
+    "A layer of that name inside another layer trains as well. The name is the whole path from the model.",
+    LAYER.format("name in key.split('.')"),
+)
+def trains_nothing_else(only, rng):
+    """Something trains, and nothing outside the named layer does, even where a name is similar."""
+    trained = switched(only, rng)[1]
+    return bool(trained) and trained <= set(HEAD)
+
+
+@only.must(
+    "A part of the named layer is frozen. It may have a bias, and layers inside it; all of it trains.",
+    LAYER.format("key.startswith(f'{name}.') and key.endswith('.weight')"),
+    LAYER.format("key.startswith(f'{name}.0.')"),
+)
+def trains_all_of_it(only, rng):
+    return sorted(switched(only, rng)[1]) == HEAD
+
+
+@only.must(
+    "A layer that was frozen before stays frozen. Set requires_grad = True for each of its parameters.",
+    LAYER.format("each.requires_grad and key.startswith(f'{name}.')"),
+)
+def trains_all_of_the_layer(only, rng):
+    """Every parameter of the named layer trains, also if everything was frozen before."""
+    return set(HEAD) <= switched(only, rng, frozen=True)[1]
+
+
+Reflection(
+    LESSON,
+    question="A paper reports that its method beats full fine-tuning by two points of accuracy. Both were run "
+    "with one learning rate, chosen as the best on the test set, and with one seed. In five to eight "
+    "sentences: what would you ask the authors to run again, and which results would convince you?",
+    rubric=(
+        "The answer says that each method needs a rate of its own, chosen from several.",
+        "It says why the test set must not choose, and what chooses instead.",
+        "It asks for several seeds, and says how large a difference must be beside their scatter.",
+        "It says what would make the reader give up the claim.",
+    ),
+    expected="Each method has its best rate, so one common rate compares how well it suits them. A choice on the "
+    "test set makes the score too good; validation data choose. With several seeds, the same for both "
+    "methods, the differences pair up, and their mean must be larger than its error. If the interval "
+    "holds zero, two points were luck.",
+)

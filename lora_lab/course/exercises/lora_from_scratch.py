@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from types import SimpleNamespace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from lora_lab import lora as ll  # noqa: F401  # what the last solution takes of the package
 from lora_lab.analysis.diagnosis import diagnose
-from lora_lab.course.exercise import Probe, exercises_of, normal
-from lora_lab.inject import LoRAConfig, inject
-from lora_lab.lora import LoRALinear
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
+from lora_lab.inject import replace  # noqa: F401  # and this
 from lora_lab.models.digits import DigitsMLP
 
-exercise = exercises_of("03_lora_from_scratch")
+LESSON = "03_lora_from_scratch"
 
 
 # The forward line
 
 
-def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+def layer_case(rng):
     """x (n, in), W (out, in), A (r, in), B (out, r) and alpha; all sizes differ, and alpha is larger.
 
     W is frozen; x, A and B need gradients. The rank is none of the lesson's numbers, and half the time it is larger
@@ -37,53 +35,43 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
     return normal(rng, n, inp).requires_grad_(), normal(rng, out, inp), A, B, alpha
 
 
-@exercise(
+FACTOR = "alpha / A.shape[0]"
+forward = Exercise(
     "forward",
+    LESSON,
     inputs=layer_case,
-    mistakes={
-        "The scaling is missing. Multiply the update by alpha / r.": lambda x, W, A, B, alpha: x @ W.T + x @ A.T @ B.T,
-        "Your update is r times too large. Divide alpha by the rank, which is A.shape[0].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha * (x @ A.T @ B.T)
-        ),
+    wrong={
+        "The scaling is missing. Multiply the update by alpha / r.": (f"{FACTOR} * ", ""),
+        "Your update is r times too large. Divide alpha by the rank, which is A.shape[0].": (FACTOR, "alpha"),
         "The update is scaled by alpha / sqrt(r), which is rsLoRA (lesson 10). LoRA divides by r.": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) ** 0.5 * (x @ A.T @ B.T)
+            (FACTOR, "alpha / A.shape[0] ** 0.5")
         ),
-        "The scaling is a fixed number. Compute it from alpha and the rank, which is A.shape[0].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / 4 * (x @ A.T @ B.T),
-            lambda x, W, A, B, alpha: x @ W.T + 2 * (x @ A.T @ B.T),
-        ),
-        "alpha // r drops what is behind the decimal point. Write alpha / r.": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha // len(A) * (x @ A.T @ B.T)
-        ),
-        "The update is divided by the number of outputs. The rank is A.shape[0].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(B) * (x @ A.T @ B.T)
-        ),
+        "The scaling is a fixed number. Compute it from alpha and the rank, which is A.shape[0].": [
+            (FACTOR, "alpha / 4"),
+            (FACTOR, "2"),
+        ],
+        "alpha // r drops what is behind the decimal point. Write alpha / r.": (FACTOR, "alpha // A.shape[0]"),
+        "The update is divided by the number of outputs. The rank is A.shape[0].": (FACTOR, "alpha / len(B)"),
         "The update is divided by the number of inputs. The rank is A.shape[0], not A.shape[1].": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / A.shape[1] * (x @ A.T @ B.T)
+            (FACTOR, "alpha / A.shape[1]")
         ),
-        "The scaling is upside down. It is alpha / r, not r / alpha.": (
-            lambda x, W, A, B, alpha: x @ W.T + len(A) / alpha * (x @ A.T @ B.T)
-        ),
-        "The frozen path is missing. Add what W makes of x.": (
-            lambda x, W, A, B, alpha: alpha / len(A) * (x @ A.T @ B.T)
-        ),
-        "The adapter does nothing. The update through A and B is never added.": lambda x, W, A, B, alpha: x @ W.T,
+        "The scaling is upside down. It is alpha / r, not r / alpha.": (FACTOR, "A.shape[0] / alpha"),
+        "The frozen path is missing. Add what W makes of x.": ("F.linear(x, W) + ", ""),
+        "The adapter does nothing. The update through A and B is never added.": "return x @ W.T",
         "W is scaled as well. The scaling belongs to the update alone.": (
-            lambda x, W, A, B, alpha: alpha / len(A) * (x @ W.T + x @ A.T @ B.T)
+            "return alpha / len(A) * (x @ W.T + x @ A.T @ B.T)"
         ),
-        "The update is subtracted. It is added to the frozen path.": (
-            lambda x, W, A, B, alpha: x @ W.T - alpha / len(A) * (x @ A.T @ B.T)
-        ),
-        "The shapes do not fit. x has its examples in rows, so multiply from the right: x @ W.T or F.linear(x, W).": (
-            lambda x, W, A, B, alpha: x @ W + alpha / len(A) * (x @ A @ B),
-            lambda x, W, A, B, alpha: W @ x + alpha / len(A) * (B @ A @ x),
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ A @ B),
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (B @ (A @ x)),
-        ),
-        "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": (
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ B.T @ A.T),
-            lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ (A @ B).T),
-        ),
+        "The update is subtracted. It is added to the frozen path.": ("W) + ", "W) - "),
+        "The shapes do not fit. x has its examples in rows, so multiply from the right: x @ W.T or F.linear(x, W).": [
+            "return x @ W + alpha / len(A) * (x @ A @ B)",
+            "return W @ x + alpha / len(A) * (B @ A @ x)",
+            "return x @ W.T + alpha / len(A) * (x @ A @ B)",
+            "return x @ W.T + alpha / len(A) * (B @ (A @ x))",
+        ],
+        "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": [
+            "return x @ W.T + alpha / len(A) * (x @ B.T @ A.T)",
+            "return x @ W.T + alpha / len(A) * (x @ (A @ B).T)",
+        ],
     },
     hints=[
         "Two paths are added: one through W, one through A and then B.",
@@ -91,1055 +79,599 @@ def layer_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor
         "The update is (x @ A.T) @ B.T times alpha / r, and r is A.shape[0].",
     ],
     minutes=6,
-    difficulty=1,
     praise="This line is all that LoRA adds to a layer, and the package's own layer computes the same.",
     draws=10,
 )
-def forward(x, W, A, B, alpha):
-    """The result is x W^T + alpha / r * x A^T B^T, with its gradients, for several shapes, ranks and alphas."""
-    return x @ W.T + alpha / A.shape[0] * (x @ A.T @ B.T)
+
+
+@forward.must()
+def is_the_frozen_layer_without_an_update(forward, rng):
+    """With B at zero the result is that of the frozen layer."""
+    x, W, A = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (6, 7), (3, 7)))
+    return close(forward(x, W, A, torch.zeros(6, 3), 20.0), x @ W.T)
+
+
+@forward.must()
+def goes_through_A_and_then_B(forward, rng):
+    """What A and B add to the frozen layer's result has the direction of x A^T B^T."""
+    x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (3, 7), (6, 3)))
+    added, expected = forward(x, W, A, B, 20.0) - x @ W.T, x @ A.T @ B.T
+    return close(added / added.norm(), expected / expected.norm())
+
+
+@forward.must()
+def is_scaled_by_alpha_over_r(forward, rng):
+    """It is x A^T B^T times alpha / r, at each of several ranks and alphas."""
+    for r, alpha in ((2, 7.0), (3, 31.0), (9, 20.0)):
+        x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (r, 7), (6, r)))
+        if not close(forward(x, W, A, B, alpha) - x @ W.T, alpha / r * (x @ A.T @ B.T)):
+            return False
+    return True
+
+
+@forward.must()
+def passes_gradients_on(forward, rng):
+    """The gradients of x, A and B are right, too."""
+    x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (3, 7), (6, 3)))
+    leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
+    right = torch.autograd.grad((x @ W.T + 20.0 / 3 * (x @ A.T @ B.T)).square().sum(), leaves)
+    yours = torch.autograd.grad(forward(x, W, A, B, 20.0).square().sum(), leaves)
+    return all(close(one, other) for one, other in zip(yours, right, strict=True))
 
 
 # The initialisation
 
-SIZES = [(24, 40), (40, 24)]  # outputs and inputs; of them, and of this rank, the range of A is seen sharply
-MANY = 12
+SIZES, MANY = [(24, 40), (40, 24)], 12  # outputs and inputs, and a rank, at which the range of A is seen sharply
+RANDOM_A, ZERO_A = "A = torch.empty(r, inp).uniform_(-bound, bound, generator=generator)", "A = torch.zeros(r, inp)"
+BOUND, ZERO_B = "1 / math.sqrt(inp)", "torch.zeros(out, r)"
+RANDOM_B = "torch.randn(out, r, generator=generator)"
 
-
-def _draw(answer: Callable[..., Any], rng: np.random.Generator, out: int, inp: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of a fresh generator."""
-    return answer(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
-
-
-def _start(answer: Callable[..., Any], rng: np.random.Generator) -> tuple[Tensor, Tensor, int, int, int]:
-    """A, B, out, in and rank of one start."""
-    out, inp = (int(size) for size in rng.permutation([24, 32, 40])[:2])
-    rank = int(rng.integers(3, 6))
-    return *_draw(answer, rng, out, inp, rank), out, inp, rank
-
-
-def _start_returns_two(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    result: Any = _draw(answer, rng, 24, 32, 4)
-    return isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(each, Tensor) for each in result)
-
-
-def _start_has_shapes(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, B, out, inp, rank = _start(answer, rng)
-    return A.shape == (rank, inp) and B.shape == (out, rank)
-
-
-def _start_is_no_dead_end(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, B, *_ = _start(answer, rng)
-    return bool(A.any() or B.any())
-
-
-def _start_keeps_the_layer(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, B, *_ = _start(answer, rng)
-    return not bool((B @ A).any())
-
-
-def _start_has_zero_B(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return not bool(_start(answer, rng)[1].any())
-
-
-def _start_has_numbers_of_its_own(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(0 not in factor.stride() for factor in _start(answer, rng)[:2])
-
-
-def _start_depends_on_the_inputs_alone(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    """The entries of A for 128 inputs are as large for many outputs as for few, and for a high rank as for a low."""
-    usual, *others = (
-        _draw(answer, rng, out, 128, rank)[0].square().mean().sqrt().item()
-        for out, rank in ((24, MANY), (96, MANY), (24, 4 * MANY))
-    )
-    return all(0.7 * usual < other < 1.4 * usual for other in others)
-
-
-def _start_is_small(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(_draw(answer, rng, out, n, MANY)[0].abs().max().item() <= 1.001 / math.sqrt(n) for out, n in SIZES)
-
-
-def _start_fills_the_range(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(
-        A.max().item() > 0.9 * bound and A.min().item() < -0.9 * bound and 0.5 < A.std().item() / bound < 0.66
-        for A, bound in ((_draw(answer, rng, out, inp, MANY)[0], 1 / math.sqrt(inp)) for out, inp in SIZES)
-    )
-
-
-def _start_has_its_rank(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    A, _, _, _, rank = _start(answer, rng)
-    return int(torch.linalg.matrix_rank(A.detach().double())) == rank
-
-
-def _start_uses_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    seeds = [int(seed) for seed in rng.choice(10**6, 2, replace=False)]
-
-    def draw(seed: int) -> Tensor:
-        torch.rand(1)  # a draw elsewhere must not matter
-        return answer(24, 32, 4, torch.Generator().manual_seed(seed))[0]
-
-    return torch.equal(draw(seeds[0]), draw(seeds[0])) and not torch.equal(draw(seeds[0]), draw(seeds[1]))
-
-
-def _start_moves_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    return not torch.equal(answer(24, 32, 4, generator)[0], answer(24, 32, 4, generator)[0])
-
-
-def _uniform(rank: int, inp: int, bound: float, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(rank, inp).uniform_(-bound, bound, generator=generator)
-
-
-def _again(generator: torch.Generator) -> torch.Generator:
-    """A generator that begins where the other began."""
-    return torch.Generator().manual_seed(generator.initial_seed())
-
-
-@exercise(
+start = Exercise(
     "start",
-    probes=[
-        Probe(
-            _start_returns_two,
-            "Return two tensors, A and B, in this order.",
-            (
-                lambda out, inp, r, generator: _uniform(r, inp, inp**-0.5, generator),
-                lambda out, inp, r, generator: {"A": _uniform(r, inp, inp**-0.5, generator), "B": torch.zeros(out, r)},
-            ),
-        ),
-        Probe(
-            _start_has_shapes,
-            "The shapes are wrong. A is (r, inp) and B is (out, r); return them in this order.",
-            (
-                lambda out, inp, r, generator: (torch.zeros(out, r), _uniform(r, inp, inp**-0.5, generator)),
-                lambda out, inp, r, generator: (_uniform(inp, r, inp**-0.5, generator), torch.zeros(r, out)),
-            ),
-        ),
-        Probe(
-            _start_is_no_dead_end,
-            "A and B are both zero. Each waits for the other, so nothing can learn.",
-            (lambda out, inp, r, generator: (torch.zeros(r, inp), torch.zeros(out, r)),),
-        ),
-        Probe(
-            _start_keeps_the_layer,
-            "Training has not begun, and the layer already differs. B must be zero, so that B A is zero.",
-            (lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, generator), _uniform(out, r, 1, generator)),),
-        ),
-        Probe(
-            _start_has_zero_B,
-            "A is zero and B is random. It would learn, but LoRA starts with A random and B zero.",
-            (lambda out, inp, r, generator: (torch.zeros(r, inp), _uniform(out, r, 1, generator)),),
-        ),
-        Probe(
-            _start_has_numbers_of_its_own,
-            "A matrix repeats one number in memory, so its entries cannot be trained. Make B with torch.zeros.",
-            (
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, inp**-0.5, generator),
-                    torch.zeros(1, 1).expand(out, r),
-                ),
-            ),
-        ),
-        Probe(
-            _start_depends_on_the_inputs_alone,
-            "The range of A depends on the rank or on the outputs. Its bound is 1 / sqrt(inp), from the inputs alone.",
-            (
-                lambda out, inp, r, generator: (_uniform(r, inp, r**-0.5, generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (_uniform(r, inp, out**-0.5, generator), torch.zeros(out, r)),
-            ),
-        ),
-        Probe(
-            _start_is_small,
-            "A leaves the range from -1 / sqrt(inp) to 1 / sqrt(inp). Draw it uniformly; kaiming_uniform_ needs "
-            "a=math.sqrt(5).",
-            (
-                lambda out, inp, r, generator: (torch.randn(r, inp, generator=generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (
-                    torch.randn(r, inp, generator=generator) / math.sqrt(3 * inp),
-                    torch.zeros(out, r),
-                ),
-                lambda out, inp, r, generator: (_uniform(r, inp, (6 / inp) ** 0.5, generator), torch.zeros(out, r)),
-            ),
-        ),
-        Probe(
-            _start_has_its_rank,
-            "The rows of A are not independent, so its rank is below r. Draw each of its entries by itself.",
-            (
-                lambda out, inp, r, generator: (
-                    _uniform(1, inp, inp**-0.5, generator).repeat(r, 1),
-                    torch.zeros(out, r),
-                ),
-                lambda out, inp, r, generator: (torch.full((r, inp), inp**-0.5), torch.zeros(out, r)),
-            ),
-        ),
-        Probe(
-            _start_fills_the_range,
-            "A does not fill the range. Draw its entries uniformly between -1 / sqrt(inp) and 1 / sqrt(inp).",
-            (
-                lambda out, inp, r, generator: (_uniform(r, inp, 1 / inp, generator), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, generator).abs(), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, 1, generator).sign() / math.sqrt(inp),
-                    torch.zeros(out, r),
-                ),
-            ),
-        ),
-        Probe(
-            _start_uses_the_generator,
-            "A does not follow the generator, so a draw elsewhere moves it. Pass generator=generator to the draw.",
-            (
-                lambda out, inp, r, generator: (_uniform(r, inp, inp**-0.5, None), torch.zeros(out, r)),
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, inp**-0.5, torch.Generator().manual_seed(0)),
-                    torch.zeros(out, r),
-                ),
-            ),
-        ),
-        Probe(
-            _start_moves_the_generator,
-            "Two layers would start alike. Draw with the generator itself, not with a new one that has its seed.",
-            (
-                lambda out, inp, r, generator: (
-                    _uniform(r, inp, inp**-0.5, _again(generator)),
-                    torch.zeros(out, r),
-                ),
-            ),
-        ),
-    ],
+    LESSON,
     hints=[
         "The update B A must be exactly zero, and yet one of the two factors must have a non-zero gradient.",
         "torch.zeros makes B. Its gradient is not zero as long as A is not.",
         "torch.empty(r, inp).uniform_(-bound, bound, generator=generator) draws A; the bound is 1 / sqrt(inp).",
     ],
     minutes=8,
-    difficulty=1,
     praise="The adapted model starts as the pre-trained one, bit for bit, and can still learn.",
     draws=2,
 )
-def start(out, inp, r, generator):
-    """B A is exactly zero, B has a gradient, A is uniform on +-1 / sqrt(inp), and the generator determines it."""
-    bound = 1 / math.sqrt(inp)
-    A = torch.empty(r, inp).uniform_(-bound, bound, generator=generator)
-    B = torch.zeros(out, r)
-    return A, B
+
+
+def draw(start, rng, out=24, inp=32, rank=4):
+    """A and B of a fresh generator."""
+    return start(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
+
+
+@start.must(
+    "Return two tensors, A and B, in this order.",
+    (f"(A, {ZERO_B})", "A"),
+    (f"(A, {ZERO_B})", f"dict(A=A, B={ZERO_B})"),
+)
+def returns_two(start, rng):
+    result = draw(start, rng)
+    return isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(M, torch.Tensor) for M in result)
+
+
+@start.must(
+    "The shapes are wrong. A is (r, inp) and B is (out, r); return them in this order.",
+    (f"(A, {ZERO_B})", f"({ZERO_B}, A)"),
+    (f"(A, {ZERO_B})", "(A.T, torch.zeros(r, out))"),
+)
+def has_the_shapes(start, rng):
+    """A is (r, inp) and B is (out, r), for several sizes."""
+    sizes = [tuple(row) for row in (rng.permutation(20)[:9].reshape(3, 3) + 2).tolist()]
+    pairs = [draw(start, rng, *size) for size in sizes]
+    return [(A.shape, B.shape) for A, B in pairs] == [((r, inp), (out, r)) for out, inp, r in sizes]
+
+
+@start.must("A and B are both zero. Each waits for the other, so nothing can learn.", (RANDOM_A, ZERO_A))
+def is_no_dead_end(start, rng):
+    """One of A and B is not zero, so that the other can learn."""
+    A, B = draw(start, rng)
+    return bool(A.any() or B.any())
+
+
+@start.must(
+    "Training has not begun, and the layer already differs. B must be zero, so that B A is zero.",
+    (ZERO_B, RANDOM_B),
+)
+def keeps_the_layer(start, rng):
+    A, B = draw(start, rng)
+    return not (B @ A).any()
+
+
+@start.must(
+    "A is zero and B is random. It would learn, but LoRA starts with A random and B zero.",
+    (RANDOM_A, ZERO_A, ZERO_B, RANDOM_B),
+)
+def has_a_zero_B(start, rng):
+    """It is B that is zero."""
+    return not draw(start, rng)[1].any()
+
+
+@start.must(
+    "A matrix repeats one number in memory, so its entries cannot be trained. Make B with torch.zeros.",
+    (ZERO_B, "torch.zeros(1, 1).expand(out, r)"),
+)
+def has_numbers_of_its_own(start, rng):
+    """Each entry of A and B has memory of its own."""
+    A, B = draw(start, rng)
+    return 0 not in (*A.stride(), *B.stride())
+
+
+@start.must(
+    "The range of A depends on the rank or on the outputs. Its bound is 1 / sqrt(inp), from the inputs alone.",
+    (BOUND, "1 / math.sqrt(r)"),
+    (BOUND, "1 / math.sqrt(out)"),
+)
+def depends_on_the_inputs_alone(start, rng):
+    """The entries of A are as large for many outputs as for few, and for a high rank as for a low one."""
+    cases = ((24, MANY), (96, MANY), (24, 4 * MANY))
+    usual, *others = (float(draw(start, rng, out, 128, r)[0].square().mean().sqrt()) for out, r in cases)
+    return all(0.7 * usual < other < 1.4 * usual for other in others)
+
+
+@start.must(
+    "A leaves the range from -1 / sqrt(inp) to 1 / sqrt(inp). Draw it uniformly; kaiming_uniform_ needs "
+    "a=math.sqrt(5).",
+    (RANDOM_A, "A = torch.randn(r, inp, generator=generator)"),
+    (RANDOM_A, "A = torch.randn(r, inp, generator=generator) / math.sqrt(3 * inp)"),
+    (BOUND, "math.sqrt(6 / inp)"),
+)
+def is_small(start, rng):
+    """No entry of A is beyond 1 / sqrt(inp)."""
+    return all(float(draw(start, rng, out, n, MANY)[0].abs().max()) <= 1.001 / math.sqrt(n) for out, n in SIZES)
+
+
+@start.must(
+    "The rows of A are not independent, so its rank is below r. Draw each of its entries by itself.",
+    ("torch.empty(r, inp)", "torch.empty(1, inp)", "A, torch", "A.repeat(r, 1), torch"),
+    (RANDOM_A, "A = torch.full((r, inp), bound)"),
+)
+def has_the_rank(start, rng):
+    """The rank of A is r."""
+    return int(torch.linalg.matrix_rank(draw(start, rng)[0].detach().double())) == 4
+
+
+@start.must(
+    "A does not fill the range. Draw its entries uniformly between -1 / sqrt(inp) and 1 / sqrt(inp).",
+    (BOUND, "1 / inp"),
+    ("A, torch", "A.abs(), torch"),
+    ("A, torch", "A.sign() * bound, torch"),
+)
+def fills_its_range(start, rng):
+    """The entries of A are uniform between -1 / sqrt(inp) and 1 / sqrt(inp)."""
+    scaled = [draw(start, rng, out, inp, MANY)[0] * math.sqrt(inp) for out, inp in SIZES]
+    return all(A.max() > 0.9 and A.min() < -0.9 and 0.5 < float(A.std()) < 0.66 for A in scaled)
+
+
+@start.must(
+    "A does not follow the generator, so a draw elsewhere moves it. Pass generator=generator to the draw.",
+    ("generator=generator)", "generator=None)"),
+    ("generator=generator)", "generator=torch.Generator().manual_seed(0))"),
+)
+def follows_the_seed(start, rng):
+    """The generator alone decides A."""
+    seeds, draws = rng.choice(10**6, 2, replace=False).tolist(), []
+    for seed in (seeds[0], seeds[0], seeds[1]):
+        torch.rand(1)  # a draw elsewhere must not matter
+        draws.append(start(24, 32, 4, torch.Generator().manual_seed(seed))[0])
+    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@start.must(
+    "Two layers would start alike. Draw with the generator itself, not with a new one that has its seed.",
+    ("generator=generator)", "generator=torch.Generator().manual_seed(generator.initial_seed()))"),
+)
+def moves_the_generator(start, rng):
+    """The generator moves on, so that the next layer starts with another A."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    return not torch.equal(start(24, 32, 4, generator)[0], start(24, 32, 4, generator)[0])
 
 
 # The class
 
 IN, OUT, RANK, ALPHA = 7, 5, 3, 8.0  # of the layers below
+INITIAL, MERGED, UPDATE = "nn.Parameter(A)", "plain = copy.deepcopy(self.base)", "self.base(x) + update"
+NEW = "plain = nn.Linear(self.base.in_features, self.base.out_features{}); plain.weight.copy_(self.base.weight)"
 
-
-def _layer(
-    answer: type, rng: np.random.Generator, dropout: float = 0.0, bias: bool = True
-) -> tuple[Any, nn.Linear, Tensor]:
-    """A fresh layer of the learner's class, a copy of its base, and an input (6, 7)."""
-    base = nn.Linear(IN, OUT, bias=bias)
-    base.weight.data = normal(rng, OUT, IN)
-    if bias:
-        base.bias.data = normal(rng, OUT)
-    untouched = copy.deepcopy(base)
-    return answer(base, RANK, ALPHA, dropout), untouched, normal(rng, 6, IN)
-
-
-def _factor(layer: nn.Module, shape: tuple[int, int]) -> nn.Parameter | None:
-    """The parameter of that shape: A is (3, 7) and B is (5, 3)."""
-    return next((parameter for parameter in layer.parameters() if parameter.shape == shape), None)
-
-
-def _moved(
-    answer: type, rng: np.random.Generator, dropout: float = 0.0, bias: bool = True
-) -> tuple[Any, nn.Linear, Tensor, Tensor]:
-    """A layer whose B is no longer zero, a copy of its base, an input, and the update B A, not scaled."""
-    layer, base, x = _layer(answer, rng, dropout, bias)
-    A, B = _factor(layer, (RANK, IN)), _factor(layer, (OUT, RANK))
-    assert A is not None
-    assert B is not None
-    with torch.no_grad():
-        B.copy_(normal(rng, OUT, RANK))
-        return layer, base, x, B.double() @ A.double()
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    return actual.shape == expected.shape and torch.allclose(actual.double(), expected.double(), atol=1e-4)
-
-
-def _is_a_module(answer: type, rng: np.random.Generator) -> bool:
-    return issubclass(answer, nn.Module)
-
-
-def _factors_are_not_transposed(answer: type, rng: np.random.Generator) -> bool:
-    """Passes as well if there are none of these shapes, which is the next probe's case."""
-    layer, _, _ = _layer(answer, rng)
-    return _factor(layer, (IN, RANK)) is None and _factor(layer, (RANK, OUT)) is None
-
-
-def _factors_are_parameters(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, _ = _layer(answer, rng)
-    factors = _factor(layer, (RANK, IN)), _factor(layer, (OUT, RANK))
-    return all(factor is not None and factor.requires_grad for factor in factors)
-
-
-def _has_forward(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, x = _layer(answer, rng)
-    try:
-        layer(x)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _base_is_frozen(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng)
-    optimizer = torch.optim.SGD([each for each in layer.parameters() if each.requires_grad], lr=0.1)
-    layer(x).square().sum().backward()
-    optimizer.step()
-    stored = {tuple(tensor.shape): tensor for tensor in layer.state_dict().values()}
-    return torch.equal(stored[OUT, IN], base.weight) and torch.equal(stored.get((OUT,), base.bias), base.bias)
-
-
-def _starts_as_its_base(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng)
-    return _close(layer.eval()(x), base(x)) or _close(layer(x), base(x) - base.bias)
-
-
-def _A_is_random(answer: type, rng: np.random.Generator) -> bool:
-    A = _factor(_layer(answer, rng)[0], (RANK, IN))
-    return A is not None and bool(A.any())
-
-
-def _A_follows_the_generator(answer: type, rng: np.random.Generator) -> bool:
-    seeds = [int(seed) for seed in rng.choice(10**6, 2, replace=False)]
-
-    def draw(seed: int) -> Tensor:
-        torch.rand(1)  # a draw elsewhere must not matter
-        layer = answer(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, torch.Generator().manual_seed(seed))
-        A = _factor(layer, (RANK, IN))
-        return torch.zeros(()) if A is None else A.detach()
-
-    return torch.equal(draw(seeds[0]), draw(seeds[0])) and not torch.equal(draw(seeds[0]), draw(seeds[1]))
-
-
-def _A_is_as_start_draws_it(answer: type, rng: np.random.Generator) -> bool:
-    A = _factor(_layer(answer, rng)[0], (RANK, IN))
-    return A is not None and 0.5 / math.sqrt(IN) < A.abs().max().item() <= 1.001 / math.sqrt(IN)
-
-
-def _has_its_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng)
-    return not _close(layer.eval()(x), base(x) - base.bias)
-
-
-def _update_is_scaled(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, update = _moved(answer, rng)
-    return _close(layer.eval()(x), base(x) + ALPHA / RANK * (x.double() @ update.T))
-
-
-def _uses_its_scaling(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, _ = _moved(answer, rng)
-    if not hasattr(layer, "scaling"):
-        return False
-    layer.scaling *= 0
-    return _close(layer.eval()(x), base(x))
-
-
-def _gradient_reaches_the_input(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, update = _moved(answer, rng)
-    x.requires_grad_()
-    layer.eval()(x).sum().backward()
-    expected = (base.weight.double() + ALPHA / RANK * update).sum(dim=0).expand(x.shape)
-    return x.grad is not None and _close(x.grad, expected)
-
-
-def _needs_no_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng, bias=False)
-    try:
-        return _close(layer.eval()(x), base(x))
-    except (TypeError, AttributeError):
-        return False
-
-
-def _frozen_path_is_whole(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x = _layer(answer, rng, dropout=0.5)
-    return _close(layer.train()(x), base(x))
-
-
-def _drops_in_training_only(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, x, _ = _moved(answer, rng, dropout=0.5)
-    return not torch.equal(layer.train()(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
-
-
-def _dropped(answer: type, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """By what factor dropout multiplied each output's update, (60, 5), for inputs with one entry; its scaled ones."""
-    layer, base, _, update = _moved(answer, rng, dropout=0.75)
-    x = torch.zeros(60, IN)
-    x[:, 0] = 1 + torch.rand(60)
-    whole = ALPHA / RANK * (x.double() @ update.T)
-    ratios = (layer.train()(x).double() - base(x).double()) / whole
-    return ratios, ratios.max(dim=1).values
-
-
-def _drops_the_input_of_A(answer: type, rng: np.random.Generator) -> bool:
-    """If the only entry of an input is dropped, its update is zero; otherwise all of it is scaled alike."""
-    ratios, largest = _dropped(answer, rng)
-    return torch.allclose(ratios, largest[:, None].expand_as(ratios), atol=0.05)
-
-
-def _scales_what_remains(answer: type, rng: np.random.Generator) -> bool:
-    _, largest = _dropped(answer, rng)
-    return bool(((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all())
-
-
-def _has_merged(answer: type, rng: np.random.Generator) -> bool:
-    try:
-        _moved(answer, rng)[0].merged()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _merges_in_the_right_order(answer: type, rng: np.random.Generator) -> bool:
-    try:
-        _moved(answer, rng)[0].merged()
-    except RuntimeError as error:
-        return "shapes cannot be multiplied" not in str(error)
-    return True
-
-
-def _merges_to_linear(answer: type, rng: np.random.Generator) -> bool:
-    merged = _moved(answer, rng)[0].merged()
-    return type(merged) is nn.Linear and isinstance(merged.weight, nn.Parameter)
-
-
-def _merging_leaves_the_base(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, _, _ = _moved(answer, rng)
-    layer.merged()
-    return any(torch.equal(tensor, base.weight) for tensor in layer.state_dict().values())
-
-
-def _merges_without_dropout(answer: type, rng: np.random.Generator) -> bool:
-    layer, *_ = _moved(answer, rng, dropout=0.5)
-    layer.train()
-    return torch.equal(layer.merged().weight, layer.merged().weight)
-
-
-def _merge_has_the_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, _, _ = _moved(answer, rng)
-    bias = layer.merged().bias
-    return bias is not None and torch.equal(bias, base.bias)
-
-
-def _merge_shares_nothing(answer: type, rng: np.random.Generator) -> bool:
-    layer, _, x, _ = _moved(answer, rng)
-    before = layer.eval()(x)
-    for parameter in layer.merged().parameters():
-        parameter.data.zero_()
-    return torch.equal(layer(x), before)
-
-
-def _merge_needs_no_bias(answer: type, rng: np.random.Generator) -> bool:
-    layer, *_ = _moved(answer, rng, bias=False)
-    try:
-        return layer.merged().bias is None
-    except (TypeError, AttributeError):
-        return False
-
-
-def _merge_is_scaled(answer: type, rng: np.random.Generator) -> bool:
-    layer, base, x, update = _moved(answer, rng)
-    return _close(layer.merged()(x), base(x) + ALPHA / RANK * (x.double() @ update.T))
-
-
-class MyLoRALinear(nn.Module):
-    """Base frozen, A and B trained, equal to the base at the start, and merged() is the same function."""
-
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__()
-        self.base = base.requires_grad_(False)  # W0 (48, 64) and b (48,)
-        self.scaling = alpha / rank  # 8 / 4 = 2
-        self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))  # (4, 64)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # (48, 4)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)  # (4, 64)
-
-    def forward(self, x):
-        narrow = F.linear(self.dropout(x), self.lora_A)  # (32, 64) -> (32, 4)
-        update = F.linear(narrow, self.lora_B) * self.scaling  # (32, 4) -> (32, 48)
-        return self.base(x) + update  # (32, 48)
-
-    @torch.no_grad()
-    def merged(self):
-        """A new nn.Linear that computes the same."""
-        plain = copy.deepcopy(self.base)  # (48, 64) and (48,)
-        plain.weight += self.scaling * (self.lora_B @ self.lora_A)  # (48, 4) @ (4, 64) -> (48, 64)
-        return plain
-
-
-class _ShapesExchanged(MyLoRALinear):
-    def __init__(self, base, *arguments):
-        super().__init__(base, *arguments)
-        self.lora_A = nn.Parameter(torch.zeros(RANK, base.out_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.in_features, RANK))
-
-
-class _ForwardOpen(MyLoRALinear):
-    def forward(self, x):
-        raise NotImplementedError
-
-
-class _MergedOpen(MyLoRALinear):
-    def merged(self):
-        raise NotImplementedError
-
-
-class _NoModule:
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        self.base = base
-
-
-class _TrainableBase(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.base.requires_grad_(True)
-
-
-class _TrainableBias(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.base.bias.requires_grad_(True)
-
-
-class _PlainA(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        A = self.lora_A.detach()
-        del self.lora_A
-        self.lora_A = A
-
-
-class _PlainB(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        B = self.lora_B.detach()
-        del self.lora_B
-        self.lora_B = B
-
-
-class _FrozenA(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.lora_A.requires_grad_(False)
-
-
-class _RandomB(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.normal_(self.lora_B)
-
-
-class _ZeroA(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.zeros_(self.lora_A)
-
-
-class _NoGenerator(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__(base, rank, alpha, dropout)
-
-
-class _LargeA(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__(base, rank, alpha, dropout)
-        nn.init.normal_(self.lora_A, generator=generator)
-
-
-class _HiddenScaling(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + ALPHA / RANK * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-
-
-class _CutBase(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x).detach() + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-
-
-class _CutUpdate(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + self.scaling * (self.dropout(x.detach()) @ self.lora_A.T @ self.lora_B.T)
-
-
-class _AddsTheBias(MyLoRALinear):
-    def forward(self, x):
-        update = self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
-        return x @ self.base.weight.T + self.base.bias + update
-
-
-class _NoBias(MyLoRALinear):
-    def forward(self, x):
-        return super().forward(x) - self.base.bias
-
-
-class _NoScaling(MyLoRALinear):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.scaling = 1.0
-
-
-class _AlphaAlone(MyLoRALinear):
-    def __init__(self, base, rank, alpha, *rest):
-        super().__init__(base, rank, alpha, *rest)
-        self.scaling = alpha
-
-
-class _OneDropout(MyLoRALinear):
-    def forward(self, x):
-        x = self.dropout(x)
-        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
-
-
-class _NoDropout(MyLoRALinear):
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
-        super().__init__(base, rank, alpha, generator=generator)
-
-
-class _DropsAfterA(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + self.scaling * (self.dropout(x @ self.lora_A.T) @ self.lora_B.T)
-
-
-class _DropsAfterB(MyLoRALinear):
-    def forward(self, x):
-        return self.base(x) + self.scaling * self.dropout(x @ self.lora_A.T @ self.lora_B.T)
-
-
-class _DropsUnscaled(MyLoRALinear):
-    def forward(self, x):
-        remains = self.dropout(x) * (1 - self.dropout.p if self.training else 1)
-        return self.base(x) + self.scaling * (remains @ self.lora_A.T @ self.lora_B.T)
-
-
-class _DropsAlways(MyLoRALinear):
-    def forward(self, x):
-        dropped = F.dropout(x, self.dropout.p)
-        return self.base(x) + self.scaling * (dropped @ self.lora_A.T @ self.lora_B.T)
-
-
-class _MergesToItself(MyLoRALinear):
-    def merged(self):
-        return self
-
-
-class _MergesToATensor(MyLoRALinear):
-    def merged(self):
-        return super().merged().weight
-
-
-class _MergesInPlace(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        self.base.weight += self.scaling * (self.lora_B @ self.lora_A)
-        return self.base
-
-
-class _MergesWithDropout(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = copy.deepcopy(self.base)
-        plain.weight += self.scaling * (self.lora_B @ self.dropout(self.lora_A))
-        return plain
-
-
-class _MergesInTheWrongOrder(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = copy.deepcopy(self.base)
-        plain.weight += self.scaling * (self.lora_A @ self.lora_B)
-        return plain
-
-
-class _MergesWithTheSameBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        plain.bias = self.base.bias
-        return plain
-
-
-class _MergeCopiesTheBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        plain.bias.copy_(self.base.bias)
-        return plain
-
-
-class _MergesWithoutBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features, bias=False)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        return plain
-
-
-class _MergesWithAnotherBias(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = nn.Linear(self.base.in_features, self.base.out_features)
-        plain.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
-        return plain
-
-
-class _MergesWithoutScaling(MyLoRALinear):
-    @torch.no_grad()
-    def merged(self):
-        plain = copy.deepcopy(self.base)
-        plain.weight += self.lora_B @ self.lora_A
-        return plain
-
-
-class _MergesNothing(MyLoRALinear):
-    def merged(self):
-        return copy.deepcopy(self.base)
-
-
-exercise(
+layer = Exercise(
     "MyLoRALinear",
-    probes=[
-        Probe(
-            _is_a_module,
-            "This class is no module. Derive it from nn.Module, and call super().__init__() first.",
-            (_NoModule,),
-        ),
-        Probe(
-            _factors_are_not_transposed,
-            "A or B has the wrong shape: lora_A is (rank, in), lora_B (out, rank). start takes out_features first.",
-            (_ShapesExchanged,),
-        ),
-        Probe(
-            _factors_are_parameters,
-            "A or B is not among the trained parameters. Wrap both in nn.Parameter.",
-            (_PlainA, _PlainB, _FrozenA),
-        ),
-        Probe(
-            _has_forward,
-            "__init__ is right as far as it can be checked. forward is still open.",
-            (_ForwardOpen,),
-        ),
-        Probe(
-            _base_is_frozen,
-            "The base moved in a training step. Freeze its weight and bias with requires_grad_(False).",
-            (_TrainableBase, _TrainableBias),
-        ),
-        Probe(
-            _starts_as_its_base,
-            "A fresh layer differs from its base already. B must start at zero.",
-            (_RandomB,),
-        ),
-        Probe(
-            _A_is_random,
-            "A and B both start at zero, so neither can ever learn. Draw A at random.",
-            (_ZeroA,),
-        ),
-        Probe(
-            _A_follows_the_generator,
-            "A does not follow the generator. Pass it on: start(base.out_features, base.in_features, rank, generator).",
-            (_NoGenerator,),
-        ),
-        Probe(
-            _A_is_as_start_draws_it,
-            "A is not drawn as start draws it, between -1 / sqrt(in) and 1 / sqrt(in). Use your start.",
-            (_LargeA,),
-        ),
-        Probe(
-            _has_its_bias,
-            "The bias is lost. Call self.base(x), which adds it.",
-            (_NoBias,),
-        ),
-        Probe(
-            _update_is_scaled,
-            "The update is not alpha / rank * B A x. Divide alpha by the rank, and multiply the update by the result.",
-            (_NoScaling, _AlphaAlone),
-        ),
-        Probe(
-            _uses_its_scaling,
-            "forward ignores self.scaling. Multiply the update by it; the lesson sets it to 0 to switch adapters off.",
-            (_HiddenScaling,),
-        ),
-        Probe(
-            _gradient_reaches_the_input,
-            "The gradient does not reach the layers below. Freezing parameters is enough: no detach(), no no_grad().",
-            (_CutBase, _CutUpdate),
-        ),
-        Probe(
-            _needs_no_bias,
-            "Your layer needs a bias, and many models, such as SmolLM2, have layers without one. Call self.base(x).",
-            (_AddsTheBias,),
-        ),
-        Probe(
-            _frozen_path_is_whole,
-            "The frozen path was dropped too. Dropout belongs on the input of A only.",
-            (_OneDropout,),
-        ),
-        Probe(
-            _drops_in_training_only,
-            "Dropout must act in training and not in evaluation. Make it a module with nn.Dropout, and call it on x.",
-            (_NoDropout, _DropsAlways),
-        ),
-        Probe(
-            _drops_the_input_of_A,
-            "Dropout acts after A or after B. It belongs on the input of A: call self.dropout on x.",
-            (_DropsAfterA, _DropsAfterB),
-        ),
-        Probe(
-            _scales_what_remains,
-            "Dropout must scale what remains by 1 / (1 - p), or the mean changes. nn.Dropout does so.",
-            (_DropsUnscaled,),
-        ),
-        Probe(
-            _merges_in_the_right_order,
-            "The shapes of the merge do not fit. The update of W0 is lora_B @ lora_A, in this order.",
-            (_MergesInTheWrongOrder,),
-        ),
-        Probe(
-            _has_merged,
-            "__init__ and forward are right. merged is still open.",
-            (_MergedOpen,),
-        ),
-        Probe(
-            _merges_to_linear,
-            "merged() does not return a plain nn.Linear. Make one, such as a deep copy of the base.",
-            (_MergesToItself, _MergesToATensor),
-        ),
-        Probe(
-            _merging_leaves_the_base,
-            "Merging changed W0. Add the update to a new layer, such as a deep copy of the base.",
-            (_MergesInPlace,),
-        ),
-        Probe(
-            _merges_without_dropout,
-            "Two merges of one layer differ. Merge A and B themselves, without dropout.",
-            (_MergesWithDropout,),
-        ),
-        Probe(
-            _merge_has_the_bias,
-            "Merged and unmerged differ by the bias. Copy it into the new layer.",
-            (_MergesWithoutBias, _MergesWithAnotherBias),
-        ),
-        Probe(
-            _merge_shares_nothing,
-            "The merged layer shares its bias with the base, so training one would change the other. Copy it.",
-            (_MergesWithTheSameBias,),
-        ),
-        Probe(
-            _merge_needs_no_bias,
-            "merged() does not keep a layer without a bias as one. Copy the bias only if there is one.",
-            (_MergeCopiesTheBias,),
-        ),
-        Probe(
-            _merge_is_scaled,
-            "The merged weight is not W0 + alpha / rank * B A. The merge forgot the scaling or the update.",
-            (_MergesWithoutScaling, _MergesNothing),
-        ),
-    ],
+    LESSON,
     hints=[
         "__init__ freezes the base, stores the scaling and the dropout, and wraps what start returns in nn.Parameter.",
         "forward adds self.base(x) and the update. F.linear(v, M) is v @ M.T; only the update sees self.dropout(x).",
         "merged makes copy.deepcopy(self.base) and adds scaling * (B @ A) to its weight; the bias stays.",
     ],
     minutes=20,
-    difficulty=1,
     praise="You have written LoRA: your layer can replace any nn.Linear in float32, with or without a bias.",
     draws=1,
-)(MyLoRALinear)
+    uses=["start"],
+)
+
+
+def made(answer, rng, dropout=0.0, bias=True, moved=True):
+    """A layer, a copy of its base, an input (6, 7), the update B A, not scaled, and what the layer shall compute."""
+    base = nn.Linear(IN, OUT, bias=bias)
+    x, untouched = normal(rng, 6, IN), copy.deepcopy(base)
+    layer = answer(base, RANK, ALPHA, dropout)
+    shapes = (RANK, IN), (OUT, RANK)
+    A, B = (next((p for p in layer.parameters() if p.shape == shape), torch.empty(0)) for shape in shapes)
+    update = expected = None
+    if moved:
+        nn.init.normal_(B)
+        update = (B.double() @ A.double()).detach()
+        expected = untouched(x) + (ALPHA / RANK * (x.double() @ update.T)).float()
+    return SimpleNamespace(layer=layer, base=untouched, x=x, A=A, B=B, update=update, expected=expected)
+
+
+def near(actual, expected):
+    """Whether two tensors agree up to 0.0001."""
+    return actual.shape == expected.shape and torch.allclose(actual.double(), expected.double(), atol=1e-4)
+
+
+def works(function, *errors):
+    """Whether a call raises none of these errors, and returns something true."""
+    try:
+        return bool(function())
+    except errors:
+        return False
+
+
+@layer.must(
+    "This class is no module. Derive it from nn.Module, and call super().__init__() first.",
+    ("(nn.Module)", "", "super().__init__()\n", "pass\n"),
+)
+def is_a_module(MyLoRALinear, rng):
+    return issubclass(MyLoRALinear, nn.Module)
+
+
+@layer.must(
+    "A or B has the wrong shape: lora_A is (rank, in), lora_B (out, rank). start takes out_features first.",
+    ("start(base.out_features, base.in_features", "start(base.in_features, base.out_features"),
+    ("Parameter(A)", "Parameter(A.T)"),
+)
+def has_no_transposed_factor(MyLoRALinear, rng):
+    shapes = {tuple(p.shape) for p in made(MyLoRALinear, rng, moved=False).layer.parameters()}
+    return not shapes & {(IN, RANK), (RANK, OUT)}
+
+
+@layer.must(
+    "A or B is not among the trained parameters. Wrap both in nn.Parameter.",
+    (INITIAL, "A"),
+    ("nn.Parameter(B)", "B"),
+    (INITIAL, "nn.Parameter(A, requires_grad=False)"),
+)
+def trains_two_factors(MyLoRALinear, rng):
+    """Its trained parameters are A (rank, in) and B (out, rank)."""
+    m = made(MyLoRALinear, rng, moved=False)
+    return m.A.requires_grad and m.B.requires_grad
+
+
+@layer.must(
+    "Later cells read self.base, self.lora_A and self.lora_B. Give the base and both factors these names.",
+    ("self.lora_A", "self.A", "self.lora_B", "self.B"),
+    ("self.base", "self.linear"),
+)
+def has_the_names(MyLoRALinear, rng):
+    """They are called lora_A and lora_B, and the frozen layer is called base."""
+    m = made(MyLoRALinear, rng, moved=False)
+    names = [getattr(m.layer, name, None) for name in ("lora_A", "lora_B", "base")]
+    return names[0] is m.A and names[1] is m.B and isinstance(names[2], nn.Linear)
+
+
+@layer.must(
+    "__init__ is right as far as it can be checked. forward is still open.",
+    ("narrow = F.linear(self.dropout(x), self.lora_A)", "raise NotImplementedError"),
+)
+def has_forward(MyLoRALinear, rng):
+    m = made(MyLoRALinear, rng, moved=False)
+    return works(lambda: m.layer(m.x) is not ..., NotImplementedError)
+
+
+@layer.must(
+    "The base moved in a training step. Freeze its weight and bias with requires_grad_(False).",
+    ("base.requires_grad_(False)", "base"),
+    ("base.requires_grad_(False)", "base; base.weight.requires_grad_(False)"),
+)
+def freezes_its_base(MyLoRALinear, rng):
+    """A step of training leaves the base as it is."""
+    m = made(MyLoRALinear, rng, moved=False)
+    m.layer(m.x).square().sum().backward()
+    torch.optim.SGD([p for p in m.layer.parameters() if p.requires_grad], lr=0.1).step()
+    stored = {tuple(tensor.shape): tensor for tensor in m.layer.state_dict().values()}
+    return torch.equal(stored[OUT, IN], m.base.weight) and torch.equal(stored.get((OUT,), m.base.bias), m.base.bias)
+
+
+# Its start
+
+
+@layer.must(
+    "A fresh layer differs from its base already. B must start at zero.",
+    ("nn.Parameter(B)", "nn.Parameter(torch.randn_like(B))"),
+)
+def begins_as_its_base(MyLoRALinear, rng):
+    """A fresh layer computes what its base computes."""
+    m = made(MyLoRALinear, rng, moved=False)
+    return any(near(m.layer.eval()(m.x), expected) for expected in (m.base(m.x), m.base(m.x) - m.base.bias))
+
+
+@layer.must(
+    "A and B both start at zero, so neither can ever learn. Draw A at random.",
+    (INITIAL, "nn.Parameter(torch.zeros_like(A))"),
+)
+def has_a_random_A(MyLoRALinear, rng):
+    """A is not zero at the start, so that B can learn."""
+    return bool(made(MyLoRALinear, rng, moved=False).A.any())
+
+
+@layer.must(
+    "A does not follow the generator. Pass it on: start(base.out_features, base.in_features, rank, generator).",
+    ("rank, generator)", "rank, None)"),
+)
+def follows_the_generator(MyLoRALinear, rng):
+    """The generator alone decides A."""
+    seeds, draws = rng.choice(10**6, 2, replace=False).tolist(), []
+    for seed in (seeds[0], seeds[0], seeds[1]):
+        torch.rand(1)  # a draw elsewhere must not matter
+        layer = MyLoRALinear(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, torch.Generator().manual_seed(seed))
+        draws.append(next(p for p in layer.parameters() if p.shape == (RANK, IN)))
+    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@layer.must(
+    "A is not drawn as start draws it, between -1 / sqrt(in) and 1 / sqrt(in). Use your start.",
+    (INITIAL, "nn.Parameter(torch.randn(A.shape, generator=generator))"),
+)
+def draws_A_in_its_range(MyLoRALinear, rng):
+    """The largest entry of A is within 1 / sqrt(in), and not far from it."""
+    return 0.5 < float(made(MyLoRALinear, rng, moved=False).A.abs().max()) * math.sqrt(IN) <= 1.001
+
+
+# Its forward pass
+
+
+@layer.must("The bias is lost. Call self.base(x), which adds it.", (UPDATE, f"{UPDATE} - self.base.bias"))
+def keeps_the_bias(MyLoRALinear, rng):
+    m = made(MyLoRALinear, rng, moved=False)
+    return not near(m.layer.eval()(m.x), m.base(m.x) - m.base.bias)
+
+
+@layer.must(
+    "The update is not alpha / rank * B A x. Divide alpha by the rank, and multiply the update by the result.",
+    ("alpha / rank", "1.0"),
+    ("alpha / rank", "alpha"),
+)
+def adds_the_scaled_update(MyLoRALinear, rng):
+    """With B filled, alpha / rank * B A x is added."""
+    m = made(MyLoRALinear, rng)
+    return near(m.layer.eval()(m.x), m.expected)
+
+
+@layer.must(
+    "A language model's input has the shape (batch, tokens, in), and your forward reads a matrix. Use F.linear(x, M).",
+    ("F.linear(self.dropout(x), self.lora_A)", "(self.lora_A @ self.dropout(x).T).T"),
+    (UPDATE, "self.base(x) + self.scaling * torch.mm(self.dropout(x), (self.lora_B @ self.lora_A).T)"),
+)
+def takes_more_axes(MyLoRALinear, rng):
+    """An input of shape (batch, tokens, in) does, too."""
+    m = made(MyLoRALinear, rng)
+    return works(lambda: near(m.layer.eval()(m.x[:, None]), m.expected[:, None]), RuntimeError)
+
+
+@layer.must(
+    "forward ignores self.scaling. Multiply the update by it; the lesson sets it to 0 to switch adapters off.",
+    ("self.lora_B) * self.scaling", "self.lora_B) * (ALPHA / RANK)"),
+    ("self.scaling", "self.s"),
+)
+def is_switched_off_by_its_scaling(MyLoRALinear, rng):
+    """With scaling set to zero the layer is its base."""
+    m = made(MyLoRALinear, rng)
+    if not hasattr(m.layer, "scaling"):
+        return False
+    m.layer.scaling *= 0
+    return near(m.layer.eval()(m.x), m.base(m.x))
+
+
+@layer.must(
+    "The gradient does not reach the layers below. Freezing parameters is enough: no detach(), no no_grad().",
+    (UPDATE, "self.base(x).detach() + update"),
+    ("self.dropout(x)", "self.dropout(x.detach())"),
+)
+def passes_the_gradient_on(MyLoRALinear, rng):
+    """The gradient of the input is that of W0 + alpha / rank * B A."""
+    m = made(MyLoRALinear, rng)
+    m.layer.eval()(m.x.requires_grad_()).sum().backward()
+    expected = (m.base.weight + ALPHA / RANK * m.update).sum(dim=0).expand(m.x.shape)
+    return m.x.grad is not None and near(m.x.grad, expected)
+
+
+@layer.must(
+    "Your layer needs a bias, and many models, such as SmolLM2, have layers without one. Call self.base(x).",
+    (UPDATE, "x @ self.base.weight.T + self.base.bias + update"),
+)
+def needs_no_bias(MyLoRALinear, rng):
+    """A base without a bias does, too."""
+    return works(
+        lambda: near((m := made(MyLoRALinear, rng, bias=False)).layer.eval()(m.x), m.expected),
+        TypeError,
+        AttributeError,
+    )
+
+
+# Its dropout
+
+
+@layer.must(
+    "The frozen path was dropped too. Dropout belongs on the input of A only.",
+    ("F.linear(self.dropout(x)", "F.linear((x := self.dropout(x))"),
+)
+def leaves_the_frozen_path_whole(MyLoRALinear, rng):
+    """Dropout leaves the frozen path alone."""
+    m = made(MyLoRALinear, rng, dropout=0.5, moved=False)
+    return near(m.layer.train()(m.x), m.base(m.x))
+
+
+@layer.must(
+    "Dropout must act in training and not in evaluation. Make it a module with nn.Dropout, and call it on x.",
+    ("nn.Dropout(dropout)", "nn.Identity()"),
+    ("self.dropout(x)", "F.dropout(x, self.dropout.p)"),
+)
+def drops_in_training_only(MyLoRALinear, rng):
+    """Dropout acts in training and not in evaluation."""
+    m = made(MyLoRALinear, rng, dropout=0.5)
+    return not torch.equal(m.layer.train()(m.x), m.layer(m.x)) and near(m.layer.eval()(m.x), m.expected)
+
+
+def dropped(MyLoRALinear, rng):
+    """By what factor dropout multiplied each output's update, (60, 5), for inputs with one entry that is not zero."""
+    m = made(MyLoRALinear, rng, dropout=0.75)
+    x = torch.zeros(60, IN)
+    x[:, 0] = 1 + torch.rand(60)
+    return (m.layer.train()(x).double() - m.base(x).double()) / (ALPHA / RANK * (x.double() @ m.update.T))
+
+
+@layer.must(
+    "All examples lose the same entries, because dropout acts on A. Call self.dropout on x.",
+    ("self.dropout(x), self.lora_A", "x, self.dropout(self.lora_A)"),
+)
+def drops_each_example_by_itself(MyLoRALinear, rng):
+    """Dropout draws anew for each example."""
+    ratios = dropped(MyLoRALinear, rng)
+    return not torch.allclose(ratios, ratios[:1].expand_as(ratios), atol=0.05)
+
+
+@layer.must(
+    "Dropout acts after A or after B. It belongs on the input of A: call self.dropout on x.",
+    ("F.linear(self.dropout(x), self.lora_A)", "self.dropout(F.linear(x, self.lora_A))"),
+    ("self.dropout(x)", "x", UPDATE, "self.base(x) + self.dropout(update)"),
+)
+def drops_the_input_of_A(MyLoRALinear, rng):
+    """It acts on the input of A."""
+    ratios = dropped(MyLoRALinear, rng)
+    return torch.allclose(ratios, ratios.amax(dim=1, keepdim=True).expand_as(ratios), atol=0.05)
+
+
+@layer.must(
+    "Dropout must scale what remains by 1 / (1 - p), or the mean changes. nn.Dropout does so.",
+    ("self.dropout(x)", "self.dropout(x) * (1 - self.dropout.p if self.training else 1)"),
+)
+def scales_what_remains(MyLoRALinear, rng):
+    """What remains is scaled by 1 / (1 - p)."""
+    largest = dropped(MyLoRALinear, rng).amax(dim=1)
+    return bool(((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all())
+
+
+# Its merge
+
+
+@layer.must(
+    "The shapes of the merge do not fit. The update of W0 is lora_B @ lora_A, in this order.",
+    ("self.lora_B @ self.lora_A", "self.lora_A @ self.lora_B"),
+)
+def merges_in_the_right_order(MyLoRALinear, rng):
+    try:
+        made(MyLoRALinear, rng).layer.merged()
+    except RuntimeError as error:
+        return "shapes cannot be multiplied" not in str(error)
+    return True
+
+
+@layer.must("__init__ and forward are right. merged is still open.", (MERGED, "raise NotImplementedError"))
+def has_merged(MyLoRALinear, rng):
+    return works(lambda: made(MyLoRALinear, rng).layer.merged() is not ..., NotImplementedError)
+
+
+@layer.must(
+    "merged() does not return a plain nn.Linear. Make one, such as a deep copy of the base.",
+    ("return plain", "return self"),
+    ("return plain", "return plain.weight"),
+)
+def merges_to_a_linear(MyLoRALinear, rng):
+    """merged() is a plain nn.Linear."""
+    merged = made(MyLoRALinear, rng).layer.merged()
+    return type(merged) is nn.Linear and isinstance(merged.weight, nn.Parameter)
+
+
+@layer.must(
+    "Merging changed W0. Add the update to a new layer, such as a deep copy of the base.",
+    (MERGED, "plain = self.base"),
+)
+def leaves_the_base_as_it_is(MyLoRALinear, rng):
+    """Merging leaves the base as it was."""
+    m = made(MyLoRALinear, rng)
+    m.layer.merged()
+    return any(torch.equal(tensor, m.base.weight) for tensor in m.layer.state_dict().values())
+
+
+@layer.must(
+    "Two merges of one layer differ. Merge A and B themselves, without dropout.",
+    ("self.lora_B @ self.lora_A", "self.lora_B @ self.dropout(self.lora_A)"),
+)
+def merges_without_dropout(MyLoRALinear, rng):
+    """Dropout has no part in a merge."""
+    layer = made(MyLoRALinear, rng, dropout=0.5).layer.train()
+    return torch.equal(layer.merged().weight, layer.merged().weight)
+
+
+@layer.must(
+    "Merged and unmerged differ by the bias. Copy it into the new layer.",
+    (MERGED, NEW.format(", bias=False")),
+    (MERGED, NEW.format("")),
+)
+def merges_the_bias(MyLoRALinear, rng):
+    """The merged layer has the base's bias."""
+    m = made(MyLoRALinear, rng)
+    bias = m.layer.merged().bias
+    return bias is not None and torch.equal(bias, m.base.bias)
+
+
+@layer.must(
+    "The merged layer shares its bias with the base, so training one would change the other. Copy it.",
+    (MERGED, f"{NEW.format('')}; plain.bias = self.base.bias"),
+)
+def shares_nothing(MyLoRALinear, rng):
+    """The merged layer shares no memory with the layer."""
+    m = made(MyLoRALinear, rng)
+    before = m.layer.eval()(m.x)
+    for parameter in m.layer.merged().parameters():
+        parameter.data.zero_()
+    return torch.equal(m.layer(m.x), before)
+
+
+@layer.must(
+    "merged() does not keep a layer without a bias as one. Copy the bias only if there is one.",
+    (MERGED, f"{NEW.format('')}; plain.bias.copy_(self.base.bias)"),
+)
+def merges_without_a_bias(MyLoRALinear, rng):
+    """A base without a bias merges into a layer without one."""
+    layer = made(MyLoRALinear, rng, bias=False).layer
+    return works(lambda: layer.merged().bias is None, TypeError, AttributeError)
+
+
+@layer.must(
+    "The merged weight is not W0 + alpha / rank * B A. The merge forgot the scaling or the update.",
+    ("self.scaling * (self.lora_B @ self.lora_A)", "self.lora_B @ self.lora_A"),
+    ("self.scaling * (self.lora_B @ self.lora_A)", "0"),
+)
+def merges_the_scaled_update(MyLoRALinear, rng):
+    """The merged layer computes what the layer computes."""
+    m = made(MyLoRALinear, rng)
+    return near(m.layer.merged()(m.x), m.expected)
 
 
 # The clinic
 
-HIDDEN = ("hidden1", "hidden2")  # the layers to adapt
+FACTORS, COPY = "('hidden1', 'hidden2')", "copy.deepcopy(pretrained).requires_grad_(False)"
+MISSPELT, TRAINED = (FACTORS, "('hidden_1', 'hidden_2')"), "[p for p in model.parameters() if p.requires_grad]"
+LOSS, OPTIMIZER, FREEZE = "loss = loss_of(model)", "torch.optim.Adam(trainable, lr=0.01)", "model.requires_grad_(False)"
 
-
-def _adapted(model: nn.Module) -> tuple[str, ...]:
-    """The layers with an adapter: the package's, the learner's own or PEFT's, which all call its factors so."""
-    return tuple(name for name, layer in model.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "lora_B"))
-
-
-@lru_cache(maxsize=1)  # a check asks a dozen questions about one run
-def _treated(answer: Callable[..., Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Run a script on a small net and note what happened.
-
-    Returns:
-        problems: what ``diagnose`` calls problems, by name of the check; empty: whether the optimiser got nothing to
-        train; adapted: the layers with adapters; trainable, outside, graph: whether the model that was measured had
-        something to train, something outside the adapters to train, and a graph; backward: whether a gradient was
-        computed; base_kept: whether the pre-trained model is unchanged; moved, fell: whether the outputs are others
-        afterwards, and the loss lower.
-    """
-    pretrained = DigitsMLP(width=8, seed=int(rng.integers(2**31)))
-    original = copy.deepcopy(pretrained)
-    inputs, targets = normal(rng, 16, 64), torch.from_numpy(rng.integers(10, size=16))
-    notes: dict[str, Any] = {"empty": False, "adapted": (), "trainable": False, "outside": False, "graph": False}
-    notes |= {"backward": False, "base_kept": True, "problems": set(), "moved": False, "fell": False}
-
-    def look(model: nn.Module) -> None:
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        notes["adapted"] = _adapted(model)
-        notes["trainable"] = bool(trained)
-        notes["outside"] = any("lora_" not in name for name in trained)
-
-    def loss_of(model: nn.Module) -> Tensor:
-        loss = F.cross_entropy(model(inputs), targets)
-        look(model)
-        notes["graph"] = loss.requires_grad
-        if loss.requires_grad:
-            loss.register_hook(lambda gradient: notes.update(backward=True))
-        return loss
-
-    try:
-        model, optimizer = answer(pretrained, loss_of)
-    except (RuntimeError, ValueError) as error:
-        if "empty parameter list" in str(error):
-            return notes | {"empty": True}
-        if "does not require grad" not in str(error):
-            raise
-        return notes
-    with torch.no_grad():
-        outputs, originals = model(inputs), original(inputs)
-        moved = not torch.equal(outputs, originals)
-        fell = bool(F.cross_entropy(outputs, targets) < F.cross_entropy(originals, targets))
-    look(model)
-    problems = {each.check for each in diagnose(model, optimizer, base=original).problems}
-    old, new = original.state_dict(), pretrained.state_dict()
-    base_kept = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    return notes | {"base_kept": base_kept, "problems": problems, "moved": moved, "fell": fell}
-
-
-def repair(pretrained, loss_of):
-    """A copy of the pre-trained model has two adapters, they alone are trained, and ``diagnose`` finds no problem."""
-    model = copy.deepcopy(pretrained).requires_grad_(False)
-    inject(model, LoRAConfig(rank=4, alpha=8, targets=["hidden1", "hidden2"]))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        loss = loss_of(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def _faulty(
-    targets: tuple[str, ...] = HIDDEN,
-    frozen: bool = False,
-    unfrozen: bool = False,
-    no_graph: bool = False,
-    early: bool = False,
-    stranger: bool = False,
-    in_place: bool = False,
-    backward: bool = True,
-    step: bool = True,
-    sign: int = 1,
-    trained_only: bool = False,
-) -> Callable[..., Any]:
-    """The script with some faults."""
-
-    def script(
-        pretrained: nn.Module, loss_of: Callable[[nn.Module], Tensor]
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = DigitsMLP(width=8) if stranger else pretrained if in_place else copy.deepcopy(pretrained)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        model.requires_grad_(unfrozen)
-        for name in targets:
-            setattr(model, name, LoRALinear(getattr(model, name), rank=4, alpha=8))
-        if frozen:
-            model.requires_grad_(False)
-        if not early:
-            optimizer = torch.optim.Adam(
-                [each for each in model.parameters() if each.requires_grad or not trained_only], lr=1e-2
-            )
-        for _ in range(3):
-            with torch.set_grad_enabled(not no_graph):
-                loss = loss_of(model)
-            optimizer.zero_grad()
-            if backward:
-                (sign * loss).backward()
-            elif targets:
-                nn.init.normal_(model.get_submodule(targets[0]).lora_B, std=1e-3)  # pyright: ignore[reportArgumentType]
-            if step:
-                optimizer.step()
-        return model, optimizer
-
-    return script
-
-
-exercise(
+repair = Exercise(
     "repair",
-    probes=[
-        Probe(
-            lambda answer, rng: not _treated(answer, rng)["empty"],
-            "The optimiser got nothing to train. Either no layer has an adapter, or the adapters are frozen as well.",
-            (_faulty(targets=(), trained_only=True), _faulty(frozen=True, trained_only=True)),
-        ),
-        Probe(
-            lambda answer, rng: bool(_treated(answer, rng)["adapted"]),
-            "No layer has an adapter. A target is misspelt, so nothing matched and nothing was replaced.",
-            (_faulty(targets=()), _faulty(targets=(), unfrozen=True)),
-        ),
-        Probe(
-            lambda answer, rng: set(HIDDEN) <= set(_treated(answer, rng)["adapted"]),
-            "Only one hidden layer has an adapter. Look at the other's name: they are hidden1 and hidden2.",
-            (_faulty(targets=("hidden1",)), _faulty(targets=("hidden2",))),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["trainable"],
-            "The adapters are frozen as well. Freeze the model before the adapters are put in, not after.",
-            (_faulty(frozen=True),),
-        ),
-        Probe(
-            lambda answer, rng: not _treated(answer, rng)["outside"],
-            "Parameters outside the adapters are trainable. Freeze the model before the adapters are put in.",
-            (_faulty(unfrozen=True),),
-        ),
-        Probe(
-            lambda answer, rng: set(_treated(answer, rng)["adapted"]) == set(HIDDEN),
-            "A layer that is not hidden has an adapter too. Adapt hidden1 and hidden2 only.",
-            (_faulty(targets=(*HIDDEN, "head")),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["graph"],
-            "The loss has no graph to go backward through. Move the forward pass out of torch.no_grad().",
-            (_faulty(no_graph=True),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["base_kept"],
-            "The pre-trained model itself was changed. Work on a deep copy of it.",
-            (_faulty(in_place=True),),
-        ),
-        Probe(
-            lambda answer, rng: "optimizer" not in _treated(answer, rng)["problems"],
-            "The optimiser does not hold the adapters. Create it after the adapters, because their parameters are new.",
-            (_faulty(early=True),),
-        ),
-        Probe(
-            lambda answer, rng: "base" not in _treated(answer, rng)["problems"],
-            "The shapes agree, but the base does not. Start from a copy of the pre-trained model, not from a new one.",
-            (_faulty(stranger=True),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["backward"],
-            "No gradient was computed. Call loss.backward() before optimizer.step().",
-            (_faulty(backward=False),),
-        ),
-        Probe(
-            lambda answer, rng: not _treated(answer, rng)["problems"] and _treated(answer, rng)["moved"],
-            "The adapters have not moved. Call optimizer.step() after loss.backward().",
-            (_faulty(step=False),),
-        ),
-        Probe(
-            lambda answer, rng: _treated(answer, rng)["fell"],
-            "The adapters moved, but the loss rose. Go down its gradient, and in smaller steps.",
-            (_faulty(sign=-1),),
-        ),
-    ],
+    LESSON,
     hints=[
         "Read the script from top to bottom. After each line, ask which parameters exist now and which are trained.",
         "Print ll.diagnose(model, optimizer, base=pretrained) at the end: it names what the adapter lacks.",
@@ -1150,4 +682,238 @@ exercise(
     praise="Two of these faults raise no error: the early optimiser and the wrong base. "
     "The other three stop in loss.backward(), with one message for all.",
     draws=1,
-)(repair)
+)
+
+
+@lru_cache(maxsize=1)  # a check asks many questions about one run
+def treated(repair, rng):
+    """Run a script on a small net, and note what happened, and less if it stops early.
+
+    The notes: pair, whether it returned two things; empty, whether the optimiser got nothing to train; adapted, the
+    layers with adapters, the package's, the learner's own or PEFT's; trained, the names of what is trained; measured,
+    whether a loss was that of a model with adapters; graph, whether it could go backward, and backward, whether it did;
+    base_kept, whether the pre-trained model is unchanged; held, how many of the adapters' parameters the optimiser
+    holds, and of how many; problems, what ``diagnose`` calls so; moved, whether the outputs are others than before, and
+    fell, whether the loss is lower; wiped, whether no gradient is left; rates, the learning rates.
+    """
+    pretrained = DigitsMLP(width=8, seed=int(rng.integers(2**31)))
+    original, inputs, targets = (
+        copy.deepcopy(pretrained),
+        normal(rng, 16, 64),
+        torch.from_numpy(rng.integers(10, size=16)),
+    )
+    notes = SimpleNamespace(pair=True, empty=False, adapted=set(), trained=[])
+    notes.measured = notes.graph = notes.backward = False
+
+    def look(model):
+        adapters = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+        notes.adapted = {name for name, layer in adapters.items() if hasattr(layer, "lora_B")}
+        notes.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def loss_of(model):
+        loss = F.cross_entropy(model(inputs), targets)
+        look(model)
+        notes.measured |= bool(notes.adapted)
+        notes.graph = loss.requires_grad
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: setattr(notes, "backward", True))
+        return loss
+
+    try:
+        result = repair(pretrained, loss_of)
+    except (RuntimeError, ValueError) as error:
+        notes.empty = "empty parameter list" in str(error)
+        if not notes.empty and "does not require grad" not in str(error):
+            raise
+        return notes
+    notes.pair = isinstance(result, tuple | list) and len(result) == 2
+    if not notes.pair:
+        return notes
+    model, optimizer = result
+    with torch.no_grad():
+        after, before = model(inputs), original(inputs)
+    look(model)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    old, new = original.state_dict(), pretrained.state_dict()
+    notes.base_kept = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    notes.held = sum(id(parameter) in held for parameter in adapters), len(adapters)
+    notes.problems = {each.check for each in diagnose(model, optimizer, base=original).problems}
+    notes.moved = not torch.equal(after, before)
+    notes.fell = bool(F.cross_entropy(after, targets) < F.cross_entropy(before, targets))
+    notes.wiped = all(parameter.grad is None or not parameter.grad.any() for parameter in adapters)
+    notes.rates = [group["lr"] for group in optimizer.param_groups]
+    return notes
+
+
+@repair.must("Return the model and the optimiser, in this order.", ("(model, optimizer)", "model"))
+def returns_a_pair(repair, rng):
+    return treated(repair, rng).pair
+
+
+@repair.must(
+    "The optimiser got nothing to train. Either no layer has an adapter, or the adapters are frozen as well.",
+    MISSPELT,
+    ("trainable = ", f"{FREEZE}\n    trainable = "),
+)
+def gives_the_optimiser_something(repair, rng):
+    return not treated(repair, rng).empty
+
+
+@repair.must(
+    "No layer has an adapter. A target is misspelt, so nothing matched and nothing was replaced.",
+    (*MISSPELT, TRAINED, "list(model.parameters())"),
+    (*MISSPELT, ".requires_grad_(False)", ""),
+)
+def adapts_something(repair, rng):
+    return bool(treated(repair, rng).adapted)
+
+
+@repair.must(
+    "Only one hidden layer has an adapter. Look at the other's name: they are hidden1 and hidden2.",
+    (FACTORS, "('hidden1',)"),
+    (FACTORS, "('hidden2',)"),
+)
+def adapts_both(repair, rng):
+    return {"hidden1", "hidden2"} <= treated(repair, rng).adapted
+
+
+@repair.must(
+    "The adapters are frozen as well. Freeze the model before the adapters are put in, not after.",
+    (LOSS, f"{FREEZE}\n    {LOSS}"),
+)
+def trains_something(repair, rng):
+    return bool(treated(repair, rng).trained)
+
+
+@repair.must(
+    "Parameters outside the adapters are trainable. Freeze the model before the adapters are put in.",
+    (".requires_grad_(False)", ""),
+)
+def trains_the_adapters_alone(repair, rng):
+    """The adapters are trained, and nothing else."""
+    trained = treated(repair, rng).trained
+    return bool(trained) and all("lora_" in name for name in trained)
+
+
+@repair.must(
+    "A layer that is not hidden has an adapter too. Adapt hidden1 and hidden2 only.",
+    (FACTORS, "('hidden1', 'hidden2', 'head')"),
+)
+def adapts_the_hidden_layers(repair, rng):
+    """The layers hidden1 and hidden2 have adapters, and no other layer has."""
+    return treated(repair, rng).adapted == {"hidden1", "hidden2"}
+
+
+@repair.must(
+    "The loss has no graph to go backward through. Move the forward pass out of torch.no_grad().",
+    (LOSS, f"with torch.no_grad():\n        {LOSS}"),
+)
+def has_a_graph(repair, rng):
+    return treated(repair, rng).graph
+
+
+@repair.must(
+    "The pre-trained model itself was changed. Work on a deep copy of it.", ("copy.deepcopy(pretrained)", "pretrained")
+)
+def keeps_the_base(repair, rng):
+    notes = treated(repair, rng)
+    return notes.base_kept
+
+
+@repair.must(
+    "This is the loss of a model without adapters, such as the pre-trained one. Call loss_of(model).",
+    (LOSS, "loss = loss_of(pretrained)"),
+)
+def measures_the_adapted_model(repair, rng):
+    return treated(repair, rng).measured
+
+
+@repair.must(
+    "The optimiser holds only a part of the adapters. Give it each lora_A and each lora_B.",
+    (TRAINED, "[p for name, p in model.named_parameters() if 'lora_A' in name]"),
+)
+def holds_no_part_of_them(repair, rng):
+    held, count = treated(repair, rng).held
+    return held in (0, count)
+
+
+@repair.must(
+    "The optimiser does not hold the adapters. Create it after the adapters, because their parameters are new.",
+    (
+        COPY,
+        f"copy.deepcopy(pretrained)\n    optimizer = torch.optim.Adam(model.parameters())\n    {FREEZE}",
+        f"optimizer = {OPTIMIZER}",
+        "",
+    ),
+)
+def holds_the_adapters(repair, rng):
+    """The optimiser holds all that is trained, and the pre-trained net is as it was."""
+    notes = treated(repair, rng)
+    return notes.base_kept and notes.held[0] > 0 and "optimizer" not in notes.problems
+
+
+@repair.must(
+    "The shapes agree, but the base does not. Start from a copy of the pre-trained model, not from a new one.",
+    ("copy.deepcopy(pretrained)", "DigitsMLP(width=8)"),
+)
+def has_the_right_base(repair, rng):
+    notes = treated(repair, rng)
+    return notes.held[0] > 0 and "base" not in notes.problems
+
+
+@repair.must(
+    "No gradient was computed. Call loss.backward() before optimizer.step().",
+    ("loss.backward()", "pass"),
+)
+def goes_backward(repair, rng):
+    return treated(repair, rng).backward
+
+
+@repair.must(
+    "The gradients were gone before the step. Call optimizer.zero_grad() before loss.backward(), not after it.",
+    ("optimizer.step()", "optimizer.zero_grad()\n    optimizer.step()"),
+)
+def keeps_the_gradients(repair, rng):
+    notes = treated(repair, rng)
+    return notes.moved or not notes.wiped
+
+
+@repair.must("The learning rate is zero, so a step has no length.", ("lr=0.01", "lr=0.0"))
+def has_a_rate(repair, rng):
+    return all(rate > 0 for rate in treated(repair, rng).rates)
+
+
+@repair.must("The adapters have not moved. Call optimizer.step() after loss.backward().", ("optimizer.step()", "pass"))
+def moves(repair, rng):
+    notes = treated(repair, rng)
+    return not notes.problems and notes.moved
+
+
+@repair.must(
+    "The adapters moved, but the loss rose. Go down its gradient, and in smaller steps.", ("loss.b", "(-loss).b")
+)
+def learns_on_its_base(repair, rng):
+    """Its frozen weights are the pre-trained ones, a gradient was computed, and its loss is lower than theirs."""
+    notes = treated(repair, rng)
+    return notes.fell and notes.backward and not notes.problems
+
+
+Reflection(
+    LESSON,
+    question="You adapt a layer with your own class and train it; the loss does not fall at all. Describe in five "
+    "to eight sentences how you would find the reason. Then: why does LoRA start with B at zero and A at "
+    "random, and what would happen with both at zero?",
+    rubric=(
+        "At least two causes are named that raise no error.",
+        "For each of them the answer says what to print or compare to see it.",
+        "It says why B at zero leaves the model as it was.",
+        "It says from the gradients why one factor at zero can learn and two cannot.",
+    ),
+    expected="Causes without an error: the optimiser was made before the adapters and holds none of them; a "
+    "target's name is misspelt and nothing was replaced; the base has random weights; the adapters are "
+    "frozen. To see them: the names of trained parameters, whether they are in optimizer.param_groups, "
+    "whether they differ after a step, the base's loss before training. B at zero makes B A zero, so the "
+    "first output is the base's. The gradient of B holds A x and that of A holds B: with B at zero B "
+    "moves first, with both at zero neither ever does.",
+)

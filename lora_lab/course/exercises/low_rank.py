@@ -2,59 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from lora_lab.course.exercise import exercises_of, normal
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
 
-exercise = exercises_of("01_low_rank")
+LESSON = "01_low_rank"
 
 
-def matrix_and_rank(rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def matrix_and_rank(rng):
     """A matrix (m, n), tall or wide, with well separated singular values, and a rank below both."""
     m, n = rng.permutation([int(rng.integers(5, 7)), int(rng.integers(7, 9))])
     left, right = (np.linalg.qr(rng.normal(size=(size, 5)))[0] for size in (m, n))
     return (left * [9.0, 6.0, 4.0, 2.5, 1.5]) @ right.T, int(rng.integers(2, 4))
 
 
-def _truncated(M: np.ndarray, first: int, last: int | None) -> np.ndarray:
-    U, S, Vh = np.linalg.svd(M, full_matrices=False)
-    return (U[:, first:last] * S[first:last]) @ Vh[first:last]
-
-
-def _without_singular_values(M, r):
-    U, _, Vh = np.linalg.svd(M, full_matrices=False)
-    return U[:, :r] @ Vh[:r]
-
-
-def _transposed_again(full: bool) -> Callable[[np.ndarray, int], np.ndarray]:
-    """A wrong answer: the first columns are taken where rows are needed; without an error, if svd returns all of V."""
-
-    def best_rank(M: np.ndarray, r: int) -> np.ndarray:
-        U, S, Vh = np.linalg.svd(M, full_matrices=full)
-        return (U[:, :r] * S[:r]) @ Vh[:, :r].T
-
-    return best_rank
-
-
-@exercise(
+best_rank = Exercise(
     "best_rank",
+    LESSON,
     inputs=matrix_and_rank,
-    mistakes={
-        "The singular values are missing. Scale each direction by its entry of S.": _without_singular_values,
-        "The directions are mixed up. svd returns V transposed already: take its first r rows.": (
-            _transposed_again(full=False),
-            _transposed_again(full=True),
+    wrong={
+        "The singular values are missing. Scale each direction by its entry of S.": (" * S[:r]", ""),
+        "S is a list of numbers, not a matrix. Scale the columns with U[:, :r] * S[:r], or write np.diag(S[:r]).": (
+            (" * S[:r]", " @ S[:r]")
         ),
-        "You kept the weakest terms. S is sorted with the largest first, so take [:r].": (
-            lambda M, r: _truncated(M, -r, None),
-            lambda M, r: _truncated(M, r, None),
+        "The directions are mixed up. svd returns V transposed already: take its first r rows.": [
+            ("Vh[:r]", "Vh[:, :r].T"),
+            ("Vh[:r]", "Vh[:, :r].T", "full_matrices=False", "full_matrices=True"),
+        ],
+        "You kept the weakest terms. S is sorted with the largest first, so take [:r].": (":r]", "-r:]"),
+        "This is what is left of M without its r largest terms. Keep these terms themselves: take [:r].": (
+            (":r]", "r:]")
         ),
-        "There is one term too many. [:r] already means r of them.": lambda M, r: _truncated(M, 0, r + 1),
-        "There is one term too few. [:r] already means r of them.": lambda M, r: _truncated(M, 0, r - 1),
-        "This is M itself. Cut it down to rank r.": lambda M, r: M.copy(),
+        "There is one term too many. [:r] already means r of them.": (":r]", ":r + 1]"),
+        "There is one term too few. [:r] already means r of them.": (":r]", ":r - 1]"),
+        "This is M itself. Cut it down to rank r.": "return M.copy()",
     },
     hints=[
         "np.linalg.svd(M, full_matrices=False) returns three arrays: U, S and V transposed.",
@@ -62,16 +44,38 @@ def _transposed_again(full: bool) -> Callable[[np.ndarray, int], np.ndarray]:
         "U[:, :r] * S[:r] scales each column of U by its singular value; what is left is one matrix multiplication.",
     ],
     minutes=8,
-    difficulty=1,
     praise="No matrix of rank r is closer to M (Eckart and Young, 1936), so this is the yardstick for all others.",
+    draws=12,
 )
-def best_rank(M, r):
-    """The result is the matrix of rank r that is closest to M, and M itself is not changed."""
-    U, S, Vh = np.linalg.svd(M, full_matrices=False)
-    return (U[:, :r] * S[:r]) @ Vh[:r]
 
 
-def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
+@best_rank.must()
+def has_the_rank(best_rank, rng):
+    """The result has the shape of M, whether that is tall or wide, and rank r."""
+    cases = [(rng.normal(size=shape), r) for shape in ((5, 8), (9, 6)) for r in (2, 3)]
+    results = [(np.asarray(best_rank(M.copy(), r)), M, r) for M, r in cases]
+    return all(N.shape == M.shape and np.linalg.matrix_rank(N) == r for N, M, r in results)
+
+
+@best_rank.must()
+def drops_what_is_perpendicular(best_rank, rng):
+    """Something is dropped, and it is perpendicular to the result: the sum of the products of their entries is 0."""
+    matrices = [rng.normal(size=shape) for shape in ((5, 8), (9, 6))]
+    pairs = [(np.asarray(best_rank(M.copy(), 3)), M) for M in matrices]
+    norms = [(np.linalg.norm(N), np.linalg.norm(M - N), np.sum(N * (M - N))) for N, M in pairs]
+    return all(saved > 1e-3 and lost > 1e-3 and abs(product) < 1e-5 * saved * lost for saved, lost, product in norms)
+
+
+@best_rank.must()
+def has_the_smallest_error(best_rank, rng):
+    """Its error is the root of the dropped squares, which is the smallest, and M is as it was."""
+    M = rng.normal(size=(9, 6))
+    before, S = M.copy(), np.linalg.svd(M, compute_uv=False)
+    errors = [np.linalg.norm(M - np.asarray(best_rank(M, r))) for r in (2, 4)]
+    return close(errors, [np.sqrt(np.sum(S[r:] ** 2)) for r in (2, 4)]) and np.array_equal(M, before)
+
+
+def spectrum_and_share(rng):
     """Singular values, largest first, and a share of their energy; in half of the cases some terms meet it exactly."""
     if rng.random() < 0.5:
         twos = int(rng.integers(1, 4))
@@ -81,26 +85,21 @@ def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
     return S, float(rng.choice([0.8, 0.9, 0.95]))
 
 
-@exercise(
+terms_for = Exercise(
     "terms_for",
+    LESSON,
     inputs=spectrum_and_share,
-    mistakes={
-        "The sum is of the wrong quantity. Energy is the sum of squares, so square S first.": (
-            lambda S, share: int(np.sum(np.cumsum(S) / S.sum() < share)) + 1
-        ),
-        "There is one term too few. These hold less than the share, and the next one reaches it.": (
-            lambda S, share: int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share))
-        ),
-        "There is one term too many. Count the terms that hold less than the share, and add one.": (
-            lambda S, share: int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share)) + 2
-        ),
+    wrong={
+        "The sum is of the wrong quantity. Energy is the sum of squares, so square S first.": ("S ** 2", "S"),
+        "There is one term too few. These hold less than the share, and the next one reaches it.": (" + 1", ""),
+        "There is one term too many. Count the terms that hold less than the share, and add one.": ("+ 1", "+ 2"),
         "There is one term too many where the share is met exactly. At least this share means that it is enough.": (
-            lambda S, share: int(np.sum(np.cumsum(S**2) / np.sum(S**2) <= share)) + 1
+            ("< share", "<= share")
         ),
-        "This counts the large singular values. Add up their squares until the sum reaches the share.": (
-            lambda S, share: int(np.sum(S / S[0] > 1 - share)),
-            lambda S, share: int(np.sum(S**2 / S[0] ** 2 > 1 - share)),
-        ),
+        "This counts the large singular values. Add up their squares until the sum reaches the share.": [
+            "return int(np.sum(S / S[0] > 1 - share))",
+            "return int(np.sum(S**2 / S[0] ** 2 > 1 - share))",
+        ],
     },
     hints=[
         "The energy of the first k terms is S[0]**2 + ... + S[k-1]**2; np.cumsum gives all of these sums.",
@@ -108,42 +107,65 @@ def spectrum_and_share(rng: np.random.Generator) -> tuple[np.ndarray, float]:
         "Count how many of the shares are still below the one that is asked for; one term more reaches it.",
     ],
     minutes=6,
-    difficulty=1,
     praise="You can now say how many terms hold most of a matrix, whatever its shape.",
     draws=48,
 )
-def terms_for(S, share):
-    """The result is the smallest number of terms whose energy is at least that share of the whole."""
-    return int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share)) + 1
 
 
-def shape_of_a_matrix(rng: np.random.Generator) -> tuple[int, int]:
-    """Two different sizes; in half of the cases a rank costs exactly as much as the matrix."""
-    if rng.random() < 0.5:
+@terms_for.must()
+def reaches_the_share(terms_for, rng):
+    """The result is a whole number of terms which hold at least the share, and one term less holds less."""
+    cases = [(np.sort(rng.uniform(0.1, 1, 14))[::-1] ** 2, share) for share in (0.5, 0.8, 0.9, 0.95, 0.99) * 3]
+    counts = [terms_for(S.copy(), share) for S, share in cases]
+    held = [[np.sum(S[: k - d] ** 2) / np.sum(S**2) for d in (0, 1)] for k, (S, _) in zip(counts, cases, strict=True)]
+    enough = all(less < share <= more for (more, less), (_, share) in zip(held, cases, strict=True))
+    return enough and all(k == int(k) for k in counts)
+
+
+@terms_for.must()
+def an_exact_share_is_enough(terms_for, rng):
+    """Where some terms hold exactly the share, these are enough."""
+    sizes = rng.choice([2.0, 4.0, 0.5], 3, replace=False).tolist()
+    # 16 equal terms: no formula for the shares rounds, whether it takes squares or divides by the norm first.
+    return all(terms_for(size * np.ones(16), k / 16) == k for size in sizes for k in (3, 8, 12))
+
+
+def shape_of_a_matrix(rng):
+    """Two sizes. In a third of the cases a rank costs exactly as much as the matrix, and in a third no rank saves."""
+    case = rng.integers(3)
+    if case == 0:
         k = int(rng.integers(2, 40))
         return 3 * k, 6 * k  # 18 k^2 entries, and 9 k for each rank: at 2 k the factors cost as much
-    m, n = rng.choice(np.arange(5, 400), size=2, replace=False)
+    if case == 1:
+        m, n = rng.permutation([1, int(rng.integers(2, 40))])  # one row or column
+    else:
+        m, n = rng.choice(np.arange(5, 400), size=2, replace=False)
     return int(m), int(n)
 
 
-@exercise(
+largest_saving_rank = Exercise(
     "largest_saving_rank",
+    LESSON,
     inputs=shape_of_a_matrix,
-    mistakes={
+    wrong={
         "This is the largest rank that the matrix can have. Find the largest at which the factors are smaller.": (
-            lambda m, n: min(m, n)
+            "return min(m, n)"
         ),
-        "The result is not a whole number, but a rank is. Round it down.": (
-            lambda m, n: m * n / (m + n),
-            lambda m, n: (m * n - 1) / (m + n),
-        ),
+        "The result is not a whole number, but a rank is. Round it down.": [
+            "return m * n / (m + n)",
+            "return (m * n - 1) / (m + n)",
+        ],
         "At this rank the factors cost as much as the matrix in some cases. They must cost less.": (
-            lambda m, n: m * n // (m + n)
+            "return m * n // (m + n)"
         ),
-        "At this rank the factors cost as much as the matrix, or more. Round down, not up.": (
-            lambda m, n: -(-m * n // (m + n)),
-            lambda m, n: m * n // (m + n) + 1,
-        ),
+        "At this rank the factors cost as much as the matrix, or more. Round down, not up.": [
+            "return -(-m * n // (m + n))",
+            "return m * n // (m + n) + 1",
+        ],
+        "In a matrix of one row or column not even rank 1 saves numbers. Return 0 there.": [
+            "return max(1, (m * n - 1) // (m + n))",
+            "return max(r for r in range(1, m + n) if r * (m + n) < m * n)",
+        ],
     },
     hints=[
         "A factor of m x r and one of r x n hold r * (m + n) numbers; the matrix holds m * n.",
@@ -151,40 +173,52 @@ def shape_of_a_matrix(rng: np.random.Generator) -> tuple[int, int]:
         "// rounds down; think about what happens when m * n is a multiple of m + n.",
     ],
     minutes=5,
-    difficulty=1,
     praise="Up to this rank two factors are smaller than their matrix, and LoRA stays far below it.",
-    draws=36,
+    draws=48,
 )
-def largest_saving_rank(m, n):
-    """r * (m + n) is smaller than m * n at the result, and no longer so at the next rank."""
-    return (m * n - 1) // (m + n)
 
 
-def errors_and_inputs(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+@largest_saving_rank.must()
+def saves_and_the_next_rank_does_not(largest_saving_rank, rng):
+    """At the result the two factors are smaller than the matrix, and at the next rank they are not."""
+    shapes = [(m, n) for m, n in rng.integers(3, 900, (40, 2)).tolist() if m * n % (m + n)] + [(1, 5), (7, 1)]
+    ranks = [largest_saving_rank(m, n) for m, n in shapes]
+    whole = all(r == int(r) for r in ranks)
+    return whole and all(r * (m + n) < m * n <= (r + 1) * (m + n) for r, (m, n) in zip(ranks, shapes, strict=True))
+
+
+@largest_saving_rank.must()
+def a_tie_saves_nothing(largest_saving_rank, rng):
+    """Where some rank costs exactly as much as the matrix, the result is the rank below it."""
+    sizes = rng.choice(np.arange(2, 200), 8, replace=False).tolist()
+    return all(largest_saving_rank(3 * k, 6 * k) == 2 * k - 1 for k in sizes)
+
+
+def errors_and_inputs(rng):
     """For each of some tokens the gradient of the layer's output (tokens, out) and its input (tokens, in)."""
     tokens, out, inp = rng.permutation([3, 4, 5])
     return normal(rng, tokens, out), normal(rng, tokens, inp)
 
 
-@exercise(
+gradient = Exercise(
     "gradient",
+    LESSON,
     inputs=errors_and_inputs,
-    mistakes={
-        "The result is transposed. The gradient has the weight's shape, outputs x inputs.": lambda delta, z: (
-            z.T @ delta
+    wrong={
+        "The result is transposed. The gradient has the weight's shape, outputs x inputs.": "return z.T @ delta",
+        "The shapes do not fit. Both have a row for each token, and the sum is over tokens: transpose delta, not z.": (
+            "return delta @ z.T"
         ),
-        "The result is too small. Sum over the tokens; you divided by their number.": (
-            lambda delta, z: delta.T @ z / len(z)
-        ),
+        "The result is too small. Sum over the tokens; you divided by their number.": "return delta.T @ z / len(z)",
         "Only the last token is left. Add the outer products instead of replacing the result each time.": (
-            lambda delta, z: np.outer(delta[-1], z[-1])
+            "return np.outer(delta[-1], z[-1])"
         ),
-        "Only the first token is there. Sum over all of them.": lambda delta, z: np.outer(delta[0], z[0]),
+        "Only the first token is there. Sum over all of them.": "return np.outer(delta[0], z[0])",
         "The sum over tokens was taken too early. Multiply token by token, and then add.": (
-            lambda delta, z: np.outer(delta.sum(axis=0), z.sum(axis=0))
+            "return np.outer(delta.sum(axis=0), z.sum(axis=0))"
         ),
         "Entries cannot be multiplied one by one. Each token adds an outer product of its delta and its z.": (
-            lambda delta, z: delta * z
+            "return delta * z"
         ),
     },
     hints=[
@@ -196,6 +230,47 @@ def errors_and_inputs(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Ten
     difficulty=2,
     praise="Each token adds one direction, so a gradient from few tokens has low rank before LoRA is even mentioned.",
 )
-def gradient(delta, z):
-    """The result is the gradient of a layer y = W z with respect to W, summed over the tokens."""
-    return delta.T @ z
+
+
+@gradient.must()
+def of_one_token(gradient, rng):
+    """From a single token the gradient is the outer product of its delta and its z."""
+    delta, z = (torch.from_numpy(rng.normal(size=(1, size))).float() for size in (3, 5))
+    return close(gradient(delta, z), torch.outer(delta[0], z[0]))
+
+
+@gradient.must()
+def adds_up(gradient, rng):
+    """The gradient from all tokens is the sum of those from each part of them."""
+    delta, z = (torch.from_numpy(rng.normal(size=(6, size))).float() for size in (3, 5))
+    whole, parts = gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:])
+    return close(whole, parts) and float(abs(whole).max()) > 0
+
+
+@gradient.must()
+def is_that_of_autograd(gradient, rng):
+    """The result is what autograd computes for W."""
+    delta, z = (torch.from_numpy(rng.normal(size=(4, size))).float() for size in (3, 5))
+    W = torch.zeros(3, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad((delta * (z @ W.T)).sum(), W)
+    return close(gradient(delta, z), expected)
+
+
+Reflection(
+    LESSON,
+    question="A colleague has looked at the singular values of a language model's weights and says: *These "
+    "matrices have full rank, and many terms are needed for 90 % of their energy. So LoRA, which insists "
+    "on low rank, cannot work.* Answer in five to eight sentences.",
+    rubric=(
+        "The answer says which matrix LoRA wants to be of low rank, and which it leaves as it is.",
+        "It says what the weight was compared with in the lesson, and why a number of terms needs such a comparison.",
+        "It names a measurement that would show that LoRA's bet is lost for some task.",
+        "It says of at least one result of the lesson how far it goes: which matrices, which model, how many tokens.",
+    ),
+    expected="LoRA asks low rank of the change, and W stays. The lesson compares the weight with noise of its "
+    "shape and norm: many or few terms mean something only beside that. The bet is lost where full "
+    "fine-tuning, with its rate tuned, is better than every rank that was tried by more than the seeds "
+    "scatter, or where the change's best approximation of low rank has a clearly higher loss than the "
+    "change. The lesson looked at one small chat model and a few of its matrices, and a gradient of few "
+    "tokens has low rank whatever the task is.",
+)

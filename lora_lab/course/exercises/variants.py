@@ -3,161 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lab.course.exercise import Probe, exercises_of, normal
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
 from lora_lab.lora import LoRALinear
 
-exercise = exercises_of("10_variants")
+LESSON = "10_variants"
 
 
-# rsLoRA and LoRA-FA, derived from LoRA
-
-
-def _layer(answer: type, rng: np.random.Generator) -> Any:
+def layer_of(answer, rng):
     """An adapted layer whose sizes all differ, with an alpha that is not its rank."""
     inp, out = (int(size) for size in rng.permutation([6, 7, 8])[:2])
     rank, alpha = int(rng.integers(2, 5)), float(rng.choice([5.0, 7.0, 11.0]))
     return answer(nn.Linear(inp, out), rank, alpha)
 
 
-def _close(value: Any, expected: Any) -> bool:
-    return torch.allclose(torch.as_tensor(value), torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
+# rsLoRA
 
+SCALING = "self.alpha / self.rank ** 0.5"
+TWICE = """
 
-def _is_lora(answer: type, rng: np.random.Generator) -> bool:
-    return issubclass(answer, LoRALinear)
-
-
-def _of_each_rank(answer: type) -> list[Any]:
-    """One layer of each rank, because at a single rank a constant may be right by chance."""
-    return [answer(nn.Linear(8, 6), rank, 5.0) for rank in (2, 3, 4)]
-
-
-def _scaling_is_a_number(answer: type, rng: np.random.Generator) -> bool:
-    return isinstance(_layer(answer, rng).scaling, int | float | np.number | Tensor)
-
-
-def _has_another_scaling(answer: type, rng: np.random.Generator) -> bool:
-    return not all(math.isclose(layer.scaling, layer.alpha / layer.rank) for layer in _of_each_rank(answer))
-
-
-def _scales_by_the_root(answer: type, rng: np.random.Generator) -> bool:
-    layers = _of_each_rank(answer)
-    return all(math.isclose(layer.scaling, layer.alpha / math.sqrt(layer.rank), rel_tol=1e-6) for layer in layers)
-
-
-def _follows_the_rank(answer: type, rng: np.random.Generator) -> bool:
-    layer = _layer(answer, rng)
-    rank = layer.rank + 3  # as after resize
-    layer.lora_A = nn.Parameter(normal(rng, rank, layer.base.in_features))
-    layer.lora_B = nn.Parameter(normal(rng, layer.base.out_features, rank))
-    return math.isclose(layer.scaling, layer.alpha / math.sqrt(rank), rel_tol=1e-6)
-
-
-def _scales_once(answer: type, rng: np.random.Generator) -> bool:
-    layer = _layer(answer, rng)
-    layer.lora_B.data.copy_(normal(rng, *layer.lora_B.shape))
-    x = normal(rng, 5, layer.base.in_features)
-    update = layer.alpha / math.sqrt(layer.rank) * (x @ layer.lora_A.T @ layer.lora_B.T)
-    return _close(layer(x), layer.base(x) + update)
-
-
-class _NoLoRA(nn.Linear):
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__(base.in_features, base.out_features)
-
-
-class _ScalesByAMethod(LoRALinear):
-    def scaling(self) -> float:  # pyright: ignore[reportIncompatibleMethodOverride] - the planted mistake
-        return self.alpha / math.sqrt(self.rank)
-
-
-class _ScalesByNothing(LoRALinear):
-    @property
-    def scaling(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - the planted mistake
-        pass
-
-
-class _ScalesByTheRank(LoRALinear):
-    pass
-
-
-class _ScalesByAlpha(LoRALinear):
-    @property
-    def scaling(self) -> float:
-        return self.alpha
-
-
-class _ScalesByHalfOfAlpha(LoRALinear):
-    @property
-    def scaling(self) -> float:
-        return self.alpha / 2
-
-
-class _ScalesByTheRootOfBoth(LoRALinear):
-    @property
-    def scaling(self) -> float:
-        return math.sqrt(self.alpha / self.rank)
-
-
-class _MultipliesByTheRoot(LoRALinear):
-    @property
-    def scaling(self) -> float:
-        return self.alpha * math.sqrt(self.rank)
-
-
-class _ScalesByTheFirstRank(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.first_scaling = self.alpha / math.sqrt(self.rank)
-
-    @property
-    def scaling(self) -> float:
-        return self.first_scaling
-
-
-class _ScalesTwice(LoRALinear):
-    @property
-    def scaling(self) -> float:
-        return self.alpha / math.sqrt(self.rank)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         frozen = self.base(x)
-        return frozen + (super().forward(x) - frozen) * self.scaling
+        return frozen + (super().forward(x) - frozen) * self.scaling"""
+KEPT = """def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.first = self.alpha / self.rank ** 0.5
 
+    @property"""
 
-@exercise(
+rslora = Exercise(
     "RsLoRA",
-    probes=[
-        Probe(_is_lora, "The class is no LoRALinear. Derive it: class RsLoRA(LoRALinear).", (_NoLoRA,)),
-        Probe(
-            _scaling_is_a_number,
-            "self.scaling is not a number. Keep @property above the method, and return one.",
-            (_ScalesByAMethod, _ScalesByNothing),
-        ),
-        Probe(_has_another_scaling, "The scaling is still alpha / rank, which is LoRA's.", (_ScalesByTheRank,)),
-        Probe(
-            _scales_by_the_root,
-            "The scaling is not alpha / sqrt(rank). The root is of the rank alone, and it divides.",
-            (_ScalesByAlpha, _ScalesByHalfOfAlpha, _ScalesByTheRootOfBoth, _MultipliesByTheRoot),
-        ),
-        Probe(
-            _follows_the_rank,
-            "The scaling was computed once. An adapter can be resized, so compute it from self.rank at each use.",
-            (_ScalesByTheFirstRank,),
-        ),
-        Probe(
-            _scales_once,
-            "The update is scaled twice. LoRALinear's forward uses self.scaling already, so leave it as it is.",
-            (_ScalesTwice,),
-        ),
-    ],
+    LESSON,
     hints=[
         "One property differs from LoRA's. The forward pass stays the same.",
         "LoRALinear has self.alpha and self.rank.",
@@ -167,124 +47,77 @@ class _ScalesTwice(LoRALinear):
     difficulty=2,
     praise="At any one rank it is LoRA with a larger alpha. Its claim is about what happens when the rank grows.",
 )
-class RsLoRA(LoRALinear):
-    """Base and update are LoRA's, and the update is scaled by alpha / sqrt(rank), whatever rank it has now."""
-
-    @property
-    def scaling(self) -> float:
-        """The factor of the update."""
-        return self.alpha / self.rank**0.5
 
 
-def _after_a_backward_pass(answer: type, rng: np.random.Generator) -> Any:
-    layer = _layer(answer, rng)
-    layer(normal(rng, 5, layer.base.in_features)).square().sum().backward()
-    return layer
+@rslora.must("The class is no LoRALinear. Derive it: class RsLoRA(LoRALinear).", ("(LoRALinear)", "(nn.Linear)"))
+def is_lora(RsLoRA, rng):
+    return issubclass(RsLoRA, LoRALinear)
 
 
-def _trains_B(answer: type, rng: np.random.Generator) -> bool:
-    return _layer(answer, rng).lora_B.requires_grad
+@rslora.must(
+    "self.scaling is not a number. Keep @property above the method, and return one.",
+    ("@property", ""),
+    (f"return {SCALING}", "pass"),
+)
+def scales_by_a_number(RsLoRA, rng):
+    return isinstance(layer_of(RsLoRA, rng).scaling, int | float | np.number | torch.Tensor)
 
 
-def _A_is_random(answer: type, rng: np.random.Generator) -> bool:
-    return bool(_layer(answer, rng).lora_A.any())
+def of_each_rank(answer):
+    """One layer of each rank, because at a single rank a constant may be right by chance."""
+    return [answer(nn.Linear(8, 6), rank, alpha) for rank, alpha in ((2, 5.0), (3, 5.0), (4, 5.0), (5, 11.0))]
 
 
-def _A_varies(answer: type, rng: np.random.Generator) -> bool:
-    A = _layer(answer, rng).lora_A
-    return len(A.unique()) == A.numel()
+@rslora.must("The scaling is still alpha / rank, which is LoRA's.", (" ** 0.5", ""))
+def is_not_lora(RsLoRA, rng):
+    return not all(math.isclose(layer.scaling, layer.alpha / layer.rank) for layer in of_each_rank(RsLoRA))
 
 
-def _B_starts_at_zero(answer: type, rng: np.random.Generator) -> bool:
-    return not _layer(answer, rng).lora_B.any()
+@rslora.must(
+    "The scaling is not alpha / sqrt(rank). The root is of the rank alone, and it divides.",
+    (SCALING, "self.alpha"),
+    (SCALING, "self.alpha / 2"),
+    (SCALING, "(self.alpha / self.rank) ** 0.5"),
+    (SCALING, "self.alpha * self.rank ** 0.5"),
+)
+def divides_by_the_root_of_the_rank(RsLoRA, rng):
+    """The property scaling is alpha / sqrt(rank), for several ranks and alphas."""
+    layers = of_each_rank(RsLoRA)
+    return all(math.isclose(layer.scaling, layer.alpha / math.sqrt(layer.rank), rel_tol=1e-6) for layer in layers)
 
 
-def _A_has_no_gradient(answer: type, rng: np.random.Generator) -> bool:
-    return _after_a_backward_pass(answer, rng).lora_A.grad is None
+@rslora.must(
+    "The scaling was computed once. An adapter can be resized, so compute it from self.rank at each use.",
+    (SCALING, "self.first", "@property", KEPT),
+)
+def follows_its_rank(RsLoRA, rng):
+    """It follows the rank, if the adapter is resized."""
+    layer = layer_of(RsLoRA, rng)
+    rank = layer.rank + 3
+    layer.lora_A = nn.Parameter(normal(rng, rank, layer.base.in_features))
+    layer.lora_B = nn.Parameter(normal(rng, layer.base.out_features, rank))
+    return math.isclose(layer.scaling, layer.alpha / math.sqrt(rank), rel_tol=1e-6)
 
 
-def _A_is_frozen(answer: type, rng: np.random.Generator) -> bool:
-    return not _layer(answer, rng).lora_A.requires_grad
+@rslora.must(
+    "The update is scaled twice. LoRALinear's forward uses self.scaling already, so leave it as it is.",
+    (SCALING, SCALING + TWICE),
+)
+def scales_its_update_once(RsLoRA, rng):
+    """The layer computes its base plus alpha / sqrt(rank) * B A x."""
+    layer = layer_of(RsLoRA, rng)
+    layer.lora_B.data.copy_(normal(rng, *layer.lora_B.shape))
+    x = normal(rng, 5, layer.base.in_features)
+    return close(layer(x) - layer.base(x), layer.alpha / math.sqrt(layer.rank) * (x @ layer.lora_A.T @ layer.lora_B.T))
 
 
-def _still_learns(answer: type, rng: np.random.Generator) -> bool:
-    gradient = _after_a_backward_pass(answer, rng).lora_B.grad
-    return gradient is not None and bool(gradient.any())
+# LoRA-FA
 
-
-class _FreezesB(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.lora_B.requires_grad_(False)
-
-
-class _FreezesAll(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.requires_grad_(False)
-
-
-class _ZerosA(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        nn.init.zeros_(self.lora_A).requires_grad_(False)
-
-
-class _OnesA(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        nn.init.ones_(self.lora_A).requires_grad_(False)
-
-
-class _DrawsB(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.lora_A.requires_grad_(False)
-        nn.init.normal_(self.lora_B)
-
-
-class _FreezesNothing(LoRALinear):
-    pass
-
-
-class _DetachesA(LoRALinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scaling * (x @ self.lora_A.detach().T @ self.lora_B.T)
-
-
-class _DetachesTheUpdate(LoRALinear):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.lora_A.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x.requires_grad_()) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T).detach()
-
-
-@exercise(
+FROZEN = "self.lora_A.requires_grad_(False)"
+FORWARD = "\n\n    def forward(self, x):\n        return "
+lora_fa = Exercise(
     "LoRAFA",
-    probes=[
-        Probe(_is_lora, "The class is no LoRALinear. Derive it: class LoRAFA(LoRALinear).", (_NoLoRA,)),
-        Probe(
-            _trains_B,
-            "B is frozen. It starts at zero, so the update stays zero and nothing can learn.",
-            (_FreezesB, _FreezesAll),
-        ),
-        Probe(_A_is_random, "A is zero, so B never gets a gradient. Keep A's random start.", (_ZerosA,)),
-        Probe(_A_varies, "A has equal entries, so it is not random. Keep it as LoRALinear draws it.", (_OnesA,)),
-        Probe(
-            _B_starts_at_zero,
-            "B does not start at zero, so the layer differs from the base before training. Leave B as it is.",
-            (_DrawsB,),
-        ),
-        Probe(_A_has_no_gradient, "A still learns, as in LoRA. LoRA-FA freezes it.", (_FreezesNothing, RsLoRA)),
-        Probe(
-            _A_is_frozen,
-            "A has no gradient, but it still counts as trained, with an optimiser state. Freeze the parameter itself.",
-            (_DetachesA,),
-        ),
-        Probe(_still_learns, "B has no gradient. Leave the forward pass as LoRALinear has it.", (_DetachesTheUpdate,)),
-    ],
+    LESSON,
     hints=[
         "The constructor of LoRALinear has made A and B by then. One of them must stop learning.",
         "A parameter learns as long as its requires_grad is True.",
@@ -294,182 +127,85 @@ class _DetachesTheUpdate(LoRALinear):
     difficulty=2,
     praise="One line freezes A. The backward pass now needs A x, r numbers a token, in place of x.",
 )
-class LoRAFA(LoRALinear):
-    """A stays at its random start and is not trained, and B learns as in LoRA."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.lora_A.requires_grad_(False)
+
+def after_backward(answer, rng):
+    """An adapted layer after a backward pass."""
+    layer = layer_of(answer, rng)
+    layer(normal(rng, 5, layer.base.in_features)).square().sum().backward()
+    return layer
+
+
+@lora_fa.must("The class is no LoRALinear. Derive it: class LoRAFA(LoRALinear).", ("(LoRALinear)", "(nn.Linear)"))
+def is_lora_too(LoRAFA, rng):
+    return issubclass(LoRAFA, LoRALinear)
+
+
+@lora_fa.must(
+    "B is frozen. It starts at zero, so the update stays zero and nothing can learn.",
+    ("self.lora_A", "self.lora_B"),
+    ("self.lora_A", "self"),
+)
+def trains_B(LoRAFA, rng):
+    return layer_of(LoRAFA, rng).lora_B.requires_grad
+
+
+@lora_fa.must(
+    "A is zero, so B never gets a gradient. Keep A's random start.",
+    (FROZEN, f"nn.init.zeros_({FROZEN})"),
+)
+def has_an_A(LoRAFA, rng):
+    return bool(layer_of(LoRAFA, rng).lora_A.any())
+
+
+@lora_fa.must(
+    "A has equal entries, so it is not random. Keep it as LoRALinear draws it.",
+    (FROZEN, f"nn.init.ones_({FROZEN})"),
+)
+def has_a_random_A(LoRAFA, rng):
+    A = layer_of(LoRAFA, rng).lora_A
+    return len(A.unique()) == A.numel()
+
+
+@lora_fa.must(
+    "B does not start at zero, so the layer differs from the base before training. Leave B as it is.",
+    (FROZEN, f"{FROZEN}\n        nn.init.normal_(self.lora_B)"),
+)
+def begins_at_zero(LoRAFA, rng):
+    return not layer_of(LoRAFA, rng).lora_B.any()
+
+
+@lora_fa.must("A still learns, as in LoRA. LoRA-FA freezes it.", (FROZEN, "pass"))
+def gives_A_no_gradient(LoRAFA, rng):
+    return after_backward(LoRAFA, rng).lora_A.grad is None
+
+
+@lora_fa.must(
+    "A has no gradient, but it still counts as trained, with an optimiser state. Freeze the parameter itself.",
+    (FROZEN, f"pass{FORWARD}self.base(x) + self.scaling * (x @ self.lora_A.detach().T @ self.lora_B.T)"),
+)
+def leaves_A_as_it_is(LoRAFA, rng):
+    """A is random, does not count as trained, and gets no gradient."""
+    A = after_backward(LoRAFA, rng).lora_A
+    return not A.requires_grad and A.grad is None and len(A.unique()) == A.numel()
+
+
+@lora_fa.must(
+    "B has no gradient. Leave the forward pass as LoRALinear has it.",
+    (FROZEN, f"{FROZEN}{FORWARD}self.base(x.requires_grad_()) + 0 * (x @ self.lora_A.T @ self.lora_B.T).detach()"),
+)
+def learns_with_B(LoRAFA, rng):
+    """B starts at zero, is trained, and has a gradient at once."""
+    layer = after_backward(LoRAFA, rng)
+    return not layer.lora_B.any() and layer.lora_B.grad is not None and bool(layer.lora_B.grad.any())
 
 
 # PiSSA's start
 
-Parts = tuple[Tensor, Tensor, Tensor]
-
-
-def _split(answer: Callable[..., Parts], rng: np.random.Generator) -> tuple[Tensor, float, Tensor, Parts]:
-    """W (out, in), the scaling, the best approximation of W of that rank, and the answer's parts."""
-    out, inp = (int(size) for size in rng.permutation([6, 7, 8])[:2])
-    rank, scaling = int(rng.integers(2, 4)), float(rng.choice([0.5, 2.0, 3.0]))
-    left, right = (torch.linalg.qr(normal(rng, size, 6))[0] for size in (out, inp))  # (out, 6), (in, 6)
-    values = torch.tensor([9.0, 6.0, 4.0, 2.5, 1.5, 1.0]) * rng.uniform(0.8, 1.2)  # (6,), well separated
-    W = left * values @ right.T  # (out, in)
-    best = left[:, :rank] * values[:rank] @ right[:, :rank].T  # (out, in)
-    residual, B, A = answer(W.clone(), rank, scaling)
-    if not all(isinstance(part, Tensor) for part in (residual, B, A)):
-        raise TypeError
-    if residual.shape != W.shape or B.shape != (out, rank) or A.shape != (rank, inp):
-        raise _WrongShapes
-    return W, scaling, best, (residual, B, A)
-
-
-class _WrongShapes(Exception):
-    pass
-
-
-def _has_three_parts(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    try:
-        _split(answer, rng)
-    except NotImplementedError:
-        raise
-    except (_WrongShapes, TypeError, ValueError, AttributeError):
-        return False
-    return True
-
-
-def _subtracts(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    W, _, _, (residual, _, _) = _split(answer, rng)
-    return not _close(residual, W)
-
-
-def _is_the_largest_part(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    _, _, best, (_, B, A) = _split(answer, rng)
-    part = B @ A
-    return _close(part / part.norm(), best / best.norm())
-
-
-def _undoes_the_scaling(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    _, scaling, best, (_, B, A) = _split(answer, rng)
-    return _close(scaling * B @ A, best)
-
-
-def _adds_up(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    W, scaling, _, (residual, B, A) = _split(answer, rng)
-    return _close(residual + scaling * B @ A, W)
-
-
-def _divides_both_by_the_scaling(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    _, scaling, _, (_, B, A) = _split(answer, rng)
-    ratio = B.norm(dim=0) / A.norm(dim=1)  # (rank,)
-    return not any(_close(ratio, torch.full_like(ratio, factor)) for factor in (scaling, 1 / scaling))
-
-
-def _is_balanced(answer: Callable[..., Parts], rng: np.random.Generator) -> bool:
-    _, _, _, (_, B, A) = _split(answer, rng)
-    return _close(B.norm(dim=0), A.norm(dim=1))
-
-
-def _pissa(W: Tensor, rank: int, scaling: float) -> Parts:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:rank] / scaling).sqrt()
-    B, A = U[:, :rank] * root, root[:, None] * Vh[:rank]
-    return W - scaling * B @ A, B, A
-
-
-def _weakest(W: Tensor, rank: int, scaling: float) -> Parts:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[-rank:] / scaling).sqrt()
-    B, A = U[:, -rank:] * root, root[:, None] * Vh[-rank:]
-    return W - scaling * B @ A, B, A
-
-
-def _without_values(W: Tensor, rank: int, scaling: float) -> Parts:
-    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-    B, A = U[:, :rank], Vh[:rank]
-    return W - scaling * B @ A, B, A
-
-
-def _unbalanced(W: Tensor, rank: int, scaling: float) -> Parts:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    B, A = U[:, :rank] * S[:rank] / scaling, Vh[:rank]
-    return W - scaling * B @ A, B, A
-
-
-def _scales_B_alone(W: Tensor, rank: int, scaling: float) -> Parts:
-    residual, B, A = _pissa(W, rank, scaling)
-    return residual, B / math.sqrt(scaling), A * math.sqrt(scaling)
-
-
-def _scales_A_alone(W: Tensor, rank: int, scaling: float) -> Parts:
-    residual, B, A = _pissa(W, rank, scaling)
-    return residual, B * math.sqrt(scaling), A / math.sqrt(scaling)
-
-
-def _ignores_the_scaling(W: Tensor, rank: int, scaling: float) -> Parts:
-    return _pissa(W, rank, 1.0)
-
-
-def _ignores_half_of_the_scaling(W: Tensor, rank: int, scaling: float) -> Parts:
-    _, B, A = _pissa(W, rank, 1.0)
-    return W - scaling * B @ A, B, A
-
-
-def _divides_twice(W: Tensor, rank: int, scaling: float) -> Parts:
-    _, B, A = _pissa(W, rank, scaling**2)
-    return W - scaling * B @ A, B, A
-
-
-@exercise(
+PARTS, REST, ROOT = "(W - scaling * B @ A, B, A)", "W - scaling * B @ A", "(S[:rank] / scaling)"
+pissa = Exercise(
     "pissa_start",
-    probes=[
-        Probe(
-            _has_three_parts,
-            "Return three tensors, in this order: residual (out, in), B (out, r) and A (r, in).",
-            (
-                lambda W, rank, scaling: _pissa(W, rank, scaling)[1:],
-                lambda W, rank, scaling: (_pissa(W, rank, scaling)[1], _pissa(W, rank, scaling)[2], W),
-                lambda W, rank, scaling: tuple(part.T for part in _pissa(W, rank, scaling)),
-                lambda W, rank, scaling: tuple(part.numpy() for part in _pissa(W, rank, scaling)),
-            ),
-        ),
-        Probe(
-            _subtracts,
-            "The largest part is there twice, in W and in B A. Subtract it from the frozen weight.",
-            (lambda W, rank, scaling: (W, *_pissa(W, rank, scaling)[1:]),),
-        ),
-        Probe(
-            _is_the_largest_part,
-            "B A is not the best approximation of rank r. It takes the r largest singular values with their vectors.",
-            (_weakest, _without_values),
-        ),
-        Probe(
-            _undoes_the_scaling,
-            "The layer multiplies B A by the scaling, so divide the singular values by it before you take the root.",
-            (_ignores_the_scaling, _ignores_half_of_the_scaling, _divides_twice),
-        ),
-        Probe(
-            _adds_up,
-            "The parts do not add up to W. What is frozen lacks scaling * B A, with the scaling.",
-            (
-                lambda W, rank, scaling: (
-                    W - _pissa(W, rank, scaling)[1] @ _pissa(W, rank, scaling)[2],
-                    *_pissa(W, rank, scaling)[1:],
-                ),
-                lambda W, rank, scaling: (2 * W - _pissa(W, rank, scaling)[0], *_pissa(W, rank, scaling)[1:]),
-            ),
-        ),
-        Probe(
-            _divides_both_by_the_scaling,
-            "B A is right, but only one factor was divided by the scaling. "
-            "Divide the singular values by it before you take the root, so that both factors are divided alike.",
-            (_scales_B_alone, _scales_A_alone),
-        ),
-        Probe(
-            _is_balanced,
-            "One factor holds all of the singular values. Give each factor their square root.",
-            (_unbalanced,),
-        ),
-    ],
+    LESSON,
     hints=[
         "torch.linalg.svd(W, full_matrices=False) returns U, S and Vh, the largest value first.",
         "B takes the first r columns of U, and A the first r rows of Vh, each times the root of S[:r] / scaling.",
@@ -479,18 +215,109 @@ def _divides_twice(W: Tensor, rank: int, scaling: float) -> Parts:
     difficulty=2,
     praise="The adapted layer starts as the pre-trained one, although neither factor is zero.",
 )
-def pissa(W, rank, scaling):
-    """W = residual + scaling * B A, where scaling * B A is W's best approximation of that rank, shared evenly."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:rank] / scaling).sqrt()
-    B, A = U[:, :rank] * root, root[:, None] * Vh[:rank]
-    return W - scaling * B @ A, B, A
+
+
+def parted(pissa, rng):
+    """W (out, in), the scaling, the best approximation of W of some rank, and the three parts of an answer.
+
+    Raises:
+        TypeError, ValueError, AttributeError: the answer is something else.
+    """
+    out, inp = (int(size) for size in rng.permutation([6, 7, 8])[:2])
+    rank, scaling = int(rng.integers(2, 4)), float(rng.choice([0.5, 2.0, 3.0]))
+    left, right = (torch.linalg.qr(normal(rng, size, 6))[0] for size in (out, inp))  # (out, 6), (in, 6)
+    values = torch.tensor([9.0, 6.0, 4.0, 2.5, 1.5, 1.0]) * rng.uniform(0.8, 1.2)  # (6,), well separated
+    W = left * values @ right.T  # (out, in)
+    best = left[:, :rank] * values[:rank] @ right[:, :rank].T  # (out, in)
+    rest, B, A = pissa(W.clone(), rank, scaling)
+    if [tuple(part.detach().shape) for part in (rest, B, A)] != [(out, inp), (out, rank), (rank, inp)]:
+        raise ValueError
+    return W, scaling, best, rest, B, A
+
+
+@pissa.must(
+    "Return three tensors, in this order: residual (out, in), B (out, r) and A (r, in).",
+    (PARTS, "(B, A)"),
+    (PARTS, "(B, A, W)"),
+    (PARTS, f"tuple(part.T for part in {PARTS})"),
+    (PARTS, f"tuple(part.numpy() for part in {PARTS})"),
+)
+def has_three_parts(pissa, rng):
+    try:
+        parted(pissa, rng)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+@pissa.must(
+    "The largest part is there twice, in W and in B A. Subtract it from the frozen weight.",
+    (REST, "W"),
+)
+def subtracts(pissa, rng):
+    W, _, _, rest, _, _ = parted(pissa, rng)
+    return not close(rest, W)
+
+
+@pissa.must(
+    "B A is not the best approximation of rank r. It takes the r largest singular values with their vectors.",
+    (":rank]", "-rank:]"),
+    (f"{ROOT}.sqrt()", "torch.ones(rank)"),
+)
+def has_its_direction(pissa, rng):
+    _, _, best, _, B, A = parted(pissa, rng)
+    return close(B @ A / (B @ A).norm(), best / best.norm())
+
+
+@pissa.must(
+    "The layer multiplies B A by the scaling, so divide the singular values by it before you take the root.",
+    (ROOT, "S[:rank]"),
+    (ROOT, "S[:rank]", REST, "W - B @ A"),
+    (ROOT, "(S[:rank] / scaling ** 2)"),
+)
+def takes_the_largest_part(pissa, rng):
+    """scaling * B @ A is as close to W as a matrix of that rank can be."""
+    _, scaling, best, _, B, A = parted(pissa, rng)
+    return close(scaling * B @ A, best)
+
+
+@pissa.must(
+    "The parts do not add up to W. What is frozen lacks scaling * B A, with the scaling.",
+    (REST, "W - B @ A"),
+    (REST, "W + scaling * B @ A"),
+)
+def adds_up_to_W(pissa, rng):
+    """What is left plus scaling * B A is W, B is (out, r) and A is (r, in), and something was taken from W."""
+    W, scaling, _, rest, B, A = parted(pissa, rng)
+    return close(rest + scaling * B @ A, W) and not close(rest, W)
+
+
+@pissa.must(
+    "B A is right, but only one factor was divided by the scaling. "
+    "Divide the singular values by it before you take the root, so that both factors are divided alike.",
+    (PARTS, f"({REST}, B / scaling ** 0.5, A * scaling ** 0.5)"),
+    (PARTS, f"({REST}, B * scaling ** 0.5, A / scaling ** 0.5)"),
+)
+def divides_both_alike(pissa, rng):
+    _, scaling, _, _, B, A = parted(pissa, rng)
+    ratio = B.norm(dim=0) / A.norm(dim=1)
+    return not any(close(ratio, torch.full_like(ratio, factor)) for factor in (scaling, 1 / scaling))
+
+
+@pissa.must(
+    "One factor holds all of the singular values. Give each factor their square root.",
+    ("U[:, :rank] * root, root[:, None] * Vh", "U[:, :rank] * S[:rank] / scaling, Vh"),
+)
+def shares_it_evenly(pissa, rng):
+    """Each column of B is as long as the row of A that it multiplies, and none is zero."""
+    *_, B, A = parted(pissa, rng)
+    return close(B.norm(dim=0), A.norm(dim=1)) and bool(A.norm(dim=1).min() > 0.01)
 
 
 # DoRA's length
 
 
-def dora_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor]:
+def dora_case(rng):
     """x (n, in), W (out, in), A (r, in), B (out, r), the scaling, and m (out); all sizes differ."""
     n, inp, out = (int(size) for size in rng.permutation([4, 5, 6, 7])[:3])
     rank, scaling = int(rng.integers(2, 4)), float(rng.choice([0.5, 2.0, 3.0]))
@@ -498,44 +325,32 @@ def dora_case(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return normal(rng, n, inp), normal(rng, out, inp), normal(rng, rank, inp), normal(rng, out, rank), scaling, m
 
 
-def _dora(V: Tensor, length: Tensor, x: Tensor, m: Tensor) -> Tensor:
-    return x @ (m[:, None] * V / length).T
-
-
-@exercise(
+LENGTH = "V.norm(dim=1, keepdim=True)"
+dora = Exercise(
     "dora_length",
+    LESSON,
     inputs=dora_case,
-    mistakes={
+    wrong={
         "You took the length of V's columns. Each output has one length, taken along the inputs: dim=1.": (
-            lambda x, W, A, B, scaling, m: _dora(W + scaling * B @ A, (W + scaling * B @ A).norm(dim=0), x, m)
+            (LENGTH, "V.norm(dim=0)")
         ),
-        "You divided by the length of the whole matrix. Each row of V has a length of its own.": (
-            lambda x, W, A, B, scaling, m: _dora(W + scaling * B @ A, (W + scaling * B @ A).norm(), x, m)
-        ),
+        "You divided by the length of the whole matrix. Each row of V has a length of its own.": (LENGTH, "V.norm()"),
         "m is missing. Without it each output has length 1, and the layer differs from W0 before training.": (
-            lambda x, W, A, B, scaling, m: _dora(
-                W + scaling * B @ A, (W + scaling * B @ A).norm(dim=1, keepdim=True), x, torch.ones_like(m)
-            )
+            ("m[:, None] * ", "")
         ),
         "You divided by the length of W's rows. It is the length of V's rows, which move as B A learns.": (
-            lambda x, W, A, B, scaling, m: _dora(W + scaling * B @ A, W.norm(dim=1, keepdim=True), x, m)
+            ("V.norm", "W.norm")
         ),
         "You divided by the squared length. The length is the root of the sum of squares.": (
-            lambda x, W, A, B, scaling, m: _dora(
-                W + scaling * B @ A, (W + scaling * B @ A).square().sum(1, keepdim=True), x, m
-            )
+            (LENGTH, f"{LENGTH} ** 2")
         ),
         "Nothing was divided, so m stretches rows that have a length already. Divide each row of V by its length.": (
-            lambda x, W, A, B, scaling, m: _dora(W + scaling * B @ A, torch.ones(()), x, m)
+            (f" / {LENGTH}", "")
         ),
-        "The scaling is missing. V is W + scaling * B A.": (
-            lambda x, W, A, B, scaling, m: _dora(W + B @ A, (W + B @ A).norm(dim=1, keepdim=True), x, m)
-        ),
-        "W is added once more. V holds it already.": lambda x, W, A, B, scaling, m: (
-            x @ W.T + _dora(W + scaling * B @ A, (W + scaling * B @ A).norm(dim=1, keepdim=True), x, m)
-        ),
+        "The scaling is missing. V is W + scaling * B A.": ("scaling * ", ""),
+        "W is added once more. V holds it already.": ("x @ (m", "x @ W.T + x @ (m"),
         "The update is outside. In DoRA, B A changes the direction, so add it to W before you divide by the length.": (
-            lambda x, W, A, B, scaling, m: _dora(W, W.norm(dim=1, keepdim=True), x, m) + scaling * x @ A.T @ B.T
+            ("W + scaling * B @ A", "W", ".T", ".T + scaling * x @ A.T @ B.T")
         ),
     },
     hints=[
@@ -547,47 +362,54 @@ def _dora(V: Tensor, length: Tensor, x: Tensor, m: Tensor) -> Tensor:
     difficulty=2,
     praise="B A turns each row of the weight, and m alone sets its length.",
 )
-def dora(x, W, A, B, scaling, m):
-    """The result is x times the transpose of m V / ||V||, with V = W + scaling * B A and a length for each output."""
-    V = W + scaling * B @ A
-    return x @ (m[:, None] * V / V.norm(dim=1, keepdim=True)).T
+
+
+@dora.must()
+def has_the_length(dora, rng):
+    """Each row of the weight has the length that m says."""
+    W, A, B = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (3, 7), (5, 3)))
+    m = torch.from_numpy(rng.uniform(2, 4, 5)).float()
+    return close(dora(torch.eye(7), W, A, B, 2.0, m).norm(dim=0), m)
+
+
+@dora.must()
+def has_the_direction(dora, rng):
+    """The result is x times a weight whose rows have the directions of those of W + scaling * B A."""
+    W, A, B, x = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (3, 7), (5, 3), (4, 7)))
+    m, V = torch.arange(2.0, 7.0), W + 2 * B @ A
+    weight = dora(torch.eye(7), W, A, B, 2.0, m).T
+    right = close(weight / weight.norm(dim=1)[:, None], V / V.norm(dim=1)[:, None])
+    return right and close(dora(x, W, A, B, 2.0, m), x @ weight.T)
 
 
 # One number
 
 
-def rank_case(rng: np.random.Generator) -> tuple[int]:
+def rank_case(rng):
     """A rank above 1."""
     return (int(rng.integers(2, 65)),)
 
 
-def _ratios(rslora: float, lora: float = 1.0, lora_fa: float = math.inf) -> dict[str, float]:
-    return {"LoRA": lora, "rsLoRA": rslora, "LoRA-FA": lora_fa}
-
-
-@exercise(
+RATIO, INFINITE = "rank ** 0.5", "float('inf')"
+one_number = Exercise(
     "one_number",
+    LESSON,
     inputs=rank_case,
-    mistakes={
+    wrong={
         "rsLoRA's ratio is not r. Its factor alpha / sqrt(r) is divided by LoRA's factor alpha / r.": (
-            lambda rank: _ratios(float(rank))
+            (RATIO, "float(rank)")
         ),
-        "rsLoRA's ratio is upside down. Its factor is larger than LoRA's, so B is faster.": (
-            lambda rank: _ratios(rank**-0.5),
-            lambda rank: _ratios(1 / rank),
-        ),
-        "rsLoRA is not LoRA: its factor is another one. Divide it by LoRA's.": lambda rank: _ratios(1.0),
-        "In LoRA, A and B have one learning rate, so its ratio is 1.": (
-            lambda rank: _ratios(rank**0.5, lora=0.0),
-            lambda rank: _ratios(rank**0.5, lora=1 / rank),
-        ),
-        "LoRA-FA's ratio is upside down. A stands still, so B is infinitely faster.": (
-            lambda rank: _ratios(rank**0.5, lora_fa=0.0)
-        ),
-        "In LoRA-FA, A does not learn at all. So B's rate over A's is neither 1 nor large: it is infinite.": (
-            lambda rank: _ratios(rank**0.5, lora_fa=1.0),
-            lambda rank: _ratios(rank**0.5, lora_fa=1e9),
-        ),
+        "rsLoRA's ratio is upside down. Its factor is larger than LoRA's, so B is faster.": [
+            (RATIO, "rank ** -0.5"),
+            (RATIO, "1 / rank"),
+        ],
+        "rsLoRA is not LoRA: its factor is another one. Divide it by LoRA's.": (RATIO, "1.0"),
+        "In LoRA, A and B have one learning rate, so its ratio is 1.": [("1.0", "0.0"), ("1.0", "1 / rank")],
+        "LoRA-FA's ratio is upside down. A stands still, so B is infinitely faster.": (INFINITE, "0.0"),
+        "In LoRA-FA, A does not learn at all. So B's rate over A's is neither 1 nor large: it is infinite.": [
+            (INFINITE, "1.0"),
+            (INFINITE, "1e9"),
+        ],
     },
     hints=[
         "LoRA+ with the ratio 1 gives A and B the same rate.",
@@ -595,9 +417,38 @@ def _ratios(rslora: float, lora: float = 1.0, lora_fa: float = math.inf) -> dict
         "Python's infinity is float('inf').",
     ],
     minutes=5,
-    difficulty=1,
     praise="Three methods, one number. So compare them at rates that take this ratio into account.",
 )
-def ratios(rank):
-    """B's learning rate over A's is 1 for LoRA, sqrt(r) for rsLoRA and infinite for LoRA-FA, at every rank."""
-    return {"LoRA": 1.0, "rsLoRA": rank**0.5, "LoRA-FA": float("inf")}
+
+
+@one_number.must()
+def of_both_limits(ratios, rng):
+    """For LoRA the ratio is 1 and for LoRA-FA infinite, at every rank, and for rsLoRA it grows with the rank."""
+    rows = [ratios(rank) for rank in (2, 7, 64)]
+    grows = rows[0]["rsLoRA"] < rows[1]["rsLoRA"] < rows[2]["rsLoRA"]
+    return grows and all((row["LoRA"], row["LoRA-FA"]) == (1, math.inf) for row in rows)
+
+
+@one_number.must()
+def of_rslora(ratios, rng):
+    """For rsLoRA it is its factor divided by that of LoRA, at every rank."""
+    ranks = rng.integers(2, 200, 6).tolist()
+    return close([ratios(rank)["rsLoRA"] for rank in ranks], [(7 / math.sqrt(rank)) / (7 / rank) for rank in ranks])
+
+
+Reflection(
+    LESSON,
+    question="Choose one of the variants of this lesson. In five to eight sentences: what does it change, what "
+    "does its paper say that it is good for, and which comparison with LoRA would you accept as "
+    "evidence?",
+    rubric=(
+        "The answer says exactly what differs from LoRA: the start, the scaling, what is trained, or the forward pass.",
+        "It names the paper's claim and its conditions.",
+        "In the comparison both methods have their rates tuned, on data that do not judge.",
+        "It says what the variant costs, in memory or in time, or that it costs nothing.",
+    ),
+    expected="rsLoRA: the factor alpha / sqrt(r), for large ranks. LoRA-FA: A is frozen, which saves stored "
+    "inputs. PiSSA: the start from the largest singular vectors. DoRA: length and direction of each row "
+    "are separate, which stores more activations. Each is compared with LoRA at its own best rate, over "
+    "several seeds, at the rank that the claim is about.",
+)

@@ -1,17 +1,12 @@
 """Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
 
-invariant          what a hidden test is: properties that every right answer has, a point each
-first_look         those of lesson 00
-low_rank           those of lesson 01
-fine_tuning        those of lesson 02
-lora_from_scratch  those of lesson 03
+invariant          a hidden test: a property that every right answer has, a point each
 memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
 overfitting        those of lesson 07
 forgetting         those of lesson 08
 many_tasks         those of lesson 09
-variants           those of lesson 10
 training_wrote     those of lesson 11
 which_rate         those of lesson 12
 sheets             the exercises of a lesson as a sheet, and a course of such sheets
@@ -21,17 +16,12 @@ it reaches a learner's notebook only where a sheet has it, and nbgrader takes it
 """
 
 from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the lessons
-    first_look,
-    low_rank,
-    fine_tuning,
-    lora_from_scratch,
     memory,
     speed,
     which_rank,
     overfitting,
     forgetting,
     many_tasks,
-    variants,
     training_wrote,
     which_rate,
 )

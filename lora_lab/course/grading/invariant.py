@@ -1,59 +1,35 @@
-"""What a hidden test is: properties that every right answer has, a point each.
+"""What a hidden test is: a property that every right answer has, a point each.
 
-    @invariant_of("gradient")
-    def adds_up(gradient, rng):
-        \"\"\"The gradient from all tokens is the sum of those from each part of them.\"\"\"
-        delta, z = torch.randn(6, 3), torch.randn(6, 5)
-        return close(gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:]))
-
-Its source goes into a cell of the sheet, where it runs without lora_lab; so it has no annotations, and uses only what
-:data:`PREAMBLE` imports. It does not call ``check``, and an answer that computes nothing has none of the properties.
+Its source goes into a cell of the sheet with that of the helpers that it calls, and runs there without lora_lab; so
+these have no annotations. It does not call ``check``, and an answer that computes nothing has none of the properties.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import io
+import types
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from lora_lab.course.exercise import EXERCISES, Reflection, close  # noqa: F401
+
 Function = TypeVar("Function", bound=Callable[..., Any])
-INVARIANTS: dict[str, list[Callable[..., bool]]] = {}  # by the exercise's name
-PROVIDED: dict[str, list[Callable[..., Any]]] = {}  # what a right answer calls, by the exercise's name
-REFLECTIONS: dict[str, Reflection] = {}  # by the lesson's name
-# The first line is for learners who have given a name such as sum to something else.
+INVARIANTS: dict[str, list[Callable[..., bool]]] = {}  # of lessons that have not been ported, by the exercise's name
+PROVIDED: dict[str, list[Callable[..., Any]]] = {}
+# Learners may have given a name such as sum to something else.
 PREAMBLE = """from builtins import *
 import contextlib, copy, io, math, warnings
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F"""
-
-
-@dataclass(frozen=True)
-class Reflection:
-    """A question that a person grades.
-
-    Args:
-        lesson: the file name of its lesson without suffix.
-        question: what is asked.
-        rubric: what earns a point, one sentence for each; learners see it.
-        expected: what a good answer says, for the person who grades.
-    """
-
-    lesson: str
-    question: str
-    rubric: tuple[str, ...]
-    expected: str
-
-    def __post_init__(self) -> None:
-        REFLECTIONS[self.lesson] = self
 
 
 def invariant_of(exercise: str) -> Callable[[Function], Function]:
@@ -80,14 +56,6 @@ def provided_for(exercise: str) -> Callable[[Function], Function]:
     return register
 
 
-def close(value, expected):
-    """Whether two arrays, tensors or numbers have one shape and equal entries, up to rounding."""
-    one, other = (np.asarray(each.detach() if isinstance(each, torch.Tensor) else each) for each in (value, expected))
-    if one.shape != other.shape or one.dtype.kind not in "iuf":
-        return False
-    return bool((abs(one - other) <= 1e-4 * abs(other).max(initial=1e-6)).all())
-
-
 def points(answer, invariants, seed):
     """How many of the invariants hold for an answer; which of them is printed."""
     count = 0
@@ -106,21 +74,51 @@ def points(answer, invariants, seed):
     return count
 
 
-def hidden_cell(exercise: str, answer: str, seed: int) -> str:
+def hidden_tests(exercise: str) -> list[Callable[..., Any]]:
+    """Return the hidden tests of an exercise."""
+    return INVARIANTS.get(exercise) or EXERCISES[exercise].points
+
+
+def hidden_cell(exercise: str, seed: int) -> str:
     """The code that grades an answer; its last line is the number of points, which nbgrader reads.
 
     Args:
         exercise: its name.
-        answer: the name of the learner's function or class.
         seed: of the inputs.
     """
-    functions: Sequence[Callable[..., Any]] = [*PROVIDED.get(exercise, []), *INVARIANTS[exercise]]
-    parts = [PREAMBLE, *map(_source, [close, *functions, points])]
-    names = ", ".join(each.__name__ for each in INVARIANTS[exercise])
-    return "\n\n\n".join([*parts, f"points({answer}, [{names}], {seed})"])
+    each = EXERCISES[exercise]
+    tests = hidden_tests(exercise)
+    texts: dict[str, str] = {}
+    for function in [close, *PROVIDED.get(exercise, []), *tests, points]:
+        _collect(function.__name__, function, texts)
+    given = [EXERCISES[name].source for name in each.uses]  # a mistake in these costs nothing here
+    names = ", ".join(test.__name__ for test in tests)
+    parts = [PREAMBLE, *given, *texts.values(), f"points({each.function}, [{names}], {seed})"]
+    return "\n\n\n".join(parts)
 
 
-def _source(function: Callable[..., Any]) -> str:
-    """The lines of a function without its decorator."""
-    source = inspect.getsource(function)
-    return source[source.index("def ") :].rstrip()
+def _collect(name: str, value: Any, texts: dict[str, str]) -> None:
+    """Add to some texts, by name, the source of a function of the course and of what it uses; imports of the rest."""
+    if name in texts:
+        return
+    value = inspect.unwrap(value)  # a cache is not needed there
+    if isinstance(value, types.ModuleType):
+        texts[name] = f"import {value.__name__} as {name}"
+    elif isinstance(value, types.FunctionType) and value.__module__.startswith("lora_lab.course"):
+        source = inspect.getsource(value)
+        texts[name] = source[source.index("def ") :].rstrip()  # without its decorator
+        for used in _globals(value.__code__):
+            if used in value.__globals__:
+                _collect(used, value.__globals__[used], texts)
+    elif callable(value):
+        texts[name] = f"from {value.__module__} import {value.__name__} as {name}"
+    else:
+        texts[name] = f"{name} = {value!r}"
+
+
+def _globals(code: types.CodeType) -> Iterator[str]:
+    """The names that code looks up outside itself, also in what is defined in it."""
+    yield from (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals(constant)

@@ -19,7 +19,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
-from lora_lab.course.grading.invariant import INVARIANTS, REFLECTIONS, Reflection, hidden_cell
+from lora_lab.course.exercise import REFLECTIONS, Answer, Reflection, answers
+from lora_lab.course.grading.invariant import hidden_cell, hidden_tests
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -75,37 +76,6 @@ c.Autograde.sanitize_preprocessors = [ClearOutput, DeduplicateIds, OverwriteKern
 '''
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A cell in which a learner solves an exercise.
-
-    Attributes:
-        number: of the cell in the lesson, from 0.
-        exercise: its name.
-        function: the name of the function or class that is checked.
-    """
-
-    number: int
-    exercise: str
-    function: str
-
-
-def answers(lesson: NotebookNode) -> list[Answer]:
-    """The cells of a lesson that hold a solution and end in ``check(name, function)``."""
-    result = []
-    for number, cell in enumerate(lesson.cells):
-        if cell.cell_type == "code" and BEGIN in cell.source:
-            last = ast.parse(cell.source).body[-1]
-            match last:
-                case ast.Expr(ast.Call(ast.Name("check"), [ast.Constant(str(name)), ast.Name(function)])):
-                    result.append(Answer(number, name, function))
-                case _:
-                    raise ValueError(
-                        f"Cell {number + 1} has a solution, but its last line is no check(name, function); add that."
-                    )
-    return result
-
-
 def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
     """The source of a sheet, with solutions, hidden tests and what nbgrader reads.
 
@@ -115,23 +85,19 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
         seed: of the hidden tests' inputs.
 
     Raises:
-        ValueError: an exercise has no hidden tests or no heading, or the lesson has no reflection.
+        ValueError: an exercise has no heading.
     """
-    solved = answers(lesson)
-    if missing := [each.exercise for each in solved if each.exercise not in INVARIANTS]:
-        raise ValueError(f"The exercise {missing[0]!r} of {name} has no hidden tests yet; leave the lesson out.")
-    if name not in REFLECTIONS:
-        raise ValueError(f"{name} has no reflection yet; leave the lesson out.")
+    solved = list(answers(lesson.cells))
     title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
     cells = [
         new_markdown_cell(INTRODUCTION.format(title=title, lesson=name), id="introduction"),
-        new_code_cell(_imports(lesson, solved[-1].number), id="imports"),
+        new_code_cell(_imports(lesson, solved[-1].cell), id="imports"),
     ]
     for position, each in enumerate(solved):
-        first = solved[position - 1].number + 1 if position else 0
-        origin = f"From {_section(lesson.cells[: each.number])} of the lesson {name}."
-        cells += _exercise_text(lesson.cells[first : each.number], each.exercise, origin)
-        cells += _graded(lesson.cells[each.number].source, each, seed)
+        first = solved[position - 1].cell + 1 if position else 0
+        origin = f"From {_section(lesson.cells[: each.cell])} of the lesson {name}."
+        cells += _exercise_text(lesson.cells[first : each.cell], each.exercise, origin)
+        cells += _graded(lesson.cells[each.cell].source, each, seed)
     cells += _reflection(REFLECTIONS[name])
     return new_notebook(cells=cells, metadata={"kernelspec": dict(lesson.metadata.kernelspec)})
 
@@ -175,9 +141,9 @@ def _graded(source: str, answer: Answer, seed: int) -> list[NotebookNode]:
     """A cell with an answer, and the locked cell that grades it."""
     code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
     cell = new_code_cell(code, id=answer.exercise, metadata=_nbgrader(answer.exercise, solution=True))
-    invariants = INVARIANTS[answer.exercise]
+    invariants = hidden_tests(answer.exercise)
     sentences = [f"# {number}. {each.__doc__}" for number, each in enumerate(invariants, start=1)]
-    tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, answer.function, seed), "### END HIDDEN TESTS"]
+    tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, seed), "### END HIDDEN TESTS"]
     heading = f"# {answer.function}: when you hand it in, a point for each of these that is true."
     name = f"{answer.exercise}-points"
     locked = _nbgrader(name, points=len(invariants), locked=True)
@@ -209,18 +175,15 @@ class Written:
     Attributes:
         folder: of the course.
         written, there: names of the sheets that are new, and of those that were there already.
-        left_out: names of lessons without hidden tests.
     """
 
     folder: Path
     written: tuple[str, ...]
     there: tuple[str, ...]
-    left_out: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"Written: {self.folder / 'source' / name / name}.ipynb" for name in self.written]
         lines += [f"Already there, so left as it is: {name}" for name in self.there]
-        lines += [f"No hidden tests yet, so left out: {name}" for name in self.left_out]
         return "\n".join(lines)
 
 
@@ -231,24 +194,21 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
 
     Args:
         folder: is made if it does not exist.
-        only: beginnings of lessons' names, such as "03"; all lessons that have hidden tests by default.
+        only: beginnings of lessons' names, such as "03"; all by default.
         seed: of the hidden tests' inputs; drawn for each sheet by default, so that it stands in this course alone.
 
     Raises:
-        ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown or has no hidden
-            tests.
+        ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
         raise ValueError(f"{folder} is a file or holds the lessons; name another folder for the course to grade.")
     new: dict[str, NotebookNode] = {}
-    there, left_out = [], []
+    there = []
     for path in chosen_lessons(only):
         name, lesson = path.stem, nbformat.read(path, as_version=4)
-        if name not in REFLECTIONS and not only:
-            left_out.append(name)
-        elif (folder / "source" / name).exists():
+        if (folder / "source" / name).exists():
             there.append(name)
         else:
             new[name] = sheet(lesson, name, secrets.randbelow(2**31) if seed is None else seed)
@@ -258,4 +218,4 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
     if not (folder / CONFIG).exists():
         with atomic_file(folder / CONFIG) as temporary:
             temporary.write_text(SETTINGS, encoding="utf-8")
-    return Written(folder, tuple(new), tuple(there), tuple(left_out))
+    return Written(folder, tuple(new), tuple(there))
