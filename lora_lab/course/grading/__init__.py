@@ -1,7 +1,6 @@
 """Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
 
 invariant          a hidden test: a property that every right answer has, a point each
-memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
 overfitting        those of lesson 07
@@ -16,7 +15,6 @@ it reaches a learner's notebook only where a sheet has it, and nbgrader takes it
 """
 
 from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the lessons
-    memory,
     speed,
     which_rank,
     overfitting,
