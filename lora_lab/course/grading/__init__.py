@@ -1,7 +1,6 @@
 """Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
 
 invariant          a hidden test: a property that every right answer has, a point each
-which_rank         those of lesson 06
 overfitting        those of lesson 07
 forgetting         those of lesson 08
 many_tasks         those of lesson 09
@@ -14,7 +13,6 @@ it reaches a learner's notebook only where a sheet has it, and nbgrader takes it
 """
 
 from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the lessons
-    which_rank,
     overfitting,
     forgetting,
     many_tasks,
