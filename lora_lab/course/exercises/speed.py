@@ -194,9 +194,7 @@ class Device:
         self._now = max(self._now, self._free)
 
 
-LINE = "\n            "
-WAIT, LAUNCH = f"device.synchronize(){LINE}", f"device.launch(step){LINE}"
-START = f"started = device.clock(){LINE}"
+WAIT, LAUNCH = "device.synchronize()", "device.launch(step)"
 ROUNDS = "for _ in range(10):\n        seconds = {}\n        for step in ('full', 'LoRA'):"
 RATIO, MEDIAN = "seconds['LoRA'] / seconds['full']", "median(rounds[1:])"
 OF_THE_MEDIANS = "median(s['LoRA'] for s in rounds[1:]) / median(s['full'] for s in rounds[1:])"
@@ -246,7 +244,7 @@ def runs_both(fair_ratio, rng):
     "The ratio is upside down. Divide LoRA's time by full's. If you do, you timed the step before: "
     "synchronize before you read the clock.",
     (RATIO, "seconds['full'] / seconds['LoRA']"),
-    (f"{WAIT}{START}{LAUNCH}{WAIT}", f"{START}{WAIT}{LAUNCH}"),
+    (WAIT, "pass", LAUNCH, f"{WAIT}\n            {LAUNCH}"),
 )
 def is_not_upside_down(fair_ratio, rng):
     full, true = rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.8)
@@ -264,7 +262,7 @@ def is_right(fair_ratio, rng, **troubles):
 
 @fair_ratio.must(
     "You timed the launch, not the work. Synchronize before you read the clock, at the start and at the end.",
-    ("device.synchronize()", "pass"),
+    (WAIT, "pass"),
 )
 def waits_for_the_work(fair_ratio, rng):
     """On a steady device the ratio is right, so the work was timed and not its launch."""
