@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_lab import __version__
-from lora_lab.studies.registry import NAMES, OF_MODELS, current_name, recorder
+from lora_lab.studies.registry import NAMES, OF_MODELS, recorder
 
 if TYPE_CHECKING:
     import torch
@@ -395,7 +395,7 @@ def _add_measuring(commands: argparse._SubParsersAction) -> None:
     record = commands.add_parser(
         "record", help="measure on this machine what the lessons show, and save it in records/"
     )
-    record.add_argument("what", choices=NAMES, type=current_name, help="what to measure")
+    record.add_argument("what", choices=NAMES, help="what to measure")
     record.add_argument("--device", help=DEVICE_HELP)
     record.add_argument(
         "--models", nargs="+", help=f"measure only these models; for {' and '.join(OF_MODELS)} (default: all)"
@@ -804,7 +804,7 @@ def _record(options: argparse.Namespace) -> dict[str, Any]:
     commit = current_commit()  # of the code that runs, even if something is committed meanwhile
     settings = chosen.settings(device)
     records.new(options.what, [{"row": "to come"}], settings, command, device, commit)  # validate now, not after hours
-    folder = records.destination(options.out)
+    folder = Path(options.out) if options.out else records.destination()
     check_writable(folder)
     if begun := take_over(options.what):
         print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")

@@ -22,13 +22,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
-
 from lora_lab.studies import records
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.system.files import read_json
 from lora_lab.system.provenance import shipped_folder
-from lora_lab.system.schema import check
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
@@ -49,7 +46,7 @@ class Result:
         machine: where it was measured; "any" if the same comes out on every machine.
 
     Raises:
-        ValueError: the verdict is unknown; or it is "depends" without an ``on``, or another verdict with one.
+        ValueError: the verdict is "depends" without an ``on``, or another verdict with one.
     """
 
     verdict: str
@@ -60,8 +57,6 @@ class Result:
     machine: str | None = None
 
     def __post_init__(self) -> None:
-        if self.verdict not in VERDICTS:
-            raise ValueError(f"verdict is {self.verdict!r}, but it must be one of {', '.join(VERDICTS)}.")
         if (self.verdict == DEPENDS) != bool(self.on):
             raise ValueError(f"verdict is {self.verdict!r} and on is {self.on!r}, but only what depends has an 'on'.")
 
@@ -168,17 +163,10 @@ def judge(
     return _together(results)
 
 
-class _Notebook(TypedDict):
-    cells: list[dict[str, Any]]
-
-
 def _from_lesson(claim: Claim, folder: Path) -> Result:
     """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
     shown_by = f"lesson {claim.lesson}"
-    path = folder / f"{claim.lesson}.ipynb"
-    notebook = read_json(path)
-    check(notebook, _Notebook, str(path))
-    for cell in notebook["cells"]:
+    for cell in read_json(folder / f"{claim.lesson}.ipynb")["cells"]:
         for output in cell.get("outputs", []):
             stored = output.get("metadata", {}).get(IN_OUTPUT, {})
             if claim.id in stored.get("results", {}):
@@ -230,6 +218,25 @@ def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool =
     if holds and fails and not always:
         return Result(DEPENDS, text, on)
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
+
+
+def over_conditions(cases: Iterable[tuple[bool | None, str, Mapping[str, Any]]], always: bool = False) -> Result:
+    """Return the verdict of :func:`over_cases` where each case has its conditions, for :func:`turned_by`."""
+    cases = list(cases)
+    on = turned_by((answer, conditions) for answer, _, conditions in cases)
+    return over_cases([(answer, words) for answer, words, _ in cases], on, always)
+
+
+def yes_or_no(holds: bool | None, measured: str) -> Result:
+    """Return the verdict on a statement that was tried in one case; None: the measurement cannot tell."""
+    return Result({True: STANDS, False: FALLS, None: OPEN}[holds], measured)
+
+
+def excludes_zero(lower: float | None, upper: float | None) -> bool | None:
+    """Return whether bounds lie above zero, or (False) below it; None if they hold it or are not known."""
+    if lower is None or upper is None or lower <= 0 <= upper:
+        return None
+    return lower > 0
 
 
 def turned_by(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
