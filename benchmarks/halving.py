@@ -22,14 +22,15 @@ import common
 import pandas
 
 from lora_lab import pick_device, records
-from lora_lab.ablation import Halving, Verdict, ablate, overfitting, smallest_sufficient_rank, studies
+from lora_lab.ablation import Halving, RankVerdict, ablate, overfitting, smallest_sufficient_rank, studies
+from lora_lab.ablation.compare import best_rates
 from lora_lab.ablation.halving import replay, share_of_steps
 from lora_lab.studies import ablation
 
 DRAWS = {"first": ([1, 2, 4, 8, 16], range(5)), "second": ([1, 3, 6, 12, 24], range(10, 15))}  # ranks and seeds
 
 
-def compare(name: str, whole: Verdict, less: Verdict, share: float) -> None:
+def compare(name: str, whole: RankVerdict, less: RankVerdict, share: float) -> None:
     """Print a line: the share of steps, and what of the verdict is the same."""
     rates = sum(a.lr == b.lr for a, b in zip(whole.ranks, less.ranks, strict=True))
     statuses = sum(a.status == b.status for a, b in zip(whole.ranks, less.ranks, strict=True))
@@ -83,12 +84,12 @@ def of_records() -> None:
         full = sum(rates[row.setup] * seeds * row.steps for row in groups.itertuples())
         taken = frame.drop_duplicates([*group, "lr", "seed"])["steps"].sum()
         print(f"\n{name}: all rates on one seed and the best one on {seeds}, {taken / full:.1%} of the grid's steps")
-        whole = overfitting.at_best_rate(overfitting.summarise_trials(frame), frame)
+        whole = overfitting.summarise_trials(frame).merge(best_rates(frame))
         for rule_name, rule in rules(margin, best_so_far=True).items():
             if rule_name not in of_one_seed:
                 continue
             less = replay(frame, replace(rule, choose=1), group)
-            best = overfitting.at_best_rate(overfitting.summarise_trials(less), less)
+            best = overfitting.summarise_trials(less).merge(best_rates(less))
             same = len(whole[[*group, "lr"]].drop_duplicates().merge(best[[*group, "lr"]].drop_duplicates()))
             # The record has the other seeds at its own best rate only, so another rate leaves no verdict.
             verdicts = "the same verdicts" if whole.equals(best) else "ANOTHER RATE, so no verdict"

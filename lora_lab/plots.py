@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from pandas import DataFrame, Series
 
+    from lora_lab.ablation.compare import RankVerdict
     from lora_lab.ablation.learning_rate import BestRate
-    from lora_lab.ablation.verdict import Verdict
     from lora_lab.lora import LoRALinear
 
 
@@ -387,7 +387,7 @@ def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> A
     return ax
 
 
-def rank_verdict(verdict: Verdict, ax: Axes | None = None) -> Axes:
+def rank_verdict(verdict: RankVerdict, ax: Axes | None = None) -> Axes:
     """The loss of each rank minus that of the largest, with its 95 % bounds, and the margin that decides.
 
     Each bound is one-sided: with 95 % confidence the true difference is below the upper end, and with 95 % above the
@@ -558,7 +558,7 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
 
     Args:
         frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size of the training set.
-        best: the trials to draw, as :func:`lora_lab.ablation.overfitting.at_best_rate` returns them.
+        best: the trials to draw, at each setup's best rate (:func:`lora_lab.ablation.compare.best_rates`).
     """
     ax = ax or plt.subplots()[1]
     styles = line_styles(list(best.setup.unique()))
@@ -601,7 +601,7 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
     """A quantity against the size of the training set, a line for each method: mean, min and max over seeds.
 
     Args:
-        table: from :func:`lora_lab.ablation.overfitting.compare`, with sizes.
+        table: from :func:`lora_lab.ablation.compare.compare_by_seed`, with sizes.
         ylabel: the quantity, with its unit.
     """
     ax = ax or plt.subplots()[1]

@@ -20,8 +20,8 @@ import torch
 
 import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
+from lora_lab.ablation.compare import RankResult, RankVerdict
 from lora_lab.ablation.studies import STUDIES
-from lora_lab.ablation.verdict import RankResult, Verdict
 from lora_lab.costs import memory_report
 from lora_lab.costs.memory import Bill, Part
 from lora_lab.costs.speed import Flops, Prediction, Times
@@ -310,7 +310,7 @@ def test_keys_that_json_may_have_are_documented():
         Flops({("layers", "forward"): 4}, 2, "a model").to_dict(),
         Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict(),
         Times({"full": [1.0, 2.0]}, 2).to_dict(),
-        Verdict(1, "enough", "lora", 0.1, (0,), (RankResult(1, "enough"),)).to_dict(),
+        RankVerdict(1, "enough", "lora", 0.1, (0,), (RankResult(1, "enough"),)).to_dict(),
     ):
         nested = [entry for value in keys.values() if isinstance(value, list | tuple) for entry in value]
         for name in {*keys, *(name for entry in nested if isinstance(entry, dict) for name in entry)}:

@@ -12,26 +12,33 @@ In reading order:
     halving        stop trials that validation rules out
     run            run trials here, in processes or on a cluster; stop and go on
     studies        models and tasks to begin with
-    learning_rate  which rate is best, with an interval
-    comparison     setups at their own best rates, judged on other seeds and examples
-    verdict        the smallest rank that is enough, or that more seeds are needed
-    rank_advice    the same, predicted from one run at a high rank
+    compare        choose each setup's rate, compare in pairs with bounds, judge; which rank is enough
+    learning_rate  the best rate between those tried, with an interval
+    rank_advice    the rank that is enough, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
     prediction     what predicts a result of many runs: rank correlations with intervals over setups
 """
 
 import lazy_loader
 
+from lora_lab.ablation.compare import RankVerdict, Verdict, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.packed import fit_packed
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.verdict import Verdict, smallest_sufficient_rank
-from lora_lab.system.renamed import renamed
 
-__all__ = ["Grid", "Halving", "Trial", "Verdict", "ablate", "fit_packed", "load", "smallest_sufficient_rank"]
+__all__ = [
+    "Grid",
+    "Halving",
+    "RankVerdict",
+    "Trial",
+    "Verdict",
+    "ablate",
+    "fit_packed",
+    "load",
+    "smallest_sufficient_rank",
+]
 
 # The other files are loaded already.
-_lazy, _, _ = lazy_loader.attach(__name__, ["blocks", "comparison", "overfitting", "rank_advice", "studies"])
-__getattr__ = renamed(__name__, {"summary": "smallest_sufficient_rank"}, _lazy)
+__getattr__, _, _ = lazy_loader.attach(__name__, ["blocks", "learning_rate", "overfitting", "rank_advice", "studies"])

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lab.ablation.comparison import differences
+from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.results import SCORE
 from lora_lab.adapters.edit import resize
 from lora_lab.analysis.spectra import updates
@@ -90,10 +90,10 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
     """The ranks between which the smallest that is enough may lie, as far as a sweep tells.
 
     A rank is too small if the lower bound of its loss less that of the largest rank
-    (:func:`lora_lab.ablation.comparison.differences`) is above the margin, and enough if the upper bound is below it.
+    (:func:`lora_lab.ablation.compare.compare_losses`) is above the margin, and enough if the upper bound is below it.
 
     Args:
-        frame: what :func:`lora_lab.ablation.comparison.compare_tuned` yields for setups that differ in rank.
+        frame: what :func:`lora_lab.ablation.compare.compare_tuned` yields for setups that differ in rank.
         margin: the difference that does not matter, in the task's unit of loss.
 
     Returns:
@@ -104,8 +104,8 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
         ValueError: the largest rank has no results for all seeds.
     """
     ranks = frame.drop_duplicates("setup").set_index("setup")["rank"].astype(int)
-    table = differences(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
-    judged = table[~table["verdict"].isin(["reference", "edge", "failed"])]
+    table = compare_losses(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
+    judged = table[table["why"] == ""]
     if judged.empty:
         return None
     enough = min(judged.loc[judged["upper"] < margin, "rank"], default=ranks.max())

@@ -636,7 +636,7 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: 
 
     Args:
         table: columns ``setup``, ``rule``, ``difference``, ``lower`` and ``upper``, from
-            :func:`lora_lab.ablation.overfitting.compare` and a name for the rule.
+            :func:`lora_lab.ablation.compare.compare_by_seed` and a name for the rule.
         xlabel: what differs from what, with its unit.
         margin: a difference that does not matter, drawn as a grey band.
     """

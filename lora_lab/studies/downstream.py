@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
+from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import last_rows
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
 from lora_lab.methods import FullFineTuning, LoRA, Method

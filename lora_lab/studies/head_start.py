@@ -23,16 +23,15 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation import studies
+from lora_lab.ablation.compare import last_rows, rates_around, tune_by_seed
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import last_rows, rates_around
-from lora_lab.ablation.overfitting import tune_by_seed
 from lora_lab.ablation.run import ablate
 from lora_lab.costs.fake import Factory
 from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
-from lora_lab.studies.overfitting import at_stage, edges
+from lora_lab.studies.overfitting import at_stage
 from lora_lab.studies.planning import planned_hours
 from lora_lab.studies.recorder import Row, read_rows, record_trials
 from lora_lab.task import Task
@@ -120,8 +119,10 @@ class Case:
     def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
         """Yield the last row of each trial: first of those that choose, then of those that are judged."""
         run = partial(self.train, device, folder)
-        choosing, chosen = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
-        at_edges = edges(choosing, _BY)
+        choosing, best = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
+        rates = {} if best is None else best.set_index("setup").to_dict()
+        chosen = {setup: [lr] for setup, lr in rates.get("lr", {}).items()}
+        at_edges = rates.get("edge", {})
         stages = {"choosing": choosing, "judging": (run(seed, chosen) for seed in self.judging if chosen)}
         about = {"data": self.data, "model": self.model, "n_train": self.n_train}
         for stage, frames in stages.items():

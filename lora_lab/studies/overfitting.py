@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.ablation import studies
+from lora_lab.ablation.compare import best_rates, by_size, rates_around
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import Halving
-from lora_lab.ablation.learning_rate import rates_around
-from lora_lab.ablation.overfitting import at_best_rate, by_size, summarise_trials
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.studies.planning import planned_hours
@@ -174,14 +173,14 @@ def rows(device: torch.device, folder: Path) -> Iterator[Row]:
             yield from read_rows(frame.assign(**at_stage("judging", frame, at_edges)), _COLUMNS)
 
 
-def edges(choosing: Sequence[pandas.DataFrame], by: str = "best_loss") -> dict[str, str]:
-    """Setup -> the edge of its grid at which the rate chosen ``by`` this loss lies, if it lies at one."""
+def edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
+    """Return setup -> the edge of its grid at which the rate that was chosen lies, if it lies at one."""
     import pandas
 
     frame = pandas.concat(choosing, ignore_index=True)
     if not (frame["outcome"] == "done").any():
         return {}
-    best = at_best_rate(summarise_trials(frame), frame, by)
+    best = best_rates(frame)
     return dict(zip(best["setup"], best["edge"], strict=True))
 
 

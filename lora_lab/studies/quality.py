@@ -12,8 +12,7 @@ from functools import partial
 import torch
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.comparison import Study
-from lora_lab.ablation.learning_rate import rates_around
+from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.studies.tuned import ON_TEST, Planned, recorder, template

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
-from lora_lab.ablation.comparison import Study
-from lora_lab.ablation.learning_rate import last_rows, rates_around
+from lora_lab.ablation.compare import Study, last_rows, rates_around
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
 from lora_lab.adapters.edit import off, switch
@@ -185,7 +184,7 @@ def merged_rows(
     """Rows of every form of every adapter over a base, and of what rounding does to it.
 
     The first have the data "<base>, merged" and the form as their setup, so that
-    :func:`lora_lab.ablation.comparison.differences` compares the forms.
+    :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
 
     Args:
         base: of the adapters.

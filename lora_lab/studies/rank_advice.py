@@ -21,9 +21,8 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation import studies
-from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.compare import Study, last_rows, rates_around
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import last_rows, rates_around
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import rates_around
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.studies.tuned import Planned, recorder, template

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import rates_around
 from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.setup import Setup
 from lora_lab.lean import Lean

@@ -13,9 +13,8 @@ from typing import Any, cast
 import torch
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import rates_around
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.studies.tuned import Planned, recorder, tell_trial, template

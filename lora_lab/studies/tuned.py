@@ -1,4 +1,4 @@
-"""Recorders of studies that compare setups, each at its own best learning rate (:mod:`lora_lab.ablation.comparison`).
+"""Recorders of studies that compare setups, each at its own best learning rate (:mod:`lora_lab.ablation.compare`).
 
 ``lora-lab record NAME`` prints how many hours a study takes before it starts, and goes on where it was stopped.
 """
@@ -16,9 +16,8 @@ from torch import nn
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.blocks import block_losses_of
-from lora_lab.ablation.comparison import Study, compare_tuned
+from lora_lab.ablation.compare import Study, compare_tuned, last_rows
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.learning_rate import last_rows
 from lora_lab.ablation.results import SCORE
 from lora_lab.costs.fake import Factory
 from lora_lab.lean import Lean

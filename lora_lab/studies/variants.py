@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_lab.ablation.comparison import Study
-from lora_lab.ablation.learning_rate import rates_around
+from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.lean import Lean
 from lora_lab.methods import DoRA, LoRA, LoRAPlus, PiSSA, RsLoRA
 from lora_lab.studies.tuned import ON_TEST, Planned, recorder, template

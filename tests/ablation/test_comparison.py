@@ -10,8 +10,7 @@ import scipy.stats
 from lora_lab import FullFineTuning, LoRA
 from lora_lab.ablation import Trial
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
-from lora_lab.ablation.comparison import Study, compare_tuned, differences
-from lora_lab.ablation.learning_rate import choose_rate, last_rows
+from lora_lab.ablation.compare import Study, choose_rate, compare_tuned, differences, last_rows
 from lora_lab.ablation.stats import interval, outer_bounds, outer_interval, resampled_means, t_bounds
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import digits

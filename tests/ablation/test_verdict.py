@@ -10,11 +10,11 @@ from scipy import stats
 from torch import nn
 
 from lora_lab import LoRA, fit
+from lora_lab.ablation.compare import Choice, RankResult, Verdict, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid
-from lora_lab.ablation.learning_rate import Choice, _listed
+from lora_lab.ablation.learning_rate import _listed
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import t_bounds
-from lora_lab.ablation.verdict import RankResult, Verdict, smallest_sufficient_rank
 from lora_lab.tasks import planted
 from lora_lab.train import evaluate
 

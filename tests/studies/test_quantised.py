@@ -10,8 +10,7 @@ import torch
 from lora_lab import LoRA, fit, merge, quantize_nf4
 from lora_lab.ablation import studies
 from lora_lab.ablation.blocks import BlockLosses
-from lora_lab.ablation.comparison import differences
-from lora_lab.ablation.learning_rate import last_rows
+from lora_lab.ablation.compare import compare_losses, last_rows
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
@@ -55,7 +54,7 @@ def frame_of(rows, *data):
 
 
 def test_four_bases_are_compared_on_the_same_seeds_and_blocks(rows):
-    table = differences(frame_of(rows, *quantised.BASES), "float32").set_index("setup")
+    table = compare_losses(frame_of(rows, *quantised.BASES), "float32").set_index("setup")
     assert set(table.index) == {"float32", "bfloat16", "NF4", "Q4_1"}
     assert (table["seeds"] == 3).all()
     assert table.loc["NF4", "difference"] != 0
@@ -65,7 +64,7 @@ def test_four_bases_are_compared_on_the_same_seeds_and_blocks(rows):
 
 @pytest.mark.parametrize("base", ["float32", "NF4"])
 def test_forms_are_compared_as_setups(rows, base):
-    table = differences(frame_of(rows, f"{base}, merged"), "unmerged", margin=1e-4).set_index("setup")
+    table = compare_losses(frame_of(rows, f"{base}, merged"), "unmerged", margin=1e-4).set_index("setup")
     assert [*table.index] == forms_of(base)
     assert table.loc["merged", "difference"] == pytest.approx(0, abs=1e-5)
     assert abs(table.loc[f"merged, then {Q4_1}", "difference"]) > 1e-4

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_lab import LoRA, evaluate, fit
-from lora_lab.ablation.comparison import Study
+from lora_lab.ablation.compare import Study
 from lora_lab.ablation.rank_advice import SPECTRAL, assess
 from lora_lab.studies import rank_advice, rates
 from lora_lab.studies.tuned import Planned, template

@@ -8,7 +8,7 @@ import torch
 
 from lora_lab import records
 from lora_lab.ablation import studies
-from lora_lab.ablation.comparison import differences
+from lora_lab.ablation.compare import compare_losses
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.studies import planning, speed, taught, tuned
@@ -115,7 +115,7 @@ def test_accuracies_are_there_where_there_are_classes_and_times_of_both_methods(
     judged = frame[frame["stage"] == "judging"]
     assert judged["score_accuracy"].notna().tolist() == (judged["data"] == "sentiment").tolist()
     assert {len(json.loads(each)) for each in judged["score_accuracy"].dropna()} == {1}
-    assert len(differences(frame[frame["data"] == "sentiment"], "full, tuned", "accuracy")) == 4
+    assert len(compare_losses(frame[frame["data"] == "sentiment"], "full, tuned", "accuracy")) == 4
     times = frame[frame["stage"] == "time"]
     assert times["setup"].tolist() == 2 * ["full", "LoRA r=4"]
     assert times["data"].tolist() == ["sentiment", "sentiment", "docs", "docs"]

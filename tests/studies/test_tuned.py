@@ -9,7 +9,7 @@ import torch
 from lora_lab import FullFineTuning, LoRA, fit, records
 from lora_lab.ablation import Trial, studies
 from lora_lab.ablation.blocks import BlockLosses, block_losses_of
-from lora_lab.ablation.comparison import Study, differences
+from lora_lab.ablation.compare import Study, compare_losses
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
@@ -81,7 +81,7 @@ def test_a_record_can_be_judged_as_the_table_itself(record):
     of_digits = frame[frame["data"] == "digits"]
     chosen = of_digits[(of_digits["stage"] == "choosing") & (of_digits["setup"] == "r=1")]
     assert math.isfinite(best_rate(losses_by_rate(chosen)).loss)
-    table = differences(of_digits, "full").set_index("setup")
+    table = compare_losses(of_digits, "full").set_index("setup")
     assert math.isfinite(table.loc["r=1", "difference"])
     assert table.loc["r=1", "difference"] == table.loc["again", "difference"] != 0
 

@@ -21,10 +21,9 @@ import numpy as np
 
 from lora_lab.ablation import overfitting, rank_advice
 from lora_lab.ablation.blocks import block_losses_of
-from lora_lab.ablation.comparison import differences
-from lora_lab.ablation.learning_rate import best_rate, last_rows, losses_by_rate
+from lora_lab.ablation.compare import RankResult, best_rates, compare_losses, last_rows, smallest_sufficient_rank
+from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.ablation.stats import CONFIDENCE, interval, resampled_means, t_bounds
-from lora_lab.ablation.verdict import RankResult, smallest_sufficient_rank
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
 from lora_lab.studies.claims.counted import rank_of_equal_memory
@@ -370,7 +369,7 @@ def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, st
     if "stage" in frame:
         best = curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
     else:
-        best = overfitting.at_best_rate(overfitting.summarise_trials(frame), frame)
+        best = overfitting.summarise_trials(frame).merge(best_rates(frame))
         curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
     edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in best.to_dict("records")}
     seeds = best.groupby(["n_train", "setup"])["seed"].nunique()
@@ -552,14 +551,14 @@ def chrf_forty(claim: Claim, record: Record) -> Result:
 def _compared(
     record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]
 ) -> list[tuple[bool | None, str]]:
-    """A case for each pair (setup, reference), from the verdict of :func:`differences` by ``answers``."""
+    """A case for each pair (setup, reference), from the verdict of :func:`compare_losses` by ``answers``."""
     frame, cases = record.frame(), []
     for setup, reference in pairs:
-        table = differences(frame[frame["data"].isin(data)], reference, margin=MARGIN)
+        table = compare_losses(frame[frame["data"].isin(data)], reference, margin=MARGIN)
         row = {row["setup"]: row for row in table.to_dict("records")}[setup]
         between = f"{row['difference']:+.4f} nats ({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
         answer = answers.get(row["verdict"]) if row["seeds"] >= MIN_SEEDS else None
-        edge = ", a rate at the edge of its grid" if row["verdict"] == "edge" else ""
+        edge = ", a rate at the edge of its grid" if row["why"] == "edge" else ""
         cases.append((answer, f"{setup} less {reference}: {between}{edge}"))
     return cases
 
@@ -657,15 +656,15 @@ def _taught(record: Record, data: str, part: str, margin: float = 0.0) -> list[t
     """LoRA beside full fine-tuning as taught, and with tuned rates.
 
     Returns:
-        The rates in words, LoRA's row of :func:`differences`, and whether a verdict may rest on it.
+        The rates in words, LoRA's row of :func:`compare_losses`, and whether a verdict may rest on it.
     """
     frame = record.frame()
     cases = []
     for rates in ("as taught", "tuned"):
-        table = differences(frame[frame["data"] == data], f"full, {rates}", part, margin).set_index("setup")
+        table = compare_losses(frame[frame["data"] == data], f"full, {rates}", part, margin).set_index("setup")
         full, lora = table.loc[f"full, {rates}"], table.loc[f"LoRA, {rates}"]
         words = f"{rates} (rates {full['lr']:.3g} and {lora['lr']:.3g}, {lora['seeds']} seeds)"
-        cases.append((words, lora, lora["verdict"] not in ("edge", "failed") and lora["seeds"] >= MIN_SEEDS))
+        cases.append((words, lora, not lora["why"] and lora["seeds"] >= MIN_SEEDS))
     return cases
 
 

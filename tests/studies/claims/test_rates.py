@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.ablation.learning_rate import rates_around
+from lora_lab.ablation.compare import rates_around
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS, BLOCKS = 3, 8

@@ -1,0 +1,861 @@
+r"""Choose each setup's learning rate, compare setups in pairs at those rates, and say what the bounds allow to say.
+
+    frame = tune(model, task, {"r=8": Trial(LoRA(8, 16), 1e-3)}, {"r=8": rates_around(1e-3)}, range(3), "runs/rates")
+    study = Study(setups, lrs, choosing=range(2), judging=range(2, 5), chosen_on=64, judged_on={"test": 256})
+    print(compare_losses(pandas.concat(compare_tuned(model, task, study, "runs/study")), "full", margin=0.01))
+    print(smallest_sufficient_rank(load("runs/ranks"), margin=0.01))
+
+The same rules hold for methods and for ranks:
+
+1. A rate is chosen by the mean VALIDATION loss over the seeds. It counts only if it has a result for every seed: one
+   that diverged for some seeds would otherwise be judged by those that suit it.
+2. A rate at the edge of its grid says only that the best may lie beyond, so the grid is widened, and no verdict rests
+   on such a rate.
+3. Setups are judged by the TEST loss, which took no part in the choice; and where a study can pay for it, on other
+   seeds too. A setup that is tried at another's rate is handicapped, and one that is judged where it was chosen is
+   flattered.
+4. Trials are paired by seed (the same order of the data), which removes the noise that they share:
+
+       d_s = loss(setup, seed s) - loss(reference, seed s)
+
+5. The mean of d over n seeds has one-sided 95 % bounds from Student's t (Student 1908, Biometrika 6), with
+   sd the standard deviation of d:
+
+       mean(d) -+ t(0.95, n - 1) sd / sqrt(n)
+
+   They hold for as few as two seeds if d is roughly normal. A percentile bootstrap does not: over three seeds its
+   95 % interval holds the true value in only about three quarters of all cases.
+6. The bounds are held against a margin that is named beforehand (:func:`judge`).
+
+Bounds hold for each setup by itself and take the chosen rates as given; and they hold on this task, this model and
+this number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import nn
+
+from lora_lab.ablation.blocks import BlockLosses, block_losses_of
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED
+from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, outer_interval, t_bounds
+from lora_lab.costs.fake import Factory
+from lora_lab.system.schema import Positive, check
+from lora_lab.task import Task
+
+if TYPE_CHECKING:
+    import pandas
+
+Grids = Mapping[str, Sequence[float]]  # setup -> its rates
+
+
+# Verdicts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the bounds of a difference allow to say: "lower", "higher" or "equal"; or "open", and why."""
+
+    value: Literal["lower", "higher", "equal", "open"]
+    why: str = ""
+
+
+def judge(lower: float | None, upper: float | None, margin: float = 0.0, why: str = "") -> Verdict:
+    """Return the verdict on a difference, of losses or of times, from its bounds.
+
+    Args:
+        lower, upper: of the difference; None or NaN where too few seeds give none.
+        margin: the difference that does not matter.
+        why: what forbids a verdict, such as a rate at the edge of its grid.
+    """
+    if why or lower is None or upper is None or math.isnan(lower) or math.isnan(upper):
+        return Verdict("open", why)
+    if upper < -margin:
+        return Verdict("lower")
+    if lower > margin:
+        return Verdict("higher")
+    return Verdict("equal" if -margin <= lower and upper <= margin else "open")
+
+
+# The choice of a rate
+
+
+def rates_around(centre: float, factor: float = 2.0, count: int = 5) -> tuple[float, ...]:
+    """Return an ascending grid of rates, each ``factor`` times the one before, with ``centre`` in the middle.
+
+    Raises:
+        ValueError: the centre is not positive, the factor not above 1, or the count below 1.
+    """
+    if not (centre > 0 and factor > 1 and count >= 1):
+        raise ValueError(
+            f"centre is {centre!r}, factor {factor!r} and count {count!r}, but they must be a positive rate, a number "
+            "above 1 and at least 1."
+        )
+    return tuple(_rounded(centre * factor ** (i - count // 2)) for i in range(count))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rate of the lowest mean loss among those that have a result for every seed.
+
+    ``lr`` and ``loss`` are None if there is none, and ``rows`` are its trials by seed. ``note`` lists the rates that do
+    not count, with the reason, and an edge of the grid that was stopped early where nothing else lies beyond the
+    choice. ``edge`` is "smallest", "largest" or "only" where nothing is known beyond the rate: rates that are missing
+    or ran out of memory say nothing, whereas one that diverged or was stopped is worse. ``diverged`` is the rate next
+    to the choice if it diverged and no rate that counts lies beyond; the best may lie between the two.
+    """
+
+    lr: float | None
+    loss: float | None
+    rows: pandas.DataFrame
+    note: str = ""
+    edge: str = ""
+    diverged: float | None = None
+
+
+def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
+    """Choose by the validation losses after the last step, those of :class:`BlockLosses` where such a judge was.
+
+    Args:
+        rows: the last row of each trial of one setup (:func:`last_rows`).
+        seeds: which a rate needs to count.
+    """
+    judged = (rows["outcome"] == "done") & rows["test_loss"].notna()
+    losses = [
+        fmean(block_losses_of(row, "validation")) if counts else math.nan
+        for row, counts in zip(rows.to_dict("records"), judged, strict=True)
+    ]
+    return _choices(rows.assign(loss=losses), seeds)[0]
+
+
+def _choices(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
+    """Return the best rate of one setup, or with a ``slack`` all that are at most so much worse, ascending.
+
+    Args:
+        trials: a row each, with ``lr``, ``seed``, ``outcome``, ``reason`` and the ``loss`` that counts, NaN if none.
+        seeds: which a rate needs to count.
+    """
+    means, stopped, diverged, notes = {}, [], [], []
+    for lr, rows in trials.groupby("lr"):  # ascending
+        losses = rows.set_index("seed")["loss"].reindex(seeds)
+        on_seeds = rows.loc[rows["outcome"] == STOPPED, "seed"]
+        lacking = [str(seed) for seed in losses.index[losses.isna()] if seed not in {*on_seeds}]
+        failures = rows.loc[rows["outcome"] == "failed", "reason"]
+        if len(failures) and not failures.str.startswith(OUT_OF_MEMORY).any():
+            diverged.append(lr)
+        if lacking:
+            notes.append(f"lr {lr:g} does not count (no result for seed {', '.join(lacking)})")
+        elif len(on_seeds):  # validation has ruled it out already
+            stopped.append(lr)
+        else:
+            means[lr] = fmean(losses)
+    if not means:
+        return [Choice(None, None, trials[:0], ", ".join(notes))]
+    known, lowest, highest = sorted({*means, *stopped, *diverged}), min(means), max(means)
+    best = min(means, key=lambda lr: (means[lr], lr))
+    for lr, name in ((trials["lr"].min(), "smallest"), (trials["lr"].max(), "largest")):
+        if lr in stopped and best == (lowest if name == "smallest" else highest):
+            notes.append(f"lr {lr:g}, the {name} tried, was stopped early")
+    choices = []
+    for lr in sorted(lr for lr in means if means[lr] <= means[best] + slack) if slack else [best]:
+        edge = "only" if len(known) == 1 else {known[0]: "smallest", known[-1]: "largest"}.get(lr, "")
+        above = min((each for each in diverged if each > lr == highest), default=None)
+        below = max((each for each in diverged if each < lr == lowest), default=None)
+        rows = trials[trials["lr"] == lr].sort_values("seed")
+        choices.append(Choice(float(lr), means[lr], rows, ", ".join(notes), edge, above or below))
+    return choices
+
+
+def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Return one row for each trial: its last evaluation, its failure, or its first row if it was stopped."""
+    first = (frame["outcome"] == STOPPED) & ~(frame["step"] > 0)  # of a stopped trial its settings count, no loss
+    return frame[(frame["outcome"] == "failed") | first | (frame["step"] == frame["steps"])]
+
+
+def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss") -> pandas.DataFrame:
+    """Return each setup's best rate, and those that tie with it, by the mean loss over the seeds that its rates share.
+
+    On a few seeds rates that nearly tie are indistinguishable, and what is compared later may differ much between
+    them. So train them all on other seeds (:func:`at_rates`), and see whether a verdict holds for each
+    (:func:`lora_lab.ablation.overfitting.compare_over_rates`).
+
+    Args:
+        frame: what :func:`lora_lab.ablation.ablate` returns, with a column ``setup``; with a column ``n_train`` each
+            size of the training set has its own rates. A rate that was stopped on some seed cannot be the best.
+        slack: how much worse than the best a rate may be, in the units of the loss.
+        by: the loss that counts: "best_loss", the lowest, for training that is stopped early; or "last_loss".
+
+    Returns:
+        Columns ``n_train`` (if there is one), ``setup``, ``lr`` and ``edge``, as of :class:`Choice`.
+
+    Raises:
+        ValueError: the slack is negative, no trial ended well, or the rates of a setup have no seed in common.
+    """
+    import pandas
+
+    if not slack >= 0:
+        raise ValueError(f"slack is {slack}, but it must be 0 or a positive loss.")
+    rows = [
+        {**setup, "lr": choice.lr, "edge": choice.edge}
+        for setup, choices in _choices_of_setups(frame, slack, by)
+        for choice in choices
+    ]
+    if not rows:
+        raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
+    return pandas.DataFrame(rows)
+
+
+def _choices_of_setups(frame: pandas.DataFrame, slack: float, by: str) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
+    """Yield each setup (at each size) of which a trial ended well, and its choices."""
+    shared = [name for name in ("n_train", "setup") if name in frame]
+    trials = _trial_losses(frame, [*shared, "lr", "seed"], by)
+    for values, of_setup in trials.groupby(shared, sort=False):
+        stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
+        left = of_setup[(of_setup["outcome"] == "done") & ~of_setup["lr"].isin(stopped)]
+        if left.empty:
+            continue
+        seeds = set.intersection(*(set(of_rate["seed"]) for _, of_rate in left.groupby("lr")))
+        if not seeds:
+            raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
+        yield dict(zip(shared, values, strict=True)), _choices(of_setup, sorted(seeds), slack)
+
+
+def _trial_losses(frame: pandas.DataFrame, identity: list[str], by: str) -> pandas.DataFrame:
+    """Return a row for each trial, with the loss that counts."""
+    curves = frame.sort_values("step", kind="stable").groupby(identity)["validation_loss"]
+    trials = frame.assign(reason=frame.get("reason", "")).drop_duplicates(identity).set_index(identity)
+    trials = trials.assign(loss=curves.min() if by == "best_loss" else curves.last()).reset_index()
+    return trials.assign(loss=trials["loss"].where(trials["outcome"] == "done"))
+
+
+# Grids that are widened until the best rate is inside
+
+
+def _next_rate(choice: Choice, grid: Sequence[float], beyond: int) -> float | None:
+    """Return the rate to try next if too few lie on a side of the best; None if they do, or it was tried already."""
+    if choice.lr is None or len(grid) < 2:
+        return None
+    below = grid.index(choice.lr)
+    above = len(grid) - 1 - below
+    if choice.diverged is not None:
+        rate = _rounded(math.sqrt(choice.lr * choice.diverged))
+    elif choice.edge == "smallest" or below < beyond:
+        rate = _rounded(grid[0] ** 2 / grid[1])
+    elif choice.edge == "largest" or above < beyond:
+        rate = _rounded(grid[-1] ** 2 / grid[-2])
+    else:
+        return None
+    return None if rate in grid else rate
+
+
+def _widen(
+    run: Callable[[Grids], tuple[Any, Mapping[str, Choice]]],
+    lrs: Grids,
+    widen: int,
+    beyond: int = 1,
+) -> tuple[Any, Mapping[str, Choice]]:
+    """Run setups at their rates, and at rates beyond while the best of one is at the edge of its grid.
+
+    Args:
+        run: rates -> what it found, and each setup's choice; trials that were run before should cost nothing.
+        lrs, widen, beyond: as for :func:`tune`.
+    """
+    grids = {setup: sorted({float(lr) for lr in rates}) for setup, rates in lrs.items()}
+    most = {setup: len(grid) + widen for setup, grid in grids.items()}
+    while True:
+        found, choices = run(grids)
+        open_grids = {setup: grid for setup, grid in grids.items() if setup in choices and len(grid) < most[setup]}
+        added = {setup: _next_rate(choices[setup], grid, beyond) for setup, grid in open_grids.items()}
+        if not any(added.values()):
+            return found, choices
+        grids |= {setup: sorted([*grids[setup], rate]) for setup, rate in added.items() if rate}
+
+
+def tune(
+    model: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    setups: Mapping[str, Trial],
+    lrs: Grids,
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    *,
+    widen: int = 4,
+    beyond: int = 1,
+    **options: Any,
+) -> pandas.DataFrame:
+    """Train each setup at its rates, and at rates beyond as long as the best is at the edge.
+
+    Between the best rate and one beyond it that diverged another is added, halfway by factors.
+
+    Args:
+        model, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        setups: how each trains; its own rate and seed do not count. Setups may be equal: they share their trials.
+        lrs: the rates to begin with, at least two for each setup. A grid goes on by the ratio at its edge.
+        seeds: train at each rate.
+        widen: how many rates may be added to a grid.
+        beyond: how many rates shall lie on either side of the best. With one the best is inside; with two the interval
+            of :func:`lora_lab.ablation.learning_rate.best_rate` is mostly bounded too, for which the best of every
+            sample must be inside.
+
+    Returns:
+        The table of ablate with a column ``setup``, in the order of ``setups``.
+
+    Raises:
+        ValueError: a setup has fewer than two rates; or as ablate.
+    """
+    if short := [setup for setup in setups if len(set(lrs[setup])) < 2]:
+        raise ValueError(
+            f"The setup {short[0]!r} has the rates {[*lrs[short[0]]]}, but needs at least two to begin with."
+        )
+
+    def run(grids: Grids) -> tuple[pandas.DataFrame, dict[str, Choice]]:
+        trials = {
+            setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
+            for setup, template in setups.items()
+        }
+        frame = labelled(ablate(model, task, [*chain(*trials.values())], place, **options), trials)
+        return frame, {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
+
+    with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
+        return _widen(run, {setup: lrs[setup] for setup in setups}, widen, beyond)[0]
+
+
+def labelled(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
+    """Return a sweep's table with a column ``setup``, setup after setup; trials that two setups share are there twice.
+
+    Args:
+        table: what ablate returned for all the trials.
+        trials: of each setup.
+    """
+    import pandas
+
+    identity = {"task": table["task"].iloc[0], "model": table["model"].iloc[0]}
+    keys = {setup: [trial.bound(**identity).key for trial in of_setup] for setup, of_setup in trials.items()}
+    parts = [table[table["key"].isin(of_setup)].assign(setup=setup) for setup, of_setup in keys.items()]
+    return pandas.concat(parts, ignore_index=True)
+
+
+def tune_by_seed(
+    run: Callable[[int, Grids], pandas.DataFrame],
+    lrs: Grids,
+    seeds: Sequence[int],
+    widen: int,
+    by: str = "best_loss",
+) -> tuple[list[pandas.DataFrame], pandas.DataFrame | None]:
+    """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
+
+    Rates that were stopped on one seed (:class:`lora_lab.ablation.Halving`) are not tried on the next.
+
+    Args:
+        run: (seed, rates) -> the table of :func:`lora_lab.ablation.ablate` with a column ``setup``. A trial that was
+            run before is asked for again, so it should keep results in a folder.
+        lrs: the rates that each setup tries first.
+        seeds: choose.
+        widen: how many rates may be added to a grid.
+        by: as for :func:`best_rates`.
+
+    Returns:
+        The frames of the seeds, and their :func:`best_rates`; None if no trial ended well.
+    """
+    import pandas
+
+    def run_seeds(grids: Grids) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
+        frames, left = [], grids
+        for seed in seeds:
+            frames.append(run(seed, left))
+            rows = frames[-1][frames[-1]["outcome"] == STOPPED]
+            stopped = set(zip(rows["setup"], rows["lr"], strict=True))
+            left = {setup: [lr for lr in rates if (setup, lr) not in stopped] for setup, rates in left.items()}
+        found = pandas.concat(frames, ignore_index=True)
+        return frames, {setup["setup"]: choices[0] for setup, choices in _choices_of_setups(found, 0.0, by)}
+
+    frames, choices = _widen(run_seeds, lrs, widen)
+    return frames, best_rates(pandas.concat(frames, ignore_index=True), by=by) if choices else None
+
+
+def by_size(
+    model: nn.Module | Factory,
+    task_of: Callable[[int, int], Task | Callable[[], Task]],
+    trial_of: Callable[[str, float, int, int], Trial],
+    lrs: Grids,
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    choose: int = 1,
+    widen: int = 0,
+    **options: Any,
+) -> Iterator[pandas.DataFrame]:
+    """For each size of the training set choose each setup's learning rate on the first seeds, and run the rest at it.
+
+    A setup of which no rate ends well on a choosing seed is not run on the others.
+
+    Args:
+        model, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
+        trial_of: (setup, lr, seed, size) -> the trial.
+        lrs: the rates that each setup tries.
+        choose: how many of the seeds choose. One is cheap, but unreliable where rates nearly tie.
+        widen: how many rates may be added to a grid while its best rate is at the edge.
+
+    Yields:
+        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order: those of the seeds
+        that choose as soon as they have chosen, the others as soon as they are done. Its setups are in the order of
+        ``lrs``.
+
+    Raises:
+        ValueError: ``choose`` is out of range.
+    """
+    if not 1 <= choose <= len(seeds):
+        raise ValueError(f"choose is {choose}, but it must be from 1 to the number of seeds, {len(seeds)}.")
+
+    def run(size: int, seed: int, lrs: Grids) -> pandas.DataFrame:
+        trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
+        table = ablate(model, task_of(size, seed), [*chain(*trials.values())], folder, **options)
+        return labelled(table, trials).assign(n_train=size)
+
+    for size in sizes:
+        frames, best = tune_by_seed(partial(run, size), lrs, seeds[:choose], widen)
+        yield from frames
+        if best is not None:
+            for seed in seeds[choose:]:
+                yield run(size, seed, {setup: [lr] for setup, lr in zip(best["setup"], best["lr"], strict=True)})
+
+
+def at_rates(
+    model: nn.Module | Factory,
+    task_of: Callable[[int, int], Task | Callable[[], Task]],
+    trial_of: Callable[[str, float, int, int], Trial],
+    rates: pandas.DataFrame,
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    **options: Any,
+) -> pandas.DataFrame:
+    """Return the frames of :func:`by_size` with each setup at each of its rates on each seed.
+
+    Args:
+        model, task_of, trial_of, seeds, folder, **options: as for :func:`by_size`.
+        rates: columns ``n_train``, ``setup``, ``lr``, such as the :func:`best_rates` of seeds that chose.
+    """
+    import pandas
+
+    frames = []
+    for size, of_size in rates.groupby("n_train"):
+        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
+        frames += by_size(model, task_of, trial_of, lrs, [int(size)], seeds, folder, choose=len(seeds), **options)
+    return pandas.concat(frames, ignore_index=True)
+
+
+# Studies: rates chosen on some seeds, setups judged on others
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how it is judged.
+
+    Args:
+        setups: how each trains, by name; its own rate and seed do not count.
+        lrs: the rates with which each setup begins. One with a single rate is judged at it, as others chose it.
+        choosing: the seeds that choose each setup's rate.
+        judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
+        chosen_on: how many validation examples choose, from the first.
+        judged_on: of each part, how many examples judge.
+        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.blocks`).
+        widen, beyond: how many rates may be added to a grid, and shall lie on either side of its best.
+        answered: whether the answers to the prompts of the test part judge, too (as for
+            :class:`lora_lab.ablation.blocks.BlockLosses`).
+
+    Raises:
+        ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
+    """
+
+    setups: Mapping[str, Trial]
+    lrs: Grids
+    choosing: Sequence[int]
+    judging: Sequence[int]
+    chosen_on: int
+    judged_on: Mapping[str, int]
+    block: int = 4
+    widen: int = 4
+    beyond: int = 1
+    answered: bool = False
+
+    def __post_init__(self) -> None:
+        if unequal := self.setups.keys() ^ self.lrs.keys():
+            raise ValueError(f"setups and lrs must name the same, but {sorted(unequal)} are only in one of them.")
+        if both := sorted(set(self.choosing) & set(self.judging)):
+            raise ValueError(f"The seeds {both} both choose and judge; judge with others.")
+
+    @property
+    def trials(self) -> list[Trial]:
+        """The trials that run in any case: those of the first grids, and the judging trials.
+
+        The rates of the judging trials are not known in advance, so the first rate of each grid stands in for them.
+        """
+        grids = {setup: lrs for setup, lrs in self.lrs.items() if len(lrs) > 1}
+        chosen = [(setup, lr, seed) for setup, lrs in grids.items() for lr in lrs for seed in self.choosing]
+        judged = [(setup, lrs[0], seed) for setup, lrs in self.lrs.items() for seed in self.judging]
+        return [replace(self.setups[setup], lr=lr, seed=seed) for setup, lr, seed in (*chosen, *judged)]
+
+
+def compare_tuned(
+    model: nn.Module | Factory, task: Task | Callable[[], Task], study: Study, folder: str | Path, **options: Any
+) -> Iterator[pandas.DataFrame]:
+    """Choose each setup's rate, then train all at their rates on the judging seeds.
+
+    Args:
+        model, task, **options: as for :func:`lora_lab.ablation.ablate`.
+        study: what is compared.
+        folder: for results, from which a study that was stopped goes on. Trials that are judged on other examples are
+            in other folders inside.
+
+    Yields:
+        Tables as ablate returns them, with the columns ``setup``, ``stage`` ("choosing", then "judging") and ``edge``
+        ("smallest" or "largest" where the chosen rate is that of all tried, else "").
+    """
+    lrs: dict[str, float | None] = {setup: rates[0] for setup, rates in study.lrs.items()}
+    edges = dict.fromkeys(lrs, "")
+    if tunable := {setup: trial for setup, trial in study.setups.items() if len(study.lrs[setup]) > 1}:
+        tuned = tune(
+            model,
+            task,
+            tunable,
+            study.lrs,
+            study.choosing,
+            Path(folder) / f"choosing-{study.chosen_on}-{study.block}",
+            widen=study.widen,
+            beyond=study.beyond,
+            judge=BlockLosses({"validation": study.chosen_on}, study.block),
+            **options,
+        )
+        choices = {str(setup): choose_rate(last_rows(rows), study.choosing) for setup, rows in tuned.groupby("setup")}
+        lrs |= {setup: choice.lr for setup, choice in choices.items()}
+        edges |= {setup: choice.edge for setup, choice in choices.items()}
+        yield tuned.assign(stage="choosing", edge=tuned["setup"].map(edges))
+    trials = {
+        setup: [replace(template, lr=lrs[setup], seed=seed) for seed in study.judging]
+        for setup, template in study.setups.items()
+        if lrs[setup] is not None
+    }
+    if any(trials.values()):
+        judge = BlockLosses(study.judged_on, study.block, study.answered)
+        parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
+        place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
+        table = ablate(model, task, [*chain(*trials.values())], place, judge=judge, **options)
+        judged = labelled(table, trials)
+        yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
+
+
+# Comparisons in pairs
+
+
+def compare_losses(
+    frame: pandas.DataFrame,
+    reference: str,
+    part: str = "test",
+    margin: float = 0.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pandas.DataFrame:
+    """Compare each setup's loss with the reference's, after the last step of the judging trials.
+
+    The interval is that of :func:`lora_lab.ablation.stats.outer_interval`. It does not include the uncertainty in the
+    choice of the rates.
+
+    Args:
+        frame: what :func:`compare_tuned` yields, together.
+        reference: the setup that the others are compared with.
+        part: of the task; or "accuracy", where answers judged: then "lower" is worse.
+        margin: the difference that does not matter, in the task's unit of loss.
+        resamples, seed: of the bootstrap over seeds and blocks of examples.
+
+    Returns:
+        Columns ``setup``, ``lr``, ``loss`` (mean over seeds and examples), ``difference``, ``lower`` and ``upper`` (the
+        two-sided 95 % interval; NaN for one seed), ``seeds``, and ``verdict`` and ``why``, as of :func:`judge`: "edge"
+        if nothing is known beyond the rate of the setup or of the reference; "failed" if a seed has no result or no
+        rate could be chosen; "reference" of the reference itself.
+
+    Raises:
+        ValueError: the reference has no results for all seeds.
+    """
+    import pandas
+
+    rows = last_rows(frame[frame["stage"] == "judging"])
+    seeds = sorted(rows["seed"].unique())
+    setups = frame[frame["stage"].isin(["choosing", "judging"])]["setup"].unique()
+    first, losses = rows.drop_duplicates("setup").set_index("setup"), {}
+    for setup, done in rows[rows["outcome"] == "done"].sort_values("seed").groupby("setup"):
+        if done["seed"].tolist() == seeds:
+            losses[setup] = np.array([block_losses_of(row, part) for row in done.to_dict("records")])
+    if reference not in losses:
+        raise ValueError(f"{reference!r} has no results for all seeds to compare with; there are {[*losses]}.")
+    table = []
+    for setup in setups:
+        row = {"setup": setup, "lr": first["lr"].get(setup, math.nan), "seeds": len(seeds)}
+        why = "failed"
+        if setup in losses:
+            paired = losses[setup] - losses[reference]
+            lower, upper = outer_interval(paired, resamples, seed)
+            row |= {"loss": losses[setup].mean(), "difference": paired.mean(), "lower": lower, "upper": upper}
+            why = "edge" if first["edge"][setup] or first["edge"][reference] else ""
+            why = "reference" if setup == reference else why
+        verdict = judge(row.get("lower"), row.get("upper"), margin, why)
+        table.append(row | {"verdict": verdict.value, "why": verdict.why})
+    return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict", "why"]]
+
+
+def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
+    """Compare each setup's mean of a column with the reference's, in pairs by seed, with one-sided 95 % bounds.
+
+    Args:
+        best: one row for each setup and seed (and ``n_train``), such as those of
+            :func:`lora_lab.ablation.overfitting.summarise_trials` at the :func:`best_rates`.
+        column: what is compared.
+        reference: the setup that the others are compared with; where it has no result, they have no difference.
+
+    Returns:
+        Columns ``n_train`` (if there is one), ``setup``, ``mean``, ``least``, ``most``, ``seeds``, and for all but the
+        reference ``difference``, ``lower`` and ``upper``; bounds need two seeds.
+
+    Raises:
+        ValueError: the reference is not there.
+    """
+    import pandas
+
+    if reference not in set(best["setup"]):
+        raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(best['setup']))}.")
+    shared, rows = [name for name in ("n_train",) if name in best], []
+    for size, of_size in best.groupby("n_train") if shared else [(None, best)]:
+        table = of_size.pivot(index="seed", columns="setup", values=column)
+        for setup in of_size["setup"].unique():
+            values = table[setup].dropna()
+            row = dict.fromkeys(shared, size) | {"setup": setup, "mean": values.mean()}
+            row |= {"least": values.min(), "most": values.max(), "seeds": len(values)}
+            if setup != reference and reference in table:
+                paired = (table[setup] - table[reference]).dropna().tolist()
+                if paired:
+                    row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
+            rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+# Which rank is enough
+
+_NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
+# All else is a setting, and settings must be equal for a comparison to be one.
+_MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
+_STATUS = {"lower": "enough", "equal": "enough", "higher": "too small", "open": "open"}
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One rank at its best learning rate.
+
+    ``difference`` is the mean over seeds of loss(rank) - loss(largest rank) on the test part, in the task's unit of
+    loss, and ``lower`` and ``upper`` are its one-sided 95 % bounds; they are None for the largest rank, for one seed,
+    and for a rank that could not be judged. ``status`` is "reference" (the largest rank), "enough" (lower or equal),
+    "too small" (higher), "open" (more seeds are needed) or "not judged", and ``note`` says why, where that is not
+    plain.
+    """
+
+    rank: int
+    status: str
+    lr: float | None = None
+    validation_loss: float | None = None
+    test_loss: float | None = None
+    difference: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RankVerdict:
+    """The smallest sufficient rank, or that the trials do not decide it; ``print`` shows the whole table.
+
+    ``rank`` is None where it is undecided. ``reason`` is one sentence, ``ranks`` holds each rank's numbers from the
+    smallest to the largest, and ``notes`` are sentences on what weakens the answer.
+    """
+
+    rank: int | None
+    reason: str
+    method: str
+    margin: float
+    seeds: tuple[int, ...]
+    ranks: tuple[RankResult, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is an answer."""
+        return self.rank is not None
+
+    @property
+    def answer(self) -> str:
+        """The verdict in a few words."""
+        return f"rank {self.rank} is enough" if self.decided else "undecided"
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """rank -> mean test loss at its chosen rate; ranks that could not be judged are left out."""
+        return {one.rank: one.test_loss for one in self.ranks if one.test_loss is not None}
+
+    def frame(self) -> pandas.DataFrame:
+        """Return a row for each rank: rate, test loss, difference from the largest rank, bounds and status."""
+        import pandas
+
+        columns = ["rank", "lr", "test_loss", "difference", "lower", "upper", "status"]
+        return pandas.DataFrame([{name: getattr(one, name) for name in columns} for one in self.ranks])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict and each rank's numbers, in values of JSON."""
+        return {"answer": self.answer, **asdict(self)}
+
+    def __str__(self) -> str:
+        formats = {"lr": "10.3g", "test_loss": "10.4f", "difference": "+12.4f", "lower": "+10.4f", "upper": "+10.4f"}
+        lines = [
+            f"{self.method}: {f'rank {self.rank}' if self.decided else 'undecided'}: {self.reason}",
+            f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}, margin {self.margin:g}; losses on the test "
+            f"part; differences from the largest rank, with one-sided {CONFIDENCE:.0%} bounds",
+            f"{'rank':>6}{'rate':>10}{'loss':>10}{'difference':>12}{'lower':>10}{'upper':>10}  status",
+        ]
+        for one in self.ranks:
+            line = f"{one.rank:>6}"
+            for name, form in formats.items():
+                value = getattr(one, name)
+                line += f"{'-':>{form.strip('+').partition('.')[0]}}" if value is None else format(value, form)
+            lines.append(f"{line}  {one.status}{f': {one.note}' if one.note else ''}")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = None) -> RankVerdict:
+    """Return the smallest rank whose loss is at most ``margin`` above the largest rank's, as far as the seeds can tell.
+
+    A rank is enough if the upper bound of its difference lies below the margin, and too small if the lower bound lies
+    above it. If none is enough, and some rank is neither, more seeds are needed.
+
+    Args:
+        frame: what :func:`lora_lab.ablation.run.ablate` or ``load`` returns, of one task, one model and one setting
+            of everything but rank, alpha, learning rate and seed.
+        margin: the difference of losses that does not matter, in the task's unit (nats for cross-entropy); positive.
+        method: which method, where the frame has several with ranks.
+
+    Raises:
+        ValueError: the margin is not positive; or the frame lacks columns, mixes settings, holds a trial twice, has
+            fewer than two ranks, or has several methods and none was named.
+    """
+    margin = check(margin, Positive, "margin")
+    trials = _comparable(frame, method)
+    seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
+    choices = {int(rank): choose_rate(rows, seeds) for rank, rows in trials.groupby("rank")}
+    if len(choices) < 2:
+        raise ValueError(f"The frame has only rank {min(choices)}; ranks are compared, so it takes at least two.")
+    largest = choices[max(choices)]
+    ranks = tuple(_judge_rank(rank, choice, largest, margin) for rank, choice in choices.items())
+    rank, reason = _answer(ranks, seeds, margin)
+    notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.lr]
+    better = [result.rank for result in ranks if result.upper is not None and result.upper < -margin]
+    if better:
+        notes.append(
+            f"rank {', '.join(map(str, better))}: better than the largest by more than the margin, so the "
+            "largest was most likely trained badly and is not a fair reference; try more learning rates."
+        )
+    for edge in ("smallest", "largest"):
+        if at := [each for each, choice in choices.items() if choice.edge == edge]:
+            notes.append(f"the best learning rate of {_ranks(at)} is the {edge} tried, so a better one may lie beyond.")
+    if untuned := [each for each, choice in choices.items() if choice.edge == "only"]:
+        notes.append(f"only one learning rate was tried for {_ranks(untuned)}, so it may not be the best.")
+    return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
+
+
+def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
+    """Return the last row of each trial of the method, after a check that they can be compared with each other."""
+    if missing := [name for name in _NEEDED if name not in frame]:
+        raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
+    with_ranks = frame[frame["rank"].notna()]
+    methods = sorted(with_ranks["method"].unique())
+    method = methods[0] if method is None and len(methods) == 1 else method
+    if method not in methods:
+        raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
+    rows = last_rows(with_ranks[with_ranks["method"] == method])
+    for name in map(str, rows):
+        if name not in _MAY_VARY and not name.startswith(SCORE):
+            _one_value(rows, name, "")
+    if "alpha" in rows:
+        for rank, of_rank in rows.groupby("rank"):
+            _one_value(of_rank, "alpha", f" for rank {rank:g}")
+    if (repeated := rows.duplicated(["rank", "lr", "seed"])).any():
+        first = rows[repeated].iloc[0]
+        raise ValueError(
+            f"The frame holds rank {first['rank']:g}, lr {first['lr']:g}, seed {first['seed']:g} twice; "
+            "drop_duplicates removes repeated rows."
+        )
+    return rows
+
+
+def _one_value(rows: pandas.DataFrame, name: str, where: str) -> None:
+    values: list[Any] = rows[name].drop_duplicates().tolist()
+    if len(values) > 1:
+        raise ValueError(
+            f"The frame mixes {name} {values[0]!r} and {values[1]!r}{where}, which cannot be compared; select one "
+            f"with frame[frame[{name!r}] == ...]."
+        )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    *others, last = map(str, ranks)
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+
+
+def _judge_rank(rank: int, choice: Choice, largest: Choice, margin: float) -> RankResult:
+    if choice.lr is None:
+        return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
+    losses = choice.rows.set_index("seed")["test_loss"]
+    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.loss, "test_loss": fmean(losses)}
+    if choice is largest:
+        return RankResult(rank, "reference", **known)
+    if largest.lr is None:
+        return RankResult(rank, "not judged", **known, note="the largest rank has no result to compare it with")
+    mean, lower, upper = t_bounds((losses - largest.rows.set_index("seed")["test_loss"]).tolist())
+    known["difference"] = mean
+    if lower is None or upper is None:
+        return RankResult(rank, "open", **known, note="one seed has no spread to judge by")
+    verdict = judge(max(lower, -margin), upper, margin)  # by how much the rank is better does not matter
+    return RankResult(rank, _STATUS[verdict.value], **known, lower=lower, upper=upper)
+
+
+def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) -> tuple[int | None, str]:
+    """Return the rank, or None, and why."""
+    largest = ranks[-1].rank
+    if ranks[-1].status == "not judged":
+        return None, f"the largest rank, {largest}, has no learning rate with a result for every seed: run those first."
+    if len(seeds) < 2:
+        return None, "more seeds needed: one seed cannot tell a difference from chance."
+    enough = [one.rank for one in ranks if one.status == "enough"]
+    unsettled = [str(one.rank) for one in ranks if one.status in ("open", "not judged")]
+    if enough:
+        smaller = [rank for rank in unsettled if int(rank) < enough[0]]
+        still = f"; rank {', '.join(smaller)} is not settled by these seeds" if smaller else ""
+        return enough[0], (
+            f"with {CONFIDENCE:.0%} confidence its loss is less than {margin:g} above that of rank {largest}{still}."
+        )
+    if unsettled:
+        names = ", ".join(unsettled)
+        return None, f"more seeds needed: no smaller rank is shown to be enough, and rank {names} may be."
+    return largest, f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."
