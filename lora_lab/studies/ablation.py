@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import PROVENANCE
 from lora_lab.ablation.run import ablate
 from lora_lab.lean import Lean
-from lora_lab.studies.recorder import read_rows, record_trials
+from lora_lab.studies.recorder import read_rows, record_trials, tell_trial
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,7 @@ def rows(device: torch.device, folder: Path) -> Iterator[dict[str, Any]]:
     yield from read_rows(frame, [*frame.columns.drop(["key", "seconds", *PROVENANCE])])
 
 
-def line(row: dict[str, Any]) -> str | None:
-    """Return a row as a line for people; None if it is not a trial's last."""
-    trial = f"rank {row['rank']:<4g} lr {row['lr']:<8g} seed {row['seed']}"
-    if row["outcome"] == "failed":
-        return f"{trial}: {row['reason']}"
-    if row["test_loss"] is None:
-        return None
-    return f"{trial}: validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}"
+line = partial(tell_trial, names=("rank",))
 
 
 RECORDER = record_trials("ablation", settings, rows, line)

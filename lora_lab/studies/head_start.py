@@ -33,7 +33,7 @@ from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
 from lora_lab.studies.overfitting import at_stage
 from lora_lab.studies.planning import planned_hours
-from lora_lab.studies.recorder import Row, read_rows, record_trials
+from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
 from lora_lab.tasks.digits import CHANGES
 from lora_lab.train import fit
@@ -202,14 +202,8 @@ def rows(device: torch.device, folder: Path) -> Iterator[Row]:
         yield from case.rows(device, folder)
 
 
-def line(row: Mapping[str, Any]) -> str:
-    """A row as a line for people."""
-    trial = f"{row['data']:<13}{row['model']:<12}{row['n_train']:>4} examples  {row['setup']:<21}"
-    trial += f"lr {row['lr']:<9.4g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    right = "" if row["score_accuracy"] is None else f"  right {row['score_accuracy']:.0%}"
-    return f"{trial}validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}{right}"
+_LOSSES = ("validation_loss", "test_loss", "score_accuracy")
+line = partial(tell_trial, names=("data", "model", "n_train", "setup"), losses=_LOSSES)
 
 
 RECORDER = record_trials("head_start", settings, rows, line, hours)

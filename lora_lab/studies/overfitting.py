@@ -29,7 +29,7 @@ from lora_lab.ablation.halving import Halving
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.studies.planning import planned_hours
-from lora_lab.studies.recorder import Row, read_rows, record_trials
+from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
 from lora_lab.tasks.base_text import on_base_text
 
@@ -189,15 +189,11 @@ def at_stage(stage: str, frame: pandas.DataFrame, at_edges: Mapping[str, str]) -
     return {"stage": stage, "edge": frame["setup"].map(at_edges)}
 
 
-def line(row: Row) -> str | None:
-    """Return a row as a line for people; None if it is not a trial's last."""
-    trial = f"{row['n_train']:>5} examples  {row['setup']:<16} lr {row['lr']:<8g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    if row["step"] != row["steps"]:
-        return None
-    losses = ("train", "validation", *(("off_domain",) if row["stage"] == "judging" else ()))
-    return trial + "  ".join(f"{part} {row[f'{part}_loss']:.4f}" for part in losses)
+line = partial(
+    tell_trial,
+    names=("n_train", "setup"),
+    losses=("train_loss", "validation_loss", "off_domain_loss"),
+)
 
 
 def hours(device: torch.device) -> float:

@@ -37,7 +37,8 @@ from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, rounded
-from lora_lab.studies.tuned import ON_TEST, Planned, Source, processes, recorder, tell_trial, template
+from lora_lab.studies import tuned
+from lora_lab.studies.tuned import ON_TEST, Planned, Source, processes, recorder, template
 from lora_lab.system.json_text import plain
 from lora_lab.task import Task
 
@@ -235,7 +236,7 @@ def line(row: dict[str, Any]) -> str | None:
             f"{row['data']}, {row['setup']}: off by {100 * row['base_error']:.2g} % of the base, with the update "
             f"({100 * row['update']:.2g} %) by {100 * row['merged_error']:.2g} %; cosine {row['cosine']:.2f}"
         )
-    return tell_trial(row)
+    return tuned.line(row)
 
 
 RECORDER = recorder("quantised", plan, merged_rows, time_rows, line)

@@ -70,6 +70,23 @@ def read_rows(frame: pandas.DataFrame, columns: Sequence[str]) -> Iterator[Row]:
     yield from map(plain, frame.reindex(columns=[*columns]).to_dict("records"))
 
 
+def tell_trial(row: Row, names: Sequence[str], losses: Sequence[str] = ("validation_loss", "test_loss")) -> str | None:
+    """Return a trial's last row as a line for people; None for any other row.
+
+    Args:
+        row: of a trial.
+        names: the columns that name the case.
+        losses: the columns to show, where there is a value.
+    """
+    trial = "".join(f"{row[name]!s:<{20 if name == 'setup' else 10}} " for name in names)
+    trial += f"lr {row['lr']:<8.4g} seed {row['seed']:g}: "
+    if row["outcome"] == "failed":
+        return trial + row["reason"]
+    if row["step"] != row["steps"]:
+        return None
+    return trial + "  ".join(f"{name} {row[name]:.4f}" for name in losses if row[name] is not None)
+
+
 def take_over(name: str) -> int:
     """Copy the finished trials of an incomplete record to the folder in which its recorder continues.
 

@@ -38,7 +38,7 @@ from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.studies.planning import planned_hours
-from lora_lab.studies.recorder import Row, read_rows, record_trials
+from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
 from lora_lab.system.json_text import plain
 from lora_lab.task import Task
 from lora_lab.tasks.base_text import base_replies, on_base_text, with_replay
@@ -262,14 +262,11 @@ def _scale(frame: pandas.DataFrame) -> Iterator[Row]:
             yield plain(row | {f"{part}_loss": at_strength[f"{part}_loss"] for part in parts} | {"test_loss": None})
 
 
-def line(row: Mapping[str, Any]) -> str | None:
-    """Return a row as a line for people; None if it is not a trial's last."""
-    trial = f"{row['setup']:<24} lr {row['lr']:<8g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    if row["step"] != row["steps"] or row["setup"].endswith("scaled"):
+def line(row: Row) -> str | None:
+    """Return a trial's last row as a line for people."""
+    if row["setup"].endswith("scaled"):
         return None
-    return f"{trial}validation {row['validation_loss']:.4f}  base text {row['off_domain_loss']:.4f}"
+    return tell_trial(row, ("setup",), ("validation_loss", "off_domain_loss"))
 
 
 RECORDER = record_trials("remedies", settings, rows, line, hours)

@@ -22,7 +22,7 @@ from lora_lab.costs.setup import Setup
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.studies import speed
-from lora_lab.studies.tuned import ON_TEST, Planned, recorder, tell_trial, template
+from lora_lab.studies.tuned import ON_TEST, Planned, line, recorder, template
 
 # LoRA as it is taught, and the rate at which it is compared with full fine-tuning.
 LORA = {
@@ -103,7 +103,7 @@ RECORDER = recorder(
     "taught",
     plan,
     after=times,
-    line=lambda row: speed.line(row) if row["stage"] == "time" else tell_trial(row),
+    line=lambda row: speed.line(row) if row["stage"] == "time" else line(row),
     sources=SOURCES,
     changed=CHANGED,
 )

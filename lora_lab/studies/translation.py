@@ -17,7 +17,7 @@ from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.ablation.grid import Trial
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
-from lora_lab.studies.tuned import Planned, recorder, tell_trial, template
+from lora_lab.studies.tuned import Planned, line, recorder, template
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import trivial
 from lora_lab.tasks.sentences import kinds
@@ -78,5 +78,5 @@ RECORDER = recorder(
     "translation",
     plan,
     after=all_examples,
-    line=lambda row: None if row["stage"] == "example" else tell_trial(row),
+    line=lambda row: None if row["stage"] == "example" else line(row),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +24,7 @@ from lora_lab.costs.fake import Factory
 from lora_lab.lean import Lean
 from lora_lab.methods import Method
 from lora_lab.studies.planning import planned_hours
-from lora_lab.studies.recorder import Recorder, Row, read_rows, record_trials
+from lora_lab.studies.recorder import Recorder, Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
 
 ON_TEST = {"validation": 128, "test": 140}  # of the 130 and 140 examples of 64 tokens in those parts of "docs"
@@ -75,6 +76,7 @@ def is_of_small_net(data: str) -> bool:
     return data.partition(" ")[0] in ("digits", "planted")
 
 
+line = partial(tell_trial, names=("data", "stage", "setup"))
 Plan = Callable[[torch.device], Mapping[str, Planned]]  # the studies of a record, by name
 # Makes further rows of a study from its name, the study, its rows, the device and the folder of its results.
 Further = Callable[[str, Planned, Sequence[Row], torch.device, Path], Iterator[Row]]
@@ -98,7 +100,7 @@ def recorder(
     plan: Plan,
     further: Further | None = None,
     after: Callable[[torch.device], Iterator[Row]] | None = None,
-    line: Callable[[Row], str | None] | None = None,
+    line: Callable[[Row], str | None] = line,
     **about: Any,
 ) -> Recorder:
     """Return what ``lora-lab record <name>`` runs.
@@ -108,7 +110,7 @@ def recorder(
         plan: what is compared on a device, by the name of the data, such as "docs".
         further: makes more rows of each study, when its trials have ended.
         after: makes more rows when all studies have ended.
-        line: as for :class:`lora_lab.studies.recorder.Recorder`; None is :func:`tell_trial`.
+        line: as for :class:`lora_lab.studies.recorder.Recorder`.
         **about: more settings.
     """
 
@@ -126,7 +128,7 @@ def recorder(
     def settings(device: torch.device) -> dict[str, Any]:
         return {data: _describe(planned) for data, planned in plan(device).items()} | about
 
-    return record_trials(name, settings, rows, line or tell_trial, lambda device: _count_hours(plan(device), device))
+    return record_trials(name, settings, rows, line, lambda device: _count_hours(plan(device), device))
 
 
 def _run_trials(data: str, planned: Planned, device: torch.device, folder: Path) -> Iterator[Row]:
@@ -163,13 +165,3 @@ def _count_hours(plan: Mapping[str, Planned], device: torch.device) -> float:
         groups = ((chosen, study.chosen_on), (judged, sum(study.judged_on.values())), (planned.again, planned.again_on))
         hours += sum(planned_hours(trials, planned.seq_len, device, on) for trials, on in groups if trials)
     return round(hours, 1)
-
-
-def tell_trial(row: Mapping[str, Any]) -> str:
-    """Return a row as a line for people."""
-    trial = f"{row['data']:<7}{row['stage']:<9} {row['setup']:<22} lr {row['lr']:<9.4g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    return trial + "  ".join(
-        f"{part} {row[f'{part}_loss']:.4f}" for part in ("validation", "test") if row[f"{part}_loss"] is not None
-    )

@@ -22,10 +22,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from lora_lab.studies import records
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.system.files import read_json
 from lora_lab.system.provenance import shipped_folder
+from lora_lab.system.schema import check
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
@@ -46,7 +49,7 @@ class Result:
         machine: where it was measured; "any" if the same comes out on every machine.
 
     Raises:
-        ValueError: the verdict is "depends" without an ``on``, or another verdict with one.
+        ValueError: the verdict is unknown; or it is "depends" without an ``on``, or another verdict with one.
     """
 
     verdict: str
@@ -57,6 +60,8 @@ class Result:
     machine: str | None = None
 
     def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict is {self.verdict!r}, but it must be one of {', '.join(VERDICTS)}.")
         if (self.verdict == DEPENDS) != bool(self.on):
             raise ValueError(f"verdict is {self.verdict!r} and on is {self.on!r}, but only what depends has an 'on'.")
 
@@ -163,10 +168,17 @@ def judge(
     return _together(results)
 
 
+class _Notebook(TypedDict):
+    cells: list[dict[str, Any]]
+
+
 def _from_lesson(claim: Claim, folder: Path) -> Result:
     """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
     shown_by = f"lesson {claim.lesson}"
-    for cell in read_json(folder / f"{claim.lesson}.ipynb")["cells"]:
+    path = folder / f"{claim.lesson}.ipynb"
+    notebook = read_json(path)
+    check(notebook, _Notebook, str(path))
+    for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             stored = output.get("metadata", {}).get(IN_OUTPUT, {})
             if claim.id in stored.get("results", {}):
