@@ -154,16 +154,15 @@ def _choices(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0)
     """
     means, stopped, diverged, notes = {}, [], [], []
     for lr, rows in trials.groupby("lr"):  # ascending
-        losses = rows.set_index("seed")["loss"].reindex(seeds)
-        on_seeds = rows.loc[rows["outcome"] == STOPPED, "seed"]
-        lacking = [str(seed) for seed in losses.index[losses.isna()] if seed not in {*on_seeds}]
+        losses = rows.set_index("seed")["loss"].reindex([*seeds])
         failures = rows.loc[rows["outcome"] == "failed", "reason"]
         if len(failures) and not failures.str.startswith(OUT_OF_MEMORY).any():
             diverged.append(lr)
-        if lacking:
-            notes.append(f"lr {lr:g} does not count (no result for seed {', '.join(lacking)})")
-        elif len(on_seeds):  # validation has ruled it out already
+        if failures.empty and (rows["outcome"] == STOPPED).any():  # validation has ruled it out already
             stopped.append(lr)
+        elif losses.isna().any():
+            lacking = ", ".join(str(seed) for seed in losses.index[losses.isna()])
+            notes.append(f"lr {lr:g} does not count (no result for seed {lacking})")
         else:
             means[lr] = fmean(losses)
     if not means:
@@ -241,7 +240,7 @@ def _trial_losses(frame: pandas.DataFrame, identity: list[str], by: str) -> pand
     """Return a row for each trial, with the loss that counts."""
     curves = frame.sort_values("step", kind="stable").groupby(identity)["validation_loss"]
     trials = frame.assign(reason=frame.get("reason", "")).drop_duplicates(identity).set_index(identity)
-    trials = trials.assign(loss=curves.min() if by == "best_loss" else curves.last()).reset_index()
+    trials = trials.assign(loss={"best_loss": curves.min, "last_loss": curves.last}[by]()).reset_index()
     return trials.assign(loss=trials["loss"].where(trials["outcome"] == "done"))
 
 
@@ -289,7 +288,7 @@ def _widen(
 
 
 def tune(
-    model: nn.Module | Factory,
+    model_factory: nn.Module | Factory,
     task: Task | Callable[[], Task],
     setups: Mapping[str, Trial],
     lrs: Grids,
@@ -305,7 +304,7 @@ def tune(
     Between the best rate and one beyond it that diverged another is added, halfway by factors.
 
     Args:
-        model, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         setups: how each trains; its own rate and seed do not count. Setups may be equal: they share their trials.
         lrs: the rates to begin with, at least two for each setup. A grid goes on by the ratio at its edge.
         seeds: train at each rate.
@@ -330,7 +329,7 @@ def tune(
             setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
             for setup, template in setups.items()
         }
-        frame = labelled(ablate(model, task, [*chain(*trials.values())], place, **options), trials)
+        frame = labelled(ablate(model_factory, task, [*chain(*trials.values())], place, **options), trials)
         return frame, {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
@@ -391,7 +390,7 @@ def tune_by_seed(
 
 
 def by_size(
-    model: nn.Module | Factory,
+    model_factory: nn.Module | Factory,
     task_of: Callable[[int, int], Task | Callable[[], Task]],
     trial_of: Callable[[str, float, int, int], Trial],
     lrs: Grids,
@@ -407,7 +406,7 @@ def by_size(
     A setup of which no rate ends well on a choosing seed is not run on the others.
 
     Args:
-        model, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
         trial_of: (setup, lr, seed, size) -> the trial.
         lrs: the rates that each setup tries.
@@ -427,7 +426,7 @@ def by_size(
 
     def run(size: int, seed: int, lrs: Grids) -> pandas.DataFrame:
         trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
-        table = ablate(model, task_of(size, seed), [*chain(*trials.values())], folder, **options)
+        table = ablate(model_factory, task_of(size, seed), [*chain(*trials.values())], folder, **options)
         return labelled(table, trials).assign(n_train=size)
 
     for size in sizes:
@@ -439,7 +438,7 @@ def by_size(
 
 
 def at_rates(
-    model: nn.Module | Factory,
+    model_factory: nn.Module | Factory,
     task_of: Callable[[int, int], Task | Callable[[], Task]],
     trial_of: Callable[[str, float, int, int], Trial],
     rates: pandas.DataFrame,
@@ -450,15 +449,17 @@ def at_rates(
     """Return the frames of :func:`by_size` with each setup at each of its rates on each seed.
 
     Args:
-        model, task_of, trial_of, seeds, folder, **options: as for :func:`by_size`.
+        model_factory, task_of, trial_of, seeds, folder, **options: as for :func:`by_size`.
         rates: columns ``n_train``, ``setup``, ``lr``, such as the :func:`best_rates` of seeds that chose.
     """
     import pandas
 
     frames = []
-    for size, of_size in rates.groupby("n_train"):
+    for size in sorted(set(rates["n_train"].astype(int))):
+        of_size = rates[rates["n_train"] == size]
         lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
-        frames += by_size(model, task_of, trial_of, lrs, [int(size)], seeds, folder, choose=len(seeds), **options)
+        settings = model_factory, task_of, trial_of, lrs, [size], seeds, folder
+        frames += by_size(*settings, choose=len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)
 
 
@@ -515,12 +516,16 @@ class Study:
 
 
 def compare_tuned(
-    model: nn.Module | Factory, task: Task | Callable[[], Task], study: Study, folder: str | Path, **options: Any
+    model_factory: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    study: Study,
+    folder: str | Path,
+    **options: Any,
 ) -> Iterator[pandas.DataFrame]:
     """Choose each setup's rate, then train all at their rates on the judging seeds.
 
     Args:
-        model, task, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, task, **options: as for :func:`lora_lab.ablation.ablate`.
         study: what is compared.
         folder: for results, from which a study that was stopped goes on. Trials that are judged on other examples are
             in other folders inside.
@@ -533,7 +538,7 @@ def compare_tuned(
     edges = dict.fromkeys(lrs, "")
     if tunable := {setup: trial for setup, trial in study.setups.items() if len(study.lrs[setup]) > 1}:
         tuned = tune(
-            model,
+            model_factory,
             task,
             tunable,
             study.lrs,
@@ -557,7 +562,7 @@ def compare_tuned(
         judge = BlockLosses(study.judged_on, study.block, study.answered)
         parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
         place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
-        table = ablate(model, task, [*chain(*trials.values())], place, judge=judge, **options)
+        table = ablate(model_factory, task, [*chain(*trials.values())], place, judge=judge, **options)
         judged = labelled(table, trials)
         yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
 
@@ -763,7 +768,8 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     margin = check(margin, Positive, "margin")
     trials = _comparable(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    choices = {int(rank): choose_rate(rows, seeds) for rank, rows in trials.groupby("rank")}
+    tried = sorted(int(rank) for rank in trials["rank"].unique())
+    choices = {rank: choose_rate(trials[trials["rank"] == rank], seeds) for rank in tried}
     if len(choices) < 2:
         raise ValueError(f"The frame has only rank {min(choices)}; ranks are compared, so it takes at least two.")
     largest = choices[max(choices)]

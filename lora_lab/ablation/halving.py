@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -52,7 +52,7 @@ Curves = Mapping[float, Mapping[int, Mapping[int, float]]]  # rate -> seed -> st
 
 
 @dataclass(frozen=True)
-class Plan:
+class GroupSteps:
     """What the trials of a group have in common.
 
     Args:
@@ -68,7 +68,7 @@ class Plan:
     decays: bool = False
 
     @classmethod
-    def of(cls, trial: Trial) -> Plan:
+    def of(cls, trial: Trial) -> GroupSteps:
         """A trial's plan."""
         evaluated = [step for step in range(1, trial.steps + 1) if trial.evaluates(step)]
         return cls(trial.steps, trial.warmup_steps, evaluated, trial.schedule != "constant")
@@ -125,24 +125,18 @@ class Halving:
     def check(self, trials: Iterable[Trial]) -> None:
         """Raise ValueError if the rates of some group are not evaluated at any rung."""
         for first, *others in _groups(trials):
-            if any(trial.lr != first.lr for trial in others) and not self.rungs_at(Plan.of(first)):
-                changes = {
-                    f"eval_every={(every := max(1, first.steps // 10))}": {"eval_every": every},
-                    "a shorter warm-up": {"warmup": 0},
-                    "more steps": {"steps": 10 * first.steps},
-                }
-                helps = [text for text, change in changes.items() if self.rungs_at(Plan.of(replace(first, **change)))]
+            if any(trial.lr != first.lr for trial in others) and not self.rungs_at(GroupSteps.of(first)):
                 raise ValueError(
                     f"eval_every is {first.eval_every} for {first.steps} steps, {first.warmup} of them warm-up, so "
-                    "there is no rung at which learning rates can be compared; use "
-                    f"{' or '.join([*helps, 'no halving'])}."
+                    "there is no rung at which learning rates can be compared; use a smaller eval_every, a shorter "
+                    "warm-up, more steps or no halving."
                 )
 
     def choosing(self, seeds: Iterable[int]) -> list[int]:
         """Those of a group's seeds that choose the rate, ascending."""
         return sorted(set(seeds))[: self.choose]
 
-    def rungs_at(self, plan: Plan) -> list[tuple[int, int | None]]:
+    def rungs_at(self, plan: GroupSteps) -> list[tuple[int, int | None]]:
         """The steps of the rungs, each with the evaluation from which the trend is followed."""
         rungs = {}
         for share in self.rungs:
@@ -152,7 +146,7 @@ class Halving:
                 rungs[step] = earlier[-1] if earlier else None
         return list(rungs.items())
 
-    def decide(self, curves: Curves, plan: Plan, failed: Collection[float] = ()) -> Decision:
+    def decide(self, curves: Curves, plan: GroupSteps, failed: Collection[float] = ()) -> Decision:
         """Which rates are stopped; the same answer for the same curves, however far they go beyond the rungs.
 
         Args:
@@ -175,7 +169,7 @@ class Halving:
                 del left[lr]
         return Decision(stopped, None)
 
-    def _ruled_out(self, curves: Curves, step: int, earlier: int | None, plan: Plan) -> list[tuple[float, str]]:
+    def _ruled_out(self, curves: Curves, step: int, earlier: int | None, plan: GroupSteps) -> list[tuple[float, str]]:
         """The rates to stop at a rung, with reasons."""
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in curves.values())))
         if not seeds:
@@ -250,7 +244,7 @@ def next_round(
             if trial.seed in choosing:
                 curves.setdefault(trial.lr, {})[trial.seed] = _curve(results.get(trial.key))
         failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
-        decision = halving.decide(curves, Plan.of(group[0]), failed)
+        decision = halving.decide(curves, GroupSteps.of(group[0]), failed)
         until = decision.until
         for trial in group:
             if outcomes[trial] in ("done", "failed"):
@@ -303,7 +297,7 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
         steps_of = [set(curve) for by_seed in chosen.values() for curve in by_seed.values()]
         evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
         warmup = int(first["warmup"]) if "warmup" in first else steps // 10
-        plan = Plan(steps, warmup, evaluated, first.get("schedule", "constant") != "constant")
+        plan = GroupSteps(steps, warmup, evaluated, first.get("schedule", "constant") != "constant")
         rungs += len(halving.rungs_at(plan))
         for lr, (step, reason) in halving.decide(chosen, plan, failed).stopped.items():
             if step is not None:  # when a seed failed is not recorded, so the others count in full

@@ -63,7 +63,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
 
 
 @dataclass
-class Result:
+class PackedResult:
     """What became of one trial: what ``fit`` would have returned or raised.
 
     Args:
@@ -93,10 +93,10 @@ def fit_packed(
     config: TrainConfig | None = None,
     *,
     progress: bool | None = None,
-    paused: Sequence[Result] | None = None,
+    paused: Sequence[PackedResult] | None = None,
     until: int | None = None,
     **options: Any,
-) -> list[Result]:
+) -> list[PackedResult]:
     """Train one adapter for each run, all in one pass, and leave ``model`` as it was.
 
     Result i is what ``fit(copy of model, task, runs[i].method, lr=runs[i].lr, seed=runs[i].seed, ...)`` gives,
@@ -109,17 +109,12 @@ def fit_packed(
         task: data and loss.
         runs: a :class:`Run` or a :class:`lora_lab.Trial` for each adapter, with LoRA or RsLoRA without dropout; ranks,
             alphas, rates and seeds may differ, the adapted layers may not.
-        config: how to train; ``lr`` and ``seed`` are each run's. Or its fields as keywords.
-            ``batch_size`` is that of each trial.
+        config: how to train; ``lr`` and ``seed`` are each run's. ``batch_size`` is that of each trial.
         progress: as for :func:`lora_lab.fit`.
         paused: the results of a call with ``until``, one for each run and all of the same step, from where to go on.
         until: the step after which to pause; default: the last.
-        **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``. With ``lean`` the
-            model's blocks compute as in the lean step, and ``Lean(threads=2)`` lets two threads compute half of the
-            runs each.
-
-    Returns:
-        A result for each run, in their order.
+        **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``. With
+            ``Lean(threads=2)`` two threads compute half of the runs each.
 
     Raises:
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model mixes the examples of trials.
@@ -145,47 +140,64 @@ def fit_packed(
         adapters.place(1 if lean is None else lean.threads)
         step = PackedStep(task.loss, adapters, configs)
         history = PackedHistory(task, configs, step)
-        peaks = [group["lr"] for group in step.optimizer.param_groups]
-        judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
         model.train()
-        done = 0 if paused is None else len(paused[0].rows) - 1
-        with progress_bar(config.steps, f"{len(runs)} adapters", progress, done=done) as bar, step:
-            bar.set_postfix_str("evaluating")
+        with step:
             if lean is None:  # the blocks of the lean step do not mix trials
                 _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
-            if paused is not None:
-                history.resume(paused)
-                step.resume(paused)
-            else:
-                history.start()
-                history.add_evaluations(at_start or _evaluations(model, judged, config, len(runs)))
-            for number in range(done + 1, (until or config.steps) + 1):
-                if not history.live:
-                    break
-                started = time.perf_counter()
-                parts, weights, counts = joined_batches(task, order, number, config)
-                factor = config.rate_factor(number)
-                for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * factor
-                losses, norms = step([to_device(part, model) for part in parts], weights)  # (20,), (20,)
-                history.add(
-                    number,
-                    train_loss=losses.tolist(),  # waits for the device
-                    grad_norm=norms.tolist(),
-                    lr=[each.lr * factor for each in configs],
-                    tokens=counts,
-                    seconds=[(time.perf_counter() - started) / len(runs)] * len(runs),
-                )
-                bar.set_postfix_str(history.status())
-                if config.evaluates(number):
-                    history.add_evaluations(_evaluations(model, judged, config, len(runs)))
-                bar.update()
+            _train(step, history, task, order, configs, at_start, paused, until, progress)
         return [
-            Result(error=history.errors[k])
+            PackedResult(error=history.errors[k])
             if k in history.errors
-            else Result(history.live[k], adapters.unpack(k), moments=step.moments(k) if until else {})
+            else PackedResult(history.live[k], adapters.unpack(k), moments=step.moments(k) if until else {})
             for k in range(len(runs))
         ]
+
+
+def _train(
+    step: PackedStep,
+    history: PackedHistory,
+    task: Task,
+    order: JoinedOrder,
+    configs: Sequence[TrainConfig],
+    at_start: dict[str, list[float]] | None,
+    paused: Sequence[PackedResult] | None,
+    until: int | None,
+    progress: bool | None,
+) -> None:
+    """Train all trials, from the beginning or from where they paused, to the end or to where they are to pause."""
+    model, config, trials = step.model, configs[0], len(configs)
+    judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
+    peaks = [group["lr"] for group in step.optimizer.param_groups]
+    done = 0 if paused is None else len(paused[0].rows) - 1
+    with progress_bar(config.steps, f"{trials} adapters", progress, done=done) as bar:
+        bar.set_postfix_str("evaluating")
+        if paused is not None:
+            history.resume(paused)
+            step.resume(paused)
+        else:
+            history.start()
+            history.add_evaluations(at_start or _evaluations(model, judged, config, trials))
+        for number in range(done + 1, (until or config.steps) + 1):
+            if not history.live:
+                break
+            started = time.perf_counter()
+            parts, weights, counts = joined_batches(task, order, number, config)
+            factor = config.rate_factor(number)
+            for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            losses, norms = step([to_device(part, model) for part in parts], weights)  # (20,), (20,)
+            history.add(
+                number,
+                train_loss=losses.tolist(),  # waits for the device
+                grad_norm=norms.tolist(),
+                lr=[each.lr * factor for each in configs],
+                tokens=counts,
+                seconds=[(time.perf_counter() - started) / trials] * trials,
+            )
+            bar.set_postfix_str(history.status())
+            if config.evaluates(number):
+                history.add_evaluations(_evaluations(model, judged, config, trials))
+            bar.update()
 
 
 def _evaluations(model: nn.Module, task: Task, config: TrainConfig, trials: int) -> dict[str, list[float]]:
@@ -460,7 +472,7 @@ class PackedStep(TrainingStep):
         }
 
     @torch.no_grad()
-    def resume(self, paused: Sequence[Result]) -> None:
+    def resume(self, paused: Sequence[PackedResult]) -> None:
         """Take up the adapters and moments of trials that have paused at the same step."""
         for rows, parameter in self.blocks:
             done = parameter.new_tensor(len(paused[0].rows) - 1, dtype=torch.float32)  # ()
@@ -515,7 +527,7 @@ class PackedHistory:
         for history in self.live.values():
             history.start()
 
-    def resume(self, paused: Sequence[Result]) -> None:
+    def resume(self, paused: Sequence[PackedResult]) -> None:
         """Go on from the rows of trials that have paused."""
         for k, result in enumerate(paused):
             self.live[k].rows = [dict(row) for row in result.rows]
@@ -588,63 +600,48 @@ def joined_batches(
 def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
     """Make sure that trials do not influence each other, for no list of unsuitable modules can be complete.
 
+    The examples and adapters of all other trials are changed: a trial's loss must neither change nor depend on them.
+    Some models leak from a row to later ones, which the first trial does not notice; others leak backwards.
+
     Args:
         rows: the examples of each trial's first batch, (20, 32).
 
     Raises:
         PackingError: they do, or the forward pass draws at random, or a layer takes no part in the loss.
     """
-    model = step.model
-    device = next(model.parameters()).device
-
+    model, (lane,) = step.model, step.adapters.lanes
     # Not cut to its longest row, because other rows of another length would change the rounding of all losses.
     uncut = Examples(task.train.inputs, task.train.targets)
 
     def losses_on(rows: Tensor) -> Tensor:
         return step.batch_loss(*to_device(uncut[rows.flatten()], model))  # (20,)
 
-    def random_states() -> list[Tensor]:
+    def state() -> list[Tensor]:
+        device = lane.factors[0].device
         on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_gpu]
+        return [torch.get_rng_state(), *on_gpu, *(buffer.clone() for buffer in model.buffers())]
 
-    states, buffers = random_states(), [buffer.clone() for buffer in model.buffers()]
-    losses = losses_on(rows).tolist()
-    if not all(map(torch.equal, states, random_states())):
-        raise PackingError(
-            "The model draws random numbers in training, and in one pass trials cannot each draw their own; "
-            "run them separately, with fit."
-        )
-    if not all(map(torch.equal, buffers, model.buffers())):
-        raise PackingError(
-            "The model changes a buffer of its own in training, which the trials would share; "
-            "run them separately, with fit."
-        )
-    (lane,) = step.adapters.lanes
-    layers, factors = lane.layers, lane.factors
-    # Some models leak from a row to later ones, which the first trial does not notice; others leak backwards.
-    for k in dict.fromkeys((0, len(losses) - 1)):
-        # Change the examples and adapters of all other trials. This one's loss must neither change nor depend on them.
+    before, losses = state(), losses_on(rows).detach()  # (20,)
+    alone = all(map(torch.equal, before, state()))
+    for k in {0, len(losses) - 1}:
         others = torch.arange(len(losses)) != k  # (20,)
-        changed = rows.clone()  # (20, 32)
-        changed[others] = (changed[others] + 1) % len(task.train)
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.lora_B[others] = 1.0  # (19, 128, 16)
+        changed = torch.where(others[:, None], (rows + 1) % len(task.train), rows)  # (20, 32)
+        _fill(lane, others, 1.0)
         loss = losses_on(changed)[k]  # ()
-        gradients = torch.autograd.grad(loss, factors, allow_unused=True)
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.lora_B.zero_()
-        for name, *of_layer in zip(layers, gradients[::2], gradients[1::2], strict=True):
-            if of_layer[0] is None:
-                raise PackingError(f"Layer {name!r} takes no part in the loss; leave it out of targets.")
-            if any(bool((gradient[others].nan_to_num(0.0, 0.0, 0.0) != 0).any()) for gradient in of_layer):
-                raise PackingError(
-                    f"In layer {name!r} the examples of one trial reach another, as where the first dimension of a "
-                    "tensor is not the batch; run the trials separately, with fit."
-                )
-        if math.isfinite(losses[k]) and loss.item() != losses[k]:
-            raise PackingError(
-                "The loss of a trial changes with the examples of the others, as where a number is taken over the "
-                "whole batch; run the trials separately, with fit."
-            )
+        gradients = torch.autograd.grad(loss, lane.factors, allow_unused=True)
+        _fill(lane, others, 0.0)
+        alone &= bool(loss == losses[k]) or not bool(losses[k].isfinite())
+        for gradient in gradients:  # infinite ones are of a trial that diverges
+            alone &= gradient is not None and not bool(gradient[others].nan_to_num(0.0, 0.0, 0.0).any())
+    if not alone:
+        raise PackingError(
+            "In this model the trials of a pack would not be independent: it draws at random or changes a buffer in "
+            "training, an adapted layer takes no part in the loss, or numbers of one example reach another, as where "
+            "the first dimension of a tensor is not the batch; run the trials separately, with fit."
+        )
+
+
+@torch.no_grad()
+def _fill(lane: Lane, trials: Tensor, value: float) -> None:
+    for layer in lane.layers.values():
+        layer.lora_B[trials] = value  # (19, 128, 16)

@@ -114,7 +114,7 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Run:
+class HighRankRun:
     """One run at a high rank: its statistics, and what the sweep on the same task says of the rank that is enough.
 
     Args:
@@ -149,7 +149,7 @@ class Rule:
         doublings = round(math.log2(self.factor * values[self.statistic]))
         return 2 ** min(max(doublings, 0), round(math.log2(largest)))
 
-    def errors(self, runs: Iterable[Run]) -> dict[str, float]:
+    def errors(self, runs: Iterable[HighRankRun]) -> dict[str, float]:
         """Task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
         by_task: dict[str, list[float]] = {}
         for run in runs:
@@ -161,7 +161,7 @@ class Rule:
         return f"{self.factor:.3g} times {self.statistic}"
 
 
-def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
+def fit_rule(statistic: str, runs: Sequence[HighRankRun]) -> tuple[Rule, float]:
     """The rule with the factor that suits most of the runs, and its mean absolute error in doublings, unrounded.
 
     The factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale. Each task counts
@@ -175,7 +175,7 @@ def fit_rule(statistic: str, runs: Sequence[Run]) -> tuple[Rule, float]:
     return Rule(statistic, 2**middle), statistics.fmean(abs(each - middle) for each in doublings)
 
 
-def choose_rule(runs: Sequence[Run]) -> Rule:
+def choose_rule(runs: Sequence[HighRankRun]) -> Rule:
     """The rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest."""
     fitted = [fit_rule(statistic, runs) for statistic in (*SPECTRAL, TRUNCATION)]
     return min(fitted, key=lambda each: each[1])[0]
@@ -236,7 +236,7 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
             continue
         for row in high[high["outcome"] == "done"].to_dict("records"):
             values = values_of({name: row[SCORE + name] for name in (*SPECTRAL, _TRUNCATED)}, margin)
-            runs.append(Run(str(task), int(row["seed"]), values, int(row["rank"]), left))
+            runs.append(HighRankRun(str(task), int(row["seed"]), values, int(row["rank"]), left))
     planted = [run for run in runs if is_planted(run.task)]
     if not planted:
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from lora_lab.ablation.grid import AUTOCAST, BASE_DTYPE, Trial
-from lora_lab.history import History, is_number
+from lora_lab.history import History
 from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
-from lora_lab.system.wording import counted, short_repr, shortened
+from lora_lab.system.wording import counted, shortened
 from lora_lab.train import TrainConfig
 
 SCHEMA = 1
@@ -25,18 +25,25 @@ OUT_OF_MEMORY = "out of memory"  # begins the reason of a trial that did not fit
 SCORE = "score_"  # how the columns of a judge's scores begin
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
 
-# What a result of each outcome holds beside its trial. A trial that is done may have the reason that its judge failed.
-_ENTRIES = {
-    "done": {"reason": str | None, "history": dict, "test_loss": Number, "scores": dict | None},
-    STOPPED: {"reason": str, "history": dict | None, "test_loss": None, "scores": None},
-    "failed": {"reason": str, "history": None, "test_loss": None, "scores": None},
+# Of reason, history, test_loss and scores: what a file of each outcome must hold, and what it may hold.
+_HOLDS = {
+    "done": ({"history", "test_loss"}, {"scores"}),
+    STOPPED: ({"reason"}, {"history"}),
+    "failed": ({"reason"}, set()),
 }
-_OUTCOMES = {name: TypedDict(name, entries) for name, entries in _ENTRIES.items()}  # pyright: ignore
 _Provenance = TypedDict("_Provenance", dict.fromkeys(PROVENANCE, str), total=False)  # pyright: ignore
+Scores = dict[str, bool | int | float | str | None]
 
 
-class _Result(TypedDict):
+class _File(TypedDict):
+    schema: Literal[1]
+    key: str
+    trial: dict[str, Any]
     outcome: Literal["done", "failed", "stopped"]
+    reason: str | None
+    history: dict[str, Any] | None
+    test_loss: Number | None
+    scores: Scores | None
     provenance: _Provenance
 
 
@@ -76,77 +83,46 @@ def load(folder: str | Path):
     return frame
 
 
-def stored_results(
-    folder: Path | None, trials: Iterable[Trial], judged: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The results that the folder holds already, by key, and those that wait to be judged, with their weights.
+def stored_results(folder: Path | None, trials: Iterable[Trial], judged: bool) -> dict[str, dict[str, Any]]:
+    """Return the results that the folder holds already, by key.
 
     Args:
-        judged: whether scores are needed; results that have neither scores nor weights are then left out, unless the
-            trial has failed or was stopped.
+        judged: whether scores are needed; a trial that is done without them is then left out.
     """
     if folder is None:
-        return {}, {}
+        return {}
     paths = {trial.key: folder / f"{trial.key}.json" for trial in trials}
     results = {key: _read(path) for key, path in paths.items() if path.is_file()}
-    if not judged:
-        return results, {}
-    complete = {
-        key: result for key, result in results.items() if result["scores"] is not None or result["outcome"] != "done"
-    }
-    unjudged = {
-        key: result for key, result in results.items() if key not in complete and weights_path(folder, key).is_file()
-    }
-    return complete, unjudged
-
-
-def weights_path(folder: Path, key: str) -> Path:
-    """Where what was trained is kept while it waits to be judged."""
-    return folder / f"{key}.safetensors"
+    return {k: one for k, one in results.items() if not judged or one["scores"] is not None or one["outcome"] != "done"}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """One result.
+    """Read one result.
 
     Raises:
         ValueError: the file is damaged, of another schema, or not the result of the trial that it is named after.
     """
-    advice = "delete it to run its trial again, or move it away if it is no result of ablate"
     try:
-        result = read_json(path)
-    except ValueError:
-        raise ValueError(f"{path} is damaged: it is not JSON; {advice}.") from None
-    expected = {"schema", "key", "trial", "outcome", "reason", "history", "test_loss", "scores", "provenance"}
-    if isinstance(result, dict):
-        result.setdefault("scores", None)  # absent from the first versions' files
-    if not isinstance(result, dict) or set(result) != expected or result["schema"] != SCHEMA:
-        raise ValueError(f"{path} is not a result in this version's format (schema {SCHEMA}); {advice}.")
-    try:
+        result = check(read_json(path), _File)
         trial = Trial.from_dict(result["trial"])
-        key = trial.key
-    except (ValueError, RecursionError) as error:  # RecursionError for deeply nested settings
-        reason = str(error).removesuffix(".")
-        raise ValueError(f"{path} cannot be read: {reason}; if that is no help, {advice}.") from None
-    if not path.stem == result["key"] == key:
-        raise ValueError(f"{path} holds trial {key}, which is not what its name and key say; {advice}.")
-    try:
+        if not path.stem == result["key"] == trial.key:
+            raise ValueError(f"it holds trial {trial.key}, which is not what its name and key say")
         _check(result, trial)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {str(error).removesuffix('.')}; {advice}.") from None
+    except (ValueError, RecursionError) as error:  # RecursionError for deeply nested settings
+        reason = shortened(str(error)).removesuffix(".")
+        raise ValueError(
+            f"{path} is no result of ablate, or damaged ({reason}); delete it to run its trial again, or move it away."
+        ) from None
     return result
 
 
 def _check(result: dict[str, Any], trial: Trial) -> None:
-    """Check all of a result but its trial.
-
-    Raises:
-        ValueError: an entry is not of the kind that ablate writes.
-    """
-    check(result, _Result)
-    outcome, scores = result["outcome"], result["scores"]
-    check(result, _OUTCOMES[outcome], f"outcome {outcome!r}")
-    if scores is not None and not all(map(_is_score, scores.values())):
-        raise ValueError(f"scores are {short_repr(scores)}, but they must be numbers and texts by name")
+    """Raise ValueError if the entries of a result do not go together."""
+    outcome = result["outcome"]
+    must, may = _HOLDS[outcome]
+    held = {name for name in ("reason", "history", "test_loss", "scores") if result[name] is not None}
+    if not must <= held <= must | may:
+        raise ValueError(f"outcome is {outcome!r}, with {sorted(must)}, but this one has {sorted(held)}")
     if result["history"] is None:
         return
     rows = History.from_dict(result["history"]).rows
@@ -157,10 +133,6 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
         raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
     elif rows[-1]["validation_loss"] is None:
         raise ValueError("the last row of the history has no validation_loss")
-
-
-def _is_score(value: Any) -> bool:
-    return value is None or isinstance(value, bool | float | str) or is_number(value)  # NaN too; no int beyond floats
 
 
 def table(results: Iterable[dict[str, Any]]):
@@ -174,12 +146,10 @@ def table(results: Iterable[dict[str, Any]]):
     between = [name for name in names if name not in (*first, *last)]
     frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
     numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
-    if "batches" in frame:  # a trial has it only if it is not the default
-        frame["batches"] = frame["batches"].fillna(TrainConfig.batches)
-    if BASE_DTYPE in frame:
-        frame[BASE_DTYPE] = frame[BASE_DTYPE].fillna("as loaded")
-    if AUTOCAST in frame:
-        frame[AUTOCAST] = frame[AUTOCAST].fillna("none")
+    # A trial has these only if they are not the default.
+    for name, default in {"batches": TrainConfig.batches, BASE_DTYPE: "as loaded", AUTOCAST: "none"}.items():
+        if name in frame:
+            frame[name] = frame[name].fillna(default)
     frame = frame.astype(dict.fromkeys(numbers, float))  # whatever the trials are; missing values are NaN
     return frame.sort_values(["method", "rank", "lr", "seed", "key", "step"], ignore_index=True)
 

@@ -23,7 +23,6 @@ from lora_lab.methods import LORA_METHODS, FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, load_tokenizer
-from lora_lab.system.renamed import renamed
 from lora_lab.task import Task
 from lora_lab.tasks.named import READERS, TASKS, check_name
 from lora_lab.train import fit
@@ -182,6 +181,3 @@ def _named_task(name: str, model: str) -> Task:
 def processes(device: torch.device) -> int:
     """How many trials of the language model run at a time: two on a CPU, each with one thread; one on a GPU."""
     return 1 if device.type == "cuda" else 2
-
-
-__getattr__ = renamed(__name__, {"reader": "pretrained_digits", "newborn": "random_init", "manual": "docs_task"})

@@ -226,7 +226,6 @@ def test_content_that_is_no_trial_is_refused(content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lora"}, "method is 'lora', but it must be one such as"),
         ({"lr": -1.0}, "lr is -1.0, but it must be greater than 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"steps": 0}, "steps is 0, but"),
@@ -244,7 +243,6 @@ def test_content_that_is_no_trial_is_refused(content, message):
         ({"eval_examples": np.float32(3)}, "eval_examples is 3.0, but it must be a whole number"),
         ({"accumulate": 9}, "accumulate is 9, but it must be at most batch_size, 8"),
         ({"gradient_checkpointing": True, "lean": Lean()}, "gradient_checkpointing cannot be combined with lean"),
-        ({"lean": True}, "lean is True, but a trial's must be a lora_lab.Lean, or None"),
     ],
 )
 def test_a_wrong_value_is_told_when_the_trial_is_made_and_not_in_the_night(change, message):
@@ -278,20 +276,13 @@ def test_a_trial_is_a_method_and_a_config():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"ranks": None}, "ranks is None, but it must be a list of values to try"),
-        ({"ranks": 4}, "ranks is 4, but it must be a list of values to try"),
-        ({"ranks": "8"}, "ranks is '8', but it must be a list of values to try"),
         ({"ranks": ["8"]}, "rank is '8', but it must be a whole number"),
         ({"ranks": [1.5]}, "rank is 1.5, but it must be a whole number"),
         ({"ranks": [10**20]}, "rank is 100000000000000000000, but it must be at most"),
-        ({"lrs": 1e-2}, "lrs is 0.01, but it must be a list of values to try"),
         ({"lrs": ["1e-2"]}, "lr is '1e-2', but it must be a number"),
         ({"lrs": [None]}, "lr is None, but it must be a number"),
-        ({"seeds": 5}, "seeds is 5, but it must be a list of values to try"),
         ({"seeds": [99999999999999999999]}, "seed is 99999999999999999999, but it must be at most"),
         ({"seeds": range(2**31)}, "These are 2147483648 trials, but a grid has at most 1000000"),
-        ({"methods": LoRA()}, r"methods is LoRA\(.*, but it must be a list of values to try"),
-        ({"methods": ["lora"]}, "method is 'lora', but it must be one such as"),
         ({"alpha": 0}, "alpha is 0, but it must be a positive number"),
         ({"alpha": "16"}, "alpha is '16', but it must be a positive number"),
         ({"alpha_per_rank": None, "alpha": None, "steps": None}, "steps is None, but it must be a whole number"),

@@ -14,7 +14,8 @@ from pandas.testing import assert_frame_equal
 
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import Grid, Halving, Trial, ablate, load, overfitting, run, smallest_sufficient_rank
-from lora_lab.ablation.halving import Plan, next_round, replay, share_of_steps
+from lora_lab.ablation.compare import best_rates, compare_by_seed
+from lora_lab.ablation.halving import GroupSteps, next_round, replay, share_of_steps
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.studies.records import load_all
 from lora_lab.tasks import planted
@@ -22,7 +23,7 @@ from lora_lab.tasks import planted
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = functools.partial(DigitsMLP, width=16)
-PLAN = Plan(40, 4, [5, 10, 20, 40])
+PLAN = GroupSteps(40, 4, [5, 10, 20, 40])
 RUNGS = Halving(rungs=[0.25])  # of 40 steps: step 10, with the trend from step 5
 PLAIN = Halving(rungs=[0.25], cautious=False)
 CAUTIOUS = Halving(rungs=[0.2, 0.5])  # of a sweep's trials: steps 4 and 10, with the trend from steps 2 and 4
@@ -81,11 +82,14 @@ def close(frame, other):
 
 def test_rungs_are_at_the_first_evaluation_from_their_share_on_and_need_one_at_half_their_step():
     halving = Halving(rungs=[0.1, 0.3, 0.9])
-    assert halving.rungs_at(Plan(100, 0, [10, 20, 30, 40, 50, 90, 100])) == [(30, 10), (90, 40)]
-    assert halving.rungs_at(Plan(100, 5, [5, 10, 33, 100])) == [(10, 5), (33, 10)]
-    assert halving.rungs_at(Plan(100, 6, [5, 10, 33, 100])) == [(33, 10)]  # the warm-up ends after step 5
-    assert halving.rungs_at(Plan(100, 0, [100])) == []
-    assert Halving(rungs=[0.1, 0.3], cautious=False).rungs_at(Plan(100, 0, [10, 30, 100])) == [(10, None), (30, 10)]
+    assert halving.rungs_at(GroupSteps(100, 0, [10, 20, 30, 40, 50, 90, 100])) == [(30, 10), (90, 40)]
+    assert halving.rungs_at(GroupSteps(100, 5, [5, 10, 33, 100])) == [(10, 5), (33, 10)]
+    assert halving.rungs_at(GroupSteps(100, 6, [5, 10, 33, 100])) == [(33, 10)]  # the warm-up ends after step 5
+    assert halving.rungs_at(GroupSteps(100, 0, [100])) == []
+    assert Halving(rungs=[0.1, 0.3], cautious=False).rungs_at(GroupSteps(100, 0, [10, 30, 100])) == [
+        (10, None),
+        (30, 10),
+    ]
 
 
 def test_a_rate_within_the_noise_of_the_seeds_goes_on():
@@ -143,15 +147,6 @@ def test_the_next_rung_is_asked_for_until_one_rate_is_left():
     assert halving.decide(rates, PLAN).until is None
     rates[3.0][0][40] = 0.0  # what comes after the rung at which it was stopped changes nothing
     assert [*halving.decide(rates, PLAN).stopped] == [3.0, 2.0]
-
-
-def test_the_reason_has_the_numbers():
-    ((step, reason),) = RUNGS.decide(curves({1e-3: [(2.0, 1.0)], 2e-3: [(2.5, 1.5)]}), PLAN).stopped.values()
-    assert step == 10
-    assert reason == (
-        "validation loss 1.5 after 10 of 40 steps, 0.5 above learning rate 0.001, and by the trend 0.5 after the last "
-        "step; seed 0"
-    )
 
 
 @pytest.mark.parametrize(
@@ -331,17 +326,17 @@ def test_a_method_without_rank_has_its_rates_compared_too():
 
 
 @pytest.mark.parametrize(
-    ("options", "advice", "changes"),
+    ("options", "changes"),
     [
-        ({"eval_every": 20}, "eval_every=2 or more steps or", {"eval_every": 2}),
-        ({"steps": 30, "warmup": 20, "eval_every": 3}, "a shorter warm-up or more steps or", {"warmup": 0}),
-        ({"steps": 2, "eval_every": 1}, "more steps or", {"steps": 20}),
+        ({"eval_every": 20}, {"eval_every": 2}),
+        ({"steps": 30, "warmup": 20, "eval_every": 3}, {"warmup": 0}),
+        ({"steps": 2, "eval_every": 1}, {"steps": 20}),
     ],
 )
-def test_trials_that_are_evaluated_at_no_rung_are_refused_with_advice_that_helps(options, advice, changes):
-    with pytest.raises(ValueError, match=rf"eval_every is .*, so there is no rung .*; use {advice} no halving\.$"):
+def test_trials_that_are_evaluated_at_no_rung_are_refused(options, changes):
+    with pytest.raises(ValueError, match=r"eval_every is .*, so there is no rung"):
         Halving().check(grid(**options))
-    Halving().check(grid(**options | changes))
+    Halving().check(grid(**options | changes))  # as the sentence advises
     Halving().check(grid(lrs=[1e-2], **options))  # one rate needs no rung
 
 
@@ -359,9 +354,9 @@ def test_the_lowest_seeds_choose_in_whatever_order_they_are_given():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"reason": None}, "outcome 'stopped': reason is None, but it must be a string"),
-        ({"test_loss": 1.0}, "outcome 'stopped': test_loss is 1.0, but it must be None"),
-        ({"outcome": "done", "reason": None}, "test_loss is None"),
+        ({"reason": None}, r"outcome is 'stopped', with \['reason'\]"),
+        ({"test_loss": 1.0}, r"has \['history', 'reason', 'test_loss'\]|has \['reason', 'test_loss'\]"),
+        ({"outcome": "done", "reason": None}, "outcome is 'done'"),
     ],
 )
 def test_a_damaged_result_of_a_stopped_trial_is_refused(changes, says, tmp_path):
@@ -402,8 +397,8 @@ def test_a_higher_rate_goes_on_while_its_schedule_will_bring_it_down():
     assert [*RUNGS.decide(high, decaying).stopped] == []
     assert [*PLAIN.decide(high, decaying).stopped] == [2.0]
     assert [*RUNGS.decide(low, decaying).stopped] == [0.5]
-    assert Plan.of(Trial(LoRA(2, 4), 1e-3, steps=20)).decays
-    assert not Plan.of(Trial(LoRA(2, 4), 1e-3, steps=20, schedule="constant")).decays
+    assert GroupSteps.of(Trial(LoRA(2, 4), 1e-3, steps=20)).decays
+    assert not GroupSteps.of(Trial(LoRA(2, 4), 1e-3, steps=20, schedule="constant")).decays
 
 
 def test_a_replay_knows_the_schedule():
@@ -442,16 +437,16 @@ def test_the_record_of_overfitting_has_the_same_rates_and_verdicts_for_two_fifth
     frame = record.frame()
     group = ["n_train", "setup"]
     less = replay(frame, Halving(choose=1, best_so_far=True), group)
-    best, best_of_less = (overfitting.at_best_rate(overfitting.summarise_trials(each), each) for each in (frame, less))
+    best, best_of_less = (overfitting.summarise_trials(each).merge(best_rates(each)) for each in (frame, less))
     assert_frame_equal(best, best_of_less)  # the edges too
-    tables = [overfitting.compare(each, "overfit") for each in (best, best_of_less)]
+    tables = [compare_by_seed(each, "overfit") for each in (best, best_of_less)]
     assert_frame_equal(*tables)
     # The record has each rate on the first seed, and the best one on three. A full grid has all nine.
     full = sum(9 * of_group.steps.iloc[0] for _, of_group in frame.groupby(group))
     share = share_of_steps(less) * frame.drop_duplicates([*group, "lr", "seed"]).steps.sum() / full
     assert share <= 0.4
     naive = replay(frame, Halving(rungs=[0.1], choose=1, best_so_far=True, cautious=False), group)
-    chosen = overfitting.at_best_rate(overfitting.summarise_trials(naive), naive)
+    chosen = overfitting.summarise_trials(naive).merge(best_rates(naive))
     assert set(map(tuple, chosen[[*group, "lr"]].to_numpy())) != set(map(tuple, best[[*group, "lr"]].to_numpy()))
 
 

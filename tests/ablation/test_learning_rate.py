@@ -9,17 +9,14 @@ import pytest
 from lora_lab import FullFineTuning, LoRA
 from lora_lab.ablation import Trial, ablate
 from lora_lab.ablation.blocks import BlockLosses
+from lora_lab.ablation.compare import choose_rate, last_rows, rates_around, tune
 from lora_lab.ablation.learning_rate import (
     best_rate,
-    choose_rate,
-    last_rows,
     losses_by_rate,
     powers,
-    rates_around,
     ratio_interval,
     sample_vertices,
     slope,
-    tune,
 )
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import digits

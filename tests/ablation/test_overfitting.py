@@ -1,6 +1,7 @@
 """What curves tell of learning, overfitting and forgetting: against numbers found by hand, by numpy and by ``fit``."""
 
 import math
+import random
 from functools import partial
 from itertools import islice
 
@@ -11,24 +12,19 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
+from lora_lab.ablation.compare import at_rates, best_rates, by_size, compare_by_seed, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import (
-    at_best_rate,
     at_equal_learning,
-    at_rates,
     at_training_loss,
     bounds_table,
-    by_size,
     by_stopping_point,
     by_training_loss,
-    compare,
     compare_over_rates,
     interpolate_at,
-    near_ties,
     summarise_trials,
     training_losses,
-    tune_by_seed,
 )
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate
@@ -140,12 +136,6 @@ def test_the_test_loss_is_that_after_the_last_step_if_there_is_one():
     assert "test_loss" not in summarise_trials(without)
 
 
-def test_the_scores_of_a_judge_are_those_after_the_last_step():
-    frame = curve("full", 1e-3, 0, **STILL_LEARNS, score_right=[math.nan, math.nan, 0.75])
-    assert summarise_trials(frame).score_right.tolist() == [0.75]
-    assert "score_right" not in summarise_trials(curve("full", 1e-3, 0, **STILL_LEARNS))
-
-
 def test_trials_are_told_apart_by_size_way_rate_and_seed():
     names = [
         (n, setup, lr, seed) for n in (16, 64) for setup in ("full", "LoRA") for lr in (1e-3, 1e-2) for seed in (0, 1)
@@ -162,30 +152,6 @@ def test_trials_that_failed_are_left_out():
     found = summarise_trials(frame)
     assert found[["setup", "lr"]].values.tolist() == [["full", 1e-3]]
     assert found.notna().all(axis=None)
-
-
-@pytest.mark.parametrize(
-    "name", ["setup", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap"]
-)
-def test_a_column_that_is_missing_is_named(name):
-    with pytest.raises(ValueError, match=rf"The frame lacks the columns \['{name}'\]; .* a column 'setup'"):
-        summarise_trials(curve("full", 1e-3, 0, **OVERFITS).drop(columns=name))
-
-
-def test_a_trial_without_its_evaluation_before_training_is_named():
-    whole = together(curve("full", 1e-3, 0, **OVERFITS), curve("LoRA", 1e-2, 1, **OVERFITS))
-    assert len(summarise_trials(whole)) == 2
-    late = whole[~((whole.setup == "LoRA") & (whole.step == 0))]
-    with pytest.raises(
-        ValueError, match=r"'setup': 'LoRA', 'lr': 0.01, 'seed': 1.* needs one row for each step, from 0"
-    ):
-        summarise_trials(late)
-
-
-def test_a_trial_with_two_rows_for_a_step_is_named():
-    twice = together(curve("full", 1e-3, 0, **OVERFITS), curve("full", 1e-3, 0, **OVERFITS).iloc[2:3])
-    with pytest.raises(ValueError, match=r"'setup': 'full'.* needs one row for each step"):
-        summarise_trials(twice)
 
 
 def test_of_trials_that_were_run_the_measures_are_those_of_fits_histories():
@@ -215,42 +181,54 @@ def test_of_trials_that_were_run_the_measures_are_those_of_fits_histories():
 
 
 def losses(*rows):
-    """What ``measures`` would return of (method, rate, seed, best loss)."""
-    return pandas.DataFrame(rows, columns=["setup", "lr", "seed", "best_loss"])
+    """Curves of (method, rate, seed, lowest loss)."""
+    return together(*(curve(setup, lr, seed, [loss + 1.0, loss]) for setup, lr, seed, loss in rows))
 
 
-def test_a_rate_is_judged_on_the_seeds_that_all_rates_of_its_way_have():
-    rows = [("full", 1e-4, 0, 1.1), ("full", 3e-4, 0, 1.0), ("full", 3e-4, 1, 9.0), ("full", 3e-4, 2, 9.5)]
-    best = at_best_rate(losses(*rows))
-    assert best[["lr", "seed", "best_loss"]].values.tolist() == [[3e-4, 0, 1.0], [3e-4, 1, 9.0], [3e-4, 2, 9.5]]
-    shared = at_best_rate(losses(*rows, ("full", 1e-4, 1, 1.2)))  # on two seeds the other rate is better
-    assert shared[["lr", "seed"]].values.tolist() == [[1e-4, 0], [1e-4, 1]]
+def at_best_rate(frame, by="best_loss"):
+    """The summaries of the trials at each setup's best rate."""
+    return summarise_trials(frame).merge(best_rates(frame, by=by))
 
 
-def test_the_mean_over_seeds_decides_and_not_the_best_seed():
-    steady = [("full", 1e-4, seed, 1.0) for seed in range(3)]
-    lucky = [("full", 3e-4, 0, 0.5), ("full", 3e-4, 1, 1.5), ("full", 3e-4, 2, 1.5)]
-    assert set(at_best_rate(losses(*steady, *lucky)).lr) == {1e-4}
-    assert set(at_best_rate(losses(*steady, *lucky[:1], *[(*row[:3], 1.1) for row in lucky[1:]])).lr) == {3e-4}
+def by_loops(rows, slack):
+    """[setup, rate, edge] of what is within the slack of the best mean over the seeds that a setup's rates share."""
+    found = []
+    for setup in dict.fromkeys(row[0] for row in rows):
+        losses_at = {}
+        for _, lr, seed, loss in sorted(row for row in rows if row[0] == setup):
+            losses_at.setdefault(lr, {})[seed] = loss
+        seeds = set.intersection(*map(set, losses_at.values()))
+        means = {lr: sum(own[seed] for seed in seeds) / len(seeds) for lr, own in losses_at.items()}
+        best, rates = min(means, key=means.get), list(means)
+        for lr in rates:
+            if lr == best or (slack and means[lr] <= means[best] + slack):
+                edge = {rates[0]: "smallest", rates[-1]: "largest"}.get(lr, "")
+                found.append([setup, lr, edge if len(rates) > 1 else "only"])
+    return found
 
 
-@pytest.mark.parametrize(
-    ("found", "edge"),
-    [((1.0, 1.5, 2.0), "smallest"), ((1.5, 1.0, 2.0), ""), ((2.0, 1.5, 1.0), "largest"), ((1.0,), "only")],
-)
-def test_a_best_rate_at_the_edge_of_those_tried_is_marked(found, edge):
-    rates = (1e-4, 3e-4, 1e-3)
-    rows = [("full", lr, 0, loss) for lr, loss in zip(rates, found, strict=False)]
-    for order in (rows, rows[::-1]):
-        best = at_best_rate(losses(*order))
-        assert best.edge.tolist() == [edge]
-        assert best.lr.tolist() == [rates[found.index(1.0)]]
+@pytest.mark.parametrize("slack", [0.0, 0.25, 1.0])
+def test_the_best_rates_are_those_of_a_plain_loop(slack):
+    draw, several = random.Random(0), 0
+    for _ in range(60):
+        rates = {setup: draw.sample((1e-4, 3e-4, 1e-3, 3e-3), draw.randint(1, 4)) for setup in ("full", "b", "a")}
+        rows = [
+            (setup, lr, seed, draw.randint(1, 12) / 8)
+            for setup, own in rates.items()
+            for lr in own
+            for seed in range(4)
+            if seed == 0 or draw.random() < 0.8
+        ]
+        found = best_rates(losses(*rows).assign(n_train=16), slack)
+        several += len(found) > 3
+        assert found[["setup", "lr", "edge"]].values.tolist() == by_loops(rows, slack)
+    assert (several > 20) == (slack > 0)
 
 
 def test_the_last_loss_may_choose_another_rate_than_the_lowest():
     harmed = curve("full", 1e-2, 0, [1.0, 1.0, 3.0])  # lowest before training
     slow = curve("full", 1e-4, 0, [1.0, 1.2, 1.3])
-    trials = summarise_trials(together(harmed, slow, curve("full", 1e-3, 0, [1.0, 0.9, 2.0])))
+    trials = together(harmed, slow, curve("full", 1e-3, 0, [1.0, 0.9, 2.0]))
     assert at_best_rate(trials)[["lr", "edge"]].values.tolist() == [[1e-3, ""]]
     assert at_best_rate(trials, by="last_loss")[["lr", "edge"]].values.tolist() == [[1e-4, "smallest"]]
 
@@ -261,27 +239,9 @@ def test_the_loss_that_counts_widens_the_grid(by, chosen, tried):
         rates = {lr: [2.0, 1.5 if lr == 1e-3 else 1.8, 2.0 + abs(lr - 2.5e-4) * 1e3] for lr in lrs["full"]}
         return together(*(curve("full", lr, seed, losses) for lr, losses in rates.items()))
 
-    frames, rates = tune_by_seed(run, {"full": (5e-4, 1e-3, 2e-3)}, seeds=(0, 1), widen=2, by=by)
-    assert rates == {"full": (chosen,)}
+    frames, best = tune_by_seed(run, {"full": (5e-4, 1e-3, 2e-3)}, seeds=(0, 1), widen=2, by=by)
+    assert best[["setup", "lr"]].values.tolist() == [["full", chosen]]
     assert [frame.lr.nunique() for frame in frames] == [tried, tried]
-
-
-def test_of_rates_as_good_the_smaller_one_is_taken():
-    rows = [("full", 3e-4, 0, 1.0), ("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 1.0)]
-    assert at_best_rate(losses(*rows)).lr.tolist() == [1e-4]
-
-
-def test_each_way_has_its_own_rate_and_keeps_its_place():
-    rows = [("late", 1e-2, 0, 1.0), ("late", 1e-3, 0, 2.0), ("early", 1e-2, 0, 2.0), ("early", 1e-3, 0, 1.0)]
-    best = at_best_rate(losses(*rows))
-    assert best[["setup", "lr", "edge"]].values.tolist() == [["late", 1e-2, "largest"], ["early", 1e-3, "smallest"]]
-
-
-def test_each_size_of_the_training_set_has_its_own_rate():
-    few = losses(("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 2.0)).assign(n_train=16)
-    many = losses(("full", 1e-4, 0, 2.0), ("full", 1e-3, 0, 1.0)).assign(n_train=64)
-    best = at_best_rate(together(few, many))
-    assert best[["n_train", "lr"]].values.tolist() == [[16, 1e-4], [64, 1e-3]]
 
 
 def test_what_is_chosen_lacks_no_number_though_other_rates_lack_seeds_or_failed():
@@ -292,55 +252,10 @@ def test_what_is_chosen_lacks_no_number_though_other_rates_lack_seeds_or_failed(
         curve("LoRA", 1e-2, 0, **STILL_LEARNS),
         failed("LoRA", 1e-2, 1),
     )
-    best = at_best_rate(summarise_trials(frame))
+    best = at_best_rate(frame)
     assert best[["setup", "seed"]].values.tolist() == [["full", 0], ["full", 1], ["full", 2], ["LoRA", 0]]
     assert set(best.lr[best.setup == "full"]) == {1e-3}
     assert best.notna().all(axis=None)
-
-
-def test_rates_that_share_no_seed_cannot_be_compared():
-    rows = [("full", 1e-4, 0, 1.0), ("LoRA", 1e-4, 0, 1.0), ("LoRA", 1e-3, 1, 1.0)]
-    with pytest.raises(ValueError, match=r"The rates of \('LoRA',\) have no seed in common; run each of them"):
-        at_best_rate(losses(*rows))
-    assert len(at_best_rate(losses(*rows, ("LoRA", 1e-3, 0, 2.0)))) == 2
-
-
-# Rates that tie
-
-
-def test_rates_within_the_slack_of_the_best_are_near_ties():
-    rows = [("full", lr, seed, loss) for lr, loss in ((1e-3, 1.0), (3e-4, 1.25), (3e-3, 1.5)) for seed in (0, 1)]
-    found = losses(*rows, ("LoRA", 1e-2, 0, 4.0), ("LoRA", 3e-2, 0, 3.0))
-
-    def ties(slack):
-        return near_ties(found, slack).values.tolist()
-
-    assert ties(0) == [["full", 1e-3], ["LoRA", 3e-2]]
-    assert ties(0.25) == [["full", 3e-4], ["full", 1e-3], ["LoRA", 3e-2]]
-    assert ties(0.5) == [["full", 3e-4], ["full", 1e-3], ["full", 3e-3], ["LoRA", 3e-2]]
-    assert ties(1) == [["full", 3e-4], ["full", 1e-3], ["full", 3e-3], ["LoRA", 1e-2], ["LoRA", 3e-2]]
-
-
-def test_without_slack_the_best_rate_is_the_tuned_one():
-    rows = [("full", 1e-4, 0, 1.1), ("full", 3e-4, 0, 1.0), ("full", 3e-4, 1, 9.0)]  # one seed in common
-    found = losses(*rows)
-    assert near_ties(found, 0).lr.tolist() == at_best_rate(found).lr.unique().tolist() == [3e-4]
-
-
-def test_each_size_has_its_own_near_ties():
-    few = losses(("full", 1e-4, 0, 1.0), ("full", 1e-3, 0, 2.0)).assign(n_train=16)
-    many = losses(("full", 1e-4, 0, 1.5), ("full", 1e-3, 0, 1.0)).assign(n_train=64)
-    assert near_ties(together(few, many), 0.5).values.tolist() == [
-        [16, "full", 1e-4],
-        [64, "full", 1e-4],
-        [64, "full", 1e-3],
-    ]
-
-
-@pytest.mark.parametrize("slack", [-0.1, math.nan])
-def test_a_slack_below_nothing_is_refused(slack):
-    with pytest.raises(ValueError, match=r"slack is .*, but it must be 0 or a positive loss"):
-        near_ties(losses(("full", 1e-4, 0, 1.0)), slack)
 
 
 # Ways against one of them
@@ -362,7 +277,7 @@ T_OF_TWO = 2.919986  # Student's t, 0.95, two degrees of freedom: from a printed
 def test_ways_are_compared_seed_by_seed_with_students_bounds():
     # Differences 0.1, 0.3, 0.2: mean 0.2, standard deviation 0.1.
     best = numbers({"full": FULL, "LoRA": (1.1, 5.3, 3.2)}).sample(frac=1, random_state=1)
-    table = compare(best, "overfit").set_index("setup")
+    table = compare_by_seed(best, "overfit").set_index("setup")
     half = T_OF_TWO * 0.1 / math.sqrt(3)
     row = table.loc["LoRA"]
     assert (row.difference, row.lower, row.upper) == pytest.approx((0.2, 0.2 - half, 0.2 + half), rel=1e-6)
@@ -371,57 +286,37 @@ def test_ways_are_compared_seed_by_seed_with_students_bounds():
     assert (reference["mean"], reference.least, reference.most, reference.seeds) == (3.0, 1.0, 5.0, 3)
     assert reference[["difference", "lower", "upper"]].isna().all()
     unpaired = numbers({"full": FULL, "LoRA": (3.2, 1.1, 5.3)})  # the same values, of other seeds
-    other = compare(unpaired, "overfit").set_index("setup").loc["LoRA"]
+    other = compare_by_seed(unpaired, "overfit").set_index("setup").loc["LoRA"]
     assert other.difference == pytest.approx(0.2)
     assert other.upper - other.lower > 10 * (row.upper - row.lower)
-
-
-def test_another_way_can_be_the_reference():
-    best = numbers({"full": FULL, "LoRA": (1.1, 5.3, 3.2)})
-    table = compare(best, "overfit", reference="LoRA").set_index("setup")
-    assert table.loc["full"].difference == pytest.approx(-0.2)
-    assert math.isnan(table.loc["LoRA"].difference)
 
 
 def test_only_seeds_that_both_ways_have_are_paired():
     best = numbers({"full": FULL, "LoRA": (1.5, 5.75, 99.0)})
     best = best[~((best.setup == "full") & (best.seed == 2))]
-    row = compare(best, "overfit").set_index("setup").loc["LoRA"]
+    row = compare_by_seed(best, "overfit").set_index("setup").loc["LoRA"]
     assert row.difference == 0.625  # of 0.5 and 0.75
     assert (row.seeds, row.most) == (3, 99.0)
 
 
 def test_one_seed_gives_a_difference_and_no_bounds():
-    one = compare(numbers({"full": (1.0,), "LoRA": (1.5,)}), "overfit").set_index("setup").loc["LoRA"]
+    one = compare_by_seed(numbers({"full": (1.0,), "LoRA": (1.5,)}), "overfit").set_index("setup").loc["LoRA"]
     assert one.difference == 0.5
     assert one[["lower", "upper"]].isna().all()
-    two = compare(numbers({"full": (1.0, 1.0), "LoRA": (1.5, 1.75)}), "overfit").set_index("setup").loc["LoRA"]
+    two = compare_by_seed(numbers({"full": (1.0, 1.0), "LoRA": (1.5, 1.75)}), "overfit").set_index("setup").loc["LoRA"]
     assert two.lower < two.difference < two.upper
-
-
-def test_ways_that_share_no_seed_have_no_difference():
-    best = numbers({"full": (1.0,), "LoRA": (9.0, 1.5)}).query("setup == 'full' or seed == 1")
-    table = compare(best, "overfit").set_index("setup")
-    assert table.loc["LoRA", "mean"] == 1.5
-    assert "difference" not in table or math.isnan(table.loc["LoRA", "difference"])
 
 
 def test_each_size_is_compared_by_itself_and_ways_keep_their_places():
     few = numbers({"full": FULL, "b": (2.0, 6.0, 4.5), "a": FULL}, n_train=16)
     many = numbers({"full": FULL, "b": (0.0, 4.0, 2.5), "a": FULL}, n_train=64)
-    table = compare(together(many, few), "overfit")
+    table = compare_by_seed(together(many, few), "overfit")
     assert table[["n_train", "setup"]].values.tolist() == [[n, setup] for n in (16, 64) for setup in ("full", "b", "a")]
     found = table.set_index(["n_train", "setup"])["difference"]
     assert found[16, "b"] == pytest.approx(7 / 6)
     assert found[64, "b"] == pytest.approx(-5 / 6)
     assert found[16, "a"] == found[64, "a"] == 0
-    assert "n_train" not in compare(few.drop(columns="n_train"), "overfit")
-
-
-def test_a_reference_that_is_not_there_is_told_with_those_that_are():
-    best = numbers({"full": FULL, "LoRA": FULL})
-    with pytest.raises(ValueError, match=r"There is no method 'dora' to compare with; there are \['LoRA', 'full'\]"):
-        compare(best, "overfit", reference="dora")
+    assert "n_train" not in compare_by_seed(few.drop(columns="n_train"), "overfit")
 
 
 # The price of the same good
@@ -433,7 +328,7 @@ DIPS = {"validation": [3.0, 3.5, 2.0, 2.5, 1.0], "off_domain": [1.0, 2.0, 3.0, 9
 
 def at_equal(*curves):
     frame = together(*curves)
-    return at_equal_learning(frame, at_best_rate(summarise_trials(frame)))
+    return at_equal_learning(frame, at_best_rate(frame))
 
 
 def test_forgetting_is_read_where_all_had_learned_as_much():
@@ -445,30 +340,15 @@ def test_forgetting_is_read_where_all_had_learned_as_much():
 
 def test_a_share_of_what_all_learned_is_read_earlier():
     frame = together(curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW))
-    found = at_equal_learning(frame, at_best_rate(summarise_trials(frame)), share=2 / 3).set_index("setup")
+    found = at_equal_learning(frame, at_best_rate(frame), share=2 / 3).set_index("setup")
     assert found.learned.tolist() == [0.5, 0.5]
     assert found.forgotten.to_dict() == pytest.approx({"full": 0.25, "LoRA": 0.2})
-
-
-@pytest.mark.parametrize("share", [0, -0.5, 1.01, math.nan])
-def test_a_share_that_is_none_is_refused(share):
-    frame = curve("full", 1e-3, 0, **FAST)
-    with pytest.raises(ValueError, match=r"share is .*, but it must be above 0 and at most 1"):
-        at_equal_learning(frame, at_best_rate(summarise_trials(frame)), share)
 
 
 def test_a_curve_is_followed_to_where_it_first_gets_there():
     found = at_equal(curve("dips", 1e-3, 0, **DIPS), curve("LoRA", 1e-2, 0, **SLOW)).set_index("setup")
     # From -0.5 for 1 to 1 for 2: at 0.75 five sixths of the method.
     assert found.forgotten["dips"] == pytest.approx(1 + 5 / 6)
-
-
-def test_the_least_that_any_way_learned_is_the_amount_for_all():
-    least = {"validation": [3.0, 2.75], "off_domain": [1.0, 1.3]}
-    fast, slow = curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW)
-    found = at_equal(fast, slow, curve("last", 1e-3, 0, **least)).set_index("setup")
-    assert found.learned.tolist() == [0.25] * 3
-    assert found.forgotten.to_dict() == pytest.approx({"full": 0.125, "LoRA": 0.1, "last": 0.3})
 
 
 def test_a_seed_in_which_a_way_learned_nothing_is_left_out():
@@ -490,13 +370,6 @@ def test_curves_of_rates_that_were_not_chosen_play_no_part():
     assert not at_equal(*chosen[:1], *others[1:]).equals(expected)
 
 
-def test_the_order_of_rows_does_not_matter():
-    frame = together(curve("full", 1e-3, 0, **FAST), curve("LoRA", 1e-2, 0, **SLOW))
-    best = at_best_rate(summarise_trials(frame))
-    mixed = at_equal_learning(frame.sample(frac=1, random_state=5), best)
-    pandas.testing.assert_frame_equal(mixed, at_equal_learning(frame, best))
-
-
 def test_each_size_has_its_own_amount_and_the_result_can_be_compared():
     few = [curve("full", 1e-3, s, **FAST, n_train=16) for s in (0, 1)]
     few += [curve("LoRA", 1e-2, s, **SLOW, n_train=16) for s in (0, 1)]
@@ -504,7 +377,7 @@ def test_each_size_has_its_own_amount_and_the_result_can_be_compared():
     many += [curve("LoRA", 1e-2, s, **DIPS, n_train=64) for s in (0, 1)]
     found = at_equal(*many, *few)
     assert found.groupby("n_train").learned.unique().map(list).to_dict() == {16: [0.75], 64: [2.0]}
-    table = compare(found, "forgotten").set_index(["n_train", "setup"])
+    table = compare_by_seed(found, "forgotten").set_index(["n_train", "setup"])
     assert table.difference[16, "LoRA"] == pytest.approx(0.4 - 0.375)
     assert table.difference[64, "LoRA"] == pytest.approx(8 - 1.5)
 
@@ -571,7 +444,7 @@ def test_all_rates_are_run_on_the_first_seed_and_the_best_ones_alone_on_the_othe
         assert tried(frame) == (sorted(every) if seed == 5 else sorted(chosen[size].items()))
         assert set(frame.task) == {task_of(size, seed).fingerprint}
     assert any(chosen[8][setup] != rates[0] for setup, rates in RATES.items())
-    best = at_best_rate(summarise_trials(pandas.concat(frames)))
+    best = at_best_rate(pandas.concat(frames))
     assert (best.learned > 0).all()
     assert best.groupby(["n_train", "setup"]).lr.unique().map(list).to_dict() == {
         (size, setup): [lr] for size, own in chosen.items() for setup, lr in own.items()
@@ -586,13 +459,6 @@ def test_a_row_says_how_its_trial_was_trained():
     row = frame[(frame.setup == "LoRA") & (frame.lr == 3e-2)]
     assert row.validation_loss.tolist() == history.frame()["validation_loss"].dropna().tolist()
     assert row.validation_loss.tolist() != frame[(frame.setup == "LoRA") & (frame.lr == 0.1)].validation_loss.tolist()
-
-
-def test_a_way_of_which_every_rate_failed_is_not_run_again():
-    first, second = sweep(sizes=(8,), seeds=(0, 1), spoilt={("full", 8)})
-    assert set(first.setup[first.outcome == "failed"]) == {"full"}
-    assert set(first.setup[first.outcome == "done"]) == {"LoRA"}
-    assert set(second.setup) == {"LoRA"}
 
 
 def test_a_rate_that_failed_is_not_chosen():
@@ -637,26 +503,21 @@ def test_what_was_stopped_goes_on_from_its_folder(tmp_path, monkeypatch):
     assert seeds == []
 
 
-def test_two_ways_that_make_the_same_trial_are_refused():
+def test_two_ways_that_make_the_same_trial_share_it():
     def alike(setup, lr, seed, size):
         return trial_of("full", lr, seed, size)
 
-    rates = {"full": (1e-3,), "LoRA": (1e-3,)}
-    with pytest.raises(ValueError, match="Two methods make the same trial"):
-        next(by_size(MODEL, task_of, alike, rates, (8,), (0,), engine="separate", progress=False))
+    frame = next(by_size(MODEL, task_of, alike, {"a": (1e-3,), "b": (1e-3,)}, (8,), (0,), progress=False))
+    one, other = (frame[frame.setup == setup].drop(columns="setup") for setup in ("a", "b"))
+    pandas.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True))
 
 
 def test_a_reference_that_failed_at_one_size_leaves_that_size_without_differences():
     rows = [(16, "LoRA", 0, 1.0), (64, "full", 0, 1.0), (64, "LoRA", 0, 3.0)]
-    found = compare(pandas.DataFrame(rows, columns=["n_train", "setup", "seed", "overfit"]), "overfit")
+    found = compare_by_seed(pandas.DataFrame(rows, columns=["n_train", "setup", "seed", "overfit"]), "overfit")
     differences = found.set_index(["n_train", "setup"])["difference"]
     assert np.isnan(differences[16, "LoRA"])
     assert differences[64, "LoRA"] == 2.0
-
-
-def test_without_a_trial_that_ended_well_no_rate_can_be_chosen():
-    with pytest.raises(ValueError, match="no trial that ended well"):
-        at_best_rate(pandas.DataFrame())
 
 
 def test_several_seeds_may_choose_and_the_others_run_what_they_chose():
@@ -674,7 +535,7 @@ def test_a_grid_is_widened_while_its_best_rate_is_at_the_edge():
     of_full = sorted(frames[0][frames[0].setup == "full"].lr.unique())
     assert of_full == pytest.approx([1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4])  # the best is above them all
     assert tried(frames[0]) == tried(frames[1])
-    best = at_best_rate(summarise_trials(pandas.concat(frames[:2]))).drop_duplicates("setup").set_index("setup")
+    best = at_best_rate(pandas.concat(frames[:2])).drop_duplicates("setup").set_index("setup")
     assert best.edge.to_dict() == {"full": "largest", "LoRA": ""}  # inside, so nothing was added
     assert dict(tried(frames[2])) == best.lr.to_dict()
     assert sorted(frames[0][frames[0].setup == "LoRA"].lr.unique()) == [1e-3, 3e-2, 1.0]
@@ -695,16 +556,10 @@ def test_a_rate_that_went_on_with_one_seed_and_was_stopped_with_another_is_not_t
     trials = [curve("full", 0.1, 0, [2.0, 1.0]), curve("full", 0.2, 0, [2.0, 1.5]), curve("full", 0.2, 1, [2.0, 1.4])]
     stopped = curve("full", 0.1, 1, [2.0, 1.9]).assign(outcome="stopped")
     frame = together(*trials, stopped)
-    best = at_best_rate(summarise_trials(frame), frame)
+    best = at_best_rate(frame)
     assert best.lr.tolist() == [0.2, 0.2]
     assert best.edge.tolist() == ["largest"] * 2  # the other one was tried too
-    assert at_best_rate(summarise_trials(together(*trials))).lr.tolist() == [0.1]  # by the seed that both have
-
-
-def test_no_more_seeds_can_choose_than_there_are():
-    for choose in (0, 3):
-        with pytest.raises(ValueError, match="from 1 to the number of seeds, 2"):
-            next(sweep(seeds=(0, 1), choose=choose))
+    assert at_best_rate(together(*trials)).lr.tolist() == [0.1]  # by the seed that both have
 
 
 def test_all_rates_that_tie_are_run_on_all_seeds_at_each_size():
@@ -756,7 +611,7 @@ def test_the_bounds_are_the_outermost_of_all_pairs():
     lora = [rising("LoRA", lr, rises) for lr, rises in ((1e-3, [0.25, 0.375, 0.125]), (1e-2, [0.75, 0.875, 0.875]))]
     told = compare_over_rates(together(GENTLE, STEEP, *lora), "overfit").squeeze()
     alone = [
-        compare(summarise_trials(together(full, other)), "overfit").set_index("setup").loc["LoRA"]
+        compare_by_seed(summarise_trials(together(full, other)), "overfit").set_index("setup").loc["LoRA"]
         for full in (GENTLE, STEEP)
         for other in lora
     ]
@@ -797,18 +652,6 @@ def test_each_size_and_each_reference_is_compared_by_itself():
     assert compare_over_rates(lone, "overfit").n_train.tolist() == [16]  # at 64 there is nothing to compare with
 
 
-def test_what_cannot_be_compared_over_rates_is_named():
-    with pytest.raises(ValueError, match=r"There is no method 'head' to compare with; there are \['full'\]"):
-        compare_over_rates(GENTLE, "overfit", "head")
-    with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
-        compare_over_rates(together(GENTLE, rising("LoRA", 1e-3, [0.25])), "overfit")
-    with pytest.raises(ValueError, match="share is 0"):
-        compare_over_rates(together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.5])), "forgotten", share=0)
-    other = rising("LoRA", 1e-3, [0.25, 0.5]).assign(seed=lambda rows: rows.seed + 7)
-    with pytest.raises(ValueError, match="'LoRA' and 'full' need two seeds in common at each rate"):
-        compare_over_rates(together(GENTLE, other), "overfit")
-
-
 def test_bounds_are_listed_by_setup_and_size():
     compared = pandas.DataFrame(
         [
@@ -845,7 +688,7 @@ def test_a_rise_is_compared_as_if_training_had_stopped_at_each_evaluation():
     ]
     # Full has risen from 1.0 by 1.0, then by 2.0 and 2.125; LoRA by nothing, then by 2.5 twice.
     assert stops.difference.tolist() == [-1.0, (0.5 + 0.375) / 2]
-    last = compare(summarise_trials(STOPS), "overfit").query("setup == 'LoRA'").iloc[0]
+    last = compare_by_seed(summarise_trials(STOPS), "overfit").query("setup == 'LoRA'").iloc[0]
     assert stops.iloc[-1][["mean", "lower", "upper"]].tolist() == last[["mean", "lower", "upper"]].tolist()
     assert stops.seeds.tolist() == [2, 2]
 
@@ -865,13 +708,6 @@ def test_each_size_is_stopped_at_its_own_evaluations():
     alone = by_stopping_point(longer, reference="a")
     assert "n_train" not in alone
     assert alone.step.tolist() == [20, 30, 40]
-
-
-def test_what_cannot_be_compared_at_stopping_points_is_named():
-    with pytest.raises(ValueError, match=r"'LoRA' has the rates 0\.01, 0\.1, but must have one"):
-        by_stopping_point(together(STOPS, curve("LoRA", 0.1, 0, [3.0, 2.0, 1.0, 1.5], n_train=16)))
-    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
-        by_stopping_point(STOPS[STOPS.seed == 0])
 
 
 # At equal training loss
@@ -978,20 +814,37 @@ def test_all_pairs_of_rates_can_be_compared_at_equal_training_loss():
         compare_over_rates(frame, "validation_loss", train_loss=0.25)
 
 
-def test_what_cannot_be_compared_at_equal_training_loss_is_named():
-    full, lora = (
-        [trained_to(setup, seed, [3.0, 2.0, 2.5], [2.0, 1.0]) for seed in (0, 1)] for setup in ("full", "LoRA")
-    )
-    assert by_training_loss(together(*full, *lora), [1.0]).setup.tolist() == ["LoRA"]
-    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
-        by_training_loss(together(*full, *lora), [0.5])
-    with pytest.raises(ValueError, match="two seeds in common with 'full'"):
-        by_training_loss(together(*full, lora[0]), [1.0])
-    with pytest.raises(ValueError, match=r"'LoRA' has the rates 0\.001, 0\.01, but must have one"):
-        by_training_loss(together(*full, *lora, trained_to("LoRA", 0, [3.0, 2.0, 2.5], [2.0, 1.0], lr=1e-2)), [1.0])
+def refusals():
+    """What is called, and the value or the argument that must be named."""
+    whole = together(curve("full", 1e-3, 0, **OVERFITS), curve("LoRA", 1e-2, 0, **OVERFITS))
+    shared = [losses(("LoRA", 1e-4, 0, 1.0), ("LoRA", 1e-3, 1, 1.0)), failed("full", 1e-3, 0)]
+    lora = [rising("LoRA", 1e-3, [0.25]), rising("LoRA", 1e-3, [0.25, 0.5])]
+    full, equal = ([trained_to(setup, s, [3.0, 2.0, 2.5], [2.0, 1.0]) for s in (0, 1)] for setup in ("full", "LoRA"))
+    other_rate = trained_to("LoRA", 0, [3.0, 2.0, 2.5], [2.0, 1.0], lr=1e-2)
+    return [
+        (lambda: summarise_trials(whole.drop(columns="gap")), r"\['gap'\]"),
+        (lambda: summarise_trials(whole[whole.step > 0]), "'setup': 'LoRA'"),
+        (lambda: summarise_trials(together(whole, whole.iloc[2:3])), "'setup': 'full'"),
+        (lambda: best_rates(whole, -0.1), "slack is -0.1"),
+        (lambda: best_rates(whole, math.nan), "slack is nan"),
+        (lambda: best_rates(shared[0]), "'LoRA'.* no seed in common"),
+        (lambda: best_rates(shared[1]), "no trial that ended well"),
+        (lambda: next(sweep(seeds=(0, 1), choose=3)), "choose is 3"),
+        (lambda: at_equal_learning(whole, summarise_trials(whole), 1.01), "share is 1.01"),
+        (lambda: interpolate_at([0.0, 1.0], [0.0, 2.0], 1.5), "never learned that much"),
+        (lambda: compare_by_seed(summarise_trials(whole), "overfit", "dora"), "'dora'"),
+        (lambda: compare_over_rates(whole, "overfit", "dora"), "'dora'"),
+        (lambda: compare_over_rates(together(GENTLE, lora[0]), "overfit"), "two seeds in common"),
+        (lambda: compare_over_rates(together(GENTLE, lora[1].assign(seed=7)), "overfit"), "one row for each step"),
+        (lambda: by_stopping_point(STOPS[STOPS.seed == 0]), "two seeds in common with 'full'"),
+        (lambda: by_stopping_point(together(STOPS, curve("LoRA", 0.1, 0, [3.0] * 4, n_train=16))), r"0\.01, 0\.1"),
+        (lambda: by_training_loss(together(*full, *equal), [0.5]), "two seeds in common with 'full'"),
+        (lambda: by_training_loss(together(*full, equal[0]), [1.0]), "two seeds in common with 'full'"),
+        (lambda: by_training_loss(together(*full, *equal, other_rate), [1.0]), r"0\.001, 0\.01"),
+    ]
 
 
-def test_more_than_a_run_has_learned_is_refused_with_a_reason():
-    assert interpolate_at([0.0, 1.0], [0.0, 2.0], 0.25) == 0.5
-    with pytest.raises(ValueError, match="never learned that much"):
-        interpolate_at([0.0, 1.0], [0.0, 2.0], 1.5)
+def test_what_cannot_be_compared_is_named():
+    for call, named in refusals():
+        with pytest.raises(ValueError, match=named):
+            call()

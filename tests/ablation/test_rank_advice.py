@@ -14,8 +14,8 @@ from lora_lab.ablation.rank_advice import (
     CONSTANT,
     SPECTRAL,
     TRUNCATION,
+    HighRankRun,
     Rule,
-    Run,
     UpdateRanks,
     assess,
     choose_rule,
@@ -151,8 +151,12 @@ def test_a_rule_predicts_the_nearest_power_of_two_up_to_the_largest():
 
 
 def test_errors_are_in_doublings_and_each_run_of_a_task_counts():
-    runs = [Run("a", 0, values(), 64, (8, 8)), Run("a", 1, values(stable_rank=12.0), 64, (8, 8))]
-    runs += [Run("b", 0, values(), 64, (1, 1)), Run("c", 0, values(), 64, (2, 16)), Run("d", 0, values(), 64, (8, 16))]
+    runs = [HighRankRun("a", 0, values(), 64, (8, 8)), HighRankRun("a", 1, values(stable_rank=12.0), 64, (8, 8))]
+    runs += [
+        HighRankRun("b", 0, values(), 64, (1, 1)),
+        HighRankRun("c", 0, values(), 64, (2, 16)),
+        HighRankRun("d", 0, values(), 64, (8, 16)),
+    ]
     errors = Rule("stable_rank", 4 / 3).errors(runs)  # predicts 4, 16, 4, 4, 4
     assert errors == {"a": 0.0, "b": 2.0, "c": 0.0, "d": -1.0}
 
@@ -160,7 +164,7 @@ def test_errors_are_in_doublings_and_each_run_of_a_task_counts():
 def runs_of(statistic, tasks=("planted 1", "planted 2", "planted 8"), ratio=4, ranks=(1, 4, 16)):
     """Runs in which one statistic is a multiple of the answer, and all others are the same for all."""
     return [
-        Run(task, seed, values(**{statistic: ratio * rank}), 64, (rank, rank))
+        HighRankRun(task, seed, values(**{statistic: ratio * rank}), 64, (rank, rank))
         for task, rank in zip(tasks, ranks, strict=True)
         for seed in range(2)
     ]

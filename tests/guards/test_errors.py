@@ -527,7 +527,7 @@ def sweep(folder=None, **options):
     return ablation.ablate(lambda: DigitsMLP(width=8), small_task(), trials, folder, progress=False, **options)
 
 
-@mistake("is damaged: it is not JSON")
+@mistake("is no result of ablate, or damaged")
 def _(lab, right):
     sweep(lab.folder)
     damaged = min(lab.folder.glob("*.json"))

@@ -79,15 +79,7 @@ def prepare(folder: Path, values: Values) -> Material:
         content = (folder / "run" / CHECKPOINT).read_bytes()
     trials = [Trial(LoRA(2), 1e-2, steps=1), Trial(LoRA(2), 1e-2, seed=1, steps=1)]
 
-    def fails(model: nn.Module, task: Task) -> dict[str, float]:
-        raise ValueError("The judge fails, so that weights are left.")
-
     ablate(net(), task, trials, folder / "sweep", progress=False)
-    try:
-        ablate(net(), task, [Trial(LoRA(1), 1e-2, steps=1)], folder / "judged", progress=False, judge=fails)
-    except RuntimeError:
-        for path in (folder / "judged").iterdir():
-            shutil.copy(path, folder / "sweep" / path.name)
     record = min(records.shipped().glob("*.json"), key=lambda path: path.stat().st_size)
     shutil.copy(record, folder / record.name)
     state = {name: value.clone() for name, value in whole.state_dict().items()}
@@ -112,7 +104,7 @@ def _run(model: nn.Module, task: Task, folder: Path | None = None, **options: An
 def case(rng: random.Random, folder: Path, material: Material) -> Case:
     """A damaged file, which is read as a user would."""
     several = 2 * (_checkpoint, _history, _sweep, _record)
-    kind = rng.choice((*several, _weights, _trial, _replies, _lessons, _published))
+    kind = rng.choice((*several, _trial, _replies, _lessons, _published))
     return kind(rng, folder, material)
 
 
@@ -256,27 +248,6 @@ def _sweep(rng: random.Random, folder: Path, material: Material) -> Case:
     if rng.random() < 0.5:
         return Case(what, partial(ablation.load, sweep), wrong)
     return Case(what, partial(ablate, net(), material.task, material.trials, sweep, progress=False), wrong)
-
-
-def _weights(rng: random.Random, folder: Path, material: Material) -> Case:
-    """What a sweep has trained, and a judge is still to score."""
-    sweep = shutil.copytree(material.sweep, folder / "sweep")
-    paths = sorted(sweep.glob("*.safetensors"))
-    content, what = damaged_safetensors(paths[0].read_bytes(), rng, material.values)
-    paths[0].write_bytes(content)
-
-    def judge(model: nn.Module, task: Task) -> dict[str, float]:
-        finite = all(bool(torch.isfinite(value).all()) for value in model.parameters())
-        return {"finite": float(finite)}
-
-    trials = [Trial(LoRA(1), 1e-2, steps=1)]
-    call = partial(ablate, net(), material.task, trials, sweep, progress=False, judge=judge)
-
-    def wrong(table: Any) -> Iterator[str]:
-        if 0.0 in set(table.score_finite):
-            yield "weights that are not finite were scored"
-
-    return Case(f"weights of a result: {what}", call, wrong)
 
 
 def _replies(rng: random.Random, folder: Path, material: Material) -> Case:

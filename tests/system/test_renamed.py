@@ -14,15 +14,6 @@ from lora_lab.studies.registry import NAMES, current_name
 from lora_lab.system.renamed import renamed
 
 OLD = {
-    "ablation.summary": "ablation.smallest_sufficient_rank",
-    "ablation.verdict.summary": "ablation.verdict.smallest_sufficient_rank",
-    "ablation.overfitting.measures": "ablation.overfitting.summarise_trials",
-    "ablation.overfitting.tuned": "ablation.overfitting.at_best_rate",
-    "ablation.overfitting.compared": "ablation.overfitting.compare",
-    "ablation.overfitting.against": "ablation.overfitting.compare_over_rates",
-    "ablation.studies.reader": "ablation.studies.pretrained_digits",
-    "ablation.studies.newborn": "ablation.studies.random_init",
-    "ablation.studies.manual": "ablation.studies.docs_task",
     "costs.memory_report.ways": "costs.memory_report.training_setups",
     "lean.InThreads": "lean.ThreadedStep",
     "lean.rewire": "lean.apply_lean",
@@ -56,21 +47,11 @@ def test_a_name_that_never_was_is_no_attribute():
         ll.models.shapes.shapes  # noqa: B018
     with pytest.raises(AttributeError):
         ll.ablation.summaries  # noqa: B018
-    assert ll.ablation.overfitting.compare  # the face still loads its other files when asked
+    assert ll.ablation.overfitting.compare_over_rates  # the face still loads its other files when asked
 
 
 def test_other_names_are_left_to_the_modules_own_getattr():
     assert renamed("somewhere", {}, str.upper)("name") == "NAME"
-
-
-def test_the_engine_was_called_apart():
-    trial = ll.Trial(ll.LoRA(2), 1e-2, steps=2, batch_size=8)
-    options = {"progress": False}
-    with pytest.warns(DeprecationWarning, match="engine='apart' is now called engine='separate'"):
-        old = ll.ablate(DigitsMLP(), ll.tasks.digits(), [trial], engine="apart", **options)
-    new = ll.ablate(DigitsMLP(), ll.tasks.digits(), [trial], engine="separate", **options)
-    assert old.validation_loss.tolist() == new.validation_loss.tolist()
-    assert set(old.engine) == {"separate"}
 
 
 def test_a_style_was_told():

@@ -264,10 +264,15 @@ def qlora_against_lora(claim: Claim) -> Result:
 
 def _nf4_bytes(config: LlamaConfig) -> float:
     """Bytes of the weights under QLoRA: its linear layers in NF4, all else in 16 bits."""
+    linear = linear_weights(config)
+    return HALF * (parameters(config) - linear) + NF4_BITS / 8 * linear
+
+
+def linear_weights(config: LlamaConfig) -> int:
+    """The weights of the layers that QLoRA quantises: all linear ones but the output layer."""
     width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
     each = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
-    linear = config.num_hidden_layers * each
-    return HALF * (parameters(config) - linear) + NF4_BITS / 8 * linear
+    return config.num_hidden_layers * each
 
 
 # FLOPs

@@ -664,7 +664,7 @@ def _taught(record: Record, data: str, part: str, margin: float = 0.0) -> list[t
         table = compare_losses(frame[frame["data"] == data], f"full, {rates}", part, margin).set_index("setup")
         full, lora = table.loc[f"full, {rates}"], table.loc[f"LoRA, {rates}"]
         words = f"{rates} (rates {full['lr']:.3g} and {lora['lr']:.3g}, {lora['seeds']} seeds)"
-        cases.append((words, lora, not lora["why"] and lora["seeds"] >= MIN_SEEDS))
+        cases.append((words, lora, lora["why"] == "" and lora["seeds"] >= MIN_SEEDS))
     return cases
 
 

@@ -1,22 +1,59 @@
-"""The verdict on ranks: synthetic losses with a planted answer, scipy as the oracle, and one live run."""
+"""Rates that are chosen, setups that are compared, and verdicts: planted answers, scipy and loops as oracles."""
 
-from dataclasses import FrozenInstanceError
+import json
 
 import numpy as np
 import pandas
 import pytest
+import scipy.stats
 import torch
 from scipy import stats
 from torch import nn
 
-from lora_lab import LoRA, fit
-from lora_lab.ablation.compare import Choice, RankResult, Verdict, smallest_sufficient_rank
+from lora_lab import FullFineTuning, LoRA, fit
+from lora_lab.ablation import Trial
+from lora_lab.ablation.blocks import BlockLosses, block_losses_of
+from lora_lab.ablation.compare import (
+    RankResult,
+    RankVerdict,
+    Study,
+    Verdict,
+    choose_rate,
+    compare_losses,
+    compare_tuned,
+    judge,
+    last_rows,
+    smallest_sufficient_rank,
+)
 from lora_lab.ablation.grid import Grid
-from lora_lab.ablation.learning_rate import _listed
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.stats import t_bounds
-from lora_lab.tasks import planted
+from lora_lab.ablation.stats import interval, outer_bounds, outer_interval, resampled_means, t_bounds
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.tasks import digits, planted
 from lora_lab.train import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "verdict"),
+    [
+        (0.2, 0.3, "higher"),
+        (-0.3, -0.2, "lower"),
+        (-0.1, 0.1, "equal"),
+        (-0.1, 0.2, "open"),
+        (-0.2, 0.1, "open"),
+        (0.1, 0.2, "open"),
+        (None, None, "open"),
+        (np.nan, np.nan, "open"),
+    ],
+)
+def test_a_verdict_is_where_the_bounds_lie_beside_the_margin(lower, upper, verdict):
+    assert judge(lower, upper, margin=0.1) == Verdict(verdict)
+    assert judge(lower, upper, margin=0.1, why="edge") == Verdict("open", "edge")
+
+
+# Which rank is enough
 
 RANKS = (1, 2, 4, 8, 16)
 PLANTED = {1: 0.25, 2: 0.06, 4: 0.0, 8: 0.0, 16: 0.0}  # what a rank loses for want of size, in nats
@@ -107,17 +144,6 @@ def test_one_seed_is_always_undecided():
     assert smallest_sufficient_rank(frame_of(PLANTED, seeds=2, shared=0, own=0)).rank == 4
 
 
-def test_one_seed_still_tells_the_difference():
-    ranks = smallest_sufficient_rank(frame_of(PLANTED, seeds=1, shared=0, own=0)).ranks
-    assert [one.difference for one in ranks[:-1]] == pytest.approx([0.25, 0.06, 0, 0], abs=1e-12)
-    assert ranks[-1].difference is None
-    assert {(one.lower, one.upper) for one in ranks} == {(None, None)}
-
-
-def test_two_ranks_are_enough_to_compare():
-    assert smallest_sufficient_rank(frame_of({4: 0.0, 16: 0.0})).rank == 4
-
-
 def test_much_noise_is_undecided_and_says_so():
     verdict = smallest_sufficient_rank(frame_of(PLANTED, own=0.05))
     assert verdict.rank is None
@@ -145,14 +171,6 @@ def test_when_all_ranks_lose_the_largest_is_the_answer():
     verdict = smallest_sufficient_rank(frame_of(FULL))
     assert verdict.rank == 16
     assert verdict.reason == "every smaller rank loses more than 0.01 against it; a larger one may be better still."
-
-
-def test_a_verdict_cannot_be_changed():
-    verdict = smallest_sufficient_rank(frame_of(PLANTED))
-    for record, name in ((verdict, "rank"), (verdict.ranks[0], "status"), (Choice(None, None, verdict), "lr")):
-        with pytest.raises(FrozenInstanceError):
-            setattr(record, name, 1)
-    assert verdict.rank == 4
 
 
 # The numbers
@@ -232,7 +250,7 @@ def test_a_rate_with_a_failed_seed_does_not_count_and_another_takes_its_place():
     assert verdict.ranks[0].lr in (0.003, 0.03)
     assert verdict.ranks[0].status == "too small"
     assert verdict.rank == 4
-    assert "rank 1: lr 0.01 does not count (seed 2 failed)." in verdict.notes
+    assert "rank 1: lr 0.01 does not count (no result for seed 2)." in verdict.notes
 
 
 @pytest.mark.parametrize("lost", ["test_loss", "validation_loss"])
@@ -241,11 +259,11 @@ def test_a_trial_that_is_done_but_lacks_a_loss_does_not_count(lost):
     frame.loc[(frame["rank"] == 2) & (frame.lr == 0.01) & (frame.seed == 1), lost] = np.nan
     verdict = smallest_sufficient_rank(frame)
     assert verdict.ranks[1].lr in (0.003, 0.03)
-    assert "rank 2: lr 0.01 does not count (seed 1 failed)." in verdict.notes
+    assert "rank 2: lr 0.01 does not count (no result for seed 1)." in verdict.notes
 
 
-@pytest.mark.parametrize(("spoil", "word"), [(fail, "failed"), (without, "missing")])
-def test_a_rank_with_gaps_at_every_rate_cannot_win(spoil, word):
+@pytest.mark.parametrize("spoil", [fail, without])
+def test_a_rank_with_gaps_at_every_rate_cannot_win(spoil):
     frame = frame_of(PLANTED, own=0.001)
     for lr, seed in ((0.003, 0), (0.01, 1), (0.03, 4)):
         frame = spoil(frame, 4, lr, seed)
@@ -253,7 +271,7 @@ def test_a_rank_with_gaps_at_every_rate_cannot_win(spoil, word):
     assert statuses(verdict)[4] == "not judged"
     assert verdict.rank == 8
     assert verdict.reason.endswith("rank 4 is not settled by these seeds.")
-    told = f"no learning rate has a result for every seed: lr 0.003 does not count (seed 0 {word}), lr 0.01"
+    told = "no learning rate has a result for every seed: lr 0.003 does not count (no result for seed 0), lr 0.01"
     assert told in verdict.ranks[2].note
     assert told in str(verdict)
 
@@ -267,15 +285,6 @@ def test_without_the_largest_rank_there_is_nothing_to_compare_with():
     assert verdict.reason == "the largest rank, 16, has no learning rate with a result for every seed: run those first."
     assert set(statuses(verdict).values()) == {"not judged"}
     assert verdict.ranks[2].note == "the largest rank has no result to compare it with"
-
-
-def test_if_only_a_failed_rank_is_below_the_largest_it_is_undecided():
-    frame = frame_of({1: 0.3, 4: 0.0, 16: 0.0})
-    for lr in (0.003, 0.01, 0.03):
-        frame = fail(frame, 4, lr, 0)
-    verdict = smallest_sufficient_rank(frame)
-    assert verdict.rank is None
-    assert "rank 4 may be" in verdict.reason
 
 
 def test_a_failed_seed_is_not_forgotten_where_it_failed_for_all():
@@ -308,7 +317,7 @@ def test_it_prints_as_a_table():
         RankResult(4, "not judged", note="all failed"),
         RankResult(16, "reference", 0.01, 0.5, 0.51234),
     )
-    verdict = Verdict(None, "more seeds needed.", "lora", 0.01, (0, 1), ranks, ("a note.",))
+    verdict = RankVerdict(None, "more seeds needed.", "lora", 0.01, (0, 1), ranks, ("a note.",))
     assert str(verdict).splitlines() == [
         "lora: undecided: more seeds needed.",
         "2 seeds, margin 0.01; losses on the test part; differences from the largest rank, with one-sided 95% bounds",
@@ -395,17 +404,220 @@ def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
     assert smallest_sufficient_rank(frame[frame.seed == 1]).rank is None
 
 
-def test_seeds_are_listed_in_the_singular_and_in_the_plural():
-    assert _listed([3]) == "seed 3"
-    assert _listed([0, 1, 4]) == "seeds 0, 1, 4"
+# Setups in pairs
 
 
-def test_what_is_no_frame_or_no_margin_is_told():
-    for frame in (None, "runs", [1], torch.zeros(3)):
-        with pytest.raises(ValueError, match=r"frame is .*, but it must be the table that ablate or load returns"):
-            smallest_sufficient_rank(frame)
-    for margin in ("0.1", None, 10**400, torch.zeros(3)):
-        with pytest.raises(ValueError, match=r"margin is .*, but it must be a number"):
-            smallest_sufficient_rank(frame_of(PLANTED), margin)
-    with pytest.raises(ValueError, match=r"method is \['lora'\], but the methods with ranks"):
-        smallest_sufficient_rank(frame_of(PLANTED), method=["lora"])
+def judged(losses, edges=(), outcome="done"):
+    """Rows as compare_tuned yields them: setup -> losses (seeds, blocks)."""
+    rows = [
+        {
+            "setup": setup,
+            "stage": "judging",
+            "lr": 1e-3,
+            "edge": "largest" if setup in edges else "",
+            "seed": seed,
+            "outcome": outcome,
+            "step": 4,
+            "steps": 4,
+            "score_test": json.dumps(list(blocks)),
+        }
+        for setup, by_seed in losses.items()
+        for seed, blocks in enumerate(by_seed)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def planted_losses(shift, noise, seeds=4, blocks=20, draw=0):
+    random = np.random.default_rng(draw)
+    hard = random.normal(size=(1, blocks))  # examples differ in difficulty, for all setups alike
+    return {
+        setup: 2 + more + hard + noise * random.normal(size=(seeds, blocks))
+        for setup, more in {"full": 0.0, "LoRA": shift}.items()
+    }
+
+
+def of_lora(losses, margin=0.0, **options):
+    return compare_losses(judged(losses, **options), "full", margin=margin).set_index("setup").loc["LoRA"]
+
+
+def test_a_planted_difference_is_found_though_examples_differ_far_more():
+    row = of_lora(planted_losses(0.1, 0.05))
+    assert row["difference"] == pytest.approx(0.1, abs=0.02)
+    assert 0 < row["lower"] < row["difference"] < row["upper"] < 0.15
+    assert row["verdict"] == "higher"
+    assert of_lora(planted_losses(-0.1, 0.05))["verdict"] == "lower"
+    assert of_lora(planted_losses(0.0, 0.05))["verdict"] == "open"
+
+
+def test_the_margin_decides_what_is_equal():
+    assert of_lora(planted_losses(0.01, 0.02), margin=0.05)["verdict"] == "equal"
+    assert of_lora(planted_losses(0.01, 0.02), margin=0.001)["verdict"] != "equal"
+    assert of_lora(planted_losses(0.05, 0.1), margin=0.05)["verdict"] == "open"
+
+
+def test_the_interval_is_that_of_paired_draws():
+    losses = planted_losses(0.1, 0.3)
+    random, means = np.random.default_rng(5), []
+    for _ in range(4000):
+        drawn = np.ix_(random.integers(4, size=4), random.integers(20, size=20))
+        means.append((losses["LoRA"][drawn] - losses["full"][drawn]).mean())
+    row = of_lora(losses)
+    width = row["upper"] - row["lower"]
+    of_seeds = (losses["LoRA"] - losses["full"]).mean(axis=1)
+    by_t = scipy.stats.t.interval(0.95, 3, of_seeds.mean(), scipy.stats.sem(of_seeds))
+    lower, upper = min(np.quantile(means, 0.025), by_t[0]), max(np.quantile(means, 0.975), by_t[1])
+    assert row["lower"] == pytest.approx(lower, abs=0.06 * width)
+    assert row["upper"] == pytest.approx(upper, abs=0.06 * width)
+    unpaired = losses["LoRA"].std() / np.sqrt(20)
+    assert width < 2 * 1.96 * unpaired  # without pairs it would be wider
+
+
+def test_each_bound_is_the_outer_one_of_two():
+    by_seed = np.array([[0.0], [0.1], [0.2]]) + np.zeros((3, 5))  # seeds differ, examples do not
+    _, lower, upper = t_bounds([0.0, 0.1, 0.2])
+    assert outer_bounds(by_seed) == pytest.approx((lower, upper))
+    by_block = by_seed.T + np.zeros((5, 3))  # examples differ, so that Student's t over the seeds sees nothing
+    low, high = outer_bounds(by_block)
+    assert low < 0.05 < 0.15 < high
+    assert outer_bounds(by_block, 0.6)[1] < high
+    assert outer_interval(by_seed)[1] > upper  # 97.5 % on either side
+    assert np.isnan(outer_bounds(by_seed[:1])).all()
+
+
+def test_a_difference_of_zero_is_rarely_called_one_though_seeds_are_few():
+    """With noise of whole trials a bootstrap over three seeds alone calls a quarter of them a difference."""
+    random, wrong, by_bootstrap = np.random.default_rng(3), 0, 0
+    for _ in range(100):
+        full, lora = (random.normal(2, 0.01, (3, 1)) + np.zeros((3, 5)) for _ in range(2))
+        wrong += of_lora({"full": full, "LoRA": lora})["verdict"] in ("lower", "higher")
+        lower, upper = interval(resampled_means(lora - full, 200))
+        by_bootstrap += not lower <= 0 <= upper
+    assert wrong <= 12
+    assert by_bootstrap > 15
+
+
+def test_one_seed_decides_nothing():
+    row = of_lora({"full": np.full((1, 1), 2.0), "LoRA": np.full((1, 1), 2.001)})
+    assert row["verdict"] == "open"
+    assert np.isnan(row["lower"])
+
+
+def test_a_setup_without_a_rate_is_in_the_table():
+    frame = judged(planted_losses(0.1, 0.05))
+    chosen = frame[frame["setup"] == "LoRA"].assign(stage="choosing", setup="rsLoRA", outcome="failed")
+    table = compare_losses(pandas.concat([chosen, frame]), "full").set_index("setup")
+    assert table.loc["rsLoRA", "why"] == "failed"
+    assert np.isnan(table.loc["rsLoRA", "lr"])
+
+
+def test_no_verdict_rests_on_a_rate_at_the_edge_of_its_grid():
+    assert of_lora(planted_losses(0.1, 0.05), edges=["LoRA"])["why"] == "edge"
+    assert of_lora(planted_losses(0.1, 0.05), edges=["full"])["why"] == "edge"
+
+
+def test_a_setup_of_which_a_seed_failed_has_no_verdict():
+    frame = judged(planted_losses(0.1, 0.05))
+    frame.loc[frame.index[-1], "outcome"] = "failed"
+    table = compare_losses(frame, "full").set_index("setup")
+    assert table.loc["LoRA", "why"] == "failed"
+    assert np.isnan(table.loc["LoRA", "difference"])
+    assert table.loc["full", "why"] == "reference"
+    with pytest.raises(ValueError, match="'LoRA' has no results for all seeds"):
+        compare_losses(frame, "LoRA")
+
+
+# Studies
+
+
+def template(method):
+    return Trial(method, 1e-3, steps=8, batch_size=16, eval_every=8, eval_examples=8)
+
+
+def study(**changes):
+    options = {
+        "setups": {"full": template(FullFineTuning()), "r=2": template(LoRA(2, 4))},
+        "lrs": {"full": (1e-3, 3e-3), "r=2": (1e-2, 3e-2)},
+        "choosing": [0, 1],
+        "judging": [2, 3, 4],
+        "chosen_on": 40,
+        "judged_on": {"validation": 16, "test": 24},
+        "widen": 3,
+    }
+    return Study(**options | changes)
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory):
+    parts = compare_tuned(DigitsMLP(), digits(), study(), tmp_path_factory.mktemp("study"), progress=False)
+    return pandas.concat(parts, ignore_index=True)
+
+
+def test_rates_are_chosen_on_some_seeds_and_judged_on_others(frame):
+    assert set(frame.loc[frame["stage"] == "choosing", "seed"]) == {0, 1}
+    judging = last_rows(frame[frame["stage"] == "judging"])
+    assert set(judging["seed"]) == {2, 3, 4}
+    for setup, rows in judging.groupby("setup"):
+        chosen = frame[(frame["stage"] == "choosing") & (frame["setup"] == setup)]
+        choice = choose_rate(last_rows(chosen), [0, 1])
+        assert set(rows["lr"]) == {choice.lr}
+        assert set(rows["edge"]) == {choice.edge}
+        tried = sorted(chosen["lr"].unique())
+        assert choice.edge == {tried[0]: "smallest", tried[-1]: "largest"}.get(choice.lr, "")
+
+
+def test_each_stage_is_judged_on_its_own_examples(frame):
+    chosen = last_rows(frame[frame["stage"] == "choosing"]).iloc[0]
+    judging = last_rows(frame[frame["stage"] == "judging"]).iloc[0]
+    assert len(block_losses_of(chosen, "validation")) == 10  # blocks of 4
+    assert [len(block_losses_of(judging, part)) for part in ("validation", "test")] == [4, 6]
+    assert len(compare_losses(frame, "full")) == 2
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
+    list(compare_tuned(DigitsMLP(), digits(), study(), tmp_path, progress=False))
+    monkeypatch.setattr(BlockLosses, "__call__", None)
+    again = list(compare_tuned(DigitsMLP(), digits(), study(), tmp_path, progress=False))
+    assert len(again) == 2
+    monkeypatch.undo()
+    (only,) = compare_tuned(DigitsMLP(), digits(), study(judging=()), tmp_path, progress=False)
+    assert set(only["stage"]) == {"choosing"}
+
+
+def test_trials_that_were_judged_otherwise_are_not_taken_for_these(tmp_path):
+    counts = []
+    for changes in ({}, {"chosen_on": 20}, {"block": 8}, {"judged_on": {"validation": 16, "test": 12}}):
+        frames = [
+            last_rows(each) for each in compare_tuned(DigitsMLP(), digits(), study(**changes), tmp_path, progress=False)
+        ]
+        counts.append(
+            [
+                len(block_losses_of(rows.iloc[0], part))
+                for rows, part in zip(frames, ("validation", "test"), strict=True)
+            ]
+        )
+    assert counts == [[10, 6], [5, 6], [5, 3], [10, 3]]
+
+
+def test_a_setup_with_a_single_rate_is_judged_at_it_and_supports_a_verdict(tmp_path):
+    fixed = study(lrs={"full": (1e-3, 3e-3), "r=2": (1e-2,)})
+    assert sum(trial.seed in (0, 1) for trial in fixed.trials) == 2 * 2
+    chosen, judged = compare_tuned(DigitsMLP(), digits(), fixed, tmp_path / "one", progress=False)
+    assert set(chosen["setup"]) == {"full"}
+    rows = judged[judged["setup"] == "r=2"]
+    assert (set(rows["lr"]), set(rows["edge"])) == ({1e-2}, {""})
+    untuned = study(lrs={"full": (1e-3,), "r=2": (1e-2,)})
+    (only,) = compare_tuned(DigitsMLP(), digits(), untuned, tmp_path / "both", progress=False)
+    assert set(compare_losses(only, "full")["verdict"]) <= {"lower", "higher", "open"}
+
+
+def test_planned_trials_are_all_rates_of_the_first_grids_and_one_of_each_judging_seed():
+    trials = study().trials
+    assert len(trials) == 2 * 2 * 2 + 2 * 3
+    assert {trial.seed for trial in trials if trial.lr == 3e-3} == {0, 1}
+
+
+def test_a_study_that_would_flatter_itself_is_refused():
+    with pytest.raises(ValueError, match=r"The seeds \[1\] both choose and judge"):
+        study(judging=[1, 2])
+    with pytest.raises(ValueError, match=r"\['r=2'\] are only in one"):
+        study(lrs={"full": (1e-3, 1e-2)})
