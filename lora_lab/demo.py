@@ -89,7 +89,11 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     task = docs(tokenizer, seq_len=SEQ_LEN)
 
     before = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
-    options = {"batch_size": BATCH_SIZE, "eval_every": max(1, steps // 4), "eval_examples": EVAL_EXAMPLES}
+    options: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "eval_every": max(1, steps // 4),
+        "eval_examples": EVAL_EXAMPLES,
+    }
     history = fit(model, task, method, steps=steps, lr=lr, seed=seed, **options)
     peak = peak_bytes(next(model.parameters()).device)  # now, because what follows is not part of training
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already

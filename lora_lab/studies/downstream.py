@@ -67,7 +67,7 @@ class Plan:
     def trial(self, task: str, setup: str, lr: float, seed: int) -> Trial:
         """Return one trial, evaluated before and after training."""
         steps = self.steps[task]
-        options = {"steps": steps, "eval_every": steps, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"steps": steps, "eval_every": steps, "batch_size": self.batch_size}
         return Trial(SETUPS[setup], lr, seed, eval_examples=self.eval_examples, **options)
 
 

@@ -82,9 +82,9 @@ def tell_trial(row: Row, names: Sequence[str], losses: Sequence[str] = ("validat
     trial += f"lr {row['lr']:<8.4g} seed {row['seed']:g}: "
     if row["outcome"] == "failed":
         return trial + row["reason"]
-    if row["step"] != row["steps"]:
+    if row.get("step") != row.get("steps"):
         return None
-    return trial + "  ".join(f"{name} {row[name]:.4f}" for name in losses if row[name] is not None)
+    return trial + "  ".join(f"{name} {row[name]:.4f}" for name in losses if row.get(name) is not None)
 
 
 def take_over(name: str) -> int:

@@ -87,7 +87,7 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
 
 def _trained(base: nn.Module, task: Task, training: Training, planned: Plan) -> tuple[nn.Module, History]:
     model = copy.deepcopy(base)
-    options = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
+    options: dict[str, Any] = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
     options |= {"lr": training.lr, "seed": training.seed, "eval_examples": 4}
     return model, fit(model, task, training.method, **options)
 

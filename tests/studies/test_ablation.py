@@ -27,9 +27,9 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_
     assert record.settings["lrs"] == {"1": [1e-3, 1e-2], "4": [1e-3, 1e-2]}
     assert record.settings["study"] == "docs"
     printed = capsys.readouterr().out
-    assert printed.count("test ") == 8
+    assert printed.count("test_loss ") == 8
     row = frame[(frame.step == 4) & (frame["rank"] == 4) & (frame.lr == 1e-2) & (frame.seed == 1)].iloc[0]
-    assert f"validation {row.validation_loss:.4f}  test {row.test_loss:.4f}" in printed
+    assert f"validation_loss {row.validation_loss:.4f}  test_loss {row.test_loss:.4f}" in printed
     make, task = small_study
     history = fit(make(), task(), LoRA(4, 8), lr=1e-2, seed=1, steps=4, batch_size=4, eval_every=4, eval_examples=5)
     assert row.validation_loss == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-4)

@@ -59,7 +59,7 @@ def test_four_bases_are_compared_on_the_same_seeds_and_blocks(rows):
     assert (table["seeds"] == 3).all()
     assert table.loc["NF4", "difference"] != 0
     assert table.loc["Q4_1", "difference"] == 0  # here its weights are those of float32, as on the real model
-    assert "reference" in set(table["verdict"])
+    assert "reference" in set(table["why"])
 
 
 @pytest.mark.parametrize("base", ["float32", "NF4"])
