@@ -605,7 +605,7 @@ def record(
     commit = current_commit()  # of the code that runs, even if something is committed meanwhile
     settings = chosen.settings(where)
     records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
-    folder = records.destination(out)
+    folder = Path(out) if out else records.destination()
     check_writable(folder)
     if begun := take_over(what):
         print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
