@@ -99,7 +99,7 @@ def finetune(
         folder = as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
-    options = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed, "half": half}
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed, "half": half}
     options |= {"model": model, "device": device, "eval_examples": eval_examples, "allow_special": allow_special}
     options |= {"checkpoint_every": checkpoint_every, "overwrite": overwrite}
     result = finetune.run(task, chosen, folder, **options)
@@ -509,7 +509,7 @@ def ablate(
 
     check(margin, Positive | None, "--margin")
     folder = Path(out)
-    options = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
     options |= {"alpha": alpha, "alpha_per_rank": alpha_per_rank if alpha is None else None}
     check(seeds, Size, "--seeds")
     grid = studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
