@@ -99,9 +99,9 @@ def finetune(
         folder = as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed, "half": half}
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed}
     options |= {"model": model, "device": device, "eval_examples": eval_examples, "allow_special": allow_special}
-    options |= {"checkpoint_every": checkpoint_every, "overwrite": overwrite}
+    options |= {"checkpoint_every": checkpoint_every, "half": half, "overwrite": overwrite}
     result = finetune.run(task, chosen, folder, **options)
     return {"folder": str(folder), **finetune.document(result)}
 
