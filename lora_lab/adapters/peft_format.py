@@ -36,7 +36,6 @@ from lora_lab.system.files import (
     atomic_files,
     carried_json,
     check_folder,
-    read_header,
     read_json,
     repair,
     write_json,
@@ -469,7 +468,7 @@ def _read(folder: Path) -> Adapter:
     edited, such as the path of the base.
     """
     config = read_config(folder)
-    saved = carried_json(read_header(folder / WEIGHTS), CONFIG) or config
+    saved = carried_json(folder / WEIGHTS, CONFIG) or config
     for name in _MEANING:
         if saved.get(name) != config.get(name):
             raise ValueError(
