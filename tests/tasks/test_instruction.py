@@ -355,7 +355,7 @@ def test_what_is_no_tokenizer_or_no_path_is_told(chatter, tiny_config, tmp_path)
     calls = (from_jsonl, path), (from_jsonl, chatter), (from_text, path), (from_pairs, sums()), (from_table, "a.csv")
     for function, argument in calls:
         for tokenizer in (None, str(path), ByteTokenizer()):
-            with pytest.raises(ValueError, match=r"tokenizer is .*, but it must be the one that load_pretrained"):
+            with pytest.raises(ValueError, match="tokenizer is"):
                 function(tokenizer, argument)
 
 
@@ -448,7 +448,7 @@ def test_options_of_a_file_are_those_of_its_form(chatter, tmp_path):
     assert from_jsonl(chatter, texts, seq_len=64).train.inputs.shape[1] == 64
     assert from_jsonl(chatter, texts, name="mine", about="ours").describe().startswith("mine: ours; off-domain")
     for path, option in ((texts, {"max_tokens": 5}), (pairs, {"seq_len": 64}), (texts, {"seqlen": 64})):
-        with pytest.raises(ValueError, match=next(iter(option))):
+        with pytest.raises(TypeError, match=next(iter(option))):
             from_jsonl(chatter, path, **option)
 
 
@@ -458,7 +458,7 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
     task = from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
     assert {part: len(own) for part, own in task.pairs.items()} == {"train": 5, "validation": 2, "test": 3}
     del rows[0]["part"]
-    with pytest.raises(ValueError, match='"part" on 9 of 10 lines; give it on all or none'):
+    with pytest.raises(ValueError, match='"part" on 9 of 10 lines'):
         from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
 
 
@@ -466,13 +466,13 @@ GOOD = b'{"prompt": "x", "answer": "y"}'
 REFUSED_FILES = {
     "broken": (GOOD + b"\n{", "line 2: not JSON"),
     "ends too early": (GOOD + b'\n{"prompt":"abc","answer":"d"\n', "line 2: not JSON .*column 29"),
-    "list": (GOOD + b"\n[1]", "line 2: a list"),
-    "no answer": (GOOD + b'\n{"prompt": "a"}', "line 2: .*'completion'"),
-    "no prompt": (GOOD + b'\n{"answer": "b"}', "line 2: .*'question'"),
+    "list": (GOOD + b"\n[1]", "line 2: the line is .1."),
+    "no answer": (GOOD + b'\n{"prompt": "a"}', "line 2: .*completion"),
+    "no prompt": (GOOD + b'\n{"answer": "b"}', "line 2: .*question"),
     "unknown": (GOOD + b'\n{"label": "c"}', "line 2: .*'label'"),
-    "number": (GOOD + b'\n{"prompt": "a", "answer": 3}', "line 2: 'answer'"),
-    "empty": (GOOD + b'\n{"prompt": " ", "answer": "b"}', "line 2: 'prompt'"),
-    "part": (GOOD + b'\n{"prompt": "a", "answer": "b", "part": "dev"}', "line 2: 'part' is 'dev'"),
+    "number": (GOOD + b'\n{"prompt": "a", "answer": 3}', "line 2: answer is 3"),
+    "empty": (GOOD + b'\n{"prompt": " ", "answer": "b"}', "line 2: .*prompt"),
+    "part": (GOOD + b'\n{"prompt": "a", "answer": "b", "part": "dev"}', "line 2: part is 'dev'"),
     "nine": (b"?\n" * 9, "has 9 malformed lines: line 1: .*line 5: .*; and 4 more"),
     "nothing": (b"", "is empty"),
     "blank": (b"\n" * 100_000, "is empty"),
@@ -501,7 +501,7 @@ def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
     for read in (from_jsonl, from_text):
         with pytest.raises(FileNotFoundError, match="There is no file"):
             read(chatter, tmp_path / "nowhere")
-        with pytest.raises(ValueError, match="give the path of a file or folder, not its text") as raised:
+        with pytest.raises(ValueError, match="the path of a file or folder, not its text") as raised:
             read(chatter, "A text\n\nin place of a path. " * 200)
         assert len(str(raised.value)) < 400
         assert "\n" not in str(raised.value)
