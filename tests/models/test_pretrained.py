@@ -316,14 +316,30 @@ def write_gguf(tmp_path, tiny_tokenizer):
     return write
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
-def test_gguf_files_of_every_kind_load_with_transformers_logits(tiny_hf, write_gguf, kind):
-    theirs = tiny_hf(**WIDE)
+KINDS_OF_FILES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"]
+SHAPES = [
+    {"tie_word_embeddings": False},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"head_dim": 20},
+    {"num_key_value_heads": 4},
+    {"rms_norm_eps": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*((kind, WIDE) for kind in KINDS_OF_FILES), *(("F32", changes) for changes in SHAPES)],
+    ids=[*KINDS_OF_FILES, *(", ".join(changes) for changes in SHAPES)],
+)
+def test_gguf_files_of_every_kind_and_shape_load_with_transformers_logits(tiny_hf, write_gguf, kind, changes):
+    theirs = tiny_hf(**changes)
     before = copy.deepcopy(theirs)
-    ours, _ = load_pretrained(write_gguf(theirs, kind), device="cpu")
+    ours, tokenizer = load_pretrained(write_gguf(theirs, kind), device="cpu")
     assert same_weights(ours, theirs)
     assert same_logits(ours, theirs)
     assert same_logits(ours, before) == (kind == "F32")  # all others round
+    assert tokenizer.decode(tokenizer.encode("the <s>")) == "the <s>"
 
 
 def test_the_tokenizer_of_a_gguf_file_is_read_without_its_model(tiny_hf, write_gguf, monkeypatch):
@@ -343,26 +359,6 @@ def test_the_rows_of_queries_and_keys_are_put_in_order(tiny_hf, write_gguf):
         heads = 4 if name == "q_proj" else 2
         assert torch.equal(weight, getattr(theirs.model.layers[0].self_attn, name).weight)
         assert not torch.equal(weight, torch.from_numpy(interleaved(weight.numpy(), heads).copy()))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_word_embeddings": False},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"head_dim": 20},
-        {"num_key_value_heads": 4},
-        {"rms_norm_eps": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
-    ],
-    ids=lambda changes: ", ".join(changes),
-)
-def test_gguf_files_of_every_shape_load_with_transformers_logits(tiny_hf, write_gguf, changes):
-    theirs = tiny_hf(**changes)
-    ours, tokenizer = load_pretrained(write_gguf(theirs), device="cpu")
-    assert same_weights(ours, theirs)
-    assert same_logits(ours, theirs)
-    assert tokenizer.decode(tokenizer.encode("the <s>")) == "the <s>"
 
 
 def test_gguf_entries_that_may_be_absent_have_the_formats_defaults(tiny_hf, write_gguf):
