@@ -5,7 +5,6 @@ memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
 overfitting        those of lesson 07
-many_tasks         those of lesson 09
 training_wrote     those of lesson 11
 which_rate         those of lesson 12
 sheets             the exercises of a lesson as a sheet, and a course of such sheets
@@ -19,7 +18,6 @@ from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the
     speed,
     which_rank,
     overfitting,
-    many_tasks,
     training_wrote,
     which_rate,
 )
