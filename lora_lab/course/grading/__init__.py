@@ -5,7 +5,6 @@ memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
 overfitting        those of lesson 07
-training_wrote     those of lesson 11
 which_rate         those of lesson 12
 sheets             the exercises of a lesson as a sheet, and a course of such sheets
 
@@ -18,6 +17,5 @@ from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the
     speed,
     which_rank,
     overfitting,
-    training_wrote,
     which_rate,
 )
