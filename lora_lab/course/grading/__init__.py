@@ -5,7 +5,6 @@ memory             those of lesson 04
 speed              those of lesson 05
 which_rank         those of lesson 06
 overfitting        those of lesson 07
-which_rate         those of lesson 12
 sheets             the exercises of a lesson as a sheet, and a course of such sheets
 
 Nothing that a learner imports imports this folder, and it is not among the names of ``lora_lab.course``: what is in
@@ -17,5 +16,4 @@ from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the
     speed,
     which_rank,
     overfitting,
-    which_rate,
 )
