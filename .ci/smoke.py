@@ -10,7 +10,7 @@ from pathlib import Path
 import lora_lab as ll
 from lora_lab import records, tasks
 from lora_lab.course.copies import copy_lessons
-from lora_lab.course.grading.sheets import write_course
+from lora_lab.course.sheets import write_course
 from lora_lab.models.digits import DigitsMLP
 
 package = Path(ll.__file__).parent

@@ -675,7 +675,7 @@ def course(
     if grading and (add or solved):
         raise ValueError("--grading writes sheets, which have solutions; leave out --solved and --add.")
     if grading:
-        from lora_lab.course.grading.sheets import write_course
+        from lora_lab.course.sheets import write_course
 
         print(write_course(folder, list(only)))
         print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")

@@ -9,7 +9,8 @@ judge       right, a known mistake, or what else is wrong
 learner     check, hint, progress: what is shown, and what is remembered
 figures     what one lesson draws; all other figures are in lora_lab.plots
 copies      the lessons in a folder of the learner's, with or without the solutions
-grading/    the exercises as sheets with hidden tests, for nbgrader; for teachers, so not among the names below
+hidden      hidden tests: a point for each property that an answer has; for teachers, so not among the names below
+sheets      the exercises as sheets for nbgrader, with hidden tests; for teachers too
 """
 
 import lazy_loader

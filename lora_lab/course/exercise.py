@@ -223,34 +223,3 @@ class Reflection:
 
     def __post_init__(self) -> None:
         REFLECTIONS[self.lesson] = self
-
-
-# Until the last lesson has been ported: exercises with a solution of their own, and wrong answers as functions.
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A property."""
-
-    passes: Callable[[Any, np.random.Generator], bool]
-    sentence: str
-    broken: tuple[Callable[..., Any], ...]
-
-
-def exercises_of(lesson: str) -> Callable[..., Any]:
-    """Return a decorator of solutions."""
-
-    def exercise(name: str, *, mistakes: Any = None, probes: Any = (), **rest: Any) -> Callable[..., Any]:
-        def register(solution: Any) -> Any:
-            made = Exercise(name, lesson, **rest)
-            planted = [(each, probe.sentence) for probe in probes for each in probe.broken]
-            for sentence, some in (mistakes or {}).items():
-                planted += [(each, sentence) for each in ([some] if callable(some) else some)]
-            for probe in probes:
-                made.must(probe.sentence)(probe.passes)
-            made.__dict__ |= {"solution": solution, "mistakes": planted}
-            return solution
-
-        return register
-
-    return exercise

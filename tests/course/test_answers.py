@@ -9,12 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lora_lab.course.exercises
-import lora_lab.course.grading  # noqa: F401
 from lora_lab.costs.memory import saved_bytes
 from lora_lab.course.exercise import EXERCISES, close
 from lora_lab.course.exercises.memory import TARGETS
-from lora_lab.course.grading.invariant import hidden_tests, points
+from lora_lab.course.hidden import points
 from lora_lab.course.judge import judge
 from lora_lab.inject import LoRAConfig, inject
 from lora_lab.models.digits import DigitsMLP
@@ -27,7 +25,7 @@ MyLoRALinear = SOLUTIONS["MyLoRALinear"]
 
 def lost(name, answer):
     """How many points an answer lacks, with each seed."""
-    return [len(hidden_tests(name)) - points(answer, hidden_tests(name), seed) for seed in SEEDS]
+    return [len(EXERCISES[name].points) - points(answer, EXERCISES[name].points, seed) for seed in SEEDS]
 
 
 def solved(name, kind):

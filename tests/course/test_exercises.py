@@ -14,11 +14,9 @@ import pytest
 import torch
 from scipy.stats import t
 
-import lora_lab.course.exercises
-import lora_lab.course.grading  # noqa: F401
 from lora_lab.course.calls import call, untouched
 from lora_lab.course.exercise import EXERCISES, REFLECTIONS
-from lora_lab.course.grading.invariant import hidden_cell, hidden_tests, points
+from lora_lab.course.hidden import hidden_cell, points
 from lora_lab.course.judge import SECONDS, judge
 from tests.helpers import ROOT, run_python
 
@@ -36,7 +34,7 @@ def checks(exercise):
 
 
 def earned(exercise, answer, seed=1):
-    return points(answer, hidden_tests(exercise.name), seed)
+    return points(answer, exercise.points, seed)
 
 
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
@@ -63,7 +61,7 @@ def test_the_solution_passes_and_has_all_points(exercise):
     for _ in checks(exercise):
         verdict = judge(exercise, exercise.solution)
         assert (verdict.passed, verdict.text) == (True, exercise.praise)
-    assert [earned(exercise, exercise.solution, seed) for seed in SEEDS] == 3 * [len(hidden_tests(exercise.name))]
+    assert [earned(exercise, exercise.solution, seed) for seed in SEEDS] == 3 * [len(exercise.points)]
 
 
 @each_mistake
@@ -76,7 +74,7 @@ def test_a_mistake_is_refused_with_its_sentence(exercise, answer, sentence):
 @pytest.mark.slow
 @each_mistake
 def test_a_mistake_loses_a_point(exercise, answer, sentence):
-    assert max(earned(exercise, answer, seed) for seed in SEEDS) < len(hidden_tests(exercise.name))
+    assert max(earned(exercise, answer, seed) for seed in SEEDS) < len(exercise.points)
 
 
 @pytest.mark.slow
@@ -84,7 +82,7 @@ def test_a_mistake_loses_a_point(exercise, answer, sentence):
 def test_points_are_spread_and_do_not_depend_on_what_ran_before(exercise):
     answers = [answer for answer, _ in exercise.mistakes]
     first = [earned(exercise, answer) for answer in answers]
-    assert len(answers) < 4 or set(first) & set(range(1, len(hidden_tests(exercise.name))))
+    assert len(answers) < 4 or set(first) & set(range(1, len(exercise.points)))
     state = torch.get_rng_state()
     torch.rand(3)
     assert [earned(exercise, answer) for answer in answers] == first
@@ -182,7 +180,7 @@ def test_texts_and_numbers_are_in_order(exercise):
     assert len(exercise.hints) == len(set(exercise.hints)) == 3
     assert 1 <= exercise.difficulty <= 3
     assert 2 <= exercise.minutes <= 30
-    tests = hidden_tests(exercise.name)
+    tests = exercise.points
     assert f"lesson {exercise.lesson[:2]}" in inspect.getmodule(tests[0]).__doc__
     assert len({test.__doc__ for test in tests}) == len({test.__name__ for test in tests}) == len(tests) >= 2
     assert exercise.function not in {test.__name__ for test in tests}
@@ -223,7 +221,7 @@ def test_a_hidden_cell_runs_by_itself_and_does_not_call_check(exercise):
     *body, last = tree.body
     exec(compile(ast.Module(body, []), "cell", "exec"), namespace)
     value = eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
-    assert value == len(hidden_tests(exercise.name))
+    assert value == len(exercise.points)
 
 
 @pytest.mark.slow
@@ -250,7 +248,7 @@ def test_what_an_answer_prints_or_warns_of_does_not_reach_the_grade(capfd):
     assert earned(EXERCISES["gradient"], noisy) == 3
     printed, errors = capfd.readouterr()
     assert errors == ""
-    assert printed.splitlines() == [f"holds:         {each.__doc__}" for each in hidden_tests("gradient")]
+    assert printed.splitlines() == [f"holds:         {each.__doc__}" for each in EXERCISES["gradient"].points]
 
 
 def test_every_lesson_has_exercises_and_a_reflection_with_a_rubric():

@@ -6,79 +6,57 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lora_lab.ablation.overfitting import interpolate_at
-from lora_lab.course.exercise import exercises_of
+from lora_lab.ablation import overfitting as learning  # noqa: F401
+from lora_lab.course.exercise import Exercise, Reflection, close
 
-exercise = exercises_of("08_forgetting")
+LESSON = "08_forgetting"
 
 
-def overconfident(rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+# A temperature
+
+
+def overconfident(rng):
     """Logits (pictures, classes) and labels to fit a temperature on, others to judge it on, and temperatures."""
     classes = 5
 
-    def part(count: int, confidence: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(count, confidence):
         labels = rng.integers(0, classes, count)
         logits = rng.normal(size=(count, classes))
         logits[np.arange(count), labels] += 1.0
         return torch.tensor(confidence * logits), torch.tensor(labels)
 
-    logits, labels = part(30, rng.uniform(4, 6))
-    judged, judged_labels = part(20, rng.uniform(9, 14))
-    temperatures = torch.tensor(rng.permutation([0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]))
-    return logits, labels, judged, judged_labels, temperatures
+    fitted, judged = part(30, rng.uniform(4, 6)), part(20, rng.uniform(9, 14))
+    return *fitted, *judged, torch.tensor(rng.permutation([0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]))
 
 
-def _best(logits, labels, temperatures):
-    return min(temperatures, key=lambda T: F.cross_entropy(logits / T, labels))
+FIT, RESULT = "F.cross_entropy(logits / T, labels)", "F.cross_entropy(judged / best, judged_labels)"
 
-
-def _multiplied(logits, labels, judged, judged_labels, temperatures):
-    return F.cross_entropy(judged * _best(logits, labels, temperatures), judged_labels)
-
-
-def _probabilities(logits, labels, judged, judged_labels, temperatures):
-    best = min(temperatures, key=lambda T: F.cross_entropy(logits.softmax(1) / T, labels))
-    return F.cross_entropy(judged.softmax(1) / best, judged_labels)
-
-
-def _by_accuracy(logits, labels, judged, judged_labels, temperatures):
-    best = max(temperatures, key=lambda T: ((logits / T).argmax(1) == labels).sum())
-    return F.cross_entropy(judged / best, judged_labels)
-
-
-@exercise(
+temperature = Exercise(
     "temperature",
+    LESSON,
     inputs=overconfident,
-    mistakes={
-        "You multiply by T. A temperature above 1 must make the model less sure, so divide.": (
-            _multiplied,
-            lambda logits, labels, judged, judged_labels, temperatures: F.cross_entropy(
-                judged * min(temperatures, key=lambda T: F.cross_entropy(logits * T, labels)), judged_labels
-            ),
+    wrong={
+        "You multiply by T. A temperature above 1 must make the model less sure, so divide.": [
+            ("judged / best", "judged * best"),
+            ("judged / best", "judged * best", "logits / T", "logits * T"),
+        ],
+        "You divide probabilities. Divide the logits; cross_entropy does the rest.": [
+            ("judged / best", "judged.softmax(1) / best"),
+            ("judged / best", "judged.softmax(1) / best", "logits / T", "logits.softmax(1) / T"),
+        ],
+        "You chose T by accuracy, which is the same at every T. Choose the lowest loss.": (
+            (FIT, "-((logits / T).argmax(1) == labels).sum()")
         ),
-        "You divide probabilities. Divide the logits; cross_entropy does the rest.": (
-            _probabilities,
-            lambda logits, labels, judged, judged_labels, temperatures: F.cross_entropy(
-                judged.softmax(1) / _best(logits, labels, temperatures), judged_labels
-            ),
-        ),
-        "You chose T by accuracy, which is the same at every T. Choose the lowest loss.": _by_accuracy,
         "You fitted T on what judges it. Fit it on logits and labels, then judge on the others.": (
-            lambda logits, labels, judged, judged_labels, temperatures: F.cross_entropy(
-                judged / _best(judged, judged_labels, temperatures), judged_labels
-            )
+            (FIT, "F.cross_entropy(judged / T, judged_labels)")
         ),
         "This is the loss of the examples that T was fitted on. Judge it on the others.": (
-            lambda logits, labels, judged, judged_labels, temperatures: F.cross_entropy(
-                logits / _best(logits, labels, temperatures), labels
-            )
+            (RESULT, "F.cross_entropy(logits / best, labels)")
         ),
         "Nothing is scaled yet. Divide the judged logits by the temperature that you chose.": (
-            lambda logits, labels, judged, judged_labels, temperatures: F.cross_entropy(judged, judged_labels)
+            ("judged / best", "judged")
         ),
-        "This is the temperature itself. Return the loss of the judged logits after dividing by it.": (
-            lambda logits, labels, judged, judged_labels, temperatures: _best(logits, labels, temperatures)
-        ),
+        "This is the temperature itself. Return the loss of the judged logits after dividing by it.": (RESULT, "best"),
     },
     hints=[
         "F.cross_entropy(logits / T, labels) is the loss at a temperature T.",
@@ -90,17 +68,40 @@ def _by_accuracy(logits, labels, judged, judged_labels, temperatures):
     praise="Dividing changes no answer. What is left cannot be mended by making all answers less sure by one factor.",
     draws=10,
 )
-def temperature(logits, labels, judged, judged_labels, temperatures):
-    """The result is the loss of the judged logits divided by the temperature that suits the other examples best."""
-    best = min(temperatures, key=lambda T: F.cross_entropy(logits / T, labels))
-    return F.cross_entropy(judged / best, judged_labels)
 
 
-def two_runs(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+@temperature.must()
+def divides_the_judged_logits(temperature, rng):
+    """With a single temperature to choose from, the result is the loss of the judged logits divided by it."""
+    logits, judged = torch.from_numpy(rng.normal(0, 3, (2, 12, 5)))
+    labels, judged_labels = torch.from_numpy(rng.integers(0, 5, (2, 12)))
+    losses = [temperature(logits, labels, judged, judged_labels, [T]) for T in (0.5, 2.0, 4.0)]
+    return close(losses, [F.cross_entropy(judged / T, judged_labels) for T in (0.5, 2.0, 4.0)])
+
+
+@temperature.must()
+def is_chosen_on_the_others(temperature, rng):
+    """Of several temperatures it takes the one with the lowest loss on the other examples."""
+    for confidence in (1.5, 4.0, 8.0):
+        labels, judged_labels = torch.from_numpy(rng.integers(0, 5, (2, 60)))
+        logits = confidence * (F.one_hot(labels, 5) + torch.from_numpy(rng.normal(0, 0.8, (60, 5))))
+        judged = confidence / 3 * (F.one_hot(judged_labels, 5) + torch.from_numpy(rng.normal(0, 0.4, (60, 5))))
+        temperatures = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+        best = temperatures[int(np.argmin([F.cross_entropy(logits / T, labels) for T in temperatures]))]
+        expected = F.cross_entropy(judged / best, judged_labels)
+        if not close(temperature(logits, labels, judged, judged_labels, temperatures), expected):
+            return False
+    return True
+
+
+# What was forgotten at equal learning
+
+
+def two_runs(rng):
     """For two methods the validation and the off-domain loss at each evaluation, from before training; and a share."""
     start, off_domain, count = rng.uniform(3, 4), rng.uniform(0.1, 0.5), 14
 
-    def run(learned: float, turn: int) -> dict[str, np.ndarray]:
+    def run(learned, turn):
         places = np.arange(count)
         fallen = np.where(places < turn, 1 - (1 - places / turn) ** 2, 1 - 0.06 * (places - turn))
         rise = np.cumsum(np.r_[0, rng.uniform(0.1, 0.4, count - 1)])
@@ -111,110 +112,47 @@ def two_runs(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], dict[str,
     return runs[order[0]], runs[order[1]], float(rng.choice([0.8, 0.9]))
 
 
-def _learned(run):
-    return run["validation"][0] - run["validation"]
+BOTH = "(learning.interpolate_at(*first, amount), learning.interpolate_at(*second, amount))"
+AT_PLACES = "tuple(lost[{}] for learned, lost in (first, second))"  # that is, at an evaluation of each run
+FIRST = AT_PLACES.format("(learned >= amount).argmax()")
 
-
-def _lost(run):
-    return run["off_domain"] - run["off_domain"][0]
-
-
-def _at(run, amount):
-    return interpolate_at(_learned(run), _lost(run), amount)
-
-
-def _first(run, amount):
-    return (_learned(run) >= amount).argmax()
-
-
-def _amount(full, lora, share):
-    return share * min(_learned(full).max(), _learned(lora).max())
-
-
-def _same_step(full, lora, share):
-    place = max(_first(run, _amount(full, lora, share)) for run in (full, lora))
-    return _lost(full)[place], _lost(lora)[place]
-
-
-def _first_evaluation(full, lora, share):
-    return tuple(_lost(run)[_first(run, _amount(full, lora, share))] for run in (full, lora))
-
-
-def _evaluation_before(full, lora, share):
-    return tuple(_lost(run)[_first(run, _amount(full, lora, share)) - 1] for run in (full, lora))
-
-
-def _nearest_evaluation(full, lora, share):
-    amount = _amount(full, lora, share)
-    return tuple(_lost(run)[np.abs(_learned(run) - amount).argmin()] for run in (full, lora))
-
-
-def _larger_amount(full, lora, share):
-    amount = share * max(_learned(full).max(), _learned(lora).max())
-    return _at(full, amount), _at(lora, amount)
-
-
-def _more_than_one_learned(full, lora, share):
-    amount = max(_learned(full).max(), _learned(lora).max())
-    return tuple(_lost(run)[_first(run, amount)] for run in (full, lora))
-
-
-def _after_the_minimum(full, lora, share):
-    amount = _amount(full, lora, share)
-    return tuple(_lost(run)[np.flatnonzero(_learned(run) >= amount)[-1]] for run in (full, lora))
-
-
-def _learned_at_last(full, lora, share):
-    amount = share * min(_learned(full)[-1], _learned(lora)[-1])
-    return _at(full, amount), _at(lora, amount)
-
-
-@exercise(
+equal_learning = Exercise(
     "equal_learning",
+    LESSON,
     inputs=two_runs,
-    mistakes={
+    wrong={
         "Each is read at its own best. The one that learned less has forgotten less, which proves nothing.": (
-            lambda full, lora, share: tuple(_lost(run)[_learned(run).argmax()] for run in (full, lora))
+            (BOTH, AT_PLACES.format("learned.argmax()"))
         ),
-        "Each is read at its last step. They have not learned the same amount there.": (
-            lambda full, lora, share: (_lost(full)[-1], _lost(lora)[-1])
-        ),
-        "Both are read at the same step. Equal steps are not equal learning.": (
-            _same_step,
-            lambda full, lora, share: tuple(
-                _lost(run)[_first(full, _amount(full, lora, share))] for run in (full, lora)
-            ),
-        ),
-        "This is read at an evaluation, where more or less is learned. Follow the straight line to the amount.": (
-            _first_evaluation,
-            _evaluation_before,
-            _nearest_evaluation,
-        ),
+        "Each is read at its last step. They have not learned the same amount there.": (BOTH, AT_PLACES.format("-1")),
+        "Both are read at the same step. Equal steps are not equal learning.": [
+            (BOTH, AT_PLACES.format("max((run >= amount).argmax() for run, _ in (first, second))")),
+            (BOTH, AT_PLACES.format("(first[0] >= amount).argmax()")),
+        ],
+        "This is read at an evaluation, where more or less is learned. Follow the straight line to the amount.": [
+            (BOTH, FIRST),
+            (BOTH, AT_PLACES.format("(learned >= amount).argmax() - 1")),
+            (BOTH, AT_PLACES.format("abs(learned - amount).argmin()")),
+        ],
         "The amount is what a run has learned at the last step. Take what it has learned at its best.": (
-            _learned_at_last
+            ("each.max()", "each[-1]")
         ),
         "Each has its own amount. Take a share of the smaller of the two amounts for both.": (
-            lambda full, lora, share: tuple(_at(run, share * _learned(run).max()) for run in (full, lora))
+            (BOTH, "tuple(learning.interpolate_at(*run, share * run[0].max()) for run in (first, second))")
         ),
-        "One of them never learned that much. Take the smaller of the two amounts.": (
-            _larger_amount,
-            _more_than_one_learned,
-            lambda full, lora, share: tuple(
-                _lost(run)[_first(run, share * max(_learned(full).max(), _learned(lora).max()))] for run in (full, lora)
-            ),
+        "One of them never learned that much. Take the smaller of the two amounts.": [
+            ("min(", "max("),
+            ("min(", "max(", BOTH, FIRST),
+            ("share * min(", "max(", BOTH, FIRST),
+        ],
+        "The whole amount is used. Multiply it by the share.": ("share * ", ""),
+        "This is read after the minimum. Take the place at which the amount is first learned.": (
+            (BOTH, AT_PLACES.format("np.flatnonzero(learned >= amount)[-1]"))
         ),
-        "The whole amount is used. Multiply it by the share.": (
-            lambda full, lora, share: tuple(_at(run, _amount(full, lora, 1)) for run in (full, lora))
-        ),
-        "This is read after the minimum. Take the place at which the amount is first learned.": _after_the_minimum,
         "These are losses. Forgetting is how far the off-domain loss has risen since the start.": (
-            lambda full, lora, share: tuple(
-                interpolate_at(_learned(run), run["off_domain"], _amount(full, lora, share)) for run in (full, lora)
-            )
+            (" - run['off_domain'][0]", "")
         ),
-        "The two numbers are in the other order. Return that of full first.": (
-            lambda full, lora, share: (_at(lora, _amount(full, lora, share)), _at(full, _amount(full, lora, share)))
-        ),
+        "The two numbers are in the other order. Return that of full first.": ("first, second =", "second, first ="),
     },
     hints=[
         'What a run has learned at each evaluation is run["validation"][0] - run["validation"].',
@@ -226,9 +164,51 @@ def _learned_at_last(full, lora, share):
     praise="Now a method that learns nothing can no longer win by forgetting nothing.",
     draws=12,
 )
-def equal_learning(full, lora, share):
-    """The results are how much each has forgotten where it first learned a share of what the weaker one learned."""
-    learned = [run["validation"][0] - run["validation"] for run in (full, lora)]
-    lost = [run["off_domain"] - run["off_domain"][0] for run in (full, lora)]
-    amount = share * min(each.max() for each in learned)
-    return interpolate_at(learned[0], lost[0], amount), interpolate_at(learned[1], lost[1], amount)
+
+
+def run_of(rng, *learned):
+    """A run that has learned so much at each evaluation, and how much it has lost there."""
+    lost = np.cumsum(np.r_[0, rng.uniform(0.1, 1, len(learned) - 1)])
+    return {"validation": 9.0 - np.array(learned), "off_domain": rng.uniform(0.3, 0.7) + lost}, lost
+
+
+@equal_learning.must()
+def reads_at_equal_learning(equal_learning, rng):
+    """The two numbers are the rise of the off-domain loss where each run has learned the amount, full first."""
+    (slow, little), (fast, much) = run_of(rng, 0, 1, 2, 4), run_of(rng, 0, 2, 4, 8)
+    half, whole = [little[2], much[1]], [little[3], much[2]]
+    one_way = close(equal_learning(slow, fast, 0.5), half) and close(equal_learning(slow, fast, 1.0), whole)
+    return one_way and close(equal_learning(fast, slow, 0.5), half[::-1])
+
+
+@equal_learning.must()
+def follows_the_line_between(equal_learning, rng):
+    """Between two evaluations it follows the straight line."""
+    (slow, little), (fast, much) = run_of(rng, 0, 1, 2, 3, 4), run_of(rng, 0, 2, 4, 6, 8)
+    expected = [np.interp(3.4, [0, 1, 2, 3, 4], little), np.interp(3.4, [0, 2, 4, 6, 8], much)]
+    return close(equal_learning(slow, fast, 0.85), expected)
+
+
+@equal_learning.must()
+def reads_where_it_was_first_learned(equal_learning, rng):
+    """The amount is a share of what the weaker run learned at its best, and counts where it was first learned."""
+    (turning, little), (lasting, much) = run_of(rng, 0, 2, 4, 3.6, 2), run_of(rng, 0, 3, 5, 7, 8)
+    return close(equal_learning(turning, lasting, 0.75), [np.interp(3, [0, 2, 4], little[:3]), much[1]])
+
+
+Reflection(
+    LESSON,
+    question="*LoRA learns less and forgets less.* In five to eight sentences: how can both halves be true "
+    "without one method being better than the other, at which point of two runs would you compare what "
+    "was forgotten, and what would you measure to find out whether something was lost or only covered?",
+    rubric=(
+        "The answer says that forgetting goes along with learning, so that less of both can come from a lower rate.",
+        "The runs are compared where they have learned equally much, or at equal validation loss.",
+        "It says how the rates were chosen, or that the choice must not decide the result.",
+        "It names a measurement that separates lost from covered, such as a temperature, or a few old examples.",
+    ),
+    expected="With a lower rate any method learns less and forgets less, so the two must be read where they have "
+    "learned the same amount. A rate is chosen for each method by what it learns, and full fine-tuning "
+    "compared with itself at rates that tie shows how much the choice alone makes. Old answers that come "
+    "back after dividing the logits, or after a few old examples, were covered and not lost.",
+)

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from typing import Any
+import random  # noqa: F401
 
 import numpy as np
 import torch
 from torch import nn
 
-from lora_lab.course.exercise import Probe, exercises_of, normal
+from lora_lab import tasks  # noqa: F401
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
 from lora_lab.lora import LoRALinear
-from lora_lab.task import IGNORE
 from lora_lab.tasks.datasets import cldr_names
-from lora_lab.tasks.metrics import translation
 
-exercise = exercises_of("09_many_tasks")
-Split = Callable[[list[str], int], Sequence[Sequence[int]]]
+LESSON = "09_many_tasks"
 
 
 # A split without siblings
 
+NAMES, SHUFFLE, TENTH = "sorted(set(groups))", "random.Random(seed).shuffle(names)", "max(1, len(names) // 10)"
+ROWS = "[row for row, name in enumerate(groups) if name in part]"
+TRAIN, VALIDATION, TEST = "names[2 * tenth:]", "names[:tenth]", "names[tenth:2 * tenth]"
 
-def _groups(rng: np.random.Generator, count: int) -> list[str]:
-    """The group of each row: ``count`` groups of two or three rows each, in random order."""
+split = Exercise(
+    "split",
+    LESSON,
+    hints=[
+        "Shuffle the names of the groups, cut that list in three, and then look up which rows are in each part.",
+        "sorted(set(groups)) has each name once, whatever the order of the rows; random.Random(seed) can shuffle it.",
+        "A tenth is max(1, count // 10) groups; the rows of a part are those whose group is in it.",
+    ],
+    minutes=8,
+    praise="No test text has a sibling in training now, so the score is a score on new texts.",
+)
+
+
+def siblings(rng, count):
+    """The group of each row: so many groups of two or three rows each, in random order."""
     names = [f"text-{number}" for number in rng.choice(1000, count, replace=False)]
-    rows = [name for name in names for _ in range(int(rng.integers(2, 4)))]
-    return [str(name) for name in rng.permutation(rows)]
+    return [str(name) for name in rng.permutation([name for i, name in enumerate(names) for _ in range(2 + i % 2)])]
 
 
-def _seeds(rng: np.random.Generator) -> list[int]:
-    return [int(seed) for seed in rng.choice(10_000, 2, replace=False)]
+def seeds(rng):
+    """Two different seeds."""
+    return rng.choice(10_000, 2, replace=False).tolist()
 
 
-def _parts_of_groups(split: Split, groups: list[str], seed: int) -> list[set[str]]:
+def names_in(split, groups, seed):
     """The groups in each part."""
     return [{groups[row] for row in part} for part in split(list(groups), seed)]
 
 
-def _three_lists_of_rows(split: Split, rng: np.random.Generator) -> bool:
-    groups = _groups(rng, 20)
-    parts = split(list(groups), _seeds(rng)[0])
+@split.must(
+    "The result must be three lists of row numbers: training, validation, test.",
+    (ROWS, "sorted(part)"),
+    (f", {TEST}", ""),
+)
+def has_three_lists_of_rows(split, rng):
+    groups = siblings(rng, 20)
+    parts = split(list(groups), seeds(rng)[0])
     return (
         isinstance(parts, list | tuple)
         and len(parts) == 3
@@ -50,202 +67,124 @@ def _three_lists_of_rows(split: Split, rng: np.random.Generator) -> bool:
     )
 
 
-def _each_row_once(split: Split, rng: np.random.Generator) -> bool:
-    groups = _groups(rng, int(rng.integers(20, 40)))
-    return sorted(row for part in split(list(groups), _seeds(rng)[0]) for row in part) == list(range(len(groups)))
-
-
-def _no_siblings(split: Split, rng: np.random.Generator) -> bool:
-    groups = _groups(rng, int(rng.integers(20, 40)))
-    parts = _parts_of_groups(split, groups, _seeds(rng)[0])
-    return sum(map(len, parts)) == len(set(groups))
-
-
-def _no_part_is_empty(split: Split, rng: np.random.Generator) -> bool:
-    return all(len(part) > 0 for part in split(_groups(rng, int(rng.integers(3, 7))), _seeds(rng)[0]))
-
-
-def _most_are_for_training(split: Split, rng: np.random.Generator) -> bool:
-    groups = _groups(rng, int(rng.integers(30, 40)))
-    train, validation, test = _parts_of_groups(split, groups, _seeds(rng)[0])
-    return len(train) >= 0.65 * len(set(groups)) and len(validation) > 1 < len(test)
-
-
-def _seed_decides(split: Split, rng: np.random.Generator) -> bool:
-    groups, (first, second) = _groups(rng, 30), _seeds(rng)
-    return _parts_of_groups(split, groups, first) != _parts_of_groups(split, groups, second)
-
-
-def _seed_repeats(split: Split, rng: np.random.Generator) -> bool:
-    groups, (seed, _) = _groups(rng, 30), _seeds(rng)
-    return _parts_of_groups(split, groups, seed) == _parts_of_groups(split, groups, seed)
-
-
-def _order_of_rows_is_free(split: Split, rng: np.random.Generator) -> bool:
-    groups, (seed, _) = _groups(rng, 70), _seeds(rng)  # so many that the order of a set depends on that of its rows
-    other = [str(name) for name in rng.permutation(groups)]
-    return _parts_of_groups(split, groups, seed) == _parts_of_groups(split, other, seed)
-
-
-def _rows_of(groups: list[str], *parts: Sequence[str]) -> list[list[int]]:
-    return [[row for row, group in enumerate(groups) if group in part] for part in parts]
-
-
-def _shuffled(items: Sequence[Any], seed: int | None) -> list[Any]:
-    shuffled = list(items)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled
-
-
-def _split_rows(groups, seed):
-    rows, tenth = _shuffled(range(len(groups)), seed), len(groups) // 10
-    return rows[2 * tenth :], rows[:tenth], rows[tenth : 2 * tenth]
-
-
-def _split_rounding_down(groups, seed):
-    names, tenth = _shuffled(sorted(set(groups)), seed), len(set(groups)) // 10
-    return _rows_of(groups, names[2 * tenth :], names[:tenth], names[tenth : 2 * tenth])
-
-
-def _cut(groups, names):
-    tenth = max(1, len(names) // 10)
-    return _rows_of(groups, names[2 * tenth :], names[:tenth], names[tenth : 2 * tenth])
-
-
-def _split_losing_some(groups, seed):
-    names, tenth = _shuffled(sorted(set(groups)), seed), max(1, len(set(groups)) // 10)
-    return _rows_of(groups, names[: 7 * tenth], names[-2 * tenth : -tenth], names[-tenth:])
-
-
-def _split_in_thirds(groups, seed):
-    names = _shuffled(sorted(set(groups)), seed)
-    third = len(names) // 3
-    return _rows_of(groups, names[2 * third :], names[:third], names[third : 2 * third])
-
-
-def _two_parts(groups, seed):
-    return split(groups, seed)[:2]
-
-
-def _training_on_all(groups, seed):
-    return [list(range(len(groups))), *split(groups, seed)[1:]]
-
-
-def _tenth_for_training(groups, seed):
-    train, validation, test = split(groups, seed)
-    return validation, train, test
-
-
-def _names_of_groups(groups, seed):
-    return [sorted({groups[row] for row in part}) for part in split(groups, seed)]
-
-
-@exercise(
-    "split",
-    probes=[
-        Probe(
-            _three_lists_of_rows,
-            "The result must be three lists of row numbers: training, validation, test.",
-            (_names_of_groups, _two_parts),
-        ),
-        Probe(
-            _each_row_once,
-            "Some rows are in no part, or in two. Each row belongs to exactly one.",
-            (_split_losing_some, _training_on_all),
-        ),
-        Probe(
-            _no_siblings,
-            "Some test texts have a sibling in training. Split the groups, not the rows.",
-            (_split_rows,),
-        ),
-        Probe(
-            _no_part_is_empty,
-            "With few groups a part stays empty. Give validation and test one group at least.",
-            (_split_rounding_down,),
-        ),
-        Probe(
-            _most_are_for_training,
-            "Too little is left to learn from. Validation and test get about a tenth of the groups each.",
-            (_split_in_thirds, _tenth_for_training),
-        ),
-        Probe(
-            _seed_decides,
-            "Every seed gives the same split. Shuffle the groups with the seed before you cut.",
-            (
-                lambda groups, seed: _cut(groups, sorted(set(groups))),
-                lambda groups, seed: _cut(groups, _shuffled(sorted(set(groups)), 0)),
-            ),
-        ),
-        Probe(
-            _seed_repeats,
-            "One seed gives a different split each time. Draw from a generator that starts at the seed.",
-            (lambda groups, seed: _cut(groups, _shuffled(sorted(set(groups)), None)),),
-        ),
-        Probe(
-            _order_of_rows_is_free,
-            "The same texts in another order are split differently. Sort the groups before you shuffle.",
-            (
-                lambda groups, seed: _cut(groups, _shuffled(list(dict.fromkeys(groups)), seed)),
-                lambda groups, seed: _cut(groups, _shuffled(list(set(groups)), seed)),
-            ),
-        ),
-    ],
-    hints=[
-        "Shuffle the names of the groups, cut that list in three, and then look up which rows are in each part.",
-        "sorted(set(groups)) has each name once, whatever the order of the rows; random.Random(seed) can shuffle it.",
-        "A tenth is max(1, count // 10) groups; the rows of a part are those whose group is in it.",
-    ],
-    minutes=8,
-    difficulty=1,
-    praise="No test text has a sibling in training now, so the score is a score on new texts.",
+@split.must(
+    "Some rows are in no part, or in two. Each row belongs to exactly one.",
+    (TRAIN, "names[3 * tenth:]"),
+    (TRAIN, "names"),
 )
-def split(groups, seed):
-    """Each row is in one part, each group too; no part is empty; seed and groups alone decide which."""
-    names = sorted(set(groups))
-    random.Random(seed).shuffle(names)
-    tenth = max(1, len(names) // 10)
-    parts = names[2 * tenth :], names[:tenth], names[tenth : 2 * tenth]
-    return [[row for row, group in enumerate(groups) if group in part] for part in parts]
+def loses_no_row(split, rng):
+    groups = siblings(rng, int(rng.integers(20, 40)))
+    return sorted(row for part in split(list(groups), seeds(rng)[0]) for row in part) == list(range(len(groups)))
+
+
+@split.must(
+    "Some test texts have a sibling in training. Split the groups, not the rows.",
+    (NAMES, "list(range(len(groups)))", ROWS, "part"),
+)
+def parts_no_siblings(split, rng):
+    groups = siblings(rng, int(rng.integers(20, 40)))
+    return sum(map(len, names_in(split, groups, seeds(rng)[0]))) == len(set(groups))
+
+
+@split.must(
+    "With few groups a part stays empty. Give validation and test one group at least.",
+    (TENTH, "len(names) // 10"),
+)
+def has_each_row_once(split, rng):
+    """Each row is in exactly one of three parts, no group is in two, and no part is empty, also with four groups."""
+    for count in (3, 4, 25):
+        groups = siblings(rng, count)
+        parts = [list(part) for part in split(list(groups), seeds(rng)[0])]
+        rows = sorted(row for part in parts for row in part) == list(range(len(groups)))
+        names = [{groups[row] for row in part} for part in parts]
+        if not (rows and len(parts) == 3 and all(parts) and sum(map(len, names)) == count):
+            return False
+    return True
+
+
+@split.must(
+    "Too little is left to learn from. Validation and test get about a tenth of the groups each.",
+    ("// 10", "// 3"),
+    (f"{TRAIN}, {VALIDATION}", f"{VALIDATION}, {TRAIN}"),
+)
+def leaves_most_for_training(split, rng):
+    """Of all rows about eight tenths are for training, and validation and test share the others."""
+    groups = siblings(rng, int(rng.integers(30, 50)))
+    parts = [list(part) for part in split(list(groups), seeds(rng)[0])]
+    covered = sorted(row for part in parts for row in part) == list(range(len(groups)))
+    train, validation, test = (len(part) / len(groups) for part in parts)
+    return covered and 0.65 < train < 0.9 and 0.04 < validation < 0.2 and 0.04 < test < 0.2
+
+
+@split.must(
+    "Every seed gives the same split. Shuffle the groups with the seed before you cut.",
+    (SHUFFLE, "pass"),
+    ("Random(seed)", "Random(0)"),
+)
+def follows_the_seed(split, rng):
+    groups, (first, second) = siblings(rng, 30), seeds(rng)
+    return names_in(split, groups, first) != names_in(split, groups, second)
+
+
+@split.must(
+    "One seed gives a different split each time. Draw from a generator that starts at the seed.",
+    ("Random(seed)", "Random()"),
+)
+def repeats_itself(split, rng):
+    groups, (seed, _) = siblings(rng, 30), seeds(rng)
+    return names_in(split, groups, seed) == names_in(split, groups, seed)
+
+
+@split.must(
+    "The same texts in another order are split differently. Sort the groups before you shuffle.",
+    (NAMES, "list(dict.fromkeys(groups))"),
+    (NAMES, "list(set(groups))"),
+)
+def follows_seed_and_groups(split, rng):
+    """The seed and the groups alone decide: again the same, not in another order of the rows, but with another seed."""
+    groups, (seed, other) = siblings(rng, 70), seeds(rng)  # so many that a set's order depends on that of its rows
+    cases = (groups, seed), (groups, seed), ([str(name) for name in rng.permutation(groups)], seed), (groups, other)
+    parts = [names_in(split, *case) for case in cases]
+    return parts[0] == parts[1] == parts[2] != parts[3] and len(parts[0][0]) > 1
 
 
 # The loss on the answer alone
 
 
-def conversation(rng: np.random.Generator) -> tuple[list[int], int]:
+def conversation(rng):
     """Different token ids of a prompt and its answer, and where the answer begins."""
     start, answer = int(rng.integers(4, 7)), int(rng.integers(3, 6))
     return [int(token) for token in rng.choice(np.arange(10, 99), start + answer, replace=False)], start
 
 
-@exercise(
+labels = Exercise(
     "labels",
+    LESSON,
     inputs=conversation,
-    mistakes={
-        "The prompt counts, too, so the model is paid for repeating the question. Use IGNORE there.": (
-            lambda ids, start: ids[1:]
-        ),
-        "Each label is the token itself. It has to be the next token, which the model is to predict.": (
-            lambda ids, start: [IGNORE] * start + ids[start:],
-            lambda ids, start: [IGNORE] * start + ids[start:-1],
-        ),
-        "The end of the turn is left out, so the model will never learn to stop.": (
-            lambda ids, start: [IGNORE] * (start - 1) + ids[start:-1],
-            lambda ids, start: [IGNORE] * (start - 1) + ids[start:-1] + [IGNORE],
-        ),
+    wrong={
+        "The prompt counts, too, so the model is paid for repeating the question. Use IGNORE there.": "return ids[1:]",
+        "Each label is the token itself. It has to be the next token, which the model is to predict.": [
+            ("(start - 1)", "start"),
+            ("(start - 1)", "start", "ids[start:]", "ids[start:-1]"),
+        ],
+        "The end of the turn is left out, so the model will never learn to stop.": [
+            ("ids[start:]", "ids[start:-1]"),
+            ("ids[start:]", "ids[start:-1] + [tasks.IGNORE]"),
+        ],
         "The prompt's labels are token 0. Where a label does not count, write tasks.IGNORE, which is -100.": (
-            lambda ids, start: [0] * (start - 1) + ids[start:]
+            ("tasks.IGNORE", "0")
         ),
         "What does not count is None, and a loss needs numbers. Use tasks.IGNORE, which is -100.": (
-            lambda ids, start: [None] * (start - 1) + ids[start:]
+            ("tasks.IGNORE", "None")
         ),
         "The first token of the answer is left out. It is the label of the prompt's last token.": (
-            lambda ids, start: [IGNORE] * start + ids[start + 1 :]
+            ("(start - 1)", "start", "ids[start:]", "ids[start + 1:]")
         ),
         "The last token of the prompt counts. It is given, so the label before it is IGNORE.": (
-            lambda ids, start: [IGNORE] * (start - 2) + ids[start - 1 :]
+            ("(start - 1)", "(start - 2)", "ids[start:]", "ids[start - 1:]")
         ),
         "The answer is ignored, and the prompt is learned. It is the other way round.": (
-            lambda ids, start: ids[1:start] + [IGNORE] * (len(ids) - start)
+            "return ids[1:start] + [tasks.IGNORE] * (len(ids) - start)"
         ),
     },
     hints=[
@@ -257,168 +196,36 @@ def conversation(rng: np.random.Generator) -> tuple[list[int], int]:
     difficulty=2,
     praise="One token off, and a model learns to repeat questions or never to stop; the loss looks fine in both cases.",
 )
-def labels(ids, start):
-    """For each token that is read, the label is the next one if that is part of the answer, and IGNORE otherwise."""
-    return [IGNORE] * (start - 1) + ids[start:]
+
+
+def some_conversations(rng):
+    """Token ids, all different, and where the answer begins."""
+    sizes = ((9, 4), (12, 5), (7, 2))
+    return [(rng.choice(range(10, 99), size, replace=False).tolist(), start) for size, start in sizes]
+
+
+@labels.must()
+def ignores_the_prompt(labels, rng):
+    """There is a label for each token that is read, and before the answer each is -100."""
+    results = [(list(labels(list(ids), start)), len(ids), start) for ids, start in some_conversations(rng)]
+    return all(len(row) == size - 1 and row[: start - 1] == [-100] * (start - 1) for row, size, start in results)
+
+
+@labels.must()
+def predicts_the_answer_and_its_end(labels, rng):
+    """From the last token of the prompt on, each label is the next token, up to the end of the turn."""
+    cases = some_conversations(rng)
+    return all(list(labels(list(ids), start))[start - 1 :] == ids[start:] for ids, start in cases)
 
 
 # Switch without a trace
 
+SET_ALPHA, SET_FACTORS = "layer.alpha = alpha", "layer.lora_A, layer.lora_B = ("
+MERGE_AND_UNMERGE = "W = layer.base.weight.data\n    W += layer.delta()\n    W -= layer.delta()\n    "
 
-def _case(rng: np.random.Generator) -> tuple[LoRALinear, torch.Tensor, torch.Tensor, float, torch.Tensor]:
-    """A layer with an adapter of rank 2, another one of rank 3 for it, its alpha, and inputs (4, 6)."""
-    base = nn.Linear(6, 5, bias=False)
-    base.weight.data = normal(rng, 5, 6)
-    layer = LoRALinear(base, rank=2, alpha=5.0)
-    with torch.no_grad():
-        layer.lora_A.copy_(normal(rng, 2, 6))
-        layer.lora_B.copy_(normal(rng, 5, 2))
-    return layer, normal(rng, 3, 6), normal(rng, 5, 3), float(rng.choice([7.0, 8.0, 11.0])), normal(rng, 4, 6)
-
-
-def _base_is_unchanged(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, _ = _case(rng)
-    before, first = layer.base.weight.clone(), (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
-    switch(layer, A, B, alpha)
-    switch(layer, *first, 5.0)
-    return torch.equal(layer.base.weight, before)
-
-
-def _former_adapter_is_gone(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, x = _case(rng)
-    before = layer(x)
-    switch(layer, A, B, alpha)
-    return not torch.equal(layer(x), before)
-
-
-def _factors_are_the_new_ones(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, _ = _case(rng)
-    switch(layer, A, B, alpha)
-    return all(
-        torch.equal(part, new) if part.shape == new.shape else False
-        for part, new in ((layer.lora_A, A), (layer.lora_B, B))
-    )
-
-
-def _alpha_is_the_new_one(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, _ = _case(rng)
-    switch(layer, A, B, alpha)
-    return layer.alpha != 5.0
-
-
-def _scaling_is_alpha_by_rank(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, x = _case(rng)
-    switch(layer, A, B, alpha)
-    expected = x @ layer.base.weight.T + alpha / len(A) * (x @ A.T) @ B.T  # (4, 5)
-    return torch.allclose(layer(x), expected, atol=1e-4)
-
-
-def _can_be_trained(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, _ = _case(rng)
-    switch(layer, A, B, alpha)
-    return all(isinstance(part, nn.Parameter) and part.requires_grad for part in (layer.lora_A, layer.lora_B))
-
-
-def _stored_adapter_is_a_copy(switch: Callable[..., Any], rng: np.random.Generator) -> bool:
-    layer, A, B, alpha, _ = _case(rng)
-    stored = A.clone(), B.clone()
-    switch(layer, A, B, alpha)
-    with torch.no_grad():  # as a training step would
-        layer.lora_A.add_(1)
-        layer.lora_B.add_(1)
-    return torch.equal(A, stored[0]) and torch.equal(B, stored[1])
-
-
-@torch.no_grad()
-def _add_to_the_base(layer, A, B, alpha):
-    layer.base.weight += alpha / len(A) * B @ A
-
-
-@torch.no_grad()
-def _subtract_and_add(layer, A, B, alpha):
-    layer.base.weight += layer.delta()
-    layer.base.weight -= layer.delta()
-    switch_adapter(layer, A, B, alpha)
-
-
-def _replace_half(layer, A, B, alpha):
-    layer.lora_A = nn.Parameter(torch.cat([layer.lora_A[:1], A[1:]]))
-    layer.lora_B, layer.alpha = nn.Parameter(B.clone()), alpha
-
-
-def _stack(layer, A, B, alpha):
-    layer.lora_A = nn.Parameter(torch.cat([layer.lora_A, A]))
-    layer.lora_B = nn.Parameter(torch.cat([layer.lora_B, B], dim=1))
-    layer.alpha = alpha
-
-
-def _average(layer, A, B, alpha):
-    switch_adapter(
-        layer, (A + layer.lora_A.detach().mean(0)) / 2, (B + layer.lora_B.detach().mean(1)[:, None]) / 2, alpha
-    )
-
-
-def _divided_alpha(layer, A, B, alpha):
-    switch_adapter(layer, A, B, alpha / len(A))
-
-
-def _factors_alone(layer, A, B, alpha):
-    layer.lora_A, layer.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-
-
-def _no_parameters(layer, A, B, alpha):
-    del layer.lora_A, layer.lora_B
-    layer.lora_A, layer.lora_B, layer.alpha = A.clone(), B.clone(), alpha
-
-
-def _frozen(layer, A, B, alpha):
-    switch_adapter(layer, A, B, alpha)
-    layer.requires_grad_(False)
-
-
-def _without_copies(layer, A, B, alpha):
-    layer.lora_A, layer.lora_B, layer.alpha = nn.Parameter(A), nn.Parameter(B), alpha
-
-
-@exercise(
+switch_adapter = Exercise(
     "switch_adapter",
-    probes=[
-        Probe(
-            _base_is_unchanged,
-            "The base changed, and rounding alone keeps it from coming back. Leave layer.base as it is.",
-            (_subtract_and_add, _add_to_the_base),
-        ),
-        Probe(
-            _former_adapter_is_gone,
-            "The layer still computes with the former adapter. Give it the new A and B.",
-            (lambda layer, A, B, alpha: None,),
-        ),
-        Probe(
-            _factors_are_the_new_ones,
-            "The former adapter is still in the layer. Replace all of A and all of B.",
-            (_replace_half, _stack, _average),
-        ),
-        Probe(
-            _alpha_is_the_new_one,
-            "The scaling is still of the former alpha. Set layer.alpha as well.",
-            (_factors_alone,),
-        ),
-        Probe(
-            _scaling_is_alpha_by_rank,
-            "The scaling is wrong. The layer divides alpha by the rank itself, so store alpha as it is.",
-            (_divided_alpha,),
-        ),
-        Probe(
-            _can_be_trained,
-            "The new A and B cannot be trained later. Make each an nn.Parameter, which requires a gradient.",
-            (_no_parameters, _frozen),
-        ),
-        Probe(
-            _stored_adapter_is_a_copy,
-            "The layer shares memory with the stored adapter, so training would change that. Copy A and B.",
-            (_without_copies,),
-        ),
-    ],
+    LESSON,
     hints=[
         "An adapter is three things: layer.lora_A, layer.lora_B and layer.alpha. Nothing else has to change.",
         "The rank may differ, so copying into the old tensors can fail: make new nn.Parameters.",
@@ -428,85 +235,105 @@ def _without_copies(layer, A, B, alpha):
     difficulty=2,
     praise="W0 was never written to, so switching a thousand times leaves no trace.",
 )
-def switch_adapter(layer, A, B, alpha):
-    """The layer computes with the new adapter, whatever its rank, and its base is the same bit for bit."""
-    layer.lora_A, layer.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-    layer.alpha = alpha
+
+
+def to_be_switched(rng):
+    """A layer with an adapter of rank 2 and alpha 5, an adapter of rank 3 for it with its alpha, and inputs (4, 6)."""
+    layer = LoRALinear(nn.Linear(6, 5), 2, 5.0)
+    layer.lora_B.data.copy_(normal(rng, 5, 2))
+    return layer, (normal(rng, 3, 6), normal(rng, 5, 3), float(rng.choice([7.0, 8.0, 11.0]))), normal(rng, 4, 6)
+
+
+@switch_adapter.must(
+    "The base changed, and rounding alone keeps it from coming back. Leave layer.base as it is.",
+    (SET_FACTORS, MERGE_AND_UNMERGE + SET_FACTORS),
+    "layer.base.weight.data += alpha / len(A) * B @ A",
+)
+def leaves_the_base(switch_adapter, rng):
+    layer, new, _ = to_be_switched(rng)
+    before, first = layer.base.weight.clone(), (layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), 5.0)
+    switch_adapter(layer, *new)
+    switch_adapter(layer, *first)
+    return torch.equal(layer.base.weight, before)
+
+
+@switch_adapter.must("The layer still computes with the former adapter. Give it the new A and B.", "pass")
+def switches_there_and_back(switch_adapter, rng):
+    """After a switch there and back the base is the same bit for bit, and in between the layer was another."""
+    layer, new, x = to_be_switched(rng)
+    before, output = [parameter.clone() for parameter in layer.base.parameters()], layer(x)
+    first = layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), 5.0
+    switch_adapter(layer, *new)
+    between = layer(x)
+    switch_adapter(layer, *first)
+    same = all(torch.equal(one, other) for one, other in zip(layer.base.parameters(), before, strict=True))
+    return same and not close(between, output)
+
+
+@switch_adapter.must(
+    "The former adapter is still in the layer. Replace all of A and all of B.",
+    ("A.clone()", "torch.cat([layer.lora_A[:1], A[1:]])"),
+    ("A.clone()", "torch.cat([layer.lora_A, A])", "B.clone()", "torch.cat([layer.lora_B, B], dim=1)"),
+    ("A.clone()", "(A + layer.lora_A.mean(0)) / 2", "B.clone()", "(B + layer.lora_B.mean(1)[:, None]) / 2"),
+)
+def replaces_the_factors(switch_adapter, rng):
+    layer, (A, B, alpha), _ = to_be_switched(rng)
+    switch_adapter(layer, A, B, alpha)
+    return torch.equal(layer.lora_A, A) and torch.equal(layer.lora_B, B)
+
+
+@switch_adapter.must("The scaling is still of the former alpha. Set layer.alpha as well.", (SET_ALPHA, "pass"))
+def replaces_alpha(switch_adapter, rng):
+    layer, new, _ = to_be_switched(rng)
+    switch_adapter(layer, *new)
+    return layer.alpha != 5.0
+
+
+@switch_adapter.must(
+    "The scaling is wrong. The layer divides alpha by the rank itself, so store alpha as it is.",
+    (SET_ALPHA, "layer.alpha = alpha / len(A)"),
+)
+def computes_with_the_new_one(switch_adapter, rng):
+    """The layer computes its base plus the new adapter, of another rank and another alpha."""
+    layer, (A, B, alpha), x = to_be_switched(rng)
+    switch_adapter(layer, A, B, alpha)
+    return close(layer(x), layer.base(x) + alpha / 3 * x @ A.T @ B.T)
+
+
+@switch_adapter.must(
+    "The new A and B cannot be trained later. Make each an nn.Parameter, which requires a gradient.",
+    "del layer.lora_A, layer.lora_B\nlayer.lora_A, layer.lora_B, layer.alpha = A.clone(), B.clone(), alpha",
+    (SET_ALPHA, f"{SET_ALPHA}\n    layer.requires_grad_(False)"),
+)
+def makes_parameters(switch_adapter, rng):
+    layer, new, _ = to_be_switched(rng)
+    switch_adapter(layer, *new)
+    return all(isinstance(part, nn.Parameter) and part.requires_grad for part in (layer.lora_A, layer.lora_B))
+
+
+@switch_adapter.must(
+    "The layer shares memory with the stored adapter, so training would change that. Copy A and B.",
+    (".clone()", ""),
+)
+def can_be_trained_afterwards(switch_adapter, rng):
+    """The new factors are parameters that are trained, and training them does not change what was passed."""
+    layer, (A, B, alpha), _ = to_be_switched(rng)
+    stored = A.clone(), B.clone()
+    switch_adapter(layer, A, B, alpha)
+    for factor in (layer.lora_A, layer.lora_B):
+        if not (isinstance(factor, nn.Parameter) and factor.requires_grad):
+            return False
+        factor.data.add_(1)  # as a training step would
+    return layer.lora_A.shape == A.shape and torch.equal(A, stored[0]) and torch.equal(B, stored[1])
 
 
 # Beat the score
 
+LOWER = "French writes languages and currencies in lower case, and chrF counts capitals. Change the case."
 
-def _answered(answer: Callable[[str], str], rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:
-    """250 English names, drawn anew, their French names, and the answers."""
-    names = cldr_names("fr")
-    english = [str(name) for name in rng.choice(sorted(names), 250, replace=False)]
-    return english, [names[name] for name in english], [answer(name) for name in english]
-
-
-def _gain(answer: Callable[[str], str], rng: np.random.Generator) -> float:
-    """The chrF of the answers minus that of the English names in lower case."""
-    english, french, answers = _answered(answer, rng)
-    small = translation([name.lower() for name in english], french)
-    return translation(answers, french)["chrf"] - small["chrf"]
-
-
-def _answers_are_texts(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
-    return all(isinstance(answer(str(name)), str) for name in rng.choice(sorted(cldr_names("fr")), 5))
-
-
-def _answers_are_no_leak(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
-    _, french, answers = _answered(answer, rng)
-    return sum(map(str.__eq__, answers, french)) < 0.25 * len(french)  # rules reach a tenth
-
-
-def _answers_differ(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
-    return len(set(_answered(answer, rng)[2])) > 50
-
-
-def _case_is_lower(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
-    answers = "".join(_answered(answer, rng)[2])
-    return answers == answers.lower() or _gain(answer, rng) > -3
-
-
-def _score_is_beaten(answer: Callable[[str], str], rng: np.random.Generator) -> bool:
-    return _gain(answer, rng) > 1
-
-
-def _from_a_list(name):
-    names = cldr_names("fr")
-    return names[name] if len(name) % 5 < 2 else name.lower()
-
-
-@exercise(
+guess_french = Exercise(
     "guess_french",
-    probes=[
-        Probe(
-            _answers_are_texts,
-            "The result must be a string, your guess at the French name.",
-            (lambda name: None, lambda name: name.split()),
-        ),
-        Probe(
-            _answers_are_no_leak,
-            "Over a quarter of the answers are exactly right, so they were looked up. That is a leak of the test.",
-            (lambda name: cldr_names("fr")[name], _from_a_list),
-        ),
-        Probe(
-            _answers_differ,
-            "Many names get the same answer, which scores below the English names. Begin with the name itself.",
-            (lambda name: "franc français", lambda name: name[:1]),
-        ),
-        Probe(
-            _case_is_lower,
-            "French writes languages and currencies in lower case, and chrF counts capitals. Change the case.",
-            (lambda name: name, lambda name: name.upper()),
-        ),
-        Probe(
-            _score_is_beaten,
-            "This scores about as much as the English name in lower case. Look at endings and at word order.",
-            (lambda name: name.lower(), lambda name: name.lower().replace("y", "i")),
-        ),
-    ],
+    LESSON,
     hints=[
         "name.lower() gives the score to beat. Then look at ten pairs, and at what happens to endings such as -ian.",
         'An adjective follows its noun: "Malian Franc" is "franc malien". Reverse two words.',
@@ -517,7 +344,88 @@ def _from_a_list(name):
     praise="Your rules know hardly a word of French and use no language model. That is how little this score asks for.",
     draws=2,
 )
-def guess_french(name):
-    """The chrF of the answers is above that of the English names in lower case, by more than a point."""
-    words = name.lower().replace("ian", "ien").replace("islands", "îles").split()
-    return " ".join(reversed(words)) if len(words) == 2 else " ".join(words)
+
+
+def guesses(guess_french, rng):
+    """250 English names, drawn anew, their French names, and the guesses."""
+    names = cldr_names("fr")
+    english = [str(name) for name in rng.choice(sorted(names), 250, replace=False)]
+    return english, [names[name] for name in english], [guess_french(name) for name in english]
+
+
+def gain(guess_french, rng):
+    """The chrF of the guesses minus that of the English names in lower case."""
+    from sacrebleu import corpus_chrf
+
+    english, french, guessed = guesses(guess_french, rng)
+    scores = [corpus_chrf(each, [french]).score for each in (guessed, [name.lower() for name in english])]
+    return scores[0] - scores[1]
+
+
+@guess_french.must("The result must be a string, your guess at the French name.", "return None", "return name.split()")
+def writes_texts(guess_french, rng):
+    return {*map(type, guesses(guess_french, rng)[2])} == {str}
+
+
+@guess_french.must(
+    "Over a quarter of the answers are exactly right, so they were looked up. That is a leak of the test.",
+    "return cldr_names('fr')[name]",
+    "return cldr_names('fr')[name] if len(name) % 5 < 2 else name.lower()",
+)
+def looks_nothing_up(guess_french, rng):
+    _, french, guessed = guesses(guess_french, rng)
+    return sum(map(str.__eq__, guessed, french)) < 0.25 * len(french)  # rules reach a tenth
+
+
+@guess_french.must(
+    "Many names get the same answer, which scores below the English names. Begin with the name itself.",
+    "return 'franc français'",
+    "return name[:1]",
+)
+def tells_names_apart(guess_french, rng):
+    return len({*guesses(guess_french, rng)[2]}) > 50
+
+
+@guess_french.must(LOWER, "return name")
+def writes_guesses_of_its_own(guess_french, rng):
+    """The guesses differ from each other and mostly from the names, and few are exactly right, as none is looked up."""
+    english, french, guessed = guesses(guess_french, rng)
+    right, kept = (sum(map(str.__eq__, guessed, names)) for names in (french, english))
+    return {*map(type, guessed)} == {str} and len({*guessed}) > 50 and kept < 125 and right < 62
+
+
+@guess_french.must(LOWER, "return name.upper()")
+def writes_small_letters(guess_french, rng):
+    guessed = "".join(guesses(guess_french, rng)[2])
+    return guessed == guessed.lower() or gain(guess_french, rng) > -3
+
+
+@guess_french.must(
+    "This scores about as much as the English name in lower case. Look at endings and at word order.",
+    "return name.lower()",
+    "return name.lower().replace('y', 'i')",
+)
+def beats_the_english_names(guess_french, rng):
+    """Their chrF is more than a point above that of the English names in lower case."""
+    return bool(gain(guess_french, rng) > 1)
+
+
+Reflection(
+    LESSON,
+    question="A colleague fine-tunes an adapter on pairs from a manual; the loss on the test answers falls to a "
+    "third, and she reports that *the model knows the manual now*. In five to eight sentences: what else "
+    "could have made the loss fall, which baselines and which split would you ask for, and what could an "
+    "adapter have taught at all?",
+    rubric=(
+        "The answer says that the loss can fall because the form of the answers was learned.",
+        "It names a baseline that knows nothing, such as one answer for all, and the model asked well "
+        "without training.",
+        "It says what a split by rows lets through.",
+        "It names a test that would show knowledge, and says what result would convince.",
+    ),
+    expected="The form of the answers, their length and their first words make the loss fall without any "
+    "knowledge. Baselines: one answer for all, a bag of words, the untrained model with examples in its "
+    "prompt. A split by rows puts variants of one text on both sides, so groups must stay together. "
+    "Knowledge shows in questions on new texts, or in other words, where the score is above all of these "
+    "by more than its error.",
+)

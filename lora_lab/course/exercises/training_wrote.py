@@ -3,172 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
+import numpy as np  # noqa: F401
 import torch
-from torch import Tensor
+from torch.nn import functional as F  # noqa: F401
 from torch.overrides import TorchFunctionMode
 
-from lora_lab.course.exercise import Probe, exercises_of, normal
-from lora_lab.rank import product_svd
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
 
-exercise = exercises_of("11_what_training_wrote")
+LESSON = "11_what_training_wrote"
 
 
 # The SVD of a product, from its factors
 
-Decomposition = tuple[Tensor, Tensor, Tensor]
+PARTS, CORE = "(Q_B @ U, S, Vh @ Q_A.T)", "R_B @ R_A.T"
 
-
-class _LargestTensor(TorchFunctionMode):
-    """Remembers the number of entries of the largest tensor that any function returns, and whether one left torch."""
-
-    entries = 0
-    left_torch = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left_torch |= func.__name__ in ("numpy", "tolist", "__array__", "__dlpack__")
-        result = func(*args, **(kwargs or {}))
-        parts = result if isinstance(result, tuple) else (result,)
-        self.entries = max([self.entries, *(part.numel() for part in parts if isinstance(part, Tensor))])
-        return result
-
-
-def _factors(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """B (out, r) and A (r, in), whose product is much larger than both."""
-    out, inp = (int(size) for size in rng.permutation([40, 50, 60])[:2])
-    rank = int(rng.integers(3, 6))
-    return normal(rng, out, rank), normal(rng, rank, inp)
-
-
-def _returns_three(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    result = answer(*_factors(rng))
-    return isinstance(result, tuple | list) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)
-
-
-def _returns_Vh(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    B, A = _factors(rng)
-    return answer(B, A)[2].shape != A.T.shape
-
-
-def _stays_in_torch(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    with _LargestTensor() as largest:
-        answer(*_factors(rng))
-    return not largest.left_torch
-
-
-def _forms_no_product(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    B, A = _factors(rng)
-    with _LargestTensor() as largest:
-        answer(B, A)
-    return largest.entries < len(B) * A.shape[1]
-
-
-def _has_reduced_shapes(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    B, A = _factors(rng)
-    U, S, Vh = answer(B, A)
-    return U.shape == B.shape and Vh.shape == A.shape and S.shape == (len(A),)
-
-
-def _is_orthonormal(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    B, A = _factors(rng)
-    U, _, Vh = answer(B, A)
-    identity = torch.eye(len(A))
-    return torch.allclose(U.T @ U, identity, atol=1e-4) and torch.allclose(Vh @ Vh.T, identity, atol=1e-4)
-
-
-def _is_sorted(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    S = answer(*_factors(rng))[1]
-    return bool((S[1:] <= S[:-1]).all())
-
-
-def _gives_the_product(answer: Callable[..., Decomposition], rng: np.random.Generator) -> bool:
-    B, A = _factors(rng)
-    U, S, Vh = answer(B, A)
-    return torch.allclose(U * S @ Vh, B @ A, rtol=1e-4, atol=1e-4)
-
-
-def _dense(B: Tensor, A: Tensor) -> Decomposition:
-    U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-    return U[:, : len(A)], S[: len(A)], Vh[: len(A)]
-
-
-def _short_side_first(B: Tensor, A: Tensor) -> Decomposition:
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A)
-    U, S, Vh = torch.linalg.svd(R_B @ Q_A)
-    return Q_B @ U, S, Vh @ R_A
-
-
-def _normalised_factors(B: Tensor, A: Tensor) -> Decomposition:
-    lengths = B.norm(dim=0), A.norm(dim=1)
-    S, order = (lengths[0] * lengths[1]).sort(descending=True)
-    return (B / lengths[0])[:, order], S, (A / lengths[1][:, None])[order]
-
-
-def _without_transposing(B: Tensor, A: Tensor) -> Decomposition:
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A)
-    return Q_B @ U, S, Vh @ Q_A.T
-
-
-def _with_one_factor(B: Tensor, A: Tensor) -> Decomposition:
-    (Q_B, R_B), (Q_A, _) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R_B)
-    return Q_B @ U, S, Vh @ Q_A.T
-
-
-def _ascending(B: Tensor, A: Tensor) -> Decomposition:
-    U, S, Vh = product_svd(B, A)
-    return U.flip(1), S.flip(0), Vh.flip(0)
-
-
-def _by_numpy(B: Tensor, A: Tensor) -> Any:
-    U, S, Vh = np.linalg.svd(B.numpy() @ A.numpy(), full_matrices=False)
-    return tuple(torch.from_numpy(part) for part in (U[:, : len(A)], S[: len(A)], Vh[: len(A)]))
-
-
-@exercise(
+svd_of_product = Exercise(
     "svd_of_product",
-    probes=[
-        Probe(
-            _returns_three,
-            "Return three tensors: U, S and Vh.",
-            (lambda B, A: product_svd(B, A).S, lambda B, A: tuple(part.numpy() for part in product_svd(B, A))),
-        ),
-        Probe(
-            _returns_Vh,
-            "The last result is V. Return it transposed, as Vh (r, in), so that its rows are directions.",
-            (lambda B, A: (*product_svd(B, A)[:2], product_svd(B, A).Vh.T),),
-        ),
-        Probe(
-            _stays_in_torch,
-            "B or A was converted to an array or a list, where no check sees what is formed. Compute with tensors.",
-            (_by_numpy,),
-        ),
-        Probe(
-            _forms_no_product,
-            "A matrix as large as B A was formed. For a million inputs and outputs it would take 4 TB.",
-            (_dense, lambda B, A: tuple(torch.linalg.svd(B @ A, full_matrices=False))),
-        ),
-        Probe(
-            _has_reduced_shapes,
-            "The shapes are wrong. B A has at most r singular values: U is (out, r), S is (r,) and Vh is (r, in).",
-            (lambda B, A: (product_svd(B, A).U, torch.diag(product_svd(B, A).S), product_svd(B, A).Vh),),
-        ),
-        Probe(
-            _is_orthonormal,
-            "The columns of U or the rows of Vh are not orthonormal. Take the QR of B and of A transposed, both tall.",
-            (_short_side_first, _normalised_factors),
-        ),
-        Probe(_is_sorted, "The singular values ascend. By convention the largest comes first.", (_ascending,)),
-        Probe(
-            _gives_the_product,
-            "U diag(S) Vh is not B A. The small matrix in the middle is R_B times R_A transposed.",
-            (_without_transposing, _with_one_factor, lambda B, A: (*product_svd(B, A)[:2], -product_svd(B, A).Vh)),
-        ),
-    ],
+    LESSON,
     hints=[
         "torch.linalg.qr(B) splits a tall matrix into Q, with orthonormal columns, and a small triangular R (r, r).",
         "With QR of B and of A transposed, B A is Q_B (R_B R_A^T) Q_A^T, and what stands in brackets is only (r, r).",
@@ -178,227 +30,136 @@ def _by_numpy(B: Tensor, A: Tensor) -> Any:
     difficulty=3,
     praise="So an adapter's spectrum costs almost nothing, however large the layer.",
 )
-def svd_of_product(B, A):
-    """U diag(S) Vh = B A with r orthonormal directions, largest first, and no matrix as large as B A is formed."""
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def factors(rng):
+    """B (out, r) and A (r, in), whose product is much larger than both."""
+    out, inp = rng.permutation([40, 50, 60])[:2].tolist()
+    rank = int(rng.integers(3, 6))
+    return normal(rng, out, rank), normal(rng, rank, inp)
+
+
+def largest_formed(svd_of_product, B, A):
+    """The number of entries of the largest tensor that is formed; infinite if numbers leave torch, where none sees."""
+    sizes = [0.0]
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            parts = result if isinstance(result, tuple) else (result,)
+            sizes.extend(part.numel() for part in parts if isinstance(part, torch.Tensor))
+            sizes.extend([math.inf] * (function.__name__ in ("numpy", "tolist", "__array__", "__dlpack__")))
+            return result
+
+    with Watch():
+        svd_of_product(B, A)
+    return max(sizes)
+
+
+@svd_of_product.must(
+    "Return three tensors: U, S and Vh.",
+    (PARTS, "S"),
+    (PARTS, f"tuple(part.numpy() for part in {PARTS})"),
+)
+def has_three_tensors(svd_of_product, rng):
+    result = svd_of_product(*factors(rng))
+    three = isinstance(result, tuple | list) and len(result) == 3
+    return three and all(isinstance(part, torch.Tensor) for part in result)
+
+
+@svd_of_product.must(
+    "The last result is V. Return it transposed, as Vh (r, in), so that its rows are directions.",
+    ("Vh @ Q_A.T", "Q_A @ Vh.T"),
+)
+def has_V_transposed(svd_of_product, rng):
+    B, A = factors(rng)
+    return svd_of_product(B, A)[2].shape != A.T.shape
+
+
+DENSE = "U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)\n"
+NUMPY = "U, S, Vh = map(torch.from_numpy, np.linalg.svd(B.numpy() @ A.numpy(), full_matrices=False))\n"
+CUT = "return U[:, :len(A)], S[:len(A)], Vh[:len(A)]"
+
+
+@svd_of_product.must(
+    "B or A was converted to an array or a list, where no check sees what is formed. Compute with tensors.",
+    NUMPY + CUT,
+)
+def stays_in_torch(svd_of_product, rng):
+    return largest_formed(svd_of_product, *factors(rng)) < math.inf
+
+
+@svd_of_product.must(
+    "A matrix as large as B A was formed. For a million inputs and outputs it would take 4 TB.",
+    DENSE + CUT,
+    DENSE + "return U, S, Vh",
+)
+def forms_no_product(svd_of_product, rng):
+    B, A = factors(rng)
+    return largest_formed(svd_of_product, B, A) < len(B) * A.shape[1]
+
+
+@svd_of_product.must(
+    "The shapes are wrong. B A has at most r singular values: U is (out, r), S is (r,) and Vh is (r, in).",
+    (PARTS, "(Q_B @ U, torch.diag(S), Vh @ Q_A.T)"),
+)
+def forms_nothing_large(svd_of_product, rng):
+    """No matrix as large as B A is formed, and nothing leaves torch."""
+    B, A = factors(rng)
+    U, S, Vh = svd_of_product(B, A)
+    small = largest_formed(svd_of_product, B, A) < len(B) * A.shape[1]
+    return small and (U.shape, S.shape, Vh.shape) == (B.shape, (len(A),), A.shape)
+
+
+def orthonormal(columns):
+    """Whether the columns of a matrix are orthonormal."""
+    return bool((abs(columns.T @ columns - torch.eye(columns.shape[1])) < 1e-4).all())
+
+
+@svd_of_product.must(
+    "The columns of U or the rows of Vh are not orthonormal. Take the QR of B and of A transposed, both tall.",
+    ("qr(A.T)", "qr(A)", CORE, "R_B @ Q_A", "Vh @ Q_A.T", "Vh @ R_A"),
+    """
+    lengths = B.norm(dim=0), A.norm(dim=1)
+    S, order = (lengths[0] * lengths[1]).sort(descending=True)
+    return (B / lengths[0])[:, order], S, (A / lengths[1][:, None])[order]
+    """,
+)
+def has_orthonormal_parts(svd_of_product, rng):
+    U, _, Vh = svd_of_product(*factors(rng))
+    return orthonormal(U) and orthonormal(Vh.T)
+
+
+@svd_of_product.must(
+    "The singular values ascend. By convention the largest comes first.",
+    (PARTS, "((Q_B @ U).flip(1), S.flip(0), (Vh @ Q_A.T).flip(0))"),
+)
+def has_orthonormal_directions(svd_of_product, rng):
+    """The columns of U and the rows of Vh are orthonormal, and S, positive, begins with the largest."""
+    U, S, Vh = svd_of_product(*factors(rng))
+    return bool((S[1:] <= S[:-1]).all() and (S > 0).all()) and orthonormal(U) and orthonormal(Vh.T)
+
+
+@svd_of_product.must(
+    "U diag(S) Vh is not B A. The small matrix in the middle is R_B times R_A transposed.",
+    (CORE, "R_B @ R_A"),
+    (CORE, "R_B"),
+    ("Vh @ Q_A.T", "-Vh @ Q_A.T"),
+)
+def gives_the_product(svd_of_product, rng):
+    """U (out, r) times S (r) times Vh (r, in) is B A."""
+    B, A = factors(rng)
+    U, S, Vh = svd_of_product(B, A)
+    return (U.shape, S.shape, Vh.shape) == (B.shape, (len(A),), A.shape) and close(U * S @ Vh, B @ A)
 
 
 # A band of noise
 
-Statistic = Callable[[Tensor], Any]
-DRAWS = 39
+START, TIMES, IF_NONE, BAND = "values = []", "range(39)", "if rank is None:", "(min(values), max(values))"
 
-
-class _Watched:
-    """A statistic that remembers the matrices that it was called with, and what it returned."""
-
-    def __init__(self) -> None:
-        self.matrices: list[Tensor] = []
-        self.values: list[float] = []
-
-    def __call__(self, matrix: Tensor) -> float:
-        self.matrices.append(matrix.clone())
-        exact = matrix.double()  # in float32, two draws may have one value by rounding
-        self.values.append(float(exact.norm() / torch.linalg.matrix_norm(exact, 2)))
-        return self.values[-1]
-
-
-def _watch(answer: Callable[..., Any], rng: np.random.Generator, rank: int | None) -> tuple[Any, _Watched, Any]:
-    """The shape of the noise, what the statistic was called with, and the band."""
-    shape = tuple(int(size) for size in rng.permutation([8, 10, 12])[:2])
-    watched = _Watched()
-    band = answer(shape, rank, watched, torch.Generator().manual_seed(int(rng.integers(2**31))))
-    return shape, watched, band
-
-
-def _calls_the_statistic(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return len(_watch(answer, rng, 3)[1].matrices) > 0
-
-
-def _returns_two_numbers(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    _, _, band = _watch(answer, rng, 3)
-    try:
-        _, _ = map(float, band)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _draws_that_shape(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    shape, watched, _ = _watch(answer, rng, 3)
-    return all(matrix.shape == shape for matrix in watched.matrices)
-
-
-def _draws_that_rank(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    rank = int(rng.integers(2, 5))
-    return all(torch.linalg.matrix_rank(matrix) == rank for matrix in _watch(answer, rng, rank)[1].matrices)
-
-
-def _draws_full_rank(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    shape, watched, _ = _watch(answer, rng, None)
-    return bool(watched.matrices) and all(torch.linalg.matrix_rank(matrix) == min(shape) for matrix in watched.matrices)
-
-
-def _draws_more_than_once(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(len(_watch(answer, rng, rank)[1].matrices) > 1 for rank in (None, 3))
-
-
-def _draws_39(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return all(len(_watch(answer, rng, rank)[1].matrices) == DRAWS for rank in (None, 3))
-
-
-def _draws_anew(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    return len(set(_watch(answer, rng, 3)[1].values)) == DRAWS
-
-
-def _draws_normal(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    entries = torch.stack(_watch(answer, rng, None)[1].matrices)
-    return abs(float(entries.mean())) < 0.3 * float(entries.std()) and float(entries.abs().max() / entries.std()) > 2.5
-
-
-def _follows_the_generator(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    first, second = (answer((8, 10), 3, _Watched(), torch.Generator().manual_seed(seed)) for seed in (7, 7))
-    return bool(np.allclose(first, second))
-
-
-def _returns_the_extremes(answer: Callable[..., Any], rng: np.random.Generator) -> bool:
-    _, watched, band = _watch(answer, rng, 3)
-    low, high = band  # of any number type: float32 rounds by 6e-8
-    return math.isclose(low, min(watched.values), rel_tol=1e-5) and math.isclose(
-        high, max(watched.values), rel_tol=1e-5
-    )
-
-
-def _noise(shape: Any, rank: int | None, generator: torch.Generator | None) -> Tensor:
-    if rank is None:
-        return torch.randn(*shape, generator=generator)
-    return torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
-
-
-def _band(values: list[Any]) -> tuple[Any, Any]:
-    return min(values), max(values)
-
-
-def _of_one_matrix(shape: Any, rank: int | None, statistic: Statistic, generator: torch.Generator) -> Any:
-    noise = _noise(shape, rank, generator)
-    return _band([statistic(noise) for _ in range(DRAWS)])
-
-
-@exercise(
+noise_band = Exercise(
     "noise_band",
-    probes=[
-        Probe(
-            _calls_the_statistic,
-            "The statistic was never called. Noise and update are compared by the same statistic: like with like.",
-            (lambda shape, rank, statistic, generator: (0.0, float(min(shape))),),
-        ),
-        Probe(
-            _returns_two_numbers,
-            "Return two numbers, the lowest value and the highest, and not the values themselves.",
-            (
-                lambda shape, rank, statistic, generator: [
-                    statistic(_noise(shape, rank, generator)) for _ in range(DRAWS)
-                ],
-            ),
-        ),
-        Probe(
-            _draws_that_shape,
-            "The noise has another shape than the update. Its statistics depend on the shape.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise((max(shape), max(shape)), rank, generator)) for _ in range(DRAWS)]
-                ),
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape[::-1], rank, generator)) for _ in range(DRAWS)]
-                ),
-            ),
-        ),
-        Probe(
-            _draws_that_rank,
-            "An adapter's noise is a product of two Gaussian factors, so that it has the adapter's rank.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, None, generator)) for _ in range(DRAWS)]
-                ),
-            ),
-        ),
-        Probe(
-            _draws_full_rank,
-            "With rank None there is no adapter: the noise is one Gaussian matrix of full rank.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, rank or 4, generator)) for _ in range(DRAWS)]
-                ),
-            ),
-        ),
-        Probe(
-            _draws_more_than_once,
-            "One draw gives a point, and a band needs many. Take 39 draws.",
-            (lambda shape, rank, statistic, generator: _band([statistic(_noise(shape, rank, generator))]),),
-        ),
-        Probe(
-            _draws_39,
-            "The number of draws is not 39. With more or fewer, the extremes hold another share than 95 % of draws.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, rank, generator)) for _ in range(3)]
-                ),
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, rank, generator)) for _ in range(DRAWS + 1)]
-                ),
-            ),
-        ),
-        Probe(
-            _draws_anew,
-            "Some draws are equal. Draw a new matrix each time, from the generator as it is.",
-            (
-                _of_one_matrix,
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, rank, generator.manual_seed(0))) for _ in range(DRAWS)]
-                ),
-            ),
-        ),
-        Probe(
-            _draws_normal,
-            "The entries are not normally distributed around 0. Draw them with torch.randn.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [
-                        statistic(
-                            torch.rand(*shape, generator=generator)
-                            if rank is None
-                            else torch.rand(shape[0], rank, generator=generator)
-                            @ torch.rand(rank, shape[1], generator=generator)
-                        )
-                        for _ in range(DRAWS)
-                    ]
-                ),
-            ),
-        ),
-        Probe(
-            _follows_the_generator,
-            "Two calls with equal generators give two bands. Pass generator=generator to each draw.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, rank, None)) for _ in range(DRAWS)]
-                ),
-            ),
-        ),
-        Probe(
-            _returns_the_extremes,
-            "Return the lowest and the highest value of the statistic, in this order.",
-            (
-                lambda shape, rank, statistic, generator: _band(
-                    [statistic(_noise(shape, rank, generator)) for _ in range(DRAWS)]
-                )[::-1],
-                lambda shape, rank, statistic, generator: (
-                    lambda values: (np.mean(values) - 2 * np.std(values), np.mean(values) + 2 * np.std(values))
-                )([statistic(_noise(shape, rank, generator)) for _ in range(DRAWS)]),
-            ),
-        ),
-    ],
+    LESSON,
     hints=[
         "Make an empty list, draw 39 times, and append the statistic of each draw.",
         "torch.randn(rows, columns, generator=generator) draws a Gaussian matrix.",
@@ -408,68 +169,187 @@ def _of_one_matrix(shape: Any, rank: int | None, statistic: Statistic, generator
     difficulty=2,
     praise="Of all draws, 95 % lie between the extremes of 39. Now ask what this noise has in common with training.",
 )
-def noise_band(shape, rank, statistic, generator):
-    """The lowest and highest of 39 new draws of Gaussian noise with the update's shape and rank."""
-    values = []
-    for _ in range(39):
-        if rank is None:
-            noise = torch.randn(*shape, generator=generator)
-        else:
-            B = torch.randn(shape[0], rank, generator=generator)
-            noise = B @ torch.randn(rank, shape[1], generator=generator)
-        values.append(statistic(noise))
-    return min(values), max(values)
+
+
+def watched(noise_band, rng, rank):
+    """The shape of the noise, the matrices that the statistic was called with, its values, and the band."""
+    shape, matrices, values = tuple(rng.permutation([8, 10, 12])[:2].tolist()), [], []
+
+    def statistic(matrix):
+        matrices.append(matrix.clone())
+        values.append(float(matrix.double().norm()))  # in float32, two draws may have one value by rounding
+        return values[-1]
+
+    band = noise_band(shape, rank, statistic, torch.Generator().manual_seed(int(rng.integers(2**31))))
+    return shape, matrices, values, band
+
+
+def ranks_of(matrices):
+    """The ranks of some matrices of one shape."""
+    return {*torch.linalg.matrix_rank(torch.stack(matrices)).tolist()}
+
+
+def band_of(noise_band, seed):
+    """The lowest and the highest largest entry of noise (8, 10) from a generator with that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [float(each) for each in noise_band((8, 10), None, lambda matrix: float(matrix.max()), generator)]
+
+
+@noise_band.must(
+    "The statistic was never called. Noise and update are compared by the same statistic: like with like.",
+    "return 0.0, float(min(shape))",
+)
+def calls_the_statistic(noise_band, rng):
+    return len(watched(noise_band, rng, 3)[1]) > 0
+
+
+@noise_band.must(
+    "Return two numbers, the lowest value and the highest, and not the values themselves.", (BAND, "values")
+)
+def returns_two_numbers(noise_band, rng):
+    try:
+        _, _ = map(float, watched(noise_band, rng, 3)[3])
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@noise_band.must(
+    "The noise has another shape than the update. Its statistics depend on the shape.",
+    (START, f"{START}\n    shape = (max(shape), max(shape))"),
+    (START, f"{START}\n    shape = shape[::-1]"),
+)
+def draws_that_shape(noise_band, rng):
+    runs = [watched(noise_band, rng, rank) for rank in (None, 3)]
+    return all({*(matrix.shape for matrix in matrices)} <= {shape} for shape, matrices, _, _ in runs)
+
+
+@noise_band.must(
+    "An adapter's noise is a product of two Gaussian factors, so that it has the adapter's rank.",
+    (IF_NONE, "if True:"),
+)
+def draws_that_rank(noise_band, rng):
+    rank = int(rng.integers(2, 5))
+    return ranks_of(watched(noise_band, rng, rank)[1]) == {rank}
+
+
+@noise_band.must(
+    "With rank None there is no adapter: the noise is one Gaussian matrix of full rank.",
+    (START, f"{START}\n    rank = rank or 4"),
+)
+def draws_full_rank(noise_band, rng):
+    shape, matrices, _, _ = watched(noise_band, rng, None)
+    return len(matrices) > 0 and ranks_of(matrices) == {min(shape)}
+
+
+@noise_band.must("One draw gives a point, and a band needs many. Take 39 draws.", (TIMES, "range(1)"))
+def draws_more_than_once(noise_band, rng):
+    return all(len(watched(noise_band, rng, rank)[1]) > 1 for rank in (None, 3))
+
+
+@noise_band.must(
+    "The number of draws is not 39. With more or fewer, the extremes hold another share than 95 % of draws.",
+    (TIMES, "range(3)"),
+    (TIMES, "range(40)"),
+)
+def draws_39_times(noise_band, rng):
+    return all(len(watched(noise_band, rng, rank)[1]) == 39 for rank in (None, 3))
+
+
+@noise_band.must(
+    "Some draws are equal. Draw a new matrix each time, from the generator as it is.",
+    (TIMES, "range(1)", "values.append(statistic(noise))", "values = [statistic(noise) for _ in range(39)]"),
+    (IF_NONE, f"generator.manual_seed(0)\n        {IF_NONE}"),
+)
+def draws_39_matrices(noise_band, rng):
+    """The statistic is called with 39 different matrices of the update's shape, of its rank or of full rank."""
+    for rank in (3, None, 2):
+        shape, matrices, values, _ = watched(noise_band, rng, rank)
+        if {matrix.shape for matrix in matrices} != {shape} or ranks_of(matrices) != {rank or min(shape)}:
+            return False
+        if len(matrices) != 39 or len(set(values)) != 39:
+            return False
+    return True
+
+
+def normally_distributed(matrices):
+    """Whether the entries are spread around 0, and some lie far out."""
+    entries = torch.stack(matrices)
+    return abs(float(entries.mean())) < 0.1 * float(entries.std()) and float(abs(entries).max() / entries.std()) > 2.5
+
+
+@noise_band.must(
+    "The entries are not normally distributed around 0. Draw them with torch.randn.", ("torch.randn", "torch.rand")
+)
+def draws_normal_entries(noise_band, rng):
+    return normally_distributed(watched(noise_band, rng, None)[1])
+
+
+@noise_band.must(
+    "Two generators give one band. Draw from the generator that is passed, not from one of your own.",
+    (START, f"{START}\n    generator = torch.Generator()"),
+)
+def has_no_generator_of_its_own(noise_band, rng):
+    return not close(band_of(noise_band, 5), band_of(noise_band, 6))
+
+
+@noise_band.must(
+    "Two calls with equal generators give two bands. Pass generator=generator to each draw.",
+    ("generator=generator", "generator=None"),
+)
+def draws_gaussian_noise(noise_band, rng):
+    """The noise is Gaussian around 0, and the generator alone decides it."""
+    bands = [band_of(noise_band, seed) for seed in (5, 5, 6)]
+    normal_entries = normally_distributed(watched(noise_band, rng, None)[1])
+    return normal_entries and close(bands[0], bands[1]) and not close(bands[0], bands[2])
+
+
+@noise_band.must(
+    "Return the lowest and the highest value of the statistic, in this order.",
+    (BAND, "(max(values), min(values))"),
+    (BAND, "(np.mean(values) - 2 * np.std(values), np.mean(values) + 2 * np.std(values))"),
+)
+def ends_at_the_extremes(noise_band, rng):
+    """The result is the lowest and the highest value of the statistic, in this order."""
+    _, _, values, (low, high) = watched(noise_band, rng, 3)
+    return len(values) > 5 and close([float(low), float(high)], [min(values), max(values)])
 
 
 # Overlap
 
 
-def two_subspaces(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def two_subspaces(rng):
     """Two factors A, (i, n) and (j, n), which share some of their directions; i and j differ."""
     n = int(rng.integers(9, 13))
-    i, j = (int(size) for size in rng.permutation([2, 3, 4, 5])[:2])
+    i, j = rng.permutation([2, 3, 4, 5])[:2].tolist()
     first, second = normal(rng, i, n), normal(rng, j, n)
     second[0] = first[0] + 0.3 * second[0]  # so that they share more than chance gives
     return float(rng.uniform(2, 4)) * first, second
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.T)[0]
+BASES, SMALLER = "(torch.linalg.qr(first.T)[0], torch.linalg.qr(second.T)[0])", "min(len(first), len(second))"
 
-
-def _phi(first: Tensor, second: Tensor) -> Tensor:
-    return (_orthonormal(first).T @ _orthonormal(second)).square().sum() / min(len(first), len(second))
-
-
-@exercise(
+phi = Exercise(
     "phi",
+    LESSON,
     inputs=two_subspaces,
-    mistakes={
-        "The rows are not orthonormal yet. Take Q of the QR decomposition of each factor transposed first.": (
-            lambda first, second: (first @ second.T).square().sum() / min(len(first), len(second)),
-            lambda first, second: (
-                (first / first.norm(dim=1, keepdim=True) @ (second / second.norm(dim=1, keepdim=True)).T).square().sum()
-                / min(len(first), len(second))
-            ),
-        ),
-        "The norm is not squared. phi is the sum of the squared entries, divided.": (
-            lambda first, second: (_orthonormal(first).T @ _orthonormal(second)).norm() / min(len(first), len(second))
-        ),
+    wrong={
+        "The rows are not orthonormal yet. Take Q of the QR decomposition of each factor transposed first.": [
+            (BASES, "(first.T, second.T)"),
+            (BASES, "(F.normalize(first).T, F.normalize(second).T)"),
+        ],
+        "The norm is not squared. phi is the sum of the squared entries, divided.": (".square().sum()", ".norm()"),
         "You divided by the larger number of directions. Divide by the smaller, so that 1 means contained.": (
-            lambda first, second: _phi(first, second) * min(len(first), len(second)) / max(len(first), len(second))
+            ("min(", "max(")
         ),
-        "You divided by both numbers of directions. Divide by the smaller alone.": (
-            lambda first, second: _phi(first, second) / max(len(first), len(second)),
-            lambda first, second: _phi(first, second) * min(len(first), len(second)) / (len(first) + len(second)),
-        ),
+        "You divided by both numbers of directions. Divide by the smaller alone.": [
+            (SMALLER, "(len(first) * len(second))"),
+            (SMALLER, "(len(first) + len(second))"),
+        ],
         "Nothing was divided. Divide by the smaller number of directions, so that phi lies between 0 and 1.": (
-            lambda first, second: _phi(first, second) * min(len(first), len(second))
+            (f" / {SMALLER}", "")
         ),
-        "You summed absolute values. phi sums squares: they do not depend on the basis.": (
-            lambda first, second: (
-                (_orthonormal(first).T @ _orthonormal(second)).abs().sum() / min(len(first), len(second))
-            )
-        ),
+        "You summed absolute values. phi sums squares: they do not depend on the basis.": ("square", "abs"),
     },
     hints=[
         "A subspace is described by orthonormal columns: Q, _ = torch.linalg.qr(first.T) has the shape (n, i).",
@@ -481,16 +361,39 @@ def _phi(first: Tensor, second: Tensor) -> Tensor:
     praise="By chance phi is max(i, j) / n. Whether more than that means learning is for a control to say.",
     rtol=1e-4,
 )
-def phi(first, second):
-    """||Q1^T Q2||^2 / min(i, j) for the subspaces that the rows of the two factors span: 1 means contained."""
-    Q1, Q2 = torch.linalg.qr(first.T)[0], torch.linalg.qr(second.T)[0]
-    return (Q1.T @ Q2).square().sum() / min(len(first), len(second))
+
+
+@phi.must()
+def knows_a_subspace_again(phi, rng):
+    """It is 1 if one subspace contains the other, whatever the basis, and smaller than 1 for others."""
+    rows = torch.from_numpy(rng.normal(size=(4, 11)))
+    mixed, other = torch.from_numpy(rng.normal(size=(2, 4))) @ rows, torch.from_numpy(rng.normal(size=(2, 11)))
+    return close([float(phi(rows, mixed)), float(phi(mixed, rows))], [1, 1]) and 0 < float(phi(rows, other)) < 0.99
+
+
+@phi.must()
+def is_zero_for_strangers(phi, rng):
+    """It is 0 for perpendicular subspaces, and larger than 0 for others."""
+    Q = torch.linalg.qr(torch.from_numpy(rng.normal(size=(11, 11))))[0]
+    mixed = torch.from_numpy(rng.normal(size=(2, 2))) @ Q[:2]
+    return abs(float(phi(mixed, Q[4:7]))) < 1e-6 and float(phi(mixed, Q[1:4])) > 0.1
+
+
+@phi.must()
+def is_the_share_of_the_smaller(phi, rng):
+    """In between it is the sum of the squared cosines of the principal angles, over the smaller dimension."""
+    for sizes in ((2, 4), (5, 3)):
+        first, second = (torch.from_numpy(rng.normal(size=(size, 9))) for size in sizes)
+        projections = [rows.T @ torch.linalg.inv(rows @ rows.T) @ rows for rows in (first, second)]
+        if not close(float(phi(first, second)), float((projections[0] @ projections[1]).trace()) / min(sizes)):
+            return False
+    return True
 
 
 # Intruders at equal size
 
 
-def weight_and_update(rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+def weight_and_update(rng):
     """W (out, in), an update of some norm, and the size that it is to get, relative to W's norm.
 
     The update writes four new directions, and strengthens four weak ones that W has. If W has one output more than
@@ -506,53 +409,37 @@ def weight_and_update(rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
     return W, float(rng.uniform(15, 25)) * update, float(rng.uniform(0.7, 1.3))
 
 
-def _scaled(W: Tensor, update: Tensor, size: float) -> Tensor:
-    return size * W.norm() / update.norm() * update
+WEIGHTS = "(W, W + update)"
 
-
-def _count(old: Tensor, new: Tensor) -> int:
-    return int(((old.T @ new).abs().amax(0) < 0.5).sum())
-
-
-def _left(W: Tensor) -> Tensor:
-    return torch.linalg.svd(W, full_matrices=False)[0]
-
-
-@exercise(
+intruders = Exercise(
     "intruders",
+    LESSON,
     inputs=weight_and_update,
-    mistakes={
-        "The update keeps its own size. Scale it first, so that its norm is size times W's.": (
-            lambda W, update, size: _count(_left(W), _left(W + update)[:, :10]),
-            lambda W, update, size: _count(_left(W), _left(W + size * update)[:, :10]),
-        ),
-        "The update's norm is size, and should be size times W's norm.": (
-            lambda W, update, size: _count(_left(W), _left(W + size * update / update.norm())[:, :10])
-        ),
-        "You decomposed the update. An intruder is a leading direction of the tuned weight, W + update.": (
-            lambda W, update, size: _count(_left(W), _left(update)[:, :10])
-        ),
-        "A direction has no sign: u and -u are one. Take the absolute value of the cosine.": (
-            lambda W, update, size: int(
-                ((_left(W).T @ _left(W + _scaled(W, update, size))[:, :10]).amax(0) < 0.5).sum()
-            )
-        ),
+    wrong={
+        "The update keeps its own size. Scale it first, so that its norm is size times W's.": [
+            ("size * W.norm() / update.norm() * ", ""),
+            (" * W.norm() / update.norm()", ""),
+        ],
+        "The update's norm is size, and should be size times W's norm.": (" * W.norm()", ""),
+        "You decomposed the update. An intruder is a leading direction of the tuned weight, W + update.": [
+            (WEIGHTS, "(W, update)"),
+            (WEIGHTS, "(W, update)", "size * W.norm() / update.norm() * ", ""),
+        ],
+        "A direction has no sign: u and -u are one. Take the absolute value of the cosine.": (".abs()", ""),
         "You compared also with directions that W does not have. Decompose with full_matrices=False.": (
-            lambda W, update, size: _count(
-                torch.linalg.svd(W)[0], torch.linalg.svd(W + _scaled(W, update, size))[0][:, :10]
-            )
+            (", full_matrices=False", "")
         ),
-        "You compared with the ten leading directions of W. Compare with all of W's.": (
-            lambda W, update, size: _count(_left(W)[:, :10], _left(W + _scaled(W, update, size))[:, :10])
+        "You compared with the ten leading directions of W. Compare with all of W's.": ("old.T", "old[:, :10].T"),
+        "You counted all directions of the tuned weight. Only its ten leading ones count.": ("[:, :10]", ""),
+        "You counted directions of W. Take the largest cosine of each new direction, with amax(0), and count these.": (
+            ("amax(0)", "amax(1)")
         ),
-        "You counted all directions of the tuned weight. Only its ten leading ones count.": (
-            lambda W, update, size: _count(_left(W), _left(W + _scaled(W, update, size)))
-        ),
+        "These are ten rows of U. A direction is a column: take U[:, :10].": ("[:, :10]", "[:10]"),
         "You counted the directions that W has. An intruder is similar to none: its largest cosine is below 0.5.": (
-            lambda W, update, size: 10 - _count(_left(W), _left(W + _scaled(W, update, size))[:, :10])
+            ("< 0.5", ">= 0.5")
         ),
         "These are right-singular vectors, which the weight reads. Compare the left ones, U.": (
-            lambda W, update, size: _count(_left(W.T), _left((W + _scaled(W, update, size)).T)[:, :10])
+            (WEIGHTS, "(W.T, (W + update).T)")
         ),
     },
     hints=[
@@ -565,9 +452,46 @@ def _left(W: Tensor) -> Tensor:
     praise="At equal size the count compares two methods, and no longer two learning rates.",
     draws=30,
 )
-def intruders(W, update, size):
-    """How many of the ten leading directions of W + update have no cosine of 0.5 with any of W's, at a given size."""
-    update = size * W.norm() / update.norm() * update
-    old, new = (torch.linalg.svd(weight, full_matrices=False)[0] for weight in (W, W + update))
-    cosines = (old.T @ new[:, :10]).abs().amax(0)
-    return int((cosines < 0.5).sum())
+
+
+@intruders.must()
+def depends_on_the_size_alone(intruders, rng):
+    """The count depends on the size given, not on the update's norm: it is 0 at a tiny size, large at a large one."""
+    W, update = (torch.from_numpy(rng.normal(size=(30, 34))).float() for _ in range(2))
+    counts = [float(intruders(W, factor * update, 1.0)) for factor in (0.01, 1.0, 300.0)]
+    return len(set(counts)) == 1 and intruders(W, update, 1e-4) == 0 and intruders(W, update, 50.0) > 5
+
+
+@intruders.must()
+def counts_leading_strangers(intruders, rng):
+    """It counts which of the ten leading left directions of the sum have no cosine of 0.5 with any of W's."""
+    for out, inp in [(36, 44), *[(41, 40), (37, 36)] * 8]:
+        W, new = (torch.from_numpy(rng.normal(size=size)) for size in ((out, inp), (out, 4)))
+        U, _, Vh = torch.linalg.svd(W)
+        new = new @ torch.from_numpy(rng.normal(size=(4, inp)))
+        update = new / new.norm() + 0.5 * U[:, 15:19] @ Vh[15:19] + 0.7 * U[:, -1:] @ Vh[10:11]
+        tuned = W + 0.9 * W.norm() / update.norm() * update
+        left, old = (torch.linalg.eigh(each @ each.T)[1].flip(1) for each in (tuned, W))
+        cosines = (old[:, : min(out, inp)].T @ left[:, :10]).abs()
+        if intruders(W, 7 * update, 0.9) != sum(bool(column.max() < 0.5) for column in cosines.T):
+            return False
+    return True
+
+
+Reflection(
+    LESSON,
+    question="A paper decomposes the weights after fine-tuning, shows that LoRA's change has directions that the "
+    "pre-trained weight has not, and concludes that *LoRA has learned something else than full "
+    "fine-tuning*. In five to eight sentences: which controls would you ask for, and which of the "
+    "paper's numbers could be noise, or the optimiser?",
+    rubric=(
+        "The answer asks for a control that goes through the same optimiser and has nothing to learn.",
+        "It says what noise of the same shape and rank gives for the same statistic.",
+        "It says that size, or the learning rate, has to be equal, or why it matters.",
+        "It names a measurement of the loss that would show that the directions matter.",
+    ),
+    expected="A run with the same data path, optimiser and rate but labels drawn from the base's own predictions "
+    "has nothing to learn, and what it writes is no sign of learning. Noise of the same shape and rank "
+    "has a band of values. New directions come with size, and size comes with the rate, so updates are "
+    "compared at equal norm. If cutting the new directions leaves the loss as it is, they do not matter.",
+)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
-from lora_lab.course.exercise import exercises_of
+from lora_lab.course.exercise import Exercise, Reflection, close
 
-exercise = exercises_of("12_which_rate")
+LESSON = "12_which_rate"
 
 
 # The vertex of a parabola
 
 
-def three_rates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def three_rates(rng):
     """Three ascending rates, unequally spaced, and their losses, the middle one lowest."""
     near, far = rng.permutation([2.0, 3.0])
     rates = float(rng.choice([0.001, 0.004, 0.02])) * np.array([1 / near, 1, far])
@@ -24,46 +22,34 @@ def three_rates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return rates, losses if rng.random() < 0.5 else losses[::-1].copy()
 
 
-def parabola_vertex(x: Any, losses: Any) -> float:
-    """The x at which the parabola through three points is lowest."""
-    square, linear, _ = np.polyfit(x, losses, 2)
-    return float(-linear / (2 * square))
+LOWEST = "-linear / (2 * square)"
 
-
-def slopes_at_the_points(rates: Any, losses: Any) -> float:
-    """The slopes belong to the middles of the two intervals; here they are put at the outer rates."""
-    x = np.log(rates)
-    left, right = np.diff(losses) / np.diff(x)
-    return float(np.exp(x[0] - left * (x[2] - x[0]) / (right - left)))
-
-
-@exercise(
+vertex = Exercise(
     "vertex",
+    LESSON,
     inputs=three_rates,
-    mistakes={
+    wrong={
         "The parabola is in the rate itself. Rates differ by factors: fit it in the logarithm of the rate.": (
-            lambda rates, losses: parabola_vertex(rates, losses)
+            ("np.log(rates)", "rates", f"np.exp({LOWEST})", LOWEST)
         ),
-        "This is the logarithm of the best rate. Take exp of it.": (
-            lambda rates, losses: parabola_vertex(np.log(rates), losses),
-            lambda rates, losses: parabola_vertex(np.log10(rates), losses),
-        ),
-        "The logarithm and the power have different bases: exp undoes log, and 10 ** undoes log10.": (
-            lambda rates, losses: float(np.exp(parabola_vertex(np.log10(rates), losses))),
-            lambda rates, losses: float(10 ** parabola_vertex(np.log(rates), losses)),
-        ),
+        "This is the logarithm of the best rate. Take exp of it.": [
+            (f"np.exp({LOWEST})", LOWEST),
+            (f"np.exp({LOWEST})", LOWEST, "np.log", "np.log10"),
+        ],
+        "The logarithm and the power have different bases: exp undoes log, and 10 ** undoes log10.": [
+            ("np.log", "np.log10"),
+            ("np.exp", "10 ** "),
+        ],
         "This is the best rate that was tried. The lowest point of the parabola lies between the rates.": (
-            lambda rates, losses: float(rates[np.argmin(losses)])
+            "return float(rates[np.argmin(losses)])"
         ),
-        "A slope between two points belongs to the middle between them, not to one of the points.": (
-            slopes_at_the_points
-        ),
-        "The vertex of a x^2 + b x + c is at -b / (2 a); the 2 is missing.": (
-            lambda rates, losses: float(np.exp(2 * parabola_vertex(np.log(rates), losses)))
-        ),
-        "The sign is wrong: the vertex of a x^2 + b x + c is at -b / (2 a).": (
-            lambda rates, losses: float(np.exp(-parabola_vertex(np.log(rates), losses)))
-        ),
+        "A slope between two points belongs to the middle between them, not to one of the points.": """
+            x = np.log(rates)
+            left, right = np.diff(losses) / np.diff(x)
+            return float(np.exp(x[0] - left * (x[2] - x[0]) / (right - left)))
+        """,
+        "The vertex of a x^2 + b x + c is at -b / (2 a); the 2 is missing.": ("(2 * square)", "square"),
+        "The sign is wrong: the vertex of a x^2 + b x + c is at -b / (2 a).": ("-linear", "linear"),
     },
     hints=[
         "Rates are compared by their ratios, so work with x = log(rate), where ratios become differences.",
@@ -71,19 +57,30 @@ def slopes_at_the_points(rates: Any, losses: Any) -> float:
         "Its slope 2 a x + b is zero at the lowest point. Solve for x, and take exp to have a rate again.",
     ],
     minutes=8,
-    difficulty=1,
     praise="Three losses now locate the best rate more precisely than the grid does.",
 )
-def vertex(rates, losses):
-    """The result is where the parabola through three losses, in the logarithm of the rate, is lowest."""
-    square, linear, _ = np.polyfit(np.log(rates), losses, 2)
-    return float(np.exp(-linear / (2 * square)))
+
+
+@vertex.must()
+def goes_with_the_rates(vertex, rng):
+    """If all rates are three times as large, so is the result, which lies between the outer rates."""
+    rates, losses = 0.01 * np.array([0.4, 1, 3]), 0.5 + rng.uniform(0.02, 0.08, 3) * [1, 0, 1]
+    one, three = vertex(rates, losses), vertex(3 * rates, losses)
+    return np.ndim(one) == 0 and rates[0] < one < rates[2] and close(three, 3 * one)
+
+
+@vertex.must()
+def is_where_the_parabola_is_lowest(vertex, rng):
+    """Of losses on a parabola in the logarithm of the rate the result is where that is lowest."""
+    best, rates = rng.uniform(0.005, 0.02, 6), 0.01 * np.array([0.25, 1, 3])
+    results = [vertex(rates, 0.4 + 0.1 * np.log(rates / lowest) ** 2) for lowest in best]
+    return close(results, best)
 
 
 # A grid that holds its best rate
 
 
-def swept_losses(rng: np.random.Generator) -> tuple[dict[float, list[float]]]:
+def swept_losses(rng):
     """rate -> losses over three seeds, rates ascending or not; the best is inside, or at either edge.
 
     Some of the largest rates diverged on a seed, whose loss is infinite. One seed alone names another rate than the
@@ -104,61 +101,34 @@ def swept_losses(rng: np.random.Generator) -> tuple[dict[float, list[float]]]:
     return ({rates[i]: [float(loss) for loss in losses[i]] for i in rng.permutation(5)},)
 
 
-def next_after(
-    losses: Mapping[float, Any],
-    mean: Callable[[Any], float] = lambda of_seeds: float(np.mean(of_seeds)),
-    below: Callable[[float, float], float | None] = lambda edge, inner: edge**2 / inner,
-    above: Callable[[float, float], float | None] = lambda edge, inner: edge**2 / inner,
-    in_order: bool = True,
-) -> float | None:
-    """The rate beyond the edge of a grid where its best rate is, or None."""
-    rates = sorted(losses) if in_order else list(losses)
-    best = min(rates, key=lambda rate: mean(losses[rate]))
-    if best == rates[0]:
-        return below(rates[0], rates[1])
-    return above(rates[-1], rates[-2]) if best == rates[-1] else None
+MEAN, BELOW, ABOVE = "np.mean(losses[rate])", "rates[0] ** 2 / rates[1]", "rates[-1] ** 2 / rates[-2]"
 
-
-def finite_mean(of_seeds: Any) -> float:
-    """The mean of the seeds that did not diverge."""
-    return float(np.mean([loss for loss in of_seeds if math.isfinite(loss)]))
-
-
-@exercise(
+next_rate = Exercise(
     "next_rate",
+    LESSON,
     inputs=swept_losses,
-    mistakes={
-        "The best rate was taken from one seed. Average the losses over the seeds first.": (
-            lambda losses: next_after(losses, mean=lambda of_seeds: of_seeds[0]),
-            lambda losses: next_after(losses, mean=min),
-        ),
+    wrong={
+        "The best rate was taken from one seed. Average the losses over the seeds first.": [
+            (MEAN, "losses[rate][0]"),
+            (MEAN, "min(losses[rate])"),
+        ],
         "A rate at which a seed diverged is not the best: the mean with an infinite loss is infinite.": (
-            lambda losses: next_after(losses, mean=finite_mean)
+            (MEAN, "np.mean([loss for loss in losses[rate] if loss < math.inf])")
         ),
-        "The grid goes on by a factor, as it began: divide or multiply by the ratio of the two rates at its edge.": (
-            lambda losses: next_after(losses, below=lambda a, b: 2 * a - b, above=lambda a, b: 2 * a - b),
-            lambda losses: next_after(losses, below=lambda a, b: a / 10, above=lambda a, b: a * 10),
-        ),
+        "The grid goes on by a factor, as it began: divide or multiply by the ratio of the two rates at its edge.": [
+            (BELOW, "2 * rates[0] - rates[1]", ABOVE, "2 * rates[-1] - rates[-2]"),
+            (BELOW, "rates[0] / 10", ABOVE, "rates[-1] * 10"),
+        ],
         "The grid grew at the wrong side. If the smallest rate is best, try a smaller one.": (
-            lambda losses: next_after(
-                losses, below=lambda a, b: max(losses) * b / a, above=lambda a, b: min(losses) * b / a
-            )
+            (BELOW, "rates[-1] * rates[1] / rates[0]", ABOVE, "rates[0] * rates[-2] / rates[-1]")
         ),
-        "If the best rate is inside the grid, there is nothing to add: return None.": (
-            lambda losses: next_after(losses) or min(losses, key=lambda rate: float(np.mean(losses[rate])))
-        ),
+        "If the best rate is inside the grid, there is nothing to add: return None.": ("None", "rates[best]"),
         "The result is a rate that was tried already. If the best is at an edge, the next lies beyond it.": (
-            lambda losses: next_after(losses, below=lambda a, b: a, above=lambda a, b: a)
+            (BELOW, "rates[0]", ABOVE, "rates[-1]")
         ),
-        "The largest rate can be the best too. Then a larger one must be tried.": (
-            lambda losses: next_after(losses, above=lambda a, b: None)
-        ),
-        "The smallest rate can be the best too. Then a smaller one must be tried.": (
-            lambda losses: next_after(losses, below=lambda a, b: None)
-        ),
-        "The rates are in any order. Sort them before you look at the edges.": (
-            lambda losses: next_after(losses, in_order=False)
-        ),
+        "The largest rate can be the best too. Then a larger one must be tried.": (ABOVE, "None"),
+        "The smallest rate can be the best too. Then a smaller one must be tried.": (BELOW, "None"),
+        "The rates are in any order. Sort them before you look at the edges.": ("sorted(", "list("),
     },
     hints=[
         "Sort the rates, and average each one's losses over the seeds. With an infinite loss in it a mean is infinite.",
@@ -166,61 +136,80 @@ def finite_mean(of_seeds: Any) -> float:
         "Neighbours differ by a factor: rates[1] / rates[0] at the lower edge, rates[-1] / rates[-2] at the upper.",
     ],
     minutes=8,
-    difficulty=1,
     praise="No verdict can rest on a rate at the edge. By this rule tune widens a sweep.",
     draws=60,
 )
-def next_rate(losses):
-    """The result is the rate beyond the edge at which the lowest mean is, by the grid's factor there, or None."""
-    rates = sorted(losses)
-    means = [np.mean(losses[rate]) for rate in rates]
-    best = int(np.argmin(means))
-    if best == 0:
-        return float(rates[0] ** 2 / rates[1])
-    if best == len(rates) - 1:
-        return float(rates[-1] ** 2 / rates[-2])
-    return None
+
+
+@next_rate.must()
+def goes_on_above(next_rate, rng):
+    """If the largest rate is best, the result is larger by the factor between the two largest rates."""
+    for factor in (2.0, 3.0, 10.0):
+        rates = [0.001, 0.0015, *(0.0015 * factor**i for i in (1, 2))]
+        losses = {rates[i]: (1 - 0.1 * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
+        if not close(next_rate(losses), rates[-1] * factor):
+            return False
+    return True
+
+
+@next_rate.must()
+def goes_on_below(next_rate, rng):
+    """If the smallest rate is best, the result is smaller by the factor between the two smallest rates."""
+    for factor in (2.0, 3.0, 10.0):
+        rates = [0.001, 0.001 * factor, 0.0015 * factor, 0.002 * factor]
+        losses = {rates[i]: (1 + 0.1 * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
+        if not close(next_rate(losses), 0.001 / factor):
+            return False
+    return True
+
+
+@next_rate.must()
+def is_none_inside(next_rate, rng):
+    """If a rate inside the grid is best it is None, and at an edge it is not."""
+    rates = [0.001, 0.002, 0.004, 0.008, 0.016]
+    tables = [{rates[i]: [1 + 0.1 * abs(i - best)] * 2 for i in rng.permutation(5)} for best in (1, 2, 3, 0, 4)]
+    return [next_rate(table) is None for table in tables] == [True, True, True, False, False]
+
+
+@next_rate.must()
+def averages_over_the_seeds(next_rate, rng):
+    """The mean over all seeds decides, and it is infinite for a rate at which one of them diverged."""
+    lucky = {0.001: [0.5, 0.5], 0.002: [0.1, 1.2], 0.004: [0.8, 0.9]}
+    diverged = {0.004: [0.1, math.inf], 0.002: [0.5, 0.6], 0.001: [0.4, 0.5]}
+    return close(next_rate(lucky), 0.0005) and close(next_rate(diverged), 0.0005)
 
 
 # How the best rate depends on the rank
 
 
-def ranks_and_rates(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def ranks_and_rates(rng):
     """Ranks, unequally spaced, and best rates that fall about as a power of them."""
     ranks = np.sort(rng.choice([1, 2, 4, 8, 16, 32, 64, 128], 5, replace=False)).astype(float)
     power = -float(rng.uniform(0.3, 0.8))
     return ranks, 0.008 * ranks**power * np.exp(rng.normal(0, 0.15, 5))
 
 
-def fitted(x: Any, y: Any) -> float:
-    """The slope of the straight line of least squares."""
-    return float(np.polyfit(x, y, 1)[0])
-
-
-@exercise(
+power = Exercise(
     "power",
+    LESSON,
     inputs=ranks_and_rates,
-    mistakes={
+    wrong={
         "The line is through the numbers themselves. A power is a straight line in the logarithms of both.": (
-            lambda ranks, rates: fitted(ranks, rates)
+            ("np.log", "")
         ),
-        "Only one of the two is in logarithms. A power is a straight line if both are.": (
-            lambda ranks, rates: fitted(np.log(ranks), rates),
-            lambda ranks, rates: fitted(ranks, np.log(rates)),
-        ),
-        "The axes are exchanged: the rate depends on the rank.": (
-            lambda ranks, rates: fitted(np.log(rates), np.log(ranks)),
-            lambda ranks, rates: 1 / fitted(np.log(rates), np.log(ranks)),
-        ),
+        "Only one of the two is in logarithms. A power is a straight line if both are.": [
+            ("np.log(rates)", "rates"),
+            ("np.log(ranks)", "ranks"),
+        ],
+        "The axes are exchanged: the rate depends on the rank.": [
+            "return float(np.polyfit(np.log(rates), np.log(ranks), 1)[0])",
+            "return float(1 / np.polyfit(np.log(rates), np.log(ranks), 1)[0])",
+        ],
         "Only the first and the last rank count here. Use all points: the line of least squares.": (
-            lambda ranks, rates: float(np.log(rates[-1] / rates[0]) / np.log(ranks[-1] / ranks[0]))
+            "return float(np.log(rates[-1] / rates[0]) / np.log(ranks[-1] / ranks[0]))"
         ),
-        "The sign is wrong: a rate that falls as the rank grows has a negative power.": (
-            lambda ranks, rates: -fitted(np.log(ranks), np.log(rates))
-        ),
-        "This is the line's height at rank 1. The power is its slope.": (
-            lambda ranks, rates: float(np.polyfit(np.log(ranks), np.log(rates), 1)[1])
-        ),
+        "The sign is wrong: a rate that falls as the rank grows has a negative power.": ("float(", "-float("),
+        "This is the line's height at rank 1. The power is its slope.": ("[0]", "[1]"),
     },
     hints=[
         "If rate = c * rank ** p, then log(rate) = log(c) + p * log(rank).",
@@ -231,48 +220,53 @@ def fitted(x: Any, y: Any) -> float:
     difficulty=2,
     praise="One number now says how the rate follows the rank.",
 )
-def power(ranks, rates):
-    """The result is p in rate = c * rank ** p, by least squares in the logarithms of all points."""
-    return float(np.polyfit(np.log(ranks), np.log(rates), 1)[0])
+
+
+@power.must()
+def of_an_exact_law(power, rng):
+    """Where the rate is exactly a power of the rank, the result is that power."""
+    ranks, powers = np.array([1.0, 2.0, 8.0, 64.0]), rng.uniform(-1, 0.5, 6)
+    return close([power(ranks, 0.008 * ranks**p) for p in powers], powers)
+
+
+@power.must()
+def of_scattered_points(power, rng):
+    """Where the points scatter, it is the slope of least squares, for which all of them count."""
+    ranks = np.array([1.0, 4.0, 8.0, 32.0, 128.0])
+    rates = 0.008 * ranks**-0.5 * np.exp(rng.normal(0, 0.3, 5))
+    x, y = np.log(ranks) - np.log(ranks).mean(), np.log(rates)
+    return close(power(ranks, rates), (x @ y) / (x @ x))
 
 
 # What another alpha does to the best rate
 
 
-def tuned_rate(rng: np.random.Generator) -> tuple[float, int, int, str]:
+def tuned_rate(rng):
     """A rate, the alpha that it was tuned at, another alpha, and what moves."""
     old, new = (int(alpha) for alpha in rng.choice([2, 5, 12, 32, 70], 2, replace=False))
     return float(rng.choice([5e-4, 1e-3, 2e-3])), old, new, str(rng.choice(["B", "both"]))
 
 
-def rate_by_power(rate: float, old: float, new: float, power: float) -> float:
-    """The rate at the new alpha, if it goes with a power of alpha."""
-    return rate * (new / old) ** power
+ROOT = "(1 if moves == 'B' else 0.5)"
 
-
-@exercise(
+rate_for_alpha = Exercise(
     "rate_for_alpha",
+    LESSON,
     inputs=tuned_rate,
-    mistakes={
+    wrong={
         "It is the wrong way round: a larger alpha makes the update larger, so the rate must fall.": (
-            lambda rate, old, new, moves: rate_by_power(rate, old, new, 1 if moves == "B" else 0.5)
+            ("old / new", "new / old")
         ),
-        "If both matrices move, the rate counts twice in the update, so take a square root.": (
-            lambda rate, old, new, moves: rate_by_power(rate, old, new, -1)
-        ),
-        "If only B moves, the update is proportional to the rate itself, without a square root.": (
-            lambda rate, old, new, moves: rate_by_power(rate, old, new, -0.5)
-        ),
-        "The two cases are exchanged: the root belongs to the one in which both matrices move.": (
-            lambda rate, old, new, moves: rate_by_power(rate, old, new, -0.5 if moves == "B" else -1)
-        ),
+        "If both matrices move, the rate counts twice in the update, so take a square root.": (ROOT, "1"),
+        "If only B moves, the update is proportional to the rate itself, without a square root.": (ROOT, "0.5"),
+        "The two cases are exchanged: the root belongs to the one in which both matrices move.": ("==", "!="),
         "The root is taken of all, the rate included. Only the ratio of the two alphas is under it.": (
-            lambda rate, old, new, moves: rate * old / new if moves == "B" else math.sqrt(rate * old / new)
+            "return rate * old / new if moves == 'B' else math.sqrt(rate * old / new)"
         ),
         "If both matrices move, the update has the rate squared, so it goes with the root of alpha, not its square.": (
-            lambda rate, old, new, moves: rate_by_power(rate, old, new, -1 if moves == "B" else -2)
+            ("0.5", "2")
         ),
-        "The rate cannot stay: alpha multiplies the update.": lambda rate, old, new, moves: rate,
+        "The rate cannot stay: alpha multiplies the update.": "return rate",
     },
     hints=[
         "Set the update's length at the old alpha equal to that at the new one, and solve for the new rate.",
@@ -280,10 +274,39 @@ def rate_by_power(rate: float, old: float, new: float, power: float) -> float:
         "So the ratio old / new multiplies the rate, or its square root does.",
     ],
     minutes=6,
-    difficulty=1,
     praise="Two hypotheses, two powers: now the measurement can refute one of them.",
     draws=30,
 )
-def rate_for_alpha(rate, old, new, moves):
-    """The result is the rate at which the update is as long with the new alpha as with the old, if ``moves`` moves."""
-    return rate * (old / new) ** (1 if moves == "B" else 0.5)
+
+
+@rate_for_alpha.must()
+def if_B_moves(rate_for_alpha, rng):
+    """If only B moves, the rate times alpha stays."""
+    cases = [(rate, *map(int, rng.choice([2, 5, 12, 32, 70], 2, replace=False))) for rate in (5e-4, 1e-3, 2e-3)]
+    return all(close(rate_for_alpha(rate, old, new, "B") * new / 1e-3, rate * old / 1e-3) for rate, old, new in cases)
+
+
+@rate_for_alpha.must()
+def if_both_move(rate_for_alpha, rng):
+    """If both matrices move, the square of the rate times alpha stays, and the rate is positive."""
+    cases = [(rate, *map(int, rng.choice([2, 5, 12, 32, 70], 2, replace=False))) for rate in (5e-4, 1e-3, 2e-3)]
+    results = [(rate_for_alpha(*case, "both"), *case) for case in cases]
+    return all(r > 0 and close(r**2 * new / 1e-6, rate**2 * old / 1e-6) for r, rate, old, new in results)
+
+
+Reflection(
+    LESSON,
+    question="Choose a claim from a paper or a blog that says at which learning rate LoRA should be trained. In "
+    "five to eight sentences: what does it depend on, how was it measured, and which sweep would you run "
+    "to see whether it holds for your model?",
+    rubric=(
+        "The claim is quoted with its source.",
+        "The answer names at least two of: alpha, rank, model, length of training, batch.",
+        "The sweep has rates that differ by a factor, and the answer says what happens if the best is at an edge.",
+        "It says how many seeds there are, and when the answer would be undecided.",
+    ),
+    expected="A good sweep has five or more rates that differ by a factor of two to three, goes on if the best is "
+    "at the edge, uses several seeds, chooses on validation data, and gives an interval. A rate belongs "
+    "to an alpha, a model and a number of steps. If the interval is wider than the difference that the "
+    "claim is about, nothing is decided.",
+)

@@ -11,8 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, END, copy_lessons
 from lora_lab.course.exercise import EXERCISES, REFLECTIONS, answers
-from lora_lab.course.grading.invariant import hidden_tests
-from lora_lab.course.grading.sheets import CONFIG, SETTINGS, sheet, write_course
+from lora_lab.course.sheets import CONFIG, SETTINGS, sheet, write_course
 from lora_lab.system.provenance import shipped_folder
 from tests.helpers import command, error_line
 
@@ -123,7 +122,7 @@ def test_its_metadata_is_what_nbgrader_wants(name):
         answer, tests = result[each.exercise], result[f"{each.exercise}-points"]
         assert (answer["solution"], answer["grade"], answer["locked"]) == (True, False, False)
         assert (tests["solution"], tests["grade"], tests["locked"]) == (False, True, True)
-        assert tests["points"] == len(hidden_tests(each.exercise))
+        assert tests["points"] == len(EXERCISES[each.exercise].points)
     assert (result["reflection"]["solution"], result["reflection"]["grade"]) == (True, True)
     assert result["reflection"]["points"] == len(REFLECTIONS[name].rubric)
     assert result["question"]["locked"]
@@ -149,7 +148,9 @@ def earned(notebook):
 def test_a_sheet_by_itself_gives_its_own_solutions_all_points(name):
     """Without the lesson, and without its model."""
     notebook = sheet(lesson(name), name, 5)
-    assert earned(notebook) == {each.exercise: len(hidden_tests(each.exercise)) for each in answers(lesson(name).cells)}
+    assert earned(notebook) == {
+        each.exercise: len(EXERCISES[each.exercise].points) for each in answers(lesson(name).cells)
+    }
 
 
 def test_a_mistake_in_start_costs_nothing_in_the_layer_that_calls_it():

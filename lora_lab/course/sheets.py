@@ -19,8 +19,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
-from lora_lab.course.exercise import REFLECTIONS, Answer, Reflection, answers
-from lora_lab.course.grading.invariant import hidden_cell, hidden_tests
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers
+from lora_lab.course.hidden import hidden_cell
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -141,7 +141,7 @@ def _graded(source: str, answer: Answer, seed: int) -> list[NotebookNode]:
     """A cell with an answer, and the locked cell that grades it."""
     code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
     cell = new_code_cell(code, id=answer.exercise, metadata=_nbgrader(answer.exercise, solution=True))
-    invariants = hidden_tests(answer.exercise)
+    invariants = EXERCISES[answer.exercise].points
     sentences = [f"# {number}. {each.__doc__}" for number, each in enumerate(invariants, start=1)]
     tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, seed), "### END HIDDEN TESTS"]
     heading = f"# {answer.function}: when you hand it in, a point for each of these that is true."

@@ -1,7 +1,7 @@
-"""What a hidden test is: a property that every right answer has, a point each.
+"""Hidden tests of a sheet: the properties of an exercise, a point each.
 
-Its source goes into a cell of the sheet with that of the helpers that it calls, and runs there without lora_lab; so
-these have no annotations. It does not call ``check``, and an answer that computes nothing has none of the properties.
+The source of a property goes into a cell of the sheet with that of the helpers that it calls, and runs there without
+lora_lab; so these have no annotations. An answer that computes nothing has none of the properties.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import inspect
 import io
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
-from lora_lab.course.exercise import EXERCISES, Reflection, close  # noqa: F401
+import lora_lab.course.exercises  # noqa: F401  # registers them
+from lora_lab.course.exercise import EXERCISES, close
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-INVARIANTS: dict[str, list[Callable[..., bool]]] = {}  # of lessons that have not been ported, by the exercise's name
-PROVIDED: dict[str, list[Callable[..., Any]]] = {}
 # Learners may have given a name such as sum to something else.
 PREAMBLE = """from builtins import *
 import contextlib, copy, io, math, warnings
@@ -32,67 +30,37 @@ from torch import nn
 from torch.nn import functional as F"""
 
 
-def invariant_of(exercise: str) -> Callable[[Function], Function]:
-    """Register the decorated function as an invariant of an exercise.
-
-    It takes the answer and a numpy Generator, and returns whether the answer has the property; its docstring says the
-    property in one sentence, which learners see.
-    """
-
-    def register(function: Function) -> Function:
-        INVARIANTS.setdefault(exercise, []).append(function)
-        return function
-
-    return register
-
-
-def provided_for(exercise: str) -> Callable[[Function], Function]:
-    """Register the decorated function as one that answers to this exercise call: a mistake there costs nothing here."""
-
-    def register(function: Function) -> Function:
-        PROVIDED.setdefault(exercise, []).append(function)
-        return function
-
-    return register
-
-
-def points(answer, invariants, seed):
-    """How many of the invariants hold for an answer; which of them is printed."""
+def points(answer, properties, seed):
+    """Return how many of the properties hold for an answer; which of them is printed."""
     count = 0
-    for number, invariant in enumerate(invariants):
+    for number, holds_for in enumerate(properties):
         quiet = io.StringIO()  # nbgrader takes anything on stderr for a failure
         try:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed + number)
-                    holds = bool(invariant(answer, np.random.default_rng([seed, number])))  # numpy has its own True
+                    holds = bool(holds_for(answer, np.random.default_rng([seed, number])))  # numpy has its own True
         except (Exception, SystemExit):
             holds = False
         count += holds
-        print("holds:        " if holds else "does not hold:", invariant.__doc__)
+        print("holds:        " if holds else "does not hold:", holds_for.__doc__)
     return count
 
 
-def hidden_tests(exercise: str) -> list[Callable[..., Any]]:
-    """Return the hidden tests of an exercise."""
-    return INVARIANTS.get(exercise) or EXERCISES[exercise].points
-
-
 def hidden_cell(exercise: str, seed: int) -> str:
-    """The code that grades an answer; its last line is the number of points, which nbgrader reads.
+    """Return the code that grades an answer; its last line is the number of points, which nbgrader reads.
 
     Args:
         exercise: its name.
         seed: of the inputs.
     """
     each = EXERCISES[exercise]
-    tests = hidden_tests(exercise)
     texts: dict[str, str] = {}
-    for function in [close, *PROVIDED.get(exercise, []), *tests, points]:
+    for function in [close, *each.points, points]:
         _collect(function.__name__, function, texts)
     given = [EXERCISES[name].source for name in each.uses]  # a mistake in these costs nothing here
-    names = ", ".join(test.__name__ for test in tests)
+    names = ", ".join(test.__name__ for test in each.points)
     parts = [PREAMBLE, *given, *texts.values(), f"points({each.function}, [{names}], {seed})"]
     return "\n\n\n".join(parts)
 
