@@ -139,7 +139,7 @@ def fit_packed(
             at_start = _losses_at_start(model, task, config, lean, len(runs))
         adapters.place(1 if lean is None else lean.threads)
         step = PackedStep(task.loss, adapters, configs)
-        history = PackedHistory(task, configs, step)
+        history = PackedHistory(task, configs, step, paused)
         model.train()
         with step:
             if lean is None:  # the blocks of the lean step do not mix trials
@@ -171,12 +171,10 @@ def _train(
     done = 0 if paused is None else len(paused[0].rows) - 1
     with progress_bar(config.steps, f"{trials} adapters", progress, done=done) as bar:
         bar.set_postfix_str("evaluating")
-        if paused is not None:
-            history.resume(paused)
-            step.resume(paused)
-        else:
-            history.start()
+        if paused is None:
             history.add_evaluations(at_start or _evaluations(model, judged, config, trials))
+        else:
+            step.resume(paused)
         for number in range(done + 1, (until or config.steps) + 1):
             if not history.live:
                 break
@@ -462,10 +460,15 @@ class PackedStep(TrainingStep):
             )
         )  # (20,)
 
+    def _row(self, k: int) -> tuple[nn.Parameter, int]:
+        """The optimiser's parameter with trial k's adapter, and its row there."""
+        rows, parameter = next(block for block in self.blocks if k < block[0].stop)
+        return parameter, k - rows.start
+
     def moments(self, k: int) -> dict[str, dict[str, Tensor]]:
         """AdamW's moments of trial k's adapter."""
-        rows, parameter = next(block for block in self.blocks if k < block[0].stop)
-        state, place = self.optimizer.state[parameter], k - rows.start
+        parameter, place = self._row(k)
+        state = self.optimizer.state[parameter]
         return {
             moment: {name: part.clone() for name, part in self.adapters.parts(state[moment][place], k).items()}
             for moment in MOMENTS
@@ -491,29 +494,30 @@ class PackedStep(TrainingStep):
         Without the place the joined batch would be smaller, and the base's product may round the other trials' rows
         differently (with three trials of the digits transformer it does).
         """
-        for rows, parameter in self.blocks:
-            if rows.start <= k < rows.stop:
-                for tensor in (parameter, *self.optimizer.state[parameter].values()):
-                    if tensor.ndim:  # not the count of steps
-                        tensor[k - rows.start] = 0.0  # (N,)
+        parameter, place = self._row(k)
+        for tensor in (parameter, *self.optimizer.state[parameter].values()):
+            if tensor.ndim:  # not the count of steps
+                tensor[place] = 0.0  # (N,)
 
 
 class PackedHistory:
     """The histories of a pack's trials, which grow together; a trial that diverges ends alone.
 
-    ``live`` holds the histories of the others by index, and ``errors`` what ``fit`` would have raised.
+    They begin with row 0, the model before training, or with the rows of trials that have paused. ``live`` holds those
+    that have not diverged by index, and ``errors`` what ``fit`` would have raised for the others.
     """
 
-    def __init__(self, task: Task, configs: Sequence[TrainConfig], step: PackedStep) -> None:
+    def __init__(
+        self, task: Task, configs: Sequence[TrainConfig], step: PackedStep, paused: Sequence[PackedResult] | None
+    ) -> None:
         self.live: dict[int, History] = {}
         self.errors: dict[int, DivergedError] = {}
         self._step, adapters = step, step.adapters
-        about = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
         for k, (run, config) in enumerate(zip(adapters.runs, configs, strict=True)):
             factors = [factor for layer in adapters.unpacked[k].values() for factor in (layer.lora_A, layer.lora_B)]
             trainable = sum(factor.numel() for factor in factors)
             self.live[k] = History(
-                task=dict(about),
+                task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
                 method=run.method.settings(),
                 settings=config.settings() | {"packed": len(configs)},
                 trainable_parameters=trainable,
@@ -521,16 +525,10 @@ class PackedHistory:
                 # What its own optimiser would hold: two moments per parameter, and one float32 counter per tensor.
                 optimizer_bytes=2 * trainable * adapters.values.element_size() + 4 * len(factors),
             )
-
-    def start(self) -> None:
-        """Begin with row 0, the model before training."""
-        for history in self.live.values():
-            history.start()
-
-    def resume(self, paused: Sequence[PackedResult]) -> None:
-        """Go on from the rows of trials that have paused."""
-        for k, result in enumerate(paused):
-            self.live[k].rows = [dict(row) for row in result.rows]
+            if paused is None:
+                self.live[k].start()
+            else:
+                self.live[k].rows = [dict(row) for row in paused[k].rows]
 
     def add(self, step: int, **columns: Sequence[float]) -> None:
         """Append the row of a step to each live history: of each column, the trial's number."""
