@@ -48,6 +48,7 @@ from lora_lab.task import Examples, Loss, Task, cross_entropy, modes_restored
 from lora_lab.train import (
     EVALUATED,
     Batch,
+    DataOrder,
     TrainConfig,
     TrainingStep,
     check_batches,
@@ -125,7 +126,7 @@ def fit_packed(
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_layers(model, task, runs, configs)
     check_evaluated(task, configs[0])
-    order = JoinedOrder(task, configs)  # which checks the batches
+    orders = data_orders(task, configs)  # which checks the batches
     config = configs[0]  # all but lr and seed are the same for all
     lean = cast(Lean | None, config.lean)
     if lean is not None or config.gradient_checkpointing:
@@ -136,15 +137,17 @@ def fit_packed(
         adapters = PackedAdapters(model, runs, names, lean)
         at_start = None
         if lean is not None and paused is None:
-            at_start = _losses_at_start(model, task, config, lean, len(runs))
+            loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
+            base = dataclasses.replace(task, loss=cast(Loss, loss))  # all updates are zero
+            at_start = _evaluations(model, base, config, len(runs))
         adapters.place(1 if lean is None else lean.threads)
         step = PackedStep(task.loss, adapters, configs)
         history = PackedHistory(task, configs, step, paused)
         model.train()
         with step:
             if lean is None:  # the blocks of the lean step do not mix trials
-                _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
-            _train(step, history, task, order, configs, at_start, paused, until, progress)
+                _check_independence(step, task, joined_rows(orders, 0, config.batch_size))
+            _train(step, history, task, orders, configs, at_start, paused, until, progress)
         return [
             PackedResult(error=history.errors[k])
             if k in history.errors
@@ -157,7 +160,7 @@ def _train(
     step: PackedStep,
     history: PackedHistory,
     task: Task,
-    order: JoinedOrder,
+    orders: Sequence[DataOrder],
     configs: Sequence[TrainConfig],
     at_start: dict[str, list[float]] | None,
     paused: Sequence[PackedResult] | None,
@@ -179,7 +182,7 @@ def _train(
             if not history.live:
                 break
             started = time.perf_counter()
-            parts, weights, counts = joined_batches(task, order, number, config)
+            parts, weights, counts = joined_batches(task, orders, number, config)
             factor = config.rate_factor(number)
             for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -202,14 +205,6 @@ def _evaluations(model: nn.Module, task: Task, config: TrainConfig, trials: int)
     """The losses of each trial by part; a loss that is one number, as before training, is that of all trials."""
     sizes = config.batch_size, config.eval_examples, config.by_length
     return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
-
-
-def _losses_at_start(
-    model: nn.Module, task: Task, config: TrainConfig, lean: Lean, trials: int
-) -> dict[str, list[float]]:
-    """The losses before training, which are those of the base model for all trials, since their updates are zero."""
-    loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
-    return _evaluations(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
 
 
 def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run], configs: Sequence[TrainConfig]) -> list[str]:
@@ -342,11 +337,10 @@ class PackedAdapters:
     @torch.no_grad()
     def unpack(self, k: int) -> dict[str, Tensor]:
         """Put trial k's adapter alone into the model, and return its state."""
-        lane = next(lane for lane in self.lanes if k < lane.trials.stop)
+        parts = self.parts(self.values[k], k)
         for name, adapter in self.unpacked[k].items():
-            packed, place = lane.layers[name], k - lane.trials.start
-            adapter.lora_A.copy_(packed.lora_A[place, : adapter.rank])  # (r, in)
-            adapter.lora_B.copy_(packed.lora_B[place, :, : adapter.rank])  # (out, r)
+            adapter.lora_A.copy_(parts[f"{name}.lora_A"])  # (r, in)
+            adapter.lora_B.copy_(parts[f"{name}.lora_B"])  # (out, r)
             replace(self.model, name, adapter)
         return adapter_state(self.model)
 
@@ -554,31 +548,26 @@ class PackedHistory:
         return f"best loss {min(losses):.3f}" if losses else "all have diverged"
 
 
-class JoinedOrder:
-    """The data orders of all trials side by side.
-
-    Args:
-        task: what they train on.
-        configs: one for each trial, which differ in seed and rate.
+def data_orders(task: Task, configs: Sequence[TrainConfig]) -> list[DataOrder]:
+    """Return the data order of each trial; trials of one seed share theirs.
 
     Raises:
         ValueError: no target of a batch counts in the loss, or as for :func:`lora_lab.train.data_order`.
     """
+    by_seed = {config.seed: config for config in configs}
+    orders = {seed: data_order(task, config) for seed, config in by_seed.items()}
+    for seed, config in by_seed.items():
+        check_batches(task, orders[seed], config)
+    return [orders[config.seed] for config in configs]
 
-    def __init__(self, task: Task, configs: Sequence[TrainConfig]) -> None:
-        self.seeds = [config.seed for config in configs]
-        self._orders = {config.seed: data_order(task, config) for config in configs}
-        for config in {config.seed: config for config in configs}.values():
-            check_batches(task, self._orders[config.seed], config)
 
-    def rows(self, position: int, count: int) -> Tensor:
-        """What :meth:`DataOrder.rows` gives for each trial, one after another: (trials * count,)."""
-        rows = {seed: order.rows(position, count) for seed, order in self._orders.items()}
-        return torch.cat([rows[seed] for seed in self.seeds])
+def joined_rows(orders: Sequence[DataOrder], position: int, count: int) -> Tensor:
+    """Return what :meth:`DataOrder.rows` gives for each trial: (trials, count)."""
+    return torch.stack([order.rows(position, count) for order in orders])
 
 
 def joined_batches(
-    task: Task, order: JoinedOrder, step: int, config: TrainConfig
+    task: Task, orders: Sequence[DataOrder], step: int, config: TrainConfig
 ) -> tuple[list[Examples], list[Tensor], list[int]]:
     """The micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with the examples of all trials.
 
@@ -586,7 +575,7 @@ def joined_batches(
         The micro-batches; each one's share of every trial's targets that count, (trials,); and the size of each trial's
         batch, as in ``task.size``.
     """
-    rows = order.rows((step - 1) * config.batch_size, config.batch_size).view(len(order.seeds), -1)  # (20, 32)
+    rows = joined_rows(orders, (step - 1) * config.batch_size, config.batch_size)  # (20, 32)
     columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
     parts = [task.train[part.flatten()] for part in columns]  # 640 rows
     counts = [part.counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
