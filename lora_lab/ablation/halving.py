@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -247,9 +247,9 @@ def next_round(
 
 def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
     """Trials that differ in learning rate and seed alone, together."""
-    groups: dict[str, list[Trial]] = {}
+    groups: dict[Trial, list[Trial]] = {}
     for trial in trials:
-        groups.setdefault(str(sorted((trial.to_dict() | {"lr": None, "seed": None}).items())), []).append(trial)
+        groups.setdefault(replace(trial, lr=1.0, seed=0), []).append(trial)
     return [*groups.values()]
 
 
