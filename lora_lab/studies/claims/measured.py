@@ -21,7 +21,7 @@ import numpy as np
 
 from lora_lab.ablation import overfitting, rank_advice
 from lora_lab.ablation.blocks import block_losses_of
-from lora_lab.ablation.compare import RankResult, best_rates, compare_losses, last_rows, smallest_sufficient_rank
+from lora_lab.ablation.compare import RankResult, compare_losses, last_rows, smallest_sufficient_rank
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.ablation.stats import CONFIDENCE, interval, resampled_means, t_bounds
 from lora_lab.costs.bill import MIB
@@ -346,16 +346,12 @@ def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, st
     """The curves at each method's best rate; (size, LoRA setup) that may be judged; and what is at an edge.
 
     A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
-    Seeds that chose a rate are left out where the record has others, and so is a cosine, which contains no shorter run.
+    Seeds that chose a rate are left out, and so is a cosine, which contains no shorter run.
     """
     frame = record.frame()
-    if "stage" in frame:
-        best = curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
-    else:
-        best = overfitting.summarise_trials(frame).merge(best_rates(frame))
-        curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
-    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in best.to_dict("records")}
-    seeds = best.groupby(["n_train", "setup"])["seed"].nunique()
+    curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
+    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in curves.to_dict("records")}
+    seeds = curves.groupby(["n_train", "setup"])["seed"].nunique()
     judged, doubts = [], []
     for size, setup in sorted(key for key in edge if key[1].startswith("LoRA")):
         at = [name for name in ("full", setup) if edge[size, name]]

@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import pandas
 import pytest
 
 from lora_lab import claims, records
@@ -267,8 +268,19 @@ def test_rank_sixteen_is_open_where_the_bounds_hold_the_margin_or_seeds_are_few(
 # Overfitting
 
 
-OLD = Path(__file__).parents[2] / "data" / "records"  # a record of overfitting of before there were stages
+GRID = Path(__file__).parents[2] / "data" / "records"  # a record of overfitting with every rate of a grid
 ON_EQUAL = "the stopping point, rank and size, and whether steps or training losses are equal"
+
+
+def judged_at_best(change):
+    """The changed trials at each setup's best rate, as those that judge."""
+
+    def judge(rows):
+        frame = pandas.DataFrame(change(rows)).drop(columns=["stage", "edge", "schedule"])
+        made = frame.merge(compare.best_rates(frame)).assign(stage="judging", schedule="constant")
+        return made.astype(object).where(made.notna(), None).to_dict("records")
+
+    return judge
 
 
 def wider(rows):
@@ -334,12 +346,12 @@ def with_bounds_for(cases, compared, monkeypatch):
 
 
 def test_overfitting_is_open_at_the_edges_and_depends_on_the_stopping_point_inside(changed):
-    result = changed("lora-overfits-less", "overfitting", unchanged, OLD)
+    result = changed("lora-overfits-less", "overfitting", unchanged, GRID)
     assert result.verdict == "open"
     assert "is at an edge" in result.measured
     assert "LoRA r=8: less at 64, 96, 128, 160, 192, 224; undecided at 256, 288; more at 320" in result.measured
     assert "where both have a training loss in nats" in result.measured
-    inside = changed("lora-overfits-less", "overfitting", wider, OLD)
+    inside = changed("lora-overfits-less", "overfitting", judged_at_best(wider), GRID)
     assert (inside.verdict, inside.on) == ("depends", ON_EQUAL)
 
 
@@ -353,13 +365,13 @@ def test_a_method_that_rises_less_because_it_is_behind_does_not_overfit_less(cha
                 row["validation_loss"] += 1.0
         return made
 
-    result = changed("lora-overfits-less", "overfitting", behind, OLD)
+    result = changed("lora-overfits-less", "overfitting", judged_at_best(behind), GRID)
     assert (result.verdict, result.on) == ("depends", "whether steps or training losses are equal")
 
 
 @pytest.mark.parametrize(("setups", "verdict"), [("full", "stands"), ("LoRA", "falls")])
 def test_overfitting_is_decided_where_every_stopping_point_agrees(changed, setups, verdict):
-    assert changed("lora-overfits-less", "overfitting", rising(setups), OLD).verdict == verdict
+    assert changed("lora-overfits-less", "overfitting", judged_at_best(rising(setups)), GRID).verdict == verdict
 
 
 @pytest.mark.parametrize(("edge", "verdict"), [("", "stands"), ("largest", "open")])
@@ -375,12 +387,12 @@ def test_seeds_that_chose_and_cosines_are_not_judged(changed, edge, verdict):
                 cosine = {"setup": f"{row['setup']}, cosine", "schedule": "cosine"}
                 yield row | cosine | {"validation_loss": row["validation_loss"] + row["step"]}
 
-    assert changed("lora-overfits-less", "overfitting", lambda rows: list(staged(rows)), OLD).verdict == verdict
+    assert changed("lora-overfits-less", "overfitting", lambda rows: list(staged(rows)), GRID).verdict == verdict
 
 
 def test_generalisation_at_equal_fit(changed):
-    assert changed("better-at-equal-fit", "overfitting", unchanged, OLD).verdict == "open"
-    inside = changed("better-at-equal-fit", "overfitting", wider, OLD)
+    assert changed("better-at-equal-fit", "overfitting", unchanged, GRID).verdict == "open"
+    inside = changed("better-at-equal-fit", "overfitting", judged_at_best(wider), GRID)
     assert inside.verdict == "falls"
     assert "LoRA r=8: undecided at 2; more at 1.5, 1, 0.6" in inside.measured
 
