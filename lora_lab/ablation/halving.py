@@ -275,7 +275,7 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     parts, rungs = [], 0
     for _, of_group in frame.groupby([*group], sort=False, dropna=False):
         first, seeds = of_group.iloc[0], halving.choosing(of_group["seed"])
-        curves = {
+        curves: Any = {  # pandas knows no types of keys
             lr: {seed: _by_step(rows) for seed, rows in of_rate.groupby("seed") if seed in seeds}
             for lr, of_rate in of_group[of_group["outcome"] == "done"].groupby("lr")
         }
@@ -290,7 +290,7 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
             if step is not None:  # when a seed failed is not recorded, so the others count in full
                 at_rate = of_group["lr"] == lr
                 begun = of_group["step"] <= of_group["seed"].isin(seeds) * step  # the other seeds' settings alone
-                results = [name for name in frame if name == "test_loss" or name.startswith(SCORE)]
+                results = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
                 stopped = of_group[at_rate & begun].assign(
                     outcome=STOPPED, reason=reason, **dict.fromkeys(results, math.nan)
                 )
